@@ -1,0 +1,32 @@
+# The CPU kernels: one object library per instruction set, all in the same binary.
+#
+# Each file of ISA_SOURCES is compiled for every level, with SAE_FAST_ISA naming the level: the
+# namespace that keeps the copies apart. Nothing in these files may have a name outside it that
+# the linker could merge with another level's copy (tools/isa_symbols.py checks that).
+
+set(isa_flags_portable "")
+set(isa_flags_avx2 -mavx2 -mfma -mf16c)
+set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+set(isa_flags_avx512vnni ${isa_flags_avx512} -mavx512vnni)
+
+set(ISA_LEVELS portable)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  list(APPEND ISA_LEVELS avx2 avx512 avx512vnni)
+endif()
+
+# Contraction is an accuracy gain and a speed gain; -ffast-math would break NaN and infinities.
+add_library(kernel_flags INTERFACE)
+target_link_libraries(kernel_flags INTERFACE build_flags)
+target_compile_options(kernel_flags INTERFACE -ffp-contract=fast -fno-trapping-math
+  $<$<NOT:$<BOOL:${SAE_FAST_SANITIZE}>>:-O3>)
+
+add_library(kernels OBJECT ${KERNEL_SOURCES})
+target_link_libraries(kernels PRIVATE kernel_flags)
+set(KERNEL_TARGETS kernels)
+foreach(level IN LISTS ISA_LEVELS)
+  add_library(kernels_${level} OBJECT ${ISA_SOURCES})
+  target_link_libraries(kernels_${level} PRIVATE kernel_flags)
+  target_compile_options(kernels_${level} PRIVATE ${isa_flags_${level}})
+  target_compile_definitions(kernels_${level} PRIVATE SAE_FAST_ISA=${level})
+  list(APPEND KERNEL_TARGETS kernels_${level})
+endforeach()

@@ -1,0 +1,105 @@
+"""Builds sae_fast._C by calling CMake; CMakeLists.txt is the one description of that build.
+
+With SAE_FAST_NATIVE=0 nothing is compiled, and a marker module says that this was asked for.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "tools"))
+from build_backend import native_wanted, torch_root  # noqa: E402
+from toolchain import NO_COMPILER, find_compiler, find_nvcc, why_no_cuda  # noqa: E402
+
+MARKER = "_reference_install.py"
+MARKER_TEXT = '"""Left by `SAE_FAST_NATIVE=0 pip install .`: no compiled module, by choice."""\n'
+
+
+class BuildPython(build_py):
+    """Leaves or removes the marker of a reference install, in the wheel and in the checkout."""
+
+    def run(self) -> None:
+        # In a checkout, `python -m sae_fast.train` imports the checkout, not the installed copy:
+        # what is found there is made to agree with what is installed.
+        package = ROOT / "sae_fast"
+        if os.access(package, os.W_OK):
+            if native_wanted():
+                (package / MARKER).unlink(missing_ok=True)
+            else:
+                (package / MARKER).write_text(MARKER_TEXT)
+                (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+        super().run()
+        if not native_wanted() and not self.editable_mode:
+            (Path(self.build_lib) / "sae_fast" / MARKER).write_text(MARKER_TEXT)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_root()
+        if torch is None:
+            sys.exit("sae_fast: no torch 2.11 or newer in this environment")
+        if find_compiler() is None:
+            sys.exit(NO_COMPILER)
+        nvcc, choice = find_nvcc(), os.environ.get("SAE_FAST_CUDA", "auto")
+        if choice not in ("0", "1", "auto"):
+            sys.exit(f"sae_fast: SAE_FAST_CUDA must be 0, 1 or auto, got {choice!r}")
+        refusal = "SAE_FAST_CUDA=0" if choice == "0" else why_no_cuda(torch, nvcc)
+        if choice == "1" and refusal:
+            sys.exit(f"sae_fast: SAE_FAST_CUDA=1, but {refusal}")
+        backends = f"CPU only: {refusal}" if refusal else f"CPU and CUDA with {nvcc}"
+        print(f"sae_fast: building for {backends}", flush=True)
+
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        self.run_cmake(
+            module,
+            torch,
+            [
+                f"-DSAE_FAST_CUDA={'OFF' if refusal else 'ON'}",
+                f"-DSAE_FAST_WHY_NO_CUDA={refusal or ''}",
+                *([] if refusal else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
+            ],
+        )
+        in_tree = ROOT / "sae_fast" / module.name
+        if module != in_tree and os.access(in_tree.parent, os.W_OK):
+            # Renamed into place: a running Python may have the old file mapped.
+            aside = in_tree.with_suffix(".so.new")
+            shutil.copy2(module, aside)
+            aside.replace(in_tree)
+
+    def run_cmake(self, module: Path, torch: Path, options: list[str]) -> None:
+        """Configures and builds `_C` into the folder of `module`."""
+        import pybind11  # a build requirement, so absent where nothing is built
+
+        build = Path(os.environ.get("SAE_FAST_BUILD_DIR", f"{self.build_temp}/cmake")).resolve()
+        configure = [
+            *["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"],
+            # Said at every build: an isolated build's ninja is gone by the next one.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTORCH_ROOT={torch}",
+            *options,
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", build, *jobs], check=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"sae_fast: the compiled build failed, as CMake says above ({error})")
+
+
+setup(
+    ext_modules=[Extension("sae_fast._C", sources=[])] if native_wanted() else [],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
+)
