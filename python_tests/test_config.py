@@ -1,0 +1,236 @@
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+
+import pytest
+
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+
+
+def test_d_sae_is_the_default_expansion_of_d_in():
+    assert SAEConfig(d_in=384).d_sae == 8 * 384
+
+
+def test_d_sae_follows_the_expansion_factor():
+    assert SAEConfig(d_in=384, expansion_factor=2.5).d_sae == 960
+
+
+def test_sizes_stay_open_until_d_in_is_known():
+    config = SAEConfig(expansion_factor=4)
+    assert not config.is_complete
+    assert config.with_d_in(16) == SAEConfig(d_in=16, d_sae=64, expansion_factor=4, k=32)
+    assert config.with_d_in(16).is_complete
+
+
+def test_config_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="d_in must be 32, the width of the activations, got 16"):
+        SAEConfig(d_in=16).with_d_in(32)
+
+
+def test_d_sae_that_contradicts_the_expansion_factor_is_refused():
+    with pytest.raises(
+        ValueError, match="expansion_factor must agree with d_sae = 100 at d_in = 16"
+    ):
+        SAEConfig(d_in=16, d_sae=100, expansion_factor=8)
+
+
+def test_aliases_make_and_read_the_same_fields():
+    config = SAEConfig(input_dim=16, num_latents=40)
+    assert (config.d_in, config.d_sae, config.input_dim, config.num_latents) == (16, 40, 16, 40)
+    assert TrainConfig(lr=1e-3) == TrainConfig(learning_rate=1e-3)
+
+
+def test_alias_beside_its_field_is_refused():
+    with pytest.raises(ValueError, match="input_dim is another name of d_in"):
+        SAEConfig(input_dim=16, d_in=16)
+
+
+@pytest.mark.parametrize(
+    ("given", "amp", "precision"),
+    [
+        ("off", "off", "screened"),
+        ("bf16", "bf16", "bf16"),
+        ("fp16", "fp16", "fp16"),
+        (True, "bf16", "bf16"),
+        (False, "off", "screened"),
+    ],
+)
+def test_use_amp_chooses_the_precision(given, amp, precision):
+    config = TrainConfig(use_amp=given)
+    assert (config.amp, config.precision) == (amp, precision)
+
+
+def test_default_learning_rate_falls_with_the_root_of_the_dictionary():
+    assert TrainConfig().peak_learning_rate(2**14) == pytest.approx(2e-4)
+    assert TrainConfig().peak_learning_rate(2**12) == pytest.approx(4e-4)
+    assert TrainConfig(lr=1e-3).peak_learning_rate(2**12) == 1e-3
+
+
+BAD_SAE_VALUES = [
+    ({"arch": "gated"}, "arch must be one of 'topk', got 'gated'"),
+    ({"d_in": -1}, "d_in must be at least 1"),
+    ({"d_in": "384"}, "d_in must be a whole number, got '384'"),
+    ({"d_in": True}, "d_in must be a whole number, got True"),
+    ({"d_sae": -5}, "d_sae must be at least 1"),
+    ({"expansion_factor": 0}, "expansion_factor must be greater than 0, got 0"),
+    (
+        {"expansion_factor": float("nan")},
+        "expansion_factor must be a finite number or null, got nan",
+    ),
+    ({"d_in": 4, "expansion_factor": 0.01, "k": 1}, "expansion_factor must be large enough"),
+    ({"k": 0}, "k must be at least 1, got 0"),
+    ({"k": 65, "d_in": 8, "d_sae": 64}, "k must be at most d_sae = 64, got 65"),
+    ({"k": 65, "d_sae": 64}, "k must be at most d_sae = 64, got 65"),
+    ({"use_relu": False}, "use_relu must be true for arch 'topk', got False"),
+    ({"reconstruction_coeff": -1}, "reconstruction_coeff must be at least 0, got -1"),
+    ({"l1_penalty_coeff": -1}, "l1_penalty_coeff must be at least 0"),
+    ({"decorrelation_coeff": float("inf")}, "decorrelation_coeff must be a finite number, got inf"),
+    ({"probe_loss_coeff": 0.1}, "probe_loss_coeff must be 0 .*, got 0.1"),
+    ({"temporal_smoothness_coeff": 0.1}, "temporal_smoothness_coeff must be 0 .*, got 0.1"),
+    ({"aux_k_coeff": -1}, "aux_k_coeff must be at least 0"),
+    ({"aux_k": 0}, "aux_k must be at least 1"),
+    ({"dead_after_tokens": 0}, "dead_after_tokens must be at least 1, got 0"),
+    (
+        {"normalize_activations": "layer"},
+        "normalize_activations must be one of 'mean_scale', 'none'",
+    ),
+    ({"decoder_init": "x"}, "decoder_init must be one of"),
+    ({"b_dec_init": "x"}, "b_dec_init must be one of"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD_SAE_VALUES)
+def test_bad_model_value_names_field_and_value(values, message):
+    with pytest.raises(ValueError, match=message):
+        SAEConfig(**values)
+
+
+BAD_TRAIN_VALUES = [
+    ({"shard_dir": ""}, "shard_dir must be a name"),
+    ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+    ({"grad_acc_steps": 0}, "grad_acc_steps must be at least 1"),
+    ({"max_epochs": 0}, "max_epochs must be at least 1"),
+    ({"max_steps": 0}, "max_steps must be at least 1"),
+    ({"max_tokens": -1}, "max_tokens must be at least 1"),
+    ({"learning_rate": 0}, "learning_rate must be greater than 0"),
+    ({"lr": "fast"}, "learning_rate must be a finite number or null, got 'fast'"),
+    ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+    ({"decay_fraction": 1.5}, "decay_fraction must be between 0 and 1, got 1.5"),
+    ({"betas": (0.9, 1.0)}, "betas must be two numbers from 0 to below 1"),
+    ({"betas": (0.9,)}, "betas must be 2 values, each a finite number"),
+    ({"eps": 0}, "eps must be greater than 0"),
+    ({"weight_decay": -1}, "weight_decay must be at least 0"),
+    ({"grad_clip": -1}, "grad_clip must be at least 0"),
+    ({"amp": "int8"}, "amp must be one of 'off', 'bf16', 'fp16', got 'int8'"),
+    ({"seed": -1}, "seed must be at least 0"),
+    ({"pool_rows": 0}, "pool_rows must be at least 1"),
+    ({"log_every": 0}, "log_every must be at least 1"),
+    ({"eval_every": -1}, "eval_every must be at least 0"),
+    ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
+    ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+    ({"num_threads": 0}, "num_threads must be at least 1"),
+    ({"no_wandb": 1}, "no_wandb must be true or false, got 1"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BAD_TRAIN_VALUES)
+def test_bad_training_value_names_field_and_value(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
+
+
+CONFIGS = [
+    SAEConfig(),
+    SAEConfig(d_in=384, expansion_factor=7.3, l1_penalty_coeff=0.1 + 0.2, aux_k=7),
+    TrainConfig(),
+    TrainConfig(lr=1 / 3, betas=(0.9, 0.99), shard_dir="données", amp="fp16", max_tokens=10**12),
+    RunConfig(sae=SAEConfig(d_in=16, k=4), train=TrainConfig(seed=7)),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_file_round_trip_is_exact(config, tmp_path):
+    config.save(tmp_path / "config.json")
+    assert type(config).load(tmp_path / "config.json") == config
+
+
+def test_model_config_is_read_from_the_file_of_a_run(tmp_path):
+    run = RunConfig(sae=SAEConfig(d_in=16, k=4))
+    run.save(tmp_path / "config.json")
+    assert SAEConfig.load(tmp_path / "config.json") == run.sae
+
+
+def test_run_config_accepts_flat_fields_and_aliases(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"expansion_factor": 4, "input_dim": 16, "lr": 0.001, "use_amp": true}')
+    expected = RunConfig(
+        sae=SAEConfig(expansion_factor=4, d_in=16),
+        train=TrainConfig(learning_rate=0.001, amp="bf16"),
+    )
+    assert RunConfig.load(path) == expected
+
+
+def test_section_left_out_takes_its_defaults():
+    assert RunConfig.from_dict({"sae": {"k": 8}}) == RunConfig(sae=SAEConfig(k=8))
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (
+            SAEConfig,
+            {"k": 8, "expansion_facto": 4},
+            "'expansion_facto' .did you mean 'expansion_factor'",
+        ),
+        (SAEConfig, {"zzz": 8, "qqq": 4}, "unknown keys 'zzz', 'qqq'"),
+        (TrainConfig, {"sae": {}}, "unknown key 'sae'"),
+        (RunConfig, {"learningrate": 1}, "'learningrate' .did you mean 'learning_rate'"),
+        (RunConfig, {"sae": {}, "k": 1}, "unknown key 'k'"),
+        (RunConfig, {"sae": {"kk": 1}}, "unknown key 'kk'"),
+        (RunConfig, {"sae": 1}, "section 'sae' must be a JSON object, got 1"),
+        (SAEConfig, {"format_version": 99}, "format_version must be 1, got 99"),
+        (SAEConfig, [1], "must hold a JSON object, got list"),
+        (SAEConfig, {"k": 0}, "k must be at least 1, got 0"),
+    ],
+)
+def test_bad_file_is_refused_by_name_and_key(config, values, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as caught:
+        config.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_file_that_is_not_json_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"k": ')
+    with pytest.raises(ValueError, match=r"config\.json: not a JSON file"):
+        SAEConfig.load(path)
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SAEConfig().k = 3
+
+
+@pytest.mark.parametrize("config", [SAEConfig, TrainConfig, RunConfig])
+def test_every_field_has_a_help_text(config):
+    body = ast.parse(inspect.getsource(config)).body[0].body
+    documented = {
+        node.target.id
+        for node, following in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(getattr(following, "value", None), ast.Constant)
+    }
+    assert {item.name for item in dataclasses.fields(config)} <= documented
+
+
+def test_no_field_name_occurs_in_both_sections():
+    names = [
+        {item.name for item in dataclasses.fields(config)} | set(config.aliases)
+        for config in (SAEConfig, TrainConfig)
+    ]
+    assert not names[0] & names[1]

@@ -1,0 +1,199 @@
+"""What every configuration dataclass shares: checked types, aliases, and strict JSON files.
+
+A file holds sections, {"format_version": 1, "sae": {...}, "train": {...}}, or
+the fields alone at its top level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import operator
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+FORMAT_VERSION = 1
+
+Config = TypeVar("Config", bound="ConfigFile")
+
+
+class ConfigFile:
+    """Base of the frozen configuration dataclasses: validation, dictionaries and files."""
+
+    section: ClassVar[str] = ""
+    aliases: ClassVar[dict[str, str]] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values; nested configurations as nested dictionaries."""
+        return dataclasses.asdict(typing.cast(Any, self))
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """Make the configuration from JSON values; raises ValueError naming every unknown key."""
+        reject_unknown_keys(values, [*field_names(cls), *cls.aliases])
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as JSON, which `load` reads back equal."""
+        content = {self.section: self.to_dict()} if self.section else self.to_dict()
+        text = json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls: type[Config], path: str | Path) -> Config:
+        """Read a JSON file; raises ValueError naming the file and what in it is wrong."""
+        try:
+            values = _read_json_object(path)
+            if cls.section and cls.section in values:
+                reject_unknown_keys(values, SECTIONS)
+                values = _section(values, cls.section)
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _read_sections(cls, values: dict[str, Any], **sections: type[ConfigFile]) -> dict[str, Any]:
+        """The configuration of each section, from nested or flat values."""
+        if any(name in values for name in sections):
+            reject_unknown_keys(values, list(sections))
+            return {
+                name: config.from_dict(_section(values, name) if name in values else {})
+                for name, config in sections.items()
+            }
+        names = {name: [*field_names(config), *config.aliases] for name, config in sections.items()}
+        reject_unknown_keys(values, [key for keys in names.values() for key in keys])
+        return {
+            name: config.from_dict({key: values[key] for key in values if key in names[name]})
+            for name, config in sections.items()
+        }
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def _check_types(self) -> None:
+        """Check fields against their annotations; 1 becomes 1.0 and a list a tuple, where asked."""
+        for name, annotation in _field_types(type(self)).items():
+            value = getattr(self, name)
+            converted = _convert(value, annotation)
+            if converted is _MISMATCH:
+                raise ValueError(f"{name} must be {_describe(annotation)}, got {value!r}")
+            object.__setattr__(self, name, converted)
+
+
+SECTIONS = ("sae", "train")
+
+
+def with_aliases(**aliases: str) -> Callable[[type[Config]], type[Config]]:
+    """Let fields be given, and read, by another name as well: `alias="field"`."""
+
+    def decorate(cls: type[Config]) -> type[Config]:
+        original_init = cls.__init__
+
+        @functools.wraps(original_init)
+        def init(self: Config, *args: Any, **values: Any) -> None:
+            for alias, name in aliases.items():
+                if alias in values:
+                    if name in values:
+                        raise ValueError(f"{alias} is another name of {name}: give one of the two")
+                    values[name] = values.pop(alias)
+            original_init(self, *args, **values)
+
+        cls.__init__ = init  # type: ignore[assignment]
+        for alias, name in aliases.items():
+            setattr(cls, alias, property(operator.attrgetter(name)))
+        cls.aliases = dict(aliases)
+        return cls
+
+    return decorate
+
+
+def reject_unknown_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError naming every key that is not known, with the nearest known one."""
+    known = list(known)
+    unknown = [key for key in keys if key not in known]
+    if not unknown:
+        return
+    named = []
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1)
+        named.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
+    raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(named)}")
+
+
+def field_names(cls: type[ConfigFile]) -> list[str]:
+    """Names of the fields, in order."""
+    return list(_field_types(cls))
+
+
+def _field_types(cls: type[ConfigFile]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in dataclasses.fields(typing.cast(Any, cls))}
+
+
+def _read_json_object(path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not a JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"must hold a JSON object, got {type(values).__name__}")
+    version = values.pop("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version!r}")
+    return values
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values[name]
+    if not isinstance(section, dict):
+        raise ValueError(f"section {name!r} must be a JSON object, got {section!r}")
+    return section
+
+
+_MISMATCH = object()
+
+
+def _convert(value: Any, annotation: Any) -> Any:
+    """`value` as the annotated type, or `_MISMATCH`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        options = (_convert(value, option) for option in arguments)
+        return next((option for option in options if option is not _MISMATCH), _MISMATCH)
+    if origin is typing.Literal:
+        return value if isinstance(value, str) and value in arguments else _MISMATCH
+    if origin is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(arguments):
+            return _MISMATCH
+        parts = tuple(_convert(*pair) for pair in zip(value, arguments, strict=True))
+        return _MISMATCH if any(part is _MISMATCH for part in parts) else parts
+    if annotation is float:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if is_number and math.isfinite(value) else _MISMATCH
+    if annotation is int and isinstance(value, bool):
+        return _MISMATCH
+    return value if isinstance(value, annotation) else _MISMATCH
+
+
+def _describe(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in arguments)
+    if origin is tuple:
+        return f"{len(arguments)} values, each {_describe(arguments[0])}"
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a string",
+        type(None): "null",
+    }
+    return names.get(annotation, f"a {annotation.__name__}")
