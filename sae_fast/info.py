@@ -1,0 +1,86 @@
+"""`python -m sae_fast.info`: versions, how the kernels were built, what runs on this machine."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import sae_fast
+
+_PACKAGES = ("torch", "numpy", "h5py", "safetensors")
+
+
+def describe() -> str:
+    """The report as text, one fact a line."""
+    lines = [
+        ("sae_fast", f"{sae_fast.__version__}, {Path(sae_fast.__file__).parent}"),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        *((name, _version(name)) for name in _PACKAGES),
+        *_kernel_lines(sae_fast.build_info()),
+        ("CPU", f"{_cpu_name()}, {_usable_cores()} usable cores"),
+        ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads)"),
+        *_cuda_device_lines(),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _kernel_lines(info: dict[str, object]) -> list[tuple[str, str]]:
+    if info["backend"] == "reference":
+        return [("kernels", f"pure-PyTorch reference, many times slower: {info['reason']}")]
+    cuda = f"none: {info['why_no_cuda']}"
+    if info["cuda"]:
+        cuda = f"CUDA {info['cuda']}, architectures {_words(info['cuda_architectures'])}"
+    return [
+        ("kernels", f"compiled by {info['compiler']} against torch {info['torch']}"),
+        ("instruction set", f"{info['instruction_set']} (SAE_FAST_ISA chooses another)"),
+        ("  this CPU has", _words(info["available_instruction_sets"])),
+        ("  compiled in", _words(info["instruction_sets"])),
+        ("CUDA kernels", cuda),
+    ]
+
+
+def _words(names: object) -> str:
+    return " ".join(map(str, names)) if isinstance(names, (list, tuple)) else str(names)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cuda_device_lines() -> list[tuple[str, str]]:
+    if torch.version.cuda is None:
+        return [("CUDA devices", "none: the installed torch is a CPU build")]
+    if not torch.cuda.is_available():
+        return [("CUDA devices", "none found by torch")]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        name = f"{device.name}, sm_{device.major}{device.minor}, {memory:.1f} GiB"
+        lines.append((f"cuda:{index}", name))
+    return lines
+
+
+if __name__ == "__main__":
+    print(describe())

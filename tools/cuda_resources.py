@@ -1,0 +1,118 @@
+"""Compiles the CUDA sources as a check and reports what each kernel uses; spilling fails.
+
+    python tools/cuda_resources.py [--build-dir build/cuda]
+
+Any torch will do, and no GPU is needed: nothing is linked or run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for '(?P<architecture>\w+)'")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says one kernel uses on one architecture, in registers and bytes."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+
+def parse(log: str) -> list[Usage]:
+    """The kernels of a build whose compiler ran with -Xptxas=-v."""
+    usages = []
+    for entry in re.split(r"(?=Compiling entry function)", log)[1:]:
+        head, frame, registers = _ENTRY.match(entry), _FRAME.search(entry), _REGISTERS.search(entry)
+        if head is None or frame is None or registers is None:
+            raise ValueError(f"ptxas wrote something new: {entry[:300]!r}")
+        stack, stores, loads = map(int, frame.groups())
+        # A call further down the text belongs to another function.
+        shared = _SHARED.search(entry[: entry.find("\n", registers.start())])
+        shared_bytes = int(shared[1]) if shared else 0
+        usages.append(
+            Usage(head["name"], head["architecture"], int(registers[1]), shared_bytes, stack,
+                  stores + loads)
+        )  # fmt: skip
+    return usages
+
+
+def demangle(names: list[str]) -> list[str]:
+    """C++ names without their arguments, where c++filt is there; the names as they are if not."""
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None or not names:
+        return names
+    text = subprocess.run([tool, *names], check=True, capture_output=True, text=True).stdout
+    return [_short(name) for name in text.splitlines()]
+
+
+def _short(name: str) -> str:
+    name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.sub(r"\(.*\)$", "", re.sub(r"\((\w| )+\)(?=\d)", "", name))
+
+
+def table(usages: list[Usage]) -> str:
+    names = demangle([usage.kernel for usage in usages])
+    width = max(map(len, names))
+    rows = [f"{'kernel':<{width}}  arch     registers  shared  stack  spills"]
+    for name, usage in sorted(zip(names, usages, strict=True), key=lambda pair: pair[0]):
+        rows.append(
+            f"{name:<{width}}  {usage.architecture:<7}  {usage.registers:>9}  {usage.shared:>6}  "
+            f"{usage.stack:>5}  {usage.spills:>6}"
+        )
+    return "\n".join(rows)
+
+
+def build(directory: Path, nvcc: str) -> str:
+    """Compiles everything afresh, since only then the compiler says what it used."""
+    configure = [
+        *["cmake", "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"],
+        *["-DSAE_FAST_MODULE=OFF", "-DSAE_FAST_CUDA_CHECK=ON", "-DSAE_FAST_WERROR=ON"],
+        *[f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+    ]
+    make = ["cmake", "--build", str(directory), "--target", "cuda_check", "--clean-first"]
+    log = ""
+    for command in (configure, make):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            sys.exit(f"{done.stdout}\nthe CUDA sources do not compile: {' '.join(command)}")
+        log = done.stdout
+    return log
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "cuda")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "tools"))
+    from toolchain import find_nvcc
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        sys.exit("no nvcc found (set CUDA_HOME)")
+    usages = parse(build(arguments.build_dir, nvcc))
+    if not usages:
+        sys.exit("no kernel was compiled")
+    print(table(usages))
+    if spilling := sum(usage.spills > 0 for usage in usages):
+        sys.exit(f"{spilling} of {len(usages)} kernels spill registers")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Checks that the kernels of one instruction set share no symbol with those of another.
+
+    python tools/isa_symbols.py build/native
+
+The linker keeps one copy of a weak symbol (a template, an inline function). Were the copy compiled
+for AVX-512 kept for all, the portable path would die of an illegal instruction on an older CPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+LEVELS = ("avx2", "avx512", "avx512vnni")  # portable code runs everywhere
+
+
+def foreign_symbols(objects: list[Path], level: str) -> list[str]:
+    """Weak or global symbols that these objects define outside the namespace `level`."""
+    done = subprocess.run(
+        ["nm", "--defined-only", "--extern-only", *map(str, objects)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    names = re.findall(r"^[0-9a-f]* [A-Za-z] (\S+)$", done.stdout, re.M)
+    inside = f"{len(level)}{level}"  # as the namespace stands in a mangled name
+    return sorted({name for name in names if inside not in name})
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    objects_folder, found = Path(sys.argv[1]) / "CMakeFiles", 0
+    if not (objects_folder / "kernels_portable.dir").exists():
+        sys.exit(f"{sys.argv[1]} is no build folder of sae_fast's kernels")
+    for level in LEVELS:
+        folder = objects_folder / f"kernels_{level}.dir"
+        objects = sorted(folder.rglob("*.o"))
+        found += len(objects)
+        for name in foreign_symbols(objects, level) if objects else []:
+            sys.exit(f"{folder.name} defines {name}, which is not in namespace {level}")
+    print(f"{found} objects of {len(LEVELS)} instruction sets share no symbol")
+
+
+if __name__ == "__main__":
+    main()
