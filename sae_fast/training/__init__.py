@@ -1,0 +1,1 @@
+"""Training: the trainer, its optimiser, schedule, checkpoints and logs."""

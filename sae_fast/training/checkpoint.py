@@ -1,0 +1,294 @@
+"""Checkpoint directories: written aside, flushed to the disk, renamed; verified when read.
+
+`step-00000300/` holds sae.safetensors and config.json (a model that can be loaded by itself) and
+trainer.safetensors and trainer.json (what resuming needs besides). trainer.json carries the sha256
+of the other files and of itself. A directory appears under its name only when it is complete, so a
+kill at any moment leaves the checkpoints before it as they were.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+logger = logging.getLogger(__name__)
+
+TENSORS = "trainer.safetensors"
+STATE = "trainer.json"
+_PREFIX = "step-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or read, in one line that names it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified."""
+
+    path: Path
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run: `step-*` directories and the links `latest` and `best`.
+
+    Args:
+        directory: where they lie; made by `prepare`.
+        keep: how many of the newest to keep; the one that `best` names is kept as well.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory
+        self.keep = keep
+
+    def prepare(self) -> None:
+        """Makes the directory, proves that it can be written, sweeps what a kill left behind."""
+        probe = self.directory / f".probe-{os.getpid()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            message = f"cannot write to the checkpoint directory {self.directory}: {error.strerror}"
+            raise CheckpointError(message) from error
+        for leftover in self.directory.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.directory / f"{_PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint here, ascending."""
+        names = (path.name for path in self.directory.glob(f"{_PREFIX}*"))
+        digits = (name.removeprefix(_PREFIX) for name in names)
+        return sorted(int(step) for step in digits if step.isdigit())
+
+    def save(
+        self,
+        step: int,
+        save_model: Callable[[Path], object],
+        tensors: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        *,
+        best: bool = False,
+    ) -> Path:
+        """Writes one checkpoint, points `latest` (and `best`) at it and removes the oldest.
+
+        Args:
+            step: how many steps the state has seen.
+            save_model: writes sae.safetensors and config.json into the directory it is given.
+            tensors: the tensors of trainer.safetensors.
+            state: the JSON content of trainer.json.
+            best: whether this is the best one so far.
+
+        Raises:
+            CheckpointError: when it cannot be written; those before it are untouched.
+        """
+        final = self.path_of(step)
+        aside = self.directory / f".{final.name}-{os.getpid()}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            save_model(aside)
+            tensors = {name: value.contiguous() for name, value in tensors.items()}
+            save_file(tensors, aside / TENSORS)
+            _write_state(aside, {"step": step, **state})
+            _flush_directory(aside)
+            self._put_in_place(aside, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise CheckpointError(self._complaint(final, error)) from error
+        self._prune(step)
+        if best:
+            self._link("best", final)
+        return final
+
+    def mark_best(self, step: int) -> None:
+        """Points `best` at the checkpoint of a step that is already there."""
+        self._link("best", self.path_of(step))
+
+    def newest(self) -> Path | None:
+        """The last checkpoint written here: what `latest` names, else the one of the last step."""
+        named = self.directory / "latest"
+        if named.exists():
+            return self.directory / os.readlink(named)
+        steps = self.steps()
+        return self.path_of(steps[-1]) if steps else None
+
+    def _put_in_place(self, aside: Path, final: Path) -> None:
+        if final.exists():  # left by a run that went further than the checkpoint resumed from
+            self._remove(final)
+        os.rename(aside, final)
+        self._link("latest", final)
+
+    def _link(self, name: str, target: Path) -> None:
+        aside = self.directory / f".{name}-{os.getpid()}"
+        aside.unlink(missing_ok=True)
+        os.symlink(target.name, aside)
+        os.replace(aside, self.directory / name)
+        _fsync(self.directory)
+
+    def _prune(self, step: int) -> None:
+        """Removes all but the last `keep` up to this step; later ones belong to another branch."""
+        best = self.directory / "best"
+        spared = os.readlink(best) if best.is_symlink() else None
+        for old in [other for other in self.steps() if other <= step][: -self.keep]:
+            if self.path_of(old).name != spared:
+                self._remove(self.path_of(old))
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first: a kill in the middle of it must not leave half a checkpoint to be found.
+        doomed = self.directory / f".{path.name}-removed-{os.getpid()}"
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _complaint(self, final: Path, error: Exception) -> str:
+        newest = self.newest()
+        intact = f"; {newest} is the last complete one" if newest else ""
+        return f"cannot write the checkpoint {final}: {_reason(error)}{intact}"
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads one checkpoint after checking every file against its sha256.
+
+    Raises:
+        CheckpointError: naming the file that is missing, incomplete or altered.
+    """
+    state = _read_state(path / STATE)
+    for name, digest in state["sha256"].items():
+        try:
+            found = _sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path / name}: {error.strerror}") from error
+        if found != digest:
+            raise CheckpointError(f"{path / name} is corrupted: its checksum does not match")
+    return Checkpoint(path, int(state["step"]), load_file(path / TENSORS), state)
+
+
+def read_newest_intact(path: Path) -> Checkpoint:
+    """Reads a checkpoint, or the newest intact one before it, saying which one was passed over.
+
+    Raises:
+        CheckpointError: when neither it nor any before it is intact.
+    """
+    earlier: list[Path] = []
+    if path.name.startswith(_PREFIX):
+        store = CheckpointStore(path.parent, keep=1)
+        earlier = [store.path_of(step) for step in reversed(store.steps())]
+        earlier = [candidate for candidate in earlier if candidate.name < path.name]
+    complaint: CheckpointError | None = None
+    for candidate in [path, *earlier]:
+        try:
+            checkpoint = read_checkpoint(candidate)
+        except CheckpointError as error:
+            logger.warning("%s; trying the checkpoint before it", error)
+            complaint = complaint or error
+            continue
+        return checkpoint
+    raise CheckpointError(f"{complaint}, and no intact checkpoint comes before it") from complaint
+
+
+def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
+    """The checkpoint that `--resume-from` means; None when `latest` finds none yet.
+
+    Args:
+        reference: `latest` or `best` of the run, a checkpoint, or a run directory (its latest).
+        run_directory: the run that `latest` and `best` speak of.
+
+    Raises:
+        CheckpointError: when there is no such checkpoint.
+    """
+    if reference in ("latest", "best"):
+        if run_directory is None:
+            raise CheckpointError(f"resume_from={reference} needs checkpoint_dir, the run it is of")
+        store = CheckpointStore(run_directory / "checkpoints", keep=1)
+        if reference == "latest":
+            return store.newest()
+        best = store.directory / "best"
+        if not best.exists():
+            raise CheckpointError(f"{store.directory} has no best checkpoint")
+        return store.directory / os.readlink(best)
+    path = Path(os.path.realpath(reference))  # `latest` and `best` are links to what is meant
+    if path.name.startswith(_PREFIX) or (path / STATE).exists():
+        return path
+    for directory in (path / "checkpoints", path):
+        newest = CheckpointStore(directory, keep=1).newest()
+        if newest is not None:
+            return newest
+    raise CheckpointError(f"resume_from: {reference} is no checkpoint and no run that has one")
+
+
+def _write_state(directory: Path, state: dict[str, Any]) -> None:
+    files = sorted(path for path in directory.iterdir())
+    state = {**state, "sha256": {path.name: _sha256(path) for path in files}}
+    text = json.dumps({**state, "digest": _digest(state)}, indent=1)
+    (directory / STATE).write_text(text)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is corrupted: not JSON") from error
+    digest = state.pop("digest", None) if isinstance(state, dict) else None
+    if digest is None or digest != _digest(state):
+        raise CheckpointError(f"{path} is corrupted: its checksum does not match")
+    return dict(state)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in _blocks(file.read):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(read: Callable[[int], bytes], size: int = 1 << 22) -> Iterator[bytes]:
+    while block := read(size):
+        yield block
+
+
+def _flush_directory(directory: Path) -> None:
+    """The files, then the names: a rename must never outrun what it names."""
+    for path in directory.iterdir():
+        _fsync(path)
+    _fsync(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems cannot flush a directory, and say so with EINVAL.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    return os.strerror(errno.ENOSPC) if f"os error {errno.ENOSPC}" in text else text
