@@ -1,0 +1,57 @@
+"""The learning rate of each step, and how many steps a run has."""
+
+from dataclasses import dataclass
+
+from sae_fast.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to the peak, a plateau, linear decay over the last share of the run."""
+
+    peak: float
+    warmup_steps: int
+    total_steps: int
+    decay_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0; none of the run's steps gets 0."""
+        rise = (step + 1) / (self.warmup_steps + 1)
+        fall = (self.total_steps - step) / (self.decay_steps + 1)
+        return self.peak * min(1.0, rise, max(0.0, fall))
+
+
+def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule:
+    """The schedule of a run of `total_steps` optimiser steps, whatever a step accumulates."""
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(0.05 * total_steps)
+    decay = round(config.decay_fraction * total_steps)
+    return Schedule(config.peak_learning_rate(d_sae), warmup, total_steps, decay)
+
+
+def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
+    """How many optimiser steps the limits of `config` allow: the first one reached ends the run.
+
+    Raises:
+        ValueError: when they allow none, naming the limit.
+    """
+    tokens_per_step = config.batch_size * config.grad_acc_steps
+    limits = {}
+    if config.max_steps is not None:
+        limits["max_steps"] = config.max_steps
+    if config.max_tokens is not None:
+        limits["max_tokens"] = config.max_tokens // tokens_per_step
+    if config.max_epochs is not None:
+        limits["max_epochs"] = rows_per_epoch * config.max_epochs // tokens_per_step
+    if not limits:
+        limits["max_epochs"] = rows_per_epoch // tokens_per_step
+    name = min(limits, key=lambda limit: limits[limit])
+    if limits[name] < 1:
+        data = f" of {rows_per_epoch:,} rows" if name == "max_epochs" else ""
+        value = getattr(config, name) or 1
+        raise ValueError(
+            f"{name} = {value:,}{data} leaves no full step of {tokens_per_step:,} tokens "
+            f"(batch_size {config.batch_size:,} x grad_acc_steps {config.grad_acc_steps})"
+        )
+    return limits[name]
