@@ -1,0 +1,44 @@
+"""The state of every random generator a run may draw from, as tensors and JSON values."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, NumPy and torch, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (the legacy generator is what other code draws from)
+    torch.manual_seed(seed)
+
+
+def random_tensors() -> dict[str, torch.Tensor]:
+    """The states of torch's generators."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices = torch.cuda.get_rng_state_all()
+        states |= {f"rng.cuda.{index}": state for index, state in enumerate(devices)}
+    return states
+
+
+def random_values() -> dict[str, Any]:
+    """The states of Python's and NumPy's generators."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy_state = [name, np.asarray(keys).tolist(), position, has_gauss, cached]
+    return {"python": [version, list(words), gauss], "numpy": numpy_state}
+
+
+def restore_random(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    """Sets every generator back to the states saved."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    for index in range(torch.cuda.device_count()):
+        if (state := tensors.get(f"rng.cuda.{index}")) is not None:
+            torch.cuda.set_rng_state(state, index)
+    version, words, gauss = values["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = values["numpy"]
+    words_of_numpy = np.asarray(keys, dtype=np.uint32)
+    np.random.set_state((name, words_of_numpy, position, has_gauss, cached))  # noqa: NPY002
