@@ -1,0 +1,110 @@
+"""Where the metrics of a run go: metrics.jsonl, a row a step, and Weights & Biases, same names.
+
+Names: step, tokens, epoch, loss, recon_loss, l1_loss, decorr_loss, aux_loss, fvu, l0,
+activation_fraction, dead_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
+reader_stall_fraction; at an evaluation heldout_fvu, heldout_l0, heldout_dead_fraction; with fp16
+loss_scale; with skip_nonfinite skipped_rows.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The values of 0-d tensors, in one transfer from the device."""
+    if not metrics:
+        return {}
+    values = torch.stack([value.detach().to(torch.float64) for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
+
+
+class MetricsLog:
+    """The rows of a run, in memory and, where there is a run directory, in its metrics.jsonl.
+
+    A row is flushed when it is written, so that a kill loses no row up to the last checkpoint.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+
+    def rewind(self, step: int) -> None:
+        """Keeps the rows up to `step`, which a run resumed there will not write again."""
+        self.rows = []
+        if self.path is None or not self.path.exists():
+            return
+        kept = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                row = _parse(line)
+                if row is None or row["step"] > step:  # half a row is the last thing a kill leaves
+                    break
+                self.rows.append(row)
+                kept += len(line)
+        os.truncate(self.path, kept)
+
+    def write(self, row: Row) -> None:
+        """Appends one row; a number that is not finite becomes null, as JSON has no other word."""
+        self.rows.append(row)
+        if self.path is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
+
+    def flush(self) -> None:
+        """Forces the rows to the disk, so that no checkpoint outlives a row before it."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+class WandbLog:
+    """Weights & Biases, imported only when a project is named.
+
+    Args:
+        project: the project to log to.
+        directory: where it keeps its files (`WANDB_MODE=offline` leaves them all there).
+        config: the configuration of the run, flat or nested.
+        run_id: the run to go on with, None for a new one.
+    """
+
+    def __init__(
+        self, project: str, directory: Path, config: dict[str, Any], run_id: str | None
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            remedy = "install it (pip install wandb) or pass --no-wandb"
+            raise ValueError(f"wandb_project = {project!r} needs wandb: {remedy}") from error
+        self._run = wandb.init(
+            project=project, dir=str(directory), config=config, id=run_id, resume="allow"
+        )
+        self.run_id: str = self._run.id
+
+    def write(self, row: Row) -> None:
+        """Logs one row at its step."""
+        self._run.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+
+    def finish(self, summary: dict[str, Any], *, failed: bool = False) -> None:
+        """Records the summary and closes the run."""
+        self._run.summary.update(summary)
+        self._run.finish(exit_code=1 if failed else 0)
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if line.endswith(b"\n") and isinstance(row, dict) and "step" in row else None
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
