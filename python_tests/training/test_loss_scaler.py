@@ -1,0 +1,41 @@
+"""Loss scaling follows torch.amp.GradScaler."""
+
+import torch
+
+from sae_fast.training.loss_scaler import GROWTH_INTERVAL, LossScaler
+
+
+def test_scale_halves_on_overflow_and_doubles_after_the_interval() -> None:
+    scaler = LossScaler(enabled=True)
+    scaler.update(overflowed=True)
+    assert scaler.factor == 2.0**15
+    for _ in range(GROWTH_INTERVAL):
+        scaler.update(overflowed=False)
+    assert scaler.factor == 2.0**16
+    assert scaler.skipped_steps == 1
+
+
+def test_sequence_of_scales_is_that_of_torch() -> None:
+    theirs = torch.amp.GradScaler("cpu", growth_interval=GROWTH_INTERVAL)
+    ours = LossScaler(enabled=True)
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    for step in range(40):
+        overflowed = step % 7 == 3
+        theirs.scale(weight.sum() * (float("inf") if overflowed else 1.0)).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        ours.update(overflowed)
+        assert ours.factor == theirs.get_scale()
+
+
+def test_state_round_trips_and_disabled_stays_at_one() -> None:
+    scaler = LossScaler(enabled=True)
+    scaler.update(overflowed=True)
+    other = LossScaler(enabled=True)
+    other.load(scaler.state())
+    assert other == scaler
+    disabled = LossScaler(enabled=False)
+    disabled.update(overflowed=True)
+    assert disabled.factor == 1.0
