@@ -160,8 +160,8 @@ class TrainConfig(ConfigFile):
     """Tokens per forward pass; an optimiser step takes grad_acc_steps of these. [tokens]"""
     grad_acc_steps: int = 1
     """Batches whose gradients are averaged into one optimiser step. [batches]"""
-    max_epochs: int = 1
-    """Passes over the data. [epochs]"""
+    max_epochs: int | None = None
+    """Passes over the data; default: 1, or as many as max_steps or max_tokens takes. [epochs]"""
     max_steps: int | None = None
     """Stop after so many optimiser steps. [steps]"""
     max_tokens: int | None = None
@@ -201,10 +201,10 @@ class TrainConfig(ConfigFile):
     """Interval of the checkpoints; 0: only at the end. [steps]"""
     keep_checkpoints: int = 3
     """How many of the last checkpoints are kept. [checkpoints]"""
-    checkpoint_dir: str = "checkpoints"
-    """Directory of the run: configuration, metrics, checkpoints, plots."""
+    checkpoint_dir: str | None = None
+    """Directory of the run: configuration, metrics, checkpoints, plots; default: a new one in runs."""
     resume_from: str | None = None
-    """Checkpoint, or directory of a run, to go on from."""
+    """Where to go on from: latest or best of checkpoint_dir, or a checkpoint, or another run."""
     wandb_project: str | None = None
     """Weights & Biases project to log to; default: none."""
     no_wandb: bool = False
