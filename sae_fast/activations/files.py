@@ -1,0 +1,90 @@
+"""Files that appear whole or not at all, and which files of a directory are shards."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from sae_fast.activations.errors import ShardError
+
+SUFFIXES = (".h5", ".hdf5")
+HELDOUT_PATTERN = "heldout*"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; on success flush it to disk and rename it to `path`.
+
+    After a failure, or a kill at any moment, whatever was at `path` before is still there.
+    """
+    # The leading dot and the ending keep an abandoned file from being taken for a shard.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_shards(
+    shard_dir: str | Path, heldout: str | Path | None = None
+) -> tuple[list[Path], list[Path]]:
+    """Training and held-out shards, each sorted by path.
+
+    `shard_dir` is a directory, or one file. Held-out shards are its files named heldout*, or, where
+    `heldout` is given, those of that directory or glob pattern; none is ever trained on.
+    """
+    directory = Path(shard_dir)
+    if directory.is_dir():
+        found = shards_in(directory)
+    elif directory.is_file():
+        found = [directory]
+    else:
+        raise ShardError(f"{directory}: no such directory or file of activation shards")
+    reserved = [path for path in found if fnmatch(path.name, HELDOUT_PATTERN)]
+    held = reserved if heldout is None else _matching(str(heldout))
+    excluded = {path.resolve() for path in [*reserved, *held]}
+    train = [path for path in found if path.resolve() not in excluded]
+    if not train:
+        aside = f" besides {len(found)} held-out ones" if found else ""
+        raise ShardError(f"{directory}: no shards to train on (*.h5, *.hdf5){aside}")
+    return train, held
+
+
+def shards_in(directory: Path) -> list[Path]:
+    """Files of a directory that are shards by their names, sorted."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.suffix in SUFFIXES and not path.name.startswith(".")
+    )
+
+
+def _matching(heldout: str) -> list[Path]:
+    """Shards of a directory, or files that a glob pattern names."""
+    if Path(heldout).is_dir():
+        found = shards_in(Path(heldout))
+    else:
+        found = sorted(Path(name) for name in glob.glob(heldout))
+    if not found:
+        raise ShardError(f"{heldout}: no held-out shards there")
+    return found
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename itself survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
