@@ -1,0 +1,201 @@
+"""Shards that belong together, checked before anything is trained on them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sae_fast.activations.errors import ShardError
+from sae_fast.activations.files import find_shards
+from sae_fast.activations.manifest import (
+    Manifest,
+    check_entry,
+    check_listing,
+    file_sha256,
+    read_manifest,
+)
+from sae_fast.activations.shard import (
+    DEFAULT_KEY,
+    Shard,
+    ShardFile,
+    content_checksum,
+    inspect_shard,
+    iterate_stored,
+)
+from sae_fast.activations.storage import FLOAT32, Storage, nonfinite_rows
+
+logger = logging.getLogger(__name__)
+
+RowNumbers = npt.NDArray[np.int64]
+Result = TypeVar("Result")
+NONE_DROPPED: RowNumbers = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Shards of one width in a fixed order, and the rows of each that are left out."""
+
+    shards: tuple[Shard, ...]
+    dropped: tuple[RowNumbers, ...]  # per shard, ascending numbers of its NaN and Inf rows
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.shards[0].d_in
+
+    @property
+    def rows(self) -> int:
+        """Rows that are served: all but the dropped ones."""
+        return sum(shard.rows for shard in self.shards) - self.nonfinite_rows
+
+    @property
+    def nonfinite_rows(self) -> int:
+        """Rows dropped because they hold NaN or Inf."""
+        return sum(len(rows) for rows in self.dropped)
+
+    @property
+    def storage(self) -> Storage:
+        """Element type in which rows of all shards fit."""
+        kinds = {shard.storage.name for shard in self.shards}
+        return self.shards[0].storage if len(kinds) == 1 else FLOAT32
+
+    def identities(self) -> list[tuple[str, str]]:
+        """File name of each shard, and a digest of what a resumed run relies on.
+
+        The first and last rows stand for the content, so that a shard captured again under the same
+        name and size is noticed without reading all of it.
+        """
+        return [
+            (shard.path.name, _identity(shard, dropped))
+            for shard, dropped in zip(self.shards, self.dropped, strict=True)
+        ]
+
+
+def open_shards(
+    shard_dir: str | Path | Sequence[Path],
+    *,
+    key: str = DEFAULT_KEY,
+    verify: bool = True,
+    skip_nonfinite: bool = False,
+) -> ShardSet:
+    """Check the training shards of a directory, or the given files, and describe them.
+
+    Always checked: each file opens, holds the dataset `key`, agrees with its attributes, with the
+    others' width and with manifest.json. `verify` also reads all of it once: checksums, and that
+    every row is finite. With `skip_nonfinite` rows that are not are dropped and counted instead.
+    Raises ShardError, one line naming the file, for the first shard at fault.
+    """
+    paths = find_shards(shard_dir)[0] if isinstance(shard_dir, str | Path) else list(shard_dir)
+    if not paths:
+        raise ShardError("no activation shards given")
+    shards = tuple(inspect_shard(path, key) for path in paths)
+    manifests = _check_manifests(shards)
+    for shard in shards[1:]:
+        if shard.d_in != shards[0].d_in:
+            raise ShardError(
+                f"{shard.path}: rows are {shard.d_in} wide, "
+                f"those of {shards[0].path} are {shards[0].d_in}"
+            )
+    dropped = tuple(NONE_DROPPED for _ in shards)
+    if verify:
+        total = sum(shard.file_bytes for shard in shards)
+        logger.info("verifying %d shards, %.2f GB", len(shards), total / 1e9)
+        _for_each(shards, lambda shard: _verify_checksum(shard, manifests[shard.path.parent]))
+    if verify or skip_nonfinite:
+        dropped = tuple(_for_each(shards, lambda shard: _find_nonfinite(shard, skip_nonfinite)))
+    result = ShardSet(shards, dropped)
+    if result.rows == 0:
+        raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
+    if result.nonfinite_rows:
+        logger.warning("dropping %d rows that hold NaN or Inf", result.nonfinite_rows)
+    return result
+
+
+def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
+    """Raise unless the held-out rows are as wide as those trained on."""
+    if train.d_in != heldout.d_in:
+        first, other = heldout.shards[0], train.shards[0]
+        raise ShardError(
+            f"{first.path}: rows are {first.d_in} wide, those of {other.path} are {other.d_in}"
+        )
+
+
+def nonfinite_error(shard: Shard, row: int) -> ShardError:
+    """Describe the first row at fault."""
+    return ShardError(
+        f"{shard.path}: row {row} holds NaN or Inf (--skip-nonfinite drops such rows)"
+    )
+
+
+def _check_manifests(shards: tuple[Shard, ...]) -> dict[Path, Manifest | None]:
+    """Check every shard against the manifest beside it; returns the manifests by directory."""
+    manifests: dict[Path, Manifest | None] = {}
+    for shard in shards:
+        directory = shard.path.parent
+        if directory not in manifests:
+            manifests[directory] = read_manifest(directory)
+            manifest = manifests[directory]
+            if manifest is not None:
+                check_listing(directory, manifest)
+        manifest = manifests[directory]
+        if manifest is not None:
+            check_entry(shard, manifest)
+    return manifests
+
+
+def _verify_checksum(shard: Shard, manifest: Manifest | None) -> None:
+    """Compare the file with its manifest or, where there is none, the rows with their attribute."""
+    if manifest is not None:
+        if file_sha256(shard.path) != manifest[shard.path.name].sha256:
+            raise ShardError(f"{shard.path}: damaged: its SHA-256 is not the one in manifest.json")
+    elif shard.checksum is not None:
+        with ShardFile(shard) as file:
+            if content_checksum(file) != shard.checksum:
+                raise ShardError(f"{shard.path}: damaged: its rows do not match its checksum")
+
+
+def _find_nonfinite(shard: Shard, skip: bool) -> RowNumbers:
+    """Numbers of the rows that hold NaN or Inf; raises at the first unless `skip`."""
+    found: list[RowNumbers] = []
+    start = 0
+    with ShardFile(shard) as file:
+        for rows in iterate_stored(file):
+            bad = nonfinite_rows(rows, shard.storage)
+            if bad.size:
+                if not skip:
+                    raise nonfinite_error(shard, start + int(bad[0]))
+                found.append(bad + start)
+            start += len(rows)
+    return np.concatenate(found) if found else NONE_DROPPED
+
+
+def _for_each(shards: Sequence[Shard], check: Callable[[Shard], Result]) -> list[Result]:
+    """Run a check on all shards in parallel; the first shard at fault, in order, raises."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(check, shard) for shard in shards]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _identity(shard: Shard, dropped: RowNumbers) -> str:
+    described = (shard.key, shard.rows, shard.d_in, shard.storage.name, shard.chunk_rows)
+    digest = hashlib.sha256(repr((described, shard.checksum)).encode())
+    digest.update(np.ascontiguousarray(dropped, "<i8").tobytes())
+    row = np.empty((1, shard.d_in), shard.storage.numpy_dtype)
+    with ShardFile(shard) as file:
+        for number in (0, shard.rows - 1):
+            file.read(number, number + 1, row)
+            digest.update(row.tobytes())
+    return digest.hexdigest()[:16]
