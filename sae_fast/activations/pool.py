@@ -1,0 +1,116 @@
+"""The rows in memory: a window read block by block, and batches gathered from it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_fast.activations.shard import ShardFile
+from sae_fast.activations.shard_set import ShardSet, nonfinite_error
+from sae_fast.activations.shuffle import Block, Indices
+from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows
+
+OPEN_FILES = 64
+
+
+class BlockReader:
+    """Reads blocks of any shard of a set, keeping the last OPEN_FILES files open."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+
+    def read(self, block: Block, out: Tensor) -> None:
+        """Read the served rows of a block to the beginning of `out` [>= stop - start, D].
+
+        `out` must have the set's element type and room for the block's dropped rows too. Raises
+        ShardError if the file cannot be read or a row is not finite that was not dropped.
+        """
+        shard = self._shards.shards[block.shard]
+        rows = out[: block.stop - block.start]
+        stored: Array
+        if shard.storage is self._shards.storage:
+            stored = as_numpy(rows, shard.storage)
+        else:
+            stored = np.empty(tuple(rows.shape), shard.storage.numpy_dtype)
+        self._file(block.shard).read(block.start, block.stop, stored)
+        bad = nonfinite_rows(stored, shard.storage)
+        if shard.storage is not self._shards.storage:
+            rows.copy_(as_tensor(stored, shard.storage))
+        dropped = self._shards.dropped[block.shard]
+        first, last = np.searchsorted(dropped, (block.start, block.stop))
+        expected = dropped[first:last] - block.start
+        if bad.size or expected.size:
+            surprises = np.setdiff1d(bad, expected)
+            if surprises.size:
+                raise nonfinite_error(shard, block.start + int(surprises[0]))
+            keep = np.ones(len(rows), bool)
+            keep[expected] = False
+            rows[: block.kept] = rows[torch.from_numpy(keep)]
+
+    def _file(self, number: int) -> ShardFile:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        if len(self._open) >= OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        self._open[number] = ShardFile(self._shards.shards[number])
+        return self._open[number]
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+class Pool:
+    """Memory for one window, filled block by block so that reading can go on beside serving."""
+
+    def __init__(self, capacity: int, shards: ShardSet) -> None:
+        self._memory = torch.empty(capacity, shards.d_in, dtype=shards.storage.torch_dtype)
+        self._blocks: list[Block] = []
+        self._blocks_read = 0
+        self._order = torch.empty(0, dtype=torch.int64)
+        self.rows = 0
+
+    def begin(self, blocks: list[Block]) -> None:
+        """Forget the rows here; `read_block` will read these blocks, one a call."""
+        self._blocks, self._blocks_read, self.rows = blocks, 0, 0
+
+    def holds(self, fraction: float) -> bool:
+        """Whether that fraction of the blocks has been read."""
+        return self._blocks_read >= fraction * len(self._blocks)
+
+    def read_block(self, reader: BlockReader) -> None:
+        """Read the next block."""
+        block = self._blocks[self._blocks_read]
+        reader.read(block, self._memory[self.rows :])
+        self.rows += block.kept
+        self._blocks_read += 1
+
+    def shuffle(self, order: Indices) -> None:
+        """Set the order in which `take` counts the rows."""
+        self._order = torch.from_numpy(order)
+
+    def take(self, start: int, stop: int, out: Tensor) -> None:
+        """Copy the start-th to stop-th row of the shuffled order to `out` [stop - start, D]."""
+        # Gathering rows as stored and then widening reads half the memory that widening the pool
+        # would; torch converts float16 ten times faster than NumPy does.
+        out.copy_(torch.index_select(self._memory, 0, self._order[start:stop]))
+
+
+def iterate_blocks(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
+    """Served rows of each block as stored [n, D]; the memory is reused."""
+    longest = max(block.stop - block.start for block in blocks)
+    memory = torch.empty(longest, shards.d_in, dtype=shards.storage.torch_dtype)
+    reader = BlockReader(shards)
+    try:
+        for block in blocks:
+            reader.read(block, memory)
+            yield memory[: block.kept]
+    finally:
+        reader.close()

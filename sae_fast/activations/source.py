@@ -1,0 +1,66 @@
+"""What a training loop may ask of its supply of activations, be it shards on disk or a tensor.
+
+Rows come for ever, in batches of exactly `batch_size`: a batch that begins at the end of one epoch
+is completed with the first rows of the next, so no row is lost and no short batch is served. When
+to stop is the caller's business.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """x -> (x - mean) * scale, applied to every row before it is served."""
+
+    mean: Tensor  # [D]
+    scale: float
+
+
+class ActivationSource(Protocol):
+    """An endless, shuffled, resumable supply of batches."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over the data; rows dropped as non-finite are not counted."""
+
+    @property
+    def tokens_served(self) -> int:
+        """Rows served since the very beginning, over resumes."""
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next row, from 0."""
+
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds for which `next_batch` has kept its callers waiting."""
+
+    def next_batch(self) -> Tensor:
+        """Return the next rows [N, D] float32, N = batch_size; the caller owns the tensor."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch served: a small dict that `json` can write."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state` was taken; ValueError if the data is not the same."""
+
+    def close(self) -> None:
+        """Release files and threads; the source cannot be used afterwards."""
+
+
+def measure_rows_per_second(source: ActivationSource, rows: int) -> float:
+    """Rows a second that `source` sustains over `rows` rows, after one batch of warm-up."""
+    source.next_batch()
+    first = source.tokens_served
+    start = time.perf_counter()
+    while source.tokens_served - first < rows:
+        source.next_batch()
+    return (source.tokens_served - first) / (time.perf_counter() - start)

@@ -1,0 +1,200 @@
+"""Shuffled batches from HDF5 shards: `ActivationStream`."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations.reader import PREFETCHED_BATCHES, BatchReader, Cursor
+from sae_fast.activations.shard import DEFAULT_KEY
+from sae_fast.activations.shard_set import ShardSet, open_shards
+from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
+from sae_fast.activations.source import Transform
+
+STATE_VERSION = 1
+
+
+class ActivationStream:
+    """Rows of all shards in an order drawn from one seed, each exactly once an epoch.
+
+    `shards` is a directory (its held-out files are left out), a file, or an opened `ShardSet`.
+    `pool_rows` rows are shuffled together at a time, and twice as many are in memory. A background
+    thread reads, widens to float32 and applies `transform`; it starts with the first `next_batch`,
+    or with `start`. The order depends on the shards, `seed` and `pool_rows`, on nothing else.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | ShardSet,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        key: str = DEFAULT_KEY,
+        pool_rows: int | None = None,
+        skip_nonfinite: bool = False,
+        verify: bool = True,
+        transform: Transform | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(shards, ShardSet):
+            shards = open_shards(shards, key=key, verify=verify, skip_nonfinite=skip_nonfinite)
+        self.shards = shards
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pool_rows = default_pool_rows(shards) if pool_rows is None else pool_rows
+        self._plan = EpochPlan(shards, self.pool_rows, seed)
+        self._transform = checked_transform(transform, shards.d_in)
+        self._identities: list[tuple[str, str]] | None = None
+        self._cursor = Cursor()
+        self._stall_seconds = 0.0
+        self._reader: BatchReader | None = None
+        self._stop_reader: Callable[[], object] | None = None
+        self._closed = False
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.shards.d_in
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows in one pass over the shards, without those dropped as non-finite."""
+        return self.shards.rows
+
+    @property
+    def nonfinite_rows(self) -> int:
+        """Rows of the shards that are dropped because they hold NaN or Inf."""
+        return self.shards.nonfinite_rows
+
+    @property
+    def tokens_served(self) -> int:
+        """Rows served since the very beginning, over resumes."""
+        return self._cursor.tokens
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next row, from 0."""
+        return self._cursor.tokens // self.rows_per_epoch
+
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds for which `next_batch` has waited for the reader."""
+        return self._stall_seconds
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the pools and of the batches that are kept ready."""
+        pools = 1 if self._plan.n_windows == 1 else 2
+        rows = pools * self._plan.capacity * self.shards.storage.itemsize
+        return self.d_in * (rows + (PREFETCHED_BATCHES + 2) * self.batch_size * 4)
+
+    def start(self) -> None:
+        """Begin to read, so that the first batch is ready, or nearly, when it is asked for."""
+        if self._closed:
+            raise ValueError("the stream is closed")
+        if self._reader is None:
+            self._reader = BatchReader(
+                self.shards, self._plan, self.batch_size, self._transform, self._cursor
+            )
+            # The thread must end with the stream or the process, whichever is first; it holds no
+            # reference to the stream, so dropping the stream is enough.
+            self._stop_reader = weakref.finalize(self, self._reader.stop)
+
+    def next_batch(self) -> Tensor:
+        """Return the next rows [N, D] float32; raises ShardError if a shard cannot be read."""
+        self.start()
+        assert self._reader is not None
+        if self._reader.ready:
+            batch, self._cursor = self._reader.get()
+            return batch
+        begin = time.perf_counter()
+        try:
+            batch, self._cursor = self._reader.get()
+        finally:
+            self._stall_seconds += time.perf_counter() - begin
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch served, and what identifies the shards.
+
+        A few numbers: the pool's rows and their order follow from the position (see shuffle.py),
+        so resuming reads the window again instead of every checkpoint writing it out.
+        """
+        if self._identities is None:
+            self._identities = self.shards.identities()
+        return {
+            "version": STATE_VERSION,
+            "seed": self.seed,
+            "pool_rows": self.pool_rows,
+            "cursor": asdict(self._cursor),
+            "shards": [list(item) for item in self._identities],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch that was the last when `state` was taken; batch_size may differ.
+
+        Raises ValueError, naming it, if a shard, the seed or the pool size is not what it was.
+        """
+        check_state(state, STATE_VERSION, seed=self.seed, pool_rows=self.pool_rows)
+        if self._identities is None:
+            self._identities = self.shards.identities()
+        _check_same_shards([(name, digest) for name, digest in state["shards"]], self._identities)
+        self._halt()
+        self._cursor = Cursor(**state["cursor"])
+
+    def close(self) -> None:
+        """Stop the reader and close the files; the stream cannot be used afterwards."""
+        self._halt()
+        self._closed = True
+
+    def _halt(self) -> None:
+        if self._stop_reader is not None:
+            self._stop_reader()
+        self._reader = self._stop_reader = None
+
+    def __enter__(self) -> ActivationStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def checked_transform(transform: Transform | None, d_in: int) -> Transform | None:
+    """A transform as it is applied: mean [D] float32 on the CPU, scale rounded to float32."""
+    if transform is None:
+        return None
+    mean, scale = transform
+    if mean.shape != (d_in,):
+        raise ValueError(f"transform: mean must have shape ({d_in},), got {tuple(mean.shape)}")
+    mean = mean.detach().to("cpu", torch.float32, copy=True)
+    return Transform(mean, torch.tensor(float(scale), dtype=torch.float32).item())
+
+
+def check_state(state: dict[str, Any], version: int, **expected: int) -> None:
+    """Raise ValueError unless a saved position has this version and these settings."""
+    if state.get("version") != version:
+        raise ValueError(f"data position has version {state.get('version')}, expected {version}")
+    for name, value in expected.items():
+        if state.get(name) != value:
+            raise ValueError(f"{name} is {value}, but the checkpoint was made with {state[name]}")
+
+
+def _check_same_shards(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> None:
+    if before == now:
+        return
+    old, new = dict(before), dict(now)
+    changes = [
+        *(f"{name} is gone" for name in old if name not in new),
+        *(f"{name} is new" for name in new if name not in old),
+        *(f"{name} has other content" for name in new if old.get(name, new[name]) != new[name]),
+    ] or ["their order is another"]
+    listed = ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
+    raise ValueError(f"the shards are not those of the checkpoint: {listed}")
