@@ -1,0 +1,32 @@
+"""Activations on disk and in memory: shard format, checks, and the streams that training reads."""
+
+from sae_fast.activations.errors import ShardError
+from sae_fast.activations.files import find_shards
+from sae_fast.activations.heldout import HeldOut, open_heldout
+from sae_fast.activations.manifest import write_manifest
+from sae_fast.activations.normalization import estimate_normalization
+from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
+from sae_fast.activations.source import ActivationSource, Transform, measure_rows_per_second
+from sae_fast.activations.stream import ActivationStream
+from sae_fast.activations.tensor_stream import TensorStream
+from sae_fast.activations.writer import ShardMetadata, ShardWriter, write_shard
+
+__all__ = [
+    "ActivationSource",
+    "ActivationStream",
+    "HeldOut",
+    "ShardError",
+    "ShardMetadata",
+    "ShardSet",
+    "ShardWriter",
+    "TensorStream",
+    "Transform",
+    "check_same_width",
+    "estimate_normalization",
+    "find_shards",
+    "measure_rows_per_second",
+    "open_heldout",
+    "open_shards",
+    "write_manifest",
+    "write_shard",
+]
