@@ -1,0 +1,69 @@
+# The two commands of the README are `make demo` and `make test`; each does all set-up there is.
+#
+#   PYTHON=python3.12 make demo      with another Python, 3.10 or newer
+#   SAE_FAST_NATIVE=0 make demo      without a compiler: the pure-PyTorch reference
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV)/bin)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+WERROR := $(if $(CI),ON,OFF)
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: demo test build build-dev lint test-cpp test-address test-thread test-cuda test-python clean
+
+demo: build
+	python -m sae_fast.train --config examples/demo.json
+
+test: lint test-cpp test-cuda test-python
+
+# torch comes first, so that the build finds the one it will run with.
+$(VENV)/made: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "sae_fast needs Python 3.10 or newer: PYTHON=python3.12 make ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) setuptools pybind11 cmake ninja
+	touch $@
+
+# The build folder is kept, so that only what changed is compiled again.
+INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \
+  CMAKE_ARGS="$(CMAKE_ARGS) -DSAE_FAST_WERROR=$(WERROR)" $(INSTALL) --no-build-isolation
+
+build: $(VENV)/made
+	$(INSTALL_HERE) -e .
+
+build-dev: $(VENV)/made
+	$(INSTALL_HERE) -e ".[dev]"
+
+lint: build-dev
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	mypy
+
+# The kernels without Python, since the sanitizers know neither torch nor its thread pool.
+SANITIZE_address := address,undefined
+SANITIZE_thread := thread
+
+test-cpp: test-address test-thread
+
+test-address test-thread: test-%: $(VENV)/made
+	cmake -S . -B build/$* -G Ninja -DSAE_FAST_MODULE=OFF -DSAE_FAST_TESTS=ON \
+	  -DSAE_FAST_SANITIZE=$(SANITIZE_$*) -DSAE_FAST_WERROR=$(WERROR) --log-level=WARNING
+	cmake --build build/$*
+	ctest --test-dir build/$* --output-on-failure
+
+test-cuda: $(VENV)/made
+	@if [ -n "$$CUDA_HOME$$CUDACXX" ] || command -v nvcc > /dev/null; \
+	  then python tools/cuda_resources.py; \
+	  else echo "no nvcc here: the CUDA sources were not compiled"; fi
+
+test-python: build-dev
+	test "$$SAE_FAST_NATIVE" = 0 || python tools/isa_symbols.py build/native
+	python -m sae_fast.info
+	python -m pytest
+
+clean:
+	rm -rf build $(VENV) sae_fast.egg-info sae_fast/_C*.so sae_fast/_reference_install.py
