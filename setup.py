@@ -36,6 +36,8 @@ class BuildPython(build_py):
             else:
                 (package / MARKER).write_text(MARKER_TEXT)
                 (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+        # What an earlier build left there, a renamed file for one, would end up in the wheel.
+        shutil.rmtree(Path(self.build_lib) / "sae_fast", ignore_errors=True)
         super().run()
         if not native_wanted() and not self.editable_mode:
             (Path(self.build_lib) / "sae_fast" / MARKER).write_text(MARKER_TEXT)
