@@ -1,0 +1,1 @@
+"""The step that sae_fast runs, in plain PyTorch and through the peers' own trainers."""

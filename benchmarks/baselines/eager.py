@@ -1,0 +1,106 @@
+"""One TopK training step in ordinary PyTorch, as the field's trainers write it.
+
+Dense encode, topk, scatter, dense decode. It does what sae_fast's step does, in the same order:
+reconstruction loss, AuxK over dead latents (none before 10 M silent tokens), backward, projection
+off the decoder rows, clip by the global norm, Adam, unit decoder rows, counters of silent tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.support.problem import Weights
+
+AUX_COEFFICIENT = 1 / 32
+DEAD_AFTER_TOKENS = 10_000_000
+GRADIENT_CLIP = 1.0
+
+
+class EagerTrainer:
+    """Trains a TopK autoencoder; subclasses replace how a code is selected and decoded."""
+
+    fused_adam = False
+
+    def __init__(
+        self,
+        weights: Weights,
+        k: int,
+        lr: float,
+        *,
+        autocast: bool = False,
+        compiled: bool = False,
+        dead_after_tokens: int = DEAD_AFTER_TOKENS,
+    ) -> None:
+        self.W_enc = nn.Parameter(weights.W_enc.clone())  # [F, D]
+        self.b_enc = nn.Parameter(weights.b_enc.clone())  # [F]
+        self.W_dec = nn.Parameter(weights.W_dec.clone())  # [F, D]
+        self.b_dec = nn.Parameter(weights.b_dec.clone())  # [D]
+        self.parameters = [self.W_enc, self.b_enc, self.W_dec, self.b_dec]
+        self.k = k
+        self.autocast = autocast
+        self.dead_after_tokens = dead_after_tokens
+        self.tokens_since_fired = torch.zeros(len(weights.b_enc), dtype=torch.int64)
+        # fused=None is what a user gets who says nothing: on a CPU, a loop over the parameters.
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=self.fused_adam or None)
+        self.objective: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+        self.objective = torch.compile(self.compute_loss) if compiled else self.compute_loss
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(x − b_dec) W_encᵀ + b_enc.  # [N, F]"""
+        return F.linear(x - self.b_dec, self.W_enc, self.b_enc)
+
+    def select(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest pre-activations after ReLU, their indices, and all that `dead` needs."""
+        pre_acts = self.pre_activations(x)
+        values, indices = torch.relu(pre_acts).topk(self.k, dim=-1, sorted=False)
+        return values, indices, pre_acts
+
+    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        """Σ value · W_dec[index], without b_dec.  # [N, D]"""
+        dense = torch.zeros(len(values), len(self.W_dec), dtype=values.dtype)
+        return dense.scatter(-1, indices, values) @ self.W_dec
+
+    def compute_loss(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss to minimise, and the selected code."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            values, indices, pre_acts = self.select(x, dead)
+            residual = x - (self.decode(values, indices) + self.b_dec)  # [N, D]
+            loss = residual.float().square().sum(-1).mean()
+            if dead is not None:
+                target = residual.detach().float()
+                loss = loss + AUX_COEFFICIENT * self.aux_loss(pre_acts, target, dead)
+        return loss, values, indices
+
+    def aux_loss(self, pre_acts: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+        """How well the strongest dead latents model the residual, in units of its variance."""
+        k_aux = min(residual.shape[1] // 2, int(dead.sum()))
+        masked = pre_acts.masked_fill(~dead, -torch.inf)
+        values, indices = masked.topk(k_aux, dim=-1, sorted=False)
+        error = self.decode(torch.relu(values), indices) - residual
+        variance = (residual - residual.mean(0)).square().sum(-1).mean()
+        return torch.nan_to_num(error.square().sum(-1).mean() / variance)
+
+    def step(self, x: Tensor) -> Tensor:
+        """One whole training step on x [N, D]; returns the loss."""
+        dead = self.tokens_since_fired >= self.dead_after_tokens
+        loss, values, indices = self.objective(x, dead if bool(dead.any()) else None)
+        loss.backward()
+        with torch.no_grad():
+            self.project_decoder_gradient()
+            torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            self.tokens_since_fired += len(x)
+            self.tokens_since_fired[indices[values > 0]] = 0
+        return loss.detach()
+
+    def project_decoder_gradient(self) -> None:
+        """Remove from each decoder row's gradient the part along the row."""
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec

@@ -1,0 +1,33 @@
+"""SAELens, trained by its own `SAETrainer.fit()` on an iterator of batches."""
+
+from __future__ import annotations
+
+import torch
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+
+from benchmarks.worker import Job, Turns
+
+
+def train(job: Job, turns: Turns) -> None:
+    """Run SAELens's trainer, with its defaults, on the job's batches."""
+    size, weights = job.size, job.weights
+    config = SAETrainerConfig(
+        total_training_samples=job.steps * size.n_tokens,
+        train_batch_size_samples=size.n_tokens,
+        lr=job.learning_rate,
+        lr_end=job.learning_rate,
+        autocast=job.autocast,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    turns.before_model()
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=size.d_in, d_sae=size.d_sae, k=size.k))
+    with torch.no_grad():
+        sae.W_enc.copy_(weights.W_enc.T)
+        sae.W_dec.copy_(weights.W_dec)
+        x = job.batch(0)
+        loss = (sae(x) - x).square().sum(-1).mean()
+    trainer = SAETrainer(config, sae, data_provider=turns.batches(job))
+    turns.ready(float(loss))
+    trainer.fit()

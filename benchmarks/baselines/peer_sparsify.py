@@ -1,0 +1,86 @@
+"""EleutherAI sparsify, trained by its own `Trainer.fit()`.
+
+It trains on a language model's hidden states and has no entry for stored activations, so its
+"model" here is one layer that looks rows up in an array; the rest of the step is its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from sparsify import SaeConfig, TrainConfig, Trainer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from benchmarks.worker import Job, Turns
+
+
+class RowTable(nn.Module):
+    """A stand-in for a transformer: its only layer turns token ids into stored activations."""
+
+    def __init__(self, activations: Tensor) -> None:
+        super().__init__()
+        self.rows = Lookup(activations)
+        self.device = activations.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        """Where sparsify looks for hook points."""
+        return self
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Activations of the given row numbers."""
+        return self.rows(input_ids)
+
+
+class Lookup(nn.Module):
+    """Row numbers to rows."""
+
+    def __init__(self, activations: Tensor) -> None:
+        super().__init__()
+        self.activations = activations
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Activations of the given row numbers."""
+        return self.activations[input_ids]
+
+
+class TurnDataset(Dataset[dict[str, Tensor]]):
+    """One item a step: the row numbers of a batch, handed out when it is this peer's turn."""
+
+    def __init__(self, job: Job, turns: Turns) -> None:
+        self.job = job
+        self.turns = turns
+
+    def __len__(self) -> int:
+        return self.job.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        self.turns.wait()
+        first = self.job.first_row(step)
+        return {"input_ids": torch.arange(first, first + self.job.size.n_tokens)}
+
+
+def train(job: Job, turns: Turns) -> None:
+    """Run sparsify's trainer with torch's Adam on the job's batches."""
+    size, weights = job.size, job.weights
+    config = TrainConfig(
+        SaeConfig(num_latents=size.d_sae, k=size.k),
+        batch_size=1,
+        optimizer="adam",
+        lr=job.learning_rate,
+        lr_warmup_steps=0,
+        hookpoints=["rows"],
+        save_every=job.steps * 2,
+        log_to_wandb=False,
+    )
+    turns.before_model()
+    trainer = Trainer(config, TurnDataset(job, turns), RowTable(job.activations))
+    coder = trainer.saes["rows"]
+    with torch.no_grad():
+        coder.encoder.weight.copy_(weights.W_enc)
+        coder.W_dec.copy_(weights.W_dec)
+        unit = torch.ones(())  # makes the reported fraction a plain sum of squares
+        loss = coder(job.batch(0), total_variance=unit).fvu / size.n_tokens
+    turns.ready(float(loss))
+    trainer.fit()

@@ -1,0 +1,1 @@
+"""What the benchmarks share: sizes, data, timing, floors, machine facts, tables."""

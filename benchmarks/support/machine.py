@@ -1,0 +1,75 @@
+"""Which machine, which versions and which command a table came from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+DISTRIBUTIONS = {
+    "sparsify": "eai-sparsify",
+    "saelens": "sae-lens",
+    "dictionary_learning": "dictionary-learning",
+}
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The instruction set sae_fast's kernels use here."""
+    try:
+        from sae_fast import _C
+    except ImportError:
+        return "none (PyTorch reference)"
+    return str(_C.instruction_set())
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Facts that a table needs beside its numbers."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "memory_gib": round(memory),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "sae_fast_instruction_set": instruction_set(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sae_fast": distribution_version("sae_fast"),
+    }
+
+
+def distribution_version(name: str) -> str:
+    """Version of an installed distribution, or a word that it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def command_line(module: str) -> str:
+    """The command of this run, without the paths of this machine."""
+    arguments = [shorten(argument) for argument in sys.argv[1:]]
+    return " ".join(["python", "-m", module, *arguments])
+
+
+def shorten(argument: str) -> str:
+    """Keep the last part of a path; NAME=PATH keeps its name."""
+    name, separator, path = argument.rpartition("=")
+    if not os.path.isabs(path):
+        return argument
+    return f"{name}{separator}{Path(path).name}"

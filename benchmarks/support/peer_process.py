@@ -1,0 +1,97 @@
+"""The parent's side of `benchmarks/worker.py`: a contestant in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.problem import Size
+from benchmarks.support.timing import Sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class PeerProcess:
+    """Trains one contestant step by step; use as a context manager."""
+
+    def __init__(
+        self, contestant: str, adapter: str, python: str, size: Size, n_batches: int, threads: int
+    ) -> None:
+        self.contestant = contestant
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": str(threads),
+            "WANDB_MODE": "disabled",
+        }
+        self.process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        self.peak_bytes = 0
+        job = {
+            "contestant": contestant,
+            "adapter": adapter,
+            "size": asdict(size),
+            "n_batches": n_batches,
+            "threads": threads,
+        }
+        answer = self.ask(json.dumps(job))
+        self.first_loss: float = answer["loss"]
+        self.versions: dict[str, str] = answer["versions"]
+
+    def step(self) -> Sample:
+        """Let it take one step."""
+        answer = self.ask("go")
+        self.peak_bytes = answer["peak_bytes"]
+        return Sample(answer["seconds"], answer["cpu_seconds"], answer["others"])
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line, wait for the answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError(f"{self.contestant} stopped: {self.last_words()}")
+        content: dict[str, Any] = json.loads(answer)
+        return content
+
+    def last_words(self) -> str:
+        """The end of what it wrote to standard error."""
+        self.process.wait()
+        self.errors.seek(0)
+        return "\n".join(self.errors.read().strip().splitlines()[-8:]) or "no message"
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self.errors.close()
+
+    def __enter__(self) -> PeerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

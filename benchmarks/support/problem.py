@@ -1,0 +1,103 @@
+"""The size of a benchmark, its activations and the parameters every contestant starts from.
+
+N tokens a step, D = d_in, F = d_sae, K = k. Activations come scaled as a trainer hands them to the
+step: mean 0, E‖x‖ = √D.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMED_SIZES = {
+    "S1": (4096, 384, 3072, 32),
+    "S2": (4096, 768, 6144, 32),
+    "S3": (4096, 384, 12288, 192),
+    "S4": (2048, 2048, 32768, 64),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One problem size; `name` is S1…S4 or the numbers as NxDxFxK."""
+
+    name: str
+    n_tokens: int
+    d_in: int
+    d_sae: int
+    k: int
+
+    @property
+    def product_flops(self) -> float:
+        """Operations of the one dense product a step needs, x @ W_enc.T."""
+        return 2.0 * self.n_tokens * self.d_in * self.d_sae
+
+    @property
+    def parameters(self) -> int:
+        """Entries of both weight matrices."""
+        return 2 * self.d_in * self.d_sae
+
+    @property
+    def entries(self) -> int:
+        """Entries of the sparse code of one batch."""
+        return self.n_tokens * self.k
+
+    def describe(self) -> str:
+        """The size as a reader of a table wants it."""
+        return f"{self.name} (N={self.n_tokens}, d_in={self.d_in}, d_sae={self.d_sae}, k={self.k})"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Initial parameters, tied and with unit rows as the trainer starts them."""
+
+    W_enc: Tensor  # [F, D]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, D]
+    b_dec: Tensor  # [D]
+
+
+def parse_size(text: str) -> Size:
+    """Read `S2` or `64x32x128x4` (N x d_in x d_sae x k)."""
+    if text in NAMED_SIZES:
+        return Size(text, *NAMED_SIZES[text])
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
+    if match is None:
+        names = ", ".join(NAMED_SIZES)
+        raise ValueError(f"size must be one of {names} or like 64x32x128x4 (NxDxFxK), got {text!r}")
+    return Size(text, *(int(part) for part in match.groups()))
+
+
+def make_weights(size: Size, seed: int = 1) -> Weights:
+    """Random unit decoder rows, the encoder equal to them, zero biases."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = F.normalize(torch.randn(size.d_sae, size.d_in, generator=generator), dim=1)
+    return Weights(rows.clone(), torch.zeros(size.d_sae), rows, torch.zeros(size.d_in))
+
+
+def make_activations(size: Size, batches: int, seed: int = 0) -> Tensor:
+    """Sparse mixtures of features with Zipf frequencies, plus noise.  # [batches * N, D]
+
+    Heavy-tailed latents are what makes the latent-major half of a step hard to balance.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, active = batches * size.n_tokens, 40
+    features = min(max(size.d_sae, 64), 4096)
+    dictionary = F.normalize(torch.randn(features, size.d_in, generator=generator), dim=1)
+    frequency = 1.0 / (torch.arange(features) + 10.0) ** 0.9
+    chosen = torch.multinomial(frequency, rows * active, replacement=True, generator=generator)
+    strength = torch.rand(rows, active, generator=generator) + 0.5
+    chosen = chosen.view(rows, active)
+    x = F.embedding_bag(chosen, dictionary, per_sample_weights=strength, mode="sum")
+    x += 0.9 * torch.randn(rows, size.d_in, generator=generator) / size.d_in**0.5
+    x -= x.mean(0)
+    return x * (size.d_in**0.5 / x.norm(dim=1).mean())
+
+
+def learning_rate(size: Size) -> float:
+    """The trainer's default."""
+    return 2e-4 / (size.d_sae / 2**14) ** 0.5

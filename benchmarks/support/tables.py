@@ -1,0 +1,54 @@
+"""Markdown tables and JSON files of results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(headings) + " |"]
+    lines.append("|" + "|".join(["---", *["---:"] * (len(headings) - 1)]) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """One sentence about where the numbers were measured."""
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
+        f"{machine['threads']} threads; torch {machine['torch']} "
+        f"({machine['torch_cpu_capability']}), sae_fast {machine['sae_fast']} "
+        f"({machine['sae_fast_instruction_set']}), Python {machine['python']}."
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds with three significant digits."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio of times."""
+    return "-" if value is None else f"{value:.2f}×"
+
+
+def percent(value: float | None) -> str:
+    """A share."""
+    return "-" if value is None else f"{value * 100:.0f} %"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a table file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content.rstrip() + "\n")
