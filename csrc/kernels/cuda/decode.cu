@@ -2,6 +2,10 @@
 
 #include <cuda_pipeline_primitives.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
@@ -9,6 +13,7 @@
 namespace sae_fast::cuda {
 namespace {
 
+constexpr int kMaxWidth = 8;
 constexpr int kDecodeThreads = 256;
 constexpr int kBackwardThreads = 256;
 constexpr int kReconstructThreads = 128;
@@ -261,7 +266,7 @@ cudaError_t staging_capacity(const CodeRows& code, int warps, int* capacity) {
 cudaError_t decode(const float* values, const int32_t* indices, CodeRows code, TypedPointer W_dec,
                    const float* b_dec, float* x_hat, int64_t d_in, cudaStream_t stream) {
   if (d_in == 0) return cudaSuccess;
-  return with_rows(W_dec, d_in, {b_dec, x_hat}, [&](const auto* weights, auto width) {
+  return with_rows<kMaxWidth>(W_dec, d_in, {b_dec, x_hat}, [&](const auto* weights, auto width) {
     using Weight = std::decay_t<decltype(*weights)>;
     constexpr int kWidth = decltype(width)::value;
     const int64_t warps = code.rows * ceil_div<int64_t>(d_in, kWarpSize * kWidth);
@@ -274,7 +279,7 @@ cudaError_t decode(const float* values, const int32_t* indices, CodeRows code, T
 cudaError_t decode_backward(const float* grad, const int32_t* indices, CodeRows code,
                             TypedPointer W_dec, float* grad_values, int64_t d_in,
                             cudaStream_t stream) {
-  return with_rows(W_dec, d_in, {grad}, [&](const auto* weights, auto width) {
+  return with_rows<kMaxWidth>(W_dec, d_in, {grad}, [&](const auto* weights, auto width) {
     using Weight = std::decay_t<decltype(*weights)>;
     constexpr int kWidth = decltype(width)::value;
     return launch(decode_backward_kernel<Weight, kWidth>, code.rows, kBackwardThreads, 0, stream,
@@ -287,20 +292,21 @@ cudaError_t reconstruct(const float* values, const int32_t* indices, CodeRows co
                         float* squared_error, float* residual_dot, int64_t d_in,
                         cudaStream_t stream) {
   if (code.rows == 0) return cudaSuccess;
-  return with_rows(W_dec, d_in, {b_dec, x, residual}, [&](const auto* weights, auto width) {
-    using Weight = std::decay_t<decltype(*weights)>;
-    constexpr int kWidth = decltype(width)::value;
-    const int64_t chunks = ceil_div<int64_t>(d_in, kWarpSize * kWidth);
-    const int warps =
-        static_cast<int>(std::clamp<int64_t>(chunks, 1, kReconstructThreads / kWarpSize));
-    int capacity = 0;
-    const cudaError_t error = staging_capacity<Weight, kWidth>(code, warps, &capacity);
-    if (error != cudaSuccess) return error;
-    return launch(reconstruct_kernel<Weight, kWidth>, code.rows, warps * kWarpSize,
-                  Stage<Weight, kWidth>::bytes(warps, capacity), stream, values, indices, code,
-                  weights, b_dec, x, static_cast<Weight*>(residual), squared_error, residual_dot,
-                  d_in, capacity);
-  });
+  return with_rows<kMaxWidth>(
+      W_dec, d_in, {b_dec, x, residual}, [&](const auto* weights, auto width) {
+        using Weight = std::decay_t<decltype(*weights)>;
+        constexpr int kWidth = decltype(width)::value;
+        const int64_t chunks = ceil_div<int64_t>(d_in, kWarpSize * kWidth);
+        const int warps =
+            static_cast<int>(std::clamp<int64_t>(chunks, 1, kReconstructThreads / kWarpSize));
+        int capacity = 0;
+        const cudaError_t error = staging_capacity<Weight, kWidth>(code, warps, &capacity);
+        if (error != cudaSuccess) return error;
+        return launch(reconstruct_kernel<Weight, kWidth>, code.rows, warps * kWarpSize,
+                      Stage<Weight, kWidth>::bytes(warps, capacity), stream, values, indices, code,
+                      weights, b_dec, x, static_cast<Weight*>(residual), squared_error,
+                      residual_dot, d_in, capacity);
+      });
 }
 
 }  // namespace sae_fast::cuda

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
@@ -97,12 +99,12 @@ inline bool vectors_fit(int64_t d_in, int width, std::initializer_list<const voi
   return aligned;
 }
 
-// Calls call(pointer of the element type, width): 16-byte vectors where d_in and the other arrays
-// of the op allow it, single elements otherwise.
-template <typename Element, typename Call>
+// Calls call(pointer of the element type, width): vectors of up to 16 bytes and kMaxWidth elements
+// where d_in and the op's other arrays allow it, single elements otherwise.
+template <int kMaxWidth, typename Element, typename Call>
 cudaError_t with_width(const void* rows, int64_t d_in, std::initializer_list<const void*> others,
                        Call&& call) {
-  constexpr int kWidth = static_cast<int>(kAccessBytes / sizeof(Element));
+  constexpr int kWidth = std::min(static_cast<int>(kAccessBytes / sizeof(Element)), kMaxWidth);
   const auto* const elements = static_cast<const Element*>(rows);
   if (vectors_fit(d_in, kWidth, {rows}) && vectors_fit(d_in, kWidth, others)) {
     return call(elements, std::integral_constant<int, kWidth>{});
@@ -110,16 +112,16 @@ cudaError_t with_width(const void* rows, int64_t d_in, std::initializer_list<con
   return call(elements, std::integral_constant<int, 1>{});
 }
 
-template <typename Call>
+template <int kMaxWidth, typename Call>
 cudaError_t with_rows(TypedPointer rows, int64_t d_in, std::initializer_list<const void*> others,
                       Call&& call) {
   switch (rows.type) {
     case DataType::kFloat32:
-      return with_width<float>(rows.data, d_in, others, call);
+      return with_width<kMaxWidth, float>(rows.data, d_in, others, call);
     case DataType::kBFloat16:
-      return with_width<__nv_bfloat16>(rows.data, d_in, others, call);
+      return with_width<kMaxWidth, __nv_bfloat16>(rows.data, d_in, others, call);
     case DataType::kFloat16:
-      return with_width<__half>(rows.data, d_in, others, call);
+      return with_width<kMaxWidth, __half>(rows.data, d_in, others, call);
   }
   return cudaErrorInvalidValue;
 }

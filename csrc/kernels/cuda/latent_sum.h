@@ -1,0 +1,45 @@
+// Weighted sums over the entries of each latent: what a gradient row is made of. Activations are
+// heavy-tailed, so the list of a busy latent is cut into chunks that different blocks sum into
+// scratch; the chunks of a latent are then added in order, which keeps the result the same bits in
+// every run.
+#pragma once
+
+#include "kernels/cuda/types.h"
+
+namespace sae_fast::cuda {
+
+// Latents with more entries than this are summed in chunks of this many.
+constexpr int64_t kChunkEntries = 128;
+
+// The entries of latent j are offsets[j] .. offsets[j + 1] of the other two.
+struct LatentLists {
+  const int64_t* offsets;     // [F + 1]
+  const int32_t* rows;        // [entries]: row of dense
+  const float* coefficients;  // [entries]
+  int64_t latents;            // F
+  int64_t entries;            // room in the lists; offsets[F] of it is in use
+};
+
+// For every latent, how many chunks and how many cached rows the latents before it have.
+struct LatentPlan {
+  int64_t* counts;  // [F + 1]: chunks in the upper 32 bits, cached rows in the lower
+  float* partials;  // [max_chunks(entries), D]: sums of the chunks
+};
+
+// A latent of c > kChunkEntries has ceil(c / kChunkEntries) <= 2 c / (kChunkEntries + 1) chunks.
+constexpr int64_t max_chunks(int64_t entries) { return 2 * entries / (kChunkEntries + 1); }
+
+cudaError_t plan_scratch_bytes(int64_t latents, size_t* bytes);
+
+// Fills plan.counts; a latent with more than cached_above entries has a cached row.
+cudaError_t plan_latents(const int64_t* latent_offsets, int64_t latents, int64_t cached_above,
+                         const LatentPlan& plan, void* scratch, size_t scratch_bytes,
+                         cudaStream_t stream);
+
+// Fills plan.partials with the sums of coefficient * (dense[row] - shift) of every chunk.
+cudaError_t sum_chunks(const LatentLists& lists, const LatentPlan& plan,
+                       TypedPointer dense,  // [N, D]
+                       const float* shift,  // [D] or null
+                       int64_t d_in, cudaStream_t stream);
+
+}  // namespace sae_fast::cuda
