@@ -6,7 +6,9 @@
 
 set(isa_flags_portable "")
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
-set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+# GCC 12 takes its own headers' undefined vectors for uninitialised variables.
+set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
+  -Wno-uninitialized -Wno-maybe-uninitialized)
 set(isa_flags_avx512vnni ${isa_flags_avx512} -mavx512vnni)
 
 set(ISA_LEVELS portable)
@@ -18,10 +20,15 @@ endif()
 add_library(kernel_flags INTERFACE)
 target_link_libraries(kernel_flags INTERFACE build_flags)
 target_compile_options(kernel_flags INTERFACE -ffp-contract=fast -fno-trapping-math
+  # GCC takes its own AVX-512 headers, where a value is undefined on purpose, for a mistake of ours.
+  $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>
   $<$<NOT:$<BOOL:${SAE_FAST_SANITIZE}>>:-O3>)
 
 add_library(kernels OBJECT ${KERNEL_SOURCES})
 target_link_libraries(kernels PRIVATE kernel_flags)
+if(NOT ISA_LEVELS STREQUAL "portable")
+  target_compile_definitions(kernels PRIVATE SAE_FAST_X86)
+endif()
 set(KERNEL_TARGETS kernels)
 foreach(level IN LISTS ISA_LEVELS)
   add_library(kernels_${level} OBJECT ${ISA_SOURCES})

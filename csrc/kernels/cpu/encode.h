@@ -1,0 +1,72 @@
+// Encoder kernels: pack the encoder's rows, and select the latents of each token.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/parallel.h"
+
+namespace sae_fast::cpu {
+
+// Which product finds the candidates, and which rows score them.
+enum class Screen { kInt16, kFloat };
+enum class Rows { kFloat, kBFloat16, kFloat16 };
+
+constexpr int64_t kPanelLatents = 64;
+
+inline int64_t panels(int64_t d_sae) { return (d_sae + kPanelLatents - 1) / kPanelLatents; }
+
+// Elements of the packed encoder: int16 pairs or floats, both 4 bytes, in [panel][step][latent].
+inline int64_t packed_elements(Screen screen, int64_t d_in, int64_t d_sae) {
+  return panels(d_sae) * kPanelLatents * (screen == Screen::kInt16 ? (d_in + 1) / 2 : d_in);
+}
+
+// The encoder as the product reads it. Row j of stats: scale, bound on |w|, bound on |w - packed|.
+struct PackedEncoder {
+  Screen screen;
+  Rows rows;
+  void* packed;         // packed_elements() elements of 4 bytes
+  float* stats;         // [4][panels * 64]; the last row is kept free
+  const float* W_enc;   // [d_sae][d_in]
+  void* rounded;        // [d_sae][d_in] bfloat16 or float16; null for Rows::kFloat
+  int64_t d_sae, d_in;
+};
+
+struct TopKProblem {
+  PackedEncoder encoder;
+  const float* x;           // [tokens][d_in]
+  const float* b_enc;       // [d_sae]
+  const float* b_dec;       // [d_in]
+  const bool* dead_mask;    // [d_sae] or null
+  int64_t tokens, k, k_aux;
+  float* values;            // [tokens][k]
+  int32_t* indices;         // [tokens][k]
+  float* aux_values;        // [tokens][k_aux]
+  int32_t* aux_indices;     // [tokens][k_aux]
+};
+
+struct ThresholdProblem {
+  PackedEncoder encoder;
+  const float* x;          // [tokens][d_in]
+  const float* b_enc;      // [d_sae]
+  const float* b_dec;      // [d_in]
+  const float* threshold;  // [d_sae]
+  int64_t tokens;
+};
+
+// Entries of a threshold code, of which there is no saying how many before they are found.
+class ThresholdSink {
+ public:
+  virtual ~ThresholdSink() = default;
+  // Called from any thread, once a row: its entries by ascending index. Returns false where memory
+  // ran out.
+  virtual bool row(int64_t token, const float* values, const int32_t* indices, int64_t count) = 0;
+};
+
+// Each returns false where scratch memory is not to be had, and then has written nothing useful.
+using PackEncoder = bool (*)(const PackedEncoder&, const Parallel&);
+using EncodeTopK = bool (*)(const TopKProblem&, const Parallel&);
+using EncodeThreshold = bool (*)(const ThresholdProblem&, ThresholdSink&, const Parallel&);
+// The bare product of encode_topk, without bounds, selection or scores: what benchmarks compare to.
+using EncoderProduct = bool (*)(const TopKProblem&, const Parallel&);
+
+}  // namespace sae_fast::cpu

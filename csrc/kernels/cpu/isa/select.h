@@ -1,0 +1,202 @@
+// Exact selection of the k best among candidates: order statistics by bisection on ordered integer
+// keys, candidate buffers that shrink when they fill, and the final ranking.
+#pragma once
+
+#include <algorithm>
+#include <new>
+#include <type_traits>
+
+#include "kernels/common/order.h"
+#include "kernels/cpu/isa/simd.h"
+
+namespace sae_fast::SAE_FAST_ISA {
+
+inline int64_t count_at_least(const int32_t* keys, int64_t count, int32_t bound) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += keys[i] >= bound ? 1 : 0;
+  return total;
+}
+
+// The k-th largest of `count` >= k >= 1 keys.
+inline int32_t kth_largest(const int32_t* keys, int64_t count, int64_t k) {
+  int32_t low = INT32_MAX;  // invariant: at least k keys are >= low
+  int32_t high = INT32_MIN;
+  for (int64_t i = 0; i < count; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  while (low < high) {
+    const auto middle =
+        static_cast<int32_t>((static_cast<int64_t>(low) + static_cast<int64_t>(high) + 1) >> 1);
+    const int64_t reached = count_at_least(keys, count, middle);
+    if (reached < k) {
+      high = middle - 1;
+      continue;
+    }
+    low = middle;
+    if (reached == k) {  // the smallest key that is still there is the k-th
+      int32_t smallest = INT32_MAX;
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t key = keys[i] >= middle ? keys[i] : INT32_MAX;
+        smallest = key < smallest ? key : smallest;
+      }
+      return smallest;
+    }
+  }
+  return low;
+}
+
+inline void keys_of(const float* values, int64_t count, int32_t* keys) {
+  for (int64_t i = 0; i < count; ++i) keys[i] = ordered_key(values[i]);
+}
+
+// Undoes ordered_key for keys of numbers.
+inline float value_of_key(int32_t key) {
+  return key < 0 ? -float_from_bits(static_cast<uint32_t>(-key))
+                 : float_from_bits(static_cast<uint32_t>(key));
+}
+
+// Keeps the entries with value >= bound, in order; returns how many.
+inline int64_t keep_at_least(float* values, int32_t* indices, int64_t count, float bound) {
+  int64_t kept = 0;
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < count; i += 16) {
+    const auto live = static_cast<__mmask16>(count - i >= 16 ? 0xffff : (1u << (count - i)) - 1);
+    const __m512 value = _mm512_maskz_loadu_ps(live, values + i);
+    const __m512i index = _mm512_maskz_loadu_epi32(live, indices + i);
+    const __mmask16 keep = _mm512_mask_cmp_ps_mask(live, value, _mm512_set1_ps(bound), _CMP_GE_OQ);
+    const int number = __builtin_popcount(keep);
+    const auto kept_lanes = static_cast<__mmask16>((1u << number) - 1);
+    _mm512_mask_storeu_ps(values + kept, kept_lanes, _mm512_maskz_compress_ps(keep, value));
+    _mm512_mask_storeu_epi32(indices + kept, kept_lanes, _mm512_maskz_compress_epi32(keep, index));
+    kept += number;
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    values[kept] = values[i];
+    indices[kept] = indices[i];
+    kept += values[i] >= bound ? 1 : 0;
+  }
+#endif
+  return kept;
+}
+
+// How many of `count` entries come before entry `me`; equal keys rank by position.
+inline int64_t rank_of(const int32_t* keys, int64_t count, int64_t me) {
+  const int32_t key = keys[me];
+  int32_t before = 0;
+  for (int64_t i = 0; i < me; ++i) before += keys[i] >= key ? 1 : 0;
+  for (int64_t i = me + 1; i < count; ++i) before += keys[i] > key ? 1 : 0;
+  return before;
+}
+
+// A candidate as one integer: ascending order of it is the order of the result.
+inline uint64_t sortable(int32_t key, int32_t index) {
+  const uint32_t descending = ~(static_cast<uint32_t>(key) ^ 0x80000000u);
+  return (static_cast<uint64_t>(descending) << 32) | static_cast<uint32_t>(index);
+}
+
+struct SortableLess {  // a type of this level's namespace keeps std::sort's instance at this level
+  bool operator()(uint64_t a, uint64_t b) const { return a < b; }
+};
+
+inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }  // a NaN stays
+
+// Writes the k best of `count` >= k candidates, listed by ascending index, best first, after ReLU.
+// `keys` and `order` are scratch for `count` entries each.
+inline void select_best(const float* values, const int32_t* indices, int64_t count, int64_t k,
+                        int32_t* keys, uint64_t* order, float* out_values, int32_t* out_indices) {
+  keys_of(values, count, keys);
+  constexpr int64_t kRankAll = 256;  // ranking all pairs beats sorting up to about here
+  if (count <= kRankAll) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t rank = rank_of(keys, count, i);
+      if (rank >= k) continue;
+      out_values[rank] = relu(values[i]);
+      out_indices[rank] = indices[i];
+    }
+    return;
+  }
+  const int32_t bound = kth_largest(keys, count, k);
+  int64_t ties = k;
+  for (int64_t i = 0; i < count; ++i) ties -= keys[i] > bound ? 1 : 0;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count && kept < k; ++i) {
+    if (keys[i] < bound || (keys[i] == bound && ties-- <= 0)) continue;
+    order[kept++] = sortable(keys[i], static_cast<int32_t>(i));
+  }
+  std::sort(order, order + kept, SortableLess{});
+  for (int64_t rank = 0; rank < kept; ++rank) {
+    const auto position = static_cast<int64_t>(order[rank] & 0xffffffffu);
+    out_values[rank] = relu(values[position]);
+    out_indices[rank] = indices[position];
+  }
+}
+
+// Candidates of several rows: those whose approximate pre-activation reached the row's threshold,
+// by ascending index. A row that cannot be held in its buffer, because too many candidates lie
+// within the error bound of the k-th, is given up (`failed`) and left to the exact path.
+class CandidateRows {
+ public:
+  int64_t k = 0;         // as many as the result needs
+  int64_t capacity = 0;  // entries of a row's buffer; appending writes up to 16 past the count
+  float* values = nullptr;
+  int32_t* indices = nullptr;
+  int32_t* counts = nullptr;
+  float* thresholds = nullptr;
+  uint8_t* failed = nullptr;
+
+  static int64_t capacity_for(int64_t k, int64_t d_sae) {
+    const int64_t everything = (d_sae + 63) / 64 * 64 + 128;
+    const int64_t usual = (3 * k + 512) / 64 * 64 + 128;
+    return usual < everything ? usual : everything;
+  }
+  static int64_t bytes_per_row(int64_t capacity) { return capacity * 8 + 16; }
+
+  // Lays the arrays of `rows` rows out in `memory`.
+  void place(char* memory, int64_t rows) {
+    values = reinterpret_cast<float*>(memory);
+    indices = reinterpret_cast<int32_t*>(values + rows * capacity);
+    counts = indices + rows * capacity;
+    thresholds = reinterpret_cast<float*>(counts + rows);
+    failed = reinterpret_cast<uint8_t*>(thresholds + rows);
+  }
+
+  float* row_values(int64_t row) const { return values + row * capacity; }
+  int32_t* row_indices(int64_t row) const { return indices + row * capacity; }
+
+  void start(int64_t row, float threshold) const {
+    counts[row] = 0;
+    thresholds[row] = threshold;
+    failed[row] = 0;
+  }
+
+  // The k-th largest approximate value so far; needs counts[row] >= k.
+  float kth_value(int64_t row, int32_t* keys) const {
+    keys_of(row_values(row), counts[row], keys);
+    return value_of_key(kth_largest(keys, counts[row], k));
+  }
+
+  // Makes room for another panel: nothing more than `margin` below the k-th can be among the best.
+  void shrink_if_full(int64_t row, float margin, int32_t* keys) const {
+    if (counts[row] + kPanelRoom <= capacity) return;
+    if (counts[row] >= k) {
+      const float bound = kth_value(row, keys) - margin;
+      if (bound > thresholds[row]) {
+        counts[row] = static_cast<int32_t>(
+            keep_at_least(row_values(row), row_indices(row), counts[row], bound));
+        thresholds[row] = bound;
+      }
+    }
+    if (counts[row] + kPanelRoom > capacity) {
+      failed[row] = 1;
+      counts[row] = 0;
+      thresholds[row] = INFINITY;  // nothing finite passes any more
+    }
+  }
+
+ private:
+  static constexpr int64_t kPanelRoom = 64 + 16;
+};
+
+}  // namespace sae_fast::SAE_FAST_ISA

@@ -1,0 +1,185 @@
+// One vector of floats as wide as the instruction set, on GCC's and clang's vector types: the same
+// source compiles to SSE2, NEON, AVX2 or AVX-512. Only files of this folder may include it: each is
+// compiled once per instruction set, inside namespace sae_fast::SAE_FAST_ISA, so that no symbol of
+// one level can be merged with another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/common/half.h"
+
+#define SAE_FAST_UNROLL _Pragma("GCC unroll 16")
+
+namespace sae_fast::SAE_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
+typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+inline Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
+
+inline void store(float* to, Vec value) { *reinterpret_cast<UnalignedVec*>(to) = value; }
+
+inline Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+  Vec value;
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(from[lane]);
+  return value;
+#endif
+}
+
+inline Vec load(const Float16* from) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec value;
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = to_float(from[lane]);
+  return value;
+#endif
+}
+
+// The first `count` < kLanes elements, zeros behind them.
+template <class T>
+inline Vec load_tail(const T* from, int64_t count) {
+  alignas(64) T padded[kLanes] = {};
+  std::memcpy(padded, from, static_cast<size_t>(count) * sizeof(T));
+  return load(padded);
+}
+
+inline void store_tail(float* to, Vec value, int64_t count) {
+  std::memcpy(to, &value, static_cast<size_t>(count) * sizeof(float));
+}
+
+inline Vec vec_sqrt(Vec value) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)value);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = std::sqrt(value[lane]);
+  return value;
+#endif
+}
+
+inline Vec vec_abs(Vec value) {
+  return (Vec)((VecInt)value & (VecInt{} + 0x7fffffff));
+}
+
+inline Vec vec_max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Always the same tree, so that a sum has one value per instruction set.
+inline float reduce_add(Vec value) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &value, sizeof lanes);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+inline float reduce_max(Vec value) {
+  float best = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) best = value[lane] > best ? value[lane] : best;
+  return best;
+}
+
+template <class T>
+inline T round_to(float value);
+template <>
+inline float round_to<float>(float value) { return value; }
+template <>
+inline BFloat16 round_to<BFloat16>(float value) { return round_to_bfloat16(value); }
+template <>
+inline Float16 round_to<Float16>(float value) { return round_to_float16(value); }
+
+// Stores `count` floats as T, rounded to nearest even.
+template <class T>
+inline void store_rounded(T* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = round_to<T>(from[i]);
+}
+
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+
+inline void prefetch_row(const void* row, int64_t bytes) {
+  const char* line = static_cast<const char*>(row);
+  for (int64_t offset = 0; offset < bytes; offset += 64) prefetch(line + offset);
+}
+
+// <a, b> in float: four running vectors, then one tree. Every exact score is this sum, whichever
+// path asks for it, which is what makes the paths agree to the bit.
+template <class T>
+inline float dot(const float* a, const T* b, int64_t size) {
+  Vec sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
+    SAE_FAST_UNROLL
+    for (int part = 0; part < 4; ++part) {
+      sum[part] += load(a + i + part * kLanes) * load(b + i + part * kLanes);
+    }
+  }
+  for (; i + kLanes <= size; i += kLanes) sum[0] += load(a + i) * load(b + i);
+  if (i < size) sum[1] += load_tail(a + i, size - i) * load_tail(b + i, size - i);
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Longest chain of roundings in dot(): the bound on its error is this times 2^-24 times |a| |b|.
+inline double dot_roundings(int64_t size) {
+  return static_cast<double>(size) / (4 * kLanes) + 16.0;
+}
+
+// Aligned scratch memory with RAII, in place of std::vector: a standard container instantiated
+// here would be compiled with this level's instructions and could be merged with the baseline's.
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t bytes) { reset(bytes); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(memory_); }
+
+  // False where the memory is not to be had.
+  bool reset(int64_t bytes) {
+    std::free(memory_);
+    const size_t rounded = (static_cast<size_t>(bytes > 0 ? bytes : 1) + 63) / 64 * 64;
+    memory_ = std::aligned_alloc(64, rounded);
+    return memory_ != nullptr;
+  }
+
+  template <class T>
+  T* as(int64_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(static_cast<char*>(memory_) + byte_offset);
+  }
+
+  explicit operator bool() const { return memory_ != nullptr; }
+
+ private:
+  void* memory_ = nullptr;
+};
+
+}  // namespace sae_fast::SAE_FAST_ISA

@@ -1,0 +1,315 @@
+// Top-k of a block of tokens: guess a threshold, screen, verify, score exactly, rank.
+#pragma once
+
+#include "kernels/cpu/isa/screen.h"
+
+namespace sae_fast::SAE_FAST_ISA {
+
+// Running mean and deviation of (k-th value) / |x|: a good guess at the next token's k-th value.
+// It changes the time a token takes, never the result.
+class ThresholdGuess {
+ public:
+  void add(double ratio) {
+    ++count_;
+    sum_ += ratio;
+    squares_ += ratio * ratio;
+  }
+  // Per unit of |x|; minus infinity while there is too little to go by.
+  float value() const {
+    if (count_ < 64) return -INFINITY;
+    const double mean = sum_ / static_cast<double>(count_);
+    const double variance = squares_ / static_cast<double>(count_) - mean * mean;
+    const double deviation = std::sqrt(variance > 0.0 ? variance : 0.0);
+    return static_cast<float>(mean - 3.0 * deviation - 0.02 * std::fabs(mean));
+  }
+
+ private:
+  int64_t count_ = 0;
+  double sum_ = 0.0;
+  double squares_ = 0.0;
+};
+
+// One thread's worker: takes blocks of tokens, one after another.
+template <class Product, class T>
+class TopKWorker {
+ public:
+  TopKWorker(const cpu::TopKProblem& problem, const LatentBounds& bounds, int64_t rows)
+      : problem_(problem), bounds_(bounds), rows_(rows) {
+    const int64_t d_sae = problem.encoder.d_sae;
+    main_.k = problem.k;
+    main_.capacity = CandidateRows::capacity_for(problem.k, d_sae) + bounds.special_count;
+    aux_.k = problem.k_aux < bounds.dead_count ? problem.k_aux : bounds.dead_count;
+    aux_.capacity = CandidateRows::capacity_for(aux_.k, d_sae) + bounds.special_count;
+  }
+
+  static int64_t bytes_per_row(const cpu::TopKProblem& problem, const LatentBounds& bounds) {
+    const int64_t d_sae = problem.encoder.d_sae;
+    int64_t entries = CandidateRows::capacity_for(problem.k, d_sae) + bounds.special_count;
+    if (problem.k_aux > 0) {
+      entries += CandidateRows::capacity_for(problem.k_aux, d_sae) + bounds.special_count;
+    }
+    return entries * static_cast<int64_t>(8 + sizeof(Pair));
+  }
+
+  bool allocate() {
+    const int64_t d_sae = problem_.encoder.d_sae;
+    const int64_t main_bytes = rows_ * CandidateRows::bytes_per_row(main_.capacity);
+    const int64_t aux_bytes =
+        wants_aux() ? rows_ * CandidateRows::bytes_per_row(aux_.capacity) : 0;
+    const int64_t pairs = rows_ * (main_.capacity + (wants_aux() ? aux_.capacity : 0));
+    int64_t widest = main_.capacity > aux_.capacity ? main_.capacity : aux_.capacity;
+    widest = widest > d_sae ? widest : d_sae;
+    if (!block_memory_.reset(TokenBlock<Product, T>::bytes(rows_, problem_.encoder.d_in)) ||
+        !main_memory_.reset(main_bytes) || !aux_memory_.reset(aux_bytes) ||
+        !pair_memory_.reset(pairs * static_cast<int64_t>(sizeof(Pair))) ||
+        !offset_memory_.reset((d_sae + 1) * 8) || !active_memory_.reset(rows_ * 4) ||
+        !wide_memory_.reset(widest * 20)) {
+      return false;
+    }
+    block_.place(block_memory_.as<char>(), rows_, problem_.encoder.d_in);
+    main_.place(main_memory_.as<char>(), rows_);
+    if (wants_aux()) aux_.place(aux_memory_.as<char>(), rows_);
+    pairs_ = pair_memory_.as<Pair>();
+    offsets_ = offset_memory_.as<int64_t>();
+    active_ = active_memory_.as<int32_t>();
+    order_ = wide_memory_.as<uint64_t>();
+    scores_ = wide_memory_.as<float>(widest * 8);
+    keys_ = wide_memory_.as<int32_t>(widest * 12);
+    all_ = wide_memory_.as<int32_t>(widest * 16);
+    return true;
+  }
+
+  // Tokens [first, first + count) of the problem, count <= rows.
+  void run(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+    const float guess = guess_.value();
+    for (int64_t row = 0; row < count; ++row) {
+      block_.set(row, problem_.x + (first + row) * problem_.encoder.d_in, problem_.b_dec);
+      block_.pack(row, row, bounds_);
+      active_[row] = static_cast<int32_t>(row);
+      const float margin = 2.0f * block_.error(row);
+      start(row, margin < INFINITY ? guess * block_.norm(row) - margin : -INFINITY);
+    }
+    screen(count);
+    screen_again();
+    for (int64_t row = 0; row < count; ++row) settle(row);
+    score_pairs();
+    for (int64_t row = 0; row < count; ++row) finish(row);
+  }
+
+  // The product alone, for benchmarks.
+  void run_product(int64_t first, int64_t count) {
+    for (int64_t row = 0; row < count; ++row) {
+      block_.set(row, problem_.x + (first + row) * problem_.encoder.d_in, problem_.b_dec);
+      block_.pack(row, row, bounds_);
+    }
+    for (int64_t panel = 0; panel < cpu::panels(problem_.encoder.d_sae); ++panel) {
+      const auto* sums = block_.multiply(count, problem_.encoder, panel);
+      asm volatile("" : : "r"(sums) : "memory");  // keeps a product nobody reads
+    }
+  }
+
+ private:
+  // A candidate to be scored: where its score goes, and whose token it is.
+  struct Pair {
+    float* value;
+    int64_t row;
+  };
+
+  bool wants_aux() const { return aux_.k > 0; }
+
+  void start(int64_t row, float threshold) {
+    // A row whose scores could overflow takes no part in screening.
+    const bool exact = !(block_.error(row) < INFINITY);
+    main_.start(row, exact ? INFINITY : (std::isnan(threshold) ? -INFINITY : threshold));
+    main_.failed[row] = exact ? 1 : 0;
+    if (wants_aux()) {
+      aux_.start(row, exact ? INFINITY : -INFINITY);
+      aux_.failed[row] = exact ? 1 : 0;
+    }
+  }
+
+  // Multiplies the `live` active rows with every panel and keeps what passes their thresholds.
+  void screen(int64_t live) {
+    const int64_t d_sae = problem_.encoder.d_sae;
+    const float* scales = problem_.encoder.stats;
+    for (int64_t panel = 0; panel < cpu::panels(d_sae); ++panel) {
+      const auto* sums = block_.multiply(live, problem_.encoder, panel);
+      const uint64_t dead = wants_aux() ? bounds_.dead[panel] : 0;
+      const auto first = static_cast<int32_t>(panel * kPanel);
+      for (int64_t position = 0; position < live; ++position) {
+        const int64_t row = active_[position];
+        const PanelScores scores = panel_scores(sums + position * kPanel, scales + first,
+                                                block_.scale(row), bounds_.bias + first);
+        keep(main_, row, scores, at_least(scores, main_.thresholds[row]), first);
+        if (dead != 0) {
+          keep(aux_, row, scores, at_least(scores, aux_.thresholds[row]) & dead, first);
+        }
+      }
+    }
+  }
+
+  void keep(const CandidateRows& to, int64_t row, const PanelScores& scores, uint64_t bits,
+            int32_t first) {
+    if (bits == 0) return;
+    to.counts[row] = append(scores, bits, first, to.row_values(row), to.row_indices(row),
+                            to.counts[row]);
+    to.shrink_if_full(row, 2.0f * block_.error(row), keys_);
+  }
+
+  // Whether nothing that was filtered out can be among the k best.
+  bool verified(int64_t row) {
+    if (main_.failed[row] != 0 || main_.thresholds[row] == -INFINITY) return true;
+    if (main_.counts[row] < main_.k) return false;
+    const float kth = main_.kth_value(row, keys_);
+    return kth - 2.0f * block_.error(row) >= main_.thresholds[row];
+  }
+
+  // Rows whose guess was too high go through the product once more, without one.
+  void screen_again() {
+    int64_t live = 0;
+    for (int64_t row = 0; row < count_; ++row) {
+      if (verified(row)) continue;
+      start(row, -INFINITY);
+      block_.pack(row, live, bounds_);
+      active_[live++] = static_cast<int32_t>(row);
+    }
+    if (live > 0) screen(live);
+  }
+
+  // Leaves the candidates that can be among the best, in ascending order of latents.
+  void settle(int64_t row) {
+    if (main_.failed[row] == 0) settle(main_, row, true);
+    if (wants_aux() && aux_.failed[row] == 0) settle(aux_, row, false);
+  }
+
+  void settle(const CandidateRows& from, int64_t row, bool is_main) {
+    if (from.counts[row] > from.k) {
+      const float kth = from.kth_value(row, keys_);
+      if (is_main) guess_.add(static_cast<double>(kth) / (block_.norm(row) + 1e-30));
+      from.counts[row] = static_cast<int32_t>(
+          keep_at_least(from.row_values(row), from.row_indices(row), from.counts[row],
+                        kth - 2.0f * block_.error(row)));
+    }
+    for (int64_t i = 0; i < bounds_.special_count; ++i) {
+      const int32_t latent = bounds_.special[i];
+      if (is_main || is_dead(latent)) insert(from, row, latent);
+    }
+  }
+
+  bool is_dead(int32_t latent) const {
+    return (bounds_.dead[latent / kPanel] >> (latent % kPanel) & 1) != 0;
+  }
+
+  static void insert(const CandidateRows& to, int64_t row, int32_t latent) {
+    int32_t* indices = to.row_indices(row);
+    int32_t at = to.counts[row]++;
+    for (; at > 0 && indices[at - 1] > latent; --at) indices[at] = indices[at - 1];
+    indices[at] = latent;
+  }
+
+  // Exact scores of all candidates of the block, latent by latent: each encoder row is fetched once
+  // for all tokens that want it, and the tokens themselves stay in L2.
+  void score_pairs() {
+    const int64_t d_sae = problem_.encoder.d_sae;
+    const int64_t d_in = problem_.encoder.d_in;
+    std::memset(offsets_, 0, static_cast<size_t>(d_sae + 1) * sizeof(int64_t));
+    each_candidate([this](float*, int32_t latent, int64_t) { ++offsets_[latent + 1]; });
+    for (int64_t j = 0; j < d_sae; ++j) offsets_[j + 1] += offsets_[j];
+    const int64_t total = offsets_[d_sae];
+    each_candidate([this](float* value, int32_t latent, int64_t row) {
+      pairs_[offsets_[latent]++] = {value, row};
+    });
+    const T* rows = scoring_rows<T>(problem_.encoder);
+    int64_t pair = 0;
+    for (int64_t j = 0; j < d_sae && pair < total; ++j) {
+      if (offsets_[j] == pair) continue;
+      for (int64_t next = j + 1; next < d_sae; ++next) {  // the next latent in use
+        if (offsets_[next] == offsets_[j]) continue;
+        prefetch_row(rows + next * d_in, d_in * static_cast<int64_t>(sizeof(T)));
+        break;
+      }
+      for (; pair < offsets_[j]; ++pair) {
+        if (pair + 1 < total) block_.prefetch_token(pairs_[pair + 1].row);
+        *pairs_[pair].value = block_.score(pairs_[pair].row, rows + j * d_in, problem_.b_enc[j]);
+      }
+    }
+  }
+
+  template <class Function>
+  void each_candidate(Function&& function) {
+    for (int64_t row = 0; row < count_; ++row) {
+      each_candidate(main_, row, function);
+      if (wants_aux()) each_candidate(aux_, row, function);
+    }
+  }
+
+  template <class Function>
+  static void each_candidate(const CandidateRows& from, int64_t row, Function& function) {
+    if (from.failed[row] != 0) return;
+    for (int32_t i = 0; i < from.counts[row]; ++i) {
+      function(from.row_values(row) + i, from.row_indices(row)[i], row);
+    }
+  }
+
+  void finish(int64_t row) {
+    const int64_t token = first_ + row;
+    float* values = problem_.values + token * problem_.k;
+    int32_t* indices = problem_.indices + token * problem_.k;
+    if (main_.failed[row] != 0) {
+      select_exactly(row, main_.k, false, values, indices);
+    } else {
+      select_best(main_.row_values(row), main_.row_indices(row), main_.counts[row], main_.k, keys_,
+                  order_, values, indices);
+    }
+    if (problem_.k_aux > 0) finish_aux(row, token);
+  }
+
+  void finish_aux(int64_t row, int64_t token) {
+    float* values = problem_.aux_values + token * problem_.k_aux;
+    int32_t* indices = problem_.aux_indices + token * problem_.k_aux;
+    for (int64_t i = aux_.k; i < problem_.k_aux; ++i) {
+      values[i] = 0.0f;
+      indices[i] = 0;
+    }
+    if (!wants_aux()) return;
+    if (aux_.failed[row] != 0) {
+      select_exactly(row, aux_.k, true, values, indices);
+    } else {
+      select_best(aux_.row_values(row), aux_.row_indices(row), aux_.counts[row], aux_.k, keys_,
+                  order_, values, indices);
+    }
+  }
+
+  // The path of last resort: scores every latent of a token.
+  void select_exactly(int64_t row, int64_t k, bool dead_only, float* values, int32_t* indices) {
+    const T* rows = scoring_rows<T>(problem_.encoder);
+    int64_t count = 0;
+    for (int32_t j = 0; j < problem_.encoder.d_sae; ++j) {
+      if (dead_only && !is_dead(j)) continue;
+      all_[count] = j;
+      scores_[count++] =
+          block_.score(row, rows + j * problem_.encoder.d_in, problem_.b_enc[j]);
+    }
+    select_best(scores_, all_, count, k, keys_, order_, values, indices);
+  }
+
+  const cpu::TopKProblem& problem_;
+  const LatentBounds& bounds_;
+  int64_t rows_, first_ = 0, count_ = 0;
+  ThresholdGuess guess_;
+  TokenBlock<Product, T> block_;
+  CandidateRows main_, aux_;
+  Pair* pairs_ = nullptr;        // [rows * capacities]
+  int64_t* offsets_ = nullptr;   // [d_sae + 1]
+  int32_t* active_ = nullptr;    // [rows] block row of each row of the product
+  uint64_t* order_ = nullptr;    // scratch of select_best
+  float* scores_ = nullptr;      // [d_sae] of the exact path
+  int32_t* keys_ = nullptr;      // scratch of selections
+  int32_t* all_ = nullptr;       // [d_sae] of the exact path
+  Scratch block_memory_, main_memory_, aux_memory_, pair_memory_, offset_memory_, active_memory_,
+      wide_memory_;
+};
+
+}  // namespace sae_fast::SAE_FAST_ISA

@@ -1,0 +1,26 @@
+// The table of kernels that every instruction set fills.
+#pragma once
+
+#include "kernels/cpu/decode.h"
+#include "kernels/cpu/encode.h"
+#include "kernels/cpu/rows.h"
+
+namespace sae_fast::cpu {
+
+struct Kernels {
+  const char* instruction_set;
+  PackEncoder pack_encoder;
+  EncodeTopK encode_topk;
+  EncodeThreshold encode_threshold;
+  EncoderProduct encoder_product;
+  Decode decode;
+  DecodeBackward decode_backward;
+  Reconstruct reconstruct;
+  AccumulateRows accumulate_rows;
+  GradientNorm gradient_norm;
+  FusedUpdate fused_update;
+  NormalizeRows normalize_rows;
+  Decorrelation decorrelation;
+};
+
+}  // namespace sae_fast::cpu

@@ -1,0 +1,63 @@
+#include "ops/cpu.h"
+
+namespace sae_fast::ops {
+namespace {
+
+void check_layout(const char* op, const OptionalTensor& values, const Tensor& indices,
+                  const OptionalTensor& offsets) {
+  check_shape(op, "indices", indices,
+              offsets.has_value() ? std::initializer_list<int64_t>{kAnySize}
+                                  : std::initializer_list<int64_t>{kAnySize, kAnySize});
+  check_dtype(op, "indices", indices, ScalarType::Int);
+  if (values.has_value()) {
+    check_dtype(op, "values", *values, ScalarType::Float);
+    STD_TORCH_CHECK(shape_text(*values) == shape_text(indices), op,
+                    ": values must have the shape of indices, ", shape_text(indices), ", got ",
+                    shape_text(*values));
+  }
+  if (offsets.has_value()) {
+    check_shape(op, "offsets", *offsets, {kAnySize});
+    check_dtype(op, "offsets", *offsets, ScalarType::Long);
+    STD_TORCH_CHECK(offsets->size(0) > 0, op, ": offsets must have N + 1 elements, got none");
+  }
+}
+
+void check_offsets(const char* op, const int64_t* offsets, int64_t tokens, int64_t entries) {
+  bool ascending = offsets[0] == 0 && offsets[tokens] == entries;
+  for (int64_t token = 0; token < tokens; ++token) {
+    ascending = ascending && offsets[token] <= offsets[token + 1];
+  }
+  STD_TORCH_CHECK(ascending, op, ": offsets must ascend from 0 to the number of entries, ", entries,
+                  ", got ", offsets[0], " to ", offsets[tokens]);
+}
+
+void check_indices(const char* op, const int32_t* indices, int64_t entries, int64_t d_sae) {
+  int32_t lowest = 0;
+  int32_t highest = 0;
+  for (int64_t entry = 0; entry < entries; ++entry) {
+    lowest = indices[entry] < lowest ? indices[entry] : lowest;
+    highest = indices[entry] > highest ? indices[entry] : highest;
+  }
+  STD_TORCH_CHECK(entries == 0 || (lowest >= 0 && highest < d_sae), op,
+                  ": indices must be in [0, ", d_sae, "), got ", lowest < 0 ? lowest : highest);
+}
+
+}  // namespace
+
+CodeInput::CodeInput(const char* op, const OptionalTensor& values, const Tensor& indices,
+                     const OptionalTensor& offsets, int64_t d_sae)
+    : values_((check_layout(op, values, indices, offsets), values)),
+      indices_(indices),
+      offsets_(offsets) {
+  code_.values = values_.data<float>();
+  code_.indices = indices_.data<int32_t>();
+  code_.offsets = offsets_.data<int64_t>();
+  code_.tokens = offsets.has_value() ? offsets->size(0) - 1 : indices.size(0);
+  code_.k = offsets.has_value() ? 0 : indices.size(1);
+  entries_ = indices.numel();
+  STD_TORCH_CHECK(entries_ <= INT32_MAX, op, ": at most ", INT32_MAX, " entries, got ", entries_);
+  if (offsets.has_value()) check_offsets(op, code_.offsets, code_.tokens, entries_);
+  check_indices(op, code_.indices, entries_, d_sae);
+}
+
+}  // namespace sae_fast::ops

@@ -1,0 +1,71 @@
+// What the CPU ops share: torch's thread pool as the kernels' parallel-for, contiguous inputs as
+// pointers, and the sparse code's layout.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "kernels/cpu/dispatch.h"
+#include "ops/check.h"
+
+namespace sae_fast::ops {
+
+inline cpu::Parallel parallel() {
+  const auto run = [](int64_t tasks, void* context, cpu::Parallel::Body body) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      body(context, begin, end);
+    });
+  };
+  return {run, static_cast<int>(torch::stable::get_num_threads())};
+}
+
+inline void check_memory(const char* op, bool done) {
+  STD_TORCH_CHECK(done, op, ": out of memory for scratch space");
+}
+
+// An input as the kernels read it; keeps the contiguous copy alive, if one was needed.
+class Input {
+ public:
+  explicit Input(const Tensor& tensor) : tensor_(torch::stable::contiguous(tensor)) {}
+  explicit Input(const OptionalTensor& tensor) {
+    if (tensor.has_value()) tensor_ = torch::stable::contiguous(*tensor);
+  }
+
+  template <class T>
+  const T* data() const {
+    return tensor_.has_value() ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr;
+  }
+
+ private:
+  OptionalTensor tensor_;
+};
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline cpu::Rows rows_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16: return cpu::Rows::kBFloat16;
+    case ScalarType::Half: return cpu::Rows::kFloat16;
+    default: return cpu::Rows::kFloat;
+  }
+}
+
+// A checked code: values [N, K] and indices of the same shape, or flat ones with offsets [N + 1].
+// Every index is checked to lie in [0, d_sae): an op reads rows by it.
+class CodeInput {
+ public:
+  CodeInput(const char* op, const OptionalTensor& values, const Tensor& indices,
+            const OptionalTensor& offsets, int64_t d_sae);
+
+  const cpu::Code& code() const { return code_; }
+  int64_t entries() const { return entries_; }
+
+ private:
+  cpu::Code code_{};
+  int64_t entries_ = 0;
+  Input values_, indices_, offsets_;
+};
+
+}  // namespace sae_fast::ops

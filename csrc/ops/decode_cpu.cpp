@@ -1,0 +1,77 @@
+// CPU side of the decoder ops: check, allocate, call.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "ops/cpu.h"
+
+namespace sae_fast::ops {
+namespace {
+
+void check_decoder(const char* op, const Tensor& W_dec, const OptionalTensor& b_dec) {
+  check_shape(op, "W_dec", W_dec, {kAnySize, kAnySize});
+  check_floating(op, "W_dec", W_dec);
+  if (b_dec.has_value()) check_float(op, "b_dec", *b_dec, {W_dec.size(1)});
+}
+
+Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor& offsets,
+              const Tensor& W_dec, const OptionalTensor& b_dec) {
+  constexpr const char* kOp = "decode";
+  check_decoder(kOp, W_dec, b_dec);
+  const CodeInput code(kOp, values, indices, offsets, W_dec.size(0));
+  const Input rows(W_dec), bias(b_dec);
+  const Tensor x_hat =
+      torch::stable::new_empty(values, {code.code().tokens, W_dec.size(1)}, ScalarType::Float);
+  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(),
+                             W_dec.size(1)};
+  check_memory(kOp, cpu::kernels().decode(code.code(), decoder, mutable_data<float>(x_hat),
+                                          parallel()));
+  return x_hat;
+}
+
+Tensor decode_backward(const Tensor& grad, const Tensor& indices, const OptionalTensor& offsets,
+                       const Tensor& W_dec) {
+  constexpr const char* kOp = "decode_backward";
+  check_decoder(kOp, W_dec, std::nullopt);
+  const CodeInput code(kOp, std::nullopt, indices, offsets, W_dec.size(0));
+  check_float(kOp, "grad", grad, {code.code().tokens, W_dec.size(1)});
+  const Input rows(W_dec), output_grad(grad);
+  const Tensor grad_values =
+      torch::stable::new_empty(indices, indices.sizes(), ScalarType::Float);
+  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), nullptr, W_dec.size(1)};
+  check_memory(kOp,
+               cpu::kernels().decode_backward(code.code(), decoder, output_grad.data<float>(),
+                                              mutable_data<float>(grad_values), parallel()));
+  return grad_values;
+}
+
+std::tuple<Tensor, Tensor, Tensor> reconstruct(const Tensor& values, const Tensor& indices,
+                                               const OptionalTensor& offsets, const Tensor& W_dec,
+                                               const OptionalTensor& b_dec, const Tensor& x) {
+  constexpr const char* kOp = "reconstruct";
+  check_decoder(kOp, W_dec, b_dec);
+  const CodeInput code(kOp, values, indices, offsets, W_dec.size(0));
+  const int64_t tokens = code.code().tokens;
+  check_float(kOp, "x", x, {tokens, W_dec.size(1)});
+  const Input rows(W_dec), bias(b_dec), target(x);
+  const Tensor residual =
+      torch::stable::new_empty(x, {tokens, W_dec.size(1)}, W_dec.scalar_type());
+  const Tensor squared_error = torch::stable::new_empty(x, {tokens});
+  const Tensor residual_dot = torch::stable::new_empty(values, indices.sizes());
+  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(),
+                             W_dec.size(1)};
+  const cpu::Reconstruction outputs{target.data<float>(), residual.mutable_data_ptr(),
+                                    mutable_data<float>(squared_error),
+                                    mutable_data<float>(residual_dot)};
+  check_memory(kOp, cpu::kernels().reconstruct(code.code(), decoder, outputs, parallel()));
+  return {residual, squared_error, residual_dot};
+}
+
+}  // namespace
+}  // namespace sae_fast::ops
+
+STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
+  m.impl("decode", TORCH_BOX(&sae_fast::ops::decode));
+  m.impl("decode_backward", TORCH_BOX(&sae_fast::ops::decode_backward));
+  m.impl("reconstruct", TORCH_BOX(&sae_fast::ops::reconstruct));
+}

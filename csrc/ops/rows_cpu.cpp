@@ -1,0 +1,228 @@
+// CPU side of the row ops: check, allocate, call.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "ops/cpu.h"
+#include "ops/encode.h"
+
+namespace sae_fast::ops {
+namespace {
+
+// Gradient rows kept between the norm and the update: this many for each row of the dense factor.
+constexpr int64_t kCachedRowsPerToken = 2;
+
+std::tuple<Tensor, Tensor, Tensor> latent_major(const Tensor& values, const Tensor& indices,
+                                                const OptionalTensor& offsets, int64_t d_sae) {
+  constexpr const char* kOp = "latent_major";
+  STD_TORCH_CHECK(d_sae >= 1, kOp, ": d_sae must be at least 1, got ", d_sae);
+  const CodeInput code(kOp, values, indices, offsets, d_sae);
+  const int64_t active = cpu::count_active(code.code(), code.entries());
+  const Tensor latent_offsets = torch::stable::new_empty(values, {d_sae + 1}, ScalarType::Long);
+  const Tensor entries = torch::stable::new_empty(values, {active}, ScalarType::Int);
+  const Tensor rows = torch::stable::new_empty(values, {active}, ScalarType::Int);
+  cpu::sort_by_latent(code.code(), d_sae, mutable_data<int64_t>(latent_offsets),
+                      mutable_data<int32_t>(entries), mutable_data<int32_t>(rows), parallel());
+  return {latent_offsets, entries, rows};
+}
+
+std::tuple<Tensor, Tensor> accumulate_rows(const Tensor& coefficients, const Tensor& indices,
+                                           const OptionalTensor& offsets, const Tensor& dense,
+                                           int64_t d_sae) {
+  constexpr const char* kOp = "accumulate_rows";
+  STD_TORCH_CHECK(d_sae >= 1, kOp, ": d_sae must be at least 1, got ", d_sae);
+  const CodeInput code(kOp, coefficients, indices, offsets, d_sae);
+  check_shape(kOp, "dense", dense, {code.code().tokens, kAnySize});
+  check_floating(kOp, "dense", dense);
+  const auto [latent_offsets, entries, tokens] =
+      latent_major(coefficients, indices, offsets, d_sae);
+  const Input table(dense);
+  const int64_t active = entries.size(0);
+  const Tensor sorted = torch::stable::new_empty(coefficients, {active});
+  for (int64_t i = 0; i < active; ++i) {
+    mutable_data<float>(sorted)[i] =
+        code.code().values[static_cast<const int32_t*>(entries.const_data_ptr())[i]];
+  }
+  const Tensor rows = torch::stable::new_empty(coefficients, {d_sae, dense.size(1)});
+  const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
+  const cpu::LatentMajor lists{mutable_data<int64_t>(latent_offsets), mutable_data<int32_t>(tokens),
+                               mutable_data<float>(sorted), d_sae};
+  const cpu::DenseFactor factor{rows_type(dense), table.data<void>(), nullptr, dense.size(0),
+                                dense.size(1)};
+  check_memory(kOp, cpu::kernels().accumulate_rows(lists, factor, mutable_data<float>(rows),
+                                                   mutable_data<float>(sums), parallel()));
+  return {rows, sums};
+}
+
+// The factors of a gradient, checked: lists that stay inside the dense factor, terms that fit it.
+class GradientInput {
+ public:
+  GradientInput(const char* op, const Tensor& latent_offsets, const Tensor& rows,
+                const Tensor& coefficients, const Tensor& dense, const OptionalTensor& shift,
+                const OptionalTensor& project_onto, const OptionalTensor& extra_grad)
+      : offsets_((check(op, latent_offsets, rows, coefficients, dense), latent_offsets)),
+        rows_(rows),
+        coefficients_(coefficients),
+        dense_(dense),
+        shift_(shift),
+        project_onto_(project_onto),
+        extra_grad_(extra_grad) {
+    const int64_t d_sae = latent_offsets.size(0) - 1;
+    const int64_t d_in = dense.size(1);
+    if (shift.has_value()) check_float(op, "shift", *shift, {d_in});
+    if (project_onto.has_value()) check_float(op, "project_onto", *project_onto, {d_sae, d_in});
+    if (extra_grad.has_value()) check_float(op, "extra_grad", *extra_grad, {d_sae, d_in});
+    terms_.lists = {offsets_.data<int64_t>(), rows_.data<int32_t>(), coefficients_.data<float>(),
+                    d_sae};
+    terms_.factor = {rows_type(dense), dense_.data<void>(), shift_.data<float>(), dense.size(0),
+                     d_in};
+    terms_.extra_grad = extra_grad_.data<float>();
+    terms_.project_onto = project_onto_.data<float>();
+    check_values(op, rows.size(0));
+  }
+
+  const cpu::GradientTerms& terms() const { return terms_; }
+
+ private:
+  static void check(const char* op, const Tensor& latent_offsets, const Tensor& rows,
+                    const Tensor& coefficients, const Tensor& dense) {
+    check_shape(op, "latent_offsets", latent_offsets, {kAnySize});
+    check_dtype(op, "latent_offsets", latent_offsets, ScalarType::Long);
+    STD_TORCH_CHECK(latent_offsets.size(0) > 1, op,
+                    ": latent_offsets must have d_sae + 1 >= 2 elements, got ",
+                    latent_offsets.size(0));
+    check_shape(op, "rows", rows, {kAnySize});
+    check_dtype(op, "rows", rows, ScalarType::Int);
+    check_float(op, "coefficients", coefficients, {rows.size(0)});
+    check_shape(op, "dense", dense, {kAnySize, kAnySize});
+    check_floating(op, "dense", dense);
+  }
+
+  void check_values(const char* op, int64_t entries) const {
+    const cpu::LatentMajor& lists = terms_.lists;
+    bool ascending = lists.offsets[0] == 0 && lists.offsets[lists.d_sae] == entries;
+    for (int64_t j = 0; j < lists.d_sae; ++j) {
+      ascending = ascending && lists.offsets[j] <= lists.offsets[j + 1];
+    }
+    STD_TORCH_CHECK(ascending, op, ": latent_offsets must ascend from 0 to the number of rows, ",
+                    entries, ", got ", lists.offsets[0], " to ", lists.offsets[lists.d_sae]);
+    int32_t lowest = 0;
+    int32_t highest = -1;
+    for (int64_t i = 0; i < entries; ++i) {
+      lowest = lists.rows[i] < lowest ? lists.rows[i] : lowest;
+      highest = lists.rows[i] > highest ? lists.rows[i] : highest;
+    }
+    STD_TORCH_CHECK(lowest >= 0 && highest < terms_.factor.tokens, op, ": rows must be in [0, ",
+                    terms_.factor.tokens, "), got ", lowest < 0 ? lowest : highest);
+  }
+
+  Input offsets_, rows_, coefficients_, dense_, shift_, project_onto_, extra_grad_;
+  cpu::GradientTerms terms_{};
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
+    const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
+    const Tensor& dense, const OptionalTensor& shift, const OptionalTensor& project_onto,
+    const OptionalTensor& extra_grad) {
+  constexpr const char* kOp = "row_gradient_norm";
+  const GradientInput input(kOp, latent_offsets, rows, coefficients, dense, shift, project_onto,
+                            extra_grad);
+  const cpu::GradientTerms& terms = input.terms();
+  const int64_t d_sae = terms.lists.d_sae;
+  const Tensor squared_norm = torch::stable::new_empty(dense, {}, ScalarType::Double);
+  const Tensor sums = torch::stable::new_empty(dense, {d_sae}, ScalarType::Float);
+  const Tensor slots = torch::stable::new_empty(dense, {d_sae}, ScalarType::Int);
+  const int64_t kept = cpu::plan_cache(terms.lists.offsets, d_sae,
+                                       kCachedRowsPerToken * terms.factor.tokens,
+                                       mutable_data<int32_t>(slots));
+  const Tensor cached =
+      torch::stable::new_empty(dense, {kept, terms.factor.d_in}, ScalarType::Float);
+  check_memory(kOp, cpu::kernels().gradient_norm(
+                        terms, {mutable_data<float>(cached), mutable_data<int32_t>(slots)},
+                        mutable_data<float>(sums), mutable_data<double>(squared_norm), parallel()));
+  return {squared_norm, sums, cached, slots};
+}
+
+void check_state(const char* op, const char* name, const Tensor& state, int64_t d_sae,
+                 int64_t d_in) {
+  check_float(op, name, state, {d_sae, d_in});
+  check_contiguous(op, name, state);
+}
+
+// The copies that the update refreshes: the packed encoder, or W_dec rounded alone.
+cpu::PackedEncoder copies(const char* op, const Tensor& W, const std::string& precision,
+                          const OptionalTensor& packed, const OptionalTensor& stats,
+                          const OptionalTensor& rounded) {
+  check_precision(op, precision);
+  cpu::PackedEncoder encoder{};
+  if (packed.has_value() && stats.has_value() && rounded.has_value()) {
+    check_packed(op, W, precision, *packed, *stats, *rounded);
+    encoder = packed_encoder(W, precision, *packed, *stats, *rounded);
+  } else if (rounded.has_value()) {
+    check_shape(op, "rounded", *rounded, {W.size(0), W.size(1)});
+    check_contiguous(op, "rounded", *rounded);
+    encoder.rows = rows_type(*rounded);
+    encoder.rounded = rounded->mutable_data_ptr();
+  }
+  encoder.d_sae = W.size(0);
+  encoder.d_in = W.size(1);
+  encoder.W_enc = mutable_data<float>(W);
+  return encoder;
+}
+
+void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                  const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
+                  const Tensor& dense, const OptionalTensor& shift,
+                  const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
+                  const Tensor& cache_slots, const Tensor& grad_scale, double lr, double beta1,
+                  double beta2, double eps, double weight_decay, int64_t step, bool project,
+                  bool unit_norm, const OptionalTensor& packed, const OptionalTensor& stats,
+                  const OptionalTensor& rounded, const std::string& precision) {
+  constexpr const char* kOp = "fused_update_";
+  const GradientInput input(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt,
+                            extra_grad);
+  const int64_t d_sae = input.terms().lists.d_sae;
+  const int64_t d_in = input.terms().factor.d_in;
+  check_state(kOp, "W", W, d_sae, d_in);
+  check_state(kOp, "exp_avg", exp_avg, d_sae, d_in);
+  check_state(kOp, "exp_avg_sq", exp_avg_sq, d_sae, d_in);
+  check_float(kOp, "sums", sums, {d_sae});
+  check_float(kOp, "cached", cached, {kAnySize, d_in});
+  check_shape(kOp, "cache_slots", cache_slots, {d_sae});
+  check_dtype(kOp, "cache_slots", cache_slots, ScalarType::Int);
+  check_float(kOp, "grad_scale", grad_scale, {});
+  STD_TORCH_CHECK(step >= 1, kOp, ": step must be at least 1, got ", step);
+  const Input kept(cached), slots(cache_slots);
+  cpu::RowUpdate update{};
+  update.gradient = input.terms();
+  update.gradient.project_onto = project ? mutable_data<float>(W) : nullptr;
+  // The kernel only reads them; the cache is shared with the op that fills it.
+  update.cache = {const_cast<float*>(kept.data<float>()), const_cast<int32_t*>(slots.data<int32_t>())};
+  update.adam = make_adam_step(lr, beta1, beta2, eps, weight_decay, step);
+  update.grad_scale = *static_cast<const float*>(grad_scale.const_data_ptr());
+  update.unit_norm = unit_norm;
+  update.W = mutable_data<float>(W);
+  update.exp_avg = mutable_data<float>(exp_avg);
+  update.exp_avg_sq = mutable_data<float>(exp_avg_sq);
+  update.encoder = copies(kOp, W, precision, packed, stats, rounded);
+  check_memory(kOp, cpu::kernels().fused_update(update, parallel()));
+}
+
+void normalize_rows(const Tensor& W) {
+  constexpr const char* kOp = "normalize_rows_";
+  check_float(kOp, "W", W, {kAnySize, kAnySize});
+  check_contiguous(kOp, "W", W);
+  cpu::kernels().normalize_rows(mutable_data<float>(W), W.size(0), W.size(1), parallel());
+}
+
+}  // namespace
+}  // namespace sae_fast::ops
+
+STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
+  m.impl("latent_major", TORCH_BOX(&sae_fast::ops::latent_major));
+  m.impl("accumulate_rows", TORCH_BOX(&sae_fast::ops::accumulate_rows));
+  m.impl("row_gradient_norm", TORCH_BOX(&sae_fast::ops::row_gradient_norm));
+  m.impl("fused_update_", TORCH_BOX(&sae_fast::ops::fused_update));
+  m.impl("normalize_rows_", TORCH_BOX(&sae_fast::ops::normalize_rows));
+}

@@ -1,0 +1,82 @@
+// The one list of operators. The comment above each schema is its contract: N tokens, D = d_in,
+// F = d_sae, K = k; rows of both weight matrices are latents; indices are int32; everything else is
+// float32 unless said. Every op is deterministic and independent of the number of threads.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(sae_fast, m) {
+  // The encoder as the product reads it: int16 panels (float panels for precision "fp32"), per
+  // latent scale and error bounds, and W_enc rounded for "bf16" and "fp16". Opaque to callers:
+  //   packed  int16 [ceil(F/64), ceil(D/2), 64, 2] or float32 [ceil(F/64), D, 64]
+  //   stats   [4, 64 * ceil(F/64)]
+  //   rounded [F, D] bfloat16 or float16, else [0, D]
+  m.def("pack_encoder(Tensor W_enc, str precision) -> (Tensor packed, Tensor stats, Tensor rounded)");
+
+  // Per row the k largest of (x - b_dec) W_encᵀ + b_enc, then ReLU. values [N, K] descending, equal
+  // values by ascending index, NaN first; indices [N, K]. "screened" and "fp32" give the exact
+  // float32 result and the same bits; "bf16" and "fp16" round x - b_dec and W_enc first. With a dead
+  // mask [F], aux_* [N, k_aux] are the best among the dead latents, (0, 0) where there are too few.
+  // packed, stats, rounded: of pack_encoder for this W_enc and precision; built here if absent.
+  m.def(
+      "encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, str precision, "
+      "Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded) -> "
+      "(Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)");
+
+  // Entries above threshold [F] and above 0, and every NaN: CSR by row, ascending index.
+  // values [nnz], indices [nnz], offsets int64 [N + 1].
+  m.def(
+      "encode_threshold(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, Tensor threshold, "
+      "str precision, Tensor? packed, Tensor? stats, Tensor? rounded) -> "
+      "(Tensor values, Tensor indices, Tensor offsets)");
+
+  // Sum of value * W_dec[index] + b_dec: [N, D]. W_dec float32, bfloat16 or float16. Without
+  // offsets the code is [N, K], with them CSR; so for all ops below.
+  m.def(
+      "decode(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec) -> "
+      "Tensor x_hat");
+
+  // <grad[n], W_dec[index]> for every entry.
+  m.def(
+      "decode_backward(Tensor grad, Tensor indices, Tensor? offsets, Tensor W_dec) -> "
+      "Tensor grad_values");
+
+  // One pass over the active rows for a squared error and its gradient: residual = decode - x
+  // [N, D] in W_dec's dtype, squared_error [N], residual_dot = <residual[n], W_dec[index]>.
+  m.def(
+      "reconstruct(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec, "
+      "Tensor x) -> (Tensor residual, Tensor squared_error, Tensor residual_dot)");
+
+  // rows [F, D] = sum over a latent's entries of coefficient * dense[n]; sums [F] of coefficients.
+  m.def(
+      "accumulate_rows(Tensor coefficients, Tensor indices, Tensor? offsets, Tensor dense, "
+      "int d_sae) -> (Tensor rows, Tensor sums)");
+
+  // The entries with value != 0 by latent, then by position: latent_offsets int64 [F + 1], entries
+  // int32 (flat position in values), rows int32 (token).
+  m.def(
+      "latent_major(Tensor values, Tensor indices, Tensor? offsets, int d_sae) -> "
+      "(Tensor latent_offsets, Tensor entries, Tensor rows)");
+
+  // Gradient row j: g_j = sum of coefficients[p] * (dense[rows[p]] - shift) + extra_grad[j],
+  // less its part along project_onto[j]. squared_norm: float64 scalar, of all of it; sums [F] of
+  // coefficients; cached, cache_slots: rows kept for fused_update_, at most 2 N of them.
+  m.def(
+      "row_gradient_norm(Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, "
+      "Tensor? shift, Tensor? project_onto, Tensor? extra_grad) -> "
+      "(Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)");
+
+  // One pass over W: the same g_j times grad_scale (scalar), AdamW as torch.optim.AdamW (step from
+  // 1), then unit rows where asked, and fresh low-precision copies of the rows where given.
+  m.def(
+      "fused_update_(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift, "
+      "Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor grad_scale, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, int step, bool project, "
+      "bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded, "
+      "str precision) -> ()");
+
+  // Rows to unit L2 norm: w / max(|w|, 1e-12).
+  m.def("normalize_rows_(Tensor(a!) W) -> ()");
+
+  // Sum over i != j of (ŵ_i·ŵ_j)², ŵ unit rows, by the D x D Gram matrix; loss [] and its gradient.
+  m.def("decorrelation(Tensor W) -> (Tensor loss, Tensor grad)");
+}
