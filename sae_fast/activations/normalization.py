@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sae_fast.activations.pool import iterate_blocks
 from sae_fast.activations.shard_set import ShardSet
-from sae_fast.activations.shuffle import Block, split_blocks
+from sae_fast.activations.shuffle import Block, split_blocks, split_shard
 from sae_fast.activations.source import Transform
 from sae_fast.activations.tensor_stream import checked_rows
 
@@ -32,40 +33,46 @@ def estimate_normalization(
         slabs = _tensor_slabs(activations)
     else:
         slabs = _shard_slabs(activations, max_rows)
-    total, count = 0.0, 0
-    summed: Tensor | float = 0.0
-    for rows in slabs():
-        summed = summed + rows.sum(dim=0, dtype=torch.float64)
-        count += len(rows)
-    assert isinstance(summed, Tensor)
-    mean = summed / count
-    for rows in slabs():
-        total += float((rows.double() - mean).norm(dim=1).sum())
-    if not total > 0:
+    norms, count = 0.0, 0.0
+    total: Tensor | float = 0.0
+    for rows, weight in slabs():
+        total = total + weight * rows.sum(dim=0, dtype=torch.float64)
+        count += weight * len(rows)
+    assert isinstance(total, Tensor)
+    mean = total / count
+    for rows, weight in slabs():
+        norms += weight * float((rows.double() - mean).norm(dim=1).sum())
+    if not norms > 0:
         raise ValueError("activations: all rows are equal, there is nothing to scale")
-    return Transform(mean.float(), math.sqrt(len(mean)) * count / total)
+    return Transform(mean.float(), math.sqrt(len(mean)) * count / norms)
 
 
-def _tensor_slabs(activations: Tensor) -> Callable[[], Iterator[Tensor]]:
+Slabs = Callable[[], Iterator[tuple[Tensor, float]]]  # rows, and how many each stands for
+
+
+def _tensor_slabs(activations: Tensor) -> Slabs:
     rows = checked_rows(activations, skip_nonfinite=True)
-    return lambda: iter(torch.split(rows, TENSOR_SLAB_ROWS))
+    return lambda: ((slab, 1.0) for slab in torch.split(rows, TENSOR_SLAB_ROWS))
 
 
-def _shard_slabs(shards: ShardSet, max_rows: int | None) -> Callable[[], Iterator[Tensor]]:
+def _shard_slabs(shards: ShardSet, max_rows: int | None) -> Slabs:
     blocks = split_blocks(shards)
     if max_rows is not None and shards.rows > max_rows:
-        blocks = _sample(split_blocks(shards, SAMPLE_BLOCK_ROWS), max_rows / shards.rows)
-    return lambda: iterate_blocks(shards, blocks)
-
-
-def _sample(blocks: list[Block], fraction: float) -> list[Block]:
-    """That fraction of the blocks, evenly spaced, and at least one of each shard."""
-    chosen = []
-    shard, due = -1, 0.0
+        blocks = _sample(shards, max_rows / shards.rows)
+    # Each shard counts with all of its rows, however many of them its share of blocks holds.
+    sampled = Counter[int]()
     for block in blocks:
-        due += fraction
-        if due >= 1 or block.shard != shard:
-            chosen.append(block)
-            due -= 1
-        shard = block.shard
+        sampled[block.shard] += block.kept
+    weights = [shards.served_rows(block.shard) / sampled[block.shard] for block in blocks]
+    return lambda: zip(iterate_blocks(shards, blocks), weights, strict=True)
+
+
+def _sample(shards: ShardSet, fraction: float) -> list[Block]:
+    """That fraction of the rows in blocks, evenly spaced over each shard; one block at least."""
+    chosen = []
+    for number, shard in enumerate(shards.shards):
+        step = shard.block_rows(SAMPLE_BLOCK_ROWS) if shard.compressed else SAMPLE_BLOCK_ROWS
+        blocks = split_shard(shards, number, step)
+        count = min(len(blocks), max(1, round(fraction * shard.rows / step)))
+        chosen += [blocks[int((i + 0.5) * len(blocks) / count)] for i in range(count)]
     return chosen

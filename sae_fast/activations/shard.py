@@ -41,7 +41,8 @@ class Shard:
     d_in: int
     storage: Storage
     tokens: int  # rows of one entry of the first axis: 1 in a 2-D dataset
-    chunk_rows: int  # rows that are stored together: reading fewer would cost as much
+    chunk_rows: int  # rows that are stored together
+    compressed: bool  # reading fewer rows than a chunk would cost as much
     file_bytes: int
     checksum: str | None  # "sha256:…" of the rows as stored, from the file's attributes
     metadata: dict[str, Any] = field(compare=False)
@@ -138,6 +139,7 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY) -> Shard:
             storage=storage,
             tokens=tokens,
             chunk_rows=_chunk_rows(dataset, tokens, d_in * storage.itemsize),
+            compressed=_is_compressed(dataset),
             file_bytes=path.stat().st_size,
             checksum=metadata.get("checksum"),
             metadata=metadata,
@@ -253,9 +255,12 @@ def _chunk_rows(dataset: h5py.Dataset, tokens: int, row_bytes: int) -> int:
     if dataset.chunks is None:
         return 1
     rows = int(dataset.chunks[0]) * tokens
-    filtered = dataset.compression is not None or dataset.shuffle or dataset.fletcher32
-    # Of an uncompressed chunk HDF5 reads just the rows asked for; any other is decoded whole.
-    return 1 if rows * row_bytes > SPLIT_BYTES and not filtered else rows
+    return 1 if rows * row_bytes > SPLIT_BYTES and not _is_compressed(dataset) else rows
+
+
+def _is_compressed(dataset: h5py.Dataset) -> bool:
+    """Whether a filter makes HDF5 decode a whole chunk to read any part of it."""
+    return bool(dataset.id.get_create_plist().get_nfilters())
 
 
 def _plain(value: Any) -> Any:

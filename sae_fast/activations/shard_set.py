@@ -55,7 +55,11 @@ class ShardSet:
     @property
     def rows(self) -> int:
         """Rows that are served: all but the dropped ones."""
-        return sum(shard.rows for shard in self.shards) - self.nonfinite_rows
+        return sum(self.served_rows(number) for number in range(len(self.shards)))
+
+    def served_rows(self, number: int) -> int:
+        """Rows of one shard that are served."""
+        return self.shards[number].rows - len(self.dropped[number])
 
     @property
     def nonfinite_rows(self) -> int:

@@ -98,13 +98,21 @@ class EpochPlan:
 
 def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
     """All blocks that serve a row, in order, of at most `limit` rows where the chunks allow it."""
+    return [
+        block
+        for number, shard in enumerate(shards.shards)
+        for block in split_shard(shards, number, shard.block_rows(limit))
+    ]
+
+
+def split_shard(shards: ShardSet, number: int, step: int) -> list[Block]:
+    """The blocks of one shard that serve a row, `step` rows each but the last."""
     blocks = []
-    for number, (shard, dropped) in enumerate(zip(shards.shards, shards.dropped, strict=True)):
-        step = shard.block_rows(limit)
-        for start in range(0, shard.rows, step):
-            stop = min(start + step, shard.rows)
-            first, last = np.searchsorted(dropped, (start, stop))
-            kept = stop - start - int(last - first)
-            if kept:
-                blocks.append(Block(number, start, stop, kept))
+    dropped, rows = shards.dropped[number], shards.shards[number].rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        first, last = np.searchsorted(dropped, (start, stop))
+        kept = stop - start - int(last - first)
+        if kept:
+            blocks.append(Block(number, start, stop, kept))
     return blocks

@@ -89,6 +89,11 @@ class ActivationStream:
         """Seconds for which `next_batch` has waited for the reader."""
         return self._stall_seconds
 
+    def current_shards(self) -> list[Path]:
+        """Shards that the rows of the last batch may come from, sorted."""
+        window = self._plan.windows(self._cursor.epoch)[self._cursor.window]
+        return sorted({self.shards.shards[block.shard].path for block in window})
+
     @property
     def memory_bytes(self) -> int:
         """Memory of the pools and of the batches that are kept ready."""
