@@ -83,4 +83,25 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
                   " is changed in place and must be contiguous");
 }
 
+// A sparse code: values (absent where an op has none) and indices [N, K], or flat ones with offsets
+// [N + 1].
+inline void check_code_layout(const char* op, const OptionalTensor& values, const Tensor& indices,
+                              const OptionalTensor& offsets) {
+  if (offsets.has_value()) {
+    check_shape(op, "indices", indices, {kAnySize});
+    check_shape(op, "offsets", *offsets, {kAnySize});
+    check_dtype(op, "offsets", *offsets, ScalarType::Long);
+    STD_TORCH_CHECK(offsets->size(0) > 0, op, ": offsets must have N + 1 elements, got none");
+  } else {
+    check_shape(op, "indices", indices, {kAnySize, kAnySize});
+  }
+  check_dtype(op, "indices", indices, ScalarType::Int);
+  if (values.has_value()) {
+    check_dtype(op, "values", *values, ScalarType::Float);
+    STD_TORCH_CHECK(shape_text(*values) == shape_text(indices), op,
+                    ": values must have the shape of indices, ", shape_text(indices), ", got ",
+                    shape_text(*values));
+  }
+}
+
 }  // namespace sae_fast::ops

@@ -3,25 +3,6 @@
 namespace sae_fast::ops {
 namespace {
 
-void check_layout(const char* op, const OptionalTensor& values, const Tensor& indices,
-                  const OptionalTensor& offsets) {
-  check_shape(op, "indices", indices,
-              offsets.has_value() ? std::initializer_list<int64_t>{kAnySize}
-                                  : std::initializer_list<int64_t>{kAnySize, kAnySize});
-  check_dtype(op, "indices", indices, ScalarType::Int);
-  if (values.has_value()) {
-    check_dtype(op, "values", *values, ScalarType::Float);
-    STD_TORCH_CHECK(shape_text(*values) == shape_text(indices), op,
-                    ": values must have the shape of indices, ", shape_text(indices), ", got ",
-                    shape_text(*values));
-  }
-  if (offsets.has_value()) {
-    check_shape(op, "offsets", *offsets, {kAnySize});
-    check_dtype(op, "offsets", *offsets, ScalarType::Long);
-    STD_TORCH_CHECK(offsets->size(0) > 0, op, ": offsets must have N + 1 elements, got none");
-  }
-}
-
 void check_offsets(const char* op, const int64_t* offsets, int64_t tokens, int64_t entries) {
   bool ascending = offsets[0] == 0 && offsets[tokens] == entries;
   for (int64_t token = 0; token < tokens; ++token) {
@@ -46,7 +27,7 @@ void check_indices(const char* op, const int32_t* indices, int64_t entries, int6
 
 CodeInput::CodeInput(const char* op, const OptionalTensor& values, const Tensor& indices,
                      const OptionalTensor& offsets, int64_t d_sae)
-    : values_((check_layout(op, values, indices, offsets), values)),
+    : values_((check_code_layout(op, values, indices, offsets), values)),
       indices_(indices),
       offsets_(offsets) {
   code_.values = values_.data<float>();

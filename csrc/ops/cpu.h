@@ -1,11 +1,11 @@
-// What the CPU ops share: torch's thread pool as the kernels' parallel-for, contiguous inputs as
-// pointers, and the sparse code's layout.
+// What the CPU ops share: torch's thread pool as the kernels' parallel-for, and the sparse code.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/input.h"
 
 namespace sae_fast::ops {
 
@@ -20,28 +20,6 @@ inline cpu::Parallel parallel() {
 
 inline void check_memory(const char* op, bool done) {
   STD_TORCH_CHECK(done, op, ": out of memory for scratch space");
-}
-
-// An input as the kernels read it; keeps the contiguous copy alive, if one was needed.
-class Input {
- public:
-  explicit Input(const Tensor& tensor) : tensor_(torch::stable::contiguous(tensor)) {}
-  explicit Input(const OptionalTensor& tensor) {
-    if (tensor.has_value()) tensor_ = torch::stable::contiguous(*tensor);
-  }
-
-  template <class T>
-  const T* data() const {
-    return tensor_.has_value() ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr;
-  }
-
- private:
-  OptionalTensor tensor_;
-};
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 inline cpu::Rows rows_type(const Tensor& tensor) {

@@ -1,0 +1,84 @@
+// CUDA side of the row ops that need no gradient state: check, guard, allocate, call.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "kernels/cuda/rows.h"
+#include "ops/cuda.h"
+
+namespace sae_fast::ops {
+namespace {
+
+// The latents are sorted as 32-bit keys, one more of them for entries that do not count.
+void check_d_sae(const char* op, int64_t d_sae) {
+  STD_TORCH_CHECK(d_sae >= 1 && d_sae < INT_MAX, op, ": d_sae must be in [1, ", INT_MAX, "), got ",
+                  d_sae);
+}
+
+// entries and rows have room for every entry of the code: how many count is known on the device
+// only. Those beyond latent_offsets[F] are the entries with value 0 and belong to no latent.
+std::tuple<Tensor, Tensor, Tensor> latent_major(const Tensor& values, const Tensor& indices,
+                                                const OptionalTensor& offsets, int64_t d_sae) {
+  constexpr const char* kOp = "latent_major";
+  check_d_sae(kOp, d_sae);
+  check_same_device(kOp, {{"values", values}, {"indices", indices}, {"offsets", offsets}});
+  const DeviceGuard guard(values.get_device_index());
+  const CudaCode code(kOp, values, indices, offsets);
+  const int64_t count = code.rows().entries;
+  const Tensor latent_offsets = torch::stable::new_empty(values, {d_sae + 1}, ScalarType::Long);
+  const Tensor entries = torch::stable::new_empty(values, {count}, ScalarType::Int);
+  const Tensor rows = torch::stable::new_empty(values, {count}, ScalarType::Int);
+  size_t bytes = 0;
+  STD_CUDA_CHECK(cuda::latent_major_scratch_bytes(count, d_sae, &bytes));
+  const Tensor scratch = new_scratch(values, bytes);
+  STD_CUDA_CHECK(cuda::latent_major(code.values(), code.indices(), code.rows(),
+                                    mutable_data<int64_t>(latent_offsets),
+                                    mutable_data<int32_t>(entries), mutable_data<int32_t>(rows),
+                                    d_sae, scratch.mutable_data_ptr(), current_stream(values)));
+  return {latent_offsets, entries, rows};
+}
+
+std::tuple<Tensor, Tensor> accumulate_rows(const Tensor& coefficients, const Tensor& indices,
+                                           const OptionalTensor& offsets, const Tensor& dense,
+                                           int64_t d_sae) {
+  constexpr const char* kOp = "accumulate_rows";
+  check_d_sae(kOp, d_sae);
+  check_same_device(kOp, {{"coefficients", coefficients},
+                          {"indices", indices},
+                          {"offsets", offsets},
+                          {"dense", dense}});
+  const DeviceGuard guard(coefficients.get_device_index());
+  const CudaCode code(kOp, coefficients, indices, offsets);
+  check_shape(kOp, "dense", dense, {code.rows().rows, kAnySize});
+  check_floating(kOp, "dense", dense);
+  const int64_t d_in = dense.size(1);
+  const Input table(dense);
+  const Tensor rows = torch::stable::new_empty(coefficients, {d_sae, d_in});
+  const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
+  size_t bytes = 0;
+  STD_CUDA_CHECK(cuda::accumulate_rows_scratch_bytes(code.rows().entries, d_sae, d_in, &bytes));
+  const Tensor scratch = new_scratch(coefficients, bytes);
+  STD_CUDA_CHECK(cuda::accumulate_rows(
+      code.values(), code.indices(), code.rows(), {table.data<void>(), data_type(dense)},
+      mutable_data<float>(rows), mutable_data<float>(sums), d_sae, d_in, scratch.mutable_data_ptr(),
+      current_stream(coefficients)));
+  return {rows, sums};
+}
+
+void normalize_rows(const Tensor& W) {
+  constexpr const char* kOp = "normalize_rows_";
+  check_float(kOp, "W", W, {kAnySize, kAnySize});
+  check_contiguous(kOp, "W", W);
+  const DeviceGuard guard(W.get_device_index());
+  STD_CUDA_CHECK(
+      cuda::normalize_rows(mutable_data<float>(W), W.size(0), W.size(1), current_stream(W)));
+}
+
+}  // namespace
+}  // namespace sae_fast::ops
+
+STABLE_TORCH_LIBRARY_IMPL(sae_fast, CUDA, m) {
+  m.impl("latent_major", TORCH_BOX(&sae_fast::ops::latent_major));
+  m.impl("accumulate_rows", TORCH_BOX(&sae_fast::ops::accumulate_rows));
+  m.impl("normalize_rows_", TORCH_BOX(&sae_fast::ops::normalize_rows));
+}
