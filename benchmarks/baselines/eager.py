@@ -76,13 +76,15 @@ class EagerTrainer:
         return loss, values, indices
 
     def aux_loss(self, pre_acts: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """How well the strongest dead latents model the residual, in units of its variance."""
-        k_aux = min(residual.shape[1] // 2, int(dead.sum()))
+        """How badly the strongest dead latents model the residual, as a share of its variance."""
+        full_k_aux, n_dead = max(residual.shape[1] // 2, 1), int(dead.sum())
+        k_aux = min(full_k_aux, n_dead)
         masked = pre_acts.masked_fill(~dead, -torch.inf)
         values, indices = masked.topk(k_aux, dim=-1, sorted=False)
         error = self.decode(torch.relu(values), indices) - residual
         variance = (residual - residual.mean(0)).square().sum(-1).mean()
-        return torch.nan_to_num(error.square().sum(-1).mean() / variance)
+        share = min(n_dead / full_k_aux, 1.0)
+        return torch.nan_to_num(share * error.square().sum(-1).mean() / variance)
 
     def step(self, x: Tensor) -> Tensor:
         """One whole training step on x [N, D]; returns the loss."""

@@ -39,6 +39,8 @@ def instruction_set() -> str:
 
 def describe_machine() -> dict[str, str | int]:
     """Facts that a table needs beside its numbers."""
+    import sae_fast  # here, because the peers' interpreters import this file without it
+
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "cpu": cpu_name(),
@@ -49,7 +51,7 @@ def describe_machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "sae_fast": distribution_version("sae_fast"),
+        "sae_fast": sae_fast.__version__,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import resource
 from pathlib import Path
 
@@ -23,6 +24,15 @@ class PeakMemory:
     def above(self) -> int:
         """Bytes between the state at the start and the highest state since."""
         return max(0, peak_bytes() - self.start)
+
+
+def available_bytes() -> int:
+    """Memory that new processes can have without pushing others out."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def peak_bytes() -> int:

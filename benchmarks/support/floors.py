@@ -1,0 +1,156 @@
+"""How fast a step could be: the rates of this machine, measured now, and what a step must do.
+
+floor = product + gathers + optimiser
+  product    2·N·D·F operations at the rate of the encoder's own micro-kernel
+  gathers    N·K rows of W_dec once (decode; the gradient of the values reads the same rows),
+             N·K rows of x and of the residual once each (both weight gradients), and in mode
+             `screened` N·K rows of W_enc once (fp32 re-scoring of the winners)
+  optimiser  weights and both moments read and written (24 bytes a parameter) and the
+             low-precision copies written (2 bytes an entry of each copied matrix)
+Rows are fp32, in bf16 mode 2 bytes an entry. Nothing else a step does is counted: not selection,
+loss, sorting by latent, norms or biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.support.problem import Size, make_activations, make_weights
+from benchmarks.support.timing import best_seconds
+
+FORMULA = "2·N·D·F / product rate + bytes gathered / gather rate + bytes of Adam / stream rate"
+LOW_PRECISION = ("bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured ceilings at one size: operations or bytes a second."""
+
+    product: float
+    product_source: str
+    gather_latents: float
+    gather_tokens: float
+    stream: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds that each part of a step takes at best."""
+
+    product: float
+    gathers: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All parts one after the other."""
+        return self.product + self.gathers + self.optimizer
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+def step_floor(size: Size, precision: str, rates: Rates) -> Floor:
+    """The formula at the head of this file."""
+    row_bytes = size.d_in * (2 if precision in LOW_PRECISION else 4)
+    latents = size.entries * row_bytes
+    if precision == "screened":
+        latents += size.entries * size.d_in * 4
+    tokens = 2 * size.entries * row_bytes
+    copies = 2.0 if precision in LOW_PRECISION else 1.0 if precision == "screened" else 0.0
+    return Floor(
+        product=size.product_flops / rates.product,
+        gathers=latents / rates.gather_latents + tokens / rates.gather_tokens,
+        optimizer=(24 + copies) * size.parameters / rates.stream,
+    )
+
+
+def measure_rates(size: Size, precision: str) -> Rates:
+    """Measure every rate that the floor of a size needs; a second or so."""
+    product, source = product_rate(size, precision)
+    latents, tokens = gather_rates(size)
+    return Rates(product, source, latents, tokens, stream_rate(size))
+
+
+def product_rate(size: Size, precision: str) -> tuple[float, str]:
+    """Operations a second of the dense product, and whose product it was."""
+    native = native_product(size, precision)
+    if native is not None:
+        return size.product_flops / best_seconds_of(native), "sae_fast's own product"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rows, latents = min(size.n_tokens, 512), min(size.d_sae, 4096)
+    x = torch.randn(rows, size.d_in, dtype=dtype)
+    W = torch.randn(latents, size.d_in, dtype=dtype)
+    out = torch.empty(rows, latents, dtype=dtype)
+    seconds = best_seconds(lambda: torch.mm(x, W.T, out=out), repeats=10)
+    return 2.0 * rows * size.d_in * latents / seconds, f"torch.mm in {dtype}"
+
+
+def native_product(size: Size, precision: str) -> Callable[[], float] | None:
+    """A call that runs sae_fast's bare encoder product and returns its seconds, if built."""
+    try:
+        from sae_fast import _C
+    except ImportError:
+        return None
+    if not hasattr(_C, "encoder_product_seconds"):
+        return None
+    x = make_activations(size, 1)
+    weights = make_weights(size)
+    packed, stats, _ = torch.ops.sae_fast.pack_encoder(weights.W_enc, precision)
+    return lambda: float(_C.encoder_product_seconds(x, packed, stats, precision))
+
+
+def best_seconds_of(call: Callable[[], float], repeats: int = 5) -> float:
+    """The smallest of several self-timed calls, after one to warm up."""
+    call()
+    return min(call() for _ in range(repeats))
+
+
+def gather_rates(size: Size) -> tuple[float, float]:
+    """Bytes a second of gathering random rows from the decoder and from a batch."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (size.n_tokens, size.k)
+    weights = torch.rand(shape, generator=generator)
+    bytes_gathered = size.entries * size.d_in * 4
+
+    def rate(table: Tensor) -> float:
+        chosen = torch.randint(len(table), shape, generator=generator, dtype=torch.int32)
+
+        def gather() -> Tensor:
+            return F.embedding_bag(chosen, table, per_sample_weights=weights, mode="sum")
+
+        def own() -> Tensor:
+            decoded: Tensor = torch.ops.sae_fast.decode(weights, chosen, None, table, None)
+            return decoded
+
+        calls = [gather, own] if has_native_ops() else [gather]
+        return bytes_gathered / min(best_seconds(call) for call in calls)
+
+    with torch.no_grad():
+        return rate(torch.randn(size.d_sae, size.d_in)), rate(torch.randn(shape[0], size.d_in))
+
+
+def stream_rate(size: Size) -> float:
+    """Bytes a second of reading and writing arrays as large as this size's parameters."""
+    count = size.parameters
+    a, b, out = torch.rand(count), torch.rand(count), torch.empty(count)
+    triad = 12 * count / best_seconds(lambda: torch.add(a, b, alpha=2.0, out=out))
+    parameter = torch.nn.Parameter(a)
+    parameter.grad = b
+    adam = torch.optim.Adam([parameter], fused=True)
+    return max(triad, 28 * count / best_seconds(lambda: adam.step()))
+
+
+def has_native_ops() -> bool:
+    """Whether sae_fast's compiled kernels are loaded."""
+    try:
+        from sae_fast import _C  # noqa: F401
+    except ImportError:
+        return False
+    return True

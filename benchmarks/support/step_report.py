@@ -1,0 +1,174 @@
+"""Results of `train_step.py`: what is stored for a size, and the tables made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contestants import DESCRIPTIONS
+from benchmarks.support.floors import FORMULA, Floor, Rates
+from benchmarks.support.heats import Outcome
+from benchmarks.support.problem import Size
+from benchmarks.support.tables import machine_line, markdown_table, milliseconds, percent, ratio
+from benchmarks.support.timing import median_ratio, summarize
+
+PRECISIONS = {"sae_fast": "screened", "sae_fast_bf16": "bf16"}
+
+
+def size_result(
+    size: Size,
+    outcomes: Mapping[str, Outcome],
+    rates: Mapping[str, Rates],
+    floors: Mapping[str, Floor],
+) -> dict[str, Any]:
+    """Everything measured at one size."""
+    contestants = {}
+    for name, outcome in outcomes.items():
+        summary = summarize(outcome.samples)
+        contestants[name] = {
+            **asdict(summary),
+            "tokens_per_second": size.n_tokens / summary.median,
+            "ratios": {
+                own: median_ratio(outcome.samples, series) for own, series in outcome.rivals.items()
+            },
+            "loss_at_step_0": outcome.first_loss,
+            "peak_bytes_above_start": outcome.peak_bytes,
+            "versions": outcome.versions,
+            "share_of_floor": share_of_floor(name, summary.median, floors),
+            "samples": [asdict(sample) for sample in outcome.samples],
+        }
+    return {
+        "size": asdict(size),
+        "contestants": contestants,
+        "rates": {precision: asdict(rate) for precision, rate in rates.items()},
+        "floors": {precision: floor.as_dict() for precision, floor in floors.items()},
+    }
+
+
+def share_of_floor(name: str, median: float, floors: Mapping[str, Floor]) -> float | None:
+    """Floor / time, for sae_fast's own steps."""
+    precision = PRECISIONS.get(name)
+    return None if precision is None else floors[precision].total / median
+
+
+def read_results(path: Path | None) -> dict[str, Any]:
+    """The sizes of an earlier run."""
+    if path is None or not path.exists():
+        return {}
+    sizes: dict[str, Any] = json.loads(path.read_text())["sizes"]
+    return sizes
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """All tables, as Markdown."""
+    parts = [
+        "# One training step",
+        "Select, decode, loss, AuxK bookkeeping, backward, projection, clip, Adam, unit norm, dead "
+        "counters; the same rows, weights, k and clip for all. Times are milliseconds over "
+        "interleaved rounds; a ratio is the median over rounds of (its time / sae_fast's time in "
+        "that round), so above 1 sae_fast is faster. Memory is the peak of a step above the state "
+        "before the model is built, in a process of its own: parameters and optimiser included.",
+        "## Summary",
+        summary_table(results),
+    ]
+    for result in results.values():
+        parts += size_section(result)
+    return "\n\n".join(parts)
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """One line a size: the ratios that matter and the share of the floor."""
+    headings = [
+        "size",
+        "default vs eager fp32",
+        "default vs tuned fp32",
+        "bf16 mode vs eager fp32",
+        "bf16 mode vs tuned bf16 autocast",
+        "default vs sparsify",
+        "share of floor, default / bf16",
+    ]
+    rows = []
+    for name, result in results.items():
+        contestants = result["contestants"]
+        shares = [contestants.get(own, {}).get("share_of_floor") for own in PRECISIONS]
+        rows.append(
+            [
+                name,
+                ratio(ratio_to(contestants, ["eager"], "sae_fast")),
+                ratio(ratio_to(contestants, ["tuned", "gather"], "sae_fast")),
+                ratio(ratio_to(contestants, ["eager"], "sae_fast_bf16")),
+                ratio(ratio_to(contestants, ["tuned_bf16", "gather_bf16"], "sae_fast_bf16")),
+                ratio(ratio_to(contestants, ["sparsify"], "sae_fast")),
+                " / ".join(percent(share) for share in shares),
+            ]
+        )
+    note = '"tuned" is the faster of the two gather-based PyTorch versions at that size.'
+    return markdown_table(headings, rows) + "\n\n" + note
+
+
+def ratio_to(contestants: Mapping[str, Any], names: Sequence[str], own: str) -> float | None:
+    """Ratio of the fastest of `names` to one of ours; None where one of them did not run."""
+    ratios = [contestants[name]["ratios"].get(own) for name in names if name in contestants]
+    known = [value for value in ratios if value is not None]
+    return min(known) if known else None
+
+
+def size_section(result: Mapping[str, Any]) -> list[str]:
+    """Table, floor and origin of one size."""
+    size = Size(**result["size"])
+    headings = [
+        *("contestant", "median ms", "min", "max", "tokens/s"),
+        *("vs default", "vs bf16 mode", "peak MiB", "loss at step 0", "quiet rounds"),
+    ]
+    rows = []
+    for name, data in result["contestants"].items():
+        peak = data["peak_bytes_above_start"]
+        rows.append(
+            [
+                DESCRIPTIONS[name],
+                milliseconds(data["median"]),
+                milliseconds(data["minimum"]),
+                milliseconds(data["maximum"]),
+                f"{data['tokens_per_second']:,.0f}",
+                ratio(data["ratios"].get("sae_fast")),
+                ratio(data["ratios"].get("sae_fast_bf16")),
+                "-" if peak is None else f"{peak / 2**20:,.0f}",
+                f"{data['loss_at_step_0']:.3f}",
+                f"{data['quiet_rounds']}/{data['rounds']}",
+            ]
+        )
+    parts = [f"## {size.describe()}", markdown_table(headings, rows), *floor_lines(result)]
+    if result["missing"]:
+        parts.append("Not installed, so not measured: " + ", ".join(result["missing"]) + ".")
+    versions = [
+        f"{package} {version}"
+        for data in result["contestants"].values()
+        for package, version in data["versions"].items()
+        if package not in ("torch", "sae_fast")
+    ]
+    if versions:
+        parts.append("Peers: " + ", ".join(dict.fromkeys(versions)) + ".")
+    parts.append(f"{machine_line(result['machine'])}\n`{result['command']}`")
+    return parts
+
+
+def floor_lines(result: Mapping[str, Any]) -> list[str]:
+    """The floor of each mode: its parts, the rates behind them, and the share reached."""
+    lines = [f"Floor of a step, {FORMULA}:"]
+    for name, precision in PRECISIONS.items():
+        if name not in result["contestants"]:
+            continue
+        floor, rates = result["floors"][precision], result["rates"][precision]
+        share = result["contestants"][name]["share_of_floor"]
+        lines.append(
+            f"- {precision}: {milliseconds(floor['product'])} + {milliseconds(floor['gathers'])} + "
+            f"{milliseconds(floor['optimizer'])} = {milliseconds(floor['total'])} ms, "
+            f"{percent(share)} reached; product {rates['product'] / 1e9:.0f} GFLOP/s "
+            f"({rates['product_source']}), gathers {rates['gather_latents'] / 1e9:.0f} GB/s from "
+            f"W_dec and {rates['gather_tokens'] / 1e9:.0f} GB/s from a batch, stream "
+            f"{rates['stream'] / 1e9:.0f} GB/s"
+        )
+    return ["\n".join(lines)]

@@ -1,0 +1,94 @@
+"""Times one whole training step of sae_fast against PyTorch and the packaged trainers.
+
+python -m benchmarks.train_step --sizes S1,S2 --rounds 9 --json results/train_step.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contestants import BASELINES, OURS, PEER_MODULES, choose_contestants
+from benchmarks.support.floors import measure_rates, step_floor
+from benchmarks.support.heats import Field, measure_memory, run_heats, say
+from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.problem import Size, parse_size
+from benchmarks.support.step_report import read_results, report, size_result
+from benchmarks.support.tables import write_json, write_text
+
+
+def run_size(size: Size, entrants: Field, memory_steps: int) -> dict[str, Any]:
+    """Everything about one size, as it goes into the JSON file."""
+    say(size.describe())
+    memory: dict[str, int] = {}
+    if memory_steps:
+        for name in [*entrants.ours, *entrants.local]:
+            memory[name] = measure_memory(name, size, entrants.threads, memory_steps)
+            say(f"    {name}: peak memory {memory[name] / 2**20:.0f} MiB above the start")
+    rates = {precision: measure_rates(size, precision) for precision in ("screened", "bf16")}
+    floors = {precision: step_floor(size, precision, rates[precision]) for precision in rates}
+    outcomes = run_heats(entrants)
+    for name, peak in memory.items():
+        outcomes[name].peak_bytes = peak
+    return size_result(size, outcomes, rates, floors)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.train_step")
+    parser.add_argument("--sizes", default="S1,S2,S3,S4", help="S1…S4 or NxDxFxK, comma-separated")
+    default = ",".join([*BASELINES, *PEER_MODULES])
+    parser.add_argument("--peers", default=default, help=f"who to compare with, of {default}")
+    parser.add_argument("--ours", default=",".join(OURS), help="which modes of sae_fast")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="interpreter that has a peer, when it is not this one",
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--memory-steps", type=int, default=2, help="steps of the memory measurement; 0: none"
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument(
+        "--merge", action="store_true", help="keep the sizes already in --json that are not run now"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run, print the tables, write the files."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    sizes = [parse_size(text) for text in options.sizes.split(",")]
+    interpreters = dict(item.split("=", 1) for item in options.peer_python)
+    ours = [name for name in options.ours.split(",") if name]
+    names = [name for name in options.peers.split(",") if name]
+    local, peers, missing = choose_contestants(names, interpreters)
+    results = read_results(options.json) if options.merge else {}
+    for size in sizes:
+        entrants = Field(size, ours, local, peers, options.rounds, options.warmup, options.threads)
+        result = run_size(size, entrants, options.memory_steps)
+        result["machine"] = describe_machine()
+        result["command"] = command_line("benchmarks.train_step")
+        result["missing"] = missing
+        results[size.name] = result
+        # After every size: a long run that is cut short keeps what it has.
+        if options.json:
+            write_json(options.json, {"sizes": results})
+        if options.markdown:
+            write_text(options.markdown, report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
