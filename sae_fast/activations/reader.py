@@ -112,13 +112,11 @@ class BatchReader:
             while cursor.served < pool.rows:
                 count = min(self._batch_size - have, pool.rows - cursor.served)
                 end = cursor.served + count
-                pool.take(cursor.served, end, batch[have : have + count])
+                pool.take(cursor.served, end, batch[have : have + count], self._transform)
                 have += count
                 cursor = replace(cursor, served=end, tokens=cursor.tokens + count)
                 self._keep_up(following, end / pool.rows, files)
                 if have == self._batch_size:
-                    if self._transform is not None:
-                        batch.sub_(self._transform.mean).mul_(self._transform.scale)
                     yield batch, cursor
                     batch, have = self._new_batch(), 0
 
