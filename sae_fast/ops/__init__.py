@@ -1,0 +1,36 @@
+"""The kernels' Python face: encode, decode, and the operations on rows of a weight matrix.
+
+N tokens, D = d_in, F = d_sae, K = k; both weight matrices are [F, D], one row a latent. Where the
+compiled module is not in use, every op is `reference.py`: the same results, many times slower.
+"""
+
+from sae_fast.ops.decode import Reconstruction, decode, reconstruct
+from sae_fast.ops.decorrelation import decorrelation
+from sae_fast.ops.encode import encode_threshold, encode_topk
+from sae_fast.ops.factors import RowFactor
+from sae_fast.ops.rows import (
+    accumulate_rows,
+    fused_update_,
+    latent_major,
+    normalize_rows_,
+    row_gradient_norm,
+)
+from sae_fast.ops.sparse_code import SparseCode
+from sae_fast.ops.working_copies import drop_copies
+
+__all__ = [
+    "Reconstruction",
+    "RowFactor",
+    "SparseCode",
+    "accumulate_rows",
+    "decode",
+    "decorrelation",
+    "drop_copies",
+    "encode_threshold",
+    "encode_topk",
+    "fused_update_",
+    "latent_major",
+    "normalize_rows_",
+    "reconstruct",
+    "row_gradient_norm",
+]

@@ -1,0 +1,311 @@
+"""The argument checks of every op, and so the one list of their messages.
+
+The fake kernels run them while tracing, the reference before computing; the compiled ops check the
+same things in the same words. A message is "op: argument must be ..., got ..."; the shape comes
+first, then dtype, device, range. Each function takes the arguments of the op it is named after.
+
+    {op}: {name} must have shape {shape}, got {shape}         (* stands for any size)
+    {op}: values must have the shape of indices, {shape}, got {shape}
+    {op}: {name} must be float32, got {dtype}                 (the reference also takes float64)
+    {op}: {name} must be float32, bfloat16 or float16, got {dtype}       (W_dec, dense)
+    {op}: {name} must be int32, got {dtype}                   (likewise int64, bool)
+    {op}: {name} must be on {device} like {first}, got {device}
+    {op}: {name} is changed in place and must be contiguous
+    {op}: k must be in [1, d_sae], got k={k} with d_sae={d_sae}
+    {op}: k_aux must be in [0, d_sae], got k_aux={k_aux} with d_sae={d_sae}
+    {op}: k_aux must be 0 without a dead_mask, got k_aux={k_aux}
+    {op}: precision must be screened, fp32, bf16 or fp16, got {precision}
+    {op}: d_sae must be at least 1, got {d_sae}
+    {op}: step must be at least 1, got {step}
+    {op}: offsets must have N + 1 elements, got none
+    {op}: offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
+    {op}: indices must be in [0, {d_sae}), got {index}
+
+The last two look at data: on the CPU always, elsewhere they would wait for the device.
+"""
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("screened", "fp32", "bf16", "fp16")
+_MASTER = (torch.float32,)
+_GATHERED = (torch.float32, torch.bfloat16, torch.float16)
+_Sizes = tuple[int | None, ...]
+
+
+class _Op:
+    """The checks of one call: the op's name, and the tensor whose device the others share."""
+
+    def __init__(self, name: str, like: str, tensor: Tensor) -> None:
+        self.name = name
+        self.like = like
+        self.device = tensor.device
+
+    def require(self, condition: bool, must: str, got: str = "") -> None:
+        message = f"{self.name}: {must}, got {got}" if got else f"{self.name}: {must}"
+        torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
+
+    def tensor(
+        self, name: str, tensor: Tensor, sizes: _Sizes, dtypes: tuple[torch.dtype, ...]
+    ) -> None:
+        """A tensor of these sizes (None is any) and dtypes, on the device of the first."""
+        shape = tuple(tensor.shape)
+        wanted = ", ".join("*" if size is None else str(size) for size in sizes)
+        must = f"{name} must have shape [{wanted}]"
+        self.require(len(shape) == len(sizes), must, str(list(shape)))
+        for got, size in zip(shape, sizes, strict=True):
+            if size is not None:
+                self.require(got == size, must, str(list(shape)))
+        self.dtype(name, tensor, dtypes)
+        must = f"{name} must be on {self.device} like {self.like}"
+        self.require(tensor.device == self.device, must, str(tensor.device))
+
+    def dtype(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        # float64 is the reference's own: the compiled ops refuse it themselves.
+        known = tensor.dtype in dtypes or (
+            tensor.dtype == torch.float64 and dtypes in (_MASTER, _GATHERED)
+        )
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        wanted = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+        self.require(known, f"{name} must be {wanted}", str(tensor.dtype).removeprefix("torch."))
+
+    def code(self, values: Tensor | None, indices: Tensor, offsets: Tensor | None) -> int:
+        """Indices, and values of their shape, with or without offsets; returns the rows."""
+        sizes = (None, None) if offsets is None else (None,)
+        self.tensor("indices", indices, sizes, (torch.int32,))
+        if values is not None:
+            self.dtype("values", values, _MASTER)
+            must = f"values must have the shape of indices, {list(indices.shape)}"
+            self.require(values.dim() == indices.dim(), must, str(list(values.shape)))
+            for got, size in zip(values.shape, indices.shape, strict=True):
+                self.require(got == size, must, str(list(values.shape)))
+        if offsets is None:
+            return indices.size(0)
+        self.tensor("offsets", offsets, (None,), (torch.int64,))
+        self.require(offsets.size(0) >= 1, "offsets must have N + 1 elements", "none")
+        return offsets.size(0) - 1
+
+    def precision(self, precision: str) -> None:
+        must = "precision must be screened, fp32, bf16 or fp16"
+        self.require(precision in PRECISIONS, must, precision)
+
+    def in_place(self, name: str, tensor: Tensor) -> None:
+        self.require(tensor.is_contiguous(), f"{name} is changed in place and must be contiguous")
+
+
+def pack_encoder(W_enc: Tensor, precision: str) -> None:  # noqa: D103
+    op = _Op("pack_encoder", "W_enc", W_enc)
+    op.tensor("W_enc", W_enc, (None, None), _MASTER)
+    op.precision(precision)
+
+
+def _encoder(
+    op: _Op, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, precision: str
+) -> None:
+    op.tensor("x", x, (None, None), _MASTER)
+    op.tensor("W_enc", W_enc, (None, x.size(1)), _MASTER)
+    op.tensor("b_enc", b_enc, (W_enc.size(0),), _MASTER)
+    op.tensor("b_dec", b_dec, (x.size(1),), _MASTER)
+    op.precision(precision)
+
+
+def encode_topk(  # noqa: D103
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> None:
+    op = _Op("encode_topk", "x", x)
+    _encoder(op, x, W_enc, b_enc, b_dec, precision)
+    d_sae = W_enc.size(0)
+    if dead_mask is not None:
+        op.tensor("dead_mask", dead_mask, (d_sae,), (torch.bool,))
+    op.require(1 <= k <= d_sae, "k must be in [1, d_sae]", f"k={k} with d_sae={d_sae}")
+    must = "k_aux must be in [0, d_sae]"
+    op.require(0 <= k_aux <= d_sae, must, f"k_aux={k_aux} with d_sae={d_sae}")
+    must = "k_aux must be 0 without a dead_mask"
+    op.require(dead_mask is not None or k_aux == 0, must, f"k_aux={k_aux}")
+
+
+def encode_threshold(  # noqa: D103
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor,
+    precision: str,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> None:
+    op = _Op("encode_threshold", "x", x)
+    _encoder(op, x, W_enc, b_enc, b_dec, precision)
+    op.tensor("threshold", threshold, (W_enc.size(0),), _MASTER)
+
+
+def decode(  # noqa: D103
+    values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
+) -> None:
+    op = _Op("decode", "values", values)
+    op.code(values, indices, offsets)
+    op.tensor("W_dec", W_dec, (None, None), _GATHERED)
+    if b_dec is not None:
+        op.tensor("b_dec", b_dec, (W_dec.size(1),), _MASTER)
+
+
+def decode_backward(  # noqa: D103
+    grad: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
+) -> None:
+    op = _Op("decode_backward", "grad", grad)
+    n_rows = op.code(None, indices, offsets)
+    op.tensor("W_dec", W_dec, (None, None), _GATHERED)
+    op.tensor("grad", grad, (n_rows, W_dec.size(1)), _MASTER)
+
+
+def reconstruct(  # noqa: D103
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    x: Tensor,
+) -> None:
+    op = _Op("reconstruct", "values", values)
+    n_rows = op.code(values, indices, offsets)
+    op.tensor("W_dec", W_dec, (None, None), _GATHERED)
+    if b_dec is not None:
+        op.tensor("b_dec", b_dec, (W_dec.size(1),), _MASTER)
+    op.tensor("x", x, (n_rows, W_dec.size(1)), _MASTER)
+
+
+def accumulate_rows(  # noqa: D103
+    coefficients: Tensor, indices: Tensor, offsets: Tensor | None, dense: Tensor, d_sae: int
+) -> None:
+    op = _Op("accumulate_rows", "coefficients", coefficients)
+    n_rows = op.code(coefficients, indices, offsets)
+    op.tensor("dense", dense, (n_rows, None), _GATHERED)
+    op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
+
+
+def latent_major(  # noqa: D103
+    values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+) -> None:
+    op = _Op("latent_major", "values", values)
+    op.code(values, indices, offsets)
+    op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
+
+
+def _factors(
+    op: _Op,
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    sizes: tuple[int | None, int | None],
+) -> None:
+    d_sae, d_in = sizes
+    op.tensor("dense", dense, (None, d_in), _GATHERED)
+    op.tensor(
+        "latent_offsets", latent_offsets, (None if d_sae is None else d_sae + 1,), (torch.int64,)
+    )
+    op.tensor("rows", rows, (None,), (torch.int32,))
+    op.tensor("coefficients", coefficients, (rows.size(0),), _MASTER)
+    if shift is not None:
+        op.tensor("shift", shift, (dense.size(1),), _MASTER)
+
+
+def row_gradient_norm(  # noqa: D103
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    project_onto: Tensor | None,
+    extra_grad: Tensor | None,
+) -> None:
+    op = _Op("row_gradient_norm", "dense", dense)
+    _factors(op, latent_offsets, rows, coefficients, dense, shift, (None, None))
+    shape = (latent_offsets.size(0) - 1, dense.size(1))
+    if project_onto is not None:
+        op.tensor("project_onto", project_onto, shape, _MASTER)
+    if extra_grad is not None:
+        op.tensor("extra_grad", extra_grad, shape, _MASTER)
+
+
+def fused_update_(  # noqa: D103
+    W: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    extra_grad: Tensor | None,
+    sums: Tensor,
+    cached: Tensor,
+    cache_slots: Tensor,
+    grad_scale: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    project: bool,
+    unit_norm: bool,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+    precision: str,
+) -> None:
+    op = _Op("fused_update_", "W", W)
+    op.tensor("W", W, (None, None), _MASTER)
+    shape = (W.size(0), W.size(1))
+    op.tensor("exp_avg", exp_avg, shape, _MASTER)
+    op.tensor("exp_avg_sq", exp_avg_sq, shape, _MASTER)
+    _factors(op, latent_offsets, rows, coefficients, dense, shift, shape)
+    if extra_grad is not None:
+        op.tensor("extra_grad", extra_grad, shape, _MASTER)
+    op.tensor("sums", sums, (W.size(0),), _MASTER)
+    op.tensor("cached", cached, (None, W.size(1)), _MASTER)
+    op.tensor("cache_slots", cache_slots, (W.size(0),), (torch.int32,))
+    op.tensor("grad_scale", grad_scale, (), _MASTER)
+    for name, tensor in (("W", W), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        op.in_place(name, tensor)
+    op.require(step >= 1, "step must be at least 1", str(step))
+    op.precision(precision)
+
+
+def normalize_rows_(W: Tensor) -> None:  # noqa: D103
+    op = _Op("normalize_rows_", "W", W)
+    op.tensor("W", W, (None, None), _MASTER)
+    op.in_place("W", W)
+
+
+def decorrelation(W: Tensor) -> None:  # noqa: D103
+    op = _Op("decorrelation", "W", W)
+    op.tensor("W", W, (None, None), _MASTER)
+
+
+def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
+    """What only the data can tell: offsets that partition the entries, indices of real latents."""
+    op = _Op(op_name, "indices", indices)
+    entries = indices.numel()
+    if offsets is not None:
+        first, last = int(offsets[0]), int(offsets[-1])
+        ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
+        must = f"offsets must ascend from 0 to the number of entries, {entries}"
+        op.require(ascending, must, f"{first} to {last}")
+    if entries > 0:
+        low, high = (int(bound) for bound in torch.aminmax(indices))
+        wrong = low if low < 0 else high
+        op.require(low >= 0 and high < d_sae, f"indices must be in [0, {d_sae})", str(wrong))

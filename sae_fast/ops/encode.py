@@ -1,0 +1,291 @@
+"""encode_topk and encode_threshold: from activations to a sparse code, with their gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sae_fast.ops.factors import FactorSink, RowFactor, latent_sums
+from sae_fast.ops.library import NATIVE, differentiable, dynamic_size, fake, refuse_backward
+from sae_fast.ops.reference import ROUNDED_DTYPES
+from sae_fast.ops.rows import accumulate_rows, weighted_row_sum
+from sae_fast.ops.sparse_code import CodeKey, SparseCode
+from sae_fast.ops.working_copies import encoder_copy
+
+_PANEL = 64  # latents in a panel of the packed encoder
+
+# One part of a code: values, indices, offsets, and the gradient of the values.
+_Part = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+@fake("pack_encoder")
+def _(W_enc: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    if not NATIVE:
+        return W_enc.new_empty(0), W_enc.new_empty(0), W_enc.new_empty(0)
+    d_sae, d_in = W_enc.shape
+    panels = (d_sae + _PANEL - 1) // _PANEL
+    if precision == "fp32":
+        packed = W_enc.new_empty(panels, d_in, _PANEL)
+    else:
+        packed = W_enc.new_empty(panels, (d_in + 1) // 2, _PANEL, 2, dtype=torch.int16)
+    dtype = ROUNDED_DTYPES.get(precision)
+    rows = d_sae if dtype is not None else 0
+    rounded = W_enc.new_empty(rows, d_in, dtype=dtype or torch.float32)
+    return packed, W_enc.new_empty(4, panels * _PANEL), rounded
+
+
+refuse_backward("pack_encoder")
+
+
+def encode_topk(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    *,
+    precision: str = "screened",
+    dead_mask: Tensor | None = None,  # [F] bool
+    k_aux: int | None = None,
+    dense_grad: bool = True,
+) -> SparseCode:
+    """The k largest of (x − b_dec) W_encᵀ + b_enc in every row, then ReLU.
+
+    Rows are ordered by value, descending; equal values by ascending index; NaN comes first. An
+    index stays listed where ReLU made its value 0. Differentiable in x, W_enc, b_enc and b_dec,
+    through `values` and through `aux.values`.
+
+    Args:
+        x: activations.
+        W_enc: encoder rows, one a latent.
+        b_enc: encoder bias.
+        b_dec: decoder bias, subtracted from x.
+        k: entries of a row, 1 to d_sae.
+        precision: "screened" and "fp32" give the same exact float32 top-k, screened by a cheaper
+            product and so faster; "bf16" and "fp16" round x − b_dec and W_enc to that dtype.
+        dead_mask: latents to choose `aux` from, for AuxK, in the same pass.
+        k_aux: entries of a row of `aux`; by default as many as there are dead latents, at most
+            D // 2. Where there are fewer dead latents the rest has value 0 and index 0.
+        dense_grad: whether backward gives W_enc a dense `.grad`; if not, it leaves a RowFactor.
+
+    Raises RuntimeError naming the argument that does not fit.
+    """
+    if k_aux is None:
+        k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
+    options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
+    op = torch.ops.sae_fast.encode_topk.default
+    key, aux_key = CodeKey(), CodeKey()
+    if dense_grad:
+        outputs = op(x, W_enc, b_enc, b_dec, *options)
+    else:
+        sink = FactorSink("encode_topk", "W_enc", W_enc, key, aux_key)
+        outputs = _FactoredEncode.apply(  # type: ignore[no-untyped-call]
+            x, W_enc, b_enc, b_dec, op, options, precision, sink
+        )
+    values, indices, aux_values, aux_indices = outputs
+    d_sae = W_enc.size(0)
+    aux = None
+    if dead_mask is not None:
+        aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision, key=aux_key)
+    return SparseCode(values, indices, d_sae, aux=aux, precision=precision, key=key)
+
+
+@fake("encode_topk")
+def _(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = [(x.size(0), k), (x.size(0), k_aux)]
+    values, aux_values = (x.new_empty(shape) for shape in shapes)
+    indices, aux_indices = (x.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    return values, indices, aux_values, aux_indices
+
+
+def _setup_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, W_enc, _, b_dec, _, precision, *_ = inputs
+    ctx.precision = precision
+    ctx.mark_non_differentiable(output[1], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, W_enc, b_dec, *output)
+
+
+@differentiable("encode_topk", _setup_topk)
+def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, W_enc, b_dec, *outputs = ctx.saved_tensors
+    parts = _parts(outputs, grads)
+    gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
+    return (*gradients, *(None,) * 7)
+
+
+def encode_threshold(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    threshold: Tensor,  # [F]
+    *,
+    precision: str = "screened",
+    dense_grad: bool = True,
+) -> SparseCode:
+    """The entries of (x − b_dec) W_encᵀ + b_enc above `threshold` and above 0, in CSR rows.
+
+    Inside a row they ascend by index; NaN is kept. Not differentiable in `threshold`; otherwise
+    arguments, gradients and errors as for `encode_topk`.
+    """
+    options = (threshold, precision, *encoder_copy(W_enc, precision))
+    op = torch.ops.sae_fast.encode_threshold.default
+    key = CodeKey()
+    if dense_grad:
+        outputs = op(x, W_enc, b_enc, b_dec, *options)
+    else:
+        sink = FactorSink("encode_threshold", "W_enc", W_enc, key)
+        outputs = _FactoredEncode.apply(  # type: ignore[no-untyped-call]
+            x, W_enc, b_enc, b_dec, op, options, precision, sink
+        )
+    values, indices, offsets = outputs
+    return SparseCode(values, indices, W_enc.size(0), offsets, precision=precision, key=key)
+
+
+@fake("encode_threshold")
+def _(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor,
+    precision: str,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = dynamic_size()
+    indices = x.new_empty(entries, dtype=torch.int32)
+    return x.new_empty(entries), indices, x.new_empty(x.size(0) + 1, dtype=torch.int64)
+
+
+def _setup_threshold(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, W_enc, _, b_dec, _, precision, *_ = inputs
+    ctx.precision = precision
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, W_enc, b_dec, *output)
+
+
+@differentiable("encode_threshold", _setup_threshold)
+def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, W_enc, b_dec, *outputs = ctx.saved_tensors
+    parts = _parts(outputs, grads)
+    gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
+    return (*gradients, *(None,) * 5)
+
+
+class _FactoredEncode(torch.autograd.Function):
+    """Either encoder with its W_enc gradient left as factors, one for each part of the code."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        op: Callable[..., tuple[Tensor, ...]],
+        options: tuple[Any, ...],
+        precision: str,
+        sink: FactorSink,
+    ) -> Any:
+        outputs = op(x, W_enc, b_enc, b_dec, *options)
+        ctx.precision, ctx.sink = precision, sink
+        ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, W_enc, b_dec, *outputs)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        x, W_enc, b_dec, *outputs = ctx.saved_tensors
+        parts = _parts(outputs, grads)
+        return *_factored_gradients(ctx, x, W_enc, b_dec, parts), None, None, None, None
+
+
+def _parts(outputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> dict[int, _Part]:
+    """The parts of a code that have a gradient, by their number: 0 the code, 1 its aux.
+
+    A latent that did not fire has gradient 0, whatever came in: ReLU.
+    """
+    offsets = outputs[2] if len(outputs) == 3 else None
+    parts: dict[int, _Part] = {}
+    for number, (values, indices) in enumerate(zip(outputs[::2], outputs[1::2], strict=False)):
+        grad = grads[2 * number]
+        if grad is not None:
+            parts[number] = values, indices, offsets, torch.where(values > 0, grad, 0)
+    return parts
+
+
+def _centred(x: Tensor, b_dec: Tensor, precision: str) -> Tensor:
+    """x − b_dec as the encoder's product saw it."""
+    return (x - b_dec).to(ROUNDED_DTYPES.get(precision, x.dtype))
+
+
+def _dense_gradients(
+    ctx: Any, x: Tensor, W_enc: Tensor, b_dec: Tensor, parts: dict[int, _Part]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W_enc, b_enc and b_dec."""
+    if not parts:
+        return None, None, None, None
+    needs_x, needs_weights, needs_bias, needs_b_dec = ctx.needs_input_grad[:4]
+    _, indices, offsets, grad = next(iter(parts.values()))
+    if len(parts) == 2:
+        indices = torch.cat([part[1] for part in parts.values()], 1)
+        grad = torch.cat([part[3] for part in parts.values()], 1)
+    grad_x = rows = sums = grad_b_dec = None
+    if needs_x:
+        grad_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
+    if needs_weights or needs_bias or needs_b_dec:
+        dense = _centred(x, b_dec, ctx.precision)
+        rows, sums = accumulate_rows(grad, indices, offsets, dense, W_enc.size(0))
+        # −Σ_n grad_x[n] with the sum over tokens taken first: grad_x itself is not needed.
+        grad_b_dec = -weighted_row_sum(sums, W_enc) if needs_b_dec else None
+    return grad_x, rows if needs_weights else None, sums if needs_bias else None, grad_b_dec
+
+
+def _factored_gradients(
+    ctx: Any, x: Tensor, W_enc: Tensor, b_dec: Tensor, parts: dict[int, _Part]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, W_enc (None: left as factors), b_enc and b_dec."""
+    if not parts:
+        return None, None, None, None
+    needs_x, needs_weights, needs_bias, needs_b_dec = ctx.needs_input_grad[:4]
+    if ctx.precision in ROUNDED_DTYPES:
+        dense, shift = _centred(x, b_dec, ctx.precision), None
+    else:
+        # b_dec may be stepped before W_enc consumes its factors.
+        dense, shift = x.detach(), b_dec.detach().clone()
+    d_sae = W_enc.size(0)
+    grad_x = grad_b_dec = None
+    sums = W_enc.new_zeros(d_sae)
+    for number, (values, indices, offsets, grad) in parts.items():
+        code = (values.detach(), indices, offsets)
+        factor = RowFactor(*code, grad, dense, shift, ctx.sink.keys[number])
+        if needs_weights:
+            ctx.sink.append(factor)
+        if needs_bias or needs_b_dec:
+            sums += latent_sums(factor, d_sae)
+        if needs_x:
+            part_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
+            grad_x = part_x if grad_x is None else grad_x + part_x
+    if needs_b_dec:
+        grad_b_dec = -weighted_row_sum(sums, W_enc)
+    return grad_x, None, sums if needs_bias else None, grad_b_dec

@@ -1,0 +1,125 @@
+"""Registration: the schemas of torch.ops.sae_fast, and where their kernels come from.
+
+The compiled module registers the same schemas itself (csrc/ops/schema.cpp; a test holds the two
+lists together). Where it is not in use, the reference is registered for every device instead.
+Contracts: reference.py defines the results, checks.py the errors. Shapes: N tokens, D = d_in,
+F = d_sae; a code is values and indices [N, K], or [nnz] with offsets [N + 1].
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops import checks, native, reference
+
+SCHEMAS = {
+    "pack_encoder": "(Tensor W_enc, str precision)"
+    " -> (Tensor packed, Tensor stats, Tensor rounded)",
+    "encode_topk": "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, str precision,"
+    " Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded)"
+    " -> (Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)",
+    "encode_threshold": "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, Tensor threshold,"
+    " str precision, Tensor? packed, Tensor? stats, Tensor? rounded)"
+    " -> (Tensor values, Tensor indices, Tensor offsets)",
+    "decode": "(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec)"
+    " -> Tensor x_hat",
+    "decode_backward": "(Tensor grad, Tensor indices, Tensor? offsets, Tensor W_dec)"
+    " -> Tensor grad_values",
+    "reconstruct": "(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec,"
+    " Tensor x) -> (Tensor residual, Tensor squared_error, Tensor residual_dot)",
+    "accumulate_rows": "(Tensor coefficients, Tensor indices, Tensor? offsets, Tensor dense,"
+    " int d_sae) -> (Tensor rows, Tensor sums)",
+    "latent_major": "(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
+    " -> (Tensor latent_offsets, Tensor entries, Tensor rows)",
+    "row_gradient_norm": "(Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense,"
+    " Tensor? shift, Tensor? project_onto, Tensor? extra_grad)"
+    " -> (Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)",
+    "fused_update_": "(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift,"
+    " Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor grad_scale,"
+    " float lr, float beta1, float beta2, float eps, float weight_decay, int step, bool project,"
+    " bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded, str precision)"
+    " -> ()",
+    "normalize_rows_": "(Tensor(a!) W) -> ()",
+    "decorrelation": "(Tensor W) -> (Tensor loss, Tensor grad)",
+}
+
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+NATIVE = native.load() is not None
+
+
+def fake(name: str) -> Callable[[_Kernel], _Kernel]:
+    """Register the fake kernel of an op: the checks of its arguments, then the given shapes."""
+
+    def register(shapes: _Kernel) -> _Kernel:
+        check = getattr(checks, name)
+
+        def kernel(*arguments: Any) -> Any:
+            check(*arguments)
+            return shapes(*arguments)
+
+        torch.library.register_fake(f"sae_fast::{name}", kernel)
+        return shapes
+
+    return register
+
+
+def differentiable(name: str, setup_context: Callable[..., None]) -> Callable[[_Kernel], _Kernel]:
+    """Register the backward formula of an op."""
+
+    def register(backward: _Kernel) -> _Kernel:
+        torch.library.register_autograd(f"sae_fast::{name}", backward, setup_context=setup_context)
+        return backward
+
+    return register
+
+
+def refuse_backward(name: str) -> None:
+    """Make a backward through an op an error; unregistered it would warn and give no gradient."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{name}: has no derivative; second derivatives are not implemented")
+
+    torch.library.register_autograd(f"sae_fast::{name}", backward)
+
+
+def dynamic_size() -> torch.SymInt:
+    """A size that a fake kernel cannot know: it depends on the data."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _check_data(name: str, arguments: dict[str, Any]) -> None:
+    indices, offsets = arguments.get("indices"), arguments.get("offsets")
+    if not isinstance(indices, Tensor) or indices.device.type != "cpu":
+        return
+    d_sae = arguments["W_dec"].size(0) if "W_dec" in arguments else arguments["d_sae"]
+    checks.check_data(name, indices, offsets, d_sae)
+
+
+def _define_reference() -> torch.library.Library:
+    """Define the ops and register the reference, behind its checks, for every device."""
+    library = torch.library.Library("sae_fast", "DEF")  # type: ignore[no-untyped-call]
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)  # type: ignore[no-untyped-call]
+        kernel = _checked(name)
+        library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    return library
+
+
+def _checked(name: str) -> Callable[..., Any]:
+    check, compute = getattr(checks, name), getattr(reference, name)
+    names = compute.__code__.co_varnames[: compute.__code__.co_argcount]
+
+    def kernel(*arguments: Any) -> Any:
+        check(*arguments)
+        _check_data(name, dict(zip(names, arguments, strict=True)))
+        with torch.no_grad():
+            return compute(*arguments)
+
+    return kernel
+
+
+# Kept for as long as the process lives: the ops go when it does.
+_LIBRARY = None if NATIVE else _define_reference()

@@ -1,0 +1,185 @@
+"""Ops on whole rows of a weight matrix: sums over the entries of a latent, and the update."""
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops.library import dynamic_size, fake, refuse_backward
+from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
+
+# Rows of partial sums in weighted_row_sum: enough for any number of threads, and fixed, so that the
+# order of the sum does not depend on theirs.
+_PARTIAL_SUMS = 64
+
+
+@torch.no_grad()
+def accumulate_rows(
+    coefficients: Tensor,  # [N, K], or [nnz] with offsets
+    indices: Tensor,  # int32, the shape of coefficients
+    offsets: Tensor | None,  # [N + 1] int64
+    dense: Tensor,  # [N, D]
+    d_sae: int,
+) -> tuple[Tensor, Tensor]:
+    """Per latent: the sum of coefficient * dense[n], [d_sae, D], and the sum of coefficients."""
+    op = torch.ops.sae_fast.accumulate_rows.default
+    rows, sums = op(coefficients, indices, offsets, dense, d_sae)
+    return rows, sums
+
+
+@fake("accumulate_rows")
+def _(
+    coefficients: Tensor, indices: Tensor, offsets: Tensor | None, dense: Tensor, d_sae: int
+) -> tuple[Tensor, Tensor]:
+    return coefficients.new_empty(d_sae, dense.size(1)), coefficients.new_empty(d_sae)
+
+
+refuse_backward("accumulate_rows")
+
+
+def weighted_row_sum(
+    weights: Tensor,  # [M]
+    matrix: Tensor,  # [M, D]
+) -> Tensor:
+    """The sum over m of weights[m] * matrix[m], [D]; the same bits for any number of threads."""
+    n_rows = weights.size(0)
+    blocks = torch.arange(_PARTIAL_SUMS + 1, device=weights.device)
+    offsets = blocks * n_rows // _PARTIAL_SUMS
+    indices = torch.arange(n_rows, dtype=torch.int32, device=weights.device)
+    partial = torch.ops.sae_fast.decode.default(weights, indices, offsets, matrix, None)
+    total: Tensor = partial.sum(0)
+    return total
+
+
+@torch.no_grad()
+def latent_major(
+    values: Tensor,  # [N, K], or [nnz] with offsets
+    indices: Tensor,  # int32, the shape of values
+    offsets: Tensor | None,  # [N + 1] int64
+    d_sae: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries with a value other than 0, by latent: (latent_offsets, entries, rows).
+
+    latent_offsets [d_sae + 1] int64; entries, flat positions in values, and their rows n, int32;
+    inside a latent they ascend.
+    """
+    op = torch.ops.sae_fast.latent_major.default
+    latent_offsets, entries, rows = op(values, indices, offsets, d_sae)
+    return latent_offsets, entries, rows
+
+
+@fake("latent_major")
+def _(
+    values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    active = dynamic_size()
+    latent_offsets = indices.new_empty(d_sae + 1, dtype=torch.int64)
+    return latent_offsets, indices.new_empty(active), indices.new_empty(active)
+
+
+refuse_backward("latent_major")
+
+
+@torch.no_grad()
+def row_gradient_norm(
+    latent_offsets: Tensor,  # [F + 1] int64
+    rows: Tensor,  # [entries] int32
+    coefficients: Tensor,  # [entries], latent-major
+    dense: Tensor,  # [N, D]
+    shift: Tensor | None = None,  # [D]
+    project_onto: Tensor | None = None,  # [F, D], unit rows
+    extra_grad: Tensor | None = None,  # [F, D]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The squared norm of a factored gradient, and what `fused_update_` wants to know of it.
+
+    Row j is g_j = Σ_p coefficients[p] · (dense[rows[p]] − shift) + extra_grad[j], less its part
+    along project_onto[j]. Returns Σ_j |g_j|² (0-d float64), the coefficient sums [F], and two
+    tensors for `fused_update_`: gradient rows that were kept, and where.
+    """
+    op = torch.ops.sae_fast.row_gradient_norm.default
+    squared_norm, sums, cached, cache_slots = op(
+        latent_offsets, rows, coefficients, dense, shift, project_onto, extra_grad
+    )
+    return squared_norm, sums, cached, cache_slots
+
+
+@fake("row_gradient_norm")
+def _(
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    project_onto: Tensor | None,
+    extra_grad: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_sae = latent_offsets.size(0) - 1
+    return (
+        coefficients.new_empty((), dtype=torch.float64),
+        coefficients.new_empty(d_sae),
+        coefficients.new_empty(dynamic_size(), dense.size(1)),
+        rows.new_empty(d_sae),
+    )
+
+
+refuse_backward("row_gradient_norm")
+
+
+@torch.no_grad()
+def fused_update_(
+    W: Tensor,  # [F, D]
+    exp_avg: Tensor,  # [F, D]
+    exp_avg_sq: Tensor,  # [F, D]
+    latent_offsets: Tensor,  # [F + 1] int64
+    rows: Tensor,  # [entries] int32
+    coefficients: Tensor,  # [entries], latent-major
+    dense: Tensor,  # [N, D]
+    shift: Tensor | None,  # [D]
+    extra_grad: Tensor | None,  # [F, D]
+    sums: Tensor,  # [F]
+    cached: Tensor,
+    cache_slots: Tensor,
+    grad_scale: Tensor,  # 0-d
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    project: bool,
+    unit_norm: bool,
+    precision: str,
+) -> None:
+    """One AdamW step of W, row by row, from the factors of its gradient.
+
+    The gradient is that of `row_gradient_norm` (projected onto W's own rows if `project`) times
+    `grad_scale`; then AdamW exactly as torch.optim.AdamW with `step` counting from 1; then, if
+    `unit_norm`, rows of unit length. `sums`, `cached` and `cache_slots` come from
+    `row_gradient_norm` of the same factors. The working copy of W in this precision, if there is
+    one, is refreshed in the same pass.
+    """
+    packed, stats, rounded = copies_to_refresh(W, precision)
+    torch.ops.sae_fast.fused_update_.default(
+        *(W, exp_avg, exp_avg_sq, latent_offsets, rows, coefficients, dense, shift, extra_grad),
+        *(sums, cached, cache_slots, grad_scale, lr, beta1, beta2, eps, weight_decay, step),
+        *(project, unit_norm, packed, stats, rounded, precision),
+    )
+    mark_updated(W, packed, stats, rounded)
+
+
+@fake("fused_update_")
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.no_grad()
+def normalize_rows_(
+    W: Tensor,  # [F, D]
+) -> None:
+    """Scale every row to unit L2 norm, in place: w / max(|w|, 1e-12)."""
+    torch.ops.sae_fast.normalize_rows_.default(W)
+    mark_updated(W)
+
+
+@fake("normalize_rows_")
+def _(W: Tensor) -> None:
+    return None

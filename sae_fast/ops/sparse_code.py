@@ -1,0 +1,92 @@
+"""SparseCode: the few active latents of every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class CodeKey:
+    """What makes two gradients belong to one code: compared by identity.
+
+    The first to ask for the latent-major view of the code computes it for all.
+    """
+
+    def __init__(self) -> None:
+        self._view: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def latent_major(
+        self, values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The view of the code with this key: (latent_offsets, entries, rows)."""
+        if self._view is None:
+            op = torch.ops.sae_fast.latent_major.default
+            with torch.no_grad():
+                self._view = op(values.detach(), indices, offsets, d_sae)
+        return self._view
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCode:
+    """A sparse matrix [N, d_sae]: K entries in every row, or with `offsets` any number (CSR).
+
+    A latent fires where its value is greater than 0, never because its index is listed.
+
+    Attributes:
+        values: [N, K], or [nnz] with offsets; differentiable.
+        indices: the latents, int32, in the shape of values.
+        d_sae: number of latents.
+        offsets: None, or [N + 1] int64: entries offsets[n] to offsets[n + 1] are those of row n.
+        aux: the code of the dead latents, for AuxK, if a dead mask was given.
+        precision: of the encoder that made it; `decode` and `reconstruct` gather in the same.
+        key: the identity of this code; another code needs another.
+    """
+
+    values: Tensor
+    indices: Tensor
+    d_sae: int
+    offsets: Tensor | None = None
+    aux: SparseCode | None = None
+    precision: str = "fp32"
+    key: CodeKey = field(default_factory=CodeKey, repr=False)
+
+    @property
+    def n_rows(self) -> int:
+        """N, the number of tokens."""
+        return self.indices.size(0) if self.offsets is None else self.offsets.size(0) - 1
+
+    def dense(self) -> Tensor:
+        """The whole matrix [N, d_sae]; differentiable."""
+        out = self.values.new_zeros(self.n_rows, self.d_sae)
+        place = (self._entry_rows(), self.indices.flatten())
+        return out.index_put(place, self.values.flatten(), accumulate=True)
+
+    def l0(self) -> Tensor:
+        """How many latents fire in each row, [N] int64."""
+        fires = self.values > 0
+        if self.offsets is None:
+            return fires.sum(1)
+        counts = torch.cat([self.offsets.new_zeros(1), fires.cumsum(0)])
+        return counts[self.offsets].diff()
+
+    def fired(self) -> Tensor:
+        """Which latents fire in any row, [d_sae] bool."""
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.values.device)
+        fired[self.indices[self.values > 0]] = True
+        return fired
+
+    def latent_major(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries with a value other than 0, by latent: (latent_offsets, entries, rows).
+
+        latent_offsets [d_sae + 1] int64; entries, flat positions in values, and rows, int32.
+        """
+        return self.key.latent_major(self.values, self.indices, self.offsets, self.d_sae)
+
+    def _entry_rows(self) -> Tensor:
+        """The row of every entry, [N * K] or [nnz]."""
+        rows = torch.arange(self.n_rows, device=self.indices.device)
+        if self.offsets is None:
+            return rows.repeat_interleave(self.indices.size(1))
+        return rows.repeat_interleave(self.offsets.diff(), output_size=self.indices.size(0))
