@@ -274,6 +274,23 @@ def test_no_thread_outlives_its_stream(make_shards):
     assert reader_threads() == 0
 
 
+def test_a_stream_collected_by_its_own_reader_ends_it(make_shards, monkeypatch):
+    stream = ActivationStream(make_shards(30), batch_size=8)
+    read, started = h5py.Dataset.read_direct, threading.Event()
+
+    def collecting(self, *args, **kwargs):
+        started.wait()
+        stream._stop_reader()
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(h5py.Dataset, "read_direct", collecting)
+    stream.start()
+    thread = stream._reader._thread
+    started.set()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
 def test_the_callers_number_of_threads_is_untouched(make_shards):
     before = torch.get_num_threads()
     with ActivationStream(make_shards(30), batch_size=8) as stream:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +81,8 @@ class BatchReader:
     def stop(self) -> None:
         """End the thread and wait for it."""
         self._stopping.set()
+        if threading.current_thread() is self._thread:
+            return  # a stream dropped in a cycle may be collected by its own reader
         while self._thread.is_alive():
             # Making room lets a reader that waits to hand over a batch see that it should stop.
             while not self._queue.empty():
@@ -94,15 +97,22 @@ class BatchReader:
         files = BlockReader(self._shards)
         try:
             for item in self._batches(start, files):
-                if self._stopping.is_set():
-                    return
-                self._queue.put(item)
+                self._hand_over(item)
         except _Stopped:
             return
         except BaseException as error:
-            self._queue.put(error)
+            with suppress(_Stopped):
+                self._hand_over(error)
         finally:
             files.close()
+
+    def _hand_over(self, item: tuple[Tensor, Cursor] | BaseException) -> None:
+        while not self._stopping.is_set():
+            try:
+                return self._queue.put(item, timeout=1)
+            except queue.Full:
+                continue
+        raise _Stopped
 
     def _batches(self, start: Cursor, files: BlockReader) -> Iterator[tuple[Tensor, Cursor]]:
         """Cut the endless sequence of windows into batches."""
