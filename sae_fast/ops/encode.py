@@ -54,8 +54,9 @@ def encode_topk(
     """The k largest of (x − b_dec) W_encᵀ + b_enc in every row, then ReLU.
 
     Rows are ordered by value, descending; equal values by ascending index; NaN comes first. An
-    index stays listed where ReLU made its value 0. Differentiable in x, W_enc, b_enc and b_dec,
-    through `values` and through `aux.values`.
+    index stays listed where ReLU made its value 0. `values` are differentiable in x, W_enc, b_enc
+    and b_dec, `aux.values` in W_enc and b_enc only: AuxK must not move b_dec, which all latents
+    share, to suit the dead ones.
 
     Args:
         x: activations.
@@ -246,18 +247,18 @@ def _dense_gradients(
     if not parts:
         return None, None, None, None
     needs_x, needs_weights, needs_bias, needs_b_dec = ctx.needs_input_grad[:4]
-    _, indices, offsets, grad = next(iter(parts.values()))
-    if len(parts) == 2:
-        indices = torch.cat([part[1] for part in parts.values()], 1)
-        grad = torch.cat([part[3] for part in parts.values()], 1)
     grad_x = rows = sums = grad_b_dec = None
-    if needs_x:
-        grad_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
-    if needs_weights or needs_bias or needs_b_dec:
-        dense = _centred(x, b_dec, ctx.precision)
-        rows, sums = accumulate_rows(grad, indices, offsets, dense, W_enc.size(0))
-        # −Σ_n grad_x[n] with the sum over tokens taken first: grad_x itself is not needed.
-        grad_b_dec = -weighted_row_sum(sums, W_enc) if needs_b_dec else None
+    dense = _centred(x, b_dec, ctx.precision)
+    for number, (_, indices, offsets, grad) in parts.items():
+        if needs_weights or needs_bias or (needs_b_dec and number == 0):
+            part_rows, part_sums = accumulate_rows(grad, indices, offsets, dense, W_enc.size(0))
+            rows = part_rows if rows is None else rows + part_rows
+            sums = part_sums if sums is None else sums + part_sums
+        if number == 0 and needs_x:
+            grad_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
+        if number == 0 and needs_b_dec:
+            # −Σ_n grad_x[n] with the sum over tokens taken first: grad_x itself is not needed.
+            grad_b_dec = -weighted_row_sum(part_sums, W_enc)
     return grad_x, rows if needs_weights else None, sums if needs_bias else None, grad_b_dec
 
 
@@ -274,18 +275,17 @@ def _factored_gradients(
         # b_dec may be stepped before W_enc consumes its factors.
         dense, shift = x.detach(), b_dec.detach().clone()
     d_sae = W_enc.size(0)
-    grad_x = grad_b_dec = None
-    sums = W_enc.new_zeros(d_sae)
+    grad_x = sums = grad_b_dec = None
     for number, (values, indices, offsets, grad) in parts.items():
         code = (values.detach(), indices, offsets)
         factor = RowFactor(*code, grad, dense, shift, ctx.sink.keys[number])
         if needs_weights:
             ctx.sink.append(factor)
-        if needs_bias or needs_b_dec:
-            sums += latent_sums(factor, d_sae)
-        if needs_x:
-            part_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
-            grad_x = part_x if grad_x is None else grad_x + part_x
-    if needs_b_dec:
-        grad_b_dec = -weighted_row_sum(sums, W_enc)
+        if needs_bias or (needs_b_dec and number == 0):
+            part_sums = latent_sums(factor, d_sae)
+            sums = part_sums if sums is None else sums + part_sums
+        if number == 0 and needs_x:
+            grad_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
+        if number == 0 and needs_b_dec:
+            grad_b_dec = -weighted_row_sum(part_sums, W_enc)
     return grad_x, None, sums if needs_bias else None, grad_b_dec
