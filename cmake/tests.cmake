@@ -3,7 +3,14 @@
 
 enable_testing()
 find_package(Threads REQUIRED)
-add_executable(kernels_test csrc/tests/kernels_test.cpp)
+set(TEST_SOURCES
+  csrc/tests/kernels_test.cpp
+  csrc/tests/encode_test.cpp
+  csrc/tests/decode_test.cpp
+  csrc/tests/rows_test.cpp)
+add_executable(kernels_test ${TEST_SOURCES})
+# A constructor's arguments are named as the members they fill.
+set_source_files_properties(${TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -Wno-shadow)
 target_link_libraries(kernels_test PRIVATE build_flags ${KERNEL_TARGETS} Threads::Threads)
 foreach(level IN LISTS ISA_LEVELS)
   add_test(NAME kernels_${level} COMMAND kernels_test)

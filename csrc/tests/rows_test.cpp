@@ -1,0 +1,311 @@
+// The row kernels: latent-major lists, gradient rows and their norm, the optimiser's update,
+// normalisation, decorrelation.
+#include <algorithm>
+
+#include "tests/testing.h"
+
+namespace sae_fast::testing {
+namespace {
+
+struct Shape {
+  int64_t tokens, d_in, d_sae;
+};
+
+// A code seen latent by latent, sorted by the function under test and checked.
+struct Lists {
+  Lists(const CodeProblem& problem, int64_t d_sae) : offsets(static_cast<size_t>(d_sae + 1)) {
+    const cpu::Code code = problem.code();
+    const auto active = static_cast<size_t>(cpu::count_active(code, problem.entries()));
+    entries.resize(active);
+    rows.resize(active);
+    cpu::sort_by_latent(code, d_sae, offsets.data(), entries.data(), rows.data(), four_threads());
+    for (const int32_t entry : entries) coefficients.push_back(problem.values[entry]);
+    check_order(code, d_sae);
+  }
+
+  void check_order(const cpu::Code& code, int64_t d_sae) const {
+    size_t at = 0;
+    for (int64_t latent = 0; latent < d_sae; ++latent) {
+      check(offsets[latent] == static_cast<int64_t>(at), "latent %ld begins at %ld, not %zu",
+            latent, offsets[latent], at);
+      for (int64_t token = 0; token < code.tokens; ++token) {
+        for (int64_t entry = code.begin(token); entry < code.end(token); ++entry) {
+          if (code.indices[entry] != latent || code.values[entry] == 0.0f) continue;
+          const bool right = at < entries.size() && entries[at] == entry && rows[at] == token;
+          check(right, "latent %ld: entry %ld is not in its place", latent, entry);
+          ++at;
+        }
+      }
+    }
+    check(at == entries.size() && offsets.back() == static_cast<int64_t>(at), "entries left over");
+  }
+
+  cpu::LatentMajor view() const {
+    return {offsets.data(), rows.data(), coefficients.data(),
+            static_cast<int64_t>(offsets.size()) - 1};
+  }
+
+  std::vector<int64_t> offsets;
+  std::vector<int32_t> entries, rows;
+  std::vector<float> coefficients;
+};
+
+// Everything that a gradient is made of. Integers, and one-hot rows to project onto: exact sums.
+struct Gradient {
+  Gradient(Random& random, const Shape& shape, cpu::Rows type)
+      : shape(shape),
+        problem(random, shape.tokens, random.integer(1, 8), shape.d_sae, random.integer(0, 1) == 1),
+        lists(problem, shape.d_sae),
+        dense(random.numbers(shape.tokens * shape.d_in, Numbers::kIntegers), type),
+        shift(random.numbers(random.integer(0, 1) * shape.d_in, Numbers::kIntegers)),
+        extra(random.numbers(random.integer(0, 1) * shape.d_sae * shape.d_in, Numbers::kIntegers)),
+        directions(static_cast<size_t>(shape.d_sae * shape.d_in)),
+        project(random.integer(0, 1) == 1) {
+    for (int64_t j = 0; j < shape.d_sae; ++j) {
+      directions[j * shape.d_in + random.integer(0, shape.d_in - 1)] = 1.0f;
+    }
+    terms.lists = lists.view();
+    terms.factor = {type, dense.data(), shift.empty() ? nullptr : shift.data(), shape.tokens,
+                    shape.d_in};
+    terms.extra_grad = extra.empty() ? nullptr : extra.data();
+    terms.project_onto = project ? directions.data() : nullptr;
+  }
+
+  std::vector<double> row(int64_t latent) const {
+    std::vector<double> result(static_cast<size_t>(shape.d_in));
+    for (int64_t d = 0; d < shape.d_in; ++d) {
+      if (!extra.empty()) result[d] = extra[latent * shape.d_in + d];
+      for (int64_t i = lists.offsets[latent]; i < lists.offsets[latent + 1]; ++i) {
+        const double from = dense.values[lists.rows[i] * shape.d_in + d];
+        result[d] += lists.coefficients[i] * (from - (shift.empty() ? 0.0f : shift[d]));
+      }
+      if (project && directions[latent * shape.d_in + d] == 1.0f) result[d] = 0.0;
+    }
+    return result;
+  }
+
+  Shape shape;
+  CodeProblem problem;
+  Lists lists;
+  Matrix dense;
+  std::vector<float> shift, extra, directions;
+  bool project;
+  cpu::GradientTerms terms{};
+};
+
+void test_accumulate(const Gradient& gradient) {
+  const Shape& shape = gradient.shape;
+  const auto run = [&](const cpu::Parallel& parallel) {
+    std::vector<float> rows(static_cast<size_t>(shape.d_sae * (shape.d_in + 1)));
+    float* sums = rows.data() + shape.d_sae * shape.d_in;
+    check(cpu::kernels().accumulate_rows(gradient.terms.lists, gradient.terms.factor, rows.data(),
+                                         sums, parallel),
+          "accumulate_rows: out of memory");
+    return rows;
+  };
+  const auto one = run(one_thread());
+  check(same_bits(one, run(four_threads())), "accumulate_rows depends on the number of threads");
+  Gradient plain = gradient;
+  plain.extra.clear();
+  plain.project = false;
+  for (int64_t j = 0; j < shape.d_sae; ++j) {
+    const std::vector<double> wanted = plain.row(j);
+    for (int64_t d = 0; d < shape.d_in; ++d) {
+      check(one[j * shape.d_in + d] == wanted[d], "latent %ld: row %g, not %g", j,
+            one[j * shape.d_in + d], wanted[d]);
+    }
+  }
+}
+
+struct Cache {
+  Cache(const Gradient& gradient, int64_t budget) : slots(gradient.shape.d_sae) {
+    const int64_t kept =
+        cpu::plan_cache(gradient.lists.offsets.data(), gradient.shape.d_sae, budget, slots.data());
+    check(kept <= budget, "%ld rows kept of %ld", kept, budget);
+    rows.resize(static_cast<size_t>(kept * gradient.shape.d_in));
+  }
+  cpu::RowCache view() { return {rows.data(), slots.data()}; }
+  std::vector<float> rows;
+  std::vector<int32_t> slots;
+};
+
+double test_norm(const Gradient& gradient, Cache& cache) {
+  double wanted = 0.0;
+  for (int64_t j = 0; j < gradient.shape.d_sae; ++j) {
+    for (const double value : gradient.row(j)) wanted += value * value;
+  }
+  for (const cpu::Parallel& parallel : {one_thread(), four_threads()}) {
+    std::vector<float> sums(static_cast<size_t>(gradient.shape.d_sae));
+    double squared_norm = -1.0;
+    check(cpu::kernels().gradient_norm(gradient.terms, cache.view(), sums.data(), &squared_norm,
+                                       parallel),
+          "gradient_norm: out of memory");
+    check(squared_norm == wanted, "squared norm %g, not %g", squared_norm, wanted);
+  }
+  return wanted;
+}
+
+// Weights, Adam's state and the packed copy, all of which one update changes.
+struct State {
+  State(Random& random, const Gradient& gradient, cpu::Screen screen, cpu::Rows rows)
+      : W(gradient.project
+              ? gradient.directions
+              : random.numbers(gradient.shape.d_sae * gradient.shape.d_in, Numbers::kNormal)),
+        exp_avg(random.numbers(static_cast<int64_t>(W.size()), Numbers::kNormal)),
+        exp_avg_sq(W.size(), 0.25f),
+        packed(static_cast<size_t>(
+            cpu::packed_elements(screen, gradient.shape.d_in, gradient.shape.d_sae))),
+        stats(static_cast<size_t>(4 * cpu::panels(gradient.shape.d_sae) * cpu::kPanelLatents)),
+        rounded(rows == cpu::Rows::kFloat ? 0 : W.size()),
+        encoder{screen,
+                rows,
+                nullptr,
+                nullptr,
+                nullptr,
+                nullptr,
+                gradient.shape.d_sae,
+                gradient.shape.d_in} {}
+
+  cpu::PackedEncoder view() {
+    cpu::PackedEncoder result = encoder;
+    result.packed = packed.data();
+    result.stats = stats.data();
+    result.W_enc = W.data();
+    result.rounded = rounded.empty() ? nullptr : rounded.data();
+    return result;
+  }
+
+  std::vector<float> W, exp_avg, exp_avg_sq;
+  std::vector<int32_t> packed;
+  std::vector<float> stats;
+  std::vector<uint16_t> rounded;
+  cpu::PackedEncoder encoder;
+};
+
+constexpr float kGradScale = 0.37f;
+
+State updated(State state, const Gradient& gradient, Cache& cache, const cpu::Parallel& parallel) {
+  cpu::RowUpdate update{};
+  update.gradient = gradient.terms;
+  update.gradient.project_onto = gradient.project ? state.W.data() : nullptr;
+  update.cache = cache.view();
+  update.adam = make_adam_step(1e-2, 0.9, 0.999, 1e-8, 0.01, 3);
+  update.grad_scale = kGradScale;
+  update.unit_norm = true;
+  update.W = state.W.data();
+  update.exp_avg = state.exp_avg.data();
+  update.exp_avg_sq = state.exp_avg_sq.data();
+  update.encoder = state.view();
+  check(cpu::kernels().fused_update(update, parallel), "fused_update: out of memory");
+  return state;
+}
+
+bool same_states(const State& a, const State& b) {
+  return same_bits(a.W, b.W) && same_bits(a.exp_avg, b.exp_avg) &&
+         same_bits(a.exp_avg_sq, b.exp_avg_sq) && same_bits(a.packed, b.packed) &&
+         same_bits(a.rounded, b.rounded) &&
+         std::equal(a.stats.begin(), a.stats.begin() + 3 * (a.stats.size() / 4), b.stats.begin());
+}
+
+void check_adam(const Gradient& gradient, const State& before, const State& after) {
+  const int64_t d_in = gradient.shape.d_in;
+  std::vector<double> weights(static_cast<size_t>(d_in));
+  for (int64_t j = 0; j < gradient.shape.d_sae; ++j) {
+    const std::vector<double> grad = gradient.row(j);
+    double norm = 0.0;
+    for (int64_t d = 0; d < d_in; ++d) {
+      const int64_t at = j * d_in + d;
+      const double g = grad[d] * kGradScale;
+      const double m = 0.9 * before.exp_avg[at] + 0.1 * g;
+      const double v = 0.999 * before.exp_avg_sq[at] + 0.001 * g * g;
+      const double step = 1e-2 / (1.0 - std::pow(0.9, 3)) * m;
+      weights[d] = before.W[at] * (1.0 - 1e-2 * 0.01) -
+                   step / (std::sqrt(v / (1.0 - std::pow(0.999, 3))) + 1e-8);
+      norm += weights[d] * weights[d];
+    }
+    for (int64_t d = 0; d < d_in; ++d) {
+      const double wanted = weights[d] / std::sqrt(norm);
+      check(std::fabs(after.W[j * d_in + d] - wanted) < 2e-6, "latent %ld: weight %g, not %g", j,
+            after.W[j * d_in + d], wanted);
+    }
+  }
+}
+
+void test_update(Random& random, const Gradient& gradient, Cache& cache, Cache& no_cache) {
+  const std::pair<cpu::Screen, cpu::Rows> kinds[] = {{cpu::Screen::kFloat, cpu::Rows::kFloat},
+                                                     {cpu::Screen::kInt16, cpu::Rows::kFloat},
+                                                     {cpu::Screen::kInt16, cpu::Rows::kBFloat16},
+                                                     {cpu::Screen::kInt16, cpu::Rows::kFloat16}};
+  const auto [screen, rows] = kinds[random.integer(0, 3)];
+  const State before(random, gradient, screen, rows);
+  const State after = updated(before, gradient, no_cache, one_thread());
+  check(same_states(after, updated(before, gradient, no_cache, four_threads())),
+        "fused_update depends on the number of threads");
+  check(same_states(after, updated(before, gradient, cache, four_threads())),
+        "fused_update depends on the rows kept");
+  State repacked = after;
+  check(cpu::kernels().pack_encoder(repacked.view(), one_thread()), "pack_encoder: out of memory");
+  check(same_states(after, repacked), "fused_update leaves an old packed copy");
+  check_adam(gradient, before, after);
+}
+
+void test_decorrelation(Random& random, const Shape& shape) {
+  std::vector<float> W = random.numbers(shape.d_sae * shape.d_in, Numbers::kNormal);
+  std::vector<float> unit = W;
+  cpu::kernels().normalize_rows(unit.data(), shape.d_sae, shape.d_in, four_threads());
+  const auto dot = [&](const std::vector<float>& a, int64_t i, const std::vector<float>& b,
+                       int64_t j) {
+    double sum = 0.0;
+    for (int64_t d = 0; d < shape.d_in; ++d) {
+      sum += static_cast<double>(a[i * shape.d_in + d]) * b[j * shape.d_in + d];
+    }
+    return sum;
+  };
+  double wanted = 0.0;
+  for (int64_t i = 0; i < shape.d_sae; ++i) {
+    check(std::fabs(dot(unit, i, unit, i) - 1.0) < 1e-6, "row %ld has norm %g", i,
+          std::sqrt(dot(unit, i, unit, i)));
+    for (int64_t j = 0; j < shape.d_sae; ++j) {
+      const double cosine = i == j ? 0.0 : dot(unit, i, unit, j);
+      wanted += cosine * cosine;
+    }
+  }
+  const auto run = [&](const std::vector<float>& weights, const cpu::Parallel& parallel) {
+    std::vector<float> grad(weights.size());
+    double loss = -1.0;
+    check(cpu::kernels().decorrelation(weights.data(), shape.d_sae, shape.d_in, &loss, grad.data(),
+                                       parallel),
+          "decorrelation: out of memory");
+    return std::pair{loss, grad};
+  };
+  const auto [loss, grad] = run(W, one_thread());
+  const auto [other_loss, other_grad] = run(W, four_threads());
+  check(loss == other_loss && same_bits(grad, other_grad),
+        "decorrelation depends on the number of threads");
+  const double all_pairs = wanted + static_cast<double>(shape.d_sae);
+  check(std::fabs(loss - wanted) < 1e-5 * all_pairs, "decorrelation %g, not %g", loss, wanted);
+  // The loss does not see the length of a row, so its gradient is orthogonal to the row.
+  for (int64_t j = 0; j < shape.d_sae; ++j) {
+    const double size = std::sqrt(dot(grad, j, grad, j) * dot(W, j, W, j));
+    check(std::fabs(dot(grad, j, W, j)) < 1e-4 * (size + 1.0), "gradient %ld is not orthogonal", j);
+  }
+}
+
+}  // namespace
+
+void test_rows(uint64_t seed) {
+  Random random(seed);
+  const Shape shape{random.integer(1, 60), random.integer(1, 70), random.integer(1, 150)};
+  for (const cpu::Rows type : {cpu::Rows::kFloat, cpu::Rows::kBFloat16, cpu::Rows::kFloat16}) {
+    const Gradient gradient(random, shape, type);
+    test_accumulate(gradient);
+    Cache cache(gradient, random.integer(0, shape.d_sae));
+    Cache no_cache(gradient, 0);
+    const double norm = test_norm(gradient, no_cache);
+    check(test_norm(gradient, cache) == norm, "the norm depends on the rows kept");
+    test_update(random, gradient, cache, no_cache);
+  }
+  test_decorrelation(random, shape);
+}
+
+}  // namespace sae_fast::testing
