@@ -1,0 +1,134 @@
+import pytest
+import torch
+from plain_sae import make_batch, make_sae
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+
+
+def set_some_normalization(sae):
+    mean = torch.linspace(-2, 3, sae.config.d_in)
+    sae.set_normalization_(mean, 0.25)
+    return mean
+
+
+def test_new_model_is_tied_with_unit_rows_and_zero_biases():
+    sae = SparseAutoencoder(SAEConfig(d_in=12, d_sae=40, k=4))
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+
+
+def test_model_of_open_size_is_refused():
+    with pytest.raises(ValueError, match="d_in must be given"):
+        SparseAutoencoder(SAEConfig())
+
+
+def test_forward_reconstructs_in_raw_units_and_the_shape_of_its_input():
+    sae = make_sae()
+    mean = set_some_normalization(sae)
+    x = make_batch(sae, 6) * 4 + mean
+    normalized = (x - mean) * 0.25
+    values, indices = ((normalized - sae.b_dec) @ sae.W_enc.t() + sae.b_enc).topk(5)
+    acts = torch.zeros(6, 40).scatter(1, indices, values.relu())
+    expected = (acts @ sae.W_dec + sae.b_dec) / 0.25 + mean
+    torch.testing.assert_close(sae(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        sae(x.reshape(2, 3, 12)), expected.reshape(2, 3, 12), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_decode_of_encode_is_forward():
+    sae = make_sae()
+    set_some_normalization(sae)
+    x = make_batch(sae)
+    torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x))
+
+
+def test_half_precision_activations_are_taken():
+    sae = make_sae()
+    x = make_batch(sae).half()
+    torch.testing.assert_close(sae(x), sae(x.float()))
+
+
+def test_no_tokens_give_no_reconstruction():
+    sae = make_sae()
+    assert sae(torch.empty(0, 12)).shape == (0, 12)
+
+
+def test_activations_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"x must have d_in = 12 columns, got shape \(3, 7\)"):
+        make_sae().encode(torch.zeros(3, 7))
+
+
+def test_normalization_where_none_is_configured_is_refused():
+    sae = make_sae(normalize_activations="none")
+    with pytest.raises(ValueError, match="normalize_activations = 'none'"):
+        sae.set_normalization_(torch.zeros(12), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mean", "scale", "message"),
+    [
+        (torch.zeros(7), 1.0, r"mean must have shape \(12,\), got \(7,\)"),
+        (torch.zeros(12), 0.0, "scale greater than 0, got scale 0"),
+        (torch.zeros(12), float("nan"), "scale greater than 0, got scale nan"),
+        (torch.full((12,), torch.inf), 1.0, "mean must be finite"),
+    ],
+)
+def test_bad_normalization_is_refused(mean, scale, message):
+    with pytest.raises(ValueError, match=message):
+        make_sae().set_normalization_(mean, scale)
+
+
+def test_folded_model_is_the_same_function_without_normalization():
+    sae = make_sae(dead=(3,))
+    mean = set_some_normalization(sae)
+    folded = sae.fold_normalization()
+    x = make_batch(sae) * 4 + mean
+    assert folded.config.normalize_activations == "none"
+    torch.testing.assert_close(folded(x), sae(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        folded.encode(x).dense(), sae.encode(x).dense() / 0.25, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), sae.W_dec.norm(dim=1))
+
+
+def test_latent_that_fires_counts_silent_tokens_from_zero():
+    sae = make_sae()
+    sae.tokens_since_fired.fill_(7)
+    x = make_batch(sae, 3)
+    code = sae.encode(x)
+    sae.update_fired_(code, 3)
+    fired = (code.dense() > 0).any(0)
+    assert fired.any()
+    assert torch.equal(sae.tokens_since_fired, torch.where(fired, 0, 10))
+
+
+def test_listed_latent_with_value_zero_has_not_fired():
+    sae = make_sae()
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    sae.update_fired_(sae.encode(make_batch(sae)), 30)
+    assert torch.equal(sae.tokens_since_fired, torch.full((40,), 30))
+
+
+def test_latent_is_dead_from_dead_after_tokens_on():
+    sae = make_sae()
+    sae.tokens_since_fired[:3] = torch.tensor([99, 100, 101])
+    assert sae.dead_mask()[:4].tolist() == [False, True, True, False]
+
+
+def test_same_seed_gives_the_same_start():
+    first, second = make_sae(seed=3), make_sae(seed=3)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+
+
+def test_state_dict_round_trip_is_exact():
+    sae, other = make_sae(seed=3, dead=(2,)), make_sae(seed=4)
+    set_some_normalization(sae)
+    other.load_state_dict(sae.state_dict())
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])

@@ -1,0 +1,154 @@
+"""Every term of the loss, and its gradient for every parameter, against plain dense PyTorch."""
+
+import pytest
+import torch
+from plain_sae import PARAMETERS, left_gradients, make_batch, make_sae, plain_gradients, plain_terms
+
+from sae_fast.ops import native
+
+# The compiled kernels are float32; the reference takes float64, which shows a wrong formula.
+DTYPE = torch.float32 if native.load() is not None else torch.float64
+TOLERANCE = (
+    {"rtol": 1e-4, "atol": 1e-5} if torch.float32 == DTYPE else {"rtol": 1e-9, "atol": 1e-11}
+)
+
+ALL_TERMS = {"reconstruction_coeff": 0.7, "l1_penalty_coeff": 0.3, "decorrelation_coeff": 2.0}
+DEAD = (1, 3, 8, 9, 20, 21, 22, 30, 39)
+CASES = {
+    "every term": (dict(ALL_TERMS), DEAD),
+    "fewer dead latents than aux_k": (dict(ALL_TERMS), DEAD[:3]),
+    "aux_k given": ({"aux_k": 2}, DEAD),
+    "no dead latent": ({"l1_penalty_coeff": 0.3}, ()),
+    "all latents dead": ({}, range(40)),
+    "k is 1": ({"k": 1}, DEAD),
+    "k is d_sae": ({"k": 40}, DEAD),
+    "d_in is 1": ({"d_in": 1, "d_sae": 5, "k": 2}, (4,)),
+}
+
+
+@pytest.fixture(params=CASES, name="sae")
+def make_case(request):
+    fields, dead = CASES[request.param]
+    return make_sae(dtype=DTYPE, dead=dead, **fields)
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+def test_every_term_equals_plain_pytorch(sae, dense_grad):
+    x = make_batch(sae)
+    loss = sae.training_loss(x, dense_grad=dense_grad)
+    for name, expected in plain_terms(sae, x).items():
+        torch.testing.assert_close(loss.components[name], expected.detach(), **TOLERANCE)
+    torch.testing.assert_close(
+        loss.total.detach(), sum(plain_terms(sae, x).values()).detach(), **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+def test_gradient_of_the_loss_equals_autograd_for_every_parameter(sae, dense_grad):
+    x = make_batch(sae)
+    sae.training_loss(x, dense_grad=dense_grad).total.backward()
+    expected = plain_gradients(sae, x)
+    left = left_gradients(sae)
+    for name in PARAMETERS:
+        torch.testing.assert_close(
+            left[name], expected[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+@pytest.mark.parametrize(
+    ("term", "coefficients"),
+    [
+        ("recon_loss", {"reconstruction_coeff": 1.0, "aux_k_coeff": 0.0}),
+        ("l1_loss", {"reconstruction_coeff": 0.0, "aux_k_coeff": 0.0, "l1_penalty_coeff": 0.3}),
+        (
+            "decorr_loss",
+            {"reconstruction_coeff": 0.0, "aux_k_coeff": 0.0, "decorrelation_coeff": 2.0},
+        ),
+        ("aux_loss", {"reconstruction_coeff": 0.0, "aux_k_coeff": 1.0}),
+    ],
+)
+def test_gradient_of_one_term_equals_autograd_for_every_parameter(term, coefficients, dense_grad):
+    sae = make_sae(dtype=DTYPE, dead=DEAD, **coefficients)
+    x = make_batch(sae)
+    sae.training_loss(x, dense_grad=dense_grad).total.backward()
+    expected = plain_gradients(sae, x, term)
+    left = left_gradients(sae)
+    for name in PARAMETERS:
+        torch.testing.assert_close(
+            left[name], expected[name], **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_only(dense_grad):
+    sae = make_sae(dtype=DTYPE, dead=DEAD, reconstruction_coeff=0.0, aux_k_coeff=1.0)
+    sae.training_loss(make_batch(sae), dense_grad=dense_grad).total.backward()
+    left = left_gradients(sae)
+    dead = sae.dead_mask()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        row_is_moved = left[name].reshape(40, -1).abs().sum(1) > 0
+        assert row_is_moved[dead].all()
+        assert not row_is_moved[~dead].any()
+    assert not left["b_dec"].any()
+
+
+def test_micro_batches_leave_the_sum_of_their_gradients():
+    sae = make_sae(dtype=DTYPE, dead=DEAD, **ALL_TERMS)
+    batches = [make_batch(sae, n_tokens, seed) for n_tokens, seed in ((30, 1), (7, 2))]
+    for x in batches:
+        sae.training_loss(x, dense_grad=False).total.backward()
+    expected = [plain_gradients(sae, x) for x in batches]
+    left = left_gradients(sae)
+    for name in PARAMETERS:
+        torch.testing.assert_close(left[name], expected[0][name] + expected[1][name], **TOLERANCE)
+
+
+def test_components_add_up_to_the_loss():
+    sae = make_sae(dtype=DTYPE, dead=DEAD, **ALL_TERMS)
+    loss = sae.training_loss(make_batch(sae))
+    parts = sum(value for name, value in loss.components.items() if name.endswith("_loss"))
+    torch.testing.assert_close(loss.total.detach(), parts)
+
+
+def test_fvu_is_the_unexplained_share_of_the_variance_about_the_mean():
+    sae = make_sae(dtype=DTYPE)
+    x = make_batch(sae) + 3.0
+    fvu = sae.training_loss(x).components["fvu"]
+    error = x - sae(x).detach()
+    torch.testing.assert_close(
+        fvu, error.square().sum() / (x - x.mean(0)).square().sum(), **TOLERANCE
+    )
+
+
+def test_l0_counts_values_above_zero_not_listed_indices():
+    sae = make_sae(dtype=DTYPE)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    assert float(sae.training_loss(make_batch(sae)).components["l0"]) == 0.0
+
+
+def test_aux_loss_of_a_residual_without_variance_is_zero():
+    sae = make_sae(dtype=DTYPE, dead=range(40))
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    x = make_batch(sae)[:1].expand(30, -1)
+    loss = sae.training_loss(x)
+    assert float(loss.components["aux_loss"]) == 0.0
+    loss.total.backward()
+    assert torch.isfinite(sae.W_enc.grad).all()
+
+
+def test_nan_input_shows_in_the_loss():
+    sae = make_sae(dtype=DTYPE)
+    x = make_batch(sae)
+    x[3, 4] = torch.nan
+    assert sae.training_loss(x).total.isnan()
+
+
+def test_total_can_be_combined_with_any_loss_on_the_code():
+    sae = make_sae(dtype=DTYPE)
+    x = make_batch(sae)
+    loss = sae.training_loss(x)
+    (loss.total + loss.code.values.square().mean()).backward()
+    assert torch.isfinite(sae.W_enc.grad).all()

@@ -1,0 +1,95 @@
+"""The training loss written again in plain dense PyTorch: the oracle for model and optimiser."""
+
+import torch
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def make_sae(seed=0, *, dtype=torch.float32, dead=(), **fields):
+    """A small model with nothing at zero, whose latents `dead` have been silent for long."""
+    defaults = {"d_in": 12, "d_sae": 40, "k": 5, "dead_after_tokens": 100}
+    sae = SparseAutoencoder(SAEConfig(**{**defaults, **fields}))
+    generator = torch.Generator().manual_seed(seed)
+    sae.initialize_(generator)
+    with torch.no_grad():
+        sae.W_enc.add_(0.3 * torch.randn(sae.W_enc.shape, generator=generator))
+        sae.b_enc.copy_(0.2 * torch.randn(sae.b_enc.shape, generator=generator))
+        sae.b_dec.copy_(0.2 * torch.randn(sae.b_dec.shape, generator=generator))
+    sae.tokens_since_fired[list(dead)] = 1000
+    return sae.to(dtype)
+
+
+def make_batch(sae, n_tokens=30, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_tokens, sae.config.d_in, generator=generator).to(sae.W_enc.dtype)
+
+
+def plain_terms(sae, x):
+    """The loss terms, each with its coefficient, of a TopK model."""
+    config = sae.config
+    pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    values, indices = pre_acts.topk(config.k, dim=1)
+    acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
+    error = x - (acts @ sae.W_dec + sae.b_dec)
+    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.t()).fill_diagonal_(0)
+    return {
+        "recon_loss": config.reconstruction_coeff * error.square().sum(1).mean(),
+        "l1_loss": config.l1_penalty_coeff * acts.sum(1).mean(),
+        "decorr_loss": config.decorrelation_coeff
+        * cosines.square().sum()
+        / (config.d_sae * (config.d_sae - 1)),
+        "aux_loss": config.aux_k_coeff * _plain_aux_k(sae, x, error.detach()),
+    }
+
+
+def _plain_aux_k(sae, x, error):
+    dead = sae.tokens_since_fired >= sae.config.dead_after_tokens
+    n_dead = int(dead.sum())
+    full_k_aux = sae.config.aux_k or max(sae.config.d_in // 2, 1)
+    if n_dead == 0:
+        return x.new_zeros(())
+    pre_acts = (x - sae.b_dec.detach()) @ sae.W_enc.t() + sae.b_enc
+    values, indices = pre_acts.masked_fill(~dead, -torch.inf).topk(min(full_k_aux, n_dead), dim=1)
+    acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
+    missed = (acts @ sae.W_dec - error).square().sum()
+    return missed / (error - error.mean(0)).square().sum() * min(n_dead / full_k_aux, 1.0)
+
+
+def plain_gradients(sae, x, term=None):
+    """The gradient of the loss, or of one of its terms, for every parameter, by autograd."""
+    terms = plain_terms(sae, x)
+    loss = sum(terms.values()) if term is None else terms[term]
+    parameters = [sae.get_parameter(name) for name in PARAMETERS]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(PARAMETERS, gradients, strict=True))
+
+
+def left_gradients(sae):
+    """The gradients that a backward has left, `.grad` and row factors together, dense."""
+    gradients = {}
+    for name in PARAMETERS:
+        parameter = sae.get_parameter(name)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for factor in getattr(parameter, "row_factors", []):
+            gradient += dense_from_factor(factor, parameter.shape[0]).to(gradient.dtype)
+        gradients[name] = gradient
+    return gradients
+
+
+def dense_from_factor(factor, d_sae):
+    """Row j: the sum over the entries of latent j of coefficient * (dense[n] - shift)."""
+    dense = factor.dense.to(factor.coefficients.dtype)
+    side = dense if factor.shift is None else dense - factor.shift
+    n_rows = side.shape[0]
+    if factor.offsets is None:
+        rows = torch.arange(n_rows).repeat_interleave(factor.indices.shape[1])
+    else:
+        rows = torch.arange(n_rows).repeat_interleave(factor.offsets.diff())
+    gradient = side.new_zeros(d_sae, side.shape[1])
+    return gradient.index_add(
+        0, factor.indices.flatten().long(), factor.coefficients.flatten()[:, None] * side[rows]
+    )

@@ -1,0 +1,82 @@
+"""The terms of the training loss, as pure functions: sums over d_in, means over tokens.
+
+The squared errors come from `ops.reconstruct`; every function here is differentiable in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """The loss of a batch: `total` to call backward on, `components` to log, `code` for statistics.
+
+    The `*_loss` components carry their coefficients, so that they add up to `total`. All components
+    are 0-d and detached.
+    """
+
+    total: Tensor
+    components: dict[str, Tensor]
+    code: ops.SparseCode
+
+
+def reconstruction_loss(
+    squared_error: Tensor,  # [N]
+) -> Tensor:
+    """The squared error of a token, Σ_d (x − x̂)², averaged over tokens."""
+    return squared_error.mean()
+
+
+def l1_loss(
+    values: Tensor,  # [N, K], or [nnz] of N tokens
+    n_tokens: int,
+) -> Tensor:
+    """The sum of a token's code values, averaged over tokens; decoder rows have unit norm."""
+    return values.sum() / n_tokens
+
+
+def decorrelation_loss(
+    W_dec: Tensor,  # [F, D]
+) -> Tensor:
+    """The squared cosine of two different decoder rows, averaged over all pairs.
+
+    Where d_sae > d_in no dictionary gets below (F − D) / (D (F − 1)), the Welch bound.
+    """
+    d_sae = W_dec.shape[0]
+    return ops.decorrelation(W_dec) / max(d_sae * (d_sae - 1), 1)
+
+
+def aux_k_loss(
+    squared_error: Tensor,  # [N], Σ_d (ê − e)², with ê the dead latents' model of the residual e
+    residual: Tensor,  # [N, D], e or −e
+    n_dead: int,
+    full_k_aux: int,
+) -> Tensor:
+    """AuxK, arXiv:2406.04093: the share of the residual's variance that the dead latents miss.
+
+    Scaled down while fewer than `full_k_aux` latents are dead; 0 for a residual without variance.
+    """
+    variance = total_variance(residual.detach().to(squared_error.dtype))
+    share = min(n_dead / full_k_aux, 1.0)
+    return squared_error.sum() * torch.where(variance == 0, 0.0, share / variance)
+
+
+def total_variance(
+    x: Tensor,  # [N, D]
+) -> Tensor:
+    """Σ (x − mean(x))² over all entries, the mean taken per dimension."""
+    return (x - x.mean(0)).square_().sum()
+
+
+def fraction_of_variance_unexplained(
+    squared_error: Tensor,  # [N]
+    x: Tensor,  # [N, D]
+) -> Tensor:
+    """FVU: Σ (x − x̂)² / Σ (x − mean(x))², numerator and denominator summed over the batch apart."""
+    return squared_error.detach().sum() / total_variance(x.detach())

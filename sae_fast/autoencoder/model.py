@@ -1,0 +1,225 @@
+"""The sparse autoencoder: parameters, encode and decode, its training loss, and its files.
+
+Rows are latents in both matrices. The parameters live in normalised units, (x − mean) · scale:
+`encode`, `decode` and `forward` take and give activations as they are, `training_loss` takes them
+normalised.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast import ops
+from sae_fast.autoencoder import losses
+from sae_fast.autoencoder.files import read_model, write_model
+from sae_fast.autoencoder.initialization import centre, fill_unit_rows_
+from sae_fast.autoencoder.losses import TrainingLoss
+from sae_fast.autoencoder.topk import TopK
+from sae_fast.config import SAEConfig
+
+ARCHITECTURES = {"topk": TopK}
+
+
+class SparseAutoencoder(nn.Module):
+    """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
+
+    Raises ValueError where the configuration leaves d_in open.
+    """
+
+    activation_mean: Tensor  # [D]
+    activation_scale: Tensor  # 0-d
+    tokens_since_fired: Tensor  # [F] int64
+
+    def __init__(self, config: SAEConfig):
+        super().__init__()
+        if not config.is_complete:
+            raise ValueError("d_in must be given, directly or by the data, to make a model, got 0")
+        self.config = config
+        self.architecture = ARCHITECTURES[config.arch](config)
+        self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in))
+        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.register_buffer("activation_mean", torch.zeros(config.d_in))
+        self.register_buffer("activation_scale", torch.ones(()))
+        self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        if not self.W_dec.is_meta:
+            self._initialize_weights(None)
+
+    @torch.no_grad()
+    def initialize_(
+        self,
+        generator: torch.Generator | None = None,
+        sample: Tensor | None = None,  # [N, D], normalised
+    ) -> None:
+        """Start afresh from `generator`; b_dec in the centre of `sample` if b_dec_init says so."""
+        if sample is None and self.config.b_dec_init != "zero":
+            raise ValueError(
+                f"b_dec_init = {self.config.b_dec_init!r} needs a sample of activations"
+            )
+        self._initialize_weights(generator)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        if sample is not None:
+            self.b_dec.copy_(centre(self._rows(sample), self.config))
+        self.tokens_since_fired.zero_()
+
+    @torch.no_grad()
+    def _initialize_weights(self, generator: torch.Generator | None) -> None:
+        fill_unit_rows_(self.W_dec, self.config.decoder_init, generator)
+        self.W_enc.copy_(self.W_dec)
+
+    @torch.no_grad()
+    def set_normalization_(
+        self,
+        mean: Tensor,  # [D]
+        scale: float | Tensor,
+    ) -> None:
+        """Take (x − mean) · scale as the normalised activation, unless there is to be none."""
+        if self.config.normalize_activations == "none":
+            raise ValueError("normalize_activations = 'none' leaves no mean and scale to set")
+        if mean.shape != self.activation_mean.shape:
+            raise ValueError(
+                f"mean must have shape {tuple(self.activation_mean.shape)}, got {tuple(mean.shape)}"
+            )
+        if not (float(scale) > 0 and bool(torch.isfinite(mean).all())):
+            raise ValueError(
+                f"mean must be finite and scale greater than 0, got scale {float(scale)}"
+            )
+        self.activation_mean.copy_(mean)
+        self.activation_scale.fill_(float(scale))
+
+    def normalize(
+        self,
+        x: Tensor,  # [..., D]
+    ) -> Tensor:
+        """Activations in the units of the parameters."""
+        if self.config.normalize_activations == "none":
+            return x
+        return (x - self.activation_mean) * self.activation_scale
+
+    def encode(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+        *,
+        precision: str = "screened",
+        dense_grad: bool = True,
+    ) -> ops.SparseCode:
+        """The code of every activation, one row each; values in normalised units."""
+        return self._encode(self.normalize(self._rows(x)), precision, dense_grad, None)
+
+    def decode(self, code: ops.SparseCode, *, dense_grad: bool = True) -> Tensor:
+        """The reconstructions [N, D] of a code, in the units of the activations."""
+        x_hat = ops.decode(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
+        if self.config.normalize_activations == "none":
+            return x_hat
+        return x_hat / self.activation_scale + self.activation_mean
+
+    def forward(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+    ) -> Tensor:
+        """The reconstruction of `x`, in its shape."""
+        return self.decode(self.encode(x)).reshape(x.shape)
+
+    def training_loss(
+        self,
+        x: Tensor,  # [N, D], normalised
+        *,
+        precision: str = "screened",
+        dense_grad: bool = True,
+    ) -> TrainingLoss:
+        """The weighted sum of the loss terms of a batch.
+
+        Backward leaves ordinary gradients, or without `dense_grad` row factors for `RowAdam`.
+        """
+        config = self.config
+        x = self._rows(x)
+        dead_mask = self.dead_mask()
+        code = self._encode(x, precision, dense_grad, dead_mask)
+        modelled = ops.reconstruct(code, self.W_dec, self.b_dec, x, dense_grad=dense_grad)
+        terms = {
+            "recon_loss": config.reconstruction_coeff
+            * losses.reconstruction_loss(modelled.squared_error),
+            "l1_loss": config.l1_penalty_coeff * losses.l1_loss(code.values, code.n_rows),
+            "decorr_loss": x.new_zeros(()),
+            "aux_loss": self.architecture.auxiliary_loss(
+                code, modelled.residual, self.W_dec, dead_mask, dense_grad=dense_grad
+            ),
+        }
+        if config.decorrelation_coeff > 0:
+            terms["decorr_loss"] = config.decorrelation_coeff * losses.decorrelation_loss(
+                self.W_dec
+            )
+        total = torch.stack(list(terms.values())).sum()
+        components = {name: term.detach() for name, term in terms.items()}
+        components["fvu"] = losses.fraction_of_variance_unexplained(modelled.squared_error, x)
+        components["l0"] = code.l0().to(x.dtype).mean()
+        return TrainingLoss(total, components, code)
+
+    @torch.no_grad()
+    def update_fired_(self, code: ops.SparseCode, n_tokens: int) -> None:
+        """Count `n_tokens` more silent tokens for each latent that did not fire in `code`."""
+        self.tokens_since_fired.add_(n_tokens).masked_fill_(code.fired(), 0)
+
+    def dead_mask(self) -> Tensor:
+        """Which latents [F] have been silent for `dead_after_tokens`."""
+        return self.tokens_since_fired >= self.config.dead_after_tokens
+
+    @torch.no_grad()
+    def fold_normalization(self) -> SparseAutoencoder:
+        """The same function of raw activations, as a model without normalisation.
+
+        With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
+        keep their unit norm, and TopK picks the same latents.
+        """
+        values = {**self.config.to_dict(), "normalize_activations": "none"}
+        folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
+        folded.load_state_dict(self.state_dict())
+        folded.b_enc.div_(self.activation_scale)
+        folded.b_dec.div_(self.activation_scale).add_(self.activation_mean)
+        folded.activation_mean.zero_()
+        folded.activation_scale.fill_(1.0)
+        return folded
+
+    def save(self, directory: str | Path) -> None:
+        """Write `sae.safetensors` and `config.json` into `directory`, which is made if need be."""
+        write_model(directory, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, device: str | torch.device = "cpu"
+    ) -> SparseAutoencoder:
+        """Read what `save` wrote, or a checkpoint of a training run.
+
+        Raises FileNotFoundError or ValueError, one line naming the file and what is wrong with it.
+        """
+        config, tensors = read_model(directory, device)
+        with torch.device("meta"):
+            sae = cls(config)
+        sae.load_state_dict(tensors, assign=True)
+        return sae
+
+    def _encode(
+        self, x: Tensor, precision: str, dense_grad: bool, dead_mask: Tensor | None
+    ) -> ops.SparseCode:
+        return self.architecture.encode(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.b_dec,
+            precision=precision,
+            dense_grad=dense_grad,
+            dead_mask=dead_mask,
+        )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """`x` as a matrix of the parameters' dtype; raises ValueError unless it is d_in wide."""
+        if x.ndim == 0 or x.shape[-1] != self.config.d_in:
+            raise ValueError(
+                f"x must have d_in = {self.config.d_in} columns, got shape {tuple(x.shape)}"
+            )
+        return x.reshape(-1, self.config.d_in).to(self.W_enc.dtype)

@@ -1,0 +1,64 @@
+"""TopK: the k largest pre-activations of a token, with AuxK for dead latents (arXiv:2406.04093)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sae_fast import ops
+from sae_fast.autoencoder.losses import aux_k_loss
+from sae_fast.config import SAEConfig
+
+
+class TopK:
+    """How a TopK model selects latents, and the loss term that only it has."""
+
+    def __init__(self, config: SAEConfig):
+        self.k = config.k
+        self.aux_k_coeff = config.aux_k_coeff
+        self.full_k_aux = config.aux_k or max(config.d_in // 2, 1)
+
+    def encode(
+        self,
+        x: Tensor,  # [N, D], normalised
+        W_enc: nn.Parameter,  # [F, D]
+        b_enc: nn.Parameter,  # [F]
+        b_dec: nn.Parameter,  # [D]
+        *,
+        precision: str,
+        dense_grad: bool,
+        dead_mask: Tensor | None = None,  # [F] bool
+    ) -> ops.SparseCode:
+        """The code of every token; `code.aux` has the k_aux best dead latents, if AuxK is on."""
+        n_dead = 0 if dead_mask is None or self.aux_k_coeff == 0 else int(dead_mask.sum())
+        return ops.encode_topk(
+            x,
+            W_enc,
+            b_enc,
+            b_dec,
+            self.k,
+            precision=precision,
+            dead_mask=dead_mask if n_dead else None,
+            k_aux=min(self.full_k_aux, n_dead),
+            dense_grad=dense_grad,
+        )
+
+    def auxiliary_loss(
+        self,
+        code: ops.SparseCode,
+        residual: Tensor,  # [N, D], x̂ − x
+        W_dec: nn.Parameter,  # [F, D]
+        dead_mask: Tensor,  # [F] bool
+        *,
+        dense_grad: bool,
+    ) -> Tensor:
+        """AuxK with its coefficient: the dead latents, without b_dec, model the residual x − x̂.
+
+        Its gradient reaches W_enc, b_enc and W_dec in the rows of the selected dead latents only.
+        """
+        if code.aux is None:
+            return residual.new_zeros((), dtype=code.values.dtype)
+        target = residual.detach().to(code.values.dtype).neg()
+        modelled = ops.reconstruct(code.aux, W_dec, None, target, dense_grad=dense_grad)
+        n_dead = int(dead_mask.sum())
+        loss = aux_k_loss(modelled.squared_error, target, n_dead, self.full_k_aux)
+        return self.aux_k_coeff * loss
