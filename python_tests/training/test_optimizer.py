@@ -1,0 +1,256 @@
+"""Both optimisers against torch.optim.AdamW with the steps around it, and against each other."""
+
+import copy
+
+import pytest
+import torch
+from plain_sae import PARAMETERS, dense_from_factor, make_batch, make_sae, plain_terms
+
+from sae_fast import ops
+from sae_fast.config import TrainConfig
+from sae_fast.training.optimizer import DenseAdam, RowAdam, make_optimizer
+from sae_fast.training.row_factors import merge_row_factors, row_factors
+
+DEAD = (1, 3, 8, 9, 20, 21, 22, 30)
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
+# An eps above Adam's usual one: rounding in an entry near 0 must not be blown up to a full step.
+SETTINGS = {"eps": 1e-5, "weight_decay": 0.01, "grad_clip": 0.5}
+TERMS = {"l1_penalty_coeff": 0.1, "decorrelation_coeff": 0.5, "aux_k_coeff": 0.5}
+
+
+def backward(sae, batches, dense_grad, loss_scale=1.0):
+    codes = []
+    for x in batches:
+        loss = sae.training_loss(x, dense_grad=dense_grad)
+        (loss.total * (loss_scale / len(batches))).backward()
+        codes.append(loss.code)
+    return codes
+
+
+class PlainAdam:
+    """The five separate steps, in plain PyTorch on plain autograd."""
+
+    def __init__(self, sae, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, grad_clip=1.0):
+        self.sae, self.grad_clip = sae, grad_clip
+        self.parameters = [sae.get_parameter(name) for name in PARAMETERS]
+        self.adam = torch.optim.AdamW(
+            self.parameters, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+
+    def step(self, lr, batches):
+        self.adam.zero_grad()
+        sum(sum(plain_terms(self.sae, x).values()) for x in batches).div(len(batches)).backward()
+        W_dec = self.sae.W_dec
+        with torch.no_grad():
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or torch.inf)
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        return norm
+
+
+def assert_same_parameters(first, second):
+    for name in PARAMETERS:
+        torch.testing.assert_close(
+            first.get_parameter(name),
+            second.get_parameter(name),
+            **TOLERANCE,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_steps_equal_the_five_separate_steps_of_pytorch(kind, grad_clip, micro_batches):
+    settings = {**SETTINGS, "grad_clip": grad_clip}
+    sae = make_sae(dead=DEAD, **TERMS)
+    other = copy.deepcopy(sae)
+    optimizer, plain = kind(sae, **settings), PlainAdam(other, **settings)
+    for step in range(6):
+        batches = [make_batch(sae, 20 + i, seed=10 * step + i) for i in range(micro_batches)]
+        optimizer.zero_grad()
+        backward(sae, batches, kind.dense_grad)
+        lr = 1e-2 / (step + 1)
+        norm = optimizer.step(lr)
+        torch.testing.assert_close(norm, plain.step(lr, batches), rtol=1e-4, atol=1e-6)
+        assert_same_parameters(sae, other)
+
+
+def test_fused_and_dense_steps_give_the_same_parameters():
+    fused = make_sae(dead=DEAD, **TERMS)
+    dense = copy.deepcopy(fused)
+    optimizers = RowAdam(fused, **SETTINGS), DenseAdam(dense, **SETTINGS)
+    for step in range(8):
+        x = make_batch(fused, 40, seed=step)
+        indices = []
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            codes = backward(optimizer.sae, [x], optimizer.dense_grad)
+            indices.append(codes[0].indices)
+            optimizer.step(3e-3)
+        assert torch.equal(*indices)
+    assert_same_parameters(fused, dense)
+    for name, tensor in optimizers[0].state_dict().items():
+        torch.testing.assert_close(tensor, optimizers[1].state_dict()[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_decoder_rows_keep_unit_norm(kind):
+    sae = make_sae()
+    optimizer = kind(sae)
+    backward(sae, [make_batch(sae)], kind.dense_grad)
+    optimizer.step(0.1)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1).detach(), torch.ones(40))
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_encoder_after_a_step_uses_the_new_weights(kind):
+    sae = make_sae()
+    optimizer = kind(sae)
+    backward(sae, [make_batch(sae)], kind.dense_grad)
+    optimizer.step(0.1)
+    x = make_batch(sae, seed=5)
+    fresh = make_sae(seed=8)
+    fresh.load_state_dict(sae.state_dict())
+    assert torch.equal(sae.encode(x).dense(), fresh.encode(x).dense())
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_scaled_loss_gives_the_same_step(kind):
+    saes = [make_sae(dead=DEAD, **TERMS) for _ in range(2)]
+    norms = []
+    for sae, loss_scale in zip(saes, (1.0, 1024.0), strict=True):
+        optimizer = kind(sae, **SETTINGS)
+        backward(sae, [make_batch(sae)], kind.dense_grad, loss_scale)
+        norms.append(optimizer.step(1e-2, loss_scale))
+    torch.testing.assert_close(*norms)
+    assert_same_parameters(*saes)
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_gradient_that_is_not_finite_updates_nothing(kind):
+    sae = make_sae()
+    before = copy.deepcopy(sae.state_dict())
+    optimizer = kind(sae)
+    loss = sae.training_loss(make_batch(sae), dense_grad=kind.dense_grad)
+    (loss.total * torch.inf).backward()
+    assert not torch.isfinite(optimizer.step(1e-2))
+    assert optimizer.step_count == 0
+    for name, tensor in before.items():
+        assert torch.equal(tensor, sae.state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_zero_grad_drops_gradients_and_factors(kind):
+    sae = make_sae(decorrelation_coeff=0.5)
+    backward(sae, [make_batch(sae)], kind.dense_grad)
+    kind(sae).zero_grad()
+    for name in PARAMETERS:
+        assert sae.get_parameter(name).grad is None
+        assert row_factors(sae.get_parameter(name)) == []
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_step_without_gradients_moves_by_momentum_alone(kind):
+    sae = make_sae()
+    other = copy.deepcopy(sae)
+    optimizer, plain = kind(sae), torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    backward(sae, [make_batch(sae)], kind.dense_grad)
+    optimizer.step(1e-2)
+    before = sae.b_enc.detach().clone()
+    optimizer.zero_grad()
+    optimizer.step(1e-2)
+    assert optimizer.step_count == 2
+    assert not torch.equal(sae.b_enc, before)
+    assert plain.param_groups
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader"), [(RowAdam, RowAdam), (DenseAdam, DenseAdam), (RowAdam, DenseAdam)]
+)
+def test_steps_go_on_from_a_saved_state(saver, loader):
+    sae = make_sae(dead=DEAD, **TERMS)
+    optimizer = saver(sae, **SETTINGS)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(sae, [make_batch(sae, seed=step)], saver.dense_grad)
+        optimizer.step(1e-2)
+    resumed_sae = copy.deepcopy(sae)
+    resumed = loader(resumed_sae, **SETTINGS)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in (optimizer, resumed):
+        one.zero_grad()
+        backward(one.sae, [make_batch(sae, seed=7)], one.dense_grad)
+        one.step(1e-2)
+    if saver is loader:
+        for name in PARAMETERS:
+            assert torch.equal(sae.get_parameter(name), resumed_sae.get_parameter(name))
+    assert_same_parameters(sae, resumed_sae)
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+def test_state_of_another_model_is_refused_by_name(kind):
+    state = kind(make_sae(d_in=8)).state_dict()
+    with pytest.raises(
+        ValueError, match=r"W_enc\.exp_avg must have shape \(40, 12\), got \(40, 8\)"
+    ):
+        kind(make_sae()).load_state_dict(state)
+    with pytest.raises(ValueError, match="has no tensor step"):
+        kind(make_sae()).load_state_dict({})
+
+
+def test_merged_factors_are_the_gradient_that_autograd_gives():
+    sae = make_sae(dead=DEAD, **TERMS)
+    backward(sae, [make_batch(sae, 20, seed=1), make_batch(sae, 9, seed=2)], dense_grad=False)
+    merged = merge_row_factors(sae.W_enc, sae.W_dec)
+    for W, factors in zip((sae.W_enc, sae.W_dec), merged, strict=True):
+        expected = sum(dense_from_factor(factor, 40) for factor in row_factors(W))
+        side = factors.dense if factors.shift is None else factors.dense - factors.shift
+        latents = torch.arange(40).repeat_interleave(factors.latent_offsets.diff())
+        terms = factors.coefficients[:, None] * side[factors.rows.long()]
+        found = torch.zeros(40, 12).index_add(0, latents, terms)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_encoder_and_decoder_share_one_latent_major_view():
+    sae = make_sae(dead=DEAD)
+    backward(sae, [make_batch(sae)], dense_grad=False)
+    encoder, decoder = merge_row_factors(sae.W_enc, sae.W_dec)
+    assert encoder.latent_offsets is decoder.latent_offsets
+
+
+def test_aux_k_and_main_code_share_one_copy_of_the_activations():
+    sae = make_sae(dead=DEAD)
+    backward(sae, [make_batch(sae, 30)], dense_grad=False)
+    encoder, decoder = merge_row_factors(sae.W_enc, sae.W_dec)
+    assert len(row_factors(sae.W_enc)) == 2
+    assert encoder.dense.shape[0] == 30
+    assert decoder.dense.shape[0] == 60
+
+
+def test_b_dec_moved_before_the_step_does_not_disturb_the_encoder_factors():
+    sae = make_sae()
+    x = make_batch(sae)
+    backward(sae, [x], dense_grad=False)
+    (factor,) = row_factors(sae.W_enc)
+    assert torch.equal(factor.shift, sae.b_dec)
+
+
+@pytest.mark.parametrize(("fused", "kind"), [(True, RowAdam), (False, DenseAdam)])
+def test_optimizer_is_made_as_configured(fused, kind):
+    config = TrainConfig(
+        fused=fused, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, grad_clip=2.0, amp="bf16"
+    )
+    optimizer = make_optimizer(make_sae(), config)
+    assert type(optimizer) is kind
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.8, 0.9), 1e-6, 0.1)
+    assert (optimizer.grad_clip, optimizer.precision) == (2.0, "bf16")
+
+
+def test_normalize_rows_is_the_ops_own():
+    W = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    ops.normalize_rows_(W)
+    assert W.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]

@@ -1,0 +1,275 @@
+"""AdamW for a sparse autoencoder: global clip, W_dec's gradient projected, its rows of unit norm.
+
+`RowAdam` consumes the factors of `training_loss(dense_grad=False)`: there is no dense gradient.
+`DenseAdam` does the same with torch.optim.AdamW on `.grad`. From equal codes both give the same
+parameters to fp32 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import TrainConfig
+from sae_fast.training.row_factors import MergedFactors, merge_row_factors, row_factors
+
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+STEP = "step"
+
+
+def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimizer:
+    """The optimiser that `config` asks for."""
+    kind = RowAdam if config.fused else DenseAdam
+    return kind(
+        sae,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        precision=config.precision,
+    )
+
+
+class SparseOptimizer(ABC):
+    """What both optimisers share: one step is project, clip, AdamW, unit norm.
+
+    Args:
+        sae: the model; its parameters are updated in place.
+        betas: decay rates of the first and second moment.
+        eps: added to the denominator.
+        weight_decay: decoupled, as in torch.optim.AdamW.
+        grad_clip: largest global norm, taken after W_dec's gradient is projected; 0: no clipping.
+        precision: mode of the encoder whose working copy is kept up to date.
+    """
+
+    dense_grad: bool  # what training_loss is to be given
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        precision: str = "screened",
+    ):
+        self.sae = sae
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.grad_clip = grad_clip
+        self.precision = precision
+        self.step_count = 0
+        self.exp_avg = {name: torch.zeros_like(self._parameter(name)) for name in PARAMETERS}
+        self.exp_avg_sq = {name: torch.zeros_like(self._parameter(name)) for name in PARAMETERS}
+
+    @abstractmethod
+    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
+        """Update the parameters from the gradients of `loss_scale` times the loss.
+
+        Returns the gradient's global norm before the clip, 0-d; not finite: no update.
+        """
+
+    def zero_grad(self) -> None:
+        """Drop all gradients and factors."""
+        for name in PARAMETERS:
+            parameter = self._parameter(name)
+            parameter.grad = None
+            row_factors(parameter).clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Step count and moments under flat names, the same for both classes; not copies."""
+        state = {STEP: torch.tensor(self.step_count, dtype=torch.int64)}
+        for name in PARAMETERS:
+            state[f"{name}.exp_avg"] = self.exp_avg[name]
+            state[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a `state_dict`; raises ValueError naming a tensor that does not fit."""
+        for name, tensor in self.state_dict().items():
+            if name not in state:
+                raise ValueError(f"optimiser state: has no tensor {name}")
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"optimiser state: {name} must have shape {tuple(tensor.shape)}, "
+                    f"got {tuple(state[name].shape)}"
+                )
+            tensor.copy_(state[name])
+        self.step_count = int(state[STEP])
+
+    def _parameter(self, name: str) -> torch.nn.Parameter:
+        return self.sae.get_parameter(name)
+
+    def _grad_factor(self, norm: Tensor) -> Tensor:
+        """min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ scales."""
+        if self.grad_clip == 0:
+            return torch.ones_like(norm)
+        return (self.grad_clip / (norm + 1e-6)).clamp_max(1.0)
+
+
+@dataclass(frozen=True)
+class _RowGradient:
+    """A factored gradient with what `row_gradient_norm` learned about it."""
+
+    factors: MergedFactors
+    extra_grad: Tensor | None
+    squared_norm: Tensor
+    sums: Tensor
+    cached: Tensor
+    cache_slots: Tensor
+
+
+class RowAdam(SparseOptimizer):
+    """AdamW on row factors: everything from clip to unit norm in one pass over the rows."""
+
+    dense_grad = False
+
+    @torch.no_grad()
+    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
+        """See `SparseOptimizer.step`."""
+        sae = self.sae
+        encoder_factors, decoder_factors = merge_row_factors(sae.W_enc, sae.W_dec)
+        encoder = self._measure("W_enc", encoder_factors, project_onto=None)
+        decoder = self._measure("W_dec", decoder_factors, project_onto=sae.W_dec)
+        squared = encoder.squared_norm + decoder.squared_norm
+        for bias in (sae.b_enc, sae.b_dec):
+            if bias.grad is not None:
+                squared = squared + bias.grad.double().square().sum()
+        norm = squared.sqrt() / loss_scale
+        if not math.isfinite(float(norm)):
+            return norm.to(sae.W_enc.dtype)
+        factor = (self._grad_factor(norm) / loss_scale).to(torch.float32)
+        self.step_count += 1
+        self._update_rows("W_enc", encoder, factor, lr)
+        self._update_rows("W_dec", decoder, factor, lr)
+        # b_dec last: W_enc's factors are taken relative to the b_dec that the encoder saw.
+        self._update_bias("b_enc", factor, lr)
+        self._update_bias("b_dec", factor, lr)
+        return norm.to(sae.W_enc.dtype)
+
+    def _measure(
+        self, name: str, factors: MergedFactors, project_onto: Tensor | None
+    ) -> _RowGradient:
+        extra_grad = self._parameter(name).grad
+        measured = ops.row_gradient_norm(
+            factors.latent_offsets,
+            factors.rows,
+            factors.coefficients,
+            factors.dense,
+            factors.shift,
+            project_onto,
+            extra_grad,
+        )
+        return _RowGradient(factors, extra_grad, *measured)
+
+    def _update_rows(self, name: str, grad: _RowGradient, factor: Tensor, lr: float) -> None:
+        is_decoder = name == "W_dec"
+        W = self._parameter(name)
+        ops.fused_update_(
+            W,
+            self.exp_avg[name],
+            self.exp_avg_sq[name],
+            grad.factors.latent_offsets,
+            grad.factors.rows,
+            grad.factors.coefficients,
+            grad.factors.dense,
+            grad.factors.shift,
+            grad.extra_grad,
+            grad.sums,
+            grad.cached,
+            grad.cache_slots,
+            factor,
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            step=self.step_count,
+            project=is_decoder,
+            unit_norm=is_decoder,
+            precision=self.precision,
+        )
+
+    def _update_bias(self, name: str, factor: Tensor, lr: float) -> None:
+        """torch.optim.AdamW's update of one vector."""
+        bias, exp_avg, exp_avg_sq = self._parameter(name), self.exp_avg[name], self.exp_avg_sq[name]
+        grad = torch.zeros_like(bias) if bias.grad is None else bias.grad * factor
+        beta1, beta2 = self.betas
+        bias.mul_(1 - lr * self.weight_decay)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**self.step_count)).add_(self.eps)
+        bias.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**self.step_count))
+
+
+class DenseAdam(SparseOptimizer):
+    """torch.optim.AdamW on dense gradients, with the projection, clip and unit norm around it."""
+
+    dense_grad = True
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        precision: str = "screened",
+    ):
+        super().__init__(
+            sae,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_clip=grad_clip,
+            precision=precision,
+        )
+        parameters = [self._parameter(name) for name in PARAMETERS]
+        self.adam = torch.optim.AdamW(parameters, betas=betas, eps=eps, weight_decay=weight_decay)
+        for name, parameter in zip(PARAMETERS, parameters, strict=True):
+            self.adam.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": self.exp_avg[name],
+                "exp_avg_sq": self.exp_avg_sq[name],
+            }
+
+    @torch.no_grad()
+    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
+        """See `SparseOptimizer.step`."""
+        parameters = [self._parameter(name) for name in PARAMETERS]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.div_(loss_scale)
+        W_dec = self.sae.W_dec
+        assert W_dec.grad is not None
+        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not math.isfinite(float(norm)):
+            return norm
+        factor = self._grad_factor(norm)
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.mul_(factor)
+        self.step_count += 1
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        ops.normalize_rows_(W_dec)
+        return norm
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `SparseOptimizer.load_state_dict`."""
+        super().load_state_dict(state)
+        for values in self.adam.state.values():
+            values["step"].fill_(self.step_count)
