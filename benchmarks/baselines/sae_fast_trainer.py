@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from benchmarks.support.problem import Weights
-from sae_fast import SAEConfig, SparseAutoencoder
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
 from sae_fast.training.optimizer import RowAdam
 
 

@@ -13,7 +13,6 @@ loss, sorting by latent, norms or biases.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -80,36 +79,32 @@ def measure_rates(size: Size, precision: str) -> Rates:
 
 def product_rate(size: Size, precision: str) -> tuple[float, str]:
     """Operations a second of the dense product, and whose product it was."""
-    native = native_product(size, precision)
-    if native is not None:
-        return size.product_flops / best_seconds_of(native), "sae_fast's own product"
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    seconds, source = bare_product_seconds(size, precision)
+    return size.product_flops / seconds, source
+
+
+def bare_product_seconds(size: Size, precision: str) -> tuple[float, str]:
+    """The encoder's product alone, nothing selected or stored: its best time, and whose it was."""
+    if has_native_product():
+        x, W_enc = make_activations(size, 1), make_weights(size).W_enc
+        packed = torch.ops.sae_fast.pack_encoder(W_enc, precision)
+        product = torch.ops.sae_fast_benchmark.encoder_product
+        seconds = best_seconds(lambda: product(x, W_enc, precision, *packed))
+        return seconds, "sae_fast's own"
+    # Blocks that stay in cache: what PyTorch could reach if it did not store pre-activations.
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     rows, latents = min(size.n_tokens, 512), min(size.d_sae, 4096)
-    x = torch.randn(rows, size.d_in, dtype=dtype)
-    W = torch.randn(latents, size.d_in, dtype=dtype)
+    x_block = torch.randn(rows, size.d_in).to(dtype)
+    W_block = torch.randn(latents, size.d_in).to(dtype)
     out = torch.empty(rows, latents, dtype=dtype)
-    seconds = best_seconds(lambda: torch.mm(x, W.T, out=out), repeats=10)
-    return 2.0 * rows * size.d_in * latents / seconds, f"torch.mm in {dtype}"
+    seconds = best_seconds(lambda: torch.mm(x_block, W_block.T, out=out), repeats=10)
+    blocks = size.n_tokens / rows * size.d_sae / latents
+    return seconds * blocks, f"torch.mm in {str(dtype).removeprefix('torch.')}"
 
 
-def native_product(size: Size, precision: str) -> Callable[[], float] | None:
-    """A call that runs sae_fast's bare encoder product and returns its seconds, if built."""
-    try:
-        from sae_fast import _C
-    except ImportError:
-        return None
-    if not hasattr(_C, "encoder_product_seconds"):
-        return None
-    x = make_activations(size, 1)
-    weights = make_weights(size)
-    packed, stats, _ = torch.ops.sae_fast.pack_encoder(weights.W_enc, precision)
-    return lambda: float(_C.encoder_product_seconds(x, packed, stats, precision))
-
-
-def best_seconds_of(call: Callable[[], float], repeats: int = 5) -> float:
-    """The smallest of several self-timed calls, after one to warm up."""
-    call()
-    return min(call() for _ in range(repeats))
+def has_native_product() -> bool:
+    """Whether the compiled module offers its product to benchmarks."""
+    return has_native_ops() and hasattr(torch.ops.sae_fast_benchmark, "encoder_product")
 
 
 def gather_rates(size: Size) -> tuple[float, float]:

@@ -1,0 +1,174 @@
+"""Times each op of sae_fast against its PyTorch equivalent and against the floor of its work.
+
+python -m benchmarks.kernels --sizes S2 --markdown results/kernels.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.support.floors import Rates, bare_product_seconds, measure_rates
+from benchmarks.support.heats import say
+from benchmarks.support.kernel_cases import Case, Setting, all_cases
+from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.problem import Size, parse_size
+from benchmarks.support.reader import measure_reader, reader_section
+from benchmarks.support.tables import (
+    machine_line,
+    markdown_table,
+    milliseconds,
+    percent,
+    ratio,
+    write_json,
+    write_text,
+)
+from benchmarks.support.timing import Sample, interleave, measure, median_ratio, summarize
+
+PRECISIONS = ("screened", "fp32", "bf16", "fp16")
+
+
+def time_case(case: Case, rounds: int) -> dict[str, Any]:
+    """Check an op against PyTorch, then time both in turn."""
+    case.check()
+
+    def sampler(call: Callable[[], object]) -> Callable[[], Sample]:
+        call()
+        return lambda: measure(call)
+
+    samplers = {"ours": sampler(case.ours), "torch": sampler(case.torch)}
+    if case.floor_call is not None:
+        samplers["floor"] = sampler(case.floor_call)
+    samples = interleave(samplers, rounds)
+    ours, theirs = summarize(samples["ours"]), summarize(samples["torch"])
+    floor, over_floor = case.floor, ours.median / case.floor
+    if case.floor_call is not None:
+        floor = summarize(samples["floor"]).median
+        over_floor = median_ratio(samples["ours"], samples["floor"])
+    say(f"  {case.name}: {ours.median * 1e3:.2f} ms, PyTorch {theirs.median * 1e3:.2f} ms")
+    return {
+        "op": case.name,
+        "ours": asdict(ours),
+        "torch": asdict(theirs),
+        "ratio": median_ratio(samples["torch"], samples["ours"]),
+        "floor": floor,
+        "over_floor": over_floor,
+        "floor_of": case.floor_of,
+    }
+
+
+def run_size(size: Size, rounds: int) -> dict[str, Any]:
+    """All ops at one size."""
+    say(size.describe())
+    rates = measure_rates(size, "fp32")
+    products = {precision: bare_product_seconds(size, precision) for precision in PRECISIONS}
+    with torch.no_grad():
+        setting = Setting(size, rates, {name: seconds for name, (seconds, _) in products.items()})
+    rows = []
+    start = time.perf_counter()
+    for case in all_cases(setting):
+        rows.append(time_case(case, rounds))
+    say(f"  took {time.perf_counter() - start:.0f} s")
+    return {
+        "size": asdict(size),
+        "ops": rows,
+        "rates": asdict(rates),
+        "products": {
+            name: {"seconds": seconds, "source": source}
+            for name, (seconds, source) in products.items()
+        },
+    }
+
+
+def size_section(result: Mapping[str, Any]) -> list[str]:
+    """The tables of one size."""
+    size, rates = Size(**result["size"]), Rates(**result["rates"])
+    headings = [
+        *("op", "ms", "min", "PyTorch ms", "PyTorch / ours", "floor ms", "time / floor"),
+        *("share of floor", "quiet rounds"),
+    ]
+    rows = []
+    for row in result["ops"]:
+        ours = row["ours"]
+        rows.append(
+            [
+                row["op"],
+                milliseconds(ours["median"]),
+                milliseconds(ours["minimum"]),
+                milliseconds(row["torch"]["median"]),
+                ratio(row["ratio"]),
+                milliseconds(row["floor"]),
+                f"{row['over_floor']:.2f}",
+                percent(1 / row["over_floor"]),
+                f"{ours['quiet_rounds']}/{ours['rounds']}",
+            ]
+        )
+    products = ", ".join(
+        f"{name} {milliseconds(product['seconds'])} ms "
+        f"({size.product_flops / product['seconds'] / 1e9:.0f} GFLOP/s, {product['source']})"
+        for name, product in result["products"].items()
+    )
+    floors = dict.fromkeys(f"{row['op'].split(' ')[0]}: {row['floor_of']}" for row in result["ops"])
+    return [
+        f"## {size.describe()}",
+        markdown_table(headings, rows),
+        f"Bare product: {products}. Gathers {rates.gather_latents / 1e9:.0f} GB/s from W_dec, "
+        f"{rates.gather_tokens / 1e9:.0f} GB/s from a batch; stream {rates.stream / 1e9:.0f} GB/s.",
+        "Floors, all at rates measured in the same run. " + "; ".join(floors) + ".",
+    ]
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """All tables, as Markdown."""
+    parts = [
+        "# The ops, one by one",
+        "Times are medians of interleaved rounds in milliseconds. The floor counts only the work "
+        "named below each table, at rates measured in the same run; for the selection it is the "
+        "bare product, so `time / floor` is what selecting costs on top of it.",
+    ]
+    for result in results["sizes"].values():
+        parts += size_section(result)
+    if results.get("reader"):
+        parts += reader_section(results["reader"])
+    parts.append(f"{machine_line(results['machine'])}\n`{results['command']}`")
+    return "\n\n".join(parts)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.kernels")
+    parser.add_argument("--sizes", default="S1,S2,S3,S4", help="S1…S4 or NxDxFxK, comma-separated")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-reader", action="store_true", help="leave the data reader out")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run, print the tables, write the files."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    sizes = [parse_size(text) for text in options.sizes.split(",")]
+    results: dict[str, Any] = {
+        "machine": describe_machine(),
+        "command": command_line("benchmarks.kernels"),
+        "sizes": {size.name: run_size(size, options.rounds) for size in sizes},
+        "reader": None if options.no_reader else measure_reader(sizes[0]),
+    }
+    if options.json:
+        write_json(options.json, results)
+    if options.markdown:
+        write_text(options.markdown, report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()

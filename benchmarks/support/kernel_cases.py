@@ -1,0 +1,163 @@
+"""Each op of torch.ops.sae_fast beside the PyTorch that does the same, and the floor of its work.
+
+N tokens, D = d_in, F = d_sae, K = k. Results are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.support.kernel_setting import TOLERANCE, Case, Setting
+from benchmarks.support.kernel_update_cases import gradient_cases, weight_cases
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOW_PRECISION_TOLERANCE = 3e-2  # PyTorch rounds the pre-activations themselves to 16 bits
+PRODUCT = "bare product of the same precision"
+
+
+def all_cases(setting: Setting) -> Iterator[Case]:
+    """Every case of a size, built one at a time so that memory is freed between them."""
+    yield from encode_cases(setting)
+    yield from decode_cases(setting)
+    yield from gradient_cases(setting)
+    yield from weight_cases(setting)
+
+
+def encode_cases(s: Setting) -> Iterator[Case]:
+    """Selection in every precision, with AuxK's second list, and by threshold."""
+    for precision in ("screened", "fp32", "bf16", "fp16"):
+        yield top_k_case(s, precision)
+    yield dead_mask_case(s)
+    yield threshold_case(s)
+
+
+def top_k_case(s: Setting, precision: str) -> Case:
+    """linear, ReLU and topk in one."""
+    dtype = DTYPES.get(precision)
+
+    def select() -> Tensor:
+        return torch.relu(s.pre_acts(dtype)).topk(s.size.k, dim=-1, sorted=False).values
+
+    def sorted_select() -> Tensor:
+        return select().sort(descending=True).values
+
+    return Case(
+        f"encode_topk {precision}",
+        lambda: s.encode(precision),
+        select,
+        s.products[precision],
+        PRODUCT,
+        lambda: (s.encode(precision)[0], sorted_select()),
+        TOLERANCE if dtype is None else LOW_PRECISION_TOLERANCE,
+        s.bare_product(precision),
+    )
+
+
+def dead_mask_case(s: Setting) -> Case:
+    """Two selections from one product, as AuxK needs them."""
+    dead = torch.arange(s.size.d_sae) % 2 == 1
+    k_aux = max(1, min(s.size.d_in // 2, s.size.d_sae // 2))
+
+    def select() -> Tensor:
+        pre_acts = s.pre_acts(None)
+        pre_acts.topk(s.size.k, dim=-1, sorted=False)
+        return torch.relu(pre_acts.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1).values)
+
+    return Case(
+        f"encode_topk screened, half dead, k_aux={k_aux}",
+        lambda: s.encode("screened", dead, k_aux),
+        select,
+        s.products["screened"],
+        PRODUCT,
+        lambda: (s.encode("screened", dead, k_aux)[2], select()),
+        floor_call=s.bare_product("screened"),
+    )
+
+
+def threshold_case(s: Setting) -> Case:
+    """All entries above a threshold that leaves about k a row."""
+    w = s.weights
+    threshold = s.code[0][:, -1].median().expand(s.size.d_sae).contiguous()
+
+    def select() -> Tensor:
+        pre_acts = s.pre_acts(None)
+        rows, latents = ((pre_acts > threshold) & (pre_acts > 0)).nonzero(as_tuple=True)
+        return pre_acts[rows, latents]
+
+    def ours() -> Tensor:
+        values: Tensor = s.ops.encode_threshold(
+            s.x, w.W_enc, w.b_enc, w.b_dec, threshold, "screened", *s.packed("screened")
+        )[0]
+        return values
+
+    return Case(
+        "encode_threshold screened, about k a row",
+        ours,
+        select,
+        s.products["screened"],
+        PRODUCT,
+        lambda: (ours().sort().values[-100:], select().sort().values[-100:]),
+        floor_call=s.bare_product("screened"),
+    )
+
+
+def decode_cases(s: Setting) -> Iterator[Case]:
+    """Decode, its backward, and both in one pass."""
+    w, (values, indices) = s.weights, s.code
+    size = s.size
+    grad = s.x.flip(0).contiguous()
+    leaf = values.clone().requires_grad_()
+    bag = F.embedding_bag(indices, w.W_dec, per_sample_weights=leaf, mode="sum")
+
+    def torch_decode() -> Tensor:
+        decoded = F.embedding_bag(indices, w.W_dec, per_sample_weights=values, mode="sum")
+        return decoded + w.b_dec
+
+    def torch_backward() -> Tensor:
+        return torch.autograd.grad(bag, leaf, grad, retain_graph=True)[0]
+
+    def torch_reconstruct() -> Tensor:
+        weights = values.detach().requires_grad_()
+        decoded = F.embedding_bag(indices, w.W_dec, per_sample_weights=weights, mode="sum")
+        residual = decoded.detach() + w.b_dec - s.x
+        residual.square().sum(-1)
+        return torch.autograd.grad(decoded, weights, residual)[0]
+
+    def reconstruct() -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = s.ops.reconstruct(
+            values, indices, None, w.W_dec, w.b_dec, s.x
+        )
+        return result
+
+    batch = size.n_tokens * size.d_in
+    once, copied = s.gather_floor(1), s.gather_floor(1, batch)
+    decode = s.ops.decode
+    yield Case(
+        "decode",
+        lambda: decode(values, indices, None, w.W_dec, w.b_dec),
+        torch_decode,
+        copied,
+        "N·K rows gathered, N·D written",
+        lambda: (decode(values, indices, None, w.W_dec, w.b_dec), torch_decode()),
+    )
+    backward = s.ops.decode_backward
+    yield Case(
+        "decode_backward",
+        lambda: backward(grad, indices, None, w.W_dec),
+        torch_backward,
+        once,
+        "N·K rows gathered",
+        lambda: (backward(grad, indices, None, w.W_dec), torch_backward()),
+    )
+    yield Case(
+        "reconstruct (decode, loss, gradient of values)",
+        reconstruct,
+        torch_reconstruct,
+        s.gather_floor(1, 2 * batch),
+        "N·K rows gathered once, x read, residual written",
+        lambda: (reconstruct()[2], torch_reconstruct()),
+    )

@@ -1,0 +1,99 @@
+"""What a case of `kernels.py` is made of: two calls that must agree, a floor, and their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.support.floors import Rates, has_native_product
+from benchmarks.support.problem import Size, Weights, make_activations, make_weights
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size. `compare` gives the two results, which must agree."""
+
+    name: str
+    ours: Callable[[], object]
+    torch: Callable[[], object]
+    floor: float  # seconds
+    floor_of: str
+    compare: Callable[[], tuple[Tensor, Tensor]]
+    tolerance: float = TOLERANCE
+    floor_call: Callable[[], object] | None = None  # times the floor in the same rounds instead
+
+    def check(self) -> None:
+        """Raise if the two do not compute the same; errors are relative to the largest entry."""
+        ours, expected = (result.float() for result in self.compare())
+        scale = float(expected.abs().max()) or 1.0
+        error = float((ours - expected).abs().max()) / scale
+        if not error <= self.tolerance:
+            raise RuntimeError(f"{self.name}: differs from PyTorch by {error:g} of the largest")
+
+
+class Setting:
+    """Inputs of one size, as they occur in a training step."""
+
+    def __init__(self, size: Size, rates: Rates, products: dict[str, float]) -> None:
+        self.size = size
+        self.rates = rates
+        self.products = products  # seconds of the bare product, by precision
+        self.ops = torch.ops.sae_fast
+        self.x = make_activations(size, 1)
+        self.weights: Weights = make_weights(size)
+        self.weights.b_dec.copy_(self.x.mean(0))
+        self.weights.b_enc.normal_(0, 0.01, generator=torch.Generator().manual_seed(3))
+
+    @cached_property
+    def code(self) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, K] of the exact selection."""
+        values, indices, _, _ = self.encode("fp32")
+        return values, indices
+
+    def encode(
+        self, precision: str, dead: Tensor | None = None, k_aux: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Our selection with a packed encoder, as training has it."""
+        w = self.weights
+        packed = self.packed(precision)
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.encode_topk(
+            self.x, w.W_enc, w.b_enc, w.b_dec, self.size.k, precision, dead, k_aux, *packed
+        )
+        return result
+
+    def pre_acts(self, dtype: torch.dtype | None) -> Tensor:
+        """PyTorch's pre-activations [N, F], in float32 or rounded as autocast rounds."""
+        w = self.weights
+        if dtype is None:
+            return F.linear(self.x - w.b_dec, w.W_enc, w.b_enc)
+        x = (self.x - w.b_dec).to(dtype)
+        return F.linear(x, w.W_enc.to(dtype), w.b_enc.to(dtype))
+
+    def bare_product(self, precision: str) -> Callable[[], object] | None:
+        """A call of our product with nothing selected, where the compiled module has one."""
+        if not has_native_product():
+            return None
+        product, packed = torch.ops.sae_fast_benchmark.encoder_product, self.packed(precision)
+        return lambda: product(self.x, self.weights.W_enc, precision, *packed)
+
+    def packed(self, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoder's working copy, made once."""
+        if precision not in self._packed:
+            self._packed[precision] = self.ops.pack_encoder(self.weights.W_enc, precision)
+        return self._packed[precision]
+
+    @cached_property
+    def _packed(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        return {}
+
+    def gather_floor(self, passes: int, written: int = 0) -> float:
+        """Seconds to gather N·K rows of W_dec `passes` times and write `written` floats."""
+        gathered = passes * self.size.entries * self.size.d_in * 4 / self.rates.gather_latents
+        return gathered + 4 * written / self.rates.stream

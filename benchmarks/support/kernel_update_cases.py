@@ -1,0 +1,162 @@
+"""Cases of `kernels.py` that concern weights: their gradients, their update, their geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.support.kernel_setting import Case, Setting
+
+
+def gradient_cases(s: Setting) -> Iterator[Case]:
+    """Weight gradients: by rows, and never stored but applied."""
+    w, (values, indices) = s.weights, s.code
+    size = s.size
+    leaf = w.W_dec.clone().requires_grad_()
+    bag = F.embedding_bag(indices, leaf, per_sample_weights=values, mode="sum")
+
+    def torch_rows() -> Tensor:
+        return torch.autograd.grad(bag, leaf, s.x, retain_graph=True)[0]
+
+    def rows() -> Tensor:
+        result: Tensor = s.ops.accumulate_rows(values, indices, None, s.x, size.d_sae)[0]
+        return result
+
+    gathered = size.entries * size.d_in * 4 / s.rates.gather_tokens
+    yield Case(
+        "accumulate_rows",
+        rows,
+        torch_rows,
+        gathered + 4 * size.d_sae * size.d_in / s.rates.stream,
+        "N·K rows gathered, F·D written",
+        lambda: (rows(), torch_rows()),
+    )
+
+    def torch_order() -> Tensor:
+        latents, order = torch.sort(indices.flatten(), stable=True)
+        torch.searchsorted(latents, torch.arange(size.d_sae + 1, dtype=torch.int32))
+        return order
+
+    def order() -> tuple[Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor] = s.ops.latent_major(
+            values, indices, None, size.d_sae
+        )
+        return result
+
+    yield Case(
+        "latent_major",
+        order,
+        torch_order,
+        size.entries * 20 / s.rates.stream,
+        "values and indices read twice, 8 bytes an entry written",
+        lambda: (order()[1], torch_order()[: order()[1].numel()]),
+    )
+    yield update_case(s, order, torch_rows)
+
+
+def update_case(
+    s: Setting,
+    order: Callable[[], tuple[Tensor, Tensor, Tensor]],
+    torch_rows: Callable[[], Tensor],
+) -> Case:
+    """Norm, clip, projection, Adam, unit rows of W_dec: ours in two passes without a gradient."""
+    size, values = s.size, s.code[0]
+    latent_offsets, entries, tokens = order()
+    coefficients = values.flatten()[entries.long()]
+    lr, betas, eps, clip = 1e-3, (0.9, 0.999), 1e-8, 1.0
+
+    def fresh() -> tuple[Tensor, Tensor, Tensor]:
+        W = s.weights.W_dec.clone()
+        return W, torch.zeros_like(W), torch.zeros_like(W)
+
+    def update(W: Tensor, first: Tensor, second: Tensor) -> None:
+        squared, sums, cached, slots = s.ops.row_gradient_norm(
+            latent_offsets, tokens, coefficients, s.x, None, W, None
+        )
+        scale = (clip / (squared.sqrt() + 1e-6)).clamp_max(1.0).float()
+        s.ops.fused_update_(
+            *(W, first, second, latent_offsets, tokens, coefficients, s.x, None, None),
+            *(sums, cached, slots, scale, lr, *betas, eps, 0.0, 1, True, True),
+            *(None, None, None, "fp32"),
+        )
+
+    def torch_update(W: torch.nn.Parameter, adam: torch.optim.Adam) -> None:
+        with torch.no_grad():
+            grad = torch_rows()
+            grad -= (grad * W).sum(1, keepdim=True) * W
+            W.grad = grad
+            torch.nn.utils.clip_grad_norm_([W], clip)
+            adam.step()
+            W /= W.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def torch_fresh() -> tuple[torch.nn.Parameter, torch.optim.Adam]:
+        W = torch.nn.Parameter(s.weights.W_dec.clone())
+        return W, torch.optim.Adam([W], lr=lr, betas=betas, eps=eps, fused=True)
+
+    def compare() -> tuple[Tensor, Tensor]:
+        ours, theirs = fresh(), torch_fresh()
+        update(*ours)
+        torch_update(*theirs)
+        return ours[0] - s.weights.W_dec, theirs[0].detach() - s.weights.W_dec
+
+    ours, theirs = fresh(), torch_fresh()
+    gathered = size.entries * size.d_in * 4 / s.rates.gather_tokens
+    return Case(
+        "row_gradient_norm + fused_update_ (W_dec)",
+        lambda: update(*ours),
+        lambda: torch_update(*theirs),
+        gathered + 24 * size.d_sae * size.d_in / s.rates.stream,
+        "N·K rows gathered once, W and both moments read and written",
+        compare,
+        # Adam's first step is ±lr: a gradient that cancels to 0 may come out on either side.
+        tolerance=2.1,
+    )
+
+
+def weight_cases(s: Setting) -> Iterator[Case]:
+    """Work on a weight matrix alone."""
+    W = s.weights.W_dec * 1.5
+    ours, theirs = W.clone(), W.clone()
+
+    def torch_normalize(matrix: Tensor) -> Tensor:
+        matrix /= matrix.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return matrix
+
+    def normalize(matrix: Tensor) -> Tensor:
+        s.ops.normalize_rows_(matrix)
+        return matrix
+
+    yield Case(
+        "normalize_rows_",
+        lambda: normalize(ours),
+        lambda: torch_normalize(theirs),
+        8 * W.numel() / s.rates.stream,
+        "read and written once",
+        lambda: (normalize(W.clone()), torch_normalize(W.clone())),
+    )
+    if 4 * s.size.d_sae**2 > 2 * 2**30:  # the naive form would need more than 2 GiB an array
+        return
+
+    def naive() -> Tensor:
+        matrix = s.weights.W_dec.clone().requires_grad_()
+        gram = F.normalize(matrix, dim=1) @ F.normalize(matrix, dim=1).T
+        loss = gram.square().sum() - gram.diagonal().square().sum()
+        return torch.autograd.grad(loss, matrix)[0]
+
+    def decorrelation() -> Tensor:
+        gradient: Tensor = s.ops.decorrelation(s.weights.W_dec)[1]
+        return gradient
+
+    flops = 3.0 * s.size.d_sae * s.size.d_in**2
+    rate = s.size.product_flops / s.products["fp32"]
+    yield Case(
+        "decorrelation with gradient",
+        decorrelation,
+        naive,
+        flops / rate,
+        "3·F·D² operations at the rate of the fp32 product",
+        lambda: (decorrelation(), naive()),
+    )
