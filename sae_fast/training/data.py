@@ -1,0 +1,132 @@
+"""What a run reads: shards, a tensor or a caller's own source, all served normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations import (
+    ActivationSource,
+    ActivationStream,
+    HeldOut,
+    ShardSet,
+    TensorStream,
+    Transform,
+    estimate_normalization,
+    find_shards,
+    open_heldout,
+    open_shards,
+)
+from sae_fast.config import TrainConfig
+
+_SAMPLED_BATCHES = 16
+
+
+class TrainingData:
+    """The activations of a run, opened and checked but not yet read.
+
+    Args:
+        config: says where the shards are, and the sizes of batch and pool.
+        data: rows [n, D], or a source of raw rows; None: the shards of `config`.
+        heldout: rows [n, D] for evaluation; None: the held-out shards of `config`, if any.
+
+    Raises:
+        ShardError: naming the shard that cannot be trained on.
+        ValueError: when there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Tensor | ActivationSource | None,
+        heldout: Tensor | None,
+    ) -> None:
+        self._config = config
+        self._rows: Tensor | None = None
+        self._shards: ShardSet | None = None
+        self._given: ActivationSource | None = None
+        if data is None:
+            self._shards = _open_training_shards(config)
+        elif isinstance(data, Tensor):
+            self._rows = data
+        else:
+            self._given = data
+            served = getattr(data, "batch_size", config.batch_size)
+            if served != config.batch_size:
+                raise ValueError(
+                    f"batch_size must be {config.batch_size}, got a source that serves {served}"
+                )
+        probe = self._given or self.open(None)
+        self.d_in = probe.d_in
+        self.rows_per_epoch = probe.rows_per_epoch
+        self.memory_bytes = int(getattr(probe, "memory_bytes", 0))
+        self.skipped_rows = int(getattr(probe, "nonfinite_rows", 0))
+        self.heldout = self._open_heldout(heldout)
+
+    def open(self, transform: Transform | None) -> ActivationSource:
+        """The source of the batches, each row x served as (x - mean) * scale."""
+        config = self._config
+        settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+        if self._rows is not None:
+            skip = config.skip_nonfinite
+            return TensorStream(self._rows, skip_nonfinite=skip, transform=transform, **settings)
+        if self._shards is not None:
+            pool = config.pool_rows
+            return ActivationStream(self._shards, pool_rows=pool, transform=transform, **settings)
+        assert self._given is not None
+        return self._given if transform is None else _Normalized(self._given, transform)
+
+    def normalization(self) -> Transform:
+        """The mean of the rows, and the scale that brings their norm to sqrt(D)."""
+        if self._given is None:
+            known = self._shards if self._rows is None else self._rows
+            assert known is not None
+            return estimate_normalization(known)
+        position = self._given.state_dict()
+        sample = torch.cat([self._given.next_batch() for _ in range(_SAMPLED_BATCHES)])
+        self._given.load_state_dict(position)
+        return estimate_normalization(sample)
+
+    def _open_heldout(self, heldout: Tensor | None) -> Iterable[Tensor] | None:
+        config = self._config
+        if heldout is not None:
+            if heldout.shape[-1] != self.d_in:
+                width = heldout.shape[-1]
+                raise ValueError(f"heldout: rows are {width} wide, those to train on {self.d_in}")
+            return torch.split(heldout.reshape(-1, self.d_in).float(), config.batch_size)
+        if self._shards is None or config.shard_dir is None:
+            return None
+        shards = open_heldout(
+            config.shard_dir,
+            config.heldout,
+            train=self._shards,
+            key=config.activations_key,
+            skip_nonfinite=config.skip_nonfinite,
+        )
+        return None if shards is None else HeldOut(shards, batch_size=config.batch_size)
+
+
+class _Normalized:
+    """A caller's source with a transform applied to what it serves."""
+
+    def __init__(self, source: ActivationSource, transform: Transform) -> None:
+        self._source = source
+        self._transform = transform
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def next_batch(self) -> Tensor:
+        """The source's next rows, normalised."""
+        batch = self._source.next_batch()
+        return batch.sub_(self._transform.mean).mul_(self._transform.scale)
+
+
+def _open_training_shards(config: TrainConfig) -> ShardSet:
+    if config.shard_dir is None:
+        raise ValueError("shard_dir is missing: name a directory of shards with --shard-dir")
+    paths, _ = find_shards(config.shard_dir, config.heldout)
+    return open_shards(paths, key=config.activations_key, skip_nonfinite=config.skip_nonfinite)
