@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _PREFIX = "step-"
+
+Content = TypeVar("Content")
 
 
 class CheckpointError(ValueError):
@@ -186,6 +188,19 @@ def read_newest_intact(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: when neither it nor any before it is intact.
     """
+    return _first_intact(path, read_checkpoint, logging.WARNING)
+
+
+def read_newest_state(path: Path) -> dict[str, Any]:
+    """The JSON content of a checkpoint, or of the newest before it that has any.
+
+    Raises:
+        CheckpointError: when there is none.
+    """
+    return _first_intact(path, lambda candidate: _read_state(candidate / STATE), logging.DEBUG)
+
+
+def _first_intact(path: Path, read: Callable[[Path], Content], level: int) -> Content:
     earlier: list[Path] = []
     if path.name.startswith(_PREFIX):
         store = CheckpointStore(path.parent, keep=1)
@@ -194,12 +209,10 @@ def read_newest_intact(path: Path) -> Checkpoint:
     complaint: CheckpointError | None = None
     for candidate in [path, *earlier]:
         try:
-            checkpoint = read_checkpoint(candidate)
+            return read(candidate)
         except CheckpointError as error:
-            logger.warning("%s; trying the checkpoint before it", error)
+            logger.log(level, "%s; trying the checkpoint before it", error)
             complaint = complaint or error
-            continue
-        return checkpoint
     raise CheckpointError(f"{complaint}, and no intact checkpoint comes before it") from complaint
 
 

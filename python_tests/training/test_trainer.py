@@ -1,0 +1,260 @@
+"""The training loop: what it learns, what it logs, and that it is the same every time."""
+
+import json
+import logging
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_fast.activations import ActivationStream, TensorStream
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.checkpoint import CheckpointError
+from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.trainer import Trainer, TrainingError
+
+SAE = SAEConfig(d_sae=64, k=3, dead_after_tokens=2000)
+RUN = TrainConfig(batch_size=64, max_steps=20, learning_rate=3e-3, log_every=1, eval_every=0)
+LOGGED = [
+    *("step", "tokens", "epoch", "loss", "recon_loss", "l1_loss", "decorr_loss", "aux_loss"),
+    *("fvu", "l0", "activation_fraction", "dead_fraction", "learning_rate", "grad_norm"),
+    *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction"),
+]
+
+
+def _train(data: Any = None, sae: SAEConfig = SAE, run: TrainConfig = RUN, **more: Any) -> Trainer:
+    trainer = Trainer(sae, run, data, show_progress=False, **more)
+    trainer.train()
+    return trainer
+
+
+def _losses(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in trainer.history]
+
+
+def _parameters(trainer: Trainer) -> list[torch.Tensor]:
+    return [value.clone() for value in trainer.sae.state_dict().values()]
+
+
+def test_a_planted_dictionary_is_learnt(activations: torch.Tensor, heldout: torch.Tensor) -> None:
+    run = replace(RUN, max_steps=500, log_every=100, learning_rate=1e-2)
+    trainer = _train(activations, run=run, heldout=heldout)
+    assert trainer.summary["final_heldout_fvu"] < 0.2
+    assert trainer.summary["final_l0"] <= 3
+    x_hat = trainer.sae(heldout).detach()
+    fvu = (x_hat - heldout).square().sum() / (heldout - heldout.mean(0)).square().sum()
+    assert float(fvu) == pytest.approx(trainer.summary["final_heldout_fvu"], rel=1e-4)
+
+
+def test_twenty_losses_are_bitwise_equal_twice(activations: torch.Tensor) -> None:
+    first, second = _train(activations), _train(activations)
+    assert len(_losses(first)) == 20
+    assert _losses(first) == _losses(second)
+    assert all(map(torch.equal, _parameters(first), _parameters(second)))
+
+
+def test_the_seed_decides(activations: torch.Tensor) -> None:
+    other = _train(activations, run=replace(RUN, seed=1))
+    assert _losses(other) != _losses(_train(activations))
+
+
+def test_losses_do_not_depend_on_the_number_of_threads(activations: torch.Tensor) -> None:
+    one = _train(activations, run=replace(RUN, num_threads=1))
+    two = _train(activations, run=replace(RUN, num_threads=2))
+    assert _losses(one) == _losses(two)
+    assert all(map(torch.equal, _parameters(one), _parameters(two)))
+
+
+def test_accumulated_batches_equal_one_big_batch(activations: torch.Tensor) -> None:
+    sae = replace(SAE, aux_k_coeff=0.0)
+    big = _train(activations, sae, replace(RUN, batch_size=128))
+    small = _train(activations, sae, replace(RUN, batch_size=32, grad_acc_steps=4))
+    assert small.tokens == big.tokens
+    assert _losses(small) == pytest.approx(_losses(big), rel=1e-4)
+    for ours, theirs in zip(small.sae.parameters(), big.sae.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_dense_and_fused_optimisers_agree(activations: torch.Tensor) -> None:
+    dense = _train(activations, run=replace(RUN, fused=False))
+    assert _losses(dense) == pytest.approx(_losses(_train(activations)), rel=1e-4)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_low_precision_trains_nearly_as_well(activations: torch.Tensor, amp: Any) -> None:
+    run = replace(RUN, max_steps=60)
+    exact, rounded = _train(activations, run=run), _train(activations, run=replace(run, amp=amp))
+    assert _losses(rounded)[-1] == pytest.approx(_losses(exact)[-1], rel=0.1)
+    scales = [row.get("loss_scale") for row in rounded.history]
+    assert scales == ([2.0**16] * 60 if amp == "fp16" else [None] * 60)
+
+
+def test_fp16_skips_a_step_whose_gradient_overflows(activations: torch.Tensor) -> None:
+    trainer = Trainer(SAE, replace(RUN, amp="fp16"), activations, show_progress=False)
+    trainer.scaler.scale = math.inf
+    before = _parameters(trainer)
+    trainer._step()
+    assert trainer.scaler.skipped_steps == 1
+    for name, value in zip(trainer.sae.state_dict(), before, strict=True):
+        if name != "tokens_since_fired":
+            assert torch.equal(trainer.sae.state_dict()[name], value)
+
+
+def test_every_metric_has_its_name(activations: torch.Tensor, heldout: torch.Tensor) -> None:
+    run = replace(RUN, eval_every=8, log_every=5)
+    rows = _train(activations, run=run, heldout=heldout).history
+    assert [row["step"] for row in rows] == [5, 8, 10, 15, 16, 20]
+    evaluated = ["heldout_fvu", "heldout_l0", "heldout_dead_fraction"]
+    assert list(rows[0]) == LOGGED[:3] + list(rows[0])[3:]
+    assert sorted(rows[0]) == sorted(LOGGED)
+    assert list(rows[1]) == LOGGED[:3] + evaluated
+    assert sorted(rows[-1]) == sorted(LOGGED + evaluated)
+    assert rows[0]["activation_fraction"] == pytest.approx(rows[0]["l0"] / 64)
+    assert rows[-1]["epoch"] == pytest.approx(20 * 64 / 3000)
+
+
+def test_the_learning_rate_follows_the_schedule(activations: torch.Tensor) -> None:
+    rates = [row["learning_rate"] for row in _train(activations).history]
+    assert max(rates) == 3e-3
+    assert rates[0] < rates[1] == rates[10]
+    assert rates[-1] < rates[-2] < rates[-5]
+
+
+def test_dead_latents_are_counted_and_aux_k_is_paid(activations: torch.Tensor) -> None:
+    sae = replace(SAE, dead_after_tokens=64)
+    rows = _train(activations, sae, replace(RUN, max_steps=5)).history
+    assert rows[-1]["dead_fraction"] > 0
+    assert rows[-1]["aux_loss"] > 0
+    assert rows[0]["aux_loss"] == 0
+
+
+def test_best_is_the_evaluation_with_the_lowest_fvu(
+    activations: torch.Tensor, heldout: torch.Tensor, tmp_path: Path
+) -> None:
+    run = replace(
+        RUN, checkpoint_dir=str(tmp_path), eval_every=5, checkpoint_every=7, keep_checkpoints=1
+    )
+    trainer = _train(activations, run=run, heldout=heldout)
+    evaluations = {
+        row["step"]: row["heldout_fvu"] for row in trainer.history if "heldout_fvu" in row
+    }
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert trainer.summary["best_step"] == best
+    assert (tmp_path / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+    again = SparseAutoencoder.from_pretrained(tmp_path / "checkpoints" / "best")
+    assert again.config.d_in == 16
+
+
+def test_a_run_directory_holds_what_a_run_makes(
+    activations: torch.Tensor, heldout: torch.Tensor, tmp_path: Path
+) -> None:
+    run = replace(RUN, checkpoint_dir=str(tmp_path / "run"))
+    trainer = _train(activations, run=run, heldout=heldout)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {
+        *("config.json", "metrics.jsonl", "training_history.json", "checkpoints", "plots")
+    }
+    history = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    assert history["history"]["loss"] == _losses(trainer)
+    assert history["summary"]["final_loss"] == _losses(trainer)[-1]
+    assert history["summary"]["steps"] == 20
+    assert history["config"]["sae"]["d_in"] == 16
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert rows == trainer.history
+
+
+def test_without_a_directory_nothing_is_written(
+    activations: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _train(activations)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_tensor_and_source_are_all_trained_on(
+    activations: torch.Tensor, shard_dir: Path
+) -> None:
+    from_shards = _train(run=replace(RUN, shard_dir=str(shard_dir)))
+    assert "final_heldout_fvu" in from_shards.summary
+    given = ActivationStream(shard_dir, batch_size=64, pool_rows=RUN.pool_rows)
+    from_source = _train(given)
+    assert _losses(from_source) == pytest.approx(_losses(from_shards), rel=0.2)
+    from_tensor = _train(activations.view(30, 100, 16))
+    assert _losses(from_tensor) == _losses(_train(activations))
+
+
+def test_a_source_of_another_batch_size_is_refused(activations: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="batch_size must be 64, got a source that serves 32"):
+        _train(TensorStream(activations, batch_size=32))
+
+
+def test_b_dec_can_start_at_the_mean(activations: torch.Tensor) -> None:
+    sae = replace(SAE, b_dec_init="mean", normalize_activations="none")
+    trainer = Trainer(sae, RUN, activations, show_progress=False)
+    served = trainer.source.next_batch()  # the sample has been put back
+    torch.testing.assert_close(trainer.sae.b_dec.detach(), served.mean(0))
+
+
+def test_a_loss_that_is_not_finite_names_step_and_shards(shard_dir: Path, tmp_path: Path) -> None:
+    run = replace(RUN, shard_dir=str(shard_dir), checkpoint_dir=str(tmp_path), checkpoint_every=2)
+    trainer = Trainer(SAE, run, show_progress=False)
+    serve = trainer.source.next_batch
+
+    def poisoned() -> torch.Tensor:
+        batch = serve()
+        if trainer.step == 3:
+            batch[5, 2] = math.nan
+        return batch
+
+    trainer.source.next_batch = poisoned  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingError, match=r"step 4, .*train_00\.h5.*1 rows hold NaN.*intact"
+    ) as e:
+        trainer.train()
+    assert "\n" not in str(e.value)
+    assert all(torch.isfinite(value).all() for value in trainer.sae.parameters())
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000002"
+
+
+def test_a_directory_of_another_run_is_not_overwritten(
+    activations: torch.Tensor, tmp_path: Path
+) -> None:
+    run = replace(RUN, checkpoint_dir=str(tmp_path), max_steps=2)
+    _train(activations, run=run)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        _train(activations, run=run)
+
+
+def test_a_signal_stops_at_a_step_and_saves(activations: torch.Tensor, tmp_path: Path) -> None:
+    with StopOnSignal() as stop:
+        run = replace(RUN, checkpoint_dir=str(tmp_path))
+        trainer = Trainer(SAE, run, activations, stop=stop, show_progress=False)
+        report = trainer._report
+
+        def interrupt() -> Any:
+            if trainer.step == 7:
+                signal.raise_signal(signal.SIGTERM)
+            return report()
+
+        trainer._report = interrupt  # type: ignore[method-assign]
+        trainer.train()
+    assert trainer.step == 7
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000007"
+    assert not (tmp_path / "plots").exists()
+
+
+def test_progress_lines_tell_what_matters(
+    activations: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="sae_fast"):
+        Trainer(SAE, RUN, activations).train()
+    (line,) = [record.message for record in caplog.records if record.message.startswith("step")]
+    for part in ("step 20: loss", "FVU", "L0", "dead", "stall", "tokens/s"):
+        assert part in line

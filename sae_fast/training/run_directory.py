@@ -1,0 +1,78 @@
+"""The files of a run beside its checkpoints: configuration, metrics, history and plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from sae_fast.training.metrics import Row
+from sae_fast.training.plot import plot_run
+
+
+class RunDirectory:
+    """Where everything lies that a run writes.
+
+    config.json  metrics.jsonl  training_history.json  checkpoints/  plots/training.png
+    """
+
+    def __init__(self, path: Path, keep_checkpoints: int) -> None:
+        self.path = path
+        self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints)
+
+    @property
+    def metrics(self) -> Path:
+        """The file of the metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def plot(self) -> Path:
+        """The plot of the metrics."""
+        return self.path / "plots" / "training.png"
+
+    def owns(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint is one of this run's."""
+        return checkpoint.path.resolve().parent == self.checkpoints.directory.resolve()
+
+    def prepare(self, resumed: Checkpoint | None) -> None:
+        """Makes the directory; refuses one that another run has written checkpoints to.
+
+        Raises:
+            CheckpointError: when it cannot be written, or holds a run that is not resumed.
+        """
+        self.checkpoints.prepare()
+        newest = self.checkpoints.newest()
+        if newest is not None and (resumed is None or not self.owns(resumed)):
+            raise CheckpointError(
+                f"{self.path} already holds a run ({newest.name}): go on with it by "
+                "--resume-from latest, or name another --checkpoint-dir"
+            )
+
+    def write_config(self, config: RunConfig) -> None:
+        """Writes config.json whole or not at all."""
+        aside = self.path / f".config-{os.getpid()}.json"
+        config.save(aside)
+        os.replace(aside, self.path / "config.json")
+
+    def write_results(self, config: RunConfig, rows: list[Row], summary: dict[str, Any]) -> None:
+        """Writes the history of all metrics with the summary, and draws the plot."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        history = {name: [row.get(name) for row in rows] for name in names}
+        content = {"config": config.to_dict(), "summary": summary, "history": history}
+        aside = self.path / f".history-{os.getpid()}.json"
+        aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(aside, self.path / "training_history.json")
+        sae = config.sae
+        title = f"{self.path.name}: {sae.arch}, d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
+        plot_run(rows, self.plot, title)
+
+
+def new_run_directory(config: SAEConfig, parent: Path = Path("runs")) -> Path:
+    """A directory of a name not yet taken, such as runs/topk-k32-1."""
+    number = 1
+    while (path := parent / f"{config.arch}-k{config.k}-{number}").exists():
+        number += 1
+    return path

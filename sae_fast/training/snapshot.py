@@ -1,0 +1,124 @@
+"""What a checkpoint holds beside the model, and how a trainer takes it over again.
+
+trainer.safetensors: optimiser states and torch's generators. trainer.json: configuration, counters,
+loss scale, position in the data, the other generators, the run's Weights & Biases id.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import sae_fast
+from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.training.checkpoint import Checkpoint, CheckpointError
+from sae_fast.training.random_state import random_tensors, random_values, restore_random
+
+if TYPE_CHECKING:
+    from sae_fast.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_OPTIMIZER = "optimizer."
+# Settings that may change between a run and its resumption without changing a single bit.
+_HARMLESS = (
+    *("shard_dir", "heldout", "checkpoint_dir", "resume_from", "num_threads", "log_every"),
+    *("eval_every", "checkpoint_every", "keep_checkpoints", "wandb_project", "no_wandb"),
+)
+
+
+def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON values that resuming needs."""
+    optimizer = trainer.optimizer.state_dict()
+    tensors = {_OPTIMIZER + name: value for name, value in optimizer.items()} | random_tensors()
+    state = {
+        "format_version": FORMAT_VERSION,
+        "versions": {"sae_fast": sae_fast.__version__, "torch": torch.__version__},
+        "config": trainer.config.to_dict(),
+        "tokens": trainer.tokens,
+        "seconds": trainer.seconds,
+        "best": trainer.best,
+        "loss_scaler": trainer.scaler.state(),
+        "source": trainer.source.state_dict(),
+        "random": random_values(),
+        "wandb_id": trainer.wandb_id,
+    }
+    return tensors, state
+
+
+def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Puts optimiser, counters, data position and generators back to where they were.
+
+    Raises:
+        CheckpointError: when the data or the settings do not let the run go on.
+    """
+    state = checkpoint.state
+    optimizer = {
+        name.removeprefix(_OPTIMIZER): value
+        for name, value in checkpoint.tensors.items()
+        if name.startswith(_OPTIMIZER)
+    }
+    try:
+        trainer.optimizer.load_state_dict(optimizer)
+        trainer.source.load_state_dict(state["source"])
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+    trainer.scaler.load(state["loss_scaler"])
+    trainer.step = checkpoint.step
+    trainer.tokens = int(state["tokens"])
+    trainer.seconds = float(state["seconds"])
+    trainer.best = state["best"]
+    trainer.wandb_id = state["wandb_id"]
+    restore_random(checkpoint.tensors, state["random"])
+    _tell_changes(state["config"]["train"], trainer.config.to_dict()["train"])
+
+
+def saved_config(checkpoint: Checkpoint) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint."""
+    version = checkpoint.state.get("format_version")
+    if version != FORMAT_VERSION:
+        known = f"this version reads {FORMAT_VERSION}"
+        raise CheckpointError(f"{checkpoint.path}: format version {version}, {known}")
+    return RunConfig.from_dict(checkpoint.state["config"])
+
+
+def sized_config(config: SAEConfig, d_in: int, checkpoint: Checkpoint | None) -> SAEConfig:
+    """The configuration for activations of width `d_in`, which must be that of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the first field in which the checkpoint's model is another.
+    """
+    if checkpoint is None:
+        return config.with_d_in(d_in)
+    before = saved_config(checkpoint).sae
+    if before.d_in != d_in:
+        raise CheckpointError(
+            f"{checkpoint.path} is of a model with d_in = {before.d_in}, "
+            f"these activations are {d_in} wide"
+        )
+    config = config.with_d_in(d_in)
+    for name, value in config.to_dict().items():
+        known = getattr(before, name)
+        if name != "expansion_factor" and known != value:  # that one only says d_sae again
+            raise CheckpointError(
+                f"{checkpoint.path} is of a model with {name} = {known}, this run's has {value}"
+            )
+    return config
+
+
+def _tell_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    changes = [
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in _HARMLESS and _plain(before.get(name)) != _plain(value)
+    ]
+    if changes:
+        logger.warning("resumed with other settings than before: %s", ", ".join(changes))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,367 @@
+"""`Trainer`: the training loop, from a notebook or from the command line.
+
+The step reads top to bottom in `Trainer._step`. Metrics stay tensors on the device and are fetched
+in one transfer every `log_every` steps. A run that is killed at any moment and resumed gives the
+same losses and parameters, to the bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations import ActivationSource, Transform
+from sae_fast.autoencoder import SparseAutoencoder, TrainingLoss
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.ops.native import build_info
+from sae_fast.training.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    read_newest_intact,
+)
+from sae_fast.training.data import TrainingData
+from sae_fast.training.device import checked_device
+from sae_fast.training.heldout import evaluate
+from sae_fast.training.loss_scaler import LossScaler
+from sae_fast.training.memory_plan import plan_memory
+from sae_fast.training.metrics import MetricsLog, Row, WandbLog, fetch
+from sae_fast.training.optimizer import make_optimizer
+from sae_fast.training.progress import Progress
+from sae_fast.training.random_state import seed_everything
+from sae_fast.training.run_directory import RunDirectory
+from sae_fast.training.schedule import count_steps, make_schedule
+from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.snapshot import (
+    restore_snapshot,
+    sized_config,
+    take_snapshot,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the checkpoints written so far are intact."""
+
+
+class Trainer:
+    """Trains one sparse autoencoder.
+
+    Args:
+        sae_config: the model; its sizes may be left to the data.
+        train_config: its training. Without `checkpoint_dir` nothing is written.
+        data: activations [n, D], or a source of them; None: the shards in `train_config.shard_dir`.
+        heldout: activations [n, D] for evaluation; None: the held-out shards, if there are any.
+        stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
+        show_progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: when data, configuration, memory or directories do not allow the run; nothing
+            has been written then.
+    """
+
+    def __init__(
+        self,
+        sae_config: SAEConfig,
+        train_config: TrainConfig,
+        data: Tensor | ActivationSource | None = None,
+        *,
+        heldout: Tensor | None = None,
+        stop: StopOnSignal | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.train_config = train_config
+        self.device = checked_device(train_config.device)
+        if train_config.num_threads is not None:
+            torch.set_num_threads(train_config.num_threads)
+        checkpoint = self._find_checkpoint()
+        self.data = TrainingData(train_config, data, heldout)
+        self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint)
+        self.config = RunConfig(sae=self.sae_config, train=train_config)
+        self.total_steps = count_steps(train_config, self.data.rows_per_epoch)
+        self.memory_plan = plan_memory(
+            self.sae_config,
+            train_config,
+            native=build_info()["backend"] == "native",
+            pool_bytes=self.data.memory_bytes,
+        )
+        self.memory_plan.check()
+        self.schedule = make_schedule(train_config, self.sae_config.d_sae, self.total_steps)
+        self.scaler = LossScaler(enabled=train_config.amp == "fp16")
+        self.step = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self.best: dict[str, float] | None = None
+        self.wandb_id: str | None = None
+        self.summary: dict[str, Any] = {}
+        self._tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
+        self._stop = stop
+        self._show_progress = show_progress
+        self._saved_step = -1
+        self._window = _Window()
+        self._last: dict[str, Tensor] = {}
+        self._wandb: WandbLog | None = None
+        self._open_run_directory(checkpoint)
+        self._make_model(checkpoint)
+
+    def train(self) -> SparseAutoencoder:
+        """Trains to the end, or until a signal; returns the model.
+
+        Raises:
+            TrainingError: when the loss is not finite, naming step and shards.
+            ShardError: when a shard cannot be read any more.
+            CheckpointError: when a checkpoint cannot be written.
+        """
+        with self._stop or StopOnSignal() as stop:
+            total = self.total_steps * self._tokens_per_step
+            progress = Progress(total, self.tokens, shown=self._show_progress)
+            try:
+                self._start_wandb()
+                if self._saved_step < 0:
+                    self.save_checkpoint()  # before any work: that it can be done is known now
+                while self.step < self.total_steps and stop.received is None:
+                    self._step()
+                    progress.advance(self._tokens_per_step)
+                    if row := self._report():
+                        progress.show(row, last=self.step == self.total_steps)
+                if self._saved_step < self.step:
+                    self.save_checkpoint()
+                self._finish()
+            except BaseException:
+                self._close_wandb(failed=True)
+                raise
+            finally:
+                progress.close()
+                self.source.close()
+        return self.sae
+
+    def _step(self) -> None:
+        """One optimiser step: batches, forward, loss, backward, update, statistics."""
+        started, stalled = time.perf_counter(), self.source.stall_seconds
+        rate = self.schedule(self.step)
+        share = 1 / self.train_config.grad_acc_steps
+        sums: dict[str, Tensor] = {}
+        for _ in range(self.train_config.grad_acc_steps):
+            x = self.source.next_batch().to(self.device)  # [N, D], normalised
+            loss = self.sae.training_loss(
+                x,
+                precision=self.train_config.precision,
+                dense_grad=self.optimizer.dense_grad,
+            )
+            (loss.total * (share * self.scaler.factor)).backward()  # type: ignore[no-untyped-call]
+            if not bool(torch.isfinite(loss.total)):
+                raise self._divergence("loss", loss.total, loss, x)
+            self.sae.update_fired_(loss.code, len(x))
+            for name, value in {"loss": loss.total, **loss.components}.items():
+                sums[name] = sums.get(name, 0) + share * value.detach()
+        grad_norm = self.optimizer.step(rate, loss_scale=self.scaler.factor)
+        self.optimizer.zero_grad()
+        overflowed = not bool(torch.isfinite(grad_norm))  # then nothing was updated
+        if overflowed and not self.scaler.enabled:
+            raise self._divergence("gradient's norm", grad_norm, loss, x)
+        self.scaler.update(overflowed)
+        self._last = {**sums, "grad_norm": grad_norm}
+        self.step += 1
+        self.tokens += self._tokens_per_step
+        seconds = time.perf_counter() - started
+        self._window.add(seconds, self.source.stall_seconds - stalled)
+
+    def _divergence(self, what: str, value: Tensor, loss: TrainingLoss, x: Tensor) -> TrainingError:
+        """What is known of a step that cannot be made, in one line; no parameter has changed."""
+        self.optimizer.zero_grad()
+        shards: list[Path] = getattr(self.source, "current_shards", list)()
+        origin = f", reading {', '.join(str(shard) for shard in shards)}" if shards else ""
+        terms = ", ".join(f"{name} {term:g}" for name, term in fetch(loss.components).items())
+        bad_rows = int((~torch.isfinite(x)).any(dim=1).sum())
+        cause = f"{bad_rows} rows hold NaN or Inf" if bad_rows else "a lower learning rate may help"
+        newest = self._run.checkpoints.newest() if self._run else None
+        intact = f"; {newest} is intact" if newest else ""
+        return TrainingError(
+            f"step {self.step + 1}{origin}: the {what} is {float(value.detach())} ({terms}); {cause}{intact}"
+        )
+
+    def _report(self) -> Row:
+        """Logs, evaluates and saves what is due after a step; returns the row it logged."""
+        config, last = self.train_config, self.step == self.total_steps
+        row: Row = {}
+        improved = False
+        if last or self.step % config.log_every == 0:
+            row |= self._training_row()
+        if last or (config.eval_every > 0 and self.step % config.eval_every == 0):
+            evaluation = self.evaluate()
+            row |= evaluation
+            improved = self._is_best(evaluation)
+        if row:
+            epoch = self.tokens / self.data.rows_per_epoch
+            row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
+            self._log.write(row)
+            if self._wandb is not None:
+                self._wandb.write(row)
+        due = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0
+        if last or improved or due:
+            self.save_checkpoint(best=improved)
+        return row
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out FVU, L0 and dead share of the model as it is; empty without held-out rows."""
+        return {} if self.data.heldout is None else evaluate(self.sae, self.data.heldout)
+
+    def _training_row(self) -> Row:
+        dead = self.sae.dead_mask().double().mean()
+        values = fetch({**self._last, "dead_fraction": dead})
+        window, self._window = self._window, _Window()
+        self.seconds += window.seconds
+        row: Row = {
+            **values,
+            "activation_fraction": values["l0"] / self.sae_config.d_sae,
+            "learning_rate": self.schedule(self.step - 1),
+            "tokens_per_second": window.steps * self._tokens_per_step / window.seconds,
+            "time_per_step_ms": 1000 * window.seconds / window.steps,
+            "reader_stall_fraction": window.stalled / window.seconds,
+        }
+        if self.scaler.enabled:
+            row["loss_scale"] = self.scaler.scale
+        if self.data.skipped_rows:
+            row["skipped_rows"] = self.data.skipped_rows
+        return row
+
+    def _is_best(self, evaluation: dict[str, float]) -> bool:
+        fvu = evaluation.get("heldout_fvu")
+        if fvu is None or (self.best is not None and fvu >= self.best["heldout_fvu"]):
+            return False
+        self.best = {"heldout_fvu": fvu, "step": self.step}
+        return True
+
+    @property
+    def history(self) -> list[Row]:
+        """The rows of metrics so far, those before a resume included."""
+        return self._log.rows
+
+    def save_checkpoint(self, *, best: bool = False) -> Path | None:
+        """Writes a checkpoint of the run as it stands; None where nothing is to be written.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        self._saved_step = self.step
+        if self._run is None:
+            return None
+        self._log.flush()
+        tensors, state = take_snapshot(self)
+        store = self._run.checkpoints
+        path = store.save(self.step, self.sae.save, tensors, state, best=best)
+        self.summary["checkpoint"] = str(path)
+        return path
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        config = self.train_config
+        if config.resume_from is None:
+            return None
+        directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
+        path = find_checkpoint(config.resume_from, directory)
+        if path is None:
+            logger.warning("%s holds no checkpoint yet: starting from the beginning", directory)
+            return None
+        return read_newest_intact(path)
+
+    def _open_run_directory(self, checkpoint: Checkpoint | None) -> None:
+        """Refuses what cannot be written to before anything is computed."""
+        config = self.train_config
+        self._run: RunDirectory | None = None
+        self._log = MetricsLog(None)
+        if config.checkpoint_dir is None:
+            return
+        self._run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
+        self._run.prepare(checkpoint)
+        self._run.write_config(self.config)
+        self._log = MetricsLog(self._run.metrics)
+        self._log.rewind(-1 if checkpoint is None else checkpoint.step)
+
+    def _make_model(self, checkpoint: Checkpoint | None) -> None:
+        """The model, new or from a checkpoint, and with it the optimiser and the source."""
+        config = self.train_config
+        seed_everything(config.seed)
+        normalized = self.sae_config.normalize_activations != "none"
+        if checkpoint is None:
+            self.sae = SparseAutoencoder(self.sae_config)
+            if normalized:
+                self.sae.set_normalization_(*self.data.normalization())
+        else:
+            self.sae = SparseAutoencoder.from_pretrained(checkpoint.path)
+            for tensor in (*self.sae.parameters(), *self.sae.buffers()):
+                tensor.data = tensor.data.clone()  # out of the mapped file, aligned
+        mean, scale = self.sae.activation_mean, float(self.sae.activation_scale)
+        self.source = self.data.open(Transform(mean, scale) if normalized else None)
+        if checkpoint is None:
+            generator = torch.Generator().manual_seed(config.seed)
+            self.sae.initialize_(generator, self._sample())
+        self.sae.to(self.device)
+        self.optimizer = make_optimizer(self.sae, config)
+        if checkpoint is not None:
+            restore_snapshot(self, checkpoint)
+            if self._run is not None and self._run.owns(checkpoint):
+                self._saved_step = self.step
+            logger.info("resumed from %s", checkpoint.path)
+
+    def _sample(self) -> Tensor | None:
+        """The first batch, for a start of b_dec that asks for one; it is served again."""
+        if self.sae_config.b_dec_init == "zero":
+            return None
+        position = self.source.state_dict()
+        sample = self.source.next_batch()
+        self.source.load_state_dict(position)
+        return sample
+
+    def _start_wandb(self) -> None:
+        config = self.train_config
+        if config.wandb_project is None or config.no_wandb:
+            return
+        directory = Path.cwd() if self._run is None else self._run.path
+        values = self.config.to_dict()
+        self._wandb = WandbLog(config.wandb_project, directory, values, self.wandb_id)
+        self.wandb_id = self._wandb.run_id
+
+    def _close_wandb(self, *, failed: bool = False) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(self.summary, failed=failed)
+            self._wandb = None
+
+    def _finish(self) -> None:
+        """The summary, and, when the run is complete, its history and plot."""
+        self.seconds += self._window.seconds
+        self._window = _Window()
+        rows = self._log.rows
+        self.summary |= {"steps": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        for row in rows:  # the last value of each
+            self.summary |= {
+                f"final_{name}": value
+                for name, value in row.items()
+                if name not in ("step", "tokens", "epoch")
+            }
+        if self.best is not None:
+            self.summary |= {"best_heldout_fvu": self.best["heldout_fvu"]}
+            self.summary |= {"best_step": self.best["step"]}
+        if self._run is not None and self.step == self.total_steps:
+            self.summary["plot"] = str(self._run.plot)
+            self._run.write_results(self.config, rows, self.summary)
+        self._close_wandb()
+
+
+@dataclass
+class _Window:
+    """Time since the last row of metrics, without evaluations and checkpoints."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    stalled: float = 0.0
+
+    def add(self, seconds: float, stalled: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.stalled += stalled
