@@ -1,0 +1,226 @@
+"""Train a sparse autoencoder on activation shards: `python -m sae_fast.train --shard-dir DIR`.
+
+The flags are the fields of SAEConfig and TrainConfig; `--config FILE` reads them from JSON, what
+stands on the command line wins. A run goes into a directory of its own: config.json, metrics.jsonl,
+training_history.json, checkpoints/ and plots/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from tqdm import tqdm
+
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config_file import field_names
+from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
+from sae_fast.training.run_directory import new_run_directory
+from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.trainer import Trainer
+
+EXIT_BAD_INPUT = 2
+EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
+PROGRAM = "python -m sae_fast.train"
+
+Parsed = TypeVar("Parsed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a sparse autoencoder on activation shards, or go on with a run."""
+
+    config: Path | None = None
+    """JSON file with any of the settings below; the command line wins over it."""
+    sae: SAEConfig = field(default_factory=SAEConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The flags that decide what the others' defaults are."""
+
+    config: Path | None = None
+    checkpoint_dir: str | None = None
+    resume_from: str | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 2 for bad input, 143 after SIGTERM."""
+    _log_to_stderr()
+    try:
+        with StopOnSignal() as stop:
+            config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+            trainer = Trainer(config.sae, config.train, stop=stop)
+            _announce(trainer)
+            trainer.train()
+    except (ValueError, OSError) as error:
+        # Whatever is wrong with what was given is raised as one of these, with a line that says so.
+        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    _conclude(trainer, stop.received)
+    return EXIT_CODES[stop.received]
+
+
+def parse_arguments(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that a command line asks for.
+
+    Defaults come from the run resumed, if any, then from the `--config` file.
+
+    Raises:
+        ValueError: naming the flag, field or file that is wrong.
+    """
+    arguments = _canonical(arguments)
+    sources = _parse(_Sources, _Sources(), arguments, partial=True)
+    given = _settings_in(sources.config)
+    directory = sources.checkpoint_dir or given["train"].get("checkpoint_dir")
+    reference = sources.resume_from or given["train"].get("resume_from")
+    if reference is not None:
+        before, found = _resumed_settings(reference, directory)
+        given = {section: {**before[section], **given[section]} for section in given}
+        given["train"]["checkpoint_dir"] = directory or found
+    base = RunConfig.from_dict(given)
+    options = _parse(Options, Options(sources.config, base.sae, base.train), arguments)
+    train = options.train
+    if train.checkpoint_dir is None:
+        train = replace(train, checkpoint_dir=str(new_run_directory(options.sae)))
+    return RunConfig(sae=options.sae, train=train)
+
+
+def _parse(
+    kind: type[Parsed], default: Parsed, arguments: Sequence[str], *, partial: bool = False
+) -> Parsed:
+    """Has tyro fill in a dataclass; its boxed complaint becomes the one line of a ValueError.
+
+    Partial parsing leaves unknown flags, and --help, to the parsing that comes after it.
+    """
+    complaint = io.StringIO()
+    flat = (tyro.conf.OmitArgPrefixes,)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            if partial:
+                parsed, _ = tyro.cli(
+                    kind,
+                    default=default,
+                    args=arguments,
+                    config=flat,
+                    prog=PROGRAM,
+                    add_help=False,
+                    return_unknown_args=True,
+                )
+                return parsed
+            return tyro.cli(kind, default=default, args=arguments, config=flat, prog=PROGRAM)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_first_sentence(complaint.getvalue())) from None
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro's box says between its title and its first rule."""
+    lines = [line.strip("│ ") for line in box.splitlines() if "╭" not in line and "╰" not in line]
+    rules = [number for number, line in enumerate(lines) if line.startswith("──")]
+    text = " ".join(lines[: rules[0]] if rules else lines)
+    return re.sub(r"^Error parsing (sae|train): ", "", text)
+
+
+def _canonical(arguments: Sequence[str]) -> list[str]:
+    """The same command line with every alias of a field replaced by the field's own flag."""
+    aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
+    result: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in aliases:
+            result.append(argument)
+            continue
+        result.append(f"--{aliases[name].replace('_', '-')}{equals}{value}")
+        if name == "use_amp" and not equals and following.startswith("--"):
+            result.append("bf16")  # a bare switch, as other trainers have it
+    return result
+
+
+def _settings_in(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The settings that a file gives, and no defaults, by section; checked by reading it whole."""
+    sections: dict[str, type[SAEConfig] | type[TrainConfig]]
+    sections = {"sae": SAEConfig, "train": TrainConfig}
+    if path is None:
+        return {section: {} for section in sections}
+    RunConfig.load(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    nested = any(section in content for section in sections)
+    given: dict[str, dict[str, Any]] = {}
+    for section, config in sections.items():
+        names = {**{name: name for name in field_names(config)}, **config.aliases}
+        values = content.get(section, {}) if nested else content
+        given[section] = {names[key]: value for key, value in values.items() if key in names}
+    return given
+
+
+def _resumed_settings(
+    reference: str, directory: str | None
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The settings and directory of the run that is resumed; none where `latest` finds none."""
+    path = find_checkpoint(reference, None if directory is None else Path(directory))
+    if path is None:
+        return {"sae": {}, "train": {}}, None
+    settings = read_newest_state(path)["config"]
+    settings["train"].pop("resume_from")
+    run = path.parent.parent if path.parent.name == "checkpoints" else None
+    return settings, None if run is None else str(run)
+
+
+def _announce(trainer: Trainer) -> None:
+    sae, train = trainer.sae_config, trainer.train_config
+    print(trainer.memory_plan)
+    print(
+        f"training {sae.arch}: d_in {sae.d_in}, d_sae {sae.d_sae:,}, k {sae.k}; "
+        f"{trainer.data.rows_per_epoch:,} rows, {trainer.total_steps:,} steps of "
+        f"{train.batch_size * train.grad_acc_steps:,} tokens into {train.checkpoint_dir}",
+        flush=True,
+    )
+
+
+def _conclude(trainer: Trainer, stopped_by: signal.Signals | None) -> None:
+    summary = trainer.summary
+    verb = "trained" if stopped_by is None else f"stopped by {stopped_by.name} after"
+    rate = summary["tokens"] / max(summary["seconds"], 1e-9)
+    print(
+        f"{verb} {summary['steps']:,} steps, {summary['tokens']:,} tokens "
+        f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s)"
+    )
+    names = ("loss", "recon_loss", "aux_loss", "fvu", "l0", "heldout_fvu", "heldout_dead_fraction")
+    figures = [(name, summary.get(f"final_{name}")) for name in names]
+    print(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))
+    for name in ("plot", "checkpoint"):
+        if name in summary:
+            print(f"{name:<10} {summary[name]}")
+
+
+class _TqdmHandler(logging.Handler):
+    """Log lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_stderr() -> None:
+    package = logging.getLogger("sae_fast")
+    if not package.handlers:
+        package.addHandler(_TqdmHandler())
+    package.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
