@@ -6,6 +6,7 @@
 
 #include "ops/cpu.h"
 #include "ops/encode.h"
+#include "ops/gradient.h"
 
 namespace sae_fast::ops {
 namespace {
@@ -61,7 +62,9 @@ class GradientInput {
   GradientInput(const char* op, const Tensor& latent_offsets, const Tensor& rows,
                 const Tensor& coefficients, const Tensor& dense, const OptionalTensor& shift,
                 const OptionalTensor& project_onto, const OptionalTensor& extra_grad)
-      : offsets_((check(op, latent_offsets, rows, coefficients, dense), latent_offsets)),
+      : offsets_((check_gradient(op, latent_offsets, rows, coefficients, dense, shift, project_onto,
+                                 extra_grad),
+                  latent_offsets)),
         rows_(rows),
         coefficients_(coefficients),
         dense_(dense),
@@ -70,9 +73,6 @@ class GradientInput {
         extra_grad_(extra_grad) {
     const int64_t d_sae = latent_offsets.size(0) - 1;
     const int64_t d_in = dense.size(1);
-    if (shift.has_value()) check_float(op, "shift", *shift, {d_in});
-    if (project_onto.has_value()) check_float(op, "project_onto", *project_onto, {d_sae, d_in});
-    if (extra_grad.has_value()) check_float(op, "extra_grad", *extra_grad, {d_sae, d_in});
     terms_.lists = {offsets_.data<int64_t>(), rows_.data<int32_t>(), coefficients_.data<float>(),
                     d_sae};
     terms_.factor = {rows_type(dense), dense_.data<void>(), shift_.data<float>(), dense.size(0),
@@ -85,20 +85,6 @@ class GradientInput {
   const cpu::GradientTerms& terms() const { return terms_; }
 
  private:
-  static void check(const char* op, const Tensor& latent_offsets, const Tensor& rows,
-                    const Tensor& coefficients, const Tensor& dense) {
-    check_shape(op, "latent_offsets", latent_offsets, {kAnySize});
-    check_dtype(op, "latent_offsets", latent_offsets, ScalarType::Long);
-    STD_TORCH_CHECK(latent_offsets.size(0) > 1, op,
-                    ": latent_offsets must have d_sae + 1 >= 2 elements, got ",
-                    latent_offsets.size(0));
-    check_shape(op, "rows", rows, {kAnySize});
-    check_dtype(op, "rows", rows, ScalarType::Int);
-    check_float(op, "coefficients", coefficients, {rows.size(0)});
-    check_shape(op, "dense", dense, {kAnySize, kAnySize});
-    check_floating(op, "dense", dense);
-  }
-
   void check_values(const char* op, int64_t entries) const {
     const cpu::LatentMajor& lists = terms_.lists;
     bool ascending = lists.offsets[0] == 0 && lists.offsets[lists.d_sae] == entries;
@@ -142,12 +128,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
                         terms, {mutable_data<float>(cached), mutable_data<int32_t>(slots)},
                         mutable_data<float>(sums), mutable_data<double>(squared_norm), parallel()));
   return {squared_norm, sums, cached, slots};
-}
-
-void check_state(const char* op, const char* name, const Tensor& state, int64_t d_sae,
-                 int64_t d_in) {
-  check_float(op, name, state, {d_sae, d_in});
-  check_contiguous(op, name, state);
 }
 
 // The copies that the update refreshes: the packed encoder, or W_dec rounded alone.

@@ -30,12 +30,15 @@ __device__ inline Vector<float, kWidth> sum_list(const LatentLists& lists, int64
                                                  const Dense* __restrict__ dense_column,
                                                  const Vector<float, kWidth>& shift, int64_t d_in) {
   Vector<float, kWidth> sum{};
+  const int32_t* const rows = lists.rows + begin;
+  const float* const coefficients = lists.coefficients + begin;
+  const int count = static_cast<int>(end - begin);  // entries are below 2^31
 #pragma unroll 4
-  for (int64_t p = begin; p < end; ++p) {
-    auto dense = load_floats<Dense, kWidth>(dense_column + lists.rows[p] * d_in);
+  for (int i = 0; i < count; ++i) {
+    auto dense = load_floats<Dense, kWidth>(dense_column + rows[i] * d_in);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) dense.at[i] -= shift.at[i];
-    add_scaled(sum, lists.coefficients[p], dense);
+    for (int c = 0; c < kWidth; ++c) dense.at[c] -= shift.at[c];
+    add_scaled(sum, coefficients[i], dense);
   }
   return sum;
 }

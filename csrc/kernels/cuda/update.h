@@ -1,0 +1,63 @@
+// The optimiser's two passes over the rows of a weight matrix. The gradient of a row exists in
+// shared memory only, never as a [F, D] array.
+#pragma once
+
+#include "kernels/common/adam.h"
+#include "kernels/cuda/latent_sum.h"
+#include "kernels/cuda/types.h"
+
+namespace sae_fast::cuda {
+
+// Gradient row j: the sum over latent j's list of coefficient * (dense[row] - shift), plus
+// extra_grad[j].
+struct GradientFactors {
+  LatentLists lists;
+  TypedPointer dense;       // [N, D]
+  const float* shift;       // [D] or null
+  const float* extra_grad;  // [F, D] or null
+  int64_t d_in;
+};
+
+// Which gradient rows the first pass keeps for the second, which sums the others again. A long list
+// costs more to read twice than its sum does; the room for kept rows is known without the device:
+// no more than entries / (above + 1) latents have more than `above` entries.
+struct RowCache {
+  int64_t above;  // latents with more entries than this have a cached row
+  int64_t rows;   // room for that many
+
+  RowCache(int64_t entries, int64_t tokens);
+};
+
+// The most columns that shared memory has room for.
+cudaError_t row_update_max_d_in(int64_t* d_in);
+
+// squared_norm = sum over j of |g_j|^2, g_j less its part along project_onto[j] where that is given
+// (unit rows); sums[j] of the coefficients; the rows that `cache` keeps and where (-1: nowhere).
+cudaError_t row_gradient_norm_scratch_bytes(int64_t entries, int64_t latents, int64_t d_in,
+                                            size_t* bytes);
+cudaError_t row_gradient_norm(const GradientFactors& factors, const RowCache& cache,
+                              const float* project_onto,  // [F, D] or null
+                              double* squared_norm,       // []
+                              float* sums,                // [F]
+                              float* cached,              // [cache.rows, D]
+                              int32_t* cache_slots,       // [F]
+                              void* scratch, cudaStream_t stream);
+
+// What the second pass writes.
+struct RowState {
+  float* W;           // [F, D]
+  float* exp_avg;     // [F, D]
+  float* exp_avg_sq;  // [F, D]
+  void* rounded;      // [F, D] or null: W in a 16-bit type
+  DataType rounded_type;
+};
+
+// Per row: g_j, less its part along W[j] if `project`, times grad_scale; Adam; unit length if
+// `unit_norm`; the rounded copy.
+cudaError_t fused_update(const GradientFactors& factors, const RowState& state,
+                         const float* cached,         // [rows, D]
+                         const int32_t* cache_slots,  // [F]
+                         const float* grad_scale,     // []
+                         const AdamStep& adam, bool project, bool unit_norm, cudaStream_t stream);
+
+}  // namespace sae_fast::cuda

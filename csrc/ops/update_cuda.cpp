@@ -1,0 +1,167 @@
+// CUDA side of the optimiser's two passes: check, guard, allocate, call.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "kernels/cuda/update.h"
+#include "ops/cuda.h"
+#include "ops/encode.h"
+#include "ops/gradient.h"
+
+namespace sae_fast::ops {
+namespace {
+
+// A gradient's factors as the kernels read them. The lists may have more room than
+// latent_offsets[F] of it in use, as latent_major leaves them.
+class CudaGradient {
+ public:
+  CudaGradient(const char* op, const Tensor& latent_offsets, const Tensor& rows,
+               const Tensor& coefficients, const Tensor& dense, const OptionalTensor& shift,
+               const OptionalTensor& extra_grad)
+      : offsets_(latent_offsets),
+        rows_(rows),
+        coefficients_(coefficients),
+        dense_(dense),
+        shift_(shift),
+        extra_grad_(extra_grad) {
+    factors_.lists = {offsets_.data<int64_t>(), rows_.data<int32_t>(), coefficients_.data<float>(),
+                      latent_offsets.size(0) - 1, rows.size(0)};
+    factors_.dense = {dense_.data<void>(), data_type(dense)};
+    factors_.shift = shift_.data<float>();
+    factors_.extra_grad = extra_grad_.data<float>();
+    factors_.d_in = dense.size(1);
+    int64_t max_d_in = 0;
+    STD_CUDA_CHECK(cuda::row_update_max_d_in(&max_d_in));
+    STD_TORCH_CHECK(factors_.d_in <= max_d_in, op, ": dense must have at most ", max_d_in,
+                    " columns on this device, got ", factors_.d_in);
+    STD_TORCH_CHECK(rows.size(0) <= INT_MAX, op, ": rows must have at most ", INT_MAX,
+                    " entries, got ", rows.size(0));
+  }
+
+  const cuda::GradientFactors& factors() const { return factors_; }
+
+ private:
+  Input offsets_, rows_, coefficients_, dense_, shift_, extra_grad_;
+  cuda::GradientFactors factors_{};
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
+    const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
+    const Tensor& dense, const OptionalTensor& shift, const OptionalTensor& project_onto,
+    const OptionalTensor& extra_grad) {
+  constexpr const char* kOp = "row_gradient_norm";
+  check_gradient(kOp, latent_offsets, rows, coefficients, dense, shift, project_onto, extra_grad);
+  check_same_device(kOp, {{"latent_offsets", latent_offsets},
+                          {"rows", rows},
+                          {"coefficients", coefficients},
+                          {"dense", dense},
+                          {"shift", shift},
+                          {"project_onto", project_onto},
+                          {"extra_grad", extra_grad}});
+  const DeviceGuard guard(dense.get_device_index());
+  const CudaGradient gradient(kOp, latent_offsets, rows, coefficients, dense, shift, extra_grad);
+  const Input directions(project_onto);
+  const int64_t entries = rows.size(0);
+  const int64_t d_sae = latent_offsets.size(0) - 1;
+  const int64_t d_in = dense.size(1);
+  const cuda::RowCache cache(entries, dense.size(0));
+  const Tensor squared_norm = torch::stable::new_empty(coefficients, {}, ScalarType::Double);
+  const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
+  const Tensor cached = torch::stable::new_empty(coefficients, {cache.rows, d_in});
+  const Tensor cache_slots = torch::stable::new_empty(rows, {d_sae});
+  size_t bytes = 0;
+  STD_CUDA_CHECK(cuda::row_gradient_norm_scratch_bytes(entries, d_sae, d_in, &bytes));
+  const Tensor scratch = new_scratch(dense, bytes);
+  STD_CUDA_CHECK(cuda::row_gradient_norm(
+      gradient.factors(), cache, directions.data<float>(), mutable_data<double>(squared_norm),
+      mutable_data<float>(sums), mutable_data<float>(cached), mutable_data<int32_t>(cache_slots),
+      scratch.mutable_data_ptr(), current_stream(dense)));
+  return {squared_norm, sums, cached, cache_slots};
+}
+
+void check_cache(const char* op, const Tensor& sums, const Tensor& cached,
+                 const Tensor& cache_slots, const Tensor& grad_scale, int64_t d_sae, int64_t d_in) {
+  check_float(op, "sums", sums, {d_sae});
+  check_float(op, "cached", cached, {kAnySize, d_in});
+  check_shape(op, "cache_slots", cache_slots, {d_sae});
+  check_dtype(op, "cache_slots", cache_slots, ScalarType::Int);
+  check_float(op, "grad_scale", grad_scale, {});
+}
+
+// The one copy that CUDA encoders and decoders read is W in a 16-bit type; nothing is packed.
+void check_copies(const char* op, const Tensor& W, const OptionalTensor& packed,
+                  const OptionalTensor& stats, const OptionalTensor& rounded) {
+  for (const auto& [name, copy] : {Argument{"packed", packed}, Argument{"stats", stats}}) {
+    STD_TORCH_CHECK(copy == nullptr || copy->numel() == 0, op, ": ", name,
+                    " must be empty on CUDA, got ", copy == nullptr ? 0 : copy->numel(),
+                    " elements");
+  }
+  if (!rounded.has_value() || rounded->numel() == 0) return;
+  check_shape(op, "rounded", *rounded, {W.size(0), W.size(1)});
+  STD_TORCH_CHECK(
+      rounded->scalar_type() == ScalarType::BFloat16 || rounded->scalar_type() == ScalarType::Half,
+      op, ": rounded must be bfloat16 or float16, got ", dtype_name(rounded->scalar_type()));
+  check_contiguous(op, "rounded", *rounded);
+}
+
+cuda::RowState row_state(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                         const OptionalTensor& rounded) {
+  cuda::RowState state{mutable_data<float>(W), mutable_data<float>(exp_avg),
+                       mutable_data<float>(exp_avg_sq), nullptr, cuda::DataType::kBFloat16};
+  if (rounded.has_value() && rounded->numel() > 0) {
+    state.rounded = rounded->mutable_data_ptr();
+    state.rounded_type = data_type(*rounded);
+  }
+  return state;
+}
+
+void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                  const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
+                  const Tensor& dense, const OptionalTensor& shift,
+                  const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
+                  const Tensor& cache_slots, const Tensor& grad_scale, double lr, double beta1,
+                  double beta2, double eps, double weight_decay, int64_t step, bool project,
+                  bool unit_norm, const OptionalTensor& packed, const OptionalTensor& stats,
+                  const OptionalTensor& rounded, const std::string& precision) {
+  constexpr const char* kOp = "fused_update_";
+  check_gradient(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt, extra_grad);
+  const int64_t d_sae = latent_offsets.size(0) - 1;
+  const int64_t d_in = dense.size(1);
+  check_state(kOp, "W", W, d_sae, d_in);
+  check_state(kOp, "exp_avg", exp_avg, d_sae, d_in);
+  check_state(kOp, "exp_avg_sq", exp_avg_sq, d_sae, d_in);
+  check_cache(kOp, sums, cached, cache_slots, grad_scale, d_sae, d_in);
+  check_precision(kOp, precision);
+  check_copies(kOp, W, packed, stats, rounded);
+  STD_TORCH_CHECK(step >= 1, kOp, ": step must be at least 1, got ", step);
+  check_same_device(kOp, {{"W", W},
+                          {"exp_avg", exp_avg},
+                          {"exp_avg_sq", exp_avg_sq},
+                          {"latent_offsets", latent_offsets},
+                          {"rows", rows},
+                          {"coefficients", coefficients},
+                          {"dense", dense},
+                          {"shift", shift},
+                          {"extra_grad", extra_grad},
+                          {"cached", cached},
+                          {"cache_slots", cache_slots},
+                          {"grad_scale", grad_scale},
+                          {"rounded", rounded}});
+  const DeviceGuard guard(W.get_device_index());
+  const CudaGradient gradient(kOp, latent_offsets, rows, coefficients, dense, shift, extra_grad);
+  const Input kept(cached), slots(cache_slots);
+  STD_CUDA_CHECK(cuda::fused_update(gradient.factors(), row_state(W, exp_avg, exp_avg_sq, rounded),
+                                    kept.data<float>(), slots.data<int32_t>(),
+                                    grad_scale.const_data_ptr<float>(),
+                                    make_adam_step(lr, beta1, beta2, eps, weight_decay, step),
+                                    project, unit_norm, current_stream(W)));
+}
+
+}  // namespace
+}  // namespace sae_fast::ops
+
+STABLE_TORCH_LIBRARY_IMPL(sae_fast, CUDA, m) {
+  m.impl("row_gradient_norm", TORCH_BOX(&sae_fast::ops::row_gradient_norm));
+  m.impl("fused_update_", TORCH_BOX(&sae_fast::ops::fused_update));
+}
