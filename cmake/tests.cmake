@@ -17,3 +17,9 @@ foreach(level IN LISTS ISA_LEVELS)
   set_tests_properties(kernels_${level} PROPERTIES
     ENVIRONMENT SAE_FAST_ISA=${level} SKIP_RETURN_CODE 77)
 endforeach()
+
+# common_test: the arithmetic that host and device share.
+add_executable(common_test csrc/tests/common_test.cpp)
+set_source_files_properties(csrc/tests/common_test.cpp PROPERTIES COMPILE_OPTIONS -Wno-shadow)
+target_link_libraries(common_test PRIVATE build_flags)
+add_test(NAME common COMMAND common_test)

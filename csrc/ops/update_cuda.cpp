@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
   const int64_t entries = rows.size(0);
   const int64_t d_sae = latent_offsets.size(0) - 1;
   const int64_t d_in = dense.size(1);
-  const cuda::RowCache cache(entries, dense.size(0));
+  const RowCache cache = plan_row_cache(entries, dense.size(0));
   const Tensor squared_norm = torch::stable::new_empty(coefficients, {}, ScalarType::Double);
   const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
   const Tensor cached = torch::stable::new_empty(coefficients, {cache.rows, d_in});

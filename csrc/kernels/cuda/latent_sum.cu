@@ -19,8 +19,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     int64_t count = 0;
     if (latent < latents) {
       const int64_t entries = latent_offsets[latent + 1] - latent_offsets[latent];
-      const int64_t chunks = entries > kChunkEntries ? ceil_div(entries, kChunkEntries) : 0;
-      count = (chunks << 32) + (entries > cached_above ? 1 : 0);
+      count = (chunks_in(entries) << 32) + (entries > cached_above ? 1 : 0);
     }
     counts[latent] = count;
   }

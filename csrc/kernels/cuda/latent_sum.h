@@ -4,12 +4,10 @@
 // every run.
 #pragma once
 
+#include "kernels/common/chunks.h"
 #include "kernels/cuda/types.h"
 
 namespace sae_fast::cuda {
-
-// Latents with more entries than this are summed in chunks of this many.
-constexpr int64_t kChunkEntries = 128;
 
 // The entries of latent j are offsets[j] .. offsets[j + 1] of the other two.
 struct LatentLists {
@@ -25,9 +23,6 @@ struct LatentPlan {
   int64_t* counts;  // [F + 1]: chunks in the upper 32 bits, cached rows in the lower
   float* partials;  // [max_chunks(entries), D]: sums of the chunks
 };
-
-// A latent of c > kChunkEntries has ceil(c / kChunkEntries) <= 2 c / (kChunkEntries + 1) chunks.
-constexpr int64_t max_chunks(int64_t entries) { return 2 * entries / (kChunkEntries + 1); }
 
 cudaError_t plan_scratch_bytes(int64_t latents, size_t* bytes);
 

@@ -16,11 +16,6 @@ constexpr int kSumThreads = 1024;
 constexpr int kUpdateBlocks = 4;
 constexpr int kRowWarps = kRowThreads / kWarpSize;
 
-// Re-reading so few rows from the L2 cache costs no more than writing their sum and reading it
-// back.
-constexpr int64_t kFewEntries = 16;
-constexpr int64_t kCachedRowsPerToken = 2;
-
 // ---- kernels
 
 // vector += row[column ...], where there is such a row.
@@ -201,10 +196,6 @@ size_t row_bytes(int64_t rows, int64_t d_in) {
 
 }  // namespace
 
-RowCache::RowCache(int64_t entries, int64_t tokens)
-    : above(std::max(kFewEntries, entries / std::max<int64_t>(kCachedRowsPerToken * tokens, 1))),
-      rows(entries / (above + 1)) {}
-
 cudaError_t row_update_max_d_in(int64_t* d_in) {
   int device = 0;
   int bytes = 0;
@@ -225,7 +216,7 @@ cudaError_t row_gradient_norm_scratch_bytes(int64_t entries, int64_t latents, in
   return pieces.error;
 }
 
-cudaError_t row_gradient_norm(const GradientFactors& factors, const RowCache& cache,
+cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
                               const float* project_onto, double* squared_norm, float* sums,
                               float* cached, int32_t* cache_slots, void* scratch,
                               cudaStream_t stream) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/common/adam.h"
+#include "kernels/common/chunks.h"
 #include "kernels/cuda/latent_sum.h"
 #include "kernels/cuda/types.h"
 
@@ -18,16 +19,6 @@ struct GradientFactors {
   int64_t d_in;
 };
 
-// Which gradient rows the first pass keeps for the second, which sums the others again. A long list
-// costs more to read twice than its sum does; the room for kept rows is known without the device:
-// no more than entries / (above + 1) latents have more than `above` entries.
-struct RowCache {
-  int64_t above;  // latents with more entries than this have a cached row
-  int64_t rows;   // room for that many
-
-  RowCache(int64_t entries, int64_t tokens);
-};
-
 // The most columns that shared memory has room for.
 cudaError_t row_update_max_d_in(int64_t* d_in);
 
@@ -35,7 +26,7 @@ cudaError_t row_update_max_d_in(int64_t* d_in);
 // (unit rows); sums[j] of the coefficients; the rows that `cache` keeps and where (-1: nowhere).
 cudaError_t row_gradient_norm_scratch_bytes(int64_t entries, int64_t latents, int64_t d_in,
                                             size_t* bytes);
-cudaError_t row_gradient_norm(const GradientFactors& factors, const RowCache& cache,
+cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
                               const float* project_onto,  // [F, D] or null
                               double* squared_norm,       // []
                               float* sums,                // [F]

@@ -1,0 +1,41 @@
+// How the entries of the latents are divided among thread blocks, and how much room that takes. How
+// many entries each latent has is known on the device only; these bounds hold for any of them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/common/host_device.h"
+
+namespace sae_fast {
+
+// Latents with more entries than this are summed in chunks of this many.
+constexpr int64_t kChunkEntries = 128;
+
+// A latent's chunks; none where one block sums it in one go.
+SAE_FAST_HOST_DEVICE constexpr int64_t chunks_in(int64_t entries) {
+  return entries > kChunkEntries ? (entries + kChunkEntries - 1) / kChunkEntries : 0;
+}
+
+// All latents' chunks together are no more: from kChunkEntries + 1 entries on,
+// ceil(c / kChunkEntries) <= 2 c / (kChunkEntries + 1), with equality at the first.
+constexpr int64_t max_chunks(int64_t entries) { return 2 * entries / (kChunkEntries + 1); }
+
+// Which sums one pass over the latents keeps for the next, which makes the others anew: those of
+// more than `above` entries, of which there are no more than `rows`.
+struct RowCache {
+  int64_t above;
+  int64_t rows;
+};
+
+// Reading a few rows again costs no more than writing their sum and reading it back. The kept sums
+// stay below two a token.
+inline RowCache plan_row_cache(int64_t entries, int64_t tokens) {
+  constexpr int64_t kFewEntries = 16;
+  constexpr int64_t kRowsPerToken = 2;
+  const int64_t most_rows = std::max<int64_t>(kRowsPerToken * tokens, 1);
+  const int64_t above = std::max(kFewEntries, entries / most_rows);
+  return {above, entries / (above + 1)};
+}
+
+}  // namespace sae_fast
