@@ -49,15 +49,11 @@ class EagerTrainer:
         self.objective: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
         self.objective = torch.compile(self.compute_loss) if compiled else self.compute_loss
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """(x − b_dec) W_encᵀ + b_enc.  # [N, F]"""
-        return F.linear(x - self.b_dec, self.W_enc, self.b_enc)
-
-    def select(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The k largest pre-activations after ReLU, their indices, and all that `dead` needs."""
-        pre_acts = self.pre_activations(x)
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The k largest of (x − b_dec) W_encᵀ + b_enc after ReLU, and their indices.  # [N, K]"""
+        pre_acts = F.linear(x - self.b_dec, self.W_enc, self.b_enc)
         values, indices = torch.relu(pre_acts).topk(self.k, dim=-1, sorted=False)
-        return values, indices, pre_acts
+        return values, indices
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Σ value · W_dec[index], without b_dec.  # [N, D]"""
@@ -67,20 +63,21 @@ class EagerTrainer:
     def compute_loss(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to minimise, and the selected code."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
-            values, indices, pre_acts = self.select(x, dead)
+            values, indices = self.select(x)
             residual = x - (self.decode(values, indices) + self.b_dec)  # [N, D]
             loss = residual.float().square().sum(-1).mean()
             if dead is not None:
-                target = residual.detach().float()
-                loss = loss + AUX_COEFFICIENT * self.aux_loss(pre_acts, target, dead)
+                loss = loss + AUX_COEFFICIENT * self.aux_loss(x, residual.detach().float(), dead)
         return loss, values, indices
 
-    def aux_loss(self, pre_acts: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
+    def aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """How badly the strongest dead latents model the residual, as a share of its variance."""
-        full_k_aux, n_dead = max(residual.shape[1] // 2, 1), int(dead.sum())
-        k_aux = min(full_k_aux, n_dead)
-        masked = pre_acts.masked_fill(~dead, -torch.inf)
-        values, indices = masked.topk(k_aux, dim=-1, sorted=False)
+        chosen = dead.nonzero().flatten()
+        full_k_aux, n_dead = max(residual.shape[1] // 2, 1), len(chosen)
+        centred = x - self.b_dec.detach()  # dead latents must not move what all latents share
+        pre_acts = F.linear(centred, self.W_enc[chosen], self.b_enc[chosen])
+        values, places = pre_acts.topk(min(full_k_aux, n_dead), dim=-1, sorted=False)
+        indices = chosen[places]
         error = self.decode(torch.relu(values), indices) - residual
         variance = (residual - residual.mean(0)).square().sum(-1).mean()
         share = min(n_dead / full_k_aux, 1.0)

@@ -30,12 +30,10 @@ class TunedTrainer(EagerTrainer):
 class GatherTrainer(TunedTrainer):
     """As TunedTrainer, with an encoder whose backward touches only the selected latents."""
 
-    def select(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The k largest; gradients flow through them alone, unless AuxK needs all latents."""
-        if dead is not None:
-            return super().select(x, dead)
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The k largest pre-activations; gradients flow through them alone."""
         values, indices = SparseEncoder.apply(x - self.b_dec, self.W_enc, self.b_enc, self.k)
-        return values, indices, values
+        return values, indices
 
 
 class SparseEncoder(torch.autograd.Function):

@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
+# Environment variables that change what is measured.
+VARIABLES = (
+    *("SAE_FAST_ISA", "SAE_FAST_NATIVE"),
+    *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"),
+)
 DISTRIBUTIONS = {
     "sparsify": "eai-sparsify",
     "saelens": "sae-lens",
@@ -65,8 +71,9 @@ def distribution_version(name: str) -> str:
 
 def command_line(module: str) -> str:
     """The command of this run, without the paths of this machine."""
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     arguments = [shorten(argument) for argument in sys.argv[1:]]
-    return " ".join(["python", "-m", module, *arguments])
+    return shlex.join([*variables, "python", "-m", module, *arguments])
 
 
 def shorten(argument: str) -> str:

@@ -141,6 +141,7 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
             ]
         )
     parts = [f"## {size.describe()}", markdown_table(headings, rows), *floor_lines(result)]
+    parts.append(memory_line(size))
     if result["missing"]:
         parts.append("Not installed, so not measured: " + ", ".join(result["missing"]) + ".")
     versions = [
@@ -153,6 +154,18 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
         parts.append("Peers: " + ", ".join(dict.fromkeys(versions)) + ".")
     parts.append(f"{machine_line(result['machine'])}\n`{result['command']}`")
     return parts
+
+
+def memory_line(size: Size) -> str:
+    """What the memory column is to be compared with."""
+    states, gradients = 12 * size.parameters, 4 * size.parameters
+    batch, pre_acts = 4 * size.n_tokens * size.d_in, 4 * size.n_tokens * size.d_sae
+    mebi = [f"{count / 2**20:,.0f}" for count in (states, batch, pre_acts, gradients)]
+    return (
+        f"Memory that any trainer needs: weights and both moments {mebi[0]} MiB; one [N, d_in] "
+        f"array takes {mebi[1]} MiB. A dense step adds [N, d_sae] arrays of {mebi[2]} MiB each "
+        f"and dense gradients of {mebi[3]} MiB."
+    )
 
 
 def floor_lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,86 @@
+"""The baselines compute what sae_fast computes, so that their times compare."""
+
+import pytest
+import torch
+
+from benchmarks.baselines.eager import EagerTrainer
+from benchmarks.baselines.tuned import GatherTrainer, TunedTrainer
+from benchmarks.contestants import choose_contestants, make_local
+from benchmarks.support.problem import learning_rate, make_activations, make_weights
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+
+BASELINES = [EagerTrainer, TunedTrainer, GatherTrainer]
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def step_losses(trainer, size, steps=3):
+    batches = make_activations(size, steps).split(size.n_tokens)
+    return torch.stack([trainer.step(x) for x in batches])
+
+
+@pytest.mark.parametrize("name", ["eager", "tuned", "gather"])
+def test_first_losses_equal_those_of_sae_fast(name, tiny):
+    weights, lr = make_weights(tiny), learning_rate(tiny)
+    ours = step_losses(make_local("sae_fast", weights, tiny.k, lr), tiny)
+    theirs = step_losses(make_local(name, weights, tiny.k, lr), tiny)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["eager_bf16", "tuned_bf16", "gather_bf16", "sae_fast_bf16"])
+def test_first_loss_in_bf16_is_near_that_in_fp32(name, tiny):
+    weights, lr = make_weights(tiny), learning_rate(tiny)
+    exact = step_losses(make_local("eager", weights, tiny.k, lr), tiny, 1)
+    rounded = step_losses(make_local(name, weights, tiny.k, lr), tiny, 1)
+    torch.testing.assert_close(rounded, exact, rtol=3e-2, atol=0)
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+def test_gradients_with_dead_latents_equal_those_of_sae_fast(cls, tiny):
+    weights = make_weights(tiny)
+    config = SAEConfig(
+        d_in=tiny.d_in, d_sae=tiny.d_sae, k=tiny.k, normalize_activations="none", aux_k_coeff=1 / 32
+    )
+    sae = SparseAutoencoder(config)
+    sae.load_state_dict(vars(weights), strict=False)
+    dead = torch.arange(tiny.d_sae) % 2 == 1
+    sae.tokens_since_fired[dead] = config.dead_after_tokens
+    trainer = cls(weights, tiny.k, 1e-3)
+    x = make_activations(tiny, 1)
+    ours = sae.training_loss(x)
+    theirs = trainer.compute_loss(x, dead)[0]
+    ours.total.backward()
+    theirs.backward()
+    torch.testing.assert_close(ours.total, theirs)
+    for name, parameter in zip(PARAMETERS, trainer.parameters, strict=True):
+        expected = parameter.grad
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(
+            sae.get_parameter(name).grad, expected, rtol=1e-4, atol=1e-5 * scale
+        )
+
+
+@pytest.mark.parametrize("cls", BASELINES)
+def test_a_step_keeps_decoder_rows_at_unit_norm(cls, tiny):
+    trainer = cls(make_weights(tiny), tiny.k, 1e-2)
+    step_losses(trainer, tiny, 2)
+    torch.testing.assert_close(trainer.W_dec.norm(dim=1), torch.ones(tiny.d_sae))
+
+
+def test_latents_count_their_silent_tokens(tiny):
+    trainer = EagerTrainer(make_weights(tiny), tiny.k, 1e-3)
+    step_losses(trainer, tiny, 2)
+    counts = set(trainer.tokens_since_fired.tolist())
+    assert counts <= {0, tiny.n_tokens, 2 * tiny.n_tokens}
+    assert 0 in counts
+
+
+def test_an_unknown_peer_is_named():
+    with pytest.raises(ValueError, match="got 'nobody'"):
+        choose_contestants(["nobody"], {})
+
+
+def test_a_peer_without_an_interpreter_is_missing():
+    local, peers, missing = choose_contestants(["eager", "sparsify"], {"sparsify": "python"})
+    assert (local, peers, missing) == (["eager"], {"sparsify": "python"}, [])
+    assert choose_contestants(["saelens_bf16"], {"saelens": "p"})[1] == {"saelens_bf16": "p"}

@@ -1,0 +1,86 @@
+"""Every benchmark runs end to end at a tiny size and writes what it found."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_fast.activations import write_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = "64x32x128x4"
+
+
+def run(module, folder, *arguments):
+    json_path, table_path = folder / "result.json", folder / "result.md"
+    files = ["--json", str(json_path), "--markdown", str(table_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments, *files, "--threads", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    table = table_path.read_text()
+    assert str(folder) not in table + json_path.read_text()
+    assert table.strip() in done.stdout
+    return json.loads(json_path.read_text()), table
+
+
+def rows_of(table):
+    return [line for line in table.splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.slow
+def test_train_step_writes_times_ratios_memory_and_floors(tmp_path):
+    quick = ["--warmup", "1", "--rounds"]
+    peers = ["--peers", "eager,gather,tuned_bf16", "--memory-steps", "0"]
+    result, table = run("train_step", tmp_path, "--sizes", SIZE, *peers, *quick, "3")
+    found = result["sizes"][SIZE]["contestants"]
+    assert list(found) == ["sae_fast", "sae_fast_bf16", "eager", "gather", "tuned_bf16"]
+    for data in found.values():
+        assert data["minimum"] <= data["median"] <= data["maximum"]
+        assert data["ratios"].keys() == {"sae_fast", "sae_fast_bf16"}
+    assert found["sae_fast"]["ratios"]["sae_fast"] == 1.0
+    assert found["sae_fast"]["share_of_floor"] > 0
+    assert len(rows_of(table)) == 2 + 1 + 5
+    # Another size, another time: both are in the files, and memory is measured where asked for.
+    alone = ["--sizes", "32x16x64x2", "--peers", "", "--ours", "sae_fast", "--merge"]
+    merged, _ = run("train_step", tmp_path, *alone, *quick, "1")
+    assert list(merged["sizes"]) == [SIZE, "32x16x64x2"]
+    data = merged["sizes"]["32x16x64x2"]["contestants"]["sae_fast"]
+    assert data["peak_bytes_above_start"] >= 0
+
+
+@pytest.mark.slow
+def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
+    result, table = run("kernels", tmp_path, "--sizes", SIZE, "--rounds", "2")
+    names = " ".join(row["op"] for row in result["sizes"][SIZE]["ops"])
+    for op in (
+        *("encode_topk", "encode_threshold", "decode", "decode_backward", "reconstruct"),
+        *("accumulate_rows", "latent_major", "row_gradient_norm + fused_update_"),
+        *("normalize_rows_", "decorrelation"),
+    ):
+        assert op in names
+    assert result["reader"]["rows_per_second_reader"] > 0
+    assert "reader rows/s" in table
+
+
+@pytest.mark.slow
+def test_quality_compares_both_trainers_on_heldout_rows(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    rows = torch.randn(768, 16, generator=torch.Generator().manual_seed(0))
+    write_shard(shards / "train.h5", rows[:512])
+    write_shard(shards / "heldout.h5", rows[512:])
+    arguments = ["--shard-dir", str(shards), "--seeds", "0,1", "--epochs", "2", "--k", "4"]
+    result, table = run("quality", tmp_path, *arguments, "--batch-size", "128")
+    runs = result["runs"]
+    assert [run["trainer"] for run in runs] == ["PyTorch reference", "sae_fast"] * 2
+    for reference, ours in zip(runs[::2], runs[1::2], strict=True):
+        assert ours["fvu"] == pytest.approx(reference["fvu"], rel=1e-2)
+    assert len(rows_of(table)) == 1 + 2 * 3

@@ -1,0 +1,104 @@
+"""Statistics, floors and the protocol between processes."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from benchmarks.support import machine
+from benchmarks.support.floors import Rates, step_floor
+from benchmarks.support.heats import Field, Outcome, record_first_loss, split_heats
+from benchmarks.support.peer_process import PeerProcess
+from benchmarks.support.problem import parse_size
+from benchmarks.support.timing import Sample, interleave, median_ratio, summarize
+
+LOCAL_LOOP = "benchmarks.baselines.local_loop"
+
+
+def samples(*seconds, others=0.0):
+    return [Sample(value, value, others) for value in seconds]
+
+
+def test_ratio_is_taken_round_by_round():
+    slow, fast = samples(2.0, 20.0, 8.0), samples(1.0, 5.0, 1.0)
+    assert median_ratio(slow, fast) == 4.0
+
+
+def test_busy_rounds_are_left_out_when_enough_quiet_ones_remain():
+    mixed = samples(1.0, 1.0, 1.0) + samples(9.0, 9.0, 9.0, others=1.0)
+    summary = summarize(mixed)
+    assert (summary.median, summary.maximum, summary.quiet_rounds) == (1.0, 9.0, 3)
+
+
+def test_all_rounds_count_when_few_are_quiet():
+    assert summarize(samples(1.0) + samples(9.0, 9.0, others=1.0)).median == 9.0
+
+
+def test_every_contestant_takes_its_turn_in_every_round():
+    order = []
+
+    def sampler(name):
+        return lambda: order.append(name) or Sample(1.0, 1.0, 0.0)
+
+    taken = interleave({name: sampler(name) for name in "abc"}, rounds=3)
+    assert "".join(order) == "abcbcacab"
+    assert {name: len(series) for name, series in taken.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_floor_adds_product_gathers_and_optimizer(tiny):
+    rates = Rates(1e9, "test", gather_latents=1e9, gather_tokens=2e9, stream=4e9)
+    floor = step_floor(tiny, "screened", rates)
+    rows = tiny.n_tokens * tiny.k * tiny.d_in * 4
+    assert floor.product == pytest.approx(2 * 64 * 32 * 128 / 1e9)
+    assert floor.gathers == pytest.approx(2 * rows / 1e9 + 2 * rows / 2e9)
+    assert floor.optimizer == pytest.approx(25 * 2 * 32 * 128 / 4e9)
+    assert floor.total == pytest.approx(floor.product + floor.gathers + floor.optimizer)
+    assert step_floor(tiny, "bf16", rates).gathers < floor.gathers
+
+
+def test_a_size_that_is_none_is_named():
+    with pytest.raises(ValueError, match="got '1x2'"):
+        parse_size("1x2")
+
+
+def test_heats_hold_everybody_once_and_fit_in_memory(tiny, monkeypatch):
+    local, peers = ["eager", "tuned", "gather"], {"sparsify": "python"}
+    field = Field(tiny, ["sae_fast"], local, peers, rounds=1, warmup=1, threads=1)
+    assert split_heats(field) == [["eager", "tuned", "gather", "sparsify"]]
+    monkeypatch.setattr("benchmarks.support.heats.available_bytes", lambda: 0)
+    assert split_heats(field) == [["eager"], ["tuned"], ["gather"], ["sparsify"]]
+
+
+def test_another_loss_at_step_0_is_an_error():
+    outcomes = {"sae_fast": Outcome(100.0)}
+    record_first_loss(outcomes, "eager", 100.001)
+    record_first_loss(outcomes, "eager_bf16", 101.0)
+    with pytest.raises(RuntimeError, match=r"tuned: loss at step 0 is 101\.0, expected 100\.0"):
+        record_first_loss(outcomes, "tuned", 101.0)
+    with pytest.raises(RuntimeError, match="gather"):
+        record_first_loss(outcomes, "gather", float("nan"))
+
+
+def test_commands_are_recorded_without_paths(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--json", "/a/b/c.json", "--peer-python", "p=/d/python"])
+    monkeypatch.setenv("SAE_FAST_ISA", "avx2")
+    command = machine.command_line("benchmarks.x")
+    assert command == (
+        "SAE_FAST_ISA=avx2 python -m benchmarks.x --json c.json --peer-python p=python"
+    )
+
+
+def test_a_contestant_steps_in_a_process_of_its_own(tiny):
+    with PeerProcess("eager", LOCAL_LOOP, sys.executable, tiny, 2, 1) as process:
+        taken = [process.step() for _ in range(3)]
+    assert all(sample.seconds > 0 for sample in taken)
+    assert process.process.returncode == 0
+    assert "torch" in process.versions
+
+
+def test_the_last_words_of_a_contestant_that_fails_are_shown(tiny):
+    impossible = dataclasses.replace(tiny, k=1000)
+    with PeerProcess("eager", LOCAL_LOOP, sys.executable, impossible, 1, 1) as process:
+        with pytest.raises(RuntimeError, match=r"eager stopped(.|\n)*out of range"):
+            process.step()
+        assert process.process.returncode != 0
