@@ -4,6 +4,7 @@ import pytest
 import torch
 from plain_sae import PARAMETERS, left_gradients, make_batch, make_sae, plain_gradients, plain_terms
 
+from sae_fast.autoencoder.losses import total_variance
 from sae_fast.ops import native
 
 # The compiled kernels are float32; the reference takes float64, which shows a wrong formula.
@@ -152,3 +153,16 @@ def test_total_can_be_combined_with_any_loss_on_the_code():
     loss = sae.training_loss(x)
     (loss.total + loss.code.values.square().mean()).backward()
     assert torch.isfinite(sae.W_enc.grad).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0, 1000.0])
+def test_total_variance_is_exact_far_from_the_origin(offset):
+    x = torch.randn(5000, 70, generator=torch.Generator().manual_seed(0)) + offset
+    wide = x.double()
+    expected = (wide - wide.mean(0)).square().sum()
+    torch.testing.assert_close(total_variance(x).double(), expected, rtol=2e-6, atol=0)
+
+
+def test_total_variance_of_equal_rows_is_rounding_at_most():
+    x = torch.full((500, 7), 3.3)
+    assert float(total_variance(x)) < 1e-6 * float(x.square().sum())

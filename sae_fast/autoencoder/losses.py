@@ -62,16 +62,26 @@ def aux_k_loss(
 
     Scaled down while fewer than `full_k_aux` latents are dead; 0 for a residual without variance.
     """
-    variance = total_variance(residual.detach().to(squared_error.dtype))
+    residual = residual.detach().to(squared_error.dtype)
+    variance = total_variance(residual)
+    # Below this it is the rounding of the mean, and dividing by it would blow the term up.
+    rounding = torch.finfo(residual.dtype).eps * residual.square().sum()
     share = min(n_dead / full_k_aux, 1.0)
-    return squared_error.sum() * torch.where(variance == 0, 0.0, share / variance)
+    return squared_error.sum() * torch.where(variance <= rounding, 0.0, share / variance)
 
 
 def total_variance(
     x: Tensor,  # [N, D]
 ) -> Tensor:
     """Σ (x − mean(x))² over all entries, the mean taken per dimension."""
-    return (x - x.mean(0)).square_().sum()
+    mean = x.mean(0)
+    if not x.is_cuda:
+        # |x|² − N |mean|² writes nothing; where the mean is most of x it would cancel to rounding.
+        whole: Tensor = torch.linalg.vector_norm(x, dim=1).square().sum()
+        centre = len(x) * mean.square().sum()
+        if bool(centre < 0.5 * whole):
+            return whole - centre
+    return (x - mean).square_().sum()
 
 
 def fraction_of_variance_unexplained(
