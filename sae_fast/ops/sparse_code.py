@@ -73,9 +73,10 @@ class SparseCode:
 
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.values.device)
-        fired[self.indices[self.values > 0]] = True
-        return fired
+        # Entries that do not fire mark a place past the end: there is no mask to compact.
+        latents = torch.where(self.values > 0, self.indices, self.d_sae).flatten()
+        fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
+        return fired.index_fill_(0, latents.long(), True)[:-1]
 
     def latent_major(self) -> tuple[Tensor, Tensor, Tensor]:
         """The entries with a value other than 0, by latent: (latent_offsets, entries, rows).
