@@ -107,15 +107,35 @@ def test_decoder_rows_keep_unit_norm(kind):
 
 
 @pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
-def test_encoder_after_a_step_uses_the_new_weights(kind):
+@pytest.mark.parametrize("precision", ["screened", "fp32", "bf16", "fp16"])
+def test_model_after_a_step_uses_the_new_weights(kind, precision):
     sae = make_sae()
-    optimizer = kind(sae)
-    backward(sae, [make_batch(sae)], kind.dense_grad)
-    optimizer.step(0.1)
+    optimizer = kind(sae, precision=precision)
     x = make_batch(sae, seed=5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        sae.training_loss(x, precision=precision, dense_grad=kind.dense_grad).total.backward()
+        optimizer.step(0.1)
     fresh = make_sae(seed=8)
     fresh.load_state_dict(sae.state_dict())
-    assert torch.equal(sae.encode(x).dense(), fresh.encode(x).dense())
+    codes = [one.encode(x, precision=precision) for one in (sae, fresh)]
+    assert torch.equal(codes[0].dense(), codes[1].dense())
+    assert torch.equal(sae.decode(codes[0]), fresh.decode(codes[1]))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_step_is_close_to_the_exact_one(precision):
+    exact, rounded = (make_sae(k=40, **TERMS) for _ in range(2))
+    norms = []
+    for sae, mode in ((exact, "screened"), (rounded, precision)):
+        optimizer = RowAdam(sae, precision=mode, eps=1e-2)
+        sae.training_loss(make_batch(sae), precision=mode, dense_grad=False).total.backward()
+        norms.append(optimizer.step(1e-2))
+    torch.testing.assert_close(*norms, rtol=2e-2, atol=0)
+    for name in PARAMETERS:
+        moved = exact.get_parameter(name) - make_sae(k=40, **TERMS).get_parameter(name)
+        difference = exact.get_parameter(name) - rounded.get_parameter(name)
+        assert difference.norm() < 0.05 * moved.norm()
 
 
 @pytest.mark.parametrize("kind", [RowAdam, DenseAdam])

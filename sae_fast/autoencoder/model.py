@@ -157,7 +157,7 @@ class SparseAutoencoder(nn.Module):
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
         components["fvu"] = losses.fraction_of_variance_unexplained(modelled.squared_error, x)
-        components["l0"] = code.l0().to(x.dtype).mean()
+        components["l0"] = (code.values > 0).sum() / code.n_rows
         return TrainingLoss(total, components, code)
 
     @torch.no_grad()
