@@ -9,6 +9,7 @@ loss_scale; with skip_nonfinite skipped_rows.
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +27,53 @@ def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """The rows of a run, in memory and, where there is a run directory, in its metrics.jsonl.
+    """The rows of a run: in the metrics.jsonl of its directory, or in memory where it has none.
 
     A row is flushed when it is written, so that a kill loses no row up to the last checkpoint.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.rows: list[Row] = []
+        self._in_memory: list[Row] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows so far, in order."""
+        if self.path is None:
+            return list(self._in_memory)
+        return [row for row, _ in self._lines()]
 
     def rewind(self, step: int) -> None:
         """Keeps the rows up to `step`, which a run resumed there will not write again."""
-        self.rows = []
         if self.path is None or not self.path.exists():
             return
         kept = 0
-        with self.path.open("rb") as file:
-            for line in file:
-                row = _parse(line)
-                if row is None or row["step"] > step:  # half a row is the last thing a kill leaves
-                    break
-                self.rows.append(row)
-                kept += len(line)
+        for row, end in self._lines():
+            if row["step"] > step:
+                break
+            kept = end
         os.truncate(self.path, kept)
 
     def write(self, row: Row) -> None:
         """Appends one row; a number that is not finite becomes null, as JSON has no other word."""
-        self.rows.append(row)
+        row = {name: _finite(value) for name, value in row.items()}
         if self.path is None:
+            self._in_memory.append(row)
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({name: _finite(value) for name, value in row.items()}) + "\n")
+            file.write(json.dumps(row) + "\n")
+
+    def _lines(self) -> Iterator[tuple[Row, int]]:
+        """Each row of the file and the byte at which it ends; half a row is where a kill struck."""
+        if self.path is None or not self.path.exists():
+            return
+        end = 0
+        with self.path.open("rb") as file:
+            for line in file:
+                if (row := _parse(line)) is None:
+                    return
+                end += len(line)
+                yield row, end
 
     def flush(self) -> None:
         """Forces the rows to the disk, so that no checkpoint outlives a row before it."""
