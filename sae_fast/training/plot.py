@@ -46,20 +46,32 @@ def _series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
 def _draw_panel(
     axes: Any, title: str, logarithmic: bool, curves: list[tuple[str, list[int], list[float]]]
 ) -> None:
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     values = [value for _, _, series in curves for value in series]
-    for label, steps, series in curves:
+    for number, (label, steps, series) in enumerate(curves):
         marker = "o" if label == "held out" or len(series) == 1 else None
-        axes.plot(steps, series, label=label, marker=marker, markersize=4, linewidth=1.4)
+        style = "-" if number == 0 else "--"  # curves may lie on each other
+        axes.plot(steps, series, style, label=label, marker=marker, markersize=4, linewidth=1.4)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     axes.grid(alpha=0.3)
     if logarithmic and values and min(values) > 0:
-        axes.set_yscale("log")
+        _make_logarithmic(axes)
     elif values:
         axes.set_ylim(bottom=0, top=1.08 * max(values) if max(values) > 0 else 1.0)
     if title == "Dead latents":
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     if any(label and steps for label, steps, _ in curves):
         axes.legend(fontsize=8, frameon=False)
+
+
+def _make_logarithmic(axes: Any) -> None:
+    """A logarithmic axis whose labels are plain numbers, also within one decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
