@@ -182,9 +182,8 @@ class Trainer:
         cause = f"{bad_rows} rows hold NaN or Inf" if bad_rows else "a lower learning rate may help"
         newest = self._run.checkpoints.newest() if self._run else None
         intact = f"; {newest} is intact" if newest else ""
-        return TrainingError(
-            f"step {self.step + 1}{origin}: the {what} is {float(value.detach())} ({terms}); {cause}{intact}"
-        )
+        found = f"the {what} is {float(value.detach())} ({terms})"
+        return TrainingError(f"step {self.step + 1}{origin}: {found}; {cause}{intact}")
 
     def _report(self) -> Row:
         """Logs, evaluates and saves what is due after a step; returns the row it logged."""
