@@ -30,6 +30,7 @@ from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
 PROGRAM = "python -m sae_fast.train"
 
@@ -56,7 +57,10 @@ class _Sources:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 2 for bad input, 143 after SIGTERM."""
+    """Runs the command; returns its exit code: 0, also after SIGINT, 143 after SIGTERM.
+
+    Bad input is 2, an interrupt that did not wait for its checkpoint 130.
+    """
     _log_to_stderr()
     try:
         with StopOnSignal() as stop:
@@ -66,9 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer.train()
     except (ValueError, OSError) as error:
         # Whatever is wrong with what was given is raised as one of these, with a line that says so.
-        reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-        print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:  # the second: no time for a checkpoint
+        print("error: interrupted; the last checkpoint is intact", file=sys.stderr)
+        return EXIT_INTERRUPTED
     _conclude(trainer, stop.received)
     return EXIT_CODES[stop.received]
 
@@ -139,7 +145,7 @@ def _canonical(arguments: Sequence[str]) -> list[str]:
     """The same command line with every alias of a field replaced by the field's own flag."""
     aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
     result: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         flag, equals, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in aliases:
