@@ -22,7 +22,7 @@ target_link_libraries(kernel_flags INTERFACE build_flags)
 target_compile_options(kernel_flags INTERFACE -ffp-contract=fast -fno-trapping-math
   # GCC takes its own AVX-512 headers, where a value is undefined on purpose, for a mistake of ours.
   $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>
-  $<$<NOT:$<BOOL:${SAE_FAST_SANITIZE}>>:-O3>)
+  $<$<CONFIG:Release>:-O3>)
 
 add_library(kernels OBJECT ${KERNEL_SOURCES})
 target_link_libraries(kernels PRIVATE kernel_flags)

@@ -82,7 +82,8 @@ void test_decode(uint64_t seed) {
     const Matrix W_dec(random.numbers(d_sae * d_in, Numbers::kIntegers), type);
     const auto b_dec = random.numbers(random.integer(0, 1) * d_in, Numbers::kIntegers);
     const auto x = random.numbers(tokens * d_in, Numbers::kIntegers);
-    const cpu::Decoder decoder{type, W_dec.data(), b_dec.empty() ? nullptr : b_dec.data(), d_in};
+    const cpu::Decoder decoder{type, W_dec.data(), b_dec.empty() ? nullptr : b_dec.data(), d_sae,
+                               d_in};
     const Result one = run(problem, decoder, x, one_thread());
     check(same_results(one, run(problem, decoder, x, four_threads())),
           "decoding depends on the number of threads");

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "kernels/common/order.h"
 #include "tests/testing.h"
 
 namespace sae_fast::testing {
@@ -81,7 +80,10 @@ void check_selection(const Encoder& encoder, int64_t token, std::vector<int32_t>
                      const float* values, const int32_t* indices, int64_t k) {
   const auto score = [&](int32_t latent) -> const Score& { return encoder.score(token, latent); };
   const auto before = [&](int32_t a, int32_t b) {
-    return better(static_cast<float>(score(a).exact), a, static_cast<float>(score(b).exact), b);
+    const double left = score(a).exact;
+    const double right = score(b).exact;
+    if (std::isnan(left) != std::isnan(right)) return std::isnan(left);
+    return left > right || (!(left < right) && a < b);
   };
   const auto found = std::min<int64_t>(k, static_cast<int64_t>(candidates.size()));
   std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end(), before);
