@@ -279,8 +279,11 @@ def fused_update_(  # noqa: D103
     op.tensor("cached", cached, (None, W.size(1)), _MASTER)
     op.tensor("cache_slots", cache_slots, (W.size(0),), (torch.int32,))
     op.tensor("grad_scale", grad_scale, (), _MASTER)
-    for name, tensor in (("W", W), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        op.in_place(name, tensor)
+    written = {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    copies = {"packed": packed, "stats": stats, "rounded": rounded}
+    for name, tensor in (*written.items(), *copies.items()):
+        if tensor is not None:
+            op.in_place(name, tensor)
     op.require(step >= 1, "step must be at least 1", str(step))
     op.precision(precision)
 

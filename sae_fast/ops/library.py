@@ -115,8 +115,9 @@ def _checked(name: str) -> Callable[..., Any]:
     def kernel(*arguments: Any) -> Any:
         check(*arguments)
         _check_data(name, dict(zip(names, arguments, strict=True)))
+        laid_out = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
         with torch.no_grad():
-            return compute(*arguments)
+            return compute(*laid_out)
 
     return kernel
 

@@ -271,11 +271,11 @@ def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k == 0:
         return values, indices
     # topk breaks ties as it likes. Where exactly k values reach the k-th, the set is right and only
-    # its order is open; the other rows, NaN among them, go through a stable sort of the whole row.
+    # its order is open; the other rows go through a stable sort of the whole row.
     indices, by_index = indices.sort(dim=1)
     values, order = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
     indices = indices.gather(1, order)
-    unsure = (pre_acts >= values[:, -1:]).sum(1) != k
+    unsure = (~(pre_acts < values[:, -1:])).sum(1) != k  # NaN is not below anything
     if bool(unsure.any()):
         everything, order = pre_acts[unsure].sort(dim=1, descending=True, stable=True)
         values[unsure], indices[unsure] = everything[:, :k], order[:, :k]

@@ -1,0 +1,160 @@
+"""Inputs for the ops, shared by the tests of results, registration, gradients and compilation."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PRECISIONS = ("screened", "fp32", "bf16", "fp16")
+EXACT = ("screened", "fp32")
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NO_COPY = (None, None, None)
+
+ops = torch.ops.sae_fast
+
+
+class Problem(NamedTuple):
+    """An encoder, a decoder and tokens."""
+
+    x: Tensor  # [N, D]
+    W_enc: Tensor  # [F, D]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, D]
+    b_dec: Tensor  # [D]
+
+    @property
+    def encoder(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.x, self.W_enc, self.b_enc, self.b_dec
+
+    def double(self) -> "Problem":
+        return Problem(*(tensor.double() for tensor in self))
+
+    def requires_grad(self) -> "Problem":
+        return Problem(*(tensor.detach().clone().requires_grad_() for tensor in self))
+
+
+def make_problem(n: int = 20, d_in: int = 12, d_sae: int = 70, seed: int = 0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    W_dec = torch.nn.functional.normalize(normal(d_sae, d_in), dim=1)
+    return Problem(normal(n, d_in), normal(d_sae, d_in), normal(d_sae), W_dec, normal(d_in))
+
+
+class Code(NamedTuple):
+    values: Tensor
+    indices: Tensor
+    offsets: Tensor | None
+
+    @property
+    def n_rows(self) -> int:
+        return self.indices.shape[0] if self.offsets is None else self.offsets.numel() - 1
+
+    def dense(self, d_sae: int) -> Tensor:
+        """[N, d_sae] float64."""
+        if self.offsets is None:
+            rows = torch.arange(self.n_rows).repeat_interleave(self.indices.shape[1])
+        else:
+            rows = torch.arange(self.n_rows).repeat_interleave(self.offsets.diff())
+        out = torch.zeros(self.n_rows, d_sae, dtype=torch.float64)
+        place = (rows, self.indices.flatten().long())
+        return out.index_put(place, self.values.flatten().double(), accumulate=True)
+
+
+def make_code(n: int, d_sae: int, k: int, *, csr: bool = False, seed: int = 1) -> Code:
+    """Codes of k different latents a row, some of value 0; with csr, of 0 to k."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.rand(n, d_sae, generator=generator).argsort(1)[:, :k].int()
+    values = torch.rand(n, k, generator=generator) + 0.1
+    values[torch.rand(n, k, generator=generator) < 0.2] = 0.0
+    if not csr:
+        return Code(values, indices, None)
+    counts = torch.randint(0, k + 1, (n,), generator=generator)
+    keep = torch.arange(k) < counts[:, None]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return Code(values[keep], indices[keep], offsets)
+
+
+def codes(n: int = 20, d_sae: int = 70, k: int = 6) -> list[Code]:
+    return [make_code(n, d_sae, k), make_code(n, d_sae, k, csr=True)]
+
+
+def in_latent_major(code: Code, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """latent_offsets, rows and coefficients of a code."""
+    latent_offsets, entries, rows = ops.latent_major(*code, d_sae)
+    return latent_offsets, rows, code.values.flatten()[entries]
+
+
+def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(op, case, arguments) over the optional arguments and layouts of every op."""
+    problem = make_problem()
+    n, d_sae = problem.x.shape[0], problem.W_enc.shape[0]
+    for precision in PRECISIONS:
+        copies = ops.pack_encoder(problem.W_enc, precision)
+        yield "pack_encoder", precision, (problem.W_enc, precision)
+        arguments = (*problem.encoder, 5, precision, None, 0)
+        yield "encode_topk", precision, (*arguments, *copies)
+        threshold = torch.full((d_sae,), 0.5)
+        arguments = (*problem.encoder, threshold, precision)
+        yield "encode_threshold", precision, (*arguments, *copies)
+    dead = torch.arange(d_sae) % 3 == 0
+    yield "encode_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
+    yield "decorrelation", "", (problem.W_dec,)
+    yield "normalize_rows_", "", (problem.W_enc.clone(),)
+    for code in codes(n, d_sae):
+        layout = "topk" if code.offsets is None else "csr"
+        for b_dec in (problem.b_dec, None):
+            case = layout if b_dec is not None else f"{layout}, no bias"
+            yield "decode", case, (*code, problem.W_dec, b_dec)
+            yield "reconstruct", case, (*code, problem.W_dec, b_dec, problem.x)
+        for dtype in LOW.values():
+            case = f"{layout}, {dtype}"
+            W_dec = problem.W_dec.to(dtype)
+            yield "reconstruct", case, (*code, W_dec, problem.b_dec, problem.x)
+        yield "decode_backward", layout, (problem.x, *code[1:], problem.W_dec)
+        yield "accumulate_rows", layout, (*code, problem.x, d_sae)
+        yield "latent_major", layout, (*code, d_sae)
+        yield from _update_samples(code, layout, problem)
+
+
+def _update_samples(
+    code: Code, layout: str, problem: Problem
+) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    lists = in_latent_major(code, problem.W_enc.shape[0])
+    for case, shift, onto, extra in (
+        ("bare", None, None, None),
+        ("shift", problem.b_dec, None, None),
+        ("projected", None, problem.W_dec, problem.W_enc),
+    ):
+        arguments = (*lists, problem.x, shift, onto, extra)
+        yield "row_gradient_norm", f"{layout}, {case}", arguments
+        yield "fused_update_", f"{layout}, {case}", update_arguments(*arguments, problem.W_dec)
+
+
+def update_arguments(
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    project_onto: Tensor | None,
+    extra_grad: Tensor | None,
+    W: Tensor,
+    *,
+    grad_scale: float = 0.5,
+    step: int = 3,
+    weight_decay: float = 0.1,
+) -> tuple[Any, ...]:
+    """All arguments of fused_update_ on a clone of W, with moments as after some steps."""
+    W = W.clone()
+    project = project_onto is not None
+    factors = (latent_offsets, rows, coefficients, dense, shift)
+    _, sums, cached, slots = ops.row_gradient_norm(*factors, W if project else None, extra_grad)
+    exp_avg, exp_avg_sq = 0.1 * W.flip(0), 0.01 * W.square().flip(0)
+    scale = torch.tensor(grad_scale, dtype=W.dtype)
+    hyper = (1e-2, 0.9, 0.999, 1e-8, weight_decay, step, project, project)
+    moments = (W, exp_avg, exp_avg_sq)
+    return (*moments, *factors, extra_grad, sums, cached, slots, scale, *hyper, *NO_COPY, "fp32")

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from op_samples import samples
+from torch import Tensor
+
+import sae_fast.ops  # noqa: F401
+from sae_fast.ops import library
+
+SAMPLES = [pytest.param(name, args, id=f"{name}-{case}") for name, case, args in samples()]
+DIFFERENTIABLE = ("encode_topk", "encode_threshold", "decode", "reconstruct", "decorrelation")
+
+
+def one_of_each():
+    """The first sample of every op in every layout: tracing is slow."""
+    found = {(name, "csr" in case): (name, args) for name, case, args in reversed([*samples()])}
+    return [pytest.param(*sample, id=f"{sample[0]}-{csr}") for (_, csr), sample in found.items()]
+
+
+def overload(name):
+    return getattr(torch.ops.sae_fast, name).default
+
+
+def with_grad(name, arguments):
+    """The arguments as a training step has them: what is differentiable requires a gradient."""
+    if name not in DIFFERENTIABLE:
+        return arguments
+    return tuple(
+        a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    )
+
+
+@pytest.mark.parametrize("name", library.SCHEMAS)
+def test_schema_is_the_one_in_the_list(name):
+    written = torch._C.parse_schema(f"sae_fast::{name}{library.SCHEMAS[name]}")
+    assert str(overload(name)._schema) == str(written)
+
+
+def test_every_op_has_samples():
+    assert {name for name, _, _ in samples()} == set(library.SCHEMAS)
+
+
+@pytest.mark.parametrize(("name", "arguments"), SAMPLES)
+def test_op_passes_opcheck(name, arguments):
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(overload(name), with_grad(name, arguments), test_utils=checks)
+
+
+@pytest.mark.parametrize(("name", "arguments"), one_of_each())
+def test_op_passes_opcheck_when_traced_with_dynamic_shapes(name, arguments):
+    check = "test_aot_dispatch_dynamic"
+    torch.library.opcheck(overload(name), with_grad(name, arguments), test_utils=check)
+
+
+@pytest.mark.parametrize(("name", "arguments"), SAMPLES)
+def test_result_is_no_view_of_an_argument(name, arguments):
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, Tensor)}
+    outputs = overload(name)(*arguments)
+    for output in outputs if isinstance(outputs, tuple) else (outputs,):
+        if output is not None and output.numel() > 0:
+            assert output.untyped_storage().data_ptr() not in given
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [p for p in SAMPLES if p.values[0] in ("pack_encoder", "decode_backward", "accumulate_rows")],
+)
+def test_backward_through_an_op_without_derivative_is_refused(name, arguments):
+    arguments = [
+        a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
+    outputs = overload(name)(*arguments)
+    output = outputs[0] if isinstance(outputs, tuple) else outputs
+    if not output.is_floating_point():  # the packed encoder may be of integers
+        output = outputs[1]
+    with pytest.raises(RuntimeError, match=f"{name}: has no derivative"):
+        output.sum().backward()
