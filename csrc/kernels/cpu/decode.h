@@ -23,7 +23,7 @@ struct Decoder {
   Rows type;
   const void* W_dec;   // [d_sae][d_in]
   const float* b_dec;  // [d_in] or null
-  int64_t d_in;
+  int64_t d_sae, d_in;
 };
 
 // x_hat [tokens][d_in].

@@ -190,12 +190,11 @@ __global__ void __launch_bounds__(kReconstructThreads, kReconstructBlocks)
                        const float* __restrict__ b_dec, const float* __restrict__ x,
                        Weight* residual, float* __restrict__ squared_error,
                        float* __restrict__ residual_dot, int64_t d_in, int capacity) {
-  extern __shared__ uint4 shared_memory[];
   __shared__ float errors[kReconstructThreads / kWarpSize];
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const Stage<Weight, kWidth> stage(shared_memory, warps, capacity);
+  const Stage<Weight, kWidth> stage(dynamic_shared_memory(), warps, capacity);
   Vector<Weight, kWidth>* const tile = stage.tiles + warp * capacity * kWarpSize + lane;
   float* const dots = stage.dots + warp * capacity;
 

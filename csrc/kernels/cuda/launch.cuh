@@ -18,6 +18,16 @@ __host__ __device__ constexpr Integer ceil_div(Integer value, Integer unit) {
   return (value + unit - 1) / unit;
 }
 
+// The shared memory that a launch gave the block, aligned for any vector.
+__device__ inline void* dynamic_shared_memory() {
+#ifdef SAE_FAST_EMULATED_CUDA  // csrc/tests/cuda_emulation
+  return emulated_cuda::dynamic_shared_memory();
+#else
+  extern __shared__ uint4 shared_memory[];
+  return shared_memory;
+#endif
+}
+
 // Starts `blocks` thread blocks, of which a kernel may get fewer than it asked for (the grid's x
 // stops at 2^31 - 1): kernels stride over their work by gridDim.x. Nothing to do is no launch.
 template <typename... Parameters, typename... Arguments>

@@ -32,8 +32,7 @@ __global__ void __launch_bounds__(kRowThreads)
                          const float* __restrict__ project_onto, int64_t d_in,
                          double* __restrict__ squared_norms, float* __restrict__ sums,
                          float* __restrict__ cached, int32_t* __restrict__ cache_slots) {
-  extern __shared__ uint4 shared_memory[];
-  float* const gradient = reinterpret_cast<float*>(shared_memory);  // [D]
+  float* const gradient = static_cast<float*>(dynamic_shared_memory());  // [D]
   __shared__ float dots[kRowWarps];
   __shared__ double squares[kRowWarps];
   const int columns = static_cast<int>(d_in);  // as many as shared memory holds
@@ -125,9 +124,8 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
                   int64_t d_in, RowState state, const float* __restrict__ cached,
                   const int32_t* __restrict__ cache_slots, const float* __restrict__ grad_scale,
                   AdamStep adam, bool project, bool unit_norm) {
-  extern __shared__ uint4 shared_memory[];
-  float* const gradient = reinterpret_cast<float*>(shared_memory);  // [D]
-  float* const row = gradient + d_in;                               // [D]
+  float* const gradient = static_cast<float*>(dynamic_shared_memory());  // [D]
+  float* const row = gradient + d_in;                                    // [D]
   __shared__ float partial[kRowWarps];
   const int columns = static_cast<int>(d_in);  // as many as shared memory holds
   const int first = static_cast<int>(threadIdx.x) * kWidth;

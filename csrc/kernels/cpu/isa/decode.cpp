@@ -3,6 +3,7 @@
 #include "kernels/cpu/isa/decode.h"
 
 #include "kernels/cpu/isa/gather.h"
+#include "kernels/cpu/isa/slab.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -79,6 +80,36 @@ bool reconstruct_as(const cpu::Code& code, const cpu::Decoder& decoder,
   return true;
 }
 
+// The same, slab by slab over blocks of tokens.
+template <class T>
+bool reconstruct_in_slabs(const cpu::Code& code, const cpu::Decoder& decoder,
+                          const cpu::Reconstruction& to, const cpu::Parallel& parallel) {
+  constexpr int64_t kSlabTokens = int64_t{512} * 1024 / (kSlab * 4);  // half of a 1 MB L2
+  const int64_t share = (code.tokens + parallel.threads() - 1) / parallel.threads();
+  const int64_t rows = share < kSlabTokens ? share : kSlabTokens;
+  const int64_t blocks = (code.tokens + rows - 1) / rows;
+  int64_t most = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t end = (block + 1) * rows < code.tokens ? (block + 1) * rows : code.tokens;
+    const int64_t entries = code.begin(end) - code.begin(block * rows);
+    most = entries > most ? entries : most;
+  }
+  using Worker = SlabReconstruction<T>;
+  const int64_t bytes = (Worker::bytes(rows, decoder.d_sae, most) + 63) / 64 * 64;
+  Scratch scratch(parallel.threads() * bytes);
+  if (!scratch) return false;
+  int64_t next = 0;
+  parallel.for_each(parallel.threads(), [&](int64_t thread) {
+    Worker worker(code, decoder, decoder.d_sae, to, scratch.as<char>(thread * bytes), rows);
+    for (;;) {
+      const int64_t first = __atomic_fetch_add(&next, rows, __ATOMIC_RELAXED);
+      if (first >= code.tokens) return;
+      worker.run(first, first + rows < code.tokens ? first + rows : code.tokens);
+    }
+  });
+  return true;
+}
+
 }  // namespace
 
 bool decode(const cpu::Code& code, const cpu::Decoder& decoder, float* x_hat,
@@ -103,8 +134,12 @@ bool decode_backward(const cpu::Code& code, const cpu::Decoder& decoder, const f
 
 bool reconstruct(const cpu::Code& code, const cpu::Decoder& decoder,
                  const cpu::Reconstruction& reconstruction, const cpu::Parallel& parallel) {
+  if (code.tokens == 0) return true;
+  const bool in_slabs = slabs_pay(code.begin(code.tokens), decoder.d_sae);
   return with_element(decoder.type, [&](auto element) {
-    return reconstruct_as<decltype(element)>(code, decoder, reconstruction, parallel);
+    using T = decltype(element);
+    return in_slabs ? reconstruct_in_slabs<T>(code, decoder, reconstruction, parallel)
+                    : reconstruct_as<T>(code, decoder, reconstruction, parallel);
   });
 }
 

@@ -2,7 +2,6 @@
 // keys, candidate buffers that shrink when they fill, and the final ranking.
 #pragma once
 
-#include <algorithm>
 #include <new>
 #include <type_traits>
 
@@ -46,6 +45,28 @@ inline int32_t kth_largest(const int32_t* keys, int64_t count, int64_t k) {
   return low;
 }
 
+// A key that at least k of `count` >= k keys reach and that lies less than `slack` below the k-th.
+inline int32_t near_kth_largest(const int32_t* keys, int64_t count, int64_t k, int32_t slack) {
+  int32_t low = INT32_MAX;  // invariant: at least k keys are >= low, fewer are > high
+  int32_t high = INT32_MIN;
+  for (int64_t i = 0; i < count; ++i) {
+    low = keys[i] < low ? keys[i] : low;
+    high = keys[i] > high ? keys[i] : high;
+  }
+  while (static_cast<int64_t>(high) - low > slack) {
+    const auto middle =
+        static_cast<int32_t>((static_cast<int64_t>(low) + static_cast<int64_t>(high) + 1) >> 1);
+    const int64_t reached = count_at_least(keys, count, middle);
+    if (reached == k) return middle;
+    if (reached > k) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 inline void keys_of(const float* values, int64_t count, int32_t* keys) {
   for (int64_t i = 0; i < count; ++i) keys[i] = ordered_key(values[i]);
 }
@@ -81,53 +102,87 @@ inline int64_t keep_at_least(float* values, int32_t* indices, int64_t count, flo
   return kept;
 }
 
-// How many of `count` entries come before entry `me`; equal keys rank by position.
-inline int64_t rank_of(const int32_t* keys, int64_t count, int64_t me) {
-  const int32_t key = keys[me];
-  int32_t before = 0;
-  for (int64_t i = 0; i < me; ++i) before += keys[i] >= key ? 1 : 0;
-  for (int64_t i = me + 1; i < count; ++i) before += keys[i] > key ? 1 : 0;
-  return before;
-}
-
-// A candidate as one integer: ascending order of it is the order of the result.
-inline uint64_t sortable(int32_t key, int32_t index) {
+// A candidate as one integer: ascending order of the upper half is the order of the result.
+inline uint64_t sortable(int32_t key, int64_t position) {
   const uint32_t descending = ~(static_cast<uint32_t>(key) ^ 0x80000000u);
-  return (static_cast<uint64_t>(descending) << 32) | static_cast<uint32_t>(index);
+  return (static_cast<uint64_t>(descending) << 32) | static_cast<uint64_t>(position);
 }
 
-struct SortableLess {  // a type of this level's namespace keeps std::sort's instance at this level
-  bool operator()(uint64_t a, uint64_t b) const { return a < b; }
-};
+inline int64_t position_of(uint64_t entry) { return static_cast<int64_t>(entry & 0xffffffffu); }
+
+// Sorts by the upper half, equal ones in their old order: least significant digit first, skipping
+// digits that all entries share. The result is in `entries`; `spare` is scratch of the same size.
+inline void radix_sort(uint64_t* entries, uint64_t* spare, int64_t count) {
+  constexpr int kDigits = 4;
+  uint32_t places[kDigits][256] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int digit = 0; digit < kDigits; ++digit) {
+      ++places[digit][entries[i] >> (32 + 8 * digit) & 255];
+    }
+  }
+  uint64_t* from = entries;
+  uint64_t* to = spare;
+  for (int digit = 0; digit < kDigits; ++digit) {
+    const int shift = 32 + 8 * digit;
+    if (places[digit][from[0] >> shift & 255] == static_cast<uint32_t>(count)) continue;
+    uint32_t total = 0;
+    for (uint32_t& place : places[digit]) {
+      const uint32_t here = place;
+      place = total;
+      total += here;
+    }
+    for (int64_t i = 0; i < count; ++i) to[places[digit][from[i] >> shift & 255]++] = from[i];
+    uint64_t* const swapped = from;
+    from = to;
+    to = swapped;
+  }
+  if (from != entries) std::memcpy(entries, from, static_cast<size_t>(count) * sizeof(uint64_t));
+}
 
 inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }  // a NaN stays
 
+// Few candidates: each counts how many come before it.
+inline void rank_best(const float* values, const int32_t* indices, const int32_t* keys,
+                      int64_t count, int64_t k, float* out_values, int32_t* out_indices) {
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t above = 0;
+    int32_t reached = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      above += keys[j] > keys[i] ? 1 : 0;
+      reached += keys[j] >= keys[i] ? 1 : 0;
+    }
+    int64_t rank = above;
+    if (reached - above > 1) {  // equal keys rank by position
+      for (int64_t j = 0; j < i; ++j) rank += keys[j] == keys[i] ? 1 : 0;
+    }
+    if (rank >= k) continue;
+    out_values[rank] = relu(values[i]);
+    out_indices[rank] = indices[i];
+  }
+}
+
 // Writes the k best of `count` >= k candidates, listed by ascending index, best first, after ReLU.
-// `keys` and `order` are scratch for `count` entries each.
+// `keys` is scratch for `count` entries, `order` for twice as many.
 inline void select_best(const float* values, const int32_t* indices, int64_t count, int64_t k,
                         int32_t* keys, uint64_t* order, float* out_values, int32_t* out_indices) {
   keys_of(values, count, keys);
-  constexpr int64_t kRankAll = 256;  // ranking all pairs beats sorting up to about here
+  constexpr int64_t kRankAll = 80;  // comparing all pairs beats sorting up to about here
   if (count <= kRankAll) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t rank = rank_of(keys, count, i);
-      if (rank >= k) continue;
-      out_values[rank] = relu(values[i]);
-      out_indices[rank] = indices[i];
-    }
+    rank_best(values, indices, keys, count, k, out_values, out_indices);
     return;
   }
-  const int32_t bound = kth_largest(keys, count, k);
-  int64_t ties = k;
-  for (int64_t i = 0; i < count; ++i) ties -= keys[i] > bound ? 1 : 0;
   int64_t kept = 0;
-  for (int64_t i = 0; i < count && kept < k; ++i) {
-    if (keys[i] < bound || (keys[i] == bound && ties-- <= 0)) continue;
-    order[kept++] = sortable(keys[i], static_cast<int32_t>(i));
+  if (count > 2 * k + 64) {  // drop what is not among the best before sorting
+    const int32_t bound = kth_largest(keys, count, k);
+    for (int64_t i = 0; i < count; ++i) {
+      if (keys[i] >= bound) order[kept++] = sortable(keys[i], i);
+    }
+  } else {
+    for (; kept < count; ++kept) order[kept] = sortable(keys[kept], kept);
   }
-  std::sort(order, order + kept, SortableLess{});
-  for (int64_t rank = 0; rank < kept; ++rank) {
-    const auto position = static_cast<int64_t>(order[rank] & 0xffffffffu);
+  radix_sort(order, order + count, kept);
+  for (int64_t rank = 0; rank < k; ++rank) {
+    const int64_t position = position_of(order[rank]);
     out_values[rank] = relu(values[position]);
     out_indices[rank] = indices[position];
   }
@@ -171,10 +226,12 @@ class CandidateRows {
     failed[row] = 0;
   }
 
-  // The k-th largest approximate value so far; needs counts[row] >= k.
+  // A lower bound of the k-th largest approximate value so far, at most about 1e-3 of it too low;
+  // needs counts[row] >= k.
   float kth_value(int64_t row, int32_t* keys) const {
+    constexpr int32_t kSlack = 1 << 13;  // in units of the 2^-23 between neighbouring floats
     keys_of(row_values(row), counts[row], keys);
-    return value_of_key(kth_largest(keys, counts[row], k));
+    return value_of_key(near_kth_largest(keys, counts[row], k, kSlack));
   }
 
   // Makes room for another panel: nothing more than `margin` below the k-th can be among the best.

@@ -16,7 +16,7 @@
 
 #include "kernels/common/half.h"
 
-#define SAE_FAST_UNROLL _Pragma("GCC unroll 16")
+#define SAE_FAST_UNROLL _Pragma("GCC unroll 32")
 
 namespace sae_fast::SAE_FAST_ISA {
 
@@ -93,14 +93,26 @@ inline Vec vec_abs(Vec value) {
 
 inline Vec vec_max(Vec a, Vec b) { return a > b ? a : b; }
 
-// Always the same tree, so that a sum has one value per instruction set.
+// Always the same tree, halves onto halves, so that a sum has one value per instruction set.
 inline float reduce_add(Vec value) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)value),
+                                     (__m256)_mm512_extractf64x4_pd((__m512d)value, 1));
+#else
+  const __m256 eight = (__m256)value;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lanes[kLanes];
   std::memcpy(lanes, &value, sizeof lanes);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+#endif
 }
 
 inline float reduce_max(Vec value) {

@@ -62,20 +62,20 @@ class TopKWorker {
     if (!block_memory_.reset(TokenBlock<Product, T>::bytes(rows_, problem_.encoder.d_in)) ||
         !main_memory_.reset(main_bytes) || !aux_memory_.reset(aux_bytes) ||
         !pair_memory_.reset(pairs * static_cast<int64_t>(sizeof(Pair))) ||
-        !offset_memory_.reset((d_sae + 1) * 8) || !active_memory_.reset(rows_ * 4) ||
-        !wide_memory_.reset(widest * 20)) {
+        !offset_memory_.reset((d_sae + 1) * 4) || !active_memory_.reset(rows_ * 4) ||
+        !wide_memory_.reset(widest * 28)) {
       return false;
     }
     block_.place(block_memory_.as<char>(), rows_, problem_.encoder.d_in);
     main_.place(main_memory_.as<char>(), rows_);
     if (wants_aux()) aux_.place(aux_memory_.as<char>(), rows_);
     pairs_ = pair_memory_.as<Pair>();
-    offsets_ = offset_memory_.as<int64_t>();
+    offsets_ = offset_memory_.as<int32_t>();
     active_ = active_memory_.as<int32_t>();
     order_ = wide_memory_.as<uint64_t>();
-    scores_ = wide_memory_.as<float>(widest * 8);
-    keys_ = wide_memory_.as<int32_t>(widest * 12);
-    all_ = wide_memory_.as<int32_t>(widest * 16);
+    scores_ = wide_memory_.as<float>(widest * 16);
+    keys_ = wide_memory_.as<int32_t>(widest * 20);
+    all_ = wide_memory_.as<int32_t>(widest * 24);
     return true;
   }
 
@@ -111,10 +111,11 @@ class TopKWorker {
   }
 
  private:
-  // A candidate to be scored: where its score goes, and whose token it is.
+  // A candidate to be scored: the row of its token, and where its score goes: an offset into the
+  // values of the main candidates, or the complement of one into those of the dead latents.
   struct Pair {
-    float* value;
-    int64_t row;
+    int32_t row;
+    int32_t offset;
   };
 
   bool wants_aux() const { return aux_.k > 0; }
@@ -214,43 +215,48 @@ class TopKWorker {
   void score_pairs() {
     const int64_t d_sae = problem_.encoder.d_sae;
     const int64_t d_in = problem_.encoder.d_in;
-    std::memset(offsets_, 0, static_cast<size_t>(d_sae + 1) * sizeof(int64_t));
-    each_candidate([this](float*, int32_t latent, int64_t) { ++offsets_[latent + 1]; });
+    std::memset(offsets_, 0, static_cast<size_t>(d_sae + 1) * sizeof(int32_t));
+    each_candidate([this](int32_t latent, int32_t, int32_t) { ++offsets_[latent + 1]; });
     for (int64_t j = 0; j < d_sae; ++j) offsets_[j + 1] += offsets_[j];
-    const int64_t total = offsets_[d_sae];
-    each_candidate([this](float* value, int32_t latent, int64_t row) {
-      pairs_[offsets_[latent]++] = {value, row};
+    const int32_t total = offsets_[d_sae];
+    each_candidate([this](int32_t latent, int32_t row, int32_t offset) {
+      pairs_[offsets_[latent]++] = {row, offset};
     });
     const T* rows = scoring_rows<T>(problem_.encoder);
-    int64_t pair = 0;
-    for (int64_t j = 0; j < d_sae && pair < total; ++j) {
-      if (offsets_[j] == pair) continue;
-      for (int64_t next = j + 1; next < d_sae; ++next) {  // the next latent in use
-        if (offsets_[next] == offsets_[j]) continue;
-        prefetch_row(rows + next * d_in, d_in * static_cast<int64_t>(sizeof(T)));
-        break;
+    int32_t pair = 0;
+    for (int64_t j = 0; j < d_sae; ++j) {
+      constexpr int64_t kAhead = 2;
+      if (j + kAhead < d_sae && offsets_[j + kAhead] != offsets_[j + kAhead - 1]) {
+        prefetch_row(rows + (j + kAhead) * d_in, d_in * static_cast<int64_t>(sizeof(T)));
       }
       for (; pair < offsets_[j]; ++pair) {
         if (pair + 1 < total) block_.prefetch_token(pairs_[pair + 1].row);
-        *pairs_[pair].value = block_.score(pairs_[pair].row, rows + j * d_in, problem_.b_enc[j]);
+        const float score = block_.score(pairs_[pair].row, rows + j * d_in, problem_.b_enc[j]);
+        const int32_t offset = pairs_[pair].offset;
+        (offset >= 0 ? main_.values[offset] : aux_.values[~offset]) = score;
       }
     }
   }
 
+  // Calls function(latent, row, offset of the value) for every candidate of the block.
   template <class Function>
   void each_candidate(Function&& function) {
     for (int64_t row = 0; row < count_; ++row) {
-      each_candidate(main_, row, function);
-      if (wants_aux()) each_candidate(aux_, row, function);
+      each_candidate(main_, row, [&](int32_t latent, int32_t offset) {
+        function(latent, static_cast<int32_t>(row), offset);
+      });
+      if (!wants_aux()) continue;
+      each_candidate(aux_, row, [&](int32_t latent, int32_t offset) {
+        function(latent, static_cast<int32_t>(row), ~offset);
+      });
     }
   }
 
   template <class Function>
-  static void each_candidate(const CandidateRows& from, int64_t row, Function& function) {
+  static void each_candidate(const CandidateRows& from, int64_t row, Function&& function) {
     if (from.failed[row] != 0) return;
-    for (int32_t i = 0; i < from.counts[row]; ++i) {
-      function(from.row_values(row) + i, from.row_indices(row)[i], row);
-    }
+    const auto first = static_cast<int32_t>(row * from.capacity);  // block_rows keeps it in int32
+    for (int32_t i = 0; i < from.counts[row]; ++i) function(from.row_indices(row)[i], first + i);
   }
 
   void finish(int64_t row) {
@@ -302,7 +308,7 @@ class TopKWorker {
   TokenBlock<Product, T> block_;
   CandidateRows main_, aux_;
   Pair* pairs_ = nullptr;        // [rows * capacities]
-  int64_t* offsets_ = nullptr;   // [d_sae + 1]
+  int32_t* offsets_ = nullptr;   // [d_sae + 1]
   int32_t* active_ = nullptr;    // [rows] block row of each row of the product
   uint64_t* order_ = nullptr;    // scratch of select_best
   float* scores_ = nullptr;      // [d_sae] of the exact path

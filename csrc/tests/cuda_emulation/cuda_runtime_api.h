@@ -1,0 +1,75 @@
+// Stands in for the CUDA runtime: what our kernels and launchers use of it, on the host.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "tests/cuda_emulation/emulation.h"
+
+#define SAE_FAST_EMULATED_CUDA
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static  // blocks run one after the other
+#define __launch_bounds__(...)
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+};
+using cudaStream_t = struct EmulatedStream*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() { emulated_cuda::block_barrier(); }
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned /*mask*/, Value value, int lanes) {
+  return emulated_cuda::shuffle(value, (threadIdx.x % 32) ^ static_cast<unsigned>(lanes));
+}
+
+inline cudaError_t cudaGetDevice(int* index) {
+  *index = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*index*/) {
+  const emulated_cuda::Device& device = emulated_cuda::device;
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = device.shared_per_block;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = device.shared_per_multiprocessor;
+      break;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      *value = device.reserved_per_block;
+      break;
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void* /*kernel*/, cudaFuncAttribute /*attribute*/,
+                                        int bytes) {
+  return bytes <= emulated_cuda::device.shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  emulated_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                          [&] { kernel(Parameters(arguments)...); });
+  return cudaSuccess;
+}

@@ -1,0 +1,148 @@
+#include "tests/cuda_emulation/emulation.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulated_cuda {
+
+Device device;
+
+namespace {
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kStackBytes = 256 * 1024;
+
+struct Barrier {
+  unsigned arrived = 0;
+  uint64_t passed = 0;
+};
+
+struct Fiber {
+  ucontext_t context{};
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  Barrier* waits_for = nullptr;
+  uint64_t passed_before = 0;
+  bool finished = false;
+};
+
+struct Warp {
+  Barrier barrier;
+  std::array<uint64_t, kWarpSize> slots{};
+};
+
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+std::vector<uint64_t> shared_memory;
+Barrier barrier_of_block;
+unsigned running = 0;  // threads of the block that have not returned
+unsigned current = 0;
+ucontext_t scheduler;
+const std::function<void()>* kernel_body = nullptr;
+std::mt19937 order(1);
+
+void pass_if_complete(Barrier& barrier, unsigned needed) {
+  if (barrier.arrived == 0 || barrier.arrived < needed) return;
+  barrier.arrived = 0;
+  ++barrier.passed;
+}
+
+void wait_at(Barrier& barrier, unsigned needed) {
+  Fiber& fiber = fibers[current];
+  fiber.waits_for = &barrier;
+  fiber.passed_before = barrier.passed;
+  ++barrier.arrived;
+  pass_if_complete(barrier, needed);
+  while (barrier.passed == fiber.passed_before) swapcontext(&fiber.context, &scheduler);
+  fiber.waits_for = nullptr;
+}
+
+bool waits(const Fiber& fiber) {
+  return fiber.waits_for != nullptr && fiber.waits_for->passed == fiber.passed_before;
+}
+
+void fiber_main() {
+  (*kernel_body)();
+  fibers[current].finished = true;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+void start_block(unsigned threads) {
+  if (fibers.size() < threads) fibers.resize(threads);
+  warps.assign(threads / kWarpSize, Warp{});
+  barrier_of_block = Barrier{};
+  running = threads;
+  for (unsigned thread = 0; thread < threads; ++thread) {
+    Fiber& fiber = fibers[thread];
+    fiber.finished = false;
+    fiber.waits_for = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+}
+
+// Every thread that can go on does, until all have returned.
+void run_block(unsigned threads) {
+  start_block(threads);
+  std::vector<unsigned> turns(threads);
+  for (unsigned thread = 0; thread < threads; ++thread) turns[thread] = thread;
+  while (running > 0) {
+    std::shuffle(turns.begin(), turns.end(), order);
+    bool progress = false;
+    for (const unsigned thread : turns) {
+      if (fibers[thread].finished || waits(fibers[thread])) continue;
+      progress = true;
+      current = thread;
+      threadIdx = dim3(thread, 0, 0);
+      swapcontext(&scheduler, &fibers[thread].context);
+      if (!fibers[thread].finished) continue;
+      --running;
+      pass_if_complete(barrier_of_block, running);  // as the hardware counts those that returned
+    }
+    if (!progress) {
+      std::fprintf(stderr, "block %u: %u threads wait at barriers that others never reach\n",
+                   blockIdx.x, running);
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (block.x == 0 || block.x > 1024 || block.x % kWarpSize != 0 || grid.x == 0) {
+    std::fprintf(stderr, "a launch of %u blocks of %u threads\n", grid.x, block.x);
+    std::abort();
+  }
+  kernel_body = &kernel;
+  blockDim = block;
+  gridDim = dim3(std::min(grid.x, device.max_blocks));
+  for (unsigned index = 0; index < gridDim.x; ++index) {
+    blockIdx = dim3(index, 0, 0);
+    // Not zero, since a device's shared memory is not; and of its own size, for AddressSanitizer.
+    shared_memory.clear();
+    shared_memory.shrink_to_fit();
+    shared_memory.assign((shared_bytes + 7) / 8, 0xfbfbfbfbfbfbfbfbu);
+    run_block(block.x);
+  }
+}
+
+void* dynamic_shared_memory() { return shared_memory.data(); }
+
+void block_barrier() { wait_at(barrier_of_block, running); }
+
+void warp_barrier() { wait_at(warps[threadIdx.x / kWarpSize].barrier, kWarpSize); }
+
+uint64_t& shuffle_slot(unsigned lane) { return warps[threadIdx.x / kWarpSize].slots[lane]; }
+
+}  // namespace emulated_cuda

@@ -1,0 +1,79 @@
+// What the tests of the emulated CUDA kernels share.
+#pragma once
+
+#include "kernels/cuda/types.h"
+#include "tests/testing.h"
+
+namespace sae_fast::testing {
+
+inline cuda::DataType data_type(cpu::Rows type) {
+  switch (type) {
+    case cpu::Rows::kBFloat16:
+      return cuda::DataType::kBFloat16;
+    case cpu::Rows::kFloat16:
+      return cuda::DataType::kFloat16;
+    default:
+      return cuda::DataType::kFloat32;
+  }
+}
+
+inline cuda::TypedPointer typed(const Matrix& matrix) {
+  return {matrix.data(), data_type(matrix.type)};
+}
+
+inline cuda::CodeRows rows_of(const CodeProblem& code) {
+  return {code.offsets.empty() ? nullptr : code.offsets.data(), code.k, code.tokens,
+          code.entries()};
+}
+
+inline cpu::Rows any_type(Random& random) { return static_cast<cpu::Rows>(random.integer(0, 2)); }
+
+// The token of every entry.
+inline std::vector<int64_t> tokens_of(const CodeProblem& code) {
+  std::vector<int64_t> tokens;
+  for (int64_t n = 0; n < code.tokens; ++n) {
+    const int64_t count = code.offsets.empty() ? code.k
+                                               : code.offsets[static_cast<size_t>(n) + 1] -
+                                                     code.offsets[static_cast<size_t>(n)];
+    tokens.insert(tokens.end(), static_cast<size_t>(count), n);
+  }
+  return tokens;
+}
+
+inline void check_success(cudaError_t error, const char* what) {
+  check(error == cudaSuccess, "%s: error %d", what, static_cast<int>(error));
+}
+
+// Compares with a sum in double: exact where the terms are small integers.
+inline void check_near(const char* what, double value, double wanted, double tolerance) {
+  check(same(value, wanted) || std::fabs(value - wanted) <= tolerance * (1.0 + std::fabs(wanted)),
+        "%s: %.9g, not %.9g", what, value, wanted);
+}
+
+// As a device allocation is: filled with what was there before, and aligned.
+template <class T>
+std::vector<T> stale(int64_t count, T value) {
+  return std::vector<T>(static_cast<size_t>(count), value);
+}
+
+// Scratch for a kernel whose query gave this size.
+class TestScratch {
+ public:
+  explicit TestScratch(size_t bytes) : memory_(bytes / sizeof(Block) + 1) {
+    std::memset(memory_.data(), 0xfb, memory_.size() * sizeof(Block));
+  }
+  void* data() { return memory_.data(); }
+
+ private:
+  struct alignas(256) Block {
+    unsigned char bytes[256];
+  };
+  std::vector<Block> memory_;
+};
+
+// Defined in cuda_decode_test.cpp, cuda_rows_test.cpp and cuda_update_test.cpp.
+void test_cuda_decode(uint64_t seed);
+void test_cuda_rows(uint64_t seed);
+void test_cuda_update(uint64_t seed);
+
+}  // namespace sae_fast::testing
