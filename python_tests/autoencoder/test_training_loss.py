@@ -166,3 +166,20 @@ def test_total_variance_is_exact_far_from_the_origin(offset):
 def test_total_variance_of_equal_rows_is_rounding_at_most():
     x = torch.full((500, 7), 3.3)
     assert float(total_variance(x)) < 1e-6 * float(x.square().sum())
+
+
+@pytest.mark.skipif(native.load() is None, reason="the reference's sums follow torch's threads")
+def test_loss_and_gradient_do_not_depend_on_the_number_of_threads():
+    found = []
+    threads = torch.get_num_threads()
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        sae = make_sae(d_sae=2000, k=32, dead=DEAD, **ALL_TERMS)
+        loss = sae.training_loss(make_batch(sae, 3000) + 2.0, dense_grad=False)
+        loss.total.backward()
+        found.append(
+            [loss.total.detach(), *loss.components.values(), *left_gradients(sae).values()]
+        )
+    torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], others, strict=True))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sae_fast import ops
 
+_BLOCK = 4096
+
 
 @dataclass(frozen=True)
 class TrainingLoss:
@@ -30,7 +32,7 @@ def reconstruction_loss(
     squared_error: Tensor,  # [N]
 ) -> Tensor:
     """The squared error of a token, Σ_d (x − x̂)², averaged over tokens."""
-    return squared_error.mean()
+    return steady_sum(squared_error) / len(squared_error)
 
 
 def l1_loss(
@@ -38,7 +40,7 @@ def l1_loss(
     n_tokens: int,
 ) -> Tensor:
     """The sum of a token's code values, averaged over tokens; decoder rows have unit norm."""
-    return values.sum() / n_tokens
+    return steady_sum(values) / n_tokens
 
 
 def decorrelation_loss(
@@ -65,9 +67,23 @@ def aux_k_loss(
     residual = residual.detach().to(squared_error.dtype)
     variance = total_variance(residual)
     # Below this it is the rounding of the mean, and dividing by it would blow the term up.
-    rounding = torch.finfo(residual.dtype).eps * residual.square().sum()
+    rounding = torch.finfo(residual.dtype).eps * steady_sum(residual.square())
     share = min(n_dead / full_k_aux, 1.0)
-    return squared_error.sum() * torch.where(variance <= rounding, 0.0, share / variance)
+    return steady_sum(squared_error) * torch.where(variance <= rounding, 0.0, share / variance)
+
+
+def steady_sum(
+    x: Tensor,  # any shape
+) -> Tensor:
+    """The sum of all entries, in an order that does not depend on the number of threads.
+
+    torch splits a long sum between its threads, but never one row of a matrix.
+    """
+    flat = x.flatten()
+    whole = len(flat) // _BLOCK * _BLOCK
+    if whole == 0:
+        return flat.sum()
+    return steady_sum(flat[:whole].view(-1, _BLOCK).sum(1)) + flat[whole:].sum()
 
 
 def total_variance(
@@ -77,11 +93,11 @@ def total_variance(
     mean = x.mean(0)
     if not x.is_cuda:
         # |x|² − N |mean|² writes nothing; where the mean is most of x it would cancel to rounding.
-        whole: Tensor = torch.linalg.vector_norm(x, dim=1).square().sum()
-        centre = len(x) * mean.square().sum()
-        if bool(centre < 0.5 * whole):
-            return whole - centre
-    return (x - mean).square_().sum()
+        total = steady_sum(torch.linalg.vector_norm(x, dim=1).square())
+        centre = len(x) * steady_sum(mean.square())
+        if bool(centre < 0.5 * total):
+            return total - centre
+    return steady_sum((x - mean).square_())
 
 
 def fraction_of_variance_unexplained(
@@ -89,4 +105,4 @@ def fraction_of_variance_unexplained(
     x: Tensor,  # [N, D]
 ) -> Tensor:
     """FVU: Σ (x − x̂)² / Σ (x − mean(x))², numerator and denominator summed over the batch apart."""
-    return squared_error.detach().sum() / total_variance(x.detach())
+    return steady_sum(squared_error.detach()) / total_variance(x.detach())

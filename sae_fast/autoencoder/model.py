@@ -144,12 +144,15 @@ class SparseAutoencoder(nn.Module):
         terms = {
             "recon_loss": config.reconstruction_coeff
             * losses.reconstruction_loss(modelled.squared_error),
-            "l1_loss": config.l1_penalty_coeff * losses.l1_loss(code.values, code.n_rows),
+            "l1_loss": x.new_zeros(()),
             "decorr_loss": x.new_zeros(()),
             "aux_loss": self.architecture.auxiliary_loss(
                 code, modelled.residual, self.W_dec, dead_mask, dense_grad=dense_grad
             ),
         }
+        if config.l1_penalty_coeff > 0:
+            l1_loss = losses.l1_loss(code.values, code.n_rows)
+            terms["l1_loss"] = config.l1_penalty_coeff * l1_loss
         if config.decorrelation_coeff > 0:
             terms["decorr_loss"] = config.decorrelation_coeff * losses.decorrelation_loss(
                 self.W_dec

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.config import TrainConfig
 from sae_fast.training.row_factors import MergedFactors, merge_row_factors, row_factors
 
@@ -143,7 +144,7 @@ class RowAdam(SparseOptimizer):
         squared = encoder.squared_norm + decoder.squared_norm
         for bias in (sae.b_enc, sae.b_dec):
             if bias.grad is not None:
-                squared = squared + bias.grad.double().square().sum()
+                squared = squared + steady_sum(bias.grad.double().square())
         norm = squared.sqrt() / loss_scale
         if not math.isfinite(float(norm)):
             return norm.to(sae.W_enc.dtype)
