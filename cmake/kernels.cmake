@@ -6,9 +6,7 @@
 
 set(isa_flags_portable "")
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
-# GCC 12 takes its own headers' undefined vectors for uninitialised variables.
-set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl
-  -Wno-uninitialized -Wno-maybe-uninitialized)
+set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 set(isa_flags_avx512vnni ${isa_flags_avx512} -mavx512vnni)
 
 set(ISA_LEVELS portable)
@@ -26,9 +24,6 @@ target_compile_options(kernel_flags INTERFACE -ffp-contract=fast -fno-trapping-m
 
 add_library(kernels OBJECT ${KERNEL_SOURCES})
 target_link_libraries(kernels PRIVATE kernel_flags)
-if(NOT ISA_LEVELS STREQUAL "portable")
-  target_compile_definitions(kernels PRIVATE SAE_FAST_X86)
-endif()
 set(KERNEL_TARGETS kernels)
 foreach(level IN LISTS ISA_LEVELS)
   add_library(kernels_${level} OBJECT ${ISA_SOURCES})
