@@ -20,6 +20,7 @@ import torch
 from sae_fast.activations import write_shard
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.train import main, parse_arguments
+from sae_fast.training import run_directory
 
 D_IN = 8
 SMALL = (
@@ -31,6 +32,8 @@ SMALL = (
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    # Drawing takes longer than training here.
+    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -78,9 +81,14 @@ def _refused(result: tuple[int, str, str], *parts: object) -> str:
 # ---- what it does ------------------------------------------------------------------------------
 
 
-def test_a_run_prints_plan_metrics_plot_and_checkpoint(run: Run, shards: Path) -> None:
+def test_a_run_prints_plan_metrics_plot_and_checkpoint(
+    run: Run, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with a real plot
+    monkeypatch.chdir(tmp_path)
     code, out, err = run("--shard-dir", shards, "--checkpoint-dir", "run")
     assert code == 0
+    assert Path("run/plots/training.png").stat().st_size > 10_000
     assert out.index("memory plan") < out.index("training topk: d_in 8, d_sae 32, k 2")
     assert "trained 6 steps, 192 tokens" in out
     assert "heldout_fvu" in out

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sae_fast.activations import write_shard
+from sae_fast.training import run_directory
 
 D_IN = 16
 
@@ -44,6 +45,12 @@ def shard_dir(
     write_shard(directory / "train_01.h5", activations[1800:])
     write_shard(directory / "heldout_00.h5", heldout)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _cheap_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training here; test_plot.py draws."""
+    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
 
 
 @pytest.fixture(autouse=True)
