@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_fast import ops
 
-_BLOCK = 4096
+_BLOCK = 4096  # entries that one thread sums; torch divides sums from 32,768 on
 
 
 @dataclass(frozen=True)
