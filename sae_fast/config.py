@@ -202,7 +202,7 @@ class TrainConfig(ConfigFile):
     keep_checkpoints: int = 3
     """How many of the last checkpoints are kept. [checkpoints]"""
     checkpoint_dir: str | None = None
-    """Directory of the run: configuration, metrics, checkpoints, plots; default: a new one in runs."""
+    """Directory of the run: configuration, metrics, checkpoints; default: a new one in runs."""
     resume_from: str | None = None
     """Where to go on from: latest or best of checkpoint_dir, or a checkpoint, or another run."""
     wandb_project: str | None = None
