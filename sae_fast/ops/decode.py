@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from sae_fast.ops.factors import FactorSink, RowFactor
 from sae_fast.ops.library import differentiable, fake, refuse_backward
 from sae_fast.ops.reference import ROUNDED_DTYPES
-from sae_fast.ops.rows import accumulate_rows, weighted_row_sum
+from sae_fast.ops.rows import weighted_row_sum
 from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import decoder_copy
 
@@ -209,7 +209,8 @@ def _dense_rows(
     gradient: _OutputGradient, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
 ) -> Tensor:
     arguments = (gradient.coefficients, indices, offsets, gradient.dense, W_dec.size(0))
-    return accumulate_rows(*arguments)[0]
+    rows: Tensor = torch.ops.sae_fast.accumulate_rows.default(*arguments)[0]
+    return rows
 
 
 def _n_rows(indices: Tensor, offsets: Tensor | None) -> int:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from sae_fast.ops.factors import FactorSink, RowFactor, latent_sums
 from sae_fast.ops.library import NATIVE, differentiable, dynamic_size, fake, refuse_backward
 from sae_fast.ops.reference import ROUNDED_DTYPES
-from sae_fast.ops.rows import accumulate_rows, weighted_row_sum
+from sae_fast.ops.rows import weighted_row_sum
 from sae_fast.ops.sparse_code import CodeKey, SparseCode
 from sae_fast.ops.working_copies import encoder_copy
 
@@ -251,7 +251,8 @@ def _dense_gradients(
     dense = _centred(x, b_dec, ctx.precision)
     for number, (_, indices, offsets, grad) in parts.items():
         if needs_weights or needs_bias or (needs_b_dec and number == 0):
-            part_rows, part_sums = accumulate_rows(grad, indices, offsets, dense, W_enc.size(0))
+            sum_rows = torch.ops.sae_fast.accumulate_rows.default
+            part_rows, part_sums = sum_rows(grad, indices, offsets, dense, W_enc.size(0))
             rows = part_rows if rows is None else rows + part_rows
             sums = part_sums if sums is None else sums + part_sums
         if number == 0 and needs_x:
