@@ -18,6 +18,7 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: d_sae must be at least 1, got {d_sae}
     {op}: step must be at least 1, got {step}
     {op}: offsets must have N + 1 elements, got none
+    {op}: latent_offsets must have d_sae + 1 >= 2 elements, got {count}
     {op}: offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
     {op}: indices must be in [0, {d_sae}), got {index}
 
@@ -209,17 +210,18 @@ def _factors(
     coefficients: Tensor,
     dense: Tensor,
     shift: Tensor | None,
-    sizes: tuple[int | None, int | None],
-) -> None:
-    d_sae, d_in = sizes
-    op.tensor("dense", dense, (None, d_in), _GATHERED)
-    op.tensor(
-        "latent_offsets", latent_offsets, (None if d_sae is None else d_sae + 1,), (torch.int64,)
-    )
+) -> tuple[int, int]:
+    """Checks a factored gradient; returns its shape [d_sae, d_in]."""
+    op.tensor("latent_offsets", latent_offsets, (None,), (torch.int64,))
+    d_sae = latent_offsets.size(0) - 1
+    must = "latent_offsets must have d_sae + 1 >= 2 elements"
+    op.require(d_sae >= 1, must, str(d_sae + 1))
     op.tensor("rows", rows, (None,), (torch.int32,))
     op.tensor("coefficients", coefficients, (rows.size(0),), _MASTER)
+    op.tensor("dense", dense, (None, None), _GATHERED)
     if shift is not None:
         op.tensor("shift", shift, (dense.size(1),), _MASTER)
+    return d_sae, dense.size(1)
 
 
 def row_gradient_norm(  # noqa: D103
@@ -232,8 +234,7 @@ def row_gradient_norm(  # noqa: D103
     extra_grad: Tensor | None,
 ) -> None:
     op = _Op("row_gradient_norm", "dense", dense)
-    _factors(op, latent_offsets, rows, coefficients, dense, shift, (None, None))
-    shape = (latent_offsets.size(0) - 1, dense.size(1))
+    shape = _factors(op, latent_offsets, rows, coefficients, dense, shift)
     if project_onto is not None:
         op.tensor("project_onto", project_onto, shape, _MASTER)
     if extra_grad is not None:
@@ -268,16 +269,15 @@ def fused_update_(  # noqa: D103
     precision: str,
 ) -> None:
     op = _Op("fused_update_", "W", W)
-    op.tensor("W", W, (None, None), _MASTER)
-    shape = (W.size(0), W.size(1))
-    op.tensor("exp_avg", exp_avg, shape, _MASTER)
-    op.tensor("exp_avg_sq", exp_avg_sq, shape, _MASTER)
-    _factors(op, latent_offsets, rows, coefficients, dense, shift, shape)
+    shape = _factors(op, latent_offsets, rows, coefficients, dense, shift)
     if extra_grad is not None:
         op.tensor("extra_grad", extra_grad, shape, _MASTER)
-    op.tensor("sums", sums, (W.size(0),), _MASTER)
-    op.tensor("cached", cached, (None, W.size(1)), _MASTER)
-    op.tensor("cache_slots", cache_slots, (W.size(0),), (torch.int32,))
+    op.tensor("W", W, shape, _MASTER)
+    op.tensor("exp_avg", exp_avg, shape, _MASTER)
+    op.tensor("exp_avg_sq", exp_avg_sq, shape, _MASTER)
+    op.tensor("sums", sums, shape[:1], _MASTER)
+    op.tensor("cached", cached, (None, shape[1]), _MASTER)
+    op.tensor("cache_slots", cache_slots, shape[:1], (torch.int32,))
     op.tensor("grad_scale", grad_scale, (), _MASTER)
     written = {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     copies = {"packed": packed, "stats": stats, "rounded": rounded}

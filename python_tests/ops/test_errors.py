@@ -1,0 +1,257 @@
+"""Every wrong argument is a RuntimeError in one wording, from compiled ops and reference alike."""
+
+import re
+
+import pytest
+import torch
+from op_samples import in_latent_major, make_code, make_problem, ops, update_arguments
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sae_fast.ops as public
+
+PROBLEM = make_problem(4, 6, 20)
+CODE = make_code(4, 20, 3)
+CSR = make_code(4, 20, 3, csr=True)
+THRESHOLD = torch.zeros(20)
+LISTS = in_latent_major(CODE, 20)
+ARGUMENTS = {
+    "pack_encoder": {"W_enc": PROBLEM.W_enc, "precision": "screened"},
+    "encode_topk": {
+        **dict(zip(("x", "W_enc", "b_enc", "b_dec"), PROBLEM.encoder, strict=True)),
+        **{"k": 3, "precision": "screened", "dead_mask": torch.ones(20, dtype=torch.bool)},
+        **{"k_aux": 2, "packed": None, "stats": None, "rounded": None},
+    },
+    "encode_threshold": {
+        **dict(zip(("x", "W_enc", "b_enc", "b_dec"), PROBLEM.encoder, strict=True)),
+        **{"threshold": THRESHOLD, "precision": "screened"},
+        **{"packed": None, "stats": None, "rounded": None},
+    },
+    "decode": {**CODE._asdict(), "W_dec": PROBLEM.W_dec, "b_dec": PROBLEM.b_dec},
+    "decode_backward": {
+        "grad": PROBLEM.x,
+        "indices": CODE.indices,
+        "offsets": None,
+        "W_dec": PROBLEM.W_dec,
+    },
+    "reconstruct": {
+        **CODE._asdict(),
+        **{"W_dec": PROBLEM.W_dec, "b_dec": PROBLEM.b_dec, "x": PROBLEM.x},
+    },
+    "accumulate_rows": {
+        **{"coefficients": CODE.values, "indices": CODE.indices, "offsets": None},
+        **{"dense": PROBLEM.x, "d_sae": 20},
+    },
+    "latent_major": {**CODE._asdict(), "d_sae": 20},
+    "row_gradient_norm": {
+        **dict(zip(("latent_offsets", "rows", "coefficients"), LISTS, strict=True)),
+        **{"dense": PROBLEM.x, "shift": PROBLEM.b_dec},
+        **{"project_onto": PROBLEM.W_dec, "extra_grad": PROBLEM.W_enc},
+    },
+    "normalize_rows_": {"W": PROBLEM.W_enc.clone()},
+    "decorrelation": {"W": PROBLEM.W_enc},
+}
+UPDATE = update_arguments(*LISTS, PROBLEM.x, PROBLEM.b_dec, None, PROBLEM.W_enc, PROBLEM.W_dec)
+ARGUMENTS["fused_update_"] = {
+    argument.name: value
+    for argument, value in zip(ops.fused_update_.default._schema.arguments, UPDATE, strict=True)
+}
+
+
+def of_width(width):
+    return torch.zeros(4, width)
+
+
+SHAPES = {
+    "pack_encoder": [("W_enc", torch.zeros(6), "W_enc must have shape [*, *], got [6]")],
+    "encode_topk": [
+        ("x", torch.zeros(6), "x must have shape [*, *], got [6]"),
+        ("W_enc", torch.zeros(20, 5), "W_enc must have shape [*, 6], got [20, 5]"),
+        ("b_enc", torch.zeros(19), "b_enc must have shape [20], got [19]"),
+        ("b_dec", torch.zeros(1, 6), "b_dec must have shape [6], got [1, 6]"),
+        ("dead_mask", torch.ones(19, dtype=torch.bool), "dead_mask must have shape [20], got [19]"),
+    ],
+    "encode_threshold": [
+        ("x", of_width(5), "W_enc must have shape [*, 5], got [20, 6]"),
+        ("threshold", torch.zeros(()), "threshold must have shape [20], got []"),
+    ],
+    "decode": [
+        ("W_dec", torch.zeros(20), "W_dec must have shape [*, *], got [20]"),
+        ("b_dec", torch.zeros(5), "b_dec must have shape [6], got [5]"),
+        ("indices", CODE.indices[0], "indices must have shape [*, *], got [3]"),
+        ("values", torch.zeros(4, 2), "values must have the shape of indices, [4, 3], got [4, 2]"),
+    ],
+    "decode_backward": [("grad", of_width(5), "grad must have shape [4, 6], got [4, 5]")],
+    "reconstruct": [
+        ("x", torch.zeros(3, 6), "x must have shape [4, 6], got [3, 6]"),
+        ("b_dec", torch.zeros(5), "b_dec must have shape [6], got [5]"),
+        ("values", torch.zeros(12), "values must have the shape of indices, [4, 3], got [12]"),
+    ],
+    "accumulate_rows": [("dense", torch.zeros(3, 6), "dense must have shape [4, *], got [3, 6]")],
+    "row_gradient_norm": [
+        ("dense", torch.zeros(6), "dense must have shape [*, *], got [6]"),
+        ("latent_offsets", LISTS[0][None], "latent_offsets must have shape [*], got [1, 21]"),
+        ("latent_offsets", LISTS[0][:1], "latent_offsets must have d_sae + 1 >= 2 elements, got 1"),
+        ("shift", torch.zeros(5), "shift must have shape [6], got [5]"),
+        ("project_onto", torch.zeros(19, 6), "project_onto must have shape [20, 6], got [19, 6]"),
+        ("extra_grad", torch.zeros(20, 5), "extra_grad must have shape [20, 6], got [20, 5]"),
+    ],
+    "fused_update_": [
+        ("W", torch.zeros(20, 5), "W must have shape [20, 6], got [20, 5]"),
+        ("exp_avg", torch.zeros(19, 6), "exp_avg must have shape [20, 6], got [19, 6]"),
+        ("exp_avg_sq", torch.zeros(20), "exp_avg_sq must have shape [20, 6], got [20]"),
+        ("sums", torch.zeros(2), "sums must have shape [20], got [2]"),
+        ("cached", torch.zeros(0, 5), "cached must have shape [*, 6], got [0, 5]"),
+        ("cache_slots", torch.zeros(2).int(), "cache_slots must have shape [20], got [2]"),
+        ("grad_scale", torch.ones(1), "grad_scale must have shape [], got [1]"),
+    ],
+    "normalize_rows_": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
+    "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
+}
+HALF = PROBLEM.x.half()
+DTYPES = {
+    "pack_encoder": [("W_enc", HALF, "W_enc must be float32, got float16")],
+    "encode_topk": [
+        ("x", HALF, "x must be float32, got float16"),
+        ("W_enc", PROBLEM.W_enc.bfloat16(), "W_enc must be float32, got bfloat16"),
+        ("dead_mask", torch.ones(20).int(), "dead_mask must be bool, got int32"),
+    ],
+    "encode_threshold": [
+        ("threshold", THRESHOLD.long(), "threshold must be float32, got int64"),
+    ],
+    "decode": [
+        ("values", CODE.values.half(), "values must be float32, got float16"),
+        ("indices", CODE.indices.long(), "indices must be int32, got int64"),
+        ("W_dec", PROBLEM.W_dec.int(), "W_dec must be float32, bfloat16 or float16, got int32"),
+        ("b_dec", PROBLEM.b_dec.half(), "b_dec must be float32, got float16"),
+    ],
+    "reconstruct": [("x", HALF, "x must be float32, got float16")],
+    "decode_backward": [("grad", HALF, "grad must be float32, got float16")],
+    "accumulate_rows": [
+        ("dense", CODE.indices.bool(), "dense must be float32, bfloat16 or float16, got bool")
+    ],
+    "row_gradient_norm": [
+        ("latent_offsets", LISTS[0].int(), "latent_offsets must be int64, got int32"),
+        ("rows", LISTS[1].long(), "rows must be int32, got int64"),
+        ("coefficients", LISTS[2].half(), "coefficients must be float32, got float16"),
+    ],
+    "fused_update_": [
+        ("W", PROBLEM.W_dec.half(), "W must be float32, got float16"),
+        ("grad_scale", torch.tensor(1), "grad_scale must be float32, got int64"),
+    ],
+    "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
+    "decorrelation": [("W", HALF, "W must be float32, got float16")],
+}
+PRECISION = "precision must be screened, fp32, bf16 or fp16, got int8"
+NOT_CONTIGUOUS = PROBLEM.W_enc.t().contiguous().t()
+RANGES = {
+    "pack_encoder": [("precision", "int8", PRECISION)],
+    "encode_topk": [
+        ("k", 0, "k must be in [1, d_sae], got k=0 with d_sae=20"),
+        ("k", 21, "k must be in [1, d_sae], got k=21 with d_sae=20"),
+        ("k_aux", -1, "k_aux must be in [0, d_sae], got k_aux=-1 with d_sae=20"),
+        ("k_aux", 21, "k_aux must be in [0, d_sae], got k_aux=21 with d_sae=20"),
+        ("dead_mask", None, "k_aux must be 0 without a dead_mask, got k_aux=2"),
+        ("precision", "int8", PRECISION),
+    ],
+    "encode_threshold": [("precision", "int8", PRECISION)],
+    "accumulate_rows": [("d_sae", 0, "d_sae must be at least 1, got 0")],
+    "latent_major": [("d_sae", 0, "d_sae must be at least 1, got 0")],
+    "fused_update_": [
+        ("step", 0, "step must be at least 1, got 0"),
+        ("precision", "int8", PRECISION),
+        ("W", NOT_CONTIGUOUS, "W is changed in place and must be contiguous"),
+        ("exp_avg", NOT_CONTIGUOUS, "exp_avg is changed in place and must be contiguous"),
+    ],
+    "normalize_rows_": [("W", NOT_CONTIGUOUS, "W is changed in place and must be contiguous")],
+}
+
+
+def wrong_index(value):
+    indices = CODE.indices.clone()
+    indices[2, 1] = value
+    return indices
+
+
+DATA = [
+    pytest.param(op, {"indices": wrong_index(value)}, f"indices must be in [0, 20), got {value}")
+    for op in ("decode", "decode_backward", "reconstruct", "accumulate_rows", "latent_major")
+    for value in (20, -1)
+]
+OFFSETS = [
+    (torch.tensor([0, 3, 2, 12, 12]), "0 to 12"),
+    (torch.tensor([1, 3, 6, 9, 12]), "1 to 12"),
+    (torch.tensor([0, 3, 6, 9, 11]), "0 to 11"),
+]
+
+
+def table(rows):
+    return [
+        pytest.param(op, {name: value}, message, id=f"{op}-{name}-{number}")
+        for op, cases in rows.items()
+        for number, (name, value, message) in enumerate(cases)
+    ]
+
+
+def call(op, changes):
+    return getattr(ops, op)(*(ARGUMENTS[op] | changes).values())
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_arguments_of_the_table_are_right(op):
+    call(op, {})
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"), table(SHAPES) + table(DTYPES) + table(RANGES)
+)
+def test_wrong_argument_is_named(op, changes, message):
+    with pytest.raises(RuntimeError, match=re.escape(f"{op}: {message}")):
+        call(op, changes)
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "message"), table(SHAPES) + table(DTYPES) + table(RANGES)
+)
+def test_wrong_argument_is_named_while_tracing(op, changes, message):
+    with FakeTensorMode() as mode:
+        arguments = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in (ARGUMENTS[op] | changes).items()
+        }
+        with pytest.raises(RuntimeError, match=re.escape(f"{op}: {message}")):
+            getattr(ops, op)(*arguments.values())
+
+
+@pytest.mark.parametrize(("op", "changes", "message"), DATA)
+def test_index_outside_the_dictionary_is_named(op, changes, message):
+    with pytest.raises(RuntimeError, match=re.escape(f"{op}: {message}")):
+        call(op, changes)
+
+
+@pytest.mark.parametrize(("offsets", "got"), OFFSETS)
+def test_offsets_that_do_not_partition_the_entries_are_refused(offsets, got):
+    flat = {"values": CODE.values.flatten(), "indices": CODE.indices.flatten(), "offsets": offsets}
+    message = f"decode: offsets must ascend from 0 to the number of entries, 12, got {got}"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call("decode", flat)
+
+
+def test_factored_gradient_of_a_computed_matrix_is_refused():
+    W_dec = (2 * PROBLEM.W_dec).requires_grad_() * 1.0
+    code = public.encode_topk(*PROBLEM.encoder, 3)
+    with pytest.raises(RuntimeError, match="decode: W_dec must be a leaf tensor"):
+        public.decode(code, W_dec, dense_grad=False)
+
+
+def test_wrapper_passes_the_message_on():
+    with pytest.raises(RuntimeError, match=r"encode_topk: k must be in \[1, d_sae\]"):
+        public.encode_topk(*PROBLEM.encoder, 0)
+
+
+def test_copy_of_another_encoder_is_refused():
+    copies = ops.pack_encoder(torch.zeros(200, 6), "screened")
+    if copies[0].numel() == 0:
+        pytest.skip("the reference has no packed encoder")
+    with pytest.raises(RuntimeError, match="encode_topk: packed must have shape"):
+        call("encode_topk", dict(zip(("packed", "stats", "rounded"), copies, strict=True)))
