@@ -1,0 +1,273 @@
+"""tools/ and setup.py: which torch and compilers a build takes, what it says when it cannot."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PLAIN = {name: value for name, value in os.environ.items() if not name.startswith("SAE_FAST_")}
+
+if not (ROOT / "tools").exists():
+    pytest.skip("no checkout: the build tools are not installed", allow_module_level=True)
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+backend = load_tool("build_backend")
+toolchain = load_tool("toolchain")
+cuda_resources = load_tool("cuda_resources")
+isa_symbols = load_tool("isa_symbols")
+
+
+def make_torch(folder, version, cuda="None"):
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('torch was imported')\n")
+    (folder / "version.py").write_text(
+        f"__version__ = '{version}'\ndebug = False\ncuda: Optional[str] = {cuda}\nhip = None\n"
+    )
+    return folder
+
+
+def make_script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    for name in ("SAE_FAST_NATIVE", "SAE_FAST_CUDA", "SAE_FAST_TORCH_ROOT", "CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# torch
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_the_torch_named_by_the_environment_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_FAST_TORCH_ROOT", str(tmp_path))
+    assert backend.torch_root() == tmp_path
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_the_installed_torch_is_found_without_importing_it(tmp_path, monkeypatch):
+    torch = make_torch(tmp_path / "torch", "2.13.0+cpu")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert backend.torch_root() == torch
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_the_torch_that_pip_hides_is_found(tmp_path, monkeypatch):
+    """pip puts its build environment in front, through PYTHONPATH; an old torch there is none."""
+    make_torch(tmp_path / "torch", "1.9.0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = backend.torch_root()
+    assert found is not None
+    assert found.parent == Path(sysconfig.get_path("purelib"))
+
+
+@pytest.mark.parametrize(
+    ("version", "recent"),
+    [("2.11.0", True), ("2.13.0+cpu", True), ("3.0.0", True), ("2.9.1", False), ("2.10.0", False)],
+)
+def test_versions_of_torch_are_compared_as_numbers(tmp_path, version, recent):
+    assert backend.is_recent(make_torch(tmp_path / "torch", version)) is recent
+
+
+@pytest.fixture
+def nothing_else_required(monkeypatch):
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        monkeypatch.setattr(backend.build_meta, hook, lambda settings: [])
+
+
+@pytest.mark.usefixtures("clean_environment", "nothing_else_required")
+def test_torch_is_required_only_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "torch_root", lambda: None)
+    assert "torch>=2.11" in backend.get_requires_for_build_wheel()
+    monkeypatch.setattr(backend, "torch_root", lambda: tmp_path)
+    requirements = backend.get_requires_for_build_editable()
+    assert not any(name.startswith("torch") for name in requirements)
+    assert any(name.startswith("pybind11") for name in requirements)
+
+
+@pytest.mark.usefixtures("clean_environment", "nothing_else_required")
+def test_the_reference_needs_no_build_tools(monkeypatch):
+    monkeypatch.setenv("SAE_FAST_NATIVE", "0")
+    monkeypatch.setattr(backend, "torch_root", lambda: None)
+    assert backend.get_requires_for_build_wheel() == []
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_a_wrong_value_of_SAE_FAST_NATIVE_is_refused(monkeypatch):
+    monkeypatch.setenv("SAE_FAST_NATIVE", "off")
+    with pytest.raises(SystemExit, match="SAE_FAST_NATIVE must be 0 or 1, got 'off'"):
+        backend.native_wanted()
+
+
+# CUDA
+
+
+def test_a_cpu_torch_is_a_reason_for_no_cuda(tmp_path):
+    torch = make_torch(tmp_path / "torch", "2.13.0+cpu")
+    assert toolchain.why_no_cuda(torch, "nvcc") == "the installed torch is a CPU build"
+
+
+@pytest.mark.parametrize("nvcc", [None, "/nowhere/nvcc"])
+def test_a_missing_nvcc_is_a_reason_for_no_cuda(tmp_path, nvcc):
+    torch = make_torch(tmp_path / "torch", "2.13.0+cu130", cuda="'13.0'")
+    assert toolchain.why_no_cuda(torch, nvcc) == "no nvcc found (set CUDA_HOME)"
+
+
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [
+        ("13.2", None),
+        ("12.8", "nvcc 12.8 does not match torch's CUDA 13.0"),
+    ],
+)
+def test_the_cuda_of_nvcc_and_torch_must_have_one_major(tmp_path, release, reason):
+    torch = make_torch(tmp_path / "torch", "2.13.0+cu130", cuda="'13.0'")
+    nvcc = make_script(
+        tmp_path / "nvcc", f"echo 'Cuda compilation tools, release {release}, V{release}.1'"
+    )
+    assert toolchain.why_no_cuda(torch, nvcc) == reason
+
+
+def test_an_nvcc_of_an_unknown_kind_is_a_reason_for_no_cuda(tmp_path):
+    torch = make_torch(tmp_path / "torch", "2.13.0+cu130", cuda="'13.0'")
+    nvcc = make_script(tmp_path / "nvcc", "echo hello")
+    assert toolchain.why_no_cuda(torch, nvcc) == f"{nvcc} --version names no release"
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_nvcc_of_CUDA_HOME_comes_first(monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", "/cuda")
+    assert toolchain.find_nvcc() == "/cuda/bin/nvcc"
+
+
+# The build itself
+
+
+def run_setup(*arguments, cwd=ROOT, **environment):
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments],
+        cwd=cwd, capture_output=True, text=True, env={**PLAIN, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["PATH", "CXX"])
+def test_without_a_compiler_the_build_fails_and_names_both_remedies(tmp_path, name):
+    done = run_setup("build_ext", f"--build-lib={tmp_path}", **{name: "/nowhere"})
+    assert done.returncode != 0
+    assert "no C++ compiler found" in done.stderr
+    assert "install one and run pip again" in done.stderr
+    assert "SAE_FAST_NATIVE=0 pip install ." in done.stderr
+
+
+def test_cuda_that_was_asked_for_and_cannot_be_fails_with_the_reason(tmp_path):
+    torch = make_torch(tmp_path / "torch", "2.13.0+cpu")
+    done = run_setup(
+        "build_ext", f"--build-lib={tmp_path}", SAE_FAST_CUDA="1", SAE_FAST_TORCH_ROOT=str(torch)
+    )
+    assert done.returncode != 0
+    assert "SAE_FAST_CUDA=1, but the installed torch is a CPU build" in done.stderr
+
+
+def test_a_wrong_value_of_SAE_FAST_CUDA_is_refused(tmp_path):
+    done = run_setup("build_ext", f"--build-lib={tmp_path}", SAE_FAST_CUDA="yes")
+    assert done.returncode != 0
+    assert "SAE_FAST_CUDA must be 0, 1 or auto, got 'yes'" in done.stderr
+
+
+def copy_checkout(folder):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").touch()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_reference_install.py")
+    for name in ("tools", "cmake", "csrc", "sae_fast"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+
+
+@pytest.mark.slow
+def test_a_reference_wheel_is_pure_and_says_what_it_is(tmp_path):
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    copy_checkout(checkout)
+    stale = checkout / "build" / "lib" / "sae_fast" / "renamed.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    old_module = checkout / "sae_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    old_module.touch()
+    done = run_setup("bdist_wheel", f"--dist-dir={tmp_path}", cwd=checkout, SAE_FAST_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packages = ("", "ops/", "activations/", "autoencoder/", "training/")
+    assert {f"sae_fast/{package}__init__.py" for package in packages} <= names
+    assert {"sae_fast/py.typed", "sae_fast/_C.pyi", "sae_fast/_reference_install.py"} <= names
+    assert not any(name.endswith(".so") or "renamed" in name for name in names)
+    assert all(name.startswith("sae_fast") for name in names)
+    assert not old_module.exists()  # python run in the checkout must agree with what is installed
+
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sae_fast; print(sae_fast.build_info())"],
+        cwd=tmp_path, capture_output=True, text=True, env={**PLAIN, "PYTHONPATH": str(site)},
+    )  # fmt: skip
+    assert "'reason': 'installed with SAE_FAST_NATIVE=0'" in imported.stdout, imported.stderr
+
+
+# Reports
+
+PTXAS = """\
+ptxas info    : 28 bytes gmem
+ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
+ptxas info    : Function properties for _Z1kPf
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 16 bytes cumulative stack size, 152 bytes smem
+ptxas info    : Compile time = 10.489 ms
+ptxas info    : Compiling entry function '_Z2k2Pf' for 'sm_90a'
+ptxas info    : Function properties for _Z2k2Pf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+
+
+def test_what_ptxas_says_is_read_kernel_by_kernel():
+    spilling, lean = cuda_resources.parse(PTXAS)
+    assert spilling == cuda_resources.Usage("_Z1kPf", "sm_80", 32, shared=152, stack=16, spills=12)
+    assert lean == cuda_resources.Usage("_Z2k2Pf", "sm_90a", 8, shared=0, stack=0, spills=0)
+
+
+def test_a_report_of_ptxas_that_is_not_understood_is_an_error():
+    with pytest.raises(ValueError, match="ptxas wrote something new"):
+        cuda_resources.parse("Compiling entry function '_Z1kPf' for 'sm_80'\n")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_a_symbol_outside_its_instruction_sets_namespace_is_found(tmp_path):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(
+        "namespace sae_fast::avx2 { float inside(float x) { return x; } }\n"
+        "namespace sae_fast { template <class T> T shared(T x) { return x; }\n"
+        "template float shared<float>(float); }\n"
+    )
+    built = source.with_suffix(".o")
+    subprocess.run(["c++", "-std=c++17", "-c", source, "-o", built], check=True)
+    (found,) = isa_symbols.foreign_symbols([built], "avx2")
+    assert "shared" in found
