@@ -5,7 +5,6 @@
 
 #include "kernels/cpu/isa/gather.h"
 #include "kernels/cpu/isa/pack.h"
-#include "kernels/cpu/isa/strips.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -104,54 +103,6 @@ void adam_row(const AdamStep& adam, const float* grad, float scale, int64_t d_in
   }
 }
 
-// Latents a thread takes at once in gradient_norm: enough that a strip, once in L2, is used often.
-constexpr int64_t kLatentsPerRun = 1024;
-
-// The gradient rows of latents [first, end): their norms and, where the cache has room, themselves.
-template <class T>
-void gradients_of(const cpu::GradientTerms& terms, const StripMajor<T>& dense,
-                  const cpu::RowCache& cache, int64_t first, int64_t end, float* sums,
-                  RowProducts* products) {
-  const cpu::LatentMajor& lists = terms.lists;
-  const int64_t d_in = terms.factor.d_in;
-  for (int64_t latent = first; latent < end; ++latent) {
-    sums[latent] = list_sum(lists, latent);
-    products[latent] = RowProducts{};
-  }
-  with_vectors(dense.vectors(), [&](auto vectors) {
-    for (int64_t strip = 0; strip < dense.strips(); ++strip) {
-      const int64_t column = strip * dense.width();
-      const int64_t left = d_in - column < dense.width() ? d_in - column : dense.width();
-      const auto at = [&](const float* rows, int64_t row) {
-        return rows != nullptr ? rows + row * d_in + column : nullptr;
-      };
-      for (int64_t latent = first; latent < end; ++latent) {
-        if (!has_gradient(terms, latent)) continue;
-        const int64_t begin = lists.offsets[latent];
-        const StripTerms piece{lists.rows + begin,
-                               lists.coefficients + begin,
-                               lists.offsets[latent + 1] - begin,
-                               -sums[latent],
-                               at(terms.factor.shift, 0),
-                               at(terms.extra_grad, latent),
-                               at(terms.project_onto, latent),
-                               left};
-        const int32_t slot = cache.slots[latent];
-        strip_gradient<decltype(vectors)::value>(dense.strip(strip), piece, products[latent],
-                                                 slot >= 0 ? cache.rows + slot * d_in + column
-                                                           : nullptr);
-      }
-    }
-  });
-  if (terms.project_onto == nullptr) return;
-  for (int64_t latent = first; latent < end; ++latent) {
-    const int32_t slot = cache.slots[latent];
-    if (slot < 0 || !has_gradient(terms, latent)) continue;
-    add_scaled(cache.rows + slot * d_in, terms.project_onto + latent * d_in,
-               -static_cast<float>(products[latent].along), d_in);
-  }
-}
-
 void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
   const int64_t d_in = update.gradient.factor.d_in;
   const float* grad = nullptr;
@@ -191,30 +142,25 @@ bool accumulate_rows(const cpu::LatentMajor& lists, const cpu::DenseFactor& fact
 
 bool gradient_norm(const cpu::GradientTerms& terms, const cpu::RowCache& cache, float* sums,
                    double* squared_norm, const cpu::Parallel& parallel) {
-  Scratch memory(terms.lists.d_sae * static_cast<int64_t>(sizeof(RowProducts)));
-  if (!memory) return false;
-  auto* products = memory.as<RowProducts>();
-  const bool done = with_element(terms.factor.type, [&](auto element) {
-    using T = decltype(element);
-    StripMajor<T> dense;
-    if (!dense.prepare(terms.factor, parallel)) return false;
-    int64_t next = 0;
-    parallel.for_each(parallel.threads(), [&](int64_t) {
-      for (;;) {
-        const int64_t first = __atomic_fetch_add(&next, kLatentsPerRun, __ATOMIC_RELAXED);
-        if (first >= terms.lists.d_sae) return;
-        const int64_t end = first + kLatentsPerRun < terms.lists.d_sae ? first + kLatentsPerRun
-                                                                       : terms.lists.d_sae;
-        gradients_of(terms, dense, cache, first, end, sums, products);
-      }
-    });
-    return true;
+  const int64_t d_in = terms.factor.d_in;
+  const int64_t d_sae = terms.lists.d_sae;
+  Scratch rows(parallel.threads() * d_in * 4);
+  Scratch norms(d_sae * 8);
+  if (!rows || !norms) return false;
+  auto* norm = norms.as<double>();
+  for_each_sixteen(d_sae, parallel, [&](int64_t thread, int64_t first, int64_t end) {
+    for (int64_t latent = first; latent < end; ++latent) {
+      sums[latent] = list_sum(terms.lists, latent);
+      norm[latent] = 0.0;
+      if (!has_gradient(terms, latent)) continue;
+      const int32_t slot = cache.slots[latent];
+      float* row = slot >= 0 ? cache.rows + slot * d_in : rows.as<float>() + thread * d_in;
+      gradient_row(terms, latent, row);
+      norm[latent] = static_cast<double>(dot(row, row, d_in));
+    }
   });
-  if (!done) return false;
   *squared_norm = 0.0;
-  for (int64_t latent = 0; latent < terms.lists.d_sae; ++latent) {
-    *squared_norm += products[latent].projected_squared();
-  }
+  for (int64_t latent = 0; latent < d_sae; ++latent) *squared_norm += norm[latent];
   return true;
 }
 
