@@ -12,7 +12,7 @@ int main(int argc, char** argv) {
     emulated_cuda::device = {};
     // Fewer blocks than rows, so that blocks take several; little shared memory, so that it is
     // full.
-    if (random.integer(0, 2) == 0) emulated_cuda::device.max_blocks = 3;
+    if (random.integer(0, 1) == 0) emulated_cuda::device.max_blocks = 1;
     if (random.integer(0, 2) == 0) {
       emulated_cuda::device.shared_per_block = 20 * 1024;
       emulated_cuda::device.shared_per_multiprocessor = 40 * 1024;

@@ -91,29 +91,41 @@ void start_block(unsigned threads) {
   }
 }
 
-// Every thread that can go on does, until all have returned.
+// One turn for every thread that can go on, but for those of one warp; whether there was any.
+bool take_turns(std::vector<unsigned>& threads, unsigned held_warp) {
+  std::shuffle(threads.begin(), threads.end(), order);
+  bool progress = false;
+  for (const unsigned thread : threads) {
+    if (fibers[thread].finished || waits(fibers[thread])) continue;
+    if (thread / kWarpSize == held_warp) continue;
+    progress = true;
+    current = thread;
+    threadIdx = dim3(thread, 0, 0);
+    swapcontext(&scheduler, &fibers[thread].context);
+    if (!fibers[thread].finished) continue;
+    --running;
+    pass_if_complete(barrier_of_block, running);  // as the hardware counts those that returned
+  }
+  return progress;
+}
+
+// Runs the block's threads until all have returned. One warp at a time is held back, so that the
+// others get ahead of it as far as barriers let them.
 void run_block(unsigned threads) {
   start_block(threads);
-  std::vector<unsigned> turns(threads);
-  for (unsigned thread = 0; thread < threads; ++thread) turns[thread] = thread;
+  std::vector<unsigned> all(threads);
+  for (unsigned thread = 0; thread < threads; ++thread) all[thread] = thread;
+  const unsigned nobody = threads / kWarpSize;
+  unsigned held_warp = order() % (nobody + 1);
   while (running > 0) {
-    std::shuffle(turns.begin(), turns.end(), order);
-    bool progress = false;
-    for (const unsigned thread : turns) {
-      if (fibers[thread].finished || waits(fibers[thread])) continue;
-      progress = true;
-      current = thread;
-      threadIdx = dim3(thread, 0, 0);
-      swapcontext(&scheduler, &fibers[thread].context);
-      if (!fibers[thread].finished) continue;
-      --running;
-      pass_if_complete(barrier_of_block, running);  // as the hardware counts those that returned
-    }
-    if (!progress) {
+    if (take_turns(all, held_warp)) continue;
+    if (held_warp == nobody) {
       std::fprintf(stderr, "block %u: %u threads wait at barriers that others never reach\n",
                    blockIdx.x, running);
       std::abort();
     }
+    held_warp = nobody;
+    if (take_turns(all, held_warp)) held_warp = order() % (nobody + 1);
   }
 }
 
