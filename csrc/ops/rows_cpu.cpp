@@ -12,7 +12,7 @@ namespace sae_fast::ops {
 namespace {
 
 // Gradient rows kept between the norm and the update: this many for each row of the dense factor.
-constexpr int64_t kCachedRowsPerToken = 2;
+constexpr int64_t kCachedRowsPerToken = 3;
 
 std::tuple<Tensor, Tensor, Tensor> latent_major(const Tensor& values, const Tensor& indices,
                                                 const OptionalTensor& offsets, int64_t d_sae) {

@@ -51,14 +51,15 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "int d_sae) -> (Tensor rows, Tensor sums)");
 
   // The entries with value != 0 by latent, then by position: latent_offsets int64 [F + 1], entries
-  // int32 (flat position in values), rows int32 (token).
+  // int32 (flat position in values), rows int32 (token). On CUDA, where only the device knows how
+  // many there are, both have room for every entry: those of value 0 follow and have no latent.
   m.def(
       "latent_major(Tensor values, Tensor indices, Tensor? offsets, int d_sae) -> "
       "(Tensor latent_offsets, Tensor entries, Tensor rows)");
 
   // Gradient row j: g_j = sum of coefficients[p] * (dense[rows[p]] - shift) + extra_grad[j],
   // less its part along project_onto[j]. squared_norm: float64 scalar, of all of it; sums [F] of
-  // coefficients; cached, cache_slots: rows kept for fused_update_, at most 2 N of them.
+  // coefficients; cached, cache_slots: rows kept for fused_update_, at most 3 N of them.
   m.def(
       "row_gradient_norm(Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, "
       "Tensor? shift, Tensor? project_onto, Tensor? extra_grad) -> "

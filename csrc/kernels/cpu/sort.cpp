@@ -51,8 +51,16 @@ void sort_by_latent(const Code& code, int64_t d_sae, int64_t* offsets, int32_t* 
     each_active(code, bound(thread), bound(thread + 1), [&](int64_t entry, int64_t token) {
       const int64_t place = own[code.indices[entry]]++;
       entries[place] = static_cast<int32_t>(entry);
-      rows[place] = static_cast<int32_t>(token);
+      if (code.offsets != nullptr) rows[place] = static_cast<int32_t>(token);
     });
+  });
+  if (code.offsets != nullptr) return;
+  // With k entries a token a division costs less than a second scattered store.
+  parallel.for_each(threads, [&](int64_t thread) {
+    const auto k = static_cast<uint32_t>(code.k);
+    for (int64_t i = total * thread / threads; i < total * (thread + 1) / threads; ++i) {
+      rows[i] = static_cast<int32_t>(static_cast<uint32_t>(entries[i]) / k);
+    }
   });
 }
 

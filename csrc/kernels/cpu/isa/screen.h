@@ -238,7 +238,6 @@ class TokenBlock {
     return dot(x_ + row * d_in_, latent, d_in_) + bias;
   }
 
-  void prefetch_token(int64_t row) const { prefetch_row(x_ + row * d_in_, d_in_ * 4); }
   float scale(int64_t row) const { return scales_[row]; }
   float error(int64_t row) const { return errors_[row]; }
   float norm(int64_t row) const { return norms_[row]; }
@@ -263,11 +262,12 @@ inline const T* scoring_rows(const cpu::PackedEncoder& encoder) {
   }
 }
 
-// Rows in a block: as many as keep the tokens in L2 beside a panel, a share for every thread, and
-// no more than `bytes_per_row` of candidates allow. A multiple of kGroup.
+// Rows in a block: as many 16-bit tokens as stay in a 1 MB L2 beside a panel, up to where measured
+// gains end; a share for every thread; and no more than `bytes_per_row` of candidates allow. A
+// multiple of kGroup.
 inline int64_t block_rows(int64_t tokens, int64_t d_in, int64_t bytes_per_row, int threads) {
-  int64_t rows = int64_t{640} * 1024 / (4 * d_in + 1);
-  rows = rows < 192 ? 192 : (rows > 384 ? 384 : rows);
+  int64_t rows = int64_t{640} * 1024 / (2 * d_in + 1) - kPanel;
+  rows = rows < 96 ? 96 : (rows > 240 ? 240 : rows);
   const int64_t share = (tokens + threads - 1) / threads;
   rows = rows < share ? rows : share;
   const int64_t held = (int64_t{32} << 20) / (bytes_per_row + 1);

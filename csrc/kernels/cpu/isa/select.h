@@ -141,13 +141,16 @@ inline void radix_sort(uint64_t* entries, uint64_t* spare, int64_t count) {
 
 inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }  // a NaN stays
 
-// Few candidates: each counts how many come before it.
-inline void rank_best(const float* values, const int32_t* indices, const int32_t* keys,
-                      int64_t count, int64_t k, float* out_values, int32_t* out_indices) {
+// Few candidates: each counts how many come before it. `keys` has room for 16 more, so that the
+// count runs in whole vectors.
+inline void rank_best(const float* values, const int32_t* indices, int32_t* keys, int64_t count,
+                      int64_t k, float* out_values, int32_t* out_indices) {
+  const int64_t padded = (count + 15) / 16 * 16;
+  for (int64_t j = count; j < padded; ++j) keys[j] = INT32_MIN;  // before nobody
   for (int64_t i = 0; i < count; ++i) {
     int32_t above = 0;
     int32_t reached = 0;
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < padded; ++j) {
       above += keys[j] > keys[i] ? 1 : 0;
       reached += keys[j] >= keys[i] ? 1 : 0;
     }
@@ -162,7 +165,7 @@ inline void rank_best(const float* values, const int32_t* indices, const int32_t
 }
 
 // Writes the k best of `count` >= k candidates, listed by ascending index, best first, after ReLU.
-// `keys` is scratch for `count` entries, `order` for twice as many.
+// `keys` is scratch for `count` + 16 entries, `order` for twice `count`.
 inline void select_best(const float* values, const int32_t* indices, int64_t count, int64_t k,
                         int32_t* keys, uint64_t* order, float* out_values, int32_t* out_indices) {
   keys_of(values, count, keys);
@@ -199,6 +202,7 @@ class CandidateRows {
   int32_t* indices = nullptr;
   int32_t* counts = nullptr;
   float* thresholds = nullptr;
+  float* kth = nullptr;  // where known: a lower bound of the k-th largest approximate value
   uint8_t* failed = nullptr;
 
   static int64_t capacity_for(int64_t k, int64_t d_sae) {
@@ -206,7 +210,7 @@ class CandidateRows {
     const int64_t usual = (3 * k + 512) / 64 * 64 + 128;
     return usual < everything ? usual : everything;
   }
-  static int64_t bytes_per_row(int64_t capacity) { return capacity * 8 + 16; }
+  static int64_t bytes_per_row(int64_t capacity) { return capacity * 8 + 20; }
 
   // Lays the arrays of `rows` rows out in `memory`.
   void place(char* memory, int64_t rows) {
@@ -214,7 +218,8 @@ class CandidateRows {
     indices = reinterpret_cast<int32_t*>(values + rows * capacity);
     counts = indices + rows * capacity;
     thresholds = reinterpret_cast<float*>(counts + rows);
-    failed = reinterpret_cast<uint8_t*>(thresholds + rows);
+    kth = thresholds + rows;
+    failed = reinterpret_cast<uint8_t*>(kth + rows);
   }
 
   float* row_values(int64_t row) const { return values + row * capacity; }

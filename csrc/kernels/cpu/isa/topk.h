@@ -58,7 +58,7 @@ class TopKWorker {
         wants_aux() ? rows_ * CandidateRows::bytes_per_row(aux_.capacity) : 0;
     const int64_t pairs = rows_ * (main_.capacity + (wants_aux() ? aux_.capacity : 0));
     int64_t widest = main_.capacity > aux_.capacity ? main_.capacity : aux_.capacity;
-    widest = widest > d_sae ? widest : d_sae;
+    widest = (widest > d_sae ? widest : d_sae) + 16;
     if (!block_memory_.reset(TokenBlock<Product, T>::bytes(rows_, problem_.encoder.d_in)) ||
         !main_memory_.reset(main_bytes) || !aux_memory_.reset(aux_bytes) ||
         !pair_memory_.reset(pairs * static_cast<int64_t>(sizeof(Pair))) ||
@@ -163,8 +163,8 @@ class TopKWorker {
   bool verified(int64_t row) {
     if (main_.failed[row] != 0 || main_.thresholds[row] == -INFINITY) return true;
     if (main_.counts[row] < main_.k) return false;
-    const float kth = main_.kth_value(row, keys_);
-    return kth - 2.0f * block_.error(row) >= main_.thresholds[row];
+    main_.kth[row] = main_.kth_value(row, keys_);
+    return main_.kth[row] - 2.0f * block_.error(row) >= main_.thresholds[row];
   }
 
   // Rows whose guess was too high go through the product once more, without one.
@@ -187,7 +187,9 @@ class TopKWorker {
 
   void settle(const CandidateRows& from, int64_t row, bool is_main) {
     if (from.counts[row] > from.k) {
-      const float kth = from.kth_value(row, keys_);
+      // Without a threshold nobody has asked for the k-th yet.
+      const bool known = is_main && from.thresholds[row] != -INFINITY;
+      const float kth = known ? from.kth[row] : from.kth_value(row, keys_);
       if (is_main) guess_.add(static_cast<double>(kth) / (block_.norm(row) + 1e-30));
       from.counts[row] = static_cast<int32_t>(
           keep_at_least(from.row_values(row), from.row_indices(row), from.counts[row],
@@ -218,7 +220,6 @@ class TopKWorker {
     std::memset(offsets_, 0, static_cast<size_t>(d_sae + 1) * sizeof(int32_t));
     each_candidate([this](int32_t latent, int32_t, int32_t) { ++offsets_[latent + 1]; });
     for (int64_t j = 0; j < d_sae; ++j) offsets_[j + 1] += offsets_[j];
-    const int32_t total = offsets_[d_sae];
     each_candidate([this](int32_t latent, int32_t row, int32_t offset) {
       pairs_[offsets_[latent]++] = {row, offset};
     });
@@ -230,7 +231,6 @@ class TopKWorker {
         prefetch_row(rows + (j + kAhead) * d_in, d_in * static_cast<int64_t>(sizeof(T)));
       }
       for (; pair < offsets_[j]; ++pair) {
-        if (pair + 1 < total) block_.prefetch_token(pairs_[pair + 1].row);
         const float score = block_.score(pairs_[pair].row, rows + j * d_in, problem_.b_enc[j]);
         const int32_t offset = pairs_[pair].offset;
         (offset >= 0 ? main_.values[offset] : aux_.values[~offset]) = score;
