@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.support.floors import Rates, bare_product_seconds, measure_rates
 from benchmarks.support.heats import say
-from benchmarks.support.kernel_cases import Case, Setting, all_cases
+from benchmarks.support.kernel_cases import all_cases
+from benchmarks.support.kernel_setting import Case, Setting
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.problem import Size, parse_size
 from benchmarks.support.reader import measure_reader, reader_section

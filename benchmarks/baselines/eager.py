@@ -87,13 +87,13 @@ class EagerTrainer:
         """One whole training step on x [N, D]; returns the loss."""
         dead = self.tokens_since_fired >= self.dead_after_tokens
         loss, values, indices = self.objective(x, dead if bool(dead.any()) else None)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.project_decoder_gradient()
             torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
             self.tokens_since_fired += len(x)
             self.tokens_since_fired[indices[values > 0]] = 0
         return loss.detach()

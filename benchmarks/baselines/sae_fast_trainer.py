@@ -25,7 +25,7 @@ class SaeFastTrainer:
     def step(self, x: Tensor) -> Tensor:
         """One whole training step on x [N, D]; returns the loss."""
         loss = self.sae.training_loss(x, precision=self.precision, dense_grad=False)
-        loss.total.backward()
+        loss.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(self.learning_rate)
         self.optimizer.zero_grad()
         self.sae.update_fired_(loss.code, len(x))

@@ -32,7 +32,9 @@ class GatherTrainer(TunedTrainer):
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The k largest pre-activations; gradients flow through them alone."""
-        values, indices = SparseEncoder.apply(x - self.b_dec, self.W_enc, self.b_enc, self.k)
+        values, indices = SparseEncoder.apply(  # type: ignore[no-untyped-call]
+            x - self.b_dec, self.W_enc, self.b_enc, self.k
+        )
         return values, indices
 
 

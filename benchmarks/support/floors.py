@@ -7,6 +7,7 @@ floor = product + gathers + optimiser
              `screened` N·K rows of W_enc once (fp32 re-scoring of the winners)
   optimiser  weights and both moments read and written (24 bytes a parameter) and the
              low-precision copies written (2 bytes an entry of each copied matrix)
+The gather rate is that of the faster of PyTorch's decode and ours, which has nothing else to do.
 Rows are fp32, in bf16 mode 2 bytes an entry. Nothing else a step does is counted: not selection,
 loss, sorting by latent, norms or biases.
 """

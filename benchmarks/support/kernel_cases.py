@@ -107,11 +107,11 @@ def threshold_case(s: Setting) -> Case:
 
 def decode_cases(s: Setting) -> Iterator[Case]:
     """Decode, its backward, and both in one pass."""
-    w, (values, indices) = s.weights, s.code
-    size = s.size
+    w, (values, indices), size = s.weights, s.code, s.size
     grad = s.x.flip(0).contiguous()
     leaf = values.clone().requires_grad_()
     bag = F.embedding_bag(indices, w.W_dec, per_sample_weights=leaf, mode="sum")
+    decode, backward = s.ops.decode, s.ops.decode_backward
 
     def torch_decode() -> Tensor:
         decoded = F.embedding_bag(indices, w.W_dec, per_sample_weights=values, mode="sum")
@@ -119,6 +119,29 @@ def decode_cases(s: Setting) -> Iterator[Case]:
 
     def torch_backward() -> Tensor:
         return torch.autograd.grad(bag, leaf, grad, retain_graph=True)[0]
+
+    yield Case(
+        "decode",
+        lambda: decode(values, indices, None, w.W_dec, w.b_dec),
+        torch_decode,
+        s.gather_floor(1, size.n_tokens * size.d_in),
+        "N·K rows gathered, N·D written",
+        lambda: (decode(values, indices, None, w.W_dec, w.b_dec), torch_decode()),
+    )
+    yield Case(
+        "decode_backward",
+        lambda: backward(grad, indices, None, w.W_dec),
+        torch_backward,
+        s.gather_floor(1),
+        "N·K rows gathered",
+        lambda: (backward(grad, indices, None, w.W_dec), torch_backward()),
+    )
+    yield reconstruct_case(s)
+
+
+def reconstruct_case(s: Setting) -> Case:
+    """Everything a squared error needs, forward and backward, from one pass over the rows."""
+    w, (values, indices), size = s.weights, s.code, s.size
 
     def torch_reconstruct() -> Tensor:
         weights = values.detach().requires_grad_()
@@ -133,31 +156,11 @@ def decode_cases(s: Setting) -> Iterator[Case]:
         )
         return result
 
-    batch = size.n_tokens * size.d_in
-    once, copied = s.gather_floor(1), s.gather_floor(1, batch)
-    decode = s.ops.decode
-    yield Case(
-        "decode",
-        lambda: decode(values, indices, None, w.W_dec, w.b_dec),
-        torch_decode,
-        copied,
-        "N·K rows gathered, N·D written",
-        lambda: (decode(values, indices, None, w.W_dec, w.b_dec), torch_decode()),
-    )
-    backward = s.ops.decode_backward
-    yield Case(
-        "decode_backward",
-        lambda: backward(grad, indices, None, w.W_dec),
-        torch_backward,
-        once,
-        "N·K rows gathered",
-        lambda: (backward(grad, indices, None, w.W_dec), torch_backward()),
-    )
-    yield Case(
+    return Case(
         "reconstruct (decode, loss, gradient of values)",
         reconstruct,
         torch_reconstruct,
-        s.gather_floor(1, 2 * batch),
+        s.gather_floor(1, 2 * size.n_tokens * size.d_in),
         "N·K rows gathered once, x read, residual written",
         lambda: (reconstruct()[2], torch_reconstruct()),
     )

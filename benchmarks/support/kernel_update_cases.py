@@ -10,6 +10,8 @@ from torch import Tensor
 
 from benchmarks.support.kernel_setting import Case, Setting
 
+LEARNING_RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.999), 1e-8, 1.0
+
 
 def gradient_cases(s: Setting) -> Iterator[Case]:
     """Weight gradients: by rows, and never stored but applied."""
@@ -63,57 +65,55 @@ def update_case(
     torch_rows: Callable[[], Tensor],
 ) -> Case:
     """Norm, clip, projection, Adam, unit rows of W_dec: ours in two passes without a gradient."""
-    size, values = s.size, s.code[0]
+    size, W_dec = s.size, s.weights.W_dec
     latent_offsets, entries, tokens = order()
-    coefficients = values.flatten()[entries.long()]
-    lr, betas, eps, clip = 1e-3, (0.9, 0.999), 1e-8, 1.0
+    coefficients = s.code[0].flatten()[entries.long()]
 
-    def fresh() -> tuple[Tensor, Tensor, Tensor]:
-        W = s.weights.W_dec.clone()
-        return W, torch.zeros_like(W), torch.zeros_like(W)
-
-    def update(W: Tensor, first: Tensor, second: Tensor) -> None:
+    def update(W: Tensor, first: Tensor, second: Tensor) -> Tensor:
         squared, sums, cached, slots = s.ops.row_gradient_norm(
             latent_offsets, tokens, coefficients, s.x, None, W, None
         )
-        scale = (clip / (squared.sqrt() + 1e-6)).clamp_max(1.0).float()
+        scale = (CLIP / (squared.sqrt() + 1e-6)).clamp_max(1.0).float()
         s.ops.fused_update_(
             *(W, first, second, latent_offsets, tokens, coefficients, s.x, None, None),
-            *(sums, cached, slots, scale, lr, *betas, eps, 0.0, 1, True, True),
+            *(sums, cached, slots, scale, LEARNING_RATE, *BETAS, EPS, 0.0, 1, True, True),
             *(None, None, None, "fp32"),
         )
+        return W
 
-    def torch_update(W: torch.nn.Parameter, adam: torch.optim.Adam) -> None:
-        with torch.no_grad():
-            grad = torch_rows()
-            grad -= (grad * W).sum(1, keepdim=True) * W
-            W.grad = grad
-            torch.nn.utils.clip_grad_norm_([W], clip)
-            adam.step()
-            W /= W.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    def fresh() -> tuple[Tensor, Tensor, Tensor]:
+        return W_dec.clone(), torch.zeros_like(W_dec), torch.zeros_like(W_dec)
 
     def torch_fresh() -> tuple[torch.nn.Parameter, torch.optim.Adam]:
-        W = torch.nn.Parameter(s.weights.W_dec.clone())
-        return W, torch.optim.Adam([W], lr=lr, betas=betas, eps=eps, fused=True)
-
-    def compare() -> tuple[Tensor, Tensor]:
-        ours, theirs = fresh(), torch_fresh()
-        update(*ours)
-        torch_update(*theirs)
-        return ours[0] - s.weights.W_dec, theirs[0].detach() - s.weights.W_dec
+        W = torch.nn.Parameter(W_dec.clone())
+        return W, torch.optim.Adam([W], lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
 
     ours, theirs = fresh(), torch_fresh()
     gathered = size.entries * size.d_in * 4 / s.rates.gather_tokens
     return Case(
         "row_gradient_norm + fused_update_ (W_dec)",
         lambda: update(*ours),
-        lambda: torch_update(*theirs),
+        lambda: torch_update(torch_rows(), *theirs),
         gathered + 24 * size.d_sae * size.d_in / s.rates.stream,
         "N·K rows gathered once, W and both moments read and written",
-        compare,
+        lambda: (
+            update(*fresh()) - W_dec,
+            torch_update(torch_rows(), *torch_fresh()) - W_dec,
+        ),
         # Adam's first step is ±lr: a gradient that cancels to 0 may come out on either side.
         tolerance=2.1,
     )
+
+
+@torch.no_grad()
+def torch_update(grad: Tensor, W: torch.nn.Parameter, adam: torch.optim.Adam) -> Tensor:
+    """The same in PyTorch, from the dense gradient."""
+    grad -= (grad * W).sum(1, keepdim=True) * W
+    W.grad = grad
+    torch.nn.utils.clip_grad_norm_([W], CLIP)
+    adam.step()
+    W.div_(W.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    return W.detach()
 
 
 def weight_cases(s: Setting) -> Iterator[Case]:

@@ -6,6 +6,7 @@ step: mean 0, E‖x‖ = √D.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -95,9 +96,10 @@ def make_activations(size: Size, batches: int, seed: int = 0) -> Tensor:
     x = F.embedding_bag(chosen, dictionary, per_sample_weights=strength, mode="sum")
     x += 0.9 * torch.randn(rows, size.d_in, generator=generator) / size.d_in**0.5
     x -= x.mean(0)
-    return x * (size.d_in**0.5 / x.norm(dim=1).mean())
+    x *= size.d_in**0.5 / x.norm(dim=1).mean()
+    return x
 
 
 def learning_rate(size: Size) -> float:
     """The trainer's default."""
-    return 2e-4 / (size.d_sae / 2**14) ** 0.5
+    return 2e-4 / math.sqrt(size.d_sae / 2**14)
