@@ -68,6 +68,19 @@ def test_code_holds_the_k_largest_among_near_duplicates(precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_code_holds_the_k_largest_after_tokens_of_another_kind(precision):
+    # The second half's k-th value is far below what the first half lets one guess: its rows are
+    # screened again, and their candidates overflow a buffer on the way.
+    problem = make_problem(1500, 64, 4096)
+    generator = torch.Generator().manual_seed(5)
+    direction = problem.W_enc[0] / problem.W_enc[0].norm()
+    problem.W_enc[:64] = direction + torch.randn(64, 64, generator=generator) / 80
+    problem.x[:750] = 5 * direction
+    code = encode(problem, 32, precision=precision)
+    check_largest(code.values, code.indices, problem, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("n", "d_in", "d_sae", "k"), [(40, 6, 300, 9), (9, 1, 65, 65), (7, 33, 64, 20)]
 )

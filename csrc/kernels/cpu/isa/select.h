@@ -202,7 +202,7 @@ class CandidateRows {
   int32_t* indices = nullptr;
   int32_t* counts = nullptr;
   float* thresholds = nullptr;
-  float* kth = nullptr;  // where known: a lower bound of the k-th largest approximate value
+  float* kth = nullptr;  // a lower bound of the k-th largest approximate value; NaN: not known
   uint8_t* failed = nullptr;
 
   static int64_t capacity_for(int64_t k, int64_t d_sae) {
@@ -228,6 +228,7 @@ class CandidateRows {
   void start(int64_t row, float threshold) const {
     counts[row] = 0;
     thresholds[row] = threshold;
+    kth[row] = NAN;
     failed[row] = 0;
   }
 

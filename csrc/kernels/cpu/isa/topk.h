@@ -187,8 +187,7 @@ class TopKWorker {
 
   void settle(const CandidateRows& from, int64_t row, bool is_main) {
     if (from.counts[row] > from.k) {
-      // Without a threshold nobody has asked for the k-th yet.
-      const bool known = is_main && from.thresholds[row] != -INFINITY;
+      const bool known = !std::isnan(from.kth[row]);
       const float kth = known ? from.kth[row] : from.kth_value(row, keys_);
       if (is_main) guess_.add(static_cast<double>(kth) / (block_.norm(row) + 1e-30));
       from.counts[row] = static_cast<int32_t>(
