@@ -1,7 +1,41 @@
 """sae_fast: sparse autoencoders on transformer activations, trained fast and exactly."""
 
+from typing import TYPE_CHECKING, Any
+
 from sae_fast.ops.native import build_info
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder import SparseAutoencoder
+    from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+    from sae_fast.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info"]
+__all__ = [
+    "RunConfig",
+    "SAEConfig",
+    "SparseAutoencoder",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "build_info",
+]
+
+# Imported when first asked for: `sae_fast.info` needs none of them.
+_HOMES = {
+    "RunConfig": "sae_fast.config",
+    "SAEConfig": "sae_fast.config",
+    "TrainConfig": "sae_fast.config",
+    "SparseAutoencoder": "sae_fast.autoencoder",
+    "Trainer": "sae_fast.training.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sae_fast' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
