@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,13 @@ def test_what_ptxas_says_is_read_kernel_by_kernel():
     spilling, lean = cuda_resources.parse(PTXAS)
     assert spilling == cuda_resources.Usage("_Z1kPf", "sm_80", 32, shared=152, stack=16, spills=12)
     assert lean == cuda_resources.Usage("_Z2k2Pf", "sm_90a", 8, shared=0, stack=0, spills=0)
+
+
+def test_kernels_are_listed_once_with_the_numbers_of_each_architecture():
+    same = cuda_resources.parse(PTXAS.replace("_Z2k2Pf", "_Z1kPf"))
+    title, _, row = cuda_resources.table(same).splitlines()
+    assert title == "CUDA kernels for sm_80, sm_90a:"
+    assert re.split(r" {2,}", row)[1:] == ["32 8", "152 0", "16 0", "12 0"]
 
 
 def test_a_report_of_ptxas_that_is_not_understood_is_an_error():

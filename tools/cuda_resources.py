@@ -70,15 +70,29 @@ def _short(name: str) -> str:
 
 
 def table(usages: list[Usage]) -> str:
+    """One line a kernel; where architectures differ, their numbers stand in the header's order."""
+    architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     names = demangle([usage.kernel for usage in usages])
-    width = max(map(len, names))
-    rows = [f"{'kernel':<{width}}  arch     registers  shared  stack  spills"]
+    kernels: dict[str, list[Usage]] = {}
     for name, usage in sorted(zip(names, usages, strict=True), key=lambda pair: pair[0]):
-        rows.append(
-            f"{name:<{width}}  {usage.architecture:<7}  {usage.registers:>9}  {usage.shared:>6}  "
-            f"{usage.stack:>5}  {usage.spills:>6}"
-        )
-    return "\n".join(rows)
+        kernels.setdefault(name, []).append(usage)
+    rows = [("kernel", "registers", "shared", "stack", "spills")]
+    for name, group in kernels.items():
+        group.sort(key=lambda usage: architectures.index(usage.architecture))
+        rows.append((
+            name,
+            _numbers([usage.registers for usage in group]),
+            _numbers([usage.shared for usage in group]),
+            _numbers([usage.stack for usage in group]),
+            _numbers([usage.spills for usage in group]),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([f"CUDA kernels for {', '.join(architectures)}:", *lines])
+
+
+def _numbers(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
 
 
 def build(directory: Path, nvcc: str) -> str:
