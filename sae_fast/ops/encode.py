@@ -11,7 +11,7 @@ from sae_fast.ops.factors import FactorSink, RowFactor, latent_sums
 from sae_fast.ops.library import NATIVE, differentiable, dynamic_size, fake, refuse_backward
 from sae_fast.ops.reference import ROUNDED_DTYPES
 from sae_fast.ops.rows import weighted_row_sum
-from sae_fast.ops.sparse_code import CodeKey, SparseCode
+from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import encoder_copy
 
 _PANEL = 64  # latents in a panel of the packed encoder
@@ -77,20 +77,16 @@ def encode_topk(
         k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
     options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
     op = torch.ops.sae_fast.encode_topk.default
-    key, aux_key = CodeKey(), CodeKey()
-    if dense_grad:
-        outputs = op(x, W_enc, b_enc, b_dec, *options)
-    else:
-        sink = FactorSink("encode_topk", "W_enc", W_enc, key, aux_key)
-        outputs = _FactoredEncode.apply(  # type: ignore[no-untyped-call]
-            x, W_enc, b_enc, b_dec, op, options, precision, sink
-        )
+    sink = None if dense_grad else FactorSink("encode_topk", "W_enc", W_enc)
+    outputs = _encode(op, (x, W_enc, b_enc, b_dec), options, precision, sink)
     values, indices, aux_values, aux_indices = outputs
     d_sae = W_enc.size(0)
-    aux = None
-    if dead_mask is not None:
-        aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision, key=aux_key)
-    return SparseCode(values, indices, d_sae, aux=aux, precision=precision, key=key)
+    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision)
+    shown = None if dead_mask is None else aux
+    code = SparseCode(values, indices, d_sae, aux=shown, precision=precision)
+    if sink is not None:
+        sink.keys = code.key, aux.key
+    return code
 
 
 @fake("encode_topk")
@@ -146,16 +142,13 @@ def encode_threshold(
     """
     options = (threshold, precision, *encoder_copy(W_enc, precision))
     op = torch.ops.sae_fast.encode_threshold.default
-    key = CodeKey()
-    if dense_grad:
-        outputs = op(x, W_enc, b_enc, b_dec, *options)
-    else:
-        sink = FactorSink("encode_threshold", "W_enc", W_enc, key)
-        outputs = _FactoredEncode.apply(  # type: ignore[no-untyped-call]
-            x, W_enc, b_enc, b_dec, op, options, precision, sink
-        )
+    sink = None if dense_grad else FactorSink("encode_threshold", "W_enc", W_enc)
+    outputs = _encode(op, (x, W_enc, b_enc, b_dec), options, precision, sink)
     values, indices, offsets = outputs
-    return SparseCode(values, indices, W_enc.size(0), offsets, precision=precision, key=key)
+    code = SparseCode(values, indices, W_enc.size(0), offsets, precision=precision)
+    if sink is not None:
+        sink.keys = (code.key,)
+    return code
 
 
 @fake("encode_threshold")
@@ -189,6 +182,21 @@ def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     parts = _parts(outputs, grads)
     gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
     return (*gradients, *(None,) * 5)
+
+
+def _encode(
+    op: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, W_enc, b_enc, b_dec
+    options: tuple[Any, ...],
+    precision: str,
+    sink: FactorSink | None,
+) -> tuple[Tensor, ...]:
+    if sink is None:
+        return op(*tensors, *options)
+    outputs: tuple[Tensor, ...] = _FactoredEncode.apply(  # type: ignore[no-untyped-call]
+        *tensors, op, options, precision, sink
+    )
+    return outputs
 
 
 class _FactoredEncode(torch.autograd.Function):

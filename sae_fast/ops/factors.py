@@ -42,7 +42,7 @@ class RowFactor:
 
 
 class FactorSink:
-    """Where the backward of one call leaves its factor: a parameter, for codes with these keys."""
+    """Where the backward of one call leaves its factors: a parameter, and the keys of its codes."""
 
     def __init__(self, op: str, name: str, W: Tensor, *keys: CodeKey) -> None:
         if W.requires_grad and not W.is_leaf:

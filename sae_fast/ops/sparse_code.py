@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ class SparseCode:
         offsets: None, or [N + 1] int64: entries offsets[n] to offsets[n + 1] are those of row n.
         aux: the code of the dead latents, for AuxK, if a dead mask was given.
         precision: of the encoder that made it; `decode` and `reconstruct` gather in the same.
-        key: the identity of this code; another code needs another.
     """
 
     values: Tensor
@@ -50,7 +50,11 @@ class SparseCode:
     offsets: Tensor | None = None
     aux: SparseCode | None = None
     precision: str = "fp32"
-    key: CodeKey = field(default_factory=CodeKey, repr=False)
+
+    @functools.cached_property
+    def key(self) -> CodeKey:
+        """The identity of this code; `dataclasses.replace` makes another."""
+        return CodeKey()
 
     @property
     def n_rows(self) -> int:

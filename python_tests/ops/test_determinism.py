@@ -1,0 +1,105 @@
+import pytest
+import torch
+from op_samples import Code, in_latent_major, make_code, make_problem, ops, update_arguments
+
+from sae_fast import ops as public
+from sae_fast.ops.library import NATIVE
+from sae_fast.ops.rows import weighted_row_sum
+
+N, D, F, K = 130, 70, 900, 20
+PROBLEM = make_problem(N, D, F)
+CODES = {"topk": make_code(N, F, K), "csr": make_code(N, F, K, csr=True)}
+# One latent in every row: its sum is much longer than the others.
+HEAVY = Code(torch.ones(N, 2), torch.stack([torch.zeros(N), torch.arange(N)], 1).int(), None)
+DEAD = torch.arange(F) % 4 == 0
+
+
+def encode_topk(precision):
+    return lambda: ops.encode_topk(
+        *PROBLEM.encoder, K, precision, DEAD, 9, *ops.pack_encoder(PROBLEM.W_enc, precision)
+    )
+
+
+def encode_threshold():
+    threshold = torch.full((F,), 1.0)
+    return ops.encode_threshold(*PROBLEM.encoder, threshold, "screened", None, None, None)
+
+
+def update():
+    lists = in_latent_major(HEAVY, F)
+    arguments = (*lists, PROBLEM.x, None, PROBLEM.W_dec, PROBLEM.W_enc)
+    updated = update_arguments(*arguments, PROBLEM.W_dec)
+    ops.fused_update_(*updated)
+    return *updated[:3], *ops.row_gradient_norm(*arguments)
+
+
+def training_step(dense_grad):
+    problem = PROBLEM.requires_grad()
+    code = public.encode_topk(*problem.encoder, K, dead_mask=DEAD, dense_grad=dense_grad)
+    found = public.reconstruct(code, problem.W_dec, problem.b_dec, problem.x, dense_grad=dense_grad)
+    found.squared_error.mean().backward()
+    factors = [f.coefficients for W in problem for f in getattr(W, "row_factors", [])]
+    return found.squared_error, *(t.grad for t in problem if t.grad is not None), *factors
+
+
+def decorrelation():
+    return ops.decorrelation(PROBLEM.W_dec)
+
+
+CALLS = {
+    **{f"encode_topk {p}": encode_topk(p) for p in ("screened", "fp32", "bf16", "fp16")},
+    "encode_threshold": encode_threshold,
+    "fused_update_": update,
+    "decorrelation": decorrelation,
+    "dense step": lambda: training_step(True),
+    "factored step": lambda: training_step(False),
+    "heavy rows": lambda: ops.accumulate_rows(*HEAVY, PROBLEM.x, F),
+    "weighted_row_sum": lambda: (weighted_row_sum(PROBLEM.b_enc, PROBLEM.W_enc),),
+}
+for layout, code in CODES.items():
+    CALLS[f"decode {layout}"] = lambda c=code: (ops.decode(*c, PROBLEM.W_dec, None),)
+    CALLS[f"reconstruct {layout}"] = lambda c=code: ops.reconstruct(
+        *c, PROBLEM.W_dec, PROBLEM.b_dec, PROBLEM.x
+    )
+    CALLS[f"accumulate_rows {layout}"] = lambda c=code: ops.accumulate_rows(*c, PROBLEM.x, F)
+    CALLS[f"latent_major {layout}"] = lambda c=code: ops.latent_major(*c, F)
+
+
+def same_bits(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_result_is_the_same_on_every_run(call):
+    first = call()
+    assert all(same_bits(first, call()) for _ in range(3))
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the reference leaves products to torch, which splits sums")
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_result_does_not_depend_on_the_number_of_threads(call):
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(call())
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("precision", ["screened", "fp32", "bf16", "fp16"])
+@pytest.mark.skipif(not NATIVE, reason="the reference's product depends on the shape of the batch")
+def test_row_of_the_code_does_not_depend_on_the_rest_of_the_batch(precision):
+    whole = encode_topk(precision)()
+    options = (K, precision, DEAD, 9, None, None, None)
+    for rows in (slice(0, 1), slice(37, 41), slice(100, None)):
+        part = ops.encode_topk(PROBLEM.x[rows], *PROBLEM.encoder[1:], *options)
+        assert same_bits(part, [out[rows] for out in whole])

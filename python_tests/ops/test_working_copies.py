@@ -1,0 +1,142 @@
+import copy
+import io
+
+import pytest
+import torch
+from op_samples import LOW, PRECISIONS, make_problem
+
+from sae_fast import ops
+from sae_fast.ops.working_copies import copies_to_refresh, decoder_copy, encoder_copy
+
+
+@pytest.fixture
+def W():
+    return torch.nn.Parameter(make_problem().W_dec)
+
+
+def same_tensors(first, second):
+    return all(a is b for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_encoder_copy_is_made_once(W, precision):
+    assert same_tensors(encoder_copy(W, precision), encoder_copy(W, precision))
+
+
+def test_encoder_copy_is_made_anew_for_another_precision(W):
+    first = encoder_copy(W, "screened")
+    assert not same_tensors(first, encoder_copy(W, "fp32"))
+
+
+CHANGES = {
+    "in place": lambda W: W.mul_(2),
+    "copy_": lambda W: W.copy_(torch.ones_like(W)),
+    "one element": lambda W: W[0].zero_(),
+    "new storage": lambda W: setattr(W, "data", torch.ones_like(W)),
+    "normalize_rows_": ops.normalize_rows_,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_copies_follow_changes_of_the_parameter(W, change):
+    encoder, decoder = encoder_copy(W, "bf16"), decoder_copy(W, "bf16")
+    with torch.no_grad():
+        change(W)
+    assert not same_tensors(encoder, encoder_copy(W, "bf16"))
+    assert decoder_copy(W, "bf16") is not decoder
+    assert torch.equal(decoder_copy(W, "bf16"), W.detach().bfloat16())
+
+
+def test_change_through_data_is_seen_after_drop_copies(W):
+    decoder_copy(W, "bf16")
+    W.data.mul_(2)
+    ops.drop_copies(W)
+    assert torch.equal(decoder_copy(W, "bf16"), W.detach().bfloat16())
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_decoder_copy_is_the_rounded_matrix(W, precision):
+    rounded = decoder_copy(W, precision)
+    assert rounded is decoder_copy(W, precision)
+    assert torch.equal(rounded, W.detach().to(LOW[precision]))
+    assert not rounded.requires_grad
+
+
+def test_decoder_copy_in_full_precision_is_the_matrix_itself(W):
+    assert decoder_copy(W, "screened").data_ptr() == W.data_ptr()
+
+
+def test_only_a_current_copy_of_the_precision_is_refreshed(W):
+    assert copies_to_refresh(W, "bf16") == (None, None, None)
+    rounded = decoder_copy(W, "bf16")
+    assert copies_to_refresh(W, "bf16")[2] is rounded
+    assert copies_to_refresh(W, "fp16") == (None, None, None)
+    with torch.no_grad():
+        W.add_(1)
+    assert copies_to_refresh(W, "bf16") == (None, None, None)
+
+
+def update(W, precision):
+    zeros = torch.zeros_like(W)
+    empty = torch.zeros(0, dtype=torch.int32)
+    lists = torch.zeros(len(W) + 1, dtype=torch.int64), empty, torch.zeros(0)
+    factors = (*lists, torch.zeros(0, W.shape[1]), None)
+    measured = ops.row_gradient_norm(*factors, None, torch.ones_like(W))
+    ops.fused_update_(
+        *(W, zeros, zeros.clone(), *factors, torch.ones_like(W), *measured[1:], torch.tensor(1.0)),
+        **{"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 1},
+        **{"project": False, "unit_norm": False, "precision": precision},
+    )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_update_keeps_the_encoder_copy_current(W, precision):
+    before = encoder_copy(W, precision)
+    update(W, precision)
+    assert same_tensors(before, encoder_copy(W, precision))
+    fresh = torch.ops.sae_fast.pack_encoder(W.detach().clone(), precision)
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh, strict=True))
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_update_keeps_the_decoder_copy_current(W, precision):
+    before = decoder_copy(W, precision)
+    update(W, precision)
+    assert decoder_copy(W, precision) is before
+    assert torch.equal(before, W.detach().to(LOW[precision]))
+
+
+def test_update_in_another_precision_leaves_no_stale_copy(W):
+    decoder_copy(W, "bf16")
+    update(W, "fp16")
+    assert torch.equal(decoder_copy(W, "bf16"), W.detach().bfloat16())
+
+
+def test_update_is_seen_by_autograd(W):
+    problem = make_problem()
+    code = ops.encode_topk(*problem.encoder, 5)
+    x_hat = ops.decode(code, W)
+    update(W, "fp32")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (x_hat.sum() + code.values.sum()).backward()
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+def test_copies_do_not_travel_with_the_parameter(W, dense_grad):
+    encoder_copy(W, "bf16")
+    file = io.BytesIO()
+    torch.save(W, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (copy.deepcopy(W), loaded):
+        assert copies_to_refresh(other, "bf16") == (None, None, None)
+        assert torch.equal(other, W)
+        encoder_copy(other, "bf16")
+
+
+def test_inference_tensors_are_encoded_without_a_kept_copy():
+    with torch.inference_mode():
+        problem = make_problem()
+        code = ops.encode_topk(*problem.encoder, 5)
+        x_hat = ops.decode(code, problem.W_dec, problem.b_dec, precision="bf16")
+    assert x_hat.isfinite().all()
