@@ -204,7 +204,8 @@ def _conclude(trainer: Trainer, stopped_by: signal.Signals | None) -> None:
     rate = summary["tokens"] / max(summary["seconds"], 1e-9)
     print(
         f"{verb} {summary['steps']:,} steps, {summary['tokens']:,} tokens "
-        f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s)"
+        f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s, "
+        f"{summary['reader_stall_fraction']:.1%} of it waiting for the reader)"
     )
     names = ("loss", "recon_loss", "aux_loss", "fvu", "l0", "heldout_fvu", "heldout_dead_fraction")
     figures = [(name, summary.get(f"final_{name}")) for name in names]

@@ -41,6 +41,7 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "config": trainer.config.to_dict(),
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
+        "stalled_seconds": trainer.stalled_seconds,
         "best": trainer.best,
         "loss_scaler": trainer.scaler.state(),
         "source": trainer.source.state_dict(),
@@ -71,6 +72,7 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.step = checkpoint.step
     trainer.tokens = int(state["tokens"])
     trainer.seconds = float(state["seconds"])
+    trainer.stalled_seconds = float(state["stalled_seconds"])
     trainer.best = state["best"]
     trainer.wandb_id = state["wandb_id"]
     restore_random(checkpoint.tensors, state["random"])

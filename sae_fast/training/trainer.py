@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Trainer:
         self.scaler = LossScaler(enabled=train_config.amp == "fp16")
         self.step = 0
         self.tokens = 0
-        self.seconds = 0.0
+        self.seconds = 0.0  # of steps, without evaluations and checkpoints
+        self.stalled_seconds = 0.0
         self.best: dict[str, float] | None = None
         self.wandb_id: str | None = None
         self.summary: dict[str, Any] = {}
@@ -119,17 +121,12 @@ class Trainer:
             CheckpointError: when a checkpoint cannot be written.
         """
         with self._stop or StopOnSignal() as stop:
-            total = self.total_steps * self._tokens_per_step
-            progress = Progress(total, self.tokens, shown=self._show_progress)
             try:
+                getattr(self.source, "start", lambda: None)()  # reads beside what comes first
                 self._start_wandb()
                 if self._saved_step < 0:
                     self.save_checkpoint()  # before any work: that it can be done is known now
-                while self.step < self.total_steps and stop.received is None:
-                    self._step()
-                    progress.advance(self._tokens_per_step)
-                    if row := self._report():
-                        progress.show(row, last=self.step == self.total_steps)
+                self._run_steps(stop)
                 if self._saved_step < self.step:
                     self.save_checkpoint()
                 self._finish()
@@ -137,9 +134,17 @@ class Trainer:
                 self._close_wandb(failed=True)
                 raise
             finally:
-                progress.close()
                 self.source.close()
         return self.sae
+
+    def _run_steps(self, stop: StopOnSignal) -> None:
+        total = self.total_steps * self._tokens_per_step
+        with closing(Progress(total, self.tokens, shown=self._show_progress)) as progress:
+            while self.step < self.total_steps and stop.received is None:
+                self._step()
+                progress.advance(self._tokens_per_step)
+                if row := self._report():
+                    progress.show(row, last=self.step == self.total_steps)
 
     def _step(self) -> None:
         """One optimiser step: batches, forward, loss, backward, update, statistics."""
@@ -169,8 +174,12 @@ class Trainer:
         self._last = {**sums, "grad_norm": grad_norm}
         self.step += 1
         self.tokens += self._tokens_per_step
-        seconds = time.perf_counter() - started
-        self._window.add(seconds, self.source.stall_seconds - stalled)
+        self._count_time(time.perf_counter() - started, self.source.stall_seconds - stalled)
+
+    def _count_time(self, seconds: float, stalled: float) -> None:
+        self.seconds += seconds
+        self.stalled_seconds += stalled
+        self._window.add(seconds, stalled)
 
     def _divergence(self, what: str, value: Tensor, loss: TrainingLoss, x: Tensor) -> TrainingError:
         """What is known of a step that cannot be made, in one line; no parameter has changed."""
@@ -215,7 +224,6 @@ class Trainer:
         dead = self.sae.dead_mask().double().mean()
         values = fetch({**self._last, "dead_fraction": dead})
         window, self._window = self._window, _Window()
-        self.seconds += window.seconds
         row: Row = {
             **values,
             "activation_fraction": values["l0"] / self.sae_config.d_sae,
@@ -333,10 +341,9 @@ class Trainer:
 
     def _finish(self) -> None:
         """The summary, and, when the run is complete, its history and plot."""
-        self.seconds += self._window.seconds
-        self._window = _Window()
         rows = self._log.rows
         self.summary |= {"steps": self.step, "tokens": self.tokens, "seconds": self.seconds}
+        self.summary["reader_stall_fraction"] = self.stalled_seconds / max(self.seconds, 1e-9)
         for row in rows:  # the last value of each
             self.summary |= {
                 f"final_{name}": value
@@ -354,7 +361,7 @@ class Trainer:
 
 @dataclass
 class _Window:
-    """Time since the last row of metrics, without evaluations and checkpoints."""
+    """Time of the steps since the last row of metrics."""
 
     steps: int = 0
     seconds: float = 0.0
