@@ -144,6 +144,7 @@ inline void multiply_tile(const int32_t* a, const int32_t* b, int64_t steps, int
     }
     for (int64_t step = 0; step < steps; ++step) {
       const auto* from = reinterpret_cast<const __m256i*>(b + step * kPanel + column);
+      prefetch(b + (step + 8) * kPanel + column);
       const __m256i columns[2] = {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
       SAE_FAST_UNROLL
       for (int row = 0; row < kRows; ++row) {
