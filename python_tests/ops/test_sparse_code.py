@@ -35,10 +35,23 @@ def test_fired_names_latents_with_a_positive_value_anywhere(code):
     assert torch.equal(sparse(code, 70).fired(), (code.dense(70) > 0).any(0))
 
 
-def test_nan_and_negative_values_do_not_fire():
+@pytest.mark.parametrize("has_view", [False, True])
+def test_fired_is_the_same_with_the_latent_major_view(code, has_view):
+    values = code.values.abs()
+    values[..., 0] = 0
+    tested = SparseCode(values, code.indices, 70, code.offsets)
+    if has_view:
+        tested.latent_major()
+    assert torch.equal(tested.fired(), (tested.dense() > 0).any(0))
+
+
+@pytest.mark.parametrize("has_view", [False, True])
+def test_nan_and_negative_values_do_not_fire(has_view):
     values = torch.tensor([[torch.nan, -1.0, 2.0]])
     indices = torch.tensor([[0, 1, 2]], dtype=torch.int32)
     code = SparseCode(values, indices, 4)
+    if has_view:
+        code.latent_major()
     assert code.l0().tolist() == [1]
     assert code.fired().tolist() == [False, False, True, False]
 

@@ -18,6 +18,11 @@ class CodeKey:
     def __init__(self) -> None:
         self._view: tuple[Tensor, Tensor, Tensor] | None = None
 
+    @property
+    def has_view(self) -> bool:
+        """Whether somebody has asked for the latent-major view."""
+        return self._view is not None
+
     def latent_major(
         self, values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +82,9 @@ class SparseCode:
 
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
+        if self.key.has_view and not self.values.is_cuda and bool((self.values >= 0).all()):
+            # The view, which training has by now, lists the entries that are not 0.
+            return self.latent_major()[0].diff() > 0
         # Entries that do not fire mark a place past the end: there is no mask to compact.
         latents = torch.where(self.values > 0, self.indices, self.d_sae).flatten()
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
