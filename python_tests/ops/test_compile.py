@@ -65,9 +65,13 @@ def test_code_passes_through_a_compiled_function():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def encode(x):
-        return ops.encode_topk(x, *problem.encoder[1:], 5)
+        code = ops.encode_topk(x, *problem.encoder[1:], 5)
+        return code, code.fired(), code.l0()
 
-    code, expected = encode(problem.x), ops.encode_topk(*problem.encoder, 5)
+    expected = ops.encode_topk(*problem.encoder, 5)
+    code, fired, l0 = encode(problem.x)
+    assert torch.equal(fired, expected.fired())
+    assert torch.equal(l0, expected.l0())
     assert torch.equal(code.values, expected.values)
     assert torch.equal(code.indices, expected.indices)
     assert torch.equal(code.dense(), expected.dense())

@@ -82,7 +82,8 @@ class SparseCode:
 
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
-        if self.key.has_view and not self.values.is_cuda and bool((self.values >= 0).all()):
+        traced = torch.compiler.is_compiling() or self.values.is_cuda  # must not look at data
+        if not traced and self.key.has_view and bool((self.values >= 0).all()):
             # The view, which training has by now, lists the entries that are not 0.
             return self.latent_major()[0].diff() > 0
         # Entries that do not fire mark a place past the end: there is no mask to compact.
