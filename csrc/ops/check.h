@@ -1,5 +1,5 @@
-// Argument checks with one wording: "op: argument must be ..., got ...". All of a call's checks come
-// before anything is allocated.
+// Argument checks with one wording: "op: argument must be ..., got ...". All of a call's checks
+// come before anything is allocated.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -22,15 +22,24 @@ constexpr int64_t kAnySize = -1;
 
 inline std::string dtype_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Bool: return "bool";
-    default: return "dtype number " + std::to_string(static_cast<int>(type));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(type));
   }
 }
 

@@ -19,8 +19,8 @@ void check_indices(const char* op, const int32_t* indices, int64_t entries, int6
     lowest = indices[entry] < lowest ? indices[entry] : lowest;
     highest = indices[entry] > highest ? indices[entry] : highest;
   }
-  STD_TORCH_CHECK(entries == 0 || (lowest >= 0 && highest < d_sae), op,
-                  ": indices must be in [0, ", d_sae, "), got ", lowest < 0 ? lowest : highest);
+  STD_TORCH_CHECK(entries == 0 || (lowest >= 0 && highest < d_sae), op, ": indices must be in [0, ",
+                  d_sae, "), got ", lowest < 0 ? lowest : highest);
 }
 
 }  // namespace

@@ -11,9 +11,8 @@ namespace sae_fast::ops {
 
 inline cpu::Parallel parallel() {
   const auto run = [](int64_t tasks, void* context, cpu::Parallel::Body body) {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      body(context, begin, end);
-    });
+    torch::stable::parallel_for(0, tasks, 1,
+                                [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return {run, static_cast<int>(torch::stable::get_num_threads())};
 }
@@ -24,9 +23,12 @@ inline void check_memory(const char* op, bool done) {
 
 inline cpu::Rows rows_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return cpu::Rows::kBFloat16;
-    case ScalarType::Half: return cpu::Rows::kFloat16;
-    default: return cpu::Rows::kFloat;
+    case ScalarType::BFloat16:
+      return cpu::Rows::kBFloat16;
+    case ScalarType::Half:
+      return cpu::Rows::kFloat16;
+    default:
+      return cpu::Rows::kFloat;
   }
 }
 

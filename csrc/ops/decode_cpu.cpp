@@ -22,10 +22,10 @@ Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor&
   const Input rows(W_dec), bias(b_dec);
   const Tensor x_hat =
       torch::stable::new_empty(values, {code.code().tokens, W_dec.size(1)}, ScalarType::Float);
-  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(),
-                             W_dec.size(0), W_dec.size(1)};
-  check_memory(kOp, cpu::kernels().decode(code.code(), decoder, mutable_data<float>(x_hat),
-                                          parallel()));
+  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
+                             W_dec.size(1)};
+  check_memory(kOp,
+               cpu::kernels().decode(code.code(), decoder, mutable_data<float>(x_hat), parallel()));
   return x_hat;
 }
 
@@ -36,13 +36,11 @@ Tensor decode_backward(const Tensor& grad, const Tensor& indices, const Optional
   const CodeInput code(kOp, std::nullopt, indices, offsets, W_dec.size(0));
   check_float(kOp, "grad", grad, {code.code().tokens, W_dec.size(1)});
   const Input rows(W_dec), output_grad(grad);
-  const Tensor grad_values =
-      torch::stable::new_empty(indices, indices.sizes(), ScalarType::Float);
+  const Tensor grad_values = torch::stable::new_empty(indices, indices.sizes(), ScalarType::Float);
   const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), nullptr, W_dec.size(0),
                              W_dec.size(1)};
-  check_memory(kOp,
-               cpu::kernels().decode_backward(code.code(), decoder, output_grad.data<float>(),
-                                              mutable_data<float>(grad_values), parallel()));
+  check_memory(kOp, cpu::kernels().decode_backward(code.code(), decoder, output_grad.data<float>(),
+                                                   mutable_data<float>(grad_values), parallel()));
   return grad_values;
 }
 
@@ -55,12 +53,11 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct(const Tensor& values, const Tenso
   const int64_t tokens = code.code().tokens;
   check_float(kOp, "x", x, {tokens, W_dec.size(1)});
   const Input rows(W_dec), bias(b_dec), target(x);
-  const Tensor residual =
-      torch::stable::new_empty(x, {tokens, W_dec.size(1)}, W_dec.scalar_type());
+  const Tensor residual = torch::stable::new_empty(x, {tokens, W_dec.size(1)}, W_dec.scalar_type());
   const Tensor squared_error = torch::stable::new_empty(x, {tokens});
   const Tensor residual_dot = torch::stable::new_empty(values, indices.sizes());
-  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(),
-                             W_dec.size(0), W_dec.size(1)};
+  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
+                             W_dec.size(1)};
   const cpu::Reconstruction outputs{target.data<float>(), residual.mutable_data_ptr(),
                                     mutable_data<float>(squared_error),
                                     mutable_data<float>(residual_dot)};

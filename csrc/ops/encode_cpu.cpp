@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk(
   const int64_t d_sae = W_enc.size(0);
   STD_TORCH_CHECK(k >= 1 && k <= d_sae, kOp, ": k must be in [1, d_sae], got k=", k,
                   " with d_sae=", d_sae);
-  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, kOp, ": k_aux must be in [0, d_sae], got k_aux=",
-                  k_aux, " with d_sae=", d_sae);
+  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, kOp,
+                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
   STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, kOp,
                   ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
   if (dead_mask.has_value()) {
@@ -174,9 +174,9 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(
 }  // namespace
 
 void check_precision(const char* op, const std::string& precision) {
-  STD_TORCH_CHECK(precision == "screened" || precision == "fp32" || precision == "bf16" ||
-                      precision == "fp16",
-                  op, ": precision must be screened, fp32, bf16 or fp16, got ", precision);
+  STD_TORCH_CHECK(
+      precision == "screened" || precision == "fp32" || precision == "bf16" || precision == "fp16",
+      op, ": precision must be screened, fp32, bf16 or fp16, got ", precision);
 }
 
 cpu::PackedEncoder packed_encoder(const Tensor& W_enc, const std::string& precision,
@@ -213,8 +213,7 @@ void check_packed(const char* op, const Tensor& W_enc, const std::string& precis
   check_contiguous(op, "stats", stats);
 }
 
-std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc,
-                                                const std::string& precision) {
+std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::string& precision) {
   constexpr const char* kOp = "pack_encoder";
   check_float(kOp, "W_enc", W_enc, {kAnySize, kAnySize});
   check_precision(kOp, precision);

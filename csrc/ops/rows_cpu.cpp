@@ -119,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
   const Tensor squared_norm = torch::stable::new_empty(dense, {}, ScalarType::Double);
   const Tensor sums = torch::stable::new_empty(dense, {d_sae}, ScalarType::Float);
   const Tensor slots = torch::stable::new_empty(dense, {d_sae}, ScalarType::Int);
-  const int64_t kept = cpu::plan_cache(terms.lists.offsets, d_sae,
-                                       kCachedRowsPerToken * terms.factor.tokens,
-                                       mutable_data<int32_t>(slots));
+  const int64_t kept =
+      cpu::plan_cache(terms.lists.offsets, d_sae, kCachedRowsPerToken * terms.factor.tokens,
+                      mutable_data<int32_t>(slots));
   const Tensor cached =
       torch::stable::new_empty(dense, {kept, terms.factor.d_in}, ScalarType::Float);
   check_memory(kOp, cpu::kernels().gradient_norm(
@@ -178,7 +178,8 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
   update.gradient = input.terms();
   update.gradient.project_onto = project ? mutable_data<float>(W) : nullptr;
   // The kernel only reads them; the cache is shared with the op that fills it.
-  update.cache = {const_cast<float*>(kept.data<float>()), const_cast<int32_t*>(slots.data<int32_t>())};
+  update.cache = {const_cast<float*>(kept.data<float>()),
+                  const_cast<int32_t*>(slots.data<int32_t>())};
   update.adam = make_adam_step(lr, beta1, beta2, eps, weight_decay, step);
   update.grad_scale = *static_cast<const float*>(grad_scale.const_data_ptr());
   update.unit_norm = unit_norm;

@@ -9,13 +9,15 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   //   packed  int16 [ceil(F/64), ceil(D/2), 64, 2] or float32 [ceil(F/64), D, 64]
   //   stats   [4, 64 * ceil(F/64)]
   //   rounded [F, D] bfloat16 or float16, else [0, D]
-  m.def("pack_encoder(Tensor W_enc, str precision) -> (Tensor packed, Tensor stats, Tensor rounded)");
+  m.def(
+      "pack_encoder(Tensor W_enc, str precision) -> (Tensor packed, Tensor stats, Tensor rounded)");
 
   // Per row the k largest of (x - b_dec) W_encᵀ + b_enc, then ReLU. values [N, K] descending, equal
   // values by ascending index, NaN first; indices [N, K]. "screened" and "fp32" give the exact
-  // float32 result and the same bits; "bf16" and "fp16" round x - b_dec and W_enc first. With a dead
-  // mask [F], aux_* [N, k_aux] are the best among the dead latents, (0, 0) where there are too few.
-  // packed, stats, rounded: of pack_encoder for this W_enc and precision; built here if absent.
+  // float32 result and the same bits; "bf16" and "fp16" round x - b_dec and W_enc first. With a
+  // dead mask [F], aux_* [N, k_aux] are the best among the dead latents, (0, 0) where there are too
+  // few. packed, stats, rounded: of pack_encoder for this W_enc and precision; built here if
+  // absent.
   m.def(
       "encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, str precision, "
       "Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded) -> "

@@ -34,7 +34,8 @@ inline float to_float(BFloat16 value) { return float_from_bits(uint32_t{value.bi
 inline float to_float(Float16 value) {
   const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x7c00u)
+    return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
   if (magnitude < 0x400u) {  // subnormal: an integer multiple of 2^-24
     const float scaled = static_cast<float>(magnitude) * 0x1p-24f;
     return sign != 0 ? -scaled : scaled;

@@ -1,4 +1,5 @@
-// Decoder kernels on a sparse code: reconstruction, its gradient for the code, and both in one pass.
+// Decoder kernels on a sparse code: reconstruction, its gradient for the code, and both in one
+// pass.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,8 @@
 
 namespace sae_fast::cpu {
 
-// Entries of token n: [n * k, (n + 1) * k) where offsets is null, [offsets[n], offsets[n + 1]) else.
+// Entries of token n: [n * k, (n + 1) * k) where offsets is null, [offsets[n], offsets[n + 1])
+// else.
 struct Code {
   const float* values;
   const int32_t* indices;
@@ -33,10 +35,10 @@ using DecodeBackward = bool (*)(const Code&, const Decoder&, const float* grad, 
                                 const Parallel&);
 
 struct Reconstruction {
-  const float* x;         // [tokens][d_in]
-  void* residual;         // [tokens][d_in] of the decoder's type: x_hat - x
-  float* squared_error;   // [tokens]
-  float* residual_dot;    // one per entry: <residual, W_dec[index]>
+  const float* x;        // [tokens][d_in]
+  void* residual;        // [tokens][d_in] of the decoder's type: x_hat - x
+  float* squared_error;  // [tokens]
+  float* residual_dot;   // one per entry: <residual, W_dec[index]>
 };
 using Reconstruct = bool (*)(const Code&, const Decoder&, const Reconstruction&, const Parallel&);
 

@@ -24,24 +24,24 @@ inline int64_t packed_elements(Screen screen, int64_t d_in, int64_t d_sae) {
 struct PackedEncoder {
   Screen screen;
   Rows rows;
-  void* packed;         // packed_elements() elements of 4 bytes
-  float* stats;         // [4][panels * 64]; the last row is kept free
-  const float* W_enc;   // [d_sae][d_in]
-  void* rounded;        // [d_sae][d_in] bfloat16 or float16; null for Rows::kFloat
+  void* packed;        // packed_elements() elements of 4 bytes
+  float* stats;        // [4][panels * 64]; the last row is kept free
+  const float* W_enc;  // [d_sae][d_in]
+  void* rounded;       // [d_sae][d_in] bfloat16 or float16; null for Rows::kFloat
   int64_t d_sae, d_in;
 };
 
 struct TopKProblem {
   PackedEncoder encoder;
-  const float* x;           // [tokens][d_in]
-  const float* b_enc;       // [d_sae]
-  const float* b_dec;       // [d_in]
-  const bool* dead_mask;    // [d_sae] or null
+  const float* x;         // [tokens][d_in]
+  const float* b_enc;     // [d_sae]
+  const float* b_dec;     // [d_in]
+  const bool* dead_mask;  // [d_sae] or null
   int64_t tokens, k, k_aux;
-  float* values;            // [tokens][k]
-  int32_t* indices;         // [tokens][k]
-  float* aux_values;        // [tokens][k_aux]
-  int32_t* aux_indices;     // [tokens][k_aux]
+  float* values;         // [tokens][k]
+  int32_t* indices;      // [tokens][k]
+  float* aux_values;     // [tokens][k_aux]
+  int32_t* aux_indices;  // [tokens][k_aux]
 };
 
 struct ThresholdProblem {

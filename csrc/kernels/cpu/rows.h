@@ -8,7 +8,8 @@
 
 namespace sae_fast::cpu {
 
-// A code seen latent by latent: entries [offsets[j], offsets[j + 1]) of latent j, by ascending token.
+// A code seen latent by latent: entries [offsets[j], offsets[j + 1]) of latent j, by ascending
+// token.
 struct LatentMajor {
   const int64_t* offsets;     // [d_sae + 1]
   const int32_t* rows;        // token of each entry

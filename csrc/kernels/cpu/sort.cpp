@@ -72,7 +72,8 @@ int64_t plan_cache(const int64_t* offsets, int64_t d_sae, int64_t budget, int32_
     const int64_t count = offsets[latent + 1] - offsets[latent];
     return count < kLongest ? count : kLongest;
   };
-  for (int64_t latent = 0; latent < d_sae; ++latent) ++of_length[static_cast<size_t>(length(latent))];
+  for (int64_t latent = 0; latent < d_sae; ++latent)
+    ++of_length[static_cast<size_t>(length(latent))];
   int64_t shortest = kLongest + 1;
   int64_t kept = 0;
   while (shortest > 1 && kept + of_length[static_cast<size_t>(shortest - 1)] <= budget) {

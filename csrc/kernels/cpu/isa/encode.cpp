@@ -137,9 +137,8 @@ class ThresholdWorker {
       const auto first = static_cast<int32_t>(panel * kPanel);
       for (int64_t row = 0; row < count; ++row) {
         if (!(block_.error(row) < INFINITY)) continue;
-        const PanelScores scores =
-            panel_scores(sums + row * kPanel, problem_.encoder.stats + first, block_.scale(row),
-                         bounds_.bias + first);
+        const PanelScores scores = panel_scores(sums + row * kPanel, problem_.encoder.stats + first,
+                                                block_.scale(row), bounds_.bias + first);
         const uint64_t bits = at_least(scores, thresholds_ + first, block_.error(row));
         if (bits == 0) continue;
         count_of(row) = append(scores, bits, first, values(row), indices(row), count_of(row));
@@ -211,10 +210,9 @@ bool threshold(const cpu::ThresholdProblem& problem, cpu::ThresholdSink& sink,
   const int64_t threads = team_size(problem.tokens, rows, parallel);
   Team<Worker> team;
   if (!team.hire(threads, problem, bounds, limit, rows)) return false;
-  return run_blocks(team.begin(), threads, problem.tokens, rows, parallel,
-                    [&](Worker& worker, int64_t first, int64_t count) {
-                      return worker.run(first, count, sink);
-                    });
+  return run_blocks(
+      team.begin(), threads, problem.tokens, rows, parallel,
+      [&](Worker& worker, int64_t first, int64_t count) { return worker.run(first, count, sink); });
 }
 
 // Calls function.template operator()<Product, T>() for the encoder's product and scoring rows.
@@ -222,9 +220,12 @@ template <class Function>
 bool dispatch(const cpu::PackedEncoder& encoder, Function&& function) {
   const bool integers = encoder.screen == cpu::Screen::kInt16;
   switch (encoder.rows) {
-    case cpu::Rows::kBFloat16: return function(Int16Product{}, BFloat16{});
-    case cpu::Rows::kFloat16: return function(Int16Product{}, Float16{});
-    default: break;
+    case cpu::Rows::kBFloat16:
+      return function(Int16Product{}, BFloat16{});
+    case cpu::Rows::kFloat16:
+      return function(Int16Product{}, Float16{});
+    default:
+      break;
   }
   return integers ? function(Int16Product{}, 0.0f) : function(FloatProduct{}, 0.0f);
 }

@@ -61,9 +61,12 @@ inline void gather_sum(const T* table, int64_t d_in, const int32_t* indices,
 template <class Function>
 inline bool with_element(cpu::Rows type, Function&& function) {
   switch (type) {
-    case cpu::Rows::kBFloat16: return function(BFloat16{});
-    case cpu::Rows::kFloat16: return function(Float16{});
-    default: return function(0.0f);
+    case cpu::Rows::kBFloat16:
+      return function(BFloat16{});
+    case cpu::Rows::kFloat16:
+      return function(Float16{});
+    default:
+      return function(0.0f);
   }
 }
 

@@ -104,8 +104,8 @@ inline void multiply_tile(const int32_t* a, const int32_t* b, int64_t steps, int
   for (int row = 0; row < kRows; ++row) {
     SAE_FAST_UNROLL
     for (int v = 0; v < 4; ++v) {
-      sum[row][v] = accumulate ? _mm512_loadu_si512(c + row * kPanel + v * 16)
-                               : _mm512_setzero_si512();
+      sum[row][v] =
+          accumulate ? _mm512_loadu_si512(c + row * kPanel + v * 16) : _mm512_setzero_si512();
     }
   }
   for (int64_t step = 0; step < steps; ++step, a += kGroup, b += kPanel) {
@@ -223,12 +223,18 @@ template <class Element>
 inline void multiply_group(int rows, const Element* a, const Element* b, int64_t steps, Element* c,
                            bool accumulate) {
   switch (rows) {
-    case 6: return multiply_tile<6>(a, b, steps, c, accumulate);
-    case 5: return multiply_tile<5>(a, b, steps, c, accumulate);
-    case 4: return multiply_tile<4>(a, b, steps, c, accumulate);
-    case 3: return multiply_tile<3>(a, b, steps, c, accumulate);
-    case 2: return multiply_tile<2>(a, b, steps, c, accumulate);
-    default: return multiply_tile<1>(a, b, steps, c, accumulate);
+    case 6:
+      return multiply_tile<6>(a, b, steps, c, accumulate);
+    case 5:
+      return multiply_tile<5>(a, b, steps, c, accumulate);
+    case 4:
+      return multiply_tile<4>(a, b, steps, c, accumulate);
+    case 3:
+      return multiply_tile<3>(a, b, steps, c, accumulate);
+    case 2:
+      return multiply_tile<2>(a, b, steps, c, accumulate);
+    default:
+      return multiply_tile<1>(a, b, steps, c, accumulate);
   }
 }
 

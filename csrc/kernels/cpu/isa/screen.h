@@ -17,13 +17,13 @@ constexpr int kVectorsPerPanel = kPanel / kLanes;
 // What screening knows of the latents, one set a call.
 class LatentBounds {
  public:
-  float* bias = nullptr;      // [padded]; NaN, which passes no filter, where screening is not asked
-  uint64_t* dead = nullptr;   // [panels] bits of dead latents, or null
-  int32_t* special = nullptr; // latents scored for every token: not finite, or far out of scale
+  float* bias = nullptr;     // [padded]; NaN, which passes no filter, where screening is not asked
+  uint64_t* dead = nullptr;  // [panels] bits of dead latents, or null
+  int32_t* special = nullptr;  // latents scored for every token: not finite, or far out of scale
   int64_t special_count = 0;
   int64_t dead_count = 0;
   int64_t dead_special_count = 0;
-  float norm = 0.0f;   // bounds over all other latents
+  float norm = 0.0f;  // bounds over all other latents
   float error = 0.0f;
   float bias_magnitude = 0.0f;
 
@@ -128,8 +128,8 @@ inline uint64_t at_least(const PanelScores& scores, Vec threshold, int v) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)scores.value[v], (__m512)threshold, _CMP_GE_OQ);
 #elif defined(__AVX2__)
-  return static_cast<uint32_t>(_mm256_movemask_ps(
-      _mm256_cmp_ps((__m256)scores.value[v], (__m256)threshold, _CMP_GE_OQ)));
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_cmp_ps((__m256)scores.value[v], (__m256)threshold, _CMP_GE_OQ)));
 #else
   uint64_t bits = 0;
   const VecInt passed = scores.value[v] >= threshold;
@@ -160,8 +160,7 @@ inline uint64_t at_least(const PanelScores& scores, const float* thresholds, flo
 inline int32_t append(const PanelScores& scores, uint64_t bits, int32_t first_latent, float* values,
                       int32_t* indices, int32_t count) {
 #if defined(__AVX512F__)
-  const __m512i lanes =
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int v = 0; v < kVectorsPerPanel; ++v) {
     const auto keep = static_cast<__mmask16>(bits >> (v * 16));
     const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(first_latent + v * 16), lanes);
@@ -244,13 +243,13 @@ class TokenBlock {
 
  private:
   int64_t d_in_ = 0, steps_ = 0;
-  float* x_ = nullptr;          // [rows][d_in] centred tokens
-  Element* groups_ = nullptr;   // [rows / kGroup][steps][kGroup]
-  Element* sums_ = nullptr;     // [rows][kPanel]
-  Element* row_ = nullptr;      // [steps]
-  float* scales_ = nullptr;     // [rows] of the quantised token
-  float* errors_ = nullptr;     // [rows] score_error
-  float* norms_ = nullptr;      // [rows] bound on |x|
+  float* x_ = nullptr;         // [rows][d_in] centred tokens
+  Element* groups_ = nullptr;  // [rows / kGroup][steps][kGroup]
+  Element* sums_ = nullptr;    // [rows][kPanel]
+  Element* row_ = nullptr;     // [steps]
+  float* scales_ = nullptr;    // [rows] of the quantised token
+  float* errors_ = nullptr;    // [rows] score_error
+  float* norms_ = nullptr;     // [rows] bound on |x|
 };
 
 template <class T>

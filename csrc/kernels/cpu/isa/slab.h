@@ -1,7 +1,8 @@
-// Slabs: the work on a block of tokens cut into strips of columns that stay in L2, latent by latent.
-// A latent's row is then fetched once for all tokens of the block, and the tokens are at hand. On
-// processors whose L3 answers slowly this is several times faster than gathering whole rows token
-// by token. Sums run over latents in ascending order whatever the block, so bits do not depend on it.
+// Slabs: the work on a block of tokens cut into strips of columns that stay in L2, latent by
+// latent. A latent's row is then fetched once for all tokens of the block, and the tokens are at
+// hand. On processors whose L3 answers slowly this is several times faster than gathering whole
+// rows token by token. Sums run over latents in ascending order whatever the block, so bits do not
+// depend on it.
 #pragma once
 
 #include "kernels/cpu/decode.h"
@@ -65,7 +66,7 @@ class BlockLists {
       const auto row = static_cast<int32_t>(token - first);
       for (int64_t i = code.begin(token); i < code.end(token); ++i) {
         entries[offsets[code.indices[i] + 1]++] = {row, static_cast<int32_t>(i), code.values[i],
-                                                      0.0f};
+                                                   0.0f};
       }
     }
   }
@@ -105,7 +106,8 @@ class SlabReconstruction {
         const float* from = slab_ + entry.row * kSlab;
         Vec sum[2] = {};
         SAE_FAST_UNROLL
-        for (int v = 0; v < kSlabVectors; ++v) sum[v % 2] += load(from + v * kLanes) * weight.value[v];
+        for (int v = 0; v < kSlabVectors; ++v)
+          sum[v % 2] += load(from + v * kLanes) * weight.value[v];
         entry.dot += reduce_add(sum[0] + sum[1]);
       });
     }
@@ -176,8 +178,8 @@ class SlabReconstruction {
 };
 
 // Whether a batch repeats latents often enough for slabs to win over whole rows: measured, whole
-// rows are still ahead at 43 entries a latent and a fifth behind at 64. From shapes alone, so that a
-// result never depends on how the work was shared out.
+// rows are still ahead at 43 entries a latent and a fifth behind at 64. From shapes alone, so that
+// a result never depends on how the work was shared out.
 inline bool slabs_pay(int64_t entries, int64_t d_sae) { return entries >= 48 * d_sae; }
 
 }  // namespace sae_fast::SAE_FAST_ISA

@@ -12,11 +12,19 @@ namespace sae_fast::SAE_FAST_ISA {
 const cpu::Kernels& kernel_table();
 
 const cpu::Kernels& kernel_table() {
-  static constexpr cpu::Kernels kTable = {
-      SAE_FAST_NAME(SAE_FAST_ISA), pack_encoder,    encode_topk,   encode_threshold,
-      encoder_product,             decode,          decode_backward, reconstruct,
-      accumulate_rows,             gradient_norm,   fused_update,  normalize_rows,
-      decorrelation};
+  static constexpr cpu::Kernels kTable = {SAE_FAST_NAME(SAE_FAST_ISA),
+                                          pack_encoder,
+                                          encode_topk,
+                                          encode_threshold,
+                                          encoder_product,
+                                          decode,
+                                          decode_backward,
+                                          reconstruct,
+                                          accumulate_rows,
+                                          gradient_norm,
+                                          fused_update,
+                                          normalize_rows,
+                                          decorrelation};
   return kTable;
 }
 

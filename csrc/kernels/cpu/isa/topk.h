@@ -54,8 +54,7 @@ class TopKWorker {
   bool allocate() {
     const int64_t d_sae = problem_.encoder.d_sae;
     const int64_t main_bytes = rows_ * CandidateRows::bytes_per_row(main_.capacity);
-    const int64_t aux_bytes =
-        wants_aux() ? rows_ * CandidateRows::bytes_per_row(aux_.capacity) : 0;
+    const int64_t aux_bytes = wants_aux() ? rows_ * CandidateRows::bytes_per_row(aux_.capacity) : 0;
     const int64_t pairs = rows_ * (main_.capacity + (wants_aux() ? aux_.capacity : 0));
     int64_t widest = main_.capacity > aux_.capacity ? main_.capacity : aux_.capacity;
     widest = (widest > d_sae ? widest : d_sae) + 16;
@@ -154,8 +153,8 @@ class TopKWorker {
   void keep(const CandidateRows& to, int64_t row, const PanelScores& scores, uint64_t bits,
             int32_t first) {
     if (bits == 0) return;
-    to.counts[row] = append(scores, bits, first, to.row_values(row), to.row_indices(row),
-                            to.counts[row]);
+    to.counts[row] =
+        append(scores, bits, first, to.row_values(row), to.row_indices(row), to.counts[row]);
     to.shrink_if_full(row, 2.0f * block_.error(row), keys_);
   }
 
@@ -190,9 +189,9 @@ class TopKWorker {
       const bool known = !std::isnan(from.kth[row]);
       const float kth = known ? from.kth[row] : from.kth_value(row, keys_);
       if (is_main) guess_.add(static_cast<double>(kth) / (block_.norm(row) + 1e-30));
-      from.counts[row] = static_cast<int32_t>(
-          keep_at_least(from.row_values(row), from.row_indices(row), from.counts[row],
-                        kth - 2.0f * block_.error(row)));
+      from.counts[row] =
+          static_cast<int32_t>(keep_at_least(from.row_values(row), from.row_indices(row),
+                                             from.counts[row], kth - 2.0f * block_.error(row)));
     }
     for (int64_t i = 0; i < bounds_.special_count; ++i) {
       const int32_t latent = bounds_.special[i];
@@ -294,8 +293,7 @@ class TopKWorker {
     for (int32_t j = 0; j < problem_.encoder.d_sae; ++j) {
       if (dead_only && !is_dead(j)) continue;
       all_[count] = j;
-      scores_[count++] =
-          block_.score(row, rows + j * problem_.encoder.d_in, problem_.b_enc[j]);
+      scores_[count++] = block_.score(row, rows + j * problem_.encoder.d_in, problem_.b_enc[j]);
     }
     select_best(scores_, all_, count, k, keys_, order_, values, indices);
   }
@@ -306,13 +304,13 @@ class TopKWorker {
   ThresholdGuess guess_;
   TokenBlock<Product, T> block_;
   CandidateRows main_, aux_;
-  Pair* pairs_ = nullptr;        // [rows * capacities]
-  int32_t* offsets_ = nullptr;   // [d_sae + 1]
-  int32_t* active_ = nullptr;    // [rows] block row of each row of the product
-  uint64_t* order_ = nullptr;    // scratch of select_best
-  float* scores_ = nullptr;      // [d_sae] of the exact path
-  int32_t* keys_ = nullptr;      // scratch of selections
-  int32_t* all_ = nullptr;       // [d_sae] of the exact path
+  Pair* pairs_ = nullptr;       // [rows * capacities]
+  int32_t* offsets_ = nullptr;  // [d_sae + 1]
+  int32_t* active_ = nullptr;   // [rows] block row of each row of the product
+  uint64_t* order_ = nullptr;   // scratch of select_best
+  float* scores_ = nullptr;     // [d_sae] of the exact path
+  int32_t* keys_ = nullptr;     // scratch of selections
+  int32_t* all_ = nullptr;      // [d_sae] of the exact path
   Scratch block_memory_, main_memory_, aux_memory_, pair_memory_, offset_memory_, active_memory_,
       wide_memory_;
 };
