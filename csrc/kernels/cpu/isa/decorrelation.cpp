@@ -29,15 +29,31 @@ void inverse_norms(const float* W, const Shape& shape, float* inverse,
   });
 }
 
-// Columns [first, first + width) of unit rows [begin, begin + steps), as one operand of a product:
-// to[step][stride], zeros where there is no such column.
-void pack_unit_columns(const float* W, const float* inverse, const Shape& shape, int64_t begin,
-                       int64_t steps, int64_t first, int64_t width, float* to) {
-  const int64_t live = shape.d_in - first < width ? shape.d_in - first : width;
+// Columns [first, first + kPanel) of unit rows [begin, begin + steps), one operand of a product:
+// to[step][kPanel], zeros where there is no such column.
+void pack_unit_panel(const float* W, const float* inverse, const Shape& shape, int64_t begin,
+                     int64_t steps, int64_t first, float* to) {
+  const int64_t live = shape.d_in - first < kPanel ? shape.d_in - first : kPanel;
   for (int64_t step = 0; step < steps; ++step) {
     const float* row = W + (begin + step) * shape.d_in + first;
-    for (int64_t c = 0; c < live; ++c) to[step * width + c] = row[c] * inverse[begin + step];
-    for (int64_t c = live > 0 ? live : 0; c < width; ++c) to[step * width + c] = 0.0f;
+    for (int64_t c = 0; c < live; ++c) to[step * kPanel + c] = row[c] * inverse[begin + step];
+    for (int64_t c = live; c < kPanel; ++c) to[step * kPanel + c] = 0.0f;
+  }
+}
+
+// Columns [0, groups * kGroup) of the same rows in groups of kGroup: to[group][step][kGroup].
+// `scaled` is scratch for one row.
+void pack_unit_groups(const float* W, const float* inverse, const Shape& shape, int64_t begin,
+                      int64_t steps, int64_t groups, float* scaled, float* to) {
+  const int64_t columns = groups * kGroup < shape.d_in ? groups * kGroup : shape.d_in;
+  for (int64_t c = columns; c < groups * kGroup; ++c) scaled[c] = 0.0f;
+  for (int64_t step = 0; step < steps; ++step) {
+    const float* row = W + (begin + step) * shape.d_in;
+    for (int64_t c = 0; c < columns; ++c) scaled[c] = row[c] * inverse[begin + step];
+    for (int64_t group = 0; group < groups; ++group) {
+      std::memcpy(to + (group * steps + step) * kGroup, scaled + group * kGroup,
+                  kGroup * sizeof(float));
+    }
   }
 }
 
@@ -49,13 +65,11 @@ void gram_panel(const float* W, const float* inverse, const Shape& shape, int64_
   float* columns = scratch;
   float* left = columns + kStepsPerSum * kPanel;
   float* tile = left + kStepsPerSum * groups * kGroup;
+  float* scaled = tile + groups * kGroup * kPanel;
   for (int64_t begin = 0; begin < shape.d_sae; begin += kStepsPerSum) {
     const int64_t steps = shape.d_sae - begin < kStepsPerSum ? shape.d_sae - begin : kStepsPerSum;
-    pack_unit_columns(W, inverse, shape, begin, steps, panel * kPanel, kPanel, columns);
-    for (int64_t group = 0; group < groups; ++group) {
-      pack_unit_columns(W, inverse, shape, begin, steps, group * kGroup, kGroup,
-                        left + group * kGroup * steps);
-    }
+    pack_unit_panel(W, inverse, shape, begin, steps, panel * kPanel, columns);
+    pack_unit_groups(W, inverse, shape, begin, steps, groups, scaled, left);
     multiply_panel(left, groups * kGroup, columns, steps, tile);
     for (int64_t row = 0; row < rows; ++row) {
       double* to = S + row * shape.padded() + panel * kPanel;
@@ -66,7 +80,7 @@ void gram_panel(const float* W, const float* inverse, const Shape& shape, int64_
 
 int64_t gram_scratch_floats(const Shape& shape) {
   const int64_t groups = (shape.padded() + kGroup - 1) / kGroup;
-  return kStepsPerSum * (kPanel + groups * kGroup) + (groups * kGroup) * kPanel;
+  return kStepsPerSum * (kPanel + groups * kGroup) + (groups * kGroup) * (kPanel + 1);
 }
 
 // Fills the part of S below its upper panels, and S in packed panels of floats for the gradient.

@@ -32,7 +32,8 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+// Not Vec{} + value: adding zero to -0 changes it, so the compiler would have to add.
+inline Vec broadcast(float value) { return value - Vec{}; }
 
 inline Vec load(const float* from) { return *reinterpret_cast<const UnalignedVec*>(from); }
 
@@ -87,9 +88,7 @@ inline Vec vec_sqrt(Vec value) {
 #endif
 }
 
-inline Vec vec_abs(Vec value) {
-  return (Vec)((VecInt)value & (VecInt{} + 0x7fffffff));
-}
+inline Vec vec_abs(Vec value) { return (Vec)((VecInt)value & (VecInt{} + 0x7fffffff)); }
 
 inline Vec vec_max(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -124,11 +123,17 @@ inline float reduce_max(Vec value) {
 template <class T>
 inline T round_to(float value);
 template <>
-inline float round_to<float>(float value) { return value; }
+inline float round_to<float>(float value) {
+  return value;
+}
 template <>
-inline BFloat16 round_to<BFloat16>(float value) { return round_to_bfloat16(value); }
+inline BFloat16 round_to<BFloat16>(float value) {
+  return round_to_bfloat16(value);
+}
 template <>
-inline Float16 round_to<Float16>(float value) { return round_to_float16(value); }
+inline Float16 round_to<Float16>(float value) {
+  return round_to_float16(value);
+}
 
 // Stores `count` floats as T, rounded to nearest even.
 template <class T>
