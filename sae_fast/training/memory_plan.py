@@ -15,6 +15,9 @@ _GIB = 2**30
 _BYTES_PER_ENTRY = 32
 # Arrays of a batch's size: two batches read ahead, x, x_hat - x, and the same again for AuxK.
 _BATCH_ARRAYS = 6
+# Gradient rows kept between the norm and the update, for each row of a factor: row_gradient_norm's
+# bound. AuxK gives W_dec a second factor.
+_KEPT_ROWS_PER_TOKEN = 3 * 2
 _CGROUPS = (  # directory, limit, in use, reclaimable: of version 2 and of version 1
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -90,7 +93,10 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         parts["packed encoder (16 bit)"] = matrix * _HALF
     if low_precision:
         parts["rounded copies (16 bit)"] = 2 * matrix * _HALF
-    if not train.fused:
+    if train.fused:
+        kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.grad_acc_steps, sae.d_sae)
+        parts["gradient rows before the clip"] = 2 * kept * sae.d_in * _FLOAT
+    else:
         parts["dense gradients"] = parameters * _FLOAT
     accumulated = train.grad_acc_steps * (2 * batch + entries)
     parts["step: batch, residual, code, AuxK"] = _BATCH_ARRAYS * batch + accumulated
