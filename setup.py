@@ -15,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+PACKAGE = ROOT / "sae_fast"
 sys.path.insert(0, str(ROOT / "tools"))
 from build_backend import native_wanted, torch_root  # noqa: E402
 from toolchain import NO_COMPILER, find_compiler, find_nvcc, why_no_cuda  # noqa: E402
@@ -23,19 +24,25 @@ MARKER = "_reference_install.py"
 MARKER_TEXT = '"""Left by `SAE_FAST_NATIVE=0 pip install .`: no compiled module, by choice."""\n'
 
 
+def replace_file(source: Path, target: Path) -> None:
+    # Renamed into place: a running Python may have the old file mapped.
+    aside = target.with_name(target.name + ".new")
+    shutil.copy2(source, aside)
+    aside.replace(target)
+
+
 class BuildPython(build_py):
     """Leaves or removes the marker of a reference install, in the wheel and in the checkout."""
 
     def run(self) -> None:
         # In a checkout, `python -m sae_fast.train` imports the checkout, not the installed copy:
         # what is found there is made to agree with what is installed.
-        package = ROOT / "sae_fast"
-        if os.access(package, os.W_OK):
+        if os.access(PACKAGE, os.W_OK):
             if native_wanted():
-                (package / MARKER).unlink(missing_ok=True)
+                (PACKAGE / MARKER).unlink(missing_ok=True)
             else:
-                (package / MARKER).write_text(MARKER_TEXT)
-                (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+                (PACKAGE / MARKER).write_text(MARKER_TEXT)
+                (PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
         # What an earlier build left there, a renamed file for one, would end up in the wheel.
         shutil.rmtree(Path(self.build_lib) / "sae_fast", ignore_errors=True)
         super().run()
@@ -59,25 +66,21 @@ class CMakeBuild(build_ext):
         backends = f"CPU only: {refusal}" if refusal else f"CPU and CUDA with {nvcc}"
         print(f"sae_fast: building for {backends}", flush=True)
 
+        options = [
+            f"-DTORCH_ROOT={torch}",
+            f"-DSAE_FAST_CUDA={'OFF' if refusal else 'ON'}",
+            f"-DSAE_FAST_WHY_NO_CUDA={refusal or ''}",
+            *([] if refusal else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
+        ]
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        self.run_cmake(
-            module,
-            torch,
-            [
-                f"-DSAE_FAST_CUDA={'OFF' if refusal else 'ON'}",
-                f"-DSAE_FAST_WHY_NO_CUDA={refusal or ''}",
-                *([] if refusal else [f"-DCMAKE_CUDA_COMPILER={nvcc}"]),
-            ],
-        )
-        in_tree = ROOT / "sae_fast" / module.name
-        if module != in_tree and os.access(in_tree.parent, os.W_OK):
-            # Renamed into place: a running Python may have the old file mapped.
-            aside = in_tree.with_suffix(".so.new")
-            shutil.copy2(module, aside)
-            aside.replace(in_tree)
+        built = self.run_cmake(options) / module.name
+        module.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(built, module)
+        if os.access(PACKAGE, os.W_OK):  # for python run in the checkout
+            replace_file(built, PACKAGE / module.name)
 
-    def run_cmake(self, module: Path, torch: Path, options: list[str]) -> None:
-        """Configures and builds `_C` into the folder of `module`."""
+    def run_cmake(self, options: list[str]) -> Path:
+        """Configures and builds; returns the build folder, which has the module."""
         import pybind11  # a build requirement, so absent where nothing is built
 
         build = Path(os.environ.get("SAE_FAST_BUILD_DIR", f"{self.build_temp}/cmake")).resolve()
@@ -85,11 +88,11 @@ class CMakeBuild(build_ext):
             *["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"],
             # Said at every build: an isolated build's ninja is gone by the next one.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            f"-DSAE_FAST_IN_TREE={'ON' if os.access(PACKAGE, os.W_OK) else 'OFF'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DTORCH_ROOT={torch}",
             *options,
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
@@ -99,6 +102,7 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", build, *jobs], check=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"sae_fast: the compiled build failed, as CMake says above ({error})")
+        return build
 
 
 setup(

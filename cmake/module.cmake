@@ -1,8 +1,5 @@
 # The Python module sae_fast._C: ops over the kernels, and a pybind11 module that says how it was built.
 
-if(NOT CMAKE_LIBRARY_OUTPUT_DIRECTORY)
-  set(CMAKE_LIBRARY_OUTPUT_DIRECTORY ${CMAKE_SOURCE_DIR}/sae_fast)
-endif()
 if(NOT pybind11_DIR)
   execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
     OUTPUT_VARIABLE pybind11_DIR OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
@@ -35,3 +32,9 @@ target_compile_definitions(_C PRIVATE
   SAE_FAST_CUDA_VERSION="${cuda_version}"
   SAE_FAST_CUDA_ARCHITECTURES="${cuda_architectures}"
   SAE_FAST_WHY_NO_CUDA="${why_no_cuda}")
+
+if(SAE_FAST_IN_TREE)  # what setup.py does for an install; removed first, since Python may have it mapped
+  add_custom_command(TARGET _C POST_BUILD
+    COMMAND ${CMAKE_COMMAND} -E rm -f ${CMAKE_SOURCE_DIR}/sae_fast/$<TARGET_FILE_NAME:_C>
+    COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:_C> ${CMAKE_SOURCE_DIR}/sae_fast)
+endif()
