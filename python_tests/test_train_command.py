@@ -1,5 +1,6 @@
 """`python -m sae_fast.train`: flags, what it prints, exit codes, and every bad input."""
 
+import contextlib
 import json
 import math
 import os
@@ -362,27 +363,43 @@ def test_no_intact_checkpoint_is_left(run: Run, shards: Path) -> None:
 # ---- in a process of its own -------------------------------------------------------------------
 
 
-def _start(*arguments: object, **settings: Any) -> subprocess.Popen[str]:
+PATIENCE = 240  # seconds; only a machine that stands still takes so long
+
+
+@contextlib.contextmanager
+def _started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, which does not outlive the test."""
     command = [sys.executable, "-m", "sae_fast.train", *SMALL, *map(str, arguments)]
     root = Path(__file__).parents[1]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **settings)
+    settings |= {"stdout": pipe, "stderr": pipe, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **settings) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _finished(*arguments: object, **settings: Any) -> tuple[int, str, str]:
+    with _started(*arguments, **settings) as process:
+        out, err = process.communicate(timeout=PATIENCE)
+        return process.returncode, out, err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_ends_with_its_code(
     shards: Path, number: signal.Signals, code: int
 ) -> None:
-    process = _start("--shard-dir", shards, "--checkpoint-dir", "run", "--max-steps", 10**7)
-    while not list(Path("run/checkpoints").glob("step-*[2-9]")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    deadline = time.monotonic() + PATIENCE
+    arguments = ("--shard-dir", shards, "--checkpoint-dir", "run", "--max-steps", 10**7)
+    with _started(*arguments) as process:
+        while not list(Path("run/checkpoints").glob("step-*[2-9]")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     newest = Path("run/checkpoints/latest").resolve()
     steps = int(newest.name.removeprefix("step-"))
@@ -390,19 +407,15 @@ def test_a_signal_saves_and_ends_with_its_code(
 
 
 def test_a_full_disk_while_checkpointing_leaves_the_previous_one(shards: Path) -> None:
-    process = _start("--shard-dir", shards, "--checkpoint-dir", "run", "--max-steps", 2)
-    assert process.wait(timeout=60) == 0, process.communicate()
-    process.communicate()
+    run = ("--shard-dir", shards, "--checkpoint-dir", "run")
+    assert _finished(*run, "--max-steps", 2)[0] == 0
     size = max(path.stat().st_size for path in Path("run/checkpoints/latest/").iterdir())
 
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1))
 
-    arguments = ("--checkpoint-dir", "run", "--resume-from", "latest", "--max-steps", 40)
-    process = _start("--shard-dir", shards, *arguments, preexec_fn=small_disk)
-    _, err = process.communicate(timeout=60)
-    line = _refused((process.returncode, "", err), "step-0000000", "step-00000002 is the last")
+    resumed = (*run, "--resume-from", "latest", "--max-steps", 40)
+    result = _finished(*resumed, preexec_fn=small_disk)
+    line = _refused(result, "step-0000000", "step-00000002 is the last")
     assert "File too large" in line
-    process = _start("--shard-dir", shards, *arguments)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert _finished(*resumed)[0] == 0
