@@ -6,10 +6,10 @@ SAE_FAST_NATIVE=0 in the environment or when sae_fast was installed, and nowhere
 
 import functools
 import importlib
-import importlib.util
 import os
 import platform
 import re
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +27,7 @@ def load() -> ModuleType | None:
         raise ImportError(f"SAE_FAST_NATIVE must be 0 or 1, got {choice!r}")
     if choice == "0":
         return None
-    spec = importlib.util.find_spec("sae_fast._C")
+    spec = _find("_C")
     if spec is None or spec.origin is None:
         if choice is None and _is_reference_install():
             return None
@@ -72,9 +72,14 @@ def build_info() -> dict[str, object]:
 
 
 def _is_reference_install() -> bool:
-    return importlib.util.find_spec("sae_fast._reference_install") is not None
+    return _find("_reference_install") is not None
 
 
 def _built_with(module: Path) -> str:
     found = re.search(rb"sae_fast (built with torch [\w.+]+)", module.read_bytes())
     return found[1].decode() if found else "of an unknown build"
+
+
+def _find(name: str) -> ModuleSpec | None:
+    """A module of this very package: an editable install elsewhere would offer its own."""
+    return PathFinder.find_spec(f"sae_fast.{name}", [str(Path(__file__).parents[1])])
