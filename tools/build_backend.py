@@ -14,12 +14,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (every hook not defined below is setuptools')
 
 OLDEST_TORCH = (2, 11)  # as TORCH_TARGET_VERSION in CMakeLists.txt
+OLDEST_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
 BUILD_TOOLS = ["pybind11>=2.13", "cmake>=3.26", "ninja"]
 _PROBE = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+
+
+def refuse_old_setuptools(version: str) -> None:
+    """Stops a build without isolation where setuptools is older than any that can do it."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_SETUPTOOLS:
+        oldest = ".".join(map(str, OLDEST_SETUPTOOLS))
+        sys.exit(
+            f"sae_fast: setuptools {oldest} or newer is needed, found {version}: "
+            "run `pip install --upgrade setuptools`, or install without --no-build-isolation"
+        )
+
+
+refuse_old_setuptools(setuptools.__version__)
 
 
 def native_wanted() -> bool:
