@@ -9,7 +9,7 @@ import torch
 
 import sae_fast
 
-_PACKAGES = ("torch", "numpy", "h5py", "safetensors")
+_PACKAGES = ("numpy", "h5py", "safetensors")
 
 
 def describe() -> str:
@@ -17,6 +17,7 @@ def describe() -> str:
     lines = [
         ("sae_fast", f"{sae_fast.__version__}, {Path(sae_fast.__file__).parent}"),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("torch", torch.__version__),  # its package metadata may leave out which build it is
         *((name, _version(name)) for name in _PACKAGES),
         *_kernel_lines(sae_fast.build_info()),
         ("CPU", f"{_cpu_name()}, {_usable_cores()} usable cores"),
