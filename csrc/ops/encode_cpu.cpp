@@ -68,40 +68,79 @@ cpu::TopKProblem topk_problem(const EncoderInput& encoder, const Input& x, const
   return problem;
 }
 
+void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
+                     int64_t k_aux) {
+  STD_TORCH_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
+                  " with d_sae=", d_sae);
+  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
+                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
+  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, op,
+                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
+  if (!dead_mask.has_value()) return;
+  check_shape(op, "dead_mask", *dead_mask, {d_sae});
+  check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
+}
+
+// What encode_topk and encode_batch_topk share: values and indices are laid out by the caller.
+struct AuxCode {
+  Tensor values, indices;  // [N, k_aux]
+};
+
+AuxCode new_aux_code(const Tensor& x, int64_t k_aux) {
+  return {torch::stable::new_empty(x, {x.size(0), k_aux}),
+          torch::stable::new_empty(x, {x.size(0), k_aux}, ScalarType::Int)};
+}
+
+void set_outputs(cpu::TopKProblem& problem, int64_t k, const Tensor& values, const Tensor& indices,
+                 int64_t k_aux, const Input& dead, const AuxCode& aux) {
+  problem.dead_mask = k_aux > 0 ? dead.data<bool>() : nullptr;
+  problem.k = k;
+  problem.k_aux = k_aux;
+  problem.values = mutable_data<float>(values);
+  problem.indices = mutable_data<int32_t>(indices);
+  problem.aux_values = mutable_data<float>(aux.values);
+  problem.aux_indices = mutable_data<int32_t>(aux.indices);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk(
     const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, int64_t k,
     const std::string& precision, const OptionalTensor& dead_mask, int64_t k_aux,
     const OptionalTensor& packed, const OptionalTensor& stats, const OptionalTensor& rounded) {
   constexpr const char* kOp = "encode_topk";
   check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
-  const int64_t d_sae = W_enc.size(0);
-  STD_TORCH_CHECK(k >= 1 && k <= d_sae, kOp, ": k must be in [1, d_sae], got k=", k,
-                  " with d_sae=", d_sae);
-  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, kOp,
-                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
-  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, kOp,
-                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
-  if (dead_mask.has_value()) {
-    check_shape(kOp, "dead_mask", *dead_mask, {d_sae});
-    check_dtype(kOp, "dead_mask", *dead_mask, ScalarType::Bool);
-  }
+  check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
   const EncoderInput encoder(kOp, W_enc, precision, packed, stats, rounded);
   const Input tokens(x), encoder_bias(b_enc), decoder_bias(b_dec), dead(dead_mask);
   const int64_t n = x.size(0);
   const Tensor values = torch::stable::new_empty(x, {n, k});
   const Tensor indices = torch::stable::new_empty(x, {n, k}, ScalarType::Int);
-  const Tensor aux_values = torch::stable::new_empty(x, {n, k_aux});
-  const Tensor aux_indices = torch::stable::new_empty(x, {n, k_aux}, ScalarType::Int);
+  const AuxCode aux = new_aux_code(x, k_aux);
   cpu::TopKProblem problem = topk_problem(encoder, tokens, encoder_bias, decoder_bias, n);
-  problem.dead_mask = k_aux > 0 ? dead.data<bool>() : nullptr;
-  problem.k = k;
-  problem.k_aux = k_aux;
-  problem.values = mutable_data<float>(values);
-  problem.indices = mutable_data<int32_t>(indices);
-  problem.aux_values = mutable_data<float>(aux_values);
-  problem.aux_indices = mutable_data<int32_t>(aux_indices);
+  set_outputs(problem, k, values, indices, k_aux, dead, aux);
   check_memory(kOp, cpu::kernels().encode_topk(problem, parallel()));
-  return {values, indices, aux_values, aux_indices};
+  return {values, indices, aux.values, aux.indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
+    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& b_dec, int64_t k,
+    const std::string& precision, const OptionalTensor& dead_mask, int64_t k_aux,
+    const OptionalTensor& packed, const OptionalTensor& stats, const OptionalTensor& rounded) {
+  constexpr const char* kOp = "encode_batch_topk";
+  check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
+  check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
+  const int64_t n = x.size(0);
+  STD_TORCH_CHECK(n <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ", n, " * ", k);
+  const EncoderInput encoder(kOp, W_enc, precision, packed, stats, rounded);
+  const Input tokens(x), encoder_bias(b_enc), decoder_bias(b_dec), dead(dead_mask);
+  const Tensor values = torch::stable::new_empty(x, {n * k});
+  const Tensor indices = torch::stable::new_empty(x, {n * k}, ScalarType::Int);
+  const Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
+  const AuxCode aux = new_aux_code(x, k_aux);
+  cpu::TopKProblem problem = topk_problem(encoder, tokens, encoder_bias, decoder_bias, n);
+  set_outputs(problem, k, values, indices, k_aux, dead, aux);
+  check_memory(
+      kOp, cpu::kernels().encode_batch_topk(problem, mutable_data<int64_t>(offsets), parallel()));
+  return {values, indices, offsets, aux.values, aux.indices};
 }
 
 // Collects rows of a threshold code as they are found.
@@ -243,5 +282,6 @@ std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
   m.impl("pack_encoder", TORCH_BOX(&sae_fast::ops::pack_encoder));
   m.impl("encode_topk", TORCH_BOX(&sae_fast::ops::encode_topk));
+  m.impl("encode_batch_topk", TORCH_BOX(&sae_fast::ops::encode_batch_topk));
   m.impl("encode_threshold", TORCH_BOX(&sae_fast::ops::encode_threshold));
 }

@@ -23,6 +23,15 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded) -> "
       "(Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)");
 
+  // The N*K largest positive entries of the whole batch, NaN largest of all, equal values in order
+  // of their tokens, then indices. CSR by row, ascending index: values [N*K], indices [N*K], offsets
+  // int64 [N + 1]. Where fewer are positive the last row ends in entries of value 0 and index 0.
+  // aux_* and the other arguments as for encode_topk.
+  m.def(
+      "encode_batch_topk(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, str precision, "
+      "Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded) -> "
+      "(Tensor values, Tensor indices, Tensor offsets, Tensor aux_values, Tensor aux_indices)");
+
   // Entries above threshold [F] and above 0, and every NaN: CSR by row, ascending index.
   // values [nnz], indices [nnz], offsets int64 [N + 1].
   m.def(

@@ -1,4 +1,5 @@
-// The encoder kernels: top-k with and without a dead mask, and threshold codes.
+// The encoder kernels: top-k with and without a dead mask, of a row and of a batch, and threshold
+// codes.
 #include <algorithm>
 #include <numeric>
 
@@ -163,6 +164,87 @@ void test_topk(Random& random, const Encoder& encoder) {
   }
 }
 
+// The best of the whole batch, checked against all scores: exactly for integers, otherwise that no
+// score left out is above one taken.
+void check_batch(const Encoder& encoder, int64_t k, const std::vector<float>& values,
+                 const std::vector<int32_t>& indices, const std::vector<int64_t>& offsets) {
+  struct Place {
+    double score;
+    int64_t token;
+    int32_t latent;
+  };
+  const auto before = [](const Place& a, const Place& b) {
+    if (std::isnan(a.score) != std::isnan(b.score)) return std::isnan(a.score);
+    if (a.score > b.score || a.score < b.score) return a.score > b.score;
+    return std::pair(a.token, a.latent) < std::pair(b.token, b.latent);
+  };
+  std::vector<Place> wanted;
+  double slack = 0.0;
+  for (int64_t n = 0; n < encoder.shape.tokens; ++n) {
+    for (int32_t j = 0; j < encoder.shape.d_sae; ++j) {
+      const auto [exact, tolerance] = encoder.score(n, j);
+      slack = std::max(slack, tolerance);
+      if (std::isnan(exact) || exact > 0.0) wanted.push_back({exact, n, j});
+    }
+  }
+  std::sort(wanted.begin(), wanted.end(), before);
+  const int64_t budget = encoder.shape.tokens * k;
+  if (static_cast<int64_t>(wanted.size()) > budget) wanted.resize(static_cast<size_t>(budget));
+  const double least = wanted.empty() ? 0.0 : wanted.back().score;
+  std::sort(wanted.begin(), wanted.end(), [](const Place& a, const Place& b) {
+    return std::pair(a.token, a.latent) < std::pair(b.token, b.latent);
+  });
+  check(offsets.back() == budget, "batch: %ld entries, not %ld", offsets.back(), budget);
+  for (int64_t n = 0; n < encoder.shape.tokens; ++n) {
+    for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) {
+      if (static_cast<size_t>(i) >= wanted.size() && values[i] == 0.0f) continue;
+      const auto [exact, tolerance] = encoder.score(n, indices[i]);
+      if (encoder.numbers == Numbers::kNormal) {
+        check(std::fabs(values[i] - exact) <= tolerance && exact >= least - 2.0 * slack,
+              "batch: token %ld: value %g of latent %d, which scores %g; the least is %g", n,
+              values[i], indices[i], exact, least);
+        continue;
+      }
+      check(n == wanted[i].token && indices[i] == wanted[i].latent &&
+                same(values[i], static_cast<float>(exact)),
+            "batch: entry %ld is %g of token %ld, latent %d, not of %ld, %d", i, values[i], n,
+            indices[i], wanted[i].token, wanted[i].latent);
+    }
+  }
+}
+
+void test_batch_topk(Random& random, const Encoder& encoder) {
+  const Shape& shape = encoder.shape;
+  const int64_t k = random.integer(1, std::min<int64_t>(shape.d_sae, random.integer(1, 80)));
+  struct Result {
+    std::vector<float> values;
+    std::vector<int32_t> indices;
+    std::vector<int64_t> offsets;
+  };
+  const auto run = [&](const cpu::Parallel& parallel) {
+    Result result{std::vector<float>(shape.tokens * k), std::vector<int32_t>(shape.tokens * k),
+                  std::vector<int64_t>(shape.tokens + 1)};
+    cpu::TopKProblem problem{};
+    problem.encoder = encoder.packed;
+    problem.x = encoder.x.data();
+    problem.b_enc = encoder.b_enc.data();
+    problem.b_dec = encoder.b_dec.data();
+    problem.tokens = shape.tokens;
+    problem.k = k;
+    problem.values = result.values.data();
+    problem.indices = result.indices.data();
+    check(cpu::kernels().encode_batch_topk(problem, result.offsets.data(), parallel),
+          "encode_batch_topk: out of memory");
+    return result;
+  };
+  const Result one = run(one_thread());
+  const Result four = run(four_threads());
+  check(same_bits(one.values, four.values) && same_bits(one.indices, four.indices) &&
+            same_bits(one.offsets, four.offsets),
+        "encode_batch_topk depends on the number of threads");
+  check_batch(encoder, k, one.values, one.indices, one.offsets);
+}
+
 class Sink : public cpu::ThresholdSink {
  public:
   explicit Sink(int64_t tokens) : values(tokens), indices(tokens) {}
@@ -231,6 +313,7 @@ void test_encode(uint64_t seed) {
                                      std::pair{cpu::Screen::kInt16, cpu::Rows::kFloat16}}) {
     const Encoder encoder(random, shape, numbers, screen, rows);
     test_topk(random, encoder);
+    test_batch_topk(random, encoder);
     test_threshold(random, encoder);
   }
 }

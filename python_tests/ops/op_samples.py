@@ -97,11 +97,13 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "pack_encoder", precision, (problem.W_enc, precision)
         arguments = (*problem.encoder, 5, precision, None, 0)
         yield "encode_topk", precision, (*arguments, *copies)
+        yield "encode_batch_topk", precision, (*arguments, *copies)
         threshold = torch.full((d_sae,), 0.5)
         arguments = (*problem.encoder, threshold, precision)
         yield "encode_threshold", precision, (*arguments, *copies)
     dead = torch.arange(d_sae) % 3 == 0
     yield "encode_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
+    yield "encode_batch_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "decorrelation", "", (problem.W_dec,)
     yield "normalize_rows_", "", (problem.W_enc.clone(),)
     for code in codes(n, d_sae):

@@ -20,6 +20,12 @@ def encode_topk(precision):
     )
 
 
+def encode_batch_topk(precision):
+    return lambda: ops.encode_batch_topk(
+        *PROBLEM.encoder, K, precision, DEAD, 9, *ops.pack_encoder(PROBLEM.W_enc, precision)
+    )
+
+
 def encode_threshold():
     threshold = torch.full((F,), 1.0)
     return ops.encode_threshold(*PROBLEM.encoder, threshold, "screened", None, None, None)
@@ -48,6 +54,7 @@ def decorrelation():
 
 CALLS = {
     **{f"encode_topk {p}": encode_topk(p) for p in ("screened", "fp32", "bf16", "fp16")},
+    **{f"encode_batch_topk {p}": encode_batch_topk(p) for p in ("screened", "bf16")},
     "encode_threshold": encode_threshold,
     "fused_update_": update,
     "decorrelation": decorrelation,

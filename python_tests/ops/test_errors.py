@@ -22,6 +22,11 @@ ARGUMENTS = {
         **{"k": 3, "precision": "screened", "dead_mask": torch.ones(20, dtype=torch.bool)},
         **{"k_aux": 2, "packed": None, "stats": None, "rounded": None},
     },
+    "encode_batch_topk": {
+        **dict(zip(("x", "W_enc", "b_enc", "b_dec"), PROBLEM.encoder, strict=True)),
+        **{"k": 3, "precision": "screened", "dead_mask": torch.ones(20, dtype=torch.bool)},
+        **{"k_aux": 2, "packed": None, "stats": None, "rounded": None},
+    },
     "encode_threshold": {
         **dict(zip(("x", "W_enc", "b_enc", "b_dec"), PROBLEM.encoder, strict=True)),
         **{"threshold": THRESHOLD, "precision": "screened"},
@@ -71,6 +76,10 @@ SHAPES = {
         ("b_dec", torch.zeros(1, 6), "b_dec must have shape [6], got [1, 6]"),
         ("dead_mask", torch.ones(19, dtype=torch.bool), "dead_mask must have shape [20], got [19]"),
     ],
+    "encode_batch_topk": [
+        ("W_enc", torch.zeros(20, 5), "W_enc must have shape [*, 6], got [20, 5]"),
+        ("dead_mask", torch.ones(19, dtype=torch.bool), "dead_mask must have shape [20], got [19]"),
+    ],
     "encode_threshold": [
         ("x", of_width(5), "W_enc must have shape [*, 5], got [20, 6]"),
         ("threshold", torch.zeros(()), "threshold must have shape [20], got []"),
@@ -116,6 +125,7 @@ DTYPES = {
         ("W_enc", PROBLEM.W_enc.bfloat16(), "W_enc must be float32, got bfloat16"),
         ("dead_mask", torch.ones(20).int(), "dead_mask must be bool, got int32"),
     ],
+    "encode_batch_topk": [("x", HALF, "x must be float32, got float16")],
     "encode_threshold": [
         ("threshold", THRESHOLD.long(), "threshold must be float32, got int64"),
     ],
@@ -150,6 +160,12 @@ RANGES = {
         ("k", 0, "k must be in [1, d_sae], got k=0 with d_sae=20"),
         ("k", 21, "k must be in [1, d_sae], got k=21 with d_sae=20"),
         ("k_aux", -1, "k_aux must be in [0, d_sae], got k_aux=-1 with d_sae=20"),
+        ("k_aux", 21, "k_aux must be in [0, d_sae], got k_aux=21 with d_sae=20"),
+        ("dead_mask", None, "k_aux must be 0 without a dead_mask, got k_aux=2"),
+        ("precision", "int8", PRECISION),
+    ],
+    "encode_batch_topk": [
+        ("k", 0, "k must be in [1, d_sae], got k=0 with d_sae=20"),
         ("k_aux", 21, "k_aux must be in [0, d_sae], got k_aux=21 with d_sae=20"),
         ("dead_mask", None, "k_aux must be 0 without a dead_mask, got k_aux=2"),
         ("precision", "int8", PRECISION),

@@ -42,9 +42,10 @@ def plain_code(problem, code) -> Tensor:
 
 
 def encode(problem, kind, **options):
-    if kind == "topk":
+    if kind != "threshold":
+        select = {"topk": ops.encode_topk, "batch_topk": ops.encode_batch_topk}[kind]
         dead = torch.arange(problem.b_enc.shape[0]) % 3 == 0
-        return ops.encode_topk(*problem.encoder, 6, dead_mask=dead, k_aux=5, **options)
+        return select(*problem.encoder, 6, dead_mask=dead, k_aux=5, **options)
     threshold = torch.full_like(problem.b_enc, 0.8)
     return ops.encode_threshold(*problem.encoder, threshold, **options)
 
@@ -91,7 +92,7 @@ def plain_loss(name, problem, code):
 
 
 @pytest.mark.parametrize("dense_grad", GRADIENTS)
-@pytest.mark.parametrize("kind", ["topk", "threshold"])
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "threshold"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("precision", EXACT)
 def test_gradients_are_those_of_plain_pytorch_in_float64(precision, loss, kind, dense_grad):
@@ -116,10 +117,11 @@ def test_gradient_through_residual_and_squared_error_together(dense_grad):
 
 
 @pytest.mark.parametrize("dense_grad", GRADIENTS)
+@pytest.mark.parametrize("kind", ["topk", "batch_topk"])
 @pytest.mark.parametrize("both", [True, False])
-def test_gradient_of_aux_reaches_the_encoder_but_neither_x_nor_b_dec(both, dense_grad):
+def test_gradient_of_aux_reaches_the_encoder_but_neither_x_nor_b_dec(both, kind, dense_grad):
     problem = make_problem(30, 14, 90).requires_grad()
-    code = encode(problem, "topk", dense_grad=dense_grad)
+    code = encode(problem, kind, dense_grad=dense_grad)
     target = torch.zeros(30, 14)
     aux = ops.reconstruct(code.aux, problem.W_dec, None, target, dense_grad=dense_grad)
     loss = aux.squared_error.sum()
@@ -137,7 +139,7 @@ def test_gradient_of_aux_reaches_the_encoder_but_neither_x_nor_b_dec(both, dense
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", ["topk", "threshold"])
+@pytest.mark.parametrize("kind", ["topk", "batch_topk", "threshold"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_factored_and_dense_gradients_agree(loss, kind, precision):
     found = []

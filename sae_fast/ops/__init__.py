@@ -6,7 +6,7 @@ compiled module is not in use, every op is `reference.py`: the same results, man
 
 from sae_fast.ops.decode import Reconstruction, decode, reconstruct
 from sae_fast.ops.decorrelation import decorrelation
-from sae_fast.ops.encode import encode_threshold, encode_topk
+from sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from sae_fast.ops.factors import RowFactor
 from sae_fast.ops.rows import (
     accumulate_rows,
@@ -26,6 +26,7 @@ __all__ = [
     "decode",
     "decorrelation",
     "drop_copies",
+    "encode_batch_topk",
     "encode_threshold",
     "encode_topk",
     "fused_update_",

@@ -17,6 +17,7 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: precision must be screened, fp32, bf16 or fp16, got {precision}
     {op}: d_sae must be at least 1, got {d_sae}
     {op}: step must be at least 1, got {step}
+    {op}: at most {most} entries, got {count}
     {op}: offsets must have N + 1 elements, got none
     {op}: latent_offsets must have d_sae + 1 >= 2 elements, got {count}
     {op}: offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
@@ -31,6 +32,7 @@ from torch import Tensor
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 _MASTER = (torch.float32,)
 _GATHERED = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_ENTRIES = 2**31 - 1
 _Sizes = tuple[int | None, ...]
 
 
@@ -100,6 +102,16 @@ def pack_encoder(W_enc: Tensor, precision: str) -> None:  # noqa: D103
     op.precision(precision)
 
 
+def _selection(op: _Op, d_sae: int, k: int, dead_mask: Tensor | None, k_aux: int) -> None:
+    if dead_mask is not None:
+        op.tensor("dead_mask", dead_mask, (d_sae,), (torch.bool,))
+    op.require(1 <= k <= d_sae, "k must be in [1, d_sae]", f"k={k} with d_sae={d_sae}")
+    must = "k_aux must be in [0, d_sae]"
+    op.require(0 <= k_aux <= d_sae, must, f"k_aux={k_aux} with d_sae={d_sae}")
+    must = "k_aux must be 0 without a dead_mask"
+    op.require(dead_mask is not None or k_aux == 0, must, f"k_aux={k_aux}")
+
+
 def _encoder(
     op: _Op, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, precision: str
 ) -> None:
@@ -125,14 +137,27 @@ def encode_topk(  # noqa: D103
 ) -> None:
     op = _Op("encode_topk", "x", x)
     _encoder(op, x, W_enc, b_enc, b_dec, precision)
-    d_sae = W_enc.size(0)
-    if dead_mask is not None:
-        op.tensor("dead_mask", dead_mask, (d_sae,), (torch.bool,))
-    op.require(1 <= k <= d_sae, "k must be in [1, d_sae]", f"k={k} with d_sae={d_sae}")
-    must = "k_aux must be in [0, d_sae]"
-    op.require(0 <= k_aux <= d_sae, must, f"k_aux={k_aux} with d_sae={d_sae}")
-    must = "k_aux must be 0 without a dead_mask"
-    op.require(dead_mask is not None or k_aux == 0, must, f"k_aux={k_aux}")
+    _selection(op, W_enc.size(0), k, dead_mask, k_aux)
+
+
+def encode_batch_topk(  # noqa: D103
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> None:
+    op = _Op("encode_batch_topk", "x", x)
+    _encoder(op, x, W_enc, b_enc, b_dec, precision)
+    _selection(op, W_enc.size(0), k, dead_mask, k_aux)
+    must = f"at most {_MOST_ENTRIES} entries"
+    op.require(x.size(0) * k <= _MOST_ENTRIES, must, f"{x.size(0)} * {k}")
 
 
 def encode_threshold(  # noqa: D103

@@ -112,12 +112,76 @@ def _(
 def _setup_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, b_dec, _, precision, *_ = inputs
     ctx.precision = precision
-    ctx.mark_non_differentiable(output[1], output[3])
+    ctx.mark_non_differentiable(*(out for out in output if not out.is_floating_point()))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, W_enc, b_dec, *output)
 
 
 @differentiable("encode_topk", _setup_topk)
+def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, W_enc, b_dec, *outputs = ctx.saved_tensors
+    parts = _parts(outputs, grads)
+    gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
+    return (*gradients, *(None,) * 7)
+
+
+def encode_batch_topk(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    *,
+    precision: str = "screened",
+    dead_mask: Tensor | None = None,  # [F] bool
+    k_aux: int | None = None,
+    dense_grad: bool = True,
+) -> SparseCode:
+    """The N·k largest positive entries of (x − b_dec) W_encᵀ + b_enc in the whole batch.
+
+    The selection of BatchTopK SAEs (Bussmann et al. 2024): k is the mean of a row, not its size.
+    Rows are CSR, ascending by index; equal values go to the earlier row, then the lower index, and
+    NaN counts as largest. The budget is exact: where fewer than N·k entries are positive, the last
+    row ends in entries of value 0 and index 0. Arguments, gradients and errors as for
+    `encode_topk`.
+    """
+    if k_aux is None:
+        k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
+    options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
+    op = torch.ops.sae_fast.encode_batch_topk.default
+    sink = None if dense_grad else FactorSink("encode_batch_topk", "W_enc", W_enc)
+    outputs = _encode(op, (x, W_enc, b_enc, b_dec), options, precision, sink)
+    values, indices, offsets, aux_values, aux_indices = outputs
+    d_sae = W_enc.size(0)
+    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision)
+    shown = None if dead_mask is None else aux
+    code = SparseCode(values, indices, d_sae, offsets, aux=shown, precision=precision)
+    if sink is not None:
+        sink.keys = code.key, aux.key
+    return code
+
+
+@fake("encode_batch_topk")
+def _(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n_rows = x.size(0)
+    values, aux_values = x.new_empty(n_rows * k), x.new_empty(n_rows, k_aux)
+    indices, aux_indices = (x.new_empty(v.shape, dtype=torch.int32) for v in (values, aux_values))
+    return values, indices, x.new_empty(n_rows + 1, dtype=torch.int64), aux_values, aux_indices
+
+
+@differentiable("encode_batch_topk", _setup_topk)
 def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, W_enc, b_dec, *outputs = ctx.saved_tensors
     parts = _parts(outputs, grads)
@@ -234,12 +298,14 @@ def _parts(outputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> dict[int,
 
     A latent that did not fire has gradient 0, whatever came in: ReLU.
     """
-    offsets = outputs[2] if len(outputs) == 3 else None
+    # values, indices, offsets where rows differ in length, then values and indices of aux
+    first_aux = 2 if len(outputs) == 4 else 3
+    offsets = None if first_aux == 2 else outputs[2]
     parts: dict[int, _Part] = {}
-    for number, (values, indices) in enumerate(zip(outputs[::2], outputs[1::2], strict=False)):
-        grad = grads[2 * number]
-        if grad is not None:
-            parts[number] = values, indices, offsets, torch.where(values > 0, grad, 0)
+    for number, (place, rows) in enumerate([(0, offsets), (first_aux, None)]):
+        if place < len(outputs) and (grad := grads[place]) is not None:
+            values, indices = outputs[place], outputs[place + 1]
+            parts[number] = values, indices, rows, torch.where(values > 0, grad, 0)
     return parts
 
 

@@ -20,6 +20,9 @@ SCHEMAS = {
     "encode_topk": "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, str precision,"
     " Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded)"
     " -> (Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)",
+    "encode_batch_topk": "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k,"
+    " str precision, Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded)"
+    " -> (Tensor values, Tensor indices, Tensor offsets, Tensor aux_values, Tensor aux_indices)",
     "encode_threshold": "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, Tensor threshold,"
     " str precision, Tensor? packed, Tensor? stats, Tensor? rounded)"
     " -> (Tensor values, Tensor indices, Tensor offsets)",

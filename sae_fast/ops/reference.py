@@ -38,18 +38,48 @@ def encode_topk(
     n_rows = x.size(0)
     values = x.new_empty(n_rows, k)
     indices = x.new_empty(n_rows, k, dtype=torch.int32)
-    aux_values = x.new_zeros(n_rows, k_aux)
-    aux_indices = x.new_zeros(n_rows, k_aux, dtype=torch.int32)
-    dead = None if dead_mask is None else dead_mask.nonzero().flatten()
+    aux = _AuxCode(x, dead_mask, k_aux)
     for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
         top, chosen = _largest(pre_acts, k)
         values[rows], indices[rows] = _relu(top), chosen.int()
-        if dead is not None and k_aux > 0:
-            width = min(k_aux, dead.numel())
-            top, chosen = _largest(pre_acts[:, dead], width)
-            aux_values[rows, :width] = _relu(top)
-            aux_indices[rows, :width] = dead[chosen].int()
-    return values, indices, aux_values, aux_indices
+        aux.fill(rows, pre_acts)
+    return values, indices, aux.values, aux.indices
+
+
+def encode_batch_topk(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,  # [F] bool
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The N*k largest positive pre-activations of the batch as CSR rows, and aux of encode_topk."""
+    n_rows, d_sae = x.size(0), W_enc.size(0)
+    budget = n_rows * k
+    values, places = x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    aux = _AuxCode(x, dead_mask, k_aux)
+    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+        keep = (pre_acts > 0) | pre_acts.isnan()
+        values = torch.cat([values, pre_acts[keep]])
+        places = torch.cat([places, keep.flatten().nonzero().flatten() + rows.start * d_sae])
+        # Stable, so that of equal values the first places win; NaN sorts before everything.
+        best = values.sort(descending=True, stable=True).indices[:budget].sort().values
+        values, places = values[best], places[best]
+        aux.fill(rows, pre_acts)
+    counts = torch.bincount(places // d_sae, minlength=n_rows)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    missing = budget - values.numel()
+    if missing > 0:
+        values = torch.cat([values, values.new_zeros(missing)])
+        places = torch.cat([places, places.new_zeros(missing)])
+        offsets[-1] = budget
+    return values, (places % d_sae).int(), offsets, aux.values, aux.indices
 
 
 def encode_threshold(
@@ -262,6 +292,24 @@ def _pre_activations(
         if rounded is not None:
             centred = centred.to(rounded).to(x.dtype)
         yield rows, (centred @ weights.t()).add_(b_enc)
+
+
+class _AuxCode:
+    """The k_aux largest among the dead latents of every row; (0, 0) where there are fewer."""
+
+    def __init__(self, x: Tensor, dead_mask: Tensor | None, k_aux: int) -> None:
+        self.values = x.new_zeros(x.size(0), k_aux)
+        self.indices = x.new_zeros(x.size(0), k_aux, dtype=torch.int32)
+        self._dead = None if dead_mask is None else dead_mask.nonzero().flatten()
+
+    def fill(self, rows: slice, pre_acts: Tensor) -> None:
+        k_aux = self.values.size(1)
+        if self._dead is None or k_aux == 0:
+            return
+        width = min(k_aux, self._dead.numel())
+        top, chosen = _largest(pre_acts[:, self._dead], width)
+        self.values[rows, :width] = _relu(top)
+        self.indices[rows, :width] = self._dead[chosen].int()
 
 
 def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,8 @@ class ThresholdSink {
 // Each returns false where scratch memory is not to be had, and then has written nothing useful.
 using PackEncoder = bool (*)(const PackedEncoder&, const Parallel&);
 using EncodeTopK = bool (*)(const TopKProblem&, const Parallel&);
+// The tokens * k best of the batch as CSR: values and indices [tokens * k], offsets [tokens + 1].
+using EncodeBatchTopK = bool (*)(const TopKProblem&, int64_t* offsets, const Parallel&);
 using EncodeThreshold = bool (*)(const ThresholdProblem&, ThresholdSink&, const Parallel&);
 // The bare product of encode_topk, without bounds, selection or scores: what benchmarks compare to.
 using EncoderProduct = bool (*)(const TopKProblem&, const Parallel&);

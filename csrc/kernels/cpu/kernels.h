@@ -11,6 +11,7 @@ struct Kernels {
   const char* instruction_set;
   PackEncoder pack_encoder;
   EncodeTopK encode_topk;
+  EncodeBatchTopK encode_batch_topk;
   EncodeThreshold encode_threshold;
   EncoderProduct encoder_product;
   Decode decode;

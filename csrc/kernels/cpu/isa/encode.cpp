@@ -1,6 +1,7 @@
 // Encoder kernels at one instruction set: packing, top-k, threshold codes and the bare product.
 #include "kernels/cpu/isa/encode.h"
 
+#include "kernels/cpu/isa/batch.h"
 #include "kernels/cpu/isa/pack.h"
 #include "kernels/cpu/isa/topk.h"
 
@@ -68,11 +69,12 @@ bool topk(const cpu::TopKProblem& problem, const cpu::Parallel& parallel, bool p
   if (problem.tokens == 0) return true;
   LatentBounds bounds;
   if (!bounds.prepare(problem.encoder, problem.b_enc, problem.dead_mask)) return false;
-  const int64_t rows = block_rows(problem.tokens, problem.encoder.d_in,
-                                  Worker::bytes_per_row(problem, bounds), parallel.threads());
+  const int64_t rows =
+      block_rows(problem.tokens, problem.encoder.d_in,
+                 Worker::bytes_per_row(problem, bounds, false), parallel.threads());
   const int64_t threads = team_size(problem.tokens, rows, parallel);
   Team<Worker> team;
-  if (!team.hire(threads, problem, bounds, rows)) return false;
+  if (!team.hire(threads, problem, bounds, rows, nullptr)) return false;
   return run_blocks(team.begin(), threads, problem.tokens, rows, parallel,
                     [&](Worker& worker, int64_t first, int64_t count) {
                       if (product_only) {
@@ -82,6 +84,80 @@ bool topk(const cpu::TopKProblem& problem, const cpu::Parallel& parallel, bool p
                       }
                       return true;
                     });
+}
+
+// Calls function(candidates) for every worker's collection.
+template <class Worker>
+class Collections {
+ public:
+  Collections(Worker* workers, int64_t threads) : workers_(workers), threads_(threads) {}
+  template <class Function>
+  void operator()(Function&& function) const {
+    for (int64_t thread = 0; thread < threads_; ++thread) function(workers_[thread].found());
+  }
+  int64_t count() const {
+    int64_t total = 0;
+    (*this)([&](const BatchCandidates& list) { total += list.count(); });
+    return total;
+  }
+
+ private:
+  Worker* workers_;
+  int64_t threads_;
+};
+
+// Collects from all tokens, with a floor lowered until there are enough above it.
+template <class Worker, class Sample>
+bool collect_batch(const cpu::TopKProblem& problem, Sample& sample, BatchFloor& floor,
+                   Worker* workers, int64_t threads, int64_t rows, const cpu::Parallel& parallel) {
+  const Collections<Worker> collections(workers, threads);
+  constexpr double kExcess[] = {1.25, 3.0, 12.0, 0.0};  // 0: everything positive
+  for (const double excess : kExcess) {
+    const float start = sample.floor(excess * static_cast<double>(problem.k));
+    floor.set(start > 0.0f ? start : 0.0f);
+    collections([](BatchCandidates& list) { list.clear(); });
+    const bool complete = run_blocks(workers, threads, problem.tokens, rows, parallel,
+                                     [](Worker& worker, int64_t first, int64_t count) {
+                                       worker.run(first, count);
+                                       return true;
+                                     });
+    if (!complete) return false;
+    if (!(start > 0.0f) || collections.count() >= problem.tokens * problem.k) return true;
+  }
+  return true;
+}
+
+template <class Product, class T>
+bool batch_topk(const cpu::TopKProblem& problem, int64_t* offsets, const cpu::Parallel& parallel) {
+  using Worker = TopKWorker<Product, T>;
+  offsets[0] = 0;
+  if (problem.tokens == 0) return true;
+  LatentBounds bounds;
+  FloorSample<Product, T> sample;
+  if (!bounds.prepare(problem.encoder, problem.b_enc, problem.dead_mask) ||
+      !sample.allocate(problem, bounds)) {
+    return false;
+  }
+  const int64_t rows = block_rows(problem.tokens, problem.encoder.d_in,
+                                  Worker::bytes_per_row(problem, bounds, true), parallel.threads());
+  const int64_t threads = team_size(problem.tokens, rows, parallel);
+  BatchFloor floor;
+  Team<Worker> team;
+  if (!team.hire(threads, problem, bounds, rows, &floor) ||
+      !collect_batch(problem, sample, floor, team.begin(), threads, rows, parallel)) {
+    return false;
+  }
+  const Collections<Worker> collections(team.begin(), threads);
+  BatchRows best;
+  if (!best.find(problem.tokens, problem.tokens * problem.k, collections.count(), collections)) {
+    return false;
+  }
+  best.write_offsets(offsets, collections);
+  parallel.for_each(threads, [&](int64_t thread) {
+    best.write(team.begin()[thread].found(), offsets, problem.values, problem.indices);
+  });
+  best.pad(offsets, problem.values, problem.indices);
+  return true;
 }
 
 // Threshold codes of a block of tokens.
@@ -249,6 +325,13 @@ bool pack_encoder(const cpu::PackedEncoder& encoder, const cpu::Parallel& parall
 bool encode_topk(const cpu::TopKProblem& problem, const cpu::Parallel& parallel) {
   return dispatch(problem.encoder, [&](auto product, auto row) {
     return topk<decltype(product), decltype(row)>(problem, parallel, false);
+  });
+}
+
+bool encode_batch_topk(const cpu::TopKProblem& problem, int64_t* offsets,
+                       const cpu::Parallel& parallel) {
+  return dispatch(problem.encoder, [&](auto product, auto row) {
+    return batch_topk<decltype(product), decltype(row)>(problem, offsets, parallel);
   });
 }
 

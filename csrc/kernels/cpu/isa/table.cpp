@@ -15,6 +15,7 @@ const cpu::Kernels& kernel_table() {
   static constexpr cpu::Kernels kTable = {SAE_FAST_NAME(SAE_FAST_ISA),
                                           pack_encoder,
                                           encode_topk,
+                                          encode_batch_topk,
                                           encode_threshold,
                                           encoder_product,
                                           decode,

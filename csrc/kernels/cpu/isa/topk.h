@@ -1,6 +1,8 @@
-// Top-k of a block of tokens: guess a threshold, screen, verify, score exactly, rank.
+// Top-k of a block of tokens: guess a threshold, screen, verify, score exactly, rank. For the top-k
+// of a whole batch the threshold is the batch's floor, and what passes is collected, not ranked.
 #pragma once
 
+#include "kernels/cpu/isa/batch.h"
 #include "kernels/cpu/isa/screen.h"
 
 namespace sae_fast::SAE_FAST_ISA {
@@ -29,22 +31,25 @@ class ThresholdGuess {
   double squares_ = 0.0;
 };
 
-// One thread's worker: takes blocks of tokens, one after another.
+// One thread's worker: takes blocks of tokens, one after another. With a floor it collects what the
+// best of the batch are chosen from; without, it writes the best of every token.
 template <class Product, class T>
 class TopKWorker {
  public:
-  TopKWorker(const cpu::TopKProblem& problem, const LatentBounds& bounds, int64_t rows)
-      : problem_(problem), bounds_(bounds), rows_(rows) {
+  TopKWorker(const cpu::TopKProblem& problem, const LatentBounds& bounds, int64_t rows,
+             BatchFloor* floor)
+      : problem_(problem), bounds_(bounds), rows_(rows), floor_(floor) {
     const int64_t d_sae = problem.encoder.d_sae;
-    main_.k = problem.k;
-    main_.capacity = CandidateRows::capacity_for(problem.k, d_sae) + bounds.special_count;
+    main_.k = floor == nullptr ? problem.k : INT64_MAX;  // a token may have any number of the best
+    main_.capacity = main_capacity(problem, floor != nullptr) + bounds.special_count;
     aux_.k = problem.k_aux < bounds.dead_count ? problem.k_aux : bounds.dead_count;
     aux_.capacity = CandidateRows::capacity_for(aux_.k, d_sae) + bounds.special_count;
   }
 
-  static int64_t bytes_per_row(const cpu::TopKProblem& problem, const LatentBounds& bounds) {
+  static int64_t bytes_per_row(const cpu::TopKProblem& problem, const LatentBounds& bounds,
+                               bool batch) {
     const int64_t d_sae = problem.encoder.d_sae;
-    int64_t entries = CandidateRows::capacity_for(problem.k, d_sae) + bounds.special_count;
+    int64_t entries = main_capacity(problem, batch) + bounds.special_count;
     if (problem.k_aux > 0) {
       entries += CandidateRows::capacity_for(problem.k_aux, d_sae) + bounds.special_count;
     }
@@ -75,8 +80,11 @@ class TopKWorker {
     scores_ = wide_memory_.as<float>(widest * 16);
     keys_ = wide_memory_.as<int32_t>(widest * 20);
     all_ = wide_memory_.as<int32_t>(widest * 24);
-    return true;
+    return floor_ == nullptr || found_.allocate(problem_.tokens * problem_.k, floor_);
   }
+
+  // What this worker has collected.
+  BatchCandidates& found() { return found_; }
 
   // Tokens [first, first + count) of the problem, count <= rows.
   void run(int64_t first, int64_t count) {
@@ -87,8 +95,10 @@ class TopKWorker {
       block_.set(row, problem_.x + (first + row) * problem_.encoder.d_in, problem_.b_dec);
       block_.pack(row, row, bounds_);
       active_[row] = static_cast<int32_t>(row);
-      const float margin = 2.0f * block_.error(row);
-      start(row, margin < INFINITY ? guess * block_.norm(row) - margin : -INFINITY);
+      const float error = block_.error(row);
+      const float wanted =
+          floor_ == nullptr ? guess * block_.norm(row) - 2.0f * error : floor_->value() - error;
+      start(row, error < INFINITY ? wanted : -INFINITY);
     }
     screen(count);
     screen_again();
@@ -116,6 +126,14 @@ class TopKWorker {
     int32_t row;
     int32_t offset;
   };
+
+  // For the batch: a token with more candidates than this is scored whole.
+  static int64_t main_capacity(const cpu::TopKProblem& problem, bool batch) {
+    constexpr int64_t kUsualInBatch = 4096;
+    if (!batch) return CandidateRows::capacity_for(problem.k, problem.encoder.d_sae);
+    const int64_t most = 6 * problem.k > kUsualInBatch ? 6 * problem.k : kUsualInBatch;
+    return CandidateRows::capacity_for(most / 3, problem.encoder.d_sae);
+  }
 
   bool wants_aux() const { return aux_.k > 0; }
 
@@ -160,6 +178,7 @@ class TopKWorker {
 
   // Whether nothing that was filtered out can be among the k best.
   bool verified(int64_t row) {
+    if (floor_ != nullptr) return true;  // the floor is verified for the whole batch
     if (main_.failed[row] != 0 || main_.thresholds[row] == -INFINITY) return true;
     if (main_.counts[row] < main_.k) return false;
     main_.kth[row] = main_.kth_value(row, keys_);
@@ -261,13 +280,23 @@ class TopKWorker {
     const int64_t token = first_ + row;
     float* values = problem_.values + token * problem_.k;
     int32_t* indices = problem_.indices + token * problem_.k;
-    if (main_.failed[row] != 0) {
+    if (floor_ != nullptr) {
+      collect(row, token);
+    } else if (main_.failed[row] != 0) {
       select_exactly(row, main_.k, false, values, indices);
     } else {
       select_best(main_.row_values(row), main_.row_indices(row), main_.counts[row], main_.k, keys_,
                   order_, values, indices);
     }
     if (problem_.k_aux > 0) finish_aux(row, token);
+  }
+
+  void collect(int64_t row, int64_t token) {
+    if (main_.failed[row] == 0) {
+      found_.add(token, main_.row_values(row), main_.row_indices(row), main_.counts[row]);
+    } else {
+      found_.add(token, scores_, all_, score_all(row, false));
+    }
   }
 
   void finish_aux(int64_t row, int64_t token) {
@@ -288,6 +317,11 @@ class TopKWorker {
 
   // The path of last resort: scores every latent of a token.
   void select_exactly(int64_t row, int64_t k, bool dead_only, float* values, int32_t* indices) {
+    const int64_t count = score_all(row, dead_only);
+    select_best(scores_, all_, count, k, keys_, order_, values, indices);
+  }
+
+  int64_t score_all(int64_t row, bool dead_only) {
     const T* rows = scoring_rows<T>(problem_.encoder);
     int64_t count = 0;
     for (int32_t j = 0; j < problem_.encoder.d_sae; ++j) {
@@ -295,12 +329,14 @@ class TopKWorker {
       all_[count] = j;
       scores_[count++] = block_.score(row, rows + j * problem_.encoder.d_in, problem_.b_enc[j]);
     }
-    select_best(scores_, all_, count, k, keys_, order_, values, indices);
+    return count;
   }
 
   const cpu::TopKProblem& problem_;
   const LatentBounds& bounds_;
   int64_t rows_, first_ = 0, count_ = 0;
+  BatchFloor* floor_;
+  BatchCandidates found_;
   ThresholdGuess guess_;
   TokenBlock<Product, T> block_;
   CandidateRows main_, aux_;
