@@ -1,0 +1,165 @@
+"""The encoder ops in plain PyTorch; see reference.py."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ROUNDED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Elements of the largest temporary: 16 MiB of float32, which stays near the cache.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def pack_encoder(W_enc: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Three empty tensors: the reference needs no working copy of the encoder."""
+    return W_enc.new_empty(0), W_enc.new_empty(0), W_enc.new_empty(0)
+
+
+def encode_topk(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,  # [F] bool
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k largest pre-activations of every row, and the k_aux largest among dead latents."""
+    n_rows = x.size(0)
+    values = x.new_empty(n_rows, k)
+    indices = x.new_empty(n_rows, k, dtype=torch.int32)
+    aux = _AuxCode(x, dead_mask, k_aux)
+    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+        top, chosen = _largest(pre_acts, k)
+        values[rows], indices[rows] = _relu(top), chosen.int()
+        aux.fill(rows, pre_acts)
+    return values, indices, aux.values, aux.indices
+
+
+def encode_batch_topk(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,  # [F] bool
+    k_aux: int,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The N*k largest positive pre-activations of the batch as CSR rows, and aux of encode_topk."""
+    n_rows, d_sae = x.size(0), W_enc.size(0)
+    budget = n_rows * k
+    values, places = x.new_empty(0), x.new_empty(0, dtype=torch.int64)
+    aux = _AuxCode(x, dead_mask, k_aux)
+    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+        keep = (pre_acts > 0) | pre_acts.isnan()
+        values = torch.cat([values, pre_acts[keep]])
+        places = torch.cat([places, keep.flatten().nonzero().flatten() + rows.start * d_sae])
+        # Stable, so that of equal values the first places win; NaN sorts before everything.
+        best = values.sort(descending=True, stable=True).indices[:budget].sort().values
+        values, places = values[best], places[best]
+        aux.fill(rows, pre_acts)
+    counts = torch.bincount(places // d_sae, minlength=n_rows)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    missing = budget - values.numel()
+    if missing > 0:
+        values = torch.cat([values, values.new_zeros(missing)])
+        places = torch.cat([places, places.new_zeros(missing)])
+        offsets[-1] = budget
+    return values, (places % d_sae).int(), offsets, aux.values, aux.indices
+
+
+def encode_threshold(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    threshold: Tensor,  # [F]
+    precision: str,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pre-activations above threshold and above 0 (NaN is kept), as CSR rows."""
+    values = [x.new_empty(0)]
+    indices = [x.new_empty(0, dtype=torch.int32)]
+    counts = x.new_zeros(x.size(0), dtype=torch.int64)
+    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+        keep = ((pre_acts > threshold) & (pre_acts > 0)) | pre_acts.isnan()
+        values.append(pre_acts[keep])
+        indices.append(keep.nonzero()[:, 1].int())
+        counts[rows] = keep.sum(1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return torch.cat(values), torch.cat(indices), offsets
+
+
+def chunks(count: int, width: int) -> Iterator[slice]:
+    """Slices that cover range(count), each of a bounded number of elements of the given width."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def _pre_activations(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    precision: str,
+) -> Iterator[tuple[slice, Tensor]]:
+    """(x - b_dec) W_encᵀ + b_enc, some rows at a time."""
+    rounded = ROUNDED_DTYPES.get(precision)
+    weights = W_enc if rounded is None else W_enc.to(rounded).to(W_enc.dtype)
+    for rows in chunks(x.size(0), W_enc.size(0)):
+        centred = x[rows] - b_dec
+        if rounded is not None:
+            centred = centred.to(rounded).to(x.dtype)
+        yield rows, (centred @ weights.t()).add_(b_enc)
+
+
+class _AuxCode:
+    """The k_aux largest among the dead latents of every row; (0, 0) where there are fewer."""
+
+    def __init__(self, x: Tensor, dead_mask: Tensor | None, k_aux: int) -> None:
+        self.values = x.new_zeros(x.size(0), k_aux)
+        self.indices = x.new_zeros(x.size(0), k_aux, dtype=torch.int32)
+        self._dead = None if dead_mask is None else dead_mask.nonzero().flatten()
+
+    def fill(self, rows: slice, pre_acts: Tensor) -> None:
+        k_aux = self.values.size(1)
+        if self._dead is None or k_aux == 0:
+            return
+        width = min(k_aux, self._dead.numel())
+        top, chosen = _largest(pre_acts[:, self._dead], width)
+        self.values[rows, :width] = _relu(top)
+        self.indices[rows, :width] = self._dead[chosen].int()
+
+
+def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row: value descending, equal values by ascending index, NaN first."""
+    pre_acts = pre_acts + 0.0  # -0 becomes +0: a radix sort would tell them apart
+    values, indices = pre_acts.topk(k, dim=1)
+    if k == 0:
+        return values, indices
+    # topk breaks ties as it likes. Where exactly k values reach the k-th, the set is right and only
+    # its order is open; the other rows go through a stable sort of the whole row.
+    indices, by_index = indices.sort(dim=1)
+    values, order = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    indices = indices.gather(1, order)
+    unsure = (~(pre_acts < values[:, -1:])).sum(1) != k  # NaN is not below anything
+    if bool(unsure.any()):
+        everything, order = pre_acts[unsure].sort(dim=1, descending=True, stable=True)
+        values[unsure], indices[unsure] = everything[:, :k], order[:, :k]
+    return values, indices
+
+
+def _relu(values: Tensor) -> Tensor:
+    """ReLU that keeps NaN and never returns -0."""
+    return torch.where((values > 0) | values.isnan(), values, torch.zeros_like(values))
