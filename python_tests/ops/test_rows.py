@@ -14,6 +14,7 @@ from op_samples import (
 from tolerances import close
 
 from sae_fast import ops as public
+from sae_fast.ops.library import NATIVE
 
 DTYPES = [torch.float32, *LOW.values()]
 SHAPES = [  # N, D, F, k
@@ -240,3 +241,20 @@ def test_update_through_the_wrapper_keeps_encoding_exact(precision):
         fresh = public.encode_topk(problem.x, W_enc.detach().clone(), *biases, 8, precision="fp32")
         assert torch.equal(code.values, fresh.values)
         assert torch.equal(code.indices, fresh.indices)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the reference keeps no rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_kept_by_the_norm_are_those_of_accumulate_rows_to_the_bit(dtype):
+    """Latents are summed in groups, token block by token block, where that saves reading."""
+    n, d_in, d_sae = 700, 400, 300
+    code = make_code(n, d_sae, 20)
+    dense = torch.randn(n, d_in, generator=torch.Generator().manual_seed(2)).to(dtype)
+    lists = in_latent_major(code, d_sae)
+    squared_norm, sums, cached, slots = ops.row_gradient_norm(*lists, dense, None, None, None)
+    rows, expected_sums = ops.accumulate_rows(*code, dense, d_sae)
+    kept = slots >= 0
+    assert kept.sum() > 10
+    assert torch.equal(cached[slots[kept].long()], rows[kept])
+    assert torch.equal(sums, expected_sums)
+    close(squared_norm, rows.double().square().sum(), terms=d_in, magnitude=squared_norm)

@@ -42,16 +42,21 @@ void add_scaled(float* to, const float* from, float scale, int64_t size) {
   for (; i < size; ++i) to[i] += scale * from[i];
 }
 
-// The gradient of row `latent`, before the clip.
-void gradient_row(const cpu::GradientTerms& terms, int64_t latent, float* row) {
-  const int64_t d_in = terms.factor.d_in;
+// row = start + the sum over entries [begin, end) of the lists; `start` may be null: zeros.
+void add_entries(const cpu::GradientTerms& terms, int64_t begin, int64_t end, const float* start,
+                 float* row) {
   const cpu::LatentMajor& lists = terms.lists;
-  const int64_t begin = lists.offsets[latent];
   with_element(terms.factor.type, [&](auto element) {
-    gather_sum(static_cast<const decltype(element)*>(terms.factor.dense), d_in, lists.rows + begin,
-               lists.coefficients + begin, lists.offsets[latent + 1] - begin, nullptr, row);
+    gather_sum(static_cast<const decltype(element)*>(terms.factor.dense), terms.factor.d_in,
+               lists.rows + begin, lists.coefficients + begin, end - begin, start, row);
     return true;
   });
+}
+
+// What belongs to a row's gradient beside the sum over its entries.
+void finish_gradient(const cpu::GradientTerms& terms, int64_t latent, float* row) {
+  const int64_t d_in = terms.factor.d_in;
+  const cpu::LatentMajor& lists = terms.lists;
   if (terms.factor.shift != nullptr) {
     add_scaled(row, terms.factor.shift, -list_sum(lists, latent), d_in);
   }
@@ -62,10 +67,87 @@ void gradient_row(const cpu::GradientTerms& terms, int64_t latent, float* row) {
   }
 }
 
+// The gradient of row `latent`, before the clip.
+void gradient_row(const cpu::GradientTerms& terms, int64_t latent, float* row) {
+  const int64_t begin = terms.lists.offsets[latent];
+  add_entries(terms, begin, terms.lists.offsets[latent + 1], nullptr, row);
+  finish_gradient(terms, latent, row);
+}
+
 bool has_gradient(const cpu::GradientTerms& terms, int64_t latent) {
   return terms.extra_grad != nullptr ||
          terms.lists.offsets[latent] != terms.lists.offsets[latent + 1];
 }
+
+// Consecutive latents whose gradients are summed together: with their rows in L2, the dense side is
+// read through once, token block by token block, where one latent after the other would fetch a
+// distant row for every entry. Every row's sum still runs in entry order.
+class LatentGroups {
+ public:
+  LatentGroups(const cpu::GradientTerms& terms, int threads) : terms_(terms) {
+    const bool floats = terms.factor.type == cpu::Rows::kFloat;
+    const int64_t row_bytes = terms.factor.d_in * 4 + 1;
+    // Of 16-bit rows half as much would be fetched, while as many sums are read back and stored.
+    most_latents_ = floats && row_bytes < kRowBytes ? kRowBytes / row_bytes : 1;
+    most_entries_ = terms.lists.offsets[terms.lists.d_sae] / (4 * int64_t{threads}) + 1;
+    block_ = kBlockBytes / row_bytes + 1;
+  }
+
+  int64_t most_latents() const { return most_latents_; }
+
+  // The end of the group that starts at `first`.
+  int64_t end(int64_t first) const {
+    const int64_t* offsets = terms_.lists.offsets;
+    int64_t last = first + 1;
+    while (last < terms_.lists.d_sae && last - first < most_latents_ &&
+           offsets[last + 1] - offsets[first] <= most_entries_) {
+      ++last;
+    }
+    return last;
+  }
+
+  // rows[i] [d_in]: the gradient of latent first + i, before the clip, where it has one. `next` is
+  // scratch for last - first numbers.
+  void gradients(int64_t first, int64_t last, float* const* rows, int64_t* next) const {
+    const int64_t* offsets = terms_.lists.offsets;
+    // Reading all tokens for the group is to cost less than fetching a row for every entry.
+    const int64_t worthwhile = 2 * terms_.factor.tokens;
+    const bool together = last - first > 1 && offsets[last] - offsets[first] > worthwhile;
+    if (together) sum(first, last, rows, next);
+    for (int64_t latent = first; latent < last; ++latent) {
+      if (!has_gradient(terms_, latent)) continue;
+      if (together && offsets[latent] != offsets[latent + 1]) {
+        finish_gradient(terms_, latent, rows[latent - first]);
+      } else {
+        gradient_row(terms_, latent, rows[latent - first]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kRowBytes = 384 << 10;    // of a group's gradients
+  static constexpr int64_t kBlockBytes = 192 << 10;  // of a block of tokens
+
+  // The sums over the entries of latents that have any.
+  void sum(int64_t first, int64_t last, float* const* rows, int64_t* next) const {
+    const cpu::LatentMajor& lists = terms_.lists;
+    for (int64_t i = 0; i < last - first; ++i) next[i] = lists.offsets[first + i];
+    for (int64_t token = 0; token < terms_.factor.tokens; token += block_) {
+      for (int64_t i = 0; i < last - first; ++i) {
+        const int64_t begin = next[i];
+        const int64_t stop = lists.offsets[first + i + 1];
+        int64_t end = begin;
+        while (end < stop && lists.rows[end] < token + block_) ++end;
+        const bool fresh = begin == lists.offsets[first + i];
+        if (end > begin) add_entries(terms_, begin, end, fresh ? nullptr : rows[i], rows[i]);
+        next[i] = end;
+      }
+    }
+  }
+
+  const cpu::GradientTerms& terms_;
+  int64_t most_latents_, most_entries_, block_;
+};
 
 // Divides a row by max(|row|, 1e-12).
 void normalize_row(float* row, int64_t d_in) {
@@ -144,19 +226,39 @@ bool gradient_norm(const cpu::GradientTerms& terms, const cpu::RowCache& cache, 
                    double* squared_norm, const cpu::Parallel& parallel) {
   const int64_t d_in = terms.factor.d_in;
   const int64_t d_sae = terms.lists.d_sae;
-  Scratch rows(parallel.threads() * d_in * 4);
+  const LatentGroups groups(terms, parallel.threads());
+  const int64_t most = groups.most_latents();
+  Scratch rows(parallel.threads() * most * d_in * 4);
+  Scratch lists(parallel.threads() * most * 16);  // a pointer and a number for each row
   Scratch norms(d_sae * 8);
-  if (!rows || !norms) return false;
-  auto* norm = norms.as<double>();
-  for_each_sixteen(d_sae, parallel, [&](int64_t thread, int64_t first, int64_t end) {
-    for (int64_t latent = first; latent < end; ++latent) {
-      sums[latent] = list_sum(terms.lists, latent);
-      norm[latent] = 0.0;
-      if (!has_gradient(terms, latent)) continue;
-      const int32_t slot = cache.slots[latent];
-      float* row = slot >= 0 ? cache.rows + slot * d_in : rows.as<float>() + thread * d_in;
-      gradient_row(terms, latent, row);
-      norm[latent] = static_cast<double>(dot(row, row, d_in));
+  Scratch starts((d_sae + 1) * 8);
+  if (!rows || !lists || !norms || !starts) return false;
+  auto* const norm = norms.as<double>();
+  auto* const start = starts.as<int64_t>();
+  int64_t count = 0;
+  for (int64_t first = 0; first < d_sae; first = groups.end(first)) start[count++] = first;
+  start[count] = d_sae;
+  int64_t next = 0;
+  parallel.for_each(parallel.threads(), [&](int64_t thread) {
+    float* const spare = rows.as<float>() + thread * most * d_in;
+    auto** const places = lists.as<float*>(thread * most * 16);
+    auto* const cursors = lists.as<int64_t>(thread * most * 16 + most * 8);
+    for (;;) {
+      const int64_t group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (group >= count) return;
+      const int64_t first = start[group];
+      const int64_t last = start[group + 1];
+      for (int64_t latent = first; latent < last; ++latent) {
+        const int32_t slot = cache.slots[latent];
+        const int64_t place = latent - first;
+        places[place] = slot >= 0 ? cache.rows + slot * d_in : spare + place * d_in;
+      }
+      groups.gradients(first, last, places, cursors);
+      for (int64_t latent = first; latent < last; ++latent) {
+        const float* const row = places[latent - first];
+        sums[latent] = list_sum(terms.lists, latent);
+        norm[latent] = has_gradient(terms, latent) ? static_cast<double>(dot(row, row, d_in)) : 0.0;
+      }
     }
   });
   *squared_norm = 0.0;
