@@ -33,6 +33,12 @@ struct cudaLaunchConfig_t {
 using std::max;
 using std::min;
 
+struct float2 {
+  float x, y;
+};
+
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
 inline void __syncthreads() { emulated_cuda::block_barrier(); }
 
 template <typename Value>
