@@ -69,15 +69,19 @@ def update_case(
     latent_offsets, entries, tokens = order()
     coefficients = s.code[0].flatten()[entries.long()]
 
+    rate, one = torch.tensor(LEARNING_RATE, dtype=torch.float64), torch.tensor(1.0)
+    steps, halted = torch.tensor(0), torch.tensor(-1)
+
     def update(W: Tensor, first: Tensor, second: Tensor) -> Tensor:
         squared, sums, cached, slots = s.ops.row_gradient_norm(
             latent_offsets, tokens, coefficients, s.x, None, W, None
         )
-        scale = (CLIP / (squared.sqrt() + 1e-6)).clamp_max(1.0).float()
+        _, scalars = s.ops.update_scalars(
+            *(squared, rate, one, steps.zero_(), halted, CLIP, *BETAS, EPS, 0.0, False)
+        )
         s.ops.fused_update_(
             *(W, first, second, latent_offsets, tokens, coefficients, s.x, None, None),
-            *(sums, cached, slots, scale, LEARNING_RATE, *BETAS, EPS, 0.0, 1, True, True),
-            *(None, None, None, "fp32"),
+            *(sums, cached, slots, scalars, True, True, None, None, None, "fp32"),
         )
         return W
 

@@ -1,6 +1,7 @@
-// Checks of a gradient's factors, shared by row_gradient_norm and fused_update_ of all back ends.
+// Checks of a gradient's factors and of the optimiser's ops, shared by all back ends.
 #pragma once
 
+#include "kernels/common/adam.h"
 #include "ops/check.h"
 
 namespace sae_fast::ops {
@@ -31,6 +32,49 @@ inline void check_state(const char* op, const char* name, const Tensor& state, i
                         int64_t d_in) {
   check_float(op, name, state, {d_sae, d_in});
   check_contiguous(op, name, state);
+}
+
+// What row_gradient_norm returned, and update_scalars.
+inline void check_cache(const char* op, const Tensor& sums, const Tensor& cached,
+                        const Tensor& cache_slots, const Tensor& scalars, int64_t d_sae,
+                        int64_t d_in) {
+  check_float(op, "sums", sums, {d_sae});
+  check_float(op, "cached", cached, {kAnySize, d_in});
+  check_shape(op, "cache_slots", cache_slots, {d_sae});
+  check_dtype(op, "cache_slots", cache_slots, ScalarType::Int);
+  check_float(op, "scalars", scalars, {kUpdateScalars});
+}
+
+inline void check_update_scalars(const char* op, const Tensor& squared_norm, const Tensor& lr,
+                                 const Tensor& loss_scale, const Tensor& step_count,
+                                 const Tensor& halted) {
+  const auto check_scalar = [op](const char* name, const Tensor& tensor, ScalarType type) {
+    check_shape(op, name, tensor, {});
+    check_dtype(op, name, tensor, type);
+  };
+  check_scalar("squared_norm", squared_norm, ScalarType::Double);
+  check_scalar("lr", lr, ScalarType::Double);
+  check_scalar("loss_scale", loss_scale, ScalarType::Float);
+  check_scalar("step_count", step_count, ScalarType::Long);
+  check_scalar("halted", halted, ScalarType::Long);
+}
+
+inline void check_update_vector(const char* op, const Tensor& w, const Tensor& exp_avg,
+                                const Tensor& exp_avg_sq, const OptionalTensor& grad,
+                                const Tensor& scalars) {
+  const auto check_like_w = [&](const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(shape_text(tensor) == shape_text(w), op, ": ", name,
+                    " must have the shape of w, ", shape_text(w), ", got ", shape_text(tensor));
+    check_dtype(op, name, tensor, ScalarType::Float);
+  };
+  check_like_w("w", w);
+  check_like_w("exp_avg", exp_avg);
+  check_like_w("exp_avg_sq", exp_avg_sq);
+  if (grad.has_value()) check_like_w("grad", *grad);
+  check_float(op, "scalars", scalars, {kUpdateScalars});
+  check_contiguous(op, "w", w);
+  check_contiguous(op, "exp_avg", exp_avg);
+  check_contiguous(op, "exp_avg_sq", exp_avg_sq);
 }
 
 }  // namespace sae_fast::ops

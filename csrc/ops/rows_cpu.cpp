@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "ops/cpu.h"
@@ -151,13 +152,19 @@ cpu::PackedEncoder copies(const char* op, const Tensor& W, const std::string& pr
   return encoder;
 }
 
+UpdateScalars read_scalars(const Tensor& scalars) {
+  const Input numbers(scalars);
+  UpdateScalars result{};
+  std::memcpy(&result, numbers.data<float>(), sizeof result);
+  return result;
+}
+
 void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
                   const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
                   const Tensor& dense, const OptionalTensor& shift,
                   const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
-                  const Tensor& cache_slots, const Tensor& grad_scale, double lr, double beta1,
-                  double beta2, double eps, double weight_decay, int64_t step, bool project,
-                  bool unit_norm, const OptionalTensor& packed, const OptionalTensor& stats,
+                  const Tensor& cache_slots, const Tensor& scalars, bool project, bool unit_norm,
+                  const OptionalTensor& packed, const OptionalTensor& stats,
                   const OptionalTensor& rounded, const std::string& precision) {
   constexpr const char* kOp = "fused_update_";
   const GradientInput input(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt,
@@ -167,27 +174,53 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
   check_state(kOp, "W", W, d_sae, d_in);
   check_state(kOp, "exp_avg", exp_avg, d_sae, d_in);
   check_state(kOp, "exp_avg_sq", exp_avg_sq, d_sae, d_in);
-  check_float(kOp, "sums", sums, {d_sae});
-  check_float(kOp, "cached", cached, {kAnySize, d_in});
-  check_shape(kOp, "cache_slots", cache_slots, {d_sae});
-  check_dtype(kOp, "cache_slots", cache_slots, ScalarType::Int);
-  check_float(kOp, "grad_scale", grad_scale, {});
-  STD_TORCH_CHECK(step >= 1, kOp, ": step must be at least 1, got ", step);
+  check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   const Input kept(cached), slots(cache_slots);
   cpu::RowUpdate update{};
+  update.scalars = read_scalars(scalars);
   update.gradient = input.terms();
   update.gradient.project_onto = project ? mutable_data<float>(W) : nullptr;
   // The kernel only reads them; the cache is shared with the op that fills it.
   update.cache = {const_cast<float*>(kept.data<float>()),
                   const_cast<int32_t*>(slots.data<int32_t>())};
-  update.adam = make_adam_step(lr, beta1, beta2, eps, weight_decay, step);
-  update.grad_scale = *static_cast<const float*>(grad_scale.const_data_ptr());
   update.unit_norm = unit_norm;
   update.W = mutable_data<float>(W);
   update.exp_avg = mutable_data<float>(exp_avg);
   update.exp_avg_sq = mutable_data<float>(exp_avg_sq);
   update.encoder = copies(kOp, W, precision, packed, stats, rounded);
+  if (!is_finite(update.scalars.grad_scale)) return;
   check_memory(kOp, cpu::kernels().fused_update(update, parallel()));
+}
+
+std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, const Tensor& lr,
+                                                  const Tensor& loss_scale,
+                                                  const Tensor& step_count, const Tensor& halted,
+                                                  double grad_clip, double beta1, double beta2,
+                                                  double eps, double weight_decay,
+                                                  bool skip_overflow) {
+  check_update_scalars("update_scalars", squared_norm, lr, loss_scale, step_count, halted);
+  const UpdateSettings settings{grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
+  const UpdateInputs inputs{*squared_norm.const_data_ptr<double>(), *lr.const_data_ptr<double>(),
+                            *loss_scale.const_data_ptr<float>()};
+  const Tensor norm = torch::stable::new_empty(loss_scale, {});
+  const Tensor scalars = torch::stable::new_empty(loss_scale, {kUpdateScalars});
+  UpdateScalars result{};
+  *mutable_data<float>(norm) = update_scalars(settings, inputs, *mutable_data<int64_t>(step_count),
+                                              *mutable_data<int64_t>(halted), result);
+  std::memcpy(mutable_data<float>(scalars), &result, sizeof result);
+  return {norm, scalars};
+}
+
+void update_vector(const Tensor& w, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                   const OptionalTensor& grad, const Tensor& scalars) {
+  check_update_vector("update_vector_", w, exp_avg, exp_avg_sq, grad, scalars);
+  const UpdateScalars step = read_scalars(scalars);
+  if (!is_finite(step.grad_scale)) return;
+  const Input gradient(grad);
+  cpu::kernels().update_vector(
+      {&step, gradient.data<float>(), mutable_data<float>(w), mutable_data<float>(exp_avg),
+       mutable_data<float>(exp_avg_sq), w.numel()},
+      parallel());
 }
 
 void normalize_rows(const Tensor& W) {
@@ -204,6 +237,8 @@ STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
   m.impl("latent_major", TORCH_BOX(&sae_fast::ops::latent_major));
   m.impl("accumulate_rows", TORCH_BOX(&sae_fast::ops::accumulate_rows));
   m.impl("row_gradient_norm", TORCH_BOX(&sae_fast::ops::row_gradient_norm));
+  m.impl("update_scalars", TORCH_BOX(&sae_fast::ops::compute_update_scalars));
   m.impl("fused_update_", TORCH_BOX(&sae_fast::ops::fused_update));
+  m.impl("update_vector_", TORCH_BOX(&sae_fast::ops::update_vector));
   m.impl("normalize_rows_", TORCH_BOX(&sae_fast::ops::normalize_rows));
 }

@@ -76,15 +76,32 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor? shift, Tensor? project_onto, Tensor? extra_grad) -> "
       "(Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)");
 
-  // One pass over W: the same g_j times grad_scale (scalar), AdamW as torch.optim.AdamW (step from
-  // 1), then unit rows where asked, and fresh low-precision copies of the rows where given.
+  // What a step needs to know of the whole gradient; all tensors are scalars. squared_norm float64
+  // is that of the gradients of loss_scale * loss, lr float64, step_count and halted int64. norm =
+  // sqrt(squared_norm) / loss_scale. Where it is finite and halted < 0, step_count goes up by one
+  // and scalars [8] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale (grad_clip 0:
+  // no clip), 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1^step), sqrt(1 -
+  // beta2^step), eps. Otherwise they are NaN, which makes an update change nothing; and unless
+  // skip_overflow, halted becomes step_count if it was negative: no later step changes anything.
+  m.def(
+      "update_scalars(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count, "
+      "Tensor(b!) halted, float grad_clip, float beta1, float beta2, float eps, "
+      "float weight_decay, bool skip_overflow) -> (Tensor norm, Tensor scalars)");
+
+  // One pass over W: the same g_j times scalars' grad_scale, AdamW as torch.optim.AdamW, then unit
+  // rows where asked, and fresh low-precision copies of the rows where given. Nothing is written
+  // where grad_scale is not finite.
   m.def(
       "fused_update_(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
       "Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift, "
-      "Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor grad_scale, "
-      "float lr, float beta1, float beta2, float eps, float weight_decay, int step, bool project, "
-      "bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded, "
+      "Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor scalars, "
+      "bool project, bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded, "
       "str precision) -> ()");
+
+  // The same AdamW on a parameter of any shape with its gradient at hand; no gradient is one of 0.
+  m.def(
+      "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad, "
+      "Tensor scalars) -> ()");
 
   // Rows to unit L2 norm: w / max(|w|, 1e-12).
   m.def("normalize_rows_(Tensor(a!) W) -> ()");

@@ -80,24 +80,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
   return {squared_norm, sums, cached, cache_slots};
 }
 
-void check_cache(const char* op, const Tensor& sums, const Tensor& cached,
-                 const Tensor& cache_slots, const Tensor& grad_scale, int64_t d_sae, int64_t d_in) {
-  check_float(op, "sums", sums, {d_sae});
-  check_float(op, "cached", cached, {kAnySize, d_in});
-  check_shape(op, "cache_slots", cache_slots, {d_sae});
-  check_dtype(op, "cache_slots", cache_slots, ScalarType::Int);
-  check_float(op, "grad_scale", grad_scale, {});
-}
-
-// The one copy that CUDA encoders and decoders read is W in a 16-bit type; nothing is packed.
+// The copies that CUDA encoders and decoders read are W in a 16-bit type and, for an encoder, its
+// stats; nothing is packed.
 void check_copies(const char* op, const Tensor& W, const OptionalTensor& packed,
                   const OptionalTensor& stats, const OptionalTensor& rounded) {
-  for (const auto& [name, copy] : {Argument{"packed", packed}, Argument{"stats", stats}}) {
-    STD_TORCH_CHECK(copy == nullptr || copy->numel() == 0, op, ": ", name,
-                    " must be empty on CUDA, got ", copy == nullptr ? 0 : copy->numel(),
-                    " elements");
+  STD_TORCH_CHECK(!packed.has_value() || packed->numel() == 0, op,
+                  ": packed must be empty on CUDA, got ", packed.has_value() ? packed->numel() : 0,
+                  " elements");
+  const bool has_stats = stats.has_value() && stats->numel() > 0;
+  if (has_stats) {
+    check_float(op, "stats", *stats, {2, W.size(0)});
+    check_contiguous(op, "stats", *stats);
   }
-  if (!rounded.has_value() || rounded->numel() == 0) return;
+  if (!rounded.has_value() || rounded->numel() == 0) {
+    STD_TORCH_CHECK(!has_stats, op, ": stats must come with rounded, got none");
+    return;
+  }
   check_shape(op, "rounded", *rounded, {W.size(0), W.size(1)});
   STD_TORCH_CHECK(
       rounded->scalar_type() == ScalarType::BFloat16 || rounded->scalar_type() == ScalarType::Half,
@@ -106,13 +104,16 @@ void check_copies(const char* op, const Tensor& W, const OptionalTensor& packed,
 }
 
 cuda::RowState row_state(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                         const OptionalTensor& rounded) {
-  cuda::RowState state{mutable_data<float>(W), mutable_data<float>(exp_avg),
-                       mutable_data<float>(exp_avg_sq), nullptr, cuda::DataType::kBFloat16};
+                         const OptionalTensor& stats, const OptionalTensor& rounded) {
+  cuda::RowState state{};
+  state.W = mutable_data<float>(W);
+  state.exp_avg = mutable_data<float>(exp_avg);
+  state.exp_avg_sq = mutable_data<float>(exp_avg_sq);
   if (rounded.has_value() && rounded->numel() > 0) {
     state.rounded = rounded->mutable_data_ptr();
     state.rounded_type = data_type(*rounded);
   }
+  if (stats.has_value() && stats->numel() > 0) state.stats = mutable_data<float>(*stats);
   return state;
 }
 
@@ -120,9 +121,8 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
                   const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
                   const Tensor& dense, const OptionalTensor& shift,
                   const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
-                  const Tensor& cache_slots, const Tensor& grad_scale, double lr, double beta1,
-                  double beta2, double eps, double weight_decay, int64_t step, bool project,
-                  bool unit_norm, const OptionalTensor& packed, const OptionalTensor& stats,
+                  const Tensor& cache_slots, const Tensor& scalars, bool project, bool unit_norm,
+                  const OptionalTensor& packed, const OptionalTensor& stats,
                   const OptionalTensor& rounded, const std::string& precision) {
   constexpr const char* kOp = "fused_update_";
   check_gradient(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt, extra_grad);
@@ -131,10 +131,9 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
   check_state(kOp, "W", W, d_sae, d_in);
   check_state(kOp, "exp_avg", exp_avg, d_sae, d_in);
   check_state(kOp, "exp_avg_sq", exp_avg_sq, d_sae, d_in);
-  check_cache(kOp, sums, cached, cache_slots, grad_scale, d_sae, d_in);
+  check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   check_precision(kOp, precision);
   check_copies(kOp, W, packed, stats, rounded);
-  STD_TORCH_CHECK(step >= 1, kOp, ": step must be at least 1, got ", step);
   check_same_device(kOp, {{"W", W},
                           {"exp_avg", exp_avg},
                           {"exp_avg_sq", exp_avg_sq},
@@ -146,16 +145,15 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
                           {"extra_grad", extra_grad},
                           {"cached", cached},
                           {"cache_slots", cache_slots},
-                          {"grad_scale", grad_scale},
+                          {"scalars", scalars},
+                          {"stats", stats},
                           {"rounded", rounded}});
   const DeviceGuard guard(W.get_device_index());
   const CudaGradient gradient(kOp, latent_offsets, rows, coefficients, dense, shift, extra_grad);
-  const Input kept(cached), slots(cache_slots);
-  STD_CUDA_CHECK(cuda::fused_update(gradient.factors(), row_state(W, exp_avg, exp_avg_sq, rounded),
-                                    kept.data<float>(), slots.data<int32_t>(),
-                                    grad_scale.const_data_ptr<float>(),
-                                    make_adam_step(lr, beta1, beta2, eps, weight_decay, step),
-                                    project, unit_norm, current_stream(W)));
+  const Input kept(cached), slots(cache_slots), step(scalars);
+  STD_CUDA_CHECK(cuda::fused_update(
+      gradient.factors(), row_state(W, exp_avg, exp_avg_sq, stats, rounded), kept.data<float>(),
+      slots.data<int32_t>(), step.data<UpdateScalars>(), project, unit_norm, current_stream(W)));
 }
 
 }  // namespace

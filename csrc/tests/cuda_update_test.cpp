@@ -1,13 +1,20 @@
-// row_gradient_norm and fused_update, compiled for the host (the row sums they build on come with
+// The optimiser's kernels, compiled for the host (the row sums they build on come with
 // cuda_rows_test.cpp).
 #include "kernels/cuda/update.cu"
 
+#include "kernels/cuda/scalars.cu"
 #include "tests/cuda_testing.h"
 
 namespace sae_fast::testing {
 namespace {
 
-constexpr float kGradScale = 0.37f;
+constexpr double kLr = 1e-3, kBeta1 = 0.9, kBeta2 = 0.999, kEps = 1e-8, kDecay = 0.01;
+constexpr int64_t kStep = 7;
+constexpr UpdateScalars kNoStep = {NAN, {NAN, NAN, NAN, NAN, NAN, NAN, NAN}};
+
+UpdateScalars some_step() {
+  return {0.37f, make_adam_step(kLr, kBeta1, kBeta2, kEps, kDecay, kStep)};
+}
 
 struct UpdateProblem {
   explicit UpdateProblem(Random& random)
@@ -26,6 +33,7 @@ struct UpdateProblem {
         unit_norm(random.integer(0, 1) == 1),
         with_shift(random.integer(0, 1) == 1),
         with_extra(random.integer(0, 1) == 1),
+        with_stats(random.integer(0, 1) == 1),
         copy(any_type(random)) {
     for (float& square : exp_avg_sq) square = std::fabs(square);
     for (int64_t j = 0; j < d_sae; ++j) make_unit(j);
@@ -90,7 +98,7 @@ struct UpdateProblem {
   int64_t d_in, d_sae, tokens, room;
   Matrix dense;
   std::vector<float> shift, extra_grad, W, exp_avg, exp_avg_sq, coefficients;
-  bool project, unit_norm, with_shift, with_extra;
+  bool project, unit_norm, with_shift, with_extra, with_stats;
   cpu::Rows copy;  // the rounded copy's type; kFloat: none
   std::vector<int64_t> latent_offsets = {0};
   std::vector<int32_t> rows;
@@ -137,28 +145,72 @@ NormResult test_norm(const UpdateProblem& problem) {
   return result;
 }
 
-// Rounded copy: element i as the kernel should have rounded it, and as it did.
-void check_copy(const UpdateProblem& problem, const std::vector<uint16_t>& copy,
-                const std::vector<float>& W) {
-  for (size_t i = 0; problem.copy != cpu::Rows::kFloat && i < W.size(); ++i) {
-    check(copy[i] == rounded_bits(W[i], problem.copy), "fused_update: rounded copy of %g",
-          static_cast<double>(W[i]));
+// What fused_update changes.
+struct UpdateResult {
+  explicit UpdateResult(const UpdateProblem& problem)
+      : W(problem.W),
+        m(problem.exp_avg),
+        v(problem.exp_avg_sq),
+        copy(stale(problem.d_sae * problem.d_in, uint16_t{0x7777})),
+        stats(stale(2 * problem.d_sae, 777.0f)) {}
+
+  std::vector<float> W, m, v;
+  std::vector<uint16_t> copy;
+  std::vector<float> stats;
+};
+
+UpdateResult updated(const UpdateProblem& problem, const NormResult& norm,
+                     const UpdateScalars& scalars) {
+  UpdateResult result(problem);
+  const bool rounds = problem.copy != cpu::Rows::kFloat;
+  const cuda::RowState state{
+      result.W.data(),         result.m.data(),
+      result.v.data(),         rounds ? result.copy.data() : nullptr,
+      data_type(problem.copy), rounds && problem.with_stats ? result.stats.data() : nullptr};
+  check_success(cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
+                                   &scalars, problem.project, problem.unit_norm, nullptr),
+                "fused_update");
+  return result;
+}
+
+// The rounded copy is that of the weights, and its stats bound the lengths they are of, closely.
+void check_copy(const UpdateProblem& problem, const UpdateResult& result) {
+  if (problem.copy == cpu::Rows::kFloat) return;
+  for (int64_t j = 0; j < problem.d_sae; ++j) {
+    double square = 0.0, lost = 0.0;
+    for (int64_t i = j * problem.d_in; i < (j + 1) * problem.d_in; ++i) {
+      const float w = result.W[static_cast<size_t>(i)];
+      const uint16_t bits = rounded_bits(w, problem.copy);
+      check(result.copy[static_cast<size_t>(i)] == bits, "fused_update: rounded copy of %g",
+            static_cast<double>(w));
+      const float copy =
+          problem.copy == cpu::Rows::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+      square += std::pow(static_cast<double>(w), 2);
+      lost += std::pow(static_cast<double>(w) - static_cast<double>(copy), 2);
+    }
+    if (!problem.with_stats) continue;
+    const double lengths[] = {std::sqrt(square), std::sqrt(lost)};
+    for (int64_t row = 0; row < 2; ++row) {
+      const double bound = UpdateProblem::at(result.stats, row * problem.d_sae + j);
+      check(bound >= lengths[row] && bound <= 1.0002 * lengths[row] + 1e-20,
+            "fused_update: bound %.9g of length %.9g", bound, lengths[row]);
+    }
   }
 }
 
+void test_no_update(const UpdateProblem& problem, const NormResult& norm) {
+  const UpdateResult before(problem);
+  const UpdateResult after = updated(problem, norm, kNoStep);
+  check(same_bits(before.W, after.W) && same_bits(before.m, after.m) &&
+            same_bits(before.v, after.v) && same_bits(before.copy, after.copy) &&
+            same_bits(before.stats, after.stats),
+        "fused_update: a step without a scale changed something");
+}
+
 void test_update(const UpdateProblem& problem, const NormResult& norm) {
-  constexpr double kLr = 1e-3, kBeta1 = 0.9, kBeta2 = 0.999, kEps = 1e-8, kDecay = 0.01;
-  constexpr int64_t kStep = 7;
-  std::vector<float> W = problem.W, m = problem.exp_avg, v = problem.exp_avg_sq;
-  auto copy = stale(problem.d_sae * problem.d_in, uint16_t{0x7777});
-  const bool rounds = problem.copy != cpu::Rows::kFloat;
-  const cuda::RowState state{W.data(), m.data(), v.data(), rounds ? copy.data() : nullptr,
-                             data_type(problem.copy)};
-  check_success(
-      cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
-                         &kGradScale, make_adam_step(kLr, kBeta1, kBeta2, kEps, kDecay, kStep),
-                         problem.project, problem.unit_norm, nullptr),
-      "fused_update");
+  const UpdateScalars scalars = some_step();
+  const UpdateResult result = updated(problem, norm, scalars);
+  const auto& [W, m, v, copy, stats] = result;
   const double correction1 = 1.0 - std::pow(kBeta1, kStep);
   const double correction2 = 1.0 - std::pow(kBeta2, kStep);
   for (int64_t j = 0; j < problem.d_sae; ++j) {
@@ -167,7 +219,7 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
     double square = 0.0;
     for (int64_t column = 0; column < problem.d_in; ++column) {
       const int64_t i = j * problem.d_in + column;
-      const double g = gradient[static_cast<size_t>(column)] * kGradScale;
+      const double g = gradient[static_cast<size_t>(column)] * scalars.grad_scale;
       const double mean = kBeta1 * UpdateProblem::at(problem.exp_avg, i) + (1.0 - kBeta1) * g;
       const double var = kBeta2 * UpdateProblem::at(problem.exp_avg_sq, i) + (1.0 - kBeta2) * g * g;
       check_near("fused_update: exp_avg", m[static_cast<size_t>(i)], mean, 1e-5);
@@ -182,7 +234,52 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
                  row[static_cast<size_t>(column)] / length, 1e-5);
     }
   }
-  check_copy(problem, copy, W);
+  check_copy(problem, result);
+}
+
+// Both kernels of scalars.cu against the same functions on the host.
+void test_scalars(Random& random) {
+  const UpdateSettings settings{random.integer(0, 1) * 0.5, kBeta1, kBeta2, kEps, kDecay,
+                                random.integer(0, 1) == 1};
+  const double norms[] = {0.0, 0.04, 9.0, 1e90, HUGE_VAL, std::nan("")};
+  const UpdateInputs inputs{norms[random.integer(0, 5)], kLr, random.integer(0, 1) ? 1.0f : 4.0f};
+  int64_t step_count = random.integer(0, 9), halted = random.integer(0, 3) == 0 ? 2 : -1;
+  int64_t wanted_count = step_count, wanted_halted = halted;
+  float norm = -1.0f;
+  UpdateScalars scalars{}, wanted{};
+  check_success(cuda::compute_update_scalars(settings,
+                                             {&inputs.squared_norm, &inputs.lr, &inputs.loss_scale,
+                                              &step_count, &halted, &norm, &scalars},
+                                             nullptr),
+                "update_scalars");
+  const float wanted_norm = update_scalars(settings, inputs, wanted_count, wanted_halted, wanted);
+  check(same(norm, wanted_norm) && step_count == wanted_count && halted == wanted_halted &&
+            std::memcmp(&scalars, &wanted, sizeof wanted) == 0,
+        "update_scalars: norm %g, step %ld", static_cast<double>(norm),
+        static_cast<long>(step_count));
+}
+
+void test_vector(Random& random) {
+  const int64_t size = random.integer(0, 700);
+  const auto grad = random.numbers(random.integer(0, 1) * size, Numbers::kNormal);
+  const auto w = random.numbers(size, Numbers::kNormal), m = random.numbers(size, Numbers::kNormal);
+  const std::vector<float> v(static_cast<size_t>(size), 0.25f);
+  for (const UpdateScalars& scalars : {some_step(), kNoStep}) {
+    auto new_w = w, new_m = m, new_v = v;
+    check_success(cuda::update_vector(&scalars, grad.empty() ? nullptr : grad.data(), new_w.data(),
+                                      new_m.data(), new_v.data(), size, nullptr),
+                  "update_vector");
+    for (size_t i = 0; i < w.size(); ++i) {
+      float wanted_w = w[i], wanted_m = m[i], wanted_v = v[i];
+      if (std::isfinite(scalars.grad_scale)) {
+        const float g = grad.empty() ? 0.0f : grad[i] * scalars.grad_scale;
+        wanted_w = adam_update(scalars.adam, wanted_w, g, wanted_m, wanted_v);
+      }
+      check_near("update_vector: w", new_w[i], wanted_w, 1e-6);
+      check_near("update_vector: exp_avg", new_m[i], wanted_m, 1e-6);
+      check_near("update_vector: exp_avg_sq", new_v[i], wanted_v, 1e-6);
+    }
+  }
 }
 
 }  // namespace
@@ -190,7 +287,11 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
 void test_cuda_update(uint64_t seed) {
   Random random(seed);
   const UpdateProblem problem(random);
-  test_update(problem, test_norm(problem));
+  const NormResult norm = test_norm(problem);
+  test_update(problem, norm);
+  test_no_update(problem, norm);
+  test_scalars(random);
+  test_vector(random);
 }
 
 }  // namespace sae_fast::testing

@@ -2,6 +2,7 @@
 // normalisation, decorrelation.
 #include <algorithm>
 #include <numeric>
+#include <tuple>
 
 #include "tests/testing.h"
 
@@ -183,15 +184,14 @@ struct State {
   cpu::PackedEncoder encoder;
 };
 
-constexpr float kGradScale = 0.37f;
+UpdateScalars some_step() { return {0.37f, make_adam_step(1e-2, 0.9, 0.999, 1e-8, 0.01, 3)}; }
 
 State updated(State state, const Gradient& gradient, Cache& cache, const cpu::Parallel& parallel) {
   cpu::RowUpdate update{};
   update.gradient = gradient.terms;
   update.gradient.project_onto = gradient.project ? state.W.data() : nullptr;
   update.cache = cache.view();
-  update.adam = make_adam_step(1e-2, 0.9, 0.999, 1e-8, 0.01, 3);
-  update.grad_scale = kGradScale;
+  update.scalars = some_step();
   update.unit_norm = true;
   update.W = state.W.data();
   update.exp_avg = state.exp_avg.data();
@@ -216,7 +216,7 @@ void check_adam(const Gradient& gradient, const State& before, const State& afte
     double norm = 0.0;
     for (int64_t d = 0; d < d_in; ++d) {
       const int64_t at = j * d_in + d;
-      const double g = grad[d] * kGradScale;
+      const double g = grad[d] * some_step().grad_scale;
       const double m = 0.9 * before.exp_avg[at] + 0.1 * g;
       const double v = 0.999 * before.exp_avg_sq[at] + 0.001 * g * g;
       const double step = 1e-2 / (1.0 - std::pow(0.9, 3)) * m;
@@ -248,6 +248,35 @@ void test_update(Random& random, const Gradient& gradient, Cache& cache, Cache& 
   check(cpu::kernels().pack_encoder(repacked.view(), one_thread()), "pack_encoder: out of memory");
   check(same_states(after, repacked), "fused_update leaves an old packed copy");
   check_adam(gradient, before, after);
+}
+
+// A vector is updated as a row of one weight each would be.
+void test_vector(Random& random) {
+  const int64_t size = random.integer(0, 9000);
+  const auto grad = random.numbers(random.integer(0, 1) * size, Numbers::kNormal);
+  const auto w = random.numbers(size, Numbers::kNormal), m = random.numbers(size, Numbers::kNormal);
+  const std::vector<float> v(static_cast<size_t>(size), 0.25f);
+  const UpdateScalars scalars = some_step();
+  const auto run = [&](const cpu::Parallel& parallel) {
+    auto result = std::tuple{w, m, v};
+    auto& [new_w, new_m, new_v] = result;
+    cpu::kernels().update_vector({&scalars, grad.empty() ? nullptr : grad.data(), new_w.data(),
+                                  new_m.data(), new_v.data(), size},
+                                 parallel);
+    return result;
+  };
+  const auto result = run(one_thread());
+  check(result == run(four_threads()), "update_vector depends on the number of threads");
+  for (size_t i = 0; i < w.size(); ++i) {
+    float wanted_m = m[i], wanted_v = v[i];
+    const float g = grad.empty() ? 0.0f : grad[i] * scalars.grad_scale;
+    const float wanted_w = adam_update(scalars.adam, w[i], g, wanted_m, wanted_v);
+    check(std::fabs(std::get<0>(result)[i] - wanted_w) <= 1e-6f * (1.0f + std::fabs(wanted_w)),
+          "update_vector: weight %g, not %g", std::get<0>(result)[i], wanted_w);
+    check(std::fabs(std::get<1>(result)[i] - wanted_m) <= 1e-6f * (1.0f + std::fabs(wanted_m)) &&
+              std::fabs(std::get<2>(result)[i] - wanted_v) <= 1e-6f * (1.0f + wanted_v),
+          "update_vector: moments of %zu", i);
+  }
 }
 
 // Rows of unit length in double, and their lengths.
@@ -334,6 +363,7 @@ void test_rows(uint64_t seed) {
   const UnitRows unit(W, shape);
   test_normalize(W, unit);
   test_decorrelation(W, unit);
+  test_vector(random);
 }
 
 }  // namespace sae_fast::testing

@@ -106,6 +106,14 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "encode_batch_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "decorrelation", "", (problem.W_dec,)
     yield "normalize_rows_", "", (problem.W_enc.clone(),)
+    for skip_overflow in (False, True):
+        yield "update_scalars", f"skip {skip_overflow}", scalars_arguments(9.0, skip=skip_overflow)
+    yield "update_scalars", "not finite", scalars_arguments(torch.inf)
+    for grad in (problem.x[0], None):
+        moments = 0.1 * problem.b_dec, problem.b_dec.square()
+        case = "silent" if grad is None else ""
+        arguments = (problem.b_dec.clone(), *moments, grad, update_scalars())
+        yield "update_vector_", case, arguments
     for code in codes(n, d_sae):
         layout = "topk" if code.offsets is None else "csr"
         for b_dec in (problem.b_dec, None):
@@ -148,7 +156,6 @@ def update_arguments(
     *,
     grad_scale: float = 0.5,
     step: int = 3,
-    weight_decay: float = 0.1,
 ) -> tuple[Any, ...]:
     """All arguments of fused_update_ on a clone of W, with moments as after some steps."""
     W = W.clone()
@@ -156,7 +163,23 @@ def update_arguments(
     factors = (latent_offsets, rows, coefficients, dense, shift)
     _, sums, cached, slots = ops.row_gradient_norm(*factors, W if project else None, extra_grad)
     exp_avg, exp_avg_sq = 0.1 * W.flip(0), 0.01 * W.square().flip(0)
-    scale = torch.tensor(grad_scale, dtype=W.dtype)
-    hyper = (1e-2, 0.9, 0.999, 1e-8, weight_decay, step, project, project)
+    scalars = update_scalars(grad_scale, step)
     moments = (W, exp_avg, exp_avg_sq)
-    return (*moments, *factors, extra_grad, sums, cached, slots, scale, *hyper, *NO_COPY, "fp32")
+    switches = (project, project, *NO_COPY, "fp32")
+    return (*moments, *factors, extra_grad, sums, cached, slots, scalars, *switches)
+
+
+def scalars_arguments(
+    squared_norm: float, *, step: int = 3, grad_clip: float = 1.5, skip: bool = False
+) -> tuple[Any, ...]:
+    """All arguments of update_scalars for step number `step`."""
+    norm, lr = (torch.tensor(x, dtype=torch.float64) for x in (squared_norm, 1e-2))
+    counters = torch.tensor(step - 1), torch.tensor(-1)
+    return (norm, lr, torch.tensor(1.0), *counters, grad_clip, 0.9, 0.999, 1e-8, 0.1, skip)
+
+
+def update_scalars(grad_scale: float = 0.5, step: int = 3) -> Tensor:
+    """What update_scalars returns where the norm is 1, clipped to `grad_scale`."""
+    clip = grad_scale * (1.0 + 1e-6)
+    scalars: Tensor = ops.update_scalars(*scalars_arguments(1.0, step=step, grad_clip=clip))[1]
+    return scalars

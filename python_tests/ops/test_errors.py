@@ -4,7 +4,15 @@ import re
 
 import pytest
 import torch
-from op_samples import in_latent_major, make_code, make_problem, ops, update_arguments
+from op_samples import (
+    in_latent_major,
+    make_code,
+    make_problem,
+    ops,
+    scalars_arguments,
+    update_arguments,
+    update_scalars,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -57,10 +65,14 @@ ARGUMENTS = {
     "decorrelation": {"W": PROBLEM.W_enc},
 }
 UPDATE = update_arguments(*LISTS, PROBLEM.x, PROBLEM.b_dec, None, PROBLEM.W_enc, PROBLEM.W_dec)
-ARGUMENTS["fused_update_"] = {
-    argument.name: value
-    for argument, value in zip(ops.fused_update_.default._schema.arguments, UPDATE, strict=True)
-}
+VECTOR = (torch.zeros(6), torch.zeros(6), torch.ones(6), torch.ones(6), update_scalars())
+for op, values in (
+    ("fused_update_", UPDATE),
+    ("update_scalars", scalars_arguments(1.0)),
+    ("update_vector_", VECTOR),
+):
+    schema = getattr(ops, op).default._schema
+    ARGUMENTS[op] = dict(zip((a.name for a in schema.arguments), values, strict=True))
 
 
 def of_width(width):
@@ -112,7 +124,20 @@ SHAPES = {
         ("sums", torch.zeros(2), "sums must have shape [20], got [2]"),
         ("cached", torch.zeros(0, 5), "cached must have shape [*, 6], got [0, 5]"),
         ("cache_slots", torch.zeros(2).int(), "cache_slots must have shape [20], got [2]"),
-        ("grad_scale", torch.ones(1), "grad_scale must have shape [], got [1]"),
+        ("scalars", torch.ones(7), "scalars must have shape [8], got [7]"),
+    ],
+    "update_scalars": [
+        ("squared_norm", torch.ones(1).double(), "squared_norm must have shape [], got [1]"),
+        ("lr", torch.ones(1).double(), "lr must have shape [], got [1]"),
+        ("loss_scale", torch.ones(2), "loss_scale must have shape [], got [2]"),
+        ("step_count", torch.ones(1).long(), "step_count must have shape [], got [1]"),
+        ("halted", torch.ones(1).long(), "halted must have shape [], got [1]"),
+    ],
+    "update_vector_": [
+        ("exp_avg", torch.zeros(5), "exp_avg must have the shape of w, [6], got [5]"),
+        ("exp_avg_sq", torch.zeros(6, 1), "exp_avg_sq must have the shape of w, [6], got [6, 1]"),
+        ("grad", torch.zeros(7), "grad must have the shape of w, [6], got [7]"),
+        ("scalars", torch.ones(()), "scalars must have shape [8], got []"),
     ],
     "normalize_rows_": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
     "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
@@ -147,7 +172,20 @@ DTYPES = {
     ],
     "fused_update_": [
         ("W", PROBLEM.W_dec.half(), "W must be float32, got float16"),
-        ("grad_scale", torch.tensor(1), "grad_scale must be float32, got int64"),
+        ("scalars", torch.ones(8).long(), "scalars must be float32, got int64"),
+    ],
+    "update_scalars": [
+        ("squared_norm", torch.tensor(1.0), "squared_norm must be float64, got float32"),
+        ("lr", torch.tensor(1.0), "lr must be float64, got float32"),
+        ("loss_scale", torch.tensor(1), "loss_scale must be float32, got int64"),
+        ("step_count", torch.tensor(1).int(), "step_count must be int64, got int32"),
+        ("halted", torch.tensor(1.0), "halted must be int64, got float32"),
+    ],
+    "update_vector_": [
+        ("w", torch.zeros(6).half(), "w must be float32, got float16"),
+        ("exp_avg", torch.zeros(6).half(), "exp_avg must be float32, got float16"),
+        ("grad", torch.zeros(6).long(), "grad must be float32, got int64"),
+        ("scalars", torch.ones(8).half(), "scalars must be float32, got float16"),
     ],
     "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
     "decorrelation": [("W", HALF, "W must be float32, got float16")],
@@ -174,10 +212,17 @@ RANGES = {
     "accumulate_rows": [("d_sae", 0, "d_sae must be at least 1, got 0")],
     "latent_major": [("d_sae", 0, "d_sae must be at least 1, got 0")],
     "fused_update_": [
-        ("step", 0, "step must be at least 1, got 0"),
         ("precision", "int8", PRECISION),
         ("W", NOT_CONTIGUOUS, "W is changed in place and must be contiguous"),
         ("exp_avg", NOT_CONTIGUOUS, "exp_avg is changed in place and must be contiguous"),
+    ],
+    "update_vector_": [
+        ("w", torch.zeros(12)[::2], "w is changed in place and must be contiguous"),
+        (
+            "exp_avg_sq",
+            torch.ones(12)[::2],
+            "exp_avg_sq is changed in place and must be contiguous",
+        ),
     ],
     "normalize_rows_": [("W", NOT_CONTIGUOUS, "W is changed in place and must be contiguous")],
 }

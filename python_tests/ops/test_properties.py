@@ -5,7 +5,7 @@ import torch
 from encoding_oracle import check_largest, integers, largest, pre_activations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from op_samples import PRECISIONS, Code, make_code, make_problem, ops
+from op_samples import PRECISIONS, Code, make_code, make_problem, ops, update_scalars
 from tolerances import close
 
 from sae_fast import ops as public
@@ -196,9 +196,9 @@ def test_norm_and_update_agree_with_the_dense_gradient(shape, seed, project):
     terms, total = n + d_in, size.square().sum()
     close(squared_norm, grad.square().sum(), terms=terms, magnitude=total, dtype=torch.float32)
     moments = torch.zeros_like(W), torch.zeros_like(W)
-    hyper = (0.1, 0.9, 0.999, 1e-8, 0.0, 1, project, project, None, None, None, "fp32")
-    cache = (sums, cached, slots, torch.tensor(1.0))
-    ops.fused_update_(W, *moments, *factors, None, *cache, *hyper)
+    switches = (project, project, None, None, None, "fp32")
+    cache = (sums, cached, slots, update_scalars(grad_scale=1.0))
+    ops.fused_update_(W, *moments, *factors, None, *cache, *switches)
     close(moments[0], 0.1 * grad, terms=terms, magnitude=size)
     close(moments[1], 0.001 * grad.square(), terms=terms, magnitude=0.01 * size.square())
     if project:

@@ -9,7 +9,9 @@ from op_samples import (
     make_code,
     make_problem,
     ops,
+    scalars_arguments,
     update_arguments,
+    update_scalars,
 )
 from tolerances import close
 
@@ -148,6 +150,83 @@ def test_fused_update_is_the_five_separate_steps(n, d_in, d_sae, k, terms, step)
     close(W, expected_W, terms=n + d_in, magnitude=before[0].abs() + moved.clamp_max(1e6))
 
 
+@pytest.mark.parametrize("step", [1, 3, 100_000])
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_update_of_a_vector_is_adamw(size, step):
+    generator = torch.Generator().manual_seed(0)
+    w, exp_avg, grad = (torch.randn(size, generator=generator) for _ in range(3))
+    exp_avg_sq = torch.rand(size, generator=generator) + 0.1
+    expected = adamw(w, exp_avg, exp_avg_sq, grad.double(), step, project=False)
+    moments = w, exp_avg, exp_avg_sq
+    ops.update_vector_(*moments, grad, update_scalars(step=step))
+    for found, wanted in zip(moments, expected, strict=True):
+        close(found, wanted, magnitude=wanted.abs() + 1)
+
+
+def test_vector_without_gradient_follows_its_moments():
+    found, expected = ([torch.ones(5), torch.ones(5), torch.ones(5)] for _ in range(2))
+    ops.update_vector_(*found, None, update_scalars())
+    ops.update_vector_(*expected, torch.zeros(5), update_scalars())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], torch.ones(5))
+
+
+@pytest.mark.parametrize("squared_norm", [torch.nan, torch.inf, 1e90])
+@pytest.mark.parametrize("skip", [False, True])
+def test_norm_that_is_not_finite_changes_no_parameter(squared_norm, skip):
+    arguments = scalars_arguments(squared_norm, skip=skip)
+    norm, scalars = ops.update_scalars(*arguments)
+    assert not norm.isfinite()
+    assert scalars.isnan().all()
+    assert arguments[3].item() == 2
+    assert arguments[4].item() == (-1 if skip else 2)
+    problem = make_problem()
+    lists = in_latent_major(make_code(20, 70, 6), 70)
+    updated = list(update_arguments(*lists, problem.x, None, problem.W_dec, None, problem.W_dec))
+    copies = ops.pack_encoder(updated[0], "bf16")
+    updated[-4:] = [*copies, "bf16"]
+    updated[12] = scalars
+    before = [tensor.clone() for tensor in (*updated[:3], *copies)]
+    ops.fused_update_(*updated)
+    ops.update_vector_(*updated[:3], problem.W_enc, scalars)
+    for tensor, old in zip((*updated[:3], *copies), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_halted_run_makes_no_further_step():
+    arguments = scalars_arguments(torch.nan)
+    ops.update_scalars(*arguments)
+    norm, scalars = ops.update_scalars(torch.tensor(4.0).double(), *arguments[1:])
+    assert norm.item() == 2
+    assert scalars.isnan().all()
+    assert (arguments[3].item(), arguments[4].item()) == (2, 2)
+
+
+def test_step_after_a_skipped_one_is_as_if_that_had_not_been():
+    arguments = scalars_arguments(torch.nan, skip=True)
+    ops.update_scalars(*arguments)
+    _, scalars = ops.update_scalars(torch.tensor(1.0).double(), *arguments[1:])
+    _, expected = ops.update_scalars(*scalars_arguments(1.0, skip=True))
+    assert torch.equal(scalars, expected)
+    assert arguments[3].item() == 3
+
+
+@pytest.mark.parametrize("step", [1, 2, 50, 10**6])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0, 0.25])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e6])
+def test_update_scalars_are_adamws_rounded_once(step, loss_scale, grad_clip):
+    arguments = list(scalars_arguments(9.0 * loss_scale**2, step=step, grad_clip=grad_clip))
+    arguments[2] = torch.tensor(loss_scale)
+    norm, scalars = ops.update_scalars(*arguments)
+    clip = min(1.0, grad_clip / (3.0 + 1e-6)) if grad_clip else 1.0
+    corrections = 1 - 0.9**step, (1 - 0.999**step) ** 0.5
+    expected = [clip / loss_scale, 1 - 1e-3, 1 - 0.9, 0.999, 1 - 0.999]
+    expected += [1e-2 / corrections[0], corrections[1], 1e-8]
+    assert norm.item() == 3
+    assert arguments[3].item() == step
+    torch.testing.assert_close(scalars, torch.tensor(expected), rtol=2e-7, atol=0)
+
+
 @pytest.mark.parametrize("terms", TERMS)
 def test_fused_update_does_not_depend_on_what_was_cached(terms):
     arguments, W, _, magnitude, _ = gradient_case(60, 20, 300, 8, terms)
@@ -233,10 +312,9 @@ def test_update_through_the_wrapper_keeps_encoding_exact(precision):
         arguments, _, *_ = gradient_case(40, 24, 200, 8, (True, False, False))
         measured = public.row_gradient_norm(*arguments)
         zeros = torch.zeros_like(W_enc), torch.zeros_like(W_enc)
-        hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-        switches = {"project": False, "unit_norm": False, "precision": precision, "step": step}
-        factors = (*arguments[:5], arguments[6], *measured[1:], torch.tensor(1.0))
-        public.fused_update_(W_enc, *zeros, *factors, **hyper, **switches)
+        switches = {"project": False, "unit_norm": False, "precision": precision}
+        factors = (*arguments[:5], arguments[6], *measured[1:], update_scalars(1.0, step))
+        public.fused_update_(W_enc, *zeros, *factors, **switches)
         code = public.encode_topk(problem.x, W_enc, *biases, 8, precision=precision)
         fresh = public.encode_topk(problem.x, W_enc.detach().clone(), *biases, 8, precision="fp32")
         assert torch.equal(code.values, fresh.values)

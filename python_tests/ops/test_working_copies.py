@@ -3,7 +3,7 @@ import io
 
 import pytest
 import torch
-from op_samples import LOW, PRECISIONS, make_problem
+from op_samples import LOW, PRECISIONS, make_problem, update_scalars
 
 from sae_fast import ops
 from sae_fast.ops.working_copies import copies_to_refresh, decoder_copy, encoder_copy
@@ -83,8 +83,7 @@ def update(W, precision):
     factors = (*lists, torch.zeros(0, W.shape[1]), None)
     measured = ops.row_gradient_norm(*factors, None, torch.ones_like(W))
     ops.fused_update_(
-        *(W, zeros, zeros.clone(), *factors, torch.ones_like(W), *measured[1:], torch.tensor(1.0)),
-        **{"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "step": 1},
+        *(W, zeros, zeros.clone(), *factors, torch.ones_like(W), *measured[1:], update_scalars()),
         **{"project": False, "unit_norm": False, "precision": precision},
     )
 

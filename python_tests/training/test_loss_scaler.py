@@ -4,13 +4,15 @@ import torch
 
 from sae_fast.training.loss_scaler import GROWTH_INTERVAL, LossScaler
 
+NORM, OVERFLOW = torch.tensor(1.0), torch.tensor(torch.inf)
+
 
 def test_scale_halves_on_overflow_and_doubles_after_the_interval() -> None:
     scaler = LossScaler(enabled=True)
-    scaler.update(overflowed=True)
+    scaler.update(OVERFLOW)
     assert scaler.factor == 2.0**15
     for _ in range(GROWTH_INTERVAL):
-        scaler.update(overflowed=False)
+        scaler.update(NORM)
     assert scaler.factor == 2.0**16
     assert scaler.skipped_steps == 1
 
@@ -26,16 +28,31 @@ def test_sequence_of_scales_is_that_of_torch() -> None:
         theirs.step(optimizer)
         theirs.update()
         optimizer.zero_grad()
-        ours.update(overflowed)
+        ours.update(OVERFLOW if overflowed else NORM)
         assert ours.factor == theirs.get_scale()
 
 
 def test_state_round_trips_and_disabled_stays_at_one() -> None:
     scaler = LossScaler(enabled=True)
-    scaler.update(overflowed=True)
+    scaler.update(OVERFLOW)
     other = LossScaler(enabled=True)
     other.load(scaler.state())
-    assert other == scaler
+    assert other.state() == scaler.state()
     disabled = LossScaler(enabled=False)
-    disabled.update(overflowed=True)
+    disabled.update(OVERFLOW)
     assert disabled.factor == 1.0
+
+
+def test_factor_is_one_tensor_and_the_scale_has_a_floor() -> None:
+    scaler = LossScaler(enabled=True)
+    factor = scaler.factor
+    for _ in range(40):
+        scaler.update(OVERFLOW)
+    assert scaler.factor is factor
+    assert factor == 2.0**-14
+    assert scaler.state() == {
+        "enabled": True,
+        "scale": 2.0**-14,
+        "steps_since_overflow": 0,
+        "skipped_steps": 40,
+    }

@@ -163,6 +163,36 @@ def test_gradient_that_is_not_finite_updates_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("skip_overflow", [False, True])
+def test_steps_after_one_that_was_not_finite_change_nothing_unless_it_was_skipped(
+    kind, skip_overflow
+):
+    sae = make_sae()
+    optimizer = kind(sae, skip_overflow=skip_overflow)
+    for step in range(4):
+        optimizer.zero_grad()
+        before = copy.deepcopy(sae.state_dict())
+        loss = sae.training_loss(make_batch(sae, seed=step), dense_grad=kind.dense_grad)
+        (loss.total * (torch.inf if step == 2 else 1.0)).backward()
+        optimizer.step(1e-2)
+        moved = any(not torch.equal(before[name], sae.state_dict()[name]) for name in PARAMETERS)
+        assert moved == (step < 2 or (step == 3 and skip_overflow))
+    assert optimizer.halted == (-1 if skip_overflow else 2)
+    assert optimizer.step_count == (3 if skip_overflow else 2)
+
+
+def test_rate_and_scale_may_be_tensors():
+    saes = [make_sae() for _ in range(2)]
+    numbers = (1e-2, 4.0), (torch.tensor(1e-2, dtype=torch.float64), torch.tensor(4.0))
+    for sae, arguments in zip(saes, numbers, strict=True):
+        optimizer = RowAdam(sae)
+        backward(sae, [make_batch(sae)], dense_grad=False)
+        optimizer.step(*arguments)
+    for name in PARAMETERS:
+        assert torch.equal(saes[0].get_parameter(name), saes[1].get_parameter(name))
+
+
+@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
 def test_zero_grad_drops_gradients_and_factors(kind):
     sae = make_sae(decorrelation_coeff=0.5)
     backward(sae, [make_batch(sae)], kind.dense_grad)

@@ -96,7 +96,7 @@ def test_low_precision_trains_nearly_as_well(activations: torch.Tensor, amp: Any
 
 def test_fp16_skips_a_step_whose_gradient_overflows(activations: torch.Tensor) -> None:
     trainer = Trainer(SAE, replace(RUN, amp="fp16"), activations, show_progress=False)
-    trainer.scaler.scale = math.inf
+    trainer.scaler.scale.fill_(math.inf)
     before = _parameters(trainer)
     trainer._step()
     assert trainer.scaler.skipped_steps == 1

@@ -14,6 +14,8 @@ from sae_fast.ops.rows import (
     latent_major,
     normalize_rows_,
     row_gradient_norm,
+    update_scalars,
+    update_vector_,
 )
 from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import drop_copies
@@ -34,4 +36,6 @@ __all__ = [
     "normalize_rows_",
     "reconstruct",
     "row_gradient_norm",
+    "update_scalars",
+    "update_vector_",
 ]

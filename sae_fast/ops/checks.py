@@ -6,6 +6,7 @@ first, then dtype, device, range. Each function takes the arguments of the op it
 
     {op}: {name} must have shape {shape}, got {shape}         (* stands for any size)
     {op}: values must have the shape of indices, {shape}, got {shape}
+    {op}: {name} must have the shape of w, {shape}, got {shape}
     {op}: {name} must be float32, got {dtype}                 (the reference also takes float64)
     {op}: {name} must be float32, bfloat16 or float16, got {dtype}       (W_dec, dense)
     {op}: {name} must be int32, got {dtype}                   (likewise int64, bool)
@@ -16,7 +17,6 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: k_aux must be 0 without a dead_mask, got k_aux={k_aux}
     {op}: precision must be screened, fp32, bf16 or fp16, got {precision}
     {op}: d_sae must be at least 1, got {d_sae}
-    {op}: step must be at least 1, got {step}
     {op}: at most {most} entries, got {count}
     {op}: offsets must have N + 1 elements, got none
     {op}: latent_offsets must have d_sae + 1 >= 2 elements, got {count}
@@ -29,6 +29,7 @@ The last two look at data: on the CPU always, elsewhere they would wait for the 
 import torch
 from torch import Tensor
 
+UPDATE_SCALARS = 8  # of update_scalars
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 _MASTER = (torch.float32,)
 _GATHERED = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,8 +61,7 @@ class _Op:
             if size is not None:
                 self.require(got == size, must, str(list(shape)))
         self.dtype(name, tensor, dtypes)
-        must = f"{name} must be on {self.device} like {self.like}"
-        self.require(tensor.device == self.device, must, str(tensor.device))
+        self.same_device(name, tensor)
 
     def dtype(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         # float64 is the reference's own: the compiled ops refuse it themselves.
@@ -72,16 +72,23 @@ class _Op:
         wanted = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
         self.require(known, f"{name} must be {wanted}", str(tensor.dtype).removeprefix("torch."))
 
+    def same_shape(self, name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+        must = f"{name} must have the shape of {like}, {list(other.shape)}"
+        self.require(tensor.dim() == other.dim(), must, str(list(tensor.shape)))
+        for got, size in zip(tensor.shape, other.shape, strict=True):
+            self.require(got == size, must, str(list(tensor.shape)))
+
+    def same_device(self, name: str, tensor: Tensor) -> None:
+        must = f"{name} must be on {self.device} like {self.like}"
+        self.require(tensor.device == self.device, must, str(tensor.device))
+
     def code(self, values: Tensor | None, indices: Tensor, offsets: Tensor | None) -> int:
         """Indices, and values of their shape, with or without offsets; returns the rows."""
         sizes = (None, None) if offsets is None else (None,)
         self.tensor("indices", indices, sizes, (torch.int32,))
         if values is not None:
             self.dtype("values", values, _MASTER)
-            must = f"values must have the shape of indices, {list(indices.shape)}"
-            self.require(values.dim() == indices.dim(), must, str(list(values.shape)))
-            for got, size in zip(values.shape, indices.shape, strict=True):
-                self.require(got == size, must, str(list(values.shape)))
+            self.same_shape("values", values, "indices", indices)
         if offsets is None:
             return indices.size(0)
         self.tensor("offsets", offsets, (None,), (torch.int64,))
@@ -266,6 +273,27 @@ def row_gradient_norm(  # noqa: D103
         op.tensor("extra_grad", extra_grad, shape, _MASTER)
 
 
+def update_scalars(  # noqa: D103
+    squared_norm: Tensor,
+    lr: Tensor,
+    loss_scale: Tensor,
+    step_count: Tensor,
+    halted: Tensor,
+    grad_clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip_overflow: bool,
+) -> None:
+    op = _Op("update_scalars", "squared_norm", squared_norm)
+    op.tensor("squared_norm", squared_norm, (), (torch.float64,))
+    op.tensor("lr", lr, (), (torch.float64,))
+    op.tensor("loss_scale", loss_scale, (), _MASTER)
+    op.tensor("step_count", step_count, (), (torch.int64,))
+    op.tensor("halted", halted, (), (torch.int64,))
+
+
 def fused_update_(  # noqa: D103
     W: Tensor,
     exp_avg: Tensor,
@@ -279,13 +307,7 @@ def fused_update_(  # noqa: D103
     sums: Tensor,
     cached: Tensor,
     cache_slots: Tensor,
-    grad_scale: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    scalars: Tensor,
     project: bool,
     unit_norm: bool,
     packed: Tensor | None,
@@ -303,14 +325,28 @@ def fused_update_(  # noqa: D103
     op.tensor("sums", sums, shape[:1], _MASTER)
     op.tensor("cached", cached, (None, shape[1]), _MASTER)
     op.tensor("cache_slots", cache_slots, shape[:1], (torch.int32,))
-    op.tensor("grad_scale", grad_scale, (), _MASTER)
+    op.tensor("scalars", scalars, (UPDATE_SCALARS,), _MASTER)
     written = {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     copies = {"packed": packed, "stats": stats, "rounded": rounded}
     for name, tensor in (*written.items(), *copies.items()):
         if tensor is not None:
             op.in_place(name, tensor)
-    op.require(step >= 1, "step must be at least 1", str(step))
     op.precision(precision)
+
+
+def update_vector_(  # noqa: D103
+    w: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor | None, scalars: Tensor
+) -> None:
+    op = _Op("update_vector_", "w", w)
+    written = {"w": w, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in {**written, "grad": grad}.items():
+        if tensor is not None:
+            op.same_shape(name, tensor, "w", w)
+            op.dtype(name, tensor, _MASTER)
+            op.same_device(name, tensor)
+    op.tensor("scalars", scalars, (UPDATE_SCALARS,), _MASTER)
+    for name, tensor in written.items():
+        op.in_place(name, tensor)
 
 
 def normalize_rows_(W: Tensor) -> None:  # noqa: D103

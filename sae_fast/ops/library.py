@@ -39,12 +39,16 @@ SCHEMAS = {
     "row_gradient_norm": "(Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense,"
     " Tensor? shift, Tensor? project_onto, Tensor? extra_grad)"
     " -> (Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)",
+    "update_scalars": "(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count,"
+    " Tensor(b!) halted, float grad_clip, float beta1, float beta2, float eps, float weight_decay,"
+    " bool skip_overflow) -> (Tensor norm, Tensor scalars)",
     "fused_update_": "(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
     " Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift,"
-    " Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor grad_scale,"
-    " float lr, float beta1, float beta2, float eps, float weight_decay, int step, bool project,"
-    " bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded, str precision)"
-    " -> ()",
+    " Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor scalars,"
+    " bool project, bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded,"
+    " str precision) -> ()",
+    "update_vector_": "(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad,"
+    " Tensor scalars) -> ()",
     "normalize_rows_": "(Tensor(a!) W) -> ()",
     "decorrelation": "(Tensor W) -> (Tensor loss, Tensor grad)",
 }

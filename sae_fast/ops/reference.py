@@ -138,6 +138,36 @@ def row_gradient_norm(
     return norm.square(), sums, grad.new_empty(0, dense.size(1)), cache_slots
 
 
+def update_scalars(
+    squared_norm: Tensor,  # 0-d float64
+    lr: Tensor,  # 0-d float64
+    loss_scale: Tensor,  # 0-d
+    step_count: Tensor,  # 0-d int64
+    halted: Tensor,  # 0-d int64
+    grad_clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip_overflow: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient's norm, and the numbers of a step that do not depend on the parameter."""
+    norm = squared_norm.sqrt() / loss_scale.double()
+    rounded_norm = norm.to(loss_scale.dtype)
+    updates = rounded_norm.isfinite() & (halted < 0)
+    if not skip_overflow:
+        halted.copy_(torch.where(updates | (halted >= 0), halted, step_count))
+    step_count.add_(updates)
+    factor = (grad_clip / (norm + 1e-6)).clamp_max(1.0) if grad_clip else torch.ones_like(norm)
+    step = step_count.double()
+    numbers = (
+        *(factor / loss_scale.double(), 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2),
+        *(lr / (1 - beta1**step), (1 - beta2**step).sqrt(), eps),
+    )
+    scalars = torch.stack([torch.as_tensor(n, dtype=lr.dtype, device=lr.device) for n in numbers])
+    return rounded_norm, torch.where(updates, scalars, torch.nan).to(loss_scale.dtype)
+
+
 def fused_update_(
     W: Tensor,  # [F, D]
     exp_avg: Tensor,  # [F, D]
@@ -151,13 +181,7 @@ def fused_update_(
     sums: Tensor,  # [F]
     cached: Tensor,
     cache_slots: Tensor,
-    grad_scale: Tensor,  # 0-d
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
+    scalars: Tensor,  # [8]
     project: bool,
     unit_norm: bool,
     packed: Tensor | None,
@@ -168,17 +192,30 @@ def fused_update_(
     """One step of every row from the factors of its gradient, in torch.optim.AdamW's order."""
     factors = (latent_offsets, rows, coefficients, dense, shift)
     grad, _ = _row_gradients(*factors, extra_grad, W if project else None)
-    grad.mul_(grad_scale)
-    W.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
-    W.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
-    if unit_norm:
+    update_vector_(W, exp_avg, exp_avg_sq, grad, scalars)
+    if unit_norm and bool(scalars[0].isfinite()):
         normalize_rows_(W)
     # The reference's own encoder copy is empty; only a rounded W_dec is there to be refreshed.
     if rounded is not None and rounded.shape == W.shape:
         rounded.copy_(W)
+
+
+def update_vector_(
+    w: Tensor,
+    exp_avg: Tensor,  # the shape of w
+    exp_avg_sq: Tensor,  # the shape of w
+    grad: Tensor | None,  # the shape of w
+    scalars: Tensor,  # [8]
+) -> None:
+    """One step in torch.optim.AdamW's order; nothing where the scale is not finite."""
+    scale, decay, rest1, beta2, rest2, step_size, correction, eps = scalars.tolist()
+    if not math.isfinite(scale):
+        return
+    grad = torch.zeros_like(w) if grad is None else grad * scale
+    w.mul_(decay)
+    exp_avg.lerp_(grad, rest1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=rest2)
+    w.addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(correction).add_(eps), value=-step_size)
 
 
 def normalize_rows_(W: Tensor) -> None:  # [F, D]

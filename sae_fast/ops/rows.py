@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sae_fast.ops.checks import UPDATE_SCALARS
 from sae_fast.ops.library import dynamic_size, fake, refuse_backward
 from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
 
@@ -124,6 +125,42 @@ refuse_backward("row_gradient_norm")
 
 
 @torch.no_grad()
+def update_scalars(
+    squared_norm: Tensor,  # 0-d float64
+    lr: Tensor,  # 0-d float64
+    loss_scale: Tensor,  # 0-d
+    step_count: Tensor,  # 0-d int64
+    halted: Tensor,  # 0-d int64
+    *,
+    grad_clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip_overflow: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient's norm (0-d), and what an update needs to know of it: scalars [8].
+
+    `squared_norm` is that of the gradients of `loss_scale` times the loss. A finite norm counts a
+    step: `step_count` goes up by one. With one that is not, updates with these scalars change
+    nothing; and unless `skip_overflow`, `halted` becomes the number of steps made so far, and no
+    later step changes anything either. Negative, it says that this has not happened.
+    """
+    op = torch.ops.sae_fast.update_scalars.default
+    norm, scalars = op(
+        *(squared_norm, lr, loss_scale, step_count, halted, grad_clip, beta1, beta2, eps),
+        *(weight_decay, skip_overflow),
+    )
+    torch.autograd.graph.increment_version([step_count, halted])
+    return norm, scalars
+
+
+@fake("update_scalars")
+def _(squared_norm: Tensor, lr: Tensor, loss_scale: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return loss_scale.new_empty(()), loss_scale.new_empty(UPDATE_SCALARS)
+
+
+@torch.no_grad()
 def fused_update_(
     W: Tensor,  # [F, D]
     exp_avg: Tensor,  # [F, D]
@@ -137,36 +174,48 @@ def fused_update_(
     sums: Tensor,  # [F]
     cached: Tensor,
     cache_slots: Tensor,
-    grad_scale: Tensor,  # 0-d
+    scalars: Tensor,  # [8]
     *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
     project: bool,
     unit_norm: bool,
     precision: str,
 ) -> None:
     """One AdamW step of W, row by row, from the factors of its gradient.
 
-    The gradient is that of `row_gradient_norm` (projected onto W's own rows if `project`) times
-    `grad_scale`; then AdamW exactly as torch.optim.AdamW with `step` counting from 1; then, if
+    The gradient is that of `row_gradient_norm` (projected onto W's own rows if `project`), clipped
+    as `scalars` of `update_scalars` say; then AdamW exactly as torch.optim.AdamW; then, if
     `unit_norm`, rows of unit length. `sums`, `cached` and `cache_slots` come from
     `row_gradient_norm` of the same factors. The working copy of W in this precision, if there is
-    one, is refreshed in the same pass.
+    one, is refreshed in the same pass. Nothing changes where the gradient's norm was not finite.
     """
     packed, stats, rounded = copies_to_refresh(W, precision)
     torch.ops.sae_fast.fused_update_.default(
         *(W, exp_avg, exp_avg_sq, latent_offsets, rows, coefficients, dense, shift, extra_grad),
-        *(sums, cached, cache_slots, grad_scale, lr, beta1, beta2, eps, weight_decay, step),
-        *(project, unit_norm, packed, stats, rounded, precision),
+        *(sums, cached, cache_slots, scalars, project, unit_norm),
+        *(packed, stats, rounded, precision),
     )
     mark_updated(W, packed, stats, rounded)
 
 
 @fake("fused_update_")
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.no_grad()
+def update_vector_(
+    w: Tensor,
+    exp_avg: Tensor,  # the shape of w
+    exp_avg_sq: Tensor,  # the shape of w
+    grad: Tensor | None,  # the shape of w; None: zeros
+    scalars: Tensor,  # [8]
+) -> None:
+    """The AdamW step of `fused_update_` for a parameter whose gradient is at hand."""
+    torch.ops.sae_fast.update_vector_.default(w, exp_avg, exp_avg_sq, grad, scalars)
+    mark_updated(w)
+
+
+@fake("update_vector_")
 def _(*arguments: object) -> None:
     return None
 

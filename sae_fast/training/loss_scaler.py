@@ -1,47 +1,65 @@
 """Loss scaling for fp16: gradients too small for half precision are scaled up, overflows skipped.
 
-The rule is that of torch.amp.GradScaler, kept as plain numbers so that it goes into a checkpoint.
+The rule is that of torch.amp.GradScaler. The numbers stay on the device, where the step needs them:
+an update never waits to see whether the gradient overflowed.
 """
 
-from dataclasses import asdict, dataclass
+import torch
+from torch import Tensor
 
 GROWTH_INTERVAL = 2000
+_SMALLEST_SCALE = 2.0**-14
 
 
-@dataclass
 class LossScaler:
-    """The scale by which the loss is multiplied; 1 and constant unless `enabled`."""
+    """The scale by which the loss is multiplied; 1 and constant unless `enabled`.
 
-    enabled: bool
-    scale: float = 2.0**16
-    steps_since_overflow: int = 0
-    skipped_steps: int = 0
+    Attributes:
+        scale: 0-d float32, whether or not it is in use.
+        steps_since_overflow: 0-d int64.
+        skipped_steps: 0-d int64.
+    """
+
+    def __init__(self, enabled: bool, device: torch.device | str = "cpu") -> None:
+        self.enabled = enabled
+        self.scale = torch.full((), 2.0**16, device=device)
+        self.steps_since_overflow = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._one = torch.ones((), device=device)
 
     @property
-    def factor(self) -> float:
-        """What to multiply the loss with."""
-        return self.scale if self.enabled else 1.0
+    def factor(self) -> Tensor:
+        """What to multiply the loss with: 0-d, the same tensor in every step."""
+        return self.scale if self.enabled else self._one
 
-    def update(self, overflowed: bool) -> None:
-        """Halves the scale after an overflow, doubles it after 2000 steps without one."""
+    @torch.no_grad()
+    def update(
+        self,
+        norm: Tensor,  # 0-d, of the gradient
+    ) -> None:
+        """Halves the scale where the norm is not finite, doubles it after 2000 that were."""
         if not self.enabled:
             return
-        if overflowed:
-            self.scale = max(self.scale / 2, 2.0**-14)
-            self.steps_since_overflow = 0
-            self.skipped_steps += 1
-            return
-        self.steps_since_overflow += 1
-        if self.steps_since_overflow == GROWTH_INTERVAL:
-            self.scale *= 2
-            self.steps_since_overflow = 0
+        fits = norm.isfinite()
+        self.steps_since_overflow.add_(1).mul_(fits)
+        grows = self.steps_since_overflow == GROWTH_INTERVAL
+        self.steps_since_overflow.mul_(~grows)
+        self.skipped_steps.add_(~fits)
+        smaller = (self.scale / 2).clamp_min(_SMALLEST_SCALE)
+        larger = torch.where(grows, self.scale * 2, self.scale)
+        self.scale.copy_(torch.where(fits, larger, smaller))
 
     def state(self) -> dict[str, float]:
-        """The values that a checkpoint holds."""
-        return asdict(self)
+        """The values that a checkpoint holds, as plain numbers; waits for the device."""
+        return {
+            "enabled": self.enabled,
+            "scale": float(self.scale),
+            "steps_since_overflow": int(self.steps_since_overflow),
+            "skipped_steps": int(self.skipped_steps),
+        }
 
     def load(self, state: dict[str, float]) -> None:
         """Takes over the values of a checkpoint; whether scaling is on is this run's own choice."""
-        self.scale = float(state["scale"])
-        self.steps_since_overflow = int(state["steps_since_overflow"])
-        self.skipped_steps = int(state["skipped_steps"])
+        self.scale.fill_(state["scale"])
+        self.steps_since_overflow.fill_(int(state["steps_since_overflow"]))
+        self.skipped_steps.fill_(int(state["skipped_steps"]))

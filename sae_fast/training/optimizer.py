@@ -34,6 +34,7 @@ def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimiz
         weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
         precision=config.precision,
+        skip_overflow=config.amp == "fp16",
     )
 
 
@@ -47,6 +48,12 @@ class SparseOptimizer(ABC):
         weight_decay: decoupled, as in torch.optim.AdamW.
         grad_clip: largest global norm, taken after W_dec's gradient is projected; 0: no clipping.
         precision: mode of the encoder whose working copy is kept up to date.
+        skip_overflow: whether a gradient that is not finite is left out, as loss scaling wants it,
+            rather than the end: otherwise no step after it changes anything either.
+
+    Attributes:
+        step_count: 0-d int64 on the model's device, the updates made.
+        halted: 0-d int64 there, their number when a gradient was not finite; -1: none was.
     """
 
     dense_grad: bool  # what training_loss is to be given
@@ -60,6 +67,7 @@ class SparseOptimizer(ABC):
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         precision: str = "screened",
+        skip_overflow: bool = False,
     ):
         self.sae = sae
         self.betas = betas
@@ -67,15 +75,19 @@ class SparseOptimizer(ABC):
         self.weight_decay = weight_decay
         self.grad_clip = grad_clip
         self.precision = precision
-        self.step_count = 0
+        self.skip_overflow = skip_overflow
+        self.device = sae.W_enc.device
+        self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.halted = torch.full_like(self.step_count, -1)
         self.exp_avg = {name: torch.zeros_like(self._parameter(name)) for name in PARAMETERS}
         self.exp_avg_sq = {name: torch.zeros_like(self._parameter(name)) for name in PARAMETERS}
 
     @abstractmethod
-    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
+    def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
         """Update the parameters from the gradients of `loss_scale` times the loss.
 
-        Returns the gradient's global norm before the clip, 0-d; not finite: no update.
+        Both may be 0-d tensors. Returns the gradient's global norm before the clip, 0-d; not
+        finite: no update.
         """
 
     def zero_grad(self) -> None:
@@ -87,7 +99,7 @@ class SparseOptimizer(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step count and moments under flat names, the same for both classes; not copies."""
-        state = {STEP: torch.tensor(self.step_count, dtype=torch.int64)}
+        state = {STEP: self.step_count}
         for name in PARAMETERS:
             state[f"{name}.exp_avg"] = self.exp_avg[name]
             state[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
@@ -105,16 +117,10 @@ class SparseOptimizer(ABC):
                     f"got {tuple(state[name].shape)}"
                 )
             tensor.copy_(state[name])
-        self.step_count = int(state[STEP])
+        self.halted.fill_(-1)
 
     def _parameter(self, name: str) -> torch.nn.Parameter:
         return self.sae.get_parameter(name)
-
-    def _grad_factor(self, norm: Tensor) -> Tensor:
-        """min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ scales."""
-        if self.grad_clip == 0:
-            return torch.ones_like(norm)
-        return (self.grad_clip / (norm + 1e-6)).clamp_max(1.0)
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,8 @@ class RowAdam(SparseOptimizer):
     dense_grad = False
 
     @torch.no_grad()
-    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
-        """See `SparseOptimizer.step`."""
+    def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
+        """See `SparseOptimizer.step`; never waits for the device."""
         sae = self.sae
         encoder_factors, decoder_factors = merge_row_factors(sae.W_enc, sae.W_dec)
         encoder = self._measure("W_enc", encoder_factors, project_onto=None)
@@ -145,17 +151,31 @@ class RowAdam(SparseOptimizer):
         for bias in (sae.b_enc, sae.b_dec):
             if bias.grad is not None:
                 squared = squared + steady_sum(bias.grad.double().square())
-        norm = squared.sqrt() / loss_scale
-        if not math.isfinite(float(norm)):
-            return norm.to(sae.W_enc.dtype)
-        factor = (self._grad_factor(norm) / loss_scale).to(torch.float32)
-        self.step_count += 1
-        self._update_rows("W_enc", encoder, factor, lr)
-        self._update_rows("W_dec", decoder, factor, lr)
+        norm, scalars = ops.update_scalars(
+            squared,
+            self._scalar(lr, torch.float64),
+            self._scalar(loss_scale, torch.float32),
+            self.step_count,
+            self.halted,
+            grad_clip=self.grad_clip,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            skip_overflow=self.skip_overflow,
+        )
+        self._update_rows("W_enc", encoder, scalars)
+        self._update_rows("W_dec", decoder, scalars)
         # b_dec last: W_enc's factors are taken relative to the b_dec that the encoder saw.
-        self._update_bias("b_enc", factor, lr)
-        self._update_bias("b_dec", factor, lr)
-        return norm.to(sae.W_enc.dtype)
+        self._update_bias("b_enc", scalars)
+        self._update_bias("b_dec", scalars)
+        return norm
+
+    def _scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
+        """A number on the device; a tensor made from one would wait for it."""
+        if isinstance(value, Tensor):
+            return value.to(self.device, dtype, non_blocking=True)
+        return torch.full((), value, dtype=dtype, device=self.device)
 
     def _measure(
         self, name: str, factors: MergedFactors, project_onto: Tensor | None
@@ -172,7 +192,7 @@ class RowAdam(SparseOptimizer):
         )
         return _RowGradient(factors, extra_grad, *measured)
 
-    def _update_rows(self, name: str, grad: _RowGradient, factor: Tensor, lr: float) -> None:
+    def _update_rows(self, name: str, grad: _RowGradient, scalars: Tensor) -> None:
         is_decoder = name == "W_dec"
         W = self._parameter(name)
         ops.fused_update_(
@@ -188,32 +208,23 @@ class RowAdam(SparseOptimizer):
             grad.sums,
             grad.cached,
             grad.cache_slots,
-            factor,
-            lr=lr,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            step=self.step_count,
+            scalars,
             project=is_decoder,
             unit_norm=is_decoder,
             precision=self.precision,
         )
 
-    def _update_bias(self, name: str, factor: Tensor, lr: float) -> None:
-        """torch.optim.AdamW's update of one vector."""
-        bias, exp_avg, exp_avg_sq = self._parameter(name), self.exp_avg[name], self.exp_avg_sq[name]
-        grad = torch.zeros_like(bias) if bias.grad is None else bias.grad * factor
-        beta1, beta2 = self.betas
-        bias.mul_(1 - lr * self.weight_decay)
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**self.step_count)).add_(self.eps)
-        bias.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**self.step_count))
+    def _update_bias(self, name: str, scalars: Tensor) -> None:
+        bias = self._parameter(name)
+        moments = self.exp_avg[name], self.exp_avg_sq[name]
+        ops.update_vector_(bias, *moments, bias.grad, scalars)
 
 
 class DenseAdam(SparseOptimizer):
-    """torch.optim.AdamW on dense gradients, with the projection, clip and unit norm around it."""
+    """torch.optim.AdamW on dense gradients, with the projection, clip and unit norm around it.
+
+    Its step reads the gradient's norm, and so waits for the device.
+    """
 
     dense_grad = True
 
@@ -226,6 +237,7 @@ class DenseAdam(SparseOptimizer):
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
         precision: str = "screened",
+        skip_overflow: bool = False,
     ):
         super().__init__(
             sae,
@@ -234,6 +246,7 @@ class DenseAdam(SparseOptimizer):
             weight_decay=weight_decay,
             grad_clip=grad_clip,
             precision=precision,
+            skip_overflow=skip_overflow,
         )
         parameters = [self._parameter(name) for name in PARAMETERS]
         self.adam = torch.optim.AdamW(parameters, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -245,7 +258,7 @@ class DenseAdam(SparseOptimizer):
             }
 
     @torch.no_grad()
-    def step(self, lr: float, loss_scale: float = 1.0) -> Tensor:
+    def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
         """See `SparseOptimizer.step`."""
         parameters = [self._parameter(name) for name in PARAMETERS]
         for parameter in parameters:
@@ -256,14 +269,18 @@ class DenseAdam(SparseOptimizer):
         assert W_dec.grad is not None
         W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not math.isfinite(float(norm)):
+        is_finite = math.isfinite(float(norm))
+        if not is_finite and not self.skip_overflow and self.halted < 0:
+            self.halted.copy_(self.step_count)
+        if not is_finite or self.halted >= 0:
             return norm
-        factor = self._grad_factor(norm)
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.mul_(factor)
+        if self.grad_clip > 0:
+            factor = (self.grad_clip / (norm + 1e-6)).clamp_max(1.0)
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad.mul_(factor)
         self.step_count += 1
-        self.adam.param_groups[0]["lr"] = lr
+        self.adam.param_groups[0]["lr"] = float(lr)
         self.adam.step()
         ops.normalize_rows_(W_dec)
         return norm
@@ -273,4 +290,4 @@ class DenseAdam(SparseOptimizer):
         """See `SparseOptimizer.load_state_dict`."""
         super().load_state_dict(state)
         for values in self.adam.state.values():
-            values["step"].fill_(self.step_count)
+            values["step"].copy_(self.step_count)

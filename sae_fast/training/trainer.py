@@ -94,7 +94,7 @@ class Trainer:
         )
         self.memory_plan.check()
         self.schedule = make_schedule(train_config, self.sae_config.d_sae, self.total_steps)
-        self.scaler = LossScaler(enabled=train_config.amp == "fp16")
+        self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0  # of steps, without evaluations and checkpoints
@@ -170,7 +170,7 @@ class Trainer:
         overflowed = not bool(torch.isfinite(grad_norm))  # then nothing was updated
         if overflowed and not self.scaler.enabled:
             raise self._divergence("gradient's norm", grad_norm, loss, x)
-        self.scaler.update(overflowed)
+        self.scaler.update(grad_norm)
         self._last = {**sums, "grad_norm": grad_norm}
         self.step += 1
         self.tokens += self._tokens_per_step
@@ -233,7 +233,7 @@ class Trainer:
             "reader_stall_fraction": window.stalled / window.seconds,
         }
         if self.scaler.enabled:
-            row["loss_scale"] = self.scaler.scale
+            row["loss_scale"] = float(self.scaler.scale)
         if self.data.skipped_rows:
             row["skipped_rows"] = self.data.skipped_rows
         return row

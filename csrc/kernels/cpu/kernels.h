@@ -20,6 +20,7 @@ struct Kernels {
   AccumulateRows accumulate_rows;
   GradientNorm gradient_norm;
   FusedUpdate fused_update;
+  UpdateVector update_vector;
   NormalizeRows normalize_rows;
   Decorrelation decorrelation;
 };

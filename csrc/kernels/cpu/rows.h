@@ -47,8 +47,7 @@ using GradientNorm = bool (*)(const GradientTerms&, const RowCache&, float* sums
 struct RowUpdate {
   GradientTerms gradient;
   RowCache cache;
-  AdamStep adam;
-  float grad_scale;
+  UpdateScalars scalars;
   bool unit_norm;
   float* W;           // [d_sae][d_in]
   float* exp_avg;     // [d_sae][d_in]
@@ -57,6 +56,17 @@ struct RowUpdate {
   PackedEncoder encoder;
 };
 using FusedUpdate = bool (*)(const RowUpdate&, const Parallel&);
+
+// A parameter with a dense gradient; grad null stands for zeros.
+struct VectorUpdate {
+  const UpdateScalars* scalars;
+  const float* grad;
+  float* w;
+  float* exp_avg;
+  float* exp_avg_sq;
+  int64_t size;
+};
+using UpdateVector = void (*)(const VectorUpdate&, const Parallel&);
 
 using NormalizeRows = bool (*)(float* W, int64_t d_sae, int64_t d_in, const Parallel&);
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels/common/row_norm.h"
+#include "kernels/cuda/encoder_stats.cuh"
 #include "kernels/cuda/latent_sum.cuh"
 
 namespace sae_fast::cuda {
@@ -85,16 +86,44 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) *sum = total;
 }
 
+// Returns what the copy holds, as floats; the weights themselves where there is none.
 template <int kWidth>
-__device__ inline void store_weights(const RowState& state, int64_t offset,
-                                     const Vector<float, kWidth>& weights) {
+__device__ inline Vector<float, kWidth> store_weights(const RowState& state, int64_t offset,
+                                                      const Vector<float, kWidth>& weights) {
   store<float, kWidth>(state.W + offset, weights);
-  if (state.rounded == nullptr) return;
+  if (state.rounded == nullptr) return weights;
   if (state.rounded_type == DataType::kBFloat16) {
-    store<__nv_bfloat16, kWidth>(static_cast<__nv_bfloat16*>(state.rounded) + offset, weights);
-  } else {
-    store<__half, kWidth>(static_cast<__half*>(state.rounded) + offset, weights);
+    auto* const copy = static_cast<__nv_bfloat16*>(state.rounded);
+    return store<__nv_bfloat16, kWidth>(copy + offset, weights);
   }
+  return store<__half, kWidth>(static_cast<__half*>(state.rounded) + offset, weights);
+}
+
+// The finished row in `row` divided by `norm`, its copy and the copy's stats. Every thread stores
+// the columns that it has put into `row`.
+template <int kWidth>
+__device__ inline void store_row(const RowState& state, int64_t latent, int64_t latents,
+                                 int64_t d_in, const float* row, float norm, float* partial) {
+  float square = 0.0f;
+  float lost = 0.0f;
+  for (int column = static_cast<int>(threadIdx.x) * kWidth; column < d_in;
+       column += static_cast<int>(blockDim.x) * kWidth) {
+    auto weights = load<float, kWidth>(row + column);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) weights.at[i] /= norm;
+    auto rest = store_weights(state, latent * d_in + column, weights);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) rest.at[i] = weights.at[i] - rest.at[i];
+    square = add_dot(square, weights, weights);
+    lost = add_dot(lost, rest, rest);
+  }
+  if (state.stats == nullptr) return;
+  square = block_sum(square, partial);
+  lost = block_sum(lost, partial);
+  if (threadIdx.x != 0) return;
+  const float2 bounds = row_bounds(square, lost, d_in);
+  state.stats[latent] = bounds.x;
+  state.stats[latents + latent] = bounds.y;
 }
 
 // Adam on kWidth weights of a row; returns the new ones, which are not stored yet.
@@ -122,15 +151,16 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
     update_kernel(LatentLists lists, const Dense* __restrict__ dense,
                   const float* __restrict__ shift, const float* __restrict__ extra_grad,
                   int64_t d_in, RowState state, const float* __restrict__ cached,
-                  const int32_t* __restrict__ cache_slots, const float* __restrict__ grad_scale,
-                  AdamStep adam, bool project, bool unit_norm) {
+                  const int32_t* __restrict__ cache_slots,
+                  const UpdateScalars* __restrict__ scalars, bool project, bool unit_norm) {
   float* const gradient = static_cast<float*>(dynamic_shared_memory());  // [D]
   float* const row = gradient + d_in;                                    // [D]
   __shared__ float partial[kRowWarps];
   const int columns = static_cast<int>(d_in);  // as many as shared memory holds
   const int first = static_cast<int>(threadIdx.x) * kWidth;
   const int stride = static_cast<int>(blockDim.x) * kWidth;
-  const float scale = *grad_scale;
+  const UpdateScalars step = *scalars;
+  if (!is_finite(step.grad_scale)) return;
   for (int64_t latent = blockIdx.x; latent < lists.latents; latent += gridDim.x) {
     const int64_t start = latent * d_in;
     const int32_t slot = cache_slots[latent];
@@ -155,18 +185,13 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
       auto weights = load<float, kWidth>(row + column);
       add_scaled(rest, -dot, weights);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) rest.at[i] *= scale;
-      weights = update_weights(state, adam, start + column, weights, rest);
+      for (int i = 0; i < kWidth; ++i) rest.at[i] *= step.grad_scale;
+      weights = update_weights(state, step.adam, start + column, weights, rest);
       square = add_dot(square, weights, weights);
       store<float, kWidth>(row + column, weights);
     }
     const float norm = unit_norm ? row_norm(block_sum(square, partial)) : 1.0f;
-    for (int column = first; column < columns; column += stride) {
-      auto weights = load<float, kWidth>(row + column);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) weights.at[i] /= norm;
-      store_weights(state, start + column, weights);
-    }
+    store_row<kWidth>(state, latent, lists.latents, d_in, row, norm, partial);
   }
 }
 
@@ -252,8 +277,8 @@ cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
 }
 
 cudaError_t fused_update(const GradientFactors& factors, const RowState& state, const float* cached,
-                         const int32_t* cache_slots, const float* grad_scale, const AdamStep& adam,
-                         bool project, bool unit_norm, cudaStream_t stream) {
+                         const int32_t* cache_slots, const UpdateScalars* scalars, bool project,
+                         bool unit_norm, cudaStream_t stream) {
   const int64_t d_in = factors.d_in;
   return with_rows<kRowWidth>(factors.dense, d_in,
                               {factors.shift, factors.extra_grad, state.W, state.exp_avg,
@@ -265,7 +290,7 @@ cudaError_t fused_update(const GradientFactors& factors, const RowState& state, 
                                               row_threads(d_in, kWidth), row_bytes(2, d_in), stream,
                                               factors.lists, dense, factors.shift,
                                               factors.extra_grad, d_in, state, cached, cache_slots,
-                                              grad_scale, adam, project, unit_norm);
+                                              scalars, project, unit_norm);
                               });
 }
 

@@ -41,14 +41,15 @@ struct RowState {
   float* exp_avg_sq;  // [F, D]
   void* rounded;      // [F, D] or null: W in a 16-bit type
   DataType rounded_type;
+  float* stats;  // [2, F] or null: row_bounds of the rows and of what rounding took off them
 };
 
-// Per row: g_j, less its part along W[j] if `project`, times grad_scale; Adam; unit length if
-// `unit_norm`; the rounded copy.
+// Per row: g_j, less its part along W[j] if `project`, times the scale; Adam; unit length if
+// `unit_norm`; the rounded copy and its stats. Nothing where the scale is not finite.
 cudaError_t fused_update(const GradientFactors& factors, const RowState& state,
                          const float* cached,         // [rows, D]
                          const int32_t* cache_slots,  // [F]
-                         const float* grad_scale,     // []
-                         const AdamStep& adam, bool project, bool unit_norm, cudaStream_t stream);
+                         const UpdateScalars* scalars, bool project, bool unit_norm,
+                         cudaStream_t stream);
 
 }  // namespace sae_fast::cuda

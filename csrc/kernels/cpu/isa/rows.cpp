@@ -160,8 +160,9 @@ void normalize_row(float* row, int64_t d_in) {
 }
 
 // Adam on a row; `grad` null stands for zeros.
-void adam_row(const AdamStep& adam, const float* grad, float scale, int64_t d_in, float* weight,
+void adam_row(const UpdateScalars& scalars, const float* grad, int64_t d_in, float* weight,
               float* exp_avg, float* exp_avg_sq) {
+  const AdamStep& adam = scalars.adam;
   const Vec beta2 = broadcast(adam.beta2);
   const Vec rest1 = broadcast(adam.one_minus_beta1);
   const Vec rest2 = broadcast(adam.one_minus_beta2);
@@ -171,7 +172,7 @@ void adam_row(const AdamStep& adam, const float* grad, float scale, int64_t d_in
   const Vec decay = broadcast(adam.decay);
   int64_t i = 0;
   for (; i + kLanes <= d_in; i += kLanes) {
-    const Vec g = grad != nullptr ? load(grad + i) * broadcast(scale) : Vec{};
+    const Vec g = grad != nullptr ? load(grad + i) * broadcast(scalars.grad_scale) : Vec{};
     const Vec m = load(exp_avg + i) + rest1 * (g - load(exp_avg + i));
     const Vec v = beta2 * load(exp_avg_sq + i) + rest2 * (g * g);
     store(exp_avg + i, m);
@@ -180,7 +181,7 @@ void adam_row(const AdamStep& adam, const float* grad, float scale, int64_t d_in
     store(weight + i, decay * load(weight + i) - step * (m / denominator));
   }
   for (; i < d_in; ++i) {
-    const float g = grad != nullptr ? grad[i] * scale : 0.0f;
+    const float g = grad != nullptr ? grad[i] * scalars.grad_scale : 0.0f;
     weight[i] = adam_update(adam, weight[i], g, exp_avg[i], exp_avg_sq[i]);
   }
 }
@@ -194,7 +195,7 @@ void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
     if (slot < 0) gradient_row(update.gradient, latent, scratch);
   }
   float* weight = update.W + latent * d_in;
-  adam_row(update.adam, grad, update.grad_scale, d_in, weight, update.exp_avg + latent * d_in,
+  adam_row(update.scalars, grad, d_in, weight, update.exp_avg + latent * d_in,
            update.exp_avg_sq + latent * d_in);
   if (update.unit_norm) normalize_row(weight, d_in);
 }
@@ -284,6 +285,17 @@ bool fused_update(const cpu::RowUpdate& update, const cpu::Parallel& parallel) {
     refresh_copies(update.encoder, first, end < rows ? end : rows, own);
   });
   return true;
+}
+
+void update_vector(const cpu::VectorUpdate& update, const cpu::Parallel& parallel) {
+  constexpr int64_t kPart = 4096;
+  parallel.for_each((update.size + kPart - 1) / kPart, [&](int64_t part) {
+    const int64_t first = part * kPart;
+    const int64_t rest = update.size - first;
+    adam_row(*update.scalars, update.grad != nullptr ? update.grad + first : nullptr,
+             rest < kPart ? rest : kPart, update.w + first, update.exp_avg + first,
+             update.exp_avg_sq + first);
+  });
 }
 
 bool normalize_rows(float* W, int64_t d_sae, int64_t d_in, const cpu::Parallel& parallel) {

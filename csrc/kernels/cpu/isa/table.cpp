@@ -24,6 +24,7 @@ const cpu::Kernels& kernel_table() {
                                           accumulate_rows,
                                           gradient_norm,
                                           fused_update,
+                                          update_vector,
                                           normalize_rows,
                                           decorrelation};
   return kTable;

@@ -1,0 +1,32 @@
+// The optimiser's step beside the weight rows: its numbers, which never leave the device, and the
+// parameters that have a dense gradient.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/common/adam.h"
+
+namespace sae_fast::cuda {
+
+// As update_scalars in common/adam.h; every pointer is to one number.
+struct StepPointers {
+  const double* squared_norm;
+  const double* lr;
+  const float* loss_scale;
+  int64_t* step_count;
+  int64_t* halted;
+  float* norm;
+  UpdateScalars* scalars;
+};
+cudaError_t compute_update_scalars(const UpdateSettings& settings, const StepPointers& step,
+                                   cudaStream_t stream);
+
+// AdamW on `size` numbers; nothing where the scale is not finite.
+cudaError_t update_vector(const UpdateScalars* scalars,
+                          const float* grad,  // [size], or null for zeros
+                          float* w,           // [size]
+                          float* exp_avg,     // [size]
+                          float* exp_avg_sq,  // [size]
+                          int64_t size, cudaStream_t stream);
+
+}  // namespace sae_fast::cuda
