@@ -71,8 +71,9 @@ class TestScratch {
   std::vector<Block> memory_;
 };
 
-// Defined in cuda_decode_test.cpp, cuda_rows_test.cpp and cuda_update_test.cpp.
+// Each defined in a file of its name.
 void test_cuda_decode(uint64_t seed);
+void test_cuda_decorrelation(uint64_t seed);
 void test_cuda_rows(uint64_t seed);
 void test_cuda_update(uint64_t seed);
 
