@@ -33,6 +33,8 @@ __all__ = [
     "pack_encoder",
     "reconstruct",
     "row_gradient_norm",
+    "update_scalars",
+    "update_vector_",
 ]
 
 _SMALLEST_NORM = 1e-12
