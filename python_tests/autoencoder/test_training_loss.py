@@ -4,8 +4,10 @@ import pytest
 import torch
 from plain_sae import PARAMETERS, left_gradients, make_batch, make_sae, plain_gradients, plain_terms
 
+from sae_fast import ops
 from sae_fast.autoencoder.losses import total_variance
 from sae_fast.ops import native
+from sae_fast.training.row_factors import merge_row_factors
 
 # The compiled kernels are float32; the reference takes float64, which shows a wrong formula.
 DTYPE = torch.float32 if native.load() is not None else torch.float64
@@ -92,6 +94,34 @@ def test_aux_k_reaches_encoder_and_decoder_of_dead_latents_only(dense_grad):
         assert row_is_moved[dead].all()
         assert not row_is_moved[~dead].any()
     assert not left["b_dec"].any()
+
+
+@pytest.mark.parametrize("dense_grad", [True, False])
+@pytest.mark.parametrize("precision", ["screened", "bf16"])
+@pytest.mark.parametrize(("n_dead", "k_aux"), [(0, 4), (1, 2), (3, 4), (3, 6), (5, 6), (9, 6)])
+def test_room_for_more_dead_latents_than_there_are_changes_nothing(
+    device, dense_grad, precision, n_dead, k_aux
+):
+    found = []
+    for given in (None, k_aux):
+        sae = make_sae(dead=DEAD[:n_dead], **ALL_TERMS).to(device)
+        x = make_batch(sae).to(device)
+        loss = sae.training_loss(x, precision=precision, dense_grad=dense_grad, k_aux=given)
+        loss.total.backward()
+        left = left_gradients(sae.cpu()) if dense_grad else _left_factors(sae)
+        found.append([loss.total.detach(), *loss.components.values(), *left.values()])
+    assert [torch.equal(*pair) for pair in zip(*found, strict=True)] == [True] * len(found[0])
+
+
+def _left_factors(sae):
+    """The gradients of the biases, and those that the optimiser makes of the matrices' factors."""
+    left = {"b_enc": sae.b_enc.grad, "b_dec": sae.b_dec.grad}
+    merged = merge_row_factors(sae.W_enc, sae.W_dec)
+    for name, factors in zip(("W_enc", "W_dec"), merged, strict=True):
+        view = (factors.latent_offsets, factors.rows, factors.coefficients)
+        norm, sums, _, _ = ops.row_gradient_norm(*view, factors.dense, factors.shift)
+        left |= {f"{name} norm": norm, f"{name} sums": sums}
+    return left
 
 
 def test_micro_batches_leave_the_sum_of_their_gradients():

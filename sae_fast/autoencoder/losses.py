@@ -20,12 +20,13 @@ class TrainingLoss:
     """The loss of a batch: `total` to call backward on, `components` to log, `code` for statistics.
 
     The `*_loss` components carry their coefficients, so that they add up to `total`. All components
-    are 0-d and detached.
+    are 0-d and detached, and so is `variance`, Σ (x − mean(x))²: not finite where x is not.
     """
 
     total: Tensor
     components: dict[str, Tensor]
     code: ops.SparseCode
+    variance: Tensor
 
 
 def reconstruction_loss(
@@ -57,7 +58,7 @@ def decorrelation_loss(
 def aux_k_loss(
     squared_error: Tensor,  # [N], Σ_d (ê − e)², with ê the dead latents' model of the residual e
     residual: Tensor,  # [N, D], e or −e
-    n_dead: int,
+    n_dead: Tensor,  # 0-d, so that nobody waits for it
     full_k_aux: int,
 ) -> Tensor:
     """AuxK, arXiv:2406.04093: the share of the residual's variance that the dead latents miss.
@@ -68,8 +69,9 @@ def aux_k_loss(
     variance = total_variance(residual)
     # Below this it is the rounding of the mean, and dividing by it would blow the term up.
     rounding = torch.finfo(residual.dtype).eps * steady_sum(residual.square())
-    share = min(n_dead / full_k_aux, 1.0)
-    return steady_sum(squared_error) * torch.where(variance <= rounding, 0.0, share / variance)
+    share = (n_dead.double() / full_k_aux).clamp_max(1.0).to(variance.dtype)
+    weight = share * variance.reciprocal()
+    return steady_sum(squared_error) * torch.where(variance <= rounding, 0.0, weight)
 
 
 def steady_sum(
@@ -98,11 +100,3 @@ def total_variance(
         if bool(centre < 0.5 * total):
             return total - centre
     return steady_sum((x - mean).square_())
-
-
-def fraction_of_variance_unexplained(
-    squared_error: Tensor,  # [N]
-    x: Tensor,  # [N, D]
-) -> Tensor:
-    """FVU: Σ (x − x̂)² / Σ (x − mean(x))², numerator and denominator summed over the batch apart."""
-    return steady_sum(squared_error.detach()) / total_variance(x.detach())

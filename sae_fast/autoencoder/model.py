@@ -131,15 +131,23 @@ class SparseAutoencoder(nn.Module):
         *,
         precision: str = "screened",
         dense_grad: bool = True,
+        k_aux: int | None = None,
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
         Backward leaves ordinary gradients, or without `dense_grad` row factors for `RowAdam`.
+
+        Args:
+            x: the batch.
+            precision: mode of the encoder's product, as for `encode`.
+            dense_grad: whether backward leaves dense gradients.
+            k_aux: room for dead latents in AuxK, per token: at least as many as are dead, up to
+                aux_k. More changes nothing. By default the host counts them, and waits for that.
         """
         config = self.config
         x = self._rows(x)
         dead_mask = self.dead_mask()
-        code = self._encode(x, precision, dense_grad, dead_mask)
+        code = self._encode(x, precision, dense_grad, dead_mask, k_aux)
         modelled = ops.reconstruct(code, self.W_dec, self.b_dec, x, dense_grad=dense_grad)
         terms = {
             "recon_loss": config.reconstruction_coeff
@@ -159,9 +167,10 @@ class SparseAutoencoder(nn.Module):
             )
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
-        components["fvu"] = losses.fraction_of_variance_unexplained(modelled.squared_error, x)
+        variance = losses.total_variance(x.detach())
+        components["fvu"] = losses.steady_sum(modelled.squared_error.detach()) / variance
         components["l0"] = (code.values > 0).sum() / code.n_rows
-        return TrainingLoss(total, components, code)
+        return TrainingLoss(total, components, code, variance)
 
     @torch.no_grad()
     def update_fired_(self, code: ops.SparseCode, n_tokens: int) -> None:
@@ -207,7 +216,12 @@ class SparseAutoencoder(nn.Module):
         return sae
 
     def _encode(
-        self, x: Tensor, precision: str, dense_grad: bool, dead_mask: Tensor | None
+        self,
+        x: Tensor,
+        precision: str,
+        dense_grad: bool,
+        dead_mask: Tensor | None,
+        k_aux: int | None = None,
     ) -> ops.SparseCode:
         return self.architecture.encode(
             x,
@@ -217,6 +231,7 @@ class SparseAutoencoder(nn.Module):
             precision=precision,
             dense_grad=dense_grad,
             dead_mask=dead_mask,
+            k_aux=k_aux,
         )
 
     def _rows(self, x: Tensor) -> Tensor:

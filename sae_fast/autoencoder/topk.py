@@ -27,9 +27,16 @@ class TopK:
         precision: str,
         dense_grad: bool,
         dead_mask: Tensor | None = None,  # [F] bool
+        k_aux: int | None = None,
     ) -> ops.SparseCode:
-        """The code of every token; `code.aux` has the k_aux best dead latents, if AuxK is on."""
-        n_dead = 0 if dead_mask is None or self.aux_k_coeff == 0 else int(dead_mask.sum())
+        """The code of every token; `code.aux` has the k_aux best dead latents, if AuxK is on.
+
+        By default k_aux is the number of dead latents, for which the host waits.
+        """
+        if dead_mask is None or self.aux_k_coeff == 0:
+            k_aux = 0
+        elif k_aux is None:
+            k_aux = min(self.full_k_aux, int(dead_mask.sum()))
         return ops.encode_topk(
             x,
             W_enc,
@@ -37,8 +44,8 @@ class TopK:
             b_dec,
             self.k,
             precision=precision,
-            dead_mask=dead_mask if n_dead else None,
-            k_aux=min(self.full_k_aux, n_dead),
+            dead_mask=dead_mask if k_aux else None,
+            k_aux=k_aux,
             dense_grad=dense_grad,
         )
 
@@ -59,6 +66,5 @@ class TopK:
             return residual.new_zeros((), dtype=code.values.dtype)
         target = residual.detach().to(code.values.dtype).neg()
         modelled = ops.reconstruct(code.aux, W_dec, None, target, dense_grad=dense_grad)
-        n_dead = int(dead_mask.sum())
-        loss = aux_k_loss(modelled.squared_error, target, n_dead, self.full_k_aux)
+        loss = aux_k_loss(modelled.squared_error, target, dead_mask.sum(), self.full_k_aux)
         return self.aux_k_coeff * loss
