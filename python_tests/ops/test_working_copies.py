@@ -111,6 +111,22 @@ def test_update_in_another_precision_leaves_no_stale_copy(W):
     assert torch.equal(decoder_copy(W, "bf16"), W.detach().bfloat16())
 
 
+def test_encoding_in_another_precision_leaves_a_copy_in_place(W):
+    training = encoder_copy(W, "bf16")
+    encoder_copy(W, "screened")
+    assert same_tensors(training, encoder_copy(W, "bf16"))
+    assert same_tensors(training, copies_to_refresh(W, "bf16"))
+
+
+def test_update_forgets_the_copies_that_it_does_not_refresh(W):
+    evaluation = encoder_copy(W, "screened")
+    training = encoder_copy(W, "bf16")
+    update(W, "bf16")
+    assert same_tensors(training, encoder_copy(W, "bf16"))
+    assert copies_to_refresh(W, "screened") == (None, None, None)
+    assert not same_tensors(evaluation, encoder_copy(W, "screened"))
+
+
 def test_update_is_seen_by_autograd(W):
     problem = make_problem()
     code = ops.encode_topk(*problem.encoder, 5)

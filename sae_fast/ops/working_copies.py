@@ -2,6 +2,8 @@
 
 A copy is current while the parameter's version and storage are those it was made from. Whoever
 changes W through `W.data`, which autograd does not count, calls `drop_copies(W)` afterwards.
+Each precision has a copy of its own, so that an evaluation in another one leaves that of the
+training where it is: a CUDA graph knows it by its address.
 """
 
 from __future__ import annotations
@@ -22,8 +24,7 @@ _DECODER = "decoder"
 class _Copy:
     """One copy: its tensors, and the state of W that they were made from."""
 
-    def __init__(self, W: Tensor, precision: str, tensors: tuple[Tensor, ...]) -> None:
-        self.precision = precision
+    def __init__(self, W: Tensor, tensors: tuple[Tensor, ...]) -> None:
         self.tensors = tensors
         self.mark_current(W)
 
@@ -34,8 +35,8 @@ class _Copy:
         return self.version == W._version and self.pointer == W.data_ptr()
 
 
-class _Copies(dict[str, _Copy]):
-    """The copies of one tensor; they stay behind when it is copied or pickled."""
+class _Copies(dict[tuple[str, str], _Copy]):
+    """The copies of one tensor by role and precision; they stay behind when it is copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Copies:
         return _Copies()
@@ -84,23 +85,26 @@ def copies_to_refresh(
     """What an update of W is to write beside it: the current copy of this precision, if any."""
     copies = getattr(W, _ATTRIBUTE, {})
     for role in (_ENCODER, _DECODER):
-        copy = copies.get(role)
-        if copy is not None and copy.precision == precision and copy.is_current(W):
+        copy = copies.get((role, precision))
+        if copy is not None and copy.is_current(W):
             tensors: tuple[Tensor, ...] = copy.tensors
             return tensors if len(tensors) == 3 else (None, None, tensors[0])
     return None, None, None
 
 
 def mark_updated(W: Tensor, *refreshed: Tensor | None) -> None:
-    """Count an update of W by an op, and take the copies that it refreshed as current.
+    """Count an update of W by an op: the copies it refreshed are current, the others go.
 
     An op's writes are invisible to autograd, which counts versions, unless they are announced.
     """
     written = [tensor for tensor in refreshed if tensor is not None]
     torch.autograd.graph.increment_version([W, *written])
-    for copy in getattr(W, _ATTRIBUTE, {}).values():
+    copies: dict[tuple[str, str], _Copy] = getattr(W, _ATTRIBUTE, {})
+    for key, copy in list(copies.items()):
         if written and copy.tensors[-1] is written[-1]:
             copy.mark_current(W)
+        else:
+            del copies[key]  # stale, and as large as W
 
 
 def drop_copies(W: Tensor) -> None:
@@ -114,8 +118,8 @@ def _current(
     if not hasattr(W, _ATTRIBUTE):
         setattr(W, _ATTRIBUTE, _Copies())
     copies: _Copies = getattr(W, _ATTRIBUTE)
-    copy = copies.get(role)
-    if copy is None or copy.precision != precision or not copy.is_current(W):
+    copy = copies.get((role, precision))
+    if copy is None or not copy.is_current(W):
         with torch.no_grad():
-            copies[role] = copy = _Copy(W, precision, make(W.detach()))
+            copies[role, precision] = copy = _Copy(W, make(W.detach()))
     return copy.tensors
