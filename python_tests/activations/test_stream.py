@@ -363,3 +363,11 @@ def test_real_activations_are_served_as_stored(sample_dir):
     for column in (0, 100):
         assert torch.equal(served[:, column].sort().values, expected[:, column].sort().values)
     assert torch.allclose(served.double().mean(0), expected.double().mean(0), atol=1e-9)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch finds none")
+def test_batches_for_a_gpu_come_in_page_locked_memory(tmp_path):
+    write_shard(tmp_path / "a.h5", torch.randn(100, 4))
+    with ActivationStream(tmp_path, batch_size=20, device=torch.device("cuda", 0)) as stream:
+        assert all(stream.next_batch().is_pinned() for _ in range(12))

@@ -68,6 +68,32 @@ def test_rows_that_are_not_finite_are_named_or_dropped():
         TensorStream(rows[4:5], batch_size=1, skip_nonfinite=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_on_a_device_are_served_there_as_elsewhere(device, dtype):
+    device = torch.device("cuda", 0) if device.type == "cuda" else device
+    rows = numbered(50).to(dtype)
+    rows[[4, 17], 1] = torch.tensor([torch.nan, -torch.inf], dtype=dtype)
+    settings = {"batch_size": 20, "transform": Transform(torch.ones(3), 0.3)}
+    with pytest.raises(ValueError, match="row 4 holds NaN or Inf"):
+        TensorStream(rows.to(device), device=device, **settings)
+    settings["skip_nonfinite"] = True
+    there = TensorStream(rows.to(device), device=device, **settings)
+    here = TensorStream(rows, **settings)
+    assert there.nonfinite_rows == 2
+    assert there.state_dict() == here.state_dict()
+    for _ in range(6):
+        batch = there.next_batch()
+        assert batch.device == device
+        assert torch.equal(batch.cpu(), here.next_batch())
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch finds none")
+def test_rows_for_a_gpu_come_in_page_locked_memory():
+    stream = TensorStream(numbered(50), batch_size=20, device=torch.device("cuda", 0))
+    assert stream.next_batch().is_pinned()
+
+
 def test_other_data_is_refused_on_resume():
     state = TensorStream(numbered(20), batch_size=4).state_dict()
     for rows in (numbered(21), numbered(20) + 1, numbered(20).half()):

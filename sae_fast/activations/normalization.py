@@ -51,8 +51,8 @@ Slabs = Callable[[], Iterator[tuple[Tensor, float]]]  # rows, and how many each 
 
 
 def _tensor_slabs(activations: Tensor) -> Slabs:
-    rows = checked_rows(activations, skip_nonfinite=True)
-    return lambda: ((slab, 1.0) for slab in torch.split(rows, TENSOR_SLAB_ROWS))
+    rows = checked_rows(activations, skip_nonfinite=True, device=activations.device)
+    return lambda: ((slab.cpu(), 1.0) for slab in torch.split(rows, TENSOR_SLAB_ROWS))
 
 
 def _shard_slabs(shards: ShardSet, max_rows: int | None) -> Slabs:

@@ -45,11 +45,13 @@ class BatchReader:
         batch_size: int,
         transform: Transform | None,
         start: Cursor,
+        pin_memory: bool = False,
     ) -> None:
         self._shards = shards
         self._plan = plan
         self._batch_size = batch_size
         self._transform = transform
+        self._pin_memory = pin_memory
         self._queue: queue.Queue[tuple[Tensor, Cursor] | BaseException] = queue.Queue(
             PREFETCHED_BATCHES
         )
@@ -160,7 +162,9 @@ class BatchReader:
             pool.read_block(files)
 
     def _new_batch(self) -> Tensor:
-        return torch.empty(self._batch_size, self._shards.d_in)
+        # Page-locked, it can be copied to a GPU beside whatever else is going on.
+        size = self._batch_size, self._shards.d_in
+        return torch.empty(size, pin_memory=self._pin_memory)
 
 
 class _Stopped(Exception):

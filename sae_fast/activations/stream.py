@@ -28,6 +28,7 @@ class ActivationStream:
     `pool_rows` rows are shuffled together at a time, and twice as many are in memory. A background
     thread reads, widens to float32 and applies `transform`; it starts with the first `next_batch`,
     or with `start`. The order depends on the shards, `seed` and `pool_rows`, on nothing else.
+    `device` is what the batches are for: for a GPU they come in page-locked memory.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class ActivationStream:
         skip_nonfinite: bool = False,
         verify: bool = True,
         transform: Transform | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -52,7 +54,10 @@ class ActivationStream:
         self.pool_rows = default_pool_rows(shards) if pool_rows is None else pool_rows
         self._plan = EpochPlan(shards, self.pool_rows, seed)
         self._transform = checked_transform(transform, shards.d_in)
+        self._pin_memory = device is not None and device.type == "cuda"
         self._identities: list[tuple[str, str]] | None = None
+        self._listed: list[list[str]] | None = None
+        self._window: tuple[tuple[int, int], list[Path]] | None = None
         self._cursor = Cursor()
         self._stall_seconds = 0.0
         self._reader: BatchReader | None = None
@@ -91,8 +96,12 @@ class ActivationStream:
 
     def current_shards(self) -> list[Path]:
         """Shards that the rows of the last batch may come from, sorted."""
-        window = self._plan.windows(self._cursor.epoch)[self._cursor.window]
-        return sorted({self.shards.shards[block.shard].path for block in window})
+        place = self._cursor.epoch, self._cursor.window
+        if self._window is None or self._window[0] != place:
+            window = self._plan.windows(self._cursor.epoch)[self._cursor.window]
+            paths = sorted({self.shards.shards[block.shard].path for block in window})
+            self._window = place, paths
+        return self._window[1]
 
     @property
     def memory_bytes(self) -> int:
@@ -107,7 +116,12 @@ class ActivationStream:
             raise ValueError("the stream is closed")
         if self._reader is None:
             self._reader = BatchReader(
-                self.shards, self._plan, self.batch_size, self._transform, self._cursor
+                self.shards,
+                self._plan,
+                self.batch_size,
+                self._transform,
+                self._cursor,
+                self._pin_memory,
             )
             # The thread must end with the stream or the process, whichever is first; it holds no
             # reference to the stream, so dropping the stream is enough.
@@ -135,12 +149,14 @@ class ActivationStream:
         """
         if self._identities is None:
             self._identities = self.shards.identities()
+        if self._listed is None:  # once: a position is taken at every step, of many shards perhaps
+            self._listed = [list(item) for item in self._identities]
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
             "pool_rows": self.pool_rows,
             "cursor": asdict(self._cursor),
-            "shards": [list(item) for item in self._identities],
+            "shards": self._listed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

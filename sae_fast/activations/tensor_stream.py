@@ -15,14 +15,18 @@ from sae_fast.activations.storage import as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.stream import check_state, checked_transform
 
 STATE_VERSION = 1
+CPU = torch.device("cpu")
 SAMPLED_ROWS = 1024
+CHECKED_ROWS = 1 << 14  # at a time, on a GPU
 
 
 class TensorStream:
     """Rows of `activations` [n, D] or [sequences, tokens, D], each exactly once an epoch.
 
     Batches are made when they are asked for, without a thread. The tensor is not copied, so it
-    must not be changed. Raises ValueError for a row that is not finite, unless `skip_nonfinite`.
+    must not be changed. `device` is what the batches are for: from a tensor on that GPU they are
+    made there, from another in memory that a GPU can be copied to from. Raises ValueError for a row
+    that is not finite, unless `skip_nonfinite`.
     """
 
     def __init__(
@@ -33,16 +37,21 @@ class TensorStream:
         seed: int = 0,
         skip_nonfinite: bool = False,
         transform: Transform | None = None,
+        device: torch.device = CPU,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        self._rows = checked_rows(activations, skip_nonfinite)
+        place = device if activations.device == device else CPU
+        self._rows = checked_rows(activations, skip_nonfinite, place)
+        self._pin_memory = device.type == "cuda" and place == CPU
         self.nonfinite_rows = activations.numel() // self._rows.shape[1] - len(self._rows)
         self.batch_size = batch_size
         self.seed = seed
         self._transform = checked_transform(transform, self.d_in)
+        if self._transform is not None:
+            self._transform = self._transform._replace(mean=self._transform.mean.to(place))
         self._tokens = 0
         self._order_epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -82,13 +91,15 @@ class TensorStream:
     def next_batch(self) -> Tensor:
         """Return the next rows [N, D] float32."""
         begin = time.perf_counter()
-        batch = torch.empty(self.batch_size, self.d_in)
+        size = self.batch_size, self.d_in
+        batch = torch.empty(size, device=self._rows.device, pin_memory=self._pin_memory)
         have = 0
         while have < self.batch_size:
             epoch, served = divmod(self._tokens, self.rows_per_epoch)
             if epoch != self._order_epoch:
                 order = random_order(self.rows_per_epoch, self.seed, epoch, 1)
-                self._order, self._order_epoch = torch.from_numpy(order), epoch
+                self._order = torch.from_numpy(order).to(self._rows.device)
+                self._order_epoch = epoch
             count = min(self.batch_size - have, self.rows_per_epoch - served)
             chosen = self._order[served : served + count]
             batch[have : have + count] = torch.index_select(self._rows, 0, chosen)
@@ -123,28 +134,32 @@ class TensorStream:
         if self._digest is None:
             rows = self._rows[:: max(1, len(self._rows) // SAMPLED_ROWS)].contiguous()
             digest = hashlib.sha256(repr((tuple(self._rows.shape), rows.dtype)).encode())
-            digest.update(rows.view(torch.uint8).numpy().data)
+            digest.update(rows.cpu().view(torch.uint8).numpy().data)
             self._digest = digest.hexdigest()[:16]
         return self._digest
 
 
-def checked_rows(activations: Tensor, skip_nonfinite: bool) -> Tensor:
-    """Rows [n, D] of a tensor on the CPU, contiguous and finite."""
+def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device = CPU) -> Tensor:
+    """Rows [n, D] of a tensor on the device, contiguous and finite."""
     if activations.ndim not in (2, 3) or activations.numel() == 0:
         raise ValueError(
             "activations must be [n, D] or [sequences, tokens, D] and not empty, "
             f"got shape {tuple(activations.shape)}"
         )
     storage = storage_of(activations.dtype)
-    rows = activations.detach().to("cpu", storage.torch_dtype)
+    rows = activations.detach().to(device, storage.torch_dtype)
     rows = rows.reshape(-1, rows.shape[-1]).contiguous()
-    bad = nonfinite_rows(as_numpy(rows, storage), storage)
-    if bad.size == 0:
+    if rows.is_cuda:
+        parts = [~torch.isfinite(part).all(dim=1) for part in torch.split(rows, CHECKED_ROWS)]
+        bad = torch.cat(parts).nonzero().flatten()
+    else:
+        bad = torch.from_numpy(nonfinite_rows(as_numpy(rows, storage), storage))
+    if bad.numel() == 0:
         return rows
     if not skip_nonfinite:
         raise ValueError(f"activations: row {int(bad[0])} holds NaN or Inf")
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    keep[torch.from_numpy(bad)] = False
+    keep = torch.ones(len(rows), dtype=torch.bool, device=device)
+    keep[bad] = False
     if not keep.any():
         raise ValueError("activations: no row is finite")
     return rows[keep]
