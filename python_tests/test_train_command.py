@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from sae_fast.activations import write_shard
+from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.train import main, parse_arguments
 from sae_fast.training import run_directory
@@ -308,6 +309,18 @@ def test_cuda_where_there_is_none(run: Run, shards: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     _refused(run("--shard-dir", shards, "--device", "cuda"), "device", "CUDA", "--device cpu")
+
+
+def test_memory_that_runs_out(run: Run, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseAutoencoder, "training_loss", full)
+        result = run("--shard-dir", shards, "--checkpoint-dir", "full")
+    found = ("step 1: out of memory (CUDA out of memory)", "planned (largest: ")
+    _refused(result, *found, "lower batch_size, expansion_factor", "step-00000000 is intact")
+    assert run("--shard-dir", shards, "--checkpoint-dir", "full", "--resume-from", "latest")[0] == 0
 
 
 def test_what_cannot_fit_in_memory(run: Run, shards: Path) -> None:

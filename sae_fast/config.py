@@ -188,6 +188,8 @@ class TrainConfig(ConfigFile):
     """Low-precision products and gathers, also accepted as use_amp; off: exact fp32 results."""
     device: str = "cpu"
     """Device to train on."""
+    cuda_graph: bool = True
+    """On a GPU, launch a whole step at once, as a CUDA graph; needs fused. The result is equal."""
     num_threads: int | None = None
     """CPU threads; default: torch's own choice. [threads]"""
     seed: int = 0

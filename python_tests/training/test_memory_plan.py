@@ -1,11 +1,13 @@
 """The memory plan adds up, and refuses with numbers."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.memory_plan import available_memory, plan_memory
+from sae_fast.training.memory_plan import MemoryPlan, available_memory, plan_memory
 
 
 def test_plan_counts_parameters_and_optimiser_states() -> None:
@@ -41,3 +43,43 @@ def test_a_plan_of_unknown_memory_passes() -> None:
 def test_available_memory_is_read_from_the_kernel() -> None:
     available = available_memory()
     assert available is None or available > 2**20
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """A training on a GPU with 10 GiB free, be there one or not."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 80 * 2**30))
+    return TrainConfig(device="cuda", batch_size=4096)
+
+
+def _plan(train: TrainConfig, **changes: Any) -> MemoryPlan:
+    sae = SAEConfig(d_in=4096, d_sae=65536, k=64, aux_k=64)
+    return plan_memory(sae, replace(train, **changes), native=True, pool_bytes=2**30)
+
+
+def test_a_gpu_holds_the_graph_and_the_host_the_batches(on_gpu: TrainConfig) -> None:
+    plan = _plan(on_gpu)
+    step = plan.parts["gradient rows before the clip"]
+    step += plan.parts["step: batch, residual, code, AuxK"]
+    assert plan.parts["pool of the CUDA graphs"] == step
+    assert plan.parts["batches copied ahead"] == 3 * 4096 * 4096 * 4
+    assert plan.parts["parts of the encoder's product"] == 32 * 2**20
+    assert plan.parts["rounded copies (16 bit)"] == 65536 * (4096 * 2 + 8)
+    assert plan.host_parts == {"activations in memory", "page-locked batches"}
+    assert plan.total(host=True) == 2**30 + 2 * 4096 * 4096 * 4
+    assert plan.available == 10 * 2**30
+
+
+@pytest.mark.parametrize("changes", [{"cuda_graph": False}, {"fused": False}])
+def test_eager_steps_need_no_pool(on_gpu: TrainConfig, changes: dict[str, Any]) -> None:
+    plan = _plan(on_gpu, **changes)
+    assert "pool of the CUDA graphs" not in plan.parts
+    assert plan.parts["batches copied ahead"] == 2 * 4096 * 4096 * 4
+
+
+def test_a_gpu_too_small_is_told_apart_from_the_host(on_gpu: TrainConfig) -> None:
+    plan = _plan(on_gpu, batch_size=16384)
+    with pytest.raises(ValueError, match=r"needs \d+\.\d+ GiB in memory of cuda and 10\.000 GiB"):
+        plan.check()
+    assert " in memory of cuda and " in plan.summary()
+    assert " planned (largest: " in plan.summary()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -32,6 +33,7 @@ class TrainingData:
         config: says where the shards are, and the sizes of batch and pool.
         data: rows [n, D], or a source of raw rows; None: the shards of `config`.
         heldout: rows [n, D] for evaluation; None: the held-out shards of `config`, if any.
+        device: what the batches are for.
 
     Raises:
         ShardError: naming the shard that cannot be trained on.
@@ -43,8 +45,10 @@ class TrainingData:
         config: TrainConfig,
         data: Tensor | ActivationSource | None,
         heldout: Tensor | None,
+        device: torch.device,
     ) -> None:
         self._config = config
+        self._device = device
         self._rows: Tensor | None = None
         self._shards: ShardSet | None = None
         self._given: ActivationSource | None = None
@@ -70,14 +74,15 @@ class TrainingData:
         """The source of the batches, each row x served as (x - mean) * scale."""
         config = self._config
         settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
+        settings |= {"transform": transform, "device": self._device}
         if self._rows is not None:
             skip = config.skip_nonfinite
-            return TensorStream(self._rows, skip_nonfinite=skip, transform=transform, **settings)
+            return TensorStream(self._rows, skip_nonfinite=skip, **settings)
         if self._shards is not None:
             pool = config.pool_rows
-            return ActivationStream(self._shards, pool_rows=pool, transform=transform, **settings)
+            return ActivationStream(self._shards, pool_rows=pool, **settings)
         assert self._given is not None
-        return self._given if transform is None else _Normalized(self._given, transform)
+        return _Given(self._given, transform)
 
     def normalization(self) -> Transform:
         """The mean of the rows, and the scale that brings their norm to sqrt(D)."""
@@ -109,10 +114,10 @@ class TrainingData:
         return None if shards is None else HeldOut(shards, batch_size=config.batch_size)
 
 
-class _Normalized:
+class _Given:
     """A caller's source with a transform applied to what it serves."""
 
-    def __init__(self, source: ActivationSource, transform: Transform) -> None:
+    def __init__(self, source: ActivationSource, transform: Transform | None) -> None:
         self._source = source
         self._transform = transform
 
@@ -122,7 +127,15 @@ class _Normalized:
     def next_batch(self) -> Tensor:
         """The source's next rows, normalised."""
         batch = self._source.next_batch()
+        if self._transform is None:
+            return batch
+        if batch.device != self._transform.mean.device:
+            self._transform = self._transform._replace(mean=self._transform.mean.to(batch.device))
         return batch.sub_(self._transform.mean).mul_(self._transform.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The source's position; a copy, as the source may go on before it is saved."""
+        return copy.deepcopy(self._source.state_dict())
 
 
 def _open_training_shards(config: TrainConfig) -> ShardSet:

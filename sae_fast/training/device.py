@@ -23,4 +23,6 @@ def checked_device(name: str) -> torch.device:
         )
     if (device.index or 0) >= count:
         raise ValueError(f"device = {name!r}: this machine has {count}, counted from 0")
+    if device.type == "cuda" and ":" not in name:  # a tensor there says which one
+        return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sae_fast.activations.reader import PREFETCHED_BATCHES
 from sae_fast.config import SAEConfig, TrainConfig
 
 _FLOAT = 4
@@ -18,6 +19,10 @@ _BATCH_ARRAYS = 6
 # Gradient rows kept between the norm and the update, for each row of a factor: row_gradient_norm's
 # bound. AuxK gives W_dec a second factor.
 _KEPT_ROWS_PER_TOKEN = 3 * 2
+# The encoder's product is made in parts that stay in a GPU's cache.
+_PRODUCT_BYTES = 32 * 2**20
+_STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
+_POOL = "activations in memory"
 _CGROUPS = (  # directory, limit, in use, reclaimable: of version 2 and of version 1
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -50,17 +55,24 @@ class MemoryPlan:
             lines.append(f"  {total} of {_gib(available).strip()} available")
         return "\n".join(["memory plan", *lines])
 
+    def summary(self) -> str:
+        """The totals and the largest parts, in one line."""
+        totals = " and ".join(f"{_gib(needed).strip()} in {w}" for w, needed, _ in self._places())
+        return f"{totals} planned (largest: {self._largest()})"
+
     def check(self) -> None:
         """Raises ValueError, with the numbers, when the run cannot fit."""
         for where, needed, available in self._places():
             if available is not None and needed > available:
-                largest = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
-                named = ", ".join(f"{name} {_gib(size).strip()}" for name, size in largest)
                 raise ValueError(
                     f"the run needs {_gib(needed).strip()} in {where} and "
-                    f"{_gib(available).strip()} is available (largest: {named}); "
+                    f"{_gib(available).strip()} is available (largest: {self._largest()}); "
                     "lower d_sae, batch_size or pool_rows"
                 )
+
+    def _largest(self) -> str:
+        largest = sorted(self.parts.items(), key=lambda part: -part[1])[:3]
+        return ", ".join(f"{name} {_gib(size).strip()}" for name, size in largest)
 
     def _places(self) -> Iterable[tuple[str, int, int | None]]:
         if self.device.type == "cpu":
@@ -80,31 +92,69 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     """
     matrix = sae.d_sae * sae.d_in
     parameters = 2 * matrix + sae.d_sae + sae.d_in
-    low_precision = train.precision != "screened"
-    batch = train.batch_size * sae.d_in * _FLOAT
-    aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff > 0 else 0
-    entries = train.batch_size * (sae.k + aux) * _BYTES_PER_ENTRY
+    device = torch.device(train.device)
+    on_gpu = device.type == "cuda"
     parts = {
         "parameters": parameters * _FLOAT,
         "optimiser states": 2 * parameters * _FLOAT,
         "dead-latent counters, bias gradients": sae.d_sae * (8 + 8) + sae.d_in * 8,
     }
-    if native:
+    if native and on_gpu:
+        parts |= _gpu_copies(sae, train)
+    elif native:
         parts["packed encoder (16 bit)"] = matrix * _HALF
-    if low_precision:
+    if train.precision != "screened" and not (native and on_gpu):
         parts["rounded copies (16 bit)"] = 2 * matrix * _HALF
+    if not train.fused:
+        parts["dense gradients"] = parameters * _FLOAT
+    step = _step_parts(sae, train)
+    parts |= step
+    host = {_POOL: pool_bytes}
+    if on_gpu:
+        batch = train.batch_size * sae.d_in * _FLOAT
+        graph = train.cuda_graph and train.fused and native
+        parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
+        if graph:  # beside what the steps before a capture took
+            parts["pool of the CUDA graphs"] = sum(step.values())
+        host["page-locked batches"] = _page_locked(batch, train.grad_acc_steps)
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
+    return MemoryPlan(parts | host, frozenset(host), device, free, available_memory())
+
+
+def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
+    """What a step allocates and frees."""
+    batch = train.batch_size * sae.d_in * _FLOAT
+    aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff > 0 else 0
+    entries = train.batch_size * (sae.k + aux) * _BYTES_PER_ENTRY
+    accumulated = train.grad_acc_steps * (2 * batch + entries)
+    parts = {}
     if train.fused:
         kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.grad_acc_steps, sae.d_sae)
         parts["gradient rows before the clip"] = 2 * kept * sae.d_in * _FLOAT
-    else:
-        parts["dense gradients"] = parameters * _FLOAT
-    accumulated = train.grad_acc_steps * (2 * batch + entries)
     parts["step: batch, residual, code, AuxK"] = _BATCH_ARRAYS * batch + accumulated
-    pool = "activations in memory"
-    parts[pool] = pool_bytes
-    device = torch.device(train.device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return MemoryPlan(parts, frozenset({pool}), device, free, available_memory())
+    return parts
+
+
+def _gpu_copies(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
+    """The 16-bit copies that the ops read on a GPU, and the parts of the encoder's product.
+
+    With --amp the evaluation, which is exact, has a copy of its own.
+    """
+    copies = 1 if train.precision == "screened" else 3
+    stats = _STATS_ROWS * sae.d_sae * _FLOAT
+    return {
+        "rounded copies (16 bit)": copies * (sae.d_sae * sae.d_in * _HALF + stats),
+        "parts of the encoder's product": _PRODUCT_BYTES,
+    }
+
+
+def _page_locked(batch: int, per_step: int) -> int:
+    """Batches on their way to the GPU, beside those that the pool's figure counts.
+
+    torch rounds page-locked memory up to a power of two.
+    """
+    rounded = 1 << (batch - 1).bit_length()
+    return 2 * per_step * rounded + (PREFETCHED_BATCHES + 2) * (rounded - batch)
 
 
 def available_memory() -> int | None:

@@ -15,11 +15,12 @@ def seed_everything(seed: int) -> None:
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
-    """The states of torch's generators."""
+    """The states of torch's generators; of those on GPUs the ones that were drawn from."""
     states = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        devices = torch.cuda.get_rng_state_all()
-        states |= {f"rng.cuda.{index}": state for index, state in enumerate(devices)}
+        for index, generator in enumerate(torch.cuda.default_generators):
+            if generator.get_offset() != 0:  # else it is what the seed makes it
+                states[f"rng.cuda.{index}"] = generator.get_state()
     return states
 
 

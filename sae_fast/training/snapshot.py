@@ -28,6 +28,7 @@ _OPTIMIZER = "optimizer."
 _HARMLESS = (
     *("shard_dir", "heldout", "checkpoint_dir", "resume_from", "num_threads", "log_every"),
     *("eval_every", "checkpoint_every", "keep_checkpoints", "wandb_project", "no_wandb"),
+    "cuda_graph",
 )
 
 
@@ -44,7 +45,7 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "stalled_seconds": trainer.stalled_seconds,
         "best": trainer.best,
         "loss_scaler": trainer.scaler.state(),
-        "source": trainer.source.state_dict(),
+        "source": trainer.batches.state_dict(),
         "random": random_values(),
         "wandb_id": trainer.wandb_id,
     }
@@ -65,7 +66,7 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     }
     try:
         trainer.optimizer.load_state_dict(optimizer)
-        trainer.source.load_state_dict(state["source"])
+        trainer.batches.load_state_dict(state["source"])
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
     trainer.scaler.load(state["loss_scaler"])

@@ -1,16 +1,16 @@
 """`Trainer`: the training loop, from a notebook or from the command line.
 
-The step reads top to bottom in `Trainer._step`. Metrics stay tensors on the device and are fetched
-in one transfer every `log_every` steps. A run that is killed at any moment and resumed gives the
-same losses and parameters, to the bit, as one that was not.
+The work of a step is in step.py; launcher.py launches it, on a GPU as a CUDA graph, and does not
+wait. Metrics are read in one transfer every `log_every` steps, and with them whether all went well.
+A run that is killed at any moment and resumed gives the same losses and parameters, to the bit, as
+one that was not.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import ActivationSource, Transform
-from sae_fast.autoencoder import SparseAutoencoder, TrainingLoss
+from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
+from sae_fast.training.batches import StepBatches
 from sae_fast.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -28,10 +29,12 @@ from sae_fast.training.checkpoint import (
 )
 from sae_fast.training.data import TrainingData
 from sae_fast.training.device import checked_device
+from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.heldout import evaluate
+from sae_fast.training.launcher import Launcher
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.metrics import MetricsLog, Row, WandbLog, fetch
+from sae_fast.training.metrics import MetricsLog, Row, WandbLog
 from sae_fast.training.optimizer import make_optimizer
 from sae_fast.training.progress import Progress
 from sae_fast.training.random_state import seed_everything
@@ -43,12 +46,12 @@ from sae_fast.training.snapshot import (
     sized_config,
     take_snapshot,
 )
+from sae_fast.training.step import TrainingStep
+from sae_fast.training.stopwatch import Stopwatch, Window
+
+__all__ = ["Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(ValueError):
-    """Training cannot go on; the checkpoints written so far are intact."""
 
 
 class Trainer:
@@ -82,7 +85,7 @@ class Trainer:
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = self._find_checkpoint()
-        self.data = TrainingData(train_config, data, heldout)
+        self.data = TrainingData(train_config, data, heldout, self.device)
         self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         self.total_steps = count_steps(train_config, self.data.rows_per_epoch)
@@ -106,17 +109,18 @@ class Trainer:
         self._stop = stop
         self._show_progress = show_progress
         self._saved_step = -1
-        self._window = _Window()
-        self._last: dict[str, Tensor] = {}
+        self._window = Window()
+        self._stopwatch = Stopwatch(self.device)
         self._wandb: WandbLog | None = None
         self._open_run_directory(checkpoint)
-        self._make_model(checkpoint)
+        with self._explained_memory():
+            self._make_model(checkpoint)
 
     def train(self) -> SparseAutoencoder:
         """Trains to the end, or until a signal; returns the model.
 
         Raises:
-            TrainingError: when the loss is not finite, naming step and shards.
+            TrainingError: when the loss is not finite, naming step and shards, or memory runs out.
             ShardError: when a shard cannot be read any more.
             CheckpointError: when a checkpoint cannot be written.
         """
@@ -126,7 +130,8 @@ class Trainer:
                 self._start_wandb()
                 if self._saved_step < 0:
                     self.save_checkpoint()  # before any work: that it can be done is known now
-                self._run_steps(stop)
+                with self._explained_memory():
+                    self._run_steps(stop)
                 if self._saved_step < self.step:
                     self.save_checkpoint()
                 self._finish()
@@ -140,68 +145,57 @@ class Trainer:
     def _run_steps(self, stop: StopOnSignal) -> None:
         total = self.total_steps * self._tokens_per_step
         with closing(Progress(total, self.tokens, shown=self._show_progress)) as progress:
+            self._stopwatch.resume()
             while self.step < self.total_steps and stop.received is None:
                 self._step()
                 progress.advance(self._tokens_per_step)
                 if row := self._report():
                     progress.show(row, last=self.step == self.total_steps)
+            self._pause()
 
     def _step(self) -> None:
-        """One optimiser step: batches, forward, loss, backward, update, statistics."""
-        started, stalled = time.perf_counter(), self.source.stall_seconds
-        rate = self.schedule(self.step)
-        share = 1 / self.train_config.grad_acc_steps
-        sums: dict[str, Tensor] = {}
-        for _ in range(self.train_config.grad_acc_steps):
-            x = self.source.next_batch().to(self.device)  # [N, D], normalised
-            loss = self.sae.training_loss(
-                x,
-                precision=self.train_config.precision,
-                dense_grad=self.optimizer.dense_grad,
-            )
-            (loss.total * (share * self.scaler.factor)).backward()  # type: ignore[no-untyped-call]
-            if not bool(torch.isfinite(loss.total)):
-                raise self._divergence("loss", loss.total, loss, x)
-            self.sae.update_fired_(loss.code, len(x))
-            for name, value in {"loss": loss.total, **loss.components}.items():
-                sums[name] = sums.get(name, 0) + share * value.detach()
-        grad_norm = self.optimizer.step(rate, loss_scale=self.scaler.factor)
-        self.optimizer.zero_grad()
-        overflowed = not bool(torch.isfinite(grad_norm))  # then nothing was updated
-        if overflowed and not self.scaler.enabled:
-            raise self._divergence("gradient's norm", grad_norm, loss, x)
-        self.scaler.update(grad_norm)
-        self._last = {**sums, "grad_norm": grad_norm}
+        """One optimiser step; on a GPU it has only been launched when this returns."""
+        self._launcher.launch(self.schedule(self.step))
         self.step += 1
         self.tokens += self._tokens_per_step
-        self._count_time(time.perf_counter() - started, self.source.stall_seconds - stalled)
+        self._window.steps += 1
 
-    def _count_time(self, seconds: float, stalled: float) -> None:
+    def _pause(self) -> None:
+        """Counts the time until the device has made all steps launched."""
+        seconds = self._stopwatch.pause()
+        stalled = self.batches.take_stalled_seconds()
         self.seconds += seconds
         self.stalled_seconds += stalled
-        self._window.add(seconds, stalled)
+        self._window.seconds += seconds
+        self._window.stalled += stalled
 
-    def _divergence(self, what: str, value: Tensor, loss: TrainingLoss, x: Tensor) -> TrainingError:
-        """What is known of a step that cannot be made, in one line; no parameter has changed."""
-        self.optimizer.zero_grad()
-        shards: list[Path] = getattr(self.source, "current_shards", list)()
-        origin = f", reading {', '.join(str(shard) for shard in shards)}" if shards else ""
-        terms = ", ".join(f"{name} {term:g}" for name, term in fetch(loss.components).items())
-        bad_rows = int((~torch.isfinite(x)).any(dim=1).sum())
-        cause = f"{bad_rows} rows hold NaN or Inf" if bad_rows else "a lower learning rate may help"
-        newest = self._run.checkpoints.newest() if self._run else None
-        intact = f"; {newest} is intact" if newest else ""
-        found = f"the {what} is {float(value.detach())} ({terms})"
-        return TrainingError(f"step {self.step + 1}{origin}: {found}; {cause}{intact}")
+    @contextmanager
+    def _explained_memory(self) -> Iterator[None]:
+        """Turns the error of a full memory into one that says what was planned."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error, self.device):
+                raise
+            newest = self._newest_checkpoint()
+            raise out_of_memory(self.step + 1, error, self.memory_plan, newest) from error
+
+    def _newest_checkpoint(self) -> Path | None:
+        return None if self._run is None else self._run.checkpoints.newest()
 
     def _report(self) -> Row:
         """Logs, evaluates and saves what is due after a step; returns the row it logged."""
         config, last = self.train_config, self.step == self.total_steps
-        row: Row = {}
+        log = last or self.step % config.log_every == 0
+        look = last or (config.eval_every > 0 and self.step % config.eval_every == 0)
+        save = last or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0)
+        if not (log or look or save or self._launcher.is_reading_due()):
+            return {}
+        self._pause()
+        metrics = self._launcher.read()
+        row: Row = self._training_row(metrics) if log else {}
         improved = False
-        if last or self.step % config.log_every == 0:
-            row |= self._training_row()
-        if last or (config.eval_every > 0 and self.step % config.eval_every == 0):
+        if look:
             evaluation = self.evaluate()
             row |= evaluation
             improved = self._is_best(evaluation)
@@ -211,26 +205,25 @@ class Trainer:
             self._log.write(row)
             if self._wandb is not None:
                 self._wandb.write(row)
-        due = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0
-        if last or improved or due:
+        if save or improved:
             self.save_checkpoint(best=improved)
+        self._stopwatch.resume()
         return row
 
     def evaluate(self) -> dict[str, float]:
         """Held-out FVU, L0 and dead share of the model as it is; empty without held-out rows."""
         return {} if self.data.heldout is None else evaluate(self.sae, self.data.heldout)
 
-    def _training_row(self) -> Row:
-        dead = self.sae.dead_mask().double().mean()
-        values = fetch({**self._last, "dead_fraction": dead})
-        window, self._window = self._window, _Window()
+    def _training_row(self, metrics: dict[str, float]) -> Row:
+        window, self._window = self._window, Window()
+        seconds = max(window.seconds, 1e-9)
         row: Row = {
-            **values,
-            "activation_fraction": values["l0"] / self.sae_config.d_sae,
+            **metrics,
+            "activation_fraction": metrics["l0"] / self.sae_config.d_sae,
             "learning_rate": self.schedule(self.step - 1),
-            "tokens_per_second": window.steps * self._tokens_per_step / window.seconds,
+            "tokens_per_second": window.steps * self._tokens_per_step / seconds,
             "time_per_step_ms": 1000 * window.seconds / window.steps,
-            "reader_stall_fraction": window.stalled / window.seconds,
+            "reader_stall_fraction": window.stalled / seconds,
         }
         if self.scaler.enabled:
             row["loss_scale"] = float(self.scaler.scale)
@@ -255,10 +248,12 @@ class Trainer:
 
         Raises:
             CheckpointError: when it cannot be written.
+            TrainingError: when a step since the last reading went wrong.
         """
         self._saved_step = self.step
         if self._run is None:
             return None
+        self._launcher.read()
         self._log.flush()
         tensors, state = take_snapshot(self)
         store = self._run.checkpoints
@@ -305,6 +300,8 @@ class Trainer:
                 tensor.data = tensor.data.clone()  # out of the mapped file, aligned
         mean, scale = self.sae.activation_mean, float(self.sae.activation_scale)
         self.source = self.data.open(Transform(mean, scale) if normalized else None)
+        on_gpu = self.device.type == "cuda"
+        self.batches = StepBatches(self.source, self.device, config.grad_acc_steps, ahead=on_gpu)
         if checkpoint is None:
             generator = torch.Generator().manual_seed(config.seed)
             self.sae.initialize_(generator, self._sample())
@@ -315,6 +312,9 @@ class Trainer:
             if self._run is not None and self._run.owns(checkpoint):
                 self._saved_step = self.step
             logger.info("resumed from %s", checkpoint.path)
+        step = TrainingStep(self.sae, self.optimizer, self.scaler, config.precision)
+        newest = self._newest_checkpoint
+        self._launcher = Launcher(step, self.batches, config, self.step, newest)
 
     def _sample(self) -> Tensor | None:
         """The first batch, for a start of b_dec that asks for one; it is served again."""
@@ -357,17 +357,3 @@ class Trainer:
             self.summary["plot"] = str(self._run.plot)
             self._run.write_results(self.config, rows, self.summary)
         self._close_wandb()
-
-
-@dataclass
-class _Window:
-    """Time of the steps since the last row of metrics."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    stalled: float = 0.0
-
-    def add(self, seconds: float, stalled: float) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.stalled += stalled

@@ -1,0 +1,44 @@
+"""A full memory is told from other failures."""
+
+import pytest
+import torch
+
+from sae_fast.training.failure import is_out_of_memory
+
+CPU = torch.device("cpu")
+
+
+def _chained(cause: Exception) -> RuntimeError:
+    """What is left of an error inside a capture: the capture's own, raised in its place."""
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        _chained(torch.OutOfMemoryError("CUDA out of memory.")),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 bytes"),
+        MemoryError(),
+    ],
+    ids=["torch", "capture", "driver", "host", "NumPy"],
+)
+def test_a_full_memory_is_recognised(error: Exception) -> None:
+    assert is_out_of_memory(error, CPU)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("decode: W_dec must be"), _chained(ValueError())])
+def test_another_failure_is_left_alone(error: Exception) -> None:
+    assert not is_out_of_memory(error, CPU)
+
+
+@pytest.mark.parametrize(("refusals", "expected"), [(0, False), (1, True)])
+def test_a_failed_call_of_an_op_is_memory_where_memory_was_refused(
+    monkeypatch: pytest.MonkeyPatch, refusals: int, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_ooms": refusals})
+    error = RuntimeError("aoti_torch_empty_strided(...) API call failed at ops.h, line 3")
+    assert is_out_of_memory(error, torch.device("cuda")) is expected

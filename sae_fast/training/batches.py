@@ -1,0 +1,192 @@
+"""The batches of each step on the device, copied there while the step before is running.
+
+On a GPU a source's batches are fetched one step ahead: `prefetch` takes them from the source and
+copies them on a stream of its own into the buffer that the step before last has read. What a
+checkpoint saves is the position after the batches that were handed out, not after those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations import ActivationSource
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The batches of a step, and what was true of the source when they had been fetched."""
+
+    batches: list[Tensor]
+    position: dict[str, Any]
+    shards: list[Path]
+    waited: float  # seconds that the host waited for the source
+
+
+class StepBatches:
+    """Hands out the batches of one step after another.
+
+    Args:
+        source: where they come from.
+        device: where they are to be.
+        per_step: how many a step takes.
+        ahead: whether to fetch those of the next step while one is running.
+    """
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        device: torch.device,
+        per_step: int,
+        *,
+        ahead: bool,
+    ) -> None:
+        self._source = source
+        self._device = device
+        self._per_step = per_step
+        self._ahead = ahead
+        self._next: _Fetched | None = None
+        self._error: Exception | None = None
+        self._handed_out: _Fetched | None = None
+        self._stalled = 0.0
+        self._uploads = _Uploads(device) if ahead and device.type == "cuda" else None
+
+    def take(self) -> list[Tensor]:
+        """The batches [N, D] of the next step; raises what kept the source from serving them."""
+        if self._error is not None:
+            raise self._error
+        if not self._ahead:
+            before = self._source.stall_seconds
+            batches = [self._source.next_batch() for _ in range(self._per_step)]
+            self._stalled += self._source.stall_seconds - before
+            return [batch.to(self._device) for batch in batches]
+        fetched, self._next = self._next or self._fetch(), None
+        self._handed_out = fetched
+        if self._uploads is None:
+            self._stalled += fetched.waited
+        else:
+            self._uploads.hand_over(fetched.waited)
+        return fetched.batches
+
+    def prefetch(self) -> None:
+        """Fetches the next batches; to be called when the step of the last ones was launched."""
+        if not self._ahead:
+            return
+        if self._uploads is not None:
+            self._uploads.end_step()
+        try:
+            self._next = self._fetch()
+        except Exception as error:  # of a step that may never be made: `take` raises it
+            self._error = error
+
+    def current_shards(self) -> list[Path]:
+        """Shards that the last batch handed out may come from, where the source knows them."""
+        return self._shards() if self._handed_out is None else self._handed_out.shards
+
+    def take_stalled_seconds(self) -> float:
+        """Seconds since the last call in which there was nothing to train on.
+
+        On a GPU that is the idle time before a step for which the host waited for the source; to
+        be called when the device has finished all steps.
+        """
+        stalled, self._stalled = self._stalled, 0.0
+        return stalled if self._uploads is None else stalled + self._uploads.take_idle_seconds()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The source's position after the last batch handed out."""
+        if self._next is None or self._handed_out is None:
+            return self._source.state_dict()
+        return self._handed_out.position
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken; raises ValueError if the data is not the same."""
+        self._next = self._handed_out = self._error = None
+        self._source.load_state_dict(state)
+
+    def _fetch(self) -> _Fetched:
+        before = self._source.stall_seconds
+        batches = [self._source.next_batch() for _ in range(self._per_step)]
+        waited = self._source.stall_seconds - before
+        if self._uploads is not None:
+            batches = self._uploads.copy(batches)
+        return _Fetched(batches, self._source.state_dict(), self._shards(), waited)
+
+    def _shards(self) -> list[Path]:
+        shards: list[Path] = getattr(self._source, "current_shards", list)()
+        return shards
+
+
+class _Uploads:
+    """Copies to the device on a side stream, into two buffers by turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._turn = 0
+        start = _event()
+        start.record(torch.cuda.current_stream(device))
+        self._ends = [start, start]  # of the last two steps, the later one last
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+
+    def copy(self, batches: list[Tensor]) -> list[Tensor]:
+        """The batches on the device, complete from `hand_over` on; those that are there as is.
+
+        Waits for the step before last, which has read the buffer. This also keeps the host from
+        running away from the device, with page-locked batches piling up between them.
+        """
+        self._ends[0].synchronize()
+        self._turn = 1 - self._turn
+        on_device = [
+            batch if batch.device == self._device else self._upload(number, batch)
+            for number, batch in enumerate(batches)
+        ]
+        self._copied.record(self._stream)
+        return on_device
+
+    def _upload(self, number: int, batch: Tensor) -> Tensor:
+        buffers = self._buffers[self._turn]
+        if number == len(buffers):
+            buffers.append(torch.empty_like(batch, device=self._device))
+            # What the allocator gave may still be in use by what the current stream has to do.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # From pageable memory the copy would not be asynchronous. A page-locked batch may be
+        # dropped here: torch keeps its memory until the copy is done.
+        pinned = batch if batch.is_pinned() else batch.pin_memory()
+        with torch.cuda.stream(self._stream):
+            return buffers[number].copy_(pinned, non_blocking=True)
+
+    def hand_over(self, waited: float) -> None:
+        """Lets the current stream go on when the copies are done, for which the host `waited`."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(self._copied)
+        if waited > 0:
+            begin = _event()
+            begin.record(current)
+            self._gaps.append((self._ends[1], begin, waited))
+
+    def end_step(self) -> None:
+        """Notes that all of a step has been launched on the current stream."""
+        end = _event()
+        end.record(torch.cuda.current_stream(self._device))
+        self._ends = [self._ends[1], end]
+
+    def take_idle_seconds(self) -> float:
+        """Idle time before the steps whose batches were waited for, since the last call."""
+        gaps, self._gaps = self._gaps, []
+        return sum(_idle(*gap) for gap in gaps)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+
+def _idle(end: torch.cuda.Event, begin: torch.cuda.Event, waited: float) -> float:
+    """Seconds between two steps, at most those `waited`: an evaluation may lie between them."""
+    milliseconds: float = end.elapsed_time(begin)
+    return min(waited, milliseconds / 1000)

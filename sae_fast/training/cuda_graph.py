@@ -1,0 +1,147 @@
+"""A training step as a CUDA graph: captured once for each shape of its inputs, then replayed.
+
+A step launches some hundred small kernels, which takes the host longer than they take a GPU. A
+graph replays them in one launch, at the addresses seen at capture: its inputs are copied to fixed
+places, the learning rate is a tensor, and what it allocates lies in a pool of its own. Accumulated
+batches are captured together with their update: their row factors must all live until then.
+
+Nothing of what Python does at capture happens at replay. Of that only the version counters matter,
+by which autograd and the working copies notice an update: `_announce` counts them on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
+from sae_fast.training.step import TrainingStep
+
+# Steps made eagerly before a capture. They are steps of the run like any other; what is set up at
+# first use (library handles, kernels loaded lazily, working copies) must not fall into a capture.
+WARMUP_STEPS = 3
+
+Key = tuple[tuple[torch.Size, ...], int | None]
+
+
+class GraphRecorder:
+    """What is done with torch.cuda: a side stream for the first steps, captures, one pool.
+
+    The graphs share the pool. That is safe because nothing in it outlives a replay: every tensor
+    that a later step reads was made outside.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Work launched here runs on the stream of the captures, in order with the current one.
+
+        Autograd and cuBLAS keep a state for each stream, and a capture must find it made.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What replays `work` on the current stream; the work itself is not done here."""
+        graph = torch.cuda.CUDAGraph()
+        # The reader's thread may pin memory meanwhile, which mode "global" would not let it do.
+        capture = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(self._device), capture:
+            work()
+        return graph.replay
+
+    def finish(self) -> None:
+        """Waits until no graph is running any more."""
+        torch.cuda.synchronize(self._device)
+
+
+class GraphedStep:
+    """Runs a TrainingStep from CUDA graphs.
+
+    Args:
+        step: the step; all that it does must be possible in a capture.
+        recorder: captures it.
+    """
+
+    def __init__(self, step: TrainingStep, recorder: GraphRecorder) -> None:
+        self._step = step
+        self._recorder = recorder
+        device = step.sae.W_enc.device
+        self._rate = torch.zeros((), dtype=torch.float64, device=device)
+        self._inputs: dict[tuple[torch.Size, ...], list[Tensor]] = {}
+        self._graphs: dict[Key, Callable[[], None]] = {}
+        self._eager_steps: Counter[Key] = Counter()
+        self._addresses: tuple[int, ...] | None = None
+
+    def run(
+        self,
+        batches: Sequence[Tensor],  # each [N, D], normalised
+        rate: float,
+        k_aux: int | None,
+    ) -> None:
+        """One optimiser step; see `TrainingStep.run`."""
+        if self._addresses != self._current_addresses():
+            self._forget()
+        self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on
+        shapes = tuple(batch.shape for batch in batches)
+        key = (shapes, k_aux)
+        if key not in self._graphs and self._eager_steps[key] < WARMUP_STEPS:
+            with self._recorder.side_stream():
+                self._step.run(batches, self._rate, k_aux)
+            self._eager_steps[key] += 1
+            self._addresses = self._current_addresses()
+            return
+        inputs = self._fixed_inputs(shapes, batches)
+        if key not in self._graphs:
+            self._graphs[key] = self._recorder.record(
+                lambda: self._step.run(inputs, self._rate, k_aux)
+            )
+        self._graphs[key]()
+        self._announce()
+
+    def _fixed_inputs(
+        self, shapes: tuple[torch.Size, ...], batches: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The batches, copied to where the graphs of these shapes read them."""
+        if shapes not in self._inputs:
+            self._inputs[shapes] = [torch.empty_like(batch) for batch in batches]
+        for place, batch in zip(self._inputs[shapes], batches, strict=True):
+            place.copy_(batch)
+        return self._inputs[shapes]
+
+    def _announce(self) -> None:
+        """Counts the update that a replay has made, and its refreshed copies as current."""
+        sae = self._step.sae
+        for W in (sae.W_enc, sae.W_dec):
+            mark_updated(W, *copies_to_refresh(W, self._step.precision))
+        torch.autograd.graph.increment_version([sae.b_enc, sae.b_dec, *sae.buffers()])
+
+    def _current_addresses(self) -> tuple[int, ...]:
+        """Where everything lies that the graphs read and write; a stale copy counts as none."""
+        sae, optimizer = self._step.sae, self._step.optimizer
+        tensors: list[Tensor | None] = [*sae.parameters(), *sae.buffers()]
+        tensors += [*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()]
+        for W in (sae.W_enc, sae.W_dec):
+            tensors += copies_to_refresh(W, self._step.precision)
+        return tuple(-1 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+    def _forget(self) -> None:
+        """Begins again: somebody changed weights, or put tensors in the place of others."""
+        if self._graphs:
+            self._recorder.finish()
+        self._graphs.clear()
+        self._eager_steps.clear()

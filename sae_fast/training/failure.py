@@ -1,0 +1,93 @@
+"""Why a run cannot go on, in one line; the checkpoints written so far are intact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sae_fast.training.memory_plan import MemoryPlan
+from sae_fast.training.step import GRAD_NORM, LOSS, Reading
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the checkpoints written so far are intact."""
+
+
+def divergence(
+    reading: Reading,
+    step: int,
+    shards: list[Path],
+    bad_rows: int | None,
+    newest_checkpoint: Path | None,
+) -> TrainingError:
+    """The error of a step whose loss or gradient norm is not finite; no parameter has changed.
+
+    Args:
+        reading: what was read of the device.
+        step: the bad step, counted from 1.
+        shards: what it may have read.
+        bad_rows: how many rows of its batches are not finite, None where nobody can tell any more.
+        newest_checkpoint: the last one written.
+    """
+    metrics = reading.metrics
+    what, value = "loss", metrics[LOSS]
+    if math.isfinite(value):
+        what, value = "gradient's norm", metrics[GRAD_NORM]
+    origin = f", reading {', '.join(str(shard) for shard in shards)}" if shards else ""
+    terms = ", ".join(f"{n} {v:g}" for n, v in metrics.items() if n not in (LOSS, GRAD_NORM))
+    found = f"step {step}{origin}: the {what} is {value} ({terms})"
+    cause = _cause(reading.variance, bad_rows)
+    return TrainingError(f"{found}; {cause}{_intact(newest_checkpoint)}")
+
+
+def out_of_memory(
+    step: int, error: BaseException, plan: MemoryPlan, newest_checkpoint: Path | None
+) -> TrainingError:
+    """The error of a run that has filled the memory."""
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    return TrainingError(
+        f"step {step}: out of memory ({reason}); {plan.summary()}; lower batch_size, "
+        f"expansion_factor or d_sae, or pool_rows where the host's memory is full"
+        f"{_intact(newest_checkpoint)}"
+    )
+
+
+def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
+    """Whether memory that could not be had is what an error comes from.
+
+    Where an op of ours asks torch for memory, the error that comes back is of no type and says only
+    which call failed; whether memory was refused the allocator's own count tells.
+    """
+    for link in _chain(error):
+        if isinstance(link, torch.OutOfMemoryError | MemoryError):
+            return True
+        text = str(link)
+        if isinstance(link, RuntimeError) and (
+            "out of memory" in text or "can't allocate memory" in text
+        ):
+            return True
+    if device.type != "cuda" or "API call failed" not in str(error):
+        return False
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0)) > 0
+
+
+def _cause(variance: float, bad_rows: int | None) -> str:
+    if bad_rows or (bad_rows is None and math.isnan(variance)):
+        return "rows hold NaN or Inf" if bad_rows is None else f"{bad_rows} rows hold NaN or Inf"
+    if math.isinf(variance):
+        return "rows hold numbers too large to square"
+    return "a lower learning rate may help"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that were being handled when it was raised."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _intact(checkpoint: Path | None) -> str:
+    return f"; {checkpoint} is intact" if checkpoint else ""

@@ -1,0 +1,110 @@
+"""Launches one step after another, and learns from the device, late or at once, how they went.
+
+On the CPU a step that went wrong is noticed at once. On a GPU the host runs ahead, by two steps at
+most (see batches.py), and asks only when it reads the metrics. By then parameters and metrics are
+still those of the bad step (see step.py), so that it can be named and nothing is lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae_fast.config import TrainConfig
+from sae_fast.ops.native import build_info
+from sae_fast.training.batches import StepBatches
+from sae_fast.training.cuda_graph import GraphedStep, GraphRecorder
+from sae_fast.training.dead_census import DeadCensus
+from sae_fast.training.failure import divergence
+from sae_fast.training.step import Reading, TrainingStep
+
+# A step that went wrong is noticed within so many steps, however rarely metrics are due.
+NOTICED_WITHIN = 128
+
+
+class Launcher:
+    """The steps of a run.
+
+    Args:
+        step: the device's part of a step.
+        batches: what it trains on.
+        config: of the training.
+        made: how many steps of the run were made before.
+        newest_checkpoint: tells the last one written, for errors.
+    """
+
+    def __init__(
+        self,
+        step: TrainingStep,
+        batches: StepBatches,
+        config: TrainConfig,
+        made: int,
+        newest_checkpoint: Callable[[], Path | None],
+    ) -> None:
+        self._step = step
+        self._batches = batches
+        self._log_every = config.log_every
+        self._first = self._made = made
+        self._newest_checkpoint = newest_checkpoint
+        self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
+        self._run: Callable[[list[Tensor], float, int | None], None] = step.run
+        self._census: DeadCensus | None = None
+        device = step.sae.W_enc.device
+        if device.type == "cpu":
+            return
+        self._census = DeadCensus(step.sae, config.batch_size * config.grad_acc_steps)
+        self._census.take(float(self._census.count(self._steps_to_reading())))
+        # The reference's ops and the dense optimiser ask the device in the middle of a step.
+        if config.cuda_graph and config.fused and build_info()["backend"] == "native":
+            self._run = GraphedStep(step, GraphRecorder(device)).run
+
+    def launch(self, rate: float) -> None:
+        """The next step, at this learning rate; on a GPU it may be made later.
+
+        Raises:
+            TrainingError: when its loss is not finite and that is known already.
+        """
+        batches = self._batches.take()
+        self._run(batches, rate, None if self._census is None else self._census.k_aux)
+        self._made += 1
+        if self._census is not None:
+            self._recent.append((self._made, self._batches.current_shards()))
+            self._batches.prefetch()
+        elif self._step.is_poisoned():
+            bad_rows = sum(int((~torch.isfinite(x)).any(dim=1).sum()) for x in batches)
+            shards = self._batches.current_shards()
+            newest = self._newest_checkpoint()
+            raise divergence(self._step.read({}), self._made, shards, bad_rows, newest)
+
+    def is_reading_due(self) -> bool:
+        """Whether `read` must be called now, to notice a bad step in time."""
+        return self._made % NOTICED_WITHIN == 0
+
+    def read(self) -> dict[str, float]:
+        """The metrics of the last step, when the device has made it.
+
+        Raises:
+            TrainingError: when a step since the last reading went wrong, naming it.
+        """
+        extra = {"dead_fraction": self._step.sae.dead_mask().double().mean()}
+        if self._census is not None:
+            extra["may_die"] = self._census.count(self._steps_to_reading())
+        reading = self._step.read(extra)
+        if reading.bad_step is not None:
+            raise self._late_divergence(reading, reading.bad_step)
+        if self._census is not None:
+            self._census.take(reading.extra["may_die"])
+        return {**reading.metrics, "dead_fraction": reading.extra["dead_fraction"]}
+
+    def _late_divergence(self, reading: Reading, bad_step: int) -> Exception:
+        step = self._first + bad_step
+        shards = dict(self._recent).get(step, [])
+        return divergence(reading, step, shards, None, self._newest_checkpoint())
+
+    def _steps_to_reading(self) -> int:
+        """After how many steps the host reads the device again, at the latest."""
+        return min(n - self._made % n for n in (self._log_every, NOTICED_WITHIN))

@@ -1,0 +1,131 @@
+"""The device's part of an optimiser step: it decides nothing on the host, so nobody waits for it.
+
+A loss or gradient norm that is not finite is noticed when the host next reads the metrics, on a
+GPU many steps later. Until then `_poison`, 0 in a healthy run, is NaN: it makes the norm of every
+later step NaN, and an optimiser makes no update with such a norm. So the parameters stay what they
+were before the bad step, and the metrics stay those of the bad step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.training.loss_scaler import LossScaler
+from sae_fast.training.metrics import fetch
+from sae_fast.training.optimizer import SparseOptimizer
+
+LOSS = "loss"
+GRAD_NORM = "grad_norm"
+_VARIANCE = "variance"
+_TERMS = ("recon_loss", "l1_loss", "decorr_loss", "aux_loss", "fvu", "l0")
+_METRICS = (LOSS, *_TERMS, GRAD_NORM, _VARIANCE)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the host learns of the steps since the last reading.
+
+    Attributes:
+        metrics: of the last step; of the bad step, once there was one.
+        extra: what was asked for besides.
+        bad_step: number of the step, from 1 in this process, whose loss or norm was not finite.
+        variance: of the same step's last batch, Σ (x − mean(x))²; NaN where it is not finite.
+    """
+
+    metrics: dict[str, float]
+    extra: dict[str, float]
+    bad_step: int | None
+    variance: float
+
+
+class TrainingStep:
+    """Losses, backward, update, counters and metrics of one optimiser step.
+
+    Args:
+        sae: the model.
+        optimizer: updates its parameters.
+        scaler: scales the loss; where it is enabled, a norm that is not finite is an overflow.
+        precision: mode of the encoder's product.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        optimizer: SparseOptimizer,
+        scaler: LossScaler,
+        precision: str,
+    ) -> None:
+        self.sae = sae
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.precision = precision
+        device = sae.W_enc.device
+        self._poison = torch.zeros((), device=device)
+        self._steps = torch.zeros((), dtype=torch.int64, device=device)  # with the bad one, no more
+        self._metrics = torch.zeros(len(_METRICS), device=device)
+
+    def run(
+        self,
+        batches: Sequence[Tensor],  # each [N, D], normalised
+        rate: float | Tensor,
+        k_aux: int | None = None,
+    ) -> None:
+        """One optimiser step over the mean loss of the batches.
+
+        Args:
+            batches: the batches whose gradients are averaged.
+            rate: the learning rate; as a 0-d tensor on the device it may be changed later, in a
+                CUDA graph of this step.
+            k_aux: room for dead latents, see `SparseAutoencoder.training_loss`.
+        """
+        was_healthy = self._poison == self._poison
+        share = 1 / len(batches)
+        mean: Tensor | float = 0.0  # of the metrics of the batches
+        for x in batches:
+            loss = self.sae.training_loss(
+                x, precision=self.precision, dense_grad=self.optimizer.dense_grad, k_aux=k_aux
+            )
+            (loss.total * (share * self.scaler.factor)).backward()  # type: ignore[no-untyped-call]
+            self.sae.update_fired_(loss.code, len(x))
+            self._poison_by(loss.total.detach())
+            terms = [loss.components[name] for name in _TERMS]
+            values = torch.stack([loss.total.detach(), *terms])
+            mean = values if len(batches) == 1 else mean + share * values
+        norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
+        self.optimizer.zero_grad()
+        if not self.scaler.enabled:
+            self._poison_by(norm)
+        self.scaler.update(norm)
+        self._steps.add_(was_healthy)
+        values = torch.cat([torch.as_tensor(mean), norm[None], loss.variance[None]])
+        torch.where(was_healthy, values, self._metrics, out=self._metrics)
+
+    def is_poisoned(self) -> bool:
+        """Whether there was a bad step; waits for the device."""
+        return math.isnan(float(self._poison))
+
+    def read(self, extra: dict[str, Tensor]) -> Reading:
+        """The metrics and the 0-d tensors of `extra`, in one transfer; waits for the device."""
+        own = dict(zip(_METRICS, self._metrics.unbind(), strict=True))
+        state = {"poison": self._poison, "steps": self._steps}
+        values = fetch({**own, **{f"extra {name}": t for name, t in extra.items()}, **state})
+        bad_step = int(values["steps"]) if math.isnan(values["poison"]) else None
+        return Reading(
+            {name: values[name] for name in _METRICS if name != _VARIANCE},
+            {name: values[f"extra {name}"] for name in extra},
+            bad_step,
+            values[_VARIANCE],
+        )
+
+    def _poison_by(
+        self,
+        value: Tensor,  # 0-d
+    ) -> None:
+        """0 · value is 0, or NaN where value is not finite."""
+        self._poison.add_(value, alpha=0)
