@@ -12,7 +12,7 @@ from sae_fast.ops.library import NATIVE, differentiable, dynamic_size, fake, ref
 from sae_fast.ops.reference import ROUNDED_DTYPES
 from sae_fast.ops.rows import weighted_row_sum
 from sae_fast.ops.sparse_code import SparseCode
-from sae_fast.ops.working_copies import encoder_copy
+from sae_fast.ops.working_copies import encoder_copy, frozen_copy
 
 _PANEL = 64  # latents in a panel of the packed encoder
 
@@ -347,8 +347,9 @@ def _factored_gradients(
     if ctx.precision in ROUNDED_DTYPES:
         dense, shift = _centred(x, b_dec, ctx.precision), None
     else:
-        # b_dec may be stepped before W_enc consumes its factors.
-        dense, shift = x.detach(), b_dec.detach().clone()
+        # b_dec may be stepped before W_enc consumes its factors. Those of several batches are known
+        # to have the same shift, without a look at it, by its being the same tensor.
+        dense, shift = x.detach(), frozen_copy(b_dec)
     d_sae = W_enc.size(0)
     grad_x = sums = grad_b_dec = None
     for number, (values, indices, offsets, grad) in parts.items():

@@ -19,6 +19,7 @@ from sae_fast.ops.reference import ROUNDED_DTYPES
 _ATTRIBUTE = "sae_fast_copies"
 _ENCODER = "encoder"
 _DECODER = "decoder"
+_FROZEN = "frozen"
 
 
 class _Copy:
@@ -76,6 +77,15 @@ def decoder_copy(
     if torch.compiler.is_compiling() or W_dec.is_inference():
         return W_dec.detach().to(dtype)
     return _current(W_dec, _DECODER, precision, lambda W: (W.to(dtype),))[0]
+
+
+def frozen_copy(
+    b: Tensor,  # any shape
+) -> Tensor:
+    """`b` as it is now, for what is read after b's update: the same tensor until then."""
+    if torch.compiler.is_compiling():
+        return b.detach().clone()
+    return _current(b, _FROZEN, "fp32", lambda b: (b.clone(),))[0]
 
 
 def copies_to_refresh(

@@ -72,7 +72,7 @@ def _merge(factors: Sequence[RowFactor], W: Tensor, view: LatentMajor) -> Merged
 def _stack_dense(factors: Sequence[RowFactor]) -> tuple[Tensor, Tensor | None, list[int]]:
     """The distinct dense sides end to end, their shift, and where each factor's rows start."""
     shift = factors[0].shift
-    one_shift = all(_is_same_shift(factor.shift, shift) for factor in factors)
+    one_shift = all(factor.shift is shift for factor in factors)
     distinct: list[RowFactor] = []
     starts: list[int] = []
     for factor in factors:
@@ -132,11 +132,4 @@ def _has_same_side(first: RowFactor, second: RowFactor) -> bool:
         and one.stride() == other.stride()
         and one.dtype == other.dtype
     )
-    return is_same_tensor and _is_same_shift(first.shift, second.shift)
-
-
-def _is_same_shift(first: Tensor | None, second: Tensor | None) -> bool:
-    """Whether two shifts are equal; each micro-batch keeps a copy of its own."""
-    if first is None or second is None:
-        return first is second
-    return first is second or torch.equal(first, second)
+    return is_same_tensor and first.shift is second.shift
