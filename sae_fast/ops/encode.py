@@ -25,6 +25,9 @@ def _(W_enc: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     if not NATIVE:
         return W_enc.new_empty(0), W_enc.new_empty(0), W_enc.new_empty(0)
     d_sae, d_in = W_enc.shape
+    if W_enc.device.type == "cuda":
+        rounded = W_enc.new_empty(d_sae, d_in, dtype=ROUNDED_DTYPES.get(precision, torch.bfloat16))
+        return W_enc.new_empty(0, dtype=torch.int16), W_enc.new_empty(2, d_sae), rounded
     panels = (d_sae + _PANEL - 1) // _PANEL
     if precision == "fp32":
         packed = W_enc.new_empty(panels, d_in, _PANEL)

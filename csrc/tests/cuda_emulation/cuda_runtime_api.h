@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <utility>
 
 #include "tests/cuda_emulation/emulation.h"
 
@@ -44,6 +46,42 @@ inline void __syncthreads() { emulated_cuda::block_barrier(); }
 template <typename Value>
 Value __shfl_xor_sync(unsigned /*mask*/, Value value, int lanes) {
   return emulated_cuda::shuffle(value, (threadIdx.x % 32) ^ static_cast<unsigned>(lanes));
+}
+
+template <typename Value>
+Value __shfl_up_sync(unsigned /*mask*/, Value value, int lanes) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return emulated_cuda::shuffle(value, static_cast<unsigned>(lane < lanes ? lane : lane - lanes));
+}
+
+template <typename Value>
+Value __shfl_sync(unsigned /*mask*/, Value value, int lane) {
+  return emulated_cuda::shuffle(value, static_cast<unsigned>(lane) % 32);
+}
+
+inline void __syncwarp() { emulated_cuda::warp_barrier(); }
+inline unsigned __ballot_sync(unsigned /*mask*/, bool bit) { return emulated_cuda::ballot(bit); }
+inline bool __any_sync(unsigned /*mask*/, bool bit) { return emulated_cuda::ballot(bit) != 0; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// Threads change places at barriers only, so plain operations are atomic.
+template <typename Number>
+Number atomicAdd(Number* to, Number value) {
+  return std::exchange(*to, *to + value);
+}
+template <typename Number>
+Number atomicMax(Number* to, Number value) {
+  return std::exchange(*to, std::max(*to, value));
+}
+template <typename Number>
+Number atomicOr(Number* to, Number bits) {
+  return std::exchange(*to, *to | bits);
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t /*stream*/) {
+  std::memset(to, byte, bytes);
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaGetDevice(int* index) {

@@ -49,4 +49,14 @@ Value shuffle(Value value, unsigned source_lane) {
   return value;
 }
 
+inline unsigned ballot(bool bit) {
+  shuffle_slot(threadIdx.x % 32) = bit ? 1 : 0;
+  warp_barrier();
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    bits |= static_cast<unsigned>(shuffle_slot(lane)) << lane;
+  warp_barrier();
+  return bits;
+}
+
 }  // namespace emulated_cuda

@@ -1,0 +1,66 @@
+// How the CUDA encoder cuts its work: tokens into blocks, latents into chunks whose product stays
+// in the L2 cache, and how many candidates of a row it keeps. Plain arithmetic, tested on the host.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/common/host_device.h"
+
+namespace sae_fast {
+
+// Latents that a warp looks at in one step and that share one coarse error bound; and those of
+// them that one load of four numbers a lane covers.
+constexpr int kSegment = 256;
+constexpr int kStrip = 128;
+
+// Columns of a chunk are a multiple of this where there are that many latents.
+constexpr int64_t kColumnUnit = 1024;
+
+// Every position in an array of rows is formed here: N * d_sae and d_sae * d_in pass 2^31.
+SAE_FAST_HOST_DEVICE constexpr int64_t flat_index(int64_t row, int64_t width, int64_t column) {
+  return row * width + column;
+}
+
+SAE_FAST_HOST_DEVICE constexpr int64_t segment_count(int64_t d_sae) {
+  return (d_sae + kSegment - 1) / kSegment;
+}
+
+// Room for a row's candidates where k are wanted. The rounding error of bfloat16 lets through 1.2
+// to 3.3 times k (less the larger k is); the rest keeps compactions rare. A strip must always fit.
+SAE_FAST_HOST_DEVICE constexpr int64_t candidate_capacity(int64_t k) {
+  return 2 * k + 512 + kStrip;
+}
+
+SAE_FAST_HOST_DEVICE constexpr int64_t next_power_of_two(int64_t value) {
+  int64_t power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
+struct EncodePlan {
+  int64_t rows;     // tokens of a block, at most
+  int64_t columns;  // latents of a chunk, at most
+
+  int64_t product_elements() const { return rows * columns; }
+};
+
+// `row_bytes`: what a token of the block needs beside its product.
+inline EncodePlan plan_encode(int64_t tokens, int64_t d_sae, int64_t row_bytes) {
+  // 32 MB of an H200's 50 MB of L2: the product is still there when it is selected from. 8192 rows
+  // by 1024 columns are 256 tiles of 128 x 256, for two waves of 132 multiprocessors.
+  constexpr int64_t kProductElements = int64_t{8} << 20;
+  constexpr int64_t kMostRows = 8192;
+  constexpr int64_t kFewestRows = 256;
+  constexpr int64_t kListBytes = int64_t{192} << 20;
+  const int64_t affordable = kListBytes / std::max<int64_t>(row_bytes, 1);
+  const int64_t most_rows = std::clamp(affordable, kFewestRows, kMostRows);
+  const int64_t blocks = std::max<int64_t>((tokens + most_rows - 1) / most_rows, 1);
+  EncodePlan plan{};
+  plan.rows = std::max<int64_t>((tokens + blocks - 1) / blocks, 1);
+  const int64_t units = kProductElements / plan.rows / kColumnUnit;
+  plan.columns = std::min(std::max<int64_t>(units, 1) * kColumnUnit, std::max<int64_t>(d_sae, 1));
+  return plan;
+}
+
+}  // namespace sae_fast

@@ -1,0 +1,36 @@
+"""The CUDA encoder as far as it shows without a GPU: kernels registered, shapes of the outputs."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import sae_fast
+import sae_fast.ops
+
+PRECISIONS = {
+    "screened": torch.bfloat16,
+    "fp32": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+needs_cuda_build = pytest.mark.skipif(
+    not sae_fast.build_info().get("cuda_architectures"), reason="built without CUDA"
+)
+
+
+@pytest.mark.skipif(not sae_fast.ops.library.NATIVE, reason="the reference packs nothing")
+@pytest.mark.parametrize(("precision", "dtype"), PRECISIONS.items())
+def test_packed_encoder_has_the_shapes_of_its_device(precision, dtype):
+    with FakeTensorMode():
+        W_enc = torch.empty(130, 12, device="cuda")
+        packed, stats, rounded = torch.ops.sae_fast.pack_encoder(W_enc, precision)
+    assert (packed.shape, packed.dtype) == ((0,), torch.int16)
+    assert (stats.shape, stats.dtype) == ((2, 130), torch.float32)
+    assert (rounded.shape, rounded.dtype) == ((130, 12), dtype)
+    assert packed.device == stats.device == rounded.device == W_enc.device
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("name", ["pack_encoder"])
+def test_op_has_a_cuda_kernel(name):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sae_fast::{name}", "CUDA")
