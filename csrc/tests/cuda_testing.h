@@ -63,6 +63,7 @@ class TestScratch {
     std::memset(memory_.data(), 0xfb, memory_.size() * sizeof(Block));
   }
   void* data() { return memory_.data(); }
+  size_t bytes() const { return memory_.size() * sizeof(Block); }
 
  private:
   struct alignas(256) Block {

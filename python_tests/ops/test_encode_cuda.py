@@ -30,7 +30,20 @@ def test_packed_encoder_has_the_shapes_of_its_device(precision, dtype):
     assert packed.device == stats.device == rounded.device == W_enc.device
 
 
+def test_topk_code_has_its_shapes_on_the_device_of_x():
+    with FakeTensorMode():
+        x, W_enc = torch.empty(7, 12, device="cuda"), torch.empty(130, 12, device="cuda")
+        b_enc, b_dec = torch.empty(130, device="cuda"), torch.empty(12, device="cuda")
+        dead = torch.empty(130, dtype=torch.bool, device="cuda")
+        operands = (x, W_enc, b_enc, b_dec)
+        op = torch.ops.sae_fast.encode_topk
+        outputs = op(*operands, 5, "screened", dead, 3, None, None, None)
+    assert [tuple(output.shape) for output in outputs] == [(7, 5), (7, 5), (7, 3), (7, 3)]
+    assert [output.dtype for output in outputs] == [torch.float32, torch.int32] * 2
+    assert {output.device for output in outputs} == {x.device}
+
+
 @needs_cuda_build
-@pytest.mark.parametrize("name", ["pack_encoder"])
+@pytest.mark.parametrize("name", ["pack_encoder", "encode_topk"])
 def test_op_has_a_cuda_kernel(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sae_fast::{name}", "CUDA")

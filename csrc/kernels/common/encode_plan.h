@@ -58,8 +58,9 @@ inline EncodePlan plan_encode(int64_t tokens, int64_t d_sae, int64_t row_bytes) 
   const int64_t blocks = std::max<int64_t>((tokens + most_rows - 1) / most_rows, 1);
   EncodePlan plan{};
   plan.rows = std::max<int64_t>((tokens + blocks - 1) / blocks, 1);
-  const int64_t units = kProductElements / plan.rows / kColumnUnit;
-  plan.columns = std::min(std::max<int64_t>(units, 1) * kColumnUnit, std::max<int64_t>(d_sae, 1));
+  // Whole units, so that only the rest of an odd d_sae cannot be read four columns at a time.
+  const int64_t units = std::min(kProductElements / plan.rows, d_sae) / kColumnUnit;
+  plan.columns = units > 0 ? units * kColumnUnit : std::clamp<int64_t>(d_sae, 1, kColumnUnit);
   return plan;
 }
 

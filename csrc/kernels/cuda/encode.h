@@ -38,7 +38,7 @@ struct TopK {
 };
 
 // A chunk of the product, [N, columns], of the latents from first_latent on. first_latent is a
-// multiple of 1024.
+// multiple of kSegment (kernels/common/encode_plan.h).
 struct Product {
   const float* values;
   int64_t first_latent, columns;
@@ -71,11 +71,11 @@ cudaError_t select_topk(const Encoder& encoder, const Tokens& tokens, const TopK
 cudaError_t finish_topk(const Encoder& encoder, const Tokens& tokens, const TopK& topk,
                         Memory memory, void* scratch, cudaStream_t stream);
 
-// The same result without a product, for any k: every dot product in turn. Scratch as for top-k
-// with k = k_aux = 0.
+// The same result without a product, for any k: every dot product in turn. tokens.rounded_x is not
+// used; `memory` as for finish_topk.
 int64_t exact_bytes(int64_t d_sae, int64_t k, int64_t k_aux);
 cudaError_t exact_topk(const Encoder& encoder, const Tokens& tokens, const TopK& topk,
-                       Memory memory, void* scratch, cudaStream_t stream);
+                       Memory memory, cudaStream_t stream);
 
 // ---- thresholds
 
@@ -97,10 +97,11 @@ cudaError_t select_threshold(const Encoder& encoder, const Tokens& tokens,
                              const float* threshold,  // [F]
                              const Product& product, CandidateRows candidates, void* scratch,
                              cudaStream_t stream);
-// Leaves in the list of every row what really passes, and its count. Where a row had more
-// candidates than room its list is not complete, and most[0] says how many it needs.
+// Leaves in the list of every row what really passes, and in `kept` how many. A row that had more
+// candidates than room keeps none; most[0] is then the largest such count, and otherwise 0.
 cudaError_t finish_threshold(const Encoder& encoder, const Tokens& tokens, const float* threshold,
                              CandidateRows candidates,
+                             int64_t* kept,  // [N]
                              int64_t* most,  // []
                              cudaStream_t stream);
 
@@ -109,7 +110,7 @@ cudaError_t offsets_scratch_bytes(int64_t rows, size_t* bytes);
 cudaError_t count_offsets(const int64_t* counts,  // [N + 1], the last of any value
                           int64_t rows,
                           int64_t* offsets,  // [N + 1]
-                          void* scratch, cudaStream_t stream);
+                          void* scratch, size_t scratch_bytes, cudaStream_t stream);
 // Row n of the lists to entries offsets[n] .. offsets[n + 1] of a flat code.
 cudaError_t gather_code(CandidateRows candidates, int64_t rows, const int64_t* offsets,
                         float* values, int32_t* indices, cudaStream_t stream);
