@@ -38,6 +38,7 @@ if(NOT SAE_FAST_SANITIZE MATCHES "thread")
     csrc/tests/cuda_decorrelation_test.cpp
     csrc/tests/cuda_encode_test.cpp
     csrc/tests/cuda_rows_test.cpp
+    csrc/tests/cuda_threshold_test.cpp
     csrc/tests/cuda_update_test.cpp)
   add_executable(cuda_kernels_test ${CUDA_TEST_SOURCES})
   set_source_files_properties(${CUDA_TEST_SOURCES} PROPERTIES

@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
     test_cuda_decode(static_cast<uint64_t>(seed));
     test_cuda_decorrelation(static_cast<uint64_t>(seed));
     test_cuda_encode(static_cast<uint64_t>(seed));
+    test_cuda_threshold(static_cast<uint64_t>(seed));
     test_cuda_rows(static_cast<uint64_t>(seed));
     test_cuda_update(static_cast<uint64_t>(seed));
   }

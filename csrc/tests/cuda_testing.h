@@ -76,6 +76,7 @@ class TestScratch {
 void test_cuda_decode(uint64_t seed);
 void test_cuda_decorrelation(uint64_t seed);
 void test_cuda_encode(uint64_t seed);
+void test_cuda_threshold(uint64_t seed);
 void test_cuda_rows(uint64_t seed);
 void test_cuda_update(uint64_t seed);
 

@@ -44,6 +44,6 @@ def test_topk_code_has_its_shapes_on_the_device_of_x():
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("name", ["pack_encoder", "encode_topk"])
+@pytest.mark.parametrize("name", ["pack_encoder", "encode_topk", "encode_threshold"])
 def test_op_has_a_cuda_kernel(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sae_fast::{name}", "CUDA")
