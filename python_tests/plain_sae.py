@@ -28,11 +28,16 @@ def make_batch(sae, n_tokens=30, seed=1):
 
 
 def plain_terms(sae, x):
-    """The loss terms, each with its coefficient, of a TopK model."""
+    """The loss terms, each with its coefficient, of a TopK or BatchTopK model."""
     config = sae.config
     pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
-    values, indices = pre_acts.topk(config.k, dim=1)
-    acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
+    if config.arch == "batch_topk":
+        values, places = pre_acts.flatten().topk(config.k * len(x))
+        acts = torch.zeros_like(pre_acts).flatten().scatter(0, places, values.relu())
+        acts = acts.view_as(pre_acts)
+    else:
+        values, indices = pre_acts.topk(config.k, dim=1)
+        acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
     error = x - (acts @ sae.W_dec + sae.b_dec)
     unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.t()).fill_diagonal_(0)

@@ -69,7 +69,7 @@ def test_default_learning_rate_falls_with_the_root_of_the_dictionary():
 
 
 BAD_SAE_VALUES = [
-    ({"arch": "gated"}, "arch must be one of 'topk', got 'gated'"),
+    ({"arch": "gated"}, "arch must be one of 'topk', 'batch_topk', got 'gated'"),
     ({"d_in": -1}, "d_in must be at least 1"),
     ({"d_in": "384"}, "d_in must be a whole number, got '384'"),
     ({"d_in": True}, "d_in must be a whole number, got True"),

@@ -26,8 +26,8 @@ class SAEConfig(ConfigFile):
 
     section: ClassVar[str] = "sae"
 
-    arch: Literal["topk"] = "topk"
-    """Architecture."""
+    arch: Literal["topk", "batch_topk"] = "topk"
+    """Architecture: the k largest latents of every token, or k a token on average over a batch."""
     d_in: int = 0
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
     d_sae: int = 0
@@ -35,9 +35,9 @@ class SAEConfig(ConfigFile):
     expansion_factor: float | None = None
     """d_sae / d_in, in place of d_sae; 8 when neither is given. [ratio]"""
     k: int = 32
-    """Latents active per token. [latents]"""
+    """Latents active per token; with batch_topk on average. [latents]"""
     use_relu: bool = True
-    """ReLU on the selected values, so that codes are never negative; topk needs it."""
+    """ReLU on the selected values, so that codes are never negative; must be true."""
 
     reconstruction_coeff: float = 1.0
     """Weight of the squared error, summed over d_in and averaged over tokens."""
@@ -94,7 +94,7 @@ class SAEConfig(ConfigFile):
     def _check_objective(self) -> None:
         if not self.use_relu:
             raise ValueError(
-                "use_relu must be true for arch 'topk', got False: latents fire above 0"
+                f"use_relu must be true for arch {self.arch!r}, got False: latents fire above 0"
             )
         for name in ("probe_loss_coeff", "temporal_smoothness_coeff"):
             self._require(name, getattr(self, name) == 0, "0 (this version has no such term)")

@@ -26,6 +26,8 @@ CASES = {
     "k is 1": ({"k": 1}, DEAD),
     "k is d_sae": ({"k": 40}, DEAD),
     "d_in is 1": ({"d_in": 1, "d_sae": 5, "k": 2}, (4,)),
+    "batch_topk": ({**ALL_TERMS, "arch": "batch_topk"}, DEAD),
+    "batch_topk, k is d_sae": ({"arch": "batch_topk", "k": 40}, DEAD),
 }
 
 

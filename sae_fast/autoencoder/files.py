@@ -69,7 +69,9 @@ def read_model(
 def expected_shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a model."""
     matrix, latents, width = (config.d_sae, config.d_in), (config.d_sae,), (config.d_in,)
+    own = {"batch_topk": {"threshold": (), "threshold_updates": ()}}
     return {
+        **own.get(config.arch, {}),
         "W_enc": matrix,
         "b_enc": latents,
         "W_dec": matrix,

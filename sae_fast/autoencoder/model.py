@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses
+from sae_fast.autoencoder.batch_topk import BatchTopK
 from sae_fast.autoencoder.files import read_model, write_model
 from sae_fast.autoencoder.initialization import centre, fill_unit_rows_
 from sae_fast.autoencoder.losses import TrainingLoss
-from sae_fast.autoencoder.topk import TopK
+from sae_fast.autoencoder.topk import Buffers, TopK
 from sae_fast.config import SAEConfig
 
-ARCHITECTURES = {"topk": TopK}
+ARCHITECTURES: dict[str, type[TopK]] = {"topk": TopK, "batch_topk": BatchTopK}
 
 
 class SparseAutoencoder(nn.Module):
     """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
+
+    What takes the place of TopK is the architecture's choice, see the file of its name.
 
     Raises ValueError where the configuration leaves d_in open.
     """
@@ -46,6 +49,10 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("activation_mean", torch.zeros(config.d_in))
         self.register_buffer("activation_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        start = self.architecture.buffers()
+        self._buffer_names = tuple(start)
+        for name, tensor in start.items():
+            self.register_buffer(name, tensor)
         if not self.W_dec.is_meta:
             self._initialize_weights(None)
 
@@ -66,6 +73,8 @@ class SparseAutoencoder(nn.Module):
         if sample is not None:
             self.b_dec.copy_(centre(self._rows(sample), self.config))
         self.tokens_since_fired.zero_()
+        for name, start in self.architecture.buffers().items():
+            self.get_buffer(name).copy_(start)
 
     @torch.no_grad()
     def _initialize_weights(self, generator: torch.Generator | None) -> None:
@@ -109,7 +118,15 @@ class SparseAutoencoder(nn.Module):
         dense_grad: bool = True,
     ) -> ops.SparseCode:
         """The code of every activation, one row each; values in normalised units."""
-        return self._encode(self.normalize(self._rows(x)), precision, dense_grad, None)
+        return self.architecture.infer(
+            self.normalize(self._rows(x)),
+            self.W_enc,
+            self.b_enc,
+            self.b_dec,
+            self._own_buffers(),
+            precision=precision,
+            dense_grad=dense_grad,
+        )
 
     def decode(self, code: ops.SparseCode, *, dense_grad: bool = True) -> Tensor:
         """The reconstructions [N, D] of a code, in the units of the activations."""
@@ -177,6 +194,11 @@ class SparseAutoencoder(nn.Module):
         """Count `n_tokens` more silent tokens for each latent that did not fire in `code`."""
         self.tokens_since_fired.add_(n_tokens).masked_fill_(code.fired(), 0)
 
+    @torch.no_grad()
+    def follow_(self, code: ops.SparseCode) -> None:
+        """Let the architecture learn from a code of training what inference needs."""
+        self.architecture.follow_(self._own_buffers(), code)
+
     def dead_mask(self) -> Tensor:
         """Which latents [F] have been silent for `dead_after_tokens`."""
         return self.tokens_since_fired >= self.config.dead_after_tokens
@@ -186,13 +208,14 @@ class SparseAutoencoder(nn.Module):
         """The same function of raw activations, as a model without normalisation.
 
         With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
-        keep their unit norm, and TopK picks the same latents.
+        keep their unit norm, and the same latents are picked.
         """
         values = {**self.config.to_dict(), "normalize_activations": "none"}
         folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
         folded.load_state_dict(self.state_dict())
         folded.b_enc.div_(self.activation_scale)
         folded.b_dec.div_(self.activation_scale).add_(self.activation_mean)
+        folded.architecture.rescale_(folded._own_buffers(), 1 / self.activation_scale)
         folded.activation_mean.zero_()
         folded.activation_scale.fill_(1.0)
         return folded
@@ -214,6 +237,10 @@ class SparseAutoencoder(nn.Module):
             sae = cls(config)
         sae.load_state_dict(tensors, assign=True)
         return sae
+
+    def _own_buffers(self) -> Buffers:
+        """Those of the architecture."""
+        return {name: self.get_buffer(name) for name in self._buffer_names}
 
     def _encode(
         self,

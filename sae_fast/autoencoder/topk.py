@@ -8,9 +8,15 @@ from sae_fast import ops
 from sae_fast.autoencoder.losses import aux_k_loss
 from sae_fast.config import SAEConfig
 
+Buffers = dict[str, Tensor]
+
 
 class TopK:
-    """How a TopK model selects latents, and the loss term that only it has."""
+    """How a TopK model selects latents, and the loss term that only it has.
+
+    `buffers` are the tensors that an architecture keeps beside the parameters: they are made here
+    and live on the model.
+    """
 
     def __init__(self, config: SAEConfig):
         self.k = config.k
@@ -33,10 +39,7 @@ class TopK:
 
         By default k_aux is the number of dead latents, for which the host waits.
         """
-        if dead_mask is None or self.aux_k_coeff == 0:
-            k_aux = 0
-        elif k_aux is None:
-            k_aux = min(self.full_k_aux, int(dead_mask.sum()))
+        k_aux = self._room_for_dead(dead_mask, k_aux)
         return ops.encode_topk(
             x,
             W_enc,
@@ -48,6 +51,35 @@ class TopK:
             k_aux=k_aux,
             dense_grad=dense_grad,
         )
+
+    def _room_for_dead(self, dead_mask: Tensor | None, k_aux: int | None) -> int:
+        if dead_mask is None or self.aux_k_coeff == 0:
+            return 0
+        return min(self.full_k_aux, int(dead_mask.sum())) if k_aux is None else k_aux
+
+    def infer(
+        self,
+        x: Tensor,  # [N, D], normalised
+        W_enc: nn.Parameter,  # [F, D]
+        b_enc: nn.Parameter,  # [F]
+        b_dec: nn.Parameter,  # [D]
+        buffers: Buffers,
+        *,
+        precision: str,
+        dense_grad: bool,
+    ) -> ops.SparseCode:
+        """The code of every token outside training: here the same."""
+        return self.encode(x, W_enc, b_enc, b_dec, precision=precision, dense_grad=dense_grad)
+
+    def buffers(self) -> Buffers:
+        """New buffers: none."""
+        return {}
+
+    def follow_(self, buffers: Buffers, code: ops.SparseCode) -> None:
+        """Learn from a code of training what inference needs: nothing."""
+
+    def rescale_(self, buffers: Buffers, factor: Tensor) -> None:
+        """Follow a change of the units that the code's values are in."""
 
     def auxiliary_loss(
         self,

@@ -93,6 +93,7 @@ class TrainingStep:
             )
             (loss.total * (share * self.scaler.factor)).backward()  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))
+            self.sae.follow_(loss.code)
             self._poison_by(loss.total.detach())
             terms = [loss.components[name] for name in _TERMS]
             values = torch.stack([loss.total.detach(), *terms])
