@@ -6,15 +6,27 @@
 
 namespace sae_fast::ops {
 
-inline void check_gradient(const char* op, const Tensor& latent_offsets, const Tensor& rows,
-                           const Tensor& coefficients, const Tensor& dense,
-                           const OptionalTensor& shift, const OptionalTensor& project_onto,
-                           const OptionalTensor& extra_grad) {
+inline void check_latent_offsets(const char* op, const Tensor& latent_offsets) {
   check_shape(op, "latent_offsets", latent_offsets, {kAnySize});
   check_dtype(op, "latent_offsets", latent_offsets, ScalarType::Long);
   STD_TORCH_CHECK(latent_offsets.size(0) > 1, op,
                   ": latent_offsets must have d_sae + 1 >= 2 elements, got ",
                   latent_offsets.size(0));
+}
+
+// Flat positions in a tensor of coefficients.
+inline void check_entries(const char* op, const Tensor& entries, const char* name,
+                          const Tensor& source) {
+  check_dtype(op, name, source, ScalarType::Float);
+  check_shape(op, "entries", entries, {kAnySize});
+  check_dtype(op, "entries", entries, ScalarType::Int);
+}
+
+inline void check_gradient(const char* op, const Tensor& latent_offsets, const Tensor& rows,
+                           const Tensor& coefficients, const Tensor& dense,
+                           const OptionalTensor& shift, const OptionalTensor& project_onto,
+                           const OptionalTensor& extra_grad) {
+  check_latent_offsets(op, latent_offsets);
   check_shape(op, "rows", rows, {kAnySize});
   check_dtype(op, "rows", rows, ScalarType::Int);
   check_float(op, "coefficients", coefficients, {rows.size(0)});

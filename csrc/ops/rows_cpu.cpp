@@ -42,10 +42,8 @@ std::tuple<Tensor, Tensor> accumulate_rows(const Tensor& coefficients, const Ten
   const Input table(dense);
   const int64_t active = entries.size(0);
   const Tensor sorted = torch::stable::new_empty(coefficients, {active});
-  for (int64_t i = 0; i < active; ++i) {
-    mutable_data<float>(sorted)[i] =
-        code.code().values[static_cast<const int32_t*>(entries.const_data_ptr())[i]];
-  }
+  cpu::gather_entries(code.code().values, mutable_data<int32_t>(entries), active,
+                      mutable_data<float>(sorted), parallel());
   const Tensor rows = torch::stable::new_empty(coefficients, {d_sae, dense.size(1)});
   const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
   const cpu::LatentMajor lists{mutable_data<int64_t>(latent_offsets), mutable_data<int32_t>(tokens),
@@ -55,6 +53,51 @@ std::tuple<Tensor, Tensor> accumulate_rows(const Tensor& coefficients, const Ten
   check_memory(kOp, cpu::kernels().accumulate_rows(lists, factor, mutable_data<float>(rows),
                                                    mutable_data<float>(sums), parallel()));
   return {rows, sums};
+}
+
+void check_partition(const char* op, const int64_t* latent_offsets, int64_t d_sae,
+                     int64_t entries) {
+  bool ascending = latent_offsets[0] == 0 && latent_offsets[d_sae] == entries;
+  for (int64_t j = 0; j < d_sae; ++j) {
+    ascending = ascending && latent_offsets[j] <= latent_offsets[j + 1];
+  }
+  STD_TORCH_CHECK(ascending, op, ": latent_offsets must ascend from 0 to the number of entries, ",
+                  entries, ", got ", latent_offsets[0], " to ", latent_offsets[d_sae]);
+}
+
+void check_range(const char* op, const char* name, const int32_t* numbers, int64_t count,
+                 int64_t bound) {
+  if (cpu::in_range(numbers, count, bound, parallel())) return;
+  const auto [lowest, highest] = std::minmax_element(numbers, numbers + count);
+  STD_TORCH_CHECK(false, op, ": ", name, " must be in [0, ", bound, "), got ",
+                  *lowest < 0 ? *lowest : *highest);
+}
+
+Tensor gather_entries(const Tensor& source, const Tensor& entries) {
+  constexpr const char* kOp = "gather_entries";
+  check_entries(kOp, entries, "source", source);
+  const Input from(source), positions(entries);
+  const int64_t count = entries.size(0);
+  check_range(kOp, "entries", positions.data<int32_t>(), count, source.numel());
+  const Tensor ordered = torch::stable::new_empty(source, {count});
+  cpu::gather_entries(from.data<float>(), positions.data<int32_t>(), count,
+                      mutable_data<float>(ordered), parallel());
+  return ordered;
+}
+
+Tensor latent_sums(const Tensor& latent_offsets, const Tensor& entries,
+                   const Tensor& coefficients) {
+  constexpr const char* kOp = "latent_sums";
+  check_latent_offsets(kOp, latent_offsets);
+  check_entries(kOp, entries, "coefficients", coefficients);
+  const Input offsets(latent_offsets), positions(entries), from(coefficients);
+  const int64_t d_sae = latent_offsets.size(0) - 1;
+  check_partition(kOp, offsets.data<int64_t>(), d_sae, entries.size(0));
+  check_range(kOp, "entries", positions.data<int32_t>(), entries.size(0), coefficients.numel());
+  const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
+  cpu::latent_sums(offsets.data<int64_t>(), d_sae, positions.data<int32_t>(), from.data<float>(),
+                   mutable_data<float>(sums), parallel());
+  return sums;
 }
 
 // The factors of a gradient, checked: lists that stay inside the dense factor, terms that fit it.
@@ -88,20 +131,8 @@ class GradientInput {
  private:
   void check_values(const char* op, int64_t entries) const {
     const cpu::LatentMajor& lists = terms_.lists;
-    bool ascending = lists.offsets[0] == 0 && lists.offsets[lists.d_sae] == entries;
-    for (int64_t j = 0; j < lists.d_sae; ++j) {
-      ascending = ascending && lists.offsets[j] <= lists.offsets[j + 1];
-    }
-    STD_TORCH_CHECK(ascending, op, ": latent_offsets must ascend from 0 to the number of rows, ",
-                    entries, ", got ", lists.offsets[0], " to ", lists.offsets[lists.d_sae]);
-    int32_t lowest = 0;
-    int32_t highest = -1;
-    for (int64_t i = 0; i < entries; ++i) {
-      lowest = lists.rows[i] < lowest ? lists.rows[i] : lowest;
-      highest = lists.rows[i] > highest ? lists.rows[i] : highest;
-    }
-    STD_TORCH_CHECK(lowest >= 0 && highest < terms_.factor.tokens, op, ": rows must be in [0, ",
-                    terms_.factor.tokens, "), got ", lowest < 0 ? lowest : highest);
+    check_partition(op, lists.offsets, lists.d_sae, entries);
+    check_range(op, "rows", lists.rows, entries, terms_.factor.tokens);
   }
 
   Input offsets_, rows_, coefficients_, dense_, shift_, project_onto_, extra_grad_;
@@ -235,6 +266,8 @@ void normalize_rows(const Tensor& W) {
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
   m.impl("latent_major", TORCH_BOX(&sae_fast::ops::latent_major));
+  m.impl("gather_entries", TORCH_BOX(&sae_fast::ops::gather_entries));
+  m.impl("latent_sums", TORCH_BOX(&sae_fast::ops::latent_sums));
   m.impl("accumulate_rows", TORCH_BOX(&sae_fast::ops::accumulate_rows));
   m.impl("row_gradient_norm", TORCH_BOX(&sae_fast::ops::row_gradient_norm));
   m.impl("update_scalars", TORCH_BOX(&sae_fast::ops::compute_update_scalars));

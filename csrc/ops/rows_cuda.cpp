@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/rows.h"
 #include "ops/cuda.h"
+#include "ops/gradient.h"
 
 namespace sae_fast::ops {
 namespace {
@@ -65,6 +66,38 @@ std::tuple<Tensor, Tensor> accumulate_rows(const Tensor& coefficients, const Ten
   return {rows, sums};
 }
 
+Tensor gather_entries(const Tensor& source, const Tensor& entries) {
+  constexpr const char* kOp = "gather_entries";
+  check_entries(kOp, entries, "source", source);
+  check_same_device(kOp, {{"source", source}, {"entries", entries}});
+  const DeviceGuard guard(source.get_device_index());
+  const Input from(source), positions(entries);
+  const Tensor ordered = torch::stable::new_empty(source, {entries.size(0)});
+  STD_CUDA_CHECK(cuda::gather_entries(from.data<float>(), positions.data<int32_t>(),
+                                      entries.size(0), mutable_data<float>(ordered),
+                                      current_stream(source)));
+  return ordered;
+}
+
+// The lists may have more room than latent_offsets[F] of it in use.
+Tensor latent_sums(const Tensor& latent_offsets, const Tensor& entries,
+                   const Tensor& coefficients) {
+  constexpr const char* kOp = "latent_sums";
+  check_latent_offsets(kOp, latent_offsets);
+  check_entries(kOp, entries, "coefficients", coefficients);
+  check_same_device(
+      kOp,
+      {{"coefficients", coefficients}, {"latent_offsets", latent_offsets}, {"entries", entries}});
+  const DeviceGuard guard(coefficients.get_device_index());
+  const Input offsets(latent_offsets), positions(entries), from(coefficients);
+  const int64_t d_sae = latent_offsets.size(0) - 1;
+  const Tensor sums = torch::stable::new_empty(coefficients, {d_sae});
+  STD_CUDA_CHECK(cuda::latent_sums(offsets.data<int64_t>(), positions.data<int32_t>(),
+                                   from.data<float>(), d_sae, mutable_data<float>(sums),
+                                   current_stream(coefficients)));
+  return sums;
+}
+
 void normalize_rows(const Tensor& W) {
   constexpr const char* kOp = "normalize_rows_";
   check_float(kOp, "W", W, {kAnySize, kAnySize});
@@ -79,6 +112,8 @@ void normalize_rows(const Tensor& W) {
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CUDA, m) {
   m.impl("latent_major", TORCH_BOX(&sae_fast::ops::latent_major));
+  m.impl("gather_entries", TORCH_BOX(&sae_fast::ops::gather_entries));
+  m.impl("latent_sums", TORCH_BOX(&sae_fast::ops::latent_sums));
   m.impl("accumulate_rows", TORCH_BOX(&sae_fast::ops::accumulate_rows));
   m.impl("normalize_rows_", TORCH_BOX(&sae_fast::ops::normalize_rows));
 }

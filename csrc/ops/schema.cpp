@@ -68,6 +68,13 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "latent_major(Tensor values, Tensor indices, Tensor? offsets, int d_sae) -> "
       "(Tensor latent_offsets, Tensor entries, Tensor rows)");
 
+  // source's numbers by flat position: [M] in the order of entries int32 [M].
+  m.def("gather_entries(Tensor source, Tensor entries) -> Tensor ordered");
+
+  // Per latent the sum of coefficients[entries[p]] over its entries, [F]; both lists as
+  // latent_major gives them, coefficients by flat position.
+  m.def("latent_sums(Tensor latent_offsets, Tensor entries, Tensor coefficients) -> Tensor sums");
+
   // Gradient row j: g_j = sum of coefficients[p] * (dense[rows[p]] - shift) + extra_grad[j],
   // less its part along project_onto[j]. squared_norm: float64 scalar, of all of it; sums [F] of
   // coefficients; cached, cache_slots: rows kept for fused_update_, at most 3 N of them.

@@ -1,4 +1,4 @@
-// normalize_rows, latent_major and accumulate_rows, compiled for the host.
+// normalize_rows, latent_major and the sums over it, compiled for the host.
 #include "kernels/cuda/latent_sum.cu"
 #include "kernels/cuda/rows.cu"
 
@@ -75,6 +75,26 @@ void test_latent_major(const CodeProblem& code, int64_t d_sae, const Expected& e
   }
 }
 
+// With the list's unused rest, as the device has it.
+void test_sums(const CodeProblem& code, int64_t d_sae, const Expected& expected) {
+  const std::vector<int32_t> entries(expected.entries.begin(), expected.entries.end());
+  auto ordered = stale(code.entries(), 777.0f);
+  check_success(cuda::gather_entries(code.values.data(), entries.data(), code.entries(),
+                                     ordered.data(), nullptr),
+                "gather_entries");
+  for (size_t p = 0; p < entries.size(); ++p) {
+    const float value = code.values[static_cast<size_t>(entries[p])];
+    check(same(ordered[p], value), "gather_entries: %g", static_cast<double>(ordered[p]));
+  }
+  auto sums = stale(d_sae, 777.0f);
+  check_success(cuda::latent_sums(expected.latent_offsets.data(), entries.data(),
+                                  code.values.data(), d_sae, sums.data(), nullptr),
+                "latent_sums");
+  for (size_t j = 0; j < sums.size(); ++j) {
+    check_near("latent_sums", sums[j], expected.sums[j], 0.0);
+  }
+}
+
 void test_accumulate(const CodeProblem& code, int64_t d_sae, const Matrix& dense, int64_t d_in,
                      const Expected& expected) {
   auto rows = stale(d_sae * d_in, 777.0f);
@@ -112,6 +132,7 @@ void test_cuda_rows(uint64_t seed) {
   const Matrix dense(random.numbers(code.tokens * d_in, Numbers::kIntegers), any_type(random));
   const Expected expected(code, d_sae, dense, d_in);
   test_latent_major(code, d_sae, expected);
+  test_sums(code, d_sae, expected);
   test_accumulate(code, d_sae, dense, d_in, expected);
 }
 

@@ -95,6 +95,33 @@ struct Gradient {
   cpu::GradientTerms terms{};
 };
 
+void test_entries(const Gradient& gradient) {
+  const Lists& lists = gradient.lists;
+  const auto count = static_cast<int64_t>(lists.entries.size());
+  const auto numbers = static_cast<int64_t>(gradient.problem.values.size());
+  std::vector<float> ordered(lists.entries.size());
+  cpu::gather_entries(gradient.problem.values.data(), lists.entries.data(), count, ordered.data(),
+                      four_threads());
+  check(same_bits(ordered, lists.coefficients), "gather_entries: another order");
+  check(cpu::in_range(lists.entries.data(), count, numbers, four_threads()),
+        "in_range: an entry that is");
+  for (const int64_t wrong : {int64_t{-1}, numbers}) {
+    std::vector<int32_t> entries(20000, 0);
+    entries[19000] = static_cast<int32_t>(wrong);
+    check(!cpu::in_range(entries.data(), 20000, numbers, four_threads()),
+          "in_range: an entry that is not");
+  }
+  std::vector<float> sums(static_cast<size_t>(gradient.shape.d_sae));
+  cpu::latent_sums(lists.offsets.data(), gradient.shape.d_sae, lists.entries.data(),
+                   gradient.problem.values.data(), sums.data(), four_threads());
+  for (int64_t j = 0; j < gradient.shape.d_sae; ++j) {
+    const float* coefficients = lists.coefficients.data();
+    const float wanted =
+        std::accumulate(coefficients + lists.offsets[j], coefficients + lists.offsets[j + 1], 0.0f);
+    check(sums[j] == wanted, "latent_sums: latent %ld: %g, not %g", j, sums[j], wanted);
+  }
+}
+
 void test_accumulate(const Gradient& gradient) {
   const Shape& shape = gradient.shape;
   const auto run = [&](const cpu::Parallel& parallel) {
@@ -352,6 +379,7 @@ void test_rows(uint64_t seed) {
   const Shape shape{random.integer(1, 60), random.integer(1, 70), random.integer(1, 150)};
   for (const cpu::Rows type : {cpu::Rows::kFloat, cpu::Rows::kBFloat16, cpu::Rows::kFloat16}) {
     const Gradient gradient(random, shape, type);
+    test_entries(gradient);
     test_accumulate(gradient);
     Cache cache(gradient, random.integer(0, shape.d_sae));
     Cache no_cache(gradient, 0);

@@ -127,6 +127,9 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "decode_backward", layout, (problem.x, *code[1:], problem.W_dec)
         yield "accumulate_rows", layout, (*code, problem.x, d_sae)
         yield "latent_major", layout, (*code, d_sae)
+        latent_offsets, entries, _ = ops.latent_major(*code, d_sae)
+        yield "gather_entries", layout, (code.values, entries)
+        yield "latent_sums", layout, (latent_offsets, entries, code.values)
         yield from _update_samples(code, layout, problem)
 
 

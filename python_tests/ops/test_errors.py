@@ -23,6 +23,7 @@ CODE = make_code(4, 20, 3)
 CSR = make_code(4, 20, 3, csr=True)
 THRESHOLD = torch.zeros(20)
 LISTS = in_latent_major(CODE, 20)
+ENTRIES = ops.latent_major(*CODE, 20)[1]
 ARGUMENTS = {
     "pack_encoder": {"W_enc": PROBLEM.W_enc, "precision": "screened"},
     "encode_topk": {
@@ -56,6 +57,10 @@ ARGUMENTS = {
         **{"dense": PROBLEM.x, "d_sae": 20},
     },
     "latent_major": {**CODE._asdict(), "d_sae": 20},
+    "gather_entries": {"source": CODE.values, "entries": ENTRIES},
+    "latent_sums": {
+        **{"latent_offsets": LISTS[0], "entries": ENTRIES, "coefficients": CODE.values}
+    },
     "row_gradient_norm": {
         **dict(zip(("latent_offsets", "rows", "coefficients"), LISTS, strict=True)),
         **{"dense": PROBLEM.x, "shift": PROBLEM.b_dec},
@@ -109,6 +114,11 @@ SHAPES = {
         ("values", torch.zeros(12), "values must have the shape of indices, [4, 3], got [12]"),
     ],
     "accumulate_rows": [("dense", torch.zeros(3, 6), "dense must have shape [4, *], got [3, 6]")],
+    "gather_entries": [("entries", ENTRIES[None], "entries must have shape [*], got [1, ")],
+    "latent_sums": [
+        ("entries", ENTRIES[None], "entries must have shape [*], got [1, "),
+        ("latent_offsets", LISTS[0][:1], "latent_offsets must have d_sae + 1 >= 2 elements, got 1"),
+    ],
     "row_gradient_norm": [
         ("dense", torch.zeros(6), "dense must have shape [*, *], got [6]"),
         ("latent_offsets", LISTS[0][None], "latent_offsets must have shape [*], got [1, 21]"),
@@ -164,6 +174,14 @@ DTYPES = {
     "decode_backward": [("grad", HALF, "grad must be float32, got float16")],
     "accumulate_rows": [
         ("dense", CODE.indices.bool(), "dense must be float32, bfloat16 or float16, got bool")
+    ],
+    "gather_entries": [
+        ("source", HALF, "source must be float32, got float16"),
+        ("entries", ENTRIES.long(), "entries must be int32, got int64"),
+    ],
+    "latent_sums": [
+        ("coefficients", HALF, "coefficients must be float32, got float16"),
+        ("latent_offsets", LISTS[0].int(), "latent_offsets must be int64, got int32"),
     ],
     "row_gradient_norm": [
         ("latent_offsets", LISTS[0].int(), "latent_offsets must be int64, got int32"),
@@ -288,6 +306,21 @@ def test_wrong_argument_is_named_while_tracing(op, changes, message):
 def test_index_outside_the_dictionary_is_named(op, changes, message):
     with pytest.raises(RuntimeError, match=re.escape(f"{op}: {message}")):
         call(op, changes)
+
+
+@pytest.mark.parametrize("op", ["gather_entries", "latent_sums"])
+@pytest.mark.parametrize("entry", [-1, 12])
+def test_entry_outside_the_code_is_named(op, entry):
+    entries = ENTRIES.clone()
+    entries[1] = entry
+    with pytest.raises(RuntimeError, match=re.escape(f"{op}: entries must be in [0, 12), got")):
+        call(op, {"entries": entries})
+
+
+def test_latent_offsets_that_do_not_partition_the_entries_are_refused():
+    message = "latent_sums: latent_offsets must ascend from 0 to the number of entries"
+    with pytest.raises(RuntimeError, match=message):
+        call("latent_sums", {"latent_offsets": LISTS[0] + 1})
 
 
 @pytest.mark.parametrize(("offsets", "got"), OFFSETS)

@@ -78,6 +78,19 @@ def test_latent_major_lists_the_entries_by_latent_and_position(n, d_in, d_sae, k
     assert rows.tolist() == [row_of[position] for _, position in expected]
 
 
+@pytest.mark.parametrize("csr", LAYOUTS)
+@pytest.mark.parametrize(("n", "d_in", "d_sae", "k"), SHAPES)
+def test_coefficients_are_ordered_and_summed_by_latent(n, d_in, d_sae, k, csr):
+    code = make_code(n, d_sae, k, csr=csr)
+    latent_offsets, entries, _ = ops.latent_major(*code, d_sae)
+    coefficients = signed(code).values
+    ordered = ops.gather_entries(coefficients, entries)
+    assert torch.equal(ordered, coefficients.flatten()[entries])
+    sums = ops.latent_sums(latent_offsets, entries, coefficients)
+    matrix = signed(code).dense(d_sae)
+    close(sums, matrix.sum(0), terms=n, magnitude=matrix.abs().sum(0))
+
+
 def gradient_case(n, d_in, d_sae, k, terms, dtype=torch.float32, csr=False):
     """Arguments of row_gradient_norm, their W, and the gradient in float64 with its magnitude."""
     shift, project, extra = terms

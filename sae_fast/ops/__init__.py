@@ -11,6 +11,7 @@ from sae_fast.ops.factors import RowFactor
 from sae_fast.ops.rows import (
     accumulate_rows,
     fused_update_,
+    gather_entries,
     latent_major,
     normalize_rows_,
     row_gradient_norm,
@@ -32,6 +33,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "fused_update_",
+    "gather_entries",
     "latent_major",
     "normalize_rows_",
     "reconstruct",

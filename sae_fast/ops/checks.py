@@ -22,8 +22,10 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: latent_offsets must have d_sae + 1 >= 2 elements, got {count}
     {op}: offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
     {op}: indices must be in [0, {d_sae}), got {index}
+    {op}: entries must be in [0, {nnz}), got {entry}
+    {op}: latent_offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
 
-The last two look at data: on the CPU always, elsewhere they would wait for the device.
+The last four look at data: on the CPU always, elsewhere they would wait for the device.
 """
 
 import torch
@@ -94,6 +96,13 @@ class _Op:
         self.tensor("offsets", offsets, (None,), (torch.int64,))
         self.require(offsets.size(0) >= 1, "offsets must have N + 1 elements", "none")
         return offsets.size(0) - 1
+
+    def latents(self, latent_offsets: Tensor) -> int:
+        self.tensor("latent_offsets", latent_offsets, (None,), (torch.int64,))
+        count = latent_offsets.size(0)
+        must = "latent_offsets must have d_sae + 1 >= 2 elements"
+        self.require(count >= 2, must, str(count))
+        return count - 1
 
     def precision(self, precision: str) -> None:
         must = "precision must be screened, fp32, bf16 or fp16"
@@ -235,6 +244,21 @@ def latent_major(  # noqa: D103
     op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
 
 
+def gather_entries(source: Tensor, entries: Tensor) -> None:  # noqa: D103
+    op = _Op("gather_entries", "source", source)
+    op.dtype("source", source, _MASTER)
+    op.tensor("entries", entries, (None,), (torch.int32,))
+
+
+def latent_sums(  # noqa: D103
+    latent_offsets: Tensor, entries: Tensor, coefficients: Tensor
+) -> None:
+    op = _Op("latent_sums", "coefficients", coefficients)
+    op.latents(latent_offsets)
+    op.tensor("entries", entries, (None,), (torch.int32,))
+    op.dtype("coefficients", coefficients, _MASTER)
+
+
 def _factors(
     op: _Op,
     latent_offsets: Tensor,
@@ -244,10 +268,7 @@ def _factors(
     shift: Tensor | None,
 ) -> tuple[int, int]:
     """Checks a factored gradient; returns its shape [d_sae, d_in]."""
-    op.tensor("latent_offsets", latent_offsets, (None,), (torch.int64,))
-    d_sae = latent_offsets.size(0) - 1
-    must = "latent_offsets must have d_sae + 1 >= 2 elements"
-    op.require(d_sae >= 1, must, str(d_sae + 1))
+    d_sae = op.latents(latent_offsets)
     op.tensor("rows", rows, (None,), (torch.int32,))
     op.tensor("coefficients", coefficients, (rows.size(0),), _MASTER)
     op.tensor("dense", dense, (None, None), _GATHERED)
@@ -363,13 +384,28 @@ def decorrelation(W: Tensor) -> None:  # noqa: D103
 def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     """What only the data can tell: offsets that partition the entries, indices of real latents."""
     op = _Op(op_name, "indices", indices)
-    entries = indices.numel()
     if offsets is not None:
-        first, last = int(offsets[0]), int(offsets[-1])
-        ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
-        must = f"offsets must ascend from 0 to the number of entries, {entries}"
-        op.require(ascending, must, f"{first} to {last}")
-    if entries > 0:
-        low, high = (int(bound) for bound in torch.aminmax(indices))
+        _check_offsets(op, "offsets", offsets, indices.numel())
+    _check_range(op, "indices", indices, d_sae)
+
+
+def check_entries(op_name: str, entries: Tensor, count: int, latent_offsets: Tensor | None) -> None:
+    """The same of a latent-major view: offsets that partition it, positions of real numbers."""
+    op = _Op(op_name, "entries", entries)
+    if latent_offsets is not None:
+        _check_offsets(op, "latent_offsets", latent_offsets, entries.numel())
+    _check_range(op, "entries", entries, count)
+
+
+def _check_offsets(op: _Op, name: str, offsets: Tensor, entries: int) -> None:
+    first, last = int(offsets[0]), int(offsets[-1])
+    ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
+    must = f"{name} must ascend from 0 to the number of entries, {entries}"
+    op.require(ascending, must, f"{first} to {last}")
+
+
+def _check_range(op: _Op, name: str, numbers: Tensor, bound: int) -> None:
+    if numbers.numel() > 0:
+        low, high = (int(end) for end in torch.aminmax(numbers))
         wrong = low if low < 0 else high
-        op.require(low >= 0 and high < d_sae, f"indices must be in [0, {d_sae})", str(wrong))
+        op.require(low >= 0 and high < bound, f"{name} must be in [0, {bound})", str(wrong))

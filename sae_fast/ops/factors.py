@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from sae_fast.ops import rows
 from sae_fast.ops.sparse_code import CodeKey
 
 
@@ -63,5 +63,4 @@ class FactorSink:
 def latent_sums(factor: RowFactor, d_sae: int) -> Tensor:
     """The sum of the coefficients of every latent, [d_sae], in the order of the entries."""
     latent_offsets, entries, _ = factor.latent_major(d_sae)
-    ordered = factor.coefficients.flatten().index_select(0, entries)
-    return torch.segment_reduce(ordered, "sum", offsets=latent_offsets, initial=0, unsafe=True)
+    return rows.latent_sums(latent_offsets, entries, factor.coefficients)

@@ -36,6 +36,8 @@ SCHEMAS = {
     " int d_sae) -> (Tensor rows, Tensor sums)",
     "latent_major": "(Tensor values, Tensor indices, Tensor? offsets, int d_sae)"
     " -> (Tensor latent_offsets, Tensor entries, Tensor rows)",
+    "gather_entries": "(Tensor source, Tensor entries) -> Tensor ordered",
+    "latent_sums": "(Tensor latent_offsets, Tensor entries, Tensor coefficients) -> Tensor sums",
     "row_gradient_norm": "(Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense,"
     " Tensor? shift, Tensor? project_onto, Tensor? extra_grad)"
     " -> (Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)",
@@ -98,6 +100,10 @@ def dynamic_size() -> torch.SymInt:
 
 
 def _check_data(name: str, arguments: dict[str, Any]) -> None:
+    if "entries" in arguments and arguments["entries"].device.type == "cpu":
+        source = arguments["source"] if "source" in arguments else arguments["coefficients"]
+        offsets = arguments.get("latent_offsets")
+        checks.check_entries(name, arguments["entries"], source.numel(), offsets)
     indices, offsets = arguments.get("indices"), arguments.get("offsets")
     if not isinstance(indices, Tensor) or indices.device.type != "cpu":
         return

@@ -80,6 +80,43 @@ refuse_backward("latent_major")
 
 
 @torch.no_grad()
+def gather_entries(
+    source: Tensor,
+    entries: Tensor,  # [M] int32
+) -> Tensor:
+    """The numbers at these flat positions of `source`, in their order, [M]."""
+    ordered: Tensor = torch.ops.sae_fast.gather_entries.default(source, entries)
+    return ordered
+
+
+@fake("gather_entries")
+def _(source: Tensor, entries: Tensor) -> Tensor:
+    return source.new_empty(entries.size(0))
+
+
+refuse_backward("gather_entries")
+
+
+@torch.no_grad()
+def latent_sums(
+    latent_offsets: Tensor,  # [F + 1] int64
+    entries: Tensor,  # [entries] int32
+    coefficients: Tensor,
+) -> Tensor:
+    """Per latent: the sum of the coefficients at the flat positions of its entries, [F]."""
+    sums: Tensor = torch.ops.sae_fast.latent_sums.default(latent_offsets, entries, coefficients)
+    return sums
+
+
+@fake("latent_sums")
+def _(latent_offsets: Tensor, entries: Tensor, coefficients: Tensor) -> Tensor:
+    return coefficients.new_empty(latent_offsets.size(0) - 1)
+
+
+refuse_backward("latent_sums")
+
+
+@torch.no_grad()
 def row_gradient_norm(
     latent_offsets: Tensor,  # [F + 1] int64
     rows: Tensor,  # [entries] int32

@@ -65,7 +65,7 @@ def _merge(factors: Sequence[RowFactor], W: Tensor, view: LatentMajor) -> Merged
             for start, n in zip(starts, n_rows, strict=True)
         ]
         rows = torch.cat(parts).index_select(0, rows)
-    ordered = coefficients.index_select(0, entries)
+    ordered = ops.gather_entries(coefficients, entries)
     return MergedFactors(latent_offsets, rows, ordered, dense, shift)
 
 

@@ -79,6 +79,14 @@ int64_t count_active(const Code& code, int64_t entries);
 // Counting sort of those entries: offsets [d_sae + 1], and the flat position and the token of each.
 void sort_by_latent(const Code& code, int64_t d_sae, int64_t* offsets, int32_t* entries,
                     int32_t* rows, const Parallel& parallel);
+// Whether all of them are in [0, bound).
+bool in_range(const int32_t* numbers, int64_t count, int64_t bound, const Parallel& parallel);
+// to[i] = source[entries[i]]
+void gather_entries(const float* source, const int32_t* entries, int64_t count, float* to,
+                    const Parallel& parallel);
+// sums[j] of source[entries[p]] over the entries p of latent j, in their order.
+void latent_sums(const int64_t* offsets, int64_t d_sae, const int32_t* entries, const float* source,
+                 float* sums, const Parallel& parallel);
 // Fills slots [d_sae] for at most `budget` latents with the longest lists; returns how many.
 int64_t plan_cache(const int64_t* offsets, int64_t d_sae, int64_t budget, int32_t* slots);
 

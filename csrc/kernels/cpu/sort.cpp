@@ -1,4 +1,5 @@
-// The latent-major view of a code: a counting sort, the same at every instruction set.
+// The latent-major view of a code, a counting sort, and what is read through it: the same at every
+// instruction set.
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
@@ -14,6 +15,16 @@ void each_active(const Code& code, int64_t first, int64_t end, Function&& functi
       if (code.values[entry] != 0.0f) function(entry, token);  // NaN != 0 holds
     }
   }
+}
+
+// Calls function(first, end) for ranges of kPart that cover [0, count).
+constexpr int64_t kPart = 1 << 14;
+template <class Function>
+void for_each_part(int64_t count, const Parallel& parallel, Function&& function) {
+  parallel.for_each((count + kPart - 1) / kPart, [&](int64_t part) {
+    const int64_t end = (part + 1) * kPart;
+    function(part * kPart, end < count ? end : count);
+  });
 }
 
 }  // namespace
@@ -60,6 +71,42 @@ void sort_by_latent(const Code& code, int64_t d_sae, int64_t* offsets, int32_t* 
     const auto k = static_cast<uint32_t>(code.k);
     for (int64_t i = total * thread / threads; i < total * (thread + 1) / threads; ++i) {
       rows[i] = static_cast<int32_t>(static_cast<uint32_t>(entries[i]) / k);
+    }
+  });
+}
+
+bool in_range(const int32_t* numbers, int64_t count, int64_t bound, const Parallel& parallel) {
+  std::vector<char> wrong(static_cast<size_t>((count + kPart - 1) / kPart), 0);
+  for_each_part(count, parallel, [&](int64_t first, int64_t end) {
+    uint32_t largest = 0;  // a negative number is above every bound
+    for (int64_t i = first; i < end; ++i) {
+      const auto number = static_cast<uint32_t>(numbers[i]);
+      largest = largest > number ? largest : number;
+    }
+    wrong[static_cast<size_t>(first / kPart)] = static_cast<int64_t>(largest) >= bound ? 1 : 0;
+  });
+  for (const char part : wrong) {
+    if (part != 0) return false;
+  }
+  return true;
+}
+
+void gather_entries(const float* source, const int32_t* entries, int64_t count, float* to,
+                    const Parallel& parallel) {
+  for_each_part(count, parallel, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) to[i] = source[entries[i]];
+  });
+}
+
+void latent_sums(const int64_t* offsets, int64_t d_sae, const int32_t* entries, const float* source,
+                 float* sums, const Parallel& parallel) {
+  constexpr int64_t kLatents = 256;  // few enough that a busy one does not hold up the rest
+  parallel.for_each((d_sae + kLatents - 1) / kLatents, [&](int64_t part) {
+    const int64_t end = (part + 1) * kLatents < d_sae ? (part + 1) * kLatents : d_sae;
+    for (int64_t latent = part * kLatents; latent < end; ++latent) {
+      float sum = 0.0f;
+      for (int64_t i = offsets[latent]; i < offsets[latent + 1]; ++i) sum += source[entries[i]];
+      sums[latent] = sum;
     }
   });
 }

@@ -13,6 +13,7 @@ namespace sae_fast::cuda {
 namespace {
 
 constexpr int kEntryThreads = 256;
+constexpr int kLatentsPerBlock = kEntryThreads / kWarpSize;
 
 // ---- kernels
 
@@ -99,6 +100,26 @@ __global__ void __launch_bounds__(kEntryThreads)
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kEntryThreads;
   int64_t p = static_cast<int64_t>(blockIdx.x) * kEntryThreads + threadIdx.x;
   for (; p < count; p += stride) to[p] = from[entries[p]];
+}
+
+// One warp a latent.
+__global__ void __launch_bounds__(kEntryThreads)
+    latent_sums_kernel(const int64_t* __restrict__ latent_offsets,
+                       const int32_t* __restrict__ entries, const float* __restrict__ coefficients,
+                       int64_t latents, float* __restrict__ sums) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kLatentsPerBlock;
+  int64_t latent = static_cast<int64_t>(blockIdx.x) * kLatentsPerBlock + threadIdx.x / kWarpSize;
+  for (; latent < latents; latent += stride) {
+    const int64_t end = latent_offsets[latent + 1];
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int64_t p = latent_offsets[latent] + lane; p < end; p += kWarpSize) {
+      sum += coefficients[entries[p]];
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) sums[latent] = sum;
+  }
 }
 
 // One block a latent.
@@ -220,6 +241,19 @@ cudaError_t latent_major(const float* values, const int32_t* indices, CodeRows c
   return error;
 }
 
+cudaError_t gather_entries(const float* from, const int32_t* entries, int64_t count, float* to,
+                           cudaStream_t stream) {
+  return launch(gather_kernel, entry_blocks(count), kEntryThreads, 0, stream, from, entries, count,
+                to);
+}
+
+cudaError_t latent_sums(const int64_t* latent_offsets, const int32_t* entries,
+                        const float* coefficients, int64_t latents, float* sums,
+                        cudaStream_t stream) {
+  return launch(latent_sums_kernel, ceil_div<int64_t>(latents, kLatentsPerBlock), kEntryThreads, 0,
+                stream, latent_offsets, entries, coefficients, latents, sums);
+}
+
 cudaError_t accumulate_rows_scratch_bytes(int64_t entries, int64_t d_sae, int64_t d_in,
                                           size_t* bytes) {
   Scratch scratch(nullptr);
@@ -242,8 +276,7 @@ cudaError_t accumulate_rows(const float* coefficients, const int32_t* indices, C
                         pieces.rows, d_sae, pieces.latent_major, stream);
   });
   then([&] {
-    return launch(gather_kernel, entry_blocks(code.entries), kEntryThreads, 0, stream, coefficients,
-                  pieces.entries, code.entries, pieces.coefficients);
+    return gather_entries(coefficients, pieces.entries, code.entries, pieces.coefficients, stream);
   });
   then([&] {
     return plan_latents(pieces.latent_offsets, d_sae, kChunkEntries, pieces.plan, pieces.scan,

@@ -20,6 +20,16 @@ cudaError_t latent_major(const float* values,     // [entries of code]
                          int32_t* rows,            // [entries of code]: row n of that entry
                          int64_t d_sae, void* scratch, cudaStream_t stream);
 
+// to[p] = from[entries[p]]
+cudaError_t gather_entries(const float* from, const int32_t* entries, int64_t count, float* to,
+                           cudaStream_t stream);
+
+// sums[j] of coefficients[entries[p]] over the entries p of latent j.
+cudaError_t latent_sums(const int64_t* latent_offsets,  // [F + 1]
+                        const int32_t* entries, const float* coefficients, int64_t latents,
+                        float* sums,  // [F]
+                        cudaStream_t stream);
+
 // rows[j] = sum over the entries of latent j of coefficient * dense[n]; sums[j] of coefficients.
 cudaError_t accumulate_rows_scratch_bytes(int64_t entries, int64_t d_sae, int64_t d_in,
                                           size_t* bytes);
