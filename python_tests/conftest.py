@@ -1,4 +1,7 @@
-"""Puts this folder on the path, so that every test can import the helpers that lie beside it."""
+"""Puts this folder on the path, so that every test can import the helpers that lie beside it.
+
+Tests with the fixture `device` run on the CPU and, where torch and sae_fast have one, on CUDA.
+"""
 
 import pytest
 import torch
@@ -6,13 +9,42 @@ import torch
 import sae_fast
 
 
+def why_no_cuda():
+    """What is missing for the tests on CUDA, or None."""
+    if not torch.cuda.is_available():
+        return "needs a CUDA device: torch finds none"
+    info = sae_fast.build_info()
+    if info["backend"] != "reference" and not info["cuda"]:
+        return f"needs the CUDA backend: {info['why_no_cuda']}"
+    return None
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     """Every device that results must agree on; those this machine cannot test are skipped."""
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device: torch finds none")
-        info = sae_fast.build_info()
-        if info["backend"] != "reference" and not info["cuda"]:
-            pytest.skip(f"needs the CUDA backend: {info['why_no_cuda']}")
+    if request.param == "cuda" and (missing := why_no_cuda()):
+        pytest.skip(missing)
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cuda_device():
+    """For what only CUDA has: streams, graphs, several devices."""
+    if missing := why_no_cuda():
+        pytest.skip(missing)
+    return torch.device("cuda")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without CUDA, one skipped case of every file says that there are more."""
+    if not why_no_cuda():
+        return
+    kept, dropped, seen = [], [], set()
+    for item in items:
+        needs_cuda = item.get_closest_marker("cuda") is not None
+        (dropped if needs_cuda and item.path in seen else kept).append(item)
+        if needs_cuda:
+            seen.add(item.path)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept

@@ -4,14 +4,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from device_ops import ops
 from torch import Tensor
 
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 EXACT = ("screened", "fp32")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 NO_COPY = (None, None, None)
-
-ops = torch.ops.sae_fast
 
 
 class Problem(NamedTuple):
@@ -30,6 +29,9 @@ class Problem(NamedTuple):
     def double(self) -> "Problem":
         return Problem(*(tensor.double() for tensor in self))
 
+    def to(self, device: torch.device) -> "Problem":
+        return Problem(*(tensor.to(device) for tensor in self))
+
     def requires_grad(self) -> "Problem":
         return Problem(*(tensor.detach().clone().requires_grad_() for tensor in self))
 
@@ -38,10 +40,11 @@ def make_problem(n: int = 20, d_in: int = 12, d_sae: int = 70, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     W_dec = torch.nn.functional.normalize(normal(d_sae, d_in), dim=1)
-    return Problem(normal(n, d_in), normal(d_sae, d_in), normal(d_sae), W_dec, normal(d_in))
+    problem = Problem(normal(n, d_in), normal(d_sae, d_in), normal(d_sae), W_dec, normal(d_in))
+    return problem.to(torch.get_default_device())
 
 
 class Code(NamedTuple):
@@ -53,29 +56,39 @@ class Code(NamedTuple):
     def n_rows(self) -> int:
         return self.indices.shape[0] if self.offsets is None else self.offsets.numel() - 1
 
+    def to(self, device: torch.device) -> "Code":
+        return Code(*(None if tensor is None else tensor.to(device) for tensor in self))
+
     def dense(self, d_sae: int) -> Tensor:
         """[N, d_sae] float64."""
+        device = self.values.device
+        rows = torch.arange(self.n_rows, device=device)
         if self.offsets is None:
-            rows = torch.arange(self.n_rows).repeat_interleave(self.indices.shape[1])
+            rows = rows.repeat_interleave(self.indices.shape[1])
         else:
-            rows = torch.arange(self.n_rows).repeat_interleave(self.offsets.diff())
-        out = torch.zeros(self.n_rows, d_sae, dtype=torch.float64)
+            rows = rows.repeat_interleave(self.offsets.diff())
+        out = torch.zeros(self.n_rows, d_sae, dtype=torch.float64, device=device)
         place = (rows, self.indices.flatten().long())
         return out.index_put(place, self.values.flatten().double(), accumulate=True)
 
 
 def make_code(n: int, d_sae: int, k: int, *, csr: bool = False, seed: int = 1) -> Code:
     """Codes of k different latents a row, some of value 0; with csr, of 0 to k."""
+    device = torch.get_default_device()
     generator = torch.Generator().manual_seed(seed)
-    indices = torch.rand(n, d_sae, generator=generator).argsort(1)[:, :k].int()
-    values = torch.rand(n, k, generator=generator) + 0.1
-    values[torch.rand(n, k, generator=generator) < 0.2] = 0.0
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device="cpu")
+
+    indices = uniform(n, d_sae).argsort(1)[:, :k].int()
+    values = uniform(n, k) + 0.1
+    values[uniform(n, k) < 0.2] = 0.0
     if not csr:
-        return Code(values, indices, None)
-    counts = torch.randint(0, k + 1, (n,), generator=generator)
-    keep = torch.arange(k) < counts[:, None]
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Code(values[keep], indices[keep], offsets)
+        return Code(values, indices, None).to(device)
+    counts = torch.randint(0, k + 1, (n,), generator=generator, device="cpu")
+    keep = torch.arange(k, device="cpu") < counts[:, None]
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return Code(values[keep], indices[keep], offsets).to(device)
 
 
 def codes(n: int = 20, d_sae: int = 70, k: int = 6) -> list[Code]:

@@ -11,11 +11,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
 ]
 
-DEAD = torch.arange(70) % 3 == 0
-
 
 def topk_step(x, W_enc, b_enc, W_dec, b_dec, precision):
-    code = ops.encode_topk(x, W_enc, b_enc, b_dec, 5, precision=precision, dead_mask=DEAD, k_aux=4)
+    dead = torch.arange(70, device=x.device) % 3 == 0
+    code = ops.encode_topk(x, W_enc, b_enc, b_dec, 5, precision=precision, dead_mask=dead, k_aux=4)
     found = ops.reconstruct(code, W_dec, b_dec, x)
     aux = ops.decode(code.aux, W_dec)
     return found.squared_error.mean() + aux.square().mean() + ops.decorrelation(W_dec)
@@ -29,8 +28,8 @@ def threshold_step(x, W_enc, b_enc, W_dec, b_dec, precision):
     return found.squared_error.sum() + x_hat.sin().sum() + code.values.sum()
 
 
-def loss_and_gradients(step, n, precision):
-    problem = make_problem(n).requires_grad()
+def loss_and_gradients(step, n, precision, device):
+    problem = make_problem(n).to(device).requires_grad()
     loss = step(*problem, precision)
     loss.backward()
     return loss, *(tensor.grad for tensor in problem)
@@ -45,23 +44,23 @@ def loss_and_gradients(step, n, precision):
         pytest.param(topk_step, "inductor", "screened", marks=pytest.mark.slow),
     ],
 )
-def test_compiled_training_step_equals_eager_for_every_batch_size(step, backend, precision):
+def test_compiled_training_step_equals_eager_for_every_batch_size(step, backend, precision, device):
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
-    loss_and_gradients(compiled, 20, precision)
+    loss_and_gradients(compiled, 20, precision, device)
     # Compiled, reconstruct sees a gradient of 0 where eager sees none, and rounds its residual.
     rounded_to = {"bf16": torch.bfloat16}.get(precision, torch.float32)
     with torch.compiler.set_stance("fail_on_recompile"):
         for n in (20, 33, 7):
-            found = loss_and_gradients(compiled, n, precision)
-            expected = loss_and_gradients(step, n, precision)
+            found = loss_and_gradients(compiled, n, precision, device)
+            expected = loss_and_gradients(step, n, precision, device)
             for a, b in zip(found, expected, strict=True):
                 close(a, b.double(), terms=n, magnitude=8 * b.abs().max(), dtype=rounded_to)
 
 
-def test_code_passes_through_a_compiled_function():
+def test_code_passes_through_a_compiled_function(device):
     torch.compiler.reset()
-    problem = make_problem()
+    problem = make_problem().to(device)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def encode(x):

@@ -1,7 +1,10 @@
 import pytest
 import torch
-from op_samples import LOW, Code, make_code, make_problem, ops
+from device_ops import ops
+from op_samples import LOW, Code, make_code, make_problem
 from tolerances import close
+
+pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 DTYPES = [torch.float32, *LOW.values()]
 SHAPES = [  # N, D, F, k

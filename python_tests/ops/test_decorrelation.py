@@ -1,7 +1,10 @@
 import pytest
 import torch
-from op_samples import make_problem, ops
+from device_ops import ops
+from op_samples import make_problem
 from tolerances import close
+
+pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 SHAPES = [(1, 5), (2, 1), (9, 33), (40, 8), (300, 24), (1000, 65)]
 

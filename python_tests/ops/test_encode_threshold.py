@@ -1,10 +1,11 @@
 import pytest
 import torch
+from device_ops import public as ops
 from encoding_oracle import integers, pre_activations, rounding
 from op_samples import EXACT, PRECISIONS, Problem, make_problem
 from tolerances import close
 
-from sae_fast import ops
+pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 SHAPES = [  # N, D, F
     pytest.param(0, 8, 64, id="no rows"),

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from device_ops import public as ops
 from encoding_oracle import check_largest, integers, largest, pre_activations
 from op_samples import EXACT, PRECISIONS, Problem, make_problem
 
-from sae_fast import ops
+pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 SHAPES = [  # N, D, F, k
     pytest.param(0, 8, 64, 3, id="no rows"),

@@ -8,6 +8,8 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.ops.library import NATIVE
 
+pytestmark = pytest.mark.usefixtures("default_device")
+
 GRADIENTS = [pytest.param(True, id="dense"), pytest.param(False, id="factored")]
 NAMES = ("x", "W_enc", "b_enc", "W_dec", "b_dec")
 

@@ -1,19 +1,33 @@
+import functools
+
 import pytest
 import torch
+from device_ops import moved
 from op_samples import samples
 from torch import Tensor
 
 import sae_fast.ops  # noqa: F401
 from sae_fast.ops import library
 
-SAMPLES = [pytest.param(name, args, id=f"{name}-{case}") for name, case, args in samples()]
+pytestmark = pytest.mark.usefixtures("ops_on_device")
+
+SAMPLES = [pytest.param(name, case, id=f"{name}-{case}") for name, case, _ in samples()]
 DIFFERENTIABLE = ("encode_topk", "encode_threshold", "decode", "reconstruct", "decorrelation")
 
 
 def one_of_each():
     """The first sample of every op in every layout: tracing is slow."""
-    found = {(name, "csr" in case): (name, args) for name, case, args in reversed([*samples()])}
+    found = {(name, "csr" in case): (name, case) for name, case, _ in reversed([*samples()])}
     return [pytest.param(*sample, id=f"{sample[0]}-{csr}") for (_, csr), sample in found.items()]
+
+
+@functools.cache
+def samples_on(device):
+    """The arguments of every sample: what ops computed for them is the device's own."""
+    return {
+        (name, case): tuple(moved(a, device) if isinstance(a, Tensor) else a for a in arguments)
+        for name, case, arguments in samples()
+    }
 
 
 def overload(name):
@@ -30,30 +44,35 @@ def with_grad(name, arguments):
     )
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 @pytest.mark.parametrize("name", library.SCHEMAS)
 def test_schema_is_the_one_in_the_list(name):
     written = torch._C.parse_schema(f"sae_fast::{name}{library.SCHEMAS[name]}")
     assert str(overload(name)._schema) == str(written)
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_every_op_has_samples():
     assert {name for name, _, _ in samples()} == set(library.SCHEMAS)
 
 
-@pytest.mark.parametrize(("name", "arguments"), SAMPLES)
-def test_op_passes_opcheck(name, arguments):
+@pytest.mark.parametrize(("name", "case"), SAMPLES)
+def test_op_passes_opcheck(name, case, device):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(overload(name), with_grad(name, arguments), test_utils=checks)
+    arguments = with_grad(name, samples_on(device)[name, case])
+    torch.library.opcheck(overload(name), arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize(("name", "arguments"), one_of_each())
-def test_op_passes_opcheck_when_traced_with_dynamic_shapes(name, arguments):
+@pytest.mark.parametrize(("name", "case"), one_of_each())
+def test_op_passes_opcheck_when_traced_with_dynamic_shapes(name, case, device):
     check = "test_aot_dispatch_dynamic"
-    torch.library.opcheck(overload(name), with_grad(name, arguments), test_utils=check)
+    arguments = with_grad(name, samples_on(device)[name, case])
+    torch.library.opcheck(overload(name), arguments, test_utils=check)
 
 
-@pytest.mark.parametrize(("name", "arguments"), SAMPLES)
-def test_result_is_no_view_of_an_argument(name, arguments):
+@pytest.mark.parametrize(("name", "case"), SAMPLES)
+def test_result_is_no_view_of_an_argument(name, case, device):
+    arguments = samples_on(device)[name, case]
     arguments = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
     given = {a.untyped_storage().data_ptr() for a in arguments if isinstance(a, Tensor)}
     outputs = overload(name)(*arguments)
@@ -63,13 +82,13 @@ def test_result_is_no_view_of_an_argument(name, arguments):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("name", "case"),
     [p for p in SAMPLES if p.values[0] in ("pack_encoder", "decode_backward", "accumulate_rows")],
 )
-def test_backward_through_an_op_without_derivative_is_refused(name, arguments):
+def test_backward_through_an_op_without_derivative_is_refused(name, case, device):
     arguments = [
         a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in arguments
+        for a in samples_on(device)[name, case]
     ]
     outputs = overload(name)(*arguments)
     output = outputs[0] if isinstance(outputs, tuple) else outputs

@@ -4,13 +4,16 @@ import io
 import pytest
 import torch
 from op_samples import LOW, PRECISIONS, make_problem, update_scalars
+from tolerances import close
 
 from sae_fast import ops
 from sae_fast.ops.working_copies import copies_to_refresh, decoder_copy, encoder_copy
 
+pytestmark = pytest.mark.usefixtures("default_device")
+
 
 @pytest.fixture
-def W():
+def W(default_device):
     return torch.nn.Parameter(make_problem().W_dec)
 
 
@@ -94,7 +97,12 @@ def test_update_keeps_the_encoder_copy_current(W, precision):
     update(W, precision)
     assert same_tensors(before, encoder_copy(W, precision))
     fresh = torch.ops.sae_fast.pack_encoder(W.detach().clone(), precision)
-    assert all(torch.equal(a, b) for a, b in zip(before, fresh, strict=True))
+    assert torch.equal(before[0], fresh[0])
+    assert torch.equal(before[2], fresh[2])
+    if W.is_cuda:  # two kernels add up the lengths, which only bound errors, in their own order
+        close(before[1], fresh[1].double(), terms=W.shape[1])
+    else:
+        assert torch.equal(before[1], fresh[1])
 
 
 @pytest.mark.parametrize("precision", LOW)
