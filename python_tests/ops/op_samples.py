@@ -1,10 +1,11 @@
 """Inputs for the ops, shared by the tests of results, registration, gradients and compilation."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from device_ops import ops
+from device_ops import moved, ops
 from torch import Tensor
 
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
@@ -144,6 +145,20 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "gather_entries", layout, (code.values, entries)
         yield "latent_sums", layout, (latent_offsets, entries, code.values)
         yield from _update_samples(code, layout, problem)
+
+
+@functools.cache
+def samples_on(device: torch.device) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """The arguments of every sample on a device; ops that make arguments run there."""
+    return {
+        (name, case): tuple(moved(a, device) if isinstance(a, Tensor) else a for a in arguments)
+        for name, case, arguments in samples()
+    }
+
+
+def kept_rows(cached: Tensor, cache_slots: Tensor) -> Tensor:
+    """The rows that row_gradient_norm kept, by latent: of the others nothing was written."""
+    return cached[cache_slots[cache_slots >= 0].long()]
 
 
 def _update_samples(

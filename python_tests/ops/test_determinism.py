@@ -1,7 +1,15 @@
 import pytest
 import torch
 from device_ops import ops
-from op_samples import LOW, Code, in_latent_major, make_code, make_problem, update_arguments
+from op_samples import (
+    LOW,
+    Code,
+    in_latent_major,
+    kept_rows,
+    make_code,
+    make_problem,
+    update_arguments,
+)
 
 from sae_fast import ops as public
 from sae_fast.ops.library import NATIVE
@@ -39,7 +47,8 @@ def update():
     arguments = (*lists, PROBLEM.x, None, PROBLEM.W_dec, PROBLEM.W_enc)
     updated = update_arguments(*arguments, PROBLEM.W_dec)
     ops.fused_update_(*updated)
-    return *updated[:3], *ops.row_gradient_norm(*arguments)
+    squared_norm, sums, cached, cache_slots = ops.row_gradient_norm(*arguments)
+    return *updated[:3], squared_norm, sums, cache_slots, kept_rows(cached, cache_slots)
 
 
 def training_step(dense_grad):

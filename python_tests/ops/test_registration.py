@@ -1,9 +1,6 @@
-import functools
-
 import pytest
 import torch
-from device_ops import moved
-from op_samples import samples
+from op_samples import samples, samples_on
 from torch import Tensor
 
 import sae_fast.ops  # noqa: F401
@@ -19,15 +16,6 @@ def one_of_each():
     """The first sample of every op in every layout: tracing is slow."""
     found = {(name, "csr" in case): (name, case) for name, case, _ in reversed([*samples()])}
     return [pytest.param(*sample, id=f"{sample[0]}-{csr}") for (_, csr), sample in found.items()]
-
-
-@functools.cache
-def samples_on(device):
-    """The arguments of every sample: what ops computed for them is the device's own."""
-    return {
-        (name, case): tuple(moved(a, device) if isinstance(a, Tensor) else a for a in arguments)
-        for name, case, arguments in samples()
-    }
 
 
 def overload(name):
