@@ -20,9 +20,12 @@ from benchmarks.support.problem import Weights
 
 EAGER_CLASSES = {"eager": EagerTrainer, "tuned": TunedTrainer, "gather": GatherTrainer}
 OURS = ("sae_fast", "sae_fast_bf16")
+OURS_ON_CUDA = (*OURS, "sae_fast_graph", "sae_fast_graph_bf16")
+# The precision of each of ours, whose floor is another.
+PRECISIONS = {name: "bf16" if name.endswith("_bf16") else "screened" for name in OURS_ON_CUDA}
 BASELINES = (
     *("eager", "tuned", "gather", "compile"),
-    *("eager_bf16", "tuned_bf16", "gather_bf16"),
+    *("eager_bf16", "tuned_bf16", "gather_bf16", "compile_bf16"),
 )
 PEER_MODULES = {
     "sparsify": "sparsify",
@@ -30,6 +33,17 @@ PEER_MODULES = {
     "saelens_bf16": "sae_lens",
     "dictionary_learning": "dictionary_learning",
 }
+# Never found: a repository pinned to torch 2.1, in no package index. The table says so.
+UNPACKAGED = ("openai",)
+# Who is compared where nobody is named. compile comes last: it takes a minute to begin.
+DEFAULT_PEERS = {
+    "cpu": (
+        *("eager", "tuned", "gather", "compile", "eager_bf16", "tuned_bf16", "gather_bf16"),
+        *("sparsify", "saelens", "saelens_bf16", "dictionary_learning"),
+    ),
+    "cuda": ("eager_bf16", "gather_bf16", "eager", "sparsify", "openai", "compile_bf16"),
+}
+DEFAULT_OURS = {"cpu": OURS, "cuda": OURS_ON_CUDA}
 DESCRIPTIONS = {
     "sae_fast": "sae_fast, default (`screened`: exact fp32 result)",
     "sae_fast_bf16": "sae_fast, `--amp bf16`",
@@ -40,10 +54,20 @@ DESCRIPTIONS = {
     "gather": "PyTorch eager, also sparse encoder backward, fp32",
     "gather_bf16": "PyTorch eager, also sparse encoder backward, bf16 autocast",
     "compile": "torch.compile of the fastest fp32 one above",
+    "compile_bf16": "torch.compile of the fastest bf16 one above",
+    "sae_fast_graph": "sae_fast, default, CUDA graph",
+    "sae_fast_graph_bf16": "sae_fast, `--amp bf16`, CUDA graph",
     "sparsify": "sparsify, its Trainer, fp32",
     "saelens": "SAELens, its SAETrainer, fp32",
     "saelens_bf16": "SAELens, bf16 autocast",
     "dictionary_learning": "dictionary_learning, its trainSAE, fp32",
+    "openai": "openai/sparse_autoencoder, its kernels",
+}
+# Where the same contestant does something else than on a CPU.
+DESCRIPTIONS_ON_CUDA = {
+    "eager": "PyTorch eager, dense, fused Adam, fp32",
+    "eager_bf16": "PyTorch eager, dense, fused Adam, bf16 autocast",
+    "sparsify": "sparsify, its Trainer and Triton kernels, bf16 autocast",
 }
 
 
@@ -54,13 +78,25 @@ class StepTrainer(Protocol):
         """One whole training step; returns the loss."""
 
 
+def describe(name: str, device_type: str) -> str:
+    """What a contestant is, in words."""
+    if device_type == "cuda" and name in DESCRIPTIONS_ON_CUDA:
+        return DESCRIPTIONS_ON_CUDA[name]
+    return DESCRIPTIONS[name]
+
+
+def in_bf16(name: str, device_type: str) -> bool:
+    """Whether a contestant's loss is that of rounded operands."""
+    return name.endswith("_bf16") or (name == "sparsify" and device_type == "cuda")
+
+
 def make_local(name: str, weights: Weights, k: int, lr: float) -> StepTrainer:
     """Build a local contestant; `compile:NAME` compiles a baseline."""
-    if name in OURS:
-        from benchmarks.baselines.sae_fast_trainer import SaeFastTrainer
+    if name in OURS_ON_CUDA:
+        from benchmarks.baselines.sae_fast_trainer import CapturedTrainer, SaeFastTrainer
 
-        precision = "bf16" if name.endswith("_bf16") else "screened"
-        return SaeFastTrainer(weights, k, lr, precision=precision)
+        trainer = SaeFastTrainer(weights, k, lr, precision=PRECISIONS[name])
+        return trainer if name in OURS else CapturedTrainer(trainer)
     base = name.removeprefix("compile:")
     cls = EAGER_CLASSES[base.removesuffix("_bf16")]
     return cls(weights, k, lr, autocast=base.endswith("_bf16"), compiled=base != name)
@@ -84,8 +120,11 @@ def choose_contestants(
         if name in BASELINES:
             local.append(name)
             continue
+        if name in UNPACKAGED:
+            missing.append(name)
+            continue
         if name not in PEER_MODULES:
-            known = ", ".join([*BASELINES, *PEER_MODULES])
+            known = ", ".join([*BASELINES, *PEER_MODULES, *UNPACKAGED])
             raise ValueError(f"peers must be among {known}, got {name!r}")
         python = interpreters.get(name.removesuffix("_bf16"))
         if python is None and importlib.util.find_spec(PEER_MODULES[name]) is not None:

@@ -1,25 +1,30 @@
 """Times each op of sae_fast against its PyTorch equivalent and against the floor of its work.
 
 python -m benchmarks.kernels --sizes S2 --markdown results/kernels.md
+python -m benchmarks.kernels --device cuda --sizes G1,G2
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.support.cuda_rates import device_section, measure_device
 from benchmarks.support.floors import Rates, bare_product_seconds, measure_rates
 from benchmarks.support.heats import say
 from benchmarks.support.kernel_cases import all_cases
 from benchmarks.support.kernel_setting import Case, Setting
 from benchmarks.support.machine import command_line, describe_machine
-from benchmarks.support.problem import Size, parse_size
+from benchmarks.support.problem import DEFAULT_SIZES, Size, parse_size
 from benchmarks.support.reader import measure_reader, reader_section
 from benchmarks.support.tables import (
     machine_line,
@@ -30,18 +35,30 @@ from benchmarks.support.tables import (
     write_json,
     write_text,
 )
-from benchmarks.support.timing import Sample, interleave, measure, median_ratio, summarize
+from benchmarks.support.timing import (
+    Sample,
+    calls_per_sample,
+    interleave,
+    measure,
+    measure_cold,
+    median_ratio,
+    summarize,
+)
+from sae_fast.training.device import checked_device
 
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 
 
-def time_case(case: Case, rounds: int) -> dict[str, Any]:
-    """Check an op against PyTorch, then time both in turn."""
+def time_case(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
+    """Check an op against PyTorch, then time both in turn, on a GPU with nothing in its L2."""
     case.check()
 
     def sampler(call: Callable[[], object]) -> Callable[[], Sample]:
         call()
-        return lambda: measure(call)
+        if device.type == "cpu":
+            return lambda: measure(call)
+        calls = calls_per_sample(measure_cold(call, device).seconds, device)
+        return lambda: measure_cold(call, device, calls)
 
     samplers = {"ours": sampler(case.ours), "torch": sampler(case.torch)}
     if case.floor_call is not None:
@@ -64,19 +81,34 @@ def time_case(case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
-def run_size(size: Size, rounds: int) -> dict[str, Any]:
-    """All ops at one size."""
+def run_size(
+    size: Size, rounds: int, device: torch.device, deadline: float = math.inf
+) -> dict[str, Any]:
+    """All ops at one size; after the deadline the rest is left out."""
     say(size.describe())
-    rates = measure_rates(size, "fp32")
-    products = {precision: bare_product_seconds(size, precision) for precision in PRECISIONS}
-    with torch.no_grad():
-        setting = Setting(size, rates, {name: seconds for name, (seconds, _) in products.items()})
-    rows = []
     start = time.perf_counter()
-    for case in all_cases(setting):
-        rows.append(time_case(case, rounds))
+    rates = measure_rates(size, "fp32", device)
+    products = {
+        precision: bare_product_seconds(size, precision, device) for precision in PRECISIONS
+    }
+    with torch.no_grad():
+        seconds = {name: seconds for name, (seconds, _) in products.items()}
+        setting = Setting(size, rates, seconds, device)
+    rows, failures = [], []
+    # What the cases make is made on the GPU; on a CPU the context would only cost time.
+    with nullcontext() if device.type == "cpu" else device:
+        for case in all_cases(setting):
+            if time.monotonic() > deadline:
+                failures.append(f"{case.name} and what follows: no time left")
+                break
+            try:
+                rows.append(time_case(case, rounds, device))
+            except RuntimeError as error:  # out of memory, or another result than PyTorch's
+                failures.append(f"{case.name}: {str(error).splitlines()[0]}")
+                say(f"  {failures[-1]}")
     say(f"  took {time.perf_counter() - start:.0f} s")
     return {
+        "failures": failures,
         "size": asdict(size),
         "ops": rows,
         "rates": asdict(rates),
@@ -122,6 +154,7 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
         f"Bare product: {products}. Gathers {rates.gather_latents / 1e9:.0f} GB/s from W_dec, "
         f"{rates.gather_tokens / 1e9:.0f} GB/s from a batch; stream {rates.stream / 1e9:.0f} GB/s.",
         "Floors, all at rates measured in the same run. " + "; ".join(floors) + ".",
+        *(f"Not timed: {failure}." for failure in result.get("failures", [])),
     ]
 
 
@@ -131,10 +164,13 @@ def report(results: Mapping[str, Any]) -> str:
         "# The ops, one by one",
         "Times are medians of interleaved rounds in milliseconds. The floor counts only the work "
         "named below each table, at rates measured in the same run; for the selection it is the "
-        "bare product, so `time / floor` is what selecting costs on top of it.",
+        "bare product, so `time / floor` is what selecting costs on top of it. On a GPU nothing is "
+        "in the L2 when a call begins.",
     ]
     for result in results["sizes"].values():
         parts += size_section(result)
+    for name, rates in results.get("device", {}).items():
+        parts += device_section(name, rates)
     if results.get("reader"):
         parts += reader_section(results["reader"])
     parts.append(f"{machine_line(results['machine'])}\n`{results['command']}`")
@@ -144,9 +180,15 @@ def report(results: Mapping[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.kernels")
-    parser.add_argument("--sizes", default="S1,S2,S3,S4", help="S1…S4 or NxDxFxK, comma-separated")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--sizes", help="S1…S4, G1…G3 or NxDxFxK, comma-separated; default: all for the device"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="nothing new begins after them"
+    )
     parser.add_argument("--no-reader", action="store_true", help="leave the data reader out")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
@@ -157,18 +199,33 @@ def main() -> None:
     """Run, print the tables, write the files."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
-    sizes = [parse_size(text) for text in options.sizes.split(",")]
+    device, deadline = checked_device(options.device), time.monotonic() + options.seconds
+    names = options.sizes.split(",") if options.sizes else DEFAULT_SIZES[device.type]
+    sizes = [parse_size(text) for text in names]
     results: dict[str, Any] = {
-        "machine": describe_machine(),
+        "machine": describe_machine(device),
         "command": command_line("benchmarks.kernels"),
-        "sizes": {size.name: run_size(size, options.rounds) for size in sizes},
-        "reader": None if options.no_reader else measure_reader(sizes[0]),
+        "sizes": {},
+        "device": {},
     }
-    if options.json:
-        write_json(options.json, results)
-    if options.markdown:
-        write_text(options.markdown, report(results))
+
+    def keep() -> None:
+        """After every size: a long run that is cut short keeps what it has."""
+        if options.json:
+            write_json(options.json, results)
+        if options.markdown:
+            write_text(options.markdown, report(results))
+
+    for size in sizes:
+        if device.type == "cuda":
+            results["device"][size.name] = measure_device(size, device)
+        results["sizes"][size.name] = run_size(size, options.rounds, device, deadline)
+        keep()
+    if device.type == "cpu" and not options.no_reader:
+        results["reader"] = measure_reader(sizes[0])
+        keep()
     print(report(results))
+    sys.exit(1 if any(result["failures"] for result in results["sizes"].values()) else 0)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,51 @@
 """Times one whole training step of sae_fast against PyTorch and the packaged trainers.
 
 python -m benchmarks.train_step --sizes S1,S2 --rounds 9 --json results/train_step.json
+python -m benchmarks.train_step --device cuda --sizes G1,G2,G3
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.contestants import BASELINES, OURS, PEER_MODULES, choose_contestants
+from benchmarks.contestants import (
+    BASELINES,
+    DEFAULT_OURS,
+    DEFAULT_PEERS,
+    OURS_ON_CUDA,
+    PEER_MODULES,
+    UNPACKAGED,
+    choose_contestants,
+)
 from benchmarks.support.floors import measure_rates, step_floor
 from benchmarks.support.heats import Field, measure_memory, run_heats, say
 from benchmarks.support.machine import command_line, describe_machine
-from benchmarks.support.problem import Size, parse_size
+from benchmarks.support.problem import DEFAULT_SIZES, Size, parse_size
 from benchmarks.support.step_report import read_results, report, size_result
 from benchmarks.support.tables import write_json, write_text
+from sae_fast.training.device import checked_device
 
 
 def run_size(size: Size, entrants: Field, memory_steps: int) -> dict[str, Any]:
     """Everything about one size, as it goes into the JSON file."""
     say(size.describe())
     memory: dict[str, int] = {}
-    if memory_steps:
+    if memory_steps and entrants.device.type == "cpu":  # on a GPU torch tells in passing
         for name in [*entrants.ours, *entrants.local]:
             memory[name] = measure_memory(name, size, entrants.threads, memory_steps)
             say(f"    {name}: peak memory {memory[name] / 2**20:.0f} MiB above the start")
-    rates = {precision: measure_rates(size, precision) for precision in ("screened", "bf16")}
+    rates = {
+        precision: measure_rates(size, precision, entrants.device)
+        for precision in ("screened", "bf16")
+    }
     floors = {precision: step_floor(size, precision, rates[precision]) for precision in rates}
     outcomes = run_heats(entrants)
     for name, peak in memory.items():
@@ -39,10 +56,13 @@ def run_size(size: Size, entrants: Field, memory_steps: int) -> dict[str, Any]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.train_step")
-    parser.add_argument("--sizes", default="S1,S2,S3,S4", help="S1…S4 or NxDxFxK, comma-separated")
-    default = ",".join([*BASELINES, *PEER_MODULES])
-    parser.add_argument("--peers", default=default, help=f"who to compare with, of {default}")
-    parser.add_argument("--ours", default=",".join(OURS), help="which modes of sae_fast")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--sizes", help="S1…S4, G1…G3 or NxDxFxK, comma-separated; default: all for the device"
+    )
+    everybody = ", ".join([*BASELINES, *PEER_MODULES, *UNPACKAGED])
+    parser.add_argument("--peers", help=f"who to compare with, comma-separated, of {everybody}")
+    parser.add_argument("--ours", help=f"which of {', '.join(OURS_ON_CUDA)}")
     parser.add_argument(
         "--peer-python",
         action="append",
@@ -54,6 +74,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="a size's limit: nothing new begins after it",
+    )
+    parser.add_argument(
         "--memory-steps", type=int, default=2, help="steps of the memory measurement; 0: none"
     )
     parser.add_argument("--json", type=Path, help="write the numbers here")
@@ -64,21 +90,30 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def names_in(text: str | None, default: Sequence[str]) -> list[str]:
+    """A comma-separated option."""
+    return list(default) if text is None else [name for name in text.split(",") if name]
+
+
 def main() -> None:
     """Run, print the tables, write the files."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    sizes = [parse_size(text) for text in options.sizes.split(",")]
+    device = checked_device(options.device)
+    ours = names_in(options.ours, DEFAULT_OURS[device.type])
+    peer_names = names_in(options.peers, DEFAULT_PEERS[device.type])
     interpreters = dict(item.split("=", 1) for item in options.peer_python)
-    ours = [name for name in options.ours.split(",") if name]
-    names = [name for name in options.peers.split(",") if name]
-    local, peers, missing = choose_contestants(names, interpreters)
+    local, peers, missing = choose_contestants(peer_names, interpreters)
     results = read_results(options.json) if options.merge else {}
-    for size in sizes:
-        entrants = Field(size, ours, local, peers, options.rounds, options.warmup, options.threads)
+    failed = False
+    for size in map(parse_size, names_in(options.sizes, DEFAULT_SIZES[device.type])):
+        limits = (options.rounds, options.warmup, options.threads)
+        deadline = time.monotonic() + options.seconds
+        entrants = Field(size, ours, local, peers, *limits, device, deadline)
         result = run_size(size, entrants, options.memory_steps)
-        result["machine"] = describe_machine()
+        failed |= any("failure" in result["contestants"][name] for name in ours)
+        result["machine"] = describe_machine(device)
         result["command"] = command_line("benchmarks.train_step")
         result["missing"] = missing
         results[size.name] = result
@@ -88,6 +123,7 @@ def main() -> None:
         if options.markdown:
             write_text(options.markdown, report(results))
     print(report(results))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

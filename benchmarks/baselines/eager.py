@@ -35,6 +35,7 @@ class EagerTrainer:
         compiled: bool = False,
         dead_after_tokens: int = DEAD_AFTER_TOKENS,
     ) -> None:
+        self.device = weights.W_enc.device
         self.W_enc = nn.Parameter(weights.W_enc.clone())  # [F, D]
         self.b_enc = nn.Parameter(weights.b_enc.clone())  # [F]
         self.W_dec = nn.Parameter(weights.W_dec.clone())  # [F, D]
@@ -43,9 +44,11 @@ class EagerTrainer:
         self.k = k
         self.autocast = autocast
         self.dead_after_tokens = dead_after_tokens
-        self.tokens_since_fired = torch.zeros(len(weights.b_enc), dtype=torch.int64)
+        self.tokens_seen = 0
+        self.tokens_since_fired = torch.zeros_like(self.b_enc, dtype=torch.int64)
         # fused=None is what a user gets who says nothing: on a CPU, a loop over the parameters.
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=self.fused_adam or None)
+        fused = True if self.fused_adam or self.device.type == "cuda" else None
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=fused)
         self.objective: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
         self.objective = torch.compile(self.compute_loss) if compiled else self.compute_loss
 
@@ -57,12 +60,12 @@ class EagerTrainer:
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Σ value · W_dec[index], without b_dec.  # [N, D]"""
-        dense = torch.zeros(len(values), len(self.W_dec), dtype=values.dtype)
+        dense = values.new_zeros(len(values), len(self.W_dec))
         return dense.scatter(-1, indices, values) @ self.W_dec
 
     def compute_loss(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to minimise, and the selected code."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             values, indices = self.select(x)
             residual = x - (self.decode(values, indices) + self.b_dec)  # [N, D]
             loss = residual.float().square().sum(-1).mean()
@@ -85,8 +88,7 @@ class EagerTrainer:
 
     def step(self, x: Tensor) -> Tensor:
         """One whole training step on x [N, D]; returns the loss."""
-        dead = self.tokens_since_fired >= self.dead_after_tokens
-        loss, values, indices = self.objective(x, dead if bool(dead.any()) else None)
+        loss, values, indices = self.objective(x, self.dead_latents())
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.project_decoder_gradient()
@@ -94,9 +96,23 @@ class EagerTrainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
-            self.tokens_since_fired += len(x)
-            self.tokens_since_fired[indices[values > 0]] = 0
+            self.count_fired(values, indices)
         return loss.detach()
+
+    def dead_latents(self) -> Tensor | None:
+        """Which latents are dead, or None; a GPU is not waited for before any can be."""
+        if self.tokens_seen < self.dead_after_tokens:
+            return None
+        dead = self.tokens_since_fired >= self.dead_after_tokens
+        return dead if bool(dead.any()) else None
+
+    def count_fired(self, values: Tensor, indices: Tensor) -> None:
+        """Count the silent tokens of every latent, without waiting for a GPU."""
+        self.tokens_seen += len(values)
+        self.tokens_since_fired += len(values)
+        fired = torch.zeros_like(self.tokens_since_fired)
+        fired.index_add_(0, indices.flatten(), (values > 0).long().flatten())
+        self.tokens_since_fired.masked_fill_(fired > 0, 0)
 
     def project_decoder_gradient(self) -> None:
         """Remove from each decoder row's gradient the part along the row."""

@@ -36,6 +36,6 @@ def train(job: Job, turns: Turns) -> None:
         "warmup_steps": 0,
         "layer": 0,
         "lm_name": "none",
-        "device": "cpu",
+        "device": str(job.device),
     }
-    trainSAE(turns.batches(job), [settings], steps=job.steps, device="cpu")
+    trainSAE(turns.batches(job), [settings], steps=job.steps, device=str(job.device))

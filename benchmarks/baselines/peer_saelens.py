@@ -19,10 +19,12 @@ def train(job: Job, turns: Turns) -> None:
         lr=job.learning_rate,
         lr_end=job.learning_rate,
         autocast=job.autocast,
+        device=str(job.device),
         logger=LoggingConfig(log_to_wandb=False),
     )
     turns.before_model()
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=size.d_in, d_sae=size.d_sae, k=size.k))
+    shape = {"d_in": size.d_in, "d_sae": size.d_sae, "k": size.k}
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(**shape, device=str(job.device)))
     with torch.no_grad():
         sae.W_enc.copy_(weights.W_enc.T)
         sae.W_dec.copy_(weights.W_dec)

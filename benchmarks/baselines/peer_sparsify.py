@@ -21,7 +21,8 @@ class RowTable(nn.Module):
         super().__init__()
         self.rows = Lookup(activations)
         self.device = activations.device
-        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.dummy_inputs = {"input_ids": ids}
 
     @property
     def base_model(self) -> nn.Module:
@@ -80,7 +81,8 @@ def train(job: Job, turns: Turns) -> None:
     with torch.no_grad():
         coder.encoder.weight.copy_(weights.W_enc)
         coder.W_dec.copy_(weights.W_dec)
-        unit = torch.ones(())  # makes the reported fraction a plain sum of squares
+        # Makes the reported fraction a plain sum of squares.
+        unit = torch.ones((), device=job.device)
         loss = coder(job.batch(0), total_variance=unit).fvu / size.n_tokens
     turns.ready(float(loss))
     trainer.fit()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from benchmarks.support.problem import Weights
@@ -16,17 +19,49 @@ class SaeFastTrainer:
     def __init__(self, weights: Weights, k: int, lr: float, *, precision: str = "screened") -> None:
         d_sae, d_in = weights.W_enc.shape
         config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, normalize_activations="none")
-        self.sae = SparseAutoencoder(config)
+        device = weights.W_enc.device
+        with device:
+            self.sae = SparseAutoencoder(config)
         self.sae.load_state_dict(vars(weights), strict=False)
         self.precision = precision
-        self.learning_rate = lr
+        self.learning_rate: float | Tensor = lr
+        # The trainer knows from its last log row that nobody can be dead yet, and on a GPU says so.
+        self.options: dict[str, Any] = {}
+        if device.type == "cuda":
+            self.learning_rate = torch.tensor(lr, dtype=torch.float64, device=device)
+            self.options = {"k_aux": 0}
         self.optimizer = RowAdam(self.sae, grad_clip=1.0, precision=precision)
 
     def step(self, x: Tensor) -> Tensor:
         """One whole training step on x [N, D]; returns the loss."""
-        loss = self.sae.training_loss(x, precision=self.precision, dense_grad=False)
+        loss = self.sae.training_loss(x, precision=self.precision, dense_grad=False, **self.options)
         loss.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(self.learning_rate)
         self.optimizer.zero_grad()
         self.sae.update_fired_(loss.code, len(x))
         return loss.total.detach()
+
+
+class CapturedTrainer:
+    """The same step, captured in a CUDA graph at its second call and replayed from then on."""
+
+    def __init__(self, trainer: SaeFastTrainer) -> None:
+        self.trainer = trainer
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.x: Tensor | None = None
+        self.loss: Tensor | None = None
+
+    def step(self, x: Tensor) -> Tensor:
+        """One whole training step on x [N, D]; returns the loss."""
+        if self.x is None:  # the first step makes what is made once
+            self.x = x.clone()
+            return self.trainer.step(self.x)
+        self.x.copy_(x)
+        if self.graph is None:
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.loss = self.trainer.step(self.x)
+        self.graph.replay()
+        assert self.loss is not None
+        return self.loss

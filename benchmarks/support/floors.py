@@ -9,7 +9,8 @@ floor = product + gathers + optimiser
              low-precision copies written (2 bytes an entry of each copied matrix)
 The gather rate is that of the faster of PyTorch's decode and ours, which has nothing else to do.
 Rows are fp32, in bf16 mode 2 bytes an entry. Nothing else a step does is counted: not selection,
-loss, sorting by latent, norms or biases.
+loss, sorting by latent, norms or biases. On a GPU the product is the library's in 16 bits with
+float32 results (cuda_rates.py); parts that could run beside each other are added up all the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.support.problem import Size, make_activations, make_weights
+from benchmarks.support import cuda_rates
+from benchmarks.support.problem import CPU, Size, make_activations, make_weights
 from benchmarks.support.timing import best_seconds
 
 FORMULA = "2·N·D·F / product rate + bytes gathered / gather rate + bytes of Adam / stream rate"
@@ -71,21 +73,28 @@ def step_floor(size: Size, precision: str, rates: Rates) -> Floor:
     )
 
 
-def measure_rates(size: Size, precision: str) -> Rates:
+def measure_rates(size: Size, precision: str, device: torch.device = CPU) -> Rates:
     """Measure every rate that the floor of a size needs; a second or so."""
-    product, source = product_rate(size, precision)
-    latents, tokens = gather_rates(size)
-    return Rates(product, source, latents, tokens, stream_rate(size))
+    product, source = product_rate(size, precision, device)
+    latents, tokens = gather_rates(size, precision, device)
+    rates = Rates(product, source, latents, tokens, stream_rate(size, device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rates
 
 
-def product_rate(size: Size, precision: str) -> tuple[float, str]:
+def product_rate(size: Size, precision: str, device: torch.device = CPU) -> tuple[float, str]:
     """Operations a second of the dense product, and whose product it was."""
-    seconds, source = bare_product_seconds(size, precision)
+    seconds, source = bare_product_seconds(size, precision, device)
     return size.product_flops / seconds, source
 
 
-def bare_product_seconds(size: Size, precision: str) -> tuple[float, str]:
+def bare_product_seconds(
+    size: Size, precision: str, device: torch.device = CPU
+) -> tuple[float, str]:
     """The encoder's product alone, nothing selected or stored: its best time, and whose it was."""
+    if device.type == "cuda":
+        return cuda_rates.best_product(size, precision, device)
     if has_native_product():
         x, W_enc = make_activations(size, 1), make_weights(size).W_enc
         packed = torch.ops.sae_fast.pack_encoder(W_enc, precision)
@@ -108,39 +117,51 @@ def has_native_product() -> bool:
     return has_native_ops() and hasattr(torch.ops.sae_fast_benchmark, "encoder_product")
 
 
-def gather_rates(size: Size) -> tuple[float, float]:
-    """Bytes a second of gathering random rows from the decoder and from a batch."""
-    generator = torch.Generator().manual_seed(2)
-    shape = (size.n_tokens, size.k)
-    weights = torch.rand(shape, generator=generator)
-    bytes_gathered = size.entries * size.d_in * 4
+def gather_rates(
+    size: Size, precision: str = "fp32", device: torch.device = CPU
+) -> tuple[float, float]:
+    """Bytes a second of gathering random rows from the decoder and from a batch.
 
-    def rate(table: Tensor) -> float:
-        chosen = torch.randint(len(table), shape, generator=generator, dtype=torch.int32)
+    On a CPU of fp32 rows in every mode; on a GPU of the mode's own, which may fit into its L2.
+    """
+    low = device.type == "cuda" and precision in LOW_PRECISION
+    dtype = cuda_rates.product_dtype(precision) if low else torch.float32
+    generator = torch.Generator(device).manual_seed(2)
+    shape = (size.n_tokens, size.k)
+    weights = torch.rand(shape, generator=generator, device=device)
+    bytes_gathered = size.entries * size.d_in * dtype.itemsize
+
+    def rate(rows: int) -> float:
+        table = torch.randn(rows, size.d_in, device=device).to(dtype)
+        chosen = torch.randint(
+            len(table), shape, generator=generator, dtype=torch.int32, device=device
+        )
+        bag_weights = weights.to(dtype)
 
         def gather() -> Tensor:
-            return F.embedding_bag(chosen, table, per_sample_weights=weights, mode="sum")
+            return F.embedding_bag(chosen, table, per_sample_weights=bag_weights, mode="sum")
 
         def own() -> Tensor:
             decoded: Tensor = torch.ops.sae_fast.decode(weights, chosen, None, table, None)
             return decoded
 
         calls = [gather, own] if has_native_ops() else [gather]
-        return bytes_gathered / min(best_seconds(call) for call in calls)
+        return bytes_gathered / min(best_seconds(call, device=device) for call in calls)
 
     with torch.no_grad():
-        return rate(torch.randn(size.d_sae, size.d_in)), rate(torch.randn(shape[0], size.d_in))
+        return rate(size.d_sae), rate(size.n_tokens)
 
 
-def stream_rate(size: Size) -> float:
+def stream_rate(size: Size, device: torch.device = CPU) -> float:
     """Bytes a second of reading and writing arrays as large as this size's parameters."""
     count = size.parameters
-    a, b, out = torch.rand(count), torch.rand(count), torch.empty(count)
-    triad = 12 * count / best_seconds(lambda: torch.add(a, b, alpha=2.0, out=out))
+    a, b, out = (torch.rand(count, device=device) for _ in range(3))
+    seconds = best_seconds(lambda: torch.add(a, b, alpha=2.0, out=out), device=device)
+    triad = 12 * count / seconds
     parameter = torch.nn.Parameter(a)
     parameter.grad = b
     adam = torch.optim.Adam([parameter], fused=True)
-    return max(triad, 28 * count / best_seconds(lambda: adam.step()))
+    return max(triad, 28 * count / best_seconds(lambda: adam.step(), device=device))
 
 
 def has_native_ops() -> bool:

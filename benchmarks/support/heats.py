@@ -5,24 +5,28 @@ sae_fast takes part in every heat, so that every ratio comes from rounds both we
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from benchmarks.contestants import StepTrainer, adapter_module, make_local
-from benchmarks.support.memory import available_bytes
+from benchmarks.contestants import StepTrainer, adapter_module, in_bf16, make_local
+from benchmarks.support.memory import available_bytes, peak_since_now
 from benchmarks.support.peer_process import PeerProcess
 from benchmarks.support.problem import (
+    CPU,
     Size,
     Weights,
     learning_rate,
     make_activations,
     make_weights,
 )
-from benchmarks.support.timing import Sample, interleave, measure
+from benchmarks.support.timing import Sample, calls_per_sample, interleave, measure
 
 N_BATCHES = 4
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -35,11 +39,12 @@ PEER_LIBRARY_BYTES = 700 * 2**20
 class Outcome:
     """What a contestant did in the heats it took part in."""
 
-    first_loss: float
+    first_loss: float = math.nan
     samples: list[Sample] = field(default_factory=list)
     rivals: dict[str, list[Sample]] = field(default_factory=dict)  # sae_fast in the same rounds
     peak_bytes: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    failure: str | None = None  # why there are no samples
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Field:
     rounds: int
     warmup: int
     threads: int
+    device: torch.device = CPU
+    deadline: float = math.inf  # of time.monotonic: nobody new is built after it
 
 
 class LocalRunner:
@@ -61,6 +68,8 @@ class LocalRunner:
     def __init__(self, trainer: StepTrainer, batches: Sequence[Tensor]) -> None:
         self.trainer = trainer
         self.batches = batches
+        self.device = batches[0].device
+        self.calls = 1  # steps of a sample
         self.steps = 0
 
     def run(self) -> Tensor:
@@ -70,15 +79,21 @@ class LocalRunner:
         return self.trainer.step(x)
 
     def sample(self) -> Sample:
-        """One timed step."""
-        return measure(self.run)
+        """One timed step, or on a GPU the mean of some."""
+        return measure(self.run, self.device, self.calls)
+
+    def warm_up(self, samples: int) -> float:
+        """Untimed steps; returns what a step took at best, and makes samples long enough."""
+        seconds = min(self.sample().seconds for _ in range(samples))
+        self.calls = calls_per_sample(seconds, self.device)
+        return seconds
 
 
 def run_heats(entrants: Field) -> dict[str, Outcome]:
-    """Measure everybody; raises RuntimeError if one computes another loss at step 0."""
+    """Measure everybody; who computes another loss at step 0, or fails, is not timed."""
     outcomes: dict[str, Outcome] = {}
-    weights = make_weights(entrants.size)
-    activations = make_activations(entrants.size, N_BATCHES)
+    weights = make_weights(entrants.size, device=entrants.device)
+    activations = make_activations(entrants.size, N_BATCHES, device=entrants.device)
     batches = list(activations.split(entrants.size.n_tokens))  # type: ignore[no-untyped-call]
     speed: dict[str, float] = {}
     for heat in split_heats(entrants):
@@ -92,7 +107,7 @@ def split_heats(entrants: Field) -> list[list[str]]:
     size = entrants.size
     states = 12 * size.parameters  # weights and both moments
     transient = 4 * (2 * size.parameters + 4 * size.n_tokens * size.d_sae)
-    budget = MEMORY_SHARE * available_bytes() - transient
+    budget = MEMORY_SHARE * available_bytes(entrants.device) - transient
     budget -= len(entrants.ours) * states
     heats: list[list[str]] = [[]]
     used = 0.0
@@ -116,58 +131,115 @@ def run_heat(
     outcomes: dict[str, Outcome],
 ) -> None:
     """One heat: build, check, warm up, time, and add to the outcomes."""
-    size, samplers = entrants.size, dict[str, Callable[[], Sample]]()
     processes: dict[str, PeerProcess] = {}
     with ExitStack() as stack:
-        for name in [*entrants.ours, *(name for name in heat if name not in entrants.peers)]:
-            build_as = compiled_baseline(speed) if name == "compile" else name
-            trainer = make_local(build_as, weights, size.k, learning_rate(size))
-            runner = LocalRunner(trainer, batches)
-            record_first_loss(outcomes, name, float(runner.run()))
-            speed[name] = min(runner.sample().seconds for _ in range(entrants.warmup))
-            samplers[name] = runner.sample
-        for name in (name for name in heat if name in entrants.peers):
-            peer = PeerProcess(
-                name, adapter_module(name), entrants.peers[name], size, N_BATCHES, entrants.threads
-            )
+
+        def enter(name: str) -> Callable[[], Sample]:
+            if name not in entrants.peers:
+                return enter_local(name, entrants, weights, batches, speed, outcomes)
+            arguments = (adapter_module(name), entrants.peers[name], entrants.size, N_BATCHES)
+            peer = PeerProcess(name, *arguments, entrants.threads, entrants.device)
             processes[name] = stack.enter_context(peer)
-            record_first_loss(outcomes, name, peer.first_loss)
-            for _ in range(entrants.warmup + 1):
-                peer.step()
-            samplers[name] = peer.step
-        samples = interleave(samplers, entrants.rounds, pause=PAUSE_SECONDS)
+            return enter_peer(peer, entrants, outcomes)
+
+        samplers: dict[str, Callable[[], Sample]] = {}
+        for name in [*entrants.ours, *heat]:
+            outcomes.setdefault(name, Outcome())
+            sampler = entered(name, enter, entrants, outcomes[name])
+            if sampler is not None:
+                samplers[name] = sampler
+        pause = PAUSE_SECONDS if entrants.device.type == "cpu" else 0.0
+        samples = interleave(samplers, entrants.rounds, pause, entrants.deadline)
     for name, series in samples.items():
         outcome = outcomes[name]
         outcome.samples += series
         for own in entrants.ours:
-            outcome.rivals.setdefault(own, []).extend(samples[own])
+            outcome.rivals.setdefault(own, []).extend(samples.get(own, []))
         if name in processes:
             outcome.peak_bytes = processes[name].peak_bytes
             outcome.versions = processes[name].versions
 
 
-def record_first_loss(outcomes: dict[str, Outcome], name: str, loss: float) -> None:
+def entered(
+    name: str,
+    enter: Callable[[str], Callable[[], Sample]],
+    entrants: Field,
+    outcome: Outcome,
+) -> Callable[[], Sample] | None:
+    """A contestant ready to be timed; what stops it stops it alone, and stands in the table."""
+    if time.monotonic() > entrants.deadline and name not in entrants.ours:
+        outcome.failure = "no time left"
+        return None
+    try:
+        return enter(name)
+    except torch.cuda.OutOfMemoryError:
+        outcome.failure = "out of memory"
+    except Exception as error:  # a compiler or a peer may raise anything
+        outcome.failure = (str(error).strip() or repr(error)).splitlines()[0]
+        say(f"    {name}: {error!r}")
+    return None
+
+
+def enter_local(
+    name: str,
+    entrants: Field,
+    weights: Weights,
+    batches: Sequence[Tensor],
+    speed: dict[str, float],
+    outcomes: dict[str, Outcome],
+) -> Callable[[], Sample]:
+    """Build a contestant in this process, check its loss, warm it up."""
+    device = entrants.device
+    memory = peak_since_now(device)
+    build_as = compiled_baseline(name, speed) if name.startswith("compile") else name
+    size = entrants.size
+    runner = LocalRunner(make_local(build_as, weights, size.k, learning_rate(size)), batches)
+    record_first_loss(outcomes, name, float(runner.run()), device.type)
+    speed[name] = runner.warm_up(entrants.warmup)
+    if device.type == "cuda":
+        outcomes[name].peak_bytes = memory.above()
+        torch.cuda.empty_cache()  # others, in this process and beside it, need the memory
+    return runner.sample
+
+
+def enter_peer(
+    peer: PeerProcess, entrants: Field, outcomes: dict[str, Outcome]
+) -> Callable[[], Sample]:
+    """Check the loss of a contestant in a process of its own, warm it up."""
+    record_first_loss(outcomes, peer.contestant, peer.first_loss, entrants.device.type)
+    peer.step()
+    seconds = min(peer.step().seconds for _ in range(entrants.warmup))
+    calls = calls_per_sample(seconds, entrants.device)
+    return lambda: peer.step(calls)
+
+
+def record_first_loss(
+    outcomes: dict[str, Outcome], name: str, loss: float, device_type: str = "cpu"
+) -> None:
     """Keep the loss; raise if it is not that of the first contestant: speeds mean nothing then."""
-    outcomes.setdefault(name, Outcome(loss))
-    reference = next(iter(outcomes.values())).first_loss
+    known = [outcome.first_loss for outcome in outcomes.values()]
+    reference = next((value for value in known if math.isfinite(value)), loss)
     # A peer's own autocast starts after this loss was taken, but the wider tolerance does no harm.
-    tolerance = LOSS_TOLERANCE["bf16" if name.endswith("_bf16") else "fp32"]
+    tolerance = LOSS_TOLERANCE["bf16" if in_bf16(name, device_type) else "fp32"]
     if not abs(loss - reference) <= tolerance * abs(reference):
         raise RuntimeError(
             f"{name}: loss at step 0 is {loss}, expected {reference} within {tolerance:g} relative"
         )
+    outcomes.setdefault(name, Outcome()).first_loss = loss
     say(f"    {name}: loss at step 0 {loss:.4f}")
 
 
-def compiled_baseline(speed: dict[str, float]) -> str:
-    """The fastest fp32 baseline so far, as the contestant that compiles it."""
-    candidates = [name for name in ("eager", "tuned", "gather") if name in speed]
-    return f"compile:{min(candidates or ['tuned'], key=lambda name: speed.get(name, 0.0))}"
+def compiled_baseline(name: str, speed: dict[str, float]) -> str:
+    """The fastest baseline so far of that precision, as the contestant that compiles it."""
+    suffix = name.removeprefix("compile")
+    candidates = [base + suffix for base in ("eager", "tuned", "gather") if base + suffix in speed]
+    best = min(candidates or [f"tuned{suffix}"], key=lambda base: speed.get(base, 0.0))
+    return f"compile:{best}"
 
 
 def measure_memory(name: str, size: Size, threads: int, steps: int) -> int:
     """Peak memory of a local contestant's steps above the state before its model, alone."""
-    build_as = "compile:tuned" if name == "compile" else name
+    build_as = name.replace("compile", "compile:tuned") if name.startswith("compile") else name
     with PeerProcess(build_as, adapter_module(name), sys.executable, size, 1, threads) as process:
         for _ in range(steps):
             process.step()

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.support.cuda_rates import chunked_product, product_dtype, product_seconds
 from benchmarks.support.floors import Rates, has_native_product
-from benchmarks.support.problem import Size, Weights, make_activations, make_weights
+from benchmarks.support.problem import CPU, Size, Weights, make_activations, make_weights
 
 TOLERANCE = 1e-3
 
@@ -41,15 +42,18 @@ class Case:
 class Setting:
     """Inputs of one size, as they occur in a training step."""
 
-    def __init__(self, size: Size, rates: Rates, products: dict[str, float]) -> None:
+    def __init__(
+        self, size: Size, rates: Rates, products: dict[str, float], device: torch.device = CPU
+    ) -> None:
         self.size = size
+        self.device = device
         self.rates = rates
         self.products = products  # seconds of the bare product, by precision
         self.ops = torch.ops.sae_fast
-        self.x = make_activations(size, 1)
-        self.weights: Weights = make_weights(size)
+        self.x = make_activations(size, 1, device=device)
+        self.weights: Weights = make_weights(size, device=device)
         self.weights.b_dec.copy_(self.x.mean(0))
-        self.weights.b_enc.normal_(0, 0.01, generator=torch.Generator().manual_seed(3))
+        self.weights.b_enc.normal_(0, 0.01, generator=torch.Generator(device).manual_seed(3))
 
     @cached_property
     def code(self) -> tuple[Tensor, Tensor]:
@@ -77,11 +81,30 @@ class Setting:
         return F.linear(x, w.W_enc.to(dtype), w.b_enc.to(dtype))
 
     def bare_product(self, precision: str) -> Callable[[], object] | None:
-        """A call of our product with nothing selected, where the compiled module has one."""
+        """A call of our product with nothing selected, where the compiled module has one.
+
+        On a GPU that is the library's, in the chunks that were fastest at this size.
+        """
+        if self.device.type == "cuda":
+            return self.library_product(product_dtype(precision))
         if not has_native_product():
             return None
         product, packed = torch.ops.sae_fast_benchmark.encoder_product, self.packed(precision)
         return lambda: product(self.x, self.weights.W_enc, precision, *packed)
+
+    def library_product(self, dtype: torch.dtype) -> Callable[[], object]:
+        """torch.mm in 16 bits, float32 results."""
+        x = (self.x - self.weights.b_dec).to(dtype)
+        return chunked_product(x, self.weights.W_enc.to(dtype), self.columns[str(dtype)])
+
+    @cached_property
+    def columns(self) -> dict[str, int]:
+        """The chunk that makes the product fastest, by dtype."""
+        fastest = {}
+        for dtype in (torch.bfloat16, torch.float16):
+            seconds = product_seconds(self.size, dtype, self.device)
+            fastest[str(dtype)] = min(seconds, key=lambda chunk: seconds[chunk])
+        return fastest
 
     def packed(self, precision: str) -> tuple[Tensor, Tensor, Tensor]:
         """The encoder's working copy, made once."""

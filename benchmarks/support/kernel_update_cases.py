@@ -141,7 +141,8 @@ def weight_cases(s: Setting) -> Iterator[Case]:
         "read and written once",
         lambda: (normalize(W.clone()), torch_normalize(W.clone())),
     )
-    if 4 * s.size.d_sae**2 > 2 * 2**30:  # the naive form would need more than 2 GiB an array
+    largest = (2 if s.device.type == "cpu" else 8) * 2**30
+    if 4 * s.size.d_sae**2 > largest:  # an array of the naive form
         return
 
     def naive() -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
 # Environment variables that change what is measured.
 VARIABLES = (
     *("SAE_FAST_ISA", "SAE_FAST_NATIVE"),
@@ -43,12 +46,13 @@ def instruction_set() -> str:
     return str(_C.instruction_set())
 
 
-def describe_machine() -> dict[str, str | int]:
+def describe_machine(device: torch.device = CPU) -> dict[str, str | int]:
     """Facts that a table needs beside its numbers."""
     import sae_fast  # here, because the peers' interpreters import this file without it
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": cpu_name(),
         "cores": os.cpu_count() or 0,
         "memory_gib": round(memory),
@@ -58,6 +62,29 @@ def describe_machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sae_fast": sae_fast.__version__,
+        **({} if device.type == "cpu" else describe_gpu(device)),
+    }
+
+
+def describe_gpu(device: torch.device) -> dict[str, str | int]:
+    """The GPU, its driver and its clocks now, as nvidia-smi gives them."""
+    properties = torch.cuda.get_device_properties(device)
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        line = ""
+    index = device.index or 0
+    rows = [row.split(", ") for row in line.strip().splitlines()]
+    values = rows[index] if index < len(rows) else []
+    known = dict(zip(fields, values, strict=False))
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30),
+        "gpu_multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda or "none",
+        **{field.replace(".", "_"): known.get(field, "unknown") for field in fields},
     }
 
 

@@ -1,4 +1,7 @@
-"""Peak resident memory of a process since a chosen moment (Linux; elsewhere since its start)."""
+"""Peak memory of a process since a chosen moment: resident, or allocated on a CUDA device.
+
+Resident memory is Linux's; elsewhere it is counted since the start of the process.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,39 @@ import gc
 import os
 import resource
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+class Peak(Protocol):
+    """A moment to count from."""
+
+    def above(self) -> int:
+        """Bytes between the state at the start and the highest state since."""
+
+
+def peak_since_now(device: torch.device) -> Peak:
+    """Starts to count, on the device that holds the tensors."""
+    return PeakMemory() if device.type == "cpu" else CudaPeakMemory(device)
+
+
+class CudaPeakMemory:
+    """Remembers what torch has allocated on the device now; what it only caches does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        self.device = device
+        self.start = torch.cuda.memory_allocated(device)
+
+    def above(self) -> int:
+        """Bytes between the state at the start and the highest state since."""
+        return max(0, torch.cuda.max_memory_allocated(self.device) - self.start)
 
 
 class PeakMemory:
@@ -26,8 +59,11 @@ class PeakMemory:
         return max(0, peak_bytes() - self.start)
 
 
-def available_bytes() -> int:
-    """Memory that new processes can have without pushing others out."""
+def available_bytes(device: torch.device) -> int:
+    """Memory that new processes can have, on a CPU without pushing others out."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

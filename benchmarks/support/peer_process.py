@@ -10,7 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.problem import Size
+import torch
+
+from benchmarks.support.problem import CPU, Size
 from benchmarks.support.timing import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +22,14 @@ class PeerProcess:
     """Trains one contestant step by step; use as a context manager."""
 
     def __init__(
-        self, contestant: str, adapter: str, python: str, size: Size, n_batches: int, threads: int
+        self,
+        contestant: str,
+        adapter: str,
+        python: str,
+        size: Size,
+        n_batches: int,
+        threads: int,
+        device: torch.device = CPU,
     ) -> None:
         self.contestant = contestant
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
@@ -45,14 +54,15 @@ class PeerProcess:
             "size": asdict(size),
             "n_batches": n_batches,
             "threads": threads,
+            "device": str(device),
         }
         answer = self.ask(json.dumps(job))
         self.first_loss: float = answer["loss"]
         self.versions: dict[str, str] = answer["versions"]
 
-    def step(self) -> Sample:
-        """Let it take one step."""
-        answer = self.ask("go")
+    def step(self, count: int = 1) -> Sample:
+        """Let it take some steps; the sample is their mean."""
+        answer = self.ask(f"go {count}")
         self.peak_bytes = answer["peak_bytes"]
         return Sample(answer["seconds"], answer["cpu_seconds"], answer["others"])
 

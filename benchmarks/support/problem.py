@@ -19,12 +19,17 @@ NAMED_SIZES = {
     "S2": (4096, 768, 6144, 32),
     "S3": (4096, 384, 12288, 192),
     "S4": (2048, 2048, 32768, 64),
+    "G1": (4096, 768, 24576, 32),
+    "G2": (4096, 4096, 65536, 64),
+    "G3": (8192, 4096, 131072, 64),
 }
+DEFAULT_SIZES = {"cpu": ("S1", "S2", "S3", "S4"), "cuda": ("G1", "G2", "G3")}
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Size:
-    """One problem size; `name` is S1…S4 or the numbers as NxDxFxK."""
+    """One problem size; `name` is S1…S4, G1…G3 or the numbers as NxDxFxK."""
 
     name: str
     n_tokens: int
@@ -73,28 +78,31 @@ def parse_size(text: str) -> Size:
     return Size(text, *(int(part) for part in match.groups()))
 
 
-def make_weights(size: Size, seed: int = 1) -> Weights:
-    """Random unit decoder rows, the encoder equal to them, zero biases."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = F.normalize(torch.randn(size.d_sae, size.d_in, generator=generator), dim=1)
-    return Weights(rows.clone(), torch.zeros(size.d_sae), rows, torch.zeros(size.d_in))
+def make_weights(size: Size, seed: int = 1, device: torch.device = CPU) -> Weights:
+    """Random unit decoder rows, the encoder equal to them, zero biases; other on each device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    with device:
+        rows = F.normalize(torch.randn(size.d_sae, size.d_in, generator=generator), dim=1)
+        return Weights(rows.clone(), torch.zeros(size.d_sae), rows, torch.zeros(size.d_in))
 
 
-def make_activations(size: Size, batches: int, seed: int = 0) -> Tensor:
+def make_activations(size: Size, batches: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
     """Sparse mixtures of features with Zipf frequencies, plus noise.  # [batches * N, D]
 
     Heavy-tailed latents are what makes the latent-major half of a step hard to balance.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     rows, active = batches * size.n_tokens, 40
     features = min(max(size.d_sae, 64), 4096)
-    dictionary = F.normalize(torch.randn(features, size.d_in, generator=generator), dim=1)
-    frequency = 1.0 / (torch.arange(features) + 10.0) ** 0.9
-    chosen = torch.multinomial(frequency, rows * active, replacement=True, generator=generator)
-    strength = torch.rand(rows, active, generator=generator) + 0.5
+    with device:
+        dictionary = F.normalize(torch.randn(features, size.d_in, generator=generator), dim=1)
+        frequency = 1.0 / (torch.arange(features) + 10.0) ** 0.9
+        chosen = torch.multinomial(frequency, rows * active, replacement=True, generator=generator)
+        strength = torch.rand(rows, active, generator=generator) + 0.5
+        noise = torch.randn(rows, size.d_in, generator=generator)
     chosen = chosen.view(rows, active)
     x = F.embedding_bag(chosen, dictionary, per_sample_weights=strength, mode="sum")
-    x += 0.9 * torch.randn(rows, size.d_in, generator=generator) / size.d_in**0.5
+    x += 0.9 * noise / size.d_in**0.5
     x -= x.mean(0)
     x *= size.d_in**0.5 / x.norm(dim=1).mean()
     return x

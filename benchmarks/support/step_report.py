@@ -1,4 +1,7 @@
-"""Results of `train_step.py`: what is stored for a size, and the tables made from it."""
+"""Results of `train_step.py`: what is stored for a size, and the tables made from it.
+
+On a GPU sae_fast stands for its CUDA graph wherever that ran.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import DESCRIPTIONS
+from benchmarks.contestants import PRECISIONS, describe
 from benchmarks.support.floors import FORMULA, Floor, Rates
 from benchmarks.support.heats import Outcome
 from benchmarks.support.problem import Size
 from benchmarks.support.tables import machine_line, markdown_table, milliseconds, percent, ratio
 from benchmarks.support.timing import median_ratio, summarize
-
-PRECISIONS = {"sae_fast": "screened", "sae_fast_bf16": "bf16"}
 
 
 def size_result(
@@ -27,12 +28,17 @@ def size_result(
     """Everything measured at one size."""
     contestants = {}
     for name, outcome in outcomes.items():
+        if not outcome.samples:
+            contestants[name] = {"failure": outcome.failure or "not measured"}
+            continue
         summary = summarize(outcome.samples)
         contestants[name] = {
             **asdict(summary),
             "tokens_per_second": size.n_tokens / summary.median,
             "ratios": {
-                own: median_ratio(outcome.samples, series) for own, series in outcome.rivals.items()
+                own: median_ratio(outcome.samples, series)
+                for own, series in outcome.rivals.items()
+                if series
             },
             "loss_at_step_0": outcome.first_loss,
             "peak_bytes_above_start": outcome.peak_bytes,
@@ -70,10 +76,14 @@ def report(results: Mapping[str, Any]) -> str:
         "counters; the same rows, weights, k and clip for all. Times are milliseconds over "
         "interleaved rounds; a ratio is the median over rounds of (its time / sae_fast's time in "
         "that round), so above 1 sae_fast is faster. Memory is the peak of a step above the state "
-        "before the model is built, in a process of its own: parameters and optimiser included.",
+        "before the model is built, parameters and optimiser included: resident memory in a "
+        "process of its own, on a GPU what torch has allocated.",
         "## Summary",
-        summary_table(results),
     ]
+    on_cpu = {name: result for name, result in results.items() if not on_gpu(result)}
+    on_cuda = {name: result for name, result in results.items() if on_gpu(result)}
+    parts += [summary_table(on_cpu)] if on_cpu else []
+    parts += [cuda_summary_table(on_cuda)] if on_cuda else []
     for result in results.values():
         parts += size_section(result)
     return "\n\n".join(parts)
@@ -93,7 +103,8 @@ def summary_table(results: Mapping[str, Any]) -> str:
     rows = []
     for name, result in results.items():
         contestants = result["contestants"]
-        shares = [contestants.get(own, {}).get("share_of_floor") for own in PRECISIONS]
+        modes = ("sae_fast", "sae_fast_bf16")
+        shares = [contestants.get(own, {}).get("share_of_floor") for own in modes]
         rows.append(
             [
                 name,
@@ -109,32 +120,77 @@ def summary_table(results: Mapping[str, Any]) -> str:
     return markdown_table(headings, rows) + "\n\n" + note
 
 
+def on_gpu(result: Mapping[str, Any]) -> bool:
+    """Whether a size was measured on a GPU."""
+    return "gpu" in result["machine"]
+
+
+def standing(contestants: Mapping[str, Any], name: str) -> str:
+    """sae_fast in a mode: its CUDA graph where that ran."""
+    graph = name.replace("sae_fast", "sae_fast_graph")
+    return graph if "median" in contestants.get(graph, {}) else name
+
+
+def cuda_summary_table(results: Mapping[str, Any]) -> str:
+    """One line a size and mode: time, the ratios that matter, memory, the share of the floor."""
+    headings = [
+        *("size", "mode", "ms", "vs eager bf16 autocast", "vs gather bf16 autocast"),
+        *("vs sparsify", "vs eager fp32", "peak GiB", "share of floor"),
+    ]
+    rivals = ("eager_bf16", "gather_bf16", "sparsify", "eager")
+    rows = []
+    for name, result in results.items():
+        contestants = result["contestants"]
+        for mode in ("sae_fast", "sae_fast_bf16"):
+            own = standing(contestants, mode)
+            data = contestants.get(own, {})
+            if "median" not in data:
+                continue
+            peak = data["peak_bytes_above_start"]
+            rows.append(
+                [
+                    name,
+                    describe(own, "cuda"),
+                    milliseconds(data["median"]),
+                    *(ratio(ratio_to(contestants, [rival], own)) for rival in rivals),
+                    "-" if peak is None else f"{peak / 2**30:.2f}",
+                    percent(data["share_of_floor"]),
+                ]
+            )
+    return markdown_table(headings, rows)
+
+
 def ratio_to(contestants: Mapping[str, Any], names: Sequence[str], own: str) -> float | None:
     """Ratio of the fastest of `names` to one of ours; None where one of them did not run."""
-    ratios = [contestants[name]["ratios"].get(own) for name in names if name in contestants]
+    measured = [contestants[name] for name in names if "ratios" in contestants.get(name, {})]
+    ratios = [data["ratios"].get(own) for data in measured]
     known = [value for value in ratios if value is not None]
     return min(known) if known else None
 
 
 def size_section(result: Mapping[str, Any]) -> list[str]:
     """Table, floor and origin of one size."""
-    size = Size(**result["size"])
+    size, contestants = Size(**result["size"]), result["contestants"]
+    kind = "cuda" if on_gpu(result) else "cpu"
+    own = [standing(contestants, name) for name in ("sae_fast", "sae_fast_bf16")]
     headings = [
         *("contestant", "median ms", "min", "max", "tokens/s"),
         *("vs default", "vs bf16 mode", "peak MiB", "loss at step 0", "quiet rounds"),
     ]
     rows = []
-    for name, data in result["contestants"].items():
+    for name, data in contestants.items():
+        if "failure" in data:
+            rows.append([describe(name, kind), f"did not run: {data['failure']}", *["-"] * 8])
+            continue
         peak = data["peak_bytes_above_start"]
         rows.append(
             [
-                DESCRIPTIONS[name],
+                describe(name, kind),
                 milliseconds(data["median"]),
                 milliseconds(data["minimum"]),
                 milliseconds(data["maximum"]),
                 f"{data['tokens_per_second']:,.0f}",
-                ratio(data["ratios"].get("sae_fast")),
-                ratio(data["ratios"].get("sae_fast_bf16")),
+                *(ratio(data["ratios"].get(base)) for base in own),
                 "-" if peak is None else f"{peak / 2**20:,.0f}",
                 f"{data['loss_at_step_0']:.3f}",
                 f"{data['quiet_rounds']}/{data['rounds']}",
@@ -146,8 +202,8 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
         parts.append("Not installed, so not measured: " + ", ".join(result["missing"]) + ".")
     versions = [
         f"{package} {version}"
-        for data in result["contestants"].values()
-        for package, version in data["versions"].items()
+        for data in contestants.values()
+        for package, version in data.get("versions", {}).items()
         if package not in ("torch", "sae_fast")
     ]
     if versions:
@@ -171,9 +227,11 @@ def memory_line(size: Size) -> str:
 def floor_lines(result: Mapping[str, Any]) -> list[str]:
     """The floor of each mode: its parts, the rates behind them, and the share reached."""
     lines = [f"Floor of a step, {FORMULA}:"]
-    for name, precision in PRECISIONS.items():
-        if name not in result["contestants"]:
+    for mode in ("sae_fast", "sae_fast_bf16"):
+        name = standing(result["contestants"], mode)
+        if "median" not in result["contestants"].get(name, {}):
             continue
+        precision = PRECISIONS[name]
         floor, rates = result["floors"][precision], result["rates"][precision]
         share = result["contestants"][name]["share_of_floor"]
         lines.append(

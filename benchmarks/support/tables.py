@@ -18,8 +18,16 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """One sentence about where the numbers were measured."""
+    gpu = ""
+    if "gpu" in machine:
+        gpu = (
+            f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, driver "
+            f"{machine['driver_version']}, CUDA {machine['cuda']}, SM clock "
+            f"{machine['clocks_sm']} of {machine['clocks_max_sm']}; "
+        )
+    date = f"{machine['date']}: " if "date" in machine else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
+        f"{date}{gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
         f"{machine['threads']} threads; torch {machine['torch']} "
         f"({machine['torch_cpu_capability']}), sae_fast {machine['sae_fast']} "
         f"({machine['sae_fast_instruction_set']}), Python {machine['python']}."

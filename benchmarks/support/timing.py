@@ -2,18 +2,27 @@
 
 A sample is quiet when other processes together took less than `QUIET_SHARE` of one CPU while it
 ran. Statistics use the quiet rounds when there are enough of them and say how many there were.
+On a CUDA device a sample is the mean of several calls between two events, and always quiet.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 QUIET_SHARE = 0.15
 ENOUGH_QUIET_ROUNDS = 3
+CPU = torch.device("cpu")
+# Of a CUDA sample: long enough that neither the events nor a late launch matter.
+SAMPLE_SECONDS = 0.02
+MOST_CALLS = 32
+FLUSH_BYTES = 512 * 2**20  # several times any L2
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,17 @@ def machine_busy_seconds() -> float:
     return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(call: Callable[[], object]) -> Sample:
-    """Time one call."""
+def calls_per_sample(seconds: float, device: torch.device) -> int:
+    """How many calls that take so long make one sample."""
+    if device.type == "cpu":
+        return 1
+    return min(MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
+
+
+def measure(call: Callable[[], object], device: torch.device = CPU, calls: int = 1) -> Sample:
+    """Time one call, or on CUDA the mean of `calls`, launched one after the other."""
+    if device.type == "cuda":
+        return measure_on_cuda(call, calls)
     busy, cpu, start = machine_busy_seconds(), time.process_time(), time.perf_counter()
     call()
     seconds = time.perf_counter() - start
@@ -63,13 +81,54 @@ def measure(call: Callable[[], object]) -> Sample:
     return Sample(seconds, cpu_seconds, others)
 
 
+def measure_on_cuda(call: Callable[[], object], calls: int) -> Sample:
+    """The mean of some calls, from the first's launch to the last's end on the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    cpu = time.process_time()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    seconds = start.elapsed_time(end) / 1e3
+    return Sample(seconds / calls, (time.process_time() - cpu) / calls, 0.0)
+
+
+def measure_cold(call: Callable[[], object], device: torch.device, calls: int = 1) -> Sample:
+    """As `measure`, with nothing in the L2 before each call, and launched in time."""
+    if device.type == "cpu":
+        return measure(call)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda.synchronize()
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    seconds = sum(start.elapsed_time(end) for start, end in pairs) / 1e3 / calls
+    return Sample(seconds, 0.0, 0.0)
+
+
 def interleave(
-    samplers: Mapping[str, Callable[[], Sample]], rounds: int, pause: float = 0.0
+    samplers: Mapping[str, Callable[[], Sample]],
+    rounds: int,
+    pause: float = 0.0,
+    deadline: float = math.inf,
 ) -> dict[str, list[Sample]]:
-    """Let every sampler take one sample a round, in an order that rotates from round to round."""
+    """Let every sampler take one sample a round, in an order that rotates from round to round.
+
+    After the deadline, a time of `time.monotonic`, no round begins, but there are a few at least.
+    """
     names = list(samplers)
+    if not names:
+        return {}
     samples: dict[str, list[Sample]] = {name: [] for name in names}
     for turn in range(rounds):
+        if turn >= ENOUGH_QUIET_ROUNDS and time.monotonic() > deadline:
+            break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             if pause:
@@ -105,8 +164,11 @@ def median_ratio(slower: Sequence[Sample], faster: Sequence[Sample]) -> float:
     return statistics.median(slower[turn].seconds / faster[turn].seconds for turn in rounds)
 
 
-def best_seconds(call: Callable[[], object], repeats: int = 5, warmup: int = 1) -> float:
+def best_seconds(
+    call: Callable[[], object], repeats: int = 5, warmup: int = 1, device: torch.device = CPU
+) -> float:
     """The fastest of several calls: what the hardware can do, for rates that floors are made of."""
     for _ in range(warmup):
         call()
-    return min(measure(call).seconds for _ in range(repeats))
+    calls = 1 if device.type == "cpu" else calls_per_sample(measure(call, device).seconds, device)
+    return min(measure(call, device, calls).seconds for _ in range(repeats))

@@ -1,0 +1,155 @@
+"""Which kernels a training step spends its time in, and how near the hardware's limits they are.
+
+    python -m benchmarks.profile_step slowest --size G1 --json slowest.json
+    ncu … python -m benchmarks.profile_step run --size G1
+    python -m benchmarks.profile_step summary --csv ncu.csv --slowest slowest.json
+
+`slowest` lets torch.profiler add up the time of every kernel over some steps and prints a pattern
+for `ncu --kernel-name` that matches the worst; `run` takes the few steps that ncu is to look at,
+between cudaProfilerStart and cudaProfilerStop; `summary` makes a table of what ncu wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines.sae_fast_trainer import SaeFastTrainer
+from benchmarks.support.ncu import METRICS, base_name, read_launches, summary_table
+from benchmarks.support.problem import (
+    Size,
+    learning_rate,
+    make_activations,
+    make_weights,
+    parse_size,
+)
+from benchmarks.support.tables import markdown_table, write_json, write_text
+from sae_fast.training.device import checked_device
+
+WARMUP_STEPS = 3
+BATCHES = 2
+
+
+class Steps:
+    """A model in training, warmed up."""
+
+    def __init__(self, size: Size, precision: str, device: torch.device) -> None:
+        weights = make_weights(size, device=device)
+        rate = learning_rate(size)
+        self.trainer = SaeFastTrainer(weights, size.k, rate, precision=precision)
+        self.x: Tensor = make_activations(size, BATCHES, device=device)
+        self.size = size
+        self.take(WARMUP_STEPS)
+
+    def take(self, count: int) -> None:
+        """Some steps, to their end."""
+        for step in range(count):
+            first = step % BATCHES * self.size.n_tokens
+            self.trainer.step(self.x[first : first + self.size.n_tokens])
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+
+
+def kernel_times(steps: Steps, count: int) -> list[dict[str, Any]]:
+    """Every kernel with its launches and microseconds a step, the slowest first."""
+    on_cuda = steps.x.is_cuda
+    activity = torch.profiler.ProfilerActivity
+    wanted = [activity.CUDA] if on_cuda else [activity.CPU]
+    with torch.profiler.profile(activities=wanted) as profiler:
+        steps.take(count)
+    rows: dict[str, dict[str, Any]] = {}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        if spent <= 0:
+            continue
+        name = base_name(event.key)
+        row = rows.setdefault(name, {"kernel": name, "launches": 0.0, "microseconds": 0.0})
+        row["launches"] += event.count / count
+        row["microseconds"] += spent / count
+    return sorted(rows.values(), key=lambda row: -row["microseconds"])
+
+
+def slowest(options: argparse.Namespace) -> str:
+    """The table of kernels; writes them and the pattern for ncu."""
+    steps = Steps(parse_size(options.size), options.precision, checked_device(options.device))
+    kernels = kernel_times(steps, options.steps)
+    total = sum(row["microseconds"] for row in kernels)
+    # Copies and fills are no kernels that ncu could stop at.
+    names = [row["kernel"] for row in kernels if not row["kernel"].startswith(("Memcpy", "Memset"))]
+    pattern = "^(" + "|".join(names[: options.count]) + ")$"
+    write_json(options.json, {"size": options.size, "kernels": kernels, "pattern": pattern})
+    rows = [
+        [
+            row["kernel"],
+            f"{row['launches']:.1f}",
+            f"{row['microseconds']:.1f}",
+            f"{row['microseconds'] / total:.0%}",
+        ]
+        for row in kernels
+    ]
+    headings = ["kernel", "launches a step", "µs a step", "share"]
+    title = f"# Kernels of a step, {parse_size(options.size).describe()}, {options.precision}"
+    return f"{title}\n\n{markdown_table(headings, rows)}\n\nTogether {total:.0f} µs a step."
+
+
+def run(options: argparse.Namespace) -> None:
+    """The steps that ncu is to look at."""
+    steps = Steps(parse_size(options.size), options.precision, checked_device(options.device))
+    if steps.x.is_cuda:
+        torch.cuda.profiler.start()
+    steps.take(options.steps)
+    if steps.x.is_cuda:
+        torch.cuda.profiler.stop()
+
+
+def summary(options: argparse.Namespace) -> str:
+    """The table of what ncu measured, in the order of the profile."""
+    order = [row["kernel"] for row in json.loads(options.slowest.read_text())["kernels"]]
+    launches = read_launches(options.csv.read_text())
+    return "# The slowest kernels under ncu\n\n" + summary_table(launches, order)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.profile_step")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("slowest", "run"):
+        command = commands.add_parser(name)
+        command.add_argument("--size", default="G1", help="G1…G3 or NxDxFxK")
+        command.add_argument("--precision", default="screened", help="screened, bf16 or fp16")
+        command.add_argument("--device", default="cuda", help="cuda, or cpu to try the command")
+        command.add_argument("--steps", type=int, default=1 if name == "run" else 10)
+        if name == "slowest":
+            command.add_argument("--count", type=int, default=5, help="kernels in the pattern")
+            command.add_argument("--json", type=Path, required=True)
+            command.add_argument("--markdown", type=Path)
+    command = commands.add_parser("summary")
+    command.add_argument("--csv", type=Path, required=True, help="what ncu --csv --page raw wrote")
+    command.add_argument("--slowest", type=Path, required=True, help="what `slowest` wrote")
+    command.add_argument("--markdown", type=Path)
+    commands.add_parser("metrics", help="print the list for ncu --metrics")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one of the commands."""
+    options = parse_arguments()
+    if options.command == "metrics":
+        print(",".join(METRICS))
+        return
+    if options.command == "run":
+        run(options)
+        return
+    text = slowest(options) if options.command == "slowest" else summary(options)
+    if options.markdown:
+        write_text(options.markdown, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

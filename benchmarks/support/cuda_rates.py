@@ -1,0 +1,182 @@
+"""Ceilings of a CUDA device, measured: products in column chunks, gathers, copies, sorts, overlap.
+
+The products are the library's with 16-bit operands and float32 results: all of x against a chunk of
+latents at a time, into one buffer that is used again, so that W_enc is read once and the results
+never leave the L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.support.problem import Size
+from benchmarks.support.tables import markdown_table
+from benchmarks.support.timing import best_seconds, measure_cold
+
+CHUNKS = (512, 1024, 2048, 4096, 8192)
+LARGEST_BUFFER = 4 * 2**30
+MEBI = 2**20
+TABLES = {"16 MiB table": 16 * MEBI, "1 GiB table": 1024 * MEBI}
+ROW_BYTES = (1536, 8192, 16384)
+GATHERED_BYTES = 256 * MEBI
+GATHERS_A_ROW = 32
+
+
+def chunked_product(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D], of the same dtype
+    columns: int,
+) -> Callable[[], None]:
+    """A call that multiplies x with all of W_enc, `columns` latents at a time, into one buffer."""
+    n_tokens, columns = len(x), min(columns, len(W_enc))
+    space = torch.empty(n_tokens * columns, device=x.device)
+    pieces = [(part.t(), space[: n_tokens * len(part)]) for part in W_enc.split(columns)]
+
+    def product() -> None:
+        for part, out in pieces:
+            torch.ops.aten.mm.dtype_out(x, part, torch.float32, out=out.view(n_tokens, -1))
+
+    return product
+
+
+def product_dtype(precision: str) -> torch.dtype:
+    """What the product of an encoder mode multiplies on a GPU."""
+    return torch.float16 if precision == "fp16" else torch.bfloat16
+
+
+def product_operands(size: Size, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Random numbers: a GPU multiplies zeros faster."""
+    shapes = [(size.n_tokens, size.d_in), (size.d_sae, size.d_in)]
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def product_seconds(size: Size, dtype: torch.dtype, device: torch.device) -> dict[int, float]:
+    """Seconds of the whole product [N, F] by the number of columns in a chunk."""
+    x, W_enc = product_operands(size, dtype, device)
+    fitting = [c for c in CHUNKS if c <= size.d_sae and 4 * c * size.n_tokens <= LARGEST_BUFFER]
+    return {
+        columns: best_seconds(chunked_product(x, W_enc, columns), device=device)
+        for columns in fitting or [size.d_sae]
+    }
+
+
+def best_product(size: Size, precision: str, device: torch.device) -> tuple[float, str]:
+    """The shortest time of the product at this size, and how it was reached."""
+    dtype = product_dtype(precision)
+    seconds = product_seconds(size, dtype, device)
+    columns = min(seconds, key=lambda chunk: seconds[chunk])
+    name = str(dtype).removeprefix("torch.")
+    return seconds[columns], f"torch.mm, {name} to float32, {columns} columns a chunk"
+
+
+def measure_device(size: Size, device: torch.device) -> dict[str, Any]:
+    """What decides between designs at a size, as rates: operations, bytes or elements a second."""
+    flops = size.product_flops
+    products = product_seconds(size, torch.bfloat16, device)
+    return {
+        "products": {str(columns): flops / seconds for columns, seconds in products.items()},
+        "gathers": gather_rates(device),
+        "copy": copy_rate(device),
+        "topk": top_k_rates(size, device),
+        "latent_major_seconds": sort_seconds(size, device),
+        "overlap": overlap(size, device),
+    }
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second by a copy far larger than the L2."""
+    source = torch.rand(512 * MEBI, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device=device)
+
+
+def gather_rates(device: torch.device) -> dict[str, float]:
+    """Bytes a second of our decode over random rows, by the row's size and the table's."""
+    rates = {}
+    for place, table_bytes in TABLES.items():
+        for row_bytes in ROW_BYTES:
+            d_in = row_bytes // 2
+            table = torch.randn(table_bytes // row_bytes, d_in, device=device, dtype=torch.bfloat16)
+            shape = (GATHERED_BYTES // row_bytes // GATHERS_A_ROW, GATHERS_A_ROW)
+            indices = torch.randint(len(table), shape, device=device, dtype=torch.int32)
+            values = torch.rand(shape, device=device)
+            decode = torch.ops.sae_fast.decode
+            arguments = (values, indices, None, table, None)
+            seconds = best_seconds(lambda call=decode, a=arguments: call(*a), device=device)
+            rates[f"{row_bytes} B rows, {place}"] = indices.numel() * row_bytes / seconds
+    return rates
+
+
+def top_k_rates(size: Size, device: torch.device) -> dict[str, float]:
+    """Elements a second of torch.topk over rows of d_sae elements."""
+    rows = min(size.n_tokens, 2**28 // size.d_sae)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        pre_acts = torch.randn(rows, size.d_sae, device=device, dtype=dtype)
+        seconds = best_seconds(
+            lambda x=pre_acts: x.topk(size.k, dim=-1, sorted=False), device=device
+        )
+        rates[str(dtype).removeprefix("torch.")] = pre_acts.numel() / seconds
+    return rates
+
+
+def sort_seconds(size: Size, device: torch.device) -> float:
+    """Our latent_major of one batch's code, from a cold cache."""
+    shape = (size.n_tokens, size.k)
+    indices = torch.randint(size.d_sae, shape, device=device, dtype=torch.int32)
+    values = torch.rand(shape, device=device) + 0.1
+
+    def sort() -> object:
+        return torch.ops.sae_fast.latent_major(values, indices, None, size.d_sae)
+
+    sort()
+    return min(measure_cold(sort, device, 5).seconds for _ in range(3))
+
+
+def overlap(size: Size, device: torch.device) -> dict[str, float]:
+    """Seconds of a bf16 product, of a pass of Adam over W_dec, and of both on two streams."""
+    x, W_enc = product_operands(size, torch.bfloat16, device)
+    product = chunked_product(x, W_enc, min(2048, size.d_sae))
+    parameter = torch.nn.Parameter(torch.rand(size.d_sae, size.d_in, device=device))
+    parameter.grad = torch.rand_like(parameter)
+    adam = torch.optim.Adam([parameter], fused=True)
+    side = torch.cuda.Stream(device)
+
+    def both() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            adam.step()
+        product()
+        torch.cuda.current_stream().wait_stream(side)
+
+    calls: dict[str, Callable[[], object]] = {"product": product, "Adam": adam.step, "both": both}
+    return {name: best_seconds(call, device=device) for name, call in calls.items()}
+
+
+def device_section(name: str, rates: Mapping[str, Any]) -> list[str]:
+    """The table of one size."""
+    rows = [
+        *(
+            [f"bf16 product, {columns} columns a chunk", f"{rate / 1e12:.0f} TFLOP/s"]
+            for columns, rate in rates["products"].items()
+        ),
+        *(
+            [f"gather, {kind}", f"{rate / 1e12:.2f} TB/s"]
+            for kind, rate in rates["gathers"].items()
+        ),
+        ["copy, read and written", f"{rates['copy'] / 1e12:.2f} TB/s"],
+        *(
+            [f"torch.topk, {dtype}", f"{rate / 1e9:.0f} G elements/s"]
+            for dtype, rate in rates["topk"].items()
+        ),
+        ["latent_major", f"{rates['latent_major_seconds'] * 1e6:.0f} µs"],
+        *(
+            [f"beside each other: {what}", f"{seconds * 1e3:.3f} ms"]
+            for what, seconds in rates["overlap"].items()
+        ),
+    ]
+    return [f"## The device at {name}", markdown_table(["what", "measured"], rows)]
