@@ -1,15 +1,20 @@
 """Trains the same autoencoder with sae_fast and with plain PyTorch, and compares what comes out.
 
     python -m benchmarks.quality --shard-dir DIR --markdown results/quality.md
+    python -m benchmarks.quality --shard-dir DIR --device cpu cuda --repeat --fvu-tolerance 0.01
 
 Both start from the same weights and see the same rows in the same order, with the same learning
-rate at every step; both are judged by the same plain PyTorch code on the held-out shards.
+rate at every step; both are judged by the same plain PyTorch code on the held-out shards, on the
+CPU. With several devices, or with --repeat, runs of the same training are also compared: a repeated
+one must end with the same bits, and another device's near the first's.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,6 +30,7 @@ from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.problem import Weights
 from benchmarks.support.tables import machine_line, markdown_table, write_json, write_text
 from sae_fast.activations import Transform
+from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.trainer import Trainer
 
@@ -42,26 +48,43 @@ class Quality:
     l0: float
     final_loss: float
     seconds: float
+    digest: str = ""  # of the parameters
 
 
-def train_both(options: argparse.Namespace, seed: int) -> list[Quality]:
-    """One seed: the reference, then sae_fast in each precision, from the same start."""
+def train_all(options: argparse.Namespace, seed: int) -> list[Quality]:
+    """One seed: the reference, then sae_fast in each precision on each device."""
     results = []
+    if not options.no_reference:
+        results.append(train_reference(make_trainer(options, seed, "off", "cpu"), seed))
     for amp in ("off", *options.amp):
-        trainer = make_trainer(options, seed, amp)
-        if amp == "off":
-            results.append(train_reference(trainer, seed))
-        name = "sae_fast" if amp == "off" else f"sae_fast --amp {amp}"
-        start = time.perf_counter()
-        sae = trainer.train()
-        seconds = time.perf_counter() - start
-        weights = Weights(*(sae.get_parameter(name).detach() for name in Weights.__annotations__))
-        final = float(trainer.summary["final_loss"])
-        results.append(judge(name, seed, weights, trainer, final, seconds))
+        for device in dict.fromkeys(options.device):
+            results += train_ours(options, seed, amp, device)
     return results
 
 
-def make_trainer(options: argparse.Namespace, seed: int, amp: Any) -> Trainer:
+def train_ours(options: argparse.Namespace, seed: int, amp: str, device: str) -> list[Quality]:
+    """sae_fast in one precision on one device, and with --repeat once more."""
+    name = "sae_fast" if amp == "off" else f"sae_fast --amp {amp}"
+    name += "" if device == "cpu" else f" --device {device}"
+    results = []
+    for again in range(2 if options.repeat else 1):
+        trainer = make_trainer(options, seed, amp, device)
+        start = time.perf_counter()
+        sae = trainer.train()
+        seconds = time.perf_counter() - start
+        weights = weights_of(sae)
+        final = float(trainer.summary["final_loss"])
+        shown = name + (", again" if again else "")
+        results.append(judge(shown, seed, weights, trainer, final, seconds))
+    return results
+
+
+def weights_of(sae: SparseAutoencoder) -> Weights:
+    """The parameters, on the CPU."""
+    return Weights(*(sae.get_parameter(name).detach().cpu() for name in Weights.__annotations__))
+
+
+def make_trainer(options: argparse.Namespace, seed: int, amp: Any, device: str) -> Trainer:
     """sae_fast's trainer as a user makes it; nothing is written to disk."""
     model = SAEConfig(
         expansion_factor=options.expansion_factor,
@@ -74,6 +97,7 @@ def make_trainer(options: argparse.Namespace, seed: int, amp: Any) -> Trainer:
         max_epochs=options.epochs,
         learning_rate=options.lr,
         amp=amp,
+        device=device,
         seed=seed,
         eval_every=0,
         checkpoint_every=0,
@@ -83,8 +107,7 @@ def make_trainer(options: argparse.Namespace, seed: int, amp: Any) -> Trainer:
 
 def train_reference(trainer: Trainer, seed: int) -> Quality:
     """Plain PyTorch from the weights, rows and schedule that `trainer` is about to use."""
-    sae, size = trainer.sae, trainer.sae_config
-    weights = Weights(*(sae.get_parameter(name).detach() for name in Weights.__annotations__))
+    size, weights = trainer.sae_config, weights_of(trainer.sae)
     reference = TunedTrainer(weights, size.k, 0.0, dead_after_tokens=size.dead_after_tokens)
     source = trainer.data.open(transform_of(trainer))
     start = time.perf_counter()
@@ -100,7 +123,7 @@ def train_reference(trainer: Trainer, seed: int) -> Quality:
 
 def transform_of(trainer: Trainer) -> Transform:
     """The normalisation the model was given."""
-    return Transform(trainer.sae.activation_mean, float(trainer.sae.activation_scale))
+    return Transform(trainer.sae.activation_mean.cpu(), float(trainer.sae.activation_scale))
 
 
 def judge(
@@ -112,7 +135,15 @@ def judge(
         raise ValueError(f"no held-out shards in {trainer.train_config.shard_dir}")
     fvu, dead_share, l0 = evaluate(weights, trainer.sae_config.k, heldout, transform_of(trainer))
     say(f"  seed {seed}, {name}: FVU {fvu:.4f}, dead {dead_share:.2%}, {seconds:.0f} s")
-    return Quality(name, seed, fvu, dead_share, l0, final_loss, seconds)
+    return Quality(name, seed, fvu, dead_share, l0, final_loss, seconds, digest(weights))
+
+
+def digest(weights: Weights) -> str:
+    """A hash of all bits of the parameters."""
+    bits = hashlib.sha256()
+    for tensor in vars(weights).values():
+        bits.update(tensor.contiguous().numpy().tobytes())
+    return bits.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -121,7 +152,8 @@ def evaluate(
 ) -> tuple[float, float, float]:
     """Σ|x − x̂|² / Σ|x − mean(x)|² over all rows, the share of silent latents, and L0."""
     judge_of = TunedTrainer(weights, k, 0.0)
-    rows = torch.cat([(batch - transform.mean) * transform.scale for batch in batches])
+    on_cpu = (batch.cpu() for batch in batches)
+    rows = torch.cat([(batch - transform.mean) * transform.scale for batch in on_cpu])
     error, active = 0.0, 0
     fired = torch.zeros(len(weights.b_enc), dtype=torch.bool)
     for x in torch.split(rows, 4096):
@@ -138,10 +170,11 @@ def report(results: dict[str, Any]) -> str:
     """The table, as Markdown."""
     runs = [Quality(**run) for run in results["runs"]]
     names = list(dict.fromkeys(run.trainer for run in runs))
-    reference = {run.seed: run.fvu for run in runs if run.trainer == REFERENCE}
+    # The first trainer is the one to compare with: plain PyTorch unless it was left out.
+    reference = {run.seed: run.fvu for run in runs if run.trainer == names[0]}
     headings = [
         *("trainer", "seed", "held-out FVU", "vs reference", "dead on held-out", "L0"),
-        *("final loss", "seconds"),
+        *("final loss", "seconds", "parameters' hash"),
     ]
     rows = []
     for name in names:
@@ -156,9 +189,12 @@ def report(results: dict[str, Any]) -> str:
                 f"{run.l0:.2f}",
                 f"{run.final_loss:.3f}",
                 f"{run.seconds:.0f}",
+                run.digest,
             ]
             for run in own
         ]
+        if len(own) == 1:
+            continue
         change = statistics.mean(run.fvu / reference[run.seed] - 1 for run in own)
         rows.append(
             [
@@ -167,7 +203,7 @@ def report(results: dict[str, Any]) -> str:
                 f"**{statistics.mean(run.fvu for run in own):.5f}**",
                 f"**{change:+.2%}**",
                 f"**{statistics.mean(run.dead_share for run in own):.2%}**",
-                *("", "", ""),
+                *("", "", "", ""),
             ]
         )
     return "\n\n".join(
@@ -177,9 +213,29 @@ def report(results: dict[str, Any]) -> str:
             "order and learning rates for both; judged by the same plain PyTorch code on the "
             "held-out shards. FVU is the share of the variance that the reconstruction misses.",
             markdown_table(headings, rows),
+            *results["wrong"],
             f"{machine_line(results['machine'])}\n`{results['command']}`",
         ]
     )
+
+
+def what_is_wrong(runs: list[Quality], tolerance: float | None) -> list[str]:
+    """Repeated runs that ended otherwise, and FVUs further than `tolerance` from the first's."""
+    wrong = []
+    first: dict[int, Quality] = {}
+    by_name = {(run.trainer, run.seed): run for run in runs}
+    for run in runs:
+        once = by_name.get((run.trainer.removesuffix(", again"), run.seed), run)
+        if once.digest != run.digest:
+            wrong.append(f"Seed {run.seed}: {once.trainer} ended with other parameters again.")
+        base = first.setdefault(run.seed, run)
+        change = run.fvu / base.fvu - 1
+        if tolerance is not None and not abs(change) <= tolerance:
+            wrong.append(
+                f"Seed {run.seed}: the FVU of {run.trainer} is {change:+.2%} from that of "
+                f"{base.trainer}, more than {tolerance:.2%}."
+            )
+    return wrong
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -195,6 +251,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="default: sae_fast's own")
     parser.add_argument("--dead-after-tokens", type=int, default=10_000_000)
     parser.add_argument("--amp", nargs="*", default=[], help="also train with --amp bf16 or fp16")
+    parser.add_argument("--device", nargs="+", default=["cpu"], help="cpu, cuda or both")
+    parser.add_argument("--repeat", action="store_true", help="train twice, expect the same bits")
+    parser.add_argument("--no-reference", action="store_true", help="leave plain PyTorch out")
+    parser.add_argument(
+        "--fvu-tolerance", type=float, help="fail where an FVU is relatively further from the first"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
@@ -207,8 +269,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     runs: list[Quality] = []
     for seed in (int(text) for text in options.seeds.split(",")):
-        runs += train_both(options, seed)
-    probe = make_trainer(options, 0, "off")
+        runs += train_all(options, seed)
+    probe = make_trainer(options, 0, "off", "cpu")
     size = probe.sae_config
     results: dict[str, Any] = {
         "data": options.name or options.shard_dir.name,
@@ -219,7 +281,8 @@ def main() -> None:
             f"{size.dead_after_tokens:,} silent tokens"
         ),
         "runs": [asdict(run) for run in runs],
-        "machine": describe_machine(),
+        "wrong": what_is_wrong(runs, options.fvu_tolerance),
+        "machine": describe_machine(torch.device(options.device[-1])),
         "command": command_line("benchmarks.quality"),
     }
     if options.json:
@@ -227,6 +290,7 @@ def main() -> None:
     if options.markdown:
         write_text(options.markdown, report(results))
     print(report(results))
+    sys.exit(1 if results["wrong"] else 0)
 
 
 if __name__ == "__main__":
