@@ -68,7 +68,8 @@ done
 
 mkdir -p "$out" || refuse "cannot make $out"
 out=$(cd "$out" && pwd)
-rm -f "$out"/{summary.md,tables.md,log.txt,tests.xml,train_step.json,kernels.json,quality.json,profile.json}
+rm -f "$out"/{summary,tables}.md "$out"/{train_step,kernels,quality,profile}.json \
+  "$out"/{log.txt,tests.xml}
 work=$(mktemp -d)
 log=$work/log.txt
 tables=$work/tables # one Markdown file each, in the order of their names
@@ -93,10 +94,11 @@ say() { echo "$*" | tee -a "$log"; }
 
 left() { echo $((deadline - SECONDS)); }
 
-# Runs a command in what is left of its part's time. An interrupt lets Python write what it has.
+# Runs a command in what is left of its part's time, or in `portion` percent of that. An interrupt
+# lets Python write what it has.
 within() {
   local remaining status
-  remaining=$(left)
+  remaining=$(($(left) * ${portion:-100} / 100))
   say "+ $*"
   if ((remaining < 5)); then
     say "gpu.sh: no time left for this"
@@ -192,11 +194,13 @@ part_tests() {
   else
     # The tests are small and leave the GPU idle most of the time.
     "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n 4 --dist loadfile)
-    within "$PYTHON" -m pytest "${options[@]}" -m cuda \
+    portion=75 within "$PYTHON" -m pytest "${options[@]}" -m cuda \
       python_tests/ops python_tests/autoencoder python_tests/activations python_tests/training
   fi
+  # Latents die and are revived on the way, so that AuxK is compared too.
   within "$PYTHON" -m benchmarks.quality --shard-dir examples/activations --seeds 0 --epochs 10 \
-    --lr 3e-3 --dead-after-tokens 30000 --device cpu "$device" --repeat --no-reference --fvu-tolerance 0.01 --threads 8 \
+    --lr 3e-3 --dead-after-tokens 30000 --device cpu "$device" --repeat --no-reference \
+    --fvu-tolerance 0.01 --threads 8 \
     --json "$out/quality.json" --markdown "$tables/3_quality.md"
 }
 
@@ -208,8 +212,9 @@ part_sanitizer() {
   fi
   needs compute-sanitizer || return
   for tool in memcheck racecheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 within compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" python_tests/ops/run_every_op.py
+    portion=$([[ $tool == memcheck ]] && echo 50 || echo 100) PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      within compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" python_tests/ops/run_every_op.py --device "$device"
   done
 }
 
@@ -219,7 +224,8 @@ part_bench() {
   for size in "${names[@]}"; do
     number=$((number + 1))
     # Two thirds of an equal share: the limit is looked at between contestants.
-    within "$PYTHON" -m benchmarks.train_step --device "$device" --sizes "$size" --merge \
+    portion=$((100 / (${#names[@]} - number + 2) + 10)) \
+      within "$PYTHON" -m benchmarks.train_step --device "$device" --sizes "$size" --merge \
       --seconds $(($(left) * 2 / 3 / (${#names[@]} - number + 2))) \
       --json "$out/train_step.json" --markdown "$tables/1_train_step.md" --memory-steps 0
   done
@@ -234,7 +240,7 @@ part_profile() {
   IFS=, read -ra names <<<"$sizes"
   size=${names[-1]}
   ((${#names[@]} < 2)) || size=${names[1]}
-  within "$PYTHON" -m benchmarks.profile_step slowest --device "$device" --size "$size" \
+  portion=50 within "$PYTHON" -m benchmarks.profile_step slowest --device "$device" --size "$size" \
     --json "$out/profile.json" --markdown "$tables/4_profile.md" || return
   [[ $device == cuda ]] || return
   needs ncu || return
@@ -242,19 +248,23 @@ part_profile() {
     --metrics "$("$PYTHON" -m benchmarks.profile_step metrics)" --kernel-name \
     "regex:$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['pattern'])" \
       "$out/profile.json")" \
-    --log-file "$work/ncu.csv" "$PYTHON" -m benchmarks.profile_step run --size "$size"
+    --log-file "$work/ncu.csv" \
+    "$PYTHON" -m benchmarks.profile_step run --device "$device" --size "$size"
   [[ -e $work/ncu.csv ]] && cat "$work/ncu.csv" >>"$log"
   within "$PYTHON" -m benchmarks.profile_step summary --csv "$work/ncu.csv" \
     --slowest "$out/profile.json" --markdown "$tables/5_ncu.md"
 }
 
 describe_machine() {
-  echo "- $(date -u +%Y-%m-%dT%H:%MZ), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+  local commit
+  commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+  echo "- $(date -u +%Y-%m-%dT%H:%MZ), commit $commit"
   echo "- $("$PYTHON" -c "import platform, torch
 print('Python', platform.python_version() + ', torch', torch.__version__)")"
   [[ $device == cuda ]] || return
+  echo "- name, driver, memory, SM clock, its maximum, memory clock:"
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem \
-    --format=csv,noheader | sed 's/^/- /; s/$/ (name, driver, memory, SM clock, its maximum, memory clock)/'
+    --format=csv,noheader | sed 's/^/  /'
   echo "- $(nvcc --version 2>/dev/null | tail -n 1 || echo "no nvcc")"
 }
 

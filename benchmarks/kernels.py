@@ -23,7 +23,7 @@ from benchmarks.support.floors import Rates, bare_product_seconds, measure_rates
 from benchmarks.support.heats import say
 from benchmarks.support.kernel_cases import all_cases
 from benchmarks.support.kernel_setting import Case, Setting
-from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import DEFAULT_SIZES, Size, parse_size
 from benchmarks.support.reader import measure_reader, reader_section
 from benchmarks.support.tables import (
@@ -44,7 +44,6 @@ from benchmarks.support.timing import (
     median_ratio,
     summarize,
 )
-from sae_fast.training.device import checked_device
 
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 
@@ -199,7 +198,7 @@ def main() -> None:
     """Run, print the tables, write the files."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
-    device, deadline = checked_device(options.device), time.monotonic() + options.seconds
+    device, deadline = device_or_exit(options.device), time.monotonic() + options.seconds
     names = options.sizes.split(",") if options.sizes else DEFAULT_SIZES[device.type]
     sizes = [parse_size(text) for text in names]
     results: dict[str, Any] = {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.sae_fast_trainer import SaeFastTrainer
+from benchmarks.support.machine import device_or_exit
 from benchmarks.support.ncu import METRICS, base_name, read_launches, summary_table
 from benchmarks.support.problem import (
     Size,
@@ -29,7 +30,6 @@ from benchmarks.support.problem import (
     parse_size,
 )
 from benchmarks.support.tables import markdown_table, write_json, write_text
-from sae_fast.training.device import checked_device
 
 WARMUP_STEPS = 3
 BATCHES = 2
@@ -76,7 +76,7 @@ def kernel_times(steps: Steps, count: int) -> list[dict[str, Any]]:
 
 def slowest(options: argparse.Namespace) -> str:
     """The table of kernels; writes them and the pattern for ncu."""
-    steps = Steps(parse_size(options.size), options.precision, checked_device(options.device))
+    steps = Steps(parse_size(options.size), options.precision, device_or_exit(options.device))
     kernels = kernel_times(steps, options.steps)
     total = sum(row["microseconds"] for row in kernels)
     # Copies and fills are no kernels that ncu could stop at.
@@ -99,7 +99,7 @@ def slowest(options: argparse.Namespace) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """The steps that ncu is to look at."""
-    steps = Steps(parse_size(options.size), options.precision, checked_device(options.device))
+    steps = Steps(parse_size(options.size), options.precision, device_or_exit(options.device))
     if steps.x.is_cuda:
         torch.cuda.profiler.start()
     steps.take(options.steps)

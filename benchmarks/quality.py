@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.baselines.tuned import TunedTrainer
 from benchmarks.support.heats import say
-from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Weights
 from benchmarks.support.tables import machine_line, markdown_table, write_json, write_text
 from sae_fast.activations import Transform
@@ -267,6 +267,8 @@ def main() -> None:
     """Run, print the table, write the files."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
+    for name in options.device:
+        device_or_exit(name)
     runs: list[Quality] = []
     for seed in (int(text) for text in options.seeds.split(",")):
         runs += train_all(options, seed)

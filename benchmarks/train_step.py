@@ -27,11 +27,10 @@ from benchmarks.contestants import (
 )
 from benchmarks.support.floors import measure_rates, step_floor
 from benchmarks.support.heats import Field, measure_memory, run_heats, say
-from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import DEFAULT_SIZES, Size, parse_size
 from benchmarks.support.step_report import read_results, report, size_result
 from benchmarks.support.tables import write_json, write_text
-from sae_fast.training.device import checked_device
 
 
 def run_size(size: Size, entrants: Field, memory_steps: int) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    device = checked_device(options.device)
+    device = device_or_exit(options.device)
     ours = names_in(options.ours, DEFAULT_OURS[device.type])
     peer_names = names_in(options.peers, DEFAULT_PEERS[device.type])
     interpreters = dict(item.split("=", 1) for item in options.peer_python)

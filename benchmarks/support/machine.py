@@ -26,6 +26,16 @@ DISTRIBUTIONS = {
 }
 
 
+def device_or_exit(name: str) -> torch.device:
+    """The device of that name; where there is none the program ends with one line."""
+    from sae_fast.training.device import checked_device
+
+    try:
+        return checked_device(name)
+    except ValueError as error:
+        sys.exit(str(error))
+
+
 def cpu_name() -> str:
     """The processor's name as the system gives it."""
     try:

@@ -147,6 +147,7 @@ def step(sae, optimizer, x, lr, precision):
     return loss.total.detach()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_step_never_waits_for_the_device(precision, device):
     sae, optimizer, x = make_training(device, precision)

@@ -1,0 +1,129 @@
+"""benchmarks/gpu.sh where there is no GPU: its arguments, its rehearsal, its limits.
+
+The tools of CUDA are played by scripts that do as little as the real ones need to be tried.
+"""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+TINY = "64x32x128x4"
+
+
+def gpu_sh(*arguments, path="", **variables):
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    environment["PATH"] = f"{path}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [str(SCRIPT), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "everything"], "--only must be tests, sanitizer, bench or profile"),
+        (["--seconds", "soon"], "--seconds must be a whole number above 0, got soon"),
+        (["--seconds", "0"], "--seconds must be a whole number above 0, got 0"),
+        (["--device", "tpu"], "--device must be cuda or cpu, got tpu"),
+        (["--out"], "--out needs a value"),
+        (["--quick"], "unknown argument --quick"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    done = gpu_sh(*arguments)
+    assert done.returncode == 64
+    assert done.stderr.startswith(f"gpu.sh: {message}")
+
+
+def test_help_says_what_the_exit_code_means():
+    done = gpu_sh("--help")
+    assert done.returncode == 0
+    assert "build 1, tests 2, sanitizer 4, bench 8, profile 16" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_rehearsal_is_named(tmp_path):
+    done = gpu_sh("--out", tmp_path)
+    assert done.returncode == 64
+    assert "--device cpu is a rehearsal" in done.stderr
+
+
+def test_parts_without_time_fail_and_the_exit_code_says_which(tmp_path):
+    parts = ["--only", "profile,sanitizer", "--no-build", "--seconds", "4"]
+    done = gpu_sh("--device", "cpu", *parts, "--out", tmp_path)
+    assert done.returncode == 4 + 16, done.stdout
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| sanitizer | **failed**" in summary
+    assert "| profile | **failed**" in summary
+    assert "| bench |" not in summary
+    assert "no time left" in (tmp_path / "log.txt").read_text()
+
+
+# As ncu writes it, which the table needs; every other tool only has to be there.
+NCU_PAGE = """==PROF== Disconnected
+"ID","Kernel Name","gpu__time_duration.sum"
+"","","us"
+"0","latent_major","12.5"
+"""
+TOOLS = {
+    "nvidia-smi": 'case "$*" in *compute_cap*) echo 9.0 ;; *) echo "A GPU, 1, 2, 3, 4, 5" ;; esac',
+    "nvcc": "echo Build cuda_13.0",
+    "cmake": 'echo "cmake $*"',
+    "compute-sanitizer": 'while [[ $1 == --* ]]; do shift 2; done; exec "$@"',
+    "ncu": f"""while (($#)); do [[ $1 == --log-file ]] && cat >"$2" <<'END'
+{NCU_PAGE}END
+shift; done""",
+    # Python that takes the CPU for the GPU, and has no pip.
+    "python-with-gpu": f"""case "$*" in
+*is_available*|*build_info*) exit 0 ;;
+*"-m pip"*) echo no network; exit 1 ;;
+*"-m pytest"*) echo "pytest $*"; exit 0 ;;
+esac
+arguments=()
+[[ $* == *train_step* ]] && set -- "$@" --peers eager --rounds 2
+for argument in "$@"; do [[ $argument == cuda ]] && argument=cpu; arguments+=("$argument"); done
+exec {sys.executable} "${{arguments[@]}}\"""",
+}
+
+
+@pytest.fixture
+def tools(tmp_path):
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name, script in TOOLS.items():
+        file = folder / name
+        file.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_part_runs_with_the_tools_of_cuda_played(tools, tmp_path):
+    out = tmp_path / "out"
+    options = ["--out", out, "--sizes", TINY, "--seconds", 3600]
+    done = gpu_sh(*options, path=tools, PYTHON=str(tools / "python-with-gpu"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = (out / "log.txt").read_text()
+    assert "CMake alone then" in log
+    assert "-m cuda" in log
+    for tool in ("memcheck", "racecheck"):
+        assert f"--tool {tool}" in log
+    summary = (out / "summary.md").read_text()
+    assert summary.count("| passed |") == 5
+    assert "A GPU" in summary
+    tables = (out / "tables.md").read_text()
+    for title in ("# One training step", "# The ops", "# What the training", "# The slowest"):
+        assert title in tables
+    assert "| latent_major | 1 | 12.5 |" in tables
+    assert len(list(out.iterdir())) <= 8
