@@ -101,10 +101,10 @@ def run(options: argparse.Namespace) -> None:
     """The steps that ncu is to look at."""
     steps = Steps(parse_size(options.size), options.precision, device_or_exit(options.device))
     if steps.x.is_cuda:
-        torch.cuda.profiler.start()
+        torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
     steps.take(options.steps)
     if steps.x.is_cuda:
-        torch.cuda.profiler.stop()
+        torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]
 
 
 def summary(options: argparse.Namespace) -> str:

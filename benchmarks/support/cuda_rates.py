@@ -8,6 +8,7 @@ never leave the L2.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def chunked_product(
     """A call that multiplies x with all of W_enc, `columns` latents at a time, into one buffer."""
     n_tokens, columns = len(x), min(columns, len(W_enc))
     space = torch.empty(n_tokens * columns, device=x.device)
-    pieces = [(part.t(), space[: n_tokens * len(part)]) for part in W_enc.split(columns)]
+    pieces = [(part.t(), space[: n_tokens * len(part)]) for part in W_enc.split(columns)]  # type: ignore[no-untyped-call]
 
     def product() -> None:
         for part, out in pieces:
@@ -104,9 +105,8 @@ def gather_rates(device: torch.device) -> dict[str, float]:
             shape = (GATHERED_BYTES // row_bytes // GATHERS_A_ROW, GATHERS_A_ROW)
             indices = torch.randint(len(table), shape, device=device, dtype=torch.int32)
             values = torch.rand(shape, device=device)
-            decode = torch.ops.sae_fast.decode
-            arguments = (values, indices, None, table, None)
-            seconds = best_seconds(lambda call=decode, a=arguments: call(*a), device=device)
+            decode = partial(torch.ops.sae_fast.decode, values, indices, None, table, None)
+            seconds = best_seconds(decode, device=device)
             rates[f"{row_bytes} B rows, {place}"] = indices.numel() * row_bytes / seconds
     return rates
 
@@ -117,9 +117,7 @@ def top_k_rates(size: Size, device: torch.device) -> dict[str, float]:
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         pre_acts = torch.randn(rows, size.d_sae, device=device, dtype=dtype)
-        seconds = best_seconds(
-            lambda x=pre_acts: x.topk(size.k, dim=-1, sorted=False), device=device
-        )
+        seconds = best_seconds(partial(pre_acts.topk, size.k, sorted=False), device=device)
         rates[str(dtype).removeprefix("torch.")] = pre_acts.numel() / seconds
     return rates
 
@@ -144,7 +142,7 @@ def overlap(size: Size, device: torch.device) -> dict[str, float]:
     parameter = torch.nn.Parameter(torch.rand(size.d_sae, size.d_in, device=device))
     parameter.grad = torch.rand_like(parameter)
     adam = torch.optim.Adam([parameter], fused=True)
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def both() -> None:
         side.wait_stream(torch.cuda.current_stream())

@@ -34,7 +34,7 @@ class CudaPeakMemory:
     """Remembers what torch has allocated on the device now; what it only caches does not count."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

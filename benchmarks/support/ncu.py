@@ -40,7 +40,8 @@ def base_name(name: str) -> str:
         return name
     name = name.replace("(anonymous namespace)", "").removeprefix("void ")
     # Template arguments contain each other and parentheses; what is outside of all is the name.
-    depth, outside = 0, []
+    depth = 0
+    outside: list[str] = []
     for letter in name:
         if letter in "<(" and depth == 0 and not outside:
             return name

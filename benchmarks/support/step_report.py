@@ -26,7 +26,7 @@ def size_result(
     floors: Mapping[str, Floor],
 ) -> dict[str, Any]:
     """Everything measured at one size."""
-    contestants = {}
+    contestants: dict[str, dict[str, Any]] = {}
     for name, outcome in outcomes.items():
         if not outcome.samples:
             contestants[name] = {"failure": outcome.failure or "not measured"}

@@ -83,7 +83,7 @@ def measure(call: Callable[[], object], device: torch.device = CPU, calls: int =
 
 def measure_on_cuda(call: Callable[[], object], calls: int) -> Sample:
     """The mean of some calls, from the first's launch to the last's end on the device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     cpu = time.process_time()
     start.record()
@@ -100,7 +100,7 @@ def measure_cold(call: Callable[[], object], device: torch.device, calls: int = 
     if device.type == "cpu":
         return measure(call)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     for start, end in pairs:
         flush.zero_()
