@@ -1,18 +1,20 @@
 import pytest
 import torch
+from device_ops import public as ops
 from encoding_oracle import integers, pre_activations, rounding
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from op_samples import EXACT, PRECISIONS, make_problem
 from tolerances import close
 
-from sae_fast import ops
+pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 quick = settings(
     max_examples=40,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
+    # The device is the same for all examples of a test.
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 

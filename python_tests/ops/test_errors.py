@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from device_ops import ops
 from op_samples import (
     in_latent_major,
     make_code,
     make_problem,
+    ops,
     scalars_arguments,
     update_arguments,
     update_scalars,

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from device_ops import ops, public
+from device_ops import public
 from encoding_oracle import check_largest, integers, largest, pre_activations
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from op_samples import PRECISIONS, Code, make_code, make_problem, update_scalars
+from op_samples import PRECISIONS, Code, make_code, make_problem, ops, update_scalars
 from tolerances import close
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")

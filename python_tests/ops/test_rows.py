@@ -1,6 +1,5 @@
 import pytest
 import torch
-from device_ops import ops
 from op_samples import (
     EXACT,
     LOW,
@@ -9,6 +8,7 @@ from op_samples import (
     in_latent_major,
     make_code,
     make_problem,
+    ops,
     scalars_arguments,
     update_arguments,
     update_scalars,
