@@ -29,13 +29,6 @@ class TrainingLoss:
     variance: Tensor
 
 
-def reconstruction_loss(
-    squared_error: Tensor,  # [N]
-) -> Tensor:
-    """The squared error of a token, Σ_d (x − x̂)², averaged over tokens."""
-    return steady_sum(squared_error) / len(squared_error)
-
-
 def l1_loss(
     values: Tensor,  # [N, K], or [nnz] of N tokens
     n_tokens: int,
@@ -79,8 +72,11 @@ def steady_sum(
 ) -> Tensor:
     """The sum of all entries, in an order that does not depend on the number of threads.
 
-    torch splits a long sum between its threads, but never one row of a matrix.
+    torch splits a long sum between its threads, but never one row of a matrix; a GPU has no threads
+    in this sense.
     """
+    if x.is_cuda:
+        return x.sum()
     flat = x.flatten()
     whole = len(flat) // _BLOCK * _BLOCK
     if whole == 0:
@@ -92,11 +88,12 @@ def total_variance(
     x: Tensor,  # [N, D]
 ) -> Tensor:
     """Σ (x − mean(x))² over all entries, the mean taken per dimension."""
+    if x.is_cuda:  # in one pass
+        return len(x) * torch.var(x, dim=0, correction=0).sum()
     mean = x.mean(0)
-    if not x.is_cuda:
-        # |x|² − N |mean|² writes nothing; where the mean is most of x it would cancel to rounding.
-        total = steady_sum(torch.linalg.vector_norm(x, dim=1).square())
-        centre = len(x) * steady_sum(mean.square())
-        if bool(centre < 0.5 * total):
-            return total - centre
+    # |x|² − N |mean|² writes nothing; where the mean is most of x it would cancel to rounding.
+    total = steady_sum(torch.linalg.vector_norm(x, dim=1).square())
+    centre = len(x) * steady_sum(mean.square())
+    if bool(centre < 0.5 * total):
+        return total - centre
     return steady_sum((x - mean).square_())

@@ -166,11 +166,11 @@ class SparseAutoencoder(nn.Module):
         dead_mask = self.dead_mask()
         code = self._encode(x, precision, dense_grad, dead_mask, k_aux)
         modelled = ops.reconstruct(code, self.W_dec, self.b_dec, x, dense_grad=dense_grad)
+        total_error, none = losses.steady_sum(modelled.squared_error), x.new_zeros(())
         terms = {
-            "recon_loss": config.reconstruction_coeff
-            * losses.reconstruction_loss(modelled.squared_error),
-            "l1_loss": x.new_zeros(()),
-            "decorr_loss": x.new_zeros(()),
+            "recon_loss": config.reconstruction_coeff * (total_error / len(x)),
+            "l1_loss": none,
+            "decorr_loss": none,
             "aux_loss": self.architecture.auxiliary_loss(
                 code, modelled.residual, self.W_dec, dead_mask, dense_grad=dense_grad
             ),
@@ -185,7 +185,7 @@ class SparseAutoencoder(nn.Module):
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
         variance = losses.total_variance(x.detach())
-        components["fvu"] = losses.steady_sum(modelled.squared_error.detach()) / variance
+        components["fvu"] = total_error.detach() / variance
         components["l0"] = (code.values > 0).sum() / code.n_rows
         return TrainingLoss(total, components, code, variance)
 

@@ -86,12 +86,13 @@ class TrainingStep:
         """
         was_healthy = self._poison == self._poison
         share = 1 / len(batches)
+        weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
         for x in batches:
             loss = self.sae.training_loss(
                 x, precision=self.precision, dense_grad=self.optimizer.dense_grad, k_aux=k_aux
             )
-            (loss.total * (share * self.scaler.factor)).backward()  # type: ignore[no-untyped-call]
+            loss.total.backward(weight)  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))
             self.sae.follow_(loss.code)
             self._poison_by(loss.total.detach())
