@@ -341,7 +341,8 @@ def test_update_through_the_wrapper_keeps_encoding_exact(precision, device):
         measured = public.row_gradient_norm(*arguments)
         zeros = torch.zeros_like(W_enc), torch.zeros_like(W_enc)
         switches = {"project": False, "unit_norm": False, "precision": precision}
-        factors = (*arguments[:5], arguments[6], *measured[1:], update_scalars(1.0, step).to(device))
+        scalars = update_scalars(1.0, step).to(device)
+        factors = (*arguments[:5], arguments[6], *measured[1:], scalars)
         public.fused_update_(W_enc, *zeros, *factors, **switches)
         code = public.encode_topk(problem.x, W_enc, *biases, 8, precision=precision)
         fresh = public.encode_topk(problem.x, W_enc.detach().clone(), *biases, 8, precision="fp32")
