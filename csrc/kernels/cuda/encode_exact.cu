@@ -11,8 +11,10 @@ namespace {
 
 constexpr int kScoreThreads = 256;
 constexpr int kScoreBlocks = 1024;
+constexpr int kScorePerMultiprocessor = 2;  // that registers must hold, without spills
 constexpr int kPickThreads = 256;
 constexpr int kPickBlocks = 128;
+constexpr int kPickPerMultiprocessor = 2;  // more are never there
 
 // As many keys are sorted in shared memory; more of them in the row's slot.
 constexpr int64_t kSharedKeys = 4096;
@@ -68,7 +70,7 @@ __device__ void score_row(const Encoder& encoder, const Weight* __restrict__ wei
 // All warps of the grid share the latents of the first rows, as many as there are slots: one row
 // alone would keep a single multiprocessor busy for as long as a whole step takes.
 template <typename Weight, bool kVector>
-__global__ void __launch_bounds__(kScoreThreads)
+__global__ void __launch_bounds__(kScoreThreads, kScorePerMultiprocessor)
     score_rows_kernel(Encoder encoder, const Weight* __restrict__ weights,
                       const float* __restrict__ x, RowSet rows, Slots slots) {
   constexpr int kWarps = kScoreThreads / kWarpSize;
@@ -111,7 +113,7 @@ __device__ void pick_entries(const float* scores, const bool* __restrict__ mask,
 // One block a row. Rows beyond the slots are scored by the block itself, in the slot of the first
 // row that it had: slots are not fewer than blocks.
 template <typename Weight, bool kVector>
-__global__ void __launch_bounds__(kPickThreads)
+__global__ void __launch_bounds__(kPickThreads, kPickPerMultiprocessor)
     pick_kernel(Encoder encoder, const Weight* __restrict__ weights, const float* __restrict__ x,
                 TopK topk, RowSet rows, Slots slots, bool keys_in_slots) {
   __shared__ BlockSelect shared;

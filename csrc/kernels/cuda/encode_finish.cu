@@ -8,9 +8,9 @@ namespace {
 
 constexpr int kFinishThreads = 128;
 constexpr int kFinishWarps = kFinishThreads / kWarpSize;
-// Blocks that a multiprocessor's registers must hold. 24 warps with four rows each in flight are
+// Blocks that a multiprocessor's registers must hold. 16 warps with four rows each in flight are
 // enough to cover the memory's latency; left to itself the assembler spills for more.
-constexpr int kFinishBlocks = 6;
+constexpr int kFinishBlocks = 4;
 
 // A list as one block sees it.
 struct RowList {
@@ -109,14 +109,17 @@ __global__ void __launch_bounds__(kFinishThreads, kFinishBlocks)
       shared.wrong = 0;
     }
     __syncthreads();
-    const auto certain = [&](int place) { return list.at[place].low >= list.threshold; };
-    score_list<kVector>(list, x, encoder, token, keys, shared, certain);
-    const float worst = value_of_key(shared.worst);
-    __syncthreads();  // everybody has read it
-    const auto possible = [&](int place) {
-      return !certain(place) && !(list_high(list, place, token, encoder) < worst);
-    };
-    score_list<kVector>(list, x, encoder, token, keys, shared, possible);
+    float worst = 0.0f;
+#pragma unroll 1  // two copies of the loop would take twice the registers
+    for (int stage = 0; stage < 2; ++stage) {
+      score_list<kVector>(list, x, encoder, token, keys, shared, [&](int place) {
+        const bool certain = list.at[place].low >= list.threshold;
+        if (stage == 0 || certain) return stage == 0 && certain;
+        return !(list_high(list, place, token, encoder) < worst);
+      });
+      worst = value_of_key(shared.worst);
+      __syncthreads();  // everybody has read it
+    }
     const int found = shared.found;
     const bool wrong = shared.wrong != 0;
     if (wrong && threadIdx.x == 0) list_row(fallback, row, list_bit);

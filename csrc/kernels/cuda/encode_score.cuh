@@ -58,6 +58,7 @@ __device__ float score_latents(const float* __restrict__ x, const float* __restr
                                const int32_t (&latents)[kScoresAtOnce], int64_t d_in) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   float sums[kScoresAtOnce] = {};
+#pragma unroll 2  // twelve loads in flight; with more of them registers run out
   for (int64_t column = lane * kColumnsOfLane; column < d_in;
        column += kWarpSize * kColumnsOfLane) {
     auto centred = load_columns<float, kVector>(x, column, d_in);

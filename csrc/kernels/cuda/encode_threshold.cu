@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kCollectThreads = 256;
 constexpr int kCollectWarps = kCollectThreads / kWarpSize;
+constexpr int kCollectBlocks = 3;  // that a multiprocessor's registers must hold, without spills
 constexpr int kPassThreads = 128;
 constexpr int kPassWarps = kPassThreads / kWarpSize;
 
@@ -68,7 +69,7 @@ __device__ inline void note_overflow(int64_t count, int64_t* kept, unsigned long
 
 // One warp a row of the chunk. A row goes on counting when its room is full.
 template <bool kExact, bool kVector>
-__global__ void __launch_bounds__(kCollectThreads)
+__global__ void __launch_bounds__(kCollectThreads, kCollectBlocks)
     collect_kernel(Encoder encoder, Product product, int64_t rows,
                    const float* __restrict__ threshold, const TokenBound* __restrict__ bounds,
                    SegmentState segments, CandidateRows candidates) {

@@ -8,6 +8,9 @@ namespace {
 
 constexpr int kSelectThreads = 256;
 constexpr int kSelectWarps = kSelectThreads / kWarpSize;
+// Blocks that a multiprocessor's registers must hold: 4096 rows are 31 warps each for 132 of them.
+// Left to itself the assembler spills in pursuit of more.
+constexpr int kSelectBlocks = 4;
 
 // One row's list while a warp works on it.
 struct RowCandidates {
@@ -131,7 +134,7 @@ struct Selection {
 // Dead latents have a launch of their own, which reads the chunk again where there are any: both
 // lists in one kernel took twice the registers, from every step without AuxK too.
 template <bool kExact, bool kVector, bool kDead>
-__global__ void __launch_bounds__(kSelectThreads)
+__global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
     select_kernel(Encoder encoder, Product product, int64_t rows, Selection selection,
                   const TokenBound* __restrict__ bounds, SegmentState segments,
                   FallbackRows fallback) {
