@@ -16,6 +16,13 @@ struct Shape {
 
 enum class Precision { kExact, kBFloat16, kFloat16 };
 
+// Half of all problems are exact.
+inline Precision any_precision(Random& random) {
+  const Precision precisions[] = {Precision::kExact, Precision::kBFloat16, Precision::kExact,
+                                  Precision::kFloat16};
+  return precisions[random.integer(0, 3)];
+}
+
 // An encoder with its storage, packed by the kernel under test, and the scores of all latents.
 class EncodeProblem {
  public:
