@@ -125,10 +125,21 @@ def test_an_error_is_raised_at_the_step_that_needs_the_batch(device: torch.devic
         (x,) = batches.take()
         assert x.cpu().tolist() == [[float(number)] * 3] * 4
         batches.prefetch()
-    assert batches.state_dict() == {"served": 2}
     for _ in range(2):
+        assert batches.state_dict() == {"served": 2}
         with pytest.raises(ValueError, match="cannot be read"):
             batches.take()
+
+
+def test_an_error_amid_the_next_batches_leaves_the_position(device: torch.device) -> None:
+    source: Any = _Failing()
+    batches = StepBatches(source, _device(device), 2, ahead=True)
+    batches.take()
+    source.served = 1  # one of the next two can be read
+    batches.prefetch()
+    assert batches.state_dict() == {"served": 2}
+    with pytest.raises(ValueError, match="cannot be read"):
+        batches.take()
 
 
 def test_waiting_is_counted_once(activations: torch.Tensor, device: torch.device) -> None:

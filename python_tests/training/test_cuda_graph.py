@@ -128,6 +128,23 @@ def test_replayed_steps_equal_eager_ones_to_the_bit(
     assert _equal(graphed, eager)
 
 
+@pytest.mark.parametrize("precision", ["screened", "bf16", "fp16"])
+@pytest.mark.parametrize("batches", [1, 2])
+def test_no_op_of_a_step_waits_for_the_device(
+    device: torch.device, precision: str, batches: int
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("the CPU does not wait for itself")
+    run = Run(device, graphed=False, precision=precision)
+    rate = torch.full((), 1e-3, dtype=torch.float64, device=device)
+    run.step.run(run.rows[:batches], rate, 8)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.step.run(run.rows[:batches], rate, 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_each_room_for_dead_latents_has_its_graph(device: torch.device) -> None:
     eager, graphed = Run(device, graphed=False), Run(device, graphed=True)
     rooms = [0] * 5 + [8] * 5 + [4, 8] * 5 + [0] * 2

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from sae_fast.training.failure import is_out_of_memory
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.failure import is_out_of_memory, out_of_memory
+from sae_fast.training.memory_plan import plan_memory
 
 CPU = torch.device("cpu")
 
@@ -28,6 +30,13 @@ def _chained(cause: Exception) -> RuntimeError:
 )
 def test_a_full_memory_is_recognised(error: Exception) -> None:
     assert is_out_of_memory(error, CPU)
+
+
+def test_the_reason_told_is_that_of_the_allocator() -> None:
+    plan = plan_memory(SAEConfig(d_in=8, d_sae=64), TrainConfig(), native=True, pool_bytes=0)
+    error = _chained(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
+    told = str(out_of_memory(7, error, plan, None))
+    assert told.startswith("step 7: out of memory (CUDA out of memory); ")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("decode: W_dec must be"), _chained(ValueError())])

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from test_cuda_graph import EmulatedRecorder
 
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.ops import native
 from sae_fast.training import launcher
 from sae_fast.training.cuda_graph import GraphedStep
 from sae_fast.training.dead_census import DeadCensus
@@ -260,7 +259,7 @@ def test_a_full_memory_is_told_with_the_plan_and_saves_nothing(
 
     def full(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 18:
+        if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
         return loss(*arguments, **options)
 
@@ -268,10 +267,9 @@ def test_a_full_memory_is_told_with_the_plan_and_saves_nothing(
     with pytest.raises(TrainingError) as error:
         trainer.train()
     message = str(error.value)
-    assert re.match(r"step \d+: out of memory \(CUDA out of memory\); .* MiB in memory", message)
+    assert re.match(r"step 2: out of memory \(CUDA out of memory\); .* MiB in memory", message)
     for part in ("planned (largest: ", "lower batch_size, expansion_factor", "pool_rows"):
         assert part in message
     assert message.endswith("is intact")
     assert "\n" not in message
-    newest = "step-00000015" if native.load() is None or len(calls) > 15 else "step-00000000"
-    assert (tmp_path / "checkpoints" / "latest").resolve().name in (newest, "step-00000000")
+    assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000000"

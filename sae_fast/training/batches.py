@@ -98,9 +98,8 @@ class StepBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The source's position after the last batch handed out."""
-        if self._next is None or self._handed_out is None:
-            return self._source.state_dict()
-        return self._handed_out.position
+        fetched = self._handed_out
+        return self._source.state_dict() if fetched is None else fetched.position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken; raises ValueError if the data is not the same."""

@@ -54,19 +54,31 @@ class GraphRecorder:
         current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What replays `work` on the current stream; the work itself is not done here."""
+        """What replays `work` on the current stream; the work itself is not done here.
+
+        Raises:
+            RuntimeError: when it cannot be captured, naming the remedy.
+        """
         graph = torch.cuda.CUDAGraph()
         # The reader's thread may pin memory meanwhile, which mode "global" would not let it do.
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), capture:
-            work()
+        try:
+            with torch.cuda.device(self._device), capture:
+                work()
+        except RuntimeError as error:
+            remedy = "--no-cuda-graph (cuda_graph = False) trains without one"
+            raise RuntimeError(f"no CUDA graph of the step: {error}; {remedy}") from error
         return graph.replay
 
     def finish(self) -> None:
-        """Waits until no graph is running any more."""
+        """Waits for the graphs, which are about to be dropped; the next ones get another pool.
+
+        The allocator does not take up again a pool that has lost its last graph.
+        """
         torch.cuda.synchronize(self._device)
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 class GraphedStep:

@@ -47,7 +47,8 @@ def out_of_memory(
     step: int, error: BaseException, plan: MemoryPlan, newest_checkpoint: Path | None
 ) -> TrainingError:
     """The error of a run that has filled the memory."""
-    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+    told = [str(link) for link in _chain(error) if isinstance(link, torch.OutOfMemoryError)]
+    reason = (told or [str(error)])[0].partition("\n")[0].partition(". ")[0].rstrip(".")
     return TrainingError(
         f"step {step}: out of memory ({reason}); {plan.summary()}; lower batch_size, "
         f"expansion_factor or d_sae, or pool_rows where the host's memory is full"
