@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   //   packed  int16 [ceil(F/64), ceil(D/2), 64, 2] or float32 [ceil(F/64), D, 64]
   //   stats   [4, 64 * ceil(F/64)]
   //   rounded [F, D] bfloat16 or float16, else [0, D]
+  // On CUDA, where "screened" and "fp32" are one path, packed is [0], stats [2, F] bounds each row's
+  // length and that of its rounding error, and rounded is float16 for "fp16", else bfloat16.
   m.def(
       "pack_encoder(Tensor W_enc, str precision) -> (Tensor packed, Tensor stats, Tensor rounded)");
 

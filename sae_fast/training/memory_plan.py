@@ -23,6 +23,8 @@ _KEPT_ROWS_PER_TOKEN = 3 * 2
 _PRODUCT_BYTES = 32 * 2**20
 _STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
 _POOL = "activations in memory"
+# Rows of W that one product of the decorrelation's gradient takes in.
+_GRAM_ROWS = 4096
 _CGROUPS = (  # directory, limit, in use, reclaimable: of version 2 and of version 1
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -101,6 +103,9 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     }
     if native and on_gpu:
         parts |= _gpu_copies(sae, train)
+        if sae.decorrelation_coeff > 0:  # its gradient, the rows' halves, products of a part of them
+            parts["decorrelation"] = (2 * matrix + 2 * _GRAM_ROWS * sae.d_in) * _FLOAT
+            parts["decorrelation"] += 8 * sae.d_in**2 * _FLOAT
     elif native:
         parts["packed encoder (16 bit)"] = matrix * _HALF
     if train.precision != "screened" and not (native and on_gpu):
