@@ -103,7 +103,7 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     }
     if native and on_gpu:
         parts |= _gpu_copies(sae, train)
-        if sae.decorrelation_coeff > 0:  # its gradient, the rows' halves, products of a part of them
+        if sae.decorrelation_coeff > 0:  # its gradient, the rows' halves, products of some rows
             parts["decorrelation"] = (2 * matrix + 2 * _GRAM_ROWS * sae.d_in) * _FLOAT
             parts["decorrelation"] += 8 * sae.d_in**2 * _FLOAT
     elif native:
