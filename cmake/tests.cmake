@@ -34,6 +34,7 @@ if(NOT SAE_FAST_SANITIZE MATCHES "thread")
   set(CUDA_TEST_SOURCES
     csrc/tests/cuda_emulation/emulation.cpp
     csrc/tests/cuda_kernels_test.cpp
+    csrc/tests/cuda_batch_test.cpp
     csrc/tests/cuda_decode_test.cpp
     csrc/tests/cuda_decorrelation_test.cpp
     csrc/tests/cuda_encode_test.cpp

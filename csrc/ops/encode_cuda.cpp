@@ -83,17 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk_cuda(
     const OptionalTensor& packed, const OptionalTensor& stats, const OptionalTensor& rounded) {
   constexpr const char* kOp = "encode_topk";
   check_encoder_cuda(kOp, x, W_enc, b_enc, b_dec, precision);
-  const int64_t d_sae = W_enc.size(0);
-  STD_TORCH_CHECK(k >= 1 && k <= d_sae, kOp, ": k must be in [1, d_sae], got k=", k,
-                  " with d_sae=", d_sae);
-  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, kOp,
-                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
-  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, kOp,
-                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
-  if (dead_mask.has_value()) {
-    check_shape(kOp, "dead_mask", *dead_mask, {d_sae});
-    check_dtype(kOp, "dead_mask", *dead_mask, ScalarType::Bool);
-  }
+  check_selection_cuda(kOp, W_enc.size(0), k, dead_mask, k_aux);
   check_same_device(kOp, {{"x", x},
                           {"W_enc", W_enc},
                           {"b_enc", b_enc},
@@ -130,6 +120,20 @@ void check_encoder_cuda(const char* op, const Tensor& x, const Tensor& W_enc, co
   STD_TORCH_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
                   W_enc.size(0));
   check_precision(op, precision);
+}
+
+void check_selection_cuda(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
+                          int64_t k_aux) {
+  STD_TORCH_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
+                  " with d_sae=", d_sae);
+  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
+                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
+  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, op,
+                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
+  if (dead_mask.has_value()) {
+    check_shape(op, "dead_mask", *dead_mask, {d_sae});
+    check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
+  }
 }
 
 CudaEncoder::CudaEncoder(const char* op, const Tensor& W_enc, const Tensor& b_enc,

@@ -90,6 +90,13 @@ class EncodeProblem {
     }
   }
 
+  // Makes the products wrong by more than any bound, most of them upwards.
+  void spoil_products(Random& random, float share) {
+    for (float& value : products_) {
+      value += share * std::fabs(value) * static_cast<float>(random.integer(1, 9));
+    }
+  }
+
   // What begin_* must have left for the library to multiply.
   void check_rounded_tokens() const {
     for (size_t i = 0; i < rounded_x_.size(); ++i) {

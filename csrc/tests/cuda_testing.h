@@ -73,6 +73,7 @@ class TestScratch {
 };
 
 // Each defined in a file of its name.
+void test_cuda_batch(uint64_t seed);
 void test_cuda_decode(uint64_t seed);
 void test_cuda_decorrelation(uint64_t seed);
 void test_cuda_encode(uint64_t seed);

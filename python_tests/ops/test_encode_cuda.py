@@ -43,7 +43,21 @@ def test_topk_code_has_its_shapes_on_the_device_of_x():
     assert {output.device for output in outputs} == {x.device}
 
 
+def test_batch_topk_code_has_its_shapes_on_the_device_of_x():
+    with FakeTensorMode():
+        x, W_enc = torch.empty(7, 12, device="cuda"), torch.empty(130, 12, device="cuda")
+        b_enc, b_dec = torch.empty(130, device="cuda"), torch.empty(12, device="cuda")
+        dead = torch.empty(130, dtype=torch.bool, device="cuda")
+        operands = (x, W_enc, b_enc, b_dec)
+        op = torch.ops.sae_fast.encode_batch_topk
+        outputs = op(*operands, 5, "screened", dead, 3, None, None, None)
+    assert [tuple(output.shape) for output in outputs] == [(35,), (35,), (8,), (7, 3), (7, 3)]
+    dtypes = [torch.float32, torch.int32, torch.int64, torch.float32, torch.int32]
+    assert [output.dtype for output in outputs] == dtypes
+    assert {output.device for output in outputs} == {x.device}
+
+
 @needs_cuda_build
-@pytest.mark.parametrize("name", ["pack_encoder", "encode_topk", "encode_threshold"])
+@pytest.mark.parametrize("name", sae_fast.ops.library.SCHEMAS)
 def test_op_has_a_cuda_kernel(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sae_fast::{name}", "CUDA")

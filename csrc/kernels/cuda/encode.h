@@ -30,7 +30,7 @@ struct Tokens {
 
 struct TopK {
   const bool* dead_mask;  // [F] or null
-  int64_t k, k_aux;
+  int64_t k, k_aux;       // 0: no such list
   float* values;         // [N, k]
   int32_t* indices;      // [N, k]
   float* aux_values;     // [N, k_aux]

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kPickThreads, kPickPerMultiprocessor)
     uint64_t* const keys =
         keys_in_slots ? slots.keys(slot) : static_cast<uint64_t*>(dynamic_shared_memory());
     const int32_t wanted = rows.wanted(row);
-    if ((wanted & kMainList) != 0) {
+    if ((wanted & kMainList) != 0 && topk.k > 0) {
       pick_entries(scores, nullptr, encoder.d_sae, topk.k, keys, shared,
                    topk.values + flat_index(row, topk.k, 0),
                    topk.indices + flat_index(row, topk.k, 0));

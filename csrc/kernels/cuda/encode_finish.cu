@@ -186,8 +186,11 @@ cudaError_t topk_streams(int64_t k, int64_t k_aux, bool* streams) {
 
 cudaError_t finish_lists(const Encoder& encoder, const Tokens& tokens, const TopK& topk,
                          const EncodeState& state, cudaStream_t stream) {
-  cudaError_t error = finish_list(encoder, tokens, state, state.main,
-                                  {topk.values, topk.indices, topk.k}, kMainList, stream);
+  cudaError_t error = cudaSuccess;
+  if (topk.k > 0) {
+    error = finish_list(encoder, tokens, state, state.main, {topk.values, topk.indices, topk.k},
+                        kMainList, stream);
+  }
   if (error == cudaSuccess && topk.k_aux > 0) {
     error = finish_list(encoder, tokens, state, state.aux,
                         {topk.aux_values, topk.aux_indices, topk.k_aux}, kAuxList, stream);

@@ -78,6 +78,19 @@ struct RowSegment {
   }
 };
 
+// Bit by bit whether a value may exceed the limit; NaN, in value or limit, may.
+__device__ inline unsigned not_below(const Columns (&values)[kStrips], float limit) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int strip = 0; strip < kStrips; ++strip) {
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) {
+      if (!(values[strip].at[i] < limit)) bits |= 1u << (strip * kLaneColumns + i);
+    }
+  }
+  return bits;
+}
+
 // Where the lane's bits of a strip go in a list that ascends by latent: the number of set bits
 // before the lane's, and of all of them.
 struct StripPlaces {

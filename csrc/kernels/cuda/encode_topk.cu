@@ -107,19 +107,6 @@ __device__ bool append_segment(RowCandidates& list, const RowSegment& at, unsign
   return true;
 }
 
-// Bit by bit whether a value may exceed the limit; NaN, in value or limit, may.
-__device__ inline unsigned not_below(const Columns (&values)[kStrips], float limit) {
-  unsigned bits = 0;
-#pragma unroll
-  for (int strip = 0; strip < kStrips; ++strip) {
-#pragma unroll
-    for (int i = 0; i < kLaneColumns; ++i) {
-      if (!(values[strip].at[i] < limit)) bits |= 1u << (strip * kLaneColumns + i);
-    }
-  }
-  return bits;
-}
-
 // ---- kernels
 
 // What one launch selects: the k best of all latents, or of the dead ones.
@@ -199,7 +186,8 @@ size_t topk_scratch_bytes(int64_t rows, int64_t d_sae, int64_t k, int64_t k_aux)
 
 int64_t topk_row_bytes(int64_t k, int64_t k_aux) {
   constexpr auto kEntryBytes = static_cast<int64_t>(sizeof(float) + sizeof(int32_t));
-  return (candidate_capacity(k) + (k_aux > 0 ? candidate_capacity(k_aux) : 0)) * kEntryBytes;
+  return ((k > 0 ? candidate_capacity(k) : 0) + (k_aux > 0 ? candidate_capacity(k_aux) : 0)) *
+         kEntryBytes;
 }
 
 cudaError_t begin_topk(const Encoder& encoder, const Tokens& tokens, const TopK& topk,
@@ -214,9 +202,11 @@ cudaError_t select_topk(const Encoder& encoder, const Tokens& tokens, const TopK
                         const Product& product, void* scratch, cudaStream_t stream) {
   Scratch pieces(scratch);
   const EncodeState state(pieces, tokens.rows, encoder.d_sae, topk.k, topk.k_aux);
-  cudaError_t error =
-      select_list<false>(encoder, product, tokens.rows,
-                         {state.main, kMainList, static_cast<int>(topk.k)}, state, stream);
+  cudaError_t error = cudaSuccess;
+  if (topk.k > 0) {
+    error = select_list<false>(encoder, product, tokens.rows,
+                               {state.main, kMainList, static_cast<int>(topk.k)}, state, stream);
+  }
   if (error == cudaSuccess && topk.k_aux > 0) {
     error = select_list<true>(encoder, product, tokens.rows,
                               {state.aux, kAuxList, static_cast<int>(topk.k_aux)}, state, stream);
