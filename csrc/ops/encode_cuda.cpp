@@ -2,7 +2,6 @@
 // between.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
 #include <string>
 #include <tuple>
 
@@ -162,16 +161,6 @@ CudaEncoder::CudaEncoder(const char* op, const Tensor& W_enc, const Tensor& b_en
   encoder_.d_sae = W_enc.size(0);
   encoder_.d_in = W_enc.size(1);
   encoder_.exact = is_exact(precision);
-}
-
-// product = tokens latentsᵀ, of 16-bit rows into float32, by the library on the current stream.
-void multiply(const Tensor& tokens, const Tensor& latents, const Tensor& product) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(tokens), from(torch::stable::transpose(latents, 0, 1)),
-                                    from(ScalarType::Float), from(product)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the product once more, which is ours to drop
 }
 
 }  // namespace sae_fast::ops

@@ -8,6 +8,7 @@
 #include "kernels/common/encode_plan.h"
 #include "kernels/cuda/encode.h"
 #include "ops/cuda.h"
+#include "ops/product_cuda.h"
 
 namespace sae_fast::ops {
 
@@ -33,9 +34,6 @@ class CudaEncoder {
   OptionalTensor stats_, rounded_;
   cuda::Encoder encoder_{};
 };
-
-// product = tokens latentsᵀ, of 16-bit rows into float32, by the library on the current stream.
-void multiply(const Tensor& tokens, const Tensor& latents, const Tensor& product);
 
 // The memory of a call, and its walk over blocks of tokens and chunks of latents.
 class BlockProduct {
@@ -67,8 +65,9 @@ class BlockProduct {
     for (int64_t first = 0; first < rounded_.size(0); first += plan_.columns) {
       const int64_t columns = std::min(plan_.columns, rounded_.size(0) - first);
       Tensor elements = torch::stable::narrow(product_, 0, 0, rows * columns);
-      multiply(tokens, torch::stable::narrow(rounded_, 0, first, columns),
-               torch::stable::view(elements, {rows, columns}));
+      const Tensor latents = torch::stable::narrow(rounded_, 0, first, columns);
+      product_into(torch::stable::view(elements, {rows, columns}), tokens,
+                   torch::stable::transpose(latents, 0, 1));
       call(cuda::Product{static_cast<const float*>(product_.const_data_ptr()), first, columns});
     }
   }

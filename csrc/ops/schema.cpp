@@ -9,8 +9,8 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   //   packed  int16 [ceil(F/64), ceil(D/2), 64, 2] or float32 [ceil(F/64), D, 64]
   //   stats   [4, 64 * ceil(F/64)]
   //   rounded [F, D] bfloat16 or float16, else [0, D]
-  // On CUDA, where "screened" and "fp32" are one path, packed is [0], stats [2, F] bounds each row's
-  // length and that of its rounding error, and rounded is float16 for "fp16", else bfloat16.
+  // On CUDA, where "screened" and "fp32" are one path, packed is [0], stats [2, F] bounds each
+  // row's length and that of its rounding error, and rounded is float16 for "fp16", else bfloat16.
   m.def(
       "pack_encoder(Tensor W_enc, str precision) -> (Tensor packed, Tensor stats, Tensor rounded)");
 
@@ -26,9 +26,9 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "(Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)");
 
   // The N*K largest positive entries of the whole batch, NaN largest of all, equal values in order
-  // of their tokens, then indices. CSR by row, ascending index: values [N*K], indices [N*K], offsets
-  // int64 [N + 1]. Where fewer are positive the last row ends in entries of value 0 and index 0.
-  // aux_* and the other arguments as for encode_topk.
+  // of their tokens, then indices. CSR by row, ascending index: values [N*K], indices [N*K],
+  // offsets int64 [N + 1]. Where fewer are positive the last row ends in entries of value 0 and
+  // index 0. aux_* and the other arguments as for encode_topk.
   m.def(
       "encode_batch_topk(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, int k, str precision, "
       "Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded) -> "

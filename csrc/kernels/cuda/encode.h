@@ -31,10 +31,10 @@ struct Tokens {
 struct TopK {
   const bool* dead_mask;  // [F] or null
   int64_t k, k_aux;       // 0: no such list
-  float* values;         // [N, k]
-  int32_t* indices;      // [N, k]
-  float* aux_values;     // [N, k_aux]
-  int32_t* aux_indices;  // [N, k_aux]
+  float* values;          // [N, k]
+  int32_t* indices;       // [N, k]
+  float* aux_values;      // [N, k_aux]
+  int32_t* aux_indices;   // [N, k_aux]
 };
 
 // A chunk of the product, [N, columns], of the latents from first_latent on. first_latent is a
