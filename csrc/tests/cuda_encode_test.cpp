@@ -167,6 +167,7 @@ TopKCase any_case(Random& random, int64_t d_sae) {
   TopKCase wanted{random.integer(1, std::min<int64_t>(d_sae, random.integer(1, 60))), 0, {}};
   if (random.integer(0, 7) == 0) wanted.k = d_sae;
   if (random.integer(0, 1) == 0) wanted.k_aux = random.integer(1, std::min<int64_t>(d_sae, 40));
+  if (wanted.k_aux > 0 && random.integer(0, 3) == 0) wanted.k = 0;  // as encode_batch_topk calls
   const int64_t one_in =
       std::vector<int64_t>{1, 2, 30, 10000}[static_cast<size_t>(random.integer(0, 3))];
   for (int64_t j = 0; j < d_sae; ++j) {

@@ -20,10 +20,11 @@ int main(int argc, char** argv) {
     test_cuda_batch(static_cast<uint64_t>(seed));
     test_cuda_decode(static_cast<uint64_t>(seed));
     test_cuda_decorrelation(static_cast<uint64_t>(seed));
-    test_cuda_encode(static_cast<uint64_t>(seed));
-    test_cuda_threshold(static_cast<uint64_t>(seed));
     test_cuda_rows(static_cast<uint64_t>(seed));
     test_cuda_update(static_cast<uint64_t>(seed));
+    if (seed % 4 != 0) continue;  // a problem of these takes seconds
+    test_cuda_encode(static_cast<uint64_t>(seed));
+    test_cuda_threshold(static_cast<uint64_t>(seed));
   }
   std::printf("cuda: %ld problems of each kind, %d checks failed\n", problems, failures);
   return failures == 0 ? 0 : 1;
