@@ -1,5 +1,6 @@
 // Tests of the CUDA kernels on the host (tests/cuda_emulation): small random problems against naive
-// sums in double. An argument sets how many problems of each kind are tried.
+// sums in double. An argument sets how many problems of each kind are tried, of the encoder's kinds
+// a quarter.
 #include <cstdlib>
 
 #include "tests/cuda_testing.h"
@@ -17,15 +18,15 @@ int main(int argc, char** argv) {
       emulated_cuda::device.shared_per_block = 20 * 1024;
       emulated_cuda::device.shared_per_multiprocessor = 40 * 1024;
     }
-    test_cuda_batch(static_cast<uint64_t>(seed));
     test_cuda_decode(static_cast<uint64_t>(seed));
     test_cuda_decorrelation(static_cast<uint64_t>(seed));
     test_cuda_rows(static_cast<uint64_t>(seed));
     test_cuda_update(static_cast<uint64_t>(seed));
     if (seed % 4 != 0) continue;  // a problem of these takes seconds
+    test_cuda_batch(static_cast<uint64_t>(seed));
     test_cuda_encode(static_cast<uint64_t>(seed));
     test_cuda_threshold(static_cast<uint64_t>(seed));
   }
-  std::printf("cuda: %ld problems of each kind, %d checks failed\n", problems, failures);
+  std::printf("cuda: %ld problems, %d checks failed\n", problems, failures);
   return failures == 0 ? 0 : 1;
 }
