@@ -259,6 +259,10 @@ def test_what_ptxas_says_is_read_kernel_by_kernel():
     spilling, lean = cuda_resources.parse(PTXAS)
     assert spilling == cuda_resources.Usage("_Z1kPf", "sm_80", 32, shared=152, stack=16, spills=12)
     assert lean == cuda_resources.Usage("_Z2k2Pf", "sm_90a", 8, shared=0, stack=0, spills=0)
+    assert spilling.is_ours_and_slow
+    assert not lean.is_ours_and_slow
+    library = cuda_resources.parse(PTXAS.replace("_Z1kPf", "_ZN3cub1kEPf"))[0]
+    assert not library.is_ours_and_slow
 
 
 def test_kernels_are_listed_once_with_the_numbers_of_each_architecture():

@@ -1,26 +1,14 @@
-"""Small activations with structure to find: sparse sums of a planted dictionary."""
+"""Small activations to train on, in memory and as shards, and what keeps these tests quick."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from planted import planted
 
 from sae_fast.activations import write_shard
 from sae_fast.training import run_directory
-
-D_IN = 16
-
-
-def planted(rows: int, seed: int) -> torch.Tensor:
-    """Rows [rows, 16], each the sum of three of 48 directions, off centre."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(48, D_IN, generator=generator), dim=1)
-    generator.manual_seed(seed)
-    chosen = torch.randint(48, (rows, 3), generator=generator)
-    strength = 0.5 + torch.rand(rows, 3, 1, generator=generator)
-    noise = 0.01 * torch.randn(rows, D_IN, generator=generator)
-    return (directions[chosen] * strength).sum(1) + noise + 0.3
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_IN, planted
+from planted import D_IN, planted
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
