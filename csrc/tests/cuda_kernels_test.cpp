@@ -7,7 +7,7 @@
 
 int main(int argc, char** argv) {
   using namespace sae_fast::testing;
-  const long problems = argc > 1 ? std::atol(argv[1]) : 40;
+  const long problems = argc > 1 ? std::atol(argv[1]) : 24;
   for (long seed = 0; seed < problems; ++seed) {
     Random random(static_cast<uint64_t>(seed));
     emulated_cuda::device = {};
