@@ -11,6 +11,12 @@ namespace sae_fast::ops {
 
 void check_precision(const char* op, const std::string& precision);
 
+// The arguments that all encoders share, and those of encode_topk and encode_batch_topk.
+void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
+                   const Tensor& b_dec, const std::string& precision);
+void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
+                     int64_t k_aux);
+
 // Checks tensors that pack_encoder made for a W_enc of this shape.
 void check_packed(const char* op, const Tensor& W_enc, const std::string& precision,
                   const Tensor& packed, const Tensor& stats, const Tensor& rounded);

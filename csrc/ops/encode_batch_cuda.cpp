@@ -66,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk_cuda(
     const std::string& precision, const OptionalTensor& dead_mask, int64_t k_aux,
     const OptionalTensor& packed, const OptionalTensor& stats, const OptionalTensor& rounded) {
   constexpr const char* kOp = "encode_batch_topk";
-  check_encoder_cuda(kOp, x, W_enc, b_enc, b_dec, precision);
-  check_selection_cuda(kOp, W_enc.size(0), k, dead_mask, k_aux);
+  check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
+  check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
   const cuda::BatchSize size{x.size(0), W_enc.size(0), k};
   STD_TORCH_CHECK(size.tokens <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ",
                   size.tokens, " * ", k);

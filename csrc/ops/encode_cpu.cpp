@@ -46,17 +46,6 @@ class EncoderInput {
   cpu::PackedEncoder encoder_{};
 };
 
-void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
-                   const Tensor& b_dec, const std::string& precision) {
-  check_float(op, "x", x, {kAnySize, kAnySize});
-  check_float(op, "W_enc", W_enc, {kAnySize, x.size(1)});
-  check_float(op, "b_enc", b_enc, {W_enc.size(0)});
-  check_float(op, "b_dec", b_dec, {x.size(1)});
-  STD_TORCH_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
-                  W_enc.size(0));
-  check_precision(op, precision);
-}
-
 cpu::TopKProblem topk_problem(const EncoderInput& encoder, const Input& x, const Input& b_enc,
                               const Input& b_dec, int64_t tokens) {
   cpu::TopKProblem problem{};
@@ -66,19 +55,6 @@ cpu::TopKProblem topk_problem(const EncoderInput& encoder, const Input& x, const
   problem.b_dec = b_dec.data<float>();
   problem.tokens = tokens;
   return problem;
-}
-
-void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
-                     int64_t k_aux) {
-  STD_TORCH_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
-                  " with d_sae=", d_sae);
-  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
-                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
-  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, op,
-                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
-  if (!dead_mask.has_value()) return;
-  check_shape(op, "dead_mask", *dead_mask, {d_sae});
-  check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
 }
 
 // What encode_topk and encode_batch_topk share: values and indices are laid out by the caller.
@@ -216,6 +192,30 @@ void check_precision(const char* op, const std::string& precision) {
   STD_TORCH_CHECK(
       precision == "screened" || precision == "fp32" || precision == "bf16" || precision == "fp16",
       op, ": precision must be screened, fp32, bf16 or fp16, got ", precision);
+}
+
+void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
+                   const Tensor& b_dec, const std::string& precision) {
+  check_float(op, "x", x, {kAnySize, kAnySize});
+  check_float(op, "W_enc", W_enc, {kAnySize, x.size(1)});
+  check_float(op, "b_enc", b_enc, {W_enc.size(0)});
+  check_float(op, "b_dec", b_dec, {x.size(1)});
+  STD_TORCH_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
+                  W_enc.size(0));
+  check_precision(op, precision);
+}
+
+void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
+                     int64_t k_aux) {
+  STD_TORCH_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
+                  " with d_sae=", d_sae);
+  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
+                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
+  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, op,
+                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
+  if (!dead_mask.has_value()) return;
+  check_shape(op, "dead_mask", *dead_mask, {d_sae});
+  check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
 }
 
 cpu::PackedEncoder packed_encoder(const Tensor& W_enc, const std::string& precision,

@@ -5,7 +5,6 @@
 #include <string>
 #include <tuple>
 
-#include "ops/encode.h"
 #include "ops/encode_cuda.h"
 
 namespace sae_fast::ops {
@@ -81,8 +80,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk_cuda(
     const std::string& precision, const OptionalTensor& dead_mask, int64_t k_aux,
     const OptionalTensor& packed, const OptionalTensor& stats, const OptionalTensor& rounded) {
   constexpr const char* kOp = "encode_topk";
-  check_encoder_cuda(kOp, x, W_enc, b_enc, b_dec, precision);
-  check_selection_cuda(kOp, W_enc.size(0), k, dead_mask, k_aux);
+  check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
+  check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
   check_same_device(kOp, {{"x", x},
                           {"W_enc", W_enc},
                           {"b_enc", b_enc},
@@ -109,31 +108,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk_cuda(
 }
 
 }  // namespace
-
-void check_encoder_cuda(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
-                        const Tensor& b_dec, const std::string& precision) {
-  check_float(op, "x", x, {kAnySize, kAnySize});
-  check_float(op, "W_enc", W_enc, {kAnySize, x.size(1)});
-  check_float(op, "b_enc", b_enc, {W_enc.size(0)});
-  check_float(op, "b_dec", b_dec, {x.size(1)});
-  STD_TORCH_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
-                  W_enc.size(0));
-  check_precision(op, precision);
-}
-
-void check_selection_cuda(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
-                          int64_t k_aux) {
-  STD_TORCH_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
-                  " with d_sae=", d_sae);
-  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
-                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
-  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, op,
-                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
-  if (dead_mask.has_value()) {
-    check_shape(op, "dead_mask", *dead_mask, {d_sae});
-    check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
-  }
-}
 
 CudaEncoder::CudaEncoder(const char* op, const Tensor& W_enc, const Tensor& b_enc,
                          const Tensor& b_dec, const std::string& precision,

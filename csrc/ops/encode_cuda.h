@@ -8,16 +8,10 @@
 #include "kernels/common/encode_plan.h"
 #include "kernels/cuda/encode.h"
 #include "ops/cuda.h"
+#include "ops/encode.h"
 #include "ops/product_cuda.h"
 
 namespace sae_fast::ops {
-
-// The checks that all encoders share, and those of both kinds of top-k.
-void check_encoder_cuda(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
-                        const Tensor& b_dec, const std::string& precision);
-
-void check_selection_cuda(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
-                          int64_t k_aux);
 
 // The packed encoder of a call: the caller's, or one made for the call.
 class CudaEncoder {

@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold_cuda(
     const Tensor& threshold, const std::string& precision, const OptionalTensor& packed,
     const OptionalTensor& stats, const OptionalTensor& rounded) {
   constexpr const char* kOp = "encode_threshold";
-  check_encoder_cuda(kOp, x, W_enc, b_enc, b_dec, precision);
+  check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
   check_float(kOp, "threshold", threshold, {W_enc.size(0)});
   check_same_device(kOp, {{"x", x},
                           {"W_enc", W_enc},
