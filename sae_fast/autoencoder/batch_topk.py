@@ -20,38 +20,14 @@ _WINDOW = 100
 class BatchTopK(TopK):
     """How a BatchTopK model selects latents; AuxK is that of TopK."""
 
+    select = staticmethod(ops.encode_batch_topk)
+
     def buffers(self) -> Buffers:
         """`threshold`, and how many batches have set it; both 0-d."""
         return {
             "threshold": torch.zeros(()),
             "threshold_updates": torch.zeros((), dtype=torch.int64),
         }
-
-    def encode(
-        self,
-        x: Tensor,  # [N, D], normalised
-        W_enc: nn.Parameter,  # [F, D]
-        b_enc: nn.Parameter,  # [F]
-        b_dec: nn.Parameter,  # [D]
-        *,
-        precision: str,
-        dense_grad: bool,
-        dead_mask: Tensor | None = None,  # [F] bool
-        k_aux: int | None = None,
-    ) -> ops.SparseCode:
-        """The code of a batch in training; arguments as for TopK."""
-        k_aux = self._room_for_dead(dead_mask, k_aux)
-        return ops.encode_batch_topk(
-            x,
-            W_enc,
-            b_enc,
-            b_dec,
-            self.k,
-            precision=precision,
-            dead_mask=dead_mask if k_aux else None,
-            k_aux=k_aux,
-            dense_grad=dense_grad,
-        )
 
     def infer(
         self,

@@ -18,6 +18,8 @@ class TopK:
     and live on the model.
     """
 
+    select = staticmethod(ops.encode_topk)
+
     def __init__(self, config: SAEConfig):
         self.k = config.k
         self.aux_k_coeff = config.aux_k_coeff
@@ -35,12 +37,15 @@ class TopK:
         dead_mask: Tensor | None = None,  # [F] bool
         k_aux: int | None = None,
     ) -> ops.SparseCode:
-        """The code of every token; `code.aux` has the k_aux best dead latents, if AuxK is on.
+        """The code of a batch in training; `code.aux` has the k_aux best dead latents.
 
         By default k_aux is the number of dead latents, for which the host waits.
         """
-        k_aux = self._room_for_dead(dead_mask, k_aux)
-        return ops.encode_topk(
+        if dead_mask is None or self.aux_k_coeff == 0:
+            k_aux = 0
+        elif k_aux is None:
+            k_aux = min(self.full_k_aux, int(dead_mask.sum()))
+        return self.select(
             x,
             W_enc,
             b_enc,
@@ -51,11 +56,6 @@ class TopK:
             k_aux=k_aux,
             dense_grad=dense_grad,
         )
-
-    def _room_for_dead(self, dead_mask: Tensor | None, k_aux: int | None) -> int:
-        if dead_mask is None or self.aux_k_coeff == 0:
-            return 0
-        return min(self.full_k_aux, int(dead_mask.sum())) if k_aux is None else k_aux
 
     def infer(
         self,

@@ -76,20 +76,8 @@ def encode_topk(
 
     Raises RuntimeError naming the argument that does not fit.
     """
-    if k_aux is None:
-        k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
-    options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
-    op = torch.ops.sae_fast.encode_topk.default
-    sink = None if dense_grad else FactorSink("encode_topk", "W_enc", W_enc)
-    outputs = _encode(op, (x, W_enc, b_enc, b_dec), options, precision, sink)
-    values, indices, aux_values, aux_indices = outputs
-    d_sae = W_enc.size(0)
-    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision)
-    shown = None if dead_mask is None else aux
-    code = SparseCode(values, indices, d_sae, aux=shown, precision=precision)
-    if sink is not None:
-        sink.keys = code.key, aux.key
-    return code
+    tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
+    return _encode_selected("encode_topk", tensors, k, *options)
 
 
 @fake("encode_topk")
@@ -120,6 +108,7 @@ def _setup_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(x, W_enc, b_dec, *output)
 
 
+@differentiable("encode_batch_topk", _setup_topk)
 @differentiable("encode_topk", _setup_topk)
 def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, W_enc, b_dec, *outputs = ctx.saved_tensors
@@ -148,20 +137,8 @@ def encode_batch_topk(
     row ends in entries of value 0 and index 0. Arguments, gradients and errors as for
     `encode_topk`.
     """
-    if k_aux is None:
-        k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
-    options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
-    op = torch.ops.sae_fast.encode_batch_topk.default
-    sink = None if dense_grad else FactorSink("encode_batch_topk", "W_enc", W_enc)
-    outputs = _encode(op, (x, W_enc, b_enc, b_dec), options, precision, sink)
-    values, indices, offsets, aux_values, aux_indices = outputs
-    d_sae = W_enc.size(0)
-    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision)
-    shown = None if dead_mask is None else aux
-    code = SparseCode(values, indices, d_sae, offsets, aux=shown, precision=precision)
-    if sink is not None:
-        sink.keys = code.key, aux.key
-    return code
+    tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
+    return _encode_selected("encode_batch_topk", tensors, k, *options)
 
 
 @fake("encode_batch_topk")
@@ -182,14 +159,6 @@ def _(
     values, aux_values = x.new_empty(n_rows * k), x.new_empty(n_rows, k_aux)
     indices, aux_indices = (x.new_empty(v.shape, dtype=torch.int32) for v in (values, aux_values))
     return values, indices, x.new_empty(n_rows + 1, dtype=torch.int64), aux_values, aux_indices
-
-
-@differentiable("encode_batch_topk", _setup_topk)
-def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, W_enc, b_dec, *outputs = ctx.saved_tensors
-    parts = _parts(outputs, grads)
-    gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
-    return (*gradients, *(None,) * 7)
 
 
 def encode_threshold(
@@ -249,6 +218,34 @@ def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     parts = _parts(outputs, grads)
     gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
     return (*gradients, *(None,) * 5)
+
+
+def _encode_selected(
+    name: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, W_enc, b_enc, b_dec
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,  # [F] bool
+    k_aux: int | None,
+    dense_grad: bool,
+) -> SparseCode:
+    """encode_topk or encode_batch_topk, which has offsets between its code and its aux."""
+    x, W_enc, *_ = tensors
+    if k_aux is None:
+        k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
+    options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
+    op = getattr(torch.ops.sae_fast, name).default
+    sink = None if dense_grad else FactorSink(name, "W_enc", W_enc)
+    outputs = _encode(op, tensors, options, precision, sink)
+    (values, indices), (aux_values, aux_indices) = outputs[:2], outputs[-2:]
+    offsets = outputs[2] if len(outputs) == 5 else None
+    d_sae = W_enc.size(0)
+    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision)
+    shown = None if dead_mask is None else aux
+    code = SparseCode(values, indices, d_sae, offsets, aux=shown, precision=precision)
+    if sink is not None:
+        sink.keys = code.key, aux.key
+    return code
 
 
 def _encode(
