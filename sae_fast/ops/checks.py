@@ -31,94 +31,19 @@ The last four look at data: on the CPU always, elsewhere they would wait for the
 import torch
 from torch import Tensor
 
+from sae_fast.ops.call import GATHERED, MASTER, Call
+
 UPDATE_SCALARS = 8  # of update_scalars
-PRECISIONS = ("screened", "fp32", "bf16", "fp16")
-_MASTER = (torch.float32,)
-_GATHERED = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_ENTRIES = 2**31 - 1
-_Sizes = tuple[int | None, ...]
-
-
-class _Op:
-    """The checks of one call: the op's name, and the tensor whose device the others share."""
-
-    def __init__(self, name: str, like: str, tensor: Tensor) -> None:
-        self.name = name
-        self.like = like
-        self.device = tensor.device
-
-    def require(self, condition: bool, must: str, got: str = "") -> None:
-        message = f"{self.name}: {must}, got {got}" if got else f"{self.name}: {must}"
-        torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
-
-    def tensor(
-        self, name: str, tensor: Tensor, sizes: _Sizes, dtypes: tuple[torch.dtype, ...]
-    ) -> None:
-        """A tensor of these sizes (None is any) and dtypes, on the device of the first."""
-        shape = tuple(tensor.shape)
-        wanted = ", ".join("*" if size is None else str(size) for size in sizes)
-        must = f"{name} must have shape [{wanted}]"
-        self.require(len(shape) == len(sizes), must, str(list(shape)))
-        for got, size in zip(shape, sizes, strict=True):
-            if size is not None:
-                self.require(got == size, must, str(list(shape)))
-        self.dtype(name, tensor, dtypes)
-        self.same_device(name, tensor)
-
-    def dtype(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-        # float64 is the reference's own: the compiled ops refuse it themselves.
-        known = tensor.dtype in dtypes or (
-            tensor.dtype == torch.float64 and dtypes in (_MASTER, _GATHERED)
-        )
-        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-        wanted = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
-        self.require(known, f"{name} must be {wanted}", str(tensor.dtype).removeprefix("torch."))
-
-    def same_shape(self, name: str, tensor: Tensor, like: str, other: Tensor) -> None:
-        must = f"{name} must have the shape of {like}, {list(other.shape)}"
-        self.require(tensor.dim() == other.dim(), must, str(list(tensor.shape)))
-        for got, size in zip(tensor.shape, other.shape, strict=True):
-            self.require(got == size, must, str(list(tensor.shape)))
-
-    def same_device(self, name: str, tensor: Tensor) -> None:
-        must = f"{name} must be on {self.device} like {self.like}"
-        self.require(tensor.device == self.device, must, str(tensor.device))
-
-    def code(self, values: Tensor | None, indices: Tensor, offsets: Tensor | None) -> int:
-        """Indices, and values of their shape, with or without offsets; returns the rows."""
-        sizes = (None, None) if offsets is None else (None,)
-        self.tensor("indices", indices, sizes, (torch.int32,))
-        if values is not None:
-            self.dtype("values", values, _MASTER)
-            self.same_shape("values", values, "indices", indices)
-        if offsets is None:
-            return indices.size(0)
-        self.tensor("offsets", offsets, (None,), (torch.int64,))
-        self.require(offsets.size(0) >= 1, "offsets must have N + 1 elements", "none")
-        return offsets.size(0) - 1
-
-    def latents(self, latent_offsets: Tensor) -> int:
-        self.tensor("latent_offsets", latent_offsets, (None,), (torch.int64,))
-        count = latent_offsets.size(0)
-        must = "latent_offsets must have d_sae + 1 >= 2 elements"
-        self.require(count >= 2, must, str(count))
-        return count - 1
-
-    def precision(self, precision: str) -> None:
-        must = "precision must be screened, fp32, bf16 or fp16"
-        self.require(precision in PRECISIONS, must, precision)
-
-    def in_place(self, name: str, tensor: Tensor) -> None:
-        self.require(tensor.is_contiguous(), f"{name} is changed in place and must be contiguous")
 
 
 def pack_encoder(W_enc: Tensor, precision: str) -> None:  # noqa: D103
-    op = _Op("pack_encoder", "W_enc", W_enc)
-    op.tensor("W_enc", W_enc, (None, None), _MASTER)
+    op = Call("pack_encoder", "W_enc", W_enc)
+    op.tensor("W_enc", W_enc, (None, None), MASTER)
     op.precision(precision)
 
 
-def _selection(op: _Op, d_sae: int, k: int, dead_mask: Tensor | None, k_aux: int) -> None:
+def _selection(op: Call, d_sae: int, k: int, dead_mask: Tensor | None, k_aux: int) -> None:
     if dead_mask is not None:
         op.tensor("dead_mask", dead_mask, (d_sae,), (torch.bool,))
     op.require(1 <= k <= d_sae, "k must be in [1, d_sae]", f"k={k} with d_sae={d_sae}")
@@ -129,12 +54,12 @@ def _selection(op: _Op, d_sae: int, k: int, dead_mask: Tensor | None, k_aux: int
 
 
 def _encoder(
-    op: _Op, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, precision: str
+    op: Call, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, precision: str
 ) -> None:
-    op.tensor("x", x, (None, None), _MASTER)
-    op.tensor("W_enc", W_enc, (None, x.size(1)), _MASTER)
-    op.tensor("b_enc", b_enc, (W_enc.size(0),), _MASTER)
-    op.tensor("b_dec", b_dec, (x.size(1),), _MASTER)
+    op.tensor("x", x, (None, None), MASTER)
+    op.tensor("W_enc", W_enc, (None, x.size(1)), MASTER)
+    op.tensor("b_enc", b_enc, (W_enc.size(0),), MASTER)
+    op.tensor("b_dec", b_dec, (x.size(1),), MASTER)
     op.precision(precision)
 
 
@@ -151,7 +76,7 @@ def encode_topk(  # noqa: D103
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> None:
-    op = _Op("encode_topk", "x", x)
+    op = Call("encode_topk", "x", x)
     _encoder(op, x, W_enc, b_enc, b_dec, precision)
     _selection(op, W_enc.size(0), k, dead_mask, k_aux)
 
@@ -169,7 +94,7 @@ def encode_batch_topk(  # noqa: D103
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> None:
-    op = _Op("encode_batch_topk", "x", x)
+    op = Call("encode_batch_topk", "x", x)
     _encoder(op, x, W_enc, b_enc, b_dec, precision)
     _selection(op, W_enc.size(0), k, dead_mask, k_aux)
     must = f"at most {_MOST_ENTRIES} entries"
@@ -187,28 +112,28 @@ def encode_threshold(  # noqa: D103
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> None:
-    op = _Op("encode_threshold", "x", x)
+    op = Call("encode_threshold", "x", x)
     _encoder(op, x, W_enc, b_enc, b_dec, precision)
-    op.tensor("threshold", threshold, (W_enc.size(0),), _MASTER)
+    op.tensor("threshold", threshold, (W_enc.size(0),), MASTER)
 
 
 def decode(  # noqa: D103
     values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
 ) -> None:
-    op = _Op("decode", "values", values)
+    op = Call("decode", "values", values)
     op.code(values, indices, offsets)
-    op.tensor("W_dec", W_dec, (None, None), _GATHERED)
+    op.tensor("W_dec", W_dec, (None, None), GATHERED)
     if b_dec is not None:
-        op.tensor("b_dec", b_dec, (W_dec.size(1),), _MASTER)
+        op.tensor("b_dec", b_dec, (W_dec.size(1),), MASTER)
 
 
 def decode_backward(  # noqa: D103
     grad: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
 ) -> None:
-    op = _Op("decode_backward", "grad", grad)
+    op = Call("decode_backward", "grad", grad)
     n_rows = op.code(None, indices, offsets)
-    op.tensor("W_dec", W_dec, (None, None), _GATHERED)
-    op.tensor("grad", grad, (n_rows, W_dec.size(1)), _MASTER)
+    op.tensor("W_dec", W_dec, (None, None), GATHERED)
+    op.tensor("grad", grad, (n_rows, W_dec.size(1)), MASTER)
 
 
 def reconstruct(  # noqa: D103
@@ -219,48 +144,48 @@ def reconstruct(  # noqa: D103
     b_dec: Tensor | None,
     x: Tensor,
 ) -> None:
-    op = _Op("reconstruct", "values", values)
+    op = Call("reconstruct", "values", values)
     n_rows = op.code(values, indices, offsets)
-    op.tensor("W_dec", W_dec, (None, None), _GATHERED)
+    op.tensor("W_dec", W_dec, (None, None), GATHERED)
     if b_dec is not None:
-        op.tensor("b_dec", b_dec, (W_dec.size(1),), _MASTER)
-    op.tensor("x", x, (n_rows, W_dec.size(1)), _MASTER)
+        op.tensor("b_dec", b_dec, (W_dec.size(1),), MASTER)
+    op.tensor("x", x, (n_rows, W_dec.size(1)), MASTER)
 
 
 def accumulate_rows(  # noqa: D103
     coefficients: Tensor, indices: Tensor, offsets: Tensor | None, dense: Tensor, d_sae: int
 ) -> None:
-    op = _Op("accumulate_rows", "coefficients", coefficients)
+    op = Call("accumulate_rows", "coefficients", coefficients)
     n_rows = op.code(coefficients, indices, offsets)
-    op.tensor("dense", dense, (n_rows, None), _GATHERED)
+    op.tensor("dense", dense, (n_rows, None), GATHERED)
     op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
 
 
 def latent_major(  # noqa: D103
     values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
 ) -> None:
-    op = _Op("latent_major", "values", values)
+    op = Call("latent_major", "values", values)
     op.code(values, indices, offsets)
     op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
 
 
 def gather_entries(source: Tensor, entries: Tensor) -> None:  # noqa: D103
-    op = _Op("gather_entries", "source", source)
-    op.dtype("source", source, _MASTER)
+    op = Call("gather_entries", "source", source)
+    op.dtype("source", source, MASTER)
     op.tensor("entries", entries, (None,), (torch.int32,))
 
 
 def latent_sums(  # noqa: D103
     latent_offsets: Tensor, entries: Tensor, coefficients: Tensor
 ) -> None:
-    op = _Op("latent_sums", "coefficients", coefficients)
+    op = Call("latent_sums", "coefficients", coefficients)
     op.latents(latent_offsets)
     op.tensor("entries", entries, (None,), (torch.int32,))
-    op.dtype("coefficients", coefficients, _MASTER)
+    op.dtype("coefficients", coefficients, MASTER)
 
 
 def _factors(
-    op: _Op,
+    op: Call,
     latent_offsets: Tensor,
     rows: Tensor,
     coefficients: Tensor,
@@ -270,10 +195,10 @@ def _factors(
     """Checks a factored gradient; returns its shape [d_sae, d_in]."""
     d_sae = op.latents(latent_offsets)
     op.tensor("rows", rows, (None,), (torch.int32,))
-    op.tensor("coefficients", coefficients, (rows.size(0),), _MASTER)
-    op.tensor("dense", dense, (None, None), _GATHERED)
+    op.tensor("coefficients", coefficients, (rows.size(0),), MASTER)
+    op.tensor("dense", dense, (None, None), GATHERED)
     if shift is not None:
-        op.tensor("shift", shift, (dense.size(1),), _MASTER)
+        op.tensor("shift", shift, (dense.size(1),), MASTER)
     return d_sae, dense.size(1)
 
 
@@ -286,12 +211,12 @@ def row_gradient_norm(  # noqa: D103
     project_onto: Tensor | None,
     extra_grad: Tensor | None,
 ) -> None:
-    op = _Op("row_gradient_norm", "dense", dense)
+    op = Call("row_gradient_norm", "dense", dense)
     shape = _factors(op, latent_offsets, rows, coefficients, dense, shift)
     if project_onto is not None:
-        op.tensor("project_onto", project_onto, shape, _MASTER)
+        op.tensor("project_onto", project_onto, shape, MASTER)
     if extra_grad is not None:
-        op.tensor("extra_grad", extra_grad, shape, _MASTER)
+        op.tensor("extra_grad", extra_grad, shape, MASTER)
 
 
 def update_scalars(  # noqa: D103
@@ -307,10 +232,10 @@ def update_scalars(  # noqa: D103
     weight_decay: float,
     skip_overflow: bool,
 ) -> None:
-    op = _Op("update_scalars", "squared_norm", squared_norm)
+    op = Call("update_scalars", "squared_norm", squared_norm)
     op.tensor("squared_norm", squared_norm, (), (torch.float64,))
     op.tensor("lr", lr, (), (torch.float64,))
-    op.tensor("loss_scale", loss_scale, (), _MASTER)
+    op.tensor("loss_scale", loss_scale, (), MASTER)
     op.tensor("step_count", step_count, (), (torch.int64,))
     op.tensor("halted", halted, (), (torch.int64,))
 
@@ -336,17 +261,17 @@ def fused_update_(  # noqa: D103
     rounded: Tensor | None,
     precision: str,
 ) -> None:
-    op = _Op("fused_update_", "W", W)
+    op = Call("fused_update_", "W", W)
     shape = _factors(op, latent_offsets, rows, coefficients, dense, shift)
     if extra_grad is not None:
-        op.tensor("extra_grad", extra_grad, shape, _MASTER)
-    op.tensor("W", W, shape, _MASTER)
-    op.tensor("exp_avg", exp_avg, shape, _MASTER)
-    op.tensor("exp_avg_sq", exp_avg_sq, shape, _MASTER)
-    op.tensor("sums", sums, shape[:1], _MASTER)
-    op.tensor("cached", cached, (None, shape[1]), _MASTER)
+        op.tensor("extra_grad", extra_grad, shape, MASTER)
+    op.tensor("W", W, shape, MASTER)
+    op.tensor("exp_avg", exp_avg, shape, MASTER)
+    op.tensor("exp_avg_sq", exp_avg_sq, shape, MASTER)
+    op.tensor("sums", sums, shape[:1], MASTER)
+    op.tensor("cached", cached, (None, shape[1]), MASTER)
     op.tensor("cache_slots", cache_slots, shape[:1], (torch.int32,))
-    op.tensor("scalars", scalars, (UPDATE_SCALARS,), _MASTER)
+    op.tensor("scalars", scalars, (UPDATE_SCALARS,), MASTER)
     written = {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     copies = {"packed": packed, "stats": stats, "rounded": rounded}
     for name, tensor in (*written.items(), *copies.items()):
@@ -358,32 +283,32 @@ def fused_update_(  # noqa: D103
 def update_vector_(  # noqa: D103
     w: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor | None, scalars: Tensor
 ) -> None:
-    op = _Op("update_vector_", "w", w)
+    op = Call("update_vector_", "w", w)
     written = {"w": w, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in {**written, "grad": grad}.items():
         if tensor is not None:
             op.same_shape(name, tensor, "w", w)
-            op.dtype(name, tensor, _MASTER)
+            op.dtype(name, tensor, MASTER)
             op.same_device(name, tensor)
-    op.tensor("scalars", scalars, (UPDATE_SCALARS,), _MASTER)
+    op.tensor("scalars", scalars, (UPDATE_SCALARS,), MASTER)
     for name, tensor in written.items():
         op.in_place(name, tensor)
 
 
 def normalize_rows_(W: Tensor) -> None:  # noqa: D103
-    op = _Op("normalize_rows_", "W", W)
-    op.tensor("W", W, (None, None), _MASTER)
+    op = Call("normalize_rows_", "W", W)
+    op.tensor("W", W, (None, None), MASTER)
     op.in_place("W", W)
 
 
 def decorrelation(W: Tensor) -> None:  # noqa: D103
-    op = _Op("decorrelation", "W", W)
-    op.tensor("W", W, (None, None), _MASTER)
+    op = Call("decorrelation", "W", W)
+    op.tensor("W", W, (None, None), MASTER)
 
 
 def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     """What only the data can tell: offsets that partition the entries, indices of real latents."""
-    op = _Op(op_name, "indices", indices)
+    op = Call(op_name, "indices", indices)
     if offsets is not None:
         _check_offsets(op, "offsets", offsets, indices.numel())
     _check_range(op, "indices", indices, d_sae)
@@ -391,20 +316,20 @@ def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int
 
 def check_entries(op_name: str, entries: Tensor, count: int, latent_offsets: Tensor | None) -> None:
     """The same of a latent-major view: offsets that partition it, positions of real numbers."""
-    op = _Op(op_name, "entries", entries)
+    op = Call(op_name, "entries", entries)
     if latent_offsets is not None:
         _check_offsets(op, "latent_offsets", latent_offsets, entries.numel())
     _check_range(op, "entries", entries, count)
 
 
-def _check_offsets(op: _Op, name: str, offsets: Tensor, entries: int) -> None:
+def _check_offsets(op: Call, name: str, offsets: Tensor, entries: int) -> None:
     first, last = int(offsets[0]), int(offsets[-1])
     ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
     must = f"{name} must ascend from 0 to the number of entries, {entries}"
     op.require(ascending, must, f"{first} to {last}")
 
 
-def _check_range(op: _Op, name: str, numbers: Tensor, bound: int) -> None:
+def _check_range(op: Call, name: str, numbers: Tensor, bound: int) -> None:
     if numbers.numel() > 0:
         low, high = (int(end) for end in torch.aminmax(numbers))
         wrong = low if low < 0 else high
