@@ -24,6 +24,14 @@ def test_sizes_stay_open_until_d_in_is_known():
     assert config.with_d_in(16).is_complete
 
 
+def test_defaults_of_the_selection_are_set_once_the_sizes_are_known():
+    assert (SAEConfig().k, SAEConfig().aux_k_coeff) == (None, None)
+    config = SAEConfig(d_in=16)
+    assert (config.k, config.aux_k_coeff) == (32, 1 / 32)
+    assert SAEConfig(d_in=2, d_sae=8).k == 8
+    assert SAEConfig(d_in=16, aux_k_coeff=0).aux_k_coeff == 0.0
+
+
 def test_config_of_another_width_is_refused():
     with pytest.raises(ValueError, match="d_in must be 32, the width of the activations, got 16"):
         SAEConfig(d_in=16).with_d_in(32)

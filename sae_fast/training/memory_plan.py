@@ -129,8 +129,8 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """What a step allocates and frees."""
     batch = train.batch_size * sae.d_in * _FLOAT
-    aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff > 0 else 0
-    entries = train.batch_size * (sae.k + aux) * _BYTES_PER_ENTRY
+    aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff else 0
+    entries = train.batch_size * ((sae.k or 0) + aux) * _BYTES_PER_ENTRY
     accumulated = train.grad_acc_steps * (2 * batch + entries)
     parts = {}
     if train.fused:

@@ -1,0 +1,148 @@
+"""`SAEConfig`: what a model is and what it is trained for. Part of sae_fast.config."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sae_fast.config_file import ConfigFile, with_aliases
+
+DEFAULT_EXPANSION_FACTOR = 8
+DEFAULT_K = 32
+DEFAULT_AUX_K_COEFF = 1 / 32
+
+# Settings that only some architectures have; with another they must stay at their defaults.
+_BELONG_TO: dict[str, tuple[str, ...]] = {
+    "k": ("topk", "batch_topk"),
+    "aux_k_coeff": ("topk", "batch_topk"),
+    "aux_k": ("topk", "batch_topk"),
+}
+
+
+@with_aliases(input_dim="d_in", num_latents="d_sae")
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig(ConfigFile):
+    """The model: architecture, sizes, the terms of its loss, normalisation and initialisation.
+
+    `d_in=0` leaves the sizes open until the data are known (`with_d_in`); a model needs them.
+    """
+
+    section: ClassVar[str] = "sae"
+
+    arch: Literal["topk", "batch_topk"] = "topk"
+    """Architecture: the k largest latents of every token, or k a token on average over a batch."""
+    d_in: int = 0
+    """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
+    d_sae: int = 0
+    """Number of latents, also accepted as num_latents; 0: expansion_factor times d_in. [latents]"""
+    expansion_factor: float | None = None
+    """d_sae / d_in, in place of d_sae; 8 when neither is given. [ratio]"""
+    k: int | None = None
+    """Latents active per token, with batch_topk on average; default: 32. [latents]"""
+    use_relu: bool = True
+    """ReLU on the selected values, so that codes are never negative; must be true."""
+
+    reconstruction_coeff: float = 1.0
+    """Weight of the squared error, summed over d_in and averaged over tokens."""
+    l1_penalty_coeff: float = 0.0
+    """Weight of the sum of a token's code values, averaged over tokens."""
+    decorrelation_coeff: float = 0.0
+    """Weight of the squared cosine of two decoder rows, averaged over all pairs."""
+    probe_loss_coeff: float = 0.0
+    """Weight of the probe-guided loss; must be 0, this version has none."""
+    temporal_smoothness_coeff: float = 0.0
+    """Weight of the temporal smoothness loss; must be 0, this version has none."""
+    aux_k_coeff: float | None = None
+    """Weight of AuxK, where dead latents model the error of the others; 0: off; default: 1/32."""
+    aux_k: int | None = None
+    """Dead latents per token in AuxK, at most as many as are dead; default: d_in / 2. [latents]"""
+    dead_after_tokens: int = 10_000_000
+    """A latent that has not fired for so long counts as dead. [tokens]"""
+
+    normalize_activations: Literal["mean_scale", "none"] = "mean_scale"
+    """mean_scale: subtract the mean, scale to an expected norm of sqrt(d_in); none: as they are."""
+    decoder_init: Literal["random", "orthogonal"] = "random"
+    """Unit decoder rows, random or orthogonal in blocks of d_in; W_enc starts equal to W_dec."""
+    b_dec_init: Literal["zero", "mean", "geometric_median"] = "zero"
+    """Start of b_dec: zero (right for centred data), or the centre of the first activations."""
+
+    def __post_init__(self) -> None:
+        """Check every field and complete d_sae; raises ValueError naming field and value."""
+        self._check_types()
+        self._require("d_in", self.d_in >= 0, "at least 1, or 0 to take it from the data")
+        self._require("d_sae", self.d_sae >= 0, "at least 1, or 0 for expansion_factor * d_in")
+        if self.expansion_factor is not None:
+            self._require("expansion_factor", self.expansion_factor > 0, "greater than 0")
+        self._require("k", self.k is None or self.k >= 1, "at least 1")
+        self._check_architecture()
+        if self.d_in > 0:
+            self._complete_d_sae()
+            self._complete_k()
+        if self.d_sae > 0 and self.k is not None:
+            self._require("k", self.k <= self.d_sae, f"at most d_sae = {self.d_sae}")
+        self._check_objective()
+
+    def _check_architecture(self) -> None:
+        """Refuse settings that the architecture does not have, where they say anything."""
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        for name, architectures in _BELONG_TO.items():
+            is_off = getattr(self, name) in (defaults[name], None, 0.0)
+            if self.arch not in architectures and not is_off:
+                raise ValueError(
+                    f"{name} belongs to arch {' or '.join(architectures)} and must be left out "
+                    f"with arch {self.arch}, got {getattr(self, name)!r}"
+                )
+
+    def _complete_k(self) -> None:
+        has_k = self.arch in _BELONG_TO["k"]
+        if self.k is None and has_k:
+            object.__setattr__(self, "k", min(DEFAULT_K, self.d_sae))
+        if self.aux_k_coeff is None:
+            object.__setattr__(self, "aux_k_coeff", DEFAULT_AUX_K_COEFF if has_k else 0.0)
+
+    def _complete_d_sae(self) -> None:
+        factor = self.expansion_factor
+        derived = round(self.d_in * (DEFAULT_EXPANSION_FACTOR if factor is None else factor))
+        if self.d_sae == 0:
+            self._require(
+                "expansion_factor", derived >= 1, f"large enough for a latent at d_in = {self.d_in}"
+            )
+            object.__setattr__(self, "d_sae", derived)
+        elif factor is not None and derived != self.d_sae:
+            raise ValueError(
+                f"expansion_factor must agree with d_sae = {self.d_sae} at d_in = {self.d_in} "
+                f"(give one of the two), got {factor:g}"
+            )
+
+    def _check_objective(self) -> None:
+        if not self.use_relu:
+            raise ValueError(
+                f"use_relu must be true for arch {self.arch!r}, got False: latents fire above 0"
+            )
+        for name in ("probe_loss_coeff", "temporal_smoothness_coeff"):
+            self._require(name, getattr(self, name) == 0, "0 (this version has no such term)")
+        for name in (
+            "reconstruction_coeff",
+            "l1_penalty_coeff",
+            "decorrelation_coeff",
+            "aux_k_coeff",
+        ):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "at least 0")
+        if self.aux_k is not None:
+            self._require(
+                "aux_k", self.aux_k >= 1, "at least 1 (aux_k_coeff = 0 switches AuxK off)"
+            )
+        self._require("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the sizes are known, as a model needs them."""
+        return self.d_in > 0 and self.d_sae > 0
+
+    def with_d_in(self, d_in: int) -> SAEConfig:
+        """The same for activations of width `d_in`; raises ValueError if made for another width."""
+        if self.d_in not in (0, d_in):
+            raise ValueError(f"d_in must be {d_in}, the width of the activations, got {self.d_in}")
+        return dataclasses.replace(self, d_in=d_in)

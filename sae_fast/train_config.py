@@ -1,0 +1,133 @@
+"""`TrainConfig`: how a model is trained. Part of sae_fast.config."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from sae_fast.config_file import ConfigFile, with_aliases
+
+_NAMES = ("shard_dir", "activations_key", "heldout", "device", "checkpoint_dir", "resume_from")
+_COUNTS = (
+    *("pool_rows", "batch_size", "grad_acc_steps", "max_epochs", "max_steps", "max_tokens"),
+    *("num_threads", "log_every", "keep_checkpoints"),
+)
+_NOT_NEGATIVE = (
+    "warmup_steps",
+    "sparsity_warmup_steps",
+    "weight_decay",
+    "grad_clip",
+    "seed",
+    "eval_every",
+    "checkpoint_every",
+)
+
+
+@with_aliases(lr="learning_rate", use_amp="amp")
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ConfigFile):
+    """The training run: data, optimiser, schedule, precision, logging and checkpoints."""
+
+    section: ClassVar[str] = "train"
+
+    shard_dir: str | None = None
+    """Directory of HDF5 shards with the activations to train on."""
+    activations_key: str = "activations"
+    """Name of the data set inside a shard."""
+    heldout: str | None = None
+    """Held-out shards, a directory or a glob; default: the files heldout*.h5 in shard_dir."""
+    pool_rows: int = 65_536
+    """Size of the shuffle pool. [tokens]"""
+    skip_nonfinite: bool = False
+    """Drop and count rows with NaN or infinity instead of stopping at them."""
+
+    batch_size: int = 4096
+    """Tokens per forward pass; an optimiser step takes grad_acc_steps of these. [tokens]"""
+    grad_acc_steps: int = 1
+    """Batches whose gradients are averaged into one optimiser step. [batches]"""
+    max_epochs: int | None = None
+    """Passes over the data; default: 1, or as many as max_steps or max_tokens takes. [epochs]"""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps. [steps]"""
+    max_tokens: int | None = None
+    """Stop after so many tokens. [tokens]"""
+
+    learning_rate: float | None = None
+    """Peak learning rate, also accepted as lr; default: 2e-4 / sqrt(d_sae / 2**14)."""
+    warmup_steps: int | None = None
+    """Linear rise of the learning rate; default: 5 % of the run. [steps]"""
+    sparsity_warmup_steps: int | None = None
+    """Linear rise of the weight of the sparsity penalties; default: 5 % of the run. [steps]"""
+    decay_fraction: float = 0.2
+    """Share of the run, at its end, in which the learning rate falls linearly. [share]"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+    eps: float = 1e-8
+    """Adam's term in the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, per step and unit of learning rate."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    fused: bool = True
+    """Fused optimiser on factored gradients; false: dense gradients and torch.optim.AdamW."""
+
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Low-precision products and gathers, also accepted as use_amp; off: exact fp32 results."""
+    device: str = "cpu"
+    """Device to train on."""
+    cuda_graph: bool = True
+    """On a GPU, launch a whole step at once, as a CUDA graph; needs fused. The result is equal."""
+    num_threads: int | None = None
+    """CPU threads; default: torch's own choice. [threads]"""
+    seed: int = 0
+    """Seed of initialisation and of the order of the data."""
+
+    log_every: int = 10
+    """Interval of the metrics. [steps]"""
+    eval_every: int = 500
+    """Interval of the held-out evaluation; 0: only at the end. [steps]"""
+    checkpoint_every: int = 500
+    """Interval of the checkpoints; 0: only at the end. [steps]"""
+    keep_checkpoints: int = 3
+    """How many of the last checkpoints are kept. [checkpoints]"""
+    checkpoint_dir: str | None = None
+    """Directory of the run: configuration, metrics, checkpoints; default: a new one in runs."""
+    resume_from: str | None = None
+    """Where to go on from: latest or best of checkpoint_dir, or a checkpoint, or another run."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to; default: none."""
+    no_wandb: bool = False
+    """Do not log to Weights & Biases, whatever wandb_project says."""
+
+    def __post_init__(self) -> None:
+        """Check every field; raises ValueError naming field and value."""
+        given: object = self.amp
+        if isinstance(given, bool):  # use_amp = true, as other trainers write it
+            object.__setattr__(self, "amp", "bf16" if given else "off")
+        self._check_types()
+        for name in _NAMES:
+            self._require(name, getattr(self, name) != "", "a name, not an empty string")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1")
+        for name in ("eps", "learning_rate"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "greater than 0")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "at least 0")
+        self._require("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
+        betas_hold = all(0 <= beta < 1 for beta in self.betas)
+        self._require("betas", betas_hold, "two numbers from 0 to below 1")
+
+    @property
+    def precision(self) -> Literal["screened", "bf16", "fp16"]:
+        """Mode of the encoder's product that `amp` asks for."""
+        return "screened" if self.amp == "off" else self.amp
+
+    def peak_learning_rate(self, d_sae: int) -> float:
+        """`learning_rate`, or its default for a dictionary of `d_sae` latents."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-4 / math.sqrt(d_sae / 2**14)
