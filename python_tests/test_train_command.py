@@ -187,7 +187,7 @@ def test_both_spellings_and_the_alias_mean_the_same(flags: str) -> None:
         learning_rate=0.1,
         max_tokens=9,
         grad_clip=2.0,
-        checkpoint_dir="runs/topk-k32-1",
+        checkpoint_dir="runs/topk-1",
     )
 
 

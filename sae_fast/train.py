@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
-from sae_fast.training.run_directory import new_run_directory
+from sae_fast.training.run_directory import describe, new_run_directory
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
@@ -191,7 +191,7 @@ def _announce(trainer: Trainer) -> None:
     sae, train = trainer.sae_config, trainer.train_config
     print(trainer.memory_plan)
     print(
-        f"training {sae.arch}: d_in {sae.d_in}, d_sae {sae.d_sae:,}, k {sae.k}; "
+        f"training {describe(sae)}; "
         f"{trainer.data.rows_per_epoch:,} rows, {trainer.total_steps:,} steps of "
         f"{train.batch_size * train.grad_acc_steps:,} tokens into {train.checkpoint_dir}",
         flush=True,

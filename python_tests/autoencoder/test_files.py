@@ -68,7 +68,7 @@ def test_model_of_another_width_is_refused_in_one_line(saved):
     values = json.loads(path.read_text())
     values["sae"]["d_in"] = 16
     path.write_text(json.dumps(values))
-    message = r"W_enc must have shape \(40, 16\) for d_in = 16 and d_sae = 40, got \(40, 12\)"
+    message = r"W_enc must have shape \(40, 16\) by config.json, got \(40, 12\)"
     with pytest.raises(ValueError, match=message) as caught:
         SparseAutoencoder.from_pretrained(saved[1])
     assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 import pytest
 
 from sae_fast.config import TrainConfig
-from sae_fast.training.schedule import count_steps, make_schedule
+from sae_fast.training.schedule import count_steps, make_schedule, make_sparsity_schedule
 
 
 def test_schedule_rises_holds_and_falls() -> None:
@@ -26,6 +26,14 @@ def test_warm_up_defaults_to_a_twentieth_of_the_run() -> None:
 def test_default_peak_scales_with_the_dictionary() -> None:
     assert make_schedule(TrainConfig(), 2**14, 10).peak == pytest.approx(2e-4)
     assert make_schedule(TrainConfig(), 2**12, 10).peak == pytest.approx(4e-4)
+
+
+def test_sparsity_weight_rises_to_one_and_stays() -> None:
+    schedule = make_sparsity_schedule(TrainConfig(sparsity_warmup_steps=4), total_steps=100)
+    assert [schedule(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    by_default = make_sparsity_schedule(TrainConfig(), total_steps=100)
+    assert by_default(4) < 1.0 == by_default(5)
+    assert make_sparsity_schedule(TrainConfig(sparsity_warmup_steps=0), 100)(0) == 1.0
 
 
 def test_the_first_limit_reached_ends_the_run() -> None:

@@ -8,10 +8,11 @@ active, which is the mean of the least active value in the batches trained on.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.autoencoder.topk import Buffers, TopK
+from sae_fast.autoencoder.architecture import Mode, Weights
+from sae_fast.autoencoder.topk import TopK
 
 # The mean is of all batches so far, and from so many on exponential, since the model moves.
 _WINDOW = 100
@@ -22,7 +23,7 @@ class BatchTopK(TopK):
 
     select = staticmethod(ops.encode_batch_topk)
 
-    def buffers(self) -> Buffers:
+    def buffers(self) -> dict[str, Tensor]:
         """`threshold`, and how many batches have set it; both 0-d."""
         return {
             "threshold": torch.zeros(()),
@@ -31,26 +32,26 @@ class BatchTopK(TopK):
 
     def infer(
         self,
+        weights: Weights,
         x: Tensor,  # [N, D], normalised
-        W_enc: nn.Parameter,  # [F, D]
-        b_enc: nn.Parameter,  # [F]
-        b_dec: nn.Parameter,  # [D]
-        buffers: Buffers,
-        *,
-        precision: str,
-        dense_grad: bool,
+        mode: Mode,
     ) -> ops.SparseCode:
         """The latents above the threshold; those of the batch while no batch has set one."""
-        if int(buffers["threshold_updates"]) == 0:
-            return self.encode(x, W_enc, b_enc, b_dec, precision=precision, dense_grad=dense_grad)
-        threshold = buffers["threshold"].expand(W_enc.shape[0])
+        if int(weights.own["threshold_updates"]) == 0:
+            return self.encode(weights, x, mode)
+        threshold = weights.own["threshold"].expand(len(weights.W_enc))
         return ops.encode_threshold(
-            x, W_enc, b_enc, b_dec, threshold, precision=precision, dense_grad=dense_grad
+            x,
+            *weights[:2],
+            weights.b_dec,
+            threshold,
+            precision=mode.precision,
+            dense_grad=mode.dense_grad,
         )
 
-    def follow_(self, buffers: Buffers, code: ops.SparseCode) -> None:
+    def follow_(self, weights: Weights, code: ops.SparseCode) -> None:
         """Move the threshold towards the least active value of `code`, if it has any."""
-        threshold, updates = buffers["threshold"], buffers["threshold_updates"]
+        threshold, updates = weights.own["threshold"], weights.own["threshold_updates"]
         values = code.values.detach()
         least = torch.where(values > 0, values, torch.inf).amin()
         found = torch.isfinite(least)
@@ -58,6 +59,6 @@ class BatchTopK(TopK):
         rate = updates.clamp(1, _WINDOW).reciprocal()
         threshold.add_(torch.where(found, rate * (least - threshold), 0.0))
 
-    def rescale_(self, buffers: Buffers, factor: Tensor) -> None:
+    def rescale_(self, weights: Weights, factor: Tensor) -> None:
         """Follow a change of the units that the code's values are in."""
-        buffers["threshold"].mul_(factor)
+        weights.own["threshold"].mul_(factor)

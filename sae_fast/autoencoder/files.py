@@ -32,10 +32,8 @@ def write_model(directory: str | Path, config: SAEConfig, tensors: dict[str, Ten
         beside.unlink(missing_ok=True)
 
 
-def read_model(
-    directory: str | Path, device: str | torch.device
-) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """Configuration and tensors; raises ValueError, naming the file, where they do not fit."""
+def read_config(directory: str | Path) -> SAEConfig:
+    """The configuration of a saved model; raises ValueError where it is not that of one."""
     directory = Path(directory)
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (directory / name).is_file():
@@ -43,40 +41,33 @@ def read_model(
     config = SAEConfig.load(directory / CONFIG_FILE)
     if not config.is_complete:
         raise ValueError(f"{directory / CONFIG_FILE}: d_in must be given for a saved model, got 0")
-    path = directory / TENSOR_FILE
+    return config
+
+
+def read_tensors(
+    directory: str | Path, expected: dict[str, Tensor], device: str | torch.device
+) -> dict[str, Tensor]:
+    """The tensors of a saved model, floats as float32.
+
+    Raises ValueError, naming the file, unless they have the names and shapes of `expected`.
+    """
+    path = Path(directory) / TENSOR_FILE
     try:
         tensors = load_file(path, device=str(device))
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    for name, shape in expected_shapes(config).items():
+    for name, like in expected.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
-        found = tuple(tensors[name].shape)
-        if found != shape:
+        if tensors[name].shape != like.shape:
             raise ValueError(
-                f"{path}: {name} must have shape {shape} for d_in = {config.d_in} and "
-                f"d_sae = {config.d_sae}, got {found}"
+                f"{path}: {name} must have shape {tuple(like.shape)} by {CONFIG_FILE}, "
+                f"got {tuple(tensors[name].shape)}"
             )
-    unknown = sorted(tensors.keys() - expected_shapes(config).keys())
+    unknown = sorted(tensors.keys() - expected.keys())
     if unknown:
         raise ValueError(f"{path}: unknown tensor {unknown[0]}")
     floats = {
         name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()
     }
-    return config, {**tensors, **floats}
-
-
-def expected_shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model."""
-    matrix, latents, width = (config.d_sae, config.d_in), (config.d_sae,), (config.d_in,)
-    own = {"batch_topk": {"threshold": (), "threshold_updates": ()}}
-    return {
-        **own.get(config.arch, {}),
-        "W_enc": matrix,
-        "b_enc": latents,
-        "W_dec": matrix,
-        "b_dec": width,
-        "activation_mean": width,
-        "activation_scale": (),
-        "tokens_since_fired": latents,
-    }
+    return {**tensors, **floats}

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses
+from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
 from sae_fast.autoencoder.batch_topk import BatchTopK
-from sae_fast.autoencoder.files import read_model, write_model
+from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.initialization import centre, fill_unit_rows_
 from sae_fast.autoencoder.losses import TrainingLoss
-from sae_fast.autoencoder.topk import Buffers, TopK
+from sae_fast.autoencoder.topk import TopK
 from sae_fast.config import SAEConfig
 
-ARCHITECTURES: dict[str, type[TopK]] = {"topk": TopK, "batch_topk": BatchTopK}
+ARCHITECTURES: dict[str, type[Architecture]] = {"topk": TopK, "batch_topk": BatchTopK}
 
 
 class SparseAutoencoder(nn.Module):
@@ -49,10 +50,11 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("activation_mean", torch.zeros(config.d_in))
         self.register_buffer("activation_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
-        start = self.architecture.buffers()
-        self._buffer_names = tuple(start)
-        for name, tensor in start.items():
-            self.register_buffer(name, tensor)
+        for name, start in self.architecture.parameters().items():
+            self.register_parameter(name, nn.Parameter(start))
+        for name, start in self.architecture.buffers().items():
+            self.register_buffer(name, start)
+        self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
             self._initialize_weights(None)
 
@@ -73,8 +75,8 @@ class SparseAutoencoder(nn.Module):
         if sample is not None:
             self.b_dec.copy_(centre(self._rows(sample), self.config))
         self.tokens_since_fired.zero_()
-        for name, start in self.architecture.buffers().items():
-            self.get_buffer(name).copy_(start)
+        for name, start in self._own_start().items():
+            getattr(self, name).copy_(start)
 
     @torch.no_grad()
     def _initialize_weights(self, generator: torch.Generator | None) -> None:
@@ -118,15 +120,8 @@ class SparseAutoencoder(nn.Module):
         dense_grad: bool = True,
     ) -> ops.SparseCode:
         """The code of every activation, one row each; values in normalised units."""
-        return self.architecture.infer(
-            self.normalize(self._rows(x)),
-            self.W_enc,
-            self.b_enc,
-            self.b_dec,
-            self._own_buffers(),
-            precision=precision,
-            dense_grad=dense_grad,
-        )
+        rows = self.normalize(self._rows(x))
+        return self.architecture.infer(self.weights, rows, Mode(precision, dense_grad))
 
     def decode(self, code: ops.SparseCode, *, dense_grad: bool = True) -> Tensor:
         """The reconstructions [N, D] of a code, in the units of the activations."""
@@ -149,6 +144,7 @@ class SparseAutoencoder(nn.Module):
         precision: str = "screened",
         dense_grad: bool = True,
         k_aux: int | None = None,
+        sparsity_weight: float | Tensor = 1.0,
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
@@ -160,24 +156,20 @@ class SparseAutoencoder(nn.Module):
             dense_grad: whether backward leaves dense gradients.
             k_aux: room for dead latents in AuxK, per token: at least as many as are dead, up to
                 aux_k. More changes nothing. By default the host counts them, and waits for that.
+            sparsity_weight: what the terms that make codes sparse are multiplied by.
         """
         config = self.config
         x = self._rows(x)
-        dead_mask = self.dead_mask()
-        code = self._encode(x, precision, dense_grad, dead_mask, k_aux)
-        modelled = ops.reconstruct(code, self.W_dec, self.b_dec, x, dense_grad=dense_grad)
-        total_error, none = losses.steady_sum(modelled.squared_error), x.new_zeros(())
+        batch = Batch(x, self.dead_mask(), k_aux, sparsity_weight)
+        own = self.architecture.loss(self.weights, batch, Mode(precision, dense_grad))
+        code, none = own.code, x.new_zeros(())
         terms = {
-            "recon_loss": config.reconstruction_coeff * (total_error / len(x)),
+            "recon_loss": config.reconstruction_coeff * own.recon_loss,
             "l1_loss": none,
             "decorr_loss": none,
-            "aux_loss": self.architecture.auxiliary_loss(
-                code, modelled.residual, self.W_dec, dead_mask, dense_grad=dense_grad
-            ),
+            "aux_loss": none,
+            **own.terms,
         }
-        if config.l1_penalty_coeff > 0:
-            l1_loss = losses.l1_loss(code.values, code.n_rows)
-            terms["l1_loss"] = config.l1_penalty_coeff * l1_loss
         if config.decorrelation_coeff > 0:
             terms["decorr_loss"] = config.decorrelation_coeff * losses.decorrelation_loss(
                 self.W_dec
@@ -185,7 +177,7 @@ class SparseAutoencoder(nn.Module):
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
         variance = losses.total_variance(x.detach())
-        components["fvu"] = total_error.detach() / variance
+        components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
         components["l0"] = (code.values > 0).sum() / code.n_rows
         return TrainingLoss(total, components, code, variance)
 
@@ -197,7 +189,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def follow_(self, code: ops.SparseCode) -> None:
         """Let the architecture learn from a code of training what inference needs."""
-        self.architecture.follow_(self._own_buffers(), code)
+        self.architecture.follow_(self.weights, code)
 
     def dead_mask(self) -> Tensor:
         """Which latents [F] have been silent for `dead_after_tokens`."""
@@ -215,7 +207,7 @@ class SparseAutoencoder(nn.Module):
         folded.load_state_dict(self.state_dict())
         folded.b_enc.div_(self.activation_scale)
         folded.b_dec.div_(self.activation_scale).add_(self.activation_mean)
-        folded.architecture.rescale_(folded._own_buffers(), 1 / self.activation_scale)
+        folded.architecture.rescale_(folded.weights, 1 / self.activation_scale)
         folded.activation_mean.zero_()
         folded.activation_scale.fill_(1.0)
         return folded
@@ -232,34 +224,28 @@ class SparseAutoencoder(nn.Module):
 
         Raises FileNotFoundError or ValueError, one line naming the file and what is wrong with it.
         """
-        config, tensors = read_model(directory, device)
+        config = read_config(directory)
         with torch.device("meta"):
             sae = cls(config)
+        tensors = read_tensors(directory, sae.state_dict(), device)
         sae.load_state_dict(tensors, assign=True)
         return sae
 
-    def _own_buffers(self) -> Buffers:
-        """Those of the architecture."""
-        return {name: self.get_buffer(name) for name in self._buffer_names}
+    @property
+    def weights(self) -> Weights:
+        """The tensors as the architecture takes them."""
+        own = {name: getattr(self, name) for name in self._own_names}
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, own)
 
-    def _encode(
-        self,
-        x: Tensor,
-        precision: str,
-        dense_grad: bool,
-        dead_mask: Tensor | None,
-        k_aux: int | None = None,
-    ) -> ops.SparseCode:
-        return self.architecture.encode(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.b_dec,
-            precision=precision,
-            dense_grad=dense_grad,
-            dead_mask=dead_mask,
-            k_aux=k_aux,
-        )
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the terms of the loss, which are also components of it."""
+        shared = ("recon_loss", "l1_loss", "decorr_loss", "aux_loss")
+        return tuple(dict.fromkeys((*shared, *self.architecture.term_names)))
+
+    def _own_start(self) -> dict[str, Tensor]:
+        """Start values of the architecture's own parameters and buffers."""
+        return self.architecture.parameters() | self.architecture.buffers()
 
     def _rows(self, x: Tensor) -> Tensor:
         """`x` as a matrix of the parameters' dtype; raises ValueError unless it is d_in wide."""

@@ -94,6 +94,7 @@ class GraphedStep:
         self._recorder = recorder
         device = step.sae.W_enc.device
         self._rate = torch.zeros((), dtype=torch.float64, device=device)
+        self._sparsity_weight = torch.ones((), device=device)
         self._inputs: dict[tuple[torch.Size, ...], list[Tensor]] = {}
         self._graphs: dict[Key, Callable[[], None]] = {}
         self._eager_steps: Counter[Key] = Counter()
@@ -104,24 +105,25 @@ class GraphedStep:
         batches: Sequence[Tensor],  # each [N, D], normalised
         rate: float,
         k_aux: int | None,
+        sparsity_weight: float = 1.0,
     ) -> None:
         """One optimiser step; see `TrainingStep.run`."""
         if self._addresses != self._current_addresses():
             self._forget()
         self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on
+        self._sparsity_weight.fill_(sparsity_weight)
+        scalars = (self._rate, k_aux, self._sparsity_weight)
         shapes = tuple(batch.shape for batch in batches)
         key = (shapes, k_aux)
         if key not in self._graphs and self._eager_steps[key] < WARMUP_STEPS:
             with self._recorder.side_stream():
-                self._step.run(batches, self._rate, k_aux)
+                self._step.run(batches, *scalars)
             self._eager_steps[key] += 1
             self._addresses = self._current_addresses()
             return
         inputs = self._fixed_inputs(shapes, batches)
         if key not in self._graphs:
-            self._graphs[key] = self._recorder.record(
-                lambda: self._step.run(inputs, self._rate, k_aux)
-            )
+            self._graphs[key] = self._recorder.record(lambda: self._step.run(inputs, *scalars))
         self._graphs[key]()
         self._announce()
 
@@ -140,7 +142,8 @@ class GraphedStep:
         sae = self._step.sae
         for W in (sae.W_enc, sae.W_dec):
             mark_updated(W, *copies_to_refresh(W, self._step.precision))
-        torch.autograd.graph.increment_version([sae.b_enc, sae.b_dec, *sae.buffers()])
+        others = [p for p in sae.parameters() if p is not sae.W_enc and p is not sae.W_dec]
+        torch.autograd.graph.increment_version([*others, *sae.buffers()])
 
     def _current_addresses(self) -> tuple[int, ...]:
         """Where everything lies that the graphs read and write; a stale copy counts as none."""

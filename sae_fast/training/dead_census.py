@@ -22,10 +22,7 @@ class DeadCensus:
     def __init__(self, sae: SparseAutoencoder, tokens_per_step: int) -> None:
         self._sae = sae
         self._tokens_per_step = tokens_per_step
-        config = sae.config
-        self._limit = 0
-        if config.aux_k_coeff > 0:
-            self._limit = min(sae.architecture.full_k_aux, config.d_sae)
+        self._limit = min(sae.architecture.full_k_aux, sae.config.d_sae)
         self.k_aux = 0
 
     def count(self, steps: int) -> Tensor:

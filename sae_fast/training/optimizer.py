@@ -20,8 +20,9 @@ from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.config import TrainConfig
 from sae_fast.training.row_factors import MergedFactors, merge_row_factors, row_factors
 
-PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+MATRICES = ("W_enc", "W_dec")
 STEP = "step"
+_DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 
 
 def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimizer:
@@ -79,8 +80,11 @@ class SparseOptimizer(ABC):
         self.device = sae.W_enc.device
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         self.halted = torch.full_like(self.step_count, -1)
-        self.exp_avg = {name: torch.zeros_like(self._parameter(name)) for name in PARAMETERS}
-        self.exp_avg_sq = {name: torch.zeros_like(self._parameter(name)) for name in PARAMETERS}
+        parameters = dict(sae.named_parameters())
+        self.names = tuple(parameters)
+        self.rate_shares = sae.architecture.learning_rates()
+        self.exp_avg = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(moment) for name, moment in self.exp_avg.items()}
 
     @abstractmethod
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
@@ -92,7 +96,7 @@ class SparseOptimizer(ABC):
 
     def zero_grad(self) -> None:
         """Drop all gradients and factors."""
-        for name in PARAMETERS:
+        for name in self.names:
             parameter = self._parameter(name)
             parameter.grad = None
             row_factors(parameter).clear()
@@ -100,7 +104,7 @@ class SparseOptimizer(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """Step count and moments under flat names, the same for both classes; not copies."""
         state = {STEP: self.step_count}
-        for name in PARAMETERS:
+        for name in self.names:
             state[f"{name}.exp_avg"] = self.exp_avg[name]
             state[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
         return state
@@ -146,11 +150,16 @@ class RowAdam(SparseOptimizer):
         sae = self.sae
         encoder_factors, decoder_factors = merge_row_factors(sae.W_enc, sae.W_dec)
         encoder = self._measure("W_enc", encoder_factors, project_onto=None)
-        decoder = self._measure("W_dec", decoder_factors, project_onto=sae.W_dec)
+        decoder = self._measure(
+            "W_dec",
+            decoder_factors,
+            project_onto=sae.W_dec if self.sae.architecture.unit_norm else None,
+        )
         squared = encoder.squared_norm + decoder.squared_norm
-        for bias in (sae.b_enc, sae.b_dec):
-            if bias.grad is not None:
-                squared = squared + steady_sum(bias.grad.double().square())
+        vectors = [name for name in self.names if name not in MATRICES]
+        for name in vectors:
+            if (grad := self._parameter(name).grad) is not None:
+                squared = squared + steady_sum(grad.double().square())
         norm, scalars = ops.update_scalars(
             squared,
             self._scalar(lr, torch.float64),
@@ -166,9 +175,9 @@ class RowAdam(SparseOptimizer):
         )
         self._update_rows("W_enc", encoder, scalars)
         self._update_rows("W_dec", decoder, scalars)
-        # b_dec last: W_enc's factors are taken relative to the b_dec that the encoder saw.
-        self._update_bias("b_enc", scalars)
-        self._update_bias("b_dec", scalars)
+        # After the rows: W_enc's factors are taken relative to the b_dec that the encoder saw.
+        for name in vectors:
+            self._update_vector(name, scalars)
         return norm
 
     def _scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,7 +202,7 @@ class RowAdam(SparseOptimizer):
         return _RowGradient(factors, extra_grad, *measured)
 
     def _update_rows(self, name: str, grad: _RowGradient, scalars: Tensor) -> None:
-        is_decoder = name == "W_dec"
+        unit_norm = name == "W_dec" and self.sae.architecture.unit_norm
         W = self._parameter(name)
         ops.fused_update_(
             W,
@@ -209,15 +218,25 @@ class RowAdam(SparseOptimizer):
             grad.cached,
             grad.cache_slots,
             scalars,
-            project=is_decoder,
-            unit_norm=is_decoder,
+            project=unit_norm,
+            unit_norm=unit_norm,
             precision=self.precision,
         )
 
-    def _update_bias(self, name: str, scalars: Tensor) -> None:
-        bias = self._parameter(name)
+    def _update_vector(self, name: str, scalars: Tensor) -> None:
+        vector = self._parameter(name)
+        if (share := self.rate_shares.get(name)) is not None:
+            scalars = _with_rate_share(scalars, share)
         moments = self.exp_avg[name], self.exp_avg_sq[name]
-        ops.update_vector_(bias, *moments, bias.grad, scalars)
+        ops.update_vector_(vector, *moments, vector.grad, scalars)
+
+
+def _with_rate_share(scalars: Tensor, share: float) -> Tensor:
+    """What `update_scalars` gives for `share` times the learning rate."""
+    scalars = scalars.clone()
+    scalars[_STEP_SIZE].mul_(share)
+    scalars[_DECAY].sub_(1).mul_(share).add_(1)
+    return scalars
 
 
 class DenseAdam(SparseOptimizer):
@@ -248,9 +267,10 @@ class DenseAdam(SparseOptimizer):
             precision=precision,
             skip_overflow=skip_overflow,
         )
-        parameters = [self._parameter(name) for name in PARAMETERS]
-        self.adam = torch.optim.AdamW(parameters, betas=betas, eps=eps, weight_decay=weight_decay)
-        for name, parameter in zip(PARAMETERS, parameters, strict=True):
+        parameters = [self._parameter(name) for name in self.names]
+        groups = [{"params": [parameter]} for parameter in parameters]
+        self.adam = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+        for name, parameter in zip(self.names, parameters, strict=True):
             self.adam.state[parameter] = {
                 "step": torch.zeros(()),
                 "exp_avg": self.exp_avg[name],
@@ -260,14 +280,15 @@ class DenseAdam(SparseOptimizer):
     @torch.no_grad()
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
         """See `SparseOptimizer.step`."""
-        parameters = [self._parameter(name) for name in PARAMETERS]
+        parameters = [self._parameter(name) for name in self.names]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.div_(loss_scale)
-        W_dec = self.sae.W_dec
+        W_dec, unit_norm = self.sae.W_dec, self.sae.architecture.unit_norm
         assert W_dec.grad is not None
-        W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
+        if unit_norm:
+            W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         is_finite = math.isfinite(float(norm))
         if not is_finite and not self.skip_overflow and self.halted < 0:
@@ -280,9 +301,11 @@ class DenseAdam(SparseOptimizer):
                 assert parameter.grad is not None
                 parameter.grad.mul_(factor)
         self.step_count += 1
-        self.adam.param_groups[0]["lr"] = float(lr)
+        for name, group in zip(self.names, self.adam.param_groups, strict=True):
+            group["lr"] = float(lr) * self.rate_shares.get(name, 1.0)
         self.adam.step()
-        ops.normalize_rows_(W_dec)
+        if unit_norm:
+            ops.normalize_rows_(W_dec)
         return norm
 
     @torch.no_grad()

@@ -66,13 +66,20 @@ class RunDirectory:
         aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(aside, self.path / "training_history.json")
         sae = config.sae
-        title = f"{self.path.name}: {sae.arch}, d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}"
+        title = f"{self.path.name}: {describe(sae)}"
         plot_run(rows, self.plot, title)
 
 
+def describe(sae: SAEConfig) -> str:
+    """Architecture and sizes, as a title has them."""
+    sizes = f"{sae.arch}: d_in {sae.d_in}, d_sae {sae.d_sae:,}"
+    return sizes if sae.k is None else f"{sizes}, k {sae.k}"
+
+
 def new_run_directory(config: SAEConfig, parent: Path = Path("runs")) -> Path:
-    """A directory of a name not yet taken, such as runs/topk-k32-1."""
+    """A directory of a name not yet taken, runs/topk-k64-1, or runs/topk-1 where no k is given."""
     number = 1
-    while (path := parent / f"{config.arch}-k{config.k}-{number}").exists():
+    name = config.arch if config.k is None else f"{config.arch}-k{config.k}"
+    while (path := parent / f"{name}-{number}").exists():
         number += 1
     return path

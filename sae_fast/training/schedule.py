@@ -1,4 +1,4 @@
-"""The learning rate of each step, and how many steps a run has."""
+"""Learning rate and sparsity weight of each step, and how many steps a run has."""
 
 from dataclasses import dataclass
 
@@ -28,6 +28,23 @@ def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule
         warmup = round(0.05 * total_steps)
     decay = round(config.decay_fraction * total_steps)
     return Schedule(config.peak_learning_rate(d_sae), warmup, total_steps, decay)
+
+
+@dataclass(frozen=True)
+class SparsitySchedule:
+    """Linear warm-up to 1 of what the terms that make codes sparse are multiplied by."""
+
+    warmup_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The weight of step `step`, counted from 0."""
+        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+
+
+def make_sparsity_schedule(config: TrainConfig, total_steps: int) -> SparsitySchedule:
+    """The schedule of a run of `total_steps` optimiser steps."""
+    warmup = config.sparsity_warmup_steps
+    return SparsitySchedule(round(0.05 * total_steps) if warmup is None else warmup)
 
 
 def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:

@@ -23,8 +23,6 @@ from sae_fast.training.optimizer import SparseOptimizer
 LOSS = "loss"
 GRAD_NORM = "grad_norm"
 _VARIANCE = "variance"
-_TERMS = ("recon_loss", "l1_loss", "decorr_loss", "aux_loss", "fvu", "l0")
-_METRICS = (LOSS, *_TERMS, GRAD_NORM, _VARIANCE)
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,19 @@ class TrainingStep:
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
+        self._components = (*sae.term_names, "fvu", "l0")
+        self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), device=device)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # with the bad one, no more
-        self._metrics = torch.zeros(len(_METRICS), device=device)
+        self._metrics = torch.zeros(len(self._names), device=device)
 
     def run(
         self,
         batches: Sequence[Tensor],  # each [N, D], normalised
         rate: float | Tensor,
         k_aux: int | None = None,
+        sparsity_weight: float | Tensor = 1.0,
     ) -> None:
         """One optimiser step over the mean loss of the batches.
 
@@ -83,6 +84,7 @@ class TrainingStep:
             rate: the learning rate; as a 0-d tensor on the device it may be changed later, in a
                 CUDA graph of this step.
             k_aux: room for dead latents, see `SparseAutoencoder.training_loss`.
+            sparsity_weight: likewise; as a 0-d tensor it may be changed later too.
         """
         was_healthy = self._poison == self._poison
         share = 1 / len(batches)
@@ -90,13 +92,17 @@ class TrainingStep:
         mean: Tensor | float = 0.0  # of the metrics of the batches
         for x in batches:
             loss = self.sae.training_loss(
-                x, precision=self.precision, dense_grad=self.optimizer.dense_grad, k_aux=k_aux
+                x,
+                precision=self.precision,
+                dense_grad=self.optimizer.dense_grad,
+                k_aux=k_aux,
+                sparsity_weight=sparsity_weight,
             )
             loss.total.backward(weight)  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))
             self.sae.follow_(loss.code)
             self._poison_by(loss.total.detach())
-            terms = [loss.components[name] for name in _TERMS]
+            terms = [loss.components[name] for name in self._components]
             values = torch.stack([loss.total.detach(), *terms])
             mean = values if len(batches) == 1 else mean + share * values
         norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
@@ -114,12 +120,12 @@ class TrainingStep:
 
     def read(self, extra: dict[str, Tensor]) -> Reading:
         """The metrics and the 0-d tensors of `extra`, in one transfer; waits for the device."""
-        own = dict(zip(_METRICS, self._metrics.unbind(), strict=True))
+        own = dict(zip(self._names, self._metrics.unbind(), strict=True))
         state = {"poison": self._poison, "steps": self._steps}
         values = fetch({**own, **{f"extra {name}": t for name, t in extra.items()}, **state})
         bad_step = int(values["steps"]) if math.isnan(values["poison"]) else None
         return Reading(
-            {name: values[name] for name in _METRICS if name != _VARIANCE},
+            {name: values[name] for name in self._names if name != _VARIANCE},
             {name: values[f"extra {name}"] for name in extra},
             bad_step,
             values[_VARIANCE],

@@ -1,0 +1,126 @@
+"""What an architecture is: how a model selects latents, and the loss terms that only it has.
+
+There is one file for each architecture. It keeps no tensors: the model holds the weights, the
+architecture's own parameters and buffers among them, and hands them over with every call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from sae_fast import ops
+from sae_fast.autoencoder import losses
+from sae_fast.config import SAEConfig
+
+
+class Weights(NamedTuple):
+    """A model's tensors; rows of both matrices are latents."""
+
+    W_enc: nn.Parameter  # [F, D]
+    b_enc: nn.Parameter  # [F]
+    W_dec: nn.Parameter  # [F, D]
+    b_dec: nn.Parameter  # [D]
+    own: dict[str, Tensor]  # the architecture's own parameters and buffers
+
+
+class Mode(NamedTuple):
+    """How the ops are called."""
+
+    precision: str = "screened"  # of the encoder's product
+    dense_grad: bool = True  # whether backward leaves dense gradients or row factors
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training loss is of.
+
+    Attributes:
+        x: [N, D], normalised.
+        dead_mask: [F] bool, the latents that have been silent for long.
+        k_aux: room for dead latents per token, at least as many as are dead, up to the
+            architecture's; None: the host counts them, and waits for that.
+        sparsity_weight: what the terms that make codes sparse are multiplied by, for a warm-up.
+    """
+
+    x: Tensor
+    dead_mask: Tensor
+    k_aux: int | None = None
+    sparsity_weight: float | Tensor = 1.0
+
+
+@dataclass(frozen=True)
+class ArchitectureLoss:
+    """An architecture's part of the training loss.
+
+    Attributes:
+        code: of the batch, for statistics.
+        squared_error: [N], Σ_d (x̂ − x)².
+        recon_loss: 0-d, the mean of it over tokens; or what the architecture has in its place.
+        terms: its other terms by name, 0-d, with their coefficients.
+    """
+
+    code: ops.SparseCode
+    squared_error: Tensor
+    recon_loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class Architecture(ABC):
+    """Base of the architectures.
+
+    Attributes:
+        unit_norm: whether decoder rows are kept at unit length, their gradients projected.
+        full_k_aux: the most dead latents per token that AuxK takes; 0: there is no AuxK.
+        term_names: names of the terms of `loss`, always the same.
+    """
+
+    unit_norm = True
+    full_k_aux = 0
+    term_names: tuple[str, ...] = ()
+
+    def __init__(self, config: SAEConfig):
+        self.config = config
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Start values of the parameters beside the four that all have, each [F]: none."""
+        return {}
+
+    def learning_rates(self) -> dict[str, float]:
+        """What the learning rate is multiplied by, for those of its parameters where not 1."""
+        return {}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Start values of the tensors that are kept but not trained: none."""
+        return {}
+
+    @abstractmethod
+    def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
+        """The architecture's part of the loss of a batch."""
+
+    @abstractmethod
+    def infer(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        mode: Mode,
+    ) -> ops.SparseCode:
+        """The code of every token outside training."""
+
+    def follow_(self, weights: Weights, code: ops.SparseCode) -> None:  # noqa: B027
+        """Learn from a code of training what inference needs: nothing."""
+
+    def rescale_(self, weights: Weights, factor: Tensor) -> None:  # noqa: B027
+        """Follow a change of the units that the code's values are in: nothing in them."""
+
+    def reconstruct(
+        self, weights: Weights, code: ops.SparseCode, batch: Batch, mode: Mode
+    ) -> tuple[ops.Reconstruction, Tensor]:
+        """The reconstruction of the batch, and its squared error averaged over tokens."""
+        modelled = ops.reconstruct(
+            code, weights.W_dec, weights.b_dec, batch.x, dense_grad=mode.dense_grad
+        )
+        return modelled, losses.steady_sum(modelled.squared_error) / len(batch.x)
