@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names
+from sae_fast.presets import preset
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.run_directory import describe, new_run_directory
 from sae_fast.training.signals import StopOnSignal
@@ -41,6 +42,8 @@ Parsed = TypeVar("Parsed")
 class Options:
     """Train a sparse autoencoder on activation shards, or go on with a run."""
 
+    preset: str | None = None
+    """Settings for a well-known model, see `python -m sae_fast.presets`; all else wins over it."""
     config: Path | None = None
     """JSON file with any of the settings below; the command line wins over it."""
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -51,6 +54,7 @@ class Options:
 class _Sources:
     """The flags that decide what the others' defaults are."""
 
+    preset: str | None = None
     config: Path | None = None
     checkpoint_dir: str | None = None
     resume_from: str | None = None
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     """The configuration that a command line asks for.
 
-    Defaults come from the run resumed, if any, then from the `--config` file.
+    Defaults come from the run resumed, if any, then from the `--config` file, then from the preset.
 
     Raises:
         ValueError: naming the flag, field or file that is wrong.
@@ -90,18 +94,26 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     arguments = _canonical(arguments)
     sources = _parse(_Sources, _Sources(), arguments, partial=True)
     given = _settings_in(sources.config)
+    if sources.preset is not None:
+        chosen = preset(sources.preset)
+        given = {"sae": {**chosen.sae, **given["sae"]}, "train": {**chosen.train, **given["train"]}}
     directory = sources.checkpoint_dir or given["train"].get("checkpoint_dir")
     reference = sources.resume_from or given["train"].get("resume_from")
     if reference is not None:
         before, found = _resumed_settings(reference, directory)
         given = {section: {**before[section], **given[section]} for section in given}
         given["train"]["checkpoint_dir"] = directory or found
+    # Without d_in nothing is derived from the given settings that a flag may yet change.
+    d_in = given["sae"].pop("d_in", 0)
     base = RunConfig.from_dict(given)
-    options = _parse(Options, Options(sources.config, base.sae, base.train), arguments)
-    train = options.train
+    defaults = Options(sources.preset, sources.config, base.sae, base.train)
+    options = _parse(Options, defaults, arguments)
+    sae, train = options.sae, options.train
+    if sae.d_in == 0 and d_in != 0:
+        sae = replace(sae, d_in=d_in)
     if train.checkpoint_dir is None:
-        train = replace(train, checkpoint_dir=str(new_run_directory(options.sae)))
-    return RunConfig(sae=options.sae, train=train)
+        train = replace(train, checkpoint_dir=str(new_run_directory(sae)))
+    return RunConfig(sae=sae, train=train)
 
 
 def _parse(

@@ -1,0 +1,92 @@
+"""Presets: each can be trained, from the command line too, and says what it needs."""
+
+import h5py
+import numpy as np
+import pytest
+
+from sae_fast.presets import (
+    PRESETS,
+    gpt2_medium_sae_config,
+    gpt2_sae_config,
+    main,
+    measured_tokens_per_second,
+    preset,
+    pythia_1_4b_sae_config,
+)
+from sae_fast.train import main as train
+from sae_fast.train import parse_arguments
+from sae_fast.training.trainer import Trainer
+
+
+def write_random_shard(path, d_in, rows=300):
+    rows = np.random.default_rng(0).standard_normal((rows, d_in), dtype=np.float32)
+    with h5py.File(path, "w") as file:
+        file["activations"] = rows
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_complete_configurations(name):
+    sae, config = preset(name).configs()
+    assert sae.is_complete
+    assert config.peak_learning_rate(sae.d_sae) > 0
+
+
+@pytest.mark.parametrize("name", ["minilm", "modular_addition", "gpt2"])
+def test_a_preset_trains_from_the_command_line(name, tmp_path, capsys):
+    d_in = preset(name).sae["d_in"]
+    write_random_shard(tmp_path / "rows.h5", d_in)
+    flags = ["--preset", name, "--shard-dir", str(tmp_path), "--checkpoint-dir", "run"]
+    short = ["--batch-size", "64", "--max-steps", "2", "--expansion-factor", "1"]
+    flags[-1] = str(tmp_path / "run")
+    if "d_sae" in preset(name).sae:
+        short[-2:] = ["--d-sae", "256"]
+    assert train([*flags, *short]) == 0
+    assert "trained 2 steps" in capsys.readouterr().out
+
+
+def test_flags_and_file_win_over_a_preset(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"sae": {"k": 9}, "train": {"batch_size": 5}}')
+    flags = ["--preset", "gpt2", "--config", str(path), "--expansion-factor", "4", "--lr", "0.5"]
+    config = parse_arguments(flags)
+    assert (config.sae.d_in, config.sae.d_sae, config.sae.k) == (768, 4 * 768, 9)
+    assert (config.train.batch_size, config.train.learning_rate) == (5, 0.5)
+
+
+def test_unknown_preset_is_named_with_those_there_are(capsys):
+    assert train(["--preset", "gpt5", "--shard-dir", "x"]) == 2
+    assert "preset must be one of minilm, gpt2" in capsys.readouterr().err
+
+
+def test_a_preset_of_another_width_is_refused(tmp_path, capsys):
+    write_random_shard(tmp_path / "rows.h5", 32)
+    assert train(["--preset", "gpt2", "--shard-dir", str(tmp_path)]) == 2
+    assert "d_in must be 32" in capsys.readouterr().err
+
+
+def test_functions_give_the_sizes_of_their_models():
+    assert (gpt2_sae_config().d_in, gpt2_sae_config().d_sae) == (768, 6144)
+    assert gpt2_sae_config(expansion_factor=2).d_sae == 1536
+    assert (gpt2_medium_sae_config().d_in, gpt2_medium_sae_config().d_sae) == (1024, 4096)
+    assert (pythia_1_4b_sae_config().d_in, pythia_1_4b_sae_config().d_sae) == (2048, 8192)
+
+
+def test_listing_names_every_preset_with_its_memory(capsys):
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(PRESETS)
+    assert all("GiB" in line for line in lines)
+
+
+def test_measuring_trains_the_preset_itself(monkeypatch):
+    made = []
+    steps = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self: made.append(self) or steps(self))
+    assert measured_tokens_per_second("modular_addition", steps=1) > 0
+    assert (made[0].sae_config.d_sae, made[0].step) == (1024, 2)
+
+
+def test_wrong_usage_is_one_line(capsys):
+    assert main(["--measure"]) == 2
+    assert main(["--measure", "gpt5"]) == 2
+    assert capsys.readouterr().err.count("error: ") == 2

@@ -1,0 +1,166 @@
+"""Settings for well-known models: `--preset NAME`, and `python -m sae_fast.presets`.
+
+The command lists them with the memory that each needs; `--measure NAME` makes a few steps of one on
+random activations and tells from them how long its training takes on this machine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sae_fast.config import SAEConfig, TrainConfig
+
+MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings by name; what is not among them has its default.
+
+    Attributes:
+        about: what it is for, one line.
+        tokens: what such a model is usually trained on.
+        sae: of SAEConfig.
+        train: of TrainConfig.
+    """
+
+    about: str
+    tokens: int
+    sae: dict[str, Any]
+    train: dict[str, Any]
+
+    def configs(self) -> tuple[SAEConfig, TrainConfig]:
+        """The configurations of the preset."""
+        return SAEConfig(**self.sae), TrainConfig(**self.train)
+
+
+def gpt2_sae_config(expansion_factor: float = 8) -> SAEConfig:
+    """TopK for GPT-2 small's residual stream, d_in 768."""
+    return SAEConfig(d_in=768, expansion_factor=expansion_factor, k=32)
+
+
+def gpt2_medium_sae_config(expansion_factor: float = 4) -> SAEConfig:
+    """TopK for GPT-2 medium's residual stream, d_in 1024."""
+    return SAEConfig(d_in=1024, expansion_factor=expansion_factor, k=32)
+
+
+def pythia_1_4b_sae_config(expansion_factor: float = 4) -> SAEConfig:
+    """TopK for Pythia-1.4B's residual stream, d_in 2048."""
+    return SAEConfig(d_in=2048, expansion_factor=expansion_factor, k=32)
+
+
+def _given(config: SAEConfig) -> dict[str, Any]:
+    return {"d_in": config.d_in, "expansion_factor": config.expansion_factor, "k": config.k}
+
+
+PRESETS = {
+    "minilm": Preset(
+        "MiniLM-L6's hidden states, as in the demo",
+        tokens=10_000_000,
+        sae={"d_in": 384, "expansion_factor": 8, "k": 32},
+        train={"batch_size": 4096, "learning_rate": 1e-3},
+    ),
+    "gpt2": Preset(
+        "GPT-2 small's residual stream, 8 latents a dimension",
+        tokens=300_000_000,
+        sae=_given(gpt2_sae_config()),
+        train={"batch_size": 4096},
+    ),
+    "gpt2_medium": Preset(
+        "GPT-2 medium's residual stream, 4 latents a dimension",
+        tokens=300_000_000,
+        sae=_given(gpt2_medium_sae_config()),
+        train={"batch_size": 4096},
+    ),
+    "pythia_1_4b": Preset(
+        "Pythia-1.4B's residual stream, 4 latents a dimension",
+        tokens=500_000_000,
+        sae=_given(pythia_1_4b_sae_config()),
+        train={"batch_size": 4096},
+    ),
+    "llama_3_1_8b": Preset(
+        "Llama-3.1-8B's residual stream, the size of Llama Scope's 8x dictionaries",
+        tokens=1_000_000_000,
+        sae={"d_in": 4096, "expansion_factor": 8, "k": 50},
+        train={"batch_size": 4096},
+    ),
+    "bert_base_topk": Preset(
+        "BERT-base's hidden states, a wide dictionary with many active latents",
+        tokens=100_000_000,
+        sae={"d_in": 768, "expansion_factor": 32, "k": 192},
+        train={"batch_size": 2048},
+    ),
+    "modular_addition": Preset(
+        "the hidden layer of a small transformer that adds modulo a prime",
+        tokens=5_000_000,
+        sae={"d_in": 128, "d_sae": 1024, "k": 32},
+        train={"batch_size": 2048, "learning_rate": 1e-3},
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of this name; raises ValueError with the names that there are."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
+
+
+def measured_tokens_per_second(name: str, steps: int = MEASURED_STEPS) -> float:
+    """Tokens a second in `steps` steps of a preset's training on random rows, after one more."""
+    from sae_fast.training.trainer import Trainer
+
+    sae, train = preset(name).configs()
+    train = replace(train, max_steps=steps + 1, log_every=1, eval_every=0, checkpoint_every=0)
+    rows = torch.randn(train.batch_size, sae.d_in)
+    trainer = Trainer(sae, train, data=rows, show_progress=False)
+    trainer.train()
+    milliseconds = [float(row["time_per_step_ms"]) for row in trainer.history[1:]]
+    return 1000 * train.batch_size * len(milliseconds) / sum(milliseconds)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if not arguments:
+            print(_listing())
+        elif len(arguments) == 2 and arguments[0] == "--measure":
+            print(_duration(arguments[1]))
+        else:
+            raise ValueError("usage: python -m sae_fast.presets [--measure NAME]")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _listing() -> str:
+    from sae_fast.ops.native import build_info
+    from sae_fast.training.memory_plan import plan_memory
+
+    native = build_info()["backend"] == "native"
+    lines = []
+    for name, settings in PRESETS.items():
+        sae, train = settings.configs()
+        plan = plan_memory(sae, train, native=native, pool_bytes=0)
+        needed = sum(plan.parts.values()) / 2**30
+        sizes = f"{sae.arch}, {sae.d_in} to {sae.d_sae:,}"
+        lines.append(f"{name:<18} {sizes:<24} {needed:6.2f} GiB beside the data  {settings.about}")
+    return "\n".join(lines)
+
+
+def _duration(name: str) -> str:
+    rate = measured_tokens_per_second(name)
+    tokens = preset(name).tokens
+    hours = tokens / rate / 3600
+    return f"{name}: {rate:,.0f} tokens/s here; {tokens:,} tokens take {hours:,.1f} hours"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
