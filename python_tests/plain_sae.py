@@ -28,10 +28,10 @@ def make_batch(sae, n_tokens=30, seed=1):
 
 
 def plain_terms(sae, x):
-    """The loss terms, each with its coefficient, of a TopK or BatchTopK model."""
+    """The loss terms, each with its coefficient, of a model that selects the k largest."""
     config = sae.config
     pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
-    if config.arch == "batch_topk":
+    if config.arch in ("batch_topk", "matryoshka"):
         values, places = pre_acts.flatten().topk(config.k * len(x))
         acts = torch.zeros_like(pre_acts).flatten().scatter(0, places, values.relu())
         acts = acts.view_as(pre_acts)
@@ -39,16 +39,29 @@ def plain_terms(sae, x):
         values, indices = pre_acts.topk(config.k, dim=1)
         acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
     error = x - (acts @ sae.W_dec + sae.b_dec)
+    recon_loss = error.square().sum(1).mean()
+    if config.arch == "matryoshka":
+        recon_loss = _plain_prefixes(sae, x, acts)
     unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.t()).fill_diagonal_(0)
     return {
-        "recon_loss": config.reconstruction_coeff * error.square().sum(1).mean(),
+        "recon_loss": config.reconstruction_coeff * recon_loss,
         "l1_loss": config.l1_penalty_coeff * acts.sum(1).mean(),
         "decorr_loss": config.decorrelation_coeff
         * cosines.square().sum()
         / (config.d_sae * (config.d_sae - 1)),
         "aux_loss": config.aux_k_coeff * _plain_aux_k(sae, x, error.detach()),
     }
+
+
+def _plain_prefixes(sae, x, acts):
+    """The squared errors of all prefixes, one reconstruction after the other."""
+    total = 0.0
+    weights = sae.config.matryoshka_weights
+    for size, weight in zip(sae.config.matryoshka_prefixes, weights, strict=True):
+        x_hat = acts[:, :size] @ sae.W_dec[:size] + sae.b_dec
+        total = total + weight * (x - x_hat).square().sum(1).mean()
+    return total
 
 
 def _plain_aux_k(sae, x, error):

@@ -32,6 +32,15 @@ def test_defaults_of_the_selection_are_set_once_the_sizes_are_known():
     assert SAEConfig(d_in=16, aux_k_coeff=0).aux_k_coeff == 0.0
 
 
+@pytest.mark.parametrize(
+    ("d_sae", "prefixes"), [(64, (4, 8, 16, 32, 64)), (6, (1, 3, 6)), (1, (1,))]
+)
+def test_nested_dictionaries_double_in_size_by_default(d_sae, prefixes):
+    config = SAEConfig(arch="matryoshka", d_in=4, d_sae=d_sae, k=1)
+    assert config.matryoshka_prefixes == prefixes
+    assert config.matryoshka_weights == (1.0,) * len(prefixes)
+
+
 def test_config_of_another_width_is_refused():
     with pytest.raises(ValueError, match="d_in must be 32, the width of the activations, got 16"):
         SAEConfig(d_in=16).with_d_in(32)
@@ -77,7 +86,7 @@ def test_default_learning_rate_falls_with_the_root_of_the_dictionary():
 
 
 BAD_SAE_VALUES = [
-    ({"arch": "gated"}, "arch must be one of 'topk', 'batch_topk', got 'gated'"),
+    ({"arch": "gated"}, "arch must be one of 'topk', 'batch_topk', 'matryoshka', got 'gated'"),
     ({"d_in": -1}, "d_in must be at least 1"),
     ({"d_in": "384"}, "d_in must be a whole number, got '384'"),
     ({"d_in": True}, "d_in must be a whole number, got True"),
@@ -99,6 +108,39 @@ BAD_SAE_VALUES = [
     ({"temporal_smoothness_coeff": 0.1}, "temporal_smoothness_coeff must be 0 .*, got 0.1"),
     ({"aux_k_coeff": -1}, "aux_k_coeff must be at least 0"),
     ({"aux_k": 0}, "aux_k must be at least 1"),
+    (
+        {"matryoshka_prefixes": (4, 8)},
+        "matryoshka_prefixes belongs to arch matryoshka and must be left out with arch topk",
+    ),
+    ({"arch": "matryoshka", "matryoshka_prefixes": ()}, "matryoshka_prefixes must be ascending"),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": (0, 8)},
+        r"matryoshka_prefixes must be ascending, from 1, got \(0, 8\)",
+    ),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": (4, 4, 8)},
+        r"matryoshka_prefixes must be ascending, from 1, got \(4, 4, 8\)",
+    ),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": (4, 16), "d_sae": 8, "d_in": 2},
+        r"matryoshka_prefixes must be sizes of which the last is d_sae = 8, got \(4, 16\)",
+    ),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": (2, 4), "d_sae": 8},
+        r"matryoshka_prefixes must be sizes of which the last is d_sae = 8, got \(2, 4\)",
+    ),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": [4.0, 8]},
+        "matryoshka_prefixes must be a list of values, each a whole number or null",
+    ),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": (4, 8), "matryoshka_weights": (1.0,)},
+        r"matryoshka_weights must be 2 numbers of at least 0, got \(1.0,\)",
+    ),
+    (
+        {"arch": "matryoshka", "matryoshka_prefixes": (4, 8), "matryoshka_weights": (1, -1)},
+        "matryoshka_weights must be 2 numbers of at least 0",
+    ),
     ({"dead_after_tokens": 0}, "dead_after_tokens must be at least 1, got 0"),
     (
         {"normalize_activations": "layer"},
@@ -153,6 +195,7 @@ def test_bad_training_value_names_field_and_value(values, message):
 CONFIGS = [
     SAEConfig(),
     SAEConfig(d_in=384, expansion_factor=7.3, l1_penalty_coeff=0.1 + 0.2, aux_k=7),
+    SAEConfig(arch="matryoshka", d_in=4, matryoshka_prefixes=(3, 32), matryoshka_weights=(0.5, 2)),
     TrainConfig(),
     TrainConfig(lr=1 / 3, betas=(0.9, 0.99), shard_dir="données", amp="fp16", max_tokens=10**12),
     RunConfig(sae=SAEConfig(d_in=16, k=4), train=TrainConfig(seed=7)),

@@ -169,7 +169,11 @@ def _convert(value: Any, annotation: Any) -> Any:
     if origin is typing.Literal:
         return value if isinstance(value, str) and value in arguments else _MISMATCH
     if origin is tuple:
-        if not isinstance(value, (tuple, list)) or len(value) != len(arguments):
+        if not isinstance(value, (tuple, list)):
+            return _MISMATCH
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(value) != len(arguments):
             return _MISMATCH
         parts = tuple(_convert(*pair) for pair in zip(value, arguments, strict=True))
         return _MISMATCH if any(part is _MISMATCH for part in parts) else parts
@@ -187,6 +191,8 @@ def _describe(annotation: Any) -> str:
         return " or ".join(_describe(option) for option in arguments)
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list of values, each {_describe(arguments[0])}"
     if origin is tuple:
         return f"{len(arguments)} values, each {_describe(arguments[0])}"
     names = {

@@ -11,12 +11,15 @@ from sae_fast.config_file import ConfigFile, with_aliases
 DEFAULT_EXPANSION_FACTOR = 8
 DEFAULT_K = 32
 DEFAULT_AUX_K_COEFF = 1 / 32
+MATRYOSHKA_SIZES = 5  # of the nested dictionaries by default: d_sae halved so many times less one
 
 # Settings that only some architectures have; with another they must stay at their defaults.
 _BELONG_TO: dict[str, tuple[str, ...]] = {
-    "k": ("topk", "batch_topk"),
-    "aux_k_coeff": ("topk", "batch_topk"),
-    "aux_k": ("topk", "batch_topk"),
+    "k": ("topk", "batch_topk", "matryoshka"),
+    "aux_k_coeff": ("topk", "batch_topk", "matryoshka"),
+    "aux_k": ("topk", "batch_topk", "matryoshka"),
+    "matryoshka_prefixes": ("matryoshka",),
+    "matryoshka_weights": ("matryoshka",),
 }
 
 
@@ -30,8 +33,9 @@ class SAEConfig(ConfigFile):
 
     section: ClassVar[str] = "sae"
 
-    arch: Literal["topk", "batch_topk"] = "topk"
-    """Architecture: the k largest latents of every token, or k a token on average over a batch."""
+    arch: Literal["topk", "batch_topk", "matryoshka"] = "topk"
+    """Architecture: the k largest latents of every token (topk), k a token on average over a batch
+    (batch_topk), or that with dictionaries nested in one another (matryoshka)."""
     d_in: int = 0
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
     d_sae: int = 0
@@ -39,7 +43,12 @@ class SAEConfig(ConfigFile):
     expansion_factor: float | None = None
     """d_sae / d_in, in place of d_sae; 8 when neither is given. [ratio]"""
     k: int | None = None
-    """Latents active per token, with batch_topk on average; default: 32. [latents]"""
+    """Latents active per token, on average where a batch selects; default: 32. [latents]"""
+    matryoshka_prefixes: tuple[int, ...] | None = None
+    """Sizes of the nested dictionaries, ascending, the last one d_sae; default: 1/16, 1/8, 1/4, 1/2
+    and all of d_sae. [latents]"""
+    matryoshka_weights: tuple[float, ...] | None = None
+    """Weights of the nested dictionaries' squared errors, which are added up; default: 1 each."""
     use_relu: bool = True
     """ReLU on the selected values, so that codes are never negative; must be true."""
 
@@ -79,6 +88,8 @@ class SAEConfig(ConfigFile):
         if self.d_in > 0:
             self._complete_d_sae()
             self._complete_k()
+            self._complete_matryoshka()
+        self._check_matryoshka()
         if self.d_sae > 0 and self.k is not None:
             self._require("k", self.k <= self.d_sae, f"at most d_sae = {self.d_sae}")
         self._check_objective()
@@ -100,6 +111,29 @@ class SAEConfig(ConfigFile):
             object.__setattr__(self, "k", min(DEFAULT_K, self.d_sae))
         if self.aux_k_coeff is None:
             object.__setattr__(self, "aux_k_coeff", DEFAULT_AUX_K_COEFF if has_k else 0.0)
+
+    def _complete_matryoshka(self) -> None:
+        if self.arch != "matryoshka":
+            return
+        if self.matryoshka_prefixes is None:
+            halvings = {max(self.d_sae >> times, 1) for times in range(MATRYOSHKA_SIZES)}
+            object.__setattr__(self, "matryoshka_prefixes", tuple(sorted(halvings)))
+        if self.matryoshka_weights is None:
+            assert self.matryoshka_prefixes is not None
+            object.__setattr__(self, "matryoshka_weights", (1.0,) * len(self.matryoshka_prefixes))
+
+    def _check_matryoshka(self) -> None:
+        prefixes, weights = self.matryoshka_prefixes, self.matryoshka_weights
+        if prefixes is not None:
+            ascend = list(prefixes) == sorted({size for size in prefixes if size > 0})
+            self._require("matryoshka_prefixes", ascend and len(prefixes) > 0, "ascending, from 1")
+            ends = self.d_sae in (0, prefixes[-1])
+            must = f"sizes of which the last is d_sae = {self.d_sae}"
+            self._require("matryoshka_prefixes", ends, must)
+        if weights is not None:
+            n_prefixes = MATRYOSHKA_SIZES if prefixes is None else len(prefixes)
+            fits = len(weights) == n_prefixes and all(weight >= 0 for weight in weights)
+            self._require("matryoshka_weights", fits, f"{n_prefixes} numbers of at least 0")
 
     def _complete_d_sae(self) -> None:
         factor = self.expansion_factor

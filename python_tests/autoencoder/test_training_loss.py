@@ -28,6 +28,16 @@ CASES = {
     "d_in is 1": ({"d_in": 1, "d_sae": 5, "k": 2}, (4,)),
     "batch_topk": ({**ALL_TERMS, "arch": "batch_topk"}, DEAD),
     "batch_topk, k is d_sae": ({"arch": "batch_topk", "k": 40}, DEAD),
+    "matryoshka": ({**ALL_TERMS, "arch": "matryoshka"}, DEAD),
+    "matryoshka, k is d_sae": ({"arch": "matryoshka", "k": 40}, DEAD),
+    "matryoshka with weights": (
+        {
+            "arch": "matryoshka",
+            "matryoshka_prefixes": (1, 7, 8, 40),
+            "matryoshka_weights": (2.0, 0.0, 0.5, 1.5),
+        },
+        DEAD,
+    ),
 }
 
 

@@ -40,6 +40,13 @@ def test_a_plan_of_unknown_memory_passes() -> None:
     assert "unknown amount" in str(unknown)
 
 
+def test_nested_dictionaries_have_a_residual_and_a_gradient_each() -> None:
+    train = TrainConfig(batch_size=10, grad_acc_steps=3)
+    sae = SAEConfig(arch="matryoshka", d_in=16, d_sae=64, matryoshka_prefixes=(4, 64))
+    plan = plan_memory(sae, train, native=True, pool_bytes=0)
+    assert plan.parts["errors of the nested dictionaries"] == 2 * 3 * 2 * 10 * 16 * 4
+
+
 def test_available_memory_is_read_from_the_kernel() -> None:
     available = available_memory()
     assert available is None or available > 2**20

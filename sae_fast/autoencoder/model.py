@@ -19,10 +19,15 @@ from sae_fast.autoencoder.batch_topk import BatchTopK
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.initialization import centre, fill_unit_rows_
 from sae_fast.autoencoder.losses import TrainingLoss
+from sae_fast.autoencoder.matryoshka import Matryoshka
 from sae_fast.autoencoder.topk import TopK
 from sae_fast.config import SAEConfig
 
-ARCHITECTURES: dict[str, type[Architecture]] = {"topk": TopK, "batch_topk": BatchTopK}
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "topk": TopK,
+    "batch_topk": BatchTopK,
+    "matryoshka": Matryoshka,
+}
 
 
 class SparseAutoencoder(nn.Module):

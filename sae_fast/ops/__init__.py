@@ -8,6 +8,7 @@ from sae_fast.ops.decode import Reconstruction, decode, reconstruct
 from sae_fast.ops.decorrelation import decorrelation
 from sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from sae_fast.ops.factors import RowFactor
+from sae_fast.ops.prefixes import PrefixReconstruction, reconstruct_prefixes
 from sae_fast.ops.rows import (
     accumulate_rows,
     fused_update_,
@@ -22,6 +23,7 @@ from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import drop_copies
 
 __all__ = [
+    "PrefixReconstruction",
     "Reconstruction",
     "RowFactor",
     "SparseCode",
@@ -37,6 +39,7 @@ __all__ = [
     "latent_major",
     "normalize_rows_",
     "reconstruct",
+    "reconstruct_prefixes",
     "row_gradient_norm",
     "update_scalars",
     "update_vector_",

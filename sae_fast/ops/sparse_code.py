@@ -69,7 +69,7 @@ class SparseCode:
     def dense(self) -> Tensor:
         """The whole matrix [N, d_sae]; differentiable."""
         out = self.values.new_zeros(self.n_rows, self.d_sae)
-        place = (self._entry_rows(), self.indices.flatten())
+        place = (self.entry_rows(), self.indices.flatten())
         return out.index_put(place, self.values.flatten(), accumulate=True)
 
     def l0(self) -> Tensor:
@@ -98,7 +98,7 @@ class SparseCode:
         """
         return self.key.latent_major(self.values, self.indices, self.offsets, self.d_sae)
 
-    def _entry_rows(self) -> Tensor:
+    def entry_rows(self) -> Tensor:
         """The row of every entry, [N * K] or [nnz]."""
         rows = torch.arange(self.n_rows, device=self.indices.device)
         if self.offsets is None:

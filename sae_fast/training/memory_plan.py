@@ -137,6 +137,9 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.grad_acc_steps, sae.d_sae)
         parts["gradient rows before the clip"] = 2 * kept * sae.d_in * _FLOAT
     parts["step: batch, residual, code, AuxK"] = _BATCH_ARRAYS * batch + accumulated
+    if sae.matryoshka_prefixes is not None:  # residuals and gradients, or those and their merger
+        arrays = 2 * train.grad_acc_steps * len(sae.matryoshka_prefixes)
+        parts["errors of the nested dictionaries"] = arrays * batch
     return parts
 
 

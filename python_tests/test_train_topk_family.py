@@ -1,0 +1,40 @@
+"""The variants of TopK from the command line, on real activations."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_fast.train import main
+from sae_fast.training import run_directory
+
+ACTIVATIONS = Path(__file__).parents[1] / "examples" / "activations"
+VARIANTS = {
+    "matryoshka": ("--arch", "matryoshka", "--matryoshka-prefixes", "64", "256", "768"),
+}
+COMMON = (
+    *("--shard-dir", str(ACTIVATIONS), "--checkpoint-dir", "run", "--d-sae", "768", "--k", "16"),
+    *("--batch-size", "512", "--max-steps", "80", "--lr", "3e-3", "--num-threads", "1"),
+    *("--dead-after-tokens", "4000", "--eval-every", "0", "--checkpoint-every", "0"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_trains_from_the_command_line(variant: str) -> None:
+    assert main([*COMMON, *VARIANTS[variant]]) == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["heldout_fvu"] < 0.5  # the mean predictor has 1
