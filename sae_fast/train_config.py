@@ -69,6 +69,8 @@ class TrainConfig(ConfigFile):
     """Decoupled weight decay, per step and unit of learning rate."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
+    average_decay: float = 0.0
+    """Decay of a moving average of the weights, evaluated and saved beside them; 0: none."""
     fused: bool = True
     """Fused optimiser on factored gradients; false: dense gradients and torch.optim.AdamW."""
 
@@ -118,6 +120,7 @@ class TrainConfig(ConfigFile):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
         self._require("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
+        self._require("average_decay", 0 <= self.average_decay < 1, "from 0 to below 1")
         betas_hold = all(0 <= beta < 1 for beta in self.betas)
         self._require("betas", betas_hold, "two numbers from 0 to below 1")
 

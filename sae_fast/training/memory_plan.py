@@ -101,6 +101,8 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         "optimiser states": 2 * parameters * _FLOAT,
         "dead-latent counters, bias gradients": sae.d_sae * (8 + 8) + sae.d_in * 8,
     }
+    if train.average_decay > 0:
+        parts["average of the weights"] = parameters * _FLOAT
     if native and on_gpu:
         parts |= _gpu_copies(sae, train)
         if sae.decorrelation_coeff > 0:  # its gradient, the rows' halves, products of some rows

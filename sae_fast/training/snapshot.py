@@ -36,6 +36,8 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON values that resuming needs."""
     optimizer = trainer.optimizer.state_dict()
     tensors = {_OPTIMIZER + name: value for name, value in optimizer.items()} | random_tensors()
+    if trainer.average is not None:
+        tensors |= trainer.average.state_dict()
     state = {
         "format_version": FORMAT_VERSION,
         "versions": {"sae_fast": sae_fast.__version__, "torch": torch.__version__},
@@ -69,6 +71,8 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.batches.load_state_dict(state["source"])
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+    if trainer.average is not None:
+        trainer.average.load_state_dict(checkpoint.tensors)
     trainer.scaler.load(state["loss_scaler"])
     trainer.step = checkpoint.step
     trainer.tokens = int(state["tokens"])

@@ -19,6 +19,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer import SparseOptimizer
+from sae_fast.training.weight_average import WeightAverage
 
 LOSS = "loss"
 GRAD_NORM = "grad_norm"
@@ -50,6 +51,7 @@ class TrainingStep:
         optimizer: updates its parameters.
         scaler: scales the loss; where it is enabled, a norm that is not finite is an overflow.
         precision: mode of the encoder's product.
+        average: of the weights, if there is to be one.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class TrainingStep:
         optimizer: SparseOptimizer,
         scaler: LossScaler,
         precision: str,
+        average: WeightAverage | None = None,
     ) -> None:
         self.sae = sae
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
+        self.average = average
         self._components = (*sae.term_names, "fvu", "l0")
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
@@ -107,6 +111,8 @@ class TrainingStep:
             mean = values if len(batches) == 1 else mean + share * values
         norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         if not self.scaler.enabled:
             self._poison_by(norm)
         self.scaler.update(norm)

@@ -48,6 +48,7 @@ from sae_fast.training.snapshot import (
 )
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.stopwatch import Stopwatch, Window
+from sae_fast.training.weight_average import WeightAverage
 
 __all__ = ["Trainer", "TrainingError"]
 
@@ -212,8 +213,17 @@ class Trainer:
         return row
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out FVU, L0 and dead share of the model as it is; empty without held-out rows."""
-        return {} if self.data.heldout is None else evaluate(self.sae, self.data.heldout)
+        """Held-out FVU, L0 and dead share of the model as it is; empty without held-out rows.
+
+        With an average of the weights also those of the averaged model, under names that say so.
+        """
+        if self.data.heldout is None:
+            return {}
+        measured = evaluate(self.sae, self.data.heldout)
+        if self.average is not None:
+            averaged = evaluate(self.average.model(), self.data.heldout)
+            measured |= {f"averaged_{name}": value for name, value in averaged.items()}
+        return measured
 
     def _training_row(self, metrics: dict[str, float]) -> Row:
         window, self._window = self._window, Window()
@@ -308,12 +318,16 @@ class Trainer:
             self.sae.initialize_(generator, self._sample())
         self.sae.to(self.device)
         self.optimizer = make_optimizer(self.sae, config)
+        self.average: WeightAverage | None = None
+        if config.average_decay > 0:
+            step_count = self.optimizer.step_count
+            self.average = WeightAverage(self.sae, config.average_decay, step_count)
         if checkpoint is not None:
             restore_snapshot(self, checkpoint)
             if self._run is not None and self._run.owns(checkpoint):
                 self._saved_step = self.step
             logger.info("resumed from %s", checkpoint.path)
-        step = TrainingStep(self.sae, self.optimizer, self.scaler, config.precision)
+        step = TrainingStep(self.sae, self.optimizer, self.scaler, config.precision, self.average)
         newest = self._newest_checkpoint
         self._launcher = Launcher(step, self.batches, config, self.step, newest)
 
@@ -356,5 +370,7 @@ class Trainer:
             self.summary |= {"best_step": self.best["step"]}
         if self._run is not None and self.step == self.total_steps:
             self.summary["plot"] = str(self._run.plot)
+            if self.average is not None:
+                self.average.model().save(self._run.path / "averaged")
             self._run.write_results(self.config, rows, self.summary)
         self._close_wandb()
