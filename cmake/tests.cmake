@@ -23,8 +23,9 @@ foreach(level IN LISTS ISA_LEVELS)
 endforeach()
 
 # common_test: the arithmetic that host and device share.
-add_executable(common_test csrc/tests/common_test.cpp)
-set_source_files_properties(csrc/tests/common_test.cpp PROPERTIES COMPILE_OPTIONS -Wno-shadow)
+set(COMMON_TEST_SOURCES csrc/tests/common_test.cpp csrc/tests/common_moments_test.cpp)
+add_executable(common_test ${COMMON_TEST_SOURCES})
+set_source_files_properties(${COMMON_TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -Wno-shadow)
 target_link_libraries(common_test PRIVATE build_flags)
 add_test(NAME common COMMAND common_test)
 

@@ -190,6 +190,9 @@ void cached_rows_fit_and_stay_below_two_a_token() {
 }
 
 }  // namespace
+
+void test_moment_codes();  // common_moments_test.cpp
+
 }  // namespace sae_fast::testing
 
 int main() {
@@ -205,6 +208,7 @@ int main() {
   row_norm_has_a_floor_and_keeps_nan();
   chunks_fit_the_room_planned_for_them();
   cached_rows_fit_and_stay_below_two_a_token();
+  test_moment_codes();
   std::printf("common: %d checks failed\n", failures);
   return failures == 0 ? 0 : 1;
 }

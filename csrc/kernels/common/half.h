@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/common/host_device.h"
+
 namespace sae_fast {
 
 struct BFloat16 {
@@ -15,13 +17,13 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline uint32_t float_bits(float value) {
+SAE_FAST_HOST_DEVICE inline uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float float_from_bits(uint32_t bits) {
+SAE_FAST_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
