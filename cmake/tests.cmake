@@ -7,6 +7,7 @@ set(TEST_SOURCES
   csrc/tests/kernels_test.cpp
   csrc/tests/encode_test.cpp
   csrc/tests/decode_test.cpp
+  csrc/tests/moments_test.cpp
   csrc/tests/rows_test.cpp)
 add_executable(kernels_test ${TEST_SOURCES})
 # A constructor's arguments are named as the members they fill.

@@ -80,8 +80,9 @@ def update_case(
             *(squared, rate, one, steps.zero_(), halted, CLIP, *BETAS, EPS, 0.0, False)
         )
         s.ops.fused_update_(
-            *(W, first, second, latent_offsets, tokens, coefficients, s.x, None, None),
-            *(sums, cached, slots, scalars, True, True, None, None, None, "fp32"),
+            *(W, first, second, None, None),
+            *(latent_offsets, tokens, coefficients, s.x, None, None),
+            *(sums, cached, slots, scalars, None, True, True, None, None, None, "fp32"),
         )
         return W
 

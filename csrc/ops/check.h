@@ -36,6 +36,8 @@ inline std::string dtype_name(ScalarType type) {
       return "int64";
     case ScalarType::Short:
       return "int16";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Bool:
       return "bool";
     default:

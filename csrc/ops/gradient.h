@@ -2,7 +2,9 @@
 #pragma once
 
 #include "kernels/common/adam.h"
+#include "kernels/common/moments.h"
 #include "ops/check.h"
+#include "ops/input.h"
 
 namespace sae_fast::ops {
 
@@ -39,11 +41,62 @@ inline void check_gradient(const char* op, const Tensor& latent_offsets, const T
   if (extra_grad.has_value()) check_float(op, "extra_grad", *extra_grad, {d_sae, d_in});
 }
 
-// Rows of a parameter or of its optimiser state, written in place.
-inline void check_state(const char* op, const char* name, const Tensor& state, int64_t d_sae,
-                        int64_t d_in) {
-  check_float(op, name, state, {d_sae, d_in});
-  check_contiguous(op, name, state);
+// Weight rows, written in place.
+inline void check_weights(const char* op, const Tensor& W, int64_t d_sae, int64_t d_in) {
+  check_float(op, "W", W, {d_sae, d_in});
+  check_contiguous(op, "W", W);
+}
+
+// A tensor that comes with some dtypes of exp_avg and not with the others.
+inline void check_companion(const char* op, const char* name, const OptionalTensor& tensor,
+                            bool wanted, ScalarType type) {
+  STD_TORCH_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where exp_avg is ",
+                  dtype_name(type), ", got none");
+  STD_TORCH_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where exp_avg is ",
+                  dtype_name(type), ", got a tensor");
+}
+
+inline void check_scale(const char* op, const char* name, const OptionalTensor& scale, bool wanted,
+                        ScalarType type, int64_t d_sae, int64_t d_in) {
+  check_companion(op, name, scale, wanted, type);
+  if (!wanted) return;
+  check_float(op, name, *scale, {d_sae, moment_blocks(d_in)});
+  check_contiguous(op, name, *scale);
+}
+
+// Both moments of a weight matrix with what belongs to their dtype, checked, as kernels take them.
+inline Moments checked_moments(const char* op, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                               const OptionalTensor& exp_avg_scale,
+                               const OptionalTensor& exp_avg_sq_scale,
+                               const OptionalTensor& step_count, int64_t d_sae, int64_t d_in) {
+  check_shape(op, "exp_avg", exp_avg, {d_sae, d_in});
+  const ScalarType type = exp_avg.scalar_type();
+  const bool in_blocks = type == ScalarType::Byte;
+  STD_TORCH_CHECK(in_blocks || type == ScalarType::Float || type == ScalarType::BFloat16, op,
+                  ": exp_avg must be float32, bfloat16 or uint8, got ", dtype_name(type));
+  check_shape(op, "exp_avg_sq", exp_avg_sq, {d_sae, d_in});
+  check_dtype(op, "exp_avg_sq", exp_avg_sq, type);
+  check_scale(op, "exp_avg_scale", exp_avg_scale, in_blocks, type, d_sae, d_in);
+  check_scale(op, "exp_avg_sq_scale", exp_avg_sq_scale, in_blocks, type, d_sae, d_in);
+  if (type != ScalarType::Float) check_companion(op, "step_count", step_count, true, type);
+  if (step_count.has_value()) {
+    check_shape(op, "step_count", *step_count, {});
+    check_dtype(op, "step_count", *step_count, ScalarType::Long);
+  }
+  check_contiguous(op, "exp_avg", exp_avg);
+  check_contiguous(op, "exp_avg_sq", exp_avg_sq);
+  Moments moments{};
+  moments.type = in_blocks                   ? MomentType::kBlocks
+                 : type == ScalarType::Float ? MomentType::kFloat32
+                                             : MomentType::kBFloat16;
+  moments.exp_avg = exp_avg.mutable_data_ptr();
+  moments.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
+  if (in_blocks) {
+    moments.exp_avg_scale = mutable_data<float>(*exp_avg_scale);
+    moments.exp_avg_sq_scale = mutable_data<float>(*exp_avg_sq_scale);
+  }
+  if (step_count.has_value()) moments.step = step_count->const_data_ptr<int64_t>();
+  return moments;
 }
 
 // What row_gradient_norm returned, and update_scalars.

@@ -191,10 +191,12 @@ UpdateScalars read_scalars(const Tensor& scalars) {
 }
 
 void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                  const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
                   const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
                   const Tensor& dense, const OptionalTensor& shift,
                   const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
-                  const Tensor& cache_slots, const Tensor& scalars, bool project, bool unit_norm,
+                  const Tensor& cache_slots, const Tensor& scalars,
+                  const OptionalTensor& step_count, bool project, bool unit_norm,
                   const OptionalTensor& packed, const OptionalTensor& stats,
                   const OptionalTensor& rounded, const std::string& precision) {
   constexpr const char* kOp = "fused_update_";
@@ -202,9 +204,9 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
                             extra_grad);
   const int64_t d_sae = input.terms().lists.d_sae;
   const int64_t d_in = input.terms().factor.d_in;
-  check_state(kOp, "W", W, d_sae, d_in);
-  check_state(kOp, "exp_avg", exp_avg, d_sae, d_in);
-  check_state(kOp, "exp_avg_sq", exp_avg_sq, d_sae, d_in);
+  check_weights(kOp, W, d_sae, d_in);
+  const Moments moments = checked_moments(kOp, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
+                                          step_count, d_sae, d_in);
   check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   const Input kept(cached), slots(cache_slots);
   cpu::RowUpdate update{};
@@ -216,8 +218,7 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
                   const_cast<int32_t*>(slots.data<int32_t>())};
   update.unit_norm = unit_norm;
   update.W = mutable_data<float>(W);
-  update.exp_avg = mutable_data<float>(exp_avg);
-  update.exp_avg_sq = mutable_data<float>(exp_avg_sq);
+  update.moments = moments;
   update.encoder = copies(kOp, W, precision, packed, stats, rounded);
   if (!is_finite(update.scalars.grad_scale)) return;
   check_memory(kOp, cpu::kernels().fused_update(update, parallel()));

@@ -99,13 +99,18 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
 
   // One pass over W: the same g_j times scalars' grad_scale, AdamW as torch.optim.AdamW, then unit
   // rows where asked, and fresh low-precision copies of the rows where given. Nothing is written
-  // where grad_scale is not finite.
+  // where grad_scale is not finite. Both moments are float32, bfloat16 or uint8 (exp_avg's dtype
+  // decides): the last two are read as float32, and rounded at random when written, by a hash of
+  // step_count (of update_scalars, after it), row and column; the new weights do not depend on that
+  // rounding. uint8 are codes as common/moments.h says, whose scales [F, ceil(D / 256)] are
+  // float32.
   m.def(
       "fused_update_(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "Tensor(d!)? exp_avg_scale, Tensor(e!)? exp_avg_sq_scale, "
       "Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift, "
       "Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor scalars, "
-      "bool project, bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded, "
-      "str precision) -> ()");
+      "Tensor? step_count, bool project, bool unit_norm, Tensor(f!)? packed, Tensor(g!)? stats, "
+      "Tensor(h!)? rounded, str precision) -> ()");
 
   // The same AdamW on a parameter of any shape with its gradient at hand; no gradient is one of 0.
   m.def(

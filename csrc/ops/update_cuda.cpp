@@ -18,7 +18,7 @@ class CudaGradient {
  public:
   CudaGradient(const char* op, const Tensor& latent_offsets, const Tensor& rows,
                const Tensor& coefficients, const Tensor& dense, const OptionalTensor& shift,
-               const OptionalTensor& extra_grad)
+               const OptionalTensor& extra_grad, MomentType moments = MomentType::kFloat32)
       : offsets_(latent_offsets),
         rows_(rows),
         coefficients_(coefficients),
@@ -32,7 +32,7 @@ class CudaGradient {
     factors_.extra_grad = extra_grad_.data<float>();
     factors_.d_in = dense.size(1);
     int64_t max_d_in = 0;
-    STD_CUDA_CHECK(cuda::row_update_max_d_in(&max_d_in));
+    STD_CUDA_CHECK(cuda::row_update_max_d_in(moments, &max_d_in));
     STD_TORCH_CHECK(factors_.d_in <= max_d_in, op, ": dense must have at most ", max_d_in,
                     " columns on this device, got ", factors_.d_in);
     STD_TORCH_CHECK(rows.size(0) <= INT_MAX, op, ": rows must have at most ", INT_MAX,
@@ -103,12 +103,11 @@ void check_copies(const char* op, const Tensor& W, const OptionalTensor& packed,
   check_contiguous(op, "rounded", *rounded);
 }
 
-cuda::RowState row_state(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                         const OptionalTensor& stats, const OptionalTensor& rounded) {
+cuda::RowState row_state(const Tensor& W, const Moments& moments, const OptionalTensor& stats,
+                         const OptionalTensor& rounded) {
   cuda::RowState state{};
   state.W = mutable_data<float>(W);
-  state.exp_avg = mutable_data<float>(exp_avg);
-  state.exp_avg_sq = mutable_data<float>(exp_avg_sq);
+  state.moments = moments;
   if (rounded.has_value() && rounded->numel() > 0) {
     state.rounded = rounded->mutable_data_ptr();
     state.rounded_type = data_type(*rounded);
@@ -118,25 +117,29 @@ cuda::RowState row_state(const Tensor& W, const Tensor& exp_avg, const Tensor& e
 }
 
 void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                  const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
                   const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
                   const Tensor& dense, const OptionalTensor& shift,
                   const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
-                  const Tensor& cache_slots, const Tensor& scalars, bool project, bool unit_norm,
+                  const Tensor& cache_slots, const Tensor& scalars,
+                  const OptionalTensor& step_count, bool project, bool unit_norm,
                   const OptionalTensor& packed, const OptionalTensor& stats,
                   const OptionalTensor& rounded, const std::string& precision) {
   constexpr const char* kOp = "fused_update_";
   check_gradient(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt, extra_grad);
   const int64_t d_sae = latent_offsets.size(0) - 1;
   const int64_t d_in = dense.size(1);
-  check_state(kOp, "W", W, d_sae, d_in);
-  check_state(kOp, "exp_avg", exp_avg, d_sae, d_in);
-  check_state(kOp, "exp_avg_sq", exp_avg_sq, d_sae, d_in);
+  check_weights(kOp, W, d_sae, d_in);
+  const Moments moments = checked_moments(kOp, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
+                                          step_count, d_sae, d_in);
   check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   check_precision(kOp, precision);
   check_copies(kOp, W, packed, stats, rounded);
   check_same_device(kOp, {{"W", W},
                           {"exp_avg", exp_avg},
                           {"exp_avg_sq", exp_avg_sq},
+                          {"exp_avg_scale", exp_avg_scale},
+                          {"exp_avg_sq_scale", exp_avg_sq_scale},
                           {"latent_offsets", latent_offsets},
                           {"rows", rows},
                           {"coefficients", coefficients},
@@ -146,13 +149,15 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
                           {"cached", cached},
                           {"cache_slots", cache_slots},
                           {"scalars", scalars},
+                          {"step_count", step_count},
                           {"stats", stats},
                           {"rounded", rounded}});
   const DeviceGuard guard(W.get_device_index());
-  const CudaGradient gradient(kOp, latent_offsets, rows, coefficients, dense, shift, extra_grad);
+  const CudaGradient gradient(kOp, latent_offsets, rows, coefficients, dense, shift, extra_grad,
+                              moments.type);
   const Input kept(cached), slots(cache_slots), step(scalars);
   STD_CUDA_CHECK(cuda::fused_update(
-      gradient.factors(), row_state(W, exp_avg, exp_avg_sq, stats, rounded), kept.data<float>(),
+      gradient.factors(), row_state(W, moments, stats, rounded), kept.data<float>(),
       slots.data<int32_t>(), step.data<UpdateScalars>(), project, unit_norm, current_stream(W)));
 }
 

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/scalars.cu"
 #include "tests/cuda_testing.h"
+#include "tests/moment_codes.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -159,14 +160,19 @@ struct UpdateResult {
   std::vector<float> stats;
 };
 
+// The moments are `codes` where these are given.
 UpdateResult updated(const UpdateProblem& problem, const NormResult& norm,
-                     const UpdateScalars& scalars) {
+                     const UpdateScalars& scalars, MomentCodes* codes = nullptr) {
   UpdateResult result(problem);
   const bool rounds = problem.copy != cpu::Rows::kFloat;
-  const cuda::RowState state{
-      result.W.data(),         result.m.data(),
-      result.v.data(),         rounds ? result.copy.data() : nullptr,
-      data_type(problem.copy), rounds && problem.with_stats ? result.stats.data() : nullptr};
+  cuda::RowState state{};
+  state.W = result.W.data();
+  state.moments.exp_avg = result.m.data();  // kFloat32
+  state.moments.exp_avg_sq = result.v.data();
+  if (codes != nullptr) state.moments = codes->view();
+  if (rounds) state.rounded = result.copy.data();
+  state.rounded_type = data_type(problem.copy);
+  if (rounds && problem.with_stats) state.stats = result.stats.data();
   check_success(cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
                                    &scalars, problem.project, problem.unit_norm, nullptr),
                 "fused_update");
@@ -237,6 +243,28 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
   check_copy(problem, result);
 }
 
+// With moments in 16 and 8 bits: the same update of the floats that they stand for, whose moments
+// are then rounded as the host rounds them.
+void test_codes(UpdateProblem problem, const NormResult& norm) {
+  for (const MomentType type : {MomentType::kBFloat16, MomentType::kBlocks}) {
+    MomentCodes codes(type, problem.d_sae, problem.d_in);
+    codes.encode(problem.exp_avg, problem.exp_avg_sq, kStep - 1);
+    codes.decode(problem.exp_avg, problem.exp_avg_sq);
+    for (const UpdateScalars& scalars : {kNoStep, some_step()}) {
+      MomentCodes wanted = codes;
+      const UpdateResult floats = updated(problem, norm, scalars);
+      if (std::isfinite(scalars.grad_scale)) wanted.encode(floats.m, floats.v, kStep);
+      MomentCodes result = codes;
+      result.step = kStep;
+      const UpdateResult rounded = updated(problem, norm, scalars, &result);
+      check(same_bits(rounded.W, floats.W) && same_bits(rounded.copy, floats.copy) &&
+                same_bits(rounded.stats, floats.stats),
+            "fused_update: the weights depend on how the moments are kept");
+      check(result.same_as(wanted), "fused_update: codes of moments");
+    }
+  }
+}
+
 // Both kernels of scalars.cu against the same functions on the host.
 void test_scalars(Random& random) {
   const UpdateSettings settings{random.integer(0, 1) * 0.5, kBeta1, kBeta2, kEps, kDecay,
@@ -290,6 +318,7 @@ void test_cuda_update(uint64_t seed) {
   const NormResult norm = test_norm(problem);
   test_update(problem, norm);
   test_no_update(problem, norm);
+  test_codes(problem, norm);
   test_scalars(random);
   test_vector(random);
 }

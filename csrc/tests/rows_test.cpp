@@ -221,8 +221,8 @@ State updated(State state, const Gradient& gradient, Cache& cache, const cpu::Pa
   update.scalars = some_step();
   update.unit_norm = true;
   update.W = state.W.data();
-  update.exp_avg = state.exp_avg.data();
-  update.exp_avg_sq = state.exp_avg_sq.data();
+  update.moments.exp_avg = state.exp_avg.data();  // kFloat32
+  update.moments.exp_avg_sq = state.exp_avg_sq.data();
   update.encoder = state.view();
   check(cpu::kernels().fused_update(update, parallel), "fused_update: out of memory");
   return state;

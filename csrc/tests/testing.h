@@ -147,9 +147,10 @@ struct CodeProblem {
   std::vector<int64_t> offsets;
 };
 
-// Defined in encode_test.cpp, decode_test.cpp and rows_test.cpp.
+// Each defined in a file of its name.
 void test_encode(uint64_t seed);
 void test_decode(uint64_t seed);
+void test_moments(uint64_t seed);
 void test_rows(uint64_t seed);
 
 }  // namespace sae_fast::testing

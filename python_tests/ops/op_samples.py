@@ -8,9 +8,12 @@ import torch
 from device_ops import moved, ops
 from torch import Tensor
 
+from sae_fast.ops.moments import EXP_AVG, EXP_AVG_SQ, encode_moment_, moment_blocks
+
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 EXACT = ("screened", "fp32")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LOW_MOMENTS = (torch.bfloat16, torch.uint8)
 NO_COPY = (None, None, None)
 
 
@@ -173,6 +176,9 @@ def _update_samples(
         arguments = (*lists, problem.x, shift, onto, extra)
         yield "row_gradient_norm", f"{layout}, {case}", arguments
         yield "fused_update_", f"{layout}, {case}", update_arguments(*arguments, problem.W_dec)
+    for dtype in LOW_MOMENTS:
+        updated = update_arguments(*arguments, problem.W_dec, moments=dtype)
+        yield "fused_update_", f"{layout}, moments in {dtype}", updated
 
 
 def update_arguments(
@@ -187,6 +193,7 @@ def update_arguments(
     *,
     grad_scale: float = 0.5,
     step: int = 3,
+    moments: torch.dtype = torch.float32,
 ) -> tuple[Any, ...]:
     """All arguments of fused_update_ on a clone of W, with moments as after some steps."""
     W = W.clone()
@@ -195,9 +202,34 @@ def update_arguments(
     _, sums, cached, slots = ops.row_gradient_norm(*factors, W if project else None, extra_grad)
     exp_avg, exp_avg_sq = 0.1 * W.flip(0), 0.01 * W.square().flip(0)
     scalars = update_scalars(grad_scale, step)
-    moments = (W, exp_avg, exp_avg_sq)
+    state = coded_moments(exp_avg, exp_avg_sq, moments)
+    measured = (sums, cached, slots, scalars, torch.tensor(step))
     switches = (project, project, *NO_COPY, "fp32")
-    return (*moments, *factors, extra_grad, sums, cached, slots, scalars, *switches)
+    return (W, *state, *factors, extra_grad, *measured, *switches)
+
+
+def coded_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Moments [F, D] and their scales as fused_update_ takes them; what is lost is cut off."""
+    if dtype == torch.float32:
+        return exp_avg, exp_avg_sq, None, None
+    coded: list[Tensor] = []
+    scales: list[Tensor | None] = []
+    for values, moment in ((exp_avg, EXP_AVG), (exp_avg_sq, EXP_AVG_SQ)):
+        codes, scale = torch.zeros_like(values, dtype=dtype), None
+        if dtype == torch.uint8:
+            scale = values.new_zeros(len(values), moment_blocks(values.shape[1]))
+        encode_moment_(codes, scale, values, torch.zeros_like(values, dtype=torch.int64), moment)
+        coded.append(codes)
+        scales.append(scale)
+    return coded[0], coded[1], scales[0], scales[1]
+
+
+def place(op: str, argument: str) -> int:
+    """Where an argument stands in an op's list."""
+    names = [a.name for a in getattr(torch.ops.sae_fast, op).default._schema.arguments]
+    return names.index(argument)
 
 
 def scalars_arguments(

@@ -3,6 +3,7 @@ import torch
 from device_ops import ops
 from op_samples import (
     LOW,
+    LOW_MOMENTS,
     Code,
     in_latent_major,
     kept_rows,
@@ -42,13 +43,14 @@ def encode_threshold():
     return ops.encode_threshold(*PROBLEM.encoder, threshold, "screened", None, None, None)
 
 
-def update():
+def update(moments=torch.float32):
     lists = in_latent_major(HEAVY, F)
     arguments = (*lists, PROBLEM.x, None, PROBLEM.W_dec, PROBLEM.W_enc)
-    updated = update_arguments(*arguments, PROBLEM.W_dec)
+    updated = update_arguments(*arguments, PROBLEM.W_dec, moments=moments)
     ops.fused_update_(*updated)
     squared_norm, sums, cached, cache_slots = ops.row_gradient_norm(*arguments)
-    return *updated[:3], squared_norm, sums, cache_slots, kept_rows(cached, cache_slots)
+    state = [tensor for tensor in updated[:5] if tensor is not None]
+    return *state, squared_norm, sums, cache_slots, kept_rows(cached, cache_slots)
 
 
 def training_step(dense_grad):
@@ -75,6 +77,7 @@ CALLS = {
     **{f"encode_batch_topk {p}": encode_batch_topk(p) for p in ("screened", "bf16")},
     "encode_threshold": encode_threshold,
     "fused_update_": update,
+    **{f"fused_update_ {dtype}": lambda d=dtype: update(d) for dtype in LOW_MOMENTS},
     "decorrelation": decorrelation,
     "dense step": lambda: training_step(True),
     "factored step": lambda: training_step(False),

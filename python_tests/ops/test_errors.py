@@ -155,6 +155,8 @@ SHAPES = {
     "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
 }
 HALF = PROBLEM.x.half()
+HALF_ROWS = PROBLEM.W_dec.half()
+CODES = torch.zeros(20, 6, dtype=torch.uint8)
 DTYPES = {
     "pack_encoder": [("W_enc", HALF, "W_enc must be float32, got float16")],
     "encode_topk": [
@@ -191,7 +193,11 @@ DTYPES = {
         ("coefficients", LISTS[2].half(), "coefficients must be float32, got float16"),
     ],
     "fused_update_": [
-        ("W", PROBLEM.W_dec.half(), "W must be float32, got float16"),
+        ("W", HALF_ROWS, "W must be float32, got float16"),
+        ("exp_avg", HALF_ROWS, "exp_avg must be float32, bfloat16 or uint8, got float16"),
+        ("exp_avg_sq", HALF_ROWS, "exp_avg_sq must be float32, got float16"),
+        ("exp_avg", CODES, "exp_avg_sq must be uint8, got float32"),
+        ("step_count", torch.tensor(1).int(), "step_count must be int64, got int32"),
         ("scalars", torch.ones(8).long(), "scalars must be float32, got int64"),
     ],
     "update_scalars": [

@@ -201,8 +201,8 @@ def test_norm_and_update_agree_with_the_dense_gradient(shape, seed, project):
     close(squared_norm, grad.square().sum(), terms=terms, magnitude=total, dtype=torch.float32)
     moments = torch.zeros_like(W), torch.zeros_like(W)
     switches = (project, project, None, None, None, "fp32")
-    cache = (sums, cached, slots, update_scalars(grad_scale=1.0))
-    ops.fused_update_(W, *moments, *factors, None, *cache, *switches)
+    cache = (sums, cached, slots, update_scalars(grad_scale=1.0), None)
+    ops.fused_update_(W, *moments, None, None, *factors, None, *cache, *switches)
     close(moments[0], 0.1 * grad, terms=terms, magnitude=size)
     close(moments[1], 0.001 * grad.square(), terms=terms, magnitude=0.01 * size.square())
     if project:

@@ -9,6 +9,7 @@ from op_samples import (
     make_code,
     make_problem,
     ops,
+    place,
     scalars_arguments,
     update_arguments,
     update_scalars,
@@ -207,7 +208,7 @@ def test_norm_that_is_not_finite_changes_no_parameter(squared_norm, skip):
     updated = list(update_arguments(*lists, problem.x, None, problem.W_dec, None, problem.W_dec))
     copies = ops.pack_encoder(updated[0], "bf16")
     updated[-4:] = [*copies, "bf16"]
-    updated[12] = scalars
+    updated[place("fused_update_", "scalars")] = scalars
     before = [tensor.clone() for tensor in (*updated[:3], *copies)]
     ops.fused_update_(*updated)
     ops.update_vector_(*updated[:3], problem.W_enc, scalars)
@@ -254,7 +255,8 @@ def test_fused_update_does_not_depend_on_what_was_cached(terms):
     arguments, W, _, magnitude, _ = gradient_case(60, 20, 300, 8, terms)
     cached, bare = (update_arguments(*arguments, W) for _ in range(2))
     bare = list(bare)
-    bare[10], bare[11] = bare[10].new_empty(0, 20), torch.full_like(bare[11], -1)
+    cached_rows, slots = place("fused_update_", "cached"), place("fused_update_", "cache_slots")
+    bare[cached_rows], bare[slots] = torch.empty(0, 20), torch.full_like(bare[slots], -1)
     ops.fused_update_(*cached)
     ops.fused_update_(*bare)
     size = magnitude + cached[1].abs()

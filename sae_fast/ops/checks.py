@@ -10,6 +10,10 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: {name} must be float32, got {dtype}                 (the reference also takes float64)
     {op}: {name} must be float32, bfloat16 or float16, got {dtype}       (W_dec, dense)
     {op}: {name} must be int32, got {dtype}                   (likewise int64, bool)
+    {op}: exp_avg must be float32, bfloat16 or uint8, got {dtype}        (of fused_update_)
+    {op}: exp_avg_sq must be {dtype of exp_avg}, got {dtype}             (of fused_update_)
+    {op}: {name} must be given where exp_avg is {dtype}, got none        (scales, step_count)
+    {op}: {name} must be none where exp_avg is {dtype}, got a tensor     (scales)
     {op}: {name} must be on {device} like {first}, got {device}
     {op}: {name} is changed in place and must be contiguous
     {op}: k must be in [1, d_sae], got k={k} with d_sae={d_sae}
@@ -32,6 +36,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.ops.call import GATHERED, MASTER, Call
+from sae_fast.ops.moments import MOMENT_DTYPES, moment_blocks
 
 UPDATE_SCALARS = 8  # of update_scalars
 _MOST_ENTRIES = 2**31 - 1
@@ -240,10 +245,46 @@ def update_scalars(  # noqa: D103
     op.tensor("halted", halted, (), (torch.int64,))
 
 
+def _moments(
+    op: Call,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
+    step_count: Tensor | None,
+    shape: tuple[int, int],
+) -> None:
+    # In float64 a step is the reference's own, as in every other op.
+    exact = exp_avg.dtype == torch.float64
+    op.tensor("exp_avg", exp_avg, shape, MASTER if exact else MOMENT_DTYPES)
+    op.tensor("exp_avg_sq", exp_avg_sq, shape, MASTER if exact else (exp_avg.dtype,))
+    dtype = str(exp_avg.dtype).removeprefix("torch.")
+    in_blocks = exp_avg.dtype == torch.uint8
+    for name, scale in (("exp_avg_scale", exp_avg_scale), ("exp_avg_sq_scale", exp_avg_sq_scale)):
+        op.require(
+            in_blocks or scale is None, f"{name} must be none where exp_avg is {dtype}", "a tensor"
+        )
+        op.require(
+            scale is not None or not in_blocks,
+            f"{name} must be given where exp_avg is {dtype}",
+            "none",
+        )
+        if scale is not None:
+            op.tensor(name, scale, (shape[0], moment_blocks(shape[1])), MASTER)
+            op.in_place(name, scale)
+    is_random = exp_avg.dtype in (torch.bfloat16, torch.uint8)
+    must = f"step_count must be given where exp_avg is {dtype}"
+    op.require(step_count is not None or not is_random, must, "none")
+    if step_count is not None:
+        op.tensor("step_count", step_count, (), (torch.int64,))
+
+
 def fused_update_(  # noqa: D103
     W: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
     latent_offsets: Tensor,
     rows: Tensor,
     coefficients: Tensor,
@@ -254,6 +295,7 @@ def fused_update_(  # noqa: D103
     cached: Tensor,
     cache_slots: Tensor,
     scalars: Tensor,
+    step_count: Tensor | None,
     project: bool,
     unit_norm: bool,
     packed: Tensor | None,
@@ -266,8 +308,8 @@ def fused_update_(  # noqa: D103
     if extra_grad is not None:
         op.tensor("extra_grad", extra_grad, shape, MASTER)
     op.tensor("W", W, shape, MASTER)
-    op.tensor("exp_avg", exp_avg, shape, MASTER)
-    op.tensor("exp_avg_sq", exp_avg_sq, shape, MASTER)
+    scales = (exp_avg_scale, exp_avg_sq_scale)
+    _moments(op, exp_avg, exp_avg_sq, *scales, step_count, shape)
     op.tensor("sums", sums, shape[:1], MASTER)
     op.tensor("cached", cached, (None, shape[1]), MASTER)
     op.tensor("cache_slots", cache_slots, shape[:1], (torch.int32,))

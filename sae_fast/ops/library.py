@@ -45,10 +45,11 @@ SCHEMAS = {
     " Tensor(b!) halted, float grad_clip, float beta1, float beta2, float eps, float weight_decay,"
     " bool skip_overflow) -> (Tensor norm, Tensor scalars)",
     "fused_update_": "(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!)? exp_avg_scale, Tensor(e!)? exp_avg_sq_scale,"
     " Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift,"
     " Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor scalars,"
-    " bool project, bool unit_norm, Tensor(d!)? packed, Tensor(e!)? stats, Tensor(f!)? rounded,"
-    " str precision) -> ()",
+    " Tensor? step_count, bool project, bool unit_norm, Tensor(f!)? packed, Tensor(g!)? stats,"
+    " Tensor(h!)? rounded, str precision) -> ()",
     "update_vector_": "(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad,"
     " Tensor scalars) -> ()",
     "normalize_rows_": "(Tensor(a!) W) -> ()",

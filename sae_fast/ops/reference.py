@@ -7,6 +7,13 @@ chunks, so that neither an [N, F] nor an [N, K, D] array is ever whole in memory
 import torch
 from torch import Tensor
 
+from sae_fast.ops.moments import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    decode_moment,
+    encode_moment_,
+    moment_random,
+)
 from sae_fast.ops.reference_encoder import (
     ROUNDED_DTYPES,
     chunks,
@@ -143,8 +150,10 @@ def row_gradient_norm(
 
 def fused_update_(
     W: Tensor,  # [F, D]
-    exp_avg: Tensor,  # [F, D]
-    exp_avg_sq: Tensor,  # [F, D]
+    exp_avg: Tensor,  # [F, D] float32, bfloat16 or uint8
+    exp_avg_sq: Tensor,  # [F, D], the dtype of exp_avg
+    exp_avg_scale: Tensor | None,  # [F, ceil(D / 256)], of uint8
+    exp_avg_sq_scale: Tensor | None,  # [F, ceil(D / 256)], of uint8
     latent_offsets: Tensor,  # [F + 1] int64
     rows: Tensor,  # [entries] int32
     coefficients: Tensor,  # [entries], latent-major
@@ -155,6 +164,7 @@ def fused_update_(
     cached: Tensor,
     cache_slots: Tensor,
     scalars: Tensor,  # [8]
+    step_count: Tensor | None,  # 0-d int64
     project: bool,
     unit_norm: bool,
     packed: Tensor | None,
@@ -165,12 +175,37 @@ def fused_update_(
     """One step of every row from the factors of its gradient, in torch.optim.AdamW's order."""
     factors = (latent_offsets, rows, coefficients, dense, shift)
     grad, _ = _row_gradients(*factors, extra_grad, W if project else None)
-    update_vector_(W, exp_avg, exp_avg_sq, grad, scalars)
-    if unit_norm and bool(scalars[0].isfinite()):
-        normalize_rows_(W)
+    if bool(scalars[0].isfinite()):
+        scales = (exp_avg_scale, exp_avg_sq_scale)
+        _update_moments_(W, exp_avg, exp_avg_sq, *scales, grad, scalars, step_count)
+        if unit_norm:
+            normalize_rows_(W)
     # The reference's own encoder copy is empty; only a rounded W_dec is there to be refreshed.
     if rounded is not None and rounded.shape == W.shape:
         rounded.copy_(W)
+
+
+def _update_moments_(
+    W: Tensor,  # [F, D]
+    exp_avg: Tensor,  # [F, D]
+    exp_avg_sq: Tensor,  # [F, D]
+    exp_avg_scale: Tensor | None,  # [F, ceil(D / 256)]
+    exp_avg_sq_scale: Tensor | None,  # [F, ceil(D / 256)]
+    grad: Tensor,  # [F, D]
+    scalars: Tensor,  # [8]
+    step_count: Tensor | None,  # 0-d int64
+) -> None:
+    """AdamW on moments that are numbers, or codes of which only the float32 in between is used."""
+    if exp_avg.dtype in (torch.float32, torch.float64):
+        update_vector_(W, exp_avg, exp_avg_sq, grad, scalars)
+        return
+    assert step_count is not None
+    mean = decode_moment(exp_avg, exp_avg_scale, EXP_AVG).to(W.dtype)
+    square = decode_moment(exp_avg_sq, exp_avg_sq_scale, EXP_AVG_SQ).to(W.dtype)
+    update_vector_(W, mean, square, grad, scalars)
+    random = moment_random(step_count, *W.shape)
+    encode_moment_(exp_avg, exp_avg_scale, mean, random, EXP_AVG)
+    encode_moment_(exp_avg_sq, exp_avg_sq_scale, square, random, EXP_AVG_SQ)
 
 
 def gather_entries(source: Tensor, entries: Tensor) -> Tensor:  # [M] int32

@@ -200,8 +200,8 @@ def _(squared_norm: Tensor, lr: Tensor, loss_scale: Tensor, *rest: object) -> tu
 @torch.no_grad()
 def fused_update_(
     W: Tensor,  # [F, D]
-    exp_avg: Tensor,  # [F, D]
-    exp_avg_sq: Tensor,  # [F, D]
+    exp_avg: Tensor,  # [F, D] float32, bfloat16 or uint8
+    exp_avg_sq: Tensor,  # [F, D], the dtype of exp_avg
     latent_offsets: Tensor,  # [F + 1] int64
     rows: Tensor,  # [entries] int32
     coefficients: Tensor,  # [entries], latent-major
@@ -216,6 +216,9 @@ def fused_update_(
     project: bool,
     unit_norm: bool,
     precision: str,
+    exp_avg_scale: Tensor | None = None,  # [F, ceil(D / 256)], of uint8
+    exp_avg_sq_scale: Tensor | None = None,  # [F, ceil(D / 256)], of uint8
+    step_count: Tensor | None = None,  # 0-d int64, of bfloat16 and uint8
 ) -> None:
     """One AdamW step of W, row by row, from the factors of its gradient.
 
@@ -224,11 +227,16 @@ def fused_update_(
     `unit_norm`, rows of unit length. `sums`, `cached` and `cache_slots` come from
     `row_gradient_norm` of the same factors. The working copy of W in this precision, if there is
     one, is refreshed in the same pass. Nothing changes where the gradient's norm was not finite.
+
+    Moments in bfloat16, or in 8 bits with one scale for 256 columns (`moments.py`), are float32 for
+    the time of the update and then rounded at random: up as often as keeps the mean. What is drawn
+    depends on `step_count`, as update_scalars left it, row and column alone.
     """
     packed, stats, rounded = copies_to_refresh(W, precision)
     torch.ops.sae_fast.fused_update_.default(
-        *(W, exp_avg, exp_avg_sq, latent_offsets, rows, coefficients, dense, shift, extra_grad),
-        *(sums, cached, cache_slots, scalars, project, unit_norm),
+        *(W, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale),
+        *(latent_offsets, rows, coefficients, dense, shift, extra_grad),
+        *(sums, cached, cache_slots, scalars, step_count, project, unit_norm),
         *(packed, stats, rounded, precision),
     )
     mark_updated(W, packed, stats, rounded)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/common/adam.h"
+#include "kernels/common/moments.h"
 #include "kernels/cpu/decode.h"
 
 namespace sae_fast::cpu {
@@ -49,9 +50,8 @@ struct RowUpdate {
   RowCache cache;
   UpdateScalars scalars;
   bool unit_norm;
-  float* W;           // [d_sae][d_in]
-  float* exp_avg;     // [d_sae][d_in]
-  float* exp_avg_sq;  // [d_sae][d_in]
+  float* W;         // [d_sae][d_in]
+  Moments moments;  // of W
   // Low-precision copies to refresh: encoder.packed may be null, encoder.rounded too.
   PackedEncoder encoder;
 };

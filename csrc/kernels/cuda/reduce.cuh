@@ -1,5 +1,5 @@
-// Sums across a warp and across a block. Every order of addition is fixed, so results are the same
-// bits in every run; every participating thread gets the result.
+// Sums across a warp and across a block, and largest numbers. Every order of addition is fixed, so
+// results are the same bits in every run; every participating thread gets the result.
 #pragma once
 
 #include "kernels/cuda/launch.cuh"
@@ -11,6 +11,14 @@ __device__ inline Number warp_sum(Number value) {
 #pragma unroll
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, step);
+  }
+  return value;
+}
+
+__device__ inline uint32_t warp_max(uint32_t value) {
+#pragma unroll
+  for (int step = kWarpSize / 2; step > 0; step /= 2) {
+    value = max(value, __shfl_xor_sync(kFullWarp, value, step));
   }
   return value;
 }

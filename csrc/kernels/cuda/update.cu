@@ -7,6 +7,7 @@
 #include "kernels/common/row_norm.h"
 #include "kernels/cuda/encoder_stats.cuh"
 #include "kernels/cuda/latent_sum.cuh"
+#include "kernels/cuda/moments.cuh"
 
 namespace sae_fast::cuda {
 namespace {
@@ -126,27 +127,9 @@ __device__ inline void store_row(const RowState& state, int64_t latent, int64_t 
   state.stats[latents + latent] = bounds.y;
 }
 
-// Adam on kWidth weights of a row; returns the new ones, which are not stored yet.
-template <int kWidth>
-__device__ inline Vector<float, kWidth> update_weights(const RowState& state, const AdamStep& adam,
-                                                       int64_t offset,
-                                                       Vector<float, kWidth> weights,
-                                                       const Vector<float, kWidth>& gradient) {
-  auto exp_avg = load<float, kWidth>(state.exp_avg + offset);
-  auto exp_avg_sq = load<float, kWidth>(state.exp_avg_sq + offset);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    weights.at[i] =
-        adam_update(adam, weights.at[i], gradient.at[i], exp_avg.at[i], exp_avg_sq.at[i]);
-  }
-  store<float, kWidth>(state.exp_avg + offset, exp_avg);
-  store<float, kWidth>(state.exp_avg_sq + offset, exp_avg_sq);
-  return weights;
-}
-
 // One block a latent: its gradient and weights stay in shared memory between the reductions, where
 // each thread reads back only what it wrote itself.
-template <typename Dense, int kWidth>
+template <typename Dense, int kWidth, MomentType kMoments>
 __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
     update_kernel(LatentLists lists, const Dense* __restrict__ dense,
                   const float* __restrict__ shift, const float* __restrict__ extra_grad,
@@ -155,6 +138,7 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
                   const UpdateScalars* __restrict__ scalars, bool project, bool unit_norm) {
   float* const gradient = static_cast<float*>(dynamic_shared_memory());  // [D]
   float* const row = gradient + d_in;                                    // [D]
+  float* const new_moments = row + d_in;                                 // [kSharedRows, D]
   __shared__ float partial[kRowWarps];
   const int columns = static_cast<int>(d_in);  // as many as shared memory holds
   const int first = static_cast<int>(threadIdx.x) * kWidth;
@@ -179,6 +163,7 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
       store<float, kWidth>(row + column, weights);
     }
     dot = project ? block_sum(dot, partial) : 0.0f;
+    const RowMoments<kMoments> moments(state.moments, latent, d_in, new_moments);
     float square = 0.0f;
     for (int column = first; column < columns; column += stride) {
       auto rest = load<float, kWidth>(gradient + column);
@@ -186,10 +171,11 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
       add_scaled(rest, -dot, weights);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) rest.at[i] *= step.grad_scale;
-      weights = update_weights(state, step.adam, start + column, weights, rest);
+      weights = update_weights<kWidth, kMoments>(moments, step.adam, column, weights, rest);
       square = add_dot(square, weights, weights);
       store<float, kWidth>(row + column, weights);
     }
+    moments.template finish<kWidth>();
     const float norm = unit_norm ? row_norm(block_sum(square, partial)) : 1.0f;
     store_row<kWidth>(state, latent, lists.latents, d_in, row, norm, partial);
   }
@@ -217,9 +203,28 @@ size_t row_bytes(int64_t rows, int64_t d_in) {
   return static_cast<size_t>(rows * d_in) * sizeof(float);
 }
 
+// Rows that update_kernel has in shared memory: gradient, weights, and what the moments take.
+constexpr int64_t update_rows(MomentType moments) {
+  return 2 + (moments == MomentType::kBlocks ? RowMoments<MomentType::kBlocks>::kSharedRows : 0);
+}
+
+// Calls call(std::integral_constant of the type).
+template <typename Call>
+cudaError_t with_moments(MomentType type, Call&& call) {
+  switch (type) {
+    case MomentType::kFloat32:
+      return call(std::integral_constant<MomentType, MomentType::kFloat32>{});
+    case MomentType::kBFloat16:
+      return call(std::integral_constant<MomentType, MomentType::kBFloat16>{});
+    case MomentType::kBlocks:
+      return call(std::integral_constant<MomentType, MomentType::kBlocks>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
-cudaError_t row_update_max_d_in(int64_t* d_in) {
+cudaError_t row_update_max_d_in(MomentType moments, int64_t* d_in) {
   int device = 0;
   int bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -227,7 +232,7 @@ cudaError_t row_update_max_d_in(int64_t* d_in) {
     error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   const auto fixed = static_cast<int64_t>(kRowWarps * (sizeof(float) + sizeof(double)));
-  *d_in = (bytes - fixed) / static_cast<int64_t>(row_bytes(2, 1));
+  *d_in = (bytes - fixed) / static_cast<int64_t>(row_bytes(update_rows(moments), 1));
   return error;
 }
 
@@ -280,18 +285,21 @@ cudaError_t fused_update(const GradientFactors& factors, const RowState& state, 
                          const int32_t* cache_slots, const UpdateScalars* scalars, bool project,
                          bool unit_norm, cudaStream_t stream) {
   const int64_t d_in = factors.d_in;
-  return with_rows<kRowWidth>(factors.dense, d_in,
-                              {factors.shift, factors.extra_grad, state.W, state.exp_avg,
-                               state.exp_avg_sq, state.rounded, cached},
-                              [&](const auto* dense, auto width) {
-                                using Dense = std::decay_t<decltype(*dense)>;
-                                constexpr int kWidth = decltype(width)::value;
-                                return launch(update_kernel<Dense, kWidth>, factors.lists.latents,
-                                              row_threads(d_in, kWidth), row_bytes(2, d_in), stream,
-                                              factors.lists, dense, factors.shift,
-                                              factors.extra_grad, d_in, state, cached, cache_slots,
-                                              scalars, project, unit_norm);
-                              });
+  return with_moments(state.moments.type, [&](auto type) {
+    return with_rows<kRowWidth>(
+        factors.dense, d_in,
+        {factors.shift, factors.extra_grad, state.W, state.moments.exp_avg,
+         state.moments.exp_avg_sq, state.rounded, cached},
+        [&](const auto* dense, auto width) {
+          using Dense = std::decay_t<decltype(*dense)>;
+          constexpr int kWidth = decltype(width)::value;
+          constexpr MomentType kMoments = decltype(type)::value;
+          return launch(update_kernel<Dense, kWidth, kMoments>, factors.lists.latents,
+                        row_threads(d_in, kWidth), row_bytes(update_rows(kMoments), d_in), stream,
+                        factors.lists, dense, factors.shift, factors.extra_grad, d_in, state,
+                        cached, cache_slots, scalars, project, unit_norm);
+        });
+  });
 }
 
 }  // namespace sae_fast::cuda

@@ -4,6 +4,7 @@
 
 #include "kernels/common/adam.h"
 #include "kernels/common/chunks.h"
+#include "kernels/common/moments.h"
 #include "kernels/cuda/latent_sum.h"
 #include "kernels/cuda/types.h"
 
@@ -19,8 +20,8 @@ struct GradientFactors {
   int64_t d_in;
 };
 
-// The most columns that shared memory has room for.
-cudaError_t row_update_max_d_in(int64_t* d_in);
+// The most columns that shared memory has room for, where the moments are of this type.
+cudaError_t row_update_max_d_in(MomentType moments, int64_t* d_in);
 
 // squared_norm = sum over j of |g_j|^2, g_j less its part along project_onto[j] where that is given
 // (unit rows); sums[j] of the coefficients; the rows that `cache` keeps and where (-1: nowhere).
@@ -36,10 +37,9 @@ cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
 
 // What the second pass writes.
 struct RowState {
-  float* W;           // [F, D]
-  float* exp_avg;     // [F, D]
-  float* exp_avg_sq;  // [F, D]
-  void* rounded;      // [F, D] or null: W in a 16-bit type
+  float* W;         // [F, D]
+  Moments moments;  // of W; its step is on the device
+  void* rounded;    // [F, D] or null: W in a 16-bit type
   DataType rounded_type;
   float* stats;  // [2, F] or null: row_bounds of the rows and of what rounding took off them
 };

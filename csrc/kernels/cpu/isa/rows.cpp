@@ -3,6 +3,7 @@
 // A row belongs to one thread and its sums run in entry order: bits do not depend on the threads.
 #include "kernels/cpu/isa/rows.h"
 
+#include "kernels/cpu/isa/adam.h"
 #include "kernels/cpu/isa/gather.h"
 #include "kernels/cpu/isa/pack.h"
 
@@ -159,33 +160,6 @@ void normalize_row(float* row, int64_t d_in) {
   for (; i < d_in; ++i) row[i] /= divisor;
 }
 
-// Adam on a row; `grad` null stands for zeros.
-void adam_row(const UpdateScalars& scalars, const float* grad, int64_t d_in, float* weight,
-              float* exp_avg, float* exp_avg_sq) {
-  const AdamStep& adam = scalars.adam;
-  const Vec beta2 = broadcast(adam.beta2);
-  const Vec rest1 = broadcast(adam.one_minus_beta1);
-  const Vec rest2 = broadcast(adam.one_minus_beta2);
-  const Vec step = broadcast(adam.step_size);
-  const Vec correction = broadcast(1.0f / adam.sqrt_bias_correction2);
-  const Vec eps = broadcast(adam.eps);
-  const Vec decay = broadcast(adam.decay);
-  int64_t i = 0;
-  for (; i + kLanes <= d_in; i += kLanes) {
-    const Vec g = grad != nullptr ? load(grad + i) * broadcast(scalars.grad_scale) : Vec{};
-    const Vec m = load(exp_avg + i) + rest1 * (g - load(exp_avg + i));
-    const Vec v = beta2 * load(exp_avg_sq + i) + rest2 * (g * g);
-    store(exp_avg + i, m);
-    store(exp_avg_sq + i, v);
-    const Vec denominator = vec_sqrt(v) * correction + eps;
-    store(weight + i, decay * load(weight + i) - step * (m / denominator));
-  }
-  for (; i < d_in; ++i) {
-    const float g = grad != nullptr ? grad[i] * scalars.grad_scale : 0.0f;
-    weight[i] = adam_update(adam, weight[i], g, exp_avg[i], exp_avg_sq[i]);
-  }
-}
-
 void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
   const int64_t d_in = update.gradient.factor.d_in;
   const float* grad = nullptr;
@@ -195,8 +169,7 @@ void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
     if (slot < 0) gradient_row(update.gradient, latent, scratch);
   }
   float* weight = update.W + latent * d_in;
-  adam_row(update.scalars, grad, d_in, weight, update.exp_avg + latent * d_in,
-           update.exp_avg_sq + latent * d_in);
+  update_moments(update.scalars, grad, d_in, latent, update.moments, weight);
   if (update.unit_norm) normalize_row(weight, d_in);
 }
 
