@@ -69,6 +69,8 @@ class TrainConfig(ConfigFile):
     """Decoupled weight decay, per step and unit of learning rate."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
+    optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """Adam's moments of the weights: 8, 4 or 2 bytes a weight; below fp32 rounded at random."""
     average_decay: float = 0.0
     """Decay of a moving average of the weights, evaluated and saved beside them; 0: none."""
     fused: bool = True
@@ -120,6 +122,11 @@ class TrainConfig(ConfigFile):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
         self._require("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
+        if not self.fused and self.optimizer_states != "fp32":
+            raise ValueError(
+                "optimizer_states must be 'fp32' where fused is false: torch.optim.AdamW keeps no "
+                f"others, got {self.optimizer_states!r}"
+            )
         self._require("average_decay", 0 <= self.average_decay < 1, "from 0 to below 1")
         betas_hold = all(0 <= beta < 1 for beta in self.betas)
         self._require("betas", betas_hold, "two numbers from 0 to below 1")

@@ -79,11 +79,18 @@ class CountingRecorder(GraphRecorder):
 class Run:
     """A small model and what trains it, eagerly or from graphs."""
 
-    def __init__(self, device: torch.device, *, graphed: bool, precision: str = "screened"):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        graphed: bool,
+        precision: str = "screened",
+        states: str = "fp32",
+    ):
         self.sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=64, k=3, dead_after_tokens=200))
         self.sae.initialize_(torch.Generator().manual_seed(0))
         self.sae.to(device)
-        self.optimizer = RowAdam(self.sae, precision=precision)
+        self.optimizer = RowAdam(self.sae, precision=precision, states=states)
         step = TrainingStep(self.sae, self.optimizer, LossScaler(enabled=False), precision)
         self.step = step
         self.recorder: Any = None
@@ -100,8 +107,8 @@ class Run:
         return list(self.step.read({}).metrics.values())
 
     def parameters(self) -> list[torch.Tensor]:
-        moments = [*self.optimizer.exp_avg.values(), *self.optimizer.exp_avg_sq.values()]
-        return [value.cpu().clone() for value in [*self.sae.state_dict().values(), *moments]]
+        state = [*self.sae.state_dict().values(), *self.optimizer.state_dict().values()]
+        return [value.cpu().clone() for value in state]
 
 
 @pytest.fixture(autouse=True)
@@ -128,14 +135,24 @@ def test_replayed_steps_equal_eager_ones_to_the_bit(
     assert _equal(graphed, eager)
 
 
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_replayed_steps_draw_what_eager_ones_do(device: torch.device, states: str) -> None:
+    eager, graphed = (Run(device, graphed=graphed, states=states) for graphed in (False, True))
+    for number in range(STEPS):
+        assert graphed.make(number) == eager.make(number)
+    assert graphed.recorder.captures == 1
+    assert _equal(graphed, eager)
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("precision", ["screened", "bf16", "fp16"])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_no_op_of_a_step_waits_for_the_device(
-    device: torch.device, precision: str, batches: int
+    device: torch.device, precision: str, batches: int, states: str
 ) -> None:
     if device.type == "cpu":
         pytest.skip("the CPU does not wait for itself")
-    run = Run(device, graphed=False, precision=precision)
+    run = Run(device, graphed=False, precision=precision, states=states)
     rate = torch.full((), 1e-3, dtype=torch.float64, device=device)
     run.step.run(run.rows[:batches], rate, 8)
     torch.cuda.set_sync_debug_mode("error")

@@ -78,8 +78,10 @@ def _final(directory: Path) -> dict[str, torch.Tensor]:
         {"amp": "bf16"},
         {"amp": "fp16", "grad_acc_steps": 2, "max_steps": 30},
         {"fused": False, "max_steps": 30},
+        {"optimizer_states": "bf16", "max_steps": 30},
+        {"optimizer_states": "8bit", "amp": "bf16", "max_steps": 30},
     ],
-    ids=["screened", "bf16", "fp16-accumulated", "dense"],
+    ids=["screened", "bf16", "fp16-accumulated", "dense", "bf16-states", "8bit-states"],
 )
 def test_stopped_runs_end_bit_equal(
     straight: Any, shard_dir: Path, tmp_path: Path, changes: dict[str, Any]

@@ -149,7 +149,7 @@ class GraphedStep:
         """Where everything lies that the graphs read and write; a stale copy counts as none."""
         sae, optimizer = self._step.sae, self._step.optimizer
         tensors: list[Tensor | None] = [*sae.parameters(), *sae.buffers()]
-        tensors += [*optimizer.exp_avg.values(), *optimizer.exp_avg_sq.values()]
+        tensors += optimizer.state_dict().values()
         for W in (sae.W_enc, sae.W_dec):
             tensors += copies_to_refresh(W, self._step.precision)
         return tuple(-1 if tensor is None else tensor.data_ptr() for tensor in tensors)

@@ -8,6 +8,7 @@ import torch
 
 from sae_fast.activations.reader import PREFETCHED_BATCHES
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.ops.moments import moment_blocks
 
 _FLOAT = 4
 _HALF = 2
@@ -98,7 +99,7 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     on_gpu = device.type == "cuda"
     parts = {
         "parameters": parameters * _FLOAT,
-        "optimiser states": 2 * parameters * _FLOAT,
+        "optimiser states": _optimizer_states(sae, train),
         "dead-latent counters, bias gradients": sae.d_sae * (8 + 8) + sae.d_in * 8,
     }
     if train.average_decay > 0:
@@ -126,6 +127,14 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         host["page-locked batches"] = _page_locked(batch, train.grad_acc_steps)
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else None
     return MemoryPlan(parts | host, frozenset(host), device, free, available_memory())
+
+
+def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
+    """Both moments: of the weights as they are kept, with their scales, of the biases in fp32."""
+    a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
+    scales = moment_blocks(sae.d_in) if train.optimizer_states == "8bit" else 0
+    rows = 2 * sae.d_sae * (sae.d_in * a_number + scales * _FLOAT)
+    return 2 * (rows + (sae.d_sae + sae.d_in) * _FLOAT)
 
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:

@@ -18,9 +18,11 @@ from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.config import TrainConfig
+from sae_fast.ops.moments import moment_blocks
 from sae_fast.training.row_factors import MergedFactors, merge_row_factors, row_factors
 
-MATRICES = ("W_enc", "W_dec")
+ROWS = ("W_enc", "W_dec")
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 STEP = "step"
 _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 
@@ -36,6 +38,7 @@ def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimiz
         grad_clip=config.grad_clip,
         precision=config.precision,
         skip_overflow=config.amp == "fp16",
+        states=config.optimizer_states,
     )
 
 
@@ -51,8 +54,11 @@ class SparseOptimizer(ABC):
         precision: mode of the encoder whose working copy is kept up to date.
         skip_overflow: whether a gradient that is not finite is left out, as loss scaling wants it,
             rather than the end: otherwise no step after it changes anything either.
+        states: what the moments of the weight rows are kept as, "fp32", "bf16" or "8bit".
 
     Attributes:
+        exp_avg, exp_avg_sq: the moments of every parameter.
+        exp_avg_scale, exp_avg_sq_scale: of W_enc and W_dec [F, ceil(D / 256)], where they are 8bit.
         step_count: 0-d int64 on the model's device, the updates made.
         halted: 0-d int64 there, their number when a gradient was not finite; -1: none was.
     """
@@ -69,6 +75,7 @@ class SparseOptimizer(ABC):
         grad_clip: float = 1.0,
         precision: str = "screened",
         skip_overflow: bool = False,
+        states: str = "fp32",
     ):
         self.sae = sae
         self.betas = betas
@@ -80,11 +87,14 @@ class SparseOptimizer(ABC):
         self.device = sae.W_enc.device
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         self.halted = torch.full_like(self.step_count, -1)
-        parameters = dict(sae.named_parameters())
-        self.names = tuple(parameters)
+        self.states = states
+        self.names = tuple(name for name, _ in sae.named_parameters())
         self.rate_shares = sae.architecture.learning_rates()
-        self.exp_avg = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(moment) for name, moment in self.exp_avg.items()}
+        self.exp_avg = {name: self._new_moment(name) for name in self.names}
+        self.exp_avg_sq = {name: self._new_moment(name) for name in self.names}
+        scaled = ROWS if states == "8bit" else ()
+        self.exp_avg_scale = {name: self._new_scale(name) for name in scaled}
+        self.exp_avg_sq_scale = {name: self._new_scale(name) for name in scaled}
 
     @abstractmethod
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
@@ -107,11 +117,15 @@ class SparseOptimizer(ABC):
         for name in self.names:
             state[f"{name}.exp_avg"] = self.exp_avg[name]
             state[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
+        for name in self.exp_avg_scale:
+            state[f"{name}.exp_avg_scale"] = self.exp_avg_scale[name]
+            state[f"{name}.exp_avg_sq_scale"] = self.exp_avg_sq_scale[name]
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a `state_dict`; raises ValueError naming a tensor that does not fit."""
+        self._check_states(state)
         for name, tensor in self.state_dict().items():
             if name not in state:
                 raise ValueError(f"optimiser state: has no tensor {name}")
@@ -125,6 +139,25 @@ class SparseOptimizer(ABC):
 
     def _parameter(self, name: str) -> torch.nn.Parameter:
         return self.sae.get_parameter(name)
+
+    def _check_states(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where the moments of the rows are kept in another way."""
+        kept_as = {dtype: states for states, dtype in STATE_DTYPES.items()}
+        for name in ROWS:
+            moment = state.get(f"{name}.exp_avg", self.exp_avg[name])
+            if moment.dtype != self.exp_avg[name].dtype:
+                raise ValueError(
+                    f"optimiser state: {name}.exp_avg is of a run with optimizer_states = "
+                    f"{kept_as.get(moment.dtype, moment.dtype)}, this one has {self.states}"
+                )
+
+    def _new_moment(self, name: str) -> Tensor:
+        dtype = STATE_DTYPES[self.states] if name in ROWS else torch.float32
+        return torch.zeros_like(self._parameter(name), dtype=dtype, requires_grad=False)
+
+    def _new_scale(self, name: str) -> Tensor:
+        d_sae, d_in = self._parameter(name).shape
+        return torch.zeros(d_sae, moment_blocks(d_in), device=self.device)
 
 
 @dataclass(frozen=True)
@@ -156,7 +189,7 @@ class RowAdam(SparseOptimizer):
             project_onto=sae.W_dec if self.sae.architecture.unit_norm else None,
         )
         squared = encoder.squared_norm + decoder.squared_norm
-        vectors = [name for name in self.names if name not in MATRICES]
+        vectors = [name for name in self.names if name not in ROWS]
         for name in vectors:
             if (grad := self._parameter(name).grad) is not None:
                 squared = squared + steady_sum(grad.double().square())
@@ -221,6 +254,9 @@ class RowAdam(SparseOptimizer):
             project=unit_norm,
             unit_norm=unit_norm,
             precision=self.precision,
+            exp_avg_scale=self.exp_avg_scale.get(name),
+            exp_avg_sq_scale=self.exp_avg_sq_scale.get(name),
+            step_count=self.step_count,
         )
 
     def _update_vector(self, name: str, scalars: Tensor) -> None:
@@ -257,7 +293,10 @@ class DenseAdam(SparseOptimizer):
         grad_clip: float = 1.0,
         precision: str = "screened",
         skip_overflow: bool = False,
+        states: str = "fp32",
     ):
+        if states != "fp32":
+            raise ValueError(f"states must be 'fp32' for torch.optim.AdamW, got {states!r}")
         super().__init__(
             sae,
             betas=betas,
