@@ -78,9 +78,8 @@ bool decorrelation(const float* W, int64_t d_sae, int64_t d_in, double* loss, fl
   if (!inverse) return false;
   const UnitRows unit{W, inverse.as<float>(), d_sae, d_in};
   const int64_t threads = parallel.threads();
-  const int64_t gram = gram_scratch_floats(unit);
   const int64_t block = kBlock * (d_in + kPanel);
-  const int64_t floats = gram > block ? gram : block;
+  const int64_t floats = kGramScratchFloats > block ? kGramScratchFloats : block;
   Scratch sums(unit.padded() * unit.padded() * 8);
   Scratch packed(unit.padded() * d_in * 4);
   Scratch scratch(threads * floats * 4);
