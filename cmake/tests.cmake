@@ -5,6 +5,7 @@ enable_testing()
 find_package(Threads REQUIRED)
 set(TEST_SOURCES
   csrc/tests/kernels_test.cpp
+  csrc/tests/correlation_test.cpp
   csrc/tests/encode_test.cpp
   csrc/tests/decode_test.cpp
   csrc/tests/moments_test.cpp

@@ -122,4 +122,19 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
 
   // Sum over i != j of (ŵ_i·ŵ_j)², ŵ unit rows, by the D x D Gram matrix; loss [] and its gradient.
   m.def("decorrelation(Tensor W) -> (Tensor loss, Tensor grad)");
+
+  // Squared correlations between latents' activations h [N, F] over the batch, by N x N Gram
+  // matrices: within [] is the sum over i != j of latents [0, split), between [] that over pairs of
+  // these with the others. A latent is silent where |h - mean| <= 2^-20 |h| and counts nothing;
+  // n_active int64 [2] counts the others of each group. For the backward: means float64 [F],
+  // inverse_norms [F] = 1 / |h - mean|, 0 where silent, and gram [G, N, N], the sum of z zᵀ over a
+  // group's z = (h - mean) / |h - mean|; G is 1 where split = F, else 2.
+  m.def(
+      "code_correlation(Tensor h, int split) -> (Tensor within, Tensor between, Tensor n_active, "
+      "Tensor means, Tensor inverse_norms, Tensor gram)");
+
+  // grad_h [N, F] from the gradients [] of both sums; one that is absent is 0.
+  m.def(
+      "code_correlation_backward(Tensor? grad_within, Tensor? grad_between, Tensor h, int split, "
+      "Tensor means, Tensor inverse_norms, Tensor gram) -> Tensor grad_h");
 }

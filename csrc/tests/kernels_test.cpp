@@ -20,6 +20,7 @@ int main(int argc, char** argv) {
     sae_fast::testing::test_decode(static_cast<uint64_t>(seed));
     sae_fast::testing::test_moments(static_cast<uint64_t>(seed));
     sae_fast::testing::test_rows(static_cast<uint64_t>(seed));
+    sae_fast::testing::test_correlation(static_cast<uint64_t>(seed));
   }
   std::printf("%ld problems of each kind, %d checks failed\n", problems,
               sae_fast::testing::failures);

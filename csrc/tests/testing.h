@@ -152,5 +152,6 @@ void test_encode(uint64_t seed);
 void test_decode(uint64_t seed);
 void test_moments(uint64_t seed);
 void test_rows(uint64_t seed);
+void test_correlation(uint64_t seed);
 
 }  // namespace sae_fast::testing

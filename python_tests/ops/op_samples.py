@@ -99,6 +99,15 @@ def codes(n: int = 20, d_sae: int = 70, k: int = 6) -> list[Code]:
     return [make_code(n, d_sae, k), make_code(n, d_sae, k, csr=True)]
 
 
+def make_codes(n: int, d_sae: int, *, active: float = 1.0, seed: int = 2) -> Tensor:
+    """Dense codes [n, d_sae] of which a share is not 0."""
+    device = torch.get_default_device()
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, d_sae, generator=generator, device="cpu").abs_()
+    fires = torch.rand(n, d_sae, generator=generator, device="cpu") < active
+    return (h * fires).to(device)
+
+
 def in_latent_major(code: Code, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
     """latent_offsets, rows and coefficients of a code."""
     latent_offsets, entries, rows = ops.latent_major(*code, d_sae)
@@ -122,6 +131,12 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "encode_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "encode_batch_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "decorrelation", "", (problem.W_dec,)
+    h = make_codes(n, d_sae, active=0.2)
+    for case, split, grads in (("one group", 70, (1, 0)), ("two groups", 40, (1, 1))):
+        outputs = ops.code_correlation(h, split)
+        yield "code_correlation", case, (h, split)
+        given = tuple(torch.tensor(0.5) if wanted else None for wanted in grads)
+        yield "code_correlation_backward", case, (*given, h, split, *outputs[3:])
     yield "normalize_rows_", "", (problem.W_enc.clone(),)
     for skip_overflow in (False, True):
         yield "update_scalars", f"skip {skip_overflow}", scalars_arguments(9.0, skip=skip_overflow)

@@ -9,7 +9,16 @@ import argparse
 
 import torch
 from device_ops import ops, public
-from op_samples import PRECISIONS, Code, Problem, in_latent_major, make_code, make_problem, samples
+from op_samples import (
+    PRECISIONS,
+    Code,
+    Problem,
+    in_latent_major,
+    make_code,
+    make_codes,
+    make_problem,
+    samples,
+)
 from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
@@ -43,6 +52,14 @@ def call_shape(n: int, d_in: int, d_sae: int, k: int) -> None:
             call_decoder(problem, make_code(n, d_sae, k, csr=csr), dtype)
     ops.normalize_rows_(problem.W_enc.clone())
     ops.decorrelation(problem.W_dec)
+    call_correlation(make_codes(n, d_sae, active=0.3), d_sae // 2)
+
+
+def call_correlation(h: Tensor, split: int) -> None:
+    for groups in (split, h.shape[1]):
+        outputs = ops.code_correlation(h, groups)
+        for grads in ((None, torch.tensor(1.0)), (torch.tensor(1.0), None)):
+            ops.code_correlation_backward(*grads, h, groups, *outputs[3:])
 
 
 def call_decoder(problem: Problem, code: Code, dtype: torch.dtype) -> None:

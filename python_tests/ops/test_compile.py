@@ -29,6 +29,13 @@ def threshold_step(x, W_enc, b_enc, W_dec, b_dec, precision):
     return found.squared_error.sum() + x_hat.sin().sum() + code.values.sum()
 
 
+def correlation_step(x, W_enc, b_enc, W_dec, b_dec, precision):
+    h = torch.relu(x @ W_enc.t() + b_enc)
+    found = ops.code_correlation(h, 40)
+    pairs = (found.n_active[0] * found.n_active[1]).clamp_min(1)
+    return found.within.sqrt() + found.between / pairs + (W_dec * b_dec).sum()
+
+
 def loss_and_gradients(step, n, precision, device):
     problem = make_problem(n).to(device).requires_grad()
     loss = step(*problem, precision)
@@ -42,6 +49,7 @@ def loss_and_gradients(step, n, precision, device):
         (topk_step, "aot_eager", "screened"),
         (topk_step, "aot_eager", "bf16"),
         (threshold_step, "aot_eager", "screened"),
+        (correlation_step, "aot_eager", "screened"),
         pytest.param(topk_step, "inductor", "screened", marks=pytest.mark.slow),
     ],
 )

@@ -8,6 +8,7 @@ from op_samples import (
     in_latent_major,
     kept_rows,
     make_code,
+    make_codes,
     make_problem,
     update_arguments,
 )
@@ -72,6 +73,14 @@ def decorrelation():
     return ops.decorrelation(PROBLEM.W_dec)
 
 
+def correlation(n, d_sae, active):
+    """Dense and sparse codes; few tokens, where several sums make one matrix, and many."""
+    h, split = make_codes(n, d_sae, active=active), d_sae // 3
+    outputs = ops.code_correlation(h, split)
+    one = torch.tensor(1.0)
+    return *outputs, ops.code_correlation_backward(one, one, h, split, *outputs[3:])
+
+
 CALLS = {
     **{f"encode_topk {p}": encode_topk(p) for p in ("screened", "fp32", "bf16", "fp16")},
     **{f"encode_batch_topk {p}": encode_batch_topk(p) for p in ("screened", "bf16")},
@@ -79,6 +88,8 @@ CALLS = {
     "fused_update_": update,
     **{f"fused_update_ {dtype}": lambda d=dtype: update(d) for dtype in LOW_MOMENTS},
     "decorrelation": decorrelation,
+    "code_correlation few tokens": lambda: correlation(30, 5000, 0.05),
+    "code_correlation many tokens": lambda: correlation(N, F, 1.0),
     "dense step": lambda: training_step(True),
     "factored step": lambda: training_step(False),
     "heavy rows": lambda: ops.accumulate_rows(*HEAVY, PROBLEM.x, F),

@@ -7,6 +7,7 @@ import torch
 from op_samples import (
     in_latent_major,
     make_code,
+    make_codes,
     make_problem,
     ops,
     scalars_arguments,
@@ -26,6 +27,8 @@ CSR = make_code(4, 20, 3, csr=True)
 THRESHOLD = torch.zeros(20)
 LISTS = in_latent_major(CODE, 20)
 ENTRIES = ops.latent_major(*CODE, 20)[1]
+H = make_codes(4, 20)
+CORRELATION = ops.code_correlation(H, 12)
 ARGUMENTS = {
     "pack_encoder": {"W_enc": PROBLEM.W_enc, "precision": "screened"},
     "encode_topk": {
@@ -70,6 +73,12 @@ ARGUMENTS = {
     },
     "normalize_rows_": {"W": PROBLEM.W_enc.clone()},
     "decorrelation": {"W": PROBLEM.W_enc},
+    "code_correlation": {"h": H, "split": 12},
+    "code_correlation_backward": {
+        **{"grad_within": torch.tensor(1.0), "grad_between": torch.tensor(1.0), "h": H},
+        **{"split": 12, "means": CORRELATION[3], "inverse_norms": CORRELATION[4]},
+        **{"gram": CORRELATION[5]},
+    },
 }
 UPDATE = update_arguments(*LISTS, PROBLEM.x, PROBLEM.b_dec, None, PROBLEM.W_enc, PROBLEM.W_dec)
 VECTOR = (torch.zeros(6), torch.zeros(6), torch.ones(6), torch.ones(6), update_scalars())
@@ -153,6 +162,15 @@ SHAPES = {
     ],
     "normalize_rows_": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
     "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
+    "code_correlation": [("h", torch.zeros(6), "h must have shape [*, *], got [6]")],
+    "code_correlation_backward": [
+        ("h", torch.zeros(4, 19), "means must have shape [19], got [20]"),
+        ("inverse_norms", torch.zeros(20, 1), "inverse_norms must have shape [20], got [20, 1]"),
+        ("gram", torch.zeros(1, 4, 4), "gram must have shape [2, 4, 4], got [1, 4, 4]"),
+        ("split", 20, "gram must have shape [1, 4, 4], got [2, 4, 4]"),
+        ("grad_within", torch.zeros(1), "grad_within must have shape [], got [1]"),
+        ("grad_between", torch.zeros(2), "grad_between must have shape [], got [2]"),
+    ],
 }
 HALF = PROBLEM.x.half()
 HALF_ROWS = PROBLEM.W_dec.half()
@@ -215,6 +233,12 @@ DTYPES = {
     ],
     "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
     "decorrelation": [("W", HALF, "W must be float32, got float16")],
+    "code_correlation": [("h", H.half(), "h must be float32, got float16")],
+    "code_correlation_backward": [
+        ("means", CORRELATION[3].float(), "means must be float64, got float32"),
+        ("gram", CORRELATION[5].half(), "gram must be float32, got float16"),
+        ("grad_within", torch.tensor(1), "grad_within must be float32, got int64"),
+    ],
 }
 PRECISION = "precision must be screened, fp32, bf16 or fp16, got int8"
 NOT_CONTIGUOUS = PROBLEM.W_enc.t().contiguous().t()
@@ -251,6 +275,13 @@ RANGES = {
         ),
     ],
     "normalize_rows_": [("W", NOT_CONTIGUOUS, "W is changed in place and must be contiguous")],
+    "code_correlation": [
+        ("split", -1, "split must be in [0, d_sae], got split=-1 with d_sae=20"),
+        ("split", 21, "split must be in [0, d_sae], got split=21 with d_sae=20"),
+    ],
+    "code_correlation_backward": [
+        ("split", 21, "split must be in [0, d_sae], got split=21 with d_sae=20"),
+    ],
 }
 
 

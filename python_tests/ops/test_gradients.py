@@ -1,7 +1,7 @@
 import pytest
 import torch
 from encoding_oracle import pre_activations
-from op_samples import EXACT, LOW, PRECISIONS, make_problem
+from op_samples import EXACT, LOW, PRECISIONS, make_codes, make_problem
 from tolerances import close
 from torch import Tensor
 
@@ -229,6 +229,25 @@ def test_decorrelation_gradient_passes_its_factor_on():
     (3 * ops.decorrelation(W)).backward()
     _, grad = torch.ops.sae_fast.decorrelation(W.detach())
     assert torch.equal(W.grad, 3 * grad)
+
+
+def test_correlation_gradient_passes_its_factors_on():
+    h = make_codes(20, 70).requires_grad_()
+    found = ops.code_correlation(h, 40)
+    (3 * found.within - 2 * found.between).backward()
+    saved = torch.ops.sae_fast.code_correlation(h.detach(), 40)[3:]
+    factors = torch.tensor(3.0), torch.tensor(-2.0)
+    grad = torch.ops.sae_fast.code_correlation_backward(*factors, h.detach(), 40, *saved)
+    assert torch.equal(h.grad, grad)
+
+
+def test_correlation_that_no_loss_reads_has_no_gradient():
+    h = make_codes(20, 70).requires_grad_()
+    found = ops.code_correlation(h, 40)
+    assert not found.n_active.requires_grad
+    found.within.backward()
+    assert not h.grad[:, 40:].any()
+    assert h.grad[:, :40].any()
 
 
 def test_values_follow_their_pre_activations():

@@ -9,7 +9,13 @@ from sae_fast.ops import library
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 SAMPLES = [pytest.param(name, case, id=f"{name}-{case}") for name, case, _ in samples()]
-DIFFERENTIABLE = ("encode_topk", "encode_threshold", "decode", "reconstruct", "decorrelation")
+DIFFERENTIABLE = (
+    *("encode_topk", "encode_threshold", "decode", "reconstruct", "decorrelation"),
+    "code_correlation",
+)
+WITHOUT_DERIVATIVE = (
+    *("pack_encoder", "decode_backward", "accumulate_rows", "code_correlation_backward"),
+)
 
 
 def one_of_each():
@@ -71,7 +77,7 @@ def test_result_is_no_view_of_an_argument(name, case, device):
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [p for p in SAMPLES if p.values[0] in ("pack_encoder", "decode_backward", "accumulate_rows")],
+    [parameter for parameter in SAMPLES if parameter.values[0] in WITHOUT_DERIVATIVE],
 )
 def test_backward_through_an_op_without_derivative_is_refused(name, case, device):
     arguments = [

@@ -4,6 +4,7 @@ N tokens, D = d_in, F = d_sae, K = k; both weight matrices are [F, D], one row a
 compiled module is not in use, every op is `reference.py`: the same results, many times slower.
 """
 
+from sae_fast.ops.correlation import CodeCorrelation, code_correlation
 from sae_fast.ops.decode import Reconstruction, decode, reconstruct
 from sae_fast.ops.decorrelation import decorrelation
 from sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
@@ -23,11 +24,13 @@ from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import drop_copies
 
 __all__ = [
+    "CodeCorrelation",
     "PrefixReconstruction",
     "Reconstruction",
     "RowFactor",
     "SparseCode",
     "accumulate_rows",
+    "code_correlation",
     "decode",
     "decorrelation",
     "drop_copies",

@@ -21,6 +21,7 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: k_aux must be 0 without a dead_mask, got k_aux={k_aux}
     {op}: precision must be screened, fp32, bf16 or fp16, got {precision}
     {op}: d_sae must be at least 1, got {d_sae}
+    {op}: split must be in [0, d_sae], got split={split} with d_sae={d_sae}
     {op}: at most {most} entries, got {count}
     {op}: offsets must have N + 1 elements, got none
     {op}: latent_offsets must have d_sae + 1 >= 2 elements, got {count}
@@ -346,6 +347,37 @@ def normalize_rows_(W: Tensor) -> None:  # noqa: D103
 def decorrelation(W: Tensor) -> None:  # noqa: D103
     op = Call("decorrelation", "W", W)
     op.tensor("W", W, (None, None), MASTER)
+
+
+def _groups(op: Call, h: Tensor, split: int) -> None:
+    op.tensor("h", h, (None, None), MASTER)
+    must = "split must be in [0, d_sae]"
+    op.require(0 <= split <= h.size(1), must, f"split={split} with d_sae={h.size(1)}")
+
+
+def code_correlation(h: Tensor, split: int) -> None:  # noqa: D103
+    _groups(Call("code_correlation", "h", h), h, split)
+
+
+def code_correlation_backward(  # noqa: D103
+    grad_within: Tensor | None,
+    grad_between: Tensor | None,
+    h: Tensor,
+    split: int,
+    means: Tensor,
+    inverse_norms: Tensor,
+    gram: Tensor,
+) -> None:
+    op = Call("code_correlation_backward", "h", h)
+    _groups(op, h, split)
+    n_tokens, d_sae = h.shape
+    op.tensor("means", means, (d_sae,), (torch.float64,))
+    op.tensor("inverse_norms", inverse_norms, (d_sae,), MASTER)
+    matrices = 1 if split == d_sae else 2
+    op.tensor("gram", gram, (matrices, n_tokens, n_tokens), MASTER)
+    for name, grad in (("grad_within", grad_within), ("grad_between", grad_between)):
+        if grad is not None:
+            op.tensor(name, grad, (), MASTER)
 
 
 def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:

@@ -54,6 +54,10 @@ SCHEMAS = {
     " Tensor scalars) -> ()",
     "normalize_rows_": "(Tensor(a!) W) -> ()",
     "decorrelation": "(Tensor W) -> (Tensor loss, Tensor grad)",
+    "code_correlation": "(Tensor h, int split) -> (Tensor within, Tensor between,"
+    " Tensor n_active, Tensor means, Tensor inverse_norms, Tensor gram)",
+    "code_correlation_backward": "(Tensor? grad_within, Tensor? grad_between, Tensor h, int split,"
+    " Tensor means, Tensor inverse_norms, Tensor gram) -> Tensor grad_h",
 }
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])

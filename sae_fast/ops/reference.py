@@ -14,6 +14,7 @@ from sae_fast.ops.moments import (
     encode_moment_,
     moment_random,
 )
+from sae_fast.ops.reference_correlation import code_correlation, code_correlation_backward
 from sae_fast.ops.reference_encoder import (
     ROUNDED_DTYPES,
     chunks,
@@ -27,6 +28,8 @@ from sae_fast.ops.reference_step import update_scalars, update_vector_
 __all__ = [
     "ROUNDED_DTYPES",
     "accumulate_rows",
+    "code_correlation",
+    "code_correlation_backward",
     "decode",
     "decode_backward",
     "decorrelation",

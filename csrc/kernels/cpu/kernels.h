@@ -1,6 +1,7 @@
 // The table of kernels that every instruction set fills.
 #pragma once
 
+#include "kernels/cpu/correlation.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/encode.h"
 #include "kernels/cpu/rows.h"
@@ -23,6 +24,8 @@ struct Kernels {
   UpdateVector update_vector;
   NormalizeRows normalize_rows;
   Decorrelation decorrelation;
+  CodeCorrelation code_correlation;
+  CodeCorrelationBackward code_correlation_backward;
 };
 
 }  // namespace sae_fast::cpu

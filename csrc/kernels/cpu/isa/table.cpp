@@ -1,4 +1,5 @@
 // This instruction set's table of kernels.
+#include "kernels/cpu/isa/correlation.h"
 #include "kernels/cpu/isa/decode.h"
 #include "kernels/cpu/isa/encode.h"
 #include "kernels/cpu/isa/rows.h"
@@ -26,7 +27,9 @@ const cpu::Kernels& kernel_table() {
                                           fused_update,
                                           update_vector,
                                           normalize_rows,
-                                          decorrelation};
+                                          decorrelation,
+                                          code_correlation,
+                                          code_correlation_backward};
   return kTable;
 }
 
