@@ -36,22 +36,41 @@ def plain_terms(sae, x):
         acts = torch.zeros_like(pre_acts).flatten().scatter(0, places, values.relu())
         acts = acts.view_as(pre_acts)
     else:
-        values, indices = pre_acts.topk(config.k, dim=1)
-        acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
+        acts = _plain_selection(pre_acts, config.k, config.activation)
     error = x - (acts @ sae.W_dec + sae.b_dec)
     recon_loss = error.square().sum(1).mean()
     if config.arch == "matryoshka":
         recon_loss = _plain_prefixes(sae, x, acts)
     unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
     cosines = (unit @ unit.t()).fill_diagonal_(0)
-    return {
+    terms = {
         "recon_loss": config.reconstruction_coeff * recon_loss,
-        "l1_loss": config.l1_penalty_coeff * acts.sum(1).mean(),
+        "l1_loss": config.l1_penalty_coeff * acts.abs().sum(1).mean(),
         "decorr_loss": config.decorrelation_coeff
         * cosines.square().sum()
         / (config.d_sae * (config.d_sae - 1)),
         "aux_loss": config.aux_k_coeff * _plain_aux_k(sae, x, error.detach()),
     }
+    if config.multi_topk:
+        width = min(4 * config.k, config.d_sae)
+        x_hat = _plain_selection(pre_acts, width, config.activation) @ sae.W_dec + sae.b_dec
+        multi_topk_loss = (x - x_hat).square().sum(1).mean()
+        terms["multi_topk_loss"] = config.multi_topk_coeff * multi_topk_loss
+    return terms
+
+
+def _plain_selection(pre_acts, k, activation):
+    """The dense code [N, F] of the k latents that an activation selects."""
+    if activation == "groupmax":
+        values, places = pre_acts.unflatten(1, (k, -1)).max(dim=2)
+        indices = places + torch.arange(k) * (pre_acts.shape[1] // k)
+    else:
+        scores = pre_acts.abs() if activation == "abs_topk" else pre_acts
+        indices = scores.topk(k, dim=1).indices
+        values = pre_acts.gather(1, indices)
+    if activation != "abs_topk":
+        values = values.relu()
+    return torch.zeros_like(pre_acts).scatter(1, indices, values)
 
 
 def _plain_prefixes(sae, x, acts):
@@ -71,8 +90,11 @@ def _plain_aux_k(sae, x, error):
     if n_dead == 0:
         return x.new_zeros(())
     pre_acts = (x - sae.b_dec.detach()) @ sae.W_enc.t() + sae.b_enc
-    values, indices = pre_acts.masked_fill(~dead, -torch.inf).topk(min(full_k_aux, n_dead), dim=1)
-    acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
+    signed = sae.config.activation == "abs_topk"
+    scores = pre_acts.abs() if signed else pre_acts
+    indices = scores.masked_fill(~dead, -torch.inf).topk(min(full_k_aux, n_dead), dim=1).indices
+    values = pre_acts.gather(1, indices)
+    acts = torch.zeros_like(pre_acts).scatter(1, indices, values if signed else values.relu())
     missed = (acts @ sae.W_dec - error).square().sum()
     return missed / (error - error.mean(0)).square().sum() * min(n_dead / full_k_aux, 1.0)
 

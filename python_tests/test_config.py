@@ -141,6 +141,24 @@ BAD_SAE_VALUES = [
         {"arch": "matryoshka", "matryoshka_prefixes": (4, 8), "matryoshka_weights": (1, -1)},
         "matryoshka_weights must be 2 numbers of at least 0",
     ),
+    (
+        {"arch": "batch_topk", "activation": "groupmax"},
+        "activation belongs to arch topk and must be left out with arch batch_topk",
+    ),
+    (
+        {"arch": "matryoshka", "multi_topk": True},
+        "multi_topk belongs to arch topk and must be left out with arch matryoshka, got True",
+    ),
+    ({"activation": "relu"}, "activation must be one of 'topk', 'abs_topk', 'groupmax'"),
+    (
+        {"activation": "groupmax", "d_in": 4, "d_sae": 10, "k": 4},
+        "k must be a divisor of d_sae = 10 with groupmax, got 4",
+    ),
+    (
+        {"activation": "groupmax", "multi_topk": True},
+        "multi_topk must be left out with activation groupmax",
+    ),
+    ({"multi_topk": True, "multi_topk_coeff": -1}, "multi_topk_coeff must be at least 0"),
     ({"dead_after_tokens": 0}, "dead_after_tokens must be at least 1, got 0"),
     (
         {"normalize_activations": "layer"},

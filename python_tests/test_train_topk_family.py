@@ -13,6 +13,9 @@ from sae_fast.training import run_directory
 
 ACTIVATIONS = Path(__file__).parents[1] / "examples" / "activations"
 VARIANTS = {
+    "multi_topk": ("--multi-topk",),
+    "abs_topk": ("--activation", "abs_topk"),
+    "groupmax": ("--activation", "groupmax"),
     "matryoshka": ("--arch", "matryoshka", "--matryoshka-prefixes", "64", "256", "768"),
 }
 COMMON = (

@@ -18,6 +18,9 @@ _BELONG_TO: dict[str, tuple[str, ...]] = {
     "k": ("topk", "batch_topk", "matryoshka"),
     "aux_k_coeff": ("topk", "batch_topk", "matryoshka"),
     "aux_k": ("topk", "batch_topk", "matryoshka"),
+    "activation": ("topk",),
+    "multi_topk": ("topk",),
+    "multi_topk_coeff": ("topk",),
     "matryoshka_prefixes": ("matryoshka",),
     "matryoshka_weights": ("matryoshka",),
 }
@@ -44,13 +47,21 @@ class SAEConfig(ConfigFile):
     """d_sae / d_in, in place of d_sae; 8 when neither is given. [ratio]"""
     k: int | None = None
     """Latents active per token, on average where a batch selects; default: 32. [latents]"""
+    activation: Literal["topk", "abs_topk", "groupmax"] = "topk"
+    """Which k latents of a token arch topk takes, in training and after: the largest (topk), the
+    largest in magnitude, with their sign (abs_topk), or that of each of k groups (groupmax)."""
+    multi_topk: bool = False
+    """Let the 4k largest latents of a token reconstruct as well, in training; with arch topk."""
+    multi_topk_coeff: float = 1 / 8
+    """Weight of the squared error of these 4k latents."""
     matryoshka_prefixes: tuple[int, ...] | None = None
     """Sizes of the nested dictionaries, ascending, the last one d_sae; default: 1/16, 1/8, 1/4, 1/2
     and all of d_sae. [latents]"""
     matryoshka_weights: tuple[float, ...] | None = None
     """Weights of the nested dictionaries' squared errors, which are added up; default: 1 each."""
     use_relu: bool = True
-    """ReLU on the selected values, so that codes are never negative; must be true."""
+    """ReLU on the selected values, so that codes are never negative; must be true. The activation
+    abs_topk has none."""
 
     reconstruction_coeff: float = 1.0
     """Weight of the squared error, summed over d_in and averaged over tokens."""
@@ -92,6 +103,10 @@ class SAEConfig(ConfigFile):
         self._check_matryoshka()
         if self.d_sae > 0 and self.k is not None:
             self._require("k", self.k <= self.d_sae, f"at most d_sae = {self.d_sae}")
+            divides = self.activation != "groupmax" or self.d_sae % self.k == 0
+            self._require("k", divides, f"a divisor of d_sae = {self.d_sae} with groupmax")
+        if self.multi_topk and self.activation == "groupmax":
+            raise ValueError("multi_topk must be left out with activation groupmax, got True")
         self._check_objective()
 
     def _check_architecture(self) -> None:
@@ -161,6 +176,7 @@ class SAEConfig(ConfigFile):
             "l1_penalty_coeff",
             "decorrelation_coeff",
             "aux_k_coeff",
+            "multi_topk_coeff",
         ):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")

@@ -28,6 +28,15 @@ CASES = {
     "d_in is 1": ({"d_in": 1, "d_sae": 5, "k": 2}, (4,)),
     "batch_topk": ({**ALL_TERMS, "arch": "batch_topk"}, DEAD),
     "batch_topk, k is d_sae": ({"arch": "batch_topk", "k": 40}, DEAD),
+    "abs_topk": ({**ALL_TERMS, "activation": "abs_topk"}, DEAD),
+    "abs_topk, fewer dead latents than aux_k": ({"activation": "abs_topk"}, DEAD[:3]),
+    "abs_topk, k is d_sae": ({"activation": "abs_topk", "k": 40}, DEAD),
+    "groupmax": ({**ALL_TERMS, "activation": "groupmax"}, DEAD),
+    "groupmax, one group": ({"activation": "groupmax", "k": 1}, DEAD),
+    "groupmax, k is d_sae": ({"activation": "groupmax", "k": 40}, DEAD),
+    "multi_topk": ({**ALL_TERMS, "multi_topk": True, "multi_topk_coeff": 0.4}, DEAD),
+    "multi_topk, 4k is more than d_sae": ({"multi_topk": True, "k": 15}, DEAD),
+    "multi_topk of abs_topk": ({"multi_topk": True, "activation": "abs_topk"}, DEAD),
     "matryoshka": ({**ALL_TERMS, "arch": "matryoshka"}, DEAD),
     "matryoshka, k is d_sae": ({"arch": "matryoshka", "k": 40}, DEAD),
     "matryoshka with weights": (
@@ -81,6 +90,10 @@ def test_gradient_of_the_loss_equals_autograd_for_every_parameter(sae, dense_gra
             {"reconstruction_coeff": 0.0, "aux_k_coeff": 0.0, "decorrelation_coeff": 2.0},
         ),
         ("aux_loss", {"reconstruction_coeff": 0.0, "aux_k_coeff": 1.0}),
+        (
+            "multi_topk_loss",
+            {"reconstruction_coeff": 0.0, "aux_k_coeff": 0.0, "multi_topk": True},
+        ),
     ],
 )
 def test_gradient_of_one_term_equals_autograd_for_every_parameter(term, coefficients, dense_grad):

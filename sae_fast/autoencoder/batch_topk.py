@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.autoencoder.architecture import Mode, Weights
 from sae_fast.autoencoder.topk import TopK
+from sae_fast.config import SAEConfig
 
 # The mean is of all batches so far, and from so many on exponential, since the model moves.
 _WINDOW = 100
@@ -21,7 +22,9 @@ _WINDOW = 100
 class BatchTopK(TopK):
     """How a BatchTopK model selects latents; AuxK is that of TopK."""
 
-    select = staticmethod(ops.encode_batch_topk)
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        self.select = ops.encode_batch_topk
 
     def buffers(self) -> dict[str, Tensor]:
         """`threshold`, and how many batches have set it; both 0-d."""

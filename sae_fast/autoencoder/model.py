@@ -183,7 +183,7 @@ class SparseAutoencoder(nn.Module):
         components = {name: term.detach() for name, term in terms.items()}
         variance = losses.total_variance(x.detach())
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
-        components["l0"] = (code.values > 0).sum() / code.n_rows
+        components["l0"] = code.fires().sum() / code.n_rows
         return TrainingLoss(total, components, code, variance)
 
     @torch.no_grad()

@@ -1,6 +1,14 @@
-"""TopK: the k largest pre-activations of a token, with AuxK for dead latents (arXiv:2406.04093)."""
+"""TopK: the k largest pre-activations of a token (arXiv:2406.04093).
+
+With it go AuxK for dead latents, Multi-TopK, which lets 4k latents reconstruct too, so that a code
+is of use at other k than it was trained with, and two other choices of k latents: the largest in
+magnitude, with their sign (abs_topk), and the largest of each of k groups (groupmax).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,21 +23,30 @@ from sae_fast.autoencoder.architecture import (
 )
 from sae_fast.config import SAEConfig
 
+_SELECTIONS: dict[str, Callable[..., ops.SparseCode]] = {
+    "topk": ops.encode_topk,
+    "abs_topk": ops.encode_abs_topk,
+    "groupmax": ops.encode_groupmax,
+}
+_MULTI = 4  # Multi-TopK takes so many times k
+
 
 class TopK(Architecture):
-    """How a TopK model selects latents, and AuxK."""
+    """How a TopK model selects latents, AuxK and Multi-TopK."""
 
-    select = staticmethod(ops.encode_topk)
-    term_names = ("l1_loss", "aux_loss")
+    term_names: tuple[str, ...] = ("l1_loss", "aux_loss")
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
         assert config.k is not None
         assert config.aux_k_coeff is not None
         self.k = config.k
+        self.select = _SELECTIONS[config.activation]
         self.aux_k_coeff = config.aux_k_coeff
         if self.aux_k_coeff > 0:
             self.full_k_aux = config.aux_k or max(config.d_in // 2, 1)
+        if config.multi_topk:
+            self.term_names = (*self.term_names, "multi_topk_loss")
 
     def encode(
         self,
@@ -38,10 +55,11 @@ class TopK(Architecture):
         mode: Mode,
         dead_mask: Tensor | None = None,  # [F] bool
         k_aux: int | None = None,
+        k: int | None = None,
     ) -> ops.SparseCode:
         """The code of a batch in training; `code.aux` has the k_aux best dead latents.
 
-        By default k_aux is the number of dead latents, for which the host waits.
+        By default k is the model's, and k_aux the number of dead latents, for which the host waits.
         """
         if dead_mask is None or self.full_k_aux == 0:
             k_aux = 0
@@ -51,7 +69,7 @@ class TopK(Architecture):
             x,
             *weights[:2],
             weights.b_dec,
-            self.k,
+            self.k if k is None else k,
             precision=mode.precision,
             dead_mask=dead_mask if k_aux else None,
             k_aux=k_aux,
@@ -68,16 +86,27 @@ class TopK(Architecture):
         return self.encode(weights, x, mode)
 
     def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
-        """Squared error, the plain L1 penalty where there is one, and AuxK."""
-        code = self.encode(weights, batch.x, mode, batch.dead_mask, batch.k_aux)
+        """Squared error, and where they are asked for L1, AuxK and Multi-TopK."""
+        config, dead = self.config, (batch.dead_mask, batch.k_aux)
+        if config.multi_topk:
+            width = min(_MULTI * self.k, config.d_sae)
+            wide = self.encode(weights, batch.x, mode, *dead, k=width)
+            code = _first(wide, self.k)
+        else:
+            code = self.encode(weights, batch.x, mode, *dead)
         modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
         terms = {
             "l1_loss": batch.x.new_zeros(()),
             "aux_loss": self._auxiliary_loss(weights, code, modelled.residual, batch, mode),
         }
-        if self.config.l1_penalty_coeff > 0:
-            weight = self.config.l1_penalty_coeff * batch.sparsity_weight
-            terms["l1_loss"] = weight * losses.l1_loss(code.values, code.n_rows)
+        if config.l1_penalty_coeff > 0:
+            weight = config.l1_penalty_coeff * batch.sparsity_weight
+            magnitudes = code.values.abs() if code.signed else code.values
+            terms["l1_loss"] = weight * losses.l1_loss(magnitudes, code.n_rows)
+        if config.multi_topk:
+            # One encoder call gives both codes, so that the gradient of either reaches W_enc.
+            _, multi_loss = self.reconstruct(weights, wide, batch, mode)
+            terms["multi_topk_loss"] = config.multi_topk_coeff * multi_loss
         return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms)
 
     def _auxiliary_loss(
@@ -101,3 +130,9 @@ class TopK(Architecture):
         n_dead = batch.dead_mask.sum()
         loss = losses.aux_k_loss(modelled.squared_error, target, n_dead, self.full_k_aux)
         return self.aux_k_coeff * loss
+
+
+def _first(code: ops.SparseCode, k: int) -> ops.SparseCode:
+    """The first k entries of every row, which are the largest."""
+    values, indices = code.values[:, :k].contiguous(), code.indices[:, :k].contiguous()
+    return replace(code, values=values, indices=indices)

@@ -20,6 +20,7 @@ from sae_fast.ops.rows import (
     update_scalars,
     update_vector_,
 )
+from sae_fast.ops.selections import encode_abs_topk, encode_groupmax
 from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import drop_copies
 
@@ -34,7 +35,9 @@ __all__ = [
     "decode",
     "decorrelation",
     "drop_copies",
+    "encode_abs_topk",
     "encode_batch_topk",
+    "encode_groupmax",
     "encode_threshold",
     "encode_topk",
     "fused_update_",

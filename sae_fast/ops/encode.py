@@ -77,7 +77,8 @@ def encode_topk(
     Raises RuntimeError naming the argument that does not fit.
     """
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
-    return _encode_selected("encode_topk", tensors, k, *options)
+    op = torch.ops.sae_fast.encode_topk.default
+    return encode_selected("encode_topk", op, tensors, k, *options)
 
 
 @fake("encode_topk")
@@ -138,7 +139,8 @@ def encode_batch_topk(
     `encode_topk`.
     """
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
-    return _encode_selected("encode_batch_topk", tensors, k, *options)
+    op = torch.ops.sae_fast.encode_batch_topk.default
+    return encode_selected("encode_batch_topk", op, tensors, k, *options)
 
 
 @fake("encode_batch_topk")
@@ -220,29 +222,31 @@ def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*gradients, *(None,) * 5)
 
 
-def _encode_selected(
+def encode_selected(
     name: str,
+    op: Callable[..., tuple[Tensor, ...]],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, W_enc, b_enc, b_dec
     k: int,
     precision: str,
     dead_mask: Tensor | None,  # [F] bool
     k_aux: int | None,
     dense_grad: bool,
+    *,
+    signed: bool = False,
 ) -> SparseCode:
-    """encode_topk or encode_batch_topk, which has offsets between its code and its aux."""
+    """An encoder with a code and its aux, and between them the code's offsets if it has any."""
     x, W_enc, *_ = tensors
     if k_aux is None:
         k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
     options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
-    op = getattr(torch.ops.sae_fast, name).default
     sink = None if dense_grad else FactorSink(name, "W_enc", W_enc)
     outputs = _encode(op, tensors, options, precision, sink)
     (values, indices), (aux_values, aux_indices) = outputs[:2], outputs[-2:]
     offsets = outputs[2] if len(outputs) == 5 else None
     d_sae = W_enc.size(0)
-    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision)
+    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision, signed=signed)
     shown = None if dead_mask is None else aux
-    code = SparseCode(values, indices, d_sae, offsets, aux=shown, precision=precision)
+    code = SparseCode(values, indices, d_sae, offsets, shown, precision, signed)
     if sink is not None:
         sink.keys = code.key, aux.key
     return code
@@ -255,16 +259,19 @@ def _encode(
     precision: str,
     sink: FactorSink | None,
 ) -> tuple[Tensor, ...]:
-    if sink is None:
-        return op(*tensors, *options)
-    outputs: tuple[Tensor, ...] = _FactoredEncode.apply(  # type: ignore[no-untyped-call]
+    if sink is None and isinstance(op, torch._ops.OpOverload):
+        own: tuple[Tensor, ...] = op(*tensors, *options)
+        return own
+    outputs: tuple[Tensor, ...] = _Encode.apply(  # type: ignore[no-untyped-call]
         *tensors, op, options, precision, sink
     )
     return outputs
 
 
-class _FactoredEncode(torch.autograd.Function):
-    """Either encoder with its W_enc gradient left as factors, one for each part of the code."""
+class _Encode(torch.autograd.Function):
+    """What an op's own autograd cannot do: W_enc's gradient as factors, one for each part of the
+    code, or an encoder that is a composition of ops.
+    """
 
     @staticmethod
     def forward(
@@ -276,7 +283,7 @@ class _FactoredEncode(torch.autograd.Function):
         op: Callable[..., tuple[Tensor, ...]],
         options: tuple[Any, ...],
         precision: str,
-        sink: FactorSink,
+        sink: FactorSink | None,
     ) -> Any:
         outputs = op(x, W_enc, b_enc, b_dec, *options)
         ctx.precision, ctx.sink = precision, sink
@@ -289,14 +296,15 @@ class _FactoredEncode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, W_enc, b_dec, *outputs = ctx.saved_tensors
-        parts = _parts(outputs, grads)
-        return *_factored_gradients(ctx, x, W_enc, b_dec, parts), None, None, None, None
+        gradients = _dense_gradients if ctx.sink is None else _factored_gradients
+        return *gradients(ctx, x, W_enc, b_dec, _parts(outputs, grads)), None, None, None, None
 
 
 def _parts(outputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> dict[int, _Part]:
     """The parts of a code that have a gradient, by their number: 0 the code, 1 its aux.
 
-    A latent that did not fire has gradient 0, whatever came in: ReLU.
+    A latent that did not fire has gradient 0, whatever came in: ReLU. A signed code has no zeros
+    but those that fill it up.
     """
     # values, indices, offsets where rows differ in length, then values and indices of aux
     first_aux = 2 if len(outputs) == 4 else 3
@@ -305,7 +313,7 @@ def _parts(outputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> dict[int,
     for number, (place, rows) in enumerate([(0, offsets), (first_aux, None)]):
         if place < len(outputs) and (grad := grads[place]) is not None:
             values, indices = outputs[place], outputs[place + 1]
-            parts[number] = values, indices, rows, torch.where(values > 0, grad, 0)
+            parts[number] = values, indices, rows, torch.where(values.abs() > 0, grad, 0)
     return parts
 
 

@@ -33,9 +33,9 @@ def encode_topk(
     values = x.new_empty(n_rows, k)
     indices = x.new_empty(n_rows, k, dtype=torch.int32)
     aux = _AuxCode(x, dead_mask, k_aux)
-    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+    for rows, pre_acts in pre_activations(x, W_enc, b_enc, b_dec, precision):
         top, chosen = _largest(pre_acts, k)
-        values[rows], indices[rows] = _relu(top), chosen.int()
+        values[rows], indices[rows] = relu(top), chosen.int()
         aux.fill(rows, pre_acts)
     return values, indices, aux.values, aux.indices
 
@@ -58,7 +58,7 @@ def encode_batch_topk(
     budget = n_rows * k
     values, places = x.new_empty(0), x.new_empty(0, dtype=torch.int64)
     aux = _AuxCode(x, dead_mask, k_aux)
-    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+    for rows, pre_acts in pre_activations(x, W_enc, b_enc, b_dec, precision):
         keep = (pre_acts > 0) | pre_acts.isnan()
         values = torch.cat([values, pre_acts[keep]])
         places = torch.cat([places, keep.flatten().nonzero().flatten() + rows.start * d_sae])
@@ -91,7 +91,7 @@ def encode_threshold(
     values = [x.new_empty(0)]
     indices = [x.new_empty(0, dtype=torch.int32)]
     counts = x.new_zeros(x.size(0), dtype=torch.int64)
-    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
+    for rows, pre_acts in pre_activations(x, W_enc, b_enc, b_dec, precision):
         keep = ((pre_acts > threshold) & (pre_acts > 0)) | pre_acts.isnan()
         values.append(pre_acts[keep])
         indices.append(keep.nonzero()[:, 1].int())
@@ -107,7 +107,7 @@ def chunks(count: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def _pre_activations(
+def pre_activations(
     x: Tensor,  # [N, D]
     W_enc: Tensor,  # [F, D]
     b_enc: Tensor,  # [F]
@@ -138,7 +138,7 @@ class _AuxCode:
             return
         width = min(k_aux, self._dead.numel())
         top, chosen = _largest(pre_acts[:, self._dead], width)
-        self.values[rows, :width] = _relu(top)
+        self.values[rows, :width] = relu(top)
         self.indices[rows, :width] = self._dead[chosen].int()
 
 
@@ -160,6 +160,6 @@ def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _relu(values: Tensor) -> Tensor:
+def relu(values: Tensor) -> Tensor:
     """ReLU that keeps NaN and never returns -0."""
     return torch.where((values > 0) | values.isnan(), values, torch.zeros_like(values))

@@ -38,7 +38,8 @@ class CodeKey:
 class SparseCode:
     """A sparse matrix [N, d_sae]: K entries in every row, or with `offsets` any number (CSR).
 
-    A latent fires where its value is greater than 0, never because its index is listed.
+    A latent fires where its value is greater than 0, in a signed code where it is not 0, and never
+    because its index is listed.
 
     Attributes:
         values: [N, K], or [nnz] with offsets; differentiable.
@@ -47,6 +48,7 @@ class SparseCode:
         offsets: None, or [N + 1] int64: entries offsets[n] to offsets[n + 1] are those of row n.
         aux: the code of the dead latents, for AuxK, if a dead mask was given.
         precision: of the encoder that made it; `decode` and `reconstruct` gather in the same.
+        signed: whether values may be negative, for want of a ReLU.
     """
 
     values: Tensor
@@ -55,6 +57,7 @@ class SparseCode:
     offsets: Tensor | None = None
     aux: SparseCode | None = None
     precision: str = "fp32"
+    signed: bool = False
 
     @functools.cached_property
     def key(self) -> CodeKey:
@@ -72,9 +75,13 @@ class SparseCode:
         place = (self.entry_rows(), self.indices.flatten())
         return out.index_put(place, self.values.flatten(), accumulate=True)
 
+    def fires(self) -> Tensor:
+        """Which entries are of latents that fire, bool in the shape of values; NaN does not."""
+        return self.values.abs() > 0 if self.signed else self.values > 0
+
     def l0(self) -> Tensor:
         """How many latents fire in each row, [N] int64."""
-        fires = self.values > 0
+        fires = self.fires()
         if self.offsets is None:
             return fires.sum(1)
         counts = torch.cat([self.offsets.new_zeros(1), fires.cumsum(0)])
@@ -83,11 +90,13 @@ class SparseCode:
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
         traced = torch.compiler.is_compiling() or self.values.is_cuda  # must not look at data
-        if not traced and self.key.has_view and bool((self.values >= 0).all()):
+        if not traced and self.key.has_view:
             # The view, which training has by now, lists the entries that are not 0.
-            return self.latent_major()[0].diff() > 0
+            magnitudes = self.values.abs() if self.signed else self.values
+            if bool((magnitudes >= 0).all()):
+                return self.latent_major()[0].diff() > 0
         # Entries that do not fire mark a place past the end: there is no mask to compact.
-        latents = torch.where(self.values > 0, self.indices, self.d_sae).flatten()
+        latents = torch.where(self.fires(), self.indices, self.d_sae).flatten()
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
         return fired.index_fill_(0, latents.long(), True)[:-1]
 

@@ -15,6 +15,7 @@ _HALF = 2
 _GIB = 2**30
 # An entry of a code: value, index, gradient, coefficient, dot product, latent-major view.
 _BYTES_PER_ENTRY = 32
+_MULTI_TOPK = 4  # beside a code of k entries one of so many times k
 # Arrays of a batch's size: two batches read ahead, x, x_hat - x, and the same again for AuxK.
 _BATCH_ARRAYS = 6
 # Gradient rows kept between the norm and the update, for each row of a factor: row_gradient_norm's
@@ -141,7 +142,9 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """What a step allocates and frees."""
     batch = train.batch_size * sae.d_in * _FLOAT
     aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff else 0
-    entries = train.batch_size * ((sae.k or 0) + aux) * _BYTES_PER_ENTRY
+    k = (sae.k or 0) * (1 + _MULTI_TOPK if sae.multi_topk else 1)
+    k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
+    entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
     accumulated = train.grad_acc_steps * (2 * batch + entries)
     parts = {}
     if train.fused:
