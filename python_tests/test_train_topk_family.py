@@ -13,6 +13,8 @@ from sae_fast.training import run_directory
 
 ACTIVATIONS = Path(__file__).parents[1] / "examples" / "activations"
 VARIANTS = {
+    "kaiming": ("--decoder-init", "kaiming"),
+    "active_subspace": ("--decoder-init", "active_subspace", "--b-dec-init", "geometric_median"),
     "multi_topk": ("--multi-topk",),
     "abs_topk": ("--activation", "abs_topk"),
     "groupmax": ("--activation", "groupmax"),

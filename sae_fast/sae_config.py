@@ -82,8 +82,10 @@ class SAEConfig(ConfigFile):
 
     normalize_activations: Literal["mean_scale", "none"] = "mean_scale"
     """mean_scale: subtract the mean, scale to an expected norm of sqrt(d_in); none: as they are."""
-    decoder_init: Literal["random", "orthogonal"] = "random"
-    """Unit decoder rows, random or orthogonal in blocks of d_in; W_enc starts equal to W_dec."""
+    decoder_init: Literal["random", "orthogonal", "kaiming", "active_subspace"] = "random"
+    """Unit decoder rows, and W_enc the same: random, orthogonal in blocks of d_in, or random within
+    the fewest principal components that hold 99 % of the variance of the first activations. With
+    kaiming W_enc is uniform within 1/sqrt(d_in), and W_dec its rows at unit length."""
     b_dec_init: Literal["zero", "mean", "geometric_median"] = "zero"
     """Start of b_dec: zero (right for centred data), or the centre of the first activations."""
 

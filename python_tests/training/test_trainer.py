@@ -200,6 +200,15 @@ def test_b_dec_can_start_at_the_mean(activations: torch.Tensor) -> None:
     torch.testing.assert_close(trainer.sae.b_dec.detach(), served.mean(0))
 
 
+def test_the_active_subspace_is_found_from_8_activations_a_dimension(
+    activations: torch.Tensor,
+) -> None:
+    sae = replace(SAE, decoder_init="active_subspace", b_dec_init="mean")
+    trainer = Trainer(sae, RUN, activations, show_progress=False)
+    served = torch.cat([trainer.source.next_batch() for _ in range(2)])  # 8 times 16 of them
+    torch.testing.assert_close(trainer.sae.b_dec.detach(), served.mean(0))
+
+
 def test_a_loss_that_is_not_finite_names_step_and_shards(shard_dir: Path, tmp_path: Path) -> None:
     run = replace(RUN, shard_dir=str(shard_dir), checkpoint_dir=str(tmp_path), checkpoint_every=2)
     trainer = Trainer(SAE, run, show_progress=False)

@@ -1,6 +1,8 @@
-"""Starting values: tied unit rows for both matrices, and a centre for b_dec."""
+"""Starting values: unit rows in the decoder, the encoder tied to them, and a centre for b_dec."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,26 +12,74 @@ from sae_fast.config import SAEConfig
 
 MEDIAN_ITERATIONS = 100
 MEDIAN_TOLERANCE = 1e-6
+ACTIVE_VARIANCE = 0.99  # share of the variance that the active subspace holds
+_SAMPLE_PER_DIMENSION = 8  # activations that the active subspace is found from, per dimension
+_BLOCK_ROWS = 4096
 
 
-def fill_unit_rows_(
-    W: Tensor,  # [F, D]
+def sample_rows(config: SAEConfig) -> int:
+    """How many activations the start asks for, at least; 0: none."""
+    if config.decoder_init == "active_subspace":
+        return _SAMPLE_PER_DIMENSION * config.d_in
+    return int(config.b_dec_init != "zero")
+
+
+def initialize_matrices_(
+    W_enc: Tensor,  # [F, D]
+    W_dec: Tensor,  # [F, D]
     method: str,
     generator: torch.Generator | None,
+    sample: Tensor | None,  # [N, D]
 ) -> None:
-    """Fill with unit rows: "random" directions, or "orthogonal" blocks of D rows.
+    """Fill both, W_dec with unit rows and W_enc with the same, except for "kaiming".
 
     Drawn on the generator's device, so that a seed gives the same rows wherever the model is.
+
+    Args:
+        W_enc: the encoder.
+        W_dec: the decoder.
+        method: "random" directions; "orthogonal" blocks of D rows; "kaiming": W_enc as torch
+            starts a linear layer, uniform within ±1/√D, and W_dec its rows at unit length;
+            "active_subspace": random directions within that of `sample`, or all without one.
+        generator: of the numbers; None: torch's own.
+        sample: activations.
     """
     source = torch.device("cpu") if generator is None else generator.device
-    drawn = W if W.device == source else torch.empty_like(W, device=source)
-    drawn.normal_(generator=generator)
+    drawn = W_dec if W_dec.device == source else torch.empty_like(W_dec, device=source)
+    if method == "kaiming":
+        bound = 1 / math.sqrt(W_enc.shape[1])
+        drawn.uniform_(-bound, bound, generator=generator)
+    else:
+        drawn.normal_(generator=generator)
     if method == "orthogonal":
-        for block in torch.split(drawn, W.shape[1]):
+        for block in torch.split(drawn, W_dec.shape[1]):
             block.copy_(torch.linalg.qr(block.t()).Q.t())
-    if drawn is not W:
-        W.copy_(drawn)
-    ops.normalize_rows_(W)
+    if drawn is not W_dec:
+        W_dec.copy_(drawn)
+    if method == "active_subspace" and sample is not None:
+        basis = active_subspace(sample).to(W_dec.device)
+        for block in torch.split(W_dec, _BLOCK_ROWS):
+            block.copy_((block @ basis.t()) @ basis)
+    W_enc.copy_(W_dec)
+    ops.normalize_rows_(W_dec)
+    if method != "kaiming":
+        W_enc.copy_(W_dec)
+
+
+def active_subspace(
+    sample: Tensor,  # [N, D]
+) -> Tensor:
+    """An orthonormal basis [r, D] of the directions in which activations vary (arXiv:2508.16929).
+
+    These are the fewest leading principal components that hold 99 % of the variance about the
+    mean: about 60 % of all for the outputs of attention. A latent outside of them would never fire.
+    """
+    centred = sample.double() - sample.double().mean(0)
+    variances, directions = torch.linalg.eigh(centred.t() @ centred)
+    descending = variances.clamp_min(0).flip(0).cumsum(0)
+    n_active = int((descending < ACTIVE_VARIANCE * descending[-1]).sum()) + 1
+    basis: Tensor = directions.flip(1)[:, :n_active].t().to(sample.dtype)
+    return basis
 
 
 def centre(
@@ -49,16 +99,24 @@ def geometric_median(
 ) -> Tensor:
     """The point [D] with the smallest sum of distances to `points`, by Weiszfeld's iteration.
 
-    Ends when a step is below 1e-6 of the mean distance, or after 100.
+    Ends when a step is below 1e-6 of the mean distance, or after 100. Where it meets one of the
+    points, that one's own pull has no direction: it holds the median there if the others pull no
+    harder than its weight, and shortens the step if they do (Vardi and Zhang 2000). Weiszfeld's
+    formula alone would stay at any point it meets, and already the mean may be one.
     """
     median = points.mean(0)
+    smallest = torch.finfo(points.dtype).tiny
     for _ in range(MEDIAN_ITERATIONS):
-        distances = torch.linalg.vector_norm(points - median, dim=1)
+        offsets = points - median
+        distances = torch.linalg.vector_norm(offsets, dim=1)
         spread = distances.mean()
-        weights = 1 / distances.clamp_min(torch.finfo(points.dtype).eps * spread + 1e-30)
-        following = (weights @ points) / weights.sum()
-        moved = torch.linalg.vector_norm(following - median)
-        median = following
-        if bool(moved <= MEDIAN_TOLERANCE * spread):
+        is_met = distances <= MEDIAN_TOLERANCE * spread
+        weights = torch.where(is_met, 0.0, 1 / distances.clamp_min(smallest))
+        pull = weights @ offsets
+        strength, held = torch.linalg.vector_norm(pull), is_met.sum()
+        share = torch.where(strength > held, 1 - held / strength, 0.0)
+        step = share * pull / weights.sum().clamp_min(smallest)
+        median = median + step
+        if bool(torch.linalg.vector_norm(step) <= MEDIAN_TOLERANCE * spread):
             break
     return median

@@ -17,7 +17,7 @@ from sae_fast.autoencoder import losses
 from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
 from sae_fast.autoencoder.batch_topk import BatchTopK
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
-from sae_fast.autoencoder.initialization import centre, fill_unit_rows_
+from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.matryoshka import Matryoshka
 from sae_fast.autoencoder.topk import TopK
@@ -61,7 +61,7 @@ class SparseAutoencoder(nn.Module):
             self.register_buffer(name, start)
         self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
-            self._initialize_weights(None)
+            self._initialize_weights(None, None)
 
     @torch.no_grad()
     def initialize_(
@@ -69,24 +69,25 @@ class SparseAutoencoder(nn.Module):
         generator: torch.Generator | None = None,
         sample: Tensor | None = None,  # [N, D], normalised
     ) -> None:
-        """Start afresh from `generator`; b_dec in the centre of `sample` if b_dec_init says so."""
-        if sample is None and self.config.b_dec_init != "zero":
-            raise ValueError(
-                f"b_dec_init = {self.config.b_dec_init!r} needs a sample of activations"
-            )
-        self._initialize_weights(generator)
+        """Start afresh from `generator`, and from `sample` where the configuration asks for one."""
+        config = self.config
+        if sample is None and sample_rows(config) > 0:
+            name = "b_dec_init" if config.b_dec_init != "zero" else "decoder_init"
+            raise ValueError(f"{name} = {getattr(config, name)!r} needs a sample of activations")
+        rows = None if sample is None else self._rows(sample)
+        self._initialize_weights(generator, rows)
         self.b_enc.zero_()
         self.b_dec.zero_()
-        if sample is not None:
-            self.b_dec.copy_(centre(self._rows(sample), self.config))
+        if rows is not None:
+            self.b_dec.copy_(centre(rows, config))
         self.tokens_since_fired.zero_()
         for name, start in self._own_start().items():
             getattr(self, name).copy_(start)
 
     @torch.no_grad()
-    def _initialize_weights(self, generator: torch.Generator | None) -> None:
-        fill_unit_rows_(self.W_dec, self.config.decoder_init, generator)
-        self.W_enc.copy_(self.W_dec)
+    def _initialize_weights(self, generator: torch.Generator | None, sample: Tensor | None) -> None:
+        method = self.config.decoder_init
+        initialize_matrices_(self.W_enc, self.W_dec, method, generator, sample)
 
     @torch.no_grad()
     def set_normalization_(

@@ -9,6 +9,7 @@ one that was not.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sae_fast.activations import ActivationSource, Transform
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
@@ -332,11 +334,13 @@ class Trainer:
         self._launcher = Launcher(step, self.batches, config, self.step, newest)
 
     def _sample(self) -> Tensor | None:
-        """The first batch, for a start of b_dec that asks for one; it is served again."""
-        if self.sae_config.b_dec_init == "zero":
+        """The first activations, for a start that asks for them; they are served again."""
+        wanted = min(sample_rows(self.sae_config), self.data.rows_per_epoch)
+        if wanted == 0:
             return None
         position = self.source.state_dict()
-        sample = self.source.next_batch()
+        n_batches = math.ceil(wanted / self.train_config.batch_size)
+        sample = torch.cat([self.source.next_batch() for _ in range(n_batches)])
         self.source.load_state_dict(position)
         return sample
 
