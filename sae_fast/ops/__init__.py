@@ -5,8 +5,9 @@ compiled module is not in use, every op is `reference.py`: the same results, man
 """
 
 from sae_fast.ops.correlation import CodeCorrelation, code_correlation
-from sae_fast.ops.decode import Reconstruction, decode, reconstruct
+from sae_fast.ops.decode import Reconstruction, decode
 from sae_fast.ops.decorrelation import decorrelation
+from sae_fast.ops.dense_code import Code, DenseCode, encode_dense, reconstruct
 from sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from sae_fast.ops.factors import RowFactor
 from sae_fast.ops.prefixes import PrefixReconstruction, reconstruct_prefixes
@@ -25,7 +26,9 @@ from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import drop_copies
 
 __all__ = [
+    "Code",
     "CodeCorrelation",
+    "DenseCode",
     "PrefixReconstruction",
     "Reconstruction",
     "RowFactor",
@@ -37,6 +40,7 @@ __all__ = [
     "drop_copies",
     "encode_abs_topk",
     "encode_batch_topk",
+    "encode_dense",
     "encode_groupmax",
     "encode_threshold",
     "encode_topk",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class CodeKey:
@@ -49,6 +51,7 @@ class SparseCode:
         aux: the code of the dead latents, for AuxK, if a dead mask was given.
         precision: of the encoder that made it; `decode` and `reconstruct` gather in the same.
         signed: whether values may be negative, for want of a ReLU.
+        base: the code whose entries these are, with other values, see `with_values`.
     """
 
     values: Tensor
@@ -58,11 +61,12 @@ class SparseCode:
     aux: SparseCode | None = None
     precision: str = "fp32"
     signed: bool = False
+    base: SparseCode | None = None
 
     @functools.cached_property
     def key(self) -> CodeKey:
-        """The identity of this code; `dataclasses.replace` makes another."""
-        return CodeKey()
+        """The identity of this code and those made from it; `dataclasses.replace` makes another."""
+        return CodeKey() if self.base is None else self.base.key
 
     @property
     def n_rows(self) -> int:
@@ -89,8 +93,8 @@ class SparseCode:
 
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
-        traced = torch.compiler.is_compiling() or self.values.is_cuda  # must not look at data
-        if not traced and self.key.has_view:
+        must_not_look = torch.compiler.is_compiling() or self.values.is_cuda  # at data
+        if not must_not_look and self.base is None and self.key.has_view:
             # The view, which training has by now, lists the entries that are not 0.
             magnitudes = self.values.abs() if self.signed else self.values
             if bool((magnitudes >= 0).all()):
@@ -103,9 +107,37 @@ class SparseCode:
     def latent_major(self) -> tuple[Tensor, Tensor, Tensor]:
         """The entries with a value other than 0, by latent: (latent_offsets, entries, rows).
 
-        latent_offsets [d_sae + 1] int64; entries, flat positions in values, and rows, int32.
+        latent_offsets [d_sae + 1] int64; entries, flat positions in values, and rows, int32. With
+        a base these are the base's, of which some may have the value 0 here.
         """
-        return self.key.latent_major(self.values, self.indices, self.offsets, self.d_sae)
+        values = self.values if self.base is None else self.base.values
+        return self.key.latent_major(values, self.indices, self.offsets, self.d_sae)
+
+    def with_values(
+        self,
+        values: Tensor,  # in the shape of self.values
+    ) -> SparseCode:
+        """The same entries with other values, 0 wherever self's are: they share one view."""
+        base = self if self.base is None else self.base
+        return SparseCode(
+            values, self.indices, self.d_sae, self.offsets, precision=self.precision, base=base
+        )
+
+    def spread(
+        self,
+        numbers: Tensor,  # [d_sae]
+    ) -> Tensor:
+        """For every entry the number of its latent, in the shape of values; differentiable.
+
+        Entries of value 0 count as outside the code: they have no part in the gradient.
+        """
+        spread: Tensor = _Spread.apply(numbers, self)  # type: ignore[no-untyped-call]
+        return spread
+
+    @property
+    def n_listed(self) -> int:
+        """How many entries are listed, with whatever value."""
+        return self.indices.numel()
 
     def entry_rows(self) -> Tensor:
         """The row of every entry, [N * K] or [nnz]."""
@@ -113,3 +145,19 @@ class SparseCode:
         if self.offsets is None:
             return rows.repeat_interleave(self.indices.size(1))
         return rows.repeat_interleave(self.offsets.diff(), output_size=self.indices.size(0))
+
+
+class _Spread(torch.autograd.Function):
+    """SparseCode.spread; its backward sums by latent in a fixed order, unlike index_select's."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, code: SparseCode) -> Tensor:
+        ctx.code = code
+        return numbers.index_select(0, code.indices.flatten()).view_as(code.indices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        latent_offsets, entries, _ = ctx.code.latent_major()
+        sum_entries = torch.ops.sae_fast.latent_sums.default
+        return sum_entries(latent_offsets, entries, grad.contiguous()), None
