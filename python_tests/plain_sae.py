@@ -111,8 +111,7 @@ def plain_gradients(sae, x, term=None):
 def left_gradients(sae):
     """The gradients that a backward has left, `.grad` and row factors together, dense."""
     gradients = {}
-    for name in PARAMETERS:
-        parameter = sae.get_parameter(name)
+    for name, parameter in sae.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         for factor in getattr(parameter, "row_factors", []):
             gradient += dense_from_factor(factor, parameter.shape[0]).to(gradient.dtype)

@@ -41,6 +41,15 @@ def test_nested_dictionaries_double_in_size_by_default(d_sae, prefixes):
     assert config.matryoshka_weights == (1.0,) * len(prefixes)
 
 
+def test_relu_has_the_april_2024_recipe_unless_told_otherwise():
+    config = SAEConfig(arch="relu", d_in=16)
+    assert (config.l1_penalty_coeff, config.decoder_norm) == (5.0, "free")
+    assert (config.decoder_init_norm, config.normalize_activations) == (0.1, "mean_scale")
+    assert (config.k, config.aux_k_coeff) == (None, 0.0)
+    assert SAEConfig(d_in=16).l1_penalty_coeff == 0.0
+    assert SAEConfig(arch="relu", d_in=16, decoder_norm="unit").decoder_init_norm is None
+
+
 def test_config_of_another_width_is_refused():
     with pytest.raises(ValueError, match="d_in must be 32, the width of the activations, got 16"):
         SAEConfig(d_in=16).with_d_in(32)
@@ -86,7 +95,37 @@ def test_default_learning_rate_falls_with_the_root_of_the_dictionary():
 
 
 BAD_SAE_VALUES = [
-    ({"arch": "gated"}, "arch must be one of 'topk', 'batch_topk', 'matryoshka', got 'gated'"),
+    (
+        {"arch": "dense"},
+        "arch must be one of 'topk', 'batch_topk', 'matryoshka', 'relu', got 'dense'",
+    ),
+    (
+        {"arch": "relu", "k": 8},
+        "k belongs to arch topk or batch_topk or matryoshka and .* arch relu, got 8",
+    ),
+    (
+        {"arch": "relu", "aux_k_coeff": 0.1},
+        "aux_k_coeff belongs to arch topk .* arch relu, got 0.1",
+    ),
+    ({"target_l0": 8.0}, "target_l0 belongs to arch relu .* with arch topk, got 8.0"),
+    ({"decoder_norm": "free"}, "decoder_norm belongs to .* with arch topk, got 'free'"),
+    ({"arch": "relu", "decoder_norm": "l2"}, "decoder_norm must be one of 'unit', 'free'"),
+    (
+        {"arch": "relu", "decoder_norm": "unit", "decoder_init_norm": 0.1},
+        "decoder_init_norm is for decoder_norm = 'free' .* got 0.1",
+    ),
+    ({"arch": "relu", "decoder_init_norm": 0}, "decoder_init_norm must be greater than 0, got 0"),
+    ({"arch": "relu", "sparsity_norm_p": 1.5}, "sparsity_norm_p must be above 0 and at most 1"),
+    ({"arch": "relu", "target_l0": 0}, "target_l0 must be greater than 0, got 0"),
+    ({"arch": "relu", "target_l0_rate": 0}, "target_l0_rate must be greater than 0, got 0"),
+    (
+        {"arch": "relu", "target_l0": 9, "d_sae": 8},
+        "target_l0 must be at most d_sae = 8, got 9",
+    ),
+    (
+        {"arch": "relu", "target_l0": 4, "l1_penalty_coeff": 0},
+        "target_l0 leads l1_penalty_coeff, which must be greater than 0",
+    ),
     ({"d_in": -1}, "d_in must be at least 1"),
     ({"d_in": "384"}, "d_in must be a whole number, got '384'"),
     ({"d_in": True}, "d_in must be a whole number, got True"),

@@ -11,18 +11,26 @@ from sae_fast.config_file import ConfigFile, with_aliases
 DEFAULT_EXPANSION_FACTOR = 8
 DEFAULT_K = 32
 DEFAULT_AUX_K_COEFF = 1 / 32
+DEFAULT_L1 = 5.0  # for activations of norm sqrt(d_in), as normalize_activations makes them
+DEFAULT_FREE_NORM = 0.1
 MATRYOSHKA_SIZES = 5  # of the nested dictionaries by default: d_sae halved so many times less one
 
+_WITH_K = ("topk", "batch_topk", "matryoshka")
 # Settings that only some architectures have; with another they must stay at their defaults.
 _BELONG_TO: dict[str, tuple[str, ...]] = {
-    "k": ("topk", "batch_topk", "matryoshka"),
-    "aux_k_coeff": ("topk", "batch_topk", "matryoshka"),
-    "aux_k": ("topk", "batch_topk", "matryoshka"),
+    "k": _WITH_K,
+    "aux_k_coeff": _WITH_K,
+    "aux_k": _WITH_K,
     "activation": ("topk",),
     "multi_topk": ("topk",),
     "multi_topk_coeff": ("topk",),
     "matryoshka_prefixes": ("matryoshka",),
     "matryoshka_weights": ("matryoshka",),
+    "decoder_norm": ("relu",),
+    "decoder_init_norm": ("relu",),
+    "sparsity_norm_p": ("relu",),
+    "target_l0": ("relu",),
+    "target_l0_rate": ("relu",),
 }
 
 
@@ -36,9 +44,10 @@ class SAEConfig(ConfigFile):
 
     section: ClassVar[str] = "sae"
 
-    arch: Literal["topk", "batch_topk", "matryoshka"] = "topk"
+    arch: Literal["topk", "batch_topk", "matryoshka", "relu"] = "topk"
     """Architecture: the k largest latents of every token (topk), k a token on average over a batch
-    (batch_topk), or that with dictionaries nested in one another (matryoshka)."""
+    (batch_topk), that with dictionaries nested in one another (matryoshka), or all latents above 0,
+    made few by an L1 penalty (relu)."""
     d_in: int = 0
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
     d_sae: int = 0
@@ -65,8 +74,16 @@ class SAEConfig(ConfigFile):
 
     reconstruction_coeff: float = 1.0
     """Weight of the squared error, summed over d_in and averaged over tokens."""
-    l1_penalty_coeff: float = 0.0
-    """Weight of the sum of a token's code values, averaged over tokens."""
+    l1_penalty_coeff: float | None = None
+    """Weight of the sum of a token's code values, each times the norm of its decoder row, averaged
+    over tokens; default: 5 with relu, otherwise 0."""
+    sparsity_norm_p: float = 1.0
+    """With relu the values in that sum are raised to this power, 0 to 1; 1: L1."""
+    target_l0: float | None = None
+    """Lead the weight of the sparsity penalty until so many latents are active per token, starting
+    from l1_penalty_coeff; default: leave it as it is. [latents]"""
+    target_l0_rate: float = 0.01
+    """How fast: the weight's logarithm moves so far in a step while L0 is off by a factor of e."""
     decorrelation_coeff: float = 0.0
     """Weight of the squared cosine of two decoder rows, averaged over all pairs."""
     probe_loss_coeff: float = 0.0
@@ -86,6 +103,10 @@ class SAEConfig(ConfigFile):
     """Unit decoder rows, and W_enc the same: random, orthogonal in blocks of d_in, or random within
     the fewest principal components that hold 99 % of the variance of the first activations. With
     kaiming W_enc is uniform within 1/sqrt(d_in), and W_dec its rows at unit length."""
+    decoder_norm: Literal["unit", "free"] | None = None
+    """unit: decoder rows keep norm 1; free: they have any; default: free with relu, else unit."""
+    decoder_init_norm: float | None = None
+    """Norm at which free decoder rows start, and W_enc with them; default: 0.1."""
     b_dec_init: Literal["zero", "mean", "geometric_median"] = "zero"
     """Start of b_dec: zero (right for centred data), or the centre of the first activations."""
 
@@ -101,6 +122,7 @@ class SAEConfig(ConfigFile):
         if self.d_in > 0:
             self._complete_d_sae()
             self._complete_k()
+            self._complete_sparsity()
             self._complete_matryoshka()
         self._check_matryoshka()
         if self.d_sae > 0 and self.k is not None:
@@ -152,6 +174,16 @@ class SAEConfig(ConfigFile):
             fits = len(weights) == n_prefixes and all(weight >= 0 for weight in weights)
             self._require("matryoshka_weights", fits, f"{n_prefixes} numbers of at least 0")
 
+    def _complete_sparsity(self) -> None:
+        """The decoder's norm and the weight of the penalty, where left to the architecture."""
+        if self.l1_penalty_coeff is None:
+            is_needed = self.arch in _BELONG_TO["decoder_norm"]
+            object.__setattr__(self, "l1_penalty_coeff", DEFAULT_L1 if is_needed else 0.0)
+        if self.arch in _BELONG_TO["decoder_norm"] and self.decoder_norm is None:
+            object.__setattr__(self, "decoder_norm", "free")
+        if self.decoder_norm == "free" and self.decoder_init_norm is None:
+            object.__setattr__(self, "decoder_init_norm", DEFAULT_FREE_NORM)
+
     def _complete_d_sae(self) -> None:
         factor = self.expansion_factor
         derived = round(self.d_in * (DEFAULT_EXPANSION_FACTOR if factor is None else factor))
@@ -187,6 +219,27 @@ class SAEConfig(ConfigFile):
                 "aux_k", self.aux_k >= 1, "at least 1 (aux_k_coeff = 0 switches AuxK off)"
             )
         self._require("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1")
+        self._check_sparsity()
+
+    def _check_sparsity(self) -> None:
+        self._require("sparsity_norm_p", 0 < self.sparsity_norm_p <= 1, "above 0 and at most 1")
+        if self.target_l0 is not None:
+            self._require("target_l0", self.target_l0 > 0, "greater than 0")
+            if self.d_sae > 0:
+                must = f"at most d_sae = {self.d_sae}"
+                self._require("target_l0", self.target_l0 <= self.d_sae, must)
+            if self.l1_penalty_coeff == 0:
+                raise ValueError(
+                    "target_l0 leads l1_penalty_coeff, which must be greater than 0, got 0.0"
+                )
+        self._require("target_l0_rate", self.target_l0_rate > 0, "greater than 0")
+        if self.decoder_init_norm is not None:
+            self._require("decoder_init_norm", self.decoder_init_norm > 0, "greater than 0")
+            if self.decoder_norm == "unit":
+                raise ValueError(
+                    "decoder_init_norm is for decoder_norm = 'free' and must be left out with "
+                    f"'unit', got {self.decoder_init_norm:g}"
+                )
 
     @property
     def is_complete(self) -> bool:

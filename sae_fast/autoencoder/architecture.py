@@ -7,7 +7,7 @@ architecture's own parameters and buffers among them, and hands them over with e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -61,12 +61,14 @@ class ArchitectureLoss:
         squared_error: [N], Σ_d (x̂ − x)².
         recon_loss: 0-d, the mean of it over tokens; or what the architecture has in its place.
         terms: its other terms by name, 0-d, with their coefficients.
+        figures: what else is to be logged, 0-d.
     """
 
-    code: ops.SparseCode
+    code: ops.Code
     squared_error: Tensor
     recon_loss: Tensor
     terms: dict[str, Tensor]
+    figures: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Architecture(ABC):
@@ -75,12 +77,16 @@ class Architecture(ABC):
     Attributes:
         unit_norm: whether decoder rows are kept at unit length, their gradients projected.
         full_k_aux: the most dead latents per token that AuxK takes; 0: there is no AuxK.
+        waits: whether the host waits for the device within a step, which then cannot be captured.
         term_names: names of the terms of `loss`, always the same.
+        figure_names: names of its figures, likewise.
     """
 
     unit_norm = True
     full_k_aux = 0
+    waits = False
     term_names: tuple[str, ...] = ()
+    figure_names: tuple[str, ...] = ()
 
     def __init__(self, config: SAEConfig):
         self.config = config
@@ -110,14 +116,26 @@ class Architecture(ABC):
     ) -> ops.SparseCode:
         """The code of every token outside training."""
 
-    def follow_(self, weights: Weights, code: ops.SparseCode) -> None:  # noqa: B027
+    def follow_(self, weights: Weights, code: ops.Code) -> None:  # noqa: B027
         """Learn from a code of training what inference needs: nothing."""
+
+    def steer_(  # noqa: B027
+        self, weights: Weights, code: ops.Code, sparsity_weight: float | Tensor
+    ) -> None:
+        """Learn from a code what the next step needs, beside what `follow_` does: nothing."""
+
+    def constrain_(self, weights: Weights) -> None:  # noqa: B027
+        """Put parameters of its own back to where they may be, after an update: anywhere."""
+
+    def warning(self, figures: dict[str, float]) -> str | None:
+        """What the logged figures say that the user should know: nothing."""
+        return None
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:  # noqa: B027
         """Follow a change of the units that the code's values are in: nothing in them."""
 
     def reconstruct(
-        self, weights: Weights, code: ops.SparseCode, batch: Batch, mode: Mode
+        self, weights: Weights, code: ops.Code, batch: Batch, mode: Mode
     ) -> tuple[ops.Reconstruction, Tensor]:
         """The reconstruction of the batch, and its squared error averaged over tokens."""
         modelled = ops.reconstruct(

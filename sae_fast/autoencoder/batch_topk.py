@@ -52,7 +52,7 @@ class BatchTopK(TopK):
             dense_grad=mode.dense_grad,
         )
 
-    def follow_(self, weights: Weights, code: ops.SparseCode) -> None:
+    def follow_(self, weights: Weights, code: ops.Code) -> None:
         """Move the threshold towards the least active value of `code`, if it has any."""
         threshold, updates = weights.own["threshold"], weights.own["threshold_updates"]
         values = code.values.detach()

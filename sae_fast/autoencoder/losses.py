@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_fast import ops
 
+_LP_SHIFT = 1e-3
 _BLOCK = 4096  # entries that one thread sums; torch divides sums from 32,768 on
 
 
@@ -25,7 +26,7 @@ class TrainingLoss:
 
     total: Tensor
     components: dict[str, Tensor]
-    code: ops.SparseCode
+    code: ops.Code
     variance: Tensor
 
 
@@ -35,6 +36,24 @@ def l1_loss(
 ) -> Tensor:
     """The sum of a token's code values, averaged over tokens; decoder rows have unit norm."""
     return steady_sum(values) / n_tokens
+
+
+def lp_loss(
+    code: ops.Code,
+    p: float,
+    row_norms: Tensor | None = None,  # [F], of the decoder; None: all 1
+) -> Tensor:
+    """Σ_i a_i with a_i = f_i |W_dec,i|, averaged over tokens; with p below 1, of (a_i + s)^p − s^p.
+
+    With s = 1e-3 the slope at 0 is finite. Weighted by |W_dec,i|, the term does not change where a
+    decoder row grows and its latent shrinks in return, which is how a free decoder would escape.
+    """
+    if isinstance(code, ops.DenseCode) and row_norms is not None and p == 1:
+        return steady_sum(code.values @ row_norms) / code.n_rows  # no second [N, F]
+    amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
+    if p != 1:
+        amounts = (amounts + _LP_SHIFT).pow(p) - _LP_SHIFT**p
+    return steady_sum(amounts) / code.n_rows
 
 
 def decorrelation_loss(

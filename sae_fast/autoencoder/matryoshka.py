@@ -28,9 +28,10 @@ class Matryoshka(BatchTopK):
         self.prefix_weights = config.matryoshka_weights
 
     def reconstruct(
-        self, weights: Weights, code: ops.SparseCode, batch: Batch, mode: Mode
+        self, weights: Weights, code: ops.Code, batch: Batch, mode: Mode
     ) -> tuple[ops.Reconstruction, Tensor]:
         """The whole dictionary's reconstruction, and the weighted sum over prefixes."""
+        assert isinstance(code, ops.SparseCode)
         modelled = ops.reconstruct_prefixes(
             code,
             weights.W_dec,

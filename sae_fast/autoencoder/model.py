@@ -20,6 +20,7 @@ from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.matryoshka import Matryoshka
+from sae_fast.autoencoder.relu import ReLU
 from sae_fast.autoencoder.topk import TopK
 from sae_fast.config import SAEConfig
 
@@ -27,6 +28,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "topk": TopK,
     "batch_topk": BatchTopK,
     "matryoshka": Matryoshka,
+    "relu": ReLU,
 }
 
 
@@ -88,6 +90,9 @@ class SparseAutoencoder(nn.Module):
     def _initialize_weights(self, generator: torch.Generator | None, sample: Tensor | None) -> None:
         method = self.config.decoder_init
         initialize_matrices_(self.W_enc, self.W_dec, method, generator, sample)
+        if (norm := self.config.decoder_init_norm) is not None and norm != 1:
+            self.W_dec.mul_(norm)
+            self.W_enc.mul_(norm)
 
     @torch.no_grad()
     def set_normalization_(
@@ -185,17 +190,27 @@ class SparseAutoencoder(nn.Module):
         variance = losses.total_variance(x.detach())
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
         components["l0"] = code.fires().sum() / code.n_rows
+        components |= own.figures
         return TrainingLoss(total, components, code, variance)
 
     @torch.no_grad()
-    def update_fired_(self, code: ops.SparseCode, n_tokens: int) -> None:
+    def update_fired_(self, code: ops.Code, n_tokens: int) -> None:
         """Count `n_tokens` more silent tokens for each latent that did not fire in `code`."""
         self.tokens_since_fired.add_(n_tokens).masked_fill_(code.fired(), 0)
 
     @torch.no_grad()
-    def follow_(self, code: ops.SparseCode) -> None:
-        """Let the architecture learn from a code of training what inference needs."""
+    def follow_(self, code: ops.Code, sparsity_weight: float | Tensor = 1.0) -> None:
+        """Let the architecture learn from a code of training what inference and later steps need.
+
+        `sparsity_weight` is that of the `training_loss` that gave the code.
+        """
         self.architecture.follow_(self.weights, code)
+        self.architecture.steer_(self.weights, code, sparsity_weight)
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """Put the architecture's own parameters back to where they may be, after an update."""
+        self.architecture.constrain_(self.weights)
 
     def dead_mask(self) -> Tensor:
         """Which latents [F] have been silent for `dead_after_tokens`."""
@@ -206,7 +221,7 @@ class SparseAutoencoder(nn.Module):
         """The same function of raw activations, as a model without normalisation.
 
         With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
-        keep their unit norm, and the same latents are picked.
+        keep their norm, and the same latents are picked.
         """
         values = {**self.config.to_dict(), "normalize_activations": "none"}
         folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)

@@ -99,7 +99,7 @@ class TopK(Architecture):
             "l1_loss": batch.x.new_zeros(()),
             "aux_loss": self._auxiliary_loss(weights, code, modelled.residual, batch, mode),
         }
-        if config.l1_penalty_coeff > 0:
+        if config.l1_penalty_coeff:
             weight = config.l1_penalty_coeff * batch.sparsity_weight
             magnitudes = code.values.abs() if code.signed else code.values
             terms["l1_loss"] = weight * losses.l1_loss(magnitudes, code.n_rows)

@@ -45,13 +45,17 @@ class DenseCode:
         """The whole matrix [N, d_sae]; differentiable."""
         return self.values
 
+    def fires(self) -> Tensor:
+        """Which entries are of latents that fire, bool in the shape of values; NaN does not."""
+        return self.values > 0
+
     def l0(self) -> Tensor:
         """How many latents fire in each row, [N] int64."""
-        return (self.values > 0).sum(1)
+        return self.fires().sum(1)
 
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
-        return (self.values > 0).any(0)
+        return self.fires().any(0)
 
     def with_values(
         self,

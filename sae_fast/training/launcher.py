@@ -7,6 +7,7 @@ still those of the bad step (see step.py), so that it can be named and nothing i
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from sae_fast.training.cuda_graph import GraphedStep, GraphRecorder
 from sae_fast.training.dead_census import DeadCensus
 from sae_fast.training.failure import divergence
 from sae_fast.training.step import Reading, TrainingStep
+
+logger = logging.getLogger(__name__)
 
 # A step that went wrong is noticed within so many steps, however rarely metrics are due.
 NOTICED_WITHIN = 128
@@ -59,8 +62,16 @@ class Launcher:
         self._census = DeadCensus(step.sae, config.batch_size * config.grad_acc_steps)
         self._census.take(float(self._census.count(self._steps_to_reading())))
         # The reference's ops and the dense optimiser ask the device in the middle of a step.
-        if config.cuda_graph and config.fused and build_info()["backend"] == "native":
-            self._run = GraphedStep(step, GraphRecorder(device)).run
+        if not (config.cuda_graph and config.fused and build_info()["backend"] == "native"):
+            return
+        if step.sae.architecture.waits:
+            logger.info(
+                "no CUDA graph with arch %s: the host waits in every step for the number of active "
+                "latents, which sizes the code",
+                step.sae.config.arch,
+            )
+            return
+        self._run = GraphedStep(step, GraphRecorder(device)).run
 
     def launch(self, rate: float, sparsity_weight: float) -> None:
         """The next step, at this learning rate; on a GPU it may be made later.

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sae_fast.activations.reader import PREFETCHED_BATCHES
+from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.moments import moment_blocks
 
@@ -23,6 +24,8 @@ _BATCH_ARRAYS = 6
 _KEPT_ROWS_PER_TOKEN = 3 * 2
 # The encoder's product is made in parts that stay in a GPU's cache.
 _PRODUCT_BYTES = 32 * 2**20
+# Arrays [N, F] alive at once while a step works on all latents, by architecture; measured.
+_DENSE_ARRAYS = {"relu": 4}
 _STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
 _POOL = "activations in memory"
 # Rows of W that one product of the decorrelation's gradient takes in.
@@ -121,7 +124,7 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     host = {_POOL: pool_bytes}
     if on_gpu:
         batch = train.batch_size * sae.d_in * _FLOAT
-        graph = train.cuda_graph and train.fused and native
+        graph = train.cuda_graph and train.fused and native and sae.arch not in _DENSE_ARRAYS
         parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
         if graph:  # beside what the steps before a capture took
             parts["pool of the CUDA graphs"] = sum(step.values())
@@ -154,6 +157,13 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     if sae.matryoshka_prefixes is not None:  # residuals and gradients, or those and their merger
         arrays = 2 * train.grad_acc_steps * len(sae.matryoshka_prefixes)
         parts["errors of the nested dictionaries"] = arrays * batch
+    if sae.arch in _DENSE_ARRAYS:
+        all_latents = train.batch_size * sae.d_sae
+        dense = _DENSE_ARRAYS[sae.arch] * all_latents * _FLOAT
+        listed = round(DENSE_FROM * all_latents) * _BYTES_PER_ENTRY * train.grad_acc_steps
+        parts["codes while many latents are active"] = max(dense, listed)
+        if train.fused:
+            parts["dense gradients while they are"] = 2 * sae.d_sae * sae.d_in * _FLOAT
     return parts
 
 

@@ -81,7 +81,10 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.best = state["best"]
     trainer.wandb_id = state["wandb_id"]
     restore_random(checkpoint.tensors, state["random"])
-    _tell_changes(state["config"]["train"], trainer.config.to_dict()["train"])
+    harmless = set(_HARMLESS)
+    if trainer.sae.architecture.waits:  # dense codes: torch's products follow the threads
+        harmless.remove("num_threads")
+    _tell_changes(state["config"]["train"], trainer.config.to_dict()["train"], harmless)
 
 
 def saved_config(checkpoint: Checkpoint) -> RunConfig:
@@ -117,11 +120,11 @@ def sized_config(config: SAEConfig, d_in: int, checkpoint: Checkpoint | None) ->
     return config
 
 
-def _tell_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+def _tell_changes(before: dict[str, Any], now: dict[str, Any], harmless: set[str]) -> None:
     changes = [
         f"{name} {before.get(name)} -> {value}"
         for name, value in now.items()
-        if name not in _HARMLESS and _plain(before.get(name)) != _plain(value)
+        if name not in harmless and _plain(before.get(name)) != _plain(value)
     ]
     if changes:
         logger.warning("resumed with other settings than before: %s", ", ".join(changes))

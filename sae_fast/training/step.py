@@ -67,7 +67,7 @@ class TrainingStep:
         self.scaler = scaler
         self.precision = precision
         self.average = average
-        self._components = (*sae.term_names, "fvu", "l0")
+        self._components = (*sae.term_names, "fvu", "l0", *sae.architecture.figure_names)
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), device=device)
@@ -104,12 +104,13 @@ class TrainingStep:
             )
             loss.total.backward(weight)  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))
-            self.sae.follow_(loss.code)
+            self.sae.follow_(loss.code, sparsity_weight)
             self._poison_by(loss.total.detach())
             terms = [loss.components[name] for name in self._components]
             values = torch.stack([loss.total.detach(), *terms])
             mean = values if len(batches) == 1 else mean + share * values
         norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
+        self.sae.constrain_()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()

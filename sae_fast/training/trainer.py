@@ -113,6 +113,7 @@ class Trainer:
         self._stop = stop
         self._show_progress = show_progress
         self._saved_step = -1
+        self._warning: str | None = None
         self._window = Window()
         self._stopwatch = Stopwatch(self.device)
         self._wandb: WandbLog | None = None
@@ -198,6 +199,10 @@ class Trainer:
         self._pause()
         metrics = self._launcher.read()
         row: Row = self._training_row(metrics) if log else {}
+        if (warning := self.sae.architecture.warning(metrics)) != self._warning:
+            self._warning = warning
+            if warning is not None:
+                logger.warning("step %d: %s", self.step, warning)
         improved = False
         if look:
             evaluation = self.evaluate()

@@ -1,0 +1,76 @@
+"""The losses of relu, jumprelu and gated written again in plain dense PyTorch."""
+
+import torch
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+
+PATHS = ("sparse", "dense")
+
+
+def make_thresholded(arch, path="sparse", *, seed=0, dtype=torch.float32, dead=(), **fields):
+    """A small model with nothing at zero, whose next step goes one way or the other."""
+    defaults = {"arch": arch, "d_in": 12, "d_sae": 40, "dead_after_tokens": 100}
+    sae = SparseAutoencoder(SAEConfig(**{**defaults, **fields}))
+    generator = torch.Generator().manual_seed(seed)
+    sae.initialize_(generator)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        if sae.architecture.unit_norm:
+            sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
+        sae.constrain_()
+    sae.tokens_since_fired[list(dead)] = 1000
+    go(sae, path)
+    return sae.to(dtype)
+
+
+def go(sae, path):
+    """Make the next step of a model take a path."""
+    sae.listed_per_token.fill_(0.0 if path == "sparse" else float(sae.config.d_sae))
+
+
+def plain_code(sae, x):
+    """The code [N, d_sae] of a batch."""
+    return _CODES[sae.config.arch](sae, pre_activations(sae, x))
+
+
+def pre_activations(sae, x):
+    return (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+
+
+def plain_terms(sae, x):
+    """The loss terms of a model, each with its coefficient."""
+    acts = plain_code(sae, x)
+    error = x - (acts @ sae.W_dec + sae.b_dec)
+    own = _TERMS[sae.config.arch](sae, x, acts)
+    return {"recon_loss": sae.config.reconstruction_coeff * _mean_square(error), **own}
+
+
+def plain_gradients(sae, x, term=None):
+    """The gradient of the loss, or of one of its terms, for every parameter, by autograd."""
+    terms = plain_terms(sae, x)
+    loss = sum(terms.values()) if term is None else terms[term]
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, gradients, strict=True))
+
+
+def _mean_square(error):
+    return error.square().sum(1).mean()
+
+
+def _row_norms(sae):
+    return sae.W_dec.norm(dim=1) if sae.config.decoder_norm == "free" else 1.0
+
+
+def _relu_terms(sae, x, acts):
+    p = sae.config.sparsity_norm_p
+    amounts = acts * _row_norms(sae)
+    if p != 1:
+        amounts = (amounts + 1e-3) ** p - 1e-3**p
+    return {"l1_loss": sae.config.l1_penalty_coeff * amounts.sum(1).mean()}
+
+
+_CODES = {"relu": lambda sae, pre_acts: pre_acts.relu()}
+_TERMS = {"relu": _relu_terms}

@@ -1,0 +1,49 @@
+"""ReLU with an L1 penalty: f = ReLU((x − b_dec) W_encᵀ + b_enc), the first SAEs of the field.
+
+Loss: squared error + λ Σ_i f_i |W_dec,i|. With a free decoder, starting from rows of norm 0.1 and
+λ = 5, it is the recipe of Anthropic's April 2024 update; with unit rows the penalty is the plain
+L1. Plain L1 with a free decoder is not to be had: growing W_dec would escape it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
+from sae_fast.autoencoder.thresholded import Thresholded
+
+
+class ReLU(Thresholded):
+    """How a ReLU model selects latents, and its penalty."""
+
+    term_names = ("l1_loss",)
+
+    def infer(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        mode: Mode,
+    ) -> ops.SparseCode:
+        """The code of every token: its latents above 0."""
+        return ops.encode_threshold(
+            x,
+            *weights[:2],
+            weights.b_dec,
+            weights.b_enc.new_zeros(len(weights.b_enc)),
+            precision=mode.precision,
+            dense_grad=mode.dense_grad,
+        )
+
+    def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
+        """Squared error and the L1 or Lp penalty."""
+        code = self.list_above(weights, batch, mode)
+        modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
+        l1_loss = self.l1_loss(weights, code, batch, self.config.sparsity_norm_p)
+        return ArchitectureLoss(
+            code,
+            modelled.squared_error,
+            recon_loss,
+            {"l1_loss": l1_loss},
+            self.figures(weights),
+        )

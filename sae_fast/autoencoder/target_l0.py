@@ -1,0 +1,58 @@
+"""A controller that finds the sparsity coefficient for a wanted L0, as a factor of the given one.
+
+Its logarithm is moved by the logarithm of L0 / target after every batch: proportionally, which
+damps, and integrated, which ends at the target. Both numbers are buffers on the device, so nobody
+waits for them and a resumed run goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+
+SCALE = "sparsity_scale"
+_INTEGRAL = "sparsity_integral"
+_WINDOW = 1.0  # of log(L0 / target): a batch beyond a factor of e counts as one of e
+_PROPORTIONAL = 0.3
+LARGEST_SCALE = 1000.0  # and the smallest is its reciprocal
+
+
+def start() -> dict[str, Tensor]:
+    """The buffers: `sparsity_scale`, the factor, and what it remembers; both 0-d."""
+    return {SCALE: torch.ones(()), _INTEGRAL: torch.zeros(())}
+
+
+def steer_(
+    own: dict[str, Tensor], code: ops.Code, target: float, rate: float, is_on: Tensor
+) -> None:
+    """Follow a batch of training.
+
+    Args:
+        own: the buffers.
+        code: of the batch.
+        target: the wanted L0.
+        rate: of the integral: so far it moves in a batch whose L0 is off by a factor of e.
+        is_on: 0-d bool; while the sparsity terms warm up L0 says nothing about their coefficient.
+    """
+    l0 = (code.values.detach() > 0).sum() / code.n_rows
+    error = (l0 / target).log().clamp(-_WINDOW, _WINDOW)
+    bound = math.log(LARGEST_SCALE)
+    integral = (own[_INTEGRAL] + rate * error).clamp(-bound, bound)
+    scale = (integral + _PROPORTIONAL * error).clamp(-bound, bound).exp()
+    own[_INTEGRAL].copy_(torch.where(is_on, integral, own[_INTEGRAL]))
+    own[SCALE].copy_(torch.where(is_on, scale, own[SCALE]))
+
+
+def saturation(scale: float, coefficient: float, target: float) -> str | None:
+    """The warning when the factor has reached a bound, which it cannot leave for the target."""
+    if (1 + 1e-5) / LARGEST_SCALE < scale < (1 - 1e-5) * LARGEST_SCALE:
+        return None
+    side = "largest" if scale > 1 else "smallest"
+    return (
+        f"target_l0 = {target:g} is out of reach: the sparsity coefficient is at the {side} that "
+        f"l1_penalty_coeff = {coefficient:g} allows ({coefficient * scale:g})"
+    )
