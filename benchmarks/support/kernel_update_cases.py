@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.support.kernel_setting import Case, Setting
+from sae_fast.ops.moments import moment_blocks
+from sae_fast.training.optimizer import STATE_DTYPES
 
 LEARNING_RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.999), 1e-8, 1.0
 
@@ -56,15 +58,20 @@ def gradient_cases(s: Setting) -> Iterator[Case]:
         "values and indices read twice, 8 bytes an entry written",
         lambda: (order()[1], torch_order()[: order()[1].numel()]),
     )
-    yield update_case(s, order, torch_rows)
+    for states in STATE_DTYPES:
+        yield update_case(s, order, torch_rows, states)
 
 
 def update_case(
     s: Setting,
     order: Callable[[], tuple[Tensor, Tensor, Tensor]],
     torch_rows: Callable[[], Tensor],
+    states: str,
 ) -> Case:
-    """Norm, clip, projection, Adam, unit rows of W_dec: ours in two passes without a gradient."""
+    """Norm, clip, projection, Adam, unit rows of W_dec: ours in two passes without a gradient.
+
+    PyTorch's moments are float32 whatever ours are.
+    """
     size, W_dec = s.size, s.weights.W_dec
     latent_offsets, entries, tokens = order()
     coefficients = s.code[0].flatten()[entries.long()]
@@ -72,7 +79,7 @@ def update_case(
     rate, one = torch.tensor(LEARNING_RATE, dtype=torch.float64), torch.tensor(1.0)
     steps, halted = torch.tensor(0), torch.tensor(-1)
 
-    def update(W: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    def update(W: Tensor, moments: list[Tensor | None]) -> Tensor:
         squared, sums, cached, slots = s.ops.row_gradient_norm(
             latent_offsets, tokens, coefficients, s.x, None, W, None
         )
@@ -80,14 +87,16 @@ def update_case(
             *(squared, rate, one, steps.zero_(), halted, CLIP, *BETAS, EPS, 0.0, False)
         )
         s.ops.fused_update_(
-            *(W, first, second, None, None),
-            *(latent_offsets, tokens, coefficients, s.x, None, None),
-            *(sums, cached, slots, scalars, None, True, True, None, None, None, "fp32"),
+            *(W, *moments, latent_offsets, tokens, coefficients, s.x, None, None),
+            *(sums, cached, slots, scalars, steps, True, True, None, None, None, "fp32"),
         )
         return W
 
-    def fresh() -> tuple[Tensor, Tensor, Tensor]:
-        return W_dec.clone(), torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    def fresh() -> tuple[Tensor, list[Tensor | None]]:
+        moments = [torch.zeros_like(W_dec, dtype=STATE_DTYPES[states]) for _ in range(2)]
+        blocks = (size.d_sae, moment_blocks(size.d_in))
+        scales = [W_dec.new_zeros(blocks) if states == "8bit" else None for _ in range(2)]
+        return W_dec.clone(), [*moments, *scales]
 
     def torch_fresh() -> tuple[torch.nn.Parameter, torch.optim.Adam]:
         W = torch.nn.Parameter(W_dec.clone())
@@ -95,11 +104,13 @@ def update_case(
 
     ours, theirs = fresh(), torch_fresh()
     gathered = size.entries * size.d_in * 4 / s.rates.gather_tokens
+    bytes_moved = 8 + 4 * STATE_DTYPES[states].itemsize  # W and both moments, read and written
+    kept = "" if states == "fp32" else f", {states} states"
     return Case(
-        "row_gradient_norm + fused_update_ (W_dec)",
+        f"row_gradient_norm + fused_update_ (W_dec{kept})",
         lambda: update(*ours),
         lambda: torch_update(torch_rows(), *theirs),
-        gathered + 24 * size.d_sae * size.d_in / s.rates.stream,
+        gathered + bytes_moved * size.d_sae * size.d_in / s.rates.stream,
         "N·K rows gathered once, W and both moments read and written",
         lambda: (
             update(*fresh()) - W_dec,

@@ -62,7 +62,8 @@ def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
     names = " ".join(row["op"] for row in result["sizes"][SIZE]["ops"])
     for op in (
         *("encode_topk", "encode_threshold", "decode", "decode_backward", "reconstruct"),
-        *("accumulate_rows", "latent_major", "row_gradient_norm + fused_update_"),
+        *("accumulate_rows", "latent_major", "row_gradient_norm + fused_update_ (W_dec)"),
+        *("(W_dec, bf16 states)", "(W_dec, 8bit states)"),
         *("normalize_rows_", "decorrelation"),
     ):
         assert op in names
