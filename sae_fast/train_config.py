@@ -11,11 +11,12 @@ from sae_fast.config_file import ConfigFile, with_aliases
 _NAMES = ("shard_dir", "activations_key", "heldout", "device", "checkpoint_dir", "resume_from")
 _COUNTS = (
     *("pool_rows", "batch_size", "grad_acc_steps", "max_epochs", "max_steps", "max_tokens"),
-    *("num_threads", "log_every", "keep_checkpoints"),
+    *("num_threads", "log_every", "keep_checkpoints", "k_anneal_start"),
 )
 _NOT_NEGATIVE = (
     "warmup_steps",
     "sparsity_warmup_steps",
+    "k_anneal_steps",
     "weight_decay",
     "grad_clip",
     "seed",
@@ -59,6 +60,11 @@ class TrainConfig(ConfigFile):
     """Linear rise of the learning rate; default: 5 % of the run. [steps]"""
     sparsity_warmup_steps: int | None = None
     """Linear rise of the weight of the sparsity penalties; default: 5 % of the run. [steps]"""
+    k_anneal_start: int | None = None
+    """k of the first step, from which it falls linearly to that of the model; default: no fall. In
+    between it takes at most 4 values per halving. [latents]"""
+    k_anneal_steps: int | None = None
+    """Length of this fall; default: 5 % of the run. [steps]"""
     decay_fraction: float = 0.2
     """Share of the run, at its end, in which the learning rate falls linearly. [share]"""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -115,6 +121,8 @@ class TrainConfig(ConfigFile):
         for name in _COUNTS:
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
+        if self.k_anneal_steps is not None and self.k_anneal_start is None:
+            raise ValueError(f"k_anneal_steps = {self.k_anneal_steps} needs k_anneal_start")
         for name in ("eps", "learning_rate"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "greater than 0")

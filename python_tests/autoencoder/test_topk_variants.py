@@ -4,6 +4,7 @@ import pytest
 import torch
 from plain_sae import left_gradients, make_batch, make_sae
 
+BATCHES = [{"arch": "topk"}, {"arch": "batch_topk"}, {"arch": "matryoshka"}]
 VARIANTS = [{"activation": "abs_topk"}, {"activation": "groupmax"}, {"multi_topk": True}]
 
 
@@ -79,3 +80,13 @@ def test_variant_is_saved_and_loaded(fields, tmp_path):
     x = make_batch(sae)
     assert loaded.config == sae.config
     assert torch.equal(loaded(x), sae(x))
+
+
+@pytest.mark.parametrize("fields", [*BATCHES, *VARIANTS[::2]])
+def test_k_of_a_step_selects_in_training_and_not_after(fields):
+    annealed, wide = make_sae(**fields), make_sae(**{**fields, "k": 9})
+    x = make_batch(annealed)
+    found, expected = annealed.training_loss(x, k=9), wide.training_loss(x)
+    assert torch.equal(found.total, expected.total)
+    assert torch.equal(found.code.dense(), expected.code.dense())
+    assert float(annealed.encode(x).l0().float().mean()) == 5.0

@@ -20,6 +20,14 @@ from sae_fast.training.optimizer import RowAdam
 from sae_fast.training.step import TrainingStep
 
 STEPS = 12
+VARIANTS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batch_topk": {"arch": "batch_topk"},
+    "matryoshka": {"arch": "matryoshka"},
+    "multi_topk": {"multi_topk": True},
+    "abs_topk": {"activation": "abs_topk"},
+    "groupmax": {"activation": "groupmax"},
+}
 
 
 class EmulatedRecorder:
@@ -86,8 +94,10 @@ class Run:
         graphed: bool,
         precision: str = "screened",
         states: str = "fp32",
+        **fields: Any,
     ):
-        self.sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=64, k=3, dead_after_tokens=200))
+        sizes = {"d_in": D_IN, "d_sae": 64, "k": 4}
+        self.sae = SparseAutoencoder(SAEConfig(**sizes, dead_after_tokens=200, **fields))
         self.sae.initialize_(torch.Generator().manual_seed(0))
         self.sae.to(device)
         self.optimizer = RowAdam(self.sae, precision=precision, states=states)
@@ -101,9 +111,11 @@ class Run:
             self.run = GraphedStep(step, self.recorder).run
         self.rows = planted(640, seed=1).to(device).split(64)
 
-    def make(self, number: int, k_aux: int = 0, batches: int = 1) -> list[float]:
+    def make(
+        self, number: int, k_aux: int = 0, batches: int = 1, k: int | None = None
+    ) -> list[float]:
         chosen = [self.rows[(number * batches + i) % 10] for i in range(batches)]
-        self.run(chosen, 1e-3 * (number + 1), k_aux)
+        self.run(chosen, 1e-3 * (number + 1), k_aux, k=k)
         return list(self.step.read({}).metrics.values())
 
     def parameters(self) -> list[torch.Tensor]:
@@ -144,15 +156,39 @@ def test_replayed_steps_draw_what_eager_ones_do(device: torch.device, states: st
     assert _equal(graphed, eager)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_replayed_steps_of_a_variant_equal_eager_ones_to_the_bit(
+    device: torch.device, variant: str
+) -> None:
+    eager = Run(device, graphed=False, **VARIANTS[variant])
+    graphed = Run(device, graphed=True, **VARIANTS[variant])
+    for number in range(STEPS):
+        assert graphed.make(number, k_aux=8) == eager.make(number, k_aux=8)
+    assert graphed.recorder.replays == STEPS - WARMUP_STEPS
+    assert _equal(graphed, eager)
+
+
+@pytest.mark.parametrize("variant", ["topk", "batch_topk", "matryoshka", "multi_topk"])
+def test_each_k_has_its_graph(device: torch.device, variant: str) -> None:
+    eager = Run(device, graphed=False, **VARIANTS[variant])
+    graphed = Run(device, graphed=True, **VARIANTS[variant])
+    ks = [12] * 5 + [7] * 5 + [4] * 5
+    losses = [(graphed.make(i, k=k), eager.make(i, k=k)) for i, k in enumerate(ks)]
+    assert all(one == other for one, other in losses)
+    assert graphed.recorder.captures == 3
+    assert _equal(graphed, eager)
+
+
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("precision", ["screened", "bf16", "fp16"])
 @pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_no_op_of_a_step_waits_for_the_device(
-    device: torch.device, precision: str, batches: int, states: str
+    device: torch.device, precision: str, batches: int, variant: str, states: str
 ) -> None:
     if device.type == "cpu":
         pytest.skip("the CPU does not wait for itself")
-    run = Run(device, graphed=False, precision=precision, states=states)
+    run = Run(device, graphed=False, precision=precision, states=states, **VARIANTS[variant])
     rate = torch.full((), 1e-3, dtype=torch.float64, device=device)
     run.step.run(run.rows[:batches], rate, 8)
     torch.cuda.set_sync_debug_mode("error")

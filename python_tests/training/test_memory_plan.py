@@ -47,6 +47,28 @@ def test_nested_dictionaries_have_a_residual_and_a_gradient_each() -> None:
     assert plan.parts["errors of the nested dictionaries"] == 2 * 3 * 2 * 10 * 16 * 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "changes", "entries"),
+    [
+        ({}, {"k_anneal_start": 48}, 48),
+        ({"multi_topk": True}, {}, 5 * 16),
+        ({"multi_topk": True}, {"k_anneal_start": 48}, 5 * 48),
+        ({"activation": "abs_topk"}, {}, 2 * 16),
+    ],
+)
+def test_entries_are_those_of_the_widest_code(
+    fields: dict[str, Any], changes: dict[str, Any], entries: int
+) -> None:
+    def needed(sae: SAEConfig, train: TrainConfig) -> int:
+        plan = plan_memory(sae, train, native=True, pool_bytes=0)
+        return plan.parts["step: batch, residual, code, AuxK"]
+
+    plain = SAEConfig(d_in=16, d_sae=512, k=16)
+    train = TrainConfig(batch_size=10)
+    more = needed(replace(plain, **fields), replace(train, **changes)) - needed(plain, train)
+    assert more == 10 * (entries - 16) * 32
+
+
 def test_available_memory_is_read_from_the_kernel() -> None:
     available = available_memory()
     assert available is None or available > 2**20

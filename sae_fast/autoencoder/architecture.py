@@ -44,12 +44,14 @@ class Batch:
         k_aux: room for dead latents per token, at least as many as are dead, up to the
             architecture's; None: the host counts them, and waits for that.
         sparsity_weight: what the terms that make codes sparse are multiplied by, for a warm-up.
+        k: latents active per token in place of the model's, while it is annealed.
     """
 
     x: Tensor
     dead_mask: Tensor
     k_aux: int | None = None
     sparsity_weight: float | Tensor = 1.0
+    k: int | None = None
 
 
 @dataclass(frozen=True)

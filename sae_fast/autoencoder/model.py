@@ -156,6 +156,7 @@ class SparseAutoencoder(nn.Module):
         dense_grad: bool = True,
         k_aux: int | None = None,
         sparsity_weight: float | Tensor = 1.0,
+        k: int | None = None,
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
@@ -168,10 +169,11 @@ class SparseAutoencoder(nn.Module):
             k_aux: room for dead latents in AuxK, per token: at least as many as are dead, up to
                 aux_k. More changes nothing. By default the host counts them, and waits for that.
             sparsity_weight: what the terms that make codes sparse are multiplied by.
+            k: latents active per token, while it is annealed; by default the model's.
         """
         config = self.config
         x = self._rows(x)
-        batch = Batch(x, self.dead_mask(), k_aux, sparsity_weight)
+        batch = Batch(x, self.dead_mask(), k_aux, sparsity_weight, k)
         own = self.architecture.loss(self.weights, batch, Mode(precision, dense_grad))
         code, none = own.code, x.new_zeros(())
         terms = {

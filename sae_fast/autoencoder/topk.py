@@ -88,12 +88,12 @@ class TopK(Architecture):
     def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
         """Squared error, and where they are asked for L1, AuxK and Multi-TopK."""
         config, dead = self.config, (batch.dead_mask, batch.k_aux)
+        k = self.k if batch.k is None else batch.k
         if config.multi_topk:
-            width = min(_MULTI * self.k, config.d_sae)
-            wide = self.encode(weights, batch.x, mode, *dead, k=width)
-            code = _first(wide, self.k)
+            wide = self.encode(weights, batch.x, mode, *dead, k=min(_MULTI * k, config.d_sae))
+            code = _first(wide, k)
         else:
-            code = self.encode(weights, batch.x, mode, *dead)
+            code = self.encode(weights, batch.x, mode, *dead, k=k)
         modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
         terms = {
             "l1_loss": batch.x.new_zeros(()),

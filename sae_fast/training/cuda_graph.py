@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: captured once for each shape of its inputs, then replayed.
+"""A training step as a CUDA graph: captured once for each shape of its inputs and code, replayed.
 
 A step launches some hundred small kernels, which takes the host longer than they take a GPU. A
 graph replays them in one launch, at the addresses seen at capture: its inputs are copied to fixed
@@ -25,7 +25,7 @@ from sae_fast.training.step import TrainingStep
 # first use (library handles, kernels loaded lazily, working copies) must not fall into a capture.
 WARMUP_STEPS = 3
 
-Key = tuple[tuple[torch.Size, ...], int | None]
+Key = tuple[tuple[torch.Size, ...], int | None, int | None]
 
 
 class GraphRecorder:
@@ -106,15 +106,16 @@ class GraphedStep:
         rate: float,
         k_aux: int | None,
         sparsity_weight: float = 1.0,
+        k: int | None = None,
     ) -> None:
         """One optimiser step; see `TrainingStep.run`."""
         if self._addresses != self._current_addresses():
             self._forget()
         self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on
         self._sparsity_weight.fill_(sparsity_weight)
-        scalars = (self._rate, k_aux, self._sparsity_weight)
+        scalars = (self._rate, k_aux, self._sparsity_weight, k)
         shapes = tuple(batch.shape for batch in batches)
-        key = (shapes, k_aux)
+        key = (shapes, k_aux, k)
         if key not in self._graphs and self._eager_steps[key] < WARMUP_STEPS:
             with self._recorder.side_stream():
                 self._step.run(batches, *scalars)

@@ -54,7 +54,7 @@ class Launcher:
         self._first = self._made = made
         self._newest_checkpoint = newest_checkpoint
         self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
-        self._run: Callable[[list[Tensor], float, int | None, float], None] = step.run
+        self._run: Callable[[list[Tensor], float, int | None, float, int | None], None] = step.run
         self._census: DeadCensus | None = None
         device = step.sae.W_enc.device
         if device.type == "cpu":
@@ -73,15 +73,15 @@ class Launcher:
             return
         self._run = GraphedStep(step, GraphRecorder(device)).run
 
-    def launch(self, rate: float, sparsity_weight: float) -> None:
-        """The next step, at this learning rate; on a GPU it may be made later.
+    def launch(self, rate: float, sparsity_weight: float, k: int | None = None) -> None:
+        """The next step, at this learning rate and k; on a GPU it may be made later.
 
         Raises:
             TrainingError: when its loss is not finite and that is known already.
         """
         batches = self._batches.take()
         k_aux = None if self._census is None else self._census.k_aux
-        self._run(batches, rate, k_aux, sparsity_weight)
+        self._run(batches, rate, k_aux, sparsity_weight, k)
         self._made += 1
         if self._census is not None:
             self._recent.append((self._made, self._batches.current_shards()))

@@ -145,7 +145,7 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """What a step allocates and frees."""
     batch = train.batch_size * sae.d_in * _FLOAT
     aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff else 0
-    k = (sae.k or 0) * (1 + _MULTI_TOPK if sae.multi_topk else 1)
+    k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + _MULTI_TOPK if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
     entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
     accumulated = train.grad_acc_steps * (2 * batch + entries)

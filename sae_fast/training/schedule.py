@@ -1,8 +1,12 @@
-"""Learning rate and sparsity weight of each step, and how many steps a run has."""
+"""Learning rate, sparsity weight and k of each step, and how many steps a run has."""
 
+import math
 from dataclasses import dataclass
 
-from sae_fast.config import TrainConfig
+from sae_fast.config import SAEConfig, TrainConfig
+
+# On a GPU every k is a graph of its own, so that there must not be many.
+_VALUES_PER_HALVING = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,46 @@ def make_sparsity_schedule(config: TrainConfig, total_steps: int) -> SparsitySch
     """The schedule of a run of `total_steps` optimiser steps."""
     warmup = config.sparsity_warmup_steps
     return SparsitySchedule(round(0.05 * total_steps) if warmup is None else warmup)
+
+
+@dataclass(frozen=True)
+class KSchedule:
+    """Linear fall of k from `start` to `final`, never below the line, in geometric stairs."""
+
+    start: int
+    final: int
+    fall_steps: int
+
+    def __call__(self, step: int) -> int:
+        """The k of step `step`, counted from 0."""
+        if step >= self.fall_steps:
+            return self.final
+        exact = self.start + (self.final - self.start) * step / self.fall_steps
+        stair = math.ceil(_VALUES_PER_HALVING * math.log2(exact / self.final))
+        return min(math.ceil(self.final * 2 ** (stair / _VALUES_PER_HALVING)), self.start)
+
+
+def make_k_schedule(config: TrainConfig, sae: SAEConfig, total_steps: int) -> KSchedule | None:
+    """The schedule of a run of `total_steps` optimiser steps, None where k stays what it is.
+
+    Raises:
+        ValueError: when the model's k cannot fall from there.
+    """
+    start, steps = config.k_anneal_start, config.k_anneal_steps
+    if start is None:
+        return None
+    if sae.k is None:
+        raise ValueError(f"k_anneal_start must be left out with arch {sae.arch}, got {start}")
+    if sae.activation == "groupmax":
+        raise ValueError(
+            f"k_anneal_start must be left out with activation groupmax, got {start}: "
+            "its latents belong to one of k groups"
+        )
+    if not sae.k < start <= sae.d_sae:
+        raise ValueError(
+            f"k_anneal_start must be above k = {sae.k} and at most d_sae = {sae.d_sae}, got {start}"
+        )
+    return KSchedule(start, sae.k, round(0.05 * total_steps) if steps is None else steps)
 
 
 def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:

@@ -80,6 +80,7 @@ class TrainingStep:
         rate: float | Tensor,
         k_aux: int | None = None,
         sparsity_weight: float | Tensor = 1.0,
+        k: int | None = None,
     ) -> None:
         """One optimiser step over the mean loss of the batches.
 
@@ -89,6 +90,7 @@ class TrainingStep:
                 CUDA graph of this step.
             k_aux: room for dead latents, see `SparseAutoencoder.training_loss`.
             sparsity_weight: likewise; as a 0-d tensor it may be changed later too.
+            k: likewise.
         """
         was_healthy = self._poison == self._poison
         share = 1 / len(batches)
@@ -101,6 +103,7 @@ class TrainingStep:
                 dense_grad=self.optimizer.dense_grad,
                 k_aux=k_aux,
                 sparsity_weight=sparsity_weight,
+                k=k,
             )
             loss.total.backward(weight)  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))

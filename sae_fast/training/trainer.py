@@ -41,7 +41,12 @@ from sae_fast.training.optimizer import make_optimizer
 from sae_fast.training.progress import Progress
 from sae_fast.training.random_state import seed_everything
 from sae_fast.training.run_directory import RunDirectory
-from sae_fast.training.schedule import count_steps, make_schedule, make_sparsity_schedule
+from sae_fast.training.schedule import (
+    count_steps,
+    make_k_schedule,
+    make_schedule,
+    make_sparsity_schedule,
+)
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.snapshot import (
     restore_snapshot,
@@ -100,6 +105,7 @@ class Trainer:
         )
         self.memory_plan.check()
         self.schedule = make_schedule(train_config, self.sae_config.d_sae, self.total_steps)
+        self.k_schedule = make_k_schedule(train_config, self.sae_config, self.total_steps)
         self.sparsity_schedule = make_sparsity_schedule(train_config, self.total_steps)
         self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
         self.step = 0
@@ -160,7 +166,8 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimiser step; on a GPU it has only been launched when this returns."""
-        self._launcher.launch(self.schedule(self.step), self.sparsity_schedule(self.step))
+        k = None if self.k_schedule is None else self.k_schedule(self.step)
+        self._launcher.launch(self.schedule(self.step), self.sparsity_schedule(self.step), k)
         self.step += 1
         self.tokens += self._tokens_per_step
         self._window.steps += 1
@@ -243,6 +250,8 @@ class Trainer:
             "time_per_step_ms": 1000 * window.seconds / window.steps,
             "reader_stall_fraction": window.stalled / seconds,
         }
+        if self.k_schedule is not None:
+            row["k"] = self.k_schedule(self.step - 1)
         if self.scaler.enabled:
             row["loss_scale"] = float(self.scaler.scale)
         if self.data.skipped_rows:
