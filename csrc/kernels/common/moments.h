@@ -1,8 +1,10 @@
 // Adam's moments in 16 and 8 bits, host and device. Between steps a moment is a code; in a step it
 // is a float32, which is rounded up or down at random when it becomes a code again, so that its
 // mean is right: a second moment moves by a thousandth of itself a step, less than any code can
-// show. The random bits are a hash of step, latent and column. Every back end computes the same
-// codes from the same floats: scales are powers of two, so nothing but the rounding rounds.
+// show. (600 steps on real activations, held-out FVU against that of float32 moments: 8 bits within
+// 0.3 %; rounded to nearest, where second moments stay too small, 4 to 5 % off.) The random bits
+// are a hash of step, latent and column. Every back end computes the same codes from the same
+// floats: scales are powers of two, so nothing but the rounding rounds.
 //
 // bfloat16: the upper half of the float.
 // 8 bits: kMomentBlock columns of a row share a scale. A code c stands for scale times
