@@ -1,20 +1,31 @@
 """Activations on disk and in memory: shard format, checks, and the streams that training reads."""
 
+from sae_fast.activations.columns import STARTS, Column
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
 from sae_fast.activations.heldout import HeldOut, open_heldout
 from sae_fast.activations.manifest import write_manifest
 from sae_fast.activations.normalization import estimate_normalization
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
-from sae_fast.activations.source import ActivationSource, Transform, measure_rows_per_second
+from sae_fast.activations.source import (
+    ActivationSource,
+    LabelledSource,
+    Rows,
+    Transform,
+    measure_rows_per_second,
+)
 from sae_fast.activations.stream import ActivationStream
 from sae_fast.activations.tensor_stream import TensorStream
 from sae_fast.activations.writer import ShardMetadata, ShardWriter, write_shard
 
 __all__ = [
+    "STARTS",
     "ActivationSource",
     "ActivationStream",
+    "Column",
     "HeldOut",
+    "LabelledSource",
+    "Rows",
     "ShardError",
     "ShardMetadata",
     "ShardSet",

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae_fast.activations.columns import STARTS, served
 from sae_fast.activations.shard import ShardFile
 from sae_fast.activations.shard_set import ShardSet, nonfinite_error
 from sae_fast.activations.shuffle import Block, Indices
-from sae_fast.activations.source import Transform
+from sae_fast.activations.source import Rows, Transform
 from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows
 
 OPEN_FILES = 64
 SLAB_ROWS = 256
+NO_COLUMNS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class BlockReader:
@@ -26,11 +29,12 @@ class BlockReader:
         self._shards = shards
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
 
-    def read(self, block: Block, out: Tensor) -> None:
+    def read(self, block: Block, out: Tensor, columns: Mapping[str, Tensor] = NO_COLUMNS) -> None:
         """Read the served rows of a block to the beginning of `out` [>= stop - start, D].
 
-        `out` must have the set's element type and room for the block's dropped rows too. Raises
-        ShardError if the file cannot be read or a row is not finite that was not dropped.
+        `out` must have the set's element type and room for the block's dropped rows too, as must
+        the `columns` that are read with it. Raises ShardError if the file cannot be read or a row
+        is not finite that was not dropped.
         """
         shard = self._shards.shards[block.shard]
         rows = out[: block.stop - block.start]
@@ -53,6 +57,22 @@ class BlockReader:
             keep = np.ones(len(rows), bool)
             keep[expected] = False
             rows[: block.kept] = rows[torch.from_numpy(keep)]
+        for name, column in columns.items():
+            numbers = self._starts(block) if name == STARTS else self._column(name, block)
+            if expected.size:
+                numbers = numbers[keep]
+            column[: block.kept] = torch.from_numpy(numbers)
+
+    def _column(self, name: str, block: Block) -> Array:
+        return served(self._file(block.shard).read_column(name, block.start, block.stop))
+
+    def _starts(self, block: Block) -> Array:
+        starts = self._shards.starts(block.shard)
+        assert starts is not None
+        first, last = np.searchsorted(starts, (block.start, block.stop))
+        begins = np.zeros(block.stop - block.start, bool)
+        begins[starts[first:last] - block.start] = True
+        return begins
 
     def _file(self, number: int) -> ShardFile:
         if number in self._open:
@@ -74,6 +94,10 @@ class Pool:
 
     def __init__(self, capacity: int, shards: ShardSet) -> None:
         self._memory = torch.empty(capacity, shards.d_in, dtype=shards.storage.torch_dtype)
+        self._columns = {
+            name: torch.empty(capacity, dtype=column.dtype)
+            for name, column in shards.columns.items()
+        }
         self._blocks: list[Block] = []
         self._blocks_read = 0
         self._order = torch.empty(0, dtype=torch.int64)
@@ -90,20 +114,29 @@ class Pool:
     def read_block(self, reader: BlockReader) -> None:
         """Read the next block."""
         block = self._blocks[self._blocks_read]
-        reader.read(block, self._memory[self.rows :])
+        columns = {name: column[self.rows :] for name, column in self._columns.items()}
+        reader.read(block, self._memory[self.rows :], columns)
         self.rows += block.kept
         self._blocks_read += 1
+
+    def starts(self) -> Indices | None:
+        """Which of the rows begin a sequence, as they were read; None: sequences may be cut."""
+        if STARTS not in self._columns:
+            return None
+        return self._columns[STARTS][: self.rows].nonzero().flatten().numpy()
 
     def shuffle(self, order: Indices) -> None:
         """Set the order in which `take` counts the rows."""
         self._order = torch.from_numpy(order)
 
-    def take(self, start: int, stop: int, out: Tensor, transform: Transform | None) -> None:
-        """Put the start-th to stop-th row of the shuffled order in `out` [stop - start, D]."""
+    def take(self, start: int, stop: int, out: Rows, transform: Transform | None) -> None:
+        """Put the start-th to stop-th row of the shuffled order in `out`, stop - start rows."""
+        for name, column in out.columns.items():
+            torch.index_select(self._columns[name], 0, self._order[start:stop], out=column)
         # Gathering rows as stored moves half the bytes that a widened pool would, and torch widens
         # float16 ten times faster than NumPy. In slabs the three passes stay in the cache.
         for rows, order in zip(
-            torch.split(out, SLAB_ROWS),
+            torch.split(out.x, SLAB_ROWS),
             torch.split(self._order[start:stop], SLAB_ROWS),
             strict=True,
         ):

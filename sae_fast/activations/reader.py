@@ -13,14 +13,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
-from torch import Tensor
 
+from sae_fast.activations.columns import STARTS
 from sae_fast.activations.pool import BlockReader, Pool
 from sae_fast.activations.shard_set import ShardSet
 from sae_fast.activations.shuffle import EpochPlan
-from sae_fast.activations.source import Transform
+from sae_fast.activations.source import Rows, Transform, empty_rows
 
 PREFETCHED_BATCHES = 4
 
@@ -48,11 +49,12 @@ class BatchReader:
         pin_memory: bool = False,
     ) -> None:
         self._shards = shards
+        self._columns = shards.columns
         self._plan = plan
         self._batch_size = batch_size
         self._transform = transform
         self._pin_memory = pin_memory
-        self._queue: queue.Queue[tuple[Tensor, Cursor] | BaseException] = queue.Queue(
+        self._queue: queue.Queue[tuple[Rows, Cursor] | BaseException] = queue.Queue(
             PREFETCHED_BATCHES
         )
         self._stopping = threading.Event()
@@ -67,7 +69,7 @@ class BatchReader:
         # default of threads that are yet to start.
         torch.set_num_threads(threads)
 
-    def get(self) -> tuple[Tensor, Cursor]:
+    def get(self) -> tuple[Rows, Cursor]:
         """Wait for the next batch; raises what stopped the reader."""
         item = self._queue.get()
         if isinstance(item, BaseException):
@@ -108,7 +110,7 @@ class BatchReader:
         finally:
             files.close()
 
-    def _hand_over(self, item: tuple[Tensor, Cursor] | BaseException) -> None:
+    def _hand_over(self, item: tuple[Rows, Cursor] | BaseException) -> None:
         while not self._stopping.is_set():
             try:
                 return self._queue.put(item, timeout=1)
@@ -116,7 +118,7 @@ class BatchReader:
                 continue
         raise _Stopped
 
-    def _batches(self, start: Cursor, files: BlockReader) -> Iterator[tuple[Tensor, Cursor]]:
+    def _batches(self, start: Cursor, files: BlockReader) -> Iterator[tuple[Rows, Cursor]]:
         """Cut the endless sequence of windows into batches."""
         batch, have, cursor = self._new_batch(), 0, start
         for pool, following, window in self._windows(start, files):
@@ -124,11 +126,14 @@ class BatchReader:
             while cursor.served < pool.rows:
                 count = min(self._batch_size - have, pool.rows - cursor.served)
                 end = cursor.served + count
-                pool.take(cursor.served, end, batch[have : have + count], self._transform)
+                place = slice(have, have + count)
+                pool.take(cursor.served, end, batch.map(itemgetter(place)), self._transform)
                 have += count
                 cursor = replace(cursor, served=end, tokens=cursor.tokens + count)
                 self._keep_up(following, end / pool.rows, files)
                 if have == self._batch_size:
+                    if STARTS in batch.columns:
+                        batch.columns[STARTS][0] = True  # the row before it is in another batch
                     yield batch, cursor
                     batch, have = self._new_batch(), 0
 
@@ -143,7 +148,7 @@ class BatchReader:
         pool.begin(windows[number])
         while True:
             self._keep_up(pool, 1.0, files)
-            pool.shuffle(plan.row_order(epoch, number, pool.rows))
+            pool.shuffle(plan.row_order(epoch, number, pool.rows, pool.starts()))
             number += 1
             if number == len(windows):
                 epoch, number = epoch + 1, 0
@@ -161,10 +166,10 @@ class BatchReader:
                 raise _Stopped
             pool.read_block(files)
 
-    def _new_batch(self) -> Tensor:
+    def _new_batch(self) -> Rows:
         # Page-locked, it can be copied to a GPU beside whatever else is going on.
         size = self._batch_size, self._shards.d_in
-        return torch.empty(size, pin_memory=self._pin_memory)
+        return empty_rows(*size, self._columns, pin_memory=self._pin_memory)
 
 
 class _Stopped(Exception):

@@ -84,7 +84,7 @@ class ShardFile:
     def read(self, start: int, stop: int, out: Array) -> None:
         """Read rows start..stop into `out` [stop - start, D] (C-contiguous, the stored type)."""
         tokens = self.shard.tokens
-        try:
+        with self._explained(start, stop):
             position = start
             while position < stop:
                 entry, first = divmod(position, tokens)
@@ -98,6 +98,49 @@ class ShardFile:
                     source = np.s_[entry : entry + 1, first:last]
                 self._read_selection(source, out[position - start : end - start])
                 position = end
+
+    def read_column(self, name: str, start: int, stop: int) -> Array:
+        """The numbers [stop - start] that a dataset of one number a row has for these rows."""
+        tokens = self.shard.tokens
+        with self._explained(start, stop):
+            dataset = self._column(name)
+            if dataset.ndim == 1:
+                return np.asarray(dataset[start:stop])
+            entry = start // tokens
+            numbers = np.asarray(dataset[entry : -(-stop // tokens)]).reshape(-1)
+            return numbers[start - entry * tokens : stop - entry * tokens]
+
+    def has(self, name: str) -> bool:
+        """Whether the file has anything of this name."""
+        return name in self._file
+
+    def contents(self) -> str:
+        """Names and shapes of its datasets, for errors."""
+        return _contents(self._file)
+
+    def _column(self, name: str) -> h5py.Dataset:
+        import h5py
+
+        dataset = self._file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            raise ShardError(
+                f"{self.shard.path}: no dataset {name!r}; it holds {_contents(self._file)}"
+            )
+        rows = self._dataset.shape[:-1]
+        if dataset.shape not in ((self.shard.rows,), rows):
+            raise ShardError(
+                f"{self.shard.path}: dataset {name!r} must have one number a row, "
+                f"shape {rows}, got shape {dataset.shape}"
+            )
+        return dataset
+
+    @contextmanager
+    def _explained(self, start: int, stop: int) -> Iterator[None]:
+        """Names the rows in whatever HDF5 raises while it reads them."""
+        try:
+            yield
+        except ShardError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:
             raise ShardError(
                 f"{self.shard.path}: rows {start} to {stop - 1} cannot be read: {one_line(error)}"
@@ -201,14 +244,8 @@ def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
 
     found = file.get(key)
     if not isinstance(found, h5py.Dataset):
-        there: list[str] = []
-        file.visititems(
-            lambda name, item: (
-                there.append(f"{name} {item.shape}") if isinstance(item, h5py.Dataset) else None
-            )
-        )
         raise ShardError(
-            f"{path}: no dataset {key!r}; it holds {', '.join(there) or 'no dataset at all'}"
+            f"{path}: no dataset {key!r}; it holds {_contents(file)}"
             " (name one with --activations-key)"
         )
     if found.ndim not in (2, 3):
@@ -216,6 +253,18 @@ def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
             f"{path}: dataset {key!r} must have 2 or 3 dimensions, its shape is {found.shape}"
         )
     return found
+
+
+def _contents(file: h5py.File) -> str:
+    import h5py
+
+    there: list[str] = []
+    file.visititems(
+        lambda name, item: (
+            there.append(f"{name} {item.shape}") if isinstance(item, h5py.Dataset) else None
+        )
+    )
+    return ", ".join(there) or "no dataset at all"
 
 
 def _storage(path: Path, key: str, dataset: h5py.Dataset, file: h5py.File) -> Storage:

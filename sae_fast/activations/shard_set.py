@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from sae_fast.activations.columns import Column, RowNumbers, ShardColumns, inspect_columns
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
 from sae_fast.activations.manifest import (
@@ -35,17 +35,17 @@ from sae_fast.activations.storage import FLOAT32, Storage, nonfinite_rows
 
 logger = logging.getLogger(__name__)
 
-RowNumbers = npt.NDArray[np.int64]
 Result = TypeVar("Result")
 NONE_DROPPED: RowNumbers = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards of one width in a fixed order, and the rows of each that are left out."""
+    """Shards of one width in a fixed order, the rows of each left out, the columns asked for."""
 
     shards: tuple[Shard, ...]
     dropped: tuple[RowNumbers, ...]  # per shard, ascending numbers of its NaN and Inf rows
+    shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty where nobody asked for columns
 
     @property
     def d_in(self) -> int:
@@ -72,15 +72,29 @@ class ShardSet:
         kinds = {shard.storage.name for shard in self.shards}
         return self.shards[0].storage if len(kinds) == 1 else FLOAT32
 
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns that are served beside the rows, STARTS among them, over all shards."""
+        joined: dict[str, Column] = {}
+        for part in self.shard_columns:
+            for name, column in part.columns.items():
+                joined[name] = joined[name].joined(column) if name in joined else column
+        return joined
+
+    def starts(self, number: int) -> RowNumbers | None:
+        """Ascending numbers of one shard's rows that begin a sequence, if these are to be whole."""
+        return self.shard_columns[number].starts if self.shard_columns else None
+
     def identities(self) -> list[tuple[str, str]]:
         """File name of each shard, and a digest of what a resumed run relies on.
 
         The first and last rows stand for the content, so that a shard captured again under the same
         name and size is noticed without reading all of it.
         """
+        digests = [part.digest for part in self.shard_columns] or [""] * len(self.shards)
         return [
-            (shard.path.name, _identity(shard, dropped))
-            for shard, dropped in zip(self.shards, self.dropped, strict=True)
+            (shard.path.name, _identity(shard, dropped, digest))
+            for shard, dropped, digest in zip(self.shards, self.dropped, digests, strict=True)
         ]
 
 
@@ -90,12 +104,16 @@ def open_shards(
     key: str = DEFAULT_KEY,
     verify: bool = True,
     skip_nonfinite: bool = False,
+    columns: Sequence[str] = (),
+    whole_sequences: bool = False,
 ) -> ShardSet:
     """Check the training shards of a directory, or the given files, and describe them.
 
     Always checked: each file opens, holds the dataset `key`, agrees with its attributes, with the
     others' width and with manifest.json. `verify` also reads all of it once: checksums, and that
     every row is finite. With `skip_nonfinite` rows that are not are dropped and counted instead.
+    `columns` names datasets of labels that are served beside the rows; `whole_sequences` asks for
+    the rows of a sequence together, see columns.py. Both are read once here and checked.
     Raises ShardError, one line naming the file, for the first shard at fault.
     """
     paths = find_shards(shard_dir)[0] if isinstance(shard_dir, str | Path) else list(shard_dir)
@@ -116,7 +134,10 @@ def open_shards(
         _for_each(shards, lambda shard: _verify_checksum(shard, manifests[shard.path.parent]))
     if verify or skip_nonfinite:
         dropped = tuple(_for_each(shards, lambda shard: _find_nonfinite(shard, skip_nonfinite)))
-    result = ShardSet(shards, dropped)
+    found: tuple[ShardColumns, ...] = ()
+    if columns or whole_sequences:
+        found = _find_columns(shards, dropped, columns, whole_sequences)
+    result = ShardSet(shards, dropped, found)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
@@ -182,6 +203,34 @@ def _find_nonfinite(shard: Shard, skip: bool) -> RowNumbers:
     return np.concatenate(found) if found else NONE_DROPPED
 
 
+def _find_columns(
+    shards: tuple[Shard, ...],
+    dropped: tuple[RowNumbers, ...],
+    names: Sequence[str],
+    whole_sequences: bool,
+) -> tuple[ShardColumns, ...]:
+    """The columns of every shard, of one kind in all; raises where no sequence has two rows."""
+    left_out = dict(zip(shards, dropped, strict=True))
+    found = _for_each(
+        shards, lambda shard: inspect_columns(shard, left_out[shard], names, whole_sequences)
+    )
+    for shard, part in zip(shards[1:], found[1:], strict=True):
+        for name, column in part.columns.items():
+            if column.dtype != (first := found[0].columns[name].dtype):
+                raise ShardError(
+                    f"{shard.path}: {name} is read as {column.dtype}, "
+                    f"in {shards[0].path} as {first}"
+                )
+    if whole_sequences:
+        sequences = sum(len(part.starts) for part in found if part.starts is not None)
+        if sequences == sum(shard.rows for shard in shards) - sum(map(len, dropped)):
+            raise ShardError(
+                f"{shards[0].path}: no row goes on from the row before it, in it or in the other "
+                "shards: doc_id or position says that every row is a sequence of its own"
+            )
+    return tuple(found)
+
+
 def _for_each(shards: Sequence[Shard], check: Callable[[Shard], Result]) -> list[Result]:
     """Run a check on all shards in parallel; the first shard at fault, in order, raises."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -193,9 +242,10 @@ def _for_each(shards: Sequence[Shard], check: Callable[[Shard], Result]) -> list
             raise
 
 
-def _identity(shard: Shard, dropped: RowNumbers) -> str:
+def _identity(shard: Shard, dropped: RowNumbers, columns: str) -> str:
     described = (shard.key, shard.rows, shard.d_in, shard.storage.name, shard.chunk_rows)
     digest = hashlib.sha256(repr((described, shard.checksum)).encode())
+    digest.update(columns.encode())
     digest.update(np.ascontiguousarray(dropped, "<i8").tobytes())
     row = np.empty((1, shard.d_in), shard.storage.numpy_dtype)
     with ShardFile(shard) as file:

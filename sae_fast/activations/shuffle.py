@@ -9,6 +9,7 @@ window, rows served of it), and a checkpoint need hold neither the pool's rows n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -91,9 +92,21 @@ class EpochPlan:
         cuts = np.flatnonzero(np.diff(window_of)) + 1
         return [[self.blocks[i] for i in part] for part in np.split(order, cuts)]
 
-    def row_order(self, epoch: int, window: int, rows: int) -> Indices:
-        """Order in which the rows of a window are served."""
-        return random_order(rows, self.seed, epoch, window + 1)
+    def row_order(
+        self, epoch: int, window: int, rows: int, starts: Indices | None = None
+    ) -> Indices:
+        """Order in which the rows of a window are served, whole sequences where it has `starts`."""
+        return shuffled_rows(rows, starts, self.seed, epoch, window + 1)
+
+
+def shuffled_rows(rows: int, starts: Indices | None, *entropy: int) -> Indices:
+    """A permutation of the rows or, where these begin sequences, of the sequences."""
+    if starts is None:
+        return random_order(rows, *entropy)
+    order = random_order(len(starts), *entropy)
+    lengths = np.diff(starts, append=rows)[order]
+    first = starts[order] - (np.cumsum(lengths) - lengths)
+    return np.repeat(first, lengths) + np.arange(rows)
 
 
 def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
@@ -106,11 +119,17 @@ def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
 
 
 def split_shard(shards: ShardSet, number: int, step: int) -> list[Block]:
-    """The blocks of one shard that serve a row, `step` rows each but the last."""
+    """The blocks of one shard that serve a row, `step` rows each but the last.
+
+    Where sequences are to be whole, a block ends with the one that it ends in.
+    """
     blocks = []
     dropped, rows = shards.dropped[number], shards.shards[number].rows
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    edges = np.arange(0, rows, step)
+    if (starts := shards.starts(number)) is not None:
+        following = np.unique(np.searchsorted(starts, edges))
+        edges = starts[following[following < len(starts)]]
+    for start, stop in pairwise([*edges.tolist(), rows]):
         first, last = np.searchsorted(dropped, (start, stop))
         kept = stop - start - int(last - first)
         if kept:

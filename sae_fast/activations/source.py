@@ -8,9 +8,13 @@ to stop is the caller's business.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from sae_fast.activations.columns import Column
 
 
 class Transform(NamedTuple):
@@ -18,6 +22,34 @@ class Transform(NamedTuple):
 
     mean: Tensor  # [D]
     scale: float
+
+
+class Rows(NamedTuple):
+    """A batch with what is known of each of its rows."""
+
+    x: Tensor  # [N, D] float32
+    columns: dict[str, Tensor]  # each [N], by name
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """The same with every tensor changed."""
+        return Rows(change(self.x), {name: change(column) for name, column in self.columns.items()})
+
+
+def empty_rows(
+    count: int,
+    d_in: int,
+    columns: Mapping[str, Column],
+    device: torch.device | None = None,
+    pin_memory: bool = False,
+) -> Rows:
+    """Room for a batch."""
+    return Rows(
+        torch.empty(count, d_in, device=device, pin_memory=pin_memory),
+        {
+            name: torch.empty(count, dtype=column.dtype, device=device, pin_memory=pin_memory)
+            for name, column in columns.items()
+        },
+    )
 
 
 class ActivationSource(Protocol):
@@ -54,6 +86,17 @@ class ActivationSource(Protocol):
 
     def close(self) -> None:
         """Release files and threads; the source cannot be used afterwards."""
+
+
+class LabelledSource(ActivationSource, Protocol):
+    """A source that has columns to go with its rows; both streams of this package are."""
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """What is known of each column."""
+
+    def next_rows(self) -> Rows:
+        """Return what `next_batch` would, with the columns."""
 
 
 def measure_rows_per_second(source: ActivationSource, rows: int) -> float:

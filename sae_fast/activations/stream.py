@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast.activations.columns import STARTS, Column
 from sae_fast.activations.reader import PREFETCHED_BATCHES, BatchReader, Cursor
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
-from sae_fast.activations.source import Transform
+from sae_fast.activations.source import Rows, Transform
 
 STATE_VERSION = 1
 
@@ -29,6 +30,12 @@ class ActivationStream:
     thread reads, widens to float32 and applies `transform`; it starts with the first `next_batch`,
     or with `start`. The order depends on the shards, `seed` and `pool_rows`, on nothing else.
     `device` is what the batches are for: for a GPU they come in page-locked memory.
+
+    With `columns`, datasets of the shards with a number for each row, `next_rows` serves these too.
+    With `whole_sequences` the rows of a sequence come together and in order, and sequences are what
+    is shuffled; a batch border may fall within one, so that the two rows beside it are neighbours
+    in no batch. The column STARTS says where one begins. An opened `ShardSet` has the columns and
+    sequences that it was opened with.
     """
 
     def __init__(
@@ -43,12 +50,25 @@ class ActivationStream:
         verify: bool = True,
         transform: Transform | None = None,
         device: torch.device | None = None,
+        columns: Sequence[str] = (),
+        whole_sequences: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if not isinstance(shards, ShardSet):
-            shards = open_shards(shards, key=key, verify=verify, skip_nonfinite=skip_nonfinite)
+            shards = open_shards(
+                shards,
+                key=key,
+                verify=verify,
+                skip_nonfinite=skip_nonfinite,
+                columns=columns,
+                whole_sequences=whole_sequences,
+            )
         self.shards = shards
+        self._columns = shards.columns
+        for name in (*columns, *([STARTS] if whole_sequences else [])):
+            if name not in self._columns:
+                raise ValueError(f"{name}: the shards were opened without this column")
         self.batch_size = batch_size
         self.seed = seed
         self.pool_rows = default_pool_rows(shards) if pool_rows is None else pool_rows
@@ -73,6 +93,11 @@ class ActivationStream:
     def rows_per_epoch(self) -> int:
         """Rows in one pass over the shards, without those dropped as non-finite."""
         return self.shards.rows
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What is known of each column that `next_rows` serves."""
+        return self._columns
 
     @property
     def nonfinite_rows(self) -> int:
@@ -107,8 +132,10 @@ class ActivationStream:
     def memory_bytes(self) -> int:
         """Memory of the pools and of the batches that are kept ready."""
         pools = 1 if self._plan.n_windows == 1 else 2
-        rows = pools * self._plan.capacity * self.shards.storage.itemsize
-        return self.d_in * (rows + (PREFETCHED_BATCHES + 2) * self.batch_size * 4)
+        pooled, batched = pools * self._plan.capacity, (PREFETCHED_BATCHES + 2) * self.batch_size
+        beside = sum(column.dtype.itemsize for column in self._columns.values())
+        row = pooled * self.shards.storage.itemsize + batched * 4
+        return self.d_in * row + beside * (pooled + batched)
 
     def start(self) -> None:
         """Begin to read, so that the first batch is ready, or nearly, when it is asked for."""
@@ -129,6 +156,10 @@ class ActivationStream:
 
     def next_batch(self) -> Tensor:
         """Return the next rows [N, D] float32; raises ShardError if a shard cannot be read."""
+        return self.next_rows().x
+
+    def next_rows(self) -> Rows:
+        """Return the next rows with their columns; raises as `next_batch` does."""
         self.start()
         assert self._reader is not None
         if self._reader.ready:
@@ -155,6 +186,7 @@ class ActivationStream:
             "version": STATE_VERSION,
             "seed": self.seed,
             "pool_rows": self.pool_rows,
+            "whole_sequences": STARTS in self._columns,
             "cursor": asdict(self._cursor),
             "shards": self._listed,
         }
@@ -164,7 +196,9 @@ class ActivationStream:
 
         Raises ValueError, naming it, if a shard, the seed or the pool size is not what it was.
         """
-        check_state(state, STATE_VERSION, seed=self.seed, pool_rows=self.pool_rows)
+        whole = STARTS in self._columns
+        expected = {"seed": self.seed, "pool_rows": self.pool_rows, "whole_sequences": whole}
+        check_state(state, STATE_VERSION, **expected)
         if self._identities is None:
             self._identities = self.shards.identities()
         _check_same_shards([(name, digest) for name, digest in state["shards"]], self._identities)
@@ -203,6 +237,7 @@ def check_state(state: dict[str, Any], version: int, **expected: int) -> None:
     """Raise ValueError unless a saved position has this version and these settings."""
     if state.get("version") != version:
         raise ValueError(f"data position has version {state.get('version')}, expected {version}")
+    state = {"whole_sequences": False, **state}  # not in positions that are older than the option
     for name, value in expected.items():
         if state.get(name) != value:
             raise ValueError(f"{name} is {value}, but the checkpoint was made with {state[name]}")

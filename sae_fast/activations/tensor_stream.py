@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_fast.activations.shuffle import random_order
-from sae_fast.activations.source import Transform
-from sae_fast.activations.storage import as_numpy, nonfinite_rows, storage_of
+from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
+from sae_fast.activations.shuffle import shuffled_rows
+from sae_fast.activations.source import Rows, Transform, empty_rows
+from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.stream import check_state, checked_transform
 
 STATE_VERSION = 1
@@ -27,6 +29,10 @@ class TensorStream:
     must not be changed. `device` is what the batches are for: from a tensor on that GPU they are
     made there, from another in memory that a GPU can be copied to from. Raises ValueError for a row
     that is not finite, unless `skip_nonfinite`.
+
+    `columns` are labels, one number a row, that `next_rows` serves with the rows. With
+    `whole_sequences` the sequences are shuffled, not the rows: those of a 3-D tensor, or what
+    `columns` "doc_id" and "position" say, see columns.py.
     """
 
     def __init__(
@@ -38,15 +44,21 @@ class TensorStream:
         skip_nonfinite: bool = False,
         transform: Transform | None = None,
         device: torch.device = CPU,
+        columns: Mapping[str, Tensor] | None = None,
+        whole_sequences: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         place = device if activations.device == device else CPU
-        self._rows = checked_rows(activations, skip_nonfinite, place)
+        self._rows, dropped = finite_rows(activations, skip_nonfinite, place)
+        tokens = activations.shape[1] if activations.ndim == 3 else 1
+        beside = tensor_columns(columns or {}, len(self._rows), tokens, dropped, whole_sequences)
+        self._column_info, self._starts = beside.info, beside.starts
+        self._columns = {name: column.to(place) for name, column in beside.tensors.items()}
         self._pin_memory = device.type == "cuda" and place == CPU
-        self.nonfinite_rows = activations.numel() // self._rows.shape[1] - len(self._rows)
+        self.nonfinite_rows = len(dropped)
         self.batch_size = batch_size
         self.seed = seed
         self._transform = checked_transform(transform, self.d_in)
@@ -62,6 +74,11 @@ class TensorStream:
     def d_in(self) -> int:
         """Width of a row."""
         return self._rows.shape[1]
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """What is known of each column that `next_rows` serves."""
+        return self._column_info
 
     @property
     def rows_per_epoch(self) -> int:
@@ -90,23 +107,31 @@ class TensorStream:
 
     def next_batch(self) -> Tensor:
         """Return the next rows [N, D] float32."""
+        return self.next_rows().x
+
+    def next_rows(self) -> Rows:
+        """Return the next rows with their columns."""
         begin = time.perf_counter()
-        size = self.batch_size, self.d_in
-        batch = torch.empty(size, device=self._rows.device, pin_memory=self._pin_memory)
-        have = 0
+        size, device = (self.batch_size, self.d_in), self._rows.device
+        batch, have = empty_rows(*size, self._column_info, device, self._pin_memory), 0
         while have < self.batch_size:
             epoch, served = divmod(self._tokens, self.rows_per_epoch)
             if epoch != self._order_epoch:
-                order = random_order(self.rows_per_epoch, self.seed, epoch, 1)
+                order = shuffled_rows(self.rows_per_epoch, self._starts, self.seed, epoch, 1)
                 self._order = torch.from_numpy(order).to(self._rows.device)
                 self._order_epoch = epoch
             count = min(self.batch_size - have, self.rows_per_epoch - served)
             chosen = self._order[served : served + count]
-            batch[have : have + count] = torch.index_select(self._rows, 0, chosen)
+            place = slice(have, have + count)
+            batch.x[place] = torch.index_select(self._rows, 0, chosen)
+            for name, column in batch.columns.items():
+                column[place] = torch.index_select(self._columns[name], 0, chosen)
             have += count
             self._tokens += count
         if self._transform is not None:
-            batch.sub_(self._transform.mean).mul_(self._transform.scale)
+            batch.x.sub_(self._transform.mean).mul_(self._transform.scale)
+        if STARTS in batch.columns:
+            batch.columns[STARTS][0] = True  # the row before it is in another batch
         self._stall_seconds += time.perf_counter() - begin
         return batch
 
@@ -115,13 +140,15 @@ class TensorStream:
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
+            "whole_sequences": self._starts is not None,
             "tokens": self._tokens,
             "content": self._content(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError if the tensor or the seed is another."""
-        check_state(state, STATE_VERSION, seed=self.seed)
+        whole = self._starts is not None
+        check_state(state, STATE_VERSION, seed=self.seed, whole_sequences=whole)
         if state.get("content") != self._content():
             raise ValueError("the activations are not those of the checkpoint")
         self._tokens = int(state["tokens"])
@@ -130,17 +157,27 @@ class TensorStream:
         """Nothing to release; here because streams from shards have it."""
 
     def _content(self) -> str:
-        """Digest of shape, type and evenly spaced rows."""
+        """Digest of shape, type and evenly spaced rows, and of the columns."""
         if self._digest is None:
             rows = self._rows[:: max(1, len(self._rows) // SAMPLED_ROWS)].contiguous()
             digest = hashlib.sha256(repr((tuple(self._rows.shape), rows.dtype)).encode())
             digest.update(rows.cpu().view(torch.uint8).numpy().data)
+            for name, column in self._columns.items():
+                digest.update(name.encode())
+                digest.update(column.cpu().numpy().data)
             self._digest = digest.hexdigest()[:16]
         return self._digest
 
 
 def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device = CPU) -> Tensor:
     """Rows [n, D] of a tensor on the device, contiguous and finite."""
+    return finite_rows(activations, skip_nonfinite, device)[0]
+
+
+def finite_rows(
+    activations: Tensor, skip_nonfinite: bool, device: torch.device
+) -> tuple[Tensor, RowNumbers]:
+    """Rows [n, D] of a tensor on the device, and ascending numbers of those left out."""
     if activations.ndim not in (2, 3) or activations.numel() == 0:
         raise ValueError(
             "activations must be [n, D] or [sequences, tokens, D] and not empty, "
@@ -149,17 +186,22 @@ def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device
     storage = storage_of(activations.dtype)
     rows = activations.detach().to(device, storage.torch_dtype)
     rows = rows.reshape(-1, rows.shape[-1]).contiguous()
-    if rows.is_cuda:
-        parts = [~torch.isfinite(part).all(dim=1) for part in torch.split(rows, CHECKED_ROWS)]
-        bad = torch.cat(parts).nonzero().flatten()
-    else:
-        bad = torch.from_numpy(nonfinite_rows(as_numpy(rows, storage), storage))
-    if bad.numel() == 0:
-        return rows
+    bad = _nonfinite(rows, storage)
+    if bad.size == 0:
+        return rows, bad
     if not skip_nonfinite:
         raise ValueError(f"activations: row {int(bad[0])} holds NaN or Inf")
     keep = torch.ones(len(rows), dtype=torch.bool, device=device)
-    keep[bad] = False
+    keep[torch.from_numpy(bad).to(device)] = False
     if not keep.any():
         raise ValueError("activations: no row is finite")
-    return rows[keep]
+    return rows[keep], bad
+
+
+def _nonfinite(rows: Tensor, storage: Storage) -> RowNumbers:
+    """Ascending numbers of the rows that hold a NaN or an infinity."""
+    if not rows.is_cuda:
+        return nonfinite_rows(as_numpy(rows, storage), storage)
+    parts = [~torch.isfinite(part).all(dim=1) for part in torch.split(rows, CHECKED_ROWS)]
+    found: RowNumbers = torch.cat(parts).nonzero().flatten().cpu().numpy()
+    return found

@@ -1,0 +1,214 @@
+"""Columns: what a shard holds for each row beside its activations, and where its sequences begin.
+
+A column has one number a row, in a dataset as long as the rows: labels, whole or real. A label of
+-1 says that the token has none. A sequence is a run of rows with one `doc_id` and consecutive
+`position`, as far as there are these datasets, and never goes on from one entry of a 3-D dataset
+of activations to the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sae_fast.activations.errors import ShardError
+from sae_fast.activations.shard import Shard, ShardFile
+from sae_fast.activations.storage import Array
+
+RowNumbers = npt.NDArray[np.int64]
+
+# Name of the column that whole sequences bring with them: which rows do not go on from the row
+# before them in the batch, [N] bool. The first row of a batch never does.
+STARTS = "starts"
+SEQUENCE_COLUMNS = ("doc_id", "position")
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is known of a column without its numbers.
+
+    Attributes:
+        name: of its dataset.
+        dtype: in which it is served: int64, float32 or, of STARTS, bool.
+        minimum: the smallest number.
+        maximum: the largest number.
+        place: where the largest number stands, for errors.
+    """
+
+    name: str
+    dtype: torch.dtype
+    minimum: float
+    maximum: float
+    place: str
+
+    def joined(self, other: Column) -> Column:
+        """What is known of both parts of one column together."""
+        larger = self if self.maximum >= other.maximum else other
+        return replace(larger, minimum=min(self.minimum, other.minimum))
+
+
+@dataclass(frozen=True)
+class ShardColumns:
+    """The columns of one shard.
+
+    Attributes:
+        columns: those asked for, by name.
+        starts: ascending numbers of the rows that begin a sequence; None: nobody asked.
+        digest: of all that, for the identity of the shard.
+    """
+
+    columns: dict[str, Column]
+    starts: RowNumbers | None
+    digest: str
+
+
+STARTS_COLUMN = Column(STARTS, torch.bool, 0, 1, "")
+
+
+def inspect_columns(
+    shard: Shard,
+    dropped: RowNumbers,  # rows that are left out: no sequence goes on over one
+    names: Sequence[str],
+    whole_sequences: bool,
+) -> ShardColumns:
+    """Read the columns of a shard once; raises ShardError, naming shard and column."""
+    _refuse_reserved(names)
+    digest = hashlib.sha256()
+    columns, starts = {}, None
+    with ShardFile(shard) as file:
+        for name in names:
+            numbers = file.read_column(name, 0, shard.rows)
+            try:
+                columns[name] = described(name, numbers, str(shard.path))
+            except ValueError as error:
+                raise ShardError(f"{shard.path}: {error}") from None
+            digest.update(repr((name, numbers.dtype.str)).encode())
+            digest.update(np.ascontiguousarray(numbers).data)
+        if whole_sequences:
+            starts = _shard_starts(file, dropped)
+            columns[STARTS] = STARTS_COLUMN
+            digest.update(np.ascontiguousarray(starts, "<i8").data)
+    return ShardColumns(columns, starts, digest.hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class TensorColumns:
+    """The columns of a tensor of activations, those of dropped rows left out."""
+
+    info: dict[str, Column]
+    tensors: dict[str, Tensor]  # each [rows]
+    starts: RowNumbers | None
+
+
+def tensor_columns(
+    columns: Mapping[str, Tensor],
+    kept: int,  # rows that are served
+    tokens: int,  # rows of one entry of a 3-D tensor, 1 for a 2-D one
+    dropped: RowNumbers,
+    whole_sequences: bool,
+) -> TensorColumns:
+    """Check columns that are tensors; raises ValueError naming the column at fault."""
+    _refuse_reserved(columns)
+    rows = kept + len(dropped)
+    keep = np.ones(rows, bool)
+    keep[dropped] = False
+    numbers, info = {}, {}
+    for name, column in columns.items():
+        if column.numel() != rows:
+            raise ValueError(
+                f"columns: {name} must have {rows} numbers, one a row, "
+                f"got shape {tuple(column.shape)}"
+            )
+        flat = column.detach().flatten().cpu()
+        numbers[name] = (flat.float() if flat.is_floating_point() else flat).numpy()
+        info[name] = described(name, numbers[name], "columns")
+    tensors = {name: torch.from_numpy(served(array)[keep]) for name, array in numbers.items()}
+    if not whole_sequences:
+        return TensorColumns(info, tensors, None)
+    starts = sequence_starts(rows, tokens, *map(numbers.get, SEQUENCE_COLUMNS))
+    begins = np.zeros(rows, bool)
+    begins[without_dropped(starts, dropped, rows)] = True
+    tensors[STARTS] = torch.from_numpy(begins[keep])
+    if begins.sum() == kept:
+        raise ValueError("no row goes on from the row before it: every one is its own sequence")
+    return TensorColumns({**info, STARTS: STARTS_COLUMN}, tensors, np.flatnonzero(begins[keep]))
+
+
+def described(name: str, numbers: Array, place: str) -> Column:
+    """A column by its numbers [n]; raises ValueError for those that are no labels."""
+    if numbers.dtype.kind in "biu":
+        least, most = int(numbers.min()), int(numbers.max())
+        if least < NO_LABEL:
+            row = int(np.argmax(numbers < NO_LABEL))
+            raise ValueError(
+                f"{name}: row {row} holds {int(numbers[row])}; "
+                "a label is at least 0, or -1 where a token has none"
+            )
+        return Column(name, torch.int64, least, most, place)
+    if numbers.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told
+            finite = np.isfinite(numbers.astype(np.float32))
+        if not finite.all():
+            row = int(np.argmin(finite))
+            raise ValueError(f"{name}: row {row} holds {numbers[row]}, labels must be finite")
+        return Column(name, torch.float32, float(numbers.min()), float(numbers.max()), place)
+    raise ValueError(f"{name} holds {numbers.dtype}; whole or real numbers are needed")
+
+
+def served(numbers: Array) -> Array:
+    """The numbers of a column as they are served: int64 or float32."""
+    return numbers.astype(np.int64 if numbers.dtype.kind in "biu" else np.float32)
+
+
+def sequence_starts(
+    rows: int,
+    tokens: int,  # rows of one entry of a 3-D dataset; 1: there are no such entries
+    doc_id: Array | None,  # [rows]
+    position: Array | None,  # [rows]
+) -> RowNumbers:
+    """Ascending numbers of the rows that begin a sequence.
+
+    Raises ValueError, naming what is missing, where nothing says what a sequence is.
+    """
+    if tokens == 1 and doc_id is None and position is None:
+        raise ValueError(
+            "nothing tells which rows are one sequence: "
+            "there is no doc_id, no position, and the activations are not 3-D"
+        )
+    begins = np.zeros(rows, bool)
+    begins[:: tokens if tokens > 1 else rows] = True
+    if doc_id is not None:
+        begins[1:] |= doc_id[1:] != doc_id[:-1]
+    if position is not None:
+        begins[1:] |= np.diff(position.astype(np.int64)) != 1
+    return np.flatnonzero(begins)
+
+
+def without_dropped(starts: RowNumbers, dropped: RowNumbers, rows: int) -> RowNumbers:
+    """The starts where some rows are left out: what follows such a row begins a sequence."""
+    if not dropped.size:
+        return starts
+    after = dropped[dropped < rows - 1] + 1
+    return np.setdiff1d(np.union1d(starts, after), dropped)
+
+
+def _refuse_reserved(names: Iterable[str]) -> None:
+    if STARTS in names:
+        raise ValueError(f"columns: {STARTS!r} is the name of what whole_sequences gives")
+
+
+def _shard_starts(file: ShardFile, dropped: RowNumbers) -> RowNumbers:
+    rows, tokens = file.shard.rows, file.shard.tokens
+    columns = {name: file.read_column(name, 0, rows) for name in SEQUENCE_COLUMNS if file.has(name)}
+    try:
+        starts = sequence_starts(rows, tokens, columns.get("doc_id"), columns.get("position"))
+    except ValueError as error:
+        raise ShardError(f"{file.shard.path}: {error}; it holds {file.contents()}") from None
+    return without_dropped(starts, dropped, rows)
