@@ -1,4 +1,4 @@
-// decorrelation, compiled for the host, its matrix products done in float32 as tensor cores do:
+// decorrelation, compiled for the host, its matrix products done as tensor cores do:
 // against all pairs in double.
 #include "kernels/cuda/decorrelation.cu"
 
@@ -6,21 +6,6 @@
 
 namespace sae_fast::testing {
 namespace {
-
-// [m, n] = a [m, k] (or its transpose) times b [k, n], with rows of the given strides.
-std::vector<float> product(const __half* a, int64_t a_row, int64_t a_column, const __half* b,
-                           int64_t b_row, int64_t m, int64_t k, int64_t n) {
-  std::vector<float> result(static_cast<size_t>(m * n));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t l = 0; l < k; ++l) {
-      const float factor = __half2float(a[i * a_row + l * a_column]);
-      for (int64_t j = 0; j < n; ++j) {
-        result[static_cast<size_t>(i * n + j)] += factor * __half2float(b[l * b_row + j]);
-      }
-    }
-  }
-  return result;
-}
 
 struct Problem {
   explicit Problem(Random& random)
@@ -58,17 +43,21 @@ Result decorrelation(const Problem& p) {
                                      scratch.data(), nullptr),
                 "column_squares");
   const int64_t half = (p.rows + 1) / 2;
-  auto gram = product(halves.data(), 1, 2 * D, halves.data(), 2 * D, D, half, 2 * D);
-  const auto rest = product(halves.data() + half * 2 * D, 1, 2 * D, halves.data() + half * 2 * D,
-                            2 * D, D, p.rows - half, 2 * D);
+  const auto chunk = [&](int64_t first, int64_t rows) {
+    const __half* const from = halves.data() + first * 2 * D;
+    return half_product({from, 1, 2 * D}, {from, 2 * D, 1}, D, rows, 2 * D);
+  };
+  auto gram = chunk(0, half);
+  const auto rest = chunk(half, p.rows - half);
   check_success(cuda::add_product(gram.data(), rest.data(), D * 2 * D, nullptr), "add_product");
   auto gram_halves = stale(2 * D * D, __half{});
   Result result{777.0f, stale(p.rows * D, 777.0f)};
   check_success(cuda::split_gram(gram.data(), {squares.data(), fourth_powers.data(), p.rows}, D,
                                  gram_halves.data(), &result.loss, scratch.data(), nullptr),
                 "split_gram");
-  const auto high = product(halves.data(), 2 * D, 1, gram_halves.data() + D * D, D, p.rows, D, D);
-  const auto mixed = product(halves.data(), 2 * D, 1, gram_halves.data(), D, p.rows, 2 * D, D);
+  const HalfMatrix rows{halves.data(), 2 * D, 1};
+  const auto high = half_product(rows, {gram_halves.data() + D * D, D, 1}, p.rows, D, D);
+  const auto mixed = half_product(rows, {gram_halves.data(), D, 1}, p.rows, 2 * D, D);
   check_success(cuda::decorrelation_gradient(p.W.data(), norms.data(), high.data(), mixed.data(),
                                              p.rows, D, p.rows, result.grad.data(), nullptr),
                 "decorrelation_gradient");

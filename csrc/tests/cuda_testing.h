@@ -1,6 +1,8 @@
 // What the tests of the emulated CUDA kernels share.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "kernels/cuda/types.h"
 #include "tests/testing.h"
 
@@ -71,6 +73,40 @@ class TestScratch {
   };
   std::vector<Block> memory_;
 };
+
+// [m, n] = a [m, k] b [k, n] of float16 with the given strides, as tensor cores do it: 16 products
+// at a time are added to a float, which is cut off instead of rounded.
+struct HalfMatrix {
+  const __half* data;
+  int64_t row, column;
+};
+inline float cut_off(double exact) {
+  const auto rounded = static_cast<float>(exact);
+  const bool farther = std::fabs(static_cast<double>(rounded)) > std::fabs(exact);
+  return farther ? std::nextafter(rounded, 0.0f) : rounded;
+}
+inline std::vector<float> half_product(HalfMatrix a, HalfMatrix b, int64_t m, int64_t k,
+                                       int64_t n) {
+  constexpr int64_t kProducts = 16;
+  std::vector<float> result(static_cast<size_t>(m * n));
+  std::vector<double> sums(static_cast<size_t>(n));
+  for (int64_t i = 0; i < m; ++i) {
+    float* const row = result.data() + i * n;
+    for (int64_t l = 0; l < k; ++l) {
+      const auto factor = static_cast<double>(__half2float(a.data[i * a.row + l * a.column]));
+      for (int64_t j = 0; j < n; ++j) {
+        const __half other = b.data[l * b.row + j * b.column];
+        sums[static_cast<size_t>(j)] += factor * static_cast<double>(__half2float(other));
+      }
+      if ((l + 1) % kProducts != 0 && l + 1 != k) continue;
+      for (int64_t j = 0; j < n; ++j) {
+        row[j] = cut_off(static_cast<double>(row[j]) + sums[static_cast<size_t>(j)]);
+        sums[static_cast<size_t>(j)] = 0.0;
+      }
+    }
+  }
+  return result;
+}
 
 // Each defined in a file of its name.
 void test_cuda_batch(uint64_t seed);

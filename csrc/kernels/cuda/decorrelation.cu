@@ -3,9 +3,7 @@
 #include <cmath>
 
 #include "kernels/common/row_norm.h"
-#include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/reduce.cuh"
-#include "kernels/cuda/vector.cuh"
+#include "kernels/cuda/gram.cuh"
 
 namespace sae_fast::cuda {
 namespace {
@@ -15,22 +13,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kSumThreads = 1024;
 constexpr int kWidth4 = 4;            // columns a thread, where they are aligned
 constexpr int64_t kSquareRows = 256;  // rows that one thread sums a column of
-constexpr int kTile = 32;
-constexpr int kTileRows = kThreads / kTile;  // of a tile, that a block reads at once
-
-// Unit rows have elements up to 1, and float16 reaches 65504: the small ones stay normal numbers.
-constexpr float kUnitScale = 0x1p15f;
-constexpr float kLowScale = 0x1p11f;
-
-struct Halves {
-  __half high, low;
-};
-
-// x = high + low / kLowScale to 2^-23, for |x| up to 2^15.
-__device__ inline Halves split(float x) {
-  const __half high = round_to<__half>(x);
-  return {high, round_to<__half>((x - to_float(high)) * kLowScale)};
-}
 
 // ---- kernels
 
@@ -111,55 +93,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One thread a number.
-__global__ void __launch_bounds__(kThreads)
-    add_kernel(float* __restrict__ total, const float* __restrict__ part, int64_t count) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (; i < count; i += stride) total[i] += part[i];
-}
+// Takes S as halves, less mean_square on its diagonal.
+struct HalvesOfGram {
+  const double* squares;  // [D]
+  double mean_square;
+  float scale;
+  int64_t d_in;
+  __half* halves;  // [2D, D]
 
-// One block a tile of S. The element of B across the diagonal comes through shared memory, so that
-// it too is read along rows.
-__global__ void __launch_bounds__(kThreads)
-    gram_kernel(const float* __restrict__ product, const double* __restrict__ squares, int64_t d_in,
-                int64_t tiles_across, double mean_square, float scale, __half* __restrict__ halves,
-                double* __restrict__ tile_squares) {
-  __shared__ float across[kTile][kTile + 1];
-  __shared__ double partial[kWarps];
-  constexpr double kUnscale = 1.0 / (static_cast<double>(kUnitScale) * kUnitScale);
-  const int x = static_cast<int>(threadIdx.x) % kTile;
-  const int y = static_cast<int>(threadIdx.x) / kTile;
-  for (int64_t tile = blockIdx.x; tile < tiles_across * tiles_across; tile += gridDim.x) {
-    const int64_t first_row = tile / tiles_across * kTile;
-    const int64_t first_column = tile % tiles_across * kTile;
-    __syncthreads();  // the last tile has been read
-    for (int r = y; r < kTile; r += kTileRows) {
-      const int64_t row = first_column + r;
-      const int64_t column = first_row + x;
-      if (row < d_in && column < d_in) across[r][x] = product[(2 * row + 1) * d_in + column];
-    }
-    __syncthreads();
-    double square = 0.0;
-    for (int r = y; r < kTile; r += kTileRows) {
-      const int64_t row = first_row + r;
-      const int64_t column = first_column + x;
-      if (row >= d_in || column >= d_in) continue;
-      const auto a = static_cast<double>(product[2 * row * d_in + column]);
-      const auto b = static_cast<double>(product[(2 * row + 1) * d_in + column]);
-      const auto b_across = static_cast<double>(across[x][r]);
-      double element = (a + (b + b_across) / kLowScale) * kUnscale;
-      if (row == column) element = squares[row];
-      square += element * element;
-      if (row == column) element -= mean_square;
-      const Halves parts = split(static_cast<float>(element) * scale);
-      halves[row * d_in + column] = parts.low;
-      halves[(d_in + row) * d_in + column] = parts.high;
-    }
-    square = block_sum(square, partial);
-    if (threadIdx.x == 0) tile_squares[tile] = square;
+  __device__ double diagonal(int64_t row) const { return squares[row]; }
+  __device__ void store(int64_t row, int64_t column, double element) const {
+    if (row == column) element -= mean_square;
+    const Halves parts = split(static_cast<float>(element) * scale);
+    halves[row * d_in + column] = parts.low;
+    halves[(d_in + row) * d_in + column] = parts.high;
   }
-}
+};
 
 // One block in all, so that the order of additions is fixed.
 __global__ void __launch_bounds__(kSumThreads)
@@ -222,13 +171,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launchers
 
-// No element of S, a sum of `rows` products of two elements of unit rows, exceeds `rows`.
-float gram_scale(int64_t rows) {
-  float scale = 0x1p15f;
-  for (int64_t bound = 1; bound < rows; bound *= 2) scale /= 2.0f;
-  return scale;
-}
-
 struct GramScratch {
   double* tile_squares;
   GramScratch(Scratch& scratch, int64_t tiles) : tile_squares(scratch.take<double>(tiles)) {}
@@ -264,28 +206,28 @@ cudaError_t column_squares(const float* W, const float* norms, int64_t rows, int
 }
 
 cudaError_t add_product(float* total, const float* part, int64_t count, cudaStream_t stream) {
-  return launch(add_kernel, ceil_div<int64_t>(count, kThreads), kThreads, 0, stream, total, part,
-                count);
+  return launch(sum_parts_kernel, ceil_div<int64_t>(count, kGramThreads), kGramThreads, 0, stream,
+                total, part, count, int64_t{1}, false);
 }
 
 size_t gram_scratch_bytes(int64_t d_in) {
-  const int64_t across = ceil_div<int64_t>(d_in, kTile);
   Scratch scratch(nullptr);
-  const GramScratch pieces(scratch, across * across);
+  const GramScratch pieces(scratch, gram_tiles(d_in));
   return scratch.bytes();
 }
 
 cudaError_t split_gram(const float* product, const UnitRows& unit_rows, int64_t d_in, void* halves,
                        float* loss, void* scratch, cudaStream_t stream) {
-  const int64_t across = ceil_div<int64_t>(d_in, kTile);
+  const int64_t tiles = gram_tiles(d_in);
   Scratch remaining(scratch);
-  const GramScratch pieces(remaining, across * across);
+  const GramScratch pieces(remaining, tiles);
   const double mean_square = static_cast<double>(unit_rows.rows) / static_cast<double>(d_in);
-  const cudaError_t error = launch(
-      gram_kernel, across * across, kThreads, 0, stream, product, unit_rows.squares, d_in, across,
-      mean_square, gram_scale(unit_rows.rows), static_cast<__half*>(halves), pieces.tile_squares);
+  const HalvesOfGram sink{unit_rows.squares, mean_square, gram_scale(unit_rows.rows), d_in,
+                          static_cast<__half*>(halves)};
+  const cudaError_t error = launch(gram_kernel<HalvesOfGram>, tiles, kGramThreads, 0, stream,
+                                   product, d_in, sink, pieces.tile_squares);
   if (error != cudaSuccess) return error;
-  return launch(loss_kernel, 1, kSumThreads, 0, stream, pieces.tile_squares, across * across,
+  return launch(loss_kernel, 1, kSumThreads, 0, stream, pieces.tile_squares, tiles,
                 unit_rows.fourth_powers, unit_rows.rows, loss);
 }
 
