@@ -11,14 +11,22 @@
 
 namespace sae_fast::ops {
 
-// out = a b; a and b float16 or bfloat16 with any strides, out float32 and contiguous.
-inline void product_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+inline void call_product(const char* op, const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(ScalarType::Float),
                                     torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "dtype_out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes over what the call returned: out
+}
+
+// out = a b; a and b float16 or bfloat16 with any strides, out float32 and contiguous.
+inline void product_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  call_product("aten::mm", out, a, b);
+}
+
+// The same of several products side by side: out [n, *, *].
+inline void products_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  call_product("aten::bmm", out, a, b);
 }
 
 }  // namespace sae_fast::ops
