@@ -3,6 +3,7 @@
 import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.decorrelation import random_chunks
 from sae_fast.config import SAEConfig
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -41,14 +42,10 @@ def plain_terms(sae, x):
     recon_loss = error.square().sum(1).mean()
     if config.arch == "matryoshka":
         recon_loss = _plain_prefixes(sae, x, acts)
-    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
-    cosines = (unit @ unit.t()).fill_diagonal_(0)
     terms = {
         "recon_loss": config.reconstruction_coeff * recon_loss,
         "l1_loss": config.l1_penalty_coeff * acts.abs().sum(1).mean(),
-        "decorr_loss": config.decorrelation_coeff
-        * cosines.square().sum()
-        / (config.d_sae * (config.d_sae - 1)),
+        "decorr_loss": config.decorrelation_coeff * _plain_decorrelation(sae),
         "aux_loss": config.aux_k_coeff * _plain_aux_k(sae, x, error.detach()),
     }
     if config.multi_topk:
@@ -71,6 +68,23 @@ def _plain_selection(pre_acts, k, activation):
     if activation != "abs_topk":
         values = values.relu()
     return torch.zeros_like(pre_acts).scatter(1, indices, values)
+
+
+def _plain_decorrelation(sae):
+    config = sae.config
+    unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
+    cosines = unit @ unit.t()
+    if config.decorrelation == "chunked_max":
+        own_chunk = torch.zeros(config.d_sae, config.d_sae, dtype=torch.bool)
+        for members in random_chunks(
+            config.d_sae, sae.decorrelation_draw, config.decorrelation_chunk
+        ):
+            own_chunk[members[:, None], members] = True
+        others = own_chunk.fill_diagonal_(False)
+        return cosines.masked_fill(~others, -torch.inf).amax(1).square().mean()
+    total = cosines.fill_diagonal_(0).square().sum()
+    n_pairs = config.d_sae * (config.d_sae - 1)
+    return total if config.decorrelation == "gram_sum" else total / n_pairs
 
 
 def _plain_prefixes(sae, x, acts):

@@ -142,6 +142,12 @@ BAD_SAE_VALUES = [
     ({"use_relu": False}, "use_relu must be true for arch 'topk', got False"),
     ({"reconstruction_coeff": -1}, "reconstruction_coeff must be at least 0, got -1"),
     ({"l1_penalty_coeff": -1}, "l1_penalty_coeff must be at least 0"),
+    ({"decorrelation": "max"}, "decorrelation must be one of 'gram_mean', 'gram_sum'"),
+    ({"decorrelation_chunk": 1}, "decorrelation_chunk must be at least 2, got 1"),
+    (
+        {"decorrelation": "gram_sum"},
+        "decorrelation = 'gram_sum' needs a decorrelation_coeff above 0",
+    ),
     ({"decorrelation_coeff": float("inf")}, "decorrelation_coeff must be a finite number, got inf"),
     ({"probe_loss_coeff": 0.1}, "probe_loss_coeff must be 0 .*, got 0.1"),
     ({"temporal_smoothness_coeff": 0.1}, "temporal_smoothness_coeff must be 0 .*, got 0.1"),

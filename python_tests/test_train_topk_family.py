@@ -14,6 +14,8 @@ from sae_fast.training import run_directory
 ACTIVATIONS = Path(__file__).parents[1] / "examples" / "activations"
 VARIANTS = {
     "annealed k": ("--k-anneal-start", "160", "--k-anneal-steps", "40"),
+    "gram_sum": ("--decorrelation", "gram_sum", "--decorrelation-coeff", "1e-6"),
+    "chunked_max": ("--decorrelation", "chunked_max", "--decorrelation-coeff", "1"),
     "kaiming": ("--decoder-init", "kaiming"),
     "active_subspace": ("--decoder-init", "active_subspace", "--b-dec-init", "geometric_median"),
     "multi_topk": ("--multi-topk",),

@@ -85,7 +85,12 @@ class SAEConfig(ConfigFile):
     target_l0_rate: float = 0.01
     """How fast: the weight's logarithm moves so far in a step while L0 is off by a factor of e."""
     decorrelation_coeff: float = 0.0
-    """Weight of the squared cosine of two decoder rows, averaged over all pairs."""
+    """Weight of the decorrelation of decoder rows, in the form that decorrelation names."""
+    decorrelation: Literal["gram_mean", "gram_sum", "chunked_max"] = "gram_mean"
+    """Squared cosine of two decoder rows, averaged over all pairs (gram_mean) or summed (gram_sum);
+    or that of a row and the nearest one in a random chunk, averaged over rows (chunked_max)."""
+    decorrelation_chunk: int = 1024
+    """Rows in a chunk of chunked_max, at least; every batch has other chunks. [latents]"""
     probe_loss_coeff: float = 0.0
     """Weight of the probe-guided loss; must be 0, this version has none."""
     temporal_smoothness_coeff: float = 0.0
@@ -214,6 +219,11 @@ class SAEConfig(ConfigFile):
         ):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
+        self._require("decorrelation_chunk", self.decorrelation_chunk >= 2, "at least 2")
+        if self.decorrelation != "gram_mean" and self.decorrelation_coeff == 0:
+            raise ValueError(
+                f"decorrelation = {self.decorrelation!r} needs a decorrelation_coeff above 0"
+            )
         if self.aux_k is not None:
             self._require(
                 "aux_k", self.aux_k >= 1, "at least 1 (aux_k_coeff = 0 switches AuxK off)"

@@ -26,6 +26,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "matryoshka": {"arch": "matryoshka"},
     "multi_topk": {"multi_topk": True},
     "abs_topk": {"activation": "abs_topk"},
+    "chunked_max": {
+        "decorrelation": "chunked_max",
+        "decorrelation_coeff": 1.0,
+        "decorrelation_chunk": 10,
+    },
     "groupmax": {"activation": "groupmax"},
 }
 

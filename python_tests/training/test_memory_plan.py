@@ -69,6 +69,18 @@ def test_entries_are_those_of_the_widest_code(
     assert more == 10 * (entries - 16) * 32
 
 
+def test_chunked_max_holds_copies_of_the_decoder_and_the_cosines_of_a_chunk() -> None:
+    sae = SAEConfig(
+        d_in=16,
+        d_sae=512,
+        decorrelation="chunked_max",
+        decorrelation_coeff=1.0,
+        decorrelation_chunk=64,
+    )
+    plan = plan_memory(sae, TrainConfig(), native=True, pool_bytes=0)
+    assert plan.parts["decorrelation"] == 4 * (6 * 512 * 16 + 128**2)
+
+
 def test_available_memory_is_read_from_the_kernel() -> None:
     available = available_memory()
     assert available is None or available > 2**20

@@ -27,6 +27,10 @@ TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "active_subspace": ({"decoder_init": "active_subspace", "b_dec_init": "mean"}, {}),
     "annealed k": ({}, {"k_anneal_start": 30, "k_anneal_steps": 14}),
+    "chunked_max": (
+        {"decorrelation": "chunked_max", "decorrelation_coeff": 1.0, "decorrelation_chunk": 10},
+        {"grad_acc_steps": 2},
+    ),
     "multi_topk": ({"multi_topk": True}, {}),
     "abs_topk": ({"activation": "abs_topk"}, {"grad_acc_steps": 2}),
     "groupmax": ({"activation": "groupmax"}, {}),

@@ -56,17 +56,6 @@ def lp_loss(
     return steady_sum(amounts) / code.n_rows
 
 
-def decorrelation_loss(
-    W_dec: Tensor,  # [F, D]
-) -> Tensor:
-    """The squared cosine of two different decoder rows, averaged over all pairs.
-
-    Where d_sae > d_in no dictionary gets below (F − D) / (D (F − 1)), the Welch bound.
-    """
-    d_sae = W_dec.shape[0]
-    return ops.decorrelation(W_dec) / max(d_sae * (d_sae - 1), 1)
-
-
 def aux_k_loss(
     squared_error: Tensor,  # [N], Σ_d (ê − e)², with ê the dead latents' model of the residual e
     residual: Tensor,  # [N, D], e or −e

@@ -16,6 +16,7 @@ from sae_fast import ops
 from sae_fast.autoencoder import losses
 from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
 from sae_fast.autoencoder.batch_topk import BatchTopK
+from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
@@ -43,6 +44,7 @@ class SparseAutoencoder(nn.Module):
     activation_mean: Tensor  # [D]
     activation_scale: Tensor  # 0-d
     tokens_since_fired: Tensor  # [F] int64
+    decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
 
     def __init__(self, config: SAEConfig):
         super().__init__()
@@ -57,6 +59,9 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("activation_mean", torch.zeros(config.d_in))
         self.register_buffer("activation_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        has_chunks = config.decorrelation == "chunked_max"
+        draw = torch.zeros((), dtype=torch.int64) if has_chunks else None
+        self.register_buffer("decorrelation_draw", draw)
         for name, start in self.architecture.parameters().items():
             self.register_parameter(name, nn.Parameter(start))
         for name, start in self.architecture.buffers().items():
@@ -83,6 +88,8 @@ class SparseAutoencoder(nn.Module):
         if rows is not None:
             self.b_dec.copy_(centre(rows, config))
         self.tokens_since_fired.zero_()
+        if self.decorrelation_draw is not None:
+            self.decorrelation_draw.zero_()
         for name, start in self._own_start().items():
             getattr(self, name).copy_(start)
 
@@ -184,9 +191,13 @@ class SparseAutoencoder(nn.Module):
             **own.terms,
         }
         if config.decorrelation_coeff > 0:
-            terms["decorr_loss"] = config.decorrelation_coeff * losses.decorrelation_loss(
-                self.W_dec
+            penalty = decorrelation_loss(
+                self.W_dec,
+                config.decorrelation,
+                self.decorrelation_draw,
+                config.decorrelation_chunk,
             )
+            terms["decorr_loss"] = config.decorrelation_coeff * penalty
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
         variance = losses.total_variance(x.detach())
@@ -204,8 +215,11 @@ class SparseAutoencoder(nn.Module):
     def follow_(self, code: ops.Code, sparsity_weight: float | Tensor = 1.0) -> None:
         """Let the architecture learn from a code of training what inference and later steps need.
 
-        `sparsity_weight` is that of the `training_loss` that gave the code.
+        `sparsity_weight` is that of the `training_loss` that gave the code. The next batch is
+        decorrelated in other chunks.
         """
+        if self.decorrelation_draw is not None:
+            self.decorrelation_draw.add_(1)
         self.architecture.follow_(self.weights, code)
         self.architecture.steer_(self.weights, code, sparsity_weight)
 

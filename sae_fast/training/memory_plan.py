@@ -28,6 +28,7 @@ _PRODUCT_BYTES = 32 * 2**20
 _DENSE_ARRAYS = {"relu": 4}
 _STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
 _POOL = "activations in memory"
+_CHUNKED_MAX_ARRAYS = 6  # of W_dec's size
 # Rows of W that one product of the decorrelation's gradient takes in.
 _GRAM_ROWS = 4096
 _CGROUPS = (  # directory, limit, in use, reclaimable: of version 2 and of version 1
@@ -101,6 +102,7 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     parameters = 2 * matrix + sae.d_sae + sae.d_in
     device = torch.device(train.device)
     on_gpu = device.type == "cuda"
+    has_chunks = sae.decorrelation == "chunked_max"
     parts = {
         "parameters": parameters * _FLOAT,
         "optimiser states": _optimizer_states(sae, train),
@@ -110,11 +112,15 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         parts["average of the weights"] = parameters * _FLOAT
     if native and on_gpu:
         parts |= _gpu_copies(sae, train)
-        if sae.decorrelation_coeff > 0:  # its gradient, the rows' halves, products of some rows
+        if sae.decorrelation_coeff > 0 and not has_chunks:
+            # Its gradient, the rows' halves, products of some rows.
             parts["decorrelation"] = (2 * matrix + 2 * _GRAM_ROWS * sae.d_in) * _FLOAT
             parts["decorrelation"] += 8 * sae.d_in**2 * _FLOAT
     elif native:
         parts["packed encoder (16 bit)"] = matrix * _HALF
+    if has_chunks:  # unit rows, their nearest, the gradients of both and of W_dec; cosines
+        cosines = min(sae.d_sae, 2 * sae.decorrelation_chunk) ** 2
+        parts["decorrelation"] = (_CHUNKED_MAX_ARRAYS * matrix + cosines) * _FLOAT
     if train.precision != "screened" and not (native and on_gpu):
         parts["rounded copies (16 bit)"] = 2 * matrix * _HALF
     if not train.fused:
