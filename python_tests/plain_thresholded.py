@@ -64,6 +64,64 @@ def _row_norms(sae):
     return sae.W_dec.norm(dim=1) if sae.config.decoder_norm == "free" else 1.0
 
 
+def _kernel(z):
+    return ((z > -0.5) & (z < 0.5)).to(z.dtype)
+
+
+class _PlainJump(torch.autograd.Function):
+    """x 1[x > t] and its straight-through gradients, as arXiv:2407.14435 writes them."""
+
+    @staticmethod
+    def forward(ctx, x, threshold, bandwidth, to_input):
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return x * (x > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, threshold = ctx.saved_tensors
+        window = threshold / ctx.bandwidth * _kernel((x - threshold) / ctx.bandwidth)
+        grad_x = grad * (x > threshold) + (grad * window if ctx.to_input else 0)
+        return grad_x, -(grad * window).sum(0), None, None
+
+
+class _PlainStep(torch.autograd.Function):
+    """1[x > t], likewise."""
+
+    @staticmethod
+    def forward(ctx, x, threshold, bandwidth, to_input):
+        ctx.save_for_backward(x, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return (x > threshold).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, threshold = ctx.saved_tensors
+        window = grad / ctx.bandwidth * _kernel((x - threshold) / ctx.bandwidth)
+        return window if ctx.to_input else None, -window.sum(0), None, None
+
+
+def _estimate(sae):
+    return sae.threshold, sae.config.jumprelu_bandwidth, sae.config.jumprelu_ste_to_input
+
+
+def _jumprelu_terms(sae, x, acts):
+    config, pre_acts = sae.config, pre_activations(sae, x)
+    l0 = _PlainStep.apply(pre_acts, *_estimate(sae)).sum(1).mean()
+    penalty = {
+        "l0": lambda: l0,
+        "l0_target": lambda: (l0 / config.target_l0 - 1) ** 2,
+        "tanh": lambda: (config.jumprelu_tanh_scale * acts * _row_norms(sae)).tanh().sum(1).mean(),
+    }[config.sparsity_penalty]()
+    dead = sae.tokens_since_fired >= config.dead_after_tokens
+    pre_acts = (x - sae.b_dec.detach()) @ sae.W_enc.t() + sae.b_enc
+    missing = (sae.threshold - pre_acts).relu() * dead * _row_norms(sae)
+    return {
+        "sparsity_loss": config.sparsity_penalty_coeff * penalty,
+        "pre_act_loss": config.pre_act_loss_coeff * missing.sum(1).mean(),
+    }
+
+
 def _relu_terms(sae, x, acts):
     p = sae.config.sparsity_norm_p
     amounts = acts * _row_norms(sae)
@@ -72,5 +130,8 @@ def _relu_terms(sae, x, acts):
     return {"l1_loss": sae.config.l1_penalty_coeff * amounts.sum(1).mean()}
 
 
-_CODES = {"relu": lambda sae, pre_acts: pre_acts.relu()}
-_TERMS = {"relu": _relu_terms}
+_CODES = {
+    "relu": lambda sae, pre_acts: pre_acts.relu(),
+    "jumprelu": lambda sae, pre_acts: _PlainJump.apply(pre_acts, *_estimate(sae)),
+}
+_TERMS = {"relu": _relu_terms, "jumprelu": _jumprelu_terms}

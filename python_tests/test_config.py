@@ -50,6 +50,16 @@ def test_relu_has_the_april_2024_recipe_unless_told_otherwise():
     assert SAEConfig(arch="relu", d_in=16, decoder_norm="unit").decoder_init_norm is None
 
 
+def test_jumprelu_has_a_target_and_a_weight_for_its_penalty_unless_told_otherwise():
+    config = SAEConfig(arch="jumprelu", d_in=16)
+    assert (config.sparsity_penalty, config.target_l0) == ("l0_target", 32.0)
+    assert (config.sparsity_penalty_coeff, config.decoder_norm) == (16.0, "unit")
+    assert (config.decoder_init_norm, config.l1_penalty_coeff) == (None, 0.0)
+    for penalty, weight in (("l0", 1.0), ("tanh", 10.0)):
+        config = SAEConfig(arch="jumprelu", d_in=16, sparsity_penalty=penalty)
+        assert (config.sparsity_penalty_coeff, config.target_l0) == (weight, None)
+
+
 def test_config_of_another_width_is_refused():
     with pytest.raises(ValueError, match="d_in must be 32, the width of the activations, got 16"):
         SAEConfig(d_in=16).with_d_in(32)
@@ -97,7 +107,7 @@ def test_default_learning_rate_falls_with_the_root_of_the_dictionary():
 BAD_SAE_VALUES = [
     (
         {"arch": "dense"},
-        "arch must be one of 'topk', 'batch_topk', 'matryoshka', 'relu', got 'dense'",
+        "arch must be one of 'topk', 'batch_topk', 'matryoshka', .*, got 'dense'",
     ),
     (
         {"arch": "relu", "k": 8},
@@ -108,6 +118,26 @@ BAD_SAE_VALUES = [
         "aux_k_coeff belongs to arch topk .* arch relu, got 0.1",
     ),
     ({"target_l0": 8.0}, "target_l0 belongs to arch relu .* with arch topk, got 8.0"),
+    ({"arch": "jumprelu", "k": 8}, "k belongs to arch topk or batch_topk and .*jumprelu, got 8"),
+    (
+        {"arch": "jumprelu", "l1_penalty_coeff": 2},
+        "l1_penalty_coeff belongs to .* with arch jumprelu, got 2",
+    ),
+    (
+        {"arch": "jumprelu", "sparsity_penalty": "tanh", "target_l0": 8},
+        "target_l0 is for sparsity_penalty = 'l0_target' .* 'tanh', got 8",
+    ),
+    (
+        {"arch": "jumprelu", "decoder_init_norm": 0.1},
+        "decoder_init_norm is for decoder_norm = 'free'",
+    ),
+    ({"arch": "jumprelu", "jumprelu_bandwidth": 0}, "jumprelu_bandwidth must be greater than 0"),
+    (
+        {"arch": "jumprelu", "jumprelu_init_threshold": -0.1},
+        "jumprelu_init_threshold must be at least 0, got -0.1",
+    ),
+    ({"arch": "jumprelu", "sparsity_penalty": "l2"}, "sparsity_penalty must be one of"),
+    ({"arch": "relu", "sparsity_penalty": "l0"}, "sparsity_penalty belongs to arch jumprelu"),
     ({"decoder_norm": "free"}, "decoder_norm belongs to .* with arch topk, got 'free'"),
     ({"arch": "relu", "decoder_norm": "l2"}, "decoder_norm must be one of 'unit', 'free'"),
     (

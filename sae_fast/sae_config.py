@@ -14,6 +14,11 @@ DEFAULT_AUX_K_COEFF = 1 / 32
 DEFAULT_L1 = 5.0  # for activations of norm sqrt(d_in), as normalize_activations makes them
 DEFAULT_FREE_NORM = 0.1
 MATRYOSHKA_SIZES = 5  # of the nested dictionaries by default: d_sae halved so many times less one
+DEFAULT_TARGET_L0 = 32.0
+# Pre-activations start with a spread of 1. From 0.5 with a window of 0.5, L0 is at its target of 32
+# after 200 steps (MiniLM, lr 3e-3); from 0.1 with 0.2 it is 142, from 0.001 with 0.001 it is 395.
+JUMPRELU_INIT_THRESHOLD = 0.5
+JUMPRELU_BANDWIDTH = 0.5
 
 _WITH_K = ("topk", "batch_topk", "matryoshka")
 # Settings that only some architectures have; with another they must stay at their defaults.
@@ -26,12 +31,25 @@ _BELONG_TO: dict[str, tuple[str, ...]] = {
     "multi_topk_coeff": ("topk",),
     "matryoshka_prefixes": ("matryoshka",),
     "matryoshka_weights": ("matryoshka",),
-    "decoder_norm": ("relu",),
-    "decoder_init_norm": ("relu",),
+    "l1_penalty_coeff": (*_WITH_K, "relu"),
+    "decoder_norm": ("relu", "jumprelu"),
+    "decoder_init_norm": ("relu", "jumprelu"),
     "sparsity_norm_p": ("relu",),
-    "target_l0": ("relu",),
+    "target_l0": ("relu", "jumprelu"),
     "target_l0_rate": ("relu",),
+    "sparsity_penalty": ("jumprelu",),
+    "sparsity_penalty_coeff": ("jumprelu",),
+    "pre_act_loss_coeff": ("jumprelu",),
+    "jumprelu_init_threshold": ("jumprelu",),
+    "jumprelu_bandwidth": ("jumprelu",),
+    "jumprelu_threshold_lr": ("jumprelu",),
+    "jumprelu_ste_to_input": ("jumprelu",),
+    "jumprelu_tanh_scale": ("jumprelu",),
 }
+_POSITIVE = (
+    *("target_l0", "target_l0_rate", "decoder_init_norm"),
+    *("jumprelu_bandwidth", "jumprelu_threshold_lr", "jumprelu_tanh_scale"),
+)
 
 
 @with_aliases(input_dim="d_in", num_latents="d_sae")
@@ -44,10 +62,10 @@ class SAEConfig(ConfigFile):
 
     section: ClassVar[str] = "sae"
 
-    arch: Literal["topk", "batch_topk", "matryoshka", "relu"] = "topk"
+    arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu"] = "topk"
     """Architecture: the k largest latents of every token (topk), k a token on average over a batch
-    (batch_topk), that with dictionaries nested in one another (matryoshka), or all latents above 0,
-    made few by an L1 penalty (relu)."""
+    (batch_topk), that with dictionaries nested in one another (matryoshka), all latents above 0,
+    made few by an L1 penalty (relu), or all above trained thresholds (jumprelu)."""
     d_in: int = 0
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
     d_sae: int = 0
@@ -80,8 +98,8 @@ class SAEConfig(ConfigFile):
     sparsity_norm_p: float = 1.0
     """With relu the values in that sum are raised to this power, 0 to 1; 1: L1."""
     target_l0: float | None = None
-    """Lead the weight of the sparsity penalty until so many latents are active per token, starting
-    from l1_penalty_coeff; default: leave it as it is. [latents]"""
+    """L0 to train for. relu: l1_penalty_coeff is where its weight starts, default: and stays;
+    jumprelu: the target of penalty l0_target, default: 32. [latents]"""
     target_l0_rate: float = 0.01
     """How fast: the weight's logarithm moves so far in a step while L0 is off by a factor of e."""
     decorrelation_coeff: float = 0.0
@@ -91,6 +109,23 @@ class SAEConfig(ConfigFile):
     or that of a row and the nearest one in a random chunk, averaged over rows (chunked_max)."""
     decorrelation_chunk: int = 1024
     """Rows in a chunk of chunked_max, at least; every batch has other chunks. [latents]"""
+    sparsity_penalty: Literal["l0_target", "l0", "tanh"] | None = None
+    """jumprelu: (L0 / target_l0 - 1)^2; or L0; or the sum of tanh(jumprelu_tanh_scale * value *
+    norm of decoder row); default: l0_target."""
+    sparsity_penalty_coeff: float | None = None
+    """Weight of sparsity_penalty; default: d_in with l0_target, 1 with l0, 10 with tanh."""
+    pre_act_loss_coeff: float = 0.0
+    """jumprelu: weight of how far dead latents are below their thresholds; 3e-6 is customary."""
+    jumprelu_init_threshold: float = JUMPRELU_INIT_THRESHOLD
+    """Start of the thresholds, in units of E|x| / sqrt(d_in)."""
+    jumprelu_bandwidth: float = JUMPRELU_BANDWIDTH
+    """Width of the window round a threshold whose entries move it, in the same units."""
+    jumprelu_threshold_lr: float = 1.0
+    """Learning rate of the thresholds, as a share of that of the other parameters."""
+    jumprelu_ste_to_input: bool = False
+    """Whether the entries in the window move the encoder too, not only the thresholds."""
+    jumprelu_tanh_scale: float = 4.0
+    """Factor within the tanh of sparsity_penalty tanh."""
     probe_loss_coeff: float = 0.0
     """Weight of the probe-guided loss; must be 0, this version has none."""
     temporal_smoothness_coeff: float = 0.0
@@ -180,14 +215,23 @@ class SAEConfig(ConfigFile):
             self._require("matryoshka_weights", fits, f"{n_prefixes} numbers of at least 0")
 
     def _complete_sparsity(self) -> None:
-        """The decoder's norm and the weight of the penalty, where left to the architecture."""
-        if self.l1_penalty_coeff is None:
-            is_needed = self.arch in _BELONG_TO["decoder_norm"]
-            object.__setattr__(self, "l1_penalty_coeff", DEFAULT_L1 if is_needed else 0.0)
-        if self.arch in _BELONG_TO["decoder_norm"] and self.decoder_norm is None:
-            object.__setattr__(self, "decoder_norm", "free")
-        if self.decoder_norm == "free" and self.decoder_init_norm is None:
-            object.__setattr__(self, "decoder_init_norm", DEFAULT_FREE_NORM)
+        """The decoder's norm, the penalty and its weight, where left to the architecture."""
+        defaults: dict[str, object] = {"l1_penalty_coeff": 0.0}
+        if self.arch in _BELONG_TO["target_l0_rate"]:
+            defaults["l1_penalty_coeff"] = DEFAULT_L1
+        if self.arch in _BELONG_TO["decoder_norm"]:
+            defaults["decoder_norm"] = self._default_decoder_norm
+        if self.arch == "jumprelu":
+            penalty = self.sparsity_penalty or "l0_target"
+            weights = {"l0_target": float(self.d_in), "l0": 1.0, "tanh": 10.0}
+            defaults |= {"sparsity_penalty": penalty, "sparsity_penalty_coeff": weights[penalty]}
+            if penalty == "l0_target":
+                defaults["target_l0"] = min(DEFAULT_TARGET_L0, float(self.d_sae))
+        if (self.decoder_norm or defaults.get("decoder_norm")) == "free":
+            defaults["decoder_init_norm"] = DEFAULT_FREE_NORM
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
 
     def _complete_d_sae(self) -> None:
         factor = self.expansion_factor
@@ -233,23 +277,34 @@ class SAEConfig(ConfigFile):
 
     def _check_sparsity(self) -> None:
         self._require("sparsity_norm_p", 0 < self.sparsity_norm_p <= 1, "above 0 and at most 1")
-        if self.target_l0 is not None:
-            self._require("target_l0", self.target_l0 > 0, "greater than 0")
-            if self.d_sae > 0:
-                must = f"at most d_sae = {self.d_sae}"
-                self._require("target_l0", self.target_l0 <= self.d_sae, must)
-            if self.l1_penalty_coeff == 0:
-                raise ValueError(
-                    "target_l0 leads l1_penalty_coeff, which must be greater than 0, got 0.0"
-                )
-        self._require("target_l0_rate", self.target_l0_rate > 0, "greater than 0")
-        if self.decoder_init_norm is not None:
-            self._require("decoder_init_norm", self.decoder_init_norm > 0, "greater than 0")
-            if self.decoder_norm == "unit":
-                raise ValueError(
-                    "decoder_init_norm is for decoder_norm = 'free' and must be left out with "
-                    f"'unit', got {self.decoder_init_norm:g}"
-                )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "greater than 0")
+        for name in ("sparsity_penalty_coeff", "pre_act_loss_coeff", "jumprelu_init_threshold"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "at least 0")
+        if self.target_l0 is not None and self.d_sae > 0:
+            must = f"at most d_sae = {self.d_sae}"
+            self._require("target_l0", self.target_l0 <= self.d_sae, must)
+        if self.target_l0 is not None and self.l1_penalty_coeff == 0 and self.arch != "jumprelu":
+            raise ValueError(
+                "target_l0 leads l1_penalty_coeff, which must be greater than 0, got 0.0"
+            )
+        if self.target_l0 is not None and self.sparsity_penalty in ("l0", "tanh"):
+            raise ValueError(
+                "target_l0 is for sparsity_penalty = 'l0_target' and must be left out with "
+                f"{self.sparsity_penalty!r}, got {self.target_l0:g}"
+            )
+        decoder_norm = self.decoder_norm or self._default_decoder_norm
+        if self.decoder_init_norm is not None and decoder_norm == "unit":
+            raise ValueError(
+                "decoder_init_norm is for decoder_norm = 'free' and must be left out with "
+                f"'unit', got {self.decoder_init_norm:g}"
+            )
+
+    @property
+    def _default_decoder_norm(self) -> str:
+        return "free" if self.arch == "relu" else "unit"
 
     @property
     def is_complete(self) -> bool:

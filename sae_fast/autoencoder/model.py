@@ -19,6 +19,7 @@ from sae_fast.autoencoder.batch_topk import BatchTopK
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
+from sae_fast.autoencoder.jumprelu import JumpReLU
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.matryoshka import Matryoshka
 from sae_fast.autoencoder.relu import ReLU
@@ -30,6 +31,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "batch_topk": BatchTopK,
     "matryoshka": Matryoshka,
     "relu": ReLU,
+    "jumprelu": JumpReLU,
 }
 
 

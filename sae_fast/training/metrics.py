@@ -4,7 +4,8 @@ Names: step, tokens, epoch, loss, recon_loss, l1_loss, decorr_loss, aux_loss, te
 architectures have (multi_topk_loss), fvu, l0,
 activation_fraction, dead_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
 reader_stall_fraction; at an evaluation heldout_fvu, heldout_l0, heldout_dead_fraction; with fp16
-loss_scale; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff.
+loss_scale; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff;
+with jumprelu sparsity_loss, pre_act_loss, mean_threshold.
 """
 
 import json

@@ -1,0 +1,186 @@
+"""JumpReLU: f = π · 1[π > θ], θ a trained threshold of every latent (arXiv:2407.14435).
+
+The step is differentiated by a straight-through estimate over a window of width ε round θ:
+∂f/∂θ = −(θ/ε) K((π − θ)/ε) and ∂1[π > θ]/∂θ = −(1/ε) K((π − θ)/ε), K = 1 on (−½, ½). So the code
+lists entries from θ − ε/2 on: those below θ have the value 0 and move θ nevertheless. θ is a
+float32 parameter itself, not its logarithm, which Adam would hardly move from a small start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sae_fast import ops
+from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
+from sae_fast.autoencoder.losses import steady_sum
+from sae_fast.autoencoder.thresholded import Thresholded
+
+_THRESHOLD = "threshold"
+
+
+class JumpReLU(Thresholded):
+    """How a JumpReLU model selects latents, and its penalties."""
+
+    term_names = ("sparsity_loss", "pre_act_loss")
+    figure_names = ("mean_threshold",)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """`threshold`, θ [F]."""
+        return {_THRESHOLD: torch.full((self.config.d_sae,), self.config.jumprelu_init_threshold)}
+
+    def learning_rates(self) -> dict[str, float]:
+        """That of the threshold."""
+        return {_THRESHOLD: self.config.jumprelu_threshold_lr}
+
+    def infer(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        mode: Mode,
+    ) -> ops.SparseCode:
+        """The code of every token: its latents above their thresholds."""
+        return ops.encode_threshold(
+            x,
+            *weights[:2],
+            weights.b_dec,
+            weights.own[_THRESHOLD].detach(),
+            precision=mode.precision,
+            dense_grad=mode.dense_grad,
+        )
+
+    def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
+        """Squared error, the sparsity penalty, and the pre-activation loss of dead latents."""
+        threshold = weights.own[_THRESHOLD]
+        lowest = threshold.detach() - self.config.jumprelu_bandwidth / 2
+        above = self.list_above(weights, batch, mode, lowest)
+        spread = above.spread(threshold)
+        estimate = self.config.jumprelu_bandwidth, self.config.jumprelu_ste_to_input
+        code = above.with_values(_jump(above.values, spread, *estimate))
+        modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
+        if self.config.sparsity_penalty == "tanh":
+            penalty = self._tanh_penalty(weights, code)
+        else:
+            l0 = steady_sum(_step(above.values, spread, *estimate)) / code.n_rows
+            penalty = self._l0_penalty(l0)
+        assert self.config.sparsity_penalty_coeff is not None
+        coefficient = self.config.sparsity_penalty_coeff * batch.sparsity_weight
+        terms = {
+            "sparsity_loss": coefficient * penalty,
+            "pre_act_loss": self._pre_act_loss(weights, batch),
+        }
+        figures = {"mean_threshold": threshold.detach().mean()}
+        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, figures)
+
+    def constrain_(self, weights: Weights) -> None:
+        """θ stays at 0 or above, where a latent that fires has a positive value."""
+        weights.own[_THRESHOLD].clamp_min_(0)
+
+    def rescale_(self, weights: Weights, factor: Tensor) -> None:
+        """Follow a change of the units that the code's values are in."""
+        weights.own[_THRESHOLD].mul_(factor)
+
+    def _l0_penalty(
+        self,
+        l0: Tensor,  # 0-d
+    ) -> Tensor:
+        """L0, or (L0 / target − 1)²."""
+        if self.config.sparsity_penalty == "l0":
+            return l0
+        assert self.config.target_l0 is not None
+        return (l0 / self.config.target_l0 - 1).square()
+
+    def _tanh_penalty(self, weights: Weights, code: ops.Code) -> Tensor:
+        """Σ_i tanh(c f_i |W_dec,i|), averaged over tokens."""
+        row_norms = self.row_norms(weights)
+        amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
+        return steady_sum((self.config.jumprelu_tanh_scale * amounts).tanh()) / code.n_rows
+
+    def _pre_act_loss(self, weights: Weights, batch: Batch) -> Tensor:
+        """Σ ReLU(θ_i − π_i) |W_dec,i| over the dead latents, averaged over tokens.
+
+        As with AuxK b_dec gets no gradient: it is everybody's, and not to suit the dead.
+        """
+        if self.config.pre_act_loss_coeff == 0:
+            return batch.x.new_zeros(())
+        dead = batch.dead_mask.nonzero().flatten()
+        W_enc, b_enc = weights.W_enc[dead], weights.b_enc[dead]
+        pre_acts = torch.addmm(b_enc, batch.x - weights.b_dec.detach(), W_enc.t())
+        missing = (weights.own[_THRESHOLD][dead] - pre_acts).relu()
+        if not self.unit_norm:
+            missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)
+        return self.config.pre_act_loss_coeff * steady_sum(missing) / len(batch.x)
+
+
+def _jump(
+    above: Tensor,  # [nnz] or [N, F], ReLU(π − θ + ε/2)
+    threshold: Tensor,  # broadcast to it
+    bandwidth: float,
+    ste_to_input: bool,
+) -> Tensor:
+    """f = π · 1[π > θ] in the shape of `above`."""
+    f: Tensor = _Jump.apply(above, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]
+    return f
+
+
+def _step(
+    above: Tensor,  # [nnz] or [N, F], ReLU(π − θ + ε/2)
+    threshold: Tensor,  # broadcast to it
+    bandwidth: float,
+    ste_to_input: bool,
+) -> Tensor:
+    """1[π > θ] in the shape of `above`."""
+    step: Tensor = _Step.apply(above, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]
+    return step
+
+
+def _kernel(above: Tensor, bandwidth: float) -> Tensor:
+    """K((π − θ)/ε), bool: π lies in the window."""
+    return (above > 0) & (above < bandwidth)
+
+
+class _Jump(torch.autograd.Function):
+    """See `_jump`. With `ste_to_input` the window's share of the gradient reaches π too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, above: Tensor, threshold: Tensor, bandwidth: float, ste_to_input: bool
+    ) -> Tensor:
+        ctx.save_for_backward(above, threshold)
+        ctx.bandwidth, ctx.ste_to_input = bandwidth, ste_to_input
+        pre_acts = above + (threshold - bandwidth / 2)
+        return torch.where(~(above <= bandwidth / 2), pre_acts, 0)  # NaN stays
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        above, threshold = ctx.saved_tensors
+        in_window = torch.where(_kernel(above, ctx.bandwidth), grad, 0)
+        in_window = in_window * (threshold / ctx.bandwidth)
+        grad_above = torch.where(above > ctx.bandwidth / 2, grad, 0)
+        if ctx.ste_to_input:
+            grad_above = grad_above + in_window
+        return grad_above, -in_window.sum_to_size(threshold.shape), None, None
+
+
+class _Step(torch.autograd.Function):
+    """See `_step`; likewise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, above: Tensor, threshold: Tensor, bandwidth: float, ste_to_input: bool
+    ) -> Tensor:
+        ctx.save_for_backward(above)
+        ctx.shape, ctx.bandwidth, ctx.ste_to_input = threshold.shape, bandwidth, ste_to_input
+        return (above > bandwidth / 2).to(above.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        (above,) = ctx.saved_tensors
+        in_window = torch.where(_kernel(above, ctx.bandwidth), grad / ctx.bandwidth, 0)
+        grad_above = in_window if ctx.ste_to_input else None
+        return grad_above, -in_window.sum_to_size(ctx.shape), None, None
