@@ -130,8 +130,21 @@ def _relu_terms(sae, x, acts):
     return {"l1_loss": sae.config.l1_penalty_coeff * amounts.sum(1).mean()}
 
 
+def _gated_code(sae, gate):
+    magnitudes = ((gate - sae.b_enc) * sae.r_mag.exp() + sae.b_mag).relu()
+    return (gate > 0) * magnitudes
+
+
+def _gated_terms(sae, x, acts):
+    gate = pre_activations(sae, x).relu()
+    l1 = (gate * _row_norms(sae)).sum(1).mean()
+    by_gate = gate @ sae.W_dec.detach() + sae.b_dec.detach()
+    return {"l1_loss": sae.config.l1_penalty_coeff * l1, "aux_loss": _mean_square(x - by_gate)}
+
+
 _CODES = {
     "relu": lambda sae, pre_acts: pre_acts.relu(),
     "jumprelu": lambda sae, pre_acts: _PlainJump.apply(pre_acts, *_estimate(sae)),
+    "gated": _gated_code,
 }
-_TERMS = {"relu": _relu_terms, "jumprelu": _jumprelu_terms}
+_TERMS = {"relu": _relu_terms, "jumprelu": _jumprelu_terms, "gated": _gated_terms}

@@ -118,7 +118,7 @@ BAD_SAE_VALUES = [
         "aux_k_coeff belongs to arch topk .* arch relu, got 0.1",
     ),
     ({"target_l0": 8.0}, "target_l0 belongs to arch relu .* with arch topk, got 8.0"),
-    ({"arch": "jumprelu", "k": 8}, "k belongs to arch topk or batch_topk and .*jumprelu, got 8"),
+    ({"arch": "jumprelu", "k": 8}, "k belongs to arch topk .* arch jumprelu, got 8"),
     (
         {"arch": "jumprelu", "l1_penalty_coeff": 2},
         "l1_penalty_coeff belongs to .* with arch jumprelu, got 2",
@@ -137,6 +137,8 @@ BAD_SAE_VALUES = [
         "jumprelu_init_threshold must be at least 0, got -0.1",
     ),
     ({"arch": "jumprelu", "sparsity_penalty": "l2"}, "sparsity_penalty must be one of"),
+    ({"arch": "gated", "sparsity_norm_p": 0.5}, "sparsity_norm_p belongs to arch relu"),
+    ({"arch": "gated", "aux_k": 4}, "aux_k belongs to arch topk or batch_topk .* gated, got 4"),
     ({"arch": "relu", "sparsity_penalty": "l0"}, "sparsity_penalty belongs to arch jumprelu"),
     ({"decoder_norm": "free"}, "decoder_norm belongs to .* with arch topk, got 'free'"),
     ({"arch": "relu", "decoder_norm": "l2"}, "decoder_norm must be one of 'unit', 'free'"),

@@ -31,12 +31,12 @@ _BELONG_TO: dict[str, tuple[str, ...]] = {
     "multi_topk_coeff": ("topk",),
     "matryoshka_prefixes": ("matryoshka",),
     "matryoshka_weights": ("matryoshka",),
-    "l1_penalty_coeff": (*_WITH_K, "relu"),
-    "decoder_norm": ("relu", "jumprelu"),
-    "decoder_init_norm": ("relu", "jumprelu"),
+    "l1_penalty_coeff": (*_WITH_K, "relu", "gated"),
+    "decoder_norm": ("relu", "jumprelu", "gated"),
+    "decoder_init_norm": ("relu", "jumprelu", "gated"),
     "sparsity_norm_p": ("relu",),
-    "target_l0": ("relu", "jumprelu"),
-    "target_l0_rate": ("relu",),
+    "target_l0": ("relu", "jumprelu", "gated"),
+    "target_l0_rate": ("relu", "gated"),
     "sparsity_penalty": ("jumprelu",),
     "sparsity_penalty_coeff": ("jumprelu",),
     "pre_act_loss_coeff": ("jumprelu",),
@@ -62,10 +62,11 @@ class SAEConfig(ConfigFile):
 
     section: ClassVar[str] = "sae"
 
-    arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu"] = "topk"
+    arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"] = "topk"
     """Architecture: the k largest latents of every token (topk), k a token on average over a batch
     (batch_topk), that with dictionaries nested in one another (matryoshka), all latents above 0,
-    made few by an L1 penalty (relu), or all above trained thresholds (jumprelu)."""
+    made few by an L1 penalty (relu), all above trained thresholds (jumprelu), or all whose gate is
+    open, with a strength of their own (gated)."""
     d_in: int = 0
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
     d_sae: int = 0
@@ -94,12 +95,12 @@ class SAEConfig(ConfigFile):
     """Weight of the squared error, summed over d_in and averaged over tokens."""
     l1_penalty_coeff: float | None = None
     """Weight of the sum of a token's code values, each times the norm of its decoder row, averaged
-    over tokens; default: 5 with relu, otherwise 0."""
+    over tokens; with gated of its gates; default: 5 with relu and gated, otherwise 0."""
     sparsity_norm_p: float = 1.0
     """With relu the values in that sum are raised to this power, 0 to 1; 1: L1."""
     target_l0: float | None = None
-    """L0 to train for. relu: l1_penalty_coeff is where its weight starts, default: and stays;
-    jumprelu: the target of penalty l0_target, default: 32. [latents]"""
+    """L0 to train for. relu, gated: the penalty's weight is led there from l1_penalty_coeff; if not
+    given it stays. jumprelu: the target of penalty l0_target; default: 32. [latents]"""
     target_l0_rate: float = 0.01
     """How fast: the weight's logarithm moves so far in a step while L0 is off by a factor of e."""
     decorrelation_coeff: float = 0.0

@@ -45,6 +45,8 @@ CASES = {
         "jumprelu_bandwidth": 2.0,
     },
     "jumprelu, narrow window": {**JUMP, "jumprelu_bandwidth": 0.001},
+    "gated": {"arch": "gated", "reconstruction_coeff": 0.7},
+    "gated, free rows": {"arch": "gated", "decoder_norm": "free", "decoder_init_norm": 0.5},
 }
 WAYS = [("sparse", True), ("sparse", False), ("dense", True), ("dense", False)]
 TERMS = [

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "relu": {"arch": "relu", "l1_penalty_coeff": 0.5},
     "relu, unit rows": {"arch": "relu", "decoder_norm": "unit", "l1_penalty_coeff": 0.5},
     "jumprelu": {"arch": "jumprelu", "jumprelu_threshold_lr": 3.0, "target_l0": 4.0},
+    "gated": {"arch": "gated", "l1_penalty_coeff": 0.5},
 }
 RUN = TrainConfig(batch_size=64, max_steps=40, learning_rate=1e-2, log_every=5, eval_every=0)
 SETTINGS: dict[str, Any] = {"eps": 1e-5, "weight_decay": 0.01, "grad_clip": 0.5}

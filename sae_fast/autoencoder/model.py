@@ -18,6 +18,7 @@ from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
 from sae_fast.autoencoder.batch_topk import BatchTopK
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
+from sae_fast.autoencoder.gated import Gated
 from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
 from sae_fast.autoencoder.jumprelu import JumpReLU
 from sae_fast.autoencoder.losses import TrainingLoss
@@ -32,6 +33,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "matryoshka": Matryoshka,
     "relu": ReLU,
     "jumprelu": JumpReLU,
+    "gated": Gated,
 }
 
 

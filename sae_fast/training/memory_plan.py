@@ -25,7 +25,7 @@ _KEPT_ROWS_PER_TOKEN = 3 * 2
 # The encoder's product is made in parts that stay in a GPU's cache.
 _PRODUCT_BYTES = 32 * 2**20
 # Arrays [N, F] alive at once while a step works on all latents, by architecture; measured.
-_DENSE_ARRAYS = {"relu": 5, "jumprelu": 7}
+_DENSE_ARRAYS = {"relu": 5, "jumprelu": 7, "gated": 8}
 _STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
 _POOL = "activations in memory"
 _CHUNKED_MAX_ARRAYS = 6  # of W_dec's size
