@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.support.kernel_correlation_cases import correlation_cases
 from benchmarks.support.kernel_setting import TOLERANCE, Case, Setting
 from benchmarks.support.kernel_update_cases import gradient_cases, weight_cases
 
@@ -25,6 +26,7 @@ def all_cases(setting: Setting) -> Iterator[Case]:
     yield from decode_cases(setting)
     yield from gradient_cases(setting)
     yield from weight_cases(setting)
+    yield from correlation_cases(setting)
 
 
 def encode_cases(s: Setting) -> Iterator[Case]:
