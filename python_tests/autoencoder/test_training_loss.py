@@ -227,12 +227,25 @@ def test_total_variance_of_equal_rows_is_rounding_at_most():
 
 
 @pytest.mark.skipif(native.load() is None, reason="the reference's sums follow torch's threads")
-def test_loss_and_gradient_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"decorrelation": "gram_sum"},
+        {"decorrelation": "chunked_max", "decorrelation_chunk": 300},
+        {"multi_topk": True},
+        {"activation": "abs_topk"},
+        {"activation": "groupmax", "k": 40},
+        {"arch": "batch_topk"},
+        {"arch": "matryoshka"},
+    ],
+)
+def test_loss_and_gradient_do_not_depend_on_the_number_of_threads(fields):
     found = []
     threads = torch.get_num_threads()
     for n_threads in (1, 2, 3):
         torch.set_num_threads(n_threads)
-        sae = make_sae(d_sae=2000, k=32, dead=DEAD, **ALL_TERMS)
+        sae = make_sae(dead=DEAD, **{"d_sae": 2000, "k": 32, **ALL_TERMS, **fields})
         loss = sae.training_loss(make_batch(sae, 3000) + 2.0, dense_grad=False)
         loss.total.backward()
         found.append(
