@@ -28,16 +28,22 @@ def make_batch(sae, n_tokens=30, seed=1):
     return torch.randn(n_tokens, sae.config.d_in, generator=generator).to(sae.W_enc.dtype)
 
 
-def plain_terms(sae, x):
-    """The loss terms, each with its coefficient, of a model that selects the k largest."""
+def plain_acts(sae, x):
+    """The dense code of a model that selects the k largest."""
     config = sae.config
     pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
     if config.arch in ("batch_topk", "matryoshka"):
         values, places = pre_acts.flatten().topk(config.k * len(x))
         acts = torch.zeros_like(pre_acts).flatten().scatter(0, places, values.relu())
-        acts = acts.view_as(pre_acts)
-    else:
-        acts = _plain_selection(pre_acts, config.k, config.activation)
+        return acts.view_as(pre_acts)
+    return _plain_selection(pre_acts, config.k, config.activation)
+
+
+def plain_terms(sae, x):
+    """The loss terms, each with its coefficient, of a model that selects the k largest."""
+    config = sae.config
+    pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    acts = plain_acts(sae, x)
     error = x - (acts @ sae.W_dec + sae.b_dec)
     recon_loss = error.square().sum(1).mean()
     if config.arch == "matryoshka":

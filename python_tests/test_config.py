@@ -181,8 +181,15 @@ BAD_SAE_VALUES = [
         "decorrelation = 'gram_sum' needs a decorrelation_coeff above 0",
     ),
     ({"decorrelation_coeff": float("inf")}, "decorrelation_coeff must be a finite number, got inf"),
-    ({"probe_loss_coeff": 0.1}, "probe_loss_coeff must be 0 .*, got 0.1"),
-    ({"temporal_smoothness_coeff": 0.1}, "temporal_smoothness_coeff must be 0 .*, got 0.1"),
+    ({"probe_loss_coeff": -0.1}, "probe_loss_coeff must be at least 0, got -0.1"),
+    ({"probe_labels": ""}, "probe_labels must be a name, not an empty string, got ''"),
+    ({"probe_task": "ranking"}, "probe_task must be one of 'classification', 'regression'"),
+    ({"probe_classes": 1}, "probe_classes must be at least 2, got 1"),
+    (
+        {"probe_classes": 3, "probe_task": "regression"},
+        "probe_classes must be left out with probe_task regression, got 3",
+    ),
+    ({"temporal_smoothness_coeff": -1}, "temporal_smoothness_coeff must be at least 0"),
     ({"aux_k_coeff": -1}, "aux_k_coeff must be at least 0"),
     ({"aux_k": 0}, "aux_k must be at least 1"),
     (

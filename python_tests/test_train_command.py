@@ -244,7 +244,7 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ("--config missing.json", "missing.json"),
         ("--resume-from nowhere", "nowhere"),
         ("--resume-from latest", "checkpoint_dir"),
-        ("--probe-loss-coeff 1", "probe_loss_coeff"),
+        ("--probe-loss-coeff -1", "probe_loss_coeff"),
     ],
 )
 def test_a_bad_flag_is_named(run: Run, flags: str, named: str) -> None:

@@ -128,9 +128,15 @@ class SAEConfig(ConfigFile):
     jumprelu_tanh_scale: float = 4.0
     """Factor within the tanh of sparsity_penalty tanh."""
     probe_loss_coeff: float = 0.0
-    """Weight of the probe-guided loss; must be 0, this version has none."""
+    """Weight of the loss of a linear probe that predicts probe_labels from the code."""
+    probe_labels: str | None = None
+    """Dataset of the shards with a label for each row, such as labels/rule; -1: it has none."""
+    probe_task: Literal["classification", "regression"] = "classification"
+    """Cross-entropy over classes or squared error of a number, averaged over labelled tokens."""
+    probe_classes: int | None = None
+    """Classes that the labels number from 0; default: the largest label + 1. [classes]"""
     temporal_smoothness_coeff: float = 0.0
-    """Weight of the temporal smoothness loss; must be 0, this version has none."""
+    """Weight of the squared change of the code to the next token of its sequence, a mean."""
     aux_k_coeff: float | None = None
     """Weight of AuxK, where dead latents model the error of the others; 0: off; default: 1/32."""
     aux_k: int | None = None
@@ -253,12 +259,12 @@ class SAEConfig(ConfigFile):
             raise ValueError(
                 f"use_relu must be true for arch {self.arch!r}, got False: latents fire above 0"
             )
-        for name in ("probe_loss_coeff", "temporal_smoothness_coeff"):
-            self._require(name, getattr(self, name) == 0, "0 (this version has no such term)")
         for name in (
             "reconstruction_coeff",
             "l1_penalty_coeff",
             "decorrelation_coeff",
+            "probe_loss_coeff",
+            "temporal_smoothness_coeff",
             "aux_k_coeff",
             "multi_topk_coeff",
         ):
@@ -273,6 +279,7 @@ class SAEConfig(ConfigFile):
             self._require(
                 "aux_k", self.aux_k >= 1, "at least 1 (aux_k_coeff = 0 switches AuxK off)"
             )
+        self._check_probe()
         self._require("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1")
         self._check_sparsity()
 
@@ -306,6 +313,29 @@ class SAEConfig(ConfigFile):
     @property
     def _default_decoder_norm(self) -> str:
         return "free" if self.arch == "relu" else "unit"
+
+    def _check_probe(self) -> None:
+        self._require("probe_labels", self.probe_labels != "", "a name, not an empty string")
+        if self.probe_classes is None:
+            return
+        self._require("probe_classes", self.probe_classes >= 2, "at least 2")
+        if self.probe_task == "regression":
+            raise ValueError(
+                "probe_classes must be left out with probe_task regression, "
+                f"got {self.probe_classes}"
+            )
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether a probe is trained with the model."""
+        return self.probe_loss_coeff > 0 and self.probe_labels is not None
+
+    @property
+    def probe_outputs(self) -> int:
+        """Numbers that the probe predicts for a token; 0: no probe, or its classes are open."""
+        if not self.has_probe:
+            return 0
+        return 1 if self.probe_task == "regression" else self.probe_classes or 0
 
     @property
     def is_complete(self) -> bool:

@@ -2,5 +2,6 @@
 
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.model import SparseAutoencoder
+from sae_fast.autoencoder.temporal import temporal_smoothness_loss
 
-__all__ = ["SparseAutoencoder", "TrainingLoss"]
+__all__ = ["SparseAutoencoder", "TrainingLoss", "temporal_smoothness_loss"]

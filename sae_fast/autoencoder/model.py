@@ -13,28 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import ops
-from sae_fast.autoencoder import losses
-from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
-from sae_fast.autoencoder.batch_topk import BatchTopK
+from sae_fast.autoencoder import losses, statistics
+from sae_fast.autoencoder.architecture import Batch, Mode, Weights
+from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
-from sae_fast.autoencoder.gated import Gated
+from sae_fast.autoencoder.guidance import Guidance
 from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
-from sae_fast.autoencoder.jumprelu import JumpReLU
 from sae_fast.autoencoder.losses import TrainingLoss
-from sae_fast.autoencoder.matryoshka import Matryoshka
-from sae_fast.autoencoder.relu import ReLU
-from sae_fast.autoencoder.topk import TopK
+from sae_fast.autoencoder.probe import predictions
 from sae_fast.config import SAEConfig
-
-ARCHITECTURES: dict[str, type[Architecture]] = {
-    "topk": TopK,
-    "batch_topk": BatchTopK,
-    "matryoshka": Matryoshka,
-    "relu": ReLU,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-}
 
 
 class SparseAutoencoder(nn.Module):
@@ -56,6 +44,7 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("d_in must be given, directly or by the data, to make a model, got 0")
         self.config = config
         self.architecture = ARCHITECTURES[config.arch](config)
+        self.guidance = Guidance(config)
         self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
@@ -66,7 +55,7 @@ class SparseAutoencoder(nn.Module):
         has_chunks = config.decorrelation == "chunked_max"
         draw = torch.zeros((), dtype=torch.int64) if has_chunks else None
         self.register_buffer("decorrelation_draw", draw)
-        for name, start in self.architecture.parameters().items():
+        for name, start in self._own_parameters().items():
             self.register_parameter(name, nn.Parameter(start))
         for name, start in self.architecture.buffers().items():
             self.register_buffer(name, start)
@@ -168,6 +157,8 @@ class SparseAutoencoder(nn.Module):
         k_aux: int | None = None,
         sparsity_weight: float | Tensor = 1.0,
         k: int | None = None,
+        labels: Tensor | None = None,  # [N]
+        starts: Tensor | None = None,  # [N] bool
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
@@ -181,33 +172,30 @@ class SparseAutoencoder(nn.Module):
                 aux_k. More changes nothing. By default the host counts them, and waits for that.
             sparsity_weight: what the terms that make codes sparse are multiplied by.
             k: latents active per token, while it is annealed; by default the model's.
+            labels: what the probe is to predict, if there is one; -1: nothing.
+            starts: which tokens do not go on from the one before, for the temporal loss.
         """
         config = self.config
         x = self._rows(x)
         batch = Batch(x, self.dead_mask(), k_aux, sparsity_weight, k)
-        own = self.architecture.loss(self.weights, batch, Mode(precision, dense_grad))
+        weights = self.weights
+        own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         code, none = own.code, x.new_zeros(())
         terms = {
             "recon_loss": config.reconstruction_coeff * own.recon_loss,
             "l1_loss": none,
-            "decorr_loss": none,
+            "decorr_loss": self._decorr_loss(),
             "aux_loss": none,
             **own.terms,
         }
-        if config.decorrelation_coeff > 0:
-            penalty = decorrelation_loss(
-                self.W_dec,
-                config.decorrelation,
-                self.decorrelation_draw,
-                config.decorrelation_chunk,
-            )
-            terms["decorr_loss"] = config.decorrelation_coeff * penalty
+        guided, figures = self.guidance.terms(weights.own, code, labels, starts)
+        terms |= guided
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
         variance = losses.total_variance(x.detach())
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
         components["l0"] = code.fires().sum() / code.n_rows
-        components |= own.figures
+        components |= own.figures | figures
         return TrainingLoss(total, components, code, variance)
 
     @torch.no_grad()
@@ -236,6 +224,85 @@ class SparseAutoencoder(nn.Module):
         """Which latents [F] have been silent for `dead_after_tokens`."""
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
+    def probe(self, code: ops.SparseCode) -> Tensor:
+        """What the probe predicts from a code: logits [N, classes], or numbers [N, 1].
+
+        Raises ValueError where the model has no probe.
+        """
+        if not self.config.has_probe:
+            raise ValueError("probe: the model was trained without one (see probe_loss_coeff)")
+        return predictions(self.weights.own, code)
+
+    def compute_loss_components(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+        x_hat: Tensor,  # in the shape of x
+        h: ops.SparseCode | Tensor,  # the code of x; dense, [..., F]
+        probe_loss: Tensor | None = None,
+        temporal_loss: Tensor | None = None,
+        **further_terms: Tensor,
+    ) -> dict[str, float | Tensor]:
+        """The loss of a reconstruction as numbers by term, and its sum to call backward on.
+
+        recon_loss, l1_loss, decorr_loss, probe_loss and temporal_loss carry the coefficients of the
+        configuration and add up, with the terms given besides, to total_loss; total_loss_tensor is
+        the same with its graph.
+
+        Args:
+            x: the activations.
+            x_hat: their reconstruction, as `decode` and `forward` give it.
+            h: their code, as `encode` gives it, or as a dense tensor.
+            probe_loss: 0-d, without its coefficient; None: 0.
+            temporal_loss: likewise.
+            **further_terms: 0-d, already weighted: what h does not determine, as AuxK.
+        """
+        rows, rows_hat = self._rows_of_both(x, x_hat)
+        error = rows_hat - rows
+        if self.config.normalize_activations != "none":
+            error = error * self.activation_scale
+        config = self.config
+        guided: dict[str, float | Tensor] = {
+            "probe_loss": 0.0 if probe_loss is None else config.probe_loss_coeff * probe_loss,
+            "temporal_loss": 0.0
+            if temporal_loss is None
+            else config.temporal_smoothness_coeff * temporal_loss,
+        }
+        further = guided | further_terms
+        return statistics.loss_components(
+            config, self.W_dec, error, h, self._decorr_loss(), further
+        )
+
+    def get_activation_stats(
+        self,
+        h: ops.SparseCode | Tensor,  # dense: [..., F]
+    ) -> dict[str, float]:
+        """How active the latents are in a code.
+
+        l0: latents that fire, per token; activation_fraction: their share of d_sae;
+        mean_activation, max_activation: of the values of those that fire, 0 if none does;
+        silent_fraction: share of the latents that fire for no token of `h`; dead_fraction: share
+        that has been silent for dead_after_tokens of training.
+        """
+        return statistics.activation_stats(h, self.config.d_sae, self.dead_mask())
+
+    def get_reconstruction_error(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+        x_hat: Tensor,  # in the shape of x
+    ) -> dict[str, float]:
+        """How far a reconstruction is from the activations, in their units, sums in float64.
+
+        squared_error: Σ_d (x̂ − x)², averaged over tokens; mse: the same per number; fvu: Σ (x̂ − x)²
+        by Σ (x − mean(x))² over all tokens; explained_variance: 1 − fvu; cosine: of x and x̂,
+        averaged over tokens.
+        """
+        return statistics.reconstruction_error(*self._rows_of_both(x, x_hat))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder row to unit length, in place."""
+        ops.normalize_rows_(self.W_dec)
+
     @torch.no_grad()
     def fold_normalization(self) -> SparseAutoencoder:
         """The same function of raw activations, as a model without normalisation.
@@ -249,6 +316,7 @@ class SparseAutoencoder(nn.Module):
         folded.b_enc.div_(self.activation_scale)
         folded.b_dec.div_(self.activation_scale).add_(self.activation_mean)
         folded.architecture.rescale_(folded.weights, 1 / self.activation_scale)
+        folded.guidance.rescale_(folded.weights.own, 1 / self.activation_scale)
         folded.activation_mean.zero_()
         folded.activation_scale.fill_(1.0)
         return folded
@@ -282,11 +350,36 @@ class SparseAutoencoder(nn.Module):
     def term_names(self) -> tuple[str, ...]:
         """Names of the terms of the loss, which are also components of it."""
         shared = ("recon_loss", "l1_loss", "decorr_loss", "aux_loss")
-        return tuple(dict.fromkeys((*shared, *self.architecture.term_names)))
+        own = (*self.architecture.term_names, *self.guidance.term_names)
+        return tuple(dict.fromkeys((*shared, *own)))
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """Names of the components of the loss that are measured and not minimised."""
+        return ("fvu", "l0", *self.guidance.figure_names)
+
+    def _own_parameters(self) -> dict[str, Tensor]:
+        """Start values of the parameters that only this architecture, or a probe, has."""
+        return self.architecture.parameters() | self.guidance.parameters()
+
+    def _decorr_loss(self) -> Tensor:
+        """The decorrelation of the decoder's rows, with its coefficient."""
+        config = self.config
+        if config.decorrelation_coeff == 0:
+            return self.W_dec.new_zeros(())
+        form, chunk = config.decorrelation, config.decorrelation_chunk
+        penalty = decorrelation_loss(self.W_dec, form, self.decorrelation_draw, chunk)
+        return config.decorrelation_coeff * penalty
 
     def _own_start(self) -> dict[str, Tensor]:
-        """Start values of the architecture's own parameters and buffers."""
-        return self.architecture.parameters() | self.architecture.buffers()
+        """The same with the architecture's own buffers."""
+        return self._own_parameters() | self.architecture.buffers()
+
+    def _rows_of_both(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape != x_hat.shape:
+            shapes = tuple(x.shape), tuple(x_hat.shape)
+            raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")
+        return self._rows(x), self._rows(x_hat)
 
     def _rows(self, x: Tensor) -> Tensor:
         """`x` as a matrix of the parameters' dtype; raises ValueError unless it is d_in wide."""

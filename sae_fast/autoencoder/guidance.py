@@ -1,0 +1,69 @@
+"""The terms of the loss that need more than activations: labels for a probe, tokens in order.
+
+Every architecture can have them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.autoencoder.probe import Probe
+from sae_fast.autoencoder.temporal import temporal_smoothness_loss
+from sae_fast.config import SAEConfig
+
+
+class Guidance:
+    """The guided terms of a configuration.
+
+    Attributes:
+        probe: None where there is none.
+        term_names: names of the terms.
+        figure_names: names of what is measured besides.
+    """
+
+    def __init__(self, config: SAEConfig):
+        self.config = config
+        self.probe = Probe(config) if config.has_probe else None
+        self.is_smooth = config.temporal_smoothness_coeff > 0
+        self.term_names = (
+            *(("probe_loss",) if self.probe else ()),
+            *(("temporal_loss",) if self.is_smooth else ()),
+        )
+        self.figure_names = (self.probe.quality_name,) if self.probe else ()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Start values of what is trained for these terms beside the autoencoder."""
+        return self.probe.parameters() if self.probe else {}
+
+    def terms(
+        self,
+        own: dict[str, Tensor],  # the parameters, by name
+        code: ops.Code,
+        labels: Tensor | None,  # [N]
+        starts: Tensor | None,  # [N] bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms with their coefficients, and the figures; raises ValueError for what lacks."""
+        terms, figures = {}, {}
+        if self.probe:
+            labels = _one_a_token("labels", labels, code, "probe_loss_coeff")
+            loss, figures[self.probe.quality_name] = self.probe.loss(own, code, labels)
+            terms["probe_loss"] = self.config.probe_loss_coeff * loss
+        if self.is_smooth:
+            starts = _one_a_token("starts", starts, code, "temporal_smoothness_coeff")
+            loss = temporal_smoothness_loss(code, starts)
+            terms["temporal_loss"] = self.config.temporal_smoothness_coeff * loss
+        return terms, figures
+
+    def rescale_(self, own: dict[str, Tensor], factor: Tensor) -> None:
+        """Follow a change of the units that the code's values are in."""
+        if self.probe:
+            self.probe.rescale_(own, factor)
+
+
+def _one_a_token(name: str, given: Tensor | None, code: ops.Code, why: str) -> Tensor:
+    if given is None:
+        raise ValueError(f"{name} must be given with {why} above 0")
+    if given.shape != (code.n_rows,):
+        raise ValueError(f"{name} must have shape ({code.n_rows},), got {tuple(given.shape)}")
+    return given
