@@ -55,9 +55,9 @@ def test_jumprelu_has_a_target_and_a_weight_for_its_penalty_unless_told_otherwis
     assert (config.sparsity_penalty, config.target_l0) == ("l0_target", 32.0)
     assert (config.sparsity_penalty_coeff, config.decoder_norm) == (16.0, "unit")
     assert (config.decoder_init_norm, config.l1_penalty_coeff) == (None, 0.0)
-    for penalty, weight in (("l0", 1.0), ("tanh", 10.0)):
-        config = SAEConfig(arch="jumprelu", d_in=16, sparsity_penalty=penalty)
-        assert (config.sparsity_penalty_coeff, config.target_l0) == (weight, None)
+    for penalty in ("l0", "tanh"):
+        config = SAEConfig(arch="jumprelu", d_in=4000, sparsity_penalty=penalty)
+        assert (config.sparsity_penalty_coeff, config.target_l0) == (10.0, None)
 
 
 def test_config_of_another_width_is_refused():

@@ -15,6 +15,9 @@ DEFAULT_L1 = 5.0  # for activations of norm sqrt(d_in), as normalize_activations
 DEFAULT_FREE_NORM = 0.1
 MATRYOSHKA_SIZES = 5  # of the nested dictionaries by default: d_sae halved so many times less one
 DEFAULT_TARGET_L0 = 32.0
+# What one more active latent must explain, as a share of the variance: 10 at a d_in of 4096, which
+# is Anthropic's weight of the tanh.
+DEFAULT_LATENT_PRICE = 1 / 400
 # Pre-activations start with a spread of 1. From 0.5 with a window of 0.5, L0 is at its target of 32
 # after 200 steps (MiniLM, lr 3e-3); from 0.1 with 0.2 it is 142, from 0.001 with 0.001 it is 395.
 JUMPRELU_INIT_THRESHOLD = 0.5
@@ -114,7 +117,7 @@ class SAEConfig(ConfigFile):
     """jumprelu: (L0 / target_l0 - 1)^2; or L0; or the sum of tanh(jumprelu_tanh_scale * value *
     norm of decoder row); default: l0_target."""
     sparsity_penalty_coeff: float | None = None
-    """Weight of sparsity_penalty; default: d_in with l0_target, 1 with l0, 10 with tanh."""
+    """Weight of sparsity_penalty; default: d_in with l0_target, otherwise d_in / 400."""
     pre_act_loss_coeff: float = 0.0
     """jumprelu: weight of how far dead latents are below their thresholds; 3e-6 is customary."""
     jumprelu_init_threshold: float = JUMPRELU_INIT_THRESHOLD
@@ -230,8 +233,8 @@ class SAEConfig(ConfigFile):
             defaults["decoder_norm"] = self._default_decoder_norm
         if self.arch == "jumprelu":
             penalty = self.sparsity_penalty or "l0_target"
-            weights = {"l0_target": float(self.d_in), "l0": 1.0, "tanh": 10.0}
-            defaults |= {"sparsity_penalty": penalty, "sparsity_penalty_coeff": weights[penalty]}
+            weight = self.d_in * (1.0 if penalty == "l0_target" else DEFAULT_LATENT_PRICE)
+            defaults |= {"sparsity_penalty": penalty, "sparsity_penalty_coeff": weight}
             if penalty == "l0_target":
                 defaults["target_l0"] = min(DEFAULT_TARGET_L0, float(self.d_sae))
         if (self.decoder_norm or defaults.get("decoder_norm")) == "free":

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.memory_plan import MemoryPlan, available_memory, plan_memory
 
@@ -18,6 +19,27 @@ def test_plan_counts_parameters_and_optimiser_states() -> None:
     assert plan.parts["packed encoder (16 bit)"] == 2 * 100 * 1000
     assert plan.parts["activations in memory"] == 7
     assert "memory plan" in str(plan)
+
+
+@pytest.mark.parametrize(("arch", "arrays"), [("relu", 5), ("jumprelu", 7), ("gated", 8)])
+def test_architectures_that_begin_with_many_latents_count_them(arch: Any, arrays: int) -> None:
+    sae = SAEConfig(arch=arch, d_in=100, d_sae=1000)
+    train = TrainConfig(batch_size=64)
+    plan = plan_memory(sae, train, native=True, pool_bytes=0)
+    assert plan.parts["codes while many latents are active"] == arrays * 64 * 1000 * 4
+    assert plan.parts["dense gradients while they are"] == 2 * 100 * 1000 * 4
+    unfused = plan_memory(sae, replace(train, fused=False), native=True, pool_bytes=0)
+    assert "dense gradients while they are" not in unfused.parts
+    topk = plan_memory(SAEConfig(d_in=100, d_sae=1000), train, native=True, pool_bytes=0)
+    assert not any("many latents" in part for part in topk.parts)
+
+
+def test_listed_entries_count_where_accumulated_batches_have_more_of_them() -> None:
+    sae = SAEConfig(arch="relu", d_in=100, d_sae=1000)
+    train = TrainConfig(batch_size=64, grad_acc_steps=100)
+    plan = plan_memory(sae, train, native=True, pool_bytes=0)
+    entries = round(DENSE_FROM * 64 * 1000)
+    assert plan.parts["codes while many latents are active"] == entries * 32 * 100
 
 
 def test_reference_needs_no_packed_encoder() -> None:
@@ -116,6 +138,12 @@ def test_eager_steps_need_no_pool(on_gpu: TrainConfig, changes: dict[str, Any]) 
     plan = _plan(on_gpu, **changes)
     assert "pool of the CUDA graphs" not in plan.parts
     assert plan.parts["batches copied ahead"] == 2 * 4096 * 4096 * 4
+
+
+def test_steps_that_wait_for_the_device_need_no_pool(on_gpu: TrainConfig) -> None:
+    sae = SAEConfig(arch="gated", d_in=64, d_sae=512)
+    plan = plan_memory(sae, on_gpu, native=True, pool_bytes=0)
+    assert "pool of the CUDA graphs" not in plan.parts
 
 
 def test_a_gpu_too_small_is_told_apart_from_the_host(on_gpu: TrainConfig) -> None:
