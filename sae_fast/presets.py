@@ -89,6 +89,12 @@ PRESETS = {
         sae={"d_in": 4096, "expansion_factor": 8, "k": 50},
         train={"batch_size": 4096},
     ),
+    "deepseek_r1_llama_8b_paper": Preset(
+        "the recipe of arXiv:2503.18878: ReLU with an L1 penalty weighted by the decoder's norms",
+        tokens=1_000_000_000,
+        sae={"arch": "relu", "d_in": 4096, "d_sae": 65536, "l1_penalty_coeff": 5.0},
+        train={"batch_size": 4096, "learning_rate": 5e-5, "grad_clip": 1.0},
+    ),
     "bert_base_topk": Preset(
         "BERT-base's hidden states, a wide dictionary with many active latents",
         tokens=100_000_000,
