@@ -57,6 +57,26 @@ def test_train_step_writes_times_ratios_memory_and_floors(tmp_path):
 
 
 @pytest.mark.slow
+def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(tmp_path):
+    rows = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    write_shard(tmp_path / "train_00.h5", rows[:300])
+    write_shard(tmp_path / "heldout_00.h5", rows[300:])
+    quick = ["--steps", "2", "--seeds", "0", "--batch-size", "64", "--rounds", "1"]
+    data = ["--shard-dir", str(tmp_path), "--planted", "--planted-rows", "256"]
+    plot = tmp_path / "plot.png"
+    result, table = run("architectures", tmp_path, *data, *quick, "--plot", str(plot))
+    archs = {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"}
+    for kind, settings in (("activations", 3), ("planted", 1)):
+        assert {run["arch"] for run in result[kind]} == archs
+        assert len(result[kind]) == settings * len(archs)
+    assert all(run["fvu"] > 0 for run in result["activations"])
+    assert all(0 < run["mcc"] <= 1 for run in result["planted"])
+    # Each was timed beside a dense step whose first loss was the same, or it would have failed.
+    assert {time["arch"] for time in result["times"]} == archs
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
     result, table = run("kernels", tmp_path, "--sizes", SIZE, "--rounds", "2")
     names = " ".join(row["op"] for row in result["sizes"][SIZE]["ops"])
