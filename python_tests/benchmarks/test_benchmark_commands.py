@@ -64,7 +64,7 @@ def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(
     quick = ["--steps", "2", "--seeds", "0", "--batch-size", "64", "--rounds", "1"]
     data = ["--shard-dir", str(tmp_path), "--planted", "--planted-rows", "256"]
     plot = tmp_path / "plot.png"
-    result, table = run("architectures", tmp_path, *data, *quick, "--plot", str(plot))
+    result, _ = run("architectures", tmp_path, *data, *quick, "--plot", str(plot))
     archs = {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"}
     for kind, settings in (("activations", 3), ("planted", 1)):
         assert {run["arch"] for run in result[kind]} == archs
