@@ -219,7 +219,10 @@ def _conclude(trainer: Trainer, stopped_by: signal.Signals | None) -> None:
         f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s, "
         f"{summary['reader_stall_fraction']:.1%} of it waiting for the reader)"
     )
-    names = ("loss", "recon_loss", "aux_loss", "fvu", "l0", "heldout_fvu", "heldout_dead_fraction")
+    names = (
+        *("loss", "recon_loss", "aux_loss", "probe_loss", "temporal_loss", "fvu", "l0"),
+        *("probe_accuracy", "probe_r2", "heldout_fvu", "heldout_dead_fraction"),
+    )
     figures = [(name, summary.get(f"final_{name}")) for name in names]
     print(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))
     for name in ("plot", "checkpoint"):

@@ -47,7 +47,7 @@ def test_batches_ahead_are_those_of_the_source(
     source = open_source(kind, device)
     batches = StepBatches(source, device, per_step, ahead=True)
     for _ in range(30):
-        taken = batches.take()
+        taken = [rows.x for rows in batches.take()]
         total = torch.stack(taken).sum(dim=(0, 1))  # what a step would launch
         batches.prefetch()
         expected = [plain.next_batch() for _ in range(per_step)]
@@ -76,11 +76,12 @@ def test_the_position_is_that_of_the_batches_taken(
         assert batches.state_dict() == plain.state_dict()
         assert source.tokens_served == plain.tokens_served + 2 * BATCH
     position = batches.state_dict()
-    expected = [x.clone() for x in batches.take()]
+    expected = [rows.x.clone() for rows in batches.take()]
     batches.prefetch()
     batches.load_state_dict(position)
     assert batches.state_dict() == position
-    assert all(map(torch.equal, batches.take(), expected))
+    again = [rows.x for rows in batches.take()]
+    assert all(map(torch.equal, again, expected))
     for stream in (plain, source):
         stream.close()
 
@@ -122,8 +123,8 @@ class _Failing:
 def test_an_error_is_raised_at_the_step_that_needs_the_batch(device: torch.device) -> None:
     batches = StepBatches(_Failing(), _device(device), 1, ahead=True)  # type: ignore[arg-type]
     for number in (1, 2):
-        (x,) = batches.take()
-        assert x.cpu().tolist() == [[float(number)] * 3] * 4
+        (rows,) = batches.take()
+        assert rows.x.cpu().tolist() == [[float(number)] * 3] * 4
         batches.prefetch()
     for _ in range(2):
         assert batches.state_dict() == {"served": 2}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from planted import D_IN, planted
 
+from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.ops import native
@@ -114,7 +115,7 @@ class Run:
             cuda = device.type == "cuda"
             self.recorder = CountingRecorder(device) if cuda else EmulatedRecorder(self.sae)
             self.run = GraphedStep(step, self.recorder).run
-        self.rows = planted(640, seed=1).to(device).split(64)
+        self.rows = [Rows(x, {}) for x in planted(640, seed=1).to(device).split(64)]
 
     def make(
         self, number: int, k_aux: int = 0, batches: int = 1, k: int | None = None
@@ -232,7 +233,7 @@ def test_a_replay_is_noticed_by_autograd(device: torch.device) -> None:
     graphed = Run(device, graphed=True)
     for number in range(WARMUP_STEPS + 2):
         graphed.make(number)
-    loss = graphed.sae.training_loss(graphed.rows[0])
+    loss = graphed.sae.training_loss(graphed.rows[0].x)
     graphed.make(STEPS)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.total.backward()
@@ -260,8 +261,8 @@ def test_a_bad_step_from_a_graph_changes_nothing(device: torch.device) -> None:
     for number in range(6):
         graphed.make(number)
     before = [value.clone() for value in graphed.sae.parameters()]
-    bad = graphed.rows[0].clone()
-    bad[3, 2] = torch.nan
+    bad = graphed.rows[0].map(torch.clone)
+    bad.x[3, 2] = torch.nan
     graphed.run([bad], 1e-3, 0)
     graphed.make(8)
     reading = graphed.step.read({})

@@ -356,7 +356,8 @@ class SparseAutoencoder(nn.Module):
     @property
     def figure_names(self) -> tuple[str, ...]:
         """Names of the components of the loss that are measured and not minimised."""
-        return ("fvu", "l0", *self.guidance.figure_names)
+        own = (*self.architecture.figure_names, *self.guidance.figure_names)
+        return ("fvu", "l0", *own)
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """Start values of the parameters that only this architecture, or a probe, has."""

@@ -8,20 +8,21 @@ checkpoint saves is the position after the batches that were handed out, not aft
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from sae_fast.activations import ActivationSource
+from sae_fast.activations import ActivationSource, LabelledSource, Rows
 
 
 @dataclass(frozen=True)
 class _Fetched:
     """The batches of a step, and what was true of the source when they had been fetched."""
 
-    batches: list[Tensor]
+    batches: list[Rows]
     position: dict[str, Any]
     shards: list[Path]
     waited: float  # seconds that the host waited for the source
@@ -55,15 +56,15 @@ class StepBatches:
         self._stalled = 0.0
         self._uploads = _Uploads(device) if ahead and device.type == "cuda" else None
 
-    def take(self) -> list[Tensor]:
-        """The batches [N, D] of the next step; raises what kept the source from serving them."""
+    def take(self) -> list[Rows]:
+        """The batches of the next step; raises what kept the source from serving them."""
         if self._error is not None:
             raise self._error
         if not self._ahead:
             before = self._source.stall_seconds
-            batches = [self._source.next_batch() for _ in range(self._per_step)]
+            batches = [self._next_rows() for _ in range(self._per_step)]
             self._stalled += self._source.stall_seconds - before
-            return [batch.to(self._device) for batch in batches]
+            return [batch.map(self._on_device) for batch in batches]
         fetched, self._next = self._next or self._fetch(), None
         self._handed_out = fetched
         if self._uploads is None:
@@ -108,11 +109,19 @@ class StepBatches:
 
     def _fetch(self) -> _Fetched:
         before = self._source.stall_seconds
-        batches = [self._source.next_batch() for _ in range(self._per_step)]
+        batches = [self._next_rows() for _ in range(self._per_step)]
         waited = self._source.stall_seconds - before
         if self._uploads is not None:
             batches = self._uploads.copy(batches)
         return _Fetched(batches, self._source.state_dict(), self._shards(), waited)
+
+    def _next_rows(self) -> Rows:
+        if getattr(self._source, "columns", None):
+            return cast(LabelledSource, self._source).next_rows()
+        return Rows(self._source.next_batch(), {})
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device)
 
     def _shards(self) -> list[Path]:
         shards: list[Path] = getattr(self._source, "current_shards", list)()
@@ -126,14 +135,14 @@ class _Uploads:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._buffers: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._buffers: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
         self._turn = 0
         start = _event()
         start.record(torch.cuda.current_stream(device))
         self._ends = [start, start]  # of the last two steps, the later one last
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
-    def copy(self, batches: list[Tensor]) -> list[Tensor]:
+    def copy(self, batches: list[Rows]) -> list[Rows]:
         """The batches on the device, complete from `hand_over` on; those that are there as is.
 
         Waits for the step before last, which has read the buffer. This also keeps the host from
@@ -141,17 +150,17 @@ class _Uploads:
         """
         self._ends[0].synchronize()
         self._turn = 1 - self._turn
-        on_device = [
-            batch if batch.device == self._device else self._upload(number, batch)
-            for number, batch in enumerate(batches)
-        ]
+        places = count()
+        on_device = [batch.map(lambda part: self._upload(next(places), part)) for batch in batches]
         self._copied.record(self._stream)
         return on_device
 
     def _upload(self, number: int, batch: Tensor) -> Tensor:
+        if batch.device == self._device:
+            return batch
         buffers = self._buffers[self._turn]
-        if number == len(buffers):
-            buffers.append(torch.empty_like(batch, device=self._device))
+        if number not in buffers:
+            buffers[number] = torch.empty_like(batch, device=self._device)
             # What the allocator gave may still be in use by what the current stream has to do.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # From pageable memory the copy would not be asynchronous. A page-locked batch may be

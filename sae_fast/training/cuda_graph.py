@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sae_fast.activations import Rows
 from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
 from sae_fast.training.step import TrainingStep
 
@@ -95,14 +96,14 @@ class GraphedStep:
         device = step.sae.W_enc.device
         self._rate = torch.zeros((), dtype=torch.float64, device=device)
         self._sparsity_weight = torch.ones((), device=device)
-        self._inputs: dict[tuple[torch.Size, ...], list[Tensor]] = {}
+        self._inputs: dict[tuple[torch.Size, ...], list[Rows]] = {}
         self._graphs: dict[Key, Callable[[], None]] = {}
         self._eager_steps: Counter[Key] = Counter()
         self._addresses: tuple[int, ...] | None = None
 
     def run(
         self,
-        batches: Sequence[Tensor],  # each [N, D], normalised
+        batches: Sequence[Rows],  # each N rows, normalised
         rate: float,
         k_aux: int | None,
         sparsity_weight: float = 1.0,
@@ -114,7 +115,7 @@ class GraphedStep:
         self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on
         self._sparsity_weight.fill_(sparsity_weight)
         scalars = (self._rate, k_aux, self._sparsity_weight, k)
-        shapes = tuple(batch.shape for batch in batches)
+        shapes = tuple(part.shape for part in _tensors(batches))
         key = (shapes, k_aux, k)
         if key not in self._graphs and self._eager_steps[key] < WARMUP_STEPS:
             with self._recorder.side_stream():
@@ -128,14 +129,12 @@ class GraphedStep:
         self._graphs[key]()
         self._announce()
 
-    def _fixed_inputs(
-        self, shapes: tuple[torch.Size, ...], batches: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def _fixed_inputs(self, shapes: tuple[torch.Size, ...], batches: Sequence[Rows]) -> list[Rows]:
         """The batches, copied to where the graphs of these shapes read them."""
         if shapes not in self._inputs:
-            self._inputs[shapes] = [torch.empty_like(batch) for batch in batches]
-        for place, batch in zip(self._inputs[shapes], batches, strict=True):
-            place.copy_(batch)
+            self._inputs[shapes] = [batch.map(torch.empty_like) for batch in batches]
+        for place, part in zip(_tensors(self._inputs[shapes]), _tensors(batches), strict=True):
+            place.copy_(part)
         return self._inputs[shapes]
 
     def _announce(self) -> None:
@@ -161,3 +160,7 @@ class GraphedStep:
             self._recorder.finish()
         self._graphs.clear()
         self._eager_steps.clear()
+
+
+def _tensors(batches: Sequence[Rows]) -> list[Tensor]:
+    return [part for x, columns in batches for part in (x, *columns.values())]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch import Tensor
 from sae_fast.activations import (
     ActivationSource,
     ActivationStream,
+    Column,
     HeldOut,
+    LabelledSource,
+    Rows,
     ShardSet,
     TensorStream,
     Transform,
@@ -21,7 +24,8 @@ from sae_fast.activations import (
     open_heldout,
     open_shards,
 )
-from sae_fast.config import TrainConfig
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.guidance import check_columns, label_columns, needs_sequences
 
 _SAMPLED_BATCHES = 16
 
@@ -34,10 +38,12 @@ class TrainingData:
         data: rows [n, D], or a source of raw rows; None: the shards of `config`.
         heldout: rows [n, D] for evaluation; None: the held-out shards of `config`, if any.
         device: what the batches are for.
+        sae: the model, which may need labels or sequences.
+        columns: labels [n] beside rows that are a tensor.
 
     Raises:
         ShardError: naming the shard that cannot be trained on.
-        ValueError: when there is nothing to train on.
+        ValueError: when there is nothing to train on, or not what the model needs.
     """
 
     def __init__(
@@ -46,14 +52,20 @@ class TrainingData:
         data: Tensor | ActivationSource | None,
         heldout: Tensor | None,
         device: torch.device,
+        sae: SAEConfig,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if columns is not None and not isinstance(data, Tensor):
+            raise ValueError("columns go with a tensor of activations, and none is given")
         self._config = config
+        self._sae = sae
+        self._given_columns = columns or {}
         self._device = device
         self._rows: Tensor | None = None
         self._shards: ShardSet | None = None
         self._given: ActivationSource | None = None
         if data is None:
-            self._shards = _open_training_shards(config)
+            self._shards = _open_training_shards(config, sae)
         elif isinstance(data, Tensor):
             self._rows = data
         else:
@@ -63,11 +75,13 @@ class TrainingData:
                 raise ValueError(
                     f"batch_size must be {config.batch_size}, got a source that serves {served}"
                 )
-        probe = self._given or self.open(None)
-        self.d_in = probe.d_in
-        self.rows_per_epoch = probe.rows_per_epoch
-        self.memory_bytes = int(getattr(probe, "memory_bytes", 0))
-        self.skipped_rows = int(getattr(probe, "nonfinite_rows", 0))
+        first = self._given or self.open(None)
+        self.d_in = first.d_in
+        self.rows_per_epoch = first.rows_per_epoch
+        self.memory_bytes = int(getattr(first, "memory_bytes", 0))
+        self.skipped_rows = int(getattr(first, "nonfinite_rows", 0))
+        self.columns: Mapping[str, Column] = getattr(first, "columns", {})
+        check_columns(sae, self.columns)
         self.heldout = self._open_heldout(heldout)
 
     def open(self, transform: Transform | None) -> ActivationSource:
@@ -77,7 +91,13 @@ class TrainingData:
         settings |= {"transform": transform, "device": self._device}
         if self._rows is not None:
             skip = config.skip_nonfinite
-            return TensorStream(self._rows, skip_nonfinite=skip, **settings)
+            return TensorStream(
+                self._rows,
+                skip_nonfinite=skip,
+                columns=self._given_columns,
+                whole_sequences=needs_sequences(self._sae),
+                **settings,
+            )
         if self._shards is not None:
             pool = config.pool_rows
             return ActivationStream(self._shards, pool_rows=pool, **settings)
@@ -126,7 +146,14 @@ class _Given:
 
     def next_batch(self) -> Tensor:
         """The source's next rows, normalised."""
-        batch = self._source.next_batch()
+        return self._normalized(self._source.next_batch())
+
+    def next_rows(self) -> Rows:
+        """The same with their columns, where the source has any."""
+        x, columns = cast(LabelledSource, self._source).next_rows()
+        return Rows(self._normalized(x), columns)
+
+    def _normalized(self, batch: Tensor) -> Tensor:
         if self._transform is None:
             return batch
         if batch.device != self._transform.mean.device:
@@ -138,8 +165,14 @@ class _Given:
         return copy.deepcopy(self._source.state_dict())
 
 
-def _open_training_shards(config: TrainConfig) -> ShardSet:
+def _open_training_shards(config: TrainConfig, sae: SAEConfig) -> ShardSet:
     if config.shard_dir is None:
         raise ValueError("shard_dir is missing: name a directory of shards with --shard-dir")
     paths, _ = find_shards(config.shard_dir, config.heldout)
-    return open_shards(paths, key=config.activations_key, skip_nonfinite=config.skip_nonfinite)
+    return open_shards(
+        paths,
+        key=config.activations_key,
+        skip_nonfinite=config.skip_nonfinite,
+        columns=label_columns(sae),
+        whole_sequences=needs_sequences(sae),
+    )

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from sae_fast.activations import Rows
 from sae_fast.config import TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
@@ -54,7 +54,7 @@ class Launcher:
         self._first = self._made = made
         self._newest_checkpoint = newest_checkpoint
         self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
-        self._run: Callable[[list[Tensor], float, int | None, float, int | None], None] = step.run
+        self._run: Callable[[list[Rows], float, int | None, float, int | None], None] = step.run
         self._census: DeadCensus | None = None
         device = step.sae.W_enc.device
         if device.type == "cpu":
@@ -87,7 +87,7 @@ class Launcher:
             self._recent.append((self._made, self._batches.current_shards()))
             self._batches.prefetch()
         elif self._step.is_poisoned():
-            bad_rows = sum(int((~torch.isfinite(x)).any(dim=1).sum()) for x in batches)
+            bad_rows = sum(int((~torch.isfinite(rows.x)).any(dim=1).sum()) for rows in batches)
             shards = self._batches.current_shards()
             newest = self._newest_checkpoint()
             raise divergence(self._step.read({}), self._made, shards, bad_rows, newest)

@@ -17,6 +17,9 @@ _GIB = 2**30
 # An entry of a code: value, index, gradient, coefficient, dot product, latent-major view.
 _BYTES_PER_ENTRY = 32
 _MULTI_TOPK = 4  # beside a code of k entries one of so many times k
+# What the comparison with the next token's code holds of an entry, its gradient included.
+_BYTES_PER_MATCHED_ENTRY = 48
+_CHANGE_ARRAYS = 4  # dense codes' changes, their squares, the gradients of both
 # Arrays of a batch's size: two batches read ahead, x, x_hat - x, and the same again for AuxK.
 _BATCH_ARRAYS = 6
 # Gradient rows kept between the norm and the update, for each row of a factor: row_gradient_norm's
@@ -99,7 +102,8 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         pool_bytes: what the source of the activations holds.
     """
     matrix = sae.d_sae * sae.d_in
-    parameters = 2 * matrix + sae.d_sae + sae.d_in
+    probe = sae.probe_outputs * (sae.d_sae + 1)
+    parameters = 2 * matrix + sae.d_sae + sae.d_in + probe
     device = torch.device(train.device)
     on_gpu = device.type == "cuda"
     has_chunks = sae.decorrelation == "chunked_max"
@@ -144,7 +148,8 @@ def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
     a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
     scales = moment_blocks(sae.d_in) if train.optimizer_states == "8bit" else 0
     rows = 2 * sae.d_sae * (sae.d_in * a_number + scales * _FLOAT)
-    return 2 * (rows + (sae.d_sae + sae.d_in) * _FLOAT)
+    probe = sae.probe_outputs * (sae.d_sae + 1)
+    return 2 * (rows + (sae.d_sae + sae.d_in + probe) * _FLOAT)
 
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
@@ -170,6 +175,13 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         parts["codes while many latents are active"] = max(dense, listed)
         if train.fused:
             parts["dense gradients while they are"] = 2 * sae.d_sae * sae.d_in * _FLOAT
+    if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
+        rows = sae.d_sae + 4 * train.batch_size
+        parts["probe"] = sae.probe_outputs * rows * _FLOAT
+    if sae.temporal_smoothness_coeff > 0:
+        listed = (sae.k or round(DENSE_FROM * sae.d_sae)) * _BYTES_PER_MATCHED_ENTRY
+        dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if sae.arch in _DENSE_ARRAYS else 0
+        parts["temporal smoothness"] = train.batch_size * max(listed, dense)
     return parts
 
 

@@ -3,7 +3,8 @@
 Names: step, tokens, epoch, loss, recon_loss, l1_loss, decorr_loss, aux_loss, terms that only some
 architectures have (multi_topk_loss), fvu, l0,
 activation_fraction, dead_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
-reader_stall_fraction; at an evaluation heldout_fvu, heldout_l0, heldout_dead_fraction; with fp16
+reader_stall_fraction; with a probe probe_loss and probe_accuracy or probe_r2, with temporal
+smoothness temporal_loss; at an evaluation heldout_fvu, heldout_l0, heldout_dead_fraction; with fp16
 loss_scale; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff;
 with jumprelu sparsity_loss, pre_act_loss, mean_threshold.
 """

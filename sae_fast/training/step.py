@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_fast.activations import STARTS, Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.metrics import fetch
@@ -67,7 +68,8 @@ class TrainingStep:
         self.scaler = scaler
         self.precision = precision
         self.average = average
-        self._components = (*sae.term_names, "fvu", "l0", *sae.architecture.figure_names)
+        self._components = (*sae.term_names, *sae.figure_names)
+        self._labels = sae.config.probe_labels or ""
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), device=device)
@@ -76,7 +78,7 @@ class TrainingStep:
 
     def run(
         self,
-        batches: Sequence[Tensor],  # each [N, D], normalised
+        batches: Sequence[Rows],  # each N rows, normalised
         rate: float | Tensor,
         k_aux: int | None = None,
         sparsity_weight: float | Tensor = 1.0,
@@ -96,7 +98,7 @@ class TrainingStep:
         share = 1 / len(batches)
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
-        for x in batches:
+        for x, columns in batches:
             loss = self.sae.training_loss(
                 x,
                 precision=self.precision,
@@ -104,6 +106,8 @@ class TrainingStep:
                 k_aux=k_aux,
                 sparsity_weight=sparsity_weight,
                 k=k,
+                labels=columns.get(self._labels),
+                starts=columns.get(STARTS),
             )
             loss.total.backward(weight)  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))

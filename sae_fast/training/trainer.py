@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sae_fast.training.checkpoint import (
 from sae_fast.training.data import TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
+from sae_fast.training.guidance import with_probe_classes
 from sae_fast.training.heldout import evaluate
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loss_scaler import LossScaler
@@ -70,6 +71,8 @@ class Trainer:
         train_config: its training. Without `checkpoint_dir` nothing is written.
         data: activations [n, D], or a source of them; None: the shards in `train_config.shard_dir`.
         heldout: activations [n, D] for evaluation; None: the held-out shards, if there are any.
+        columns: beside a tensor `data`, labels [n] by the name that `probe_labels` has, and where
+            sequences matter doc_id or position.
         stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
         show_progress: whether to show a progress bar.
 
@@ -85,6 +88,7 @@ class Trainer:
         data: Tensor | ActivationSource | None = None,
         *,
         heldout: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
     ) -> None:
@@ -93,7 +97,8 @@ class Trainer:
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = self._find_checkpoint()
-        self.data = TrainingData(train_config, data, heldout, self.device)
+        self.data = TrainingData(train_config, data, heldout, self.device, sae_config, columns)
+        sae_config = with_probe_classes(sae_config, self.data.columns)
         self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         self.total_steps = count_steps(train_config, self.data.rows_per_epoch)

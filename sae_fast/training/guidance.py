@@ -1,0 +1,71 @@
+"""What the guided terms of the loss need of the data, asked for and checked before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from sae_fast.activations import STARTS, Column
+from sae_fast.config import SAEConfig
+
+
+def label_columns(sae: SAEConfig) -> tuple[str, ...]:
+    """Names of the columns with labels that a training of this model reads.
+
+    Raises ValueError where the configuration does not say which labels its probe predicts.
+    """
+    if sae.probe_loss_coeff > 0 and sae.probe_labels is None:
+        raise ValueError(
+            f"probe_labels is missing: probe_loss_coeff is {sae.probe_loss_coeff:g}; "
+            "name the dataset of the labels with --probe-labels"
+        )
+    return (sae.probe_labels,) if sae.has_probe and sae.probe_labels is not None else ()
+
+
+def needs_sequences(sae: SAEConfig) -> bool:
+    """Whether a training of this model needs the rows of a sequence together."""
+    return sae.temporal_smoothness_coeff > 0
+
+
+def check_columns(sae: SAEConfig, columns: Mapping[str, Column]) -> None:
+    """Raise ValueError, naming it, for a column that the data do not have."""
+    needed = dict.fromkeys(label_columns(sae), "probe_labels")
+    if needs_sequences(sae):
+        needed[STARTS] = "temporal_smoothness_coeff"
+    for name, why in needed.items():
+        if name not in columns:
+            there = ", ".join(columns) or "none"
+            raise ValueError(
+                f"{why} needs the column {name!r}, which the data do not have (there: {there})"
+            )
+
+
+def with_probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfig:
+    """The configuration with the classes counted that it leaves open.
+
+    Raises ValueError for labels that the probe cannot predict.
+    """
+    if not sae.has_probe or sae.probe_labels is None:
+        return sae
+    labels = columns[sae.probe_labels]
+    where = f"{labels.place}: {labels.name}"
+    if labels.dtype == torch.int64 and labels.maximum < 0:
+        raise ValueError(f"{where}: no token has a label, all are -1")
+    if sae.probe_task == "regression":
+        return sae
+    if labels.dtype != torch.int64:
+        raise ValueError(
+            f"{where} holds real numbers; probe_task classification needs whole ones, "
+            "regression (--probe-task) takes both"
+        )
+    needed = int(labels.maximum) + 1
+    if sae.probe_classes is not None and needed > sae.probe_classes:
+        raise ValueError(
+            f"{where} has the label {needed - 1}, but probe_classes is {sae.probe_classes}: "
+            f"labels are 0 to {sae.probe_classes - 1}"
+        )
+    if sae.probe_classes is None and needed < 2:
+        raise ValueError(f"{where}: the only label is 0, a classification needs two classes")
+    return replace(sae, probe_classes=sae.probe_classes or needed)
