@@ -30,7 +30,7 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: entries must be in [0, {nnz}), got {entry}
     {op}: latent_offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
 
-The last four look at data: on the CPU always, elsewhere they would wait for the device.
+The last four look at data, see data_checks.py.
 """
 
 import torch
@@ -378,33 +378,3 @@ def code_correlation_backward(  # noqa: D103
     for name, grad in (("grad_within", grad_within), ("grad_between", grad_between)):
         if grad is not None:
             op.tensor(name, grad, (), MASTER)
-
-
-def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
-    """What only the data can tell: offsets that partition the entries, indices of real latents."""
-    op = Call(op_name, "indices", indices)
-    if offsets is not None:
-        _check_offsets(op, "offsets", offsets, indices.numel())
-    _check_range(op, "indices", indices, d_sae)
-
-
-def check_entries(op_name: str, entries: Tensor, count: int, latent_offsets: Tensor | None) -> None:
-    """The same of a latent-major view: offsets that partition it, positions of real numbers."""
-    op = Call(op_name, "entries", entries)
-    if latent_offsets is not None:
-        _check_offsets(op, "latent_offsets", latent_offsets, entries.numel())
-    _check_range(op, "entries", entries, count)
-
-
-def _check_offsets(op: Call, name: str, offsets: Tensor, entries: int) -> None:
-    first, last = int(offsets[0]), int(offsets[-1])
-    ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
-    must = f"{name} must ascend from 0 to the number of entries, {entries}"
-    op.require(ascending, must, f"{first} to {last}")
-
-
-def _check_range(op: Call, name: str, numbers: Tensor, bound: int) -> None:
-    if numbers.numel() > 0:
-        low, high = (int(end) for end in torch.aminmax(numbers))
-        wrong = low if low < 0 else high
-        op.require(low >= 0 and high < bound, f"{name} must be in [0, {bound})", str(wrong))

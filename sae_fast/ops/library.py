@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sae_fast.ops import checks, native, reference
+from sae_fast.ops import checks, data_checks, native, reference
 
 SCHEMAS = {
     "pack_encoder": "(Tensor W_enc, str precision)"
@@ -108,12 +108,12 @@ def _check_data(name: str, arguments: dict[str, Any]) -> None:
     if "entries" in arguments and arguments["entries"].device.type == "cpu":
         source = arguments["source"] if "source" in arguments else arguments["coefficients"]
         offsets = arguments.get("latent_offsets")
-        checks.check_entries(name, arguments["entries"], source.numel(), offsets)
+        data_checks.check_entries(name, arguments["entries"], source.numel(), offsets)
     indices, offsets = arguments.get("indices"), arguments.get("offsets")
     if not isinstance(indices, Tensor) or indices.device.type != "cpu":
         return
     d_sae = arguments["W_dec"].size(0) if "W_dec" in arguments else arguments["d_sae"]
-    checks.check_data(name, indices, offsets, d_sae)
+    data_checks.check_data(name, indices, offsets, d_sae)
 
 
 def _define_reference() -> torch.library.Library:
