@@ -109,7 +109,8 @@ def test_a_host_that_is_ahead_changes_no_result(
     run = replace(RUN, shard_dir=str(shard_dir), device=str(device), cuda_graph=False)
     other = Trainer(SAE, run, show_progress=False)
     if device.type == "cuda":  # counts the dead on the host, at every step
-        other._launcher._run = lambda x, rate, _: other._launcher._step.run(x, rate, None)
+        step = other._launcher._step
+        other._launcher._run = lambda rows, rate, _, *rest: step.run(rows, rate, None, *rest)
     assert _equal(_outcome(make()), _outcome(other))
 
 
