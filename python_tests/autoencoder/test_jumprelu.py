@@ -15,7 +15,8 @@ CASES = [(0.5, False), (0.875, True), (1.125, True), (1.5, False)]  # pre-activa
 
 def one_latent(pre_act, path="sparse", **fields):
     """A model of one latent, its decoder row and input of norm 1, with that pre-activation."""
-    settings = {"jumprelu_init_threshold": THETA, "jumprelu_bandwidth": WIDTH, **fields}
+    settings = {"jumprelu_init_threshold": THETA, "jumprelu_bandwidth": WIDTH}
+    settings |= {"sparsity_penalty_coeff": 1.0, **fields}
     sae = SparseAutoencoder(SAEConfig(arch="jumprelu", d_in=2, d_sae=1, **settings))
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[pre_act, 0.0]]))
