@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.dense_switch import crossing
 from sae_fast.activations import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,6 +90,30 @@ def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
         assert op in names
     assert result["reader"]["rows_per_second_reader"] > 0
     assert "reader rows/s" in table
+
+
+@pytest.mark.slow
+def test_dense_switch_times_both_ways_of_every_architecture(tmp_path):
+    result, table = run("dense_switch", tmp_path, "--sizes", SIZE, "--rounds", "3")
+    (found,) = result["sizes"].values()
+    assert list(found) == ["relu", "jumprelu", "gated"]
+    for data in found.values():
+        assert [row["share"] for row in data["rows"]] == sorted(
+            row["share"] for row in data["rows"]
+        )
+        assert all(row["sparse"] > 0 and row["dense"] > 0 for row in data["rows"])
+    assert len(rows_of(table)) == 1 + 3 * (7 + 1)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "share"), [((0.5, 2.0), 0.2), ((0.5, 0.9), None), ((2.0, 4.0), None)]
+)
+def test_crossing_is_where_both_ways_take_equally_long(ratios, share):
+    rows = [
+        {"share": at, "sparse_over_dense": ratio}
+        for at, ratio in zip((0.1, 0.4), ratios, strict=True)
+    ]
+    assert crossing(rows) == (None if share is None else pytest.approx(share))
 
 
 @pytest.mark.slow
