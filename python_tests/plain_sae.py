@@ -145,9 +145,9 @@ def dense_from_factor(factor, d_sae):
     side = dense if factor.shift is None else dense - factor.shift
     n_rows = side.shape[0]
     if factor.offsets is None:
-        rows = torch.arange(n_rows).repeat_interleave(factor.indices.shape[1])
+        rows = torch.arange(n_rows, device=side.device).repeat_interleave(factor.indices.shape[1])
     else:
-        rows = torch.arange(n_rows).repeat_interleave(factor.offsets.diff())
+        rows = torch.arange(n_rows, device=side.device).repeat_interleave(factor.offsets.diff())
     gradient = side.new_zeros(d_sae, side.shape[1])
     return gradient.index_add(
         0, factor.indices.flatten().long(), factor.coefficients.flatten()[:, None] * side[rows]

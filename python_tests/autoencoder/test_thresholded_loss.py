@@ -81,9 +81,10 @@ def assert_gradients(sae, expected):
 
 
 @pytest.mark.parametrize(("path", "dense_grad"), WAYS)
-def test_terms_and_gradients_equal_plain_pytorch(fields, path, dense_grad):
+def test_terms_and_gradients_equal_plain_pytorch(fields, path, dense_grad, device):
     sae = make(fields, path)
-    x = make_batch(sae)
+    x = make_batch(sae).to(device)
+    sae.to(device)
     loss = sae.training_loss(x, dense_grad=dense_grad)
     assert isinstance(loss.code, ops.SparseCode if path == "sparse" else ops.DenseCode)
     expected = plain_terms(sae, x)
