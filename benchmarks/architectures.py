@@ -33,6 +33,7 @@ from benchmarks.support.tables import (
     write_text,
 )
 from benchmarks.support.timing import interleave, measure, median_ratio, summarize
+from sae_fast.activations import Rows
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.optimizer import RowAdam
@@ -120,14 +121,15 @@ def time_steps(trained: Reached, trainer: Trainer, rounds: int) -> StepTime:
     assert trainer.data.heldout is not None
     heldout = torch.cat(list(trainer.data.heldout))
     x = trainer.sae.normalize(heldout[: trainer.train_config.batch_size])
+    rows = Rows(x, {})
     dense = DenseArchitecture(trainer.sae, lr=1e-6)
     step = TrainingStep(trainer.sae, RowAdam(trainer.sae), LossScaler(enabled=False), "screened")
-    step.run([x], 1e-6)
+    step.run([rows], 1e-6)
     ours_first, dense_first = step.read({}).metrics["loss"], float(dense.step(x))
     if abs(ours_first - dense_first) > 1e-3 * abs(dense_first):
         raise ValueError(f"{trained.arch}: loss {ours_first:.6g}, dense {dense_first:.6g}")
     samplers = {
-        "ours": lambda: measure(lambda: step.run([x], 1e-6)),
+        "ours": lambda: measure(lambda: step.run([rows], 1e-6)),
         "dense": lambda: measure(lambda: dense.step(x)),
     }
     samples = interleave(samplers, rounds)
