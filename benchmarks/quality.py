@@ -113,7 +113,7 @@ def train_reference(trainer: Trainer, seed: int) -> Quality:
     start = time.perf_counter()
     for step in range(trainer.total_steps):
         for group in reference.optimizer.param_groups:
-            group["lr"] = trainer.schedule(step)
+            group["lr"] = trainer.schedules.rate(step)
         loss = reference.step(source.next_batch())
     seconds = time.perf_counter() - start
     source.close()
@@ -279,7 +279,7 @@ def main() -> None:
         "setting": (
             f"{probe.data.rows_per_epoch:,} tokens, {options.epochs} epochs, {probe.total_steps} "
             f"steps of {options.batch_size}, d_in {size.d_in}, d_sae {size.d_sae}, k {size.k}, "
-            f"peak learning rate {probe.schedule.peak:.2e}, a latent dead after "
+            f"peak learning rate {probe.schedules.rate.peak:.2e}, a latent dead after "
             f"{size.dead_after_tokens:,} silent tokens"
         ),
         "runs": [asdict(run) for run in runs],

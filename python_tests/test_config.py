@@ -374,9 +374,11 @@ def test_config_is_frozen():
 
 @pytest.mark.parametrize("config", [SAEConfig, TrainConfig, RunConfig])
 def test_every_field_has_a_help_text(config):
-    body = ast.parse(inspect.getsource(config)).body[0].body
+    sources = [base for base in config.__mro__ if dataclasses.is_dataclass(base)]
+    bodies = [ast.parse(inspect.getsource(source)).body[0].body for source in sources]
     documented = {
         node.target.id
+        for body in bodies
         for node, following in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign)
         and isinstance(getattr(following, "value", None), ast.Constant)

@@ -54,6 +54,11 @@ class TrainConfig(ConfigFile):
     max_tokens: int | None = None
     """Stop after so many tokens. [tokens]"""
 
+    reconstruction_epochs: float = 0.0
+    """Passes over the data, at the start, whose loss is the reconstruction alone. [epochs]"""
+    start_from: str | None = None
+    """Model to start from, a checkpoint or what save wrote; default: a new one."""
+
     learning_rate: float | None = None
     """Peak learning rate, also accepted as lr; default: 2e-4 / sqrt(d_sae / 2**14)."""
     warmup_steps: int | None = None

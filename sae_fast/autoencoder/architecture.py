@@ -45,6 +45,9 @@ class Batch:
             architecture's; None: the host counts them, and waits for that.
         sparsity_weight: what the terms that make codes sparse are multiplied by, for a warm-up.
         k: latents active per token in place of the model's, while it is annealed.
+        reconstruction_only: whether the other terms are left out.
+        relations: [N] int64, labels of arch slots, -1: none.
+        answers: [N] int64, likewise.
     """
 
     x: Tensor
@@ -52,6 +55,9 @@ class Batch:
     k_aux: int | None = None
     sparsity_weight: float | Tensor = 1.0
     k: int | None = None
+    reconstruction_only: bool = False
+    relations: Tensor | None = None
+    answers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,12 @@ class Architecture(ABC):
         self.config = config
 
     def parameters(self) -> dict[str, Tensor]:
-        """Start values of the parameters beside the four that all have, each [F]: none."""
+        """Start values of the parameters beside the four that all have: none."""
         return {}
+
+    def trained(self) -> tuple[str, ...] | None:
+        """Names of the parameters that are trained; None: all."""
+        return None
 
     def learning_rates(self) -> dict[str, float]:
         """What the learning rate is multiplied by, for those of its parameters where not 1."""

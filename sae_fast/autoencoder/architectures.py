@@ -6,6 +6,7 @@ from sae_fast.autoencoder.gated import Gated
 from sae_fast.autoencoder.jumprelu import JumpReLU
 from sae_fast.autoencoder.matryoshka import Matryoshka
 from sae_fast.autoencoder.relu import ReLU
+from sae_fast.autoencoder.slots import Slots
 from sae_fast.autoencoder.topk import TopK
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
@@ -15,4 +16,5 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "relu": ReLU,
     "jumprelu": JumpReLU,
     "gated": Gated,
+    "slots": Slots,
 }

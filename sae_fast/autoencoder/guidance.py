@@ -1,13 +1,11 @@
-"""The terms of the loss that need more than activations: labels for a probe, tokens in order.
-
-Every architecture can have them.
-"""
+"""Terms that every architecture can have: of labels, of tokens in order, of pairs of latents."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from sae_fast import ops
+from sae_fast.autoencoder.correlation import correlation_losses
 from sae_fast.autoencoder.probe import Probe
 from sae_fast.autoencoder.temporal import temporal_smoothness_loss
 from sae_fast.config import SAEConfig
@@ -26,9 +24,19 @@ class Guidance:
         self.config = config
         self.probe = Probe(config) if config.has_probe else None
         self.is_smooth = config.temporal_smoothness_coeff > 0
+        # By name, the coefficients of the terms on pairs of latents.
+        self.correlations = {
+            name: coefficient
+            for name, coefficient in (
+                ("independence_loss", config.independence_coeff),
+                ("orthogonality_loss", config.orthogonality_coeff),
+            )
+            if coefficient
+        }
         self.term_names = (
             *(("probe_loss",) if self.probe else ()),
             *(("temporal_loss",) if self.is_smooth else ()),
+            *self.correlations,
         )
         self.figure_names = (self.probe.quality_name,) if self.probe else ()
 
@@ -53,7 +61,23 @@ class Guidance:
             starts = _one_a_token("starts", starts, code, "temporal_smoothness_coeff")
             loss = temporal_smoothness_loss(code, starts)
             terms["temporal_loss"] = self.config.temporal_smoothness_coeff * loss
+        if self.correlations:
+            terms |= self._correlation_terms(code)
         return terms, figures
+
+    def nothing(self, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms, all 0, and the figures, which say that nothing was predicted."""
+        none = like.new_zeros(())
+        figures = dict.fromkeys(self.figure_names, none + float("nan"))
+        return dict.fromkeys(self.term_names, none), figures
+
+    def _correlation_terms(self, code: ops.Code) -> dict[str, Tensor]:
+        config = self.config
+        found = correlation_losses(
+            code.dense(), config.group_split, reduction=config.correlation_pairs
+        )
+        both = {"independence_loss": found.independence, "orthogonality_loss": found.orthogonality}
+        return {name: weight * both[name] for name, weight in self.correlations.items()}
 
     def rescale_(self, own: dict[str, Tensor], factor: Tensor) -> None:
         """Follow a change of the units that the code's values are in."""

@@ -159,6 +159,9 @@ class SparseAutoencoder(nn.Module):
         k: int | None = None,
         labels: Tensor | None = None,  # [N]
         starts: Tensor | None = None,  # [N] bool
+        relations: Tensor | None = None,  # [N] int64
+        answers: Tensor | None = None,  # [N] int64
+        reconstruction_only: bool = False,
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
@@ -174,21 +177,28 @@ class SparseAutoencoder(nn.Module):
             k: latents active per token, while it is annealed; by default the model's.
             labels: what the probe is to predict, if there is one; -1: nothing.
             starts: which tokens do not go on from the one before, for the temporal loss.
+            relations, answers: of arch slots, -1: none.
+            reconstruction_only: whether all other terms are left out.
         """
         config = self.config
         x = self._rows(x)
-        batch = Batch(x, self.dead_mask(), k_aux, sparsity_weight, k)
+        options = (k_aux, sparsity_weight, k, reconstruction_only)
+        batch = Batch(x, self.dead_mask(), *options, relations, answers)
         weights = self.weights
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         code, none = own.code, x.new_zeros(())
         terms = {
             "recon_loss": config.reconstruction_coeff * own.recon_loss,
             "l1_loss": none,
-            "decorr_loss": self._decorr_loss(),
+            "decorr_loss": none if reconstruction_only else self._decorr_loss(),
             "aux_loss": none,
             **own.terms,
         }
-        guided, figures = self.guidance.terms(weights.own, code, labels, starts)
+        if reconstruction_only:
+            guided, figures = self.guidance.nothing(x)
+            terms = {name: t if name == "recon_loss" else none for name, t in terms.items()}
+        else:
+            guided, figures = self.guidance.terms(weights.own, code, labels, starts)
         terms |= guided
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}

@@ -17,7 +17,7 @@ from sae_fast.autoencoder.thresholded import Thresholded
 class ReLU(Thresholded):
     """How a ReLU model selects latents, and its penalty."""
 
-    term_names = ("l1_loss",)
+    term_names: tuple[str, ...] = ("l1_loss",)
 
     def infer(
         self,

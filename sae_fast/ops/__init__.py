@@ -21,7 +21,7 @@ from sae_fast.ops.rows import (
     update_scalars,
     update_vector_,
 )
-from sae_fast.ops.selections import encode_abs_topk, encode_groupmax
+from sae_fast.ops.selections import encode_abs_topk, encode_groupmax, encode_last
 from sae_fast.ops.sparse_code import SparseCode
 from sae_fast.ops.working_copies import drop_copies
 
@@ -42,6 +42,7 @@ __all__ = [
     "encode_batch_topk",
     "encode_dense",
     "encode_groupmax",
+    "encode_last",
     "encode_threshold",
     "encode_topk",
     "fused_update_",

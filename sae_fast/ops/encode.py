@@ -252,6 +252,24 @@ def encode_selected(
     return code
 
 
+def encode_given(
+    name: str,
+    op: Callable[..., tuple[Tensor, ...]],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, W_enc, b_enc, b_dec
+    options: tuple[Any, ...],  # of the op, the precision the last
+    dense_grad: bool,
+) -> Tensor:
+    """The values of an encoder that needs no working copy and gives a signed code without aux."""
+    _, W_enc, *_ = tensors
+    precision = options[-1]
+    sink = None if dense_grad else FactorSink(name, "W_enc", W_enc)
+    values, indices, *_ = _encode(op, tensors, options, precision, sink)
+    if sink is not None:
+        code = SparseCode(values, indices, W_enc.size(0), precision=precision, signed=True)
+        sink.keys = (code.key,)
+    return values
+
+
 def _encode(
     op: Callable[..., tuple[Tensor, ...]],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, W_enc, b_enc, b_dec

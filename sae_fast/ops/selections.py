@@ -1,9 +1,9 @@
-"""encode_abs_topk and encode_groupmax: other choices of a token's latents, made of existing ops."""
+"""Other choices of a token's latents, made of existing ops: abs_topk, groupmax, and given ones."""
 
 import torch
 from torch import Tensor
 
-from sae_fast.ops.encode import encode_selected
+from sae_fast.ops.encode import encode_given, encode_selected
 from sae_fast.ops.reference_encoder import pre_activations, relu
 from sae_fast.ops.sparse_code import SparseCode
 
@@ -116,3 +116,41 @@ def _groupmax(
         largest, place = pre_acts.view(-1, k, width).max(dim=2)
         values[rows], indices[rows] = relu(largest), starts + place.int()
     return values, indices, aux_values.view(aux_shape), aux_indices.view(aux_shape)
+
+
+def encode_last(
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    count: int,
+    *,
+    precision: str = "screened",
+    dense_grad: bool = True,
+) -> Tensor:
+    """The pre-activations [N, count] of the last latents, with their sign: no ReLU.
+
+    A matrix product of torch, in float32; bf16 and fp16 round its factors. Gradients as for
+    `encode_topk`; none comes from an entry that is exactly 0.
+
+    Raises:
+        RuntimeError: where `count` is not in [0, F].
+    """
+    if not 0 <= count <= len(W_enc):
+        raise RuntimeError(f"encode_last: count must be 0 to d_sae = {len(W_enc)}, got {count}")
+    options = (count, precision)
+    return encode_given("encode_last", _last, (x, W_enc, b_enc, b_dec), options, dense_grad)
+
+
+def _last(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, count: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, indices, and of an empty aux the same."""
+    d_sae, n_tokens = len(W_enc), len(x)
+    first = d_sae - count
+    values = x.new_empty(n_tokens, count)
+    for rows, pre_acts in pre_activations(x, W_enc[first:], b_enc[first:], b_dec, precision):
+        values[rows] = pre_acts
+    latents = torch.arange(first, d_sae, dtype=torch.int32, device=x.device)
+    indices = latents.expand(n_tokens, count).contiguous()
+    return values, indices, x.new_empty(n_tokens, 0), indices.new_empty(n_tokens, 0)

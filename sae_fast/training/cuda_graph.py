@@ -26,7 +26,7 @@ from sae_fast.training.step import TrainingStep
 # first use (library handles, kernels loaded lazily, working copies) must not fall into a capture.
 WARMUP_STEPS = 3
 
-Key = tuple[tuple[torch.Size, ...], int | None, int | None]
+Key = tuple[tuple[torch.Size, ...], int | None, int | None, bool]
 
 
 class GraphRecorder:
@@ -108,15 +108,16 @@ class GraphedStep:
         k_aux: int | None,
         sparsity_weight: float = 1.0,
         k: int | None = None,
+        reconstruction_only: bool = False,
     ) -> None:
         """One optimiser step; see `TrainingStep.run`."""
         if self._addresses != self._current_addresses():
             self._forget()
         self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on
         self._sparsity_weight.fill_(sparsity_weight)
-        scalars = (self._rate, k_aux, self._sparsity_weight, k)
+        scalars = (self._rate, k_aux, self._sparsity_weight, k, reconstruction_only)
         shapes = tuple(part.shape for part in _tensors(batches))
-        key = (shapes, k_aux, k)
+        key = (shapes, k_aux, k, reconstruction_only)
         if key not in self._graphs and self._eager_steps[key] < WARMUP_STEPS:
             with self._recorder.side_stream():
                 self._step.run(batches, *scalars)

@@ -9,6 +9,7 @@ import torch
 
 from sae_fast.activations import STARTS, Column
 from sae_fast.config import SAEConfig
+from sae_fast.sae_config import ANSWER_LABELS, RELATION_LABELS
 
 
 def label_columns(sae: SAEConfig) -> tuple[str, ...]:
@@ -21,7 +22,7 @@ def label_columns(sae: SAEConfig) -> tuple[str, ...]:
             f"probe_labels is missing: probe_loss_coeff is {sae.probe_loss_coeff:g}; "
             "name the dataset of the labels with --probe-labels"
         )
-    return (sae.probe_labels,) if sae.has_probe and sae.probe_labels is not None else ()
+    return tuple(_labels(sae))
 
 
 def needs_sequences(sae: SAEConfig) -> bool:
@@ -31,7 +32,7 @@ def needs_sequences(sae: SAEConfig) -> bool:
 
 def check_columns(sae: SAEConfig, columns: Mapping[str, Column]) -> None:
     """Raise ValueError, naming it, for a column that the data do not have."""
-    needed = dict.fromkeys(label_columns(sae), "probe_labels")
+    needed = _labels(sae)
     if needs_sequences(sae):
         needed[STARTS] = "temporal_smoothness_coeff"
     for name, why in needed.items():
@@ -42,11 +43,53 @@ def check_columns(sae: SAEConfig, columns: Mapping[str, Column]) -> None:
             )
 
 
-def with_probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfig:
-    """The configuration with the classes counted that it leaves open.
+def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfig:
+    """The configuration with the classes, relations and answers counted that it leaves open.
 
-    Raises ValueError for labels that the probe cannot predict.
+    Raises ValueError for labels that the probe cannot predict, or slots not be bound to.
     """
+    sae = _with_probe_classes(sae, columns)
+    if sae.arch != "slots":
+        return sae
+    counts = {"n_relations": sae.relation_labels or RELATION_LABELS}
+    if sae.has_value_heads:
+        counts["n_answers"] = sae.answer_labels or ANSWER_LABELS
+    found = {name: _count(name, getattr(sae, name), columns[c]) for name, c in counts.items()}
+    return replace(sae, n_relations=found["n_relations"], n_answers=found.get("n_answers"))
+
+
+def _labels(sae: SAEConfig) -> dict[str, str]:
+    """By name of the column, the setting that needs it."""
+    needed = {}
+    if sae.has_probe and sae.probe_labels is not None:
+        needed[sae.probe_labels] = "probe_labels"
+    if sae.arch == "slots":
+        needed[sae.relation_labels or RELATION_LABELS] = "relation_labels"
+        if sae.has_value_heads:
+            needed[sae.answer_labels or ANSWER_LABELS] = "answer_labels"
+    return needed
+
+
+def _count(name: str, count: int | None, labels: Column) -> int:
+    """How many kinds of labels there are; raises ValueError for one that `count` has no room for.
+
+    `name` is the setting that `count` is of.
+    """
+    where = f"{labels.place}: {labels.name}"
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{where} holds real numbers; arch slots needs whole ones")
+    if labels.maximum < 0:
+        raise ValueError(f"{where}: no token has a label, all are -1")
+    needed = int(labels.maximum) + 1
+    if count is not None and needed > count:
+        raise ValueError(
+            f"{where} has the label {needed - 1}, but {name} is {count}: "
+            f"labels are 0 to {count - 1}"
+        )
+    return needed if count is None else count
+
+
+def _with_probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfig:
     if not sae.has_probe or sae.probe_labels is None:
         return sae
     labels = columns[sae.probe_labels]

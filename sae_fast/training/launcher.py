@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from sae_fast.activations import Rows
 from sae_fast.config import TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
@@ -54,7 +53,7 @@ class Launcher:
         self._first = self._made = made
         self._newest_checkpoint = newest_checkpoint
         self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
-        self._run: Callable[[list[Rows], float, int | None, float, int | None], None] = step.run
+        self._run: Callable[..., None] = step.run
         self._census: DeadCensus | None = None
         device = step.sae.W_enc.device
         if device.type == "cpu":
@@ -73,15 +72,21 @@ class Launcher:
             return
         self._run = GraphedStep(step, GraphRecorder(device)).run
 
-    def launch(self, rate: float, sparsity_weight: float, k: int | None = None) -> None:
-        """The next step, at this learning rate and k; on a GPU it may be made later.
+    def launch(
+        self,
+        rate: float,
+        sparsity_weight: float,
+        k: int | None = None,
+        reconstruction_only: bool = False,
+    ) -> None:
+        """The next step, with these settings; on a GPU it may be made later.
 
         Raises:
             TrainingError: when its loss is not finite and that is known already.
         """
         batches = self._batches.take()
         k_aux = None if self._census is None else self._census.k_aux
-        self._run(batches, rate, k_aux, sparsity_weight, k)
+        self._run(batches, rate, k_aux, sparsity_weight, k, reconstruction_only)
         self._made += 1
         if self._census is not None:
             self._recent.append((self._made, self._batches.current_shards()))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sae_fast.config import SAEConfig, TrainConfig
 
@@ -36,19 +37,26 @@ def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """Linear warm-up to 1 of what the terms that make codes sparse are multiplied by."""
+    """Linear warm-up to 1 of what the terms that make codes sparse are multiplied by.
+
+    It begins when reconstruction is no longer the only term.
+    """
 
     warmup_steps: int
+    start: int = 0
 
     def __call__(self, step: int) -> float:
         """The weight of step `step`, counted from 0."""
-        return min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return min(1.0, max(0, step - self.start + 1) / (self.warmup_steps + 1))
 
 
-def make_sparsity_schedule(config: TrainConfig, total_steps: int) -> SparsitySchedule:
+def make_sparsity_schedule(
+    config: TrainConfig, total_steps: int, reconstruction_steps: int = 0
+) -> SparsitySchedule:
     """The schedule of a run of `total_steps` optimiser steps."""
     warmup = config.sparsity_warmup_steps
-    return SparsitySchedule(round(0.05 * total_steps) if warmup is None else warmup)
+    default = round(0.05 * total_steps)
+    return SparsitySchedule(default if warmup is None else warmup, reconstruction_steps)
 
 
 @dataclass(frozen=True)
@@ -116,3 +124,55 @@ def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
             f"(batch_size {config.batch_size:,} x grad_acc_steps {config.grad_acc_steps})"
         )
     return limits[name]
+
+
+class StepSettings(NamedTuple):
+    """What one step is made with."""
+
+    rate: float
+    sparsity_weight: float
+    k: int | None
+    reconstruction_only: bool
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All that changes from step to step in a run.
+
+    Attributes:
+        total_steps: of the run.
+        rate: the learning rate.
+        sparsity: the weight of the terms that make codes sparse.
+        k: None where it stays what it is.
+        reconstruction_steps: at the start, whose loss is the reconstruction alone.
+    """
+
+    total_steps: int
+    rate: Schedule
+    sparsity: SparsitySchedule
+    k: KSchedule | None
+    reconstruction_steps: int
+
+    def at(self, step: int) -> StepSettings:
+        """The settings of step `step`, counted from 0."""
+        k = None if self.k is None else self.k(step)
+        alone = step < self.reconstruction_steps
+        return StepSettings(self.rate(step), self.sparsity(step), k, alone)
+
+
+def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> Schedules:
+    """The schedules of a run over data of so many rows.
+
+    Raises:
+        ValueError: when the settings allow no step, or no fall of k.
+    """
+    total_steps = count_steps(config, rows_per_epoch)
+    tokens_per_step = config.batch_size * config.grad_acc_steps
+    alone = int(rows_per_epoch * config.reconstruction_epochs) // tokens_per_step
+    return Schedules(
+        total_steps,
+        make_schedule(config, sae.d_sae, total_steps),
+        make_sparsity_schedule(config, total_steps, alone),
+        make_k_schedule(config, sae, total_steps),
+        alone,
+    )

@@ -70,6 +70,8 @@ class TrainingStep:
         self.average = average
         self._components = (*sae.term_names, *sae.figure_names)
         self._labels = sae.config.probe_labels or ""
+        self._relations = sae.config.relation_labels or ""
+        self._answers = sae.config.answer_labels or ""
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), device=device)
@@ -83,6 +85,7 @@ class TrainingStep:
         k_aux: int | None = None,
         sparsity_weight: float | Tensor = 1.0,
         k: int | None = None,
+        reconstruction_only: bool = False,
     ) -> None:
         """One optimiser step over the mean loss of the batches.
 
@@ -93,6 +96,7 @@ class TrainingStep:
             k_aux: room for dead latents, see `SparseAutoencoder.training_loss`.
             sparsity_weight: likewise; as a 0-d tensor it may be changed later too.
             k: likewise.
+            reconstruction_only: likewise.
         """
         was_healthy = self._poison == self._poison
         share = 1 / len(batches)
@@ -108,6 +112,9 @@ class TrainingStep:
                 k=k,
                 labels=columns.get(self._labels),
                 starts=columns.get(STARTS),
+                relations=columns.get(self._relations),
+                answers=columns.get(self._answers),
+                reconstruction_only=reconstruction_only,
             )
             loss.total.backward(weight)  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(x))

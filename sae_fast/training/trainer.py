@@ -32,7 +32,7 @@ from sae_fast.training.checkpoint import (
 from sae_fast.training.data import TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
-from sae_fast.training.guidance import with_probe_classes
+from sae_fast.training.guidance import with_label_counts
 from sae_fast.training.heldout import evaluate
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loss_scaler import LossScaler
@@ -42,12 +42,7 @@ from sae_fast.training.optimizer import make_optimizer
 from sae_fast.training.progress import Progress
 from sae_fast.training.random_state import seed_everything
 from sae_fast.training.run_directory import RunDirectory
-from sae_fast.training.schedule import (
-    count_steps,
-    make_k_schedule,
-    make_schedule,
-    make_sparsity_schedule,
-)
+from sae_fast.training.schedule import make_schedules
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.snapshot import (
     restore_snapshot,
@@ -98,10 +93,12 @@ class Trainer:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = self._find_checkpoint()
         self.data = TrainingData(train_config, data, heldout, self.device, sae_config, columns)
-        sae_config = with_probe_classes(sae_config, self.data.columns)
+        sae_config = with_label_counts(sae_config, self.data.columns)
         self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
-        self.total_steps = count_steps(train_config, self.data.rows_per_epoch)
+        rows = self.data.rows_per_epoch
+        self.schedules = make_schedules(train_config, self.sae_config, rows)
+        self.total_steps = self.schedules.total_steps
         self.memory_plan = plan_memory(
             self.sae_config,
             train_config,
@@ -109,9 +106,6 @@ class Trainer:
             pool_bytes=self.data.memory_bytes,
         )
         self.memory_plan.check()
-        self.schedule = make_schedule(train_config, self.sae_config.d_sae, self.total_steps)
-        self.k_schedule = make_k_schedule(train_config, self.sae_config, self.total_steps)
-        self.sparsity_schedule = make_sparsity_schedule(train_config, self.total_steps)
         self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
         self.step = 0
         self.tokens = 0
@@ -171,8 +165,7 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimiser step; on a GPU it has only been launched when this returns."""
-        k = None if self.k_schedule is None else self.k_schedule(self.step)
-        self._launcher.launch(self.schedule(self.step), self.sparsity_schedule(self.step), k)
+        self._launcher.launch(*self.schedules.at(self.step))
         self.step += 1
         self.tokens += self._tokens_per_step
         self._window.steps += 1
@@ -246,17 +239,17 @@ class Trainer:
 
     def _training_row(self, metrics: dict[str, float]) -> Row:
         window, self._window = self._window, Window()
-        seconds = max(window.seconds, 1e-9)
+        seconds, settings = max(window.seconds, 1e-9), self.schedules.at(self.step - 1)
         row: Row = {
             **metrics,
             "activation_fraction": metrics["l0"] / self.sae_config.d_sae,
-            "learning_rate": self.schedule(self.step - 1),
+            "learning_rate": settings.rate,
             "tokens_per_second": window.steps * self._tokens_per_step / seconds,
             "time_per_step_ms": 1000 * window.seconds / window.steps,
             "reader_stall_fraction": window.stalled / seconds,
         }
-        if self.k_schedule is not None:
-            row["k"] = self.k_schedule(self.step - 1)
+        if settings.k is not None:
+            row["k"] = settings.k
         if self.scaler.enabled:
             row["loss_scale"] = float(self.scaler.scale)
         if self.data.skipped_rows:
