@@ -15,11 +15,13 @@ from sae_fast.activations.source import (
     measure_rows_per_second,
 )
 from sae_fast.activations.stream import ActivationStream
+from sae_fast.activations.targets import TARGETS, TargetFiles, find_targets
 from sae_fast.activations.tensor_stream import TensorStream
 from sae_fast.activations.writer import ShardMetadata, ShardWriter, write_shard
 
 __all__ = [
     "STARTS",
+    "TARGETS",
     "ActivationSource",
     "ActivationStream",
     "Column",
@@ -30,11 +32,13 @@ __all__ = [
     "ShardMetadata",
     "ShardSet",
     "ShardWriter",
+    "TargetFiles",
     "TensorStream",
     "Transform",
     "check_same_width",
     "estimate_normalization",
     "find_shards",
+    "find_targets",
     "measure_rows_per_second",
     "open_heldout",
     "open_shards",

@@ -1,6 +1,7 @@
 """Columns: what a shard holds for each row beside its activations, and where its sequences begin.
 
-A column has one number a row, in a dataset as long as the rows: labels, whole or real. A label of
+A column has one number a row, in a dataset as long as the rows: labels, whole or real. (Only the
+targets of a transcoder, which are served as a column too, have more: targets.py.) A label of
 -1 says that the token has none. A sequence is a run of rows with one `doc_id` and consecutive
 `position`, as far as there are these datasets, and never goes on from one entry of a 3-D dataset
 of activations to the next.
@@ -9,6 +10,7 @@ of activations to the next.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,13 +42,20 @@ class Column:
         minimum: the smallest number.
         maximum: the largest number.
         place: where the largest number stands, for errors.
+        width: numbers a row; 0: one, and no dimension for it.
     """
 
     name: str
     dtype: torch.dtype
-    minimum: float
-    maximum: float
-    place: str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    place: str = ""
+    width: int = 0
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of what is served for a row."""
+        return (self.width,) if self.width else ()
 
     def joined(self, other: Column) -> Column:
         """What is known of both parts of one column together."""

@@ -15,6 +15,7 @@ from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shar
 from sae_fast.activations.shuffle import split_blocks
 from sae_fast.activations.source import Transform
 from sae_fast.activations.stream import checked_transform
+from sae_fast.activations.targets import TargetFiles
 
 
 class HeldOut:
@@ -74,12 +75,15 @@ def open_heldout(
     key: str = DEFAULT_KEY,
     verify: bool = True,
     skip_nonfinite: bool = False,
+    targets: TargetFiles | None = None,
 ) -> ShardSet | None:
     """Check and describe the held-out shards of a run; None if it has none (see `find_shards`)."""
     paths = find_shards(shard_dir, heldout)[1]
     if not paths:
         return None
-    shards = open_shards(paths, key=key, verify=verify, skip_nonfinite=skip_nonfinite)
+    shards = open_shards(
+        paths, key=key, verify=verify, skip_nonfinite=skip_nonfinite, targets=targets
+    )
     if train is not None:
         check_same_width(train, shards)
     return shards

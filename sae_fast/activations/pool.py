@@ -16,6 +16,7 @@ from sae_fast.activations.shard_set import ShardSet, nonfinite_error
 from sae_fast.activations.shuffle import Block, Indices
 from sae_fast.activations.source import Rows, Transform
 from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows
+from sae_fast.activations.targets import TARGETS
 
 OPEN_FILES = 64
 SLAB_ROWS = 256
@@ -28,6 +29,7 @@ class BlockReader:
     def __init__(self, shards: ShardSet) -> None:
         self._shards = shards
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._targets = None if shards.targets is None else BlockReader(shards.targets)
 
     def read(self, block: Block, out: Tensor, columns: Mapping[str, Tensor] = NO_COLUMNS) -> None:
         """Read the served rows of a block to the beginning of `out` [>= stop - start, D].
@@ -58,6 +60,9 @@ class BlockReader:
             keep[expected] = False
             rows[: block.kept] = rows[torch.from_numpy(keep)]
         for name, column in columns.items():
+            if name == TARGETS and self._targets is not None:
+                self._targets.read(block, column)
+                continue
             numbers = self._starts(block) if name == STARTS else self._column(name, block)
             if expected.size:
                 numbers = numbers[keep]
@@ -85,6 +90,8 @@ class BlockReader:
 
     def close(self) -> None:
         """Close all files."""
+        if self._targets is not None:
+            self._targets.close()
         while self._open:
             self._open.popitem()[1].close()
 
@@ -97,7 +104,11 @@ class Pool:
         self._columns = {
             name: torch.empty(capacity, dtype=column.dtype)
             for name, column in shards.columns.items()
+            if not column.width
         }
+        if (targets := shards.targets) is not None:
+            stored_as = targets.storage.torch_dtype
+            self._columns[TARGETS] = torch.empty(capacity, targets.d_in, dtype=stored_as)
         self._blocks: list[Block] = []
         self._blocks_read = 0
         self._order = torch.empty(0, dtype=torch.int64)
@@ -129,20 +140,39 @@ class Pool:
         """Set the order in which `take` counts the rows."""
         self._order = torch.from_numpy(order)
 
-    def take(self, start: int, stop: int, out: Rows, transform: Transform | None) -> None:
+    def take(
+        self,
+        start: int,
+        stop: int,
+        out: Rows,
+        transform: Transform | None,
+        target_transform: Transform | None = None,
+    ) -> None:
         """Put the start-th to stop-th row of the shuffled order in `out`, stop - start rows."""
+        order = self._order[start:stop]
         for name, column in out.columns.items():
-            torch.index_select(self._columns[name], 0, self._order[start:stop], out=column)
-        # Gathering rows as stored moves half the bytes that a widened pool would, and torch widens
-        # float16 ten times faster than NumPy. In slabs the three passes stay in the cache.
-        for rows, order in zip(
-            torch.split(out.x, SLAB_ROWS),
-            torch.split(self._order[start:stop], SLAB_ROWS),
-            strict=True,
-        ):
-            rows.copy_(torch.index_select(self._memory, 0, order))
-            if transform is not None:
-                rows.sub_(transform.mean).mul_(transform.scale)
+            if name == TARGETS and column.ndim == 2:
+                _widen(self._columns[TARGETS], order, column, target_transform)
+            else:
+                torch.index_select(self._columns[name], 0, order, out=column)
+        _widen(self._memory, order, out.x, transform)
+
+
+def _widen(
+    memory: Tensor,  # [capacity, D], as stored
+    order: Tensor,  # [N] int64
+    out: Tensor,  # [N, D] float32
+    transform: Transform | None,
+) -> None:
+    """Put these rows in `out`, transformed."""
+    # Gathering rows as stored moves half the bytes that a widened pool would, and torch widens
+    # float16 ten times faster than NumPy. In slabs the three passes stay in the cache.
+    for rows, chosen in zip(
+        torch.split(out, SLAB_ROWS), torch.split(order, SLAB_ROWS), strict=True
+    ):
+        rows.copy_(torch.index_select(memory, 0, chosen))
+        if transform is not None:
+            rows.sub_(transform.mean).mul_(transform.scale)
 
 
 def iterate_blocks(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:

@@ -47,12 +47,13 @@ class BatchReader:
         transform: Transform | None,
         start: Cursor,
         pin_memory: bool = False,
+        target_transform: Transform | None = None,
     ) -> None:
         self._shards = shards
         self._columns = shards.columns
         self._plan = plan
         self._batch_size = batch_size
-        self._transform = transform
+        self._transforms = transform, target_transform
         self._pin_memory = pin_memory
         self._queue: queue.Queue[tuple[Rows, Cursor] | BaseException] = queue.Queue(
             PREFETCHED_BATCHES
@@ -127,7 +128,7 @@ class BatchReader:
                 count = min(self._batch_size - have, pool.rows - cursor.served)
                 end = cursor.served + count
                 place = slice(have, have + count)
-                pool.take(cursor.served, end, batch.map(itemgetter(place)), self._transform)
+                pool.take(cursor.served, end, batch.map(itemgetter(place)), *self._transforms)
                 have += count
                 cursor = replace(cursor, served=end, tokens=cursor.tokens + count)
                 self._keep_up(following, end / pool.rows, files)

@@ -163,16 +163,19 @@ class ShardFile:
         self.close()
 
 
-def inspect_shard(path: Path, key: str = DEFAULT_KEY) -> Shard:
-    """Open a shard, check its structure and describe it; its rows are not read."""
+def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activations-key") -> Shard:
+    """Open a shard, check its structure and describe it; its rows are not read.
+
+    `option` is the flag that names another key, for errors.
+    """
     with _structure(path) as file:
-        dataset = _dataset(path, file, key)
+        dataset = _dataset(path, file, key, option)
         storage = _storage(path, key, dataset, file)
         rows, d_in = int(np.prod(dataset.shape[:-1])), int(dataset.shape[-1])
         if rows == 0 or d_in == 0:
             raise ShardError(f"{path}: dataset {key!r} is empty, shape {dataset.shape}")
         metadata = {name: _plain(value) for name, value in file.attrs.items()}
-        _check_attributes(path, metadata, rows, d_in)
+        _check_attributes(path, metadata, rows, d_in if key == DEFAULT_KEY else None)
         tokens = int(dataset.shape[1]) if dataset.ndim == 3 else 1
         return Shard(
             path=path,
@@ -239,14 +242,13 @@ def _structure(path: Path) -> Iterator[h5py.File]:
         file.close()
 
 
-def _dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
+def _dataset(path: Path, file: h5py.File, key: str, option: str) -> h5py.Dataset:
     import h5py
 
     found = file.get(key)
     if not isinstance(found, h5py.Dataset):
         raise ShardError(
-            f"{path}: no dataset {key!r}; it holds {_contents(file)}"
-            " (name one with --activations-key)"
+            f"{path}: no dataset {key!r}; it holds {_contents(file)} (name one with {option})"
         )
     if found.ndim not in (2, 3):
         raise ShardError(
@@ -282,10 +284,15 @@ def _storage(path: Path, key: str, dataset: h5py.Dataset, file: h5py.File) -> St
     )
 
 
-def _check_attributes(path: Path, metadata: dict[str, Any], rows: int, d_in: int) -> None:
-    """Hold a shard of our own format to what its attributes say; other tools' files pass."""
-    if metadata.get("format") != FORMAT_NAME:
+def _check_attributes(path: Path, metadata: dict[str, Any], rows: int, d_in: int | None) -> None:
+    """Hold a shard of our own format to what its attributes say; other tools' files pass.
+
+    Without `d_in` it is not about the dataset of activations, whose width and checksum they are.
+    """
+    is_own = metadata.get("format") == FORMAT_NAME
+    if not is_own or d_in is None:
         metadata.pop("checksum", None)  # whatever another tool means by that name
+    if not is_own:
         return
     version = metadata.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
@@ -293,7 +300,7 @@ def _check_attributes(path: Path, metadata: dict[str, Any], rows: int, d_in: int
             f"{path}: format version {version}, this release reads up to {FORMAT_VERSION}"
         )
     for name, actual in (("rows", rows), ("d_in", d_in)):
-        if metadata.get(name) != actual:
+        if actual is not None and metadata.get(name) != actual:
             raise ShardError(
                 f"{path}: attribute {name} says {metadata.get(name)}, the dataset has {actual}"
             )

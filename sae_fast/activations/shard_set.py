@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from sae_fast.activations.columns import Column, RowNumbers, ShardColumns, inspect_columns
 from sae_fast.activations.errors import ShardError
@@ -32,6 +33,7 @@ from sae_fast.activations.shard import (
     iterate_stored,
 )
 from sae_fast.activations.storage import FLOAT32, Storage, nonfinite_rows
+from sae_fast.activations.targets import TARGETS, TargetFiles, check_pair
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,16 @@ NONE_DROPPED: RowNumbers = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards of one width in a fixed order, the rows of each left out, the columns asked for."""
+    """Shards of one width in a fixed order, the rows of each left out, the columns asked for.
+
+    The targets, where they were asked for, are a set of as many shards, with the same rows in each
+    and the same ones left out.
+    """
 
     shards: tuple[Shard, ...]
     dropped: tuple[RowNumbers, ...]  # per shard, ascending numbers of its NaN and Inf rows
     shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty where nobody asked for columns
+    targets: ShardSet | None = None
 
     @property
     def d_in(self) -> int:
@@ -79,6 +86,9 @@ class ShardSet:
         for part in self.shard_columns:
             for name, column in part.columns.items():
                 joined[name] = joined[name].joined(column) if name in joined else column
+        if self.targets is not None:
+            place = str(self.targets.shards[0].path)
+            joined[TARGETS] = Column(TARGETS, torch.float32, place=place, width=self.targets.d_in)
         return joined
 
     def starts(self, number: int) -> RowNumbers | None:
@@ -92,6 +102,9 @@ class ShardSet:
         name and size is noticed without reading all of it.
         """
         digests = [part.digest for part in self.shard_columns] or [""] * len(self.shards)
+        if self.targets is not None:
+            beside = [digest for _, digest in self.targets.identities()]
+            digests = [own + other for own, other in zip(digests, beside, strict=True)]
         return [
             (shard.path.name, _identity(shard, dropped, digest))
             for shard, dropped, digest in zip(self.shards, self.dropped, digests, strict=True)
@@ -106,6 +119,7 @@ def open_shards(
     skip_nonfinite: bool = False,
     columns: Sequence[str] = (),
     whole_sequences: bool = False,
+    targets: TargetFiles | None = None,
 ) -> ShardSet:
     """Check the training shards of a directory, or the given files, and describe them.
 
@@ -113,31 +127,25 @@ def open_shards(
     others' width and with manifest.json. `verify` also reads all of it once: checksums, and that
     every row is finite. With `skip_nonfinite` rows that are not are dropped and counted instead.
     `columns` names datasets of labels that are served beside the rows; `whole_sequences` asks for
-    the rows of a sequence together, see columns.py. Both are read once here and checked.
+    the rows of a sequence together, see columns.py. Both are read once here and checked. `targets`
+    are served beside the rows too, checked as these are; a row is dropped with its target.
     Raises ShardError, one line naming the file, for the first shard at fault.
     """
     paths = find_shards(shard_dir)[0] if isinstance(shard_dir, str | Path) else list(shard_dir)
     if not paths:
         raise ShardError("no activation shards given")
+    if TARGETS in columns and targets is not None:
+        raise ValueError(f"columns: {TARGETS!r} is the name of what targets are served as")
     shards = tuple(inspect_shard(path, key) for path in paths)
-    manifests = _check_manifests(shards)
-    for shard in shards[1:]:
-        if shard.d_in != shards[0].d_in:
-            raise ShardError(
-                f"{shard.path}: rows are {shard.d_in} wide, "
-                f"those of {shards[0].path} are {shards[0].d_in}"
-            )
-    dropped = tuple(NONE_DROPPED for _ in shards)
-    if verify:
-        total = sum(shard.file_bytes for shard in shards)
-        logger.info("verifying %d shards, %.2f GB", len(shards), total / 1e9)
-        _for_each(shards, lambda shard: _verify_checksum(shard, manifests[shard.path.parent]))
-    if verify or skip_nonfinite:
-        dropped = tuple(_for_each(shards, lambda shard: _find_nonfinite(shard, skip_nonfinite)))
+    dropped = _check_rows(shards, shards, verify, skip_nonfinite)
+    paired = None
+    if targets is not None:
+        paired = _open_targets(shards, dropped, targets, verify, skip_nonfinite)
+        dropped = paired.dropped
     found: tuple[ShardColumns, ...] = ()
     if columns or whole_sequences:
         found = _find_columns(shards, dropped, columns, whole_sequences)
-    result = ShardSet(shards, dropped, found)
+    result = ShardSet(shards, dropped, found, paired)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
@@ -145,8 +153,53 @@ def open_shards(
     return result
 
 
+def _open_targets(
+    shards: tuple[Shard, ...],
+    dropped: tuple[RowNumbers, ...],  # per shard
+    files: TargetFiles,
+    verify: bool,
+    skip_nonfinite: bool,
+) -> ShardSet:
+    """The targets of shards, without those of rows that are left out."""
+    option = "--target-key"
+    targets = tuple(inspect_shard(path, files.key, option) for path in files.paths)
+    for pair in zip(shards, targets, strict=True):
+        check_pair(*pair)
+    elsewhere = tuple(
+        target for shard, target in zip(shards, targets, strict=True) if shard.path != target.path
+    )
+    own = _check_rows(targets, elsewhere, verify, skip_nonfinite)
+    both = (np.union1d(*pair) for pair in zip(dropped, own, strict=True))
+    return ShardSet(targets, tuple(both))
+
+
+def _check_rows(
+    shards: tuple[Shard, ...],
+    files: tuple[Shard, ...],  # those whose files nobody has checked yet
+    verify: bool,
+    skip_nonfinite: bool,
+) -> tuple[RowNumbers, ...]:
+    """The checks of `open_shards`; per shard the rows that are not finite."""
+    manifests = _check_manifests(files)
+    for shard in shards[1:]:
+        if shard.d_in != shards[0].d_in:
+            raise ShardError(
+                f"{shard.path}: rows are {shard.d_in} wide, "
+                f"those of {shards[0].path} are {shards[0].d_in}"
+            )
+    if verify and files:
+        total = sum(shard.file_bytes for shard in files)
+        logger.info("verifying %d shards, %.2f GB", len(files), total / 1e9)
+        _for_each(files, lambda shard: _verify_checksum(shard, manifests[shard.path.parent]))
+    if verify or skip_nonfinite:
+        return tuple(_for_each(shards, lambda shard: _find_nonfinite(shard, skip_nonfinite)))
+    return tuple(NONE_DROPPED for _ in shards)
+
+
 def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
-    """Raise unless the held-out rows are as wide as those trained on."""
+    """Raise unless the held-out rows, and their targets, are as wide as those trained on."""
+    if train.targets is not None and heldout.targets is not None:
+        check_same_width(train.targets, heldout.targets)
     if train.d_in != heldout.d_in:
         first, other = heldout.shards[0], train.shards[0]
         raise ShardError(
@@ -156,8 +209,9 @@ def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
 
 def nonfinite_error(shard: Shard, row: int) -> ShardError:
     """Describe the first row at fault."""
+    of = "" if shard.key == DEFAULT_KEY else f" of {shard.key!r}"
     return ShardError(
-        f"{shard.path}: row {row} holds NaN or Inf (--skip-nonfinite drops such rows)"
+        f"{shard.path}: row {row}{of} holds NaN or Inf (--skip-nonfinite drops such rows)"
     )
 
 

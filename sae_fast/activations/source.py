@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     """A batch with what is known of each of its rows."""
 
     x: Tensor  # [N, D] float32
-    columns: dict[str, Tensor]  # each [N], by name
+    columns: dict[str, Tensor]  # each [N], by name; the targets [N, d_out]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
         """The same with every tensor changed."""
@@ -46,7 +46,9 @@ def empty_rows(
     return Rows(
         torch.empty(count, d_in, device=device, pin_memory=pin_memory),
         {
-            name: torch.empty(count, dtype=column.dtype, device=device, pin_memory=pin_memory)
+            name: torch.empty(
+                count, *column.row_shape, dtype=column.dtype, device=device, pin_memory=pin_memory
+            )
             for name, column in columns.items()
         },
     )

@@ -34,8 +34,9 @@ class ActivationStream:
     With `columns`, datasets of the shards with a number for each row, `next_rows` serves these too.
     With `whole_sequences` the rows of a sequence come together and in order, and sequences are what
     is shuffled; a batch border may fall within one, so that the two rows beside it are neighbours
-    in no batch. The column STARTS says where one begins. An opened `ShardSet` has the columns and
-    sequences that it was opened with.
+    in no batch. The column STARTS says where one begins. An opened `ShardSet` has the columns,
+    sequences and targets that it was opened with; targets are the column TARGETS, each served after
+    `target_transform`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ActivationStream:
         skip_nonfinite: bool = False,
         verify: bool = True,
         transform: Transform | None = None,
+        target_transform: Transform | None = None,
         device: torch.device | None = None,
         columns: Sequence[str] = (),
         whole_sequences: bool = False,
@@ -74,6 +76,9 @@ class ActivationStream:
         self.pool_rows = default_pool_rows(shards) if pool_rows is None else pool_rows
         self._plan = EpochPlan(shards, self.pool_rows, seed)
         self._transform = checked_transform(transform, shards.d_in)
+        self._target_transform: Transform | None = None
+        if shards.targets is not None:
+            self._target_transform = checked_transform(target_transform, shards.targets.d_in)
         self._pin_memory = device is not None and device.type == "cuda"
         self._identities: list[tuple[str, str]] | None = None
         self._listed: list[list[str]] | None = None
@@ -133,9 +138,12 @@ class ActivationStream:
         """Memory of the pools and of the batches that are kept ready."""
         pools = 1 if self._plan.n_windows == 1 else 2
         pooled, batched = pools * self._plan.capacity, (PREFETCHED_BATCHES + 2) * self.batch_size
-        beside = sum(column.dtype.itemsize for column in self._columns.values())
-        row = pooled * self.shards.storage.itemsize + batched * 4
-        return self.d_in * row + beside * (pooled + batched)
+        columns = (column for column in self._columns.values() if not column.width)
+        total = sum(column.dtype.itemsize for column in columns) * (pooled + batched)
+        for shards in (self.shards, self.shards.targets):
+            if shards is not None:
+                total += shards.d_in * (pooled * shards.storage.itemsize + batched * 4)
+        return total
 
     def start(self) -> None:
         """Begin to read, so that the first batch is ready, or nearly, when it is asked for."""
@@ -149,6 +157,7 @@ class ActivationStream:
                 self._transform,
                 self._cursor,
                 self._pin_memory,
+                self._target_transform,
             )
             # The thread must end with the stream or the process, whichever is first; it holds no
             # reference to the stream, so dropping the stream is enough.

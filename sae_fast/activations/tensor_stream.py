@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from sae_fast.activations.shuffle import shuffled_rows
 from sae_fast.activations.source import Rows, Transform, empty_rows
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.stream import check_state, checked_transform
+from sae_fast.activations.targets import TARGETS
 
 STATE_VERSION = 1
 CPU = torch.device("cpu")
@@ -32,7 +34,8 @@ class TensorStream:
 
     `columns` are labels, one number a row, that `next_rows` serves with the rows. With
     `whole_sequences` the sequences are shuffled, not the rows: those of a 3-D tensor, or what
-    `columns` "doc_id" and "position" say, see columns.py.
+    `columns` "doc_id" and "position" say, see columns.py. `targets` [n, d_out], in as many
+    dimensions, are served as the column TARGETS after `target_transform`; a row goes with its own.
     """
 
     def __init__(
@@ -46,24 +49,34 @@ class TensorStream:
         device: torch.device = CPU,
         columns: Mapping[str, Tensor] | None = None,
         whole_sequences: bool = False,
+        targets: Tensor | None = None,
+        target_transform: Transform | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         place = device if activations.device == device else CPU
-        self._rows, dropped = finite_rows(activations, skip_nonfinite, place)
+        parts = {"activations": activations}
+        if targets is not None:
+            _check_pairs(activations, targets)
+            parts[TARGETS] = targets
+        (self._rows, *paired), dropped = finite_rows(parts, skip_nonfinite, place)
         tokens = activations.shape[1] if activations.ndim == 3 else 1
         beside = tensor_columns(columns or {}, len(self._rows), tokens, dropped, whole_sequences)
         self._column_info, self._starts = beside.info, beside.starts
         self._columns = {name: column.to(place) for name, column in beside.tensors.items()}
+        self._target_transform: Transform | None = None
+        if paired:
+            width = paired[0].shape[1]
+            self._columns[TARGETS] = paired[0]
+            self._column_info[TARGETS] = Column(TARGETS, torch.float32, width=width)
+            self._target_transform = _placed(checked_transform(target_transform, width), place)
         self._pin_memory = device.type == "cuda" and place == CPU
         self.nonfinite_rows = len(dropped)
         self.batch_size = batch_size
         self.seed = seed
-        self._transform = checked_transform(transform, self.d_in)
-        if self._transform is not None:
-            self._transform = self._transform._replace(mean=self._transform.mean.to(place))
+        self._transform = _placed(checked_transform(transform, self.d_in), place)
         self._tokens = 0
         self._order_epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -103,7 +116,8 @@ class TensorStream:
     @property
     def memory_bytes(self) -> int:
         """Memory beside the tensor itself: the order of its rows and one batch."""
-        return 8 * self.rows_per_epoch + 4 * self.batch_size * self.d_in
+        width = self.d_in + sum(column.width for column in self._column_info.values())
+        return 8 * self.rows_per_epoch + 4 * self.batch_size * width
 
     def next_batch(self) -> Tensor:
         """Return the next rows [N, D] float32."""
@@ -128,8 +142,12 @@ class TensorStream:
                 column[place] = torch.index_select(self._columns[name], 0, chosen)
             have += count
             self._tokens += count
-        if self._transform is not None:
-            batch.x.sub_(self._transform.mean).mul_(self._transform.scale)
+        for rows, transform in (
+            (batch.x, self._transform),
+            (batch.columns.get(TARGETS), self._target_transform),
+        ):
+            if rows is not None and transform is not None:
+                rows.sub_(transform.mean).mul_(transform.scale)
         if STARTS in batch.columns:
             batch.columns[STARTS][0] = True  # the row before it is in another batch
         self._stall_seconds += time.perf_counter() - begin
@@ -159,43 +177,70 @@ class TensorStream:
     def _content(self) -> str:
         """Digest of shape, type and evenly spaced rows, and of the columns."""
         if self._digest is None:
-            rows = self._rows[:: max(1, len(self._rows) // SAMPLED_ROWS)].contiguous()
-            digest = hashlib.sha256(repr((tuple(self._rows.shape), rows.dtype)).encode())
-            digest.update(rows.cpu().view(torch.uint8).numpy().data)
+            digest = hashlib.sha256()
+            _add_sampled_rows(digest, self._rows)
             for name, column in self._columns.items():
                 digest.update(name.encode())
-                digest.update(column.cpu().numpy().data)
+                if column.ndim == 2:
+                    _add_sampled_rows(digest, column)
+                else:
+                    digest.update(column.cpu().numpy().data)
             self._digest = digest.hexdigest()[:16]
         return self._digest
 
 
 def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device = CPU) -> Tensor:
     """Rows [n, D] of a tensor on the device, contiguous and finite."""
-    return finite_rows(activations, skip_nonfinite, device)[0]
+    return finite_rows({"activations": activations}, skip_nonfinite, device)[0][0]
 
 
 def finite_rows(
-    activations: Tensor, skip_nonfinite: bool, device: torch.device
-) -> tuple[Tensor, RowNumbers]:
-    """Rows [n, D] of a tensor on the device, and ascending numbers of those left out."""
-    if activations.ndim not in (2, 3) or activations.numel() == 0:
-        raise ValueError(
-            "activations must be [n, D] or [sequences, tokens, D] and not empty, "
-            f"got shape {tuple(activations.shape)}"
-        )
-    storage = storage_of(activations.dtype)
-    rows = activations.detach().to(device, storage.torch_dtype)
-    rows = rows.reshape(-1, rows.shape[-1]).contiguous()
-    bad = _nonfinite(rows, storage)
-    if bad.size == 0:
-        return rows, bad
+    parts: Mapping[str, Tensor], skip_nonfinite: bool, device: torch.device
+) -> tuple[list[Tensor], RowNumbers]:
+    """Rows [n, D] of tensors on the device, and ascending numbers of those left out of all."""
+    wholes = [_rows_on(device, name, part) for name, part in parts.items()]
+    bad = [_nonfinite(rows, storage_of(rows.dtype)) for rows in wholes]
+    if not any(found.size for found in bad):
+        return wholes, bad[0]
     if not skip_nonfinite:
-        raise ValueError(f"activations: row {int(bad[0])} holds NaN or Inf")
-    keep = torch.ones(len(rows), dtype=torch.bool, device=device)
-    keep[torch.from_numpy(bad).to(device)] = False
+        name, found = next(pair for pair in zip(parts, bad, strict=True) if pair[1].size)
+        raise ValueError(f"{name}: row {int(found[0])} holds NaN or Inf")
+    dropped = np.unique(np.concatenate(bad))
+    keep = torch.ones(len(wholes[0]), dtype=torch.bool, device=device)
+    keep[torch.from_numpy(dropped).to(device)] = False
     if not keep.any():
-        raise ValueError("activations: no row is finite")
-    return rows[keep], bad
+        raise ValueError(f"{' and '.join(parts)}: no row is finite")
+    return [rows[keep] for rows in wholes], dropped
+
+
+def _rows_on(device: torch.device, name: str, part: Tensor) -> Tensor:
+    if part.ndim not in (2, 3) or part.numel() == 0:
+        raise ValueError(
+            f"{name} must be [n, D] or [sequences, tokens, D] and not empty, "
+            f"got shape {tuple(part.shape)}"
+        )
+    rows = part.detach().to(device, storage_of(part.dtype).torch_dtype)
+    return rows.reshape(-1, rows.shape[-1]).contiguous()
+
+
+def _check_pairs(activations: Tensor, targets: Tensor) -> None:
+    rows = tuple(activations.shape[:-1])
+    if targets.shape[:-1] != rows:
+        raise ValueError(
+            f"targets must have one row for each of the activations, shape {(*rows, 'd_out')}, "
+            f"got {tuple(targets.shape)}"
+        )
+
+
+def _placed(transform: Transform | None, device: torch.device) -> Transform | None:
+    return transform and transform._replace(mean=transform.mean.to(device))
+
+
+def _add_sampled_rows(digest: hashlib._Hash, rows: Tensor) -> None:
+    """Shape, type and evenly spaced rows."""
+    sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)].contiguous()
+    digest.update(repr((tuple(rows.shape), rows.dtype)).encode())
+    digest.update(sampled.cpu().view(torch.uint8).numpy().data)
 
 
 def _nonfinite(rows: Tensor, storage: Storage) -> RowNumbers:

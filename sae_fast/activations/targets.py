@@ -1,0 +1,89 @@
+"""Targets: what a transcoder is to predict, a row for each row of activations, of its own width.
+
+They are another dataset of the shards, or files of the same names in another directory, as a
+capture of two hooks writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sae_fast.activations.errors import ShardError
+from sae_fast.activations.files import shards_in
+from sae_fast.activations.shard import Shard, ShardFile
+
+# Name of the column that the targets are served as, [N, d_out].
+TARGETS = "targets"
+# What tells that two shards were captured from the same tokens.
+_TOKEN_COLUMNS = ("token_ids", "doc_id", "position")
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """Where the targets are.
+
+    Attributes:
+        paths: a file for each shard, perhaps the shard itself.
+        key: name of their dataset.
+    """
+
+    paths: tuple[Path, ...]
+    key: str
+
+
+def find_targets(
+    shards: Sequence[Path],
+    place: str | Path | None,
+    key: str,
+    others: Iterable[Path] = (),
+) -> TargetFiles:
+    """The files of `place` with the names of the shards, or the shards themselves without one.
+
+    `place` is a directory, or one file for one shard. Raises ShardError where a shard has no file
+    there, or a file there is of neither the shards nor the `others`: it is then not what was
+    captured with them.
+    """
+    if place is None:
+        return TargetFiles(tuple(shards), key)
+    directory = Path(place)
+    if directory.is_file():
+        if len(shards) > 1:
+            raise ShardError(f"{directory}: targets of one shard, but there are {len(shards)}")
+        return TargetFiles((directory,), key)
+    if not directory.is_dir():
+        raise ShardError(f"{directory}: no such directory or file of targets")
+    paths = tuple(directory / shard.name for shard in shards)
+    for shard, path in zip(shards, paths, strict=True):
+        if not path.is_file():
+            raise ShardError(f"{directory}: has no {path.name} with the targets of {shard}")
+    names = {path.name for path in (*shards, *others)}
+    for path in shards_in(directory):
+        if path.name not in names:
+            raise ShardError(f"{path}: holds targets of no shard, none has its name")
+    return TargetFiles(paths, key)
+
+
+def check_pair(shard: Shard, targets: Shard) -> None:
+    """Raise ShardError unless the targets are those of the shard's rows, as far as can be told."""
+    if shard.rows != targets.rows:
+        raise ShardError(
+            f"{targets.path}: {targets.key!r} has {targets.rows} rows of targets, "
+            f"{shard.path} has {shard.rows} rows of activations"
+        )
+    if shard.path == targets.path:
+        return
+    with ShardFile(shard) as inputs, ShardFile(targets) as outputs:
+        for name in _TOKEN_COLUMNS:
+            if not (inputs.has(name) and outputs.has(name)):
+                continue
+            one, other = (file.read_column(name, 0, shard.rows) for file in (inputs, outputs))
+            if (differing := np.flatnonzero(one != other)).size:
+                row = int(differing[0])
+                raise ShardError(
+                    f"{targets.path}: row {row} is of another token than that of {shard.path}: "
+                    f"{name} is {other[row]}, there {one[row]}"
+                )
