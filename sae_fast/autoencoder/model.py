@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import ops
-from sae_fast.autoencoder import losses, statistics
+from sae_fast.autoencoder import losses
 from sae_fast.autoencoder.architecture import Batch, Mode, Weights
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
@@ -21,11 +21,12 @@ from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.guidance import Guidance
 from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
+from sae_fast.autoencoder.measures import Measures
 from sae_fast.autoencoder.probe import predictions
 from sae_fast.config import SAEConfig
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(Measures):
     """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
 
     What takes the place of TopK is the architecture's choice, see the file of its name.
@@ -243,71 +244,6 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("probe: the model was trained without one (see probe_loss_coeff)")
         return predictions(self.weights.own, code)
 
-    def compute_loss_components(
-        self,
-        x: Tensor,  # [..., D], activations as they are
-        x_hat: Tensor,  # in the shape of x
-        h: ops.SparseCode | Tensor,  # the code of x; dense, [..., F]
-        probe_loss: Tensor | None = None,
-        temporal_loss: Tensor | None = None,
-        **further_terms: Tensor,
-    ) -> dict[str, float | Tensor]:
-        """The loss of a reconstruction as numbers by term, and its sum to call backward on.
-
-        recon_loss, l1_loss, decorr_loss, probe_loss and temporal_loss carry the coefficients of the
-        configuration and add up, with the terms given besides, to total_loss; total_loss_tensor is
-        the same with its graph.
-
-        Args:
-            x: the activations.
-            x_hat: their reconstruction, as `decode` and `forward` give it.
-            h: their code, as `encode` gives it, or as a dense tensor.
-            probe_loss: 0-d, without its coefficient; None: 0.
-            temporal_loss: likewise.
-            **further_terms: 0-d, already weighted: what h does not determine, as AuxK.
-        """
-        rows, rows_hat = self._rows_of_both(x, x_hat)
-        error = rows_hat - rows
-        if self.config.normalize_activations != "none":
-            error = error * self.activation_scale
-        config = self.config
-        guided: dict[str, float | Tensor] = {
-            "probe_loss": 0.0 if probe_loss is None else config.probe_loss_coeff * probe_loss,
-            "temporal_loss": 0.0
-            if temporal_loss is None
-            else config.temporal_smoothness_coeff * temporal_loss,
-        }
-        further = guided | further_terms
-        return statistics.loss_components(
-            config, self.W_dec, error, h, self._decorr_loss(), further
-        )
-
-    def get_activation_stats(
-        self,
-        h: ops.SparseCode | Tensor,  # dense: [..., F]
-    ) -> dict[str, float]:
-        """How active the latents are in a code.
-
-        l0: latents that fire, per token; activation_fraction: their share of d_sae;
-        mean_activation, max_activation: of the values of those that fire, 0 if none does;
-        silent_fraction: share of the latents that fire for no token of `h`; dead_fraction: share
-        that has been silent for dead_after_tokens of training.
-        """
-        return statistics.activation_stats(h, self.config.d_sae, self.dead_mask())
-
-    def get_reconstruction_error(
-        self,
-        x: Tensor,  # [..., D], activations as they are
-        x_hat: Tensor,  # in the shape of x
-    ) -> dict[str, float]:
-        """How far a reconstruction is from the activations, in their units, sums in float64.
-
-        squared_error: Σ_d (x̂ − x)², averaged over tokens; mse: the same per number; fvu: Σ (x̂ − x)²
-        by Σ (x − mean(x))² over all tokens; explained_variance: 1 − fvu; cosine: of x and x̂,
-        averaged over tokens.
-        """
-        return statistics.reconstruction_error(*self._rows_of_both(x, x_hat))
-
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit length, in place."""
@@ -385,12 +321,6 @@ class SparseAutoencoder(nn.Module):
     def _own_start(self) -> dict[str, Tensor]:
         """The same with the architecture's own buffers."""
         return self._own_parameters() | self.architecture.buffers()
-
-    def _rows_of_both(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape != x_hat.shape:
-            shapes = tuple(x.shape), tuple(x_hat.shape)
-            raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")
-        return self._rows(x), self._rows(x_hat)
 
     def _rows(self, x: Tensor) -> Tensor:
         """`x` as a matrix of the parameters' dtype; raises ValueError unless it is d_in wide."""
