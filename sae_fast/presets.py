@@ -107,6 +107,21 @@ PRESETS = {
         sae={"d_in": 128, "d_sae": 1024, "k": 32},
         train={"batch_size": 2048, "learning_rate": 1e-3},
     ),
+    "slots_biography": Preset(
+        "AlignSAE, arXiv:2512.02004: 100,000 free slots and one for each of 6 relations, on GPT-2",
+        tokens=150 * 24_000,
+        sae={"arch": "slots", "d_in": 768, "d_sae": 100_006, "n_relations": 6},
+        train={
+            "batch_size": 64,
+            "learning_rate": 1e-3,
+            "weight_decay": 0.01,
+            "warmup_steps": 0,
+            "sparsity_warmup_steps": 0,
+            "decay_fraction": 0.0,
+            "reconstruction_epochs": 50.0,
+            "max_epochs": 150,
+        },
+    ),
 }
 
 
@@ -124,7 +139,12 @@ def measured_tokens_per_second(name: str, steps: int = MEASURED_STEPS) -> float:
     sae, train = preset(name).configs()
     train = replace(train, max_steps=steps + 1, log_every=1, eval_every=0, checkpoint_every=0)
     rows = torch.randn(train.batch_size, sae.d_in)
-    trainer = Trainer(sae, train, data=rows, show_progress=False)
+    columns = {}
+    if sae.arch == "slots":  # the reconstruction alone would not be the whole step
+        train = replace(train, reconstruction_epochs=0.0)
+        relations = torch.arange(train.batch_size) % (sae.n_relations or 1)
+        columns = {str(sae.relation_labels): relations, str(sae.answer_labels): relations}
+    trainer = Trainer(sae, train, data=rows, columns=columns, show_progress=False)
     trainer.train()
     milliseconds = [float(row["time_per_step_ms"]) for row in trainer.history[1:]]
     return 1000 * train.batch_size * len(milliseconds) / sum(milliseconds)

@@ -221,7 +221,9 @@ def _conclude(trainer: Trainer, stopped_by: signal.Signals | None) -> None:
     )
     names = (
         *("loss", "recon_loss", "aux_loss", "probe_loss", "temporal_loss", "fvu", "l0"),
-        *("probe_accuracy", "probe_r2", "heldout_fvu", "heldout_dead_fraction"),
+        *("probe_accuracy", "probe_r2", "slot_accuracy", "value_accuracy"),
+        *("heldout_fvu", "heldout_dead_fraction"),
+        *("heldout_slot_accuracy", "heldout_value_accuracy"),
     )
     figures = [(name, summary.get(f"final_{name}")) for name in names]
     print(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))

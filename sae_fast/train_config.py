@@ -8,7 +8,10 @@ from typing import ClassVar, Literal
 
 from sae_fast.config_file import ConfigFile, with_aliases
 
-_NAMES = ("shard_dir", "activations_key", "heldout", "device", "checkpoint_dir", "resume_from")
+_NAMES = (
+    *("shard_dir", "activations_key", "heldout", "device"),
+    *("checkpoint_dir", "resume_from", "start_from"),
+)
 _COUNTS = (
     *("pool_rows", "batch_size", "grad_acc_steps", "max_epochs", "max_steps", "max_tokens"),
     *("num_threads", "log_every", "keep_checkpoints", "k_anneal_start"),
@@ -22,6 +25,7 @@ _NOT_NEGATIVE = (
     "seed",
     "eval_every",
     "checkpoint_every",
+    "reconstruction_epochs",
 )
 
 

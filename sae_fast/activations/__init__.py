@@ -3,7 +3,7 @@
 from sae_fast.activations.columns import STARTS, Column
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
-from sae_fast.activations.heldout import HeldOut, open_heldout
+from sae_fast.activations.heldout import HeldOut, open_heldout, read_labels
 from sae_fast.activations.manifest import write_manifest
 from sae_fast.activations.normalization import estimate_normalization
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
@@ -42,6 +42,7 @@ __all__ = [
     "measure_rows_per_second",
     "open_heldout",
     "open_shards",
+    "read_labels",
     "write_manifest",
     "write_shard",
 ]

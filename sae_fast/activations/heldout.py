@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sae_fast.activations.columns import STARTS, served
 from sae_fast.activations.files import find_shards
 from sae_fast.activations.pool import iterate_blocks
-from sae_fast.activations.shard import DEFAULT_KEY
+from sae_fast.activations.shard import DEFAULT_KEY, ShardFile
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
 from sae_fast.activations.shuffle import split_blocks
 from sae_fast.activations.source import Transform
@@ -67,6 +69,20 @@ class HeldOut:
         return torch.empty(min(self.batch_size, left), self.d_in)
 
 
+def read_labels(shards: ShardSet) -> dict[str, Tensor]:
+    """The columns of a set, without STARTS, for its rows in the order of `HeldOut`: [rows] each.
+
+    Raises ShardError where a file cannot be read.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in shards.columns if name != STARTS}
+    for shard, dropped in zip(shards.shards, shards.dropped, strict=True):
+        with ShardFile(shard) as file:
+            for name, column in parts.items():
+                numbers = served(file.read_column(name, 0, shard.rows))
+                column.append(torch.from_numpy(np.delete(numbers, dropped)))
+    return {name: torch.cat(column) for name, column in parts.items()}
+
+
 def open_heldout(
     shard_dir: str | Path,
     heldout: str | Path | None = None,
@@ -75,6 +91,7 @@ def open_heldout(
     key: str = DEFAULT_KEY,
     verify: bool = True,
     skip_nonfinite: bool = False,
+    columns: Sequence[str] = (),
     targets: TargetFiles | None = None,
 ) -> ShardSet | None:
     """Check and describe the held-out shards of a run; None if it has none (see `find_shards`)."""
@@ -82,7 +99,12 @@ def open_heldout(
     if not paths:
         return None
     shards = open_shards(
-        paths, key=key, verify=verify, skip_nonfinite=skip_nonfinite, targets=targets
+        paths,
+        key=key,
+        verify=verify,
+        skip_nonfinite=skip_nonfinite,
+        columns=columns,
+        targets=targets,
     )
     if train is not None:
         check_same_width(train, shards)

@@ -23,6 +23,7 @@ from sae_fast.activations import (
     find_shards,
     open_heldout,
     open_shards,
+    read_labels,
 )
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.guidance import check_columns, label_columns, needs_sequences
@@ -40,6 +41,7 @@ class TrainingData:
         device: what the batches are for.
         sae: the model, which may need labels or sequences.
         columns: labels [n] beside rows that are a tensor.
+        heldout_columns: labels beside `heldout`, which arch slots is evaluated with.
 
     Raises:
         ShardError: naming the shard that cannot be trained on.
@@ -54,7 +56,10 @@ class TrainingData:
         device: torch.device,
         sae: SAEConfig,
         columns: Mapping[str, Tensor] | None = None,
+        heldout_columns: Mapping[str, Tensor] | None = None,
     ) -> None:
+        if heldout_columns is not None and heldout is None:
+            raise ValueError("heldout_columns go with heldout, and none is given")
         if columns is not None and not isinstance(data, Tensor):
             raise ValueError("columns go with a tensor of activations, and none is given")
         self._config = config
@@ -82,6 +87,7 @@ class TrainingData:
         self.skipped_rows = int(getattr(first, "nonfinite_rows", 0))
         self.columns: Mapping[str, Column] = getattr(first, "columns", {})
         check_columns(sae, self.columns)
+        self.heldout_labels: Mapping[str, Tensor] = heldout_columns or {}
         self.heldout = self._open_heldout(heldout)
 
     def open(self, transform: Transform | None) -> ActivationSource:
@@ -121,7 +127,14 @@ class TrainingData:
             if heldout.shape[-1] != self.d_in:
                 width = heldout.shape[-1]
                 raise ValueError(f"heldout: rows are {width} wide, those to train on {self.d_in}")
-            return torch.split(heldout.reshape(-1, self.d_in).float(), config.batch_size)
+            rows = heldout.reshape(-1, self.d_in).float()
+            for name, labels in self.heldout_labels.items():
+                if labels.shape != (len(rows),):
+                    raise ValueError(
+                        f"heldout_columns: {name} must have shape ({len(rows)},), one a row, "
+                        f"got {tuple(labels.shape)}"
+                    )
+            return torch.split(rows, config.batch_size)
         if self._shards is None or config.shard_dir is None:
             return None
         shards = open_heldout(
@@ -130,8 +143,12 @@ class TrainingData:
             train=self._shards,
             key=config.activations_key,
             skip_nonfinite=config.skip_nonfinite,
+            columns=label_columns(self._sae) if self._sae.arch == "slots" else (),
         )
-        return None if shards is None else HeldOut(shards, batch_size=config.batch_size)
+        if shards is None:
+            return None
+        self.heldout_labels = read_labels(shards)
+        return HeldOut(shards, batch_size=config.batch_size)
 
 
 class _Given:

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.slots import Slots
+
+
+@torch.no_grad()
+def evaluate_slots(
+    sae: SparseAutoencoder, batches: Iterable[Tensor], labels: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The share of labelled rows whose relation's slot is the largest, and whose answer is found.
+
+    Args:
+        sae: a model with relation slots.
+        batches: rows [n, D] as captured.
+        labels: for all of them, [rows] int64, by the names that the configuration has for them.
+
+    Raises:
+        ValueError: where a label is not one that the model has.
+    """
+    slots, config = sae.architecture, sae.config
+    assert isinstance(slots, Slots)
+    relations = labels[config.relation_labels or ""]
+    answers = labels[config.answer_labels or ""] if config.has_value_heads else None
+    counts = torch.zeros(4, dtype=torch.int64)
+    first = 0
+    for batch in batches:
+        rows = slice(first, first + len(batch))
+        first += len(batch)
+        x = sae.normalize(batch.to(sae.W_enc.device))
+        wanted = None if answers is None else answers[rows].to(x.device)
+        counts += torch.stack(
+            slots.measure(sae.weights, x, relations[rows].to(x.device), wanted)
+        ).cpu()
+    slots_right, n_relations, answers_right, n_answers = counts.tolist()
+    found = {"heldout_slot_accuracy": slots_right / max(n_relations, 1)}
+    if answers is not None:
+        found["heldout_value_accuracy"] = answers_right / max(n_answers, 1)
+    return found
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ _KEPT_ROWS_PER_TOKEN = 3 * 2
 # The encoder's product is made in parts that stay in a GPU's cache.
 _PRODUCT_BYTES = 32 * 2**20
 # Arrays [N, F] alive at once while a step works on all latents, by architecture; measured.
-_DENSE_ARRAYS = {"relu": 5, "jumprelu": 7, "gated": 8}
+_DENSE_ARRAYS = {"relu": 5, "jumprelu": 7, "gated": 8, "slots": 5}
 _STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
 _POOL = "activations in memory"
 _CHUNKED_MAX_ARRAYS = 6  # of W_dec's size
@@ -102,7 +102,7 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         pool_bytes: what the source of the activations holds.
     """
     matrix = sae.d_sae * sae.d_in
-    probe = sae.probe_outputs * (sae.d_sae + 1)
+    probe = _extra_parameters(sae)
     parameters = 2 * matrix + sae.d_sae + sae.d_in + probe
     device = torch.device(train.device)
     on_gpu = device.type == "cuda"
@@ -143,12 +143,21 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     return MemoryPlan(parts | host, frozenset(host), device, free, available_memory())
 
 
+def _extra_parameters(sae: SAEConfig) -> int:
+    """Numbers in the probe and the value heads."""
+    probe = sae.probe_outputs * (sae.d_sae + 1)
+    if not sae.has_value_heads:
+        return probe
+    hidden, answers = sae.value_hidden or 0, sae.n_answers or 0
+    return probe + (sae.n_relations or 0) * (hidden * (2 + answers) + answers)
+
+
 def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
     """Both moments: of the weights as they are kept, with their scales, of the biases in fp32."""
     a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
     scales = moment_blocks(sae.d_in) if train.optimizer_states == "8bit" else 0
     rows = 2 * sae.d_sae * (sae.d_in * a_number + scales * _FLOAT)
-    probe = sae.probe_outputs * (sae.d_sae + 1)
+    probe = _extra_parameters(sae)
     return 2 * (rows + (sae.d_sae + sae.d_in + probe) * _FLOAT)
 
 
@@ -178,6 +187,11 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
         rows = sae.d_sae + 4 * train.batch_size
         parts["probe"] = sae.probe_outputs * rows * _FLOAT
+    if sae.independence_coeff or sae.orthogonality_coeff:  # latents by tokens, tokens by tokens
+        dense = (1 if sae.arch in _DENSE_ARRAYS else 2) * sae.d_sae
+        parts["correlations of latents"] = (
+            train.batch_size * _FLOAT * (dense + 4 * train.batch_size)
+        )
     if sae.temporal_smoothness_coeff > 0:
         listed = (sae.k or round(DENSE_FROM * sae.d_sae)) * _BYTES_PER_MATCHED_ENTRY
         dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if sae.arch in _DENSE_ARRAYS else 0

@@ -88,11 +88,14 @@ class SparseOptimizer(ABC):
         self.step_count = torch.zeros((), dtype=torch.int64, device=self.device)
         self.halted = torch.full_like(self.step_count, -1)
         self.states = states
-        self.names = tuple(name for name, _ in sae.named_parameters())
+        trained = sae.architecture.trained()
+        names = (name for name, _ in sae.named_parameters())
+        self.names = tuple(name for name in names if trained is None or name in trained)
+        self.rows = tuple(name for name in ROWS if name in self.names)  # both or none
         self.rate_shares = sae.architecture.learning_rates()
         self.exp_avg = {name: self._new_moment(name) for name in self.names}
         self.exp_avg_sq = {name: self._new_moment(name) for name in self.names}
-        scaled = ROWS if states == "8bit" else ()
+        scaled = self.rows if states == "8bit" else ()
         self.exp_avg_scale = {name: self._new_scale(name) for name in scaled}
         self.exp_avg_sq_scale = {name: self._new_scale(name) for name in scaled}
 
@@ -143,7 +146,7 @@ class SparseOptimizer(ABC):
     def _check_states(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError where the moments of the rows are kept in another way."""
         kept_as = {dtype: states for states, dtype in STATE_DTYPES.items()}
-        for name in ROWS:
+        for name in self.rows:
             moment = state.get(f"{name}.exp_avg", self.exp_avg[name])
             if moment.dtype != self.exp_avg[name].dtype:
                 raise ValueError(
@@ -180,15 +183,10 @@ class RowAdam(SparseOptimizer):
     @torch.no_grad()
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
         """See `SparseOptimizer.step`; never waits for the device."""
-        sae = self.sae
-        encoder_factors, decoder_factors = merge_row_factors(sae.W_enc, sae.W_dec)
-        encoder = self._measure("W_enc", encoder_factors, project_onto=None)
-        decoder = self._measure(
-            "W_dec",
-            decoder_factors,
-            project_onto=sae.W_dec if self.sae.architecture.unit_norm else None,
-        )
-        squared = encoder.squared_norm + decoder.squared_norm
+        rows = self._measure_rows() if self.rows else {}
+        squared = torch.zeros((), dtype=torch.float64, device=self.device)
+        if rows:
+            squared = rows["W_enc"].squared_norm + rows["W_dec"].squared_norm
         vectors = [name for name in self.names if name not in ROWS]
         for name in vectors:
             if (grad := self._parameter(name).grad) is not None:
@@ -206,12 +204,21 @@ class RowAdam(SparseOptimizer):
             weight_decay=self.weight_decay,
             skip_overflow=self.skip_overflow,
         )
-        self._update_rows("W_enc", encoder, scalars)
-        self._update_rows("W_dec", decoder, scalars)
+        for name, measured in rows.items():
+            self._update_rows(name, measured, scalars)
         # After the rows: W_enc's factors are taken relative to the b_dec that the encoder saw.
         for name in vectors:
             self._update_vector(name, scalars)
         return norm
+
+    def _measure_rows(self) -> dict[str, _RowGradient]:
+        sae = self.sae
+        encoder, decoder = merge_row_factors(sae.W_enc, sae.W_dec)
+        onto = sae.W_dec if sae.architecture.unit_norm else None
+        return {
+            "W_enc": self._measure("W_enc", encoder, project_onto=None),
+            "W_dec": self._measure("W_dec", decoder, project_onto=onto),
+        }
 
     def _scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
         """A number on the device; a tensor made from one would wait for it."""
@@ -324,9 +331,9 @@ class DenseAdam(SparseOptimizer):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.div_(loss_scale)
-        W_dec, unit_norm = self.sae.W_dec, self.sae.architecture.unit_norm
-        assert W_dec.grad is not None
+        W_dec, unit_norm = self.sae.W_dec, bool(self.rows) and self.sae.architecture.unit_norm
         if unit_norm:
+            assert W_dec.grad is not None
             W_dec.grad.sub_((W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         is_finite = math.isfinite(float(norm))

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from sae_fast.training.metrics import Row
 from sae_fast.training.plot import plot_run
+
+MODE_DIRECTORIES = {
+    "joint": "joint",
+    "separate_activation": "feature_activation",
+    "separate_value": "next_token_prediction",
+}
 
 
 class RunDirectory:
     """Where everything lies that a run writes.
 
-    config.json  metrics.jsonl  training_history.json  checkpoints/  plots/training.png
+    config.json  metrics.jsonl  training_history.json  checkpoints/  plots/training.png, and with
+    arch slots sae_final/, all in a directory of the mode's name.
     """
 
     def __init__(self, path: Path, keep_checkpoints: int) -> None:
@@ -68,6 +76,18 @@ class RunDirectory:
         sae = config.sae
         title = f"{self.path.name}: {describe(sae)}"
         plot_run(rows, self.plot, title)
+
+
+def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
+    """The same with the run of arch slots in the directory that its mode has in `checkpoint_dir`.
+
+    A `checkpoint_dir` that is that directory stays what it is.
+    """
+    if sae.arch != "slots" or config.checkpoint_dir is None:
+        return config
+    name = MODE_DIRECTORIES[sae.slots_mode or "joint"]
+    path = Path(config.checkpoint_dir)
+    return config if path.name == name else replace(config, checkpoint_dir=str(path / name))
 
 
 def describe(sae: SAEConfig) -> str:

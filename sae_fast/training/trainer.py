@@ -24,16 +24,12 @@ from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
-from sae_fast.training.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    read_newest_intact,
-)
+from sae_fast.training.checkpoint import Checkpoint, find_checkpoint, read_newest_intact
 from sae_fast.training.data import TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.guidance import with_label_counts
-from sae_fast.training.heldout import evaluate
+from sae_fast.training.heldout import evaluate, evaluate_slots
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.memory_plan import plan_memory
@@ -41,7 +37,7 @@ from sae_fast.training.metrics import MetricsLog, Row, WandbLog
 from sae_fast.training.optimizer import make_optimizer
 from sae_fast.training.progress import Progress
 from sae_fast.training.random_state import seed_everything
-from sae_fast.training.run_directory import RunDirectory
+from sae_fast.training.run_directory import RunDirectory, in_mode_directory
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.snapshot import (
@@ -49,6 +45,7 @@ from sae_fast.training.snapshot import (
     sized_config,
     take_snapshot,
 )
+from sae_fast.training.start import start_from_, start_model
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.stopwatch import Stopwatch, Window
 from sae_fast.training.weight_average import WeightAverage
@@ -68,6 +65,7 @@ class Trainer:
         heldout: activations [n, D] for evaluation; None: the held-out shards, if there are any.
         columns: beside a tensor `data`, labels [n] by the name that `probe_labels` has, and where
             sequences matter doc_id or position.
+        heldout_columns: beside a tensor `heldout` the labels of arch slots, for its accuracies.
         stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
         show_progress: whether to show a progress bar.
 
@@ -84,15 +82,17 @@ class Trainer:
         *,
         heldout: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
+        heldout_columns: Mapping[str, Tensor] | None = None,
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
     ) -> None:
-        self.train_config = train_config
+        self.train_config = train_config = in_mode_directory(sae_config, train_config)
         self.device = checked_device(train_config.device)
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = self._find_checkpoint()
-        self.data = TrainingData(train_config, data, heldout, self.device, sae_config, columns)
+        given = (columns, heldout_columns)
+        self.data = TrainingData(train_config, data, heldout, self.device, sae_config, *given)
         sae_config = with_label_counts(sae_config, self.data.columns)
         self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
@@ -225,13 +225,15 @@ class Trainer:
         return row
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out FVU, L0 and dead share of the model as it is; empty without held-out rows.
+        """What is measured on the held-out rows, if there are any.
 
-        With an average of the weights also those of the averaged model, under names that say so.
+        With an average of the weights also that of the averaged model, under names that say so.
         """
         if self.data.heldout is None:
             return {}
         measured = evaluate(self.sae, self.data.heldout)
+        if self.data.heldout_labels:
+            measured |= evaluate_slots(self.sae, self.data.heldout, self.data.heldout_labels)
         if self.average is not None:
             averaged = evaluate(self.average.model(), self.data.heldout)
             measured |= {f"averaged_{name}": value for name, value in averaged.items()}
@@ -317,7 +319,9 @@ class Trainer:
         normalized = self.sae_config.normalize_activations != "none"
         if checkpoint is None:
             self.sae = SparseAutoencoder(self.sae_config)
-            if normalized:
+            if (known := start_model(self.sae_config, config)) is not None:
+                start_from_(self.sae, known)
+            elif normalized:
                 self.sae.set_normalization_(*self.data.normalization())
         else:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path)
@@ -327,7 +331,7 @@ class Trainer:
         self.source = self.data.open(Transform(mean, scale) if normalized else None)
         on_gpu = self.device.type == "cuda"
         self.batches = StepBatches(self.source, self.device, config.grad_acc_steps, ahead=on_gpu)
-        if checkpoint is None:
+        if checkpoint is None and known is None:
             generator = torch.Generator().manual_seed(config.seed)
             self.sae.initialize_(generator, self._sample())
         self.sae.to(self.device)
@@ -388,5 +392,7 @@ class Trainer:
             self.summary["plot"] = str(self._run.plot)
             if self.average is not None:
                 self.average.model().save(self._run.path / "averaged")
+            if self.sae_config.arch == "slots":
+                self.sae.save(self._run.path / "sae_final")
             self._run.write_results(self.config, rows, self.summary)
         self._close_wandb()
