@@ -105,6 +105,18 @@ def test_dense_switch_times_both_ways_of_every_architecture(tmp_path):
     assert len(rows_of(table)) == 1 + 3 * (7 + 1)
 
 
+@pytest.mark.slow
+def test_slots_step_times_the_literal_form_too(tmp_path):
+    result, table = run("slots_step", tmp_path, "--slots", "50,120", "--rounds", "3")
+    for found in result["sizes"].values():
+        contestants = found["contestants"]
+        assert list(contestants) == ["sae_fast", "PyTorch, N x N", "PyTorch, F x F"]
+        assert all(one["seconds"] > 0 and one["peak_bytes"] >= 0 for one in contestants.values())
+        losses = [one["first_loss"] for one in contestants.values()]
+        assert losses == pytest.approx([losses[0]] * 3, rel=2e-3)
+    assert len(rows_of(table)) == 1 + 2 * 3
+
+
 @pytest.mark.parametrize(
     ("ratios", "share"), [((0.5, 2.0), 0.2), ((0.5, 0.9), None), ((2.0, 4.0), None)]
 )
