@@ -150,6 +150,8 @@ def test_every_architecture_is_guided(train: Train, arch: Any) -> None:
     fields: dict[str, Any] = {"d_sae": 64, "arch": arch, **CLASSES, **SMOOTH}
     if arch in ("topk", "batch_topk", "matryoshka"):
         fields["k"] = 3
+    if arch == "slots":
+        fields |= {"relation_labels": RULE, "slots_mode": "separate_activation"}
     run = replace(RUN, max_steps=150, log_every=10)
     rows = train(SAEConfig(**fields), run).history
     for row in rows:

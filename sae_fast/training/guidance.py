@@ -17,11 +17,6 @@ def label_columns(sae: SAEConfig) -> tuple[str, ...]:
 
     Raises ValueError where the configuration does not say which labels its probe predicts.
     """
-    if sae.probe_loss_coeff > 0 and sae.probe_labels is None:
-        raise ValueError(
-            f"probe_labels is missing: probe_loss_coeff is {sae.probe_loss_coeff:g}; "
-            "name the dataset of the labels with --probe-labels"
-        )
     return tuple(_labels(sae))
 
 
@@ -59,8 +54,13 @@ def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfi
 
 
 def _labels(sae: SAEConfig) -> dict[str, str]:
-    """By name of the column, the setting that needs it."""
+    """By name of the column, the setting that needs it; ValueError for a probe of nothing."""
     needed = {}
+    if sae.probe_loss_coeff > 0 and sae.probe_labels is None:
+        raise ValueError(
+            f"probe_labels is missing: probe_loss_coeff is {sae.probe_loss_coeff:g}; "
+            "name the dataset of the labels with --probe-labels"
+        )
     if sae.has_probe and sae.probe_labels is not None:
         needed[sae.probe_labels] = "probe_labels"
     if sae.arch == "slots":
