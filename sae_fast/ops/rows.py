@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sae_fast.ops.checks import UPDATE_SCALARS
 from sae_fast.ops.library import dynamic_size, fake, refuse_backward
+from sae_fast.ops.update_checks import UPDATE_SCALARS
 from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
 
 # Rows of partial sums in weighted_row_sum: enough for any number of threads, and fixed, so that the

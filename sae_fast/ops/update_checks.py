@@ -1,0 +1,157 @@
+"""The argument checks of the optimiser's ops; checks.py has the list of their messages."""
+
+import torch
+from torch import Tensor
+
+from sae_fast.ops.call import GATHERED, MASTER, Call
+from sae_fast.ops.moments import MOMENT_DTYPES, moment_blocks
+
+UPDATE_SCALARS = 8  # of update_scalars
+
+
+def _factors(
+    op: Call,
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+) -> tuple[int, int]:
+    """Checks a factored gradient; returns its shape [d_sae, d_in]."""
+    d_sae = op.latents(latent_offsets)
+    op.tensor("rows", rows, (None,), (torch.int32,))
+    op.tensor("coefficients", coefficients, (rows.size(0),), MASTER)
+    op.tensor("dense", dense, (None, None), GATHERED)
+    if shift is not None:
+        op.tensor("shift", shift, (dense.size(1),), MASTER)
+    return d_sae, dense.size(1)
+
+
+def row_gradient_norm(  # noqa: D103
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    project_onto: Tensor | None,
+    extra_grad: Tensor | None,
+) -> None:
+    op = Call("row_gradient_norm", "dense", dense)
+    shape = _factors(op, latent_offsets, rows, coefficients, dense, shift)
+    if project_onto is not None:
+        op.tensor("project_onto", project_onto, shape, MASTER)
+    if extra_grad is not None:
+        op.tensor("extra_grad", extra_grad, shape, MASTER)
+
+
+def update_scalars(  # noqa: D103
+    squared_norm: Tensor,
+    lr: Tensor,
+    loss_scale: Tensor,
+    step_count: Tensor,
+    halted: Tensor,
+    grad_clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    skip_overflow: bool,
+) -> None:
+    op = Call("update_scalars", "squared_norm", squared_norm)
+    op.tensor("squared_norm", squared_norm, (), (torch.float64,))
+    op.tensor("lr", lr, (), (torch.float64,))
+    op.tensor("loss_scale", loss_scale, (), MASTER)
+    op.tensor("step_count", step_count, (), (torch.int64,))
+    op.tensor("halted", halted, (), (torch.int64,))
+
+
+def _moments(
+    op: Call,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
+    step_count: Tensor | None,
+    shape: tuple[int, int],
+) -> None:
+    # In float64 a step is the reference's own, as in every other op.
+    exact = exp_avg.dtype == torch.float64
+    op.tensor("exp_avg", exp_avg, shape, MASTER if exact else MOMENT_DTYPES)
+    op.tensor("exp_avg_sq", exp_avg_sq, shape, MASTER if exact else (exp_avg.dtype,))
+    dtype = str(exp_avg.dtype).removeprefix("torch.")
+    in_blocks = exp_avg.dtype == torch.uint8
+    for name, scale in (("exp_avg_scale", exp_avg_scale), ("exp_avg_sq_scale", exp_avg_sq_scale)):
+        op.require(
+            in_blocks or scale is None, f"{name} must be none where exp_avg is {dtype}", "a tensor"
+        )
+        op.require(
+            scale is not None or not in_blocks,
+            f"{name} must be given where exp_avg is {dtype}",
+            "none",
+        )
+        if scale is not None:
+            op.tensor(name, scale, (shape[0], moment_blocks(shape[1])), MASTER)
+            op.in_place(name, scale)
+    is_random = exp_avg.dtype in (torch.bfloat16, torch.uint8)
+    must = f"step_count must be given where exp_avg is {dtype}"
+    op.require(step_count is not None or not is_random, must, "none")
+    if step_count is not None:
+        op.tensor("step_count", step_count, (), (torch.int64,))
+
+
+def fused_update_(  # noqa: D103
+    W: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq_scale: Tensor | None,
+    latent_offsets: Tensor,
+    rows: Tensor,
+    coefficients: Tensor,
+    dense: Tensor,
+    shift: Tensor | None,
+    extra_grad: Tensor | None,
+    sums: Tensor,
+    cached: Tensor,
+    cache_slots: Tensor,
+    scalars: Tensor,
+    step_count: Tensor | None,
+    project: bool,
+    unit_norm: bool,
+    packed: Tensor | None,
+    stats: Tensor | None,
+    rounded: Tensor | None,
+    precision: str,
+) -> None:
+    op = Call("fused_update_", "W", W)
+    shape = _factors(op, latent_offsets, rows, coefficients, dense, shift)
+    if extra_grad is not None:
+        op.tensor("extra_grad", extra_grad, shape, MASTER)
+    op.tensor("W", W, shape, MASTER)
+    scales = (exp_avg_scale, exp_avg_sq_scale)
+    _moments(op, exp_avg, exp_avg_sq, *scales, step_count, shape)
+    op.tensor("sums", sums, shape[:1], MASTER)
+    op.tensor("cached", cached, (None, shape[1]), MASTER)
+    op.tensor("cache_slots", cache_slots, shape[:1], (torch.int32,))
+    op.tensor("scalars", scalars, (UPDATE_SCALARS,), MASTER)
+    written = {"W": W, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    copies = {"packed": packed, "stats": stats, "rounded": rounded}
+    for name, tensor in (*written.items(), *copies.items()):
+        if tensor is not None:
+            op.in_place(name, tensor)
+    op.precision(precision)
+
+
+def update_vector_(  # noqa: D103
+    w: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor | None, scalars: Tensor
+) -> None:
+    op = Call("update_vector_", "w", w)
+    written = {"w": w, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensor in {**written, "grad": grad}.items():
+        if tensor is not None:
+            op.same_shape(name, tensor, "w", w)
+            op.dtype(name, tensor, MASTER)
+            op.same_device(name, tensor)
+    op.tensor("scalars", scalars, (UPDATE_SCALARS,), MASTER)
+    for name, tensor in written.items():
+        op.in_place(name, tensor)
