@@ -84,11 +84,12 @@ def update_case(
             latent_offsets, tokens, coefficients, s.x, None, W, None
         )
         _, scalars = s.ops.update_scalars(
-            *(squared, rate, one, steps.zero_(), halted, CLIP, *BETAS, EPS, 0.0, False)
+            *(squared, rate, one, steps.zero_(), halted, "adam", CLIP, *BETAS, EPS, 0.0, False)
         )
         s.ops.fused_update_(
             *(W, *moments, latent_offsets, tokens, coefficients, s.x, None, None),
-            *(sums, cached, slots, scalars, steps, True, True, None, None, None, "fp32"),
+            *(sums, cached, slots, scalars, steps),
+            *("adam", True, True, None, None, None, "fp32"),
         )
         return W
 

@@ -1,8 +1,10 @@
 // Checks of a gradient's factors and of the optimiser's ops, shared by all back ends.
 #pragma once
 
-#include "kernels/common/adam.h"
+#include <string>
+
 #include "kernels/common/moments.h"
+#include "kernels/common/update_rule.h"
 #include "ops/check.h"
 #include "ops/input.h"
 
@@ -56,6 +58,24 @@ inline void check_companion(const char* op, const char* name, const OptionalTens
                   dtype_name(type), ", got a tensor");
 }
 
+inline UpdateRule checked_rule(const char* op, const std::string& rule) {
+  STD_TORCH_CHECK(rule == "adam" || rule == "sgd" || rule == "signum", op,
+                  ": rule must be adam, sgd or signum, got ", rule);
+  return rule == "adam"  ? UpdateRule::kAdam
+         : rule == "sgd" ? UpdateRule::kSgd
+                         : UpdateRule::kSignum;
+}
+
+// What only a rule with a second moment has.
+inline void check_of_rule(const char* op, const char* name, const OptionalTensor& tensor,
+                          const std::string& rule) {
+  const bool wanted = has_exp_avg_sq(checked_rule(op, rule));
+  STD_TORCH_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where rule is ",
+                  rule, ", got none");
+  STD_TORCH_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where rule is ",
+                  rule, ", got a tensor");
+}
+
 inline void check_scale(const char* op, const char* name, const OptionalTensor& scale, bool wanted,
                         ScalarType type, int64_t d_sae, int64_t d_in) {
   check_companion(op, name, scale, wanted, type);
@@ -64,37 +84,43 @@ inline void check_scale(const char* op, const char* name, const OptionalTensor& 
   check_contiguous(op, name, *scale);
 }
 
-// Both moments of a weight matrix with what belongs to their dtype, checked, as kernels take them.
-inline Moments checked_moments(const char* op, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+// The moments of a weight matrix with what belongs to their dtype, checked, as kernels take them.
+inline Moments checked_moments(const char* op, const std::string& rule, const Tensor& exp_avg,
+                               const OptionalTensor& exp_avg_sq,
                                const OptionalTensor& exp_avg_scale,
                                const OptionalTensor& exp_avg_sq_scale,
                                const OptionalTensor& step_count, int64_t d_sae, int64_t d_in) {
+  check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule);
   check_shape(op, "exp_avg", exp_avg, {d_sae, d_in});
   const ScalarType type = exp_avg.scalar_type();
   const bool in_blocks = type == ScalarType::Byte;
   STD_TORCH_CHECK(in_blocks || type == ScalarType::Float || type == ScalarType::BFloat16, op,
                   ": exp_avg must be float32, bfloat16 or uint8, got ", dtype_name(type));
-  check_shape(op, "exp_avg_sq", exp_avg_sq, {d_sae, d_in});
-  check_dtype(op, "exp_avg_sq", exp_avg_sq, type);
+  if (exp_avg_sq.has_value()) {
+    check_shape(op, "exp_avg_sq", *exp_avg_sq, {d_sae, d_in});
+    check_dtype(op, "exp_avg_sq", *exp_avg_sq, type);
+  } else {
+    STD_TORCH_CHECK(!exp_avg_sq_scale.has_value(), op,
+                    ": exp_avg_sq_scale must be none where rule is ", rule, ", got a tensor");
+  }
+  const bool scaled_sq = in_blocks && exp_avg_sq.has_value();
   check_scale(op, "exp_avg_scale", exp_avg_scale, in_blocks, type, d_sae, d_in);
-  check_scale(op, "exp_avg_sq_scale", exp_avg_sq_scale, in_blocks, type, d_sae, d_in);
+  check_scale(op, "exp_avg_sq_scale", exp_avg_sq_scale, scaled_sq, type, d_sae, d_in);
   if (type != ScalarType::Float) check_companion(op, "step_count", step_count, true, type);
   if (step_count.has_value()) {
     check_shape(op, "step_count", *step_count, {});
     check_dtype(op, "step_count", *step_count, ScalarType::Long);
   }
   check_contiguous(op, "exp_avg", exp_avg);
-  check_contiguous(op, "exp_avg_sq", exp_avg_sq);
+  if (exp_avg_sq.has_value()) check_contiguous(op, "exp_avg_sq", *exp_avg_sq);
   Moments moments{};
   moments.type = in_blocks                   ? MomentType::kBlocks
                  : type == ScalarType::Float ? MomentType::kFloat32
                                              : MomentType::kBFloat16;
   moments.exp_avg = exp_avg.mutable_data_ptr();
-  moments.exp_avg_sq = exp_avg_sq.mutable_data_ptr();
-  if (in_blocks) {
-    moments.exp_avg_scale = mutable_data<float>(*exp_avg_scale);
-    moments.exp_avg_sq_scale = mutable_data<float>(*exp_avg_sq_scale);
-  }
+  if (in_blocks) moments.exp_avg_scale = mutable_data<float>(*exp_avg_scale);
+  if (exp_avg_sq.has_value()) moments.exp_avg_sq = exp_avg_sq->mutable_data_ptr();
+  if (scaled_sq) moments.exp_avg_sq_scale = mutable_data<float>(*exp_avg_sq_scale);
   if (step_count.has_value()) moments.step = step_count->const_data_ptr<int64_t>();
   return moments;
 }
@@ -124,9 +150,10 @@ inline void check_update_scalars(const char* op, const Tensor& squared_norm, con
   check_scalar("halted", halted, ScalarType::Long);
 }
 
-inline void check_update_vector(const char* op, const Tensor& w, const Tensor& exp_avg,
-                                const Tensor& exp_avg_sq, const OptionalTensor& grad,
-                                const Tensor& scalars) {
+inline void check_update_vector(const char* op, const std::string& rule, const Tensor& w,
+                                const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
+                                const OptionalTensor& grad, const Tensor& scalars) {
+  check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule);
   const auto check_like_w = [&](const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(shape_text(tensor) == shape_text(w), op, ": ", name,
                     " must have the shape of w, ", shape_text(w), ", got ", shape_text(tensor));
@@ -134,12 +161,12 @@ inline void check_update_vector(const char* op, const Tensor& w, const Tensor& e
   };
   check_like_w("w", w);
   check_like_w("exp_avg", exp_avg);
-  check_like_w("exp_avg_sq", exp_avg_sq);
+  if (exp_avg_sq.has_value()) check_like_w("exp_avg_sq", *exp_avg_sq);
   if (grad.has_value()) check_like_w("grad", *grad);
   check_float(op, "scalars", scalars, {kUpdateScalars});
   check_contiguous(op, "w", w);
   check_contiguous(op, "exp_avg", exp_avg);
-  check_contiguous(op, "exp_avg_sq", exp_avg_sq);
+  if (exp_avg_sq.has_value()) check_contiguous(op, "exp_avg_sq", *exp_avg_sq);
 }
 
 }  // namespace sae_fast::ops

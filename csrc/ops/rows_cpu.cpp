@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <tuple>
 
 #include "ops/cpu.h"
@@ -190,14 +191,14 @@ UpdateScalars read_scalars(const Tensor& scalars) {
   return result;
 }
 
-void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
                   const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
                   const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
                   const Tensor& dense, const OptionalTensor& shift,
                   const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
                   const Tensor& cache_slots, const Tensor& scalars,
-                  const OptionalTensor& step_count, bool project, bool unit_norm,
-                  const OptionalTensor& packed, const OptionalTensor& stats,
+                  const OptionalTensor& step_count, const std::string& rule, bool project,
+                  bool unit_norm, const OptionalTensor& packed, const OptionalTensor& stats,
                   const OptionalTensor& rounded, const std::string& precision) {
   constexpr const char* kOp = "fused_update_";
   const GradientInput input(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt,
@@ -205,11 +206,12 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
   const int64_t d_sae = input.terms().lists.d_sae;
   const int64_t d_in = input.terms().factor.d_in;
   check_weights(kOp, W, d_sae, d_in);
-  const Moments moments = checked_moments(kOp, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
-                                          step_count, d_sae, d_in);
+  const Moments moments = checked_moments(kOp, rule, exp_avg, exp_avg_sq, exp_avg_scale,
+                                          exp_avg_sq_scale, step_count, d_sae, d_in);
   check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   const Input kept(cached), slots(cache_slots);
   cpu::RowUpdate update{};
+  update.rule = checked_rule(kOp, rule);
   update.scalars = read_scalars(scalars);
   update.gradient = input.terms();
   update.gradient.project_onto = project ? mutable_data<float>(W) : nullptr;
@@ -227,11 +229,13 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
 std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, const Tensor& lr,
                                                   const Tensor& loss_scale,
                                                   const Tensor& step_count, const Tensor& halted,
-                                                  double grad_clip, double beta1, double beta2,
-                                                  double eps, double weight_decay,
-                                                  bool skip_overflow) {
-  check_update_scalars("update_scalars", squared_norm, lr, loss_scale, step_count, halted);
-  const UpdateSettings settings{grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
+                                                  const std::string& rule, double grad_clip,
+                                                  double beta1, double beta2, double eps,
+                                                  double weight_decay, bool skip_overflow) {
+  constexpr const char* kOp = "update_scalars";
+  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted);
+  const UpdateSettings settings{
+      checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
   const UpdateInputs inputs{*squared_norm.const_data_ptr<double>(), *lr.const_data_ptr<double>(),
                             *loss_scale.const_data_ptr<float>()};
   const Tensor norm = torch::stable::new_empty(loss_scale, {});
@@ -243,15 +247,17 @@ std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, co
   return {norm, scalars};
 }
 
-void update_vector(const Tensor& w, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                   const OptionalTensor& grad, const Tensor& scalars) {
-  check_update_vector("update_vector_", w, exp_avg, exp_avg_sq, grad, scalars);
+void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
+                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule) {
+  constexpr const char* kOp = "update_vector_";
+  check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
   const UpdateScalars step = read_scalars(scalars);
   if (!is_finite(step.grad_scale)) return;
   const Input gradient(grad);
   cpu::kernels().update_vector(
-      {&step, gradient.data<float>(), mutable_data<float>(w), mutable_data<float>(exp_avg),
-       mutable_data<float>(exp_avg_sq), w.numel()},
+      {checked_rule(kOp, rule), &step, gradient.data<float>(), mutable_data<float>(w),
+       mutable_data<float>(exp_avg),
+       exp_avg_sq.has_value() ? mutable_data<float>(*exp_avg_sq) : nullptr, w.numel()},
       parallel());
 }
 

@@ -1,6 +1,7 @@
 // CUDA side of the optimiser's scalars and biases: check, guard, allocate, call.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
 
 #include "kernels/cuda/scalars.h"
@@ -12,9 +13,9 @@ namespace {
 
 std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tensor& lr,
                                           const Tensor& loss_scale, const Tensor& step_count,
-                                          const Tensor& halted, double grad_clip, double beta1,
-                                          double beta2, double eps, double weight_decay,
-                                          bool skip_overflow) {
+                                          const Tensor& halted, const std::string& rule,
+                                          double grad_clip, double beta1, double beta2, double eps,
+                                          double weight_decay, bool skip_overflow) {
   constexpr const char* kOp = "update_scalars";
   check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted);
   check_same_device(kOp, {{"squared_norm", squared_norm},
@@ -23,7 +24,8 @@ std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tens
                           {"step_count", step_count},
                           {"halted", halted}});
   const DeviceGuard guard(squared_norm.get_device_index());
-  const UpdateSettings settings{grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
+  const UpdateSettings settings{
+      checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
   const Tensor norm = torch::stable::new_empty(loss_scale, {});
   const Tensor scalars = torch::stable::new_empty(loss_scale, {kUpdateScalars});
   const cuda::StepPointers step{
@@ -35,10 +37,10 @@ std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tens
   return {norm, scalars};
 }
 
-void update_vector(const Tensor& w, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                   const OptionalTensor& grad, const Tensor& scalars) {
+void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
+                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule) {
   constexpr const char* kOp = "update_vector_";
-  check_update_vector(kOp, w, exp_avg, exp_avg_sq, grad, scalars);
+  check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
   check_same_device(kOp, {{"w", w},
                           {"exp_avg", exp_avg},
                           {"exp_avg_sq", exp_avg_sq},
@@ -47,8 +49,10 @@ void update_vector(const Tensor& w, const Tensor& exp_avg, const Tensor& exp_avg
   const DeviceGuard guard(w.get_device_index());
   const Input gradient(grad), step(scalars);
   STD_CUDA_CHECK(cuda::update_vector(
-      step.data<UpdateScalars>(), gradient.data<float>(), mutable_data<float>(w),
-      mutable_data<float>(exp_avg), mutable_data<float>(exp_avg_sq), w.numel(), current_stream(w)));
+      checked_rule(kOp, rule), step.data<UpdateScalars>(), gradient.data<float>(),
+      mutable_data<float>(w), mutable_data<float>(exp_avg),
+      exp_avg_sq.has_value() ? mutable_data<float>(*exp_avg_sq) : nullptr, w.numel(),
+      current_stream(w)));
 }
 
 }  // namespace

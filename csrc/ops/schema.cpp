@@ -88,34 +88,37 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   // What a step needs to know of the whole gradient; all tensors are scalars. squared_norm float64
   // is that of the gradients of loss_scale * loss, lr float64, step_count and halted int64. norm =
   // sqrt(squared_norm) / loss_scale. Where it is finite and halted < 0, step_count goes up by one
-  // and scalars [8] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale (grad_clip 0:
-  // no clip), 1 - lr weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1^step), sqrt(1 -
-  // beta2^step), eps. Otherwise they are NaN, which makes an update change nothing; and unless
-  // skip_overflow, halted becomes step_count if it was negative: no later step changes anything.
+  // and scalars [10] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale (grad_clip 0:
+  // no clip), and the numbers of UpdateStep in common/update_rule.h. Otherwise they are NaN, which
+  // makes an update change nothing; and unless skip_overflow, halted becomes step_count if it was
+  // negative: no later step changes anything. rule is adam (AdamW), sgd or signum; beta1 is the
+  // momentum of the last two, which have no use for beta2 and eps.
   m.def(
       "update_scalars(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count, "
-      "Tensor(b!) halted, float grad_clip, float beta1, float beta2, float eps, "
+      "Tensor(b!) halted, str rule, float grad_clip, float beta1, float beta2, float eps, "
       "float weight_decay, bool skip_overflow) -> (Tensor norm, Tensor scalars)");
 
-  // One pass over W: the same g_j times scalars' grad_scale, AdamW as torch.optim.AdamW, then unit
-  // rows where asked, and fresh low-precision copies of the rows where given. Nothing is written
-  // where grad_scale is not finite. Both moments are float32, bfloat16 or uint8 (exp_avg's dtype
+  // One pass over W: the same g_j times scalars' grad_scale, the step of the rule that scalars are
+  // of, then unit rows where asked, and fresh low-precision copies of the rows where given. adam is
+  // torch.optim.AdamW; sgd torch.optim.SGD, with its momentum in exp_avg; signum W -= lr
+  // (weight_decay W + sign(exp_avg)), exp_avg as adam's; both without exp_avg_sq. Nothing is
+  // written where grad_scale is not finite. Moments are float32, bfloat16 or uint8 (exp_avg's dtype
   // decides): the last two are read as float32, and rounded at random when written, by a hash of
   // step_count (of update_scalars, after it), row and column; the new weights do not depend on that
   // rounding. uint8 are codes as common/moments.h says, whose scales [F, ceil(D / 256)] are
   // float32.
   m.def(
-      "fused_update_(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+      "fused_update_(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, "
       "Tensor(d!)? exp_avg_scale, Tensor(e!)? exp_avg_sq_scale, "
       "Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift, "
       "Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor scalars, "
-      "Tensor? step_count, bool project, bool unit_norm, Tensor(f!)? packed, Tensor(g!)? stats, "
-      "Tensor(h!)? rounded, str precision) -> ()");
+      "Tensor? step_count, str rule, bool project, bool unit_norm, Tensor(f!)? packed, "
+      "Tensor(g!)? stats, Tensor(h!)? rounded, str precision) -> ()");
 
-  // The same AdamW on a parameter of any shape with its gradient at hand; no gradient is one of 0.
+  // The same step of a parameter of any shape with its gradient at hand; no gradient is one of 0.
   m.def(
-      "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad, "
-      "Tensor scalars) -> ()");
+      "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad, "
+      "Tensor scalars, str rule) -> ()");
 
   // Rows to unit L2 norm: w / max(|w|, 1e-12).
   m.def("normalize_rows_(Tensor(a!) W) -> ()");

@@ -18,7 +18,8 @@ class CudaGradient {
  public:
   CudaGradient(const char* op, const Tensor& latent_offsets, const Tensor& rows,
                const Tensor& coefficients, const Tensor& dense, const OptionalTensor& shift,
-               const OptionalTensor& extra_grad, MomentType moments = MomentType::kFloat32)
+               const OptionalTensor& extra_grad, UpdateRule rule = UpdateRule::kAdam,
+               MomentType moments = MomentType::kFloat32)
       : offsets_(latent_offsets),
         rows_(rows),
         coefficients_(coefficients),
@@ -32,7 +33,7 @@ class CudaGradient {
     factors_.extra_grad = extra_grad_.data<float>();
     factors_.d_in = dense.size(1);
     int64_t max_d_in = 0;
-    STD_CUDA_CHECK(cuda::row_update_max_d_in(moments, &max_d_in));
+    STD_CUDA_CHECK(cuda::row_update_max_d_in(rule, moments, &max_d_in));
     STD_TORCH_CHECK(factors_.d_in <= max_d_in, op, ": dense must have at most ", max_d_in,
                     " columns on this device, got ", factors_.d_in);
     STD_TORCH_CHECK(rows.size(0) <= INT_MAX, op, ": rows must have at most ", INT_MAX,
@@ -116,22 +117,23 @@ cuda::RowState row_state(const Tensor& W, const Moments& moments, const Optional
   return state;
 }
 
-void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
                   const OptionalTensor& exp_avg_scale, const OptionalTensor& exp_avg_sq_scale,
                   const Tensor& latent_offsets, const Tensor& rows, const Tensor& coefficients,
                   const Tensor& dense, const OptionalTensor& shift,
                   const OptionalTensor& extra_grad, const Tensor& sums, const Tensor& cached,
                   const Tensor& cache_slots, const Tensor& scalars,
-                  const OptionalTensor& step_count, bool project, bool unit_norm,
-                  const OptionalTensor& packed, const OptionalTensor& stats,
+                  const OptionalTensor& step_count, const std::string& rule, bool project,
+                  bool unit_norm, const OptionalTensor& packed, const OptionalTensor& stats,
                   const OptionalTensor& rounded, const std::string& precision) {
   constexpr const char* kOp = "fused_update_";
   check_gradient(kOp, latent_offsets, rows, coefficients, dense, shift, std::nullopt, extra_grad);
   const int64_t d_sae = latent_offsets.size(0) - 1;
   const int64_t d_in = dense.size(1);
   check_weights(kOp, W, d_sae, d_in);
-  const Moments moments = checked_moments(kOp, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale,
-                                          step_count, d_sae, d_in);
+  const UpdateRule update_rule = checked_rule(kOp, rule);
+  const Moments moments = checked_moments(kOp, rule, exp_avg, exp_avg_sq, exp_avg_scale,
+                                          exp_avg_sq_scale, step_count, d_sae, d_in);
   check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   check_precision(kOp, precision);
   check_copies(kOp, W, packed, stats, rounded);
@@ -154,11 +156,12 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const Tensor& exp_avg_
                           {"rounded", rounded}});
   const DeviceGuard guard(W.get_device_index());
   const CudaGradient gradient(kOp, latent_offsets, rows, coefficients, dense, shift, extra_grad,
-                              moments.type);
+                              update_rule, moments.type);
   const Input kept(cached), slots(cache_slots), step(scalars);
-  STD_CUDA_CHECK(cuda::fused_update(
-      gradient.factors(), row_state(W, moments, stats, rounded), kept.data<float>(),
-      slots.data<int32_t>(), step.data<UpdateScalars>(), project, unit_norm, current_stream(W)));
+  STD_CUDA_CHECK(cuda::fused_update(gradient.factors(), row_state(W, moments, stats, rounded),
+                                    kept.data<float>(), slots.data<int32_t>(), update_rule,
+                                    step.data<UpdateScalars>(), project, unit_norm,
+                                    current_stream(W)));
 }
 
 }  // namespace

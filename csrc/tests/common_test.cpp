@@ -4,12 +4,13 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/common/adam.h"
 #include "kernels/common/chunks.h"
 #include "kernels/common/half.h"
 #include "kernels/common/order.h"
 #include "kernels/common/row_norm.h"
+#include "kernels/common/update_rule.h"
 #include "tests/testing.h"
+#include "tests/update_formulas.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -21,57 +22,73 @@ bool close(double value, double wanted, double tolerance) {
   return std::fabs(value - wanted) <= tolerance * (1.0 + std::fabs(wanted));
 }
 
-// torch.optim.AdamW's formulas, in double.
-void adam_follows_the_formulas_in_double() {
-  const double lr = 3e-4, beta1 = 0.9, beta2 = 0.999, eps = 1e-8;
+constexpr UpdateSettings kAdam{UpdateRule::kAdam, 0.0, 0.9, 0.999, 1e-8, 0.0, false};
+
+void steps_follow_the_formulas_in_double(UpdateRule rule) {
+  const double lr = 3e-4;
   for (const double weight_decay : {0.0, 0.01}) {
+    UpdateSettings settings = some_settings(rule);
+    settings.weight_decay = weight_decay;
     float weight = 0.5f, exp_avg = 0.0f, exp_avg_sq = 0.0f;
-    double wanted = 0.5, m = 0.0, v = 0.0;
+    DoubleWeight wanted{0.5, 0.0, 0.0};
     Random random(7);
     for (int64_t step = 1; step <= 200; ++step) {
       const auto grad = static_cast<float>(random.integer(-1000, 1000)) * 1e-3f;
-      const AdamStep adam = make_adam_step(lr, beta1, beta2, eps, weight_decay, step);
-      weight = adam_update(adam, weight, grad, exp_avg, exp_avg_sq);
-      m = beta1 * m + (1.0 - beta1) * grad;
-      v = beta2 * v + (1.0 - beta2) * grad * grad;
-      const double bias_correction1 = 1.0 - std::pow(beta1, step);
-      const double bias_correction2 = 1.0 - std::pow(beta2, step);
-      wanted *= 1.0 - lr * weight_decay;
-      wanted -= lr / bias_correction1 * m / (std::sqrt(v) / std::sqrt(bias_correction2) + eps);
+      const UpdateStep numbers = make_update_step(settings, lr, step);
+      weight = with_rule(rule, [&](auto known) {
+        return update_weight<decltype(known)::value>(numbers, weight, grad, exp_avg, exp_avg_sq);
+      });
+      wanted = step_in_double(settings, lr, step, static_cast<double>(grad), wanted);
       const double rounding = static_cast<double>(step) * 0x1p-24;  // half an ulp a step
-      check(close(weight, wanted, rounding), "adam: step %ld: %.9g, not %.9g",
-            static_cast<long>(step), static_cast<double>(weight), wanted);
-      check(close(exp_avg, m, 1e-6) && close(exp_avg_sq, v, 1e-6), "adam: moments of step %ld",
-            static_cast<long>(step));
+      check(close(weight, wanted.weight, rounding), "rule %d: step %ld: %.9g, not %.9g",
+            static_cast<int>(rule), static_cast<long>(step), static_cast<double>(weight),
+            wanted.weight);
+      check(close(exp_avg, wanted.exp_avg, 1e-6) && close(exp_avg_sq, wanted.exp_avg_sq, 1e-6),
+            "rule %d: moments of step %ld", static_cast<int>(rule), static_cast<long>(step));
     }
   }
 }
 
+float adam_update(const UpdateStep& step, float weight, float grad, float& m, float& v) {
+  return update_weight<UpdateRule::kAdam>(step, weight, grad, m, v);
+}
+
 void adam_first_step_is_the_learning_rate() {
-  const AdamStep adam = make_adam_step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1);
+  const UpdateStep step = make_update_step(kAdam, 1e-3, 1);
   for (const float grad : {1e-3f, -5.0f, 2e4f}) {
     float exp_avg = 0.0f, exp_avg_sq = 0.0f;
-    const float weight = adam_update(adam, 0.0f, grad, exp_avg, exp_avg_sq);
+    const float weight = adam_update(step, 0.0f, grad, exp_avg, exp_avg_sq);
     check(close(weight, grad > 0.0f ? -1e-3 : 1e-3, 1e-7), "adam: first step %g for gradient %g",
           static_cast<double>(weight), static_cast<double>(grad));
   }
 }
 
 void adam_coefficients_are_rounded_once() {
-  const AdamStep adam = make_adam_step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1000);
-  check(adam.one_minus_beta2 == static_cast<float>(1.0 - 0.999), "adam: 1 - beta2 is %.9g",
-        static_cast<double>(adam.one_minus_beta2));
-  check(adam.one_minus_beta1 == static_cast<float>(1.0 - 0.9), "adam: 1 - beta1 is %.9g",
-        static_cast<double>(adam.one_minus_beta1));
-  check(adam.decay == 1.0f, "adam: decay without weight decay is %.9g",
-        static_cast<double>(adam.decay));
+  const UpdateStep step = make_update_step(kAdam, 1e-3, 1000);
+  check(step.one_minus_beta2 == static_cast<float>(1.0 - 0.999), "adam: 1 - beta2 is %.9g",
+        static_cast<double>(step.one_minus_beta2));
+  check(step.one_minus_beta1 == static_cast<float>(1.0 - 0.9), "adam: 1 - beta1 is %.9g",
+        static_cast<double>(step.one_minus_beta1));
+  check(step.decay == 1.0f, "adam: decay without weight decay is %.9g",
+        static_cast<double>(step.decay));
 }
 
 void adam_leaves_a_settled_moment_alone() {
-  const AdamStep adam = make_adam_step(1e-3, 0.9, 0.999, 1e-8, 0.0, 5);
+  const UpdateStep step = make_update_step(kAdam, 1e-3, 5);
   float exp_avg = 0.1f, exp_avg_sq = 0.01f;
-  adam_update(adam, 1.0f, 0.1f, exp_avg, exp_avg_sq);
+  adam_update(step, 1.0f, 0.1f, exp_avg, exp_avg_sq);
   check(exp_avg == 0.1f, "adam: the moment moved to %.9g", static_cast<double>(exp_avg));
+}
+
+void signum_does_not_move_a_weight_without_momentum() {
+  UpdateSettings settings = some_settings(UpdateRule::kSignum);
+  settings.weight_decay = 0.0;
+  const UpdateStep step = make_update_step(settings, 1e-3, 1);
+  for (const float zero : {0.0f, -0.0f}) {
+    float exp_avg = zero, unused = 0.0f;
+    const float weight = update_weight<UpdateRule::kSignum>(step, 0.3f, zero, exp_avg, unused);
+    check(weight == 0.3f, "signum: the weight moved to %.9g", static_cast<double>(weight));
+  }
 }
 
 void keys_ascend_with_values() {
@@ -197,7 +214,8 @@ void test_moment_codes();  // common_moments_test.cpp
 
 int main() {
   using namespace sae_fast::testing;
-  adam_follows_the_formulas_in_double();
+  for (const auto rule : kRules) steps_follow_the_formulas_in_double(rule);
+  signum_does_not_move_a_weight_without_momentum();
   adam_first_step_is_the_learning_rate();
   adam_coefficients_are_rounded_once();
   adam_leaves_a_settled_moment_alone();

@@ -5,16 +5,17 @@
 #include "kernels/cuda/scalars.cu"
 #include "tests/cuda_testing.h"
 #include "tests/moment_codes.h"
+#include "tests/update_formulas.h"
 
 namespace sae_fast::testing {
 namespace {
 
-constexpr double kLr = 1e-3, kBeta1 = 0.9, kBeta2 = 0.999, kEps = 1e-8, kDecay = 0.01;
+constexpr double kLr = 1e-3;
 constexpr int64_t kStep = 7;
-constexpr UpdateScalars kNoStep = {NAN, {NAN, NAN, NAN, NAN, NAN, NAN, NAN}};
+constexpr UpdateScalars kNoStep = {NAN, {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}};
 
-UpdateScalars some_step() {
-  return {0.37f, make_adam_step(kLr, kBeta1, kBeta2, kEps, kDecay, kStep)};
+UpdateScalars some_step(UpdateRule rule) {
+  return {0.37f, make_update_step(some_settings(rule), kLr, kStep)};
 }
 
 struct UpdateProblem {
@@ -35,6 +36,7 @@ struct UpdateProblem {
         with_shift(random.integer(0, 1) == 1),
         with_extra(random.integer(0, 1) == 1),
         with_stats(random.integer(0, 1) == 1),
+        rule(kRules[random.integer(0, 2)]),
         copy(any_type(random)) {
     for (float& square : exp_avg_sq) square = std::fabs(square);
     for (int64_t j = 0; j < d_sae; ++j) make_unit(j);
@@ -100,6 +102,7 @@ struct UpdateProblem {
   Matrix dense;
   std::vector<float> shift, extra_grad, W, exp_avg, exp_avg_sq, coefficients;
   bool project, unit_norm, with_shift, with_extra, with_stats;
+  UpdateRule rule;
   cpu::Rows copy;  // the rounded copy's type; kFloat: none
   std::vector<int64_t> latent_offsets = {0};
   std::vector<int32_t> rows;
@@ -168,14 +171,15 @@ UpdateResult updated(const UpdateProblem& problem, const NormResult& norm,
   cuda::RowState state{};
   state.W = result.W.data();
   state.moments.exp_avg = result.m.data();  // kFloat32
-  state.moments.exp_avg_sq = result.v.data();
+  if (has_exp_avg_sq(problem.rule)) state.moments.exp_avg_sq = result.v.data();
   if (codes != nullptr) state.moments = codes->view();
   if (rounds) state.rounded = result.copy.data();
   state.rounded_type = data_type(problem.copy);
   if (rounds && problem.with_stats) state.stats = result.stats.data();
-  check_success(cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
-                                   &scalars, problem.project, problem.unit_norm, nullptr),
-                "fused_update");
+  check_success(
+      cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
+                         problem.rule, &scalars, problem.project, problem.unit_norm, nullptr),
+      "fused_update");
   return result;
 }
 
@@ -214,11 +218,9 @@ void test_no_update(const UpdateProblem& problem, const NormResult& norm) {
 }
 
 void test_update(const UpdateProblem& problem, const NormResult& norm) {
-  const UpdateScalars scalars = some_step();
+  const UpdateScalars scalars = some_step(problem.rule);
   const UpdateResult result = updated(problem, norm, scalars);
   const auto& [W, m, v, copy, stats] = result;
-  const double correction1 = 1.0 - std::pow(kBeta1, kStep);
-  const double correction2 = 1.0 - std::pow(kBeta2, kStep);
   for (int64_t j = 0; j < problem.d_sae; ++j) {
     const std::vector<double> gradient = problem.gradient(j);
     std::vector<double> row;
@@ -226,12 +228,13 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
     for (int64_t column = 0; column < problem.d_in; ++column) {
       const int64_t i = j * problem.d_in + column;
       const double g = gradient[static_cast<size_t>(column)] * scalars.grad_scale;
-      const double mean = kBeta1 * UpdateProblem::at(problem.exp_avg, i) + (1.0 - kBeta1) * g;
-      const double var = kBeta2 * UpdateProblem::at(problem.exp_avg_sq, i) + (1.0 - kBeta2) * g * g;
-      check_near("fused_update: exp_avg", m[static_cast<size_t>(i)], mean, 1e-5);
-      check_near("fused_update: exp_avg_sq", v[static_cast<size_t>(i)], var, 1e-5);
-      row.push_back(UpdateProblem::at(problem.W, i) * (1.0 - kLr * kDecay) -
-                    kLr / correction1 * mean / (std::sqrt(var / correction2) + kEps));
+      const DoubleWeight wanted =
+          step_in_double(some_settings(problem.rule), kLr, kStep, g,
+                         {UpdateProblem::at(problem.W, i), UpdateProblem::at(problem.exp_avg, i),
+                          UpdateProblem::at(problem.exp_avg_sq, i)});
+      check_near("fused_update: exp_avg", m[static_cast<size_t>(i)], wanted.exp_avg, 1e-5);
+      check_near("fused_update: exp_avg_sq", v[static_cast<size_t>(i)], wanted.exp_avg_sq, 1e-5);
+      row.push_back(wanted.weight);
       square += row.back() * row.back();
     }
     const double length = problem.unit_norm ? std::max(std::sqrt(square), 1e-12) : 1.0;
@@ -247,10 +250,10 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
 // are then rounded as the host rounds them.
 void test_codes(UpdateProblem problem, const NormResult& norm) {
   for (const MomentType type : {MomentType::kBFloat16, MomentType::kBlocks}) {
-    MomentCodes codes(type, problem.d_sae, problem.d_in);
+    MomentCodes codes(problem.rule, type, problem.d_sae, problem.d_in);
     codes.encode(problem.exp_avg, problem.exp_avg_sq, kStep - 1);
     codes.decode(problem.exp_avg, problem.exp_avg_sq);
-    for (const UpdateScalars& scalars : {kNoStep, some_step()}) {
+    for (const UpdateScalars& scalars : {kNoStep, some_step(problem.rule)}) {
       MomentCodes wanted = codes;
       const UpdateResult floats = updated(problem, norm, scalars);
       if (std::isfinite(scalars.grad_scale)) wanted.encode(floats.m, floats.v, kStep);
@@ -267,8 +270,9 @@ void test_codes(UpdateProblem problem, const NormResult& norm) {
 
 // Both kernels of scalars.cu against the same functions on the host.
 void test_scalars(Random& random) {
-  const UpdateSettings settings{random.integer(0, 1) * 0.5, kBeta1, kBeta2, kEps, kDecay,
-                                random.integer(0, 1) == 1};
+  UpdateSettings settings = some_settings(kRules[random.integer(0, 2)]);
+  settings.grad_clip = random.integer(0, 1) * 0.5;
+  settings.skip_overflow = random.integer(0, 1) == 1;
   const double norms[] = {0.0, 0.04, 9.0, 1e90, HUGE_VAL, std::nan("")};
   const UpdateInputs inputs{norms[random.integer(0, 5)], kLr, random.integer(0, 1) ? 1.0f : 4.0f};
   int64_t step_count = random.integer(0, 9), halted = random.integer(0, 3) == 0 ? 2 : -1;
@@ -292,20 +296,22 @@ void test_vector(Random& random) {
   const auto grad = random.numbers(random.integer(0, 1) * size, Numbers::kNormal);
   const auto w = random.numbers(size, Numbers::kNormal), m = random.numbers(size, Numbers::kNormal);
   const std::vector<float> v(static_cast<size_t>(size), 0.25f);
-  for (const UpdateScalars& scalars : {some_step(), kNoStep}) {
+  const UpdateRule rule = kRules[random.integer(0, 2)];
+  for (const UpdateScalars& scalars : {some_step(rule), kNoStep}) {
     auto new_w = w, new_m = m, new_v = v;
-    check_success(cuda::update_vector(&scalars, grad.empty() ? nullptr : grad.data(), new_w.data(),
-                                      new_m.data(), new_v.data(), size, nullptr),
+    check_success(cuda::update_vector(rule, &scalars, grad.empty() ? nullptr : grad.data(),
+                                      new_w.data(), new_m.data(),
+                                      has_exp_avg_sq(rule) ? new_v.data() : nullptr, size, nullptr),
                   "update_vector");
     for (size_t i = 0; i < w.size(); ++i) {
-      float wanted_w = w[i], wanted_m = m[i], wanted_v = v[i];
+      DoubleWeight wanted{w[i], m[i], v[i]};
       if (std::isfinite(scalars.grad_scale)) {
-        const float g = grad.empty() ? 0.0f : grad[i] * scalars.grad_scale;
-        wanted_w = adam_update(scalars.adam, wanted_w, g, wanted_m, wanted_v);
+        const double g = grad.empty() ? 0.0 : static_cast<double>(grad[i]) * scalars.grad_scale;
+        wanted = step_in_double(some_settings(rule), kLr, kStep, g, wanted);
       }
-      check_near("update_vector: w", new_w[i], wanted_w, 1e-6);
-      check_near("update_vector: exp_avg", new_m[i], wanted_m, 1e-6);
-      check_near("update_vector: exp_avg_sq", new_v[i], wanted_v, 1e-6);
+      check_near("update_vector: w", new_w[i], wanted.weight, 1e-6);
+      check_near("update_vector: exp_avg", new_m[i], wanted.exp_avg, 1e-6);
+      check_near("update_vector: exp_avg_sq", new_v[i], wanted.exp_avg_sq, 1e-6);
     }
   }
 }

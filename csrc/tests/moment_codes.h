@@ -6,13 +6,15 @@
 #include <vector>
 
 #include "kernels/common/moments.h"
+#include "kernels/common/update_rule.h"
 #include "tests/testing.h"
 
 namespace sae_fast::testing {
 
 struct MomentCodes {
-  MomentCodes(MomentType type, int64_t d_sae, int64_t d_in)
-      : type(type),
+  MomentCodes(UpdateRule rule, MomentType type, int64_t d_sae, int64_t d_in)
+      : rule(rule),
+        type(type),
         d_sae(d_sae),
         d_in(d_in),
         exp_avg(static_cast<size_t>(d_sae * d_in)),
@@ -23,19 +25,26 @@ struct MomentCodes {
         exp_avg_sq_scale(exp_avg_scale.size()) {}
 
   Moments view() {
+    Moments moments{};
+    moments.type = type;
     const bool in_blocks = type == MomentType::kBlocks;
-    return {type,
-            in_blocks ? static_cast<void*>(exp_avg.data()) : short_exp_avg.data(),
-            in_blocks ? static_cast<void*>(exp_avg_sq.data()) : short_exp_avg_sq.data(),
-            in_blocks ? exp_avg_scale.data() : nullptr,
-            in_blocks ? exp_avg_sq_scale.data() : nullptr,
-            &step};
+    moments.exp_avg = in_blocks ? static_cast<void*>(exp_avg.data()) : short_exp_avg.data();
+    if (in_blocks) moments.exp_avg_scale = exp_avg_scale.data();
+    if (has_exp_avg_sq(rule)) {
+      void* const codes = exp_avg_sq.data();
+      moments.exp_avg_sq = in_blocks ? codes : short_exp_avg_sq.data();
+      if (in_blocks) moments.exp_avg_sq_scale = exp_avg_sq_scale.data();
+    }
+    moments.step = &step;
+    return moments;
   }
 
+  // v only where the rule has it.
   void encode(const std::vector<float>& m, const std::vector<float>& v, int64_t step_number) {
     step = step_number;
     for (int64_t j = 0; j < d_sae; ++j) {
       encode_row<ExpAvg>(m, j, short_exp_avg, exp_avg, exp_avg_scale);
+      if (!has_exp_avg_sq(rule)) continue;
       encode_row<ExpAvgSq>(v, j, short_exp_avg_sq, exp_avg_sq, exp_avg_sq_scale);
     }
   }
@@ -63,6 +72,7 @@ struct MomentCodes {
            same_bits(exp_avg_sq_scale, other.exp_avg_sq_scale);
   }
 
+  UpdateRule rule;
   MomentType type;
   int64_t d_sae, d_in;
   int64_t step = 0;

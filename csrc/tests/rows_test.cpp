@@ -2,9 +2,9 @@
 // normalisation, decorrelation.
 #include <algorithm>
 #include <numeric>
-#include <tuple>
 
 #include "tests/testing.h"
+#include "tests/update_formulas.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -174,7 +174,7 @@ double test_norm(const Gradient& gradient, Cache& cache) {
   return wanted;
 }
 
-// Weights, Adam's state and the packed copy, all of which one update changes.
+// Weights, moments and the packed copy, all of which one update changes.
 struct State {
   State(Random& random, const Gradient& gradient, cpu::Screen screen, cpu::Rows rows)
       : W(gradient.project
@@ -211,18 +211,25 @@ struct State {
   cpu::PackedEncoder encoder;
 };
 
-UpdateScalars some_step() { return {0.37f, make_adam_step(1e-2, 0.9, 0.999, 1e-8, 0.01, 3)}; }
+constexpr double kLr = 1e-2;
+constexpr int64_t kStep = 3;
 
-State updated(State state, const Gradient& gradient, Cache& cache, const cpu::Parallel& parallel) {
+UpdateScalars some_step(UpdateRule rule) {
+  return {0.37f, make_update_step(some_settings(rule), kLr, kStep)};
+}
+
+State updated(State state, UpdateRule rule, const Gradient& gradient, Cache& cache,
+              const cpu::Parallel& parallel) {
   cpu::RowUpdate update{};
   update.gradient = gradient.terms;
   update.gradient.project_onto = gradient.project ? state.W.data() : nullptr;
   update.cache = cache.view();
-  update.scalars = some_step();
+  update.rule = rule;
+  update.scalars = some_step(rule);
   update.unit_norm = true;
   update.W = state.W.data();
   update.moments.exp_avg = state.exp_avg.data();  // kFloat32
-  update.moments.exp_avg_sq = state.exp_avg_sq.data();
+  if (has_exp_avg_sq(rule)) update.moments.exp_avg_sq = state.exp_avg_sq.data();
   update.encoder = state.view();
   check(cpu::kernels().fused_update(update, parallel), "fused_update: out of memory");
   return state;
@@ -235,7 +242,8 @@ bool same_states(const State& a, const State& b) {
          std::equal(a.stats.begin(), a.stats.begin() + 3 * (a.stats.size() / 4), b.stats.begin());
 }
 
-void check_adam(const Gradient& gradient, const State& before, const State& after) {
+void check_step(UpdateRule rule, const Gradient& gradient, const State& before,
+                const State& after) {
   const int64_t d_in = gradient.shape.d_in;
   std::vector<double> weights(static_cast<size_t>(d_in));
   for (int64_t j = 0; j < gradient.shape.d_sae; ++j) {
@@ -243,12 +251,13 @@ void check_adam(const Gradient& gradient, const State& before, const State& afte
     double norm = 0.0;
     for (int64_t d = 0; d < d_in; ++d) {
       const int64_t at = j * d_in + d;
-      const double g = grad[d] * some_step().grad_scale;
-      const double m = 0.9 * before.exp_avg[at] + 0.1 * g;
-      const double v = 0.999 * before.exp_avg_sq[at] + 0.001 * g * g;
-      const double step = 1e-2 / (1.0 - std::pow(0.9, 3)) * m;
-      weights[d] = before.W[at] * (1.0 - 1e-2 * 0.01) -
-                   step / (std::sqrt(v / (1.0 - std::pow(0.999, 3))) + 1e-8);
+      const DoubleWeight wanted =
+          step_in_double(some_settings(rule), kLr, kStep, grad[d] * some_step(rule).grad_scale,
+                         {before.W[at], before.exp_avg[at], before.exp_avg_sq[at]});
+      check(
+          std::fabs(after.exp_avg[at] - wanted.exp_avg) < 2e-5 * (1.0 + std::fabs(wanted.exp_avg)),
+          "latent %ld: exp_avg %g, not %g", j, after.exp_avg[at], wanted.exp_avg);
+      weights[d] = wanted.weight;
       norm += weights[d] * weights[d];
     }
     for (int64_t d = 0; d < d_in; ++d) {
@@ -265,45 +274,17 @@ void test_update(Random& random, const Gradient& gradient, Cache& cache, Cache& 
                                                      {cpu::Screen::kInt16, cpu::Rows::kBFloat16},
                                                      {cpu::Screen::kInt16, cpu::Rows::kFloat16}};
   const auto [screen, rows] = kinds[random.integer(0, 3)];
+  const UpdateRule rule = kRules[random.integer(0, 2)];
   const State before(random, gradient, screen, rows);
-  const State after = updated(before, gradient, no_cache, one_thread());
-  check(same_states(after, updated(before, gradient, no_cache, four_threads())),
+  const State after = updated(before, rule, gradient, no_cache, one_thread());
+  check(same_states(after, updated(before, rule, gradient, no_cache, four_threads())),
         "fused_update depends on the number of threads");
-  check(same_states(after, updated(before, gradient, cache, four_threads())),
+  check(same_states(after, updated(before, rule, gradient, cache, four_threads())),
         "fused_update depends on the rows kept");
   State repacked = after;
   check(cpu::kernels().pack_encoder(repacked.view(), one_thread()), "pack_encoder: out of memory");
   check(same_states(after, repacked), "fused_update leaves an old packed copy");
-  check_adam(gradient, before, after);
-}
-
-// A vector is updated as a row of one weight each would be.
-void test_vector(Random& random) {
-  const int64_t size = random.integer(0, 9000);
-  const auto grad = random.numbers(random.integer(0, 1) * size, Numbers::kNormal);
-  const auto w = random.numbers(size, Numbers::kNormal), m = random.numbers(size, Numbers::kNormal);
-  const std::vector<float> v(static_cast<size_t>(size), 0.25f);
-  const UpdateScalars scalars = some_step();
-  const auto run = [&](const cpu::Parallel& parallel) {
-    auto result = std::tuple{w, m, v};
-    auto& [new_w, new_m, new_v] = result;
-    cpu::kernels().update_vector({&scalars, grad.empty() ? nullptr : grad.data(), new_w.data(),
-                                  new_m.data(), new_v.data(), size},
-                                 parallel);
-    return result;
-  };
-  const auto result = run(one_thread());
-  check(result == run(four_threads()), "update_vector depends on the number of threads");
-  for (size_t i = 0; i < w.size(); ++i) {
-    float wanted_m = m[i], wanted_v = v[i];
-    const float g = grad.empty() ? 0.0f : grad[i] * scalars.grad_scale;
-    const float wanted_w = adam_update(scalars.adam, w[i], g, wanted_m, wanted_v);
-    check(std::fabs(std::get<0>(result)[i] - wanted_w) <= 1e-6f * (1.0f + std::fabs(wanted_w)),
-          "update_vector: weight %g, not %g", std::get<0>(result)[i], wanted_w);
-    check(std::fabs(std::get<1>(result)[i] - wanted_m) <= 1e-6f * (1.0f + std::fabs(wanted_m)) &&
-              std::fabs(std::get<2>(result)[i] - wanted_v) <= 1e-6f * (1.0f + wanted_v),
-          "update_vector: moments of %zu", i);
-  }
+  check_step(rule, gradient, before, after);
 }
 
 // Rows of unit length in double, and their lengths.
@@ -391,7 +372,6 @@ void test_rows(uint64_t seed) {
   const UnitRows unit(W, shape);
   test_normalize(W, unit);
   test_decorrelation(W, unit);
-  test_vector(random);
 }
 
 }  // namespace sae_fast::testing

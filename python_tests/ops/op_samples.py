@@ -1,7 +1,8 @@
 """Inputs for the ops, shared by the tests of results, registration, gradients and compilation."""
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 EXACT = ("screened", "fp32")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOW_MOMENTS = (torch.bfloat16, torch.uint8)
+ONE_MOMENT = ("sgd", "signum")  # rules without exp_avg_sq
+RULES = ("adam", *ONE_MOMENT)
 NO_COPY = (None, None, None)
 
 
@@ -140,11 +143,13 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "normalize_rows_", "", (problem.W_enc.clone(),)
     for skip_overflow in (False, True):
         yield "update_scalars", f"skip {skip_overflow}", scalars_arguments(9.0, skip=skip_overflow)
+    for rule in ONE_MOMENT:
+        yield "update_scalars", rule, scalars_arguments(9.0, rule=rule)
     yield "update_scalars", "not finite", scalars_arguments(torch.inf)
-    for grad in (problem.x[0], None):
-        moments = 0.1 * problem.b_dec, problem.b_dec.square()
-        case = "silent" if grad is None else ""
-        arguments = (problem.b_dec.clone(), *moments, grad, update_scalars())
+    for grad, rule in itertools.product((problem.x[0], None), RULES):
+        moments = 0.1 * problem.b_dec, problem.b_dec.square() if rule == "adam" else None
+        case = f"{rule}, silent" if grad is None else rule
+        arguments = (problem.b_dec.clone(), *moments, grad, update_scalars(rule=rule), rule)
         yield "update_vector_", case, arguments
     for code in codes(n, d_sae):
         layout = "topk" if code.offsets is None else "csr"
@@ -194,6 +199,9 @@ def _update_samples(
     for dtype in LOW_MOMENTS:
         updated = update_arguments(*arguments, problem.W_dec, moments=dtype)
         yield "fused_update_", f"{layout}, moments in {dtype}", updated
+    for rule, dtype in itertools.product(ONE_MOMENT, (torch.float32, *LOW_MOMENTS)):
+        updated = update_arguments(*arguments, problem.W_dec, moments=dtype, rule=rule)
+        yield "fused_update_", f"{layout}, {rule} in {dtype}", updated
 
 
 def update_arguments(
@@ -209,6 +217,7 @@ def update_arguments(
     grad_scale: float = 0.5,
     step: int = 3,
     moments: torch.dtype = torch.float32,
+    rule: str = "adam",
 ) -> tuple[Any, ...]:
     """All arguments of fused_update_ on a clone of W, with moments as after some steps."""
     W = W.clone()
@@ -216,11 +225,19 @@ def update_arguments(
     factors = (latent_offsets, rows, coefficients, dense, shift)
     _, sums, cached, slots = ops.row_gradient_norm(*factors, W if project else None, extra_grad)
     exp_avg, exp_avg_sq = 0.1 * W.flip(0), 0.01 * W.square().flip(0)
-    scalars = update_scalars(grad_scale, step)
-    state = coded_moments(exp_avg, exp_avg_sq, moments)
+    scalars = update_scalars(grad_scale, step, rule=rule)
+    state = of_rule(rule, coded_moments(exp_avg, exp_avg_sq, moments))
     measured = (sums, cached, slots, scalars, torch.tensor(step))
-    switches = (project, project, *NO_COPY, "fp32")
+    switches = (rule, project, project, *NO_COPY, "fp32")
     return (W, *state, *factors, extra_grad, *measured, *switches)
+
+
+def of_rule(rule: str, state: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Of both moments and their scales what a rule has."""
+    exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale = state
+    if rule in ONE_MOMENT:
+        exp_avg_sq = exp_avg_sq_scale = None
+    return exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale
 
 
 def coded_moments(
@@ -248,16 +265,23 @@ def place(op: str, argument: str) -> int:
 
 
 def scalars_arguments(
-    squared_norm: float, *, step: int = 3, grad_clip: float = 1.5, skip: bool = False
+    squared_norm: float,
+    *,
+    step: int = 3,
+    grad_clip: float = 1.5,
+    skip: bool = False,
+    rule: str = "adam",
 ) -> tuple[Any, ...]:
     """All arguments of update_scalars for step number `step`."""
     norm, lr = (torch.tensor(x, dtype=torch.float64) for x in (squared_norm, 1e-2))
     counters = torch.tensor(step - 1), torch.tensor(-1)
-    return (norm, lr, torch.tensor(1.0), *counters, grad_clip, 0.9, 0.999, 1e-8, 0.1, skip)
+    settings = (rule, grad_clip, 0.9, 0.999, 1e-8, 0.1, skip)
+    return (norm, lr, torch.tensor(1.0), *counters, *settings)
 
 
-def update_scalars(grad_scale: float = 0.5, step: int = 3) -> Tensor:
+def update_scalars(grad_scale: float = 0.5, step: int = 3, *, rule: str = "adam") -> Tensor:
     """What update_scalars returns where the norm is 1, clipped to `grad_scale`."""
     clip = grad_scale * (1.0 + 1e-6)
-    scalars: Tensor = ops.update_scalars(*scalars_arguments(1.0, step=step, grad_clip=clip))[1]
+    arguments = scalars_arguments(1.0, step=step, grad_clip=clip, rule=rule)
+    scalars: Tensor = ops.update_scalars(*arguments)[1]
     return scalars

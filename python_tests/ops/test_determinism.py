@@ -4,6 +4,7 @@ from device_ops import ops
 from op_samples import (
     LOW,
     LOW_MOMENTS,
+    ONE_MOMENT,
     Code,
     in_latent_major,
     kept_rows,
@@ -44,10 +45,10 @@ def encode_threshold():
     return ops.encode_threshold(*PROBLEM.encoder, threshold, "screened", None, None, None)
 
 
-def update(moments=torch.float32):
+def update(moments=torch.float32, rule="adam"):
     lists = in_latent_major(HEAVY, F)
     arguments = (*lists, PROBLEM.x, None, PROBLEM.W_dec, PROBLEM.W_enc)
-    updated = update_arguments(*arguments, PROBLEM.W_dec, moments=moments)
+    updated = update_arguments(*arguments, PROBLEM.W_dec, moments=moments, rule=rule)
     ops.fused_update_(*updated)
     squared_norm, sums, cached, cache_slots = ops.row_gradient_norm(*arguments)
     state = [tensor for tensor in updated[:5] if tensor is not None]
@@ -87,6 +88,7 @@ CALLS = {
     "encode_threshold": encode_threshold,
     "fused_update_": update,
     **{f"fused_update_ {dtype}": lambda d=dtype: update(d) for dtype in LOW_MOMENTS},
+    **{f"fused_update_ {rule}": lambda r=rule: update(rule=r) for rule in ONE_MOMENT},
     "decorrelation": decorrelation,
     "code_correlation few tokens": lambda: correlation(30, 5000, 0.05),
     "code_correlation many tokens": lambda: correlation(N, F, 1.0),

@@ -81,7 +81,7 @@ ARGUMENTS = {
     },
 }
 UPDATE = update_arguments(*LISTS, PROBLEM.x, PROBLEM.b_dec, None, PROBLEM.W_enc, PROBLEM.W_dec)
-VECTOR = (torch.zeros(6), torch.zeros(6), torch.ones(6), torch.ones(6), update_scalars())
+VECTOR = (torch.zeros(6), torch.zeros(6), torch.ones(6), torch.ones(6), update_scalars(), "adam")
 for op, values in (
     ("fused_update_", UPDATE),
     ("update_scalars", scalars_arguments(1.0)),
@@ -145,7 +145,7 @@ SHAPES = {
         ("sums", torch.zeros(2), "sums must have shape [20], got [2]"),
         ("cached", torch.zeros(0, 5), "cached must have shape [*, 6], got [0, 5]"),
         ("cache_slots", torch.zeros(2).int(), "cache_slots must have shape [20], got [2]"),
-        ("scalars", torch.ones(7), "scalars must have shape [8], got [7]"),
+        ("scalars", torch.ones(8), "scalars must have shape [10], got [8]"),
     ],
     "update_scalars": [
         ("squared_norm", torch.ones(1).double(), "squared_norm must have shape [], got [1]"),
@@ -158,7 +158,7 @@ SHAPES = {
         ("exp_avg", torch.zeros(5), "exp_avg must have the shape of w, [6], got [5]"),
         ("exp_avg_sq", torch.zeros(6, 1), "exp_avg_sq must have the shape of w, [6], got [6, 1]"),
         ("grad", torch.zeros(7), "grad must have the shape of w, [6], got [7]"),
-        ("scalars", torch.ones(()), "scalars must have shape [8], got []"),
+        ("scalars", torch.ones(()), "scalars must have shape [10], got []"),
     ],
     "normalize_rows_": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
     "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
@@ -216,7 +216,7 @@ DTYPES = {
         ("exp_avg_sq", HALF_ROWS, "exp_avg_sq must be float32, got float16"),
         ("exp_avg", CODES, "exp_avg_sq must be uint8, got float32"),
         ("step_count", torch.tensor(1).int(), "step_count must be int64, got int32"),
-        ("scalars", torch.ones(8).long(), "scalars must be float32, got int64"),
+        ("scalars", torch.ones(10).long(), "scalars must be float32, got int64"),
     ],
     "update_scalars": [
         ("squared_norm", torch.tensor(1.0), "squared_norm must be float64, got float32"),
@@ -229,7 +229,7 @@ DTYPES = {
         ("w", torch.zeros(6).half(), "w must be float32, got float16"),
         ("exp_avg", torch.zeros(6).half(), "exp_avg must be float32, got float16"),
         ("grad", torch.zeros(6).long(), "grad must be float32, got int64"),
-        ("scalars", torch.ones(8).half(), "scalars must be float32, got float16"),
+        ("scalars", torch.ones(10).half(), "scalars must be float32, got float16"),
     ],
     "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
     "decorrelation": [("W", HALF, "W must be float32, got float16")],

@@ -200,7 +200,7 @@ def test_norm_and_update_agree_with_the_dense_gradient(shape, seed, project):
     terms, total = n + d_in, size.square().sum()
     close(squared_norm, grad.square().sum(), terms=terms, magnitude=total, dtype=torch.float32)
     moments = torch.zeros_like(W), torch.zeros_like(W)
-    switches = (project, project, None, None, None, "fp32")
+    switches = ("adam", project, project, None, None, None, "fp32")
     cache = (sums, cached, slots, update_scalars(grad_scale=1.0), None)
     ops.fused_update_(W, *moments, None, None, *factors, None, *cache, *switches)
     close(moments[0], 0.1 * grad, terms=terms, magnitude=size)

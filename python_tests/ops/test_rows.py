@@ -181,15 +181,15 @@ def test_update_of_a_vector_is_adamw(size, step):
     exp_avg_sq = torch.rand(size, generator=generator) + 0.1
     expected = adamw(w, exp_avg, exp_avg_sq, grad.double(), step, project=False)
     moments = w, exp_avg, exp_avg_sq
-    ops.update_vector_(*moments, grad, update_scalars(step=step))
+    ops.update_vector_(*moments, grad, update_scalars(step=step), "adam")
     for found, wanted in zip(moments, expected, strict=True):
         close(found, wanted, magnitude=wanted.abs() + 1)
 
 
 def test_vector_without_gradient_follows_its_moments():
     found, expected = ([torch.ones(5), torch.ones(5), torch.ones(5)] for _ in range(2))
-    ops.update_vector_(*found, None, update_scalars())
-    ops.update_vector_(*expected, torch.zeros(5), update_scalars())
+    ops.update_vector_(*found, None, update_scalars(), "adam")
+    ops.update_vector_(*expected, torch.zeros(5), update_scalars(), "adam")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], torch.ones(5))
 
@@ -211,7 +211,7 @@ def test_norm_that_is_not_finite_changes_no_parameter(squared_norm, skip):
     updated[place("fused_update_", "scalars")] = scalars
     before = [tensor.clone() for tensor in (*updated[:3], *copies)]
     ops.fused_update_(*updated)
-    ops.update_vector_(*updated[:3], problem.W_enc, scalars)
+    ops.update_vector_(*updated[:3], problem.W_enc, scalars, "adam")
     for tensor, old in zip((*updated[:3], *copies), before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -244,7 +244,7 @@ def test_update_scalars_are_adamws_rounded_once(step, loss_scale, grad_clip):
     clip = min(1.0, grad_clip / (3.0 + 1e-6)) if grad_clip else 1.0
     corrections = 1 - 0.9**step, (1 - 0.999**step) ** 0.5
     expected = [clip / loss_scale, 1 - 1e-3, 1 - 0.9, 0.999, 1 - 0.999]
-    expected += [1e-2 / corrections[0], corrections[1], 1e-8]
+    expected += [1e-2 / corrections[0], corrections[1], 1e-8, 0, 0]
     assert norm.item() == 3
     assert arguments[3].item() == step
     torch.testing.assert_close(scalars, torch.tensor(expected), rtol=2e-7, atol=0)

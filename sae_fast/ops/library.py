@@ -42,16 +42,16 @@ SCHEMAS = {
     " Tensor? shift, Tensor? project_onto, Tensor? extra_grad)"
     " -> (Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)",
     "update_scalars": "(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count,"
-    " Tensor(b!) halted, float grad_clip, float beta1, float beta2, float eps, float weight_decay,"
-    " bool skip_overflow) -> (Tensor norm, Tensor scalars)",
-    "fused_update_": "(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(b!) halted, str rule, float grad_clip, float beta1, float beta2, float eps,"
+    " float weight_decay, bool skip_overflow) -> (Tensor norm, Tensor scalars)",
+    "fused_update_": "(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq,"
     " Tensor(d!)? exp_avg_scale, Tensor(e!)? exp_avg_sq_scale,"
     " Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift,"
     " Tensor? extra_grad, Tensor sums, Tensor cached, Tensor cache_slots, Tensor scalars,"
-    " Tensor? step_count, bool project, bool unit_norm, Tensor(f!)? packed, Tensor(g!)? stats,"
-    " Tensor(h!)? rounded, str precision) -> ()",
-    "update_vector_": "(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor? grad,"
-    " Tensor scalars) -> ()",
+    " Tensor? step_count, str rule, bool project, bool unit_norm, Tensor(f!)? packed,"
+    " Tensor(g!)? stats, Tensor(h!)? rounded, str precision) -> ()",
+    "update_vector_": "(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad,"
+    " Tensor scalars, str rule) -> ()",
     "normalize_rows_": "(Tensor(a!) W) -> ()",
     "decorrelation": "(Tensor W) -> (Tensor loss, Tensor grad)",
     "code_correlation": "(Tensor h, int split) -> (Tensor within, Tensor between,"

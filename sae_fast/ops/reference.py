@@ -154,7 +154,7 @@ def row_gradient_norm(
 def fused_update_(
     W: Tensor,  # [F, D]
     exp_avg: Tensor,  # [F, D] float32, bfloat16 or uint8
-    exp_avg_sq: Tensor,  # [F, D], the dtype of exp_avg
+    exp_avg_sq: Tensor | None,  # [F, D], the dtype of exp_avg; of adam
     exp_avg_scale: Tensor | None,  # [F, ceil(D / 256)], of uint8
     exp_avg_sq_scale: Tensor | None,  # [F, ceil(D / 256)], of uint8
     latent_offsets: Tensor,  # [F + 1] int64
@@ -166,8 +166,9 @@ def fused_update_(
     sums: Tensor,  # [F]
     cached: Tensor,
     cache_slots: Tensor,
-    scalars: Tensor,  # [8]
+    scalars: Tensor,  # [10]
     step_count: Tensor | None,  # 0-d int64
+    rule: str,
     project: bool,
     unit_norm: bool,
     packed: Tensor | None,
@@ -175,12 +176,12 @@ def fused_update_(
     rounded: Tensor | None,
     precision: str,
 ) -> None:
-    """One step of every row from the factors of its gradient, in torch.optim.AdamW's order."""
+    """One step of every row from the factors of its gradient, in the order of torch.optim."""
     factors = (latent_offsets, rows, coefficients, dense, shift)
     grad, _ = _row_gradients(*factors, extra_grad, W if project else None)
     if bool(scalars[0].isfinite()):
         scales = (exp_avg_scale, exp_avg_sq_scale)
-        _update_moments_(W, exp_avg, exp_avg_sq, *scales, grad, scalars, step_count)
+        _update_moments_(W, exp_avg, exp_avg_sq, *scales, grad, scalars, step_count, rule)
         if unit_norm:
             normalize_rows_(W)
     # The reference's own encoder copy is empty; only a rounded W_dec is there to be refreshed.
@@ -191,24 +192,27 @@ def fused_update_(
 def _update_moments_(
     W: Tensor,  # [F, D]
     exp_avg: Tensor,  # [F, D]
-    exp_avg_sq: Tensor,  # [F, D]
+    exp_avg_sq: Tensor | None,  # [F, D]
     exp_avg_scale: Tensor | None,  # [F, ceil(D / 256)]
     exp_avg_sq_scale: Tensor | None,  # [F, ceil(D / 256)]
     grad: Tensor,  # [F, D]
-    scalars: Tensor,  # [8]
+    scalars: Tensor,  # [10]
     step_count: Tensor | None,  # 0-d int64
+    rule: str,
 ) -> None:
-    """AdamW on moments that are numbers, or codes of which only the float32 in between is used."""
+    """The step on moments that are numbers, or codes of which only the float32 inside is used."""
     if exp_avg.dtype in (torch.float32, torch.float64):
-        update_vector_(W, exp_avg, exp_avg_sq, grad, scalars)
+        update_vector_(W, exp_avg, exp_avg_sq, grad, scalars, rule)
         return
     assert step_count is not None
-    mean = decode_moment(exp_avg, exp_avg_scale, EXP_AVG).to(W.dtype)
-    square = decode_moment(exp_avg_sq, exp_avg_sq_scale, EXP_AVG_SQ).to(W.dtype)
-    update_vector_(W, mean, square, grad, scalars)
+    mean, square = decode_moment(exp_avg, exp_avg_scale, EXP_AVG).to(W.dtype), None
+    if exp_avg_sq is not None:
+        square = decode_moment(exp_avg_sq, exp_avg_sq_scale, EXP_AVG_SQ).to(W.dtype)
+    update_vector_(W, mean, square, grad, scalars, rule)
     random = moment_random(step_count, *W.shape)
     encode_moment_(exp_avg, exp_avg_scale, mean, random, EXP_AVG)
-    encode_moment_(exp_avg_sq, exp_avg_sq_scale, square, random, EXP_AVG_SQ)
+    if exp_avg_sq is not None and square is not None:
+        encode_moment_(exp_avg_sq, exp_avg_sq_scale, square, random, EXP_AVG_SQ)
 
 
 def gather_entries(source: Tensor, entries: Tensor) -> Tensor:  # [M] int32

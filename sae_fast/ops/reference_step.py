@@ -12,6 +12,7 @@ def update_scalars(
     loss_scale: Tensor,  # 0-d
     step_count: Tensor,  # 0-d int64
     halted: Tensor,  # 0-d int64
+    rule: str,
     grad_clip: float,
     beta1: float,
     beta2: float,
@@ -28,10 +29,18 @@ def update_scalars(
     step_count.add_(updates)
     factor = (grad_clip / (norm + 1e-6)).clamp_max(1.0) if grad_clip else torch.ones_like(norm)
     step = step_count.double()
-    numbers = (
-        *(factor / loss_scale.double(), 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2),
-        *(lr / (1 - beta1**step), (1 - beta2**step).sqrt(), eps),
-    )
+    # decay, 1 - beta1, beta2, 1 - beta2, step size, root of the bias correction, eps, beta1, decay
+    # of the gradient: UpdateStep of csrc/kernels/common/update_rule.h
+    numbers: tuple[float | Tensor, ...]
+    if rule == "adam":
+        step_size, correction = lr / (1 - beta1**step), (1 - beta2**step).sqrt()
+        numbers = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, step_size, correction, eps)
+        numbers = (*numbers, 0.0, 0.0)
+    elif rule == "sgd":
+        numbers = (1.0, 0.0, 0.0, 0.0, lr, 0.0, 0.0, beta1, weight_decay)
+    else:
+        numbers = (1 - lr * weight_decay, 1 - beta1, 0.0, 0.0, lr, 0.0, 0.0, 0.0, 0.0)
+    numbers = (factor / loss_scale.double(), *numbers)
     scalars = torch.stack([torch.as_tensor(n, dtype=lr.dtype, device=lr.device) for n in numbers])
     return rounded_norm, torch.where(updates, scalars, torch.nan).to(loss_scale.dtype)
 
@@ -39,16 +48,26 @@ def update_scalars(
 def update_vector_(
     w: Tensor,
     exp_avg: Tensor,  # the shape of w
-    exp_avg_sq: Tensor,  # the shape of w
+    exp_avg_sq: Tensor | None,  # the shape of w; of adam
     grad: Tensor | None,  # the shape of w
-    scalars: Tensor,  # [8]
+    scalars: Tensor,  # [10]
+    rule: str,
 ) -> None:
-    """One step in torch.optim.AdamW's order; nothing where the scale is not finite."""
-    scale, decay, rest1, beta2, rest2, step_size, correction, eps = scalars.tolist()
+    """One step, in the order of torch.optim; nothing where the scale is not finite."""
+    scale, decay, rest1, beta2, rest2, *others = scalars.tolist()
+    step_size, correction, eps, beta1, grad_decay = others
     if not math.isfinite(scale):
         return
     grad = torch.zeros_like(w) if grad is None else grad * scale
+    if rule == "sgd":
+        exp_avg.mul_(beta1).add_(grad.add(w, alpha=grad_decay))
+        w.add_(exp_avg, alpha=-step_size)
+        return
     w.mul_(decay)
     exp_avg.lerp_(grad, rest1)
+    if rule == "signum":
+        w.add_(exp_avg.sign(), alpha=-step_size)
+        return
+    assert exp_avg_sq is not None
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=rest2)
     w.addcdiv_(exp_avg, exp_avg_sq.sqrt().div_(correction).add_(eps), value=-step_size)

@@ -169,6 +169,7 @@ def update_scalars(
     step_count: Tensor,  # 0-d int64
     halted: Tensor,  # 0-d int64
     *,
+    rule: str = "adam",
     grad_clip: float,
     beta1: float,
     beta2: float,
@@ -176,7 +177,10 @@ def update_scalars(
     weight_decay: float,
     skip_overflow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient's norm (0-d), and what an update needs to know of it: scalars [8].
+    """The gradient's norm (0-d), and what an update needs to know of it: scalars [10].
+
+    `rule` is that of the update, "adam", "sgd" or "signum"; `beta1` is the momentum of the last
+    two, which have no use for `beta2` and `eps`.
 
     `squared_norm` is that of the gradients of `loss_scale` times the loss. A finite norm counts a
     step: `step_count` goes up by one. With one that is not, updates with these scalars change
@@ -185,8 +189,8 @@ def update_scalars(
     """
     op = torch.ops.sae_fast.update_scalars.default
     norm, scalars = op(
-        *(squared_norm, lr, loss_scale, step_count, halted, grad_clip, beta1, beta2, eps),
-        *(weight_decay, skip_overflow),
+        *(squared_norm, lr, loss_scale, step_count, halted, rule),
+        *(grad_clip, beta1, beta2, eps, weight_decay, skip_overflow),
     )
     torch.autograd.graph.increment_version([step_count, halted])
     return norm, scalars
@@ -201,7 +205,7 @@ def _(squared_norm: Tensor, lr: Tensor, loss_scale: Tensor, *rest: object) -> tu
 def fused_update_(
     W: Tensor,  # [F, D]
     exp_avg: Tensor,  # [F, D] float32, bfloat16 or uint8
-    exp_avg_sq: Tensor,  # [F, D], the dtype of exp_avg
+    exp_avg_sq: Tensor | None,  # [F, D], the dtype of exp_avg; of adam
     latent_offsets: Tensor,  # [F + 1] int64
     rows: Tensor,  # [entries] int32
     coefficients: Tensor,  # [entries], latent-major
@@ -211,8 +215,9 @@ def fused_update_(
     sums: Tensor,  # [F]
     cached: Tensor,
     cache_slots: Tensor,
-    scalars: Tensor,  # [8]
+    scalars: Tensor,  # [10]
     *,
+    rule: str = "adam",
     project: bool,
     unit_norm: bool,
     precision: str,
@@ -220,13 +225,21 @@ def fused_update_(
     exp_avg_sq_scale: Tensor | None = None,  # [F, ceil(D / 256)], of uint8
     step_count: Tensor | None = None,  # 0-d int64, of bfloat16 and uint8
 ) -> None:
-    """One AdamW step of W, row by row, from the factors of its gradient.
+    """One optimiser step of W, row by row, from the factors of its gradient.
 
-    The gradient is that of `row_gradient_norm` (projected onto W's own rows if `project`), clipped
-    as `scalars` of `update_scalars` say; then AdamW exactly as torch.optim.AdamW; then, if
-    `unit_norm`, rows of unit length. `sums`, `cached` and `cache_slots` come from
-    `row_gradient_norm` of the same factors. The working copy of W in this precision, if there is
-    one, is refreshed in the same pass. Nothing changes where the gradient's norm was not finite.
+    The gradient g is that of `row_gradient_norm` (projected onto W's own rows if `project`),
+    clipped as `scalars` of `update_scalars` for the same `rule` say; then the step of the rule:
+
+    - "adam" exactly as torch.optim.AdamW;
+    - "sgd" exactly as torch.optim.SGD, neither dampened nor Nesterov's:
+      m ← β₁·m + (g + weight_decay·W), W ← W − lr·m;
+    - "signum" (Bernstein et al. 2018, arXiv:1802.04434) with decoupled weight decay:
+      m ← β₁·m + (1 − β₁)·g, W ← (1 − lr·weight_decay)·W − lr·sign(m);
+
+    then, if `unit_norm`, rows of unit length. m is `exp_avg`; only "adam" has `exp_avg_sq`. `sums`,
+    `cached` and `cache_slots` come from `row_gradient_norm` of the same factors. The working copy
+    of W in this precision, if there is one, is refreshed in the same pass. Nothing changes where
+    the gradient's norm was not finite.
 
     Moments in bfloat16, or in 8 bits with one scale for 256 columns (`moments.py`), are float32 for
     the time of the update and then rounded at random: up as often as keeps the mean. What is drawn
@@ -236,7 +249,7 @@ def fused_update_(
     torch.ops.sae_fast.fused_update_.default(
         *(W, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale),
         *(latent_offsets, rows, coefficients, dense, shift, extra_grad),
-        *(sums, cached, cache_slots, scalars, step_count, project, unit_norm),
+        *(sums, cached, cache_slots, scalars, step_count, rule, project, unit_norm),
         *(packed, stats, rounded, precision),
     )
     mark_updated(W, packed, stats, rounded)
@@ -251,12 +264,14 @@ def _(*arguments: object) -> None:
 def update_vector_(
     w: Tensor,
     exp_avg: Tensor,  # the shape of w
-    exp_avg_sq: Tensor,  # the shape of w
+    exp_avg_sq: Tensor | None,  # the shape of w; of adam
     grad: Tensor | None,  # the shape of w; None: zeros
-    scalars: Tensor,  # [8]
+    scalars: Tensor,  # [10]
+    *,
+    rule: str = "adam",
 ) -> None:
-    """The AdamW step of `fused_update_` for a parameter whose gradient is at hand."""
-    torch.ops.sae_fast.update_vector_.default(w, exp_avg, exp_avg_sq, grad, scalars)
+    """The step of `fused_update_` for a parameter whose gradient is at hand."""
+    torch.ops.sae_fast.update_vector_.default(w, exp_avg, exp_avg_sq, grad, scalars, rule)
     mark_updated(w)
 
 

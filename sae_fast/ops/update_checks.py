@@ -6,7 +6,8 @@ from torch import Tensor
 from sae_fast.ops.call import GATHERED, MASTER, Call
 from sae_fast.ops.moments import MOMENT_DTYPES, moment_blocks
 
-UPDATE_SCALARS = 8  # of update_scalars
+UPDATE_SCALARS = 10  # of update_scalars
+RULES = ("adam", "sgd", "signum")
 
 
 def _factors(
@@ -50,6 +51,7 @@ def update_scalars(  # noqa: D103
     loss_scale: Tensor,
     step_count: Tensor,
     halted: Tensor,
+    rule: str,
     grad_clip: float,
     beta1: float,
     beta2: float,
@@ -63,46 +65,72 @@ def update_scalars(  # noqa: D103
     op.tensor("loss_scale", loss_scale, (), MASTER)
     op.tensor("step_count", step_count, (), (torch.int64,))
     op.tensor("halted", halted, (), (torch.int64,))
+    _rule(op, rule)
+
+
+def _rule(op: Call, rule: str) -> None:
+    op.require(rule in RULES, "rule must be adam, sgd or signum", rule)
+
+
+def _rule_and_squares(op: Call, rule: str, exp_avg_sq: Tensor | None) -> None:
+    _rule(op, rule)
+    has_squares = rule == "adam"
+    must = f"exp_avg_sq must be given where rule is {rule}"
+    op.require(exp_avg_sq is not None or not has_squares, must, "none")
+    must = f"exp_avg_sq must be none where rule is {rule}"
+    op.require(exp_avg_sq is None or has_squares, must, "a tensor")
 
 
 def _moments(
     op: Call,
+    rule: str,
     exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg_sq: Tensor | None,
     exp_avg_scale: Tensor | None,
     exp_avg_sq_scale: Tensor | None,
     step_count: Tensor | None,
     shape: tuple[int, int],
 ) -> None:
+    _rule_and_squares(op, rule, exp_avg_sq)
     # In float64 a step is the reference's own, as in every other op.
     exact = exp_avg.dtype == torch.float64
     op.tensor("exp_avg", exp_avg, shape, MASTER if exact else MOMENT_DTYPES)
-    op.tensor("exp_avg_sq", exp_avg_sq, shape, MASTER if exact else (exp_avg.dtype,))
-    dtype = str(exp_avg.dtype).removeprefix("torch.")
-    in_blocks = exp_avg.dtype == torch.uint8
-    for name, scale in (("exp_avg_scale", exp_avg_scale), ("exp_avg_sq_scale", exp_avg_sq_scale)):
-        op.require(
-            in_blocks or scale is None, f"{name} must be none where exp_avg is {dtype}", "a tensor"
-        )
-        op.require(
-            scale is not None or not in_blocks,
-            f"{name} must be given where exp_avg is {dtype}",
-            "none",
-        )
-        if scale is not None:
-            op.tensor(name, scale, (shape[0], moment_blocks(shape[1])), MASTER)
-            op.in_place(name, scale)
+    if exp_avg_sq is not None:
+        op.tensor("exp_avg_sq", exp_avg_sq, shape, MASTER if exact else (exp_avg.dtype,))
+    else:
+        must = f"exp_avg_sq_scale must be none where rule is {rule}"
+        op.require(exp_avg_sq_scale is None, must, "a tensor")
+    _scale(op, "exp_avg_scale", exp_avg_scale, exp_avg, shape)
+    if exp_avg_sq is not None:
+        _scale(op, "exp_avg_sq_scale", exp_avg_sq_scale, exp_avg, shape)
     is_random = exp_avg.dtype in (torch.bfloat16, torch.uint8)
-    must = f"step_count must be given where exp_avg is {dtype}"
+    must = f"step_count must be given where exp_avg is {_name(exp_avg.dtype)}"
     op.require(step_count is not None or not is_random, must, "none")
     if step_count is not None:
         op.tensor("step_count", step_count, (), (torch.int64,))
 
 
+def _scale(
+    op: Call, name: str, scale: Tensor | None, exp_avg: Tensor, shape: tuple[int, int]
+) -> None:
+    in_blocks, dtype = exp_avg.dtype == torch.uint8, _name(exp_avg.dtype)
+    must = f"{name} must be none where exp_avg is {dtype}"
+    op.require(in_blocks or scale is None, must, "a tensor")
+    must = f"{name} must be given where exp_avg is {dtype}"
+    op.require(scale is not None or not in_blocks, must, "none")
+    if scale is not None:
+        op.tensor(name, scale, (shape[0], moment_blocks(shape[1])), MASTER)
+        op.in_place(name, scale)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def fused_update_(  # noqa: D103
     W: Tensor,
     exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg_sq: Tensor | None,
     exp_avg_scale: Tensor | None,
     exp_avg_sq_scale: Tensor | None,
     latent_offsets: Tensor,
@@ -116,6 +144,7 @@ def fused_update_(  # noqa: D103
     cache_slots: Tensor,
     scalars: Tensor,
     step_count: Tensor | None,
+    rule: str,
     project: bool,
     unit_norm: bool,
     packed: Tensor | None,
@@ -129,7 +158,7 @@ def fused_update_(  # noqa: D103
         op.tensor("extra_grad", extra_grad, shape, MASTER)
     op.tensor("W", W, shape, MASTER)
     scales = (exp_avg_scale, exp_avg_sq_scale)
-    _moments(op, exp_avg, exp_avg_sq, *scales, step_count, shape)
+    _moments(op, rule, exp_avg, exp_avg_sq, *scales, step_count, shape)
     op.tensor("sums", sums, shape[:1], MASTER)
     op.tensor("cached", cached, (None, shape[1]), MASTER)
     op.tensor("cache_slots", cache_slots, shape[:1], (torch.int32,))
@@ -143,9 +172,15 @@ def fused_update_(  # noqa: D103
 
 
 def update_vector_(  # noqa: D103
-    w: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor | None, scalars: Tensor
+    w: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor | None,
+    grad: Tensor | None,
+    scalars: Tensor,
+    rule: str,
 ) -> None:
     op = Call("update_vector_", "w", w)
+    _rule_and_squares(op, rule, exp_avg_sq)
     written = {"w": w, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensor in {**written, "grad": grad}.items():
         if tensor is not None:
@@ -154,4 +189,5 @@ def update_vector_(  # noqa: D103
             op.same_device(name, tensor)
     op.tensor("scalars", scalars, (UPDATE_SCALARS,), MASTER)
     for name, tensor in written.items():
-        op.in_place(name, tensor)
+        if tensor is not None:
+            op.in_place(name, tensor)

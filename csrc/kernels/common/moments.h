@@ -1,4 +1,4 @@
-// Adam's moments in 16 and 8 bits, host and device. Between steps a moment is a code; in a step it
+// Moments in 16 and 8 bits, host and device. Between steps a moment is a code; in a step it
 // is a float32, which is rounded up or down at random when it becomes a code again, so that its
 // mean is right: a second moment moves by a thousandth of itself a step, less than any code can
 // show. (600 steps on real activations, held-out FVU against that of float32 moments: 8 bits within
@@ -31,11 +31,11 @@ SAE_FAST_HOST_DEVICE constexpr int64_t moment_blocks(int64_t d_in) {
   return (d_in + kMomentBlock - 1) / kMomentBlock;
 }
 
-// Both moments of a weight matrix [F, D].
+// The moments of a weight matrix [F, D]: exp_avg, and exp_avg_sq where the rule has it.
 struct Moments {
   MomentType type;
   void* exp_avg;            // [F, D] float, uint16_t or uint8_t
-  void* exp_avg_sq;         // [F, D] likewise
+  void* exp_avg_sq;         // [F, D] likewise, or null
   float* exp_avg_scale;     // [F, moment_blocks(D)] for kBlocks
   float* exp_avg_sq_scale;  // [F, moment_blocks(D)] for kBlocks
   const int64_t* step;      // number of this update; not for kFloat32

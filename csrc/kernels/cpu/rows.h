@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "kernels/common/adam.h"
 #include "kernels/common/moments.h"
+#include "kernels/common/update_rule.h"
 #include "kernels/cpu/decode.h"
 
 namespace sae_fast::cpu {
@@ -48,6 +48,7 @@ using GradientNorm = bool (*)(const GradientTerms&, const RowCache&, float* sums
 struct RowUpdate {
   GradientTerms gradient;
   RowCache cache;
+  UpdateRule rule;
   UpdateScalars scalars;
   bool unit_norm;
   float* W;         // [d_sae][d_in]
@@ -59,11 +60,12 @@ using FusedUpdate = bool (*)(const RowUpdate&, const Parallel&);
 
 // A parameter with a dense gradient; grad null stands for zeros.
 struct VectorUpdate {
+  UpdateRule rule;
   const UpdateScalars* scalars;
   const float* grad;
   float* w;
   float* exp_avg;
-  float* exp_avg_sq;
+  float* exp_avg_sq;  // null where the rule has none
   int64_t size;
 };
 using UpdateVector = void (*)(const VectorUpdate&, const Parallel&);

@@ -3,208 +3,230 @@
 // and call finish.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/common/moments.h"
+#include "kernels/common/update_rule.h"
 #include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/vector.cuh"
 
 namespace sae_fast::cuda {
 
-// kWidth neighbouring columns of both moments.
-template <int kWidth>
-struct MomentPair {
-  Vector<float, kWidth> exp_avg, exp_avg_sq;
+// Where a moment of a row is: its codes, and for kBlocks its scales and a row of shared memory.
+struct MomentPlace {
+  void* codes;    // [F, D]
+  float* scales;  // [F, moment_blocks(D)]
+  float* shared;  // [D]
+  int64_t latent, d_in;
+  uint32_t seed;  // of the row's random bits; not for kFloat32
 };
 
-template <MomentType kType>
-class RowMoments;
+template <MomentType kType, class Moment>
+class RowMoment;
 
-template <>
-class RowMoments<MomentType::kFloat32> {
+template <class Moment>
+class RowMoment<MomentType::kFloat32, Moment> {
  public:
   static constexpr int kSharedRows = 0;
 
-  __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* /*shared*/)
-      : exp_avg_(static_cast<float*>(moments.exp_avg) + latent * d_in),
-        exp_avg_sq_(static_cast<float*>(moments.exp_avg_sq) + latent * d_in) {}
+  __device__ explicit RowMoment(const MomentPlace& place)
+      : floats_(static_cast<float*>(place.codes) + place.latent * place.d_in) {}
 
   template <int kWidth>
-  __device__ MomentPair<kWidth> read(int column) const {
-    return {load<float, kWidth>(exp_avg_ + column), load<float, kWidth>(exp_avg_sq_ + column)};
+  __device__ Vector<float, kWidth> read(int column) const {
+    return load<float, kWidth>(floats_ + column);
   }
 
   template <int kWidth>
-  __device__ void write(int column, const MomentPair<kWidth>& pair) const {
-    store<float, kWidth>(exp_avg_ + column, pair.exp_avg);
-    store<float, kWidth>(exp_avg_sq_ + column, pair.exp_avg_sq);
+  __device__ void write(int column, const Vector<float, kWidth>& moments) const {
+    store<float, kWidth>(floats_ + column, moments);
   }
-
-  template <int kWidth>
-  __device__ void finish() const {}
 
  private:
-  float* exp_avg_;
-  float* exp_avg_sq_;
+  float* floats_;
 };
 
-template <>
-class RowMoments<MomentType::kBFloat16> {
+template <class Moment>
+class RowMoment<MomentType::kBFloat16, Moment> {
  public:
   static constexpr int kSharedRows = 0;
 
-  __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* /*shared*/)
-      : exp_avg_(static_cast<uint16_t*>(moments.exp_avg) + latent * d_in),
-        exp_avg_sq_(static_cast<uint16_t*>(moments.exp_avg_sq) + latent * d_in),
-        seed_(moment_seed(*moments.step, latent)) {}
+  __device__ explicit RowMoment(const MomentPlace& place)
+      : codes_(static_cast<uint16_t*>(place.codes) + place.latent * place.d_in),
+        seed_(place.seed) {}
 
   template <int kWidth>
-  __device__ MomentPair<kWidth> read(int column) const {
-    return {read_one<kWidth>(exp_avg_ + column), read_one<kWidth>(exp_avg_sq_ + column)};
+  __device__ Vector<float, kWidth> read(int column) const {
+    const auto codes = load<uint16_t, kWidth>(codes_ + column);
+    Vector<float, kWidth> moments;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) moments.at[i] = float_from_bits(uint32_t{codes.at[i]} << 16);
+    return moments;
   }
 
   template <int kWidth>
-  __device__ void write(int column, const MomentPair<kWidth>& pair) const {
-    Vector<uint16_t, kWidth> mean, square;
+  __device__ void write(int column, const Vector<float, kWidth>& moments) const {
+    Vector<uint16_t, kWidth> codes;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const uint32_t random = moment_random(seed_, static_cast<uint32_t>(column + i));
-      mean.at[i] =
-          static_cast<uint16_t>(round_moment_to_16<ExpAvg>(float_bits(pair.exp_avg.at[i]), random));
-      square.at[i] = static_cast<uint16_t>(
-          round_moment_to_16<ExpAvgSq>(float_bits(pair.exp_avg_sq.at[i]), random));
+      codes.at[i] =
+          static_cast<uint16_t>(round_moment_to_16<Moment>(float_bits(moments.at[i]), random));
     }
-    *reinterpret_cast<Vector<uint16_t, kWidth>*>(exp_avg_ + column) = mean;
-    *reinterpret_cast<Vector<uint16_t, kWidth>*>(exp_avg_sq_ + column) = square;
+    *reinterpret_cast<Vector<uint16_t, kWidth>*>(codes_ + column) = codes;
   }
-
-  template <int kWidth>
-  __device__ void finish() const {}
 
  private:
-  template <int kWidth>
-  __device__ static Vector<float, kWidth> read_one(const uint16_t* from) {
-    const auto codes = load<uint16_t, kWidth>(from);
-    Vector<float, kWidth> floats;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) floats.at[i] = float_from_bits(uint32_t{codes.at[i]} << 16);
-    return floats;
-  }
-
-  uint16_t* exp_avg_;
-  uint16_t* exp_avg_sq_;
+  uint16_t* codes_;
   uint32_t seed_;
 };
 
 // A block of columns has one scale, which is known when all of them are: until then the new moments
 // are floats in shared memory. Then every warp takes whole blocks of columns.
-template <>
-class RowMoments<MomentType::kBlocks> {
+template <class Moment>
+class RowMoment<MomentType::kBlocks, Moment> {
  public:
-  static constexpr int kSharedRows = 2;
+  static constexpr int kSharedRows = 1;
 
-  __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* shared)
-      : exp_avg_{static_cast<uint8_t*>(moments.exp_avg) + latent * d_in,
-                 moments.exp_avg_scale + latent * moment_blocks(d_in), shared},
-        exp_avg_sq_{static_cast<uint8_t*>(moments.exp_avg_sq) + latent * d_in,
-                    moments.exp_avg_sq_scale + latent * moment_blocks(d_in), shared + d_in},
-        columns_(static_cast<int>(d_in)),
-        seed_(moment_seed(*moments.step, latent)) {}
+  __device__ explicit RowMoment(const MomentPlace& place)
+      : codes_(static_cast<uint8_t*>(place.codes) + place.latent * place.d_in),
+        scales_(place.scales + place.latent * moment_blocks(place.d_in)),
+        floats_(place.shared),
+        columns_(static_cast<int>(place.d_in)),
+        seed_(place.seed) {}
 
   template <int kWidth>
-  __device__ MomentPair<kWidth> read(int column) const {
-    return {exp_avg_.template read<kWidth>(column), exp_avg_sq_.template read<kWidth>(column)};
+  __device__ Vector<float, kWidth> read(int column) const {
+    const float scale = scales_[column / kMomentBlock];
+    const auto raw = load<uint8_t, kWidth>(codes_ + column);
+    Vector<float, kWidth> moments;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) moments.at[i] = decode_moment<Moment>(raw.at[i], scale);
+    return moments;
   }
 
   template <int kWidth>
-  __device__ void write(int column, const MomentPair<kWidth>& pair) const {
-    store<float, kWidth>(exp_avg_.floats + column, pair.exp_avg);
-    store<float, kWidth>(exp_avg_sq_.floats + column, pair.exp_avg_sq);
+  __device__ void write(int column, const Vector<float, kWidth>& moments) const {
+    store<float, kWidth>(floats_ + column, moments);
   }
 
+  // By one warp, when all of the block's floats are written; its lanes take kWidth columns each,
+  // kParts times.
   template <int kWidth>
-  __device__ void finish() const {
-    __syncthreads();
-    const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-    for (int block = static_cast<int>(threadIdx.x) / kWarpSize; block < moment_blocks(columns_);
-         block += warps) {
-      exp_avg_.template encode<kWidth>(block, columns_, seed_);
-      exp_avg_sq_.template encode<kWidth>(block, columns_, seed_);
+  __device__ void encode(int block) const {
+    constexpr int kPart = kWarpSize * kWidth;
+    constexpr int kParts = static_cast<int>(kMomentBlock) / kPart;
+    const int first =
+        block * static_cast<int>(kMomentBlock) + static_cast<int>(threadIdx.x) % kWarpSize * kWidth;
+    Vector<float, kWidth> moments[kParts];
+    uint32_t largest = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      moments[part] = {};
+      const int column = first + part * kPart;
+      if (column < columns_) moments[part] = load<float, kWidth>(floats_ + column);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        largest = max(largest, float_bits(moments[part].at[i]) & kMagnitude);
+      }
     }
-    __syncthreads();  // the next row writes over the floats
+    const float scale = float_from_bits(block_scale_bits<Moment>(warp_max(largest)));
+    if (threadIdx.x % kWarpSize == 0) scales_[block] = scale;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const int column = first + part * kPart;
+      if (column >= columns_) continue;
+      Vector<uint8_t, kWidth> rounded;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        const uint32_t random = moment_random(seed_, static_cast<uint32_t>(column + i));
+        rounded.at[i] = encode_moment<Moment>(moments[part].at[i], scale, random);
+      }
+      *reinterpret_cast<Vector<uint8_t, kWidth>*>(codes_ + column) = rounded;
+    }
   }
 
  private:
-  template <class Moment>
-  struct Row {
-    uint8_t* codes;
-    float* scales;
-    float* floats;  // in shared memory
-
-    template <int kWidth>
-    __device__ Vector<float, kWidth> read(int column) const {
-      const float scale = scales[column / kMomentBlock];
-      const auto raw = load<uint8_t, kWidth>(codes + column);
-      Vector<float, kWidth> moments;
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) moments.at[i] = decode_moment<Moment>(raw.at[i], scale);
-      return moments;
-    }
-
-    // By one warp; its lanes take kWidth columns each, kParts times.
-    template <int kWidth>
-    __device__ void encode(int block, int columns, uint32_t seed) const {
-      constexpr int kPart = kWarpSize * kWidth;
-      constexpr int kParts = static_cast<int>(kMomentBlock) / kPart;
-      const int first = block * static_cast<int>(kMomentBlock) +
-                        static_cast<int>(threadIdx.x) % kWarpSize * kWidth;
-      Vector<float, kWidth> moments[kParts];
-      uint32_t largest = 0;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        moments[part] = {};
-        const int column = first + part * kPart;
-        if (column < columns) moments[part] = load<float, kWidth>(floats + column);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          largest = max(largest, float_bits(moments[part].at[i]) & kMagnitude);
-        }
-      }
-      const float scale = float_from_bits(block_scale_bits<Moment>(warp_max(largest)));
-      if (threadIdx.x % kWarpSize == 0) scales[block] = scale;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        const int column = first + part * kPart;
-        if (column >= columns) continue;
-        Vector<uint8_t, kWidth> rounded;
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          const uint32_t random = moment_random(seed, static_cast<uint32_t>(column + i));
-          rounded.at[i] = encode_moment<Moment>(moments[part].at[i], scale, random);
-        }
-        *reinterpret_cast<Vector<uint8_t, kWidth>*>(codes + column) = rounded;
-      }
-    }
-  };
-
-  Row<ExpAvg> exp_avg_;
-  Row<ExpAvgSq> exp_avg_sq_;
+  uint8_t* codes_;
+  float* scales_;
+  float* floats_;  // in shared memory
   int columns_;
   uint32_t seed_;
 };
 
-// Adam on kWidth weights of a row; returns the new ones, which are not stored yet.
-template <int kWidth, MomentType kType>
-__device__ inline Vector<float, kWidth> update_weights(const RowMoments<kType>& moments,
-                                                       const AdamStep& adam, int column,
-                                                       Vector<float, kWidth> weights,
-                                                       const Vector<float, kWidth>& gradient) {
-  auto pair = moments.template read<kWidth>(column);
-#pragma unroll
-  for (int i = 0; i < kWidth; ++i) {
-    weights.at[i] =
-        adam_update(adam, weights.at[i], gradient.at[i], pair.exp_avg.at[i], pair.exp_avg_sq.at[i]);
+// In place of the moment that a rule does not have.
+class NoMoment {
+ public:
+  static constexpr int kSharedRows = 0;
+
+  __device__ explicit NoMoment(const MomentPlace& /*place*/) {}
+
+  template <int kWidth>
+  __device__ Vector<float, kWidth> read(int /*column*/) const {
+    return {};
   }
-  moments.template write<kWidth>(column, pair);
-  return weights;
-}
+
+  template <int kWidth>
+  __device__ void write(int /*column*/, const Vector<float, kWidth>& /*moments*/) const {}
+
+  template <int kWidth>
+  __device__ void encode(int /*block*/) const {}
+};
+
+// Both moments of a row, or the one that the rule has.
+template <UpdateRule kRule, MomentType kType>
+class RowMoments {
+  using Mean = RowMoment<kType, ExpAvg>;
+  using Square = std::conditional_t<has_exp_avg_sq(kRule), RowMoment<kType, ExpAvgSq>, NoMoment>;
+
+ public:
+  // [kSharedRows, D] of shared memory
+  static constexpr int kSharedRows = Mean::kSharedRows + Square::kSharedRows;
+
+  __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* shared)
+      : RowMoments(moments, latent, d_in, shared,
+                   kType == MomentType::kFloat32 ? 0 : moment_seed(*moments.step, latent)) {}
+
+  // The step of kWidth weights of the row; returns the new ones, which are not stored yet.
+  template <int kWidth>
+  __device__ Vector<float, kWidth> update(const UpdateStep& step, int column,
+                                          Vector<float, kWidth> weights,
+                                          const Vector<float, kWidth>& gradient) const {
+    auto mean = mean_.template read<kWidth>(column);
+    auto square = square_.template read<kWidth>(column);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      weights.at[i] =
+          update_weight<kRule>(step, weights.at[i], gradient.at[i], mean.at[i], square.at[i]);
+    }
+    mean_.template write<kWidth>(column, mean);
+    square_.template write<kWidth>(column, square);
+    return weights;
+  }
+
+  template <int kWidth>
+  __device__ void finish() const {
+    if constexpr (kType == MomentType::kBlocks) {
+      __syncthreads();
+      const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+      for (int block = static_cast<int>(threadIdx.x) / kWarpSize; block < blocks_; block += warps) {
+        mean_.template encode<kWidth>(block);
+        square_.template encode<kWidth>(block);
+      }
+      __syncthreads();  // the next row writes over the floats
+    }
+  }
+
+ private:
+  __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* shared,
+                        uint32_t seed)
+      : mean_({moments.exp_avg, moments.exp_avg_scale, shared, latent, d_in, seed}),
+        square_({moments.exp_avg_sq, moments.exp_avg_sq_scale, shared + d_in, latent, d_in, seed}),
+        blocks_(static_cast<int>(moment_blocks(d_in))) {}
+
+  Mean mean_;
+  Square square_;
+  int blocks_;
+};
 
 }  // namespace sae_fast::cuda

@@ -18,17 +18,20 @@ __global__ void __launch_bounds__(kWarpSize)
 }
 
 // One thread a number.
+template <UpdateRule kRule>
 __global__ void __launch_bounds__(kVectorThreads)
     vector_kernel(const UpdateScalars* __restrict__ scalars, const float* __restrict__ grad,
                   float* __restrict__ w, float* __restrict__ exp_avg,
                   float* __restrict__ exp_avg_sq, int64_t size) {
-  const UpdateScalars step = *scalars;
-  if (!is_finite(step.grad_scale)) return;
+  const UpdateScalars numbers = *scalars;
+  if (!is_finite(numbers.grad_scale)) return;
+  float unused = 0.0f;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kVectorThreads;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kVectorThreads + threadIdx.x;
   for (; i < size; i += stride) {
-    const float scaled = grad != nullptr ? grad[i] * step.grad_scale : 0.0f;
-    w[i] = adam_update(step.adam, w[i], scaled, exp_avg[i], exp_avg_sq[i]);
+    const float scaled = grad != nullptr ? grad[i] * numbers.grad_scale : 0.0f;
+    float& square = has_exp_avg_sq(kRule) ? exp_avg_sq[i] : unused;
+    w[i] = update_weight<kRule>(numbers.step, w[i], scaled, exp_avg[i], square);
   }
 }
 
@@ -41,10 +44,14 @@ cudaError_t compute_update_scalars(const UpdateSettings& settings, const StepPoi
   return launch(scalars_kernel, 1, kWarpSize, 0, stream, settings, step);
 }
 
-cudaError_t update_vector(const UpdateScalars* scalars, const float* grad, float* w, float* exp_avg,
-                          float* exp_avg_sq, int64_t size, cudaStream_t stream) {
-  return launch(vector_kernel, ceil_div<int64_t>(size, kVectorThreads), kVectorThreads, 0, stream,
-                scalars, grad, w, exp_avg, exp_avg_sq, size);
+cudaError_t update_vector(UpdateRule rule, const UpdateScalars* scalars, const float* grad,
+                          float* w, float* exp_avg, float* exp_avg_sq, int64_t size,
+                          cudaStream_t stream) {
+  return with_rule(rule, [&](auto known_rule) {
+    return launch(vector_kernel<decltype(known_rule)::value>,
+                  ceil_div<int64_t>(size, kVectorThreads), kVectorThreads, 0, stream, scalars, grad,
+                  w, exp_avg, exp_avg_sq, size);
+  });
 }
 
 }  // namespace sae_fast::cuda

@@ -4,11 +4,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "kernels/common/adam.h"
+#include "kernels/common/update_rule.h"
 
 namespace sae_fast::cuda {
 
-// As update_scalars in common/adam.h; every pointer is to one number.
+// As update_scalars in common/update_rule.h; every pointer is to one number.
 struct StepPointers {
   const double* squared_norm;
   const double* lr;
@@ -21,12 +21,12 @@ struct StepPointers {
 cudaError_t compute_update_scalars(const UpdateSettings& settings, const StepPointers& step,
                                    cudaStream_t stream);
 
-// AdamW on `size` numbers; nothing where the scale is not finite.
-cudaError_t update_vector(const UpdateScalars* scalars,
+// The rule's step of `size` numbers; nothing where the scale is not finite.
+cudaError_t update_vector(UpdateRule rule, const UpdateScalars* scalars,
                           const float* grad,  // [size], or null for zeros
                           float* w,           // [size]
                           float* exp_avg,     // [size]
-                          float* exp_avg_sq,  // [size]
+                          float* exp_avg_sq,  // [size], or null where the rule has none
                           int64_t size, cudaStream_t stream);
 
 }  // namespace sae_fast::cuda

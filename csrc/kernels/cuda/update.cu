@@ -129,7 +129,7 @@ __device__ inline void store_row(const RowState& state, int64_t latent, int64_t 
 
 // One block a latent: its gradient and weights stay in shared memory between the reductions, where
 // each thread reads back only what it wrote itself.
-template <typename Dense, int kWidth, MomentType kMoments>
+template <typename Dense, int kWidth, UpdateRule kRule, MomentType kMoments>
 __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
     update_kernel(LatentLists lists, const Dense* __restrict__ dense,
                   const float* __restrict__ shift, const float* __restrict__ extra_grad,
@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
   const int columns = static_cast<int>(d_in);  // as many as shared memory holds
   const int first = static_cast<int>(threadIdx.x) * kWidth;
   const int stride = static_cast<int>(blockDim.x) * kWidth;
-  const UpdateScalars step = *scalars;
-  if (!is_finite(step.grad_scale)) return;
+  const UpdateScalars numbers = *scalars;
+  if (!is_finite(numbers.grad_scale)) return;
   for (int64_t latent = blockIdx.x; latent < lists.latents; latent += gridDim.x) {
     const int64_t start = latent * d_in;
     const int32_t slot = cache_slots[latent];
@@ -163,15 +163,15 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
       store<float, kWidth>(row + column, weights);
     }
     dot = project ? block_sum(dot, partial) : 0.0f;
-    const RowMoments<kMoments> moments(state.moments, latent, d_in, new_moments);
+    const RowMoments<kRule, kMoments> moments(state.moments, latent, d_in, new_moments);
     float square = 0.0f;
     for (int column = first; column < columns; column += stride) {
       auto rest = load<float, kWidth>(gradient + column);
       auto weights = load<float, kWidth>(row + column);
       add_scaled(rest, -dot, weights);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) rest.at[i] *= step.grad_scale;
-      weights = update_weights<kWidth, kMoments>(moments, step.adam, column, weights, rest);
+      for (int i = 0; i < kWidth; ++i) rest.at[i] *= numbers.grad_scale;
+      weights = moments.template update<kWidth>(numbers.step, column, weights, rest);
       square = add_dot(square, weights, weights);
       store<float, kWidth>(row + column, weights);
     }
@@ -204,27 +204,28 @@ size_t row_bytes(int64_t rows, int64_t d_in) {
 }
 
 // Rows that update_kernel has in shared memory: gradient, weights, and what the moments take.
-constexpr int64_t update_rows(MomentType moments) {
-  return 2 + (moments == MomentType::kBlocks ? RowMoments<MomentType::kBlocks>::kSharedRows : 0);
-}
+template <UpdateRule kRule, MomentType kMoments>
+constexpr int64_t kUpdateRows = 2 + RowMoments<kRule, kMoments>::kSharedRows;
 
-// Calls call(std::integral_constant of the type).
+// Calls call(std::integral_constant of the rule, the same of the type).
 template <typename Call>
-cudaError_t with_moments(MomentType type, Call&& call) {
-  switch (type) {
-    case MomentType::kFloat32:
-      return call(std::integral_constant<MomentType, MomentType::kFloat32>{});
-    case MomentType::kBFloat16:
-      return call(std::integral_constant<MomentType, MomentType::kBFloat16>{});
-    case MomentType::kBlocks:
-      return call(std::integral_constant<MomentType, MomentType::kBlocks>{});
-  }
-  return cudaErrorInvalidValue;
+cudaError_t with_moments(UpdateRule wanted, MomentType type, Call&& call) {
+  return with_rule(wanted, [&](auto rule) {
+    switch (type) {
+      case MomentType::kBFloat16:
+        return call(rule, std::integral_constant<MomentType, MomentType::kBFloat16>{});
+      case MomentType::kBlocks:
+        return call(rule, std::integral_constant<MomentType, MomentType::kBlocks>{});
+      case MomentType::kFloat32:
+        break;
+    }
+    return call(rule, std::integral_constant<MomentType, MomentType::kFloat32>{});
+  });
 }
 
 }  // namespace
 
-cudaError_t row_update_max_d_in(MomentType moments, int64_t* d_in) {
+cudaError_t row_update_max_d_in(UpdateRule rule, MomentType moments, int64_t* d_in) {
   int device = 0;
   int bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -232,8 +233,11 @@ cudaError_t row_update_max_d_in(MomentType moments, int64_t* d_in) {
     error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   const auto fixed = static_cast<int64_t>(kRowWarps * (sizeof(float) + sizeof(double)));
-  *d_in = (bytes - fixed) / static_cast<int64_t>(row_bytes(update_rows(moments), 1));
-  return error;
+  return with_moments(rule, moments, [&](auto known_rule, auto type) {
+    constexpr int64_t kRows = kUpdateRows<decltype(known_rule)::value, decltype(type)::value>;
+    *d_in = (bytes - fixed) / static_cast<int64_t>(row_bytes(kRows, 1));
+    return error;
+  });
 }
 
 cudaError_t row_gradient_norm_scratch_bytes(int64_t entries, int64_t latents, int64_t d_in,
@@ -282,10 +286,12 @@ cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
 }
 
 cudaError_t fused_update(const GradientFactors& factors, const RowState& state, const float* cached,
-                         const int32_t* cache_slots, const UpdateScalars* scalars, bool project,
-                         bool unit_norm, cudaStream_t stream) {
+                         const int32_t* cache_slots, UpdateRule rule, const UpdateScalars* scalars,
+                         bool project, bool unit_norm, cudaStream_t stream) {
   const int64_t d_in = factors.d_in;
-  return with_moments(state.moments.type, [&](auto type) {
+  return with_moments(rule, state.moments.type, [&](auto known_rule, auto type) {
+    constexpr UpdateRule kRule = decltype(known_rule)::value;
+    constexpr MomentType kMoments = decltype(type)::value;
     return with_rows<kRowWidth>(
         factors.dense, d_in,
         {factors.shift, factors.extra_grad, state.W, state.moments.exp_avg,
@@ -293,11 +299,10 @@ cudaError_t fused_update(const GradientFactors& factors, const RowState& state, 
         [&](const auto* dense, auto width) {
           using Dense = std::decay_t<decltype(*dense)>;
           constexpr int kWidth = decltype(width)::value;
-          constexpr MomentType kMoments = decltype(type)::value;
-          return launch(update_kernel<Dense, kWidth, kMoments>, factors.lists.latents,
-                        row_threads(d_in, kWidth), row_bytes(update_rows(kMoments), d_in), stream,
-                        factors.lists, dense, factors.shift, factors.extra_grad, d_in, state,
-                        cached, cache_slots, scalars, project, unit_norm);
+          return launch(update_kernel<Dense, kWidth, kRule, kMoments>, factors.lists.latents,
+                        row_threads(d_in, kWidth), row_bytes(kUpdateRows<kRule, kMoments>, d_in),
+                        stream, factors.lists, dense, factors.shift, factors.extra_grad, d_in,
+                        state, cached, cache_slots, scalars, project, unit_norm);
         });
   });
 }

@@ -2,9 +2,9 @@
 // shared memory only, never as a [F, D] array.
 #pragma once
 
-#include "kernels/common/adam.h"
 #include "kernels/common/chunks.h"
 #include "kernels/common/moments.h"
+#include "kernels/common/update_rule.h"
 #include "kernels/cuda/latent_sum.h"
 #include "kernels/cuda/types.h"
 
@@ -20,8 +20,8 @@ struct GradientFactors {
   int64_t d_in;
 };
 
-// The most columns that shared memory has room for, where the moments are of this type.
-cudaError_t row_update_max_d_in(MomentType moments, int64_t* d_in);
+// The most columns that shared memory has room for, where the moments of the rule are of this type.
+cudaError_t row_update_max_d_in(UpdateRule rule, MomentType moments, int64_t* d_in);
 
 // squared_norm = sum over j of |g_j|^2, g_j less its part along project_onto[j] where that is given
 // (unit rows); sums[j] of the coefficients; the rows that `cache` keeps and where (-1: nowhere).
@@ -44,12 +44,12 @@ struct RowState {
   float* stats;  // [2, F] or null: row_bounds of the rows and of what rounding took off them
 };
 
-// Per row: g_j, less its part along W[j] if `project`, times the scale; Adam; unit length if
-// `unit_norm`; the rounded copy and its stats. Nothing where the scale is not finite.
+// Per row: g_j, less its part along W[j] if `project`, times the scale; the rule's step; unit
+// length if `unit_norm`; the rounded copy and its stats. Nothing where the scale is not finite.
 cudaError_t fused_update(const GradientFactors& factors, const RowState& state,
                          const float* cached,         // [rows, D]
                          const int32_t* cache_slots,  // [F]
-                         const UpdateScalars* scalars, bool project, bool unit_norm,
-                         cudaStream_t stream);
+                         UpdateRule rule, const UpdateScalars* scalars, bool project,
+                         bool unit_norm, cudaStream_t stream);
 
 }  // namespace sae_fast::cuda

@@ -3,9 +3,9 @@
 // A row belongs to one thread and its sums run in entry order: bits do not depend on the threads.
 #include "kernels/cpu/isa/rows.h"
 
-#include "kernels/cpu/isa/adam.h"
 #include "kernels/cpu/isa/gather.h"
 #include "kernels/cpu/isa/pack.h"
+#include "kernels/cpu/isa/update_rule.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -160,6 +160,7 @@ void normalize_row(float* row, int64_t d_in) {
   for (; i < d_in; ++i) row[i] /= divisor;
 }
 
+template <UpdateRule kRule>
 void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
   const int64_t d_in = update.gradient.factor.d_in;
   const float* grad = nullptr;
@@ -169,7 +170,7 @@ void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
     if (slot < 0) gradient_row(update.gradient, latent, scratch);
   }
   float* weight = update.W + latent * d_in;
-  update_moments(update.scalars, grad, d_in, latent, update.moments, weight);
+  update_weights<kRule>(update.scalars, grad, d_in, latent, update.moments, weight);
   if (update.unit_norm) normalize_row(weight, d_in);
 }
 
@@ -250,24 +251,29 @@ bool fused_update(const cpu::RowUpdate& update, const cpu::Parallel& parallel) {
   // In whole panels, so that the padding of the last one is written too.
   const int64_t rows = update.gradient.lists.d_sae;
   const int64_t padded = update.encoder.packed != nullptr ? cpu::panels(rows) * kPanel : rows;
-  for_each_sixteen(padded, parallel, [&](int64_t thread, int64_t first, int64_t end) {
-    auto* own = scratch.as<float>(thread * bytes);
-    for (int64_t latent = first; latent < (end < rows ? end : rows); ++latent) {
-      update_row(update, latent, own);
-    }
-    refresh_copies(update.encoder, first, end < rows ? end : rows, own);
+  with_rule(update.rule, [&](auto rule) {
+    for_each_sixteen(padded, parallel, [&](int64_t thread, int64_t first, int64_t end) {
+      auto* own = scratch.as<float>(thread * bytes);
+      for (int64_t latent = first; latent < (end < rows ? end : rows); ++latent) {
+        update_row<decltype(rule)::value>(update, latent, own);
+      }
+      refresh_copies(update.encoder, first, end < rows ? end : rows, own);
+    });
   });
   return true;
 }
 
 void update_vector(const cpu::VectorUpdate& update, const cpu::Parallel& parallel) {
   constexpr int64_t kPart = 4096;
-  parallel.for_each((update.size + kPart - 1) / kPart, [&](int64_t part) {
-    const int64_t first = part * kPart;
-    const int64_t rest = update.size - first;
-    adam_row(*update.scalars, update.grad != nullptr ? update.grad + first : nullptr,
-             rest < kPart ? rest : kPart, update.w + first, update.exp_avg + first,
-             update.exp_avg_sq + first);
+  with_rule(update.rule, [&](auto rule) {
+    parallel.for_each((update.size + kPart - 1) / kPart, [&](int64_t part) {
+      const int64_t first = part * kPart;
+      const int64_t rest = update.size - first;
+      update_floats<decltype(rule)::value>(
+          *update.scalars, update.grad != nullptr ? update.grad + first : nullptr,
+          rest < kPart ? rest : kPart, update.w + first, update.exp_avg + first,
+          update.exp_avg_sq != nullptr ? update.exp_avg_sq + first : nullptr);
+    });
   });
 }
 

@@ -1,5 +1,5 @@
-// Adam on a weight row, whatever its moments are stored as: in 16 and 8 bits they are floats for as
-// long as a block of columns is in the first cache.
+// The step of a weight row, whatever the rule and whatever its moments are stored as: in 16 and 8
+// bits they are floats for as long as a block of columns is in the first cache.
 #pragma once
 
 #include "kernels/common/moments.h"
@@ -11,30 +11,88 @@ namespace sae_fast::SAE_FAST_ISA {
 typedef uint32_t VecUint __attribute__((vector_size(kLanes * 4)));
 static_assert(kMomentBlock % kLanes == 0, "blocks are read and written in whole vectors");
 
-// Adam on a row; `grad` null stands for zeros.
-inline void adam_row(const UpdateScalars& scalars, const float* grad, int64_t d_in, float* weight,
-                     float* exp_avg, float* exp_avg_sq) {
-  const AdamStep& adam = scalars.adam;
-  const Vec beta2 = broadcast(adam.beta2);
-  const Vec rest1 = broadcast(adam.one_minus_beta1);
-  const Vec rest2 = broadcast(adam.one_minus_beta2);
-  const Vec step = broadcast(adam.step_size);
-  const Vec correction = broadcast(1.0f / adam.sqrt_bias_correction2);
-  const Vec eps = broadcast(adam.eps);
-  const Vec decay = broadcast(adam.decay);
+// update_weight on whole vectors.
+template <UpdateRule kRule>
+class VecStep;
+
+template <>
+class VecStep<UpdateRule::kAdam> {
+ public:
+  explicit VecStep(const UpdateStep& step)
+      : beta2_(broadcast(step.beta2)),
+        rest1_(broadcast(step.one_minus_beta1)),
+        rest2_(broadcast(step.one_minus_beta2)),
+        step_(broadcast(step.step_size)),
+        correction_(broadcast(1.0f / step.sqrt_bias_correction2)),
+        eps_(broadcast(step.eps)),
+        decay_(broadcast(step.decay)) {}
+
+  Vec operator()(Vec weight, Vec grad, Vec& exp_avg, Vec& exp_avg_sq) const {
+    exp_avg = exp_avg + rest1_ * (grad - exp_avg);
+    exp_avg_sq = beta2_ * exp_avg_sq + rest2_ * (grad * grad);
+    const Vec denominator = vec_sqrt(exp_avg_sq) * correction_ + eps_;
+    return decay_ * weight - step_ * (exp_avg / denominator);
+  }
+
+ private:
+  Vec beta2_, rest1_, rest2_, step_, correction_, eps_, decay_;
+};
+
+template <>
+class VecStep<UpdateRule::kSgd> {
+ public:
+  explicit VecStep(const UpdateStep& step)
+      : beta1_(broadcast(step.beta1)),
+        grad_decay_(broadcast(step.grad_decay)),
+        step_(broadcast(step.step_size)) {}
+
+  Vec operator()(Vec weight, Vec grad, Vec& exp_avg, Vec& /*exp_avg_sq*/) const {
+    exp_avg = beta1_ * exp_avg + (grad + grad_decay_ * weight);
+    return weight - step_ * exp_avg;
+  }
+
+ private:
+  Vec beta1_, grad_decay_, step_;
+};
+
+template <>
+class VecStep<UpdateRule::kSignum> {
+ public:
+  explicit VecStep(const UpdateStep& step)
+      : rest1_(broadcast(step.one_minus_beta1)),
+        step_(broadcast(step.step_size)),
+        decay_(broadcast(step.decay)) {}
+
+  Vec operator()(Vec weight, Vec grad, Vec& exp_avg, Vec& /*exp_avg_sq*/) const {
+    exp_avg = exp_avg + rest1_ * (grad - exp_avg);
+    const Vec zero{};
+    return decay_ * weight - (exp_avg > zero ? step_ : exp_avg < zero ? -step_ : zero);
+  }
+
+ private:
+  Vec rest1_, step_, decay_;
+};
+
+// The step of `d_in` weights; `grad` null stands for zeros, exp_avg_sq is read where there is one.
+template <UpdateRule kRule>
+inline void update_floats(const UpdateScalars& scalars, const float* grad, int64_t d_in,
+                          float* weight, float* exp_avg, float* exp_avg_sq) {
+  const VecStep<kRule> step(scalars.step);
   int64_t i = 0;
   for (; i + kLanes <= d_in; i += kLanes) {
     const Vec g = grad != nullptr ? load(grad + i) * broadcast(scalars.grad_scale) : Vec{};
-    const Vec m = load(exp_avg + i) + rest1 * (g - load(exp_avg + i));
-    const Vec v = beta2 * load(exp_avg_sq + i) + rest2 * (g * g);
+    Vec m = load(exp_avg + i);
+    Vec v{};
+    if constexpr (has_exp_avg_sq(kRule)) v = load(exp_avg_sq + i);
+    store(weight + i, step(load(weight + i), g, m, v));
     store(exp_avg + i, m);
-    store(exp_avg_sq + i, v);
-    const Vec denominator = vec_sqrt(v) * correction + eps;
-    store(weight + i, decay * load(weight + i) - step * (m / denominator));
+    if constexpr (has_exp_avg_sq(kRule)) store(exp_avg_sq + i, v);
   }
+  float unused = 0.0f;
   for (; i < d_in; ++i) {
     const float g = grad != nullptr ? grad[i] * scalars.grad_scale : 0.0f;
-    weight[i] = adam_update(adam, weight[i], g, exp_avg[i], exp_avg_sq[i]);
+    float& v = has_exp_avg_sq(kRule) ? exp_avg_sq[i] : unused;
+    weight[i] = update_weight<kRule>(scalars.step, weight[i], g, exp_avg[i], v);
   }
 }
 
@@ -195,10 +253,10 @@ class BlockMoment {
   alignas(64) float floats_[kMomentBlock];
 };
 
-// Adam on row `latent`, block by block.
-template <class Format>
-inline void adam_blocks(const UpdateScalars& scalars, const float* grad, int64_t d_in,
-                        int64_t latent, const Moments& moments, float* weight) {
+// The step of row `latent`, block by block.
+template <UpdateRule kRule, class Format>
+inline void update_blocks(const UpdateScalars& scalars, const float* grad, int64_t d_in,
+                          int64_t latent, const Moments& moments, float* weight) {
   const uint32_t seed = moment_seed(*moments.step, latent);
   const int64_t blocks = moment_blocks(d_in);
   const bool scaled = moments.type == MomentType::kBlocks;
@@ -206,34 +264,41 @@ inline void adam_blocks(const UpdateScalars& scalars, const float* grad, int64_t
     const int64_t first = block * kMomentBlock;
     const int64_t size = d_in - first < kMomentBlock ? d_in - first : kMomentBlock;
     const int64_t place = latent * blocks + block;
+    const float* const own_grad = grad != nullptr ? grad + first : nullptr;
     BlockMoment<Format, ExpAvg> mean(moments.exp_avg, latent * d_in + first, size,
                                      scaled ? moments.exp_avg_scale + place : nullptr);
-    BlockMoment<Format, ExpAvgSq> square(moments.exp_avg_sq, latent * d_in + first, size,
-                                         scaled ? moments.exp_avg_sq_scale + place : nullptr);
-    adam_row(scalars, grad != nullptr ? grad + first : nullptr, size, weight + first, mean.floats(),
-             square.floats());
     alignas(64) uint32_t random[kMomentBlock];
     fill_random(seed, first, random);
+    if constexpr (has_exp_avg_sq(kRule)) {
+      BlockMoment<Format, ExpAvgSq> square(moments.exp_avg_sq, latent * d_in + first, size,
+                                           scaled ? moments.exp_avg_sq_scale + place : nullptr);
+      update_floats<kRule>(scalars, own_grad, size, weight + first, mean.floats(), square.floats());
+      square.put_back(random);
+    } else {
+      update_floats<kRule>(scalars, own_grad, size, weight + first, mean.floats(), nullptr);
+    }
     mean.put_back(random);
-    square.put_back(random);
   }
 }
 
-// Adam on row `latent` of the moments; weight [d_in] and grad [d_in] or null are the row's own.
-inline void update_moments(const UpdateScalars& scalars, const float* grad, int64_t d_in,
+// The step of row `latent`; weight [d_in] and grad [d_in] or null are the row's own.
+template <UpdateRule kRule>
+inline void update_weights(const UpdateScalars& scalars, const float* grad, int64_t d_in,
                            int64_t latent, const Moments& moments, float* weight) {
   switch (moments.type) {
     case MomentType::kFloat32: {
       const int64_t start = latent * d_in;
-      adam_row(scalars, grad, d_in, weight, static_cast<float*>(moments.exp_avg) + start,
-               static_cast<float*>(moments.exp_avg_sq) + start);
+      auto* const squares = static_cast<float*>(moments.exp_avg_sq);
+      update_floats<kRule>(scalars, grad, d_in, weight,
+                           static_cast<float*>(moments.exp_avg) + start,
+                           has_exp_avg_sq(kRule) ? squares + start : nullptr);
       return;
     }
     case MomentType::kBFloat16:
-      adam_blocks<MomentsIn16>(scalars, grad, d_in, latent, moments, weight);
+      update_blocks<kRule, MomentsIn16>(scalars, grad, d_in, latent, moments, weight);
       return;
     case MomentType::kBlocks:
-      adam_blocks<MomentsIn8>(scalars, grad, d_in, latent, moments, weight);
+      update_blocks<kRule, MomentsIn8>(scalars, grad, d_in, latent, moments, weight);
       return;
   }
 }
