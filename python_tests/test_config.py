@@ -278,6 +278,15 @@ BAD_TRAIN_VALUES = [
     ({"betas": (0.9,)}, "betas must be 2 values, each a finite number"),
     ({"eps": 0}, "eps must be greater than 0"),
     ({"weight_decay": -1}, "weight_decay must be at least 0"),
+    ({"weight_decay": 0.1}, "weight_decay = 0.1 needs optimizer = 'adamw'"),
+    (
+        {"optimizer": "lion"},
+        "optimizer must be one of 'adam', 'adamw', 'sgd', 'signum', got 'lion'",
+    ),
+    ({"momentum": 0.5}, "momentum = 0.5 needs optimizer = 'sgd' or 'signum'"),
+    ({"optimizer": "sgd", "momentum": 1}, "momentum must be from 0 to below 1, got 1"),
+    ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "betas and eps need optimizer = 'adam' or 'adamw'"),
+    ({"optimizer": "signum", "eps": 1e-6}, "betas and eps need optimizer = 'adam' or 'adamw'"),
     ({"grad_clip": -1}, "grad_clip must be at least 0"),
     ({"amp": "int8"}, "amp must be one of 'off', 'bf16', 'fp16', got 'int8'"),
     ({"seed": -1}, "seed must be at least 0"),
@@ -295,6 +304,21 @@ BAD_TRAIN_VALUES = [
 def test_bad_training_value_names_field_and_value(values, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**values)
+
+
+def test_weight_decay_of_a_file_that_names_no_optimizer_is_that_of_adamw():
+    assert TrainConfig.from_dict({"weight_decay": 0.1}).optimizer == "adamw"
+    assert TrainConfig.from_dict({"weight_decay": 0.0}).optimizer == "adam"
+    with pytest.raises(ValueError, match="needs optimizer = 'adamw'"):
+        TrainConfig.from_dict({"weight_decay": 0.1, "optimizer": "adam"})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("adam", 4e-4), ("adamw", 4e-4), ("signum", 2e-4), ("sgd", 0.1)]
+)
+def test_default_learning_rate_is_that_of_the_optimizer(optimizer, rate):
+    assert TrainConfig(optimizer=optimizer).peak_learning_rate(2**12) == pytest.approx(rate)
+    assert TrainConfig(optimizer=optimizer, lr=0.5).peak_learning_rate(2**12) == 0.5
 
 
 CONFIGS = [

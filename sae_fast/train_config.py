@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sae_fast.config_file import ConfigFile, with_aliases
 
@@ -64,7 +64,8 @@ class TrainConfig(ConfigFile):
     """Model to start from, a checkpoint or what save wrote; default: a new one."""
 
     learning_rate: float | None = None
-    """Peak learning rate, also accepted as lr; default: 2e-4 / sqrt(d_sae / 2**14)."""
+    """Peak learning rate, also accepted as lr; default: 2e-4 / sqrt(d_sae / 2**14) of adam, half of
+    that of signum, 0.1 of sgd."""
     warmup_steps: int | None = None
     """Linear rise of the learning rate; default: 5 % of the run. [steps]"""
     sparsity_warmup_steps: int | None = None
@@ -76,20 +77,25 @@ class TrainConfig(ConfigFile):
     """Length of this fall; default: 5 % of the run. [steps]"""
     decay_fraction: float = 0.2
     """Share of the run, at its end, in which the learning rate falls linearly. [share]"""
+    optimizer: Literal["adam", "adamw", "sgd", "signum"] = "adam"
+    """adamw: adam with weight decay; sgd: with momentum; signum: lr times a momentum's sign."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
     eps: float = 1e-8
     """Adam's term in the denominator."""
+    momentum: float | None = None
+    """What sgd and signum keep of their momentum from step to step; default: 0.9."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, per step and unit of learning rate."""
+    """Weight decay, per step and unit of learning rate: decoupled, but of sgd in the gradient."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """Adam's moments of the weights: 8, 4 or 2 bytes a weight; below fp32 rounded at random."""
+    """Moments of the weights, two of adam, one of sgd and signum: 4, 2 or 1 byte each; below fp32
+    rounded at random."""
     average_decay: float = 0.0
     """Decay of a moving average of the weights, evaluated and saved beside them; 0: none."""
     fused: bool = True
-    """Fused optimiser on factored gradients; false: dense gradients and torch.optim.AdamW."""
+    """Fused optimiser on factored gradients; false: dense gradients and an optimiser of torch."""
 
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Low-precision products and gathers, also accepted as use_amp; off: exact fp32 results."""
@@ -141,12 +147,47 @@ class TrainConfig(ConfigFile):
         self._require("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
         if not self.fused and self.optimizer_states != "fp32":
             raise ValueError(
-                "optimizer_states must be 'fp32' where fused is false: torch.optim.AdamW keeps no "
+                "optimizer_states must be 'fp32' where fused is false: optimisers of torch keep no "
                 f"others, got {self.optimizer_states!r}"
             )
+        self._check_optimizer()
         self._require("average_decay", 0 <= self.average_decay < 1, "from 0 to below 1")
         betas_hold = all(0 <= beta < 1 for beta in self.betas)
         self._require("betas", betas_hold, "two numbers from 0 to below 1")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """As `ConfigFile.from_dict`; values that name no optimizer may have a weight decay.
+
+        They were written before there was a choice, when adam's was that of adamw.
+        """
+        if "optimizer" not in values and values.get("weight_decay"):
+            values = {**values, "optimizer": "adamw"}
+        return super().from_dict(values)
+
+    def _check_optimizer(self) -> None:
+        momentum = self.momentum
+        self._require("momentum", momentum is None or 0 <= momentum < 1, "from 0 to below 1")
+        if self.optimizer in ("adam", "adamw"):
+            if momentum is not None:
+                raise ValueError(
+                    f"momentum = {momentum} needs optimizer = 'sgd' or 'signum'; that of "
+                    f"{self.optimizer!r} is in betas"
+                )
+        elif self.betas != TrainConfig.betas or self.eps != TrainConfig.eps:
+            raise ValueError(
+                f"betas and eps need optimizer = 'adam' or 'adamw'; {self.optimizer!r} has momentum"
+            )
+        if self.optimizer == "adam" and self.weight_decay > 0:
+            raise ValueError(
+                f"weight_decay = {self.weight_decay} needs optimizer = 'adamw', which decouples it "
+                "from the gradient, or 'sgd' or 'signum'; 'adam' has none"
+            )
+
+    @property
+    def kept_momentum(self) -> float:
+        """`momentum`, or its default."""
+        return 0.9 if self.momentum is None else self.momentum
 
     @property
     def precision(self) -> Literal["screened", "bf16", "fp16"]:
@@ -157,4 +198,7 @@ class TrainConfig(ConfigFile):
         """`learning_rate`, or its default for a dictionary of `d_sae` latents."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-4 / math.sqrt(d_sae / 2**14)
+        if self.optimizer == "sgd":  # whose clipped steps have a norm that d_sae does not change
+            return 0.1
+        at_16k = 1e-4 if self.optimizer == "signum" else 2e-4
+        return at_16k / math.sqrt(d_sae / 2**14)

@@ -1,10 +1,11 @@
-"""Both optimisers against torch.optim.AdamW with the steps around it, and against each other."""
+"""Both optimisers against those of torch with the steps around them, and against each other."""
 
 import copy
 
 import pytest
 import torch
-from plain_sae import PARAMETERS, dense_from_factor, make_batch, make_sae, plain_terms
+from plain_optimizer import PlainSteps
+from plain_sae import PARAMETERS, dense_from_factor, make_batch, make_sae
 
 from sae_fast.config import TrainConfig
 from sae_fast.training.optimizer import DenseAdam, RowAdam, make_optimizer
@@ -14,6 +15,7 @@ DEAD = (1, 3, 8, 9, 20, 21, 22, 30)
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
 # An eps above Adam's usual one: rounding in an entry near 0 must not be blown up to a full step.
 SETTINGS = {"eps": 1e-5, "weight_decay": 0.01, "grad_clip": 0.5}
+RULES = ("adam", "sgd", "signum")
 TERMS = {"l1_penalty_coeff": 0.1, "decorrelation_coeff": 0.5, "aux_k_coeff": 0.5}
 
 
@@ -24,30 +26,6 @@ def backward(sae, batches, dense_grad, loss_scale=1.0):
         (loss.total * (loss_scale / len(batches))).backward()
         codes.append(loss.code)
     return codes
-
-
-class PlainAdam:
-    """The five separate steps, in plain PyTorch on plain autograd."""
-
-    def __init__(self, sae, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, grad_clip=1.0):
-        self.sae, self.grad_clip = sae, grad_clip
-        self.parameters = [sae.get_parameter(name) for name in PARAMETERS]
-        self.adam = torch.optim.AdamW(
-            self.parameters, betas=betas, eps=eps, weight_decay=weight_decay
-        )
-
-    def step(self, lr, batches):
-        self.adam.zero_grad()
-        sum(sum(plain_terms(self.sae, x).values()) for x in batches).div(len(batches)).backward()
-        W_dec = self.sae.W_dec
-        with torch.no_grad():
-            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or torch.inf)
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        with torch.no_grad():
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
-        return norm
 
 
 def assert_same_parameters(first, second):
@@ -61,13 +39,15 @@ def assert_same_parameters(first, second):
 
 
 @pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_steps_equal_the_five_separate_steps_of_pytorch(kind, grad_clip, micro_batches):
+def test_steps_equal_the_five_separate_steps_of_pytorch(kind, rule, grad_clip, micro_batches):
     settings = {**SETTINGS, "grad_clip": grad_clip}
     sae = make_sae(dead=DEAD, **TERMS)
     other = copy.deepcopy(sae)
-    optimizer, plain = kind(sae, **settings), PlainAdam(other, **settings)
+    optimizer = kind(sae, rule=rule, **settings)
+    plain = PlainSteps(other, rule, **settings)
     for step in range(6):
         batches = [make_batch(sae, 20 + i, seed=10 * step + i) for i in range(micro_batches)]
         optimizer.zero_grad()
@@ -78,10 +58,12 @@ def test_steps_equal_the_five_separate_steps_of_pytorch(kind, grad_clip, micro_b
         assert_same_parameters(sae, other)
 
 
-def test_fused_and_dense_steps_give_the_same_parameters():
+@pytest.mark.parametrize("rule", RULES)
+def test_fused_and_dense_steps_give_the_same_parameters(rule):
     fused = make_sae(dead=DEAD, **TERMS)
     dense = copy.deepcopy(fused)
-    optimizers = RowAdam(fused, **SETTINGS), DenseAdam(dense, **SETTINGS)
+    settings = {"rule": rule, **SETTINGS}
+    optimizers = RowAdam(fused, **settings), DenseAdam(dense, **settings)
     for step in range(8):
         x = make_batch(fused, 40, seed=step)
         indices = []
@@ -138,11 +120,12 @@ def test_low_precision_step_is_close_to_the_exact_one(precision):
 
 
 @pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
-def test_scaled_loss_gives_the_same_step(kind):
+@pytest.mark.parametrize("rule", RULES)
+def test_scaled_loss_gives_the_same_step(kind, rule):
     saes = [make_sae(dead=DEAD, **TERMS) for _ in range(2)]
     norms = []
     for sae, loss_scale in zip(saes, (1.0, 1024.0), strict=True):
-        optimizer = kind(sae, **SETTINGS)
+        optimizer = kind(sae, rule=rule, **SETTINGS)
         backward(sae, [make_batch(sae)], kind.dense_grad, loss_scale)
         norms.append(optimizer.step(1e-2, loss_scale))
     torch.testing.assert_close(*norms)
@@ -203,9 +186,10 @@ def test_zero_grad_drops_gradients_and_factors(kind):
 
 
 @pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
-def test_step_without_gradients_moves_by_momentum_alone(kind):
+@pytest.mark.parametrize("rule", RULES)
+def test_step_without_gradients_moves_by_momentum_alone(kind, rule):
     sae = make_sae()
-    optimizer = kind(sae)
+    optimizer = kind(sae, rule=rule)
     backward(sae, [make_batch(sae)], kind.dense_grad)
     optimizer.step(1e-2)
     before = sae.b_enc.detach().clone()
@@ -218,15 +202,17 @@ def test_step_without_gradients_moves_by_momentum_alone(kind):
 @pytest.mark.parametrize(
     ("saver", "loader"), [(RowAdam, RowAdam), (DenseAdam, DenseAdam), (RowAdam, DenseAdam)]
 )
-def test_steps_go_on_from_a_saved_state(saver, loader):
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_go_on_from_a_saved_state(saver, loader, rule):
     sae = make_sae(dead=DEAD, **TERMS)
-    optimizer = saver(sae, **SETTINGS)
+    settings = {"rule": rule, **SETTINGS}
+    optimizer = saver(sae, **settings)
     for step in range(3):
         optimizer.zero_grad()
         backward(sae, [make_batch(sae, seed=step)], saver.dense_grad)
         optimizer.step(1e-2)
     resumed_sae = copy.deepcopy(sae)
-    resumed = loader(resumed_sae, **SETTINGS)
+    resumed = loader(resumed_sae, **settings)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for one in (optimizer, resumed):
         one.zero_grad()
@@ -288,10 +274,10 @@ def test_b_dec_moved_before_the_step_does_not_disturb_the_encoder_factors():
 
 @pytest.mark.parametrize(("fused", "kind"), [(True, RowAdam), (False, DenseAdam)])
 def test_optimizer_is_made_as_configured(fused, kind):
-    config = TrainConfig(
-        fused=fused, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1, grad_clip=2.0, amp="bf16"
-    )
+    adam = {"optimizer": "adamw", "betas": (0.8, 0.9), "eps": 1e-6}
+    config = TrainConfig(fused=fused, weight_decay=0.1, grad_clip=2.0, amp="bf16", **adam)
     optimizer = make_optimizer(make_sae(), config)
     assert type(optimizer) is kind
+    assert optimizer.rule == "adam"
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.8, 0.9), 1e-6, 0.1)
     assert (optimizer.grad_clip, optimizer.precision) == (2.0, "bf16")

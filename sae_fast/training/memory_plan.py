@@ -153,12 +153,13 @@ def _extra_parameters(sae: SAEConfig) -> int:
 
 
 def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
-    """Both moments: of the weights as they are kept, with their scales, of the biases in fp32."""
+    """The moments: of the weights as they are kept, with their scales, of the biases in fp32."""
+    moments = 2 if train.optimizer in ("adam", "adamw") else 1
     a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
     scales = moment_blocks(sae.d_in) if train.optimizer_states == "8bit" else 0
     rows = 2 * sae.d_sae * (sae.d_in * a_number + scales * _FLOAT)
     probe = _extra_parameters(sae)
-    return 2 * (rows + (sae.d_sae + sae.d_in + probe) * _FLOAT)
+    return moments * (rows + (sae.d_sae + sae.d_in + probe) * _FLOAT)
 
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:

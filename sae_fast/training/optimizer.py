@@ -1,7 +1,8 @@
-"""AdamW for a sparse autoencoder: global clip, W_dec's gradient projected, its rows of unit norm.
+"""Optimisers for a sparse autoencoder: AdamW, SGD with momentum, Signum; and what goes around them:
+a global clip, W_dec's gradient projected, its rows of unit norm.
 
 `RowAdam` consumes the factors of `training_loss(dense_grad=False)`: there is no dense gradient.
-`DenseAdam` does the same with torch.optim.AdamW on `.grad`. From equal codes both give the same
+`DenseAdam` does the same with an optimiser of torch on `.grad`. From equal codes both give the same
 parameters to fp32 rounding.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +22,11 @@ from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.config import TrainConfig
 from sae_fast.ops.moments import moment_blocks
 from sae_fast.training.row_factors import MergedFactors, merge_row_factors, row_factors
+from sae_fast.training.signum import Signum
 
 ROWS = ("W_enc", "W_dec")
+# What a saved state calls exp_avg: torch's names, so that no rule takes over what another one left.
+FIRST_MOMENTS = {"adam": "exp_avg", "sgd": "momentum_buffer", "signum": "exp_avg"}
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 STEP = "step"
 _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
@@ -32,7 +37,9 @@ def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimiz
     kind = RowAdam if config.fused else DenseAdam
     return kind(
         sae,
+        rule="adam" if config.optimizer == "adamw" else config.optimizer,
         betas=config.betas,
+        momentum=config.kept_momentum,
         eps=config.eps,
         weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
@@ -43,13 +50,17 @@ def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimiz
 
 
 class SparseOptimizer(ABC):
-    """What both optimisers share: one step is project, clip, AdamW, unit norm.
+    """What both optimisers share: one step is project, clip, the step of the rule, unit norm.
+
+    "adam" steps as torch.optim.AdamW, "sgd" as torch.optim.SGD with momentum, "signum" as `Signum`.
 
     Args:
         sae: the model; its parameters are updated in place.
-        betas: decay rates of the first and second moment.
-        eps: added to the denominator.
-        weight_decay: decoupled, as in torch.optim.AdamW.
+        rule: "adam", "sgd" or "signum".
+        betas: adam's decay rates of the first and second moment.
+        momentum: what sgd and signum keep of theirs.
+        eps: added to adam's denominator.
+        weight_decay: decoupled, but of sgd, where it is a part of the gradient.
         grad_clip: largest global norm, taken after W_dec's gradient is projected; 0: no clipping.
         precision: mode of the encoder whose working copy is kept up to date.
         skip_overflow: whether a gradient that is not finite is left out, as loss scaling wants it,
@@ -57,7 +68,8 @@ class SparseOptimizer(ABC):
         states: what the moments of the weight rows are kept as, "fp32", "bf16" or "8bit".
 
     Attributes:
-        exp_avg, exp_avg_sq: the moments of every parameter.
+        exp_avg: the first moment, or the momentum, of every parameter.
+        exp_avg_sq: adam's second moment of every parameter; the other rules have none.
         exp_avg_scale, exp_avg_sq_scale: of W_enc and W_dec [F, ceil(D / 256)], where they are 8bit.
         step_count: 0-d int64 on the model's device, the updates made.
         halted: 0-d int64 there, their number when a gradient was not finite; -1: none was.
@@ -69,7 +81,9 @@ class SparseOptimizer(ABC):
         self,
         sae: SparseAutoencoder,
         *,
+        rule: str = "adam",
         betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         grad_clip: float = 1.0,
@@ -77,8 +91,12 @@ class SparseOptimizer(ABC):
         skip_overflow: bool = False,
         states: str = "fp32",
     ):
+        if rule not in FIRST_MOMENTS:
+            raise ValueError(f"rule must be one of {', '.join(FIRST_MOMENTS)}, got {rule!r}")
         self.sae = sae
+        self.rule = rule
         self.betas = betas
+        self.momentum = momentum
         self.eps = eps
         self.weight_decay = weight_decay
         self.grad_clip = grad_clip
@@ -94,10 +112,11 @@ class SparseOptimizer(ABC):
         self.rows = tuple(name for name in ROWS if name in self.names)  # both or none
         self.rate_shares = sae.architecture.learning_rates()
         self.exp_avg = {name: self._new_moment(name) for name in self.names}
-        self.exp_avg_sq = {name: self._new_moment(name) for name in self.names}
         scaled = self.rows if states == "8bit" else ()
         self.exp_avg_scale = {name: self._new_scale(name) for name in scaled}
-        self.exp_avg_sq_scale = {name: self._new_scale(name) for name in scaled}
+        has_squares = rule == "adam"
+        self.exp_avg_sq = {name: self._new_moment(name) for name in self.names if has_squares}
+        self.exp_avg_sq_scale = {name: self._new_scale(name) for name in scaled if has_squares}
 
     @abstractmethod
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
@@ -116,13 +135,16 @@ class SparseOptimizer(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step count and moments under flat names, the same for both classes; not copies."""
+        first = FIRST_MOMENTS[self.rule]
+        kinds = {
+            first: self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            f"{first}_scale": self.exp_avg_scale,
+            "exp_avg_sq_scale": self.exp_avg_sq_scale,
+        }
         state = {STEP: self.step_count}
-        for name in self.names:
-            state[f"{name}.exp_avg"] = self.exp_avg[name]
-            state[f"{name}.exp_avg_sq"] = self.exp_avg_sq[name]
-        for name in self.exp_avg_scale:
-            state[f"{name}.exp_avg_scale"] = self.exp_avg_scale[name]
-            state[f"{name}.exp_avg_sq_scale"] = self.exp_avg_sq_scale[name]
+        for kind, tensors in kinds.items():
+            state |= {f"{name}.{kind}": tensor for name, tensor in tensors.items()}
         return state
 
     @torch.no_grad()
@@ -144,13 +166,19 @@ class SparseOptimizer(ABC):
         return self.sae.get_parameter(name)
 
     def _check_states(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the moments of the rows are kept in another way."""
+        """Raises ValueError where the moments are another rule's, or the rows' kept otherwise."""
+        theirs = _rule_of(state)
+        if theirs not in (None, self.rule):
+            raise ValueError(
+                f"optimiser state: is of a run with optimizer = {theirs}, this one has {self.rule}"
+            )
         kept_as = {dtype: states for states, dtype in STATE_DTYPES.items()}
+        first = FIRST_MOMENTS[self.rule]
         for name in self.rows:
-            moment = state.get(f"{name}.exp_avg", self.exp_avg[name])
+            moment = state.get(f"{name}.{first}", self.exp_avg[name])
             if moment.dtype != self.exp_avg[name].dtype:
                 raise ValueError(
-                    f"optimiser state: {name}.exp_avg is of a run with optimizer_states = "
+                    f"optimiser state: {name}.{first} is of a run with optimizer_states = "
                     f"{kept_as.get(moment.dtype, moment.dtype)}, this one has {self.states}"
                 )
 
@@ -161,6 +189,15 @@ class SparseOptimizer(ABC):
     def _new_scale(self, name: str) -> Tensor:
         d_sae, d_in = self._parameter(name).shape
         return torch.zeros(d_sae, moment_blocks(d_in), device=self.device)
+
+
+def _rule_of(state: dict[str, Tensor]) -> str | None:
+    """The rule whose `state_dict` this is; None: no optimiser's."""
+    if f"{ROWS[0]}.{FIRST_MOMENTS['sgd']}" in state:
+        return "sgd"
+    if f"{ROWS[0]}.exp_avg_sq" in state:
+        return "adam"
+    return "signum" if f"{ROWS[0]}.exp_avg" in state else None
 
 
 @dataclass(frozen=True)
@@ -176,7 +213,7 @@ class _RowGradient:
 
 
 class RowAdam(SparseOptimizer):
-    """AdamW on row factors: everything from clip to unit norm in one pass over the rows."""
+    """The step on row factors: everything from clip to unit norm in one pass over the rows."""
 
     dense_grad = False
 
@@ -197,8 +234,9 @@ class RowAdam(SparseOptimizer):
             self._scalar(loss_scale, torch.float32),
             self.step_count,
             self.halted,
+            rule=self.rule,
             grad_clip=self.grad_clip,
-            beta1=self.betas[0],
+            beta1=self.betas[0] if self.rule == "adam" else self.momentum,
             beta2=self.betas[1],
             eps=self.eps,
             weight_decay=self.weight_decay,
@@ -247,7 +285,7 @@ class RowAdam(SparseOptimizer):
         ops.fused_update_(
             W,
             self.exp_avg[name],
-            self.exp_avg_sq[name],
+            self.exp_avg_sq.get(name),
             grad.factors.latent_offsets,
             grad.factors.rows,
             grad.factors.coefficients,
@@ -258,6 +296,7 @@ class RowAdam(SparseOptimizer):
             grad.cached,
             grad.cache_slots,
             scalars,
+            rule=self.rule,
             project=unit_norm,
             unit_norm=unit_norm,
             precision=self.precision,
@@ -270,8 +309,8 @@ class RowAdam(SparseOptimizer):
         vector = self._parameter(name)
         if (share := self.rate_shares.get(name)) is not None:
             scalars = _with_rate_share(scalars, share)
-        moments = self.exp_avg[name], self.exp_avg_sq[name]
-        ops.update_vector_(vector, *moments, vector.grad, scalars)
+        moments = self.exp_avg[name], self.exp_avg_sq.get(name)
+        ops.update_vector_(vector, *moments, vector.grad, scalars, rule=self.rule)
 
 
 def _with_rate_share(scalars: Tensor, share: float) -> Tensor:
@@ -283,45 +322,34 @@ def _with_rate_share(scalars: Tensor, share: float) -> Tensor:
 
 
 class DenseAdam(SparseOptimizer):
-    """torch.optim.AdamW on dense gradients, with the projection, clip and unit norm around it.
+    """An optimiser of torch on dense gradients, with projection, clip and unit norm around it.
 
     Its step reads the gradient's norm, and so waits for the device.
     """
 
     dense_grad = True
 
-    def __init__(
-        self,
-        sae: SparseAutoencoder,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        grad_clip: float = 1.0,
-        precision: str = "screened",
-        skip_overflow: bool = False,
-        states: str = "fp32",
-    ):
+    def __init__(self, sae: SparseAutoencoder, *, states: str = "fp32", **settings: Any) -> None:
         if states != "fp32":
-            raise ValueError(f"states must be 'fp32' for torch.optim.AdamW, got {states!r}")
-        super().__init__(
-            sae,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            grad_clip=grad_clip,
-            precision=precision,
-            skip_overflow=skip_overflow,
-        )
+            raise ValueError(f"states must be 'fp32' for dense gradients, got {states!r}")
+        super().__init__(sae, states=states, **settings)
         parameters = [self._parameter(name) for name in self.names]
-        groups = [{"params": [parameter]} for parameter in parameters]
-        self.adam = torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.torch_optimizer = self._torch_optimizer(parameters)
         for name, parameter in zip(self.names, parameters, strict=True):
-            self.adam.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": self.exp_avg[name],
-                "exp_avg_sq": self.exp_avg_sq[name],
-            }
+            state = {FIRST_MOMENTS[self.rule]: self.exp_avg[name]}
+            if self.rule == "adam":
+                state |= {"step": torch.zeros(()), "exp_avg_sq": self.exp_avg_sq[name]}
+            self.torch_optimizer.state[parameter] = state
+
+    def _torch_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """That of the rule; every parameter is a group, whose learning rate a step sets."""
+        groups = [{"params": [parameter]} for parameter in parameters]
+        decay = self.weight_decay
+        if self.rule == "adam":
+            return torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, weight_decay=decay)
+        if self.rule == "sgd":
+            return torch.optim.SGD(groups, momentum=self.momentum, weight_decay=decay)
+        return Signum(groups, lr=0.0, momentum=self.momentum, weight_decay=decay)
 
     @torch.no_grad()
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
@@ -347,9 +375,9 @@ class DenseAdam(SparseOptimizer):
                 assert parameter.grad is not None
                 parameter.grad.mul_(factor)
         self.step_count += 1
-        for name, group in zip(self.names, self.adam.param_groups, strict=True):
+        for name, group in zip(self.names, self.torch_optimizer.param_groups, strict=True):
             group["lr"] = float(lr) * self.rate_shares.get(name, 1.0)
-        self.adam.step()
+        self.torch_optimizer.step()
         if unit_norm:
             ops.normalize_rows_(W_dec)
         return norm
@@ -358,5 +386,6 @@ class DenseAdam(SparseOptimizer):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """See `SparseOptimizer.load_state_dict`."""
         super().load_state_dict(state)
-        for values in self.adam.state.values():
-            values["step"].copy_(self.step_count)
+        for values in self.torch_optimizer.state.values():
+            if "step" in values:
+                values["step"].copy_(self.step_count)
