@@ -11,8 +11,11 @@ from torch import Tensor
 from benchmarks.support.kernel_setting import Case, Setting
 from sae_fast.ops.moments import moment_blocks
 from sae_fast.training.optimizer import STATE_DTYPES
+from sae_fast.training.signum import Signum
 
-LEARNING_RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.999), 1e-8, 1.0
+# Such that a step moves the weights by more than their rounding.
+LEARNING_RATES = {"adam": 1e-3, "sgd": 1.0, "signum": 1e-3}
+BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0
 
 
 def gradient_cases(s: Setting) -> Iterator[Case]:
@@ -59,16 +62,19 @@ def gradient_cases(s: Setting) -> Iterator[Case]:
         lambda: (order()[1], torch_order()[: order()[1].numel()]),
     )
     for states in STATE_DTYPES:
-        yield update_case(s, order, torch_rows, states)
+        yield update_case(s, order, torch_rows, "adam", states)
+    for rule in ("sgd", "signum"):
+        yield update_case(s, order, torch_rows, rule, "fp32")
 
 
 def update_case(
     s: Setting,
     order: Callable[[], tuple[Tensor, Tensor, Tensor]],
     torch_rows: Callable[[], Tensor],
+    rule: str,
     states: str,
 ) -> Case:
-    """Norm, clip, projection, Adam, unit rows of W_dec: ours in two passes without a gradient.
+    """Norm, clip, projection, step, unit rows of W_dec: ours in two passes without a gradient.
 
     PyTorch's moments are float32 whatever ours are.
     """
@@ -76,7 +82,7 @@ def update_case(
     latent_offsets, entries, tokens = order()
     coefficients = s.code[0].flatten()[entries.long()]
 
-    rate, one = torch.tensor(LEARNING_RATE, dtype=torch.float64), torch.tensor(1.0)
+    rate, one = torch.tensor(LEARNING_RATES[rule], dtype=torch.float64), torch.tensor(1.0)
     steps, halted = torch.tensor(0), torch.tensor(-1)
 
     def update(W: Tensor, moments: list[Tensor | None]) -> Tensor:
@@ -84,51 +90,65 @@ def update_case(
             latent_offsets, tokens, coefficients, s.x, None, W, None
         )
         _, scalars = s.ops.update_scalars(
-            *(squared, rate, one, steps.zero_(), halted, "adam", CLIP, *BETAS, EPS, 0.0, False)
+            *(squared, rate, one, steps.zero_(), halted, rule, CLIP, *BETAS, EPS, 0.0, False)
         )
         s.ops.fused_update_(
             *(W, *moments, latent_offsets, tokens, coefficients, s.x, None, None),
             *(sums, cached, slots, scalars, steps),
-            *("adam", True, True, None, None, None, "fp32"),
+            *(rule, True, True, None, None, None, "fp32"),
         )
         return W
 
-    def fresh() -> tuple[Tensor, list[Tensor | None]]:
-        moments = [torch.zeros_like(W_dec, dtype=STATE_DTYPES[states]) for _ in range(2)]
-        blocks = (size.d_sae, moment_blocks(size.d_in))
-        scales = [W_dec.new_zeros(blocks) if states == "8bit" else None for _ in range(2)]
-        return W_dec.clone(), [*moments, *scales]
+    count = 2 if rule == "adam" else 1
 
-    def torch_fresh() -> tuple[torch.nn.Parameter, torch.optim.Adam]:
+    def fresh() -> tuple[Tensor, list[Tensor | None]]:
+        moments = [torch.zeros_like(W_dec, dtype=STATE_DTYPES[states]) for _ in range(count)]
+        blocks = (size.d_sae, moment_blocks(size.d_in))
+        scales = [W_dec.new_zeros(blocks) if states == "8bit" else None for _ in range(count)]
+        none = [None] * (2 - count)
+        return W_dec.clone(), [*moments, *none, *scales, *none]
+
+    def torch_fresh() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
         W = torch.nn.Parameter(W_dec.clone())
-        return W, torch.optim.Adam([W], lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+        return W, torch_optimizer(rule, W)
 
     ours, theirs = fresh(), torch_fresh()
     gathered = size.entries * size.d_in * 4 / s.rates.gather_tokens
-    bytes_moved = 8 + 4 * STATE_DTYPES[states].itemsize  # W and both moments, read and written
+    bytes_moved = 8 + 2 * count * STATE_DTYPES[states].itemsize  # W, moments: read and written
     kept = "" if states == "fp32" else f", {states} states"
+    kept = kept if rule == "adam" else f", {rule}"
     return Case(
         f"row_gradient_norm + fused_update_ (W_dec{kept})",
         lambda: update(*ours),
         lambda: torch_update(torch_rows(), *theirs),
         gathered + bytes_moved * size.d_sae * size.d_in / s.rates.stream,
-        "N·K rows gathered once, W and both moments read and written",
+        "N·K rows gathered once, W and moments read and written",
         lambda: (
             update(*fresh()) - W_dec,
             torch_update(torch_rows(), *torch_fresh()) - W_dec,
         ),
-        # Adam's first step is ±lr: a gradient that cancels to 0 may come out on either side.
-        tolerance=2.1,
+        # A first step of ±lr: where a gradient cancels to 0 it may come out on either side.
+        tolerance=1e-3 if rule == "sgd" else 2.1,
     )
 
 
+def torch_optimizer(rule: str, W: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """The fastest that PyTorch has of the rule."""
+    rate = LEARNING_RATES[rule]
+    if rule == "sgd":
+        return torch.optim.SGD([W], lr=rate, momentum=BETAS[0], fused=True)
+    if rule == "signum":
+        return Signum([W], lr=rate, momentum=BETAS[0], weight_decay=0.0)
+    return torch.optim.Adam([W], lr=rate, betas=BETAS, eps=EPS, fused=True)
+
+
 @torch.no_grad()
-def torch_update(grad: Tensor, W: torch.nn.Parameter, adam: torch.optim.Adam) -> Tensor:
+def torch_update(grad: Tensor, W: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
     """The same in PyTorch, from the dense gradient."""
     grad -= (grad * W).sum(1, keepdim=True) * W
     W.grad = grad
     torch.nn.utils.clip_grad_norm_([W], CLIP)
-    adam.step()
+    optimizer.step()
     W.div_(W.norm(dim=1, keepdim=True).clamp_min(1e-12))
     return W.detach()
 
