@@ -114,6 +114,7 @@ PRESETS = {
         train={
             "batch_size": 64,
             "learning_rate": 1e-3,
+            "optimizer": "adamw",
             "weight_decay": 0.01,
             "warmup_steps": 0,
             "sparsity_warmup_steps": 0,
