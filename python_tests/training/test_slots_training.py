@@ -136,6 +136,7 @@ def test_separate_value_trains_the_heads_of_a_given_model_alone(shards, tmp_path
         slots(slots_mode="separate_value"),
         checkpoint_dir=str(run),
         start_from=str(run / "feature_activation" / "sae_final"),
+        optimizer="adamw",
         weight_decay=0.1,
         fused=fused,
     )
