@@ -19,6 +19,8 @@ def make_sae(seed=0, *, dtype=torch.float32, dead=(), **fields):
         sae.W_enc.add_(0.3 * torch.randn(sae.W_enc.shape, generator=generator))
         sae.b_enc.copy_(0.2 * torch.randn(sae.b_enc.shape, generator=generator))
         sae.b_dec.copy_(0.2 * torch.randn(sae.b_dec.shape, generator=generator))
+        if sae.config.skip_connection:
+            sae.W_skip.copy_(0.2 * torch.randn(sae.W_skip.shape, generator=generator))
     sae.tokens_since_fired[list(dead)] = 1000
     return sae.to(dtype)
 
@@ -28,10 +30,30 @@ def make_batch(sae, n_tokens=30, seed=1):
     return torch.randn(n_tokens, sae.config.d_in, generator=generator).to(sae.W_enc.dtype)
 
 
+def make_targets(sae, n_tokens=30, seed=2):
+    """What a transcoder is to predict of `make_batch`; None for another model."""
+    if not sae.config.transcoder:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n_tokens, sae.config.d_out, generator=generator).to(sae.W_enc.dtype)
+
+
+def input_bias(sae):
+    """What is subtracted from x."""
+    return torch.zeros_like(sae.W_enc[0]) if sae.config.transcoder else sae.b_dec
+
+
+def goal(sae, x, targets):
+    """What the code of x models."""
+    if not sae.config.transcoder:
+        return x
+    return targets - x @ sae.W_skip.t() if sae.config.skip_connection else targets
+
+
 def plain_acts(sae, x):
     """The dense code of a model that selects the k largest."""
     config = sae.config
-    pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     if config.arch in ("batch_topk", "matryoshka"):
         values, places = pre_acts.flatten().topk(config.k * len(x))
         acts = torch.zeros_like(pre_acts).flatten().scatter(0, places, values.relu())
@@ -39,15 +61,16 @@ def plain_acts(sae, x):
     return _plain_selection(pre_acts, config.k, config.activation)
 
 
-def plain_terms(sae, x):
+def plain_terms(sae, x, targets=None):
     """The loss terms, each with its coefficient, of a model that selects the k largest."""
     config = sae.config
-    pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     acts = plain_acts(sae, x)
-    error = x - (acts @ sae.W_dec + sae.b_dec)
+    target = goal(sae, x, targets)
+    error = target - (acts @ sae.W_dec + sae.b_dec)
     recon_loss = error.square().sum(1).mean()
     if config.arch == "matryoshka":
-        recon_loss = _plain_prefixes(sae, x, acts)
+        recon_loss = _plain_prefixes(sae, target, acts)
     terms = {
         "recon_loss": config.reconstruction_coeff * recon_loss,
         "l1_loss": config.l1_penalty_coeff * acts.abs().sum(1).mean(),
@@ -57,7 +80,7 @@ def plain_terms(sae, x):
     if config.multi_topk:
         width = min(4 * config.k, config.d_sae)
         x_hat = _plain_selection(pre_acts, width, config.activation) @ sae.W_dec + sae.b_dec
-        multi_topk_loss = (x - x_hat).square().sum(1).mean()
+        multi_topk_loss = (target - x_hat).square().sum(1).mean()
         terms["multi_topk_loss"] = config.multi_topk_coeff * multi_topk_loss
     return terms
 
@@ -93,23 +116,23 @@ def _plain_decorrelation(sae):
     return total if config.decorrelation == "gram_sum" else total / n_pairs
 
 
-def _plain_prefixes(sae, x, acts):
+def _plain_prefixes(sae, target, acts):
     """The squared errors of all prefixes, one reconstruction after the other."""
     total = 0.0
     weights = sae.config.matryoshka_weights
     for size, weight in zip(sae.config.matryoshka_prefixes, weights, strict=True):
         x_hat = acts[:, :size] @ sae.W_dec[:size] + sae.b_dec
-        total = total + weight * (x - x_hat).square().sum(1).mean()
+        total = total + weight * (target - x_hat).square().sum(1).mean()
     return total
 
 
 def _plain_aux_k(sae, x, error):
     dead = sae.tokens_since_fired >= sae.config.dead_after_tokens
     n_dead = int(dead.sum())
-    full_k_aux = sae.config.aux_k or max(sae.config.d_in // 2, 1)
+    full_k_aux = sae.config.aux_k or max(sae.config.target_width // 2, 1)
     if n_dead == 0:
         return x.new_zeros(())
-    pre_acts = (x - sae.b_dec.detach()) @ sae.W_enc.t() + sae.b_enc
+    pre_acts = (x - input_bias(sae).detach()) @ sae.W_enc.t() + sae.b_enc
     signed = sae.config.activation == "abs_topk"
     scores = pre_acts.abs() if signed else pre_acts
     indices = scores.masked_fill(~dead, -torch.inf).topk(min(full_k_aux, n_dead), dim=1).indices
@@ -119,13 +142,13 @@ def _plain_aux_k(sae, x, error):
     return missed / (error - error.mean(0)).square().sum() * min(n_dead / full_k_aux, 1.0)
 
 
-def plain_gradients(sae, x, term=None):
+def plain_gradients(sae, x, term=None, targets=None):
     """The gradient of the loss, or of one of its terms, for every parameter, by autograd."""
-    terms = plain_terms(sae, x)
+    terms = plain_terms(sae, x, targets)
     loss = sum(terms.values()) if term is None else terms[term]
-    parameters = [sae.get_parameter(name) for name in PARAMETERS]
+    names, parameters = zip(*sae.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(PARAMETERS, gradients, strict=True))
+    return dict(zip(names, gradients, strict=True))
 
 
 def left_gradients(sae):

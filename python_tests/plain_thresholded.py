@@ -1,6 +1,7 @@
 """The losses of relu, jumprelu and gated written again in plain dense PyTorch."""
 
 import torch
+from plain_sae import goal, input_bias
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
@@ -36,20 +37,20 @@ def plain_code(sae, x):
 
 
 def pre_activations(sae, x):
-    return (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    return (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
 
 
-def plain_terms(sae, x):
+def plain_terms(sae, x, targets=None):
     """The loss terms of a model, each with its coefficient."""
-    acts = plain_code(sae, x)
-    error = x - (acts @ sae.W_dec + sae.b_dec)
-    own = _TERMS[sae.config.arch](sae, x, acts)
+    acts, target = plain_code(sae, x), goal(sae, x, targets)
+    error = target - (acts @ sae.W_dec + sae.b_dec)
+    own = _TERMS[sae.config.arch](sae, x, acts, target)
     return {"recon_loss": sae.config.reconstruction_coeff * _mean_square(error), **own}
 
 
-def plain_gradients(sae, x, term=None):
+def plain_gradients(sae, x, term=None, targets=None):
     """The gradient of the loss, or of one of its terms, for every parameter, by autograd."""
-    terms = plain_terms(sae, x)
+    terms = plain_terms(sae, x, targets)
     loss = sum(terms.values()) if term is None else terms[term]
     names, parameters = zip(*sae.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -105,7 +106,7 @@ def _estimate(sae):
     return sae.threshold, sae.config.jumprelu_bandwidth, sae.config.jumprelu_ste_to_input
 
 
-def _jumprelu_terms(sae, x, acts):
+def _jumprelu_terms(sae, x, acts, target):
     config, pre_acts = sae.config, pre_activations(sae, x)
     l0 = _PlainStep.apply(pre_acts, *_estimate(sae)).sum(1).mean()
     penalty = {
@@ -114,7 +115,7 @@ def _jumprelu_terms(sae, x, acts):
         "tanh": lambda: (config.jumprelu_tanh_scale * acts * _row_norms(sae)).tanh().sum(1).mean(),
     }[config.sparsity_penalty]()
     dead = sae.tokens_since_fired >= config.dead_after_tokens
-    pre_acts = (x - sae.b_dec.detach()) @ sae.W_enc.t() + sae.b_enc
+    pre_acts = (x - input_bias(sae).detach()) @ sae.W_enc.t() + sae.b_enc
     missing = (sae.threshold - pre_acts).relu() * dead * _row_norms(sae)
     return {
         "sparsity_loss": config.sparsity_penalty_coeff * penalty,
@@ -122,7 +123,7 @@ def _jumprelu_terms(sae, x, acts):
     }
 
 
-def _relu_terms(sae, x, acts):
+def _relu_terms(sae, x, acts, target):
     p = sae.config.sparsity_norm_p
     amounts = acts * _row_norms(sae)
     if p != 1:
@@ -135,11 +136,14 @@ def _gated_code(sae, gate):
     return (gate > 0) * magnitudes
 
 
-def _gated_terms(sae, x, acts):
+def _gated_terms(sae, x, acts, target):
     gate = pre_activations(sae, x).relu()
     l1 = (gate * _row_norms(sae)).sum(1).mean()
     by_gate = gate @ sae.W_dec.detach() + sae.b_dec.detach()
-    return {"l1_loss": sae.config.l1_penalty_coeff * l1, "aux_loss": _mean_square(x - by_gate)}
+    return {
+        "l1_loss": sae.config.l1_penalty_coeff * l1,
+        "aux_loss": _mean_square(target.detach() - by_gate),
+    }
 
 
 _CODES = {

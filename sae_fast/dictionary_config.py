@@ -72,7 +72,8 @@ _POSITIVE = (
 class DictionaryConfig(ConfigFile):
     """Architecture, sizes, unsupervised terms of the loss, normalisation and initialisation.
 
-    `d_in=0` leaves the sizes open until the data are known (`with_d_in`); a model needs them.
+    `d_in=0` leaves the sizes open until the data are known (`with_d_in`); a model needs them. So
+    does `d_out=0` with a transcoder.
     """
 
     arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "slots"] = "topk"
@@ -83,6 +84,13 @@ class DictionaryConfig(ConfigFile):
     relations (slots)."""
     d_in: int = 0
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
+    transcoder: bool = False
+    """Predict other activations, the targets, not the same ones again: from the input of an MLP its
+    output, for example."""
+    d_out: int = 0
+    """Width of a target; 0: taken from the data; without transcoder it is d_in. [numbers]"""
+    skip_connection: bool = False
+    """Add a linear map of the activation, W_skip, to what a transcoder predicts."""
     d_sae: int = 0
     """Number of latents, also accepted as num_latents; 0: expansion_factor times d_in. [latents]"""
     expansion_factor: float | None = None
@@ -129,7 +137,8 @@ class DictionaryConfig(ConfigFile):
     """jumprelu: (L0 / target_l0 - 1)^2; or L0; or the sum of tanh(jumprelu_tanh_scale * value *
     norm of decoder row); default: l0_target."""
     sparsity_penalty_coeff: float | None = None
-    """Weight of sparsity_penalty; default: d_in with l0_target, otherwise d_in / 400."""
+    """Weight of sparsity_penalty; default: d_in (with a transcoder d_out) with l0_target, otherwise
+    that / 400."""
     pre_act_loss_coeff: float = 0.0
     """jumprelu: weight of how far dead latents are below their thresholds; 3e-6 is customary."""
     jumprelu_init_threshold: float = JUMPRELU_INIT_THRESHOLD
@@ -145,22 +154,26 @@ class DictionaryConfig(ConfigFile):
     aux_k_coeff: float | None = None
     """Weight of AuxK, where dead latents model the error of the others; 0: off; default: 1/32."""
     aux_k: int | None = None
-    """Dead latents per token in AuxK, at most as many as are dead; default: d_in / 2. [latents]"""
+    """Dead latents per token in AuxK, at most as many as are dead; default: d_in / 2, with a
+    transcoder d_out / 2. [latents]"""
     dead_after_tokens: int = 10_000_000
     """A latent that has not fired for so long counts as dead. [tokens]"""
 
     normalize_activations: Literal["mean_scale", "none"] = "mean_scale"
-    """mean_scale: subtract the mean, scale to an expected norm of sqrt(d_in); none: as they are."""
+    """mean_scale: subtract the mean, scale to an expected norm of sqrt(d_in), targets on their own
+    to sqrt(d_out); none: as they are."""
     decoder_init: Literal["random", "orthogonal", "kaiming", "active_subspace"] = "random"
     """Unit decoder rows, and W_enc the same: random, orthogonal in blocks of d_in, or random within
     the fewest principal components that hold 99 % of the variance of the first activations. With
-    kaiming W_enc is uniform within 1/sqrt(d_in), and W_dec its rows at unit length."""
+    kaiming W_enc is uniform within 1/sqrt(d_in), and W_dec its rows at unit length. With a
+    transcoder the two are drawn independently, W_dec within the components of the targets."""
     decoder_norm: Literal["unit", "free"] | None = None
     """unit: decoder rows keep norm 1; free: they have any; default: free with relu, else unit."""
     decoder_init_norm: float | None = None
     """Norm at which free decoder rows start, and W_enc with them; default: 0.1."""
     b_dec_init: Literal["zero", "mean", "geometric_median"] = "zero"
-    """Start of b_dec: zero (right for centred data), or the centre of the first activations."""
+    """Start of b_dec: zero (right for centred data), or the centre of the first activations, with
+    a transcoder of their targets."""
 
     def __post_init__(self) -> None:
         """Check every field and complete d_sae; raises ValueError naming field and value."""
@@ -171,7 +184,8 @@ class DictionaryConfig(ConfigFile):
             self._require("expansion_factor", self.expansion_factor > 0, "greater than 0")
         self._require("k", self.k is None or self.k >= 1, "at least 1")
         self._check_architecture()
-        if self.d_in > 0:
+        self._check_transcoder()
+        if self._has_widths:
             self._complete_d_sae()
             self._complete_k()
             self._complete_sparsity()
@@ -194,6 +208,15 @@ class DictionaryConfig(ConfigFile):
                 raise ValueError(
                     f"{name} belongs to arch {' or '.join(architectures)} and must be left out "
                     f"with arch {self.arch}, got {getattr(self, name)!r}"
+                )
+
+    def _check_transcoder(self) -> None:
+        self._require("d_out", self.d_out >= 0, "at least 1, or 0 to take it from the data")
+        for name in ("d_out", "skip_connection"):
+            if getattr(self, name) and not self.transcoder:
+                raise ValueError(
+                    f"{name} belongs to a transcoder and must be left out without transcoder, "
+                    f"got {getattr(self, name)!r}"
                 )
 
     def _complete_k(self) -> None:
@@ -235,7 +258,7 @@ class DictionaryConfig(ConfigFile):
             defaults["decoder_norm"] = self._default_decoder_norm
         if self.arch == "jumprelu":
             penalty = self.sparsity_penalty or "l0_target"
-            weight = self.d_in * (1.0 if penalty == "l0_target" else DEFAULT_LATENT_PRICE)
+            weight = self.target_width * (1.0 if penalty == "l0_target" else DEFAULT_LATENT_PRICE)
             defaults |= {"sparsity_penalty": penalty, "sparsity_penalty_coeff": weight}
             if penalty == "l0_target":
                 defaults["target_l0"] = min(DEFAULT_TARGET_L0, float(self.d_sae))
@@ -323,10 +346,24 @@ class DictionaryConfig(ConfigFile):
     @property
     def is_complete(self) -> bool:
         """Whether the sizes are known, as a model needs them."""
-        return self.d_in > 0 and self.d_sae > 0
+        return self._has_widths and self.d_sae > 0
 
-    def with_d_in(self: Config, d_in: int) -> Config:
-        """The same for activations of width `d_in`; raises ValueError if made for another width."""
+    @property
+    def target_width(self) -> int:
+        """Width of what the code models: d_out of a transcoder, otherwise d_in."""
+        return self.d_out if self.transcoder else self.d_in
+
+    @property
+    def _has_widths(self) -> bool:
+        return self.d_in > 0 and self.target_width > 0
+
+    def with_d_in(self: Config, d_in: int, d_out: int = 0) -> Config:
+        """The same for activations of width `d_in` and, with a transcoder, targets of `d_out`.
+
+        Raises ValueError if made for another width.
+        """
         if self.d_in not in (0, d_in):
             raise ValueError(f"d_in must be {d_in}, the width of the activations, got {self.d_in}")
-        return dataclasses.replace(self, d_in=d_in)
+        if d_out and self.d_out not in (0, d_out):
+            raise ValueError(f"d_out must be {d_out}, the width of the targets, got {self.d_out}")
+        return dataclasses.replace(self, d_in=d_in, d_out=d_out or self.d_out)

@@ -22,9 +22,10 @@ class Weights(NamedTuple):
 
     W_enc: nn.Parameter  # [F, D]
     b_enc: nn.Parameter  # [F]
-    W_dec: nn.Parameter  # [F, D]
-    b_dec: nn.Parameter  # [D]
+    W_dec: nn.Parameter  # [F, D], with a transcoder [F, d_out]
+    b_dec: nn.Parameter  # [D], with a transcoder [d_out]
     own: dict[str, Tensor]  # the architecture's own parameters and buffers
+    input_bias: Tensor  # [D], subtracted from x: b_dec, with a transcoder zeros
 
 
 class Mode(NamedTuple):
@@ -40,6 +41,7 @@ class Batch:
 
     Attributes:
         x: [N, D], normalised.
+        target: what the code models: x, or of a transcoder [N, d_out], perhaps with a gradient.
         dead_mask: [F] bool, the latents that have been silent for long.
         k_aux: room for dead latents per token, at least as many as are dead, up to the
             architecture's; None: the host counts them, and waits for that.
@@ -51,6 +53,7 @@ class Batch:
     """
 
     x: Tensor
+    target: Tensor
     dead_mask: Tensor
     k_aux: int | None = None
     sparsity_weight: float | Tensor = 1.0
@@ -66,7 +69,7 @@ class ArchitectureLoss:
 
     Attributes:
         code: of the batch, for statistics.
-        squared_error: [N], Σ_d (x̂ − x)².
+        squared_error: [N], Σ_d (x̂ − x)², of a transcoder Σ_d (ŷ − y)².
         recon_loss: 0-d, the mean of it over tokens; or what the architecture has in its place.
         terms: its other terms by name, 0-d, with their coefficients.
         figures: what else is to be logged, 0-d.
@@ -146,11 +149,14 @@ class Architecture(ABC):
     def rescale_(self, weights: Weights, factor: Tensor) -> None:  # noqa: B027
         """Follow a change of the units that the code's values are in: nothing in them."""
 
+    def rebase_(self, weights: Weights, moved: Tensor) -> None:  # noqa: B027
+        """Follow b_enc having given up `moved` [F], which the encoder's product now has in it."""
+
     def reconstruct(
         self, weights: Weights, code: ops.Code, batch: Batch, mode: Mode
     ) -> tuple[ops.Reconstruction, Tensor]:
         """The reconstruction of the batch, and its squared error averaged over tokens."""
         modelled = ops.reconstruct(
-            code, weights.W_dec, weights.b_dec, batch.x, dense_grad=mode.dense_grad
+            code, weights.W_dec, weights.b_dec, batch.target, dense_grad=mode.dense_grad
         )
         return modelled, losses.steady_sum(modelled.squared_error) / len(batch.x)

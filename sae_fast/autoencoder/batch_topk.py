@@ -46,7 +46,7 @@ class BatchTopK(TopK):
         return ops.encode_threshold(
             x,
             *weights[:2],
-            weights.b_dec,
+            weights.input_bias,
             threshold,
             precision=mode.precision,
             dense_grad=mode.dense_grad,

@@ -36,7 +36,7 @@ class Gated(Thresholded):
         gate = ops.encode_threshold(
             x,
             *weights[:2],
-            weights.b_dec,
+            weights.input_bias,
             weights.b_enc.new_zeros(len(weights.b_enc)),
             precision=mode.precision,
             dense_grad=mode.dense_grad,
@@ -49,7 +49,8 @@ class Gated(Thresholded):
         code = gate.with_values(_magnitudes(weights, gate))
         modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
         frozen = (weights.W_dec.detach(), weights.b_dec.detach())
-        by_gate = ops.reconstruct(gate, *frozen, batch.x, dense_grad=mode.dense_grad)
+        target = batch.target.detach()  # a skip connection serves f alone, too
+        by_gate = ops.reconstruct(gate, *frozen, target, dense_grad=mode.dense_grad)
         terms = {
             "l1_loss": self.l1_loss(weights, gate, batch),
             "aux_loss": steady_sum(by_gate.squared_error) / code.n_rows,
@@ -60,6 +61,10 @@ class Gated(Thresholded):
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
         """Follow a change of the units that the code's values are in."""
         weights.own["b_mag"].mul_(factor)
+
+    def rebase_(self, weights: Weights, moved: Tensor) -> None:
+        """Follow b_enc having given up `moved`: the magnitude is of the product without b_enc."""
+        weights.own["b_mag"].sub_(weights.own["r_mag"].exp() * moved)
 
 
 def _magnitudes(weights: Weights, gate: ops.Code) -> Tensor:

@@ -1,4 +1,8 @@
-"""Starting values: unit rows in the decoder, the encoder tied to them, and a centre for b_dec."""
+"""Starting values: unit rows in the decoder, the encoder tied to them, and a centre for b_dec.
+
+A transcoder's encoder and decoder live in two spaces, and there is nothing to tie: both are drawn,
+with unit rows. From a decoder of zeros, as other trainers start one, no row would have a direction.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _BLOCK_ROWS = 4096
 def sample_rows(config: SAEConfig) -> int:
     """How many activations the start asks for, at least; 0: none."""
     if config.decoder_init == "active_subspace":
-        return _SAMPLE_PER_DIMENSION * config.d_in
+        return _SAMPLE_PER_DIMENSION * max(config.d_in, config.target_width)
     return int(config.b_dec_init != "zero")
 
 
@@ -44,26 +48,55 @@ def initialize_matrices_(
         generator: of the numbers; None: torch's own.
         sample: activations.
     """
-    source = torch.device("cpu") if generator is None else generator.device
-    drawn = W_dec if W_dec.device == source else torch.empty_like(W_dec, device=source)
-    if method == "kaiming":
-        bound = 1 / math.sqrt(W_enc.shape[1])
-        drawn.uniform_(-bound, bound, generator=generator)
-    else:
-        drawn.normal_(generator=generator)
-    if method == "orthogonal":
-        for block in torch.split(drawn, W_dec.shape[1]):
-            block.copy_(torch.linalg.qr(block.t()).Q.t())
-    if drawn is not W_dec:
-        W_dec.copy_(drawn)
-    if method == "active_subspace" and sample is not None:
-        basis = active_subspace(sample).to(W_dec.device)
-        for block in torch.split(W_dec, _BLOCK_ROWS):
-            block.copy_((block @ basis.t()) @ basis)
+    _draw_(W_dec, method, generator, sample)
     W_enc.copy_(W_dec)
     ops.normalize_rows_(W_dec)
     if method != "kaiming":
         W_enc.copy_(W_dec)
+
+
+def initialize_apart_(
+    W_enc: Tensor,  # [F, D]
+    W_dec: Tensor,  # [F, d_out]
+    method: str,
+    generator: torch.Generator | None,
+    sample: Tensor | None,  # [N, D]
+    targets: Tensor | None,  # [N, d_out]
+) -> None:
+    """The same for a transcoder: each is drawn for itself, as it would be alone.
+
+    With "active_subspace" each lies within the subspace of what it reads or writes.
+    """
+    for W, rows in ((W_enc, sample), (W_dec, targets)):
+        _draw_(W, method, generator, rows)
+    ops.normalize_rows_(W_dec)
+    if method != "kaiming":
+        ops.normalize_rows_(W_enc)
+
+
+def _draw_(
+    W: Tensor,  # [F, D]
+    method: str,
+    generator: torch.Generator | None,
+    sample: Tensor | None,  # [N, D]
+) -> None:
+    """Fill a matrix with rows of these directions."""
+    source = torch.device("cpu") if generator is None else generator.device
+    drawn = W if W.device == source else torch.empty_like(W, device=source)
+    if method == "kaiming":
+        bound = 1 / math.sqrt(W.shape[1])
+        drawn.uniform_(-bound, bound, generator=generator)
+    else:
+        drawn.normal_(generator=generator)
+    if method == "orthogonal":
+        for block in torch.split(drawn, W.shape[1]):
+            block.copy_(torch.linalg.qr(block.t()).Q.t())
+    if drawn is not W:
+        W.copy_(drawn)
+    if method == "active_subspace" and sample is not None:
+        basis = active_subspace(sample).to(W.device)
+        for block in torch.split(W, _BLOCK_ROWS):
+            block.copy_((block @ basis.t()) @ basis)
 
 
 def active_subspace(

@@ -46,7 +46,7 @@ class JumpReLU(Thresholded):
         return ops.encode_threshold(
             x,
             *weights[:2],
-            weights.b_dec,
+            weights.input_bias,
             weights.own[_THRESHOLD].detach(),
             precision=mode.precision,
             dense_grad=mode.dense_grad,
@@ -108,7 +108,7 @@ class JumpReLU(Thresholded):
             return batch.x.new_zeros(())
         dead = batch.dead_mask.nonzero().flatten()
         W_enc, b_enc = weights.W_enc[dead], weights.b_enc[dead]
-        pre_acts = torch.addmm(b_enc, batch.x - weights.b_dec.detach(), W_enc.t())
+        pre_acts = torch.addmm(b_enc, batch.x - weights.input_bias.detach(), W_enc.t())
         missing = (weights.own[_THRESHOLD][dead] - pre_acts).relu()
         if not self.unit_norm:
             missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)

@@ -36,7 +36,7 @@ class Matryoshka(BatchTopK):
             code,
             weights.W_dec,
             weights.b_dec,
-            batch.x,
+            batch.target,
             self.prefixes,
             dense_grad=mode.dense_grad,
         )

@@ -8,15 +8,13 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import statistics
-from sae_fast.config import SAEConfig
+from sae_fast.autoencoder.units import Units
 
 
-class Measures(nn.Module):
+class Measures(Units):
     """Base of the model: what it can tell of a code and a reconstruction that are at hand."""
 
-    config: SAEConfig
     W_dec: nn.Parameter  # [F, D]
-    activation_scale: Tensor  # 0-d
 
     @abstractmethod
     def dead_mask(self) -> Tensor:
@@ -25,10 +23,6 @@ class Measures(nn.Module):
     @abstractmethod
     def _decorr_loss(self) -> Tensor:
         """The decorrelation of the decoder's rows, with its coefficient."""
-
-    @abstractmethod
-    def _rows(self, x: Tensor) -> Tensor:
-        """`x` as a matrix of the parameters' dtype; raises ValueError unless it is d_in wide."""
 
     def compute_loss_components(
         self,
@@ -46,7 +40,7 @@ class Measures(nn.Module):
         the same with its graph.
 
         Args:
-            x: the activations.
+            x: the activations; of a transcoder the targets, [..., d_out].
             x_hat: their reconstruction, as `decode` and `forward` give it.
             h: their code, as `encode` gives it, or as a dense tensor.
             probe_loss: 0-d, without its coefficient; None: 0.
@@ -56,7 +50,7 @@ class Measures(nn.Module):
         rows, rows_hat = self._rows_of_both(x, x_hat)
         error = rows_hat - rows
         if self.config.normalize_activations != "none":
-            error = error * self.activation_scale
+            error = error * self.output_scale
         config = self.config
         guided: dict[str, float | Tensor] = {
             "probe_loss": 0.0 if probe_loss is None else config.probe_loss_coeff * probe_loss,
@@ -89,6 +83,8 @@ class Measures(nn.Module):
     ) -> dict[str, float]:
         """How far a reconstruction is from the activations, in their units, sums in float64.
 
+        Of a transcoder x are the targets.
+
         squared_error: Σ_d (x̂ − x)², averaged over tokens; mse: the same per number; fvu: Σ (x̂ − x)²
         by Σ (x − mean(x))² over all tokens; explained_variance: 1 − fvu; cosine: of x and x̂,
         averaged over tokens.
@@ -99,4 +95,4 @@ class Measures(nn.Module):
         if x.shape != x_hat.shape:
             shapes = tuple(x.shape), tuple(x_hat.shape)
             raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")
-        return self._rows(x), self._rows(x_hat)
+        return self._output_rows(x, "x"), self._output_rows(x_hat, "x_hat")

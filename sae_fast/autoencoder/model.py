@@ -2,7 +2,7 @@
 
 Rows are latents in both matrices. The parameters live in normalised units, (x − mean) · scale:
 `encode`, `decode` and `forward` take and give activations as they are, `training_loss` takes them
-normalised.
+normalised. A transcoder has targets y in place of what is reconstructed, see transcoder.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,22 @@ from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
 from sae_fast.autoencoder.guidance import Guidance
-from sae_fast.autoencoder.initialization import centre, initialize_matrices_, sample_rows
+from sae_fast.autoencoder.initialization import (
+    centre,
+    initialize_apart_,
+    initialize_matrices_,
+    sample_rows,
+)
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.measures import Measures
 from sae_fast.autoencoder.probe import predictions
+from sae_fast.autoencoder.transcoder import (
+    SKIP,
+    fold_input_,
+    skip,
+    transcoder_buffers,
+    transcoder_parameters,
+)
 from sae_fast.config import SAEConfig
 
 
@@ -34,22 +46,24 @@ class SparseAutoencoder(Measures):
     Raises ValueError where the configuration leaves d_in open.
     """
 
-    activation_mean: Tensor  # [D]
-    activation_scale: Tensor  # 0-d
+    no_bias: Tensor | None  # [D], of a transcoder the zeros that are subtracted from x
     tokens_since_fired: Tensor  # [F] int64
     decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
 
     def __init__(self, config: SAEConfig):
         super().__init__()
         if not config.is_complete:
-            raise ValueError("d_in must be given, directly or by the data, to make a model, got 0")
+            name = "d_in" if config.d_in == 0 else "d_out"
+            raise ValueError(
+                f"{name} must be given, directly or by the data, to make a model, got 0"
+            )
         self.config = config
         self.architecture = ARCHITECTURES[config.arch](config)
         self.guidance = Guidance(config)
         self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in))
+        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.target_width))
+        self.b_dec = nn.Parameter(torch.zeros(config.target_width))
         self.register_buffer("activation_mean", torch.zeros(config.d_in))
         self.register_buffer("activation_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
@@ -58,17 +72,20 @@ class SparseAutoencoder(Measures):
         self.register_buffer("decorrelation_draw", draw)
         for name, start in self._own_parameters().items():
             self.register_parameter(name, nn.Parameter(start))
-        for name, start in self.architecture.buffers().items():
+        for name, start in (self.architecture.buffers() | transcoder_buffers(config)).items():
             self.register_buffer(name, start)
+        no_bias = torch.zeros(config.d_in) if config.transcoder else None
+        self.register_buffer("no_bias", no_bias, persistent=False)
         self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
-            self._initialize_weights(None, None)
+            self._initialize_weights(None)
 
     @torch.no_grad()
     def initialize_(
         self,
         generator: torch.Generator | None = None,
         sample: Tensor | None = None,  # [N, D], normalised
+        targets: Tensor | None = None,  # [N, d_out], normalised, those of the sample
     ) -> None:
         """Start afresh from `generator`, and from `sample` where the configuration asks for one."""
         config = self.config
@@ -76,11 +93,12 @@ class SparseAutoencoder(Measures):
             name = "b_dec_init" if config.b_dec_init != "zero" else "decoder_init"
             raise ValueError(f"{name} = {getattr(config, name)!r} needs a sample of activations")
         rows = None if sample is None else self._rows(sample)
-        self._initialize_weights(generator, rows)
+        modelled = rows if rows is None else self._targets(rows, targets)
+        self._initialize_weights(generator, rows, modelled)
         self.b_enc.zero_()
         self.b_dec.zero_()
-        if rows is not None:
-            self.b_dec.copy_(centre(rows, config))
+        if modelled is not None:
+            self.b_dec.copy_(centre(modelled, config))
         self.tokens_since_fired.zero_()
         if self.decorrelation_draw is not None:
             self.decorrelation_draw.zero_()
@@ -88,41 +106,20 @@ class SparseAutoencoder(Measures):
             getattr(self, name).copy_(start)
 
     @torch.no_grad()
-    def _initialize_weights(self, generator: torch.Generator | None, sample: Tensor | None) -> None:
+    def _initialize_weights(
+        self,
+        generator: torch.Generator | None,
+        sample: Tensor | None = None,  # [N, D]
+        modelled: Tensor | None = None,  # [N, D], or of a transcoder [N, d_out]
+    ) -> None:
         method = self.config.decoder_init
-        initialize_matrices_(self.W_enc, self.W_dec, method, generator, sample)
+        if self.config.transcoder:
+            initialize_apart_(self.W_enc, self.W_dec, method, generator, sample, modelled)
+        else:
+            initialize_matrices_(self.W_enc, self.W_dec, method, generator, sample)
         if (norm := self.config.decoder_init_norm) is not None and norm != 1:
             self.W_dec.mul_(norm)
             self.W_enc.mul_(norm)
-
-    @torch.no_grad()
-    def set_normalization_(
-        self,
-        mean: Tensor,  # [D]
-        scale: float | Tensor,
-    ) -> None:
-        """Take (x − mean) · scale as the normalised activation, unless there is to be none."""
-        if self.config.normalize_activations == "none":
-            raise ValueError("normalize_activations = 'none' leaves no mean and scale to set")
-        if mean.shape != self.activation_mean.shape:
-            raise ValueError(
-                f"mean must have shape {tuple(self.activation_mean.shape)}, got {tuple(mean.shape)}"
-            )
-        if not (float(scale) > 0 and bool(torch.isfinite(mean).all())):
-            raise ValueError(
-                f"mean must be finite and scale greater than 0, got scale {float(scale)}"
-            )
-        self.activation_mean.copy_(mean)
-        self.activation_scale.fill_(float(scale))
-
-    def normalize(
-        self,
-        x: Tensor,  # [..., D]
-    ) -> Tensor:
-        """Activations in the units of the parameters."""
-        if self.config.normalize_activations == "none":
-            return x
-        return (x - self.activation_mean) * self.activation_scale
 
     def encode(
         self,
@@ -135,23 +132,37 @@ class SparseAutoencoder(Measures):
         rows = self.normalize(self._rows(x))
         return self.architecture.infer(self.weights, rows, Mode(precision, dense_grad))
 
-    def decode(self, code: ops.SparseCode, *, dense_grad: bool = True) -> Tensor:
-        """The reconstructions [N, D] of a code, in the units of the activations."""
+    def decode(
+        self,
+        code: ops.SparseCode,
+        x: Tensor | None = None,  # [..., D], activations as they are
+        *,
+        dense_grad: bool = True,
+    ) -> Tensor:
+        """The reconstructions [N, D] of a code, in the units of the activations.
+
+        Of a transcoder what it predicts, [N, d_out]; a skip connection also needs the `x` that was
+        encoded.
+        """
         x_hat = ops.decode(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
-        if self.config.normalize_activations == "none":
-            return x_hat
-        return x_hat / self.activation_scale + self.activation_mean
+        if self.config.skip_connection:
+            if x is None:
+                raise ValueError("x must be given: the model has a skip connection")
+            rows = self.normalize(self._rows(x))
+            x_hat = x_hat + skip(rows, self.get_parameter(SKIP), code.precision)
+        return self.denormalize(x_hat)
 
     def forward(
         self,
         x: Tensor,  # [..., D], activations as they are
     ) -> Tensor:
-        """The reconstruction of `x`, in its shape."""
-        return self.decode(self.encode(x)).reshape(x.shape)
+        """The reconstruction of `x`, in its shape; of a transcoder what it predicts from `x`."""
+        return self.decode(self.encode(x), x).reshape(*x.shape[:-1], self.config.target_width)
 
     def training_loss(
         self,
         x: Tensor,  # [N, D], normalised
+        targets: Tensor | None = None,  # [N, d_out], normalised
         *,
         precision: str = "screened",
         dense_grad: bool = True,
@@ -170,6 +181,7 @@ class SparseAutoencoder(Measures):
 
         Args:
             x: the batch.
+            targets: what a transcoder is to predict; other models have none.
             precision: mode of the encoder's product, as for `encode`.
             dense_grad: whether backward leaves dense gradients.
             k_aux: room for dead latents in AuxK, per token: at least as many as are dead, up to
@@ -183,9 +195,12 @@ class SparseAutoencoder(Measures):
         """
         config = self.config
         x = self._rows(x)
+        weights, y = self.weights, self._targets(x, targets)
+        target = y
+        if config.skip_connection:
+            target = y - skip(x, self.get_parameter(SKIP), precision)
         options = (k_aux, sparsity_weight, k, reconstruction_only)
-        batch = Batch(x, self.dead_mask(), *options, relations, answers)
-        weights = self.weights
+        batch = Batch(x, target, self.dead_mask(), *options, relations, answers)
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         code, none = own.code, x.new_zeros(())
         terms = {
@@ -203,10 +218,12 @@ class SparseAutoencoder(Measures):
         terms |= guided
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
-        variance = losses.total_variance(x.detach())
+        variance = losses.total_variance(y.detach())
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
         components["l0"] = code.fires().sum() / code.n_rows
         components |= own.figures | figures
+        if config.transcoder:
+            variance = variance + losses.total_variance(x.detach())
         return TrainingLoss(total, components, code, variance)
 
     @torch.no_grad()
@@ -254,17 +271,24 @@ class SparseAutoencoder(Measures):
         """The same function of raw activations, as a model without normalisation.
 
         With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
-        keep their norm, and the same latents are picked.
+        keep their norm, and the same latents are picked. Of a transcoder s is that of the targets,
+        and the encoder takes up the rest, see `fold_input_`.
         """
         values = {**self.config.to_dict(), "normalize_activations": "none"}
         folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
         folded.load_state_dict(self.state_dict())
-        folded.b_enc.div_(self.activation_scale)
-        folded.b_dec.div_(self.activation_scale).add_(self.activation_mean)
-        folded.architecture.rescale_(folded.weights, 1 / self.activation_scale)
-        folded.guidance.rescale_(folded.weights.own, 1 / self.activation_scale)
-        folded.activation_mean.zero_()
-        folded.activation_scale.fill_(1.0)
+        folded.b_enc.div_(self.output_scale)
+        folded.b_dec.div_(self.output_scale).add_(self.output_mean)
+        folded.architecture.rescale_(folded.weights, 1 / self.output_scale)
+        folded.guidance.rescale_(folded.weights.own, 1 / self.output_scale)
+        if self.config.transcoder:
+            fold_input_(folded, self)
+        for mean, scale in (
+            (folded.activation_mean, folded.activation_scale),
+            (folded.output_mean, folded.output_scale),
+        ):
+            mean.zero_()
+            scale.fill_(1.0)
         return folded
 
     def save(self, directory: str | Path) -> None:
@@ -284,13 +308,16 @@ class SparseAutoencoder(Measures):
             sae = cls(config)
         tensors = read_tensors(directory, sae.state_dict(), device)
         sae.load_state_dict(tensors, assign=True)
+        if sae.no_bias is not None:  # not in the file: all zeros
+            sae.no_bias = torch.zeros(config.d_in, device=device)
         return sae
 
     @property
     def weights(self) -> Weights:
         """The tensors as the architecture takes them."""
         own = {name: getattr(self, name) for name in self._own_names}
-        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, own)
+        input_bias = self.b_dec if self.no_bias is None else self.no_bias
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, own, input_bias)
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -306,8 +333,9 @@ class SparseAutoencoder(Measures):
         return ("fvu", "l0", *own)
 
     def _own_parameters(self) -> dict[str, Tensor]:
-        """Start values of the parameters that only this architecture, or a probe, has."""
-        return self.architecture.parameters() | self.guidance.parameters()
+        """Start values of the parameters that only this architecture, or a probe or skip, has."""
+        own = self.architecture.parameters() | self.guidance.parameters()
+        return own | transcoder_parameters(self.config)
 
     def _decorr_loss(self) -> Tensor:
         """The decorrelation of the decoder's rows, with its coefficient."""
@@ -321,11 +349,3 @@ class SparseAutoencoder(Measures):
     def _own_start(self) -> dict[str, Tensor]:
         """The same with the architecture's own buffers."""
         return self._own_parameters() | self.architecture.buffers()
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """`x` as a matrix of the parameters' dtype; raises ValueError unless it is d_in wide."""
-        if x.ndim == 0 or x.shape[-1] != self.config.d_in:
-            raise ValueError(
-                f"x must have d_in = {self.config.d_in} columns, got shape {tuple(x.shape)}"
-            )
-        return x.reshape(-1, self.config.d_in).to(self.W_enc.dtype)

@@ -29,7 +29,7 @@ class ReLU(Thresholded):
         return ops.encode_threshold(
             x,
             *weights[:2],
-            weights.b_dec,
+            weights.input_bias,
             weights.b_enc.new_zeros(len(weights.b_enc)),
             precision=mode.precision,
             dense_grad=mode.dense_grad,

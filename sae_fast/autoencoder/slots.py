@@ -123,7 +123,7 @@ class Slots(ReLU):
             scores = ops.encode_last(
                 batch.x,
                 *weights[:2],
-                weights.b_dec,
+                weights.input_bias,
                 self.n_relations,
                 precision=mode.precision,
                 dense_grad=mode.dense_grad,
@@ -164,7 +164,7 @@ class Slots(ReLU):
         answers: Tensor | None,  # [N] int64
     ) -> Binding:
         """How many labelled tokens have the right slot as the largest, and the right answer."""
-        scores = ops.encode_last(x, *weights[:2], weights.b_dec, self.n_relations)
+        scores = ops.encode_last(x, *weights[:2], weights.input_bias, self.n_relations)
         if not self.config.has_value_heads:
             answers = None
         return self._judge(weights, scores, relations, answers)[1]

@@ -58,7 +58,7 @@ class Thresholded(Architecture):
         Latents of negative pre-activation are listed too where they are above their limit.
         """
         bias = weights.b_enc if limit is None else weights.b_enc - limit.detach()
-        arguments = (batch.x, weights.W_enc, bias, weights.b_dec)
+        arguments = (batch.x, weights.W_enc, bias, weights.input_bias)
         if float(weights.own[LISTED]) >= DENSE_FROM * self.config.d_sae:
             return ops.encode_dense(*arguments, precision=mode.precision)
         return ops.encode_threshold(

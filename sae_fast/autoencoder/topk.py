@@ -44,7 +44,7 @@ class TopK(Architecture):
         self.select = _SELECTIONS[config.activation]
         self.aux_k_coeff = config.aux_k_coeff
         if self.aux_k_coeff > 0:
-            self.full_k_aux = config.aux_k or max(config.d_in // 2, 1)
+            self.full_k_aux = config.aux_k or max(config.target_width // 2, 1)
         if config.multi_topk:
             self.term_names = (*self.term_names, "multi_topk_loss")
 
@@ -68,7 +68,7 @@ class TopK(Architecture):
         return self.select(
             x,
             *weights[:2],
-            weights.b_dec,
+            weights.input_bias,
             self.k if k is None else k,
             precision=mode.precision,
             dead_mask=dead_mask if k_aux else None,
@@ -113,7 +113,7 @@ class TopK(Architecture):
         self,
         weights: Weights,
         code: ops.SparseCode,
-        residual: Tensor,  # [N, D], x̂ − x
+        residual: Tensor,  # [N, D], x̂ − x, or ŷ − y
         batch: Batch,
         mode: Mode,
     ) -> Tensor:

@@ -1,0 +1,66 @@
+"""Transcoders: the code of x predicts other activations, the targets y (arXiv:2406.11944).
+
+f = select(x W_encᵀ + b_enc) and ŷ = Σ_j f_j W_dec,j + b_dec, with a skip connection + x W_skipᵀ
+(arXiv:2501.18823). b_dec lies where the targets do, so nothing is subtracted from x. Every
+architecture can be one: what its code is to model is y − x W_skipᵀ in place of x, and nothing else
+changes. x and y are normalised each by a mean and a scale of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_fast.config import SAEConfig
+from sae_fast.ops.reference import ROUNDED_DTYPES
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.model import SparseAutoencoder
+
+SKIP = "W_skip"
+
+
+def transcoder_parameters(config: SAEConfig) -> dict[str, Tensor]:
+    """Start values of `W_skip` [d_out, D], where there is one: the code has it all to explain."""
+    if not config.skip_connection:
+        return {}
+    return {SKIP: torch.zeros(config.d_out, config.d_in)}
+
+
+def transcoder_buffers(config: SAEConfig) -> dict[str, Tensor]:
+    """The normalisation of the targets, as that of the activations is kept."""
+    if not config.transcoder:
+        return {}
+    return {"target_mean": torch.zeros(config.d_out), "target_scale": torch.ones(())}
+
+
+def skip(
+    x: Tensor,  # [N, D]
+    W_skip: Tensor,  # [d_out, D]
+    precision: str = "screened",
+) -> Tensor:
+    """x W_skipᵀ, [N, d_out]; with bf16 and fp16 from a product of that type."""
+    dtype = ROUNDED_DTYPES.get(precision)
+    if dtype is None:
+        return x @ W_skip.t()
+    return (x.to(dtype) @ W_skip.to(dtype).t()).to(x.dtype)
+
+
+@torch.no_grad()
+def fold_input_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> None:
+    """Have the encoder and the skip connection of a transcoder take raw activations.
+
+    With s and t the scales of x and y, the output already folded: W_enc' = W_enc s / t, b_enc gives
+    up W_enc' mean, and so the latents are those of `sae` by t; W_skip' = W_skip s / t, and b_dec
+    gives up W_skip' mean.
+    """
+    ratio, mean = sae.activation_scale / sae.target_scale, sae.activation_mean
+    folded.W_enc.mul_(ratio)
+    moved = folded.W_enc @ mean
+    folded.b_enc.sub_(moved)
+    folded.architecture.rebase_(folded.weights, moved)
+    if folded.config.skip_connection:
+        folded.get_parameter(SKIP).mul_(ratio)
+        folded.b_dec.sub_(folded.get_parameter(SKIP) @ mean)
