@@ -10,6 +10,7 @@ from sae_fast.config_file import ConfigFile, with_aliases
 
 _NAMES = (
     *("shard_dir", "activations_key", "heldout", "device"),
+    *("target_key", "target_shard_dir", "target_heldout"),
     *("checkpoint_dir", "resume_from", "start_from"),
 )
 _COUNTS = (
@@ -42,6 +43,14 @@ class TrainConfig(ConfigFile):
     """Name of the data set inside a shard."""
     heldout: str | None = None
     """Held-out shards, a directory or a glob; default: the files heldout*.h5 in shard_dir."""
+    target_key: str | None = None
+    """Name of the data set with a transcoder's targets; default: with target_shard_dir that of the
+    activations."""
+    target_shard_dir: str | None = None
+    """Directory with the targets of shard_dir, in files of the same names; default: the shards
+    themselves hold them."""
+    target_heldout: str | None = None
+    """Directory with the targets of the held-out shards; default: target_shard_dir."""
     pool_rows: int = 65_536
     """Size of the shuffle pool. [tokens]"""
     skip_nonfinite: bool = False

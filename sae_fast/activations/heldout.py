@@ -70,11 +70,12 @@ class HeldOut:
 
 
 def read_labels(shards: ShardSet) -> dict[str, Tensor]:
-    """The columns of a set, without STARTS, for its rows in the order of `HeldOut`: [rows] each.
+    """The labels of a set for its rows in the order of `HeldOut`, [rows] by name of the column.
 
     Raises ShardError where a file cannot be read.
     """
-    parts: dict[str, list[Tensor]] = {name: [] for name in shards.columns if name != STARTS}
+    labels = [c.name for c in shards.columns.values() if c.name != STARTS and not c.width]
+    parts: dict[str, list[Tensor]] = {name: [] for name in labels}
     for shard, dropped in zip(shards.shards, shards.dropped, strict=True):
         with ShardFile(shard) as file:
             for name, column in parts.items():

@@ -62,7 +62,7 @@ class StepBatches:
             raise self._error
         if not self._ahead:
             before = self._source.stall_seconds
-            batches = [self._next_rows() for _ in range(self._per_step)]
+            batches = [next_rows(self._source) for _ in range(self._per_step)]
             self._stalled += self._source.stall_seconds - before
             return [batch.map(self._on_device) for batch in batches]
         fetched, self._next = self._next or self._fetch(), None
@@ -109,16 +109,11 @@ class StepBatches:
 
     def _fetch(self) -> _Fetched:
         before = self._source.stall_seconds
-        batches = [self._next_rows() for _ in range(self._per_step)]
+        batches = [next_rows(self._source) for _ in range(self._per_step)]
         waited = self._source.stall_seconds - before
         if self._uploads is not None:
             batches = self._uploads.copy(batches)
         return _Fetched(batches, self._source.state_dict(), self._shards(), waited)
-
-    def _next_rows(self) -> Rows:
-        if getattr(self._source, "columns", None):
-            return cast(LabelledSource, self._source).next_rows()
-        return Rows(self._source.next_batch(), {})
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)
@@ -126,6 +121,13 @@ class StepBatches:
     def _shards(self) -> list[Path]:
         shards: list[Path] = getattr(self._source, "current_shards", list)()
         return shards
+
+
+def next_rows(source: ActivationSource) -> Rows:
+    """The next batch of a source, with the columns that it may have."""
+    if getattr(source, "columns", None):
+        return cast(LabelledSource, source).next_rows()
+    return Rows(source.next_batch(), {})
 
 
 class _Uploads:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from sae_fast.activations import (
+    TARGETS,
     ActivationSource,
     ActivationStream,
     Column,
@@ -17,10 +19,12 @@ from sae_fast.activations import (
     LabelledSource,
     Rows,
     ShardSet,
+    TargetFiles,
     TensorStream,
     Transform,
     estimate_normalization,
     find_shards,
+    find_targets,
     open_heldout,
     open_shards,
     read_labels,
@@ -29,6 +33,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.guidance import check_columns, label_columns, needs_sequences
 
 _SAMPLED_BATCHES = 16
+_TARGET_SETTINGS = ("target_key", "target_shard_dir", "target_heldout")
 
 
 class TrainingData:
@@ -40,8 +45,13 @@ class TrainingData:
         heldout: rows [n, D] for evaluation; None: the held-out shards of `config`, if any.
         device: what the batches are for.
         sae: the model, which may need labels or sequences.
-        columns: labels [n] beside rows that are a tensor.
-        heldout_columns: labels beside `heldout`, which arch slots is evaluated with.
+        columns: labels [n] beside rows that are a tensor, and the targets [n, d_out] of a
+            transcoder, named "targets".
+        heldout_columns: labels beside `heldout`, which arch slots is evaluated with, and targets.
+
+    Attributes:
+        heldout: the rows for evaluation, if any, and `heldout_targets` those of a transcoder,
+            batch by batch.
 
     Raises:
         ShardError: naming the shard that cannot be trained on.
@@ -64,7 +74,7 @@ class TrainingData:
             raise ValueError("columns go with a tensor of activations, and none is given")
         self._config = config
         self._sae = sae
-        self._given_columns = columns or {}
+        self._given_columns, self._targets = _split_targets("columns", columns, sae)
         self._device = device
         self._rows: Tensor | None = None
         self._shards: ShardSet | None = None
@@ -82,25 +92,34 @@ class TrainingData:
                 )
         first = self._given or self.open(None)
         self.d_in = first.d_in
+        self.d_out = 0
         self.rows_per_epoch = first.rows_per_epoch
         self.memory_bytes = int(getattr(first, "memory_bytes", 0))
         self.skipped_rows = int(getattr(first, "nonfinite_rows", 0))
         self.columns: Mapping[str, Column] = getattr(first, "columns", {})
         check_columns(sae, self.columns)
-        self.heldout_labels: Mapping[str, Tensor] = heldout_columns or {}
-        self.heldout = self._open_heldout(heldout)
+        if sae.transcoder:
+            self.d_out = self.columns[TARGETS].width
+        self.heldout_labels: Mapping[str, Tensor]
+        self.heldout_targets: Iterable[Tensor] | None = None
+        self.heldout_labels, targets = _split_targets("heldout_columns", heldout_columns, sae)
+        self.heldout = self._open_heldout(heldout, targets)
 
-    def open(self, transform: Transform | None) -> ActivationSource:
-        """The source of the batches, each row x served as (x - mean) * scale."""
+    def open(
+        self, transform: Transform | None, target_transform: Transform | None = None
+    ) -> ActivationSource:
+        """The source of the batches, each row x served as (x - mean) * scale, and each target."""
         config = self._config
         settings: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed}
-        settings |= {"transform": transform, "device": self._device}
+        transforms = {"transform": transform, "target_transform": target_transform}
+        settings |= {**transforms, "device": self._device}
         if self._rows is not None:
             skip = config.skip_nonfinite
             return TensorStream(
                 self._rows,
                 skip_nonfinite=skip,
                 columns=self._given_columns,
+                targets=self._targets,
                 whole_sequences=needs_sequences(self._sae),
                 **settings,
             )
@@ -108,20 +127,36 @@ class TrainingData:
             pool = config.pool_rows
             return ActivationStream(self._shards, pool_rows=pool, **settings)
         assert self._given is not None
-        return _Given(self._given, transform)
+        return _Given(self._given, transform, target_transform)
 
     def normalization(self) -> Transform:
         """The mean of the rows, and the scale that brings their norm to sqrt(D)."""
-        if self._given is None:
-            known = self._shards if self._rows is None else self._rows
-            assert known is not None
-            return estimate_normalization(known)
-        position = self._given.state_dict()
-        sample = torch.cat([self._given.next_batch() for _ in range(_SAMPLED_BATCHES)])
-        self._given.load_state_dict(position)
-        return estimate_normalization(sample)
+        if self._given is not None:
+            return estimate_normalization(torch.cat([x for x, _ in self._sampled()]))
+        known = self._shards if self._rows is None else self._rows
+        assert known is not None
+        return estimate_normalization(known)
 
-    def _open_heldout(self, heldout: Tensor | None) -> Iterable[Tensor] | None:
+    def target_normalization(self) -> Transform:
+        """The same of the targets."""
+        if self._given is not None:
+            parts = [columns[TARGETS] for _, columns in self._sampled()]
+            return estimate_normalization(torch.cat(parts))
+        known = self._targets if self._shards is None else self._shards.targets
+        assert known is not None
+        return estimate_normalization(known)
+
+    def _sampled(self) -> list[Rows]:
+        """The first batches of the caller's source, which are served again."""
+        source = _Given(cast(ActivationSource, self._given), None)
+        position = source.state_dict()
+        sample = [source.next_rows() for _ in range(_SAMPLED_BATCHES)]
+        source.load_state_dict(position)
+        return sample
+
+    def _open_heldout(
+        self, heldout: Tensor | None, targets: Tensor | None
+    ) -> Iterable[Tensor] | None:
         config = self._config
         if heldout is not None:
             if heldout.shape[-1] != self.d_in:
@@ -134,6 +169,9 @@ class TrainingData:
                         f"heldout_columns: {name} must have shape ({len(rows)},), one a row, "
                         f"got {tuple(labels.shape)}"
                     )
+            if self._sae.transcoder:
+                targets = self._checked_heldout(targets, len(rows))
+                self.heldout_targets = torch.split(targets, config.batch_size)
             return torch.split(rows, config.batch_size)
         if self._shards is None or config.shard_dir is None:
             return None
@@ -144,52 +182,136 @@ class TrainingData:
             key=config.activations_key,
             skip_nonfinite=config.skip_nonfinite,
             columns=label_columns(self._sae) if self._sae.arch == "slots" else (),
+            targets=_heldout_target_files(config, self._sae),
         )
         if shards is None:
             return None
         self.heldout_labels = read_labels(shards)
+        if shards.targets is not None:
+            self.heldout_targets = HeldOut(shards.targets, batch_size=config.batch_size)
         return HeldOut(shards, batch_size=config.batch_size)
+
+    def _checked_heldout(self, targets: Tensor | None, rows: int) -> Tensor:
+        """The targets [rows, d_out] of the rows to evaluate on."""
+        if targets is None:
+            raise ValueError(
+                f"heldout_columns: {TARGETS!r} must be given beside heldout: "
+                "the model is a transcoder"
+            )
+        if targets.shape[-1] != self.d_out or targets.numel() != rows * self.d_out:
+            raise ValueError(
+                f"heldout_columns: {TARGETS} must have shape {(rows, self.d_out)}, "
+                f"got {tuple(targets.shape)}"
+            )
+        return targets.reshape(rows, self.d_out).float()
 
 
 class _Given:
-    """A caller's source with a transform applied to what it serves."""
+    """A caller's source with a transform applied to what it serves, and one to the targets."""
 
-    def __init__(self, source: ActivationSource, transform: Transform | None) -> None:
+    def __init__(
+        self,
+        source: ActivationSource,
+        transform: Transform | None,
+        target_transform: Transform | None = None,
+    ) -> None:
         self._source = source
         self._transform = transform
+        self._target_transform = target_transform
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
 
     def next_batch(self) -> Tensor:
         """The source's next rows, normalised."""
-        return self._normalized(self._source.next_batch())
+        return _normalized(self._source.next_batch(), self._transform)
 
     def next_rows(self) -> Rows:
         """The same with their columns, where the source has any."""
+        if not hasattr(self._source, "next_rows"):
+            return Rows(self.next_batch(), {})
         x, columns = cast(LabelledSource, self._source).next_rows()
-        return Rows(self._normalized(x), columns)
-
-    def _normalized(self, batch: Tensor) -> Tensor:
-        if self._transform is None:
-            return batch
-        if batch.device != self._transform.mean.device:
-            self._transform = self._transform._replace(mean=self._transform.mean.to(batch.device))
-        return batch.sub_(self._transform.mean).mul_(self._transform.scale)
+        if self._target_transform is not None:
+            targets = _normalized(columns[TARGETS], self._target_transform)
+            columns = {**columns, TARGETS: targets}
+        return Rows(_normalized(x, self._transform), columns)
 
     def state_dict(self) -> dict[str, Any]:
         """The source's position; a copy, as the source may go on before it is saved."""
         return copy.deepcopy(self._source.state_dict())
 
 
+def _normalized(
+    batch: Tensor,  # [N, D], the caller's, who has no more use for it
+    transform: Transform | None,
+) -> Tensor:
+    if transform is None:
+        return batch
+    return batch.sub_(transform.mean.to(batch.device)).mul_(transform.scale)
+
+
+def _split_targets(
+    what: str, columns: Mapping[str, Tensor] | None, sae: SAEConfig
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Labels and targets; raises ValueError for targets that the model has no use for."""
+    labels = dict(columns or {})
+    if sae.transcoder:
+        targets = labels.pop(TARGETS, None)
+        return labels, targets
+    if TARGETS in labels and TARGETS not in label_columns(sae):
+        raise ValueError(f"{what}: {TARGETS!r} belong to a transcoder (transcoder = True)")
+    return labels, None
+
+
+def _target_files(
+    config: TrainConfig,
+    sae: SAEConfig,
+    shards: Sequence[Path],
+    place: str | None,
+    others: Iterable[Path] = (),
+) -> TargetFiles | None:
+    """Where the targets of shards are; None: the model has none."""
+    if not sae.transcoder:
+        for name in _TARGET_SETTINGS:
+            if (value := getattr(config, name)) is not None:
+                raise ValueError(
+                    f"{name} belongs to a transcoder and must be left out without --transcoder, "
+                    f"got {value!r}"
+                )
+        return None
+    if place is None and config.target_key is None:
+        raise ValueError(
+            "a transcoder needs targets: name their data set in the shards with --target-key, "
+            "or the directory with their files with --target-shard-dir"
+        )
+    return find_targets(shards, place, config.target_key or config.activations_key, others)
+
+
+def _heldout_target_files(config: TrainConfig, sae: SAEConfig) -> TargetFiles | None:
+    assert config.shard_dir is not None
+    train, held = find_shards(config.shard_dir, config.heldout)
+    if not held:
+        return None
+    if config.target_heldout is not None:
+        return _target_files(config, sae, held, config.target_heldout)
+    place = config.target_shard_dir
+    if place is not None and Path(place).is_file():
+        raise ValueError(
+            f"target_heldout is missing: {place} is one file, with the targets to train on"
+        )
+    return _target_files(config, sae, held, place, train)
+
+
 def _open_training_shards(config: TrainConfig, sae: SAEConfig) -> ShardSet:
     if config.shard_dir is None:
         raise ValueError("shard_dir is missing: name a directory of shards with --shard-dir")
-    paths, _ = find_shards(config.shard_dir, config.heldout)
+    paths, held = find_shards(config.shard_dir, config.heldout)
+    targets = _target_files(config, sae, paths, config.target_shard_dir, held)
     return open_shards(
         paths,
         key=config.activations_key,
         skip_nonfinite=config.skip_nonfinite,
         columns=label_columns(sae),
         whole_sequences=needs_sequences(sae),
+        targets=targets,
     )

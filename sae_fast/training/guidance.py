@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from sae_fast.activations import STARTS, Column
+from sae_fast.activations import STARTS, TARGETS, Column
 from sae_fast.config import SAEConfig
 from sae_fast.sae_config import ANSWER_LABELS, RELATION_LABELS
 
@@ -28,6 +28,12 @@ def needs_sequences(sae: SAEConfig) -> bool:
 def check_columns(sae: SAEConfig, columns: Mapping[str, Column]) -> None:
     """Raise ValueError, naming it, for a column that the data do not have."""
     needed = _labels(sae)
+    if sae.transcoder:
+        if TARGETS in needed:
+            raise ValueError(
+                f"{needed[TARGETS]} must not be {TARGETS!r}: so the targets are called"
+            )
+        needed[TARGETS] = "transcoder"
     if needs_sequences(sae):
         needed[STARTS] = "temporal_smoothness_coeff"
     for name, why in needed.items():

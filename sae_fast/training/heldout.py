@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -47,28 +48,36 @@ def evaluate_slots(
 
 
 @torch.no_grad()
-def evaluate(sae: SparseAutoencoder, batches: Iterable[Tensor]) -> dict[str, float]:
+def evaluate(
+    sae: SparseAutoencoder,
+    batches: Iterable[Tensor],
+    targets: Iterable[Tensor] | None = None,
+) -> dict[str, float]:
     """Fraction of variance unexplained, L0 and the share of latents that never fire.
 
-    FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over all rows, sums in float64.
+    FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over all rows, sums in float64; of a transcoder
+    the same of its targets.
 
     Args:
         sae: the model.
         batches: rows [n, D] as captured; the model normalises them itself.
+        targets: of a transcoder those of each batch, [n, d_out].
     """
     device = sae.W_enc.device
     squared_error = torch.zeros((), dtype=torch.float64, device=device)
     squared_norm = torch.zeros_like(squared_error)
     active = torch.zeros_like(squared_error)
-    total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
+    total = torch.zeros(sae.config.target_width, dtype=torch.float64, device=device)
     fired = torch.zeros(sae.config.d_sae, dtype=torch.bool, device=device)
     rows = 0
-    for batch in batches:
+    pairs = zip(batches, repeat(None) if targets is None else targets, strict=targets is not None)
+    for batch, target in pairs:
         x = batch.to(device)
+        y = x if target is None else target.to(device)
         code = sae.encode(x)
-        squared_error += (x - sae.decode(code)).double().square().sum()
-        squared_norm += x.double().square().sum()
-        total += x.sum(dim=0, dtype=torch.float64)
+        squared_error += (y - sae.decode(code, x)).double().square().sum()
+        squared_norm += y.double().square().sum()
+        total += y.sum(dim=0, dtype=torch.float64)
         active += code.l0().sum()
         fired |= code.fired()
         rows += len(x)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from sae_fast.activations import Rows
 from sae_fast.config import TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
@@ -92,7 +93,7 @@ class Launcher:
             self._recent.append((self._made, self._batches.current_shards()))
             self._batches.prefetch()
         elif self._step.is_poisoned():
-            bad_rows = sum(int((~torch.isfinite(rows.x)).any(dim=1).sum()) for rows in batches)
+            bad_rows = sum(_count_bad(rows) for rows in batches)
             shards = self._batches.current_shards()
             newest = self._newest_checkpoint()
             raise divergence(self._step.read({}), self._made, shards, bad_rows, newest)
@@ -125,3 +126,12 @@ class Launcher:
     def _steps_to_reading(self) -> int:
         """After how many steps the host reads the device again, at the latest."""
         return min(n - self._made % n for n in (self._log_every, NOTICED_WITHIN))
+
+
+def _count_bad(rows: Rows) -> int:
+    """Rows of a batch that are not finite, or whose target is not."""
+    bad = ~torch.isfinite(rows.x).all(dim=1)
+    for column in rows.columns.values():
+        if column.ndim == 2:
+            bad |= ~torch.isfinite(column).all(dim=1)
+    return int(bad.sum())

@@ -20,8 +20,9 @@ _MULTI_TOPK = 4  # beside a code of k entries one of so many times k
 # What the comparison with the next token's code holds of an entry, its gradient included.
 _BYTES_PER_MATCHED_ENTRY = 48
 _CHANGE_ARRAYS = 4  # dense codes' changes, their squares, the gradients of both
-# Arrays of a batch's size: two batches read ahead, x, x_hat - x, and the same again for AuxK.
-_BATCH_ARRAYS = 6
+# Arrays of a batch's size: two batches read ahead and x; x_hat - x, and the same again for AuxK.
+_INPUT_ARRAYS, _RESIDUAL_ARRAYS = 3, 3
+_SKIP_ARRAYS = 3  # what the skip connection gives, what is left for the code, its gradient
 # Gradient rows kept between the norm and the update, for each row of a factor: row_gradient_norm's
 # bound. AuxK gives W_dec a second factor.
 _KEPT_ROWS_PER_TOKEN = 3 * 2
@@ -101,16 +102,16 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         native: whether the compiled ops run, which keep a packed copy of the encoder.
         pool_bytes: what the source of the activations holds.
     """
-    matrix = sae.d_sae * sae.d_in
-    probe = _extra_parameters(sae)
-    parameters = 2 * matrix + sae.d_sae + sae.d_in + probe
+    width = sae.target_width
+    encoder, decoder = sae.d_sae * sae.d_in, sae.d_sae * width
+    parameters = encoder + decoder + sae.d_sae + width + _extra_parameters(sae)
     device = torch.device(train.device)
     on_gpu = device.type == "cuda"
     has_chunks = sae.decorrelation == "chunked_max"
     parts = {
         "parameters": parameters * _FLOAT,
         "optimiser states": _optimizer_states(sae, train),
-        "dead-latent counters, bias gradients": sae.d_sae * (8 + 8) + sae.d_in * 8,
+        "dead-latent counters, bias gradients": sae.d_sae * (8 + 8) + width * 8,
     }
     if train.average_decay > 0:
         parts["average of the weights"] = parameters * _FLOAT
@@ -118,22 +119,22 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         parts |= _gpu_copies(sae, train)
         if sae.decorrelation_coeff > 0 and not has_chunks:
             # Its gradient, the rows' halves, products of some rows.
-            parts["decorrelation"] = (2 * matrix + 2 * _GRAM_ROWS * sae.d_in) * _FLOAT
-            parts["decorrelation"] += 8 * sae.d_in**2 * _FLOAT
+            parts["decorrelation"] = (2 * decoder + 2 * _GRAM_ROWS * width) * _FLOAT
+            parts["decorrelation"] += 8 * width**2 * _FLOAT
     elif native:
-        parts["packed encoder (16 bit)"] = matrix * _HALF
+        parts["packed encoder (16 bit)"] = encoder * _HALF
     if has_chunks:  # unit rows, their nearest, the gradients of both and of W_dec; cosines
         cosines = min(sae.d_sae, 2 * sae.decorrelation_chunk) ** 2
-        parts["decorrelation"] = (_CHUNKED_MAX_ARRAYS * matrix + cosines) * _FLOAT
+        parts["decorrelation"] = (_CHUNKED_MAX_ARRAYS * decoder + cosines) * _FLOAT
     if train.precision != "screened" and not (native and on_gpu):
-        parts["rounded copies (16 bit)"] = 2 * matrix * _HALF
+        parts["rounded copies (16 bit)"] = (encoder + decoder) * _HALF
     if not train.fused:
         parts["dense gradients"] = parameters * _FLOAT
     step = _step_parts(sae, train)
     parts |= step
     host = {_POOL: pool_bytes}
     if on_gpu:
-        batch = train.batch_size * sae.d_in * _FLOAT
+        batch = train.batch_size * (sae.d_in + sae.d_out) * _FLOAT
         graph = train.cuda_graph and train.fused and native and sae.arch not in _DENSE_ARRAYS
         parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
         if graph:  # beside what the steps before a capture took
@@ -144,8 +145,10 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
 
 
 def _extra_parameters(sae: SAEConfig) -> int:
-    """Numbers in the probe and the value heads."""
+    """Numbers in the probe, the skip connection and the value heads."""
     probe = sae.probe_outputs * (sae.d_sae + 1)
+    if sae.skip_connection:
+        probe += sae.d_in * sae.d_out
     if not sae.has_value_heads:
         return probe
     hidden, answers = sae.value_hidden or 0, sae.n_answers or 0
@@ -156,35 +159,43 @@ def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
     """The moments: of the weights as they are kept, with their scales, of the biases in fp32."""
     moments = 2 if train.optimizer in ("adam", "adamw") else 1
     a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
-    scales = moment_blocks(sae.d_in) if train.optimizer_states == "8bit" else 0
-    rows = 2 * sae.d_sae * (sae.d_in * a_number + scales * _FLOAT)
-    probe = _extra_parameters(sae)
-    return moments * (rows + (sae.d_sae + sae.d_in + probe) * _FLOAT)
+    widths = sae.d_in, sae.target_width
+    scales = sum(map(moment_blocks, widths)) if train.optimizer_states == "8bit" else 0
+    rows = sae.d_sae * (sum(widths) * a_number + scales * _FLOAT)
+    others = sae.d_sae + sae.target_width + _extra_parameters(sae)
+    return moments * (rows + others * _FLOAT)
 
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """What a step allocates and frees."""
-    batch = train.batch_size * sae.d_in * _FLOAT
-    aux = (sae.aux_k or sae.d_in // 2) if sae.aux_k_coeff else 0
+    inputs = train.batch_size * sae.d_in * _FLOAT
+    outputs = train.batch_size * sae.target_width * _FLOAT
+    aux = (sae.aux_k or sae.target_width // 2) if sae.aux_k_coeff else 0
     k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + _MULTI_TOPK if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
     entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
-    accumulated = train.grad_acc_steps * (2 * batch + entries)
+    accumulated = train.grad_acc_steps * (inputs + outputs + entries)
     parts = {}
     if train.fused:
         kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.grad_acc_steps, sae.d_sae)
-        parts["gradient rows before the clip"] = 2 * kept * sae.d_in * _FLOAT
-    parts["step: batch, residual, code, AuxK"] = _BATCH_ARRAYS * batch + accumulated
+        both = sae.d_in + sae.target_width
+        parts["gradient rows before the clip"] = kept * both * _FLOAT
+    arrays = _INPUT_ARRAYS * inputs + _RESIDUAL_ARRAYS * outputs
+    parts["step: batch, residual, code, AuxK"] = arrays + accumulated
+    if sae.transcoder:
+        n_arrays = _INPUT_ARRAYS + (_SKIP_ARRAYS if sae.skip_connection else 0)
+        parts["targets"] = n_arrays * outputs
     if sae.matryoshka_prefixes is not None:  # residuals and gradients, or those and their merger
         arrays = 2 * train.grad_acc_steps * len(sae.matryoshka_prefixes)
-        parts["errors of the nested dictionaries"] = arrays * batch
+        parts["errors of the nested dictionaries"] = arrays * outputs
     if sae.arch in _DENSE_ARRAYS:
         all_latents = train.batch_size * sae.d_sae
         dense = _DENSE_ARRAYS[sae.arch] * all_latents * _FLOAT
         listed = round(DENSE_FROM * all_latents) * _BYTES_PER_ENTRY * train.grad_acc_steps
         parts["codes while many latents are active"] = max(dense, listed)
         if train.fused:
-            parts["dense gradients while they are"] = 2 * sae.d_sae * sae.d_in * _FLOAT
+            widths = sae.d_in + sae.target_width
+            parts["dense gradients while they are"] = sae.d_sae * widths * _FLOAT
     if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
         rows = sae.d_sae + 4 * train.batch_size
         parts["probe"] = sae.probe_outputs * rows * _FLOAT
@@ -205,10 +216,12 @@ def _gpu_copies(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
 
     With --amp the evaluation, which is exact, has a copy of its own.
     """
-    copies = 1 if train.precision == "screened" else 3
+    copies, numbers = 1, sae.d_in  # of the encoder
+    if train.precision != "screened":
+        copies, numbers = 3, 2 * sae.d_in + sae.target_width
     stats = _STATS_ROWS * sae.d_sae * _FLOAT
     return {
-        "rounded copies (16 bit)": copies * (sae.d_sae * sae.d_in * _HALF + stats),
+        "rounded copies (16 bit)": copies * stats + sae.d_sae * numbers * _HALF,
         "parts of the encoder's product": _PRODUCT_BYTES,
     }
 

@@ -93,6 +93,9 @@ def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
 def describe(sae: SAEConfig) -> str:
     """Architecture and sizes, as a title has them."""
     sizes = f"{sae.arch}: d_in {sae.d_in}, d_sae {sae.d_sae:,}"
+    if sae.transcoder:
+        kind = "skip transcoder" if sae.skip_connection else "transcoder"
+        sizes = f"{sae.arch} {kind}: d_in {sae.d_in}, d_out {sae.d_out}, d_sae {sae.d_sae:,}"
     return sizes if sae.k is None else f"{sizes}, k {sae.k}"
 
 

@@ -26,7 +26,16 @@ FORMAT_VERSION = 1
 _OPTIMIZER = "optimizer."
 # Settings that may change between a run and its resumption without changing a single bit.
 _HARMLESS = (
-    *("shard_dir", "heldout", "checkpoint_dir", "resume_from", "num_threads", "log_every"),
+    *(
+        "shard_dir",
+        "heldout",
+        "target_shard_dir",
+        "target_heldout",
+        "checkpoint_dir",
+        "resume_from",
+        "num_threads",
+        "log_every",
+    ),
     *("eval_every", "checkpoint_every", "keep_checkpoints", "wandb_project", "no_wandb"),
     "cuda_graph",
 )
@@ -82,7 +91,8 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.wandb_id = state["wandb_id"]
     restore_random(checkpoint.tensors, state["random"])
     harmless = set(_HARMLESS)
-    if trainer.sae.architecture.waits:  # dense codes: torch's products follow the threads
+    # Dense codes, and a skip connection: torch's products follow the threads.
+    if trainer.sae.architecture.waits or trainer.sae_config.skip_connection:
         harmless.remove("num_threads")
     _tell_changes(state["config"]["train"], trainer.config.to_dict()["train"], harmless)
 
@@ -96,21 +106,23 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
     return RunConfig.from_dict(checkpoint.state["config"])
 
 
-def sized_config(config: SAEConfig, d_in: int, checkpoint: Checkpoint | None) -> SAEConfig:
-    """The configuration for activations of width `d_in`, which must be that of the checkpoint.
+def sized_config(
+    config: SAEConfig, d_in: int, checkpoint: Checkpoint | None, d_out: int = 0
+) -> SAEConfig:
+    """The configuration for these widths of activations and targets, those of the checkpoint.
 
     Raises:
         CheckpointError: naming the first field in which the checkpoint's model is another.
     """
     if checkpoint is None:
-        return config.with_d_in(d_in)
+        return config.with_d_in(d_in, d_out)
     before = saved_config(checkpoint).sae
     if before.d_in != d_in:
         raise CheckpointError(
             f"{checkpoint.path} is of a model with d_in = {before.d_in}, "
             f"these activations are {d_in} wide"
         )
-    config = config.with_d_in(d_in)
+    config = config.with_d_in(d_in, d_out)
     for name, value in config.to_dict().items():
         known = getattr(before, name)
         if name != "expansion_factor" and known != value:  # that one only says d_sae again

@@ -1,16 +1,61 @@
-"""Starting from a trained model: `start_from`, and what separate_value needs of it."""
+"""How a training starts: from a model (`start_from`), or from the first of its activations."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
+from sae_fast.activations import TARGETS, ActivationSource, Transform
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.batches import next_rows
 from sae_fast.training.checkpoint import CheckpointError, find_checkpoint
+from sae_fast.training.data import TrainingData
 
 _COUNTERS = ("tokens_since_fired",)
+
+
+def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:
+    """Estimate mean and scale of a run's activations, and of its targets, for a new model."""
+    if sae.config.normalize_activations == "none":
+        return
+    sae.set_normalization_(*data.normalization())
+    if sae.config.transcoder:
+        sae.set_target_normalization_(*data.target_normalization())
+
+
+def open_source(sae: SparseAutoencoder, data: TrainingData) -> ActivationSource:
+    """The source of a run's batches, in the units of the model."""
+    if sae.config.normalize_activations == "none":
+        return data.open(None)
+    transform = Transform(sae.activation_mean, float(sae.activation_scale))
+    if not sae.config.transcoder:
+        return data.open(transform)
+    return data.open(transform, Transform(sae.target_mean, float(sae.target_scale)))
+
+
+def initialize_(
+    sae: SparseAutoencoder, source: ActivationSource, rows_per_epoch: int, config: TrainConfig
+) -> None:
+    """Start a model from the seed and, where it asks for some, the first activations.
+
+    These are served again.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    wanted = min(sample_rows(sae.config), rows_per_epoch)
+    if wanted == 0:
+        return sae.initialize_(generator)
+    position = source.state_dict()
+    batches = [next_rows(source) for _ in range(math.ceil(wanted / config.batch_size))]
+    source.load_state_dict(position)
+    sample = torch.cat([x for x, _ in batches])
+    if not sae.config.transcoder:
+        return sae.initialize_(generator, sample)
+    targets = torch.cat([columns[TARGETS] for _, columns in batches])
+    return sae.initialize_(generator, sample, targets)
 
 
 def start_model(sae: SAEConfig, config: TrainConfig) -> SparseAutoencoder | None:
@@ -35,7 +80,10 @@ def start_model(sae: SAEConfig, config: TrainConfig) -> SparseAutoencoder | None
         known = SparseAutoencoder.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"start_from: {error}") from error
-    for name in ("arch", "d_in", "d_sae", "normalize_activations", "n_relations"):
+    for name in (
+        *("arch", "d_in", "d_sae", "normalize_activations", "n_relations"),
+        *("transcoder", "d_out", "skip_connection"),
+    ):
         before, now = getattr(known.config, name), getattr(sae, name)
         if before != now:
             raise ValueError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_fast.activations import STARTS, Rows
+from sae_fast.activations import STARTS, TARGETS, Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.metrics import fetch
@@ -69,6 +69,7 @@ class TrainingStep:
         self.precision = precision
         self.average = average
         self._components = (*sae.term_names, *sae.figure_names)
+        self._targets = TARGETS if sae.config.transcoder else ""
         self._labels = sae.config.probe_labels or ""
         self._relations = sae.config.relation_labels or ""
         self._answers = sae.config.answer_labels or ""
@@ -105,6 +106,7 @@ class TrainingStep:
         for x, columns in batches:
             loss = self.sae.training_loss(
                 x,
+                columns.get(self._targets),
                 precision=self.precision,
                 dense_grad=self.optimizer.dense_grad,
                 k_aux=k_aux,

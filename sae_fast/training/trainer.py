@@ -9,7 +9,6 @@ one that was not.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast.activations import ActivationSource, Transform
+from sae_fast.activations import ActivationSource
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
@@ -45,7 +43,13 @@ from sae_fast.training.snapshot import (
     sized_config,
     take_snapshot,
 )
-from sae_fast.training.start import start_from_, start_model
+from sae_fast.training.start import (
+    initialize_,
+    normalize_,
+    open_source,
+    start_from_,
+    start_model,
+)
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.stopwatch import Stopwatch, Window
 from sae_fast.training.weight_average import WeightAverage
@@ -64,8 +68,9 @@ class Trainer:
         data: activations [n, D], or a source of them; None: the shards in `train_config.shard_dir`.
         heldout: activations [n, D] for evaluation; None: the held-out shards, if there are any.
         columns: beside a tensor `data`, labels [n] by the name that `probe_labels` has, and where
-            sequences matter doc_id or position.
-        heldout_columns: beside a tensor `heldout` the labels of arch slots, for its accuracies.
+            sequences matter doc_id or position; of a transcoder "targets", [n, d_out].
+        heldout_columns: beside a tensor `heldout` the labels of arch slots, for its accuracies,
+            and targets.
         stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
         show_progress: whether to show a progress bar.
 
@@ -94,7 +99,7 @@ class Trainer:
         given = (columns, heldout_columns)
         self.data = TrainingData(train_config, data, heldout, self.device, sae_config, *given)
         sae_config = with_label_counts(sae_config, self.data.columns)
-        self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint)
+        self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint, self.data.d_out)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         rows = self.data.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
@@ -231,11 +236,12 @@ class Trainer:
         """
         if self.data.heldout is None:
             return {}
-        measured = evaluate(self.sae, self.data.heldout)
+        rows = (self.data.heldout, self.data.heldout_targets)
+        measured = evaluate(self.sae, *rows)
         if self.data.heldout_labels:
             measured |= evaluate_slots(self.sae, self.data.heldout, self.data.heldout_labels)
         if self.average is not None:
-            averaged = evaluate(self.average.model(), self.data.heldout)
+            averaged = evaluate(self.average.model(), *rows)
             measured |= {f"averaged_{name}": value for name, value in averaged.items()}
         return measured
 
@@ -316,24 +322,21 @@ class Trainer:
         """The model, new or from a checkpoint, and with it the optimiser and the source."""
         config = self.train_config
         seed_everything(config.seed)
-        normalized = self.sae_config.normalize_activations != "none"
         if checkpoint is None:
             self.sae = SparseAutoencoder(self.sae_config)
             if (known := start_model(self.sae_config, config)) is not None:
                 start_from_(self.sae, known)
-            elif normalized:
-                self.sae.set_normalization_(*self.data.normalization())
+            else:
+                normalize_(self.sae, self.data)
         else:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path)
             for tensor in (*self.sae.parameters(), *self.sae.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, aligned
-        mean, scale = self.sae.activation_mean, float(self.sae.activation_scale)
-        self.source = self.data.open(Transform(mean, scale) if normalized else None)
+        self.source = open_source(self.sae, self.data)
         on_gpu = self.device.type == "cuda"
         self.batches = StepBatches(self.source, self.device, config.grad_acc_steps, ahead=on_gpu)
         if checkpoint is None and known is None:
-            generator = torch.Generator().manual_seed(config.seed)
-            self.sae.initialize_(generator, self._sample())
+            initialize_(self.sae, self.source, self.data.rows_per_epoch, config)
         self.sae.to(self.device)
         self.optimizer = make_optimizer(self.sae, config)
         self.average: WeightAverage | None = None
@@ -348,17 +351,6 @@ class Trainer:
         step = TrainingStep(self.sae, self.optimizer, self.scaler, config.precision, self.average)
         newest = self._newest_checkpoint
         self._launcher = Launcher(step, self.batches, config, self.step, newest)
-
-    def _sample(self) -> Tensor | None:
-        """The first activations, for a start that asks for them; they are served again."""
-        wanted = min(sample_rows(self.sae_config), self.data.rows_per_epoch)
-        if wanted == 0:
-            return None
-        position = self.source.state_dict()
-        n_batches = math.ceil(wanted / self.train_config.batch_size)
-        sample = torch.cat([self.source.next_batch() for _ in range(n_batches)])
-        self.source.load_state_dict(position)
-        return sample
 
     def _start_wandb(self) -> None:
         config = self.train_config
