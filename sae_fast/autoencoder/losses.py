@@ -21,7 +21,8 @@ class TrainingLoss:
     """The loss of a batch: `total` to call backward on, `components` to log, `code` for statistics.
 
     The `*_loss` components carry their coefficients, so that they add up to `total`. All components
-    are 0-d and detached, and so is `variance`, Σ (x − mean(x))²: not finite where x is not.
+    are 0-d and detached, and so is `variance`, Σ (x − mean(x))², of a transcoder with that of its
+    targets: not finite where one of these is not.
     """
 
     total: Tensor

@@ -196,9 +196,7 @@ class SparseAutoencoder(Measures):
         config = self.config
         x = self._rows(x)
         weights, y = self.weights, self._targets(x, targets)
-        target = y
-        if config.skip_connection:
-            target = y - skip(x, self.get_parameter(SKIP), precision)
+        target = self._left_to_the_code(x, y, precision)
         options = (k_aux, sparsity_weight, k, reconstruction_only)
         batch = Batch(x, target, self.dead_mask(), *options, relations, answers)
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
@@ -225,6 +223,12 @@ class SparseAutoencoder(Measures):
         if config.transcoder:
             variance = variance + losses.total_variance(x.detach())
         return TrainingLoss(total, components, code, variance)
+
+    def _left_to_the_code(self, x: Tensor, y: Tensor, precision: str) -> Tensor:
+        """What the code of x is to model: y without what a skip connection gives."""
+        if not self.config.skip_connection:
+            return y
+        return y - skip(x, self.get_parameter(SKIP), precision)
 
     @torch.no_grad()
     def update_fired_(self, code: ops.Code, n_tokens: int) -> None:
