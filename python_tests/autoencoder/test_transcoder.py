@@ -54,8 +54,9 @@ def make(case, *, with_skip=True, path="sparse", dtype=DTYPE, **more):
     return maker(dtype=dtype, dead=DEAD, **options, **{**fields, **more})
 
 
-def assert_equals_plain_pytorch(sae, plain_terms, gradients, dense_grad):
-    x, targets = make_batch(sae), make_targets(sae)
+def assert_equals_plain_pytorch(sae, plain_terms, gradients, dense_grad, device="cpu"):
+    x, targets = make_batch(sae).to(device), make_targets(sae).to(device)
+    sae.to(device)
     loss = sae.training_loss(x, targets, dense_grad=dense_grad)
     expected = plain_terms(sae, x, targets)
     for name, term in expected.items():
@@ -83,10 +84,12 @@ def test_terms_and_gradients_with_k_equal_plain_pytorch(case, with_skip, dense_g
 @pytest.mark.parametrize(("path", "dense_grad"), WAYS)
 @pytest.mark.parametrize("with_skip", [True, False])
 @pytest.mark.parametrize("case", THRESHOLDED)
-def test_terms_and_gradients_with_thresholds_equal_plain_pytorch(case, with_skip, path, dense_grad):
+def test_terms_and_gradients_with_thresholds_equal_plain_pytorch(
+    case, with_skip, path, dense_grad, device
+):
     sae = make(case, with_skip=with_skip, path=path)
     plain = plain_thresholded_terms, plain_thresholded_gradients
-    assert_equals_plain_pytorch(sae, *plain, dense_grad)
+    assert_equals_plain_pytorch(sae, *plain, dense_grad, device)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
