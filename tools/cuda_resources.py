@@ -71,7 +71,7 @@ def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
     if name.startswith("cub::"):  # with all its policies a name would fill a page
         return re.sub(r"<.*$", "", re.sub(r"^cub::.*?(\w+Kernel\b)", r"cub \1", name))
-    return re.sub(r"\(.*\)$", "", re.sub(r"\((\w| )+\)(?=\d)", "", name))
+    return re.sub(r"\(.*\)$", "", re.sub(r"\((\w|:| )+\)(?=\d)", "", name))
 
 
 def table(usages: list[Usage]) -> str:
