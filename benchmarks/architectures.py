@@ -48,6 +48,12 @@ RECIPES: dict[str, Sequence[dict[str, Any]]] = {
     **{arch: [{"k": k} for k in _TARGETS] for arch in _WITH_K},
     **{arch: [{"target_l0": l0} for l0 in _TARGETS] for arch in _WITH_TARGET},
 }
+# What gets near its target within some hundred steps; the defaults are for far longer trainings.
+QUICK: dict[str, dict[str, Any]] = {
+    "relu": {"l1_penalty_coeff": 1.5, "target_l0_rate": 0.02},
+    "jumprelu": {"sparsity_penalty_coeff": 30.0, "jumprelu_threshold_lr": 10.0},
+    "gated": {"target_l0_rate": 0.02},
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ def train(
     if data is not None:
         sizes = {"d_sae": data.n_features, "normalize_activations": "none"}
         rows = {"data": data.draw(options.planted_rows), "heldout": data.draw(4096)}
+    fields = fields | QUICK.get(arch, {})
     model = SAEConfig(arch=arch, dead_after_tokens=options.dead_after_tokens, **sizes, **fields)
     trainer = Trainer(model, training, show_progress=False, **rows)
     sae = trainer.train()
@@ -236,10 +243,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard-dir", type=Path, help="shards and heldout*.h5; none: planted only")
     parser.add_argument("--archs", default=",".join(RECIPES), help="separated by commas")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--batch-size", type=int, default=2048)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--expansion-factor", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--expansion-factor", type=float, default=4.0)
     parser.add_argument("--dead-after-tokens", type=int, default=200_000)
     parser.add_argument("--planted", action="store_true", help="also recover a known dictionary")
     parser.add_argument("--planted-rows", type=int, default=65_536)
@@ -263,11 +270,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     seeds = [int(text) for text in options.seeds.split(",")]
     common = f"{options.steps} steps of {options.batch_size} rows, learning rate {options.lr:g}"
+    common += f", {options.expansion_factor:g} latents a dimension"
     about = {}
     if options.shard_dir is not None:
         about["activations"] = f"{options.shard_dir.name}, {len(seeds)} seeds: {common}."
     if options.planted:
-        about["planted"] = f"{Planted.about()}; {len(seeds)} seeds: {common}."
+        about["planted"] = f"{Planted.about()}; {len(seeds)} seeds, trained alike."
     results: dict[str, Any] = {"about": about, "times": []}
     for kind in about:
         say(kind)

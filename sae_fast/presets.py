@@ -9,11 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sae_fast.config import SAEConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from sae_fast.training.trainer import Trainer
 
 MEASURED_STEPS = 3
 
@@ -133,22 +136,27 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def measured_tokens_per_second(name: str, steps: int = MEASURED_STEPS) -> float:
-    """Tokens a second in `steps` steps of a preset's training on random rows, after one more."""
+def first_steps(name: str, steps: int) -> Trainer:
+    """A trainer that makes so many steps of a preset's training, on random rows."""
     from sae_fast.training.trainer import Trainer
 
     sae, train = preset(name).configs()
-    train = replace(train, max_steps=steps + 1, log_every=1, eval_every=0, checkpoint_every=0)
+    train = replace(train, max_steps=steps, log_every=1, eval_every=0, checkpoint_every=0)
     rows = torch.randn(train.batch_size, sae.d_in)
     columns = {}
     if sae.arch == "slots":  # the reconstruction alone would not be the whole step
         train = replace(train, reconstruction_epochs=0.0)
         relations = torch.arange(train.batch_size) % (sae.n_relations or 1)
         columns = {str(sae.relation_labels): relations, str(sae.answer_labels): relations}
-    trainer = Trainer(sae, train, data=rows, columns=columns, show_progress=False)
+    return Trainer(sae, train, data=rows, columns=columns, show_progress=False)
+
+
+def measured_tokens_per_second(name: str, steps: int = MEASURED_STEPS) -> float:
+    """Tokens a second in `steps` steps of a preset's training on random rows, after one more."""
+    trainer = first_steps(name, steps + 1)
     trainer.train()
     milliseconds = [float(row["time_per_step_ms"]) for row in trainer.history[1:]]
-    return 1000 * train.batch_size * len(milliseconds) / sum(milliseconds)
+    return 1000 * trainer.train_config.batch_size * len(milliseconds) / sum(milliseconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

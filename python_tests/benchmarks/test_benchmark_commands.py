@@ -117,6 +117,25 @@ def test_slots_step_times_the_literal_form_too(tmp_path):
     assert len(rows_of(table)) == 1 + 2 * 3
 
 
+@pytest.mark.slow
+def test_presets_tells_memory_and_time_of_each(tmp_path):
+    names = ["modular_addition", "minilm"]
+    result, table = run("presets", tmp_path, "--presets", ",".join(names), "--steps", "1")
+    assert list(result["presets"]) == names
+    for found in result["presets"].values():
+        assert found["tokens_per_second"] > 0
+        assert 0 < found["peak_bytes"] < 2 * found["planned_bytes"]
+        assert len(found["losses"]) == 2
+    assert len(rows_of(table)) == 1 + 2
+
+
+def test_presets_refuses_a_name_that_is_none(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.presets", "--presets", "gpt5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'gpt5' is none of minilm, gpt2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("ratios", "share"), [((0.5, 2.0), 0.2), ((0.5, 0.9), None), ((2.0, 4.0), None)]
 )

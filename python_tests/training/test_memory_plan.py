@@ -1,6 +1,8 @@
 """The memory plan adds up, and refuses with numbers."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +10,10 @@ import torch
 
 from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.presets import preset
 from sae_fast.training.memory_plan import MemoryPlan, available_memory, plan_memory
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def test_plan_counts_parameters_and_optimiser_states() -> None:
@@ -21,17 +26,42 @@ def test_plan_counts_parameters_and_optimiser_states() -> None:
     assert "memory plan" in str(plan)
 
 
-@pytest.mark.parametrize(("arch", "arrays"), [("relu", 5), ("jumprelu", 7), ("gated", 8)])
-def test_architectures_that_begin_with_many_latents_count_them(arch: Any, arrays: int) -> None:
-    sae = SAEConfig(arch=arch, d_in=100, d_sae=1000)
+@pytest.mark.parametrize(
+    ("arch", "arrays", "matrices"),
+    [("relu", 3, 2), ("jumprelu", 4, 2), ("gated", 3, 2), ("slots", 1, 2)],
+)
+def test_architectures_that_begin_with_many_latents_count_them(
+    arch: Any, arrays: int, matrices: int
+) -> None:
+    sae = SAEConfig(arch=arch, d_in=400, d_sae=1000, **_slots(arch))
     train = TrainConfig(batch_size=64)
     plan = plan_memory(sae, train, native=True, pool_bytes=0)
     assert plan.parts["codes while many latents are active"] == arrays * 64 * 1000 * 4
-    assert plan.parts["dense gradients while they are"] == 2 * 100 * 1000 * 4
+    assert plan.parts["dense gradients while they are"] == matrices * 400 * 1000 * 4
+    assert "packed encoder (16 bit)" not in plan.parts  # made when few are active
     unfused = plan_memory(sae, replace(train, fused=False), native=True, pool_bytes=0)
     assert "dense gradients while they are" not in unfused.parts
     topk = plan_memory(SAEConfig(d_in=100, d_sae=1000), train, native=True, pool_bytes=0)
     assert not any("many latents" in part for part in topk.parts)
+
+
+def _slots(arch: str) -> dict[str, int]:
+    return {"n_relations": 4, "n_answers": 9} if arch == "slots" else {}
+
+
+@pytest.mark.parametrize(("arch", "arrays"), [("jumprelu", 5), ("gated", 7.25)])
+def test_large_batches_have_their_peak_where_most_codes_are(arch: Any, arrays: float) -> None:
+    sae = SAEConfig(arch=arch, d_in=10, d_sae=1000)
+    plan = plan_memory(sae, TrainConfig(batch_size=640), native=True, pool_bytes=0)
+    assert plan.parts["codes while many latents are active"] == arrays * 640 * 1000 * 4
+    assert plan.parts["dense gradients while they are"] == 10 * 1000 * 4
+
+
+def test_accumulated_gradients_are_there_while_more_are_made() -> None:
+    sae = SAEConfig(arch="relu", d_in=400, d_sae=1000)
+    train = TrainConfig(batch_size=64, grad_acc_steps=2)
+    plan = plan_memory(sae, train, native=True, pool_bytes=0)
+    assert plan.parts["dense gradients while they are"] == 4 * 400 * 1000 * 4
 
 
 def test_listed_entries_count_where_accumulated_batches_have_more_of_them() -> None:
@@ -40,6 +70,16 @@ def test_listed_entries_count_where_accumulated_batches_have_more_of_them() -> N
     plan = plan_memory(sae, train, native=True, pool_bytes=0)
     entries = round(DENSE_FROM * 64 * 1000)
     assert plan.parts["codes while many latents are active"] == entries * 32 * 100
+    assert "packed encoder (16 bit)" in plan.parts
+    assert "dense gradients while they are" not in plan.parts
+
+
+def test_the_paper_preset_is_planned_as_its_first_steps_were_measured() -> None:
+    sae, train = preset("deepseek_r1_llama_8b_paper").configs()
+    plan = plan_memory(sae, train, native=True, pool_bytes=4096 * 4096 * 4)
+    table = json.loads((RESULTS / "presets.json").read_text())
+    peak = table["presets"]["deepseek_r1_llama_8b_paper"]["peak_bytes"]
+    assert sum(plan.parts.values()) == pytest.approx(peak, rel=0.05)
 
 
 def test_reference_needs_no_packed_encoder() -> None:

@@ -60,6 +60,7 @@ class Thresholded(Architecture):
         bias = weights.b_enc if limit is None else weights.b_enc - limit.detach()
         arguments = (batch.x, weights.W_enc, bias, weights.input_bias)
         if float(weights.own[LISTED]) >= DENSE_FROM * self.config.d_sae:
+            ops.drop_copies(weights.W_enc)  # nothing reads them now; an evaluation has made one
             return ops.encode_dense(*arguments, precision=mode.precision)
         return ops.encode_threshold(
             *arguments,

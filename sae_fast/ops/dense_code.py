@@ -86,7 +86,7 @@ def encode_dense(
     """ReLU((x − b_dec) W_encᵀ + b_enc), as `encode_threshold` with thresholds of 0."""
     centred, weights = _rounded(x - b_dec, precision), _rounded(W_enc, precision)
     values = torch.addmm(b_enc, centred, weights.t()).relu_()
-    return DenseCode(values, (values.detach() > 0).sum(), precision)
+    return DenseCode(values, torch.count_nonzero(values.detach()), precision)
 
 
 def reconstruct(

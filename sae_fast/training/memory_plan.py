@@ -28,8 +28,18 @@ _SKIP_ARRAYS = 3  # what the skip connection gives, what is left for the code, i
 _KEPT_ROWS_PER_TOKEN = 3 * 2
 # The encoder's product is made in parts that stay in a GPU's cache.
 _PRODUCT_BYTES = 32 * 2**20
-# Arrays [N, F] alive at once while a step works on all latents, by architecture; measured.
-_DENSE_ARRAYS = {"relu": 5, "jumprelu": 7, "gated": 8, "slots": 5}
+# What is alive at once while a step works on all latents, by architecture, at the moments that can
+# be its peak: arrays [N, F], and matrices of W_enc's or W_dec's size (gradients, what they are made
+# of). Measured.
+_DENSE_MOMENTS: dict[str, tuple[tuple[float, int], ...]] = {
+    "relu": ((3, 2),),
+    "jumprelu": ((5, 1), (4, 2)),
+    "gated": ((7.25, 1), (3, 2)),
+    "slots": ((1, 2),),
+}
+_PACKED = "packed encoder (16 bit)"
+_KEPT = "gradient rows before the clip"
+_MANY = "codes while many latents are active"
 _STATS_ROWS = 2  # of float32, one number a latent: what the GPU's encoder knows of its copy
 _POOL = "activations in memory"
 _CHUNKED_MAX_ARRAYS = 6  # of W_dec's size
@@ -122,7 +132,7 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
             parts["decorrelation"] = (2 * decoder + 2 * _GRAM_ROWS * width) * _FLOAT
             parts["decorrelation"] += 8 * width**2 * _FLOAT
     elif native:
-        parts["packed encoder (16 bit)"] = encoder * _HALF
+        parts[_PACKED] = encoder * _HALF
     if has_chunks:  # unit rows, their nearest, the gradients of both and of W_dec; cosines
         cosines = min(sae.d_sae, 2 * sae.decorrelation_chunk) ** 2
         parts["decorrelation"] = (_CHUNKED_MAX_ARRAYS * decoder + cosines) * _FLOAT
@@ -132,10 +142,12 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
         parts["dense gradients"] = parameters * _FLOAT
     step = _step_parts(sae, train)
     parts |= step
+    if sae.arch in _DENSE_MOMENTS:
+        _take_larger_phase(parts, sae, train)
     host = {_POOL: pool_bytes}
     if on_gpu:
         batch = train.batch_size * (sae.d_in + sae.d_out) * _FLOAT
-        graph = train.cuda_graph and train.fused and native and sae.arch not in _DENSE_ARRAYS
+        graph = train.cuda_graph and train.fused and native and sae.arch not in _DENSE_MOMENTS
         parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
         if graph:  # beside what the steps before a capture took
             parts["pool of the CUDA graphs"] = sum(step.values())
@@ -179,7 +191,7 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     if train.fused:
         kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.grad_acc_steps, sae.d_sae)
         both = sae.d_in + sae.target_width
-        parts["gradient rows before the clip"] = kept * both * _FLOAT
+        parts[_KEPT] = kept * both * _FLOAT
     arrays = _INPUT_ARRAYS * inputs + _RESIDUAL_ARRAYS * outputs
     parts["step: batch, residual, code, AuxK"] = arrays + accumulated
     if sae.transcoder:
@@ -188,27 +200,46 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     if sae.matryoshka_prefixes is not None:  # residuals and gradients, or those and their merger
         arrays = 2 * train.grad_acc_steps * len(sae.matryoshka_prefixes)
         parts["errors of the nested dictionaries"] = arrays * outputs
-    if sae.arch in _DENSE_ARRAYS:
-        all_latents = train.batch_size * sae.d_sae
-        dense = _DENSE_ARRAYS[sae.arch] * all_latents * _FLOAT
-        listed = round(DENSE_FROM * all_latents) * _BYTES_PER_ENTRY * train.grad_acc_steps
-        parts["codes while many latents are active"] = max(dense, listed)
-        if train.fused:
-            widths = sae.d_in + sae.target_width
-            parts["dense gradients while they are"] = sae.d_sae * widths * _FLOAT
     if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
         rows = sae.d_sae + 4 * train.batch_size
         parts["probe"] = sae.probe_outputs * rows * _FLOAT
     if sae.independence_coeff or sae.orthogonality_coeff:  # latents by tokens, tokens by tokens
-        dense = (1 if sae.arch in _DENSE_ARRAYS else 2) * sae.d_sae
+        dense = (1 if sae.arch in _DENSE_MOMENTS else 2) * sae.d_sae
         parts["correlations of latents"] = (
             train.batch_size * _FLOAT * (dense + 4 * train.batch_size)
         )
     if sae.temporal_smoothness_coeff > 0:
         listed = (sae.k or round(DENSE_FROM * sae.d_sae)) * _BYTES_PER_MATCHED_ENTRY
-        dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if sae.arch in _DENSE_ARRAYS else 0
+        dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if sae.arch in _DENSE_MOMENTS else 0
         parts["temporal smoothness"] = train.batch_size * max(listed, dense)
     return parts
+
+
+def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig) -> None:
+    """Keep of `parts` what is there in the phase that needs more, and add that phase's codes.
+
+    The first steps work on all latents, with dense gradients and without a packed encoder; later
+    ones on those listed.
+    """
+    all_latents = train.batch_size * sae.d_sae
+    matrix = sae.d_sae * (sae.d_in + sae.target_width) / 2
+    accumulated = 2 if train.grad_acc_steps > 1 else 0
+    matrices = {
+        moment: (moment[1] + accumulated) * matrix if train.fused else 0.0
+        for moment in _DENSE_MOMENTS[sae.arch]
+    }
+    moment = max(matrices, key=lambda moment: moment[0] * all_latents + matrices[moment])
+    dense = round(moment[0] * all_latents) * _FLOAT
+    gradients = round(matrices[moment]) * _FLOAT
+    listed = round(DENSE_FROM * all_latents) * _BYTES_PER_ENTRY * train.grad_acc_steps
+    if dense + gradients < listed + parts.get(_PACKED, 0) + parts.get(_KEPT, 0):
+        parts[_MANY] = listed
+        return
+    parts.pop(_PACKED, None)
+    parts.pop(_KEPT, None)
+    parts[_MANY] = dense
+    if train.fused:
+        parts["dense gradients while they are"] = gradients
 
 
 def _gpu_copies(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:

@@ -1,0 +1,126 @@
+"""What every preset needs on this machine: memory, as planned and as used, and time.
+
+    python -m benchmarks.presets --json benchmarks/results/presets.json
+
+Each preset makes a few steps at its full size on random rows, in a process of its own. Memory is
+the peak above that process's state after a tiny training, which loads what every run loads. The
+time of a whole training is that of as many tokens as such a model is usually trained on, at the
+rate of these steps. ReLU codes have half of all latents active in them, and get faster as they get
+sparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.support.heats import say
+from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.memory import PeakMemory
+from benchmarks.support.tables import machine_line, markdown_table, write_json, write_text
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.presets import MEASURED_STEPS, PRESETS, first_steps, preset
+from sae_fast.training.trainer import Trainer
+
+_GIB = 2**30
+
+
+def measure(name: str, steps: int) -> dict[str, Any]:
+    """Some steps of one preset, in this process."""
+    tiny = TrainConfig(batch_size=64, max_steps=2, eval_every=0, checkpoint_every=0)
+    Trainer(SAEConfig(k=4), tiny, data=torch.randn(64, 32), show_progress=False).train()
+    memory = PeakMemory()
+    trainer = first_steps(name, steps + 1)
+    trainer.train()
+    peak = memory.above()
+    times = [float(row["time_per_step_ms"]) / 1e3 for row in trainer.history[1:]]
+    seconds = sorted(times)[len(times) // 2]
+    config = trainer.sae.config
+    return {
+        "arch": config.arch,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "batch_size": trainer.train_config.batch_size,
+        "planned_bytes": sum(trainer.memory_plan.parts.values()),
+        "peak_bytes": peak,
+        "seconds": times,
+        "tokens_per_second": trainer.train_config.batch_size / seconds,
+        "losses": [float(row["loss"]) for row in trainer.history],
+        "tokens": preset(name).tokens,
+    }
+
+
+def measure_apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The same in a new process, so that nothing of the others' memory is left."""
+    flags = ["--inside", "--presets", name, "--steps", str(options.steps)]
+    command = [sys.executable, "-m", "benchmarks.presets", *flags]
+    command += ["--threads", str(options.threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: failed with exit code {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table."""
+    headings = ["preset", "architecture", "d_in", "d_sae", "tokens a step"]
+    headings += ["planned GiB", "peak GiB", "s a step", "tokens/s", "tokens", "hours for all"]
+    body = []
+    for name, found in result["presets"].items():
+        rate = found["tokens_per_second"]
+        sizes = [f"{found[key]:,}" for key in ("d_in", "d_sae", "batch_size")]
+        memory = [f"{found[key] / _GIB:.2f}" for key in ("planned_bytes", "peak_bytes")]
+        times = [f"{found['batch_size'] / rate:.3g}", f"{rate:,.0f}", f"{found['tokens']:,}"]
+        hours = f"{found['tokens'] / rate / 3600:,.1f}"
+        body.append([name, found["arch"], *sizes, *memory, *times, hours])
+    about = (__doc__ or "").split("\n\n")[2].strip()
+    parts = ["# What the presets need", "", about, "", markdown_table(headings, body), ""]
+    return "\n".join([*parts, machine_line(result["machine"]), "", f"`{result['command']}`"])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.presets")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="separated by commas")
+    parser.add_argument("--steps", type=int, default=MEASURED_STEPS, help="timed, after one more")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--inside", action="store_true", help="measure in this process")
+    options = parser.parse_args()
+    for name in options.presets.split(","):
+        if name not in PRESETS:
+            parser.error(f"--presets: {name!r} is none of {', '.join(PRESETS)}")
+    return options
+
+
+def main() -> None:
+    """Run, print the table, write the files."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    if options.inside:
+        print(json.dumps(measure(options.presets, options.steps)))
+        return
+    found = {}
+    for name in options.presets.split(","):
+        found[name] = measure_apart(name, options)
+        say(f"  {name}: {found[name]['tokens_per_second']:,.0f} tokens/s")
+    result = {"presets": found, "machine": describe_machine()}
+    result["command"] = command_line("benchmarks.presets")
+    table = report(result)
+    if options.json:
+        write_json(options.json, result)
+    if options.markdown:
+        write_text(options.markdown, table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
