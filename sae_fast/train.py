@@ -7,21 +7,18 @@ training_history.json, checkpoints/ and plots/.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import tyro
 from tqdm import tqdm
 
+from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names
 from sae_fast.presets import preset
@@ -30,12 +27,9 @@ from sae_fast.training.run_directory import describe, new_run_directory
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
 PROGRAM = "python -m sae_fast.train"
-
-Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer.train()
     except (ValueError, OSError) as error:
         # Whatever is wrong with what was given is raised as one of these, with a line that says so.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:  # the second: no time for a checkpoint
         print("error: interrupted; the last checkpoint is intact", file=sys.stderr)
@@ -92,7 +86,7 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
         ValueError: naming the flag, field or file that is wrong.
     """
     arguments = _canonical(arguments)
-    sources = _parse(_Sources, _Sources(), arguments, partial=True)
+    sources = parse(_Sources, _Sources(), arguments, PROGRAM, partial=True)
     given = _settings_in(sources.config)
     if sources.preset is not None:
         chosen = preset(sources.preset)
@@ -107,50 +101,13 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     d_in = given["sae"].pop("d_in", 0)
     base = RunConfig.from_dict(given)
     defaults = Options(sources.preset, sources.config, base.sae, base.train)
-    options = _parse(Options, defaults, arguments)
+    options = parse(Options, defaults, arguments, PROGRAM)
     sae, train = options.sae, options.train
     if sae.d_in == 0 and d_in != 0:
         sae = replace(sae, d_in=d_in)
     if train.checkpoint_dir is None:
         train = replace(train, checkpoint_dir=str(new_run_directory(sae)))
     return RunConfig(sae=sae, train=train)
-
-
-def _parse(
-    kind: type[Parsed], default: Parsed, arguments: Sequence[str], *, partial: bool = False
-) -> Parsed:
-    """Has tyro fill in a dataclass; its boxed complaint becomes the one line of a ValueError.
-
-    Partial parsing leaves unknown flags, and --help, to the parsing that comes after it.
-    """
-    complaint = io.StringIO()
-    flat = (tyro.conf.OmitArgPrefixes,)
-    try:
-        with contextlib.redirect_stderr(complaint):
-            if partial:
-                parsed, _ = tyro.cli(
-                    kind,
-                    default=default,
-                    args=arguments,
-                    config=flat,
-                    prog=PROGRAM,
-                    add_help=False,
-                    return_unknown_args=True,
-                )
-                return parsed
-            return tyro.cli(kind, default=default, args=arguments, config=flat, prog=PROGRAM)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(_first_sentence(complaint.getvalue())) from None
-
-
-def _first_sentence(box: str) -> str:
-    """What tyro's box says between its title and its first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines() if "╭" not in line and "╰" not in line]
-    rules = [number for number, line in enumerate(lines) if line.startswith("──")]
-    text = " ".join(lines[: rules[0]] if rules else lines)
-    return re.sub(r"^Error parsing (sae|train): ", "", text)
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:
