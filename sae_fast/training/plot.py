@@ -1,77 +1,211 @@
-"""A plot of a run's metrics, one panel a quantity."""
+"""Draws the metrics of runs into an image, a panel a quantity; panels.py says which there are."""
 
+from __future__ import annotations
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_fast.training.metrics import Row
+from sae_fast.training.panels import HELD_OUT, Curve, Panel, overview
 
-_PANELS: tuple[tuple[str, bool, tuple[tuple[str, str], ...]], ...] = (
-    # title, logarithmic axis, (metric, label) ...
-    ("Loss", True, (("loss", "total"), ("recon_loss", "reconstruction"))),
-    ("Fraction of variance unexplained", True, (("fvu", "train"), ("heldout_fvu", "held out"))),
-    ("L0: active latents per token", False, (("l0", "train"), ("heldout_l0", "held out"))),
-    ("Dead latents", False, (("dead_fraction", "train"), ("heldout_dead_fraction", "held out"))),
-    ("Learning rate", False, (("learning_rate", ""),)),
-    ("Gradient norm, before clipping", True, (("grad_norm", ""),)),
-)
+_PANEL = (4.2, 3.1)  # inches
+_PADDING = 0.08
+_LEAST_WIDTH = 6.5  # for the title
+_COLUMNS = {4: 2, 5: 3, 6: 3, 9: 3}  # by number of panels, 4 for other than these: few are empty
+_DOTS_PER_INCH = 110
+_TITLE_LETTER, _NAME_LETTER = 0.11, 0.09  # inches
+_NAME_LENGTH = 60
+_STYLES = ("-", "--", ":")  # curves may lie on each other
+_WIDE_SPAN = 3.0  # from here on a logarithmic axis has two labels or more, see _make_logarithmic
+_LEAST_SHARE = 0.01  # the end of the axis where all are smaller
+_LEAST_R2 = -1.0  # it starts far below 0, where nothing is to be seen
 
 
 def plot_run(rows: list[Row], path: Path, title: str) -> Path:
-    """Draws the metrics of a run over its steps into a PNG.
+    """Draws the metrics of a run over its steps into a PNG, but for the terms of the loss.
 
     Args:
         rows: the rows of metrics.jsonl.
         path: the file to write; its directory is made.
         title: the line above the panels.
     """
+    return draw({"": rows}, overview(rows), path, title)
+
+
+def draw(
+    runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel], path: Path, title: str
+) -> Path:
+    """Draws panels of one run over its steps, of several over each other and over their tokens.
+
+    Args:
+        runs: rows of metrics.jsonl by the name of the run.
+        panels: what to draw.
+        path: the file to write, its name says of which kind; its directory is made.
+        title: the line above the panels.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    n_columns = _COLUMNS.get(len(panels), min(len(panels), 4))
+    n_rows = -(-len(panels) // n_columns)
+    width = max(n_columns * _PANEL[0], _LEAST_WIDTH)
+    figure = Figure(figsize=(width, n_rows * _PANEL[1]), dpi=_DOTS_PER_INCH)
+    figure.set_layout_engine("constrained", w_pad=_PADDING, h_pad=_PADDING)
     FigureCanvasAgg(figure)  # no pyplot: a notebook's own figures and backend stay as they are
-    for axes, (name, logarithmic, curves) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-        series = [(label, *_series(rows, key)) for key, label in curves]
-        _draw_panel(axes, name, logarithmic, series)
-    figure.suptitle(title, fontsize=11)
+    colours = _colours(len(runs))
+    cells = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    labels: set[str] = set()
+    for axes, panel in zip(cells, panels, strict=False):
+        labels |= _draw_panel(axes, panel, list(runs.values()), colours)
+    for axes in cells[len(panels) :]:
+        axes.set_axis_off()
+    if len(runs) > 1:
+        _name_runs(figure, width, list(runs), colours, has_held_out=HELD_OUT in labels)
+    lines = textwrap.fill(title, int(width / _TITLE_LETTER))
+    figure.suptitle(lines, fontsize=13, parse_math=False)  # a name may hold a $
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     return path
 
 
-def _series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
-    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+def _save(figure: Any, path: Path) -> None:
+    """Writes the image whole or not at all: it may be looked at while the run goes on."""
+    aside = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(aside, dpi=_DOTS_PER_INCH)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _draw_panel(
-    axes: Any, title: str, logarithmic: bool, curves: list[tuple[str, list[int], list[float]]]
-) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    axes: Any, panel: Panel, runs: Sequence[Sequence[Row]], colours: Sequence[Any]
+) -> set[str]:
+    """Draws one panel; returns the labels of the curves in it."""
+    from matplotlib.ticker import MaxNLocator
 
-    values = [value for _, _, series in curves for value in series]
-    for number, (label, steps, series) in enumerate(curves):
-        marker = "o" if label == "held out" or len(series) == 1 else None
-        style = "-" if number == 0 else "--"  # curves may lie on each other
-        axes.plot(steps, series, style, label=label, marker=marker, markersize=4, linewidth=1.4)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    single = len(runs) == 1
+    axis = "step" if single else "tokens"
+    drawn: dict[str, None] = {}
+    places: list[float] = [0.0]
+    values: list[float] = []
+    for run, rows in enumerate(runs):
+        for number, curve in enumerate(_shown(panel, single=single)):
+            x, y = _series(rows, axis, curve.metric)
+            is_off = panel.main.endswith("_loss") and not any(y)  # a term of another run
+            if y and not is_off:
+                marker = "o" if curve.label.startswith(HELD_OUT) or len(y) == 1 else None
+                colour = f"C{number}" if single else colours[run]
+                style = {"label": curve.label, "marker": marker, "markersize": 3.5}
+                axes.plot(x, y, _STYLES[number], color=colour, linewidth=1.4, **style)
+                drawn[curve.label] = None
+                places += x
+                values += y
+    axes.set_title(panel.title, fontsize=12)
+    axes.set_xlabel(axis, fontsize=10)
+    axes.tick_params(labelsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(_plain(max(places)))
     axes.grid(alpha=0.3)
-    if logarithmic and values and min(values) > 0:
-        _make_logarithmic(axes)
-    elif values:
-        axes.set_ylim(bottom=0, top=1.08 * max(values) if max(values) > 0 else 1.0)
-    if title == "Dead latents":
-        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    if any(label and steps for label, steps, _ in curves):
-        axes.legend(fontsize=8, frameon=False)
+    _scale(axes, panel, values)
+    if single and len(drawn) > 1:
+        axes.legend(fontsize=10, framealpha=0.8, edgecolor="none")
+    return set(drawn)
 
 
-def _make_logarithmic(axes: Any) -> None:
+def _shown(panel: Panel, *, single: bool) -> Sequence[Curve]:
+    """The curves of a panel; over each other only what runs are compared by."""
+    if single:
+        return panel.curves
+    return [
+        curve for curve in panel.curves if curve.metric == panel.main or curve.label == HELD_OUT
+    ]
+
+
+def _series(rows: Sequence[Row], axis: str, name: str) -> tuple[list[float], list[float]]:
+    found = [(row[axis], row.get(name)) for row in rows]
+    points = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
+    """Chooses the axis of the values: from 0 on, or logarithmic where they span much."""
+    if not values:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
+        return
+    least, most = min(values), max(values)
+    if panel.is_wide and least > 0 and most / least >= _WIDE_SPAN:
+        _make_logarithmic(axes, most / least)
+        return
+    if panel.main.endswith("_r2"):
+        least = max(least, _LEAST_R2)
+    top = 1.08 * most if most > 0 else 0.0
+    if panel.is_share:
+        top = 1.03 if panel.is_accuracy else max(top, _LEAST_SHARE)
+    axes.set_ylim(min(0.0, 1.08 * least), top if top > least else 1.0)
+    axes.yaxis.set_major_formatter(_formatter(panel, most))
+
+
+def _formatter(panel: Panel, most: float) -> Any:
+    """Percentages, or plain numbers."""
+    from matplotlib.ticker import FuncFormatter
+
+    if panel.is_share:
+        return FuncFormatter(lambda value, _: f"{100 * value:g} %")
+    return _plain(most)
+
+
+def _plain(most: float) -> Any:
+    """Numbers up to `most`, the large ones in thousands or millions."""
+    from matplotlib.ticker import EngFormatter, FuncFormatter
+
+    return EngFormatter(sep="") if most >= 1e4 else FuncFormatter(lambda value, _: f"{value:g}")
+
+
+def _make_logarithmic(axes: Any, span: float) -> None:
     """A logarithmic axis whose labels are plain numbers, also within one decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    decades = math.log10(span)
+    parts = (1, 1.5, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=parts))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _colours(count: int) -> list[Any]:
+    """As many colours as there are runs."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return [f"C{number}" for number in range(count)]
+    return [colormaps["turbo"](number / (count - 1)) for number in range(count)]
+
+
+def _name_runs(
+    figure: Any, width: float, names: Sequence[str], colours: Sequence[Any], *, has_held_out: bool
+) -> None:
+    """One legend below all panels, in as many columns as there is room for."""
+    from matplotlib.lines import Line2D
+
+    labels = [_shortened(name, _NAME_LENGTH) for name in names]
+    lines = [Line2D([], [], color=colour) for colour in colours]
+    if has_held_out:
+        marked = Line2D([], [], color="grey", linestyle="--", marker="o", markersize=3.5)
+        lines, labels = [*lines, marked], [*labels, HELD_OUT]
+    longest = max(map(len, labels))
+    n_columns = max(1, min(len(labels), int(width / (0.7 + _NAME_LETTER * longest))))
+    place = {"loc": "outside lower center", "ncols": n_columns}
+    legend = figure.legend(lines, labels, fontsize=11, frameon=False, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"…{text[1 - length :]}"

@@ -73,9 +73,7 @@ class RunDirectory:
         aside = self.path / f".history-{os.getpid()}.json"
         aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(aside, self.path / "training_history.json")
-        sae = config.sae
-        title = f"{self.path.name}: {describe(sae)}"
-        plot_run(rows, self.plot, title)
+        plot_run(rows, self.plot, run_title(run_name(self.path), config.sae))
 
 
 def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
@@ -88,6 +86,18 @@ def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
     name = MODE_DIRECTORIES[sae.slots_mode or "joint"]
     path = Path(config.checkpoint_dir)
     return config if path.name == name else replace(config, checkpoint_dir=str(path / name))
+
+
+def run_name(path: Path) -> str:
+    """The name of a run's directory, where that is its mode's with the one above it."""
+    path = path.resolve()
+    is_mode = path.name in MODE_DIRECTORIES.values()
+    return f"{path.parent.name}/{path.name}" if is_mode else path.name
+
+
+def run_title(name: str, sae: SAEConfig) -> str:
+    """What stands above a run's plots."""
+    return f"{name}: {describe(sae)}"
 
 
 def describe(sae: SAEConfig) -> str:

@@ -1,0 +1,109 @@
+"""Finds and reads what a run has logged, also while it goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_fast.config import SAEConfig
+from sae_fast.training.metrics import MetricsLog, Row
+from sae_fast.training.run_directory import MODE_DIRECTORIES, run_name, run_title
+
+METRICS = "metrics.jsonl"
+HISTORY = "training_history.json"
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run has logged.
+
+    Attributes:
+        directory: where it lies, the run's.
+        place: the same, or its file where that has a name of its own.
+        rows: its metrics, one row or more; each has step and tokens.
+        title: its name, with architecture and sizes as far as they are known.
+    """
+
+    directory: Path
+    place: Path
+    rows: list[Row]
+    title: str
+
+
+def read_history(run: Path) -> History:
+    """What a run has logged, from its directory, its metrics.jsonl or its training_history.json.
+
+    The one run that lies in a mode's directory of arch slots is found from the directory above it.
+
+    Raises:
+        OSError: where there is no such run, or it cannot be read.
+        ValueError: where it is none, is not one only, or has logged nothing yet.
+    """
+    path = _find(run)
+    if path.suffix == ".jsonl":
+        rows, settings = MetricsLog(path).rows, _content(path.with_name("config.json"))
+    else:
+        rows, settings = _read_columns(path)
+    if not rows:
+        raise ValueError(f"{path} holds no metrics: nothing has been logged yet")
+    _check(path, rows)
+    is_own = path.name in (METRICS, HISTORY)
+    name = run_name(path.parent) if is_own else path.stem
+    try:
+        title = run_title(name, SAEConfig.from_dict(settings["sae"]))
+    except (ValueError, KeyError, TypeError):  # of another version: so is a title, no more
+        title = name
+    return History(path.parent, path.parent if is_own else path, rows, title)
+
+
+def _find(run: Path) -> Path:
+    """The file with a run's metrics; metrics.jsonl before what the run wrote when it ended."""
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run")
+    if (own := _metrics_in(run)) is not None:
+        return own
+    modes = {name: _metrics_in(run / name) for name in MODE_DIRECTORIES.values()}
+    found = {name: path for name, path in modes.items() if path is not None}
+    if len(found) > 1:
+        names = " or ".join(str(run / name) for name in found)
+        raise ValueError(f"{run} holds {len(found)} runs: name {names}")
+    if not found:
+        raise ValueError(f"{run} is no run: it holds no {METRICS} and no {HISTORY}")
+    return next(iter(found.values()))
+
+
+def _metrics_in(directory: Path) -> Path | None:
+    paths = (directory / name for name in (METRICS, HISTORY))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read_columns(path: Path) -> tuple[list[Row], Any]:
+    """The rows and the settings in a training_history.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = content["history"].items()
+        columns = [[(name, value) for value in values] for name, values in named]
+        return [dict(row) for row in zip(*columns, strict=True)], content.get("config")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is neither a {HISTORY} nor a {METRICS}") from None
+
+
+def _content(path: Path) -> Any:
+    """The JSON in a file; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return None
+
+
+def _check(path: Path, rows: list[Row]) -> None:
+    for row in rows:
+        if not all(isinstance(row.get(name), int) for name in ("step", "tokens")):
+            raise ValueError(f"{path} is no history of a run: a row lacks step or tokens")
+        for name, value in row.items():
+            if not (value is None or isinstance(value, (int, float))):
+                raise ValueError(f"{path} is no history of a run: {name} is {value!r}")

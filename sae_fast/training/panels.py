@@ -1,0 +1,129 @@
+"""Which panels the metrics of runs are drawn in.
+
+That follows from the metrics: what only one architecture or term logs gets its panel unnamed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sae_fast.training.metrics import Row
+
+HELD_OUT = "held out"
+_HELD_OUT = "heldout_"
+_AVERAGED = "averaged_"  # of the model with averaged weights, on held-out rows only
+
+_TITLES = {
+    "loss": "Loss per token",
+    "fvu": "Fraction of variance unexplained",
+    "l0": "L0: active latents per token",
+    "dead_fraction": "Dead latents",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+    "tokens_per_second": "Tokens per second",
+    "reader_stall_fraction": "Time spent waiting for the reader",
+    "probe_r2": "Probe R²",
+    "k": "k: latents a token may use",
+    "sparsity_coeff": "Coefficient of the sparsity penalty",
+    "recon_loss": "Reconstruction loss",
+    "l1_loss": "L1 penalty",
+    "decorr_loss": "Decorrelation loss of decoder rows",
+    "aux_loss": "Auxiliary loss",
+    "multi_topk_loss": "Multi-TopK loss",
+    "sparsity_loss": "Sparsity penalty",
+    "pre_act_loss": "Pre-activation loss of dead latents",
+    "temporal_loss": "Temporal smoothness loss",
+    "alignment_loss": "Alignment loss of relation slots",
+}
+_FIRST = ("loss", "fvu", "l0", "dead_fraction")
+_LAST = ("learning_rate", "grad_norm", "tokens_per_second")
+_WIDE = {"loss", "fvu", "l0", "grad_norm", "loss_scale", "sparsity_coeff"}
+# Not drawn: the axis, and what another panel says.
+_NO_PANEL = {"step", "tokens", "epoch", "time_per_step_ms", "activation_fraction"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric in a panel.
+
+    Attributes:
+        metric: its name.
+        label: what the legend calls it.
+    """
+
+    metric: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity.
+
+    Attributes:
+        title: above it.
+        curves: what is drawn, the main one first.
+        is_wide: whether it may span decades, so that its axis is logarithmic where it does.
+    """
+
+    title: str
+    curves: tuple[Curve, ...]
+    is_wide: bool = False
+
+    @property
+    def main(self) -> str:
+        """The metric that the panel is of."""
+        return self.curves[0].metric
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether all of 0 to 1 matters."""
+        return self.main.endswith("_accuracy")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether percentages tell more."""
+        return self.main.endswith(("_fraction", "_accuracy"))
+
+
+def overview(rows: Iterable[Row]) -> list[Panel]:
+    """A panel for each metric but the terms of the loss; those of every run are always there."""
+    others = [
+        name
+        for name in _nonzero_metrics(rows)
+        if not name.endswith("_loss") and name not in {*_FIRST, *_LAST, *_NO_PANEL}
+    ]
+    qualities = [name for name in others if name.endswith(("_accuracy", "_r2"))]
+    figures = [name for name in others if name not in qualities]
+    return [_panel(name) for name in (*_FIRST, *qualities, *_LAST, *figures)]
+
+
+def loss_terms(rows: Iterable[Row]) -> list[Panel]:
+    """A panel for each term of the loss that is not 0 throughout; each is weighted as it counts."""
+    return [_panel(name) for name in _nonzero_metrics(rows) if name.endswith("_loss")]
+
+
+def _nonzero_metrics(rows: Iterable[Row]) -> list[str]:
+    """Names of the metrics that are a number other than 0 somewhere, in order of appearance.
+
+    What is measured on held-out rows counts as the same metric.
+    """
+    names = [name for row in rows for name, value in row.items() if value]
+    bare = (name.removeprefix(_AVERAGED).removeprefix(_HELD_OUT) for name in names)
+    return list(dict.fromkeys(bare))
+
+
+def _panel(name: str) -> Panel:
+    plain = name.replace("_", " ")
+    title = _TITLES.get(name, plain[:1].upper() + plain[1:])
+    return Panel(title, _curves(name), is_wide=name in _WIDE or name.endswith("_loss"))
+
+
+def _curves(name: str) -> tuple[Curve, ...]:
+    if name == "loss":
+        return Curve("loss", "total"), Curve("recon_loss", "reconstruction")
+    return (
+        Curve(name, "train"),
+        Curve(_HELD_OUT + name, HELD_OUT),
+        Curve(_AVERAGED + _HELD_OUT + name, f"{HELD_OUT}, averaged"),
+    )
