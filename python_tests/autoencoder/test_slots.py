@@ -303,6 +303,17 @@ def test_folding_the_normalisation_keeps_slots_and_answers(tmp_path):
     assert all(torch.equal(read.state_dict()[name], t) for name, t in sae.state_dict().items())
 
 
+def test_slots_are_read_where_linspace_escapes_a_device_context(tmp_path, monkeypatch):
+    """transformers leaves it so when its from_pretrained opens the first such context."""
+    sae = make()
+    sae.save(tmp_path)
+    linspace = torch.linspace
+    on_cpu = {"device": "cpu"}
+    monkeypatch.setattr(torch, "linspace", lambda *ends, **how: linspace(*ends, **(on_cpu | how)))
+    read = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(read.state_dict()["b_value_in"], sae.state_dict()["b_value_in"])
+
+
 CORRELATED = {"d_in": 12, "d_sae": 40, "independence_coeff": 0.4, "orthogonality_coeff": 0.7}
 
 

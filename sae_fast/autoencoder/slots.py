@@ -83,7 +83,8 @@ class Slots(ReLU):
         hidden, answers = self.config.value_hidden, self.config.n_answers
         slopes = torch.full((hidden,), _HINGE_SLOPE)
         slopes[1::2].neg_()
-        hinges = torch.linspace(0, _SLOT_RANGE, hidden)
+        # Named, because transformers leaves linspace out of what a device context covers.
+        hinges = torch.linspace(0, _SLOT_RANGE, hidden, device=slopes.device)
         return {
             "W_value_in": slopes.repeat(self.n_relations, 1),
             "b_value_in": (-slopes * hinges).repeat(self.n_relations, 1),
