@@ -1,0 +1,142 @@
+"""The directory of the biographies.
+
+biographies.json (people, answers, vocabulary, and what was measured), model/ (as transformers
+writes it) and for every layer chosen layer_L/ with train_00.h5, heldout_00.h5 and manifest.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_fast.activations import ShardMetadata, ShardWriter, write_manifest
+from sae_fast.evaluation.biographies.language_model import LanguageModel
+from sae_fast.evaluation.biographies.text import Biographies, Sentence
+
+BIOGRAPHIES = "biographies.json"
+MODEL = "model"
+FORMAT_VERSION = 1
+TRAIN, HELD_OUT = "train_00.h5", "heldout_00.h5"
+
+
+def layer_directory(directory: Path, layer: int) -> Path:
+    """Where the shards of a layer are."""
+    return directory / f"layer_{layer}"
+
+
+def layer_of(path: Path) -> int | None:
+    """The layer of a directory of shards, by its name."""
+    found = re.fullmatch(r"layer_(\d+)", path.name)
+    return None if found is None else int(found[1])
+
+
+def prepare(directory: Path) -> None:
+    """Makes the directory; raises ValueError where it holds anything."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"out: {directory} is there already and not empty, name another")
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def save(directory: Path, model: LanguageModel, measured: dict[str, Any]) -> None:
+    """Write the language model and what it knows."""
+    model.save(directory / MODEL)
+    content = {
+        "format_version": FORMAT_VERSION,
+        **model.biographies.to_dict(),
+        "measured": measured,
+    }
+    aside = directory / f".{BIOGRAPHIES}.partial"
+    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, directory / BIOGRAPHIES)
+
+
+def load(directory: Path) -> LanguageModel:
+    """Read what `save` wrote; raises OSError or ValueError, naming the file."""
+    path = directory / BIOGRAPHIES
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content["format_version"]
+        biographies = Biographies.from_dict(content)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory}: no biographies, it has no {BIOGRAPHIES}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a file of biographies ({error!r})") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
+    return LanguageModel.load(directory / MODEL, biographies)
+
+
+def write_shards(directory: Path, model: LanguageModel, layers: Sequence[int]) -> list[Path]:
+    """Write the activations of these layers, one row a sentence; gives their directories.
+
+    A row has its labels/relation, labels/answer (among the answers of all relations),
+    labels/entity and labels/template; doc_id is the number of the sentence, token_ids and position
+    are of the last token of the prompt.
+    """
+    folders = [layer_directory(directory, layer) for layer in layers]
+    for folder in folders:
+        folder.mkdir()
+    for name, heldout in ((TRAIN, False), (HELD_OUT, True)):
+        sentences = model.biographies.sentences(heldout=heldout)
+        with ExitStack() as stack:
+            writers = {
+                layer: stack.enter_context(
+                    ShardWriter(folder / name, dtype="float32", metadata=_metadata(layer))
+                )
+                for layer, folder in zip(layers, folders, strict=True)
+            }
+            for layer, rows, columns in _rows(model, sentences, layers):
+                labels = {key: columns[key] for key in ("relation", "answer", "entity", "template")}
+                others = {key: columns[key] for key in ("token_ids", "doc_id", "position")}
+                writers[layer].append(rows, labels=labels, **others)
+    for folder in folders:
+        write_manifest(folder)
+    return folders
+
+
+def _rows(
+    model: LanguageModel, sentences: Sequence[Sentence], layers: Sequence[int]
+) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
+    """Activations [n, D] of one layer, and columns [n], part by part."""
+    prompts = model.prompts(sentences)
+    columns = {**label_columns(model.biographies, sentences), "position": prompts.last}
+    columns["token_ids"] = prompts.tokens[torch.arange(len(prompts)), prompts.last]
+    columns["doc_id"] = torch.arange(len(prompts))
+    for part, found in model.activations(prompts, layers):
+        for layer, rows in found.items():
+            yield layer, rows, {key: column[part] for key, column in columns.items()}
+
+
+def label_columns(
+    biographies: Biographies, sentences: Sequence[Sentence]
+) -> dict[str, torch.Tensor]:
+    """What sentences are about, [N] int64 each: entity, relation, template, answer."""
+    rows = [
+        (
+            item.entity,
+            item.relation,
+            item.template,
+            biographies.answer_label(item.entity, item.relation),
+        )
+        for item in sentences
+    ]
+    names = ("entity", "relation", "template", "answer")
+    return dict(zip(names, torch.tensor(rows).unbind(1), strict=True))
+
+
+def _metadata(layer: int) -> ShardMetadata:
+    return ShardMetadata(
+        model="GPT-2 trained on synthetic biographies",
+        hook=f"transformer.h.{layer}",
+        layer=layer,
+        tokenizer="words",
+        dataset=BIOGRAPHIES,
+        special_tokens="one row a prompt: its last token",
+    )
