@@ -1,0 +1,114 @@
+"""Swaps relation slots in a language model: `python -m sae_fast.swap CHECKPOINT --data DIR`.
+
+DIR is what `python -m sae_fast.biographies` wrote; the slots are the last latents of the
+autoencoder, one a relation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.evaluation.biographies import files
+from sae_fast.evaluation.biographies.swap import SwapTable, swap_success
+from sae_fast.training.checkpoint import CheckpointError, find_checkpoint, read_newest_state
+
+PROGRAM = "python -m sae_fast.swap"
+SEED = 0  # of the choice of people, where not all are asked
+
+
+@dataclass(frozen=True)
+class Options:
+    """Set the slot of the relation asked to 0 and another to a strength; see what is answered."""
+
+    checkpoint: tyro.conf.Positional[Path | None] = None
+    """A checkpoint, a run (its latest checkpoint) or a saved model."""
+    data: Path | None = None
+    """Directory that `python -m sae_fast.biographies` wrote."""
+    layer: int | None = None
+    """Layer whose activations are replaced; default: that of the shards it was trained on."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)
+    """In units of each slot's mean value where its relation is asked."""
+    max_entities: int | None = None
+    """How many of the held-out people are asked, chosen at random; default: all. [people]"""
+    out: Path | None = None
+    """JSON file to write the table to, with all pairs of relations; default: none."""
+
+    def __post_init__(self) -> None:
+        if self.max_entities is not None and self.max_entities < 1:
+            raise ValueError(f"max_entities must be at least 1, got {self.max_entities}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code, 2 for bad input."""
+    try:
+        options = parse(
+            Options, Options(), sys.argv[1:] if arguments is None else arguments, PROGRAM
+        )
+        table = _table(options)
+        print(table)
+        if options.out is not None:
+            _write(options.out, table)
+    except (ValueError, OSError) as error:
+        print(one_line(error), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _table(options: Options) -> SwapTable:
+    if options.checkpoint is None or options.data is None:
+        raise ValueError(f"a checkpoint and --data must be given: {PROGRAM} CHECKPOINT --data DIR")
+    path = _model_directory(options.checkpoint)
+    layer = _trained_layer(path) if options.layer is None else options.layer
+    model = files.load(options.data)
+    heldout = [person for person, entity in enumerate(model.biographies.entities) if entity.heldout]
+    if options.max_entities is not None and options.max_entities < len(heldout):
+        heldout = random.Random(SEED).sample(heldout, options.max_entities)
+    asked = set(heldout)
+    sentences = [item for item in model.biographies.sentences() if item.entity in asked]
+    sae = SparseAutoencoder.from_pretrained(path)
+    return swap_success(sae, model, sentences, layer, options.strengths)
+
+
+def _model_directory(path: Path) -> Path:
+    if (path / "sae.safetensors").is_file():
+        return path
+    try:
+        found = find_checkpoint(str(path), None)
+    except CheckpointError:
+        found = None
+    if found is None:
+        raise ValueError(f"{path} is no saved model, no checkpoint and no run that has one")
+    return found
+
+
+def _trained_layer(path: Path) -> int:
+    """The layer of the shards that a checkpoint was trained on."""
+    try:
+        trained_on = read_newest_state(path)["config"]["train"]["shard_dir"]
+    except CheckpointError:
+        trained_on = None
+    layer = None if trained_on is None else files.layer_of(Path(trained_on))
+    if layer is None:
+        raise ValueError(f"layer must be given: {path} does not tell which it was trained on")
+    return layer
+
+
+def _write(path: Path, table: SwapTable) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
