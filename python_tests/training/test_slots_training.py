@@ -121,6 +121,8 @@ def test_the_first_stage_has_reconstruction_alone(shards):
     for row in trainer.history:
         assert all((row[name] > 0) == (row["step"] > 10) for name in others)
         assert (row["loss"] == pytest.approx(row["recon_loss"])) == (row["step"] <= 10)
+        for name in ("slot_accuracy", "value_accuracy"):  # nothing is bound yet: not measured
+            assert (row[name] is None) == (row["step"] <= 10)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -82,8 +82,10 @@ class Thresholded(Architecture):
         return self._coefficient(weights) * batch.sparsity_weight * loss
 
     def figures(self, weights: Weights) -> dict[str, Tensor]:
-        """The figures of a loss."""
-        return dict.fromkeys(self.figure_names, torch.as_tensor(self._coefficient(weights)))
+        """The figures of a loss that are not the architecture's own."""
+        if not self._is_controlled:
+            return {}
+        return {"sparsity_coeff": torch.as_tensor(self._coefficient(weights))}
 
     def steer_(self, weights: Weights, code: ops.Code, sparsity_weight: float | Tensor) -> None:
         """Note how many entries were listed; lead the coefficient to the target."""
