@@ -110,9 +110,65 @@ def test_data_given_as_tensors_train_and_are_evaluated_alike(shards):
     )
     trainer.train()
     assert 0 < trainer.history[-1]["heldout_slot_accuracy"] <= 1
+    small = {name: labels.int() for name, labels in columns.items()}
+    again = Trainer(
+        slots(), RUN, x, columns=small, heldout=x, heldout_columns=small, show_progress=False
+    )
+    again.train()
+    last, first = again.history[-1], trainer.history[-1]
+    assert all(last[name] == first[name] for name in first if name.startswith("heldout"))
     short = {**columns, "labels/answer": answers[:5]}
     with pytest.raises(ValueError, match=r"heldout_columns: labels/answer must have shape"):
         Trainer(slots(), RUN, x, columns=columns, heldout=x, heldout_columns=short)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels/relation": 7}, r"held-out rows: labels/relation has the label 7.*n_relations"),
+        ({"labels/answer": -2}, r"held-out rows: labels/answer has the label -2"),
+        ({"labels/answer": None}, r"held-out rows: labels/answer is missing"),
+        ({"labels/answer": 0.5}, r"held-out rows: labels/answer must hold whole numbers"),
+    ],
+)
+def test_held_out_labels_that_do_not_fit_are_one_line(change, message):
+    x, relations, answers = labelled(0)
+    columns = {"labels/relation": relations, "labels/answer": answers}
+    kept = dict(columns)
+    for name, value in change.items():
+        kept.pop(name)
+        if value is not None:
+            kept[name] = torch.full((len(x),), value)
+    with pytest.raises(ValueError, match=message) as refusal:
+        Trainer(slots(), RUN, x, columns=columns, heldout=x, heldout_columns=kept)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_label_of_held_out_shards_that_training_lacks_is_one_line(tmp_path, capsys):
+    for name, relation in (("train_00.h5", 2), ("heldout_00.h5", 99)):
+        labels = {"relation": torch.full((80,), relation), "answer": torch.zeros(80).long()}
+        write_shard(tmp_path / name, labelled(0, 80)[0], labels=labels)
+    run = tmp_path / "run"
+    flags = ("--arch", "slots", "--shard-dir", tmp_path, "--checkpoint-dir", run, *SMALL)
+    code, _, err = run_command(capsys, *flags)
+    assert code == 2
+    assert "error: held-out rows: labels/relation has the label 99, but n_relations is 3" in err
+    assert not run.exists()
+
+
+def test_more_relations_than_latents_are_told_by_the_label():
+    x, relations, answers = labelled(0)
+    columns = {"labels/relation": relations.clamp_min(0) * 20, "labels/answer": answers}
+    with pytest.raises(ValueError, match="labels/relation has the label 40, and 41 relation slots"):
+        Trainer(slots(), RUN, x, columns=columns)
+
+
+def test_labels_of_held_out_rows_that_nothing_needs_are_left_alone():
+    x, relations, _ = labelled(0)
+    labels = {"labels/rule": relations}
+    trainer = Trainer(SAEConfig(d_sae=32), RUN, x, heldout=x, heldout_columns=labels)
+    trainer.train()
+    assert "heldout_slot_accuracy" not in trainer.history[-1]
 
 
 def test_the_first_stage_has_reconstruction_alone(shards):

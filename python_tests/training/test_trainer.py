@@ -188,6 +188,17 @@ def test_shards_tensor_and_source_are_all_trained_on(
     assert _losses(from_tensor) == _losses(_train(activations))
 
 
+def test_what_is_no_tensor_is_refused_by_its_name(activations: torch.Tensor) -> None:
+    rows: Any = activations.numpy()
+    refused = "must be a tensor .*, got ndarray"
+    with pytest.raises(ValueError, match=f"^data {refused}"):
+        Trainer(SAEConfig(), TrainConfig(), data=rows)
+    with pytest.raises(ValueError, match=f"^heldout {refused}"):
+        Trainer(SAEConfig(), TrainConfig(), data=activations, heldout=rows)
+    with pytest.raises(ValueError, match=f"^columns: position {refused}"):
+        Trainer(SAEConfig(), TrainConfig(), data=activations, columns={"position": rows})
+
+
 def test_a_source_of_another_batch_size_is_refused(activations: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="batch_size must be 64, got a source that serves 32"):
         _train(TensorStream(activations, batch_size=32))

@@ -83,6 +83,8 @@ class TrainingData:
             self._shards = _open_training_shards(config, sae)
         elif isinstance(data, Tensor):
             self._rows = data
+        elif not hasattr(data, "next_batch"):
+            _require_tensor("data", data)
         else:
             self._given = data
             served = getattr(data, "batch_size", config.batch_size)
@@ -159,6 +161,7 @@ class TrainingData:
     ) -> Iterable[Tensor] | None:
         config = self._config
         if heldout is not None:
+            _require_tensor("heldout", heldout)
             if heldout.shape[-1] != self.d_in:
                 width = heldout.shape[-1]
                 raise ValueError(f"heldout: rows are {width} wide, those to train on {self.d_in}")
@@ -250,11 +253,19 @@ def _normalized(
     return batch.sub_(transform.mean.to(batch.device)).mul_(transform.scale)
 
 
+def _require_tensor(what: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        kind = type(given).__name__
+        raise ValueError(f"{what} must be a tensor (see torch.as_tensor), got {kind}")
+
+
 def _split_targets(
     what: str, columns: Mapping[str, Tensor] | None, sae: SAEConfig
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Labels and targets; raises ValueError for targets that the model has no use for."""
     labels = dict(columns or {})
+    for name, given in labels.items():
+        _require_tensor(f"{what}: {name}", given)
     if sae.transcoder:
         targets = labels.pop(TARGETS, None)
         return labels, targets

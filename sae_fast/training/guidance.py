@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from sae_fast.activations import STARTS, TARGETS, Column
 from sae_fast.config import SAEConfig
 from sae_fast.sae_config import ANSWER_LABELS, RELATION_LABELS
+
+_SETTINGS = {"n_relations": "relation_labels", "n_answers": "answer_labels"}
 
 
 def label_columns(sae: SAEConfig) -> tuple[str, ...]:
@@ -52,11 +55,36 @@ def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfi
     sae = _with_probe_classes(sae, columns)
     if sae.arch != "slots":
         return sae
-    counts = {"n_relations": sae.relation_labels or RELATION_LABELS}
-    if sae.has_value_heads:
-        counts["n_answers"] = sae.answer_labels or ANSWER_LABELS
-    found = {name: _count(name, getattr(sae, name), columns[c]) for name, c in counts.items()}
+    names = _slot_labels(sae).items()
+    found = {name: _count(name, getattr(sae, name), columns[label]) for name, label in names}
+    slots = found["n_relations"]
+    if 0 < sae.d_sae <= slots:
+        labels = columns[sae.relation_labels or RELATION_LABELS]
+        raise ValueError(
+            f"{labels.place}: {labels.name} has the label {slots - 1}, "
+            f"and {slots:,} relation slots leave no free one of d_sae = {sae.d_sae:,}"
+        )
     return replace(sae, n_relations=found["n_relations"], n_answers=found.get("n_answers"))
+
+
+def check_heldout_labels(sae: SAEConfig, labels: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for labels of held-out rows that slots cannot be evaluated with."""
+    if sae.arch != "slots" or not labels:
+        return
+    for name, label in _slot_labels(sae).items():
+        where, count = f"held-out rows: {label}", getattr(sae, name)
+        if label not in labels:
+            raise ValueError(f"{where} is missing (there: {', '.join(labels)})")
+        given = labels[label]
+        if given.dtype.is_floating_point or given.dtype == torch.bool:
+            raise ValueError(f"{where} must hold whole numbers, got {given.dtype}")
+        low, high = (int(given.min()), int(given.max())) if len(given) else (0, 0)
+        if not -1 <= low <= high < count:
+            raise ValueError(
+                f"{where} has the label {low if low < -1 else high}, but {name} is {count}, as "
+                f"many as the rows to train on have, if not given: labels are 0 to {count - 1}, or "
+                f"-1 for none; give a larger {name}"
+            )
 
 
 def _labels(sae: SAEConfig) -> dict[str, str]:
@@ -70,10 +98,16 @@ def _labels(sae: SAEConfig) -> dict[str, str]:
     if sae.has_probe and sae.probe_labels is not None:
         needed[sae.probe_labels] = "probe_labels"
     if sae.arch == "slots":
-        needed[sae.relation_labels or RELATION_LABELS] = "relation_labels"
-        if sae.has_value_heads:
-            needed[sae.answer_labels or ANSWER_LABELS] = "answer_labels"
+        needed |= {label: _SETTINGS[name] for name, label in _slot_labels(sae).items()}
     return needed
+
+
+def _slot_labels(sae: SAEConfig) -> dict[str, str]:
+    """By the setting that counts them, the columns of labels that slots are bound to."""
+    labels = {"n_relations": sae.relation_labels or RELATION_LABELS}
+    if sae.has_value_heads:
+        labels["n_answers"] = sae.answer_labels or ANSWER_LABELS
+    return labels
 
 
 def _count(name: str, count: int | None, labels: Column) -> int:

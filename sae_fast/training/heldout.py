@@ -21,7 +21,7 @@ def evaluate_slots(
     Args:
         sae: a model with relation slots.
         batches: rows [n, D] as captured.
-        labels: for all of them, [rows] int64, by the names that the configuration has for them.
+        labels: of all of them, [rows] whole numbers, by the names that the configuration has.
 
     Raises:
         ValueError: where a label is not one that the model has.
@@ -36,10 +36,9 @@ def evaluate_slots(
         rows = slice(first, first + len(batch))
         first += len(batch)
         x = sae.normalize(batch.to(sae.W_enc.device))
-        wanted = None if answers is None else answers[rows].to(x.device)
-        counts += torch.stack(
-            slots.measure(sae.weights, x, relations[rows].to(x.device), wanted)
-        ).cpu()
+        bound = relations[rows].to(x.device, torch.int64)
+        wanted = None if answers is None else answers[rows].to(x.device, torch.int64)
+        counts += torch.stack(slots.measure(sae.weights, x, bound, wanted)).cpu()
     slots_right, n_relations, answers_right, n_answers = counts.tolist()
     found = {"heldout_slot_accuracy": slots_right / max(n_relations, 1)}
     if answers is not None:

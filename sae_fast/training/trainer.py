@@ -26,7 +26,7 @@ from sae_fast.training.checkpoint import Checkpoint, find_checkpoint, read_newes
 from sae_fast.training.data import TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
-from sae_fast.training.guidance import with_label_counts
+from sae_fast.training.guidance import check_heldout_labels, with_label_counts
 from sae_fast.training.heldout import evaluate, evaluate_slots
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loss_scaler import LossScaler
@@ -99,6 +99,7 @@ class Trainer:
         given = (columns, heldout_columns)
         self.data = TrainingData(train_config, data, heldout, self.device, sae_config, *given)
         sae_config = with_label_counts(sae_config, self.data.columns)
+        check_heldout_labels(sae_config, self.data.heldout_labels)
         self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint, self.data.d_out)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         rows = self.data.rows_per_epoch
@@ -238,7 +239,7 @@ class Trainer:
             return {}
         rows = (self.data.heldout, self.data.heldout_targets)
         measured = evaluate(self.sae, *rows)
-        if self.data.heldout_labels:
+        if self.sae_config.arch == "slots" and self.data.heldout_labels:
             measured |= evaluate_slots(self.sae, self.data.heldout, self.data.heldout_labels)
         if self.average is not None:
             averaged = evaluate(self.average.model(), *rows)
