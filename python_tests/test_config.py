@@ -191,6 +191,7 @@ BAD_SAE_VALUES = [
     ),
     ({"temporal_smoothness_coeff": -1}, "temporal_smoothness_coeff must be at least 0"),
     ({"aux_k_coeff": -1}, "aux_k_coeff must be at least 0"),
+    ({"probe_labels": "labels/rule"}, "probe_labels = 'labels/rule' needs a probe_loss_coeff"),
     ({"aux_k": 0}, "aux_k must be at least 1"),
     (
         {"matryoshka_prefixes": (4, 8)},

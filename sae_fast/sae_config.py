@@ -97,6 +97,10 @@ class SAEConfig(DictionaryConfig):
 
     def _check_probe(self) -> None:
         self._require("probe_labels", self.probe_labels != "", "a name, not an empty string")
+        if self.probe_labels is not None and self.probe_loss_coeff == 0:
+            raise ValueError(
+                f"probe_labels = {self.probe_labels!r} needs a probe_loss_coeff above 0"
+            )
         if self.probe_classes is None:
             return
         self._require("probe_classes", self.probe_classes >= 2, "at least 2")

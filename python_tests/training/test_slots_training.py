@@ -171,6 +171,14 @@ def test_labels_of_held_out_rows_that_nothing_needs_are_left_alone():
     assert "heldout_slot_accuracy" not in trainer.history[-1]
 
 
+def test_a_run_of_the_first_stage_alone_is_warned_of(shards, caplog):
+    train(shards, reconstruction_epochs=5.0)
+    assert "reconstruction_epochs = 5 are 100 steps, and the run has 30" in caplog.text
+    caplog.clear()
+    train(shards, reconstruction_epochs=0.5)
+    assert "reconstruction_epochs" not in caplog.text
+
+
 def test_the_first_stage_has_reconstruction_alone(shards):
     trainer = train(shards, reconstruction_epochs=0.5)  # 10 steps of 60 rows
     others = ("l1_loss", "alignment_loss", "value_loss", "orthogonality_loss")

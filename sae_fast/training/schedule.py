@@ -1,10 +1,13 @@
 """Learning rate, sparsity weight and k of each step, and how many steps a run has."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sae_fast.config import SAEConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 # On a GPU every k is a graph of its own, so that there must not be many.
 _VALUES_PER_HALVING = 4
@@ -169,6 +172,11 @@ def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> 
     total_steps = count_steps(config, rows_per_epoch)
     tokens_per_step = config.batch_size * config.grad_acc_steps
     alone = int(rows_per_epoch * config.reconstruction_epochs) // tokens_per_step
+    if alone >= total_steps:
+        logger.warning(
+            "reconstruction_epochs = %g are %d steps, and the run has %d: no other term is trained",
+            *(config.reconstruction_epochs, alone, total_steps),
+        )
     return Schedules(
         total_steps,
         make_schedule(config, sae.d_sae, total_steps),
