@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,6 +265,14 @@ def test_command_trains_into_the_directory_of_the_mode(shards, tmp_path, capsys)
     )
     assert code == 0
     assert "trained 6 steps" in out
+    for reference in (("--resume-from", tmp_path), ("--resume-from", "latest", *flags[4:6])):
+        code, out, _ = run_command(capsys, *reference, "--max-steps", 7)  # the only run in there
+        assert code == 0
+        assert "7 steps" in out
+    shutil.copytree(tmp_path / "joint", tmp_path / "feature_activation", symlinks=True)
+    code, _, err = run_command(capsys, "--resume-from", tmp_path)
+    assert code == 2
+    assert "holds the runs feature_activation and joint: name one of them" in err
 
 
 @pytest.mark.parametrize(

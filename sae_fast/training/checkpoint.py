@@ -220,7 +220,8 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
     """The checkpoint that `--resume-from` means; None when `latest` finds none yet.
 
     Args:
-        reference: `latest` or `best` of the run, a checkpoint, or a run directory (its latest).
+        reference: `latest` or `best` of the run, a checkpoint, or a run directory (its latest), or
+            one that holds a single run, as that of arch slots does.
         run_directory: the run that `latest` and `best` speak of.
 
     Raises:
@@ -231,7 +232,8 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
             raise CheckpointError(f"resume_from={reference} needs checkpoint_dir, the run it is of")
         store = CheckpointStore(run_directory / "checkpoints", keep=1)
         if reference == "latest":
-            return store.newest()
+            inner = [] if store.newest() is not None else _runs_in(run_directory)
+            return _newest_of(inner[0]) if len(inner) == 1 else store.newest()
         best = store.directory / "best"
         if not best.exists():
             raise CheckpointError(f"{store.directory} has no best checkpoint")
@@ -243,7 +245,25 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
         newest = CheckpointStore(directory, keep=1).newest()
         if newest is not None:
             return newest
-    raise CheckpointError(f"resume_from: {reference} is no checkpoint and no run that has one")
+    inner = _runs_in(path)
+    if len(inner) == 1:
+        return _newest_of(inner[0])
+    names = " and ".join(run.name for run in inner)
+    several = f", but holds the runs {names}: name one of them" if inner else ""
+    raise CheckpointError(
+        f"resume_from: {reference} is no checkpoint and no run that has one{several}"
+    )
+
+
+def _newest_of(run: Path) -> Path | None:
+    return CheckpointStore(run / "checkpoints", keep=1).newest()
+
+
+def _runs_in(directory: Path) -> list[Path]:
+    """The runs with a checkpoint that a directory holds, by name."""
+    if not directory.is_dir():
+        return []
+    return [path for path in sorted(directory.iterdir()) if _newest_of(path) is not None]
 
 
 def _write_state(directory: Path, state: dict[str, Any]) -> None:
