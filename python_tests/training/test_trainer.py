@@ -188,6 +188,29 @@ def test_shards_tensor_and_source_are_all_trained_on(
     assert _losses(from_tensor) == _losses(_train(activations))
 
 
+def test_the_learning_rate_ends_its_fall_with_accumulated_batches(
+    activations: torch.Tensor,
+) -> None:
+    run = replace(RUN, batch_size=32, grad_acc_steps=4, max_steps=10, decay_fraction=0.5)
+    trainer = _train(activations, SAEConfig(d_sae=32, k=4), replace(run, log_every=1))
+    rates = [row["learning_rate"] for row in trainer.history]
+    assert len(rates) == 10  # a rate an optimiser step, not one a batch
+    assert rates[-1] == pytest.approx(max(rates) / 6)
+
+
+def test_l0_is_told_of_the_batch_and_at_the_threshold(
+    activations: torch.Tensor, heldout: torch.Tensor
+) -> None:
+    sae = SAEConfig(arch="batch_topk", d_sae=32, k=4)
+    trainer = Trainer(sae, RUN, data=activations, heldout=heldout, show_progress=False)
+    trained = trainer.train()
+    last = trainer.history[-1]
+    assert last["l0"] == pytest.approx(4)
+    above = float(trained.encode(heldout).l0().double().mean())
+    assert last["heldout_l0"] == pytest.approx(above)
+    assert last["heldout_l0"] != pytest.approx(4, abs=1e-6)
+
+
 def test_what_is_no_tensor_is_refused_by_its_name(activations: torch.Tensor) -> None:
     rows: Any = activations.numpy()
     refused = "must be a tensor .*, got ndarray"
