@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
+
+from sae_fast.flags import first_mistake
 
 EXIT_BAD_INPUT = 2
 
@@ -22,10 +24,12 @@ def parse(
     program: str,
     *,
     partial: bool = False,
+    kinds: Mapping[str, Any] | None = None,
 ) -> Parsed:
-    """Has tyro fill in a dataclass; its boxed complaint becomes the one line of a ValueError.
+    """Has tyro fill in a dataclass; what is wrong becomes the one line of a ValueError.
 
-    Partial parsing leaves unknown flags, and --help, to the parsing that comes after it.
+    Partial parsing leaves unknown flags, and --help, to the parsing that comes after it. With
+    `kinds`, every flag's type, the mistake is looked for by itself, in a line without positionals.
     """
     complaint = io.StringIO()
     flat = (tyro.conf.OmitArgPrefixes,)
@@ -46,7 +50,8 @@ def parse(
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_first_sentence(complaint.getvalue())) from None
+        mistake = None if kinds is None else first_mistake(arguments, kinds)
+        raise ValueError(mistake or _first_sentence(complaint.getvalue())) from None
 
 
 def one_line(error: Exception) -> str:
@@ -55,8 +60,11 @@ def one_line(error: Exception) -> str:
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro's box says between its title and its first rule."""
+    """What tyro's box says between its title and the rule after it.
+
+    Where the terminal's encoding lacks the lines of a box, there is a rule below the title too.
+    """
     lines = [line.strip("│ ") for line in box.splitlines() if "╭" not in line and "╰" not in line]
-    rules = [number for number, line in enumerate(lines) if line.startswith("──")]
-    text = " ".join(lines[: rules[0]] if rules else lines)
-    return re.sub(r"^Error parsing \w+: ", "", text)
+    parts = re.split(r"(?:^|\n)(?:──+|---+)(?:\n|$)", "\n".join(lines))
+    text = parts[0] if "╭" in box or len(parts) == 1 else parts[1]
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(text.split()))

@@ -79,11 +79,11 @@ class ConfigFile:
 
     def _check_types(self) -> None:
         """Check fields against their annotations; 1 becomes 1.0 and a list a tuple, where asked."""
-        for name, annotation in _field_types(type(self)).items():
+        for name, annotation in field_types(type(self)).items():
             value = getattr(self, name)
-            converted = _convert(value, annotation)
-            if converted is _MISMATCH:
-                raise ValueError(f"{name} must be {_describe(annotation)}, got {value!r}")
+            converted = convert(value, annotation)
+            if converted is MISMATCH:
+                raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}")
             object.__setattr__(self, name, converted)
 
 
@@ -129,10 +129,11 @@ def reject_unknown_keys(keys: Iterable[str], known: Iterable[str]) -> None:
 
 def field_names(cls: type[ConfigFile]) -> list[str]:
     """Names of the fields, in order."""
-    return list(_field_types(cls))
+    return list(field_types(cls))
 
 
-def _field_types(cls: type[ConfigFile]) -> dict[str, Any]:
+def field_types(cls: type[ConfigFile]) -> dict[str, Any]:
+    """Types of the fields by name, in order."""
     hints = typing.get_type_hints(cls)
     return {item.name: hints[item.name] for item in dataclasses.fields(typing.cast(Any, cls))}
 
@@ -157,44 +158,45 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-_MISMATCH = object()
+MISMATCH = object()
 
 
-def _convert(value: Any, annotation: Any) -> Any:
-    """`value` as the annotated type, or `_MISMATCH`."""
+def convert(value: Any, annotation: Any) -> Any:
+    """`value` as the annotated type, or `MISMATCH`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        options = (_convert(value, option) for option in arguments)
-        return next((option for option in options if option is not _MISMATCH), _MISMATCH)
+        options = (convert(value, option) for option in arguments)
+        return next((option for option in options if option is not MISMATCH), MISMATCH)
     if origin is typing.Literal:
-        return value if isinstance(value, str) and value in arguments else _MISMATCH
+        return value if isinstance(value, str) and value in arguments else MISMATCH
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
-            return _MISMATCH
+            return MISMATCH
         if arguments[-1] is Ellipsis:
             arguments = (arguments[0],) * len(value)
         if len(value) != len(arguments):
-            return _MISMATCH
-        parts = tuple(_convert(*pair) for pair in zip(value, arguments, strict=True))
-        return _MISMATCH if any(part is _MISMATCH for part in parts) else parts
+            return MISMATCH
+        parts = tuple(convert(*pair) for pair in zip(value, arguments, strict=True))
+        return MISMATCH if any(part is MISMATCH for part in parts) else parts
     if annotation is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if is_number and math.isfinite(value) else _MISMATCH
+        return float(value) if is_number and math.isfinite(value) else MISMATCH
     if annotation is int and isinstance(value, bool):
-        return _MISMATCH
-    return value if isinstance(value, annotation) else _MISMATCH
+        return MISMATCH
+    return value if isinstance(value, annotation) else MISMATCH
 
 
-def _describe(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
+    """An annotated type, in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in arguments)
+        return " or ".join(describe(option) for option in arguments)
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(option) for option in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list of values, each {_describe(arguments[0])}"
+        return f"a list of values, each {describe(arguments[0])}"
     if origin is tuple:
-        return f"{len(arguments)} values, each {_describe(arguments[0])}"
+        return f"{len(arguments)} values, each {describe(arguments[0])}"
     names = {
         int: "a whole number",
         float: "a finite number",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config_file import field_names
+from sae_fast.config_file import field_names, field_types
 from sae_fast.presets import preset
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.run_directory import describe, new_run_directory
@@ -86,7 +86,8 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
         ValueError: naming the flag, field or file that is wrong.
     """
     arguments = _canonical(arguments)
-    sources = parse(_Sources, _Sources(), arguments, PROGRAM, partial=True)
+    kinds = _flag_kinds()
+    sources = parse(_Sources, _Sources(), arguments, PROGRAM, partial=True, kinds=kinds)
     given = _settings_in(sources.config)
     if sources.preset is not None:
         chosen = preset(sources.preset)
@@ -101,13 +102,22 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     d_in = given["sae"].pop("d_in", 0)
     base = RunConfig.from_dict(given)
     defaults = Options(sources.preset, sources.config, base.sae, base.train)
-    options = parse(Options, defaults, arguments, PROGRAM)
+    options = parse(Options, defaults, arguments, PROGRAM, kinds=kinds)
     sae, train = options.sae, options.train
     if sae.d_in == 0 and d_in != 0:
         sae = replace(sae, d_in=d_in)
     if train.checkpoint_dir is None:
         train = replace(train, checkpoint_dir=str(new_run_directory(sae)))
     return RunConfig(sae=sae, train=train)
+
+
+def _flag_kinds() -> dict[str, Any]:
+    """The type of every flag's value, by name of the field."""
+    kinds: dict[str, Any] = {"preset": str, "config": str, "help": bool}
+    for config in (SAEConfig, TrainConfig):
+        fields = field_types(config)
+        kinds |= fields | {alias: fields[name] for alias, name in config.aliases.items()}
+    return kinds
 
 
 def _canonical(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,71 @@
+"""What is wrong with a command line: one line with the flag, what it takes and what it got."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sae_fast.train import parse_arguments
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--lrr 1", "unknown flag --lrr (did you mean --lr?)"),
+        (
+            "--spasity-penalty l0",
+            "unknown flag --spasity-penalty (did you mean --sparsity-penalty?",
+        ),
+        ("--qqqqqq=1", "unknown flag --qqqqqq"),
+        ("--arch TopK", "--arch must be one of 'topk', 'batch_topk', "),
+        ("--arch TopK", "got 'TopK' (did you mean 'topk'?)"),
+        ("--slots-mode both", "'joint', 'separate_activation', 'separate_value', got 'both'"),
+        ("--arch", "--arch must be one of 'topk', "),
+        ("--k 1.5", "--k must be a whole number, got '1.5'"),
+        ("--k=x", "--k must be a whole number, got 'x'"),
+        ("--k 3 4", "--k must be a whole number, one value, got '3 4'"),
+        ("--d-sae", "--d-sae must be a whole number, one value, got none"),
+        ("--lr 1e-3x", "--learning-rate must be a finite number, got '1e-3x'"),
+        ("--betas 0.9", "--betas must be 2 values, got '0.9'"),
+        ("--betas 0.9 x", "--betas must be a finite number, got 'x'"),
+        (
+            "--arch matryoshka --matryoshka-prefixes 64,128",
+            "must be a whole number, got '64,128': values are separated by spaces",
+        ),
+        ("--matryoshka-prefixes", "--matryoshka-prefixes needs values, got none"),
+        ("--no-fused yes", "--no-fused takes no value, got 'yes'"),
+        ("topk --k 3", "unexpected 'topk': a flag begins with --"),
+        ("--k 0", "k must be at least 1, got 0"),
+    ],
+)
+def test_a_mistake_is_named_with_the_remedy(flags, message):
+    with pytest.raises(ValueError, match=r".*") as refusal:
+        parse_arguments(flags.split())
+    assert message in str(refusal.value)
+    assert "──" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--k None --d-sae=8 --betas 0.9 0.99 --transcoder --no-fused --use-amp",
+        "--arch matryoshka --matryoshka-prefixes 4 8 --d-sae 8 --input-dim 4",
+        "--l1-penalty-coeff=1e-3 --decay_fraction 0 --seed 3",
+    ],
+)
+def test_what_is_right_is_taken(flags):
+    parse_arguments(flags.split())
+
+
+@pytest.mark.parametrize("flags", [["--k", "-3"], ["--sparsity-norm-p", "7", "--arch", "relu"]])
+def test_a_terminal_without_box_characters_gets_the_same_line(flags):
+    command = [sys.executable, "-m", "sae_fast.train", *flags]
+    lines = set()
+    for encoding in ("utf-8", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        lines.add(done.stderr)
+    assert len(lines) == 1
+    assert "---" not in lines.pop()

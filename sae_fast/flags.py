@@ -1,0 +1,109 @@
+"""What is wrong with a command line, in one line that names the flag and what it takes.
+
+tyro says it in a box over many lines; this tells of the mistakes that users make most: a flag that
+there is not, a value of another kind, a value too few or too many. What it does not see, tyro does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sae_fast.config_file import MISMATCH, convert, describe
+
+_NUMBERS = {int: int, float: float}
+
+
+def first_mistake(arguments: Sequence[str], kinds: Mapping[str, Any]) -> str | None:
+    """The first mistake of a command line; None: none was found.
+
+    Args:
+        arguments: the command line, as given.
+        kinds: by name of the field that a flag sets, the type of its value.
+    """
+    names = {name: name for name in kinds} | {
+        f"no_{name}": name for name, kind in kinds.items() if kind is bool
+    }
+    for flag, values in _grouped(arguments):
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            return f"unexpected {flag!r}: a flag begins with --"
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            return f"unknown flag {flag}{_hint(near, '--')}"
+        mistake = _mistake_in(values, kinds[names[name]])
+        if mistake is not None:
+            return f"{flag} {mistake}"
+    return None
+
+
+def _grouped(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every flag with the values behind it; a value before all flags stands for itself."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            found.append((flag, [value] if equals else []))
+        elif not found:
+            found.append((argument, []))
+        else:
+            found[-1][1].append(argument)
+    return found
+
+
+def _mistake_in(values: list[str], kind: Any) -> str | None:
+    """What is wrong with the values of a flag."""
+    arms = typing.get_args(kind) if _is_union(kind) else (kind,)
+    kinds = [arm for arm in arms if arm is not type(None)]
+    if len(kinds) != 1 or (len(kinds) < len(arms) and values == ["None"]):
+        return None
+    (kind,) = kinds
+    if typing.get_origin(kind) is tuple:
+        return _mistake_in_list(values, typing.get_args(kind))
+    if kind is bool:
+        return f"takes no value, got {values[0]!r}" if values else None
+    if len(values) != 1:
+        got = f"got {' '.join(values)!r}" if values else "got none"
+        return f"must be {describe(kind)}, one value, {got}"
+    return _mistake_in_value(values[0], kind)
+
+
+def _mistake_in_list(values: list[str], kinds: tuple[Any, ...]) -> str | None:
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
+    for value, kind in zip(values, kinds, strict=False):
+        if (mistake := _mistake_in_value(value, kind)) is not None:
+            split = ": values are separated by spaces" if "," in value else ""
+            return f"{mistake}{split}"
+    if not values:
+        return "needs values, got none"
+    if len(values) != len(kinds):
+        return f"must be {len(kinds)} values, got {' '.join(values)!r}"
+    return None
+
+
+def _mistake_in_value(text: str, kind: Any) -> str | None:
+    value: Any = text
+    if kind in _NUMBERS:
+        try:
+            value = _NUMBERS[kind](text)
+        except ValueError:
+            value = None
+    elif typing.get_origin(kind) is not typing.Literal:
+        return None
+    if convert(value, kind) is not MISMATCH:
+        return None
+    near = difflib.get_close_matches(text.lower(), typing.get_args(kind), n=1)
+    return f"must be {describe(kind)}, got {text!r}{_hint(near)}"
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _hint(near: list[str], prefix: str = "") -> str:
+    spelt = [f"{prefix}{name.replace('_', '-')}" if prefix else repr(name) for name in near]
+    return f" (did you mean {spelt[0]}?)" if spelt else ""
