@@ -15,13 +15,16 @@ from sae_fast.presets import (
 )
 from sae_fast.train import main as train
 from sae_fast.train import parse_arguments
+from sae_fast.training.schedule import make_schedules
 from sae_fast.training.trainer import Trainer
 
 
 def write_random_shard(path, d_in, rows=300):
+    labels = np.arange(rows) % 6
     rows = np.random.default_rng(0).standard_normal((rows, d_in), dtype=np.float32)
     with h5py.File(path, "w") as file:
         file["activations"] = rows
+        file["labels/relation"] = file["labels/answer"] = labels
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -31,17 +34,45 @@ def test_every_preset_makes_complete_configurations(name):
     assert config.peak_learning_rate(sae.d_sae) > 0
 
 
-@pytest.mark.parametrize("name", ["minilm", "modular_addition", "gpt2"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_from_the_command_line(name, tmp_path, capsys):
     d_in = preset(name).sae["d_in"]
     write_random_shard(tmp_path / "rows.h5", d_in)
-    flags = ["--preset", name, "--shard-dir", str(tmp_path), "--checkpoint-dir", "run"]
-    short = ["--batch-size", "64", "--max-steps", "2", "--expansion-factor", "1"]
-    flags[-1] = str(tmp_path / "run")
-    if "d_sae" in preset(name).sae:
-        short[-2:] = ["--d-sae", "256"]
-    assert train([*flags, *short]) == 0
-    assert "trained 2 steps" in capsys.readouterr().out
+    flags = ["--preset", name, "--shard-dir", str(tmp_path), "--checkpoint-dir"]
+    short = ["--batch-size", "64", "--max-steps", "2", "--d-sae", "256"]
+    assert train([*flags, str(tmp_path / "run"), *short]) == 0
+    printed = capsys.readouterr().out
+    assert "trained 2 steps" in printed
+    assert f"d_in {d_in}, d_sae 256" in printed
+
+
+@pytest.mark.parametrize("flags", [["--d-sae", "999"], ["--expansion-factor", "4"]])
+@pytest.mark.parametrize("name", ["gpt2", "modular_addition"])
+def test_either_way_to_give_the_size_wins_over_a_preset(name, flags):
+    sae = parse_arguments(["--preset", name, *flags]).sae
+    d_in = preset(name).sae["d_in"]
+    assert (sae.d_in, sae.d_sae) == (d_in, 999 if flags[0] == "--d-sae" else 4 * d_in)
+
+
+def test_a_size_on_the_command_line_wins_over_a_file_and_a_file_over_a_preset(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"sae": {"d_sae": 999}, "train": {}}')
+    flags = ["--preset", "gpt2", "--config", str(path)]
+    assert parse_arguments(flags).sae.d_sae == 999
+    assert parse_arguments([*flags, "--expansion-factor", "2"]).sae.d_sae == 2 * 768
+
+
+def test_the_paper_preset_is_the_recipe_of_its_paper():
+    sae, config = preset("deepseek_r1_llama_8b_paper").configs()
+    assert (sae.arch, sae.d_in, sae.d_sae, sae.l1_penalty_coeff) == ("relu", 4096, 65536, 5.0)
+    assert sae.decoder_norm == "free"  # so that the penalty is weighted by the rows' norms
+    assert sae.normalize_activations == "mean_scale"  # to a norm of sqrt(d_in)
+    assert (config.learning_rate, config.batch_size, config.grad_clip) == (5e-5, 4096, 1.0)
+    schedules = make_schedules(config, sae, rows_per_epoch=100 * 4096)
+    weights = [schedules.at(step).sparsity_weight for step in range(6)]
+    assert weights == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])  # 5 % of 100 steps
+    rates = [schedules.at(step).rate / 5e-5 for step in (79, 80, 90, 99)]
+    assert rates == pytest.approx([1, 20 / 21, 10 / 21, 1 / 21])
 
 
 def test_flags_and_file_win_over_a_preset(tmp_path):
@@ -73,9 +104,11 @@ def test_functions_give_the_sizes_of_their_models():
 
 def test_listing_names_every_preset_with_its_memory(capsys):
     assert main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(PRESETS)
     assert all("GiB" in line for line in lines)
+    assert len({line.index("GiB") for line in lines}) == 1
+    assert last.endswith("python -m sae_fast.presets --measure NAME")
 
 
 def test_measuring_trains_the_preset_itself(monkeypatch):

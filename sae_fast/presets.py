@@ -180,13 +180,15 @@ def _listing() -> str:
     from sae_fast.training.memory_plan import plan_memory
 
     native = build_info()["backend"] == "native"
-    lines = []
+    lines, width = [], max(map(len, PRESETS))
     for name, settings in PRESETS.items():
         sae, train = settings.configs()
         plan = plan_memory(sae, train, native=native, pool_bytes=0)
         needed = sum(plan.parts.values()) / 2**30
         sizes = f"{sae.arch}, {sae.d_in} to {sae.d_sae:,}"
-        lines.append(f"{name:<18} {sizes:<24} {needed:6.2f} GiB beside the data  {settings.about}")
+        memory = f"{needed:6.2f} GiB beside the data"
+        lines.append(f"{name:<{width}} {sizes:<24} {memory}  {settings.about}")
+    lines.append("How long one takes on this machine: python -m sae_fast.presets --measure NAME")
     return "\n".join(lines)
 
 

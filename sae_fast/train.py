@@ -52,6 +52,8 @@ class _Sources:
     config: Path | None = None
     checkpoint_dir: str | None = None
     resume_from: str | None = None
+    d_sae: int | None = None
+    expansion_factor: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,13 +93,15 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     given = _settings_in(sources.config)
     if sources.preset is not None:
         chosen = preset(sources.preset)
-        given = {"sae": {**chosen.sae, **given["sae"]}, "train": {**chosen.train, **given["train"]}}
+        weaker = _without_other_size(chosen.sae, given["sae"])
+        given = {"sae": {**weaker, **given["sae"]}, "train": {**chosen.train, **given["train"]}}
     directory = sources.checkpoint_dir or given["train"].get("checkpoint_dir")
     reference = sources.resume_from or given["train"].get("resume_from")
     if reference is not None:
         before, found = _resumed_settings(reference, directory)
         given = {section: {**before[section], **given[section]} for section in given}
         given["train"]["checkpoint_dir"] = directory or found
+    given["sae"] = _without_other_size(given["sae"], vars(sources))
     # Without d_in nothing is derived from the given settings that a flag may yet change.
     d_in = given["sae"].pop("d_in", 0)
     base = RunConfig.from_dict(given)
@@ -151,6 +155,16 @@ def _settings_in(path: Path | None) -> dict[str, dict[str, Any]]:
         values = content.get(section, {}) if nested else content
         given[section] = {names[key]: value for key, value in values.items() if key in names}
     return given
+
+
+def _without_other_size(values: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+    """The settings without d_sae or expansion_factor where what wins over them gives the other."""
+    outweighed = [
+        other
+        for one, other in (("d_sae", "expansion_factor"), ("expansion_factor", "d_sae"))
+        if stronger.get(one)
+    ]
+    return {name: value for name, value in values.items() if name not in outweighed}
 
 
 def _resumed_settings(
