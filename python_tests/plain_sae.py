@@ -68,9 +68,10 @@ def plain_terms(sae, x, targets=None):
     acts = plain_acts(sae, x)
     target = goal(sae, x, targets)
     error = target - (acts @ sae.W_dec + sae.b_dec)
-    recon_loss = error.square().sum(1).mean()
+    y = x if targets is None else targets
+    recon_loss = error_term(sae, error, y)
     if config.arch == "matryoshka":
-        recon_loss = _plain_prefixes(sae, target, acts)
+        recon_loss = _plain_prefixes(sae, target, acts, y)
     terms = {
         "recon_loss": config.reconstruction_coeff * recon_loss,
         "l1_loss": config.l1_penalty_coeff * acts.abs().sum(1).mean(),
@@ -80,9 +81,16 @@ def plain_terms(sae, x, targets=None):
     if config.multi_topk:
         width = min(4 * config.k, config.d_sae)
         x_hat = _plain_selection(pre_acts, width, config.activation) @ sae.W_dec + sae.b_dec
-        multi_topk_loss = (target - x_hat).square().sum(1).mean()
+        multi_topk_loss = error_term(sae, target - x_hat, y)
         terms["multi_topk_loss"] = config.multi_topk_coeff * multi_topk_loss
     return terms
+
+
+def error_term(sae, error, y):
+    """The reconstruction error that loss_fn names, of what is modelled."""
+    if sae.config.loss_fn == "mse":
+        return error.square().sum(1).mean()
+    return error.square().sum() / (y - y.mean(0)).square().sum()
 
 
 def _plain_selection(pre_acts, k, activation):
@@ -116,13 +124,13 @@ def _plain_decorrelation(sae):
     return total if config.decorrelation == "gram_sum" else total / n_pairs
 
 
-def _plain_prefixes(sae, target, acts):
+def _plain_prefixes(sae, target, acts, y):
     """The squared errors of all prefixes, one reconstruction after the other."""
     total = 0.0
     weights = sae.config.matryoshka_weights
     for size, weight in zip(sae.config.matryoshka_prefixes, weights, strict=True):
         x_hat = acts[:, :size] @ sae.W_dec[:size] + sae.b_dec
-        total = total + weight * (target - x_hat).square().sum(1).mean()
+        total = total + weight * error_term(sae, target - x_hat, y)
     return total
 
 

@@ -1,7 +1,7 @@
 """The losses of relu, jumprelu and gated written again in plain dense PyTorch."""
 
 import torch
-from plain_sae import goal, input_bias
+from plain_sae import error_term, goal, input_bias
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
@@ -44,8 +44,9 @@ def plain_terms(sae, x, targets=None):
     """The loss terms of a model, each with its coefficient."""
     acts, target = plain_code(sae, x), goal(sae, x, targets)
     error = target - (acts @ sae.W_dec + sae.b_dec)
-    own = _TERMS[sae.config.arch](sae, x, acts, target)
-    return {"recon_loss": sae.config.reconstruction_coeff * _mean_square(error), **own}
+    y = x if targets is None else targets
+    own = _TERMS[sae.config.arch](sae, x, acts, target, y)
+    return {"recon_loss": sae.config.reconstruction_coeff * error_term(sae, error, y), **own}
 
 
 def plain_gradients(sae, x, term=None, targets=None):
@@ -55,10 +56,6 @@ def plain_gradients(sae, x, term=None, targets=None):
     names, parameters = zip(*sae.named_parameters(), strict=True)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     return dict(zip(names, gradients, strict=True))
-
-
-def _mean_square(error):
-    return error.square().sum(1).mean()
 
 
 def _row_norms(sae):
@@ -106,7 +103,7 @@ def _estimate(sae):
     return sae.threshold, sae.config.jumprelu_bandwidth, sae.config.jumprelu_ste_to_input
 
 
-def _jumprelu_terms(sae, x, acts, target):
+def _jumprelu_terms(sae, x, acts, target, y):
     config, pre_acts = sae.config, pre_activations(sae, x)
     l0 = _PlainStep.apply(pre_acts, *_estimate(sae)).sum(1).mean()
     penalty = {
@@ -123,7 +120,7 @@ def _jumprelu_terms(sae, x, acts, target):
     }
 
 
-def _relu_terms(sae, x, acts, target):
+def _relu_terms(sae, x, acts, target, y):
     p = sae.config.sparsity_norm_p
     amounts = acts * _row_norms(sae)
     if p != 1:
@@ -136,13 +133,13 @@ def _gated_code(sae, gate):
     return (gate > 0) * magnitudes
 
 
-def _gated_terms(sae, x, acts, target):
+def _gated_terms(sae, x, acts, target, y):
     gate = pre_activations(sae, x).relu()
     l1 = (gate * _row_norms(sae)).sum(1).mean()
     by_gate = gate @ sae.W_dec.detach() + sae.b_dec.detach()
     return {
         "l1_loss": sae.config.l1_penalty_coeff * l1,
-        "aux_loss": _mean_square(target.detach() - by_gate),
+        "aux_loss": error_term(sae, target.detach() - by_gate, y),
     }
 
 

@@ -60,6 +60,15 @@ def test_jumprelu_has_a_target_and_a_weight_for_its_penalty_unless_told_otherwis
         assert (config.sparsity_penalty_coeff, config.target_l0) == (10.0, None)
 
 
+def test_default_penalties_weigh_as_much_beside_fvu_as_beside_the_squared_error():
+    relu = SAEConfig(arch="relu", d_in=64, loss_fn="fvu")
+    assert relu.l1_penalty_coeff == 5 / 64
+    jumprelu = SAEConfig(arch="jumprelu", d_in=64, loss_fn="fvu")
+    assert jumprelu.sparsity_penalty_coeff == 1
+    tanh = SAEConfig(arch="jumprelu", d_in=64, loss_fn="fvu", sparsity_penalty="tanh")
+    assert tanh.sparsity_penalty_coeff == 1 / 400
+
+
 def test_config_of_another_width_is_refused():
     with pytest.raises(ValueError, match="d_in must be 32, the width of the activations, got 16"):
         SAEConfig(d_in=16).with_d_in(32)
@@ -182,6 +191,7 @@ BAD_SAE_VALUES = [
     ),
     ({"decorrelation_coeff": float("inf")}, "decorrelation_coeff must be a finite number, got inf"),
     ({"probe_loss_coeff": -0.1}, "probe_loss_coeff must be at least 0, got -0.1"),
+    ({"probe_labels": "labels/rule"}, "probe_labels = 'labels/rule' needs a probe_loss_coeff"),
     ({"probe_labels": ""}, "probe_labels must be a name, not an empty string, got ''"),
     ({"probe_task": "ranking"}, "probe_task must be one of 'classification', 'regression'"),
     ({"probe_classes": 1}, "probe_classes must be at least 2, got 1"),
@@ -191,7 +201,6 @@ BAD_SAE_VALUES = [
     ),
     ({"temporal_smoothness_coeff": -1}, "temporal_smoothness_coeff must be at least 0"),
     ({"aux_k_coeff": -1}, "aux_k_coeff must be at least 0"),
-    ({"probe_labels": "labels/rule"}, "probe_labels = 'labels/rule' needs a probe_loss_coeff"),
     ({"aux_k": 0}, "aux_k must be at least 1"),
     (
         {"matryoshka_prefixes": (4, 8)},

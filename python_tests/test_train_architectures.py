@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         *("--jumprelu-ste-to-input", "--pre-act-loss-coeff", "3e-6"),
     ),
     "gated": ("--arch", "gated"),
+    "gated, fvu": ("--arch", "gated", "--loss-fn", "fvu"),
 }
 
 

@@ -21,6 +21,7 @@ VARIANTS = {
     "multi_topk": ("--multi-topk",),
     "abs_topk": ("--activation", "abs_topk"),
     "groupmax": ("--activation", "groupmax"),
+    "fvu": ("--loss-fn", "fvu"),
     "matryoshka": ("--arch", "matryoshka", "--matryoshka-prefixes", "64", "256", "768"),
 }
 COMMON = (

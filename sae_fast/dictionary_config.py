@@ -113,12 +113,15 @@ class DictionaryConfig(ConfigFile):
     """ReLU on the selected values, so that codes are never negative; must be true. The activation
     abs_topk has none."""
 
+    loss_fn: Literal["mse", "fvu"] = "mse"
+    """Reconstruction error: squared, summed over d_in and averaged over tokens (mse), or as a share
+    of the variance of its batch (fvu), where other weights must be about d_in times smaller."""
     reconstruction_coeff: float = 1.0
-    """Weight of the squared error, summed over d_in and averaged over tokens."""
+    """Weight of the reconstruction error."""
     l1_penalty_coeff: float | None = None
     """Weight of the sum of a token's code values, each times the norm of its decoder row, averaged
     over tokens; with gated of its gates, with slots of the free ones; default: 5 with relu and
-    gated, 0.001 with slots, otherwise 0."""
+    gated, with loss_fn fvu that by d_in; 0.001 with slots; otherwise 0."""
     sparsity_norm_p: float = 1.0
     """With relu the values in that sum are raised to this power, 0 to 1; 1: L1."""
     target_l0: float | None = None
@@ -138,7 +141,7 @@ class DictionaryConfig(ConfigFile):
     norm of decoder row); default: l0_target."""
     sparsity_penalty_coeff: float | None = None
     """Weight of sparsity_penalty; default: d_in (with a transcoder d_out) with l0_target, otherwise
-    that / 400."""
+    that / 400; with loss_fn fvu 1 in place of d_in."""
     pre_act_loss_coeff: float = 0.0
     """jumprelu: weight of how far dead latents are below their thresholds; 3e-6 is customary."""
     jumprelu_init_threshold: float = JUMPRELU_INIT_THRESHOLD
@@ -258,7 +261,7 @@ class DictionaryConfig(ConfigFile):
             defaults["decoder_norm"] = self._default_decoder_norm
         if self.arch == "jumprelu":
             penalty = self.sparsity_penalty or "l0_target"
-            weight = self.target_width * (1.0 if penalty == "l0_target" else DEFAULT_LATENT_PRICE)
+            weight = self._variance * (1.0 if penalty == "l0_target" else DEFAULT_LATENT_PRICE)
             defaults |= {"sparsity_penalty": penalty, "sparsity_penalty_coeff": weight}
             if penalty == "l0_target":
                 defaults["target_l0"] = min(DEFAULT_TARGET_L0, float(self.d_sae))
@@ -337,7 +340,12 @@ class DictionaryConfig(ConfigFile):
 
     @property
     def _default_l1(self) -> float:
-        return DEFAULT_L1
+        return DEFAULT_L1 * self._variance / self.target_width
+
+    @property
+    def _variance(self) -> float:
+        """Reconstruction error of the mean, of data that are normalised."""
+        return 1.0 if self.loss_fn == "fvu" else float(self.target_width)
 
     @property
     def _default_decoder_norm(self) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_sae import left_gradients, make_batch
+from plain_sae import error_term, left_gradients, make_batch
 from plain_thresholded import (
     PATHS,
     make_thresholded,
@@ -46,6 +46,8 @@ CASES = {
     },
     "jumprelu, narrow window": {**JUMP, "jumprelu_bandwidth": 0.001},
     "gated": {"arch": "gated", "reconstruction_coeff": 0.7},
+    "relu, fvu": {"arch": "relu", "loss_fn": "fvu", "reconstruction_coeff": 0.7},
+    "gated, fvu": {"arch": "gated", "loss_fn": "fvu"},
     "gated, free rows": {"arch": "gated", "decoder_norm": "free", "decoder_init_norm": 0.5},
 }
 WAYS = [("sparse", True), ("sparse", False), ("dense", True), ("dense", False)]
@@ -156,7 +158,7 @@ def test_inference_gives_the_code_of_training(fields):
     sae = make(fields)
     x = make_batch(sae)
     torch.testing.assert_close(sae.encode(x).dense(), plain_code(sae, x), **TOLERANCE)
-    error = (sae(x) - x).square().sum(1).mean().detach()
+    error = error_term(sae, sae(x) - x, x).detach()
     recon_loss = sae.training_loss(x).components["recon_loss"]
     torch.testing.assert_close(recon_loss, sae.config.reconstruction_coeff * error, **TOLERANCE)
 

@@ -41,6 +41,9 @@ CASES = {
     "multi_topk, 4k is more than d_sae": ({"multi_topk": True, "k": 15}, DEAD),
     "multi_topk of abs_topk": ({"multi_topk": True, "activation": "abs_topk"}, DEAD),
     "matryoshka": ({**ALL_TERMS, "arch": "matryoshka"}, DEAD),
+    "fvu": ({**ALL_TERMS, "loss_fn": "fvu"}, DEAD),
+    "fvu of multi_topk": ({"loss_fn": "fvu", "multi_topk": True}, DEAD),
+    "fvu of matryoshka": ({"loss_fn": "fvu", "arch": "matryoshka"}, DEAD),
     "matryoshka, k is d_sae": ({"arch": "matryoshka", "k": 40}, DEAD),
     "matryoshka with weights": (
         {
@@ -178,6 +181,25 @@ def test_fvu_is_the_unexplained_share_of_the_variance_about_the_mean():
     torch.testing.assert_close(
         fvu, error.square().sum() / (x - x.mean(0)).square().sum(), **TOLERANCE
     )
+
+
+def test_loss_fn_fvu_is_the_share_that_is_logged_and_does_not_depend_on_the_units():
+    sae = make_sae(loss_fn="fvu", b_dec_init="zero")
+    with torch.no_grad():
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x = make_batch(sae)
+    found, larger = (sae.training_loss(rows).components for rows in (x, 1000 * x))
+    assert found["recon_loss"].item() == pytest.approx(found["fvu"].item(), rel=1e-5)
+    assert larger["recon_loss"].item() == pytest.approx(found["recon_loss"].item(), rel=1e-4)
+
+
+def test_loss_fn_fvu_of_equal_rows_is_zero():
+    sae = make_sae(loss_fn="fvu")
+    loss = sae.training_loss(make_batch(sae)[:1].expand(7, -1).contiguous())
+    loss.total.backward()
+    assert loss.components["recon_loss"] == 0
+    assert sae.W_dec.grad.isfinite().all()
 
 
 def test_l0_counts_values_above_zero_not_listed_indices():

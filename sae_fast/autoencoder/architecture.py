@@ -48,6 +48,7 @@ class Batch:
         sparsity_weight: what the terms that make codes sparse are multiplied by, for a warm-up.
         k: latents active per token in place of the model's, while it is annealed.
         reconstruction_only: whether the other terms are left out.
+        error_weight: what squared errors averaged over tokens are multiplied by, 0-d; None: 1.
         relations: [N] int64, labels of arch slots, -1: none.
         answers: [N] int64, likewise.
     """
@@ -59,8 +60,17 @@ class Batch:
     sparsity_weight: float | Tensor = 1.0
     k: int | None = None
     reconstruction_only: bool = False
+    error_weight: Tensor | None = None
     relations: Tensor | None = None
     answers: Tensor | None = None
+
+    def error_term(
+        self,
+        squared_error: Tensor,  # [N]
+    ) -> Tensor:
+        """The mean over tokens, weighted: a term of the loss."""
+        mean = losses.steady_sum(squared_error) / len(self.x)
+        return mean if self.error_weight is None else self.error_weight * mean
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class ArchitectureLoss:
     Attributes:
         code: of the batch, for statistics.
         squared_error: [N], Σ_d (x̂ − x)², of a transcoder Σ_d (ŷ − y)².
-        recon_loss: 0-d, the mean of it over tokens; or what the architecture has in its place.
+        recon_loss: 0-d, the batch's `error_term` of it; or what the architecture has in its place.
         terms: its other terms by name, 0-d, with their coefficients.
         figures: what else is to be logged, 0-d.
     """
@@ -155,8 +165,8 @@ class Architecture(ABC):
     def reconstruct(
         self, weights: Weights, code: ops.Code, batch: Batch, mode: Mode
     ) -> tuple[ops.Reconstruction, Tensor]:
-        """The reconstruction of the batch, and its squared error averaged over tokens."""
+        """The reconstruction of the batch, and its squared error as a term of the loss."""
         modelled = ops.reconstruct(
             code, weights.W_dec, weights.b_dec, batch.target, dense_grad=mode.dense_grad
         )
-        return modelled, losses.steady_sum(modelled.squared_error) / len(batch.x)
+        return modelled, batch.error_term(modelled.squared_error)

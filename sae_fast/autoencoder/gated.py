@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
-from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.autoencoder.thresholded import Thresholded
 
 
@@ -53,7 +52,7 @@ class Gated(Thresholded):
         by_gate = ops.reconstruct(gate, *frozen, target, dense_grad=mode.dense_grad)
         terms = {
             "l1_loss": self.l1_loss(weights, gate, batch),
-            "aux_loss": steady_sum(by_gate.squared_error) / code.n_rows,
+            "aux_loss": batch.error_term(by_gate.squared_error),
         }
         figures = self.figures(weights)
         return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, figures)

@@ -68,12 +68,19 @@ def aux_k_loss(
     Scaled down while fewer than `full_k_aux` latents are dead; 0 for a residual without variance.
     """
     residual = residual.detach().to(squared_error.dtype)
-    variance = total_variance(residual)
+    per_variance = one_by_variance(residual, total_variance(residual))
+    share = (n_dead.double() / full_k_aux).clamp_max(1.0).to(per_variance.dtype)
+    return steady_sum(squared_error) * (share * per_variance)
+
+
+def one_by_variance(
+    x: Tensor,  # [N, D]
+    variance: Tensor,  # 0-d, its total_variance
+) -> Tensor:
+    """What an error squared is divided by to be a share of the variance; 0 where there is none."""
     # Below this it is the rounding of the mean, and dividing by it would blow the term up.
-    rounding = torch.finfo(residual.dtype).eps * steady_sum(residual.square())
-    share = (n_dead.double() / full_k_aux).clamp_max(1.0).to(variance.dtype)
-    weight = share * variance.reciprocal()
-    return steady_sum(squared_error) * torch.where(variance <= rounding, 0.0, weight)
+    rounding = torch.finfo(x.dtype).eps * steady_sum(x.square())
+    return torch.where(variance <= rounding, 0.0, variance.reciprocal())
 
 
 def steady_sum(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.autoencoder import losses
 from sae_fast.autoencoder.architecture import Batch, Mode, Weights
 from sae_fast.autoencoder.batch_topk import BatchTopK
 from sae_fast.config import SAEConfig
@@ -44,5 +43,5 @@ class Matryoshka(BatchTopK):
         weighted = torch.zeros_like(by_prefix[0])
         for weight, squared_error in zip(self.prefix_weights, by_prefix, strict=True):
             weighted = weighted + weight * squared_error
-        recon_loss = losses.steady_sum(weighted) / len(batch.x)
-        return ops.Reconstruction(modelled.residual, by_prefix[-1]), recon_loss
+        whole = ops.Reconstruction(modelled.residual, by_prefix[-1])
+        return whole, batch.error_term(weighted)

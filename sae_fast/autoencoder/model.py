@@ -197,7 +197,8 @@ class SparseAutoencoder(Measures):
         x = self._rows(x)
         weights, y = self.weights, self._targets(x, targets)
         target = self._left_to_the_code(x, y, precision)
-        options = (k_aux, sparsity_weight, k, reconstruction_only)
+        variance = losses.total_variance(y.detach())
+        options = (k_aux, sparsity_weight, k, reconstruction_only, self._error_weight(y, variance))
         batch = Batch(x, target, self.dead_mask(), *options, relations, answers)
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         code, none = own.code, x.new_zeros(())
@@ -216,7 +217,6 @@ class SparseAutoencoder(Measures):
         terms |= guided
         total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
-        variance = losses.total_variance(y.detach())
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
         components["l0"] = code.fires().sum() / code.n_rows
         components |= own.figures | figures
@@ -229,6 +229,12 @@ class SparseAutoencoder(Measures):
         if not self.config.skip_connection:
             return y
         return y - skip(x, self.get_parameter(SKIP), precision)
+
+    def _error_weight(self, y: Tensor, variance: Tensor) -> Tensor | None:
+        """What makes the mean squared error of a batch the term that loss_fn names; None: 1."""
+        if self.config.loss_fn == "mse":
+            return None
+        return len(y) * losses.one_by_variance(y.detach(), variance)
 
     @torch.no_grad()
     def update_fired_(self, code: ops.Code, n_tokens: int) -> None:
