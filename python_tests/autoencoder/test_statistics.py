@@ -40,6 +40,35 @@ def test_components_are_those_of_the_training_loss(dense):
     assert found["total_loss_tensor"].item() == pytest.approx(found["total_loss"], rel=1e-6)
 
 
+PENALTIES = {
+    "fvu": {"loss_fn": "fvu"},
+    "signed": {"activation": "abs_topk", "l1_penalty_coeff": 0.3},
+    "free rows": {"arch": "relu", "k": None},
+    "Lp": {"arch": "relu", "k": None, "sparsity_norm_p": 0.5},
+    "pairs": {"independence_coeff": 0.5, "orthogonality_coeff": 2.0, "correlation_split": 30},
+    "slots": {
+        **{"arch": "slots", "k": None, "n_relations": 3, "slots_mode": "separate_activation"},
+        **{"alignment_coeff": 0.0, "l1_penalty_coeff": 0.1},
+    },
+}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("case", PENALTIES)
+def test_every_penalty_on_the_code_is_the_one_that_is_trained(case, dense):
+    sae, x = make_normalized(aux_k_coeff=0.0, **PENALTIES[case])
+    code = sae.encode(x)
+    h = code.dense() if dense else code
+    found = sae.compute_loss_components(x, sae.decode(code), h)
+    labels = {"relations": torch.full((len(x),), -1)} if case == "slots" else {}
+    trained = sae.training_loss(sae.normalize(x), **labels)
+    for name in {"recon_loss", "l1_loss", "independence_loss", "orthogonality_loss"} & {
+        *trained.components
+    }:
+        assert found[name] == pytest.approx(float(trained.components[name]), rel=1e-4), name
+    assert found["total_loss"] == pytest.approx(trained.total.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_total_has_the_gradient_of_the_training_loss(dense):
     sae, x = make_normalized(**TERMS)
@@ -107,6 +136,19 @@ def test_activation_stats_count_what_fires(kind):
             "dead_fraction": 0.4,
         }
     )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_latents_with_negative_values_count_in_abs_topk(dense):
+    sae = make_sae(activation="abs_topk")
+    code = sae.encode(make_batch(sae))
+    assert (code.values < 0).any()
+    stats = sae.get_activation_stats(code.dense() if dense else code)
+    assert stats["l0"] == 5
+    assert stats["mean_activation"] == pytest.approx(code.values.abs().mean().item(), rel=1e-5)
+    assert stats["max_activation"] == pytest.approx(code.values.abs().max().item())
+    silent = (code.dense() == 0).all(0).double().mean()
+    assert stats["silent_fraction"] == pytest.approx(silent.item())
 
 
 def test_activation_stats_of_silence_are_zero():

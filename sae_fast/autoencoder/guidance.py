@@ -62,7 +62,7 @@ class Guidance:
             loss = temporal_smoothness_loss(code, starts)
             terms["temporal_loss"] = self.config.temporal_smoothness_coeff * loss
         if self.correlations:
-            terms |= self._correlation_terms(code)
+            terms |= self.correlation_terms(code.dense())
         return terms, figures
 
     def nothing(self, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -71,11 +71,13 @@ class Guidance:
         figures = dict.fromkeys(self.figure_names, none + float("nan"))
         return dict.fromkeys(self.term_names, none), figures
 
-    def _correlation_terms(self, code: ops.Code) -> dict[str, Tensor]:
+    def correlation_terms(
+        self,
+        dense: Tensor,  # [N, F]
+    ) -> dict[str, Tensor]:
+        """The terms on pairs of latents, with their coefficients."""
         config = self.config
-        found = correlation_losses(
-            code.dense(), config.group_split, reduction=config.correlation_pairs
-        )
+        found = correlation_losses(dense, config.group_split, reduction=config.correlation_pairs)
         both = {"independence_loss": found.independence, "orthogonality_loss": found.orthogonality}
         return {name: weight * both[name] for name, weight in self.correlations.items()}
 

@@ -52,9 +52,12 @@ def lp_loss(
     if isinstance(code, ops.DenseCode) and row_norms is not None and p == 1:
         return steady_sum(code.values @ row_norms) / code.n_rows  # no second [N, F]
     amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
-    if p != 1:
-        amounts = (amounts + _LP_SHIFT).pow(p) - _LP_SHIFT**p
-    return steady_sum(amounts) / code.n_rows
+    return steady_sum(lp_amounts(amounts, p)) / code.n_rows
+
+
+def lp_amounts(amounts: Tensor, p: float) -> Tensor:
+    """(a + s)^p − s^p of every amount, for p = 1 the amounts."""
+    return amounts if p == 1 else (amounts + _LP_SHIFT).pow(p) - _LP_SHIFT**p
 
 
 def aux_k_loss(

@@ -24,6 +24,13 @@ class Measures(Units):
     def _decorr_loss(self) -> Tensor:
         """The decorrelation of the decoder's rows, with its coefficient."""
 
+    @abstractmethod
+    def _correlation_terms(
+        self,
+        dense: Tensor,  # [N, F]
+    ) -> dict[str, Tensor]:
+        """By name the terms on pairs of latents, with their coefficients, where these are not 0."""
+
     def compute_loss_components(
         self,
         x: Tensor,  # [..., D], activations as they are
@@ -36,8 +43,10 @@ class Measures(Units):
         """The loss of a reconstruction as numbers by term, and its sum to call backward on.
 
         recon_loss, l1_loss, decorr_loss, probe_loss and temporal_loss carry the coefficients of the
-        configuration and add up, with the terms given besides, to total_loss; total_loss_tensor is
-        the same with its graph.
+        configuration and add up, with independence_loss and orthogonality_loss where the model has
+        them and with the terms given besides, to total_loss; total_loss_tensor is the same with its
+        graph. recon_loss is of x_hat alone and l1_loss of h alone: of matryoshka the smaller
+        dictionaries are left out, of gated the gates that are not h.
 
         Args:
             x: the activations; of a transcoder the targets, [..., d_out].
@@ -45,12 +54,14 @@ class Measures(Units):
             h: their code, as `encode` gives it, or as a dense tensor.
             probe_loss: 0-d, without its coefficient; None: 0.
             temporal_loss: likewise.
-            **further_terms: 0-d, already weighted: what h does not determine, as AuxK.
+            **further_terms: 0-d, already weighted: what h does not determine, as AuxK or the
+                gradient of jumprelu's penalty.
         """
         rows, rows_hat = self._rows_of_both(x, x_hat)
         error = rows_hat - rows
         if self.config.normalize_activations != "none":
             error = error * self.output_scale
+            rows = (rows - self.output_mean) * self.output_scale
         config = self.config
         guided: dict[str, float | Tensor] = {
             "probe_loss": 0.0 if probe_loss is None else config.probe_loss_coeff * probe_loss,
@@ -58,9 +69,12 @@ class Measures(Units):
             if temporal_loss is None
             else config.temporal_smoothness_coeff * temporal_loss,
         }
-        further = guided | further_terms
+        further: dict[str, float | Tensor] = {**guided, **further_terms}
+        if config.independence_coeff or config.orthogonality_coeff:
+            dense = h.dense() if isinstance(h, ops.SparseCode) else h.reshape(-1, h.shape[-1])
+            further = {**self._correlation_terms(dense), **further}
         return statistics.loss_components(
-            config, self.W_dec, error, h, self._decorr_loss(), further
+            config, self.W_dec, error, rows, h, self._decorr_loss(), further
         )
 
     def get_activation_stats(
@@ -70,11 +84,12 @@ class Measures(Units):
         """How active the latents are in a code.
 
         l0: latents that fire, per token; activation_fraction: their share of d_sae;
-        mean_activation, max_activation: of the values of those that fire, 0 if none does;
+        mean_activation, max_activation: of the values of those that fire, of abs_topk of their
+        magnitudes, 0 if none does;
         silent_fraction: share of the latents that fire for no token of `h`; dead_fraction: share
         that has been silent for dead_after_tokens of training.
         """
-        return statistics.activation_stats(h, self.config.d_sae, self.dead_mask())
+        return statistics.activation_stats(self.config, h, self.dead_mask())
 
     def get_reconstruction_error(
         self,

@@ -356,6 +356,9 @@ class SparseAutoencoder(Measures):
         penalty = decorrelation_loss(self.W_dec, form, self.decorrelation_draw, chunk)
         return config.decorrelation_coeff * penalty
 
+    def _correlation_terms(self, dense: Tensor) -> dict[str, Tensor]:
+        return self.guidance.correlation_terms(dense)
+
     def _own_start(self) -> dict[str, Tensor]:
         """The same with the architecture's own buffers."""
         return self._own_parameters() | self.architecture.buffers()

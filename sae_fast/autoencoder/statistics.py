@@ -18,21 +18,23 @@ def loss_components(
     config: SAEConfig,
     W_dec: Tensor,  # [F, D]
     error: Tensor,  # [N, D], x̂ − x in normalised units
+    x: Tensor,  # [N, D], likewise
     h: Code,
     decorr_loss: Tensor,  # 0-d
     further: Mapping[str, float | Tensor],
 ) -> dict[str, float | Tensor]:
     """The terms that these determine and the `further` ones as numbers, their sum also a tensor."""
     values, n_tokens = _values(h, config.d_sae)
-    if config.decoder_norm == "free":  # the penalty weighs a latent by the norm of its row
-        norms = torch.linalg.vector_norm(W_dec, dim=1)
-        values = values * (h.spread(norms) if isinstance(h, ops.SparseCode) else norms)
     if n_tokens != len(error):
         raise ValueError(f"h must be the code of {len(error)} tokens, got {n_tokens}")
+    squared = losses.steady_sum(error.square())
+    if config.loss_fn == "fvu":
+        recon_loss = squared * losses.one_by_variance(x, losses.total_variance(x))
+    else:
+        recon_loss = squared / n_tokens
     terms = {
-        "recon_loss": config.reconstruction_coeff
-        * (losses.steady_sum(error.square()) / len(error)),
-        "l1_loss": (config.l1_penalty_coeff or 0.0) * losses.l1_loss(values, n_tokens),
+        "recon_loss": config.reconstruction_coeff * recon_loss,
+        "l1_loss": (config.l1_penalty_coeff or 0.0) * _lp_loss(config, W_dec, h, values, n_tokens),
         "decorr_loss": decorr_loss,
     }
     for name, term in further.items():
@@ -45,16 +47,36 @@ def loss_components(
     }
 
 
+def _lp_loss(config: SAEConfig, W_dec: Tensor, h: Code, values: Tensor, n_tokens: int) -> Tensor:
+    """The L1 or Lp penalty without its coefficient, of the latents that the architecture has in it.
+
+    A latent is weighted by the norm of its row where rows are free; relation slots are left out.
+    """
+    weights = None
+    if config.decoder_norm == "free":
+        weights = torch.linalg.vector_norm(W_dec, dim=1)
+    if config.arch == "slots":
+        is_free = torch.arange(config.d_sae, device=W_dec.device) < config.group_split
+        weights = is_free.to(W_dec.dtype) if weights is None else weights * is_free
+    amounts = values.abs() if config.activation == "abs_topk" else values
+    if weights is not None:
+        amounts = amounts * (h.spread(weights) if isinstance(h, ops.SparseCode) else weights)
+    return losses.l1_loss(losses.lp_amounts(amounts, config.sparsity_norm_p), n_tokens)
+
+
 @torch.no_grad()
 def activation_stats(
+    config: SAEConfig,
     h: Code,
-    d_sae: int,
     dead_mask: Tensor,  # [F] bool
 ) -> dict[str, float]:
     """See `SparseAutoencoder.get_activation_stats`."""
+    d_sae = config.d_sae
     values, n_tokens = _values(h, d_sae)
-    fired = h.fired() if isinstance(h, ops.SparseCode) else (h.reshape(-1, d_sae) > 0).any(0)
+    if config.activation == "abs_topk":
+        values = values.abs()
     active = values > 0
+    fired = h.fired() if isinstance(h, ops.SparseCode) else active.reshape(-1, d_sae).any(0)
     n_active = active.sum()
     largest = values.amax() if values.numel() else values.new_zeros(())
     figures = {
