@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses
-from sae_fast.autoencoder.architecture import Batch, Mode, Weights
+from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_tensors, write_model
@@ -193,7 +193,6 @@ class SparseAutoencoder(Measures):
             relations, answers: of arch slots, -1: none.
             reconstruction_only: whether all other terms are left out.
         """
-        config = self.config
         x = self._rows(x)
         weights, y = self.weights, self._targets(x, targets)
         target = self._left_to_the_code(x, y, precision)
@@ -201,9 +200,25 @@ class SparseAutoencoder(Measures):
         options = (k_aux, sparsity_weight, k, reconstruction_only, self._error_weight(y, variance))
         batch = Batch(x, target, self.dead_mask(), *options, relations, answers)
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
-        code, none = own.code, x.new_zeros(())
+        total, components = self._weighted_sum(own, x, labels, starts, reconstruction_only)
+        components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
+        components["l0"] = own.code.fires().sum() / own.code.n_rows
+        if self.config.transcoder:
+            variance = variance + losses.total_variance(x.detach())
+        return TrainingLoss(total, components, own.code, variance)
+
+    def _weighted_sum(
+        self,
+        own: ArchitectureLoss,
+        x: Tensor,  # [N, D]
+        labels: Tensor | None,  # [N]
+        starts: Tensor | None,  # [N] bool
+        reconstruction_only: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The terms with their coefficients added up; each, and the figures, by name, detached."""
+        none = x.new_zeros(())
         terms = {
-            "recon_loss": config.reconstruction_coeff * own.recon_loss,
+            "recon_loss": self.config.reconstruction_coeff * own.recon_loss,
             "l1_loss": none,
             "decorr_loss": none if reconstruction_only else self._decorr_loss(),
             "aux_loss": none,
@@ -213,16 +228,10 @@ class SparseAutoencoder(Measures):
             guided, figures = self.guidance.nothing(x)
             terms = {name: t if name == "recon_loss" else none for name, t in terms.items()}
         else:
-            guided, figures = self.guidance.terms(weights.own, code, labels, starts)
+            guided, figures = self.guidance.terms(self.weights.own, own.code, labels, starts)
         terms |= guided
-        total = torch.stack(list(terms.values())).sum()
         components = {name: term.detach() for name, term in terms.items()}
-        components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
-        components["l0"] = code.fires().sum() / code.n_rows
-        components |= own.figures | figures
-        if config.transcoder:
-            variance = variance + losses.total_variance(x.detach())
-        return TrainingLoss(total, components, code, variance)
+        return torch.stack(list(terms.values())).sum(), components | own.figures | figures
 
     def _left_to_the_code(self, x: Tensor, y: Tensor, precision: str) -> Tensor:
         """What the code of x is to model: y without what a skip connection gives."""

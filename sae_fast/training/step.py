@@ -103,27 +103,10 @@ class TrainingStep:
         share = 1 / len(batches)
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
-        for x, columns in batches:
-            loss = self.sae.training_loss(
-                x,
-                columns.get(self._targets),
-                precision=self.precision,
-                dense_grad=self.optimizer.dense_grad,
-                k_aux=k_aux,
-                sparsity_weight=sparsity_weight,
-                k=k,
-                labels=columns.get(self._labels),
-                starts=columns.get(STARTS),
-                relations=columns.get(self._relations),
-                answers=columns.get(self._answers),
-                reconstruction_only=reconstruction_only,
+        for batch in batches:
+            values, variance = self._accumulate(
+                batch, weight, sparsity_weight, k_aux, k, reconstruction_only
             )
-            loss.total.backward(weight)  # type: ignore[no-untyped-call]
-            self.sae.update_fired_(loss.code, len(x))
-            self.sae.follow_(loss.code, sparsity_weight)
-            self._poison_by(loss.total.detach())
-            terms = [loss.components[name] for name in self._components]
-            values = torch.stack([loss.total.detach(), *terms])
             mean = values if len(batches) == 1 else mean + share * values
         norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
         self.sae.constrain_()
@@ -134,8 +117,43 @@ class TrainingStep:
             self._poison_by(norm)
         self.scaler.update(norm)
         self._steps.add_(was_healthy)
-        values = torch.cat([torch.as_tensor(mean), norm[None], loss.variance[None]])
+        values = torch.cat([torch.as_tensor(mean), norm[None], variance[None]])
         torch.where(was_healthy, values, self._metrics, out=self._metrics)
+
+    def _accumulate(
+        self,
+        batch: Rows,  # N rows, normalised
+        weight: Tensor,  # 0-d
+        sparsity_weight: float | Tensor,
+        k_aux: int | None,
+        k: int | None,
+        reconstruction_only: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Backward from a batch's weighted loss, and the counters of its code.
+
+        Returns its metrics, [M] in the order of the names, and its variance, 0-d.
+        """
+        x, columns = batch
+        loss = self.sae.training_loss(
+            x,
+            columns.get(self._targets),
+            precision=self.precision,
+            dense_grad=self.optimizer.dense_grad,
+            k_aux=k_aux,
+            sparsity_weight=sparsity_weight,
+            k=k,
+            labels=columns.get(self._labels),
+            starts=columns.get(STARTS),
+            relations=columns.get(self._relations),
+            answers=columns.get(self._answers),
+            reconstruction_only=reconstruction_only,
+        )
+        loss.total.backward(weight)  # type: ignore[no-untyped-call]
+        self.sae.update_fired_(loss.code, len(x))
+        self.sae.follow_(loss.code, sparsity_weight)
+        self._poison_by(loss.total.detach())
+        terms = [loss.components[name] for name in self._components]
+        return torch.stack([loss.total.detach(), *terms]), loss.variance
 
     def is_poisoned(self) -> bool:
         """Whether there was a bad step; waits for the device."""

@@ -113,10 +113,8 @@ class Trainer:
         )
         self.memory_plan.check()
         self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
-        self.step = 0
-        self.tokens = 0
-        self.seconds = 0.0  # of steps, without evaluations and checkpoints
-        self.stalled_seconds = 0.0
+        self.step = self.tokens = 0
+        self.seconds = self.stalled_seconds = 0.0  # of steps, without evaluations and checkpoints
         self.best: dict[str, float] | None = None
         self.wandb_id: str | None = None
         self.summary: dict[str, Any] = {}
