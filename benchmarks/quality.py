@@ -179,20 +179,7 @@ def report(results: dict[str, Any]) -> str:
     rows = []
     for name in names:
         own = [run for run in runs if run.trainer == name]
-        rows += [
-            [
-                name,
-                str(run.seed),
-                f"{run.fvu:.5f}",
-                f"{run.fvu / reference[run.seed] - 1:+.2%}",
-                f"{run.dead_share:.2%}",
-                f"{run.l0:.2f}",
-                f"{run.final_loss:.3f}",
-                f"{run.seconds:.0f}",
-                run.digest,
-            ]
-            for run in own
-        ]
+        rows += [_row(run, reference[run.seed]) for run in own]
         if len(own) == 1:
             continue
         change = statistics.mean(run.fvu / reference[run.seed] - 1 for run in own)
@@ -217,6 +204,21 @@ def report(results: dict[str, Any]) -> str:
             f"{machine_line(results['machine'])}\n`{results['command']}`",
         ]
     )
+
+
+def _row(run: Quality, reference: float) -> list[str]:
+    """A run's line of the table; `reference` is the FVU to compare with."""
+    return [
+        run.trainer,
+        str(run.seed),
+        f"{run.fvu:.5f}",
+        f"{run.fvu / reference - 1:+.2%}",
+        f"{run.dead_share:.2%}",
+        f"{run.l0:.2f}",
+        f"{run.final_loss:.3f}",
+        f"{run.seconds:.0f}",
+        run.digest,
+    ]
 
 
 def what_is_wrong(runs: list[Quality], tolerance: float | None) -> list[str]:
