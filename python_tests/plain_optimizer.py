@@ -18,6 +18,30 @@ class PlainSignum:
                 w.copy_((1 - lr * self.weight_decay) * w - lr * torch.sign(m))
 
 
+class PlainScheduleFreeSignum:
+    """Defazio et al. 2024 round sign descent, with z and x in arrays of their own."""
+
+    def __init__(self, parameters, *, momentum=0.9, weight_decay=0.0):
+        self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
+        self.walks = [parameter.detach().clone() for parameter in parameters]
+        self.averages = [parameter.detach().clone() for parameter in parameters]
+        self.weights = 0.0
+
+    def step(self, lr):
+        self.weights += lr**2
+        share, beta = lr**2 / self.weights, self.momentum
+        with torch.no_grad():
+            for y, z, x in zip(self.parameters, self.walks, self.averages, strict=True):
+                z -= lr * (torch.sign(y.grad) + self.weight_decay * y)
+                x.copy_((1 - share) * x + share * z)
+                y.copy_((1 - beta) * z + beta * x)
+
+    def divide(self, index, norms):
+        """Measure a parameter's z and x in the unit that its y is brought to."""
+        for tensors in (self.walks, self.averages):
+            tensors[index] /= norms
+
+
 class OfTorch:
     """An optimiser of torch with its learning rate given to the step."""
 
@@ -33,6 +57,8 @@ def plain_rule(rule, parameters, *, momentum=0.9, eps=1e-8, weight_decay=0.0):
     """What steps as the rule says: torch's own optimiser where it has one."""
     if rule == "signum":
         return PlainSignum(parameters, momentum=momentum, weight_decay=weight_decay)
+    if rule == "schedule_free_signum":
+        return PlainScheduleFreeSignum(parameters, momentum=momentum, weight_decay=weight_decay)
     if rule == "sgd":
         options = {"momentum": momentum, "weight_decay": weight_decay}
         return OfTorch(torch.optim.SGD(parameters, **options))
@@ -56,5 +82,8 @@ class PlainSteps:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip or torch.inf)
         self.optimizer.step(lr)
         with torch.no_grad():
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            norms = W_dec.norm(dim=1, keepdim=True)
+            W_dec /= norms
+            if isinstance(self.optimizer, PlainScheduleFreeSignum):
+                self.optimizer.divide(PARAMETERS.index("W_dec"), norms)
         return norm

@@ -291,9 +291,24 @@ BAD_TRAIN_VALUES = [
     ({"weight_decay": 0.1}, "weight_decay = 0.1 needs optimizer = 'adamw'"),
     (
         {"optimizer": "lion"},
-        "optimizer must be one of 'adam', 'adamw', 'sgd', 'signum', got 'lion'",
+        "optimizer must be one of 'adam', .*, 'signum', 'schedule_free_signum', got 'lion'",
     ),
-    ({"momentum": 0.5}, "momentum = 0.5 needs optimizer = 'sgd' or 'signum'"),
+    (
+        {"momentum": 0.5},
+        "momentum = 0.5 needs optimizer = 'sgd', 'signum' or 'schedule_free_signum'",
+    ),
+    (
+        {"optimizer": "schedule_free_signum", "momentum": 0},
+        "momentum must be above 0 where optimizer is 'schedule_free_signum': .*, got 0",
+    ),
+    (
+        {"optimizer": "schedule_free_signum", "average_decay": 0.9},
+        "average_decay = 0.9 needs another optimizer than 'schedule_free_signum'",
+    ),
+    (
+        {"optimizer": "schedule_free_signum", "betas": (0.8, 0.9)},
+        "betas and eps need optimizer = 'adam' or 'adamw'",
+    ),
     ({"optimizer": "sgd", "momentum": 1}, "momentum must be from 0 to below 1, got 1"),
     ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "betas and eps need optimizer = 'adam' or 'adamw'"),
     ({"optimizer": "signum", "eps": 1e-6}, "betas and eps need optimizer = 'adam' or 'adamw'"),
@@ -324,7 +339,14 @@ def test_weight_decay_of_a_file_that_names_no_optimizer_is_that_of_adamw():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rate"), [("adam", 4e-4), ("adamw", 4e-4), ("signum", 2e-4), ("sgd", 0.1)]
+    ("optimizer", "rate"),
+    [
+        ("adam", 4e-4),
+        ("adamw", 4e-4),
+        ("signum", 2e-4),
+        ("sgd", 0.1),
+        ("schedule_free_signum", 2e-3),
+    ],
 )
 def test_default_learning_rate_is_that_of_the_optimizer(optimizer, rate):
     assert TrainConfig(optimizer=optimizer).peak_learning_rate(2**12) == pytest.approx(rate)

@@ -73,8 +73,8 @@ class TrainConfig(ConfigFile):
     """Model to start from, a checkpoint or what save wrote; default: a new one."""
 
     learning_rate: float | None = None
-    """Peak learning rate, also accepted as lr; default: 2e-4 / sqrt(d_sae / 2**14) of adam, half of
-    that of signum, 0.1 of sgd."""
+    """Peak learning rate, also accepted as lr; default: of adam 2e-4 / sqrt(d_sae / 2**14), half as
+    much of signum, 5 times as much of schedule_free_signum, 0.1 of sgd."""
     warmup_steps: int | None = None
     """Linear rise of the learning rate; default: 5 % of the run. [steps]"""
     sparsity_warmup_steps: int | None = None
@@ -84,23 +84,27 @@ class TrainConfig(ConfigFile):
     between it takes at most 4 values per halving. [latents]"""
     k_anneal_steps: int | None = None
     """Length of this fall; default: 5 % of the run. [steps]"""
-    decay_fraction: float = 0.2
-    """Share of the run, at its end, in which the learning rate falls linearly. [share]"""
-    optimizer: Literal["adam", "adamw", "sgd", "signum"] = "adam"
-    """adamw: adam with weight decay; sgd: with momentum; signum: lr times a momentum's sign."""
+    decay_fraction: float | None = None
+    """Share of the run, at its end, in which the learning rate falls linearly; default: 0.2, of
+    schedule_free_signum 0. [share]"""
+    optimizer: Literal["adam", "adamw", "sgd", "signum", "schedule_free_signum"] = "adam"
+    """adamw: adam with weight decay; sgd: with momentum; signum: lr times a momentum's sign;
+    schedule_free_signum: lr times the gradient's sign, and the average of the weights is the
+    model."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
     eps: float = 1e-8
     """Adam's term in the denominator."""
     momentum: float | None = None
-    """What sgd and signum keep of their momentum from step to step; default: 0.9."""
+    """What sgd and signum keep of their momentum from step to step, 0.9 by default; of
+    schedule_free_signum the share of the average where gradients are taken, 0.95 by default."""
     weight_decay: float = 0.0
     """Weight decay, per step and unit of learning rate: decoupled, but of sgd in the gradient."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """Moments of the weights, two of adam, one of sgd and signum: 4, 2 or 1 byte each; below fp32
-    rounded at random."""
+    """Moments of the weights, two of adam, one of the others: 4, 2 or 1 byte each; below fp32
+    rounded at random. schedule_free_signum has fp32 and bf16."""
     average_decay: float = 0.0
     """Decay of a moving average of the weights, evaluated and saved beside them; 0: none."""
     fused: bool = True
@@ -153,7 +157,7 @@ class TrainConfig(ConfigFile):
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
-        self._require("decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
+        self._require("decay_fraction", 0 <= self.kept_decay_fraction <= 1, "between 0 and 1")
         if not self.fused and self.optimizer_states != "fp32":
             raise ValueError(
                 "optimizer_states must be 'fp32' where fused is false: optimisers of torch keep no "
@@ -180,8 +184,8 @@ class TrainConfig(ConfigFile):
         if self.optimizer in ("adam", "adamw"):
             if momentum is not None:
                 raise ValueError(
-                    f"momentum = {momentum} needs optimizer = 'sgd' or 'signum'; that of "
-                    f"{self.optimizer!r} is in betas"
+                    f"momentum = {momentum} needs optimizer = 'sgd', 'signum' or "
+                    f"'schedule_free_signum'; that of {self.optimizer!r} is in betas"
                 )
         elif self.betas != TrainConfig.betas or self.eps != TrainConfig.eps:
             raise ValueError(
@@ -192,11 +196,39 @@ class TrainConfig(ConfigFile):
                 f"weight_decay = {self.weight_decay} needs optimizer = 'adamw', which decouples it "
                 "from the gradient, or 'sgd' or 'signum'; 'adam' has none"
             )
+        if self.optimizer == "schedule_free_signum":
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        if self.momentum == 0:
+            raise ValueError(
+                "momentum must be above 0 where optimizer is 'schedule_free_signum': at 0 no trace "
+                "of the average is kept, got 0"
+            )
+        if self.optimizer_states == "8bit":
+            raise ValueError(
+                "optimizer_states must be 'fp32' or 'bf16' where optimizer is "
+                "'schedule_free_signum', got '8bit': what rounding adds to its average stays there"
+            )
+        if self.average_decay > 0:
+            raise ValueError(
+                f"average_decay = {self.average_decay} needs another optimizer than "
+                "'schedule_free_signum', which averages the weights itself"
+            )
+
+    @property
+    def kept_decay_fraction(self) -> float:
+        """`decay_fraction`, or its default: an average of the weights needs no decay."""
+        if self.decay_fraction is not None:
+            return self.decay_fraction
+        return 0.0 if self.optimizer == "schedule_free_signum" else 0.2
 
     @property
     def kept_momentum(self) -> float:
         """`momentum`, or its default."""
-        return 0.9 if self.momentum is None else self.momentum
+        if self.momentum is not None:
+            return self.momentum
+        return 0.95 if self.optimizer == "schedule_free_signum" else 0.9
 
     @property
     def precision(self) -> Literal["screened", "bf16", "fp16"]:
@@ -209,5 +241,5 @@ class TrainConfig(ConfigFile):
             return self.learning_rate
         if self.optimizer == "sgd":  # whose clipped steps have a norm that d_sae does not change
             return 0.1
-        at_16k = 1e-4 if self.optimizer == "signum" else 2e-4
+        at_16k = {"signum": 1e-4, "schedule_free_signum": 1e-3}.get(self.optimizer, 2e-4)
         return at_16k / math.sqrt(d_sae / 2**14)

@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.support.kernel_setting import Case, Setting
 from sae_fast.ops.moments import moment_blocks
 from sae_fast.training.optimizer import STATE_DTYPES
-from sae_fast.training.signum import Signum
+from sae_fast.training.signum import ScheduleFreeSignum, Signum
 
 # Such that a step moves the weights by more than their rounding.
-LEARNING_RATES = {"adam": 1e-3, "sgd": 1.0, "signum": 1e-3}
+LEARNING_RATES = {"adam": 1e-3, "sgd": 1.0, "signum": 1e-3, "schedule_free_signum": 1e-3}
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0
 
 
@@ -63,7 +63,7 @@ def gradient_cases(s: Setting) -> Iterator[Case]:
     )
     for states in STATE_DTYPES:
         yield update_case(s, order, torch_rows, "adam", states)
-    for rule in ("sgd", "signum"):
+    for rule in ("sgd", "signum", "schedule_free_signum"):
         yield update_case(s, order, torch_rows, rule, "fp32")
 
 
@@ -84,13 +84,17 @@ def update_case(
 
     rate, one = torch.tensor(LEARNING_RATES[rule], dtype=torch.float64), torch.tensor(1.0)
     steps, halted = torch.tensor(0), torch.tensor(-1)
+    averages = rule == "schedule_free_signum"
+    squares = torch.zeros((), dtype=torch.float64) if averages else None
 
     def update(W: Tensor, moments: list[Tensor | None]) -> Tensor:
         squared, sums, cached, slots = s.ops.row_gradient_norm(
             latent_offsets, tokens, coefficients, s.x, None, W, None
         )
         _, scalars = s.ops.update_scalars(
-            *(squared, rate, one, steps.zero_(), halted, rule, CLIP, *BETAS, EPS, 0.0, False)
+            *(squared, rate, one, steps.zero_(), halted),
+            *(None if squares is None else squares.zero_(), rule),
+            *(CLIP, *BETAS, EPS, 0.0, False),
         )
         s.ops.fused_update_(
             *(W, *moments, latent_offsets, tokens, coefficients, s.x, None, None),
@@ -139,6 +143,8 @@ def torch_optimizer(rule: str, W: torch.nn.Parameter) -> torch.optim.Optimizer:
         return torch.optim.SGD([W], lr=rate, momentum=BETAS[0], fused=True)
     if rule == "signum":
         return Signum([W], lr=rate, momentum=BETAS[0], weight_decay=0.0)
+    if rule == "schedule_free_signum":
+        return ScheduleFreeSignum([W], lr=rate, momentum=BETAS[0], weight_decay=0.0)
     return torch.optim.Adam([W], lr=rate, betas=BETAS, eps=EPS, fused=True)
 
 

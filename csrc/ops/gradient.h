@@ -59,17 +59,17 @@ inline void check_companion(const char* op, const char* name, const OptionalTens
 }
 
 inline UpdateRule checked_rule(const char* op, const std::string& rule) {
-  STD_TORCH_CHECK(rule == "adam" || rule == "sgd" || rule == "signum", op,
-                  ": rule must be adam, sgd or signum, got ", rule);
-  return rule == "adam"  ? UpdateRule::kAdam
-         : rule == "sgd" ? UpdateRule::kSgd
-                         : UpdateRule::kSignum;
+  if (rule == "adam") return UpdateRule::kAdam;
+  if (rule == "sgd") return UpdateRule::kSgd;
+  if (rule == "signum") return UpdateRule::kSignum;
+  STD_TORCH_CHECK(rule == "schedule_free_signum", op,
+                  ": rule must be adam, sgd, signum or schedule_free_signum, got ", rule);
+  return UpdateRule::kScheduleFreeSignum;
 }
 
-// What only a rule with a second moment has.
+// What only some rules have.
 inline void check_of_rule(const char* op, const char* name, const OptionalTensor& tensor,
-                          const std::string& rule) {
-  const bool wanted = has_exp_avg_sq(checked_rule(op, rule));
+                          const std::string& rule, bool wanted) {
   STD_TORCH_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where rule is ",
                   rule, ", got none");
   STD_TORCH_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where rule is ",
@@ -90,7 +90,7 @@ inline Moments checked_moments(const char* op, const std::string& rule, const Te
                                const OptionalTensor& exp_avg_scale,
                                const OptionalTensor& exp_avg_sq_scale,
                                const OptionalTensor& step_count, int64_t d_sae, int64_t d_in) {
-  check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule);
+  check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule, has_exp_avg_sq(checked_rule(op, rule)));
   check_shape(op, "exp_avg", exp_avg, {d_sae, d_in});
   const ScalarType type = exp_avg.scalar_type();
   const bool in_blocks = type == ScalarType::Byte;
@@ -138,7 +138,8 @@ inline void check_cache(const char* op, const Tensor& sums, const Tensor& cached
 
 inline void check_update_scalars(const char* op, const Tensor& squared_norm, const Tensor& lr,
                                  const Tensor& loss_scale, const Tensor& step_count,
-                                 const Tensor& halted) {
+                                 const Tensor& halted, const OptionalTensor& lr_squares,
+                                 const std::string& rule) {
   const auto check_scalar = [op](const char* name, const Tensor& tensor, ScalarType type) {
     check_shape(op, name, tensor, {});
     check_dtype(op, name, tensor, type);
@@ -148,12 +149,15 @@ inline void check_update_scalars(const char* op, const Tensor& squared_norm, con
   check_scalar("loss_scale", loss_scale, ScalarType::Float);
   check_scalar("step_count", step_count, ScalarType::Long);
   check_scalar("halted", halted, ScalarType::Long);
+  const bool averages = checked_rule(op, rule) == UpdateRule::kScheduleFreeSignum;
+  check_of_rule(op, "lr_squares", lr_squares, rule, averages);
+  if (averages) check_scalar("lr_squares", *lr_squares, ScalarType::Double);
 }
 
 inline void check_update_vector(const char* op, const std::string& rule, const Tensor& w,
                                 const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
                                 const OptionalTensor& grad, const Tensor& scalars) {
-  check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule);
+  check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule, has_exp_avg_sq(checked_rule(op, rule)));
   const auto check_like_w = [&](const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(shape_text(tensor) == shape_text(w), op, ": ", name,
                     " must have the shape of w, ", shape_text(w), ", got ", shape_text(tensor));

@@ -229,11 +229,12 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& 
 std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, const Tensor& lr,
                                                   const Tensor& loss_scale,
                                                   const Tensor& step_count, const Tensor& halted,
+                                                  const OptionalTensor& lr_squares,
                                                   const std::string& rule, double grad_clip,
                                                   double beta1, double beta2, double eps,
                                                   double weight_decay, bool skip_overflow) {
   constexpr const char* kOp = "update_scalars";
-  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted);
+  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule);
   const UpdateSettings settings{
       checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
   const UpdateInputs inputs{*squared_norm.const_data_ptr<double>(), *lr.const_data_ptr<double>(),
@@ -241,8 +242,9 @@ std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, co
   const Tensor norm = torch::stable::new_empty(loss_scale, {});
   const Tensor scalars = torch::stable::new_empty(loss_scale, {kUpdateScalars});
   UpdateScalars result{};
-  *mutable_data<float>(norm) = update_scalars(settings, inputs, *mutable_data<int64_t>(step_count),
-                                              *mutable_data<int64_t>(halted), result);
+  *mutable_data<float>(norm) = update_scalars(
+      settings, inputs, *mutable_data<int64_t>(step_count), *mutable_data<int64_t>(halted),
+      lr_squares.has_value() ? mutable_data<double>(*lr_squares) : nullptr, result);
   std::memcpy(mutable_data<float>(scalars), &result, sizeof result);
   return {norm, scalars};
 }

@@ -88,20 +88,23 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   // What a step needs to know of the whole gradient; all tensors are scalars. squared_norm float64
   // is that of the gradients of loss_scale * loss, lr float64, step_count and halted int64. norm =
   // sqrt(squared_norm) / loss_scale. Where it is finite and halted < 0, step_count goes up by one
-  // and scalars [10] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale (grad_clip 0:
+  // and scalars [11] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale (grad_clip 0:
   // no clip), and the numbers of UpdateStep in common/update_rule.h. Otherwise they are NaN, which
   // makes an update change nothing; and unless skip_overflow, halted becomes step_count if it was
-  // negative: no later step changes anything. rule is adam (AdamW), sgd or signum; beta1 is the
-  // momentum of the last two, which have no use for beta2 and eps.
+  // negative: no later step changes anything. rule is adam (AdamW), sgd, signum or
+  // schedule_free_signum; beta1 is the momentum of the others, which have no use for beta2 and eps.
+  // lr_squares float64, of schedule_free_signum alone, goes up by lr^2 with step_count.
   m.def(
       "update_scalars(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count, "
-      "Tensor(b!) halted, str rule, float grad_clip, float beta1, float beta2, float eps, "
+      "Tensor(b!) halted, Tensor(c!)? lr_squares, str rule, float grad_clip, float beta1, float "
+      "beta2, float eps, "
       "float weight_decay, bool skip_overflow) -> (Tensor norm, Tensor scalars)");
 
   // One pass over W: the same g_j times scalars' grad_scale, the step of the rule that scalars are
   // of, then unit rows where asked, and fresh low-precision copies of the rows where given. adam is
   // torch.optim.AdamW; sgd torch.optim.SGD, with its momentum in exp_avg; signum W -= lr
-  // (weight_decay W + sign(exp_avg)), exp_avg as adam's; both without exp_avg_sq. Nothing is
+  // (weight_decay W + sign(exp_avg)), exp_avg as adam's; schedule_free_signum has z - W in exp_avg,
+  // as common/update_rule.h says, divided with the row; all three without exp_avg_sq. Nothing is
   // written where grad_scale is not finite. Moments are float32, bfloat16 or uint8 (exp_avg's dtype
   // decides): the last two are read as float32, and rounded at random when written, by a hash of
   // step_count (of update_scalars, after it), row and column; the new weights do not depend on that

@@ -34,7 +34,7 @@ void steps_follow_the_formulas_in_double(UpdateRule rule) {
     Random random(7);
     for (int64_t step = 1; step <= 200; ++step) {
       const auto grad = static_cast<float>(random.integer(-1000, 1000)) * 1e-3f;
-      const UpdateStep numbers = make_update_step(settings, lr, step);
+      const UpdateStep numbers = some_update_step(settings, lr, step);
       weight = with_rule(rule, [&](auto known) {
         return update_weight<decltype(known)::value>(numbers, weight, grad, exp_avg, exp_avg_sq);
       });
@@ -54,7 +54,7 @@ float adam_update(const UpdateStep& step, float weight, float grad, float& m, fl
 }
 
 void adam_first_step_is_the_learning_rate() {
-  const UpdateStep step = make_update_step(kAdam, 1e-3, 1);
+  const UpdateStep step = some_update_step(kAdam, 1e-3, 1);
   for (const float grad : {1e-3f, -5.0f, 2e4f}) {
     float exp_avg = 0.0f, exp_avg_sq = 0.0f;
     const float weight = adam_update(step, 0.0f, grad, exp_avg, exp_avg_sq);
@@ -64,7 +64,7 @@ void adam_first_step_is_the_learning_rate() {
 }
 
 void adam_coefficients_are_rounded_once() {
-  const UpdateStep step = make_update_step(kAdam, 1e-3, 1000);
+  const UpdateStep step = some_update_step(kAdam, 1e-3, 1000);
   check(step.one_minus_beta2 == static_cast<float>(1.0 - 0.999), "adam: 1 - beta2 is %.9g",
         static_cast<double>(step.one_minus_beta2));
   check(step.one_minus_beta1 == static_cast<float>(1.0 - 0.9), "adam: 1 - beta1 is %.9g",
@@ -74,7 +74,7 @@ void adam_coefficients_are_rounded_once() {
 }
 
 void adam_leaves_a_settled_moment_alone() {
-  const UpdateStep step = make_update_step(kAdam, 1e-3, 5);
+  const UpdateStep step = some_update_step(kAdam, 1e-3, 5);
   float exp_avg = 0.1f, exp_avg_sq = 0.01f;
   adam_update(step, 1.0f, 0.1f, exp_avg, exp_avg_sq);
   check(exp_avg == 0.1f, "adam: the moment moved to %.9g", static_cast<double>(exp_avg));
@@ -83,12 +83,54 @@ void adam_leaves_a_settled_moment_alone() {
 void signum_does_not_move_a_weight_without_momentum() {
   UpdateSettings settings = some_settings(UpdateRule::kSignum);
   settings.weight_decay = 0.0;
-  const UpdateStep step = make_update_step(settings, 1e-3, 1);
+  const UpdateStep step = some_update_step(settings, 1e-3, 1);
   for (const float zero : {0.0f, -0.0f}) {
     float exp_avg = zero, unused = 0.0f;
     const float weight = update_weight<UpdateRule::kSignum>(step, 0.3f, zero, exp_avg, unused);
     check(weight == 0.3f, "signum: the weight moved to %.9g", static_cast<double>(weight));
   }
+}
+
+// x is the mean of the walk where the learning rate does not change, whatever the momentum.
+void schedule_free_signum_averages_its_walk() {
+  for (const double beta : {0.5, 0.9, 0.95}) {
+    UpdateSettings settings = some_settings(UpdateRule::kScheduleFreeSignum);
+    settings.weight_decay = 0.0;
+    settings.beta1 = beta;
+    float weight = 0.25f, exp_avg = 0.0f, unused = 0.0f;
+    double z = 0.25, sum = 0.0;
+    Random random(11);
+    for (int64_t step = 1; step <= 50; ++step) {
+      const auto grad = static_cast<float>(random.integer(-2, 3));
+      z -= grad > 0.0f ? 1e-2 : grad < 0.0f ? -1e-2 : 0.0;
+      sum += z;
+      weight = update_weight<UpdateRule::kScheduleFreeSignum>(
+          some_update_step(settings, 1e-2, step), weight, grad, exp_avg, unused);
+      const double difference = exp_avg;
+      const double x = weight - (1.0 - beta) / beta * difference;
+      check(close(x, sum / static_cast<double>(step), 1e-6), "schedule-free: x is %.9g, not %.9g",
+            x, sum / static_cast<double>(step));
+      check(close(weight + difference, z, 1e-6), "schedule-free: z is %.9g, not %.9g",
+            weight + difference, z);
+    }
+  }
+}
+
+void schedule_free_signum_counts_a_step_by_its_squared_rate() {
+  const UpdateSettings settings = some_settings(UpdateRule::kScheduleFreeSignum);
+  const double rates[] = {0.0, 1e-3, 2e-3, 2e-3}, wanted[] = {0.0, 1.0, 4.0 / 5.0, 4.0 / 9.0};
+  int64_t steps = 0, halted = -1;
+  double lr_squares = 0.0;
+  for (int i = 0; i < 4; ++i) {
+    UpdateScalars scalars{};
+    update_scalars(settings, {1.0, rates[i], 1.0f}, steps, halted, &lr_squares, scalars);
+    check(close(scalars.step.average_share, wanted[i], 1e-6), "schedule-free: share %g, not %g",
+          static_cast<double>(scalars.step.average_share), wanted[i]);
+  }
+  const double before = lr_squares;
+  UpdateScalars scalars{};
+  update_scalars(settings, {HUGE_VAL, 1.0, 1.0f}, steps, halted, &lr_squares, scalars);
+  check(lr_squares == before, "schedule-free: a step that is not made counts in the average");
 }
 
 void keys_ascend_with_values() {
@@ -216,6 +258,8 @@ int main() {
   using namespace sae_fast::testing;
   for (const auto rule : kRules) steps_follow_the_formulas_in_double(rule);
   signum_does_not_move_a_weight_without_momentum();
+  schedule_free_signum_averages_its_walk();
+  schedule_free_signum_counts_a_step_by_its_squared_rate();
   adam_first_step_is_the_learning_rate();
   adam_coefficients_are_rounded_once();
   adam_leaves_a_settled_moment_alone();

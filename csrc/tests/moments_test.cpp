@@ -46,7 +46,7 @@ constexpr double kLr = 1e-2;
 constexpr int64_t kStep = 3;
 
 UpdateScalars some_step(UpdateRule rule) {
-  return {0.37f, make_update_step(some_settings(rule), kLr, kStep)};
+  return {0.37f, some_update_step(some_settings(rule), kLr, kStep)};
 }
 
 // Returns the weights; the moments change in place.
@@ -75,7 +75,7 @@ void test_vector(Random& random) {
   const auto grad = random.numbers(random.integer(0, 1) * size, Numbers::kNormal);
   const auto w = random.numbers(size, Numbers::kNormal), m = random.numbers(size, Numbers::kNormal);
   const std::vector<float> v(static_cast<size_t>(size), 0.25f);
-  const UpdateRule rule = kRules[random.integer(0, 2)];
+  const UpdateRule rule = any_rule(random);
   const UpdateScalars scalars = some_step(rule);
   const auto run = [&](const cpu::Parallel& parallel) {
     auto result = std::tuple{w, m, v};
@@ -112,7 +112,7 @@ void test_moments(uint64_t seed) {
   test_vector(random);
   Problem problem(random);
   const int64_t step = random.integer(1, int64_t{1} << 40);
-  const UpdateRule rule = kRules[random.integer(0, 2)];
+  const UpdateRule rule = any_rule(random);
   for (const MomentType type : {MomentType::kBFloat16, MomentType::kBlocks}) {
     MomentCodes before(rule, type, problem.d_sae, problem.d_in);
     before.encode(problem.exp_avg, problem.exp_avg_sq, step - 1);

@@ -15,7 +15,7 @@ PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 EXACT = ("screened", "fp32")
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOW_MOMENTS = (torch.bfloat16, torch.uint8)
-ONE_MOMENT = ("sgd", "signum")  # rules without exp_avg_sq
+ONE_MOMENT = ("sgd", "signum", "schedule_free_signum")  # rules without exp_avg_sq
 RULES = ("adam", *ONE_MOMENT)
 NO_COPY = (None, None, None)
 
@@ -275,8 +275,9 @@ def scalars_arguments(
     """All arguments of update_scalars for step number `step`."""
     norm, lr = (torch.tensor(x, dtype=torch.float64) for x in (squared_norm, 1e-2))
     counters = torch.tensor(step - 1), torch.tensor(-1)
+    squares = (step - 1) * lr * lr if rule == "schedule_free_signum" else None
     settings = (rule, grad_clip, 0.9, 0.999, 1e-8, 0.1, skip)
-    return (norm, lr, torch.tensor(1.0), *counters, *settings)
+    return (norm, lr, torch.tensor(1.0), *counters, squares, *settings)
 
 
 def update_scalars(grad_scale: float = 0.5, step: int = 3, *, rule: str = "adam") -> Tensor:

@@ -22,7 +22,7 @@ from sae_fast.ops.moments import EXP_AVG, EXP_AVG_SQ, decode_moment, moment_bloc
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
 # grad_scale 1, decay 1, beta1 3/4, beta2 1/2: a moment is rounded once however it is computed.
-ROUNDED_ONCE = torch.tensor([1.0, 1.0, 0.25, 0.5, 0.5, 1e-2, 1.0, 1e-8, 0.0, 0.0])
+ROUNDED_ONCE = torch.tensor([1.0, 1.0, 0.25, 0.5, 0.5, 1e-2, 1.0, 1e-8, 0.0, 0.0, 0.0])
 EXP_AVG_SCALE = place("fused_update_", "exp_avg_scale")
 STEP_COUNT = place("fused_update_", "step_count")
 
@@ -170,7 +170,7 @@ def test_silent_latent_with_moments_of_0_stays_where_it_is(dtype):
 def test_norm_that_is_not_finite_changes_no_code(dtype):
     W, moments = some_state(5, 300, dtype)
     before = copies((W, *moments))
-    scalars = torch.full((10,), torch.nan)
+    scalars = torch.full((11,), torch.nan)
     ops.fused_update_(*arguments_of(W, moments, torch.ones(5, 300), 3, scalars))
     assert same((W, *moments), before)
 

@@ -244,7 +244,7 @@ def test_update_scalars_are_adamws_rounded_once(step, loss_scale, grad_clip):
     clip = min(1.0, grad_clip / (3.0 + 1e-6)) if grad_clip else 1.0
     corrections = 1 - 0.9**step, (1 - 0.999**step) ** 0.5
     expected = [clip / loss_scale, 1 - 1e-3, 1 - 0.9, 0.999, 1 - 0.999]
-    expected += [1e-2 / corrections[0], corrections[1], 1e-8, 0, 0]
+    expected += [1e-2 / corrections[0], corrections[1], 1e-8, 0, 0, 0]
     assert norm.item() == 3
     assert arguments[3].item() == step
     torch.testing.assert_close(scalars, torch.tensor(expected), rtol=2e-7, atol=0)

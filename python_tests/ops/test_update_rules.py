@@ -1,4 +1,4 @@
-"""SGD and Signum: what the optimiser's ops make of them."""
+"""SGD and Signum, also schedule-free: what the optimiser's ops make of them."""
 
 import re
 
@@ -51,7 +51,18 @@ def signum(w, momentum, grad):
     return (1 - LR * DECAY) * w.double() - LR * torch.sign(momentum), momentum
 
 
-FORMULAS = {"sgd": sgd, "signum": signum}
+def schedule_free_signum(y, difference, grad):
+    """Defazio et al. 2024: z, its average x, y between them; in float64, the third step."""
+    y = y.double()
+    z = y + difference.double()
+    x = (y - (1 - MOMENTUM) * z) / MOMENTUM
+    z = z - LR * (torch.sign(grad) + DECAY * y)
+    x = (2 * x + z) / 3
+    y = (1 - MOMENTUM) * z + MOMENTUM * x
+    return y, z - y
+
+
+FORMULAS = {"sgd": sgd, "signum": signum, "schedule_free_signum": schedule_free_signum}
 
 
 def some_update(n, d_in, d_sae, k, rule, *, project=True, moments=torch.float32):
@@ -80,11 +91,11 @@ def test_fused_update_is_the_step_of_the_rule(n, d_in, d_sae, k, project, rule):
     wanted, wanted_avg = FORMULAS[rule](W, exp_avg, grad)
     ops.fused_update_(*updated)
     size = exp_avg.abs() + magnitude + DECAY * W.abs()
-    close(updated[1], wanted_avg, terms=n + d_in, magnitude=size)
-    # Where rounding decides the sign of a momentum, the step has either.
-    clear = torch.ones_like(W, dtype=torch.bool)
-    if rule == "signum":
-        clear = wanted_avg.abs() > 1e-5 * size
+    # Where rounding decides the sign of a momentum, or of a gradient, the step has either.
+    clear = settled = torch.ones_like(W, dtype=torch.bool)
+    if rule != "sgd":
+        decides, of = (wanted_avg, size) if rule == "signum" else (grad, magnitude)
+        clear = (decides.abs() > 1e-5 * of) | (of == 0)
         assert clear.double().mean() > 0.99
     found = updated[0]
     if project:
@@ -92,6 +103,9 @@ def test_fused_update_is_the_step_of_the_rule(n, d_in, d_sae, k, project, rule):
         assert (torch.linalg.vector_norm(found.double(), dim=1) - 1).abs().max() < 1e-6
         wanted, clear = wanted / norms, clear.all(1, keepdim=True).expand_as(clear)
         assert clear.double().mean() > 0.9
+    if rule == "schedule_free_signum":
+        settled, wanted_avg = clear, wanted_avg / (norms if project else 1)
+    close(updated[1][settled], wanted_avg[settled], terms=n + d_in, magnitude=size[settled])
     moved = LR * size / (norms if project else 1)
     magnitude = (W.abs() + 1) * (1 + moved.amax(1, keepdim=True))
     close(found[clear], wanted[clear], terms=n + d_in, magnitude=magnitude[clear])
@@ -115,7 +129,9 @@ def test_vector_without_gradient_follows_its_momentum(rule):
     ops.update_vector_(*expected, torch.zeros(5), update_scalars(rule=rule), rule)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
-    assert (found[0] < 1).all()
+    # z above y draws y up, a momentum above 0 drives the weight down
+    assert ((found[0] > 1) == (rule == "schedule_free_signum")).all()
+    assert (found[0] != 1).all()
 
 
 def test_signum_does_not_move_a_weight_whose_momentum_is_zero():
@@ -145,11 +161,57 @@ def test_norm_that_is_not_finite_changes_nothing(rule):
 def test_update_scalars_of_a_rule_are_rounded_once():
     _, found = ops.update_scalars(*scalars_arguments(9.0, grad_clip=1.5, rule="sgd"))
     clip = 1.5 / (3.0 + 1e-6)
-    wanted = [clip, 1, 0, 0, 0, LR, 0, 0, MOMENTUM, DECAY]
+    wanted = [clip, 1, 0, 0, 0, LR, 0, 0, MOMENTUM, DECAY, 0]
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=2e-7, atol=0)
     _, found = ops.update_scalars(*scalars_arguments(9.0, grad_clip=1.5, rule="signum"))
-    wanted = [clip, 1 - LR * DECAY, 1 - MOMENTUM, 0, 0, LR, 0, 0, 0, 0]
+    wanted = [clip, 1 - LR * DECAY, 1 - MOMENTUM, 0, 0, LR, 0, 0, 0, 0, 0]
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=2e-7, atol=0)
+    arguments = scalars_arguments(9.0, grad_clip=1.5, rule="schedule_free_signum")
+    _, found = ops.update_scalars(*arguments)
+    wanted = [clip, 1, 1 - MOMENTUM, 0, 0, LR, 0, 0, MOMENTUM, DECAY, 1 / 3]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=2e-7, atol=0)
+    assert arguments[place("update_scalars", "lr_squares")] == pytest.approx(3 * LR * LR)
+
+
+def test_share_of_the_average_is_that_of_the_squared_rate():
+    squares, steps = torch.zeros((), dtype=torch.float64), torch.tensor(0)
+    for rate, share in ((0.0, 0.0), (1e-3, 1.0), (2e-3, 4 / 5), (torch.nan, None), (2e-3, 4 / 9)):
+        arguments = list(scalars_arguments(1.0 if share is not None else torch.inf, skip=True))
+        arguments[place("update_scalars", "lr")] = torch.tensor(rate, dtype=torch.float64)
+        arguments[place("update_scalars", "step_count")] = steps
+        arguments[place("update_scalars", "lr_squares")] = squares
+        arguments[place("update_scalars", "rule")] = "schedule_free_signum"
+        _, scalars = ops.update_scalars(*arguments)
+        if share is None:  # a step that is not made: its rate does not count
+            assert scalars.isnan().all()
+        else:
+            assert float(scalars[-1]) == pytest.approx(share, rel=1e-6)
+    assert steps == 4
+    assert squares == pytest.approx(9e-6)
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_MOMENTS])
+def test_difference_of_weights_is_divided_with_its_row(dtype, project):
+    updated, *_ = some_update(40, 300, 20, 4, "schedule_free_signum", moments=dtype)
+    updated[place("fused_update_", "unit_norm")] = False
+    exact = [a.clone() if isinstance(a, torch.Tensor) else a for a in updated]
+    updated[place("fused_update_", "unit_norm")] = project
+    ops.fused_update_(*updated)
+    ops.fused_update_(*exact)
+    norms = torch.linalg.vector_norm(exact[0], dim=1, keepdim=True) if project else 1.0
+    found, wanted = (
+        a[1]
+        if a[3] is None and dtype == torch.float32
+        else reference.decode_moment(a[1], a[3], reference.EXP_AVG)
+        for a in (updated, exact)
+    )
+    torch.testing.assert_close(updated[0], exact[0] / norms)
+    # of a unit row of 300 numbers by 1 % of its length: more than 16 bits lose, less than 8 do
+    rough = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.uint8: 0.13}[dtype]
+    torch.testing.assert_close(found, wanted / norms, rtol=2 * rough, atol=1e-3 * rough)
+    if dtype == torch.float32 and project:
+        assert (norms - 1).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("rule", ONE_MOMENT)
@@ -181,7 +243,7 @@ def test_codes_are_those_of_the_reference_to_the_bit(dtype, rule):
     lists = torch.zeros(21, dtype=torch.int64), empty, torch.zeros(0), torch.zeros(0, 300)
     kept = torch.zeros(20), torch.zeros(0, 300), torch.full((20,), -1, dtype=torch.int32)
     # 1 - beta1 = 1/4, beta1 = 3/4, no weight decay: rounded once however it is computed
-    scalars = torch.tensor([1.0, 1.0, 0.25, 0, 0, 2.0**-7, 0, 0, 0.75, 0])
+    scalars = torch.tensor([1.0, 1.0, 0.25, 0, 0, 2.0**-7, 0, 0, 0.75, 0, 0.25])
     switches = (rule, False, False, None, None, None, "fp32")
     for step in (1, 2, 3):
         grad = torch.randn(20, 300, generator=generator)
@@ -215,7 +277,7 @@ def test_scale_of_a_moment_that_the_rule_lacks_is_refused(rule):
 
 
 WRONG_RULES = [
-    ("lion", {}, "rule must be adam, sgd or signum, got lion"),
+    ("lion", {}, "rule must be adam, sgd, signum or schedule_free_signum, got lion"),
     ("sgd", {}, "exp_avg_sq must be none where rule is sgd, got a tensor"),
     ("signum", {}, "exp_avg_sq must be none where rule is signum, got a tensor"),
     ("adam", {"exp_avg_sq": None}, "exp_avg_sq must be given where rule is adam, got none"),
@@ -238,3 +300,15 @@ def test_rule_that_does_not_fit_the_moments_is_refused(rule, changed, message):
 def test_scalars_of_an_unknown_rule_are_refused():
     with pytest.raises(RuntimeError, match=r"update_scalars: rule must be .*, got lion"):
         ops.update_scalars(*scalars_arguments(1.0, rule="lion"))
+
+
+@pytest.mark.parametrize("rule", ["adam", "sgd", "signum", "schedule_free_signum"])
+def test_sum_of_squared_rates_comes_with_the_rule_that_has_it(rule):
+    arguments = list(scalars_arguments(1.0, rule=rule))
+    has_it = arguments[place("update_scalars", "lr_squares")] is not None
+    other = None if has_it else torch.zeros((), dtype=torch.float64)
+    arguments[place("update_scalars", "lr_squares")] = other
+    must = "given" if has_it else "none"
+    message = f"update_scalars: lr_squares must be {must} where rule is {rule}"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        ops.update_scalars(*arguments)

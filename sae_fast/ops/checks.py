@@ -14,9 +14,9 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: exp_avg_sq must be {dtype of exp_avg}, got {dtype}             (of fused_update_)
     {op}: {name} must be given where exp_avg is {dtype}, got none        (scales, step_count)
     {op}: {name} must be none where exp_avg is {dtype}, got a tensor     (scales)
-    {op}: rule must be adam, sgd or signum, got {rule}
-    {op}: exp_avg_sq must be given where rule is adam, got none
-    {op}: {name} must be none where rule is {rule}, got a tensor         (exp_avg_sq, its scale)
+    {op}: rule must be adam, sgd, signum or schedule_free_signum, got {rule}
+    {op}: {name} must be given where rule is {rule}, got none            (exp_avg_sq, lr_squares)
+    {op}: {name} must be none where rule is {rule}, got a tensor         (those, exp_avg_sq_scale)
     {op}: {name} must be on {device} like {first}, got {device}
     {op}: {name} is changed in place and must be contiguous
     {op}: k must be in [1, d_sae], got k={k} with d_sae={d_sae}

@@ -42,8 +42,9 @@ SCHEMAS = {
     " Tensor? shift, Tensor? project_onto, Tensor? extra_grad)"
     " -> (Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)",
     "update_scalars": "(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count,"
-    " Tensor(b!) halted, str rule, float grad_clip, float beta1, float beta2, float eps,"
-    " float weight_decay, bool skip_overflow) -> (Tensor norm, Tensor scalars)",
+    " Tensor(b!) halted, Tensor(c!)? lr_squares, str rule, float grad_clip, float beta1,"
+    " float beta2, float eps, float weight_decay, bool skip_overflow)"
+    " -> (Tensor norm, Tensor scalars)",
     "fused_update_": "(Tensor(a!) W, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq,"
     " Tensor(d!)? exp_avg_scale, Tensor(e!)? exp_avg_sq_scale,"
     " Tensor latent_offsets, Tensor rows, Tensor coefficients, Tensor dense, Tensor? shift,"

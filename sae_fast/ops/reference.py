@@ -166,7 +166,7 @@ def fused_update_(
     sums: Tensor,  # [F]
     cached: Tensor,
     cache_slots: Tensor,
-    scalars: Tensor,  # [10]
+    scalars: Tensor,  # [11]
     step_count: Tensor | None,  # 0-d int64
     rule: str,
     project: bool,
@@ -181,9 +181,9 @@ def fused_update_(
     grad, _ = _row_gradients(*factors, extra_grad, W if project else None)
     if bool(scalars[0].isfinite()):
         scales = (exp_avg_scale, exp_avg_sq_scale)
-        _update_moments_(W, exp_avg, exp_avg_sq, *scales, grad, scalars, step_count, rule)
-        if unit_norm:
-            normalize_rows_(W)
+        _update_moments_(
+            *(W, exp_avg, exp_avg_sq, *scales, grad, scalars, step_count, rule, unit_norm)
+        )
     # The reference's own encoder copy is empty; only a rounded W_dec is there to be refreshed.
     if rounded is not None and rounded.shape == W.shape:
         rounded.copy_(W)
@@ -196,23 +196,42 @@ def _update_moments_(
     exp_avg_scale: Tensor | None,  # [F, ceil(D / 256)]
     exp_avg_sq_scale: Tensor | None,  # [F, ceil(D / 256)]
     grad: Tensor,  # [F, D]
-    scalars: Tensor,  # [10]
+    scalars: Tensor,  # [11]
     step_count: Tensor | None,  # 0-d int64
     rule: str,
+    unit_norm: bool,
 ) -> None:
     """The step on moments that are numbers, or codes of which only the float32 inside is used."""
     if exp_avg.dtype in (torch.float32, torch.float64):
-        update_vector_(W, exp_avg, exp_avg_sq, grad, scalars, rule)
+        _update_rows_(W, exp_avg, exp_avg_sq, grad, scalars, rule, unit_norm)
         return
     assert step_count is not None
     mean, square = decode_moment(exp_avg, exp_avg_scale, EXP_AVG).to(W.dtype), None
     if exp_avg_sq is not None:
         square = decode_moment(exp_avg_sq, exp_avg_sq_scale, EXP_AVG_SQ).to(W.dtype)
-    update_vector_(W, mean, square, grad, scalars, rule)
+    _update_rows_(W, mean, square, grad, scalars, rule, unit_norm)
     random = moment_random(step_count, *W.shape)
     encode_moment_(exp_avg, exp_avg_scale, mean, random, EXP_AVG)
     if exp_avg_sq is not None and square is not None:
         encode_moment_(exp_avg_sq, exp_avg_sq_scale, square, random, EXP_AVG_SQ)
+
+
+def _update_rows_(
+    W: Tensor,  # [F, D]
+    exp_avg: Tensor,  # [F, D]
+    exp_avg_sq: Tensor | None,  # [F, D]
+    grad: Tensor,  # [F, D]
+    scalars: Tensor,  # [11]
+    rule: str,
+    unit_norm: bool,
+) -> None:
+    """The step, then rows of unit norm where asked; a difference of weights is divided too."""
+    update_vector_(W, exp_avg, exp_avg_sq, grad, scalars, rule)
+    if unit_norm:
+        norms = _row_norms(W)
+        W.div_(norms)
+        if rule == "schedule_free_signum":
+            exp_avg.div_(norms)
 
 
 def gather_entries(source: Tensor, entries: Tensor) -> Tensor:  # [M] int32
@@ -232,7 +251,12 @@ def latent_sums(
 
 def normalize_rows_(W: Tensor) -> None:  # [F, D]
     """Divide every row by its L2 norm, or by 1e-12 where that is larger."""
-    W.div_(torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM))
+    W.div_(_row_norms(W))
+
+
+def _row_norms(W: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+    return norms.clamp_min(_SMALLEST_NORM)
 
 
 def decorrelation(W: Tensor) -> tuple[Tensor, Tensor]:  # [F, D]
@@ -240,7 +264,7 @@ def decorrelation(W: Tensor) -> tuple[Tensor, Tensor]:  # [F, D]
 
     With S = ŴᵀŴ the sum over all pairs is |S|², from which the diagonal |ŵ_j|⁴ is taken off.
     """
-    norms = torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min(_SMALLEST_NORM)
+    norms = _row_norms(W)
     unit = W / norms
     gram = unit.t() @ unit
     squared = unit.square().sum(1, keepdim=True)

@@ -169,6 +169,7 @@ def update_scalars(
     step_count: Tensor,  # 0-d int64
     halted: Tensor,  # 0-d int64
     *,
+    lr_squares: Tensor | None = None,  # 0-d float64, of schedule_free_signum
     rule: str = "adam",
     grad_clip: float,
     beta1: float,
@@ -177,22 +178,24 @@ def update_scalars(
     weight_decay: float,
     skip_overflow: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient's norm (0-d), and what an update needs to know of it: scalars [10].
+    """The gradient's norm (0-d), and what an update needs to know of it: scalars [11].
 
-    `rule` is that of the update, "adam", "sgd" or "signum"; `beta1` is the momentum of the last
-    two, which have no use for `beta2` and `eps`.
+    `rule` is that of the update, "adam", "sgd", "signum" or "schedule_free_signum"; `beta1` is the
+    momentum of the others, which have no use for `beta2` and `eps`.
 
     `squared_norm` is that of the gradients of `loss_scale` times the loss. A finite norm counts a
     step: `step_count` goes up by one. With one that is not, updates with these scalars change
     nothing; and unless `skip_overflow`, `halted` becomes the number of steps made so far, and no
     later step changes anything either. Negative, it says that this has not happened.
+    `lr_squares` goes up by lr² with `step_count`: the weights of the average so far.
     """
     op = torch.ops.sae_fast.update_scalars.default
     norm, scalars = op(
-        *(squared_norm, lr, loss_scale, step_count, halted, rule),
+        *(squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule),
         *(grad_clip, beta1, beta2, eps, weight_decay, skip_overflow),
     )
-    torch.autograd.graph.increment_version([step_count, halted])
+    written = (step_count, halted, lr_squares)
+    torch.autograd.graph.increment_version([one for one in written if one is not None])
     return norm, scalars
 
 
@@ -215,7 +218,7 @@ def fused_update_(
     sums: Tensor,  # [F]
     cached: Tensor,
     cache_slots: Tensor,
-    scalars: Tensor,  # [10]
+    scalars: Tensor,  # [11]
     *,
     rule: str = "adam",
     project: bool,
@@ -235,11 +238,15 @@ def fused_update_(
       m ← β₁·m + (g + weight_decay·W), W ← W − lr·m;
     - "signum" (Bernstein et al. 2018, arXiv:1802.04434) with decoupled weight decay:
       m ← β₁·m + (1 − β₁)·g, W ← (1 − lr·weight_decay)·W − lr·sign(m);
+    - "schedule_free_signum" (Defazio et al. 2024, arXiv:2405.15682, round sign descent): W is the
+      point y = (1 − β₁)·z + β₁·x between the walk z and its average x, `exp_avg` is e = z − y. With
+      d = sign(g) + weight_decay·y, u = e − lr·β₁·d and c = lr² / Σ lr² (of `lr_squares`):
+      y ← y − lr·(1 − β₁)·d + c·u, e ← (1 − c)·u. What is to be evaluated is x = y − (1 − β₁)/β₁·e;
 
-    then, if `unit_norm`, rows of unit length. m is `exp_avg`; only "adam" has `exp_avg_sq`. `sums`,
-    `cached` and `cache_slots` come from `row_gradient_norm` of the same factors. The working copy
-    of W in this precision, if there is one, is refreshed in the same pass. Nothing changes where
-    the gradient's norm was not finite.
+    then, if `unit_norm`, rows of unit length (and e divided by the same). m is `exp_avg`; only
+    "adam" has `exp_avg_sq`. `sums`, `cached` and `cache_slots` come from `row_gradient_norm` of the
+    same factors. The working copy of W in this precision, if there is one, is refreshed in the same
+    pass. Nothing changes where the gradient's norm was not finite.
 
     Moments in bfloat16, or in 8 bits with one scale for 256 columns (`moments.py`), are float32 for
     the time of the update and then rounded at random: up as often as keeps the mean. What is drawn
@@ -266,7 +273,7 @@ def update_vector_(
     exp_avg: Tensor,  # the shape of w
     exp_avg_sq: Tensor | None,  # the shape of w; of adam
     grad: Tensor | None,  # the shape of w; None: zeros
-    scalars: Tensor,  # [10]
+    scalars: Tensor,  # [11]
     *,
     rule: str = "adam",
 ) -> None:

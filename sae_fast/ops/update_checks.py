@@ -6,8 +6,8 @@ from torch import Tensor
 from sae_fast.ops.call import GATHERED, MASTER, Call
 from sae_fast.ops.moments import MOMENT_DTYPES, moment_blocks
 
-UPDATE_SCALARS = 10  # of update_scalars
-RULES = ("adam", "sgd", "signum")
+UPDATE_SCALARS = 11  # of update_scalars
+RULES = ("adam", "sgd", "signum", "schedule_free_signum")
 
 
 def _factors(
@@ -51,6 +51,7 @@ def update_scalars(  # noqa: D103
     loss_scale: Tensor,
     step_count: Tensor,
     halted: Tensor,
+    lr_squares: Tensor | None,
     rule: str,
     grad_clip: float,
     beta1: float,
@@ -66,19 +67,26 @@ def update_scalars(  # noqa: D103
     op.tensor("step_count", step_count, (), (torch.int64,))
     op.tensor("halted", halted, (), (torch.int64,))
     _rule(op, rule)
+    _of_rule(op, "lr_squares", lr_squares, rule, rule == "schedule_free_signum")
+    if lr_squares is not None:
+        op.tensor("lr_squares", lr_squares, (), (torch.float64,))
 
 
 def _rule(op: Call, rule: str) -> None:
-    op.require(rule in RULES, "rule must be adam, sgd or signum", rule)
+    must = "rule must be adam, sgd, signum or schedule_free_signum"
+    op.require(rule in RULES, must, rule)
+
+
+def _of_rule(op: Call, name: str, tensor: Tensor | None, rule: str, wanted: bool) -> None:
+    must = f"{name} must be given where rule is {rule}"
+    op.require(tensor is not None or not wanted, must, "none")
+    must = f"{name} must be none where rule is {rule}"
+    op.require(tensor is None or wanted, must, "a tensor")
 
 
 def _rule_and_squares(op: Call, rule: str, exp_avg_sq: Tensor | None) -> None:
     _rule(op, rule)
-    has_squares = rule == "adam"
-    must = f"exp_avg_sq must be given where rule is {rule}"
-    op.require(exp_avg_sq is not None or not has_squares, must, "none")
-    must = f"exp_avg_sq must be none where rule is {rule}"
-    op.require(exp_avg_sq is None or has_squares, must, "a tensor")
+    _of_rule(op, "exp_avg_sq", exp_avg_sq, rule, rule == "adam")
 
 
 def _moments(

@@ -125,6 +125,9 @@ def plan_memory(sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes:
     }
     if train.average_decay > 0:
         parts["average of the weights"] = parameters * _FLOAT
+    if train.optimizer == "schedule_free_signum":
+        packed = encoder * _HALF if native else 0
+        parts["averaged model, while it is evaluated"] = parameters * _FLOAT + packed
     if native and on_gpu:
         parts |= _gpu_copies(sae, train)
         if sae.decorrelation_coeff > 0 and not has_chunks:

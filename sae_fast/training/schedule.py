@@ -34,7 +34,7 @@ def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(0.05 * total_steps)
-    decay = round(config.decay_fraction * total_steps)
+    decay = round(config.kept_decay_fraction * total_steps)
     return Schedule(config.peak_learning_rate(d_sae), warmup, total_steps, decay)
 
 

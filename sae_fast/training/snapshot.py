@@ -1,7 +1,8 @@
 """What a checkpoint holds beside the model, and how a trainer takes it over again.
 
-trainer.safetensors: optimiser states and torch's generators. trainer.json: configuration, counters,
-loss scale, position in the data, the other generators, the run's Weights & Biases id.
+trainer.safetensors: optimiser states, torch's generators, weights beside the model's. trainer.json:
+configuration, counters, loss scale, position in the data, the other generators, the run's Weights &
+Biases id.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {_OPTIMIZER + name: value for name, value in optimizer.items()} | random_tensors()
     if trainer.average is not None:
         tensors |= trainer.average.state_dict()
+    if trainer.schedule_free is not None:
+        tensors |= trainer.schedule_free.state_dict()
     state = {
         "format_version": FORMAT_VERSION,
         "versions": {"sae_fast": sae_fast.__version__, "torch": torch.__version__},
@@ -82,6 +85,8 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
     if trainer.average is not None:
         trainer.average.load_state_dict(checkpoint.tensors)
+    if trainer.schedule_free is not None:
+        trainer.schedule_free.load_state_dict(checkpoint.tensors)
     trainer.scaler.load(state["loss_scaler"])
     trainer.step = checkpoint.step
     trainer.tokens = int(state["tokens"])

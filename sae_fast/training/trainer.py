@@ -37,19 +37,10 @@ from sae_fast.training.progress import Progress
 from sae_fast.training.random_state import seed_everything
 from sae_fast.training.run_directory import RunDirectory, in_mode_directory
 from sae_fast.training.schedule import make_schedules
+from sae_fast.training.schedule_free import ScheduleFreeWeights
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.snapshot import (
-    restore_snapshot,
-    sized_config,
-    take_snapshot,
-)
-from sae_fast.training.start import (
-    initialize_,
-    normalize_,
-    open_source,
-    start_from_,
-    start_model,
-)
+from sae_fast.training.snapshot import restore_snapshot, sized_config, take_snapshot
+from sae_fast.training.start import initialize_, normalize_, open_source, start_from_, start_model
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.stopwatch import Stopwatch, Window
 from sae_fast.training.weight_average import WeightAverage
@@ -131,7 +122,7 @@ class Trainer:
             self._make_model(checkpoint)
 
     def train(self) -> SparseAutoencoder:
-        """Trains to the end, or until a signal; returns the model.
+        """Trains to the end, or until a signal; returns the model (see `model`).
 
         Raises:
             TrainingError: when the loss is not finite, naming step and shards, or memory runs out.
@@ -154,7 +145,11 @@ class Trainer:
                 raise
             finally:
                 self.source.close()
-        return self.sae
+        return self.model()
+
+    def model(self) -> SparseAutoencoder:
+        """The model that is evaluated and saved: `sae`, or the average of a schedule-free run."""
+        return self.sae if self.schedule_free is None else self.schedule_free.model()
 
     def _run_steps(self, stop: StopOnSignal) -> None:
         total = self.total_steps * self._tokens_per_step
@@ -235,10 +230,10 @@ class Trainer:
         """
         if self.data.heldout is None:
             return {}
-        rows = (self.data.heldout, self.data.heldout_targets)
-        measured = evaluate(self.sae, *rows)
+        rows, sae = (self.data.heldout, self.data.heldout_targets), self.model()
+        measured = evaluate(sae, *rows)
         if self.sae_config.arch == "slots" and self.data.heldout_labels:
-            measured |= evaluate_slots(self.sae, self.data.heldout, self.data.heldout_labels)
+            measured |= evaluate_slots(sae, self.data.heldout, self.data.heldout_labels)
         if self.average is not None:
             averaged = evaluate(self.average.model(), *rows)
             measured |= {f"averaged_{name}": value for name, value in averaged.items()}
@@ -289,7 +284,7 @@ class Trainer:
         self._log.flush()
         tensors, state = take_snapshot(self)
         store = self._run.checkpoints
-        path = store.save(self.step, self.sae.save, tensors, state, best=best)
+        path = store.save(self.step, self.model().save, tensors, state, best=best)
         self.summary["checkpoint"] = str(path)
         return path
 
@@ -342,6 +337,8 @@ class Trainer:
         if config.average_decay > 0:
             step_count = self.optimizer.step_count
             self.average = WeightAverage(self.sae, config.average_decay, step_count)
+        averages = self.optimizer.rule == "schedule_free_signum"
+        self.schedule_free = ScheduleFreeWeights(self.optimizer) if averages else None
         if checkpoint is not None:
             restore_snapshot(self, checkpoint)
             if self._run is not None and self._run.owns(checkpoint):
@@ -384,6 +381,6 @@ class Trainer:
             if self.average is not None:
                 self.average.model().save(self._run.path / "averaged")
             if self.sae_config.arch == "slots":
-                self.sae.save(self._run.path / "sae_final")
+                self.model().save(self._run.path / "sae_final")
             self._run.write_results(self.config, rows, self.summary)
         self._close_wandb()

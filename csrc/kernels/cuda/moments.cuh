@@ -1,6 +1,6 @@
 // The moments of one row in an update kernel: read as floats, and written back as they are kept.
 // All threads of the block make one for each row, read and write the columns that are their own,
-// and call finish.
+// and call finish with what the row is divided by.
 #pragma once
 
 #include <type_traits>
@@ -178,10 +178,13 @@ template <UpdateRule kRule, MomentType kType>
 class RowMoments {
   using Mean = RowMoment<kType, ExpAvg>;
   using Square = std::conditional_t<has_exp_avg_sq(kRule), RowMoment<kType, ExpAvgSq>, NoMoment>;
+  // What is divided with the row is written when it has been: until then floats in shared memory.
+  static constexpr bool kHeld = scales_with_weights(kRule);
+  static_assert(!kHeld || !has_exp_avg_sq(kRule), "one row is held");
 
  public:
   // [kSharedRows, D] of shared memory
-  static constexpr int kSharedRows = Mean::kSharedRows + Square::kSharedRows;
+  static constexpr int kSharedRows = kHeld ? 1 : Mean::kSharedRows + Square::kSharedRows;
 
   __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* shared)
       : RowMoments(moments, latent, d_in, shared,
@@ -199,17 +202,31 @@ class RowMoments {
       weights.at[i] =
           update_weight<kRule>(step, weights.at[i], gradient.at[i], mean.at[i], square.at[i]);
     }
-    mean_.template write<kWidth>(column, mean);
+    if constexpr (kHeld) {
+      store<float, kWidth>(held_ + column, mean);
+    } else {
+      mean_.template write<kWidth>(column, mean);
+    }
     square_.template write<kWidth>(column, square);
     return weights;
   }
 
   template <int kWidth>
-  __device__ void finish() const {
+  __device__ void finish(float divisor) const {
+    if constexpr (kHeld) {
+      for (int column = static_cast<int>(threadIdx.x) * kWidth; column < columns_;
+           column += static_cast<int>(blockDim.x) * kWidth) {
+        auto mean = load<float, kWidth>(held_ + column);
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) mean.at[i] /= divisor;
+        mean_.template write<kWidth>(column, mean);
+      }
+    }
     if constexpr (kType == MomentType::kBlocks) {
       __syncthreads();
       const int warps = static_cast<int>(blockDim.x) / kWarpSize;
-      for (int block = static_cast<int>(threadIdx.x) / kWarpSize; block < blocks_; block += warps) {
+      const auto blocks = static_cast<int>(moment_blocks(columns_));
+      for (int block = static_cast<int>(threadIdx.x) / kWarpSize; block < blocks; block += warps) {
         mean_.template encode<kWidth>(block);
         square_.template encode<kWidth>(block);
       }
@@ -222,11 +239,13 @@ class RowMoments {
                         uint32_t seed)
       : mean_({moments.exp_avg, moments.exp_avg_scale, shared, latent, d_in, seed}),
         square_({moments.exp_avg_sq, moments.exp_avg_sq_scale, shared + d_in, latent, d_in, seed}),
-        blocks_(static_cast<int>(moment_blocks(d_in))) {}
+        held_(shared),
+        columns_(static_cast<int>(d_in)) {}
 
   Mean mean_;
   Square square_;
-  int blocks_;
+  float* held_;
+  int columns_;
 };
 
 }  // namespace sae_fast::cuda

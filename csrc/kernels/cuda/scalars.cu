@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kWarpSize)
     scalars_kernel(UpdateSettings settings, StepPointers step) {
   if (threadIdx.x != 0) return;
   const UpdateInputs inputs{*step.squared_norm, *step.lr, *step.loss_scale};
-  *step.norm = update_scalars(settings, inputs, *step.step_count, *step.halted, *step.scalars);
+  *step.norm = update_scalars(settings, inputs, *step.step_count, *step.halted, step.lr_squares,
+                              *step.scalars);
 }
 
 // One thread a number.

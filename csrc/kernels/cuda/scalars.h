@@ -15,6 +15,7 @@ struct StepPointers {
   const float* loss_scale;
   int64_t* step_count;
   int64_t* halted;
+  double* lr_squares;  // or null
   float* norm;
   UpdateScalars* scalars;
 };

@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
       square = add_dot(square, weights, weights);
       store<float, kWidth>(row + column, weights);
     }
-    moments.template finish<kWidth>();
     const float norm = unit_norm ? row_norm(block_sum(square, partial)) : 1.0f;
+    moments.template finish<kWidth>(norm);
     store_row<kWidth>(state, latent, lists.latents, d_in, row, norm, partial);
   }
 }

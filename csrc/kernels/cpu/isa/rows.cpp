@@ -150,18 +150,16 @@ class LatentGroups {
   int64_t most_latents_, most_entries_, block_;
 };
 
-// Divides a row by max(|row|, 1e-12).
-void normalize_row(float* row, int64_t d_in) {
+// Divides a row by max(|row|, 1e-12), which it returns.
+float normalize_row(float* row, int64_t d_in) {
   const float norm = std::sqrt(dot(row, row, d_in));
   const float divisor = norm > 1e-12f ? norm : 1e-12f;
-  const Vec divisors = broadcast(divisor);
-  int64_t i = 0;
-  for (; i + kLanes <= d_in; i += kLanes) store(row + i, load(row + i) / divisors);
-  for (; i < d_in; ++i) row[i] /= divisor;
+  divide_row(row, divisor, d_in);
+  return divisor;
 }
 
 template <UpdateRule kRule>
-void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
+void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch, float* held) {
   const int64_t d_in = update.gradient.factor.d_in;
   const float* grad = nullptr;
   if (has_gradient(update.gradient, latent)) {
@@ -170,8 +168,16 @@ void update_row(const cpu::RowUpdate& update, int64_t latent, float* scratch) {
     if (slot < 0) gradient_row(update.gradient, latent, scratch);
   }
   float* weight = update.W + latent * d_in;
-  update_weights<kRule>(update.scalars, grad, d_in, latent, update.moments, weight);
-  if (update.unit_norm) normalize_row(weight, d_in);
+  if constexpr (scales_with_weights(kRule)) {
+    update_scaled_weights<kRule>(update.scalars, grad, d_in, latent, update.moments, weight, held,
+                                 [&](float* moments, int64_t size) {
+                                   if (!update.unit_norm) return;
+                                   divide_row(moments, normalize_row(weight, d_in), size);
+                                 });
+  } else {
+    update_weights<kRule>(update.scalars, grad, d_in, latent, update.moments, weight);
+    if (update.unit_norm) normalize_row(weight, d_in);
+  }
 }
 
 // Refreshes the copies of rows [first, end) while the rows are in the cache.
@@ -245,7 +251,8 @@ bool fused_update(const cpu::RowUpdate& update, const cpu::Parallel& parallel) {
   const int64_t d_in = update.gradient.factor.d_in;
   const int64_t row_bytes = (d_in * 4 + 63) / 64 * 64;
   const int64_t pack_bytes = (pack_scratch_bytes(update.encoder) + 63) / 64 * 64;
-  const int64_t bytes = row_bytes > pack_bytes ? row_bytes : pack_bytes;
+  const int64_t shared_bytes = row_bytes > pack_bytes ? row_bytes : pack_bytes;
+  const int64_t bytes = shared_bytes + 4 * held_floats(update.rule, update.moments.type, d_in);
   Scratch scratch(parallel.threads() * bytes);
   if (!scratch) return false;
   // In whole panels, so that the padding of the last one is written too.
@@ -255,7 +262,7 @@ bool fused_update(const cpu::RowUpdate& update, const cpu::Parallel& parallel) {
     for_each_sixteen(padded, parallel, [&](int64_t thread, int64_t first, int64_t end) {
       auto* own = scratch.as<float>(thread * bytes);
       for (int64_t latent = first; latent < (end < rows ? end : rows); ++latent) {
-        update_row<decltype(rule)::value>(update, latent, own);
+        update_row<decltype(rule)::value>(update, latent, own, own + shared_bytes / 4);
       }
       refresh_copies(update.encoder, first, end < rows ? end : rows, own);
     });

@@ -2,14 +2,10 @@
 // bits they are floats for as long as a block of columns is in the first cache.
 #pragma once
 
-#include "kernels/common/moments.h"
-#include "kernels/cpu/isa/simd.h"
+#include "kernels/cpu/isa/moment_codes.h"
 #include "kernels/cpu/rows.h"
 
 namespace sae_fast::SAE_FAST_ISA {
-
-typedef uint32_t VecUint __attribute__((vector_size(kLanes * 4)));
-static_assert(kMomentBlock % kLanes == 0, "blocks are read and written in whole vectors");
 
 // update_weight on whole vectors.
 template <UpdateRule kRule>
@@ -73,6 +69,27 @@ class VecStep<UpdateRule::kSignum> {
   Vec rest1_, step_, decay_;
 };
 
+template <>
+class VecStep<UpdateRule::kScheduleFreeSignum> {
+ public:
+  explicit VecStep(const UpdateStep& step)
+      : step1_(broadcast(step.step_size * step.beta1)),
+        rest1_(broadcast(step.step_size * step.one_minus_beta1)),
+        decay_(broadcast(step.grad_decay)),
+        share_(broadcast(step.average_share)) {}
+
+  Vec operator()(Vec weight, Vec grad, Vec& exp_avg, Vec& /*exp_avg_sq*/) const {
+    const Vec zero{}, one = broadcast(1.0f);
+    const Vec direction = (grad > zero ? one : grad < zero ? -one : zero) + decay_ * weight;
+    const Vec moved = exp_avg - step1_ * direction;
+    exp_avg = moved - share_ * moved;
+    return weight - rest1_ * direction + share_ * moved;
+  }
+
+ private:
+  Vec step1_, rest1_, decay_, share_;
+};
+
 // The step of `d_in` weights; `grad` null stands for zeros, exp_avg_sq is read where there is one.
 template <UpdateRule kRule>
 inline void update_floats(const UpdateScalars& scalars, const float* grad, int64_t d_in,
@@ -96,148 +113,24 @@ inline void update_floats(const UpdateScalars& scalars, const float* grad, int64
   }
 }
 
-// The next kLanes codes. In words of their own where there are any: GCC 12 takes the portable form
-// apart, element by element.
-inline VecUint load_codes(const uint16_t* from) {
-#if defined(__AVX512F__)
-  return (VecUint)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif defined(__AVX2__)
-  return (VecUint)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#else
-  VecUint codes;
-  for (int lane = 0; lane < kLanes; ++lane) codes[lane] = from[lane];
-  return codes;
-#endif
-}
-
-inline VecUint load_codes(const uint8_t* from) {
-#if defined(__AVX512F__)
-  return (VecUint)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-#elif defined(__AVX2__)
-  return (VecUint)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-#else
-  VecUint codes;
-  for (int lane = 0; lane < kLanes; ++lane) codes[lane] = from[lane];
-  return codes;
-#endif
-}
-
-inline void store_codes(uint16_t* to, VecUint codes) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)codes));
-#elif defined(__AVX2__)
-  const __m256i halves = _mm256_packus_epi32((__m256i)codes, (__m256i)codes);
-  const __m256i joined = _mm256_permute4x64_epi64(halves, 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(joined));
-#else
-  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint16_t>(codes[lane]);
-#endif
-}
-
-inline void store_codes(uint8_t* to, VecUint codes) {
-#if defined(__AVX512F__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)codes));
-#elif defined(__AVX2__)
-  const __m256i pairs = _mm256_packus_epi32((__m256i)codes, (__m256i)codes);
-  const __m256i fours = _mm256_packus_epi16(pairs, pairs);  // codes 0 to 3, and from 16 on 4 to 7
-  const __m128i joined =
-      _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), joined);
-#else
-  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint8_t>(codes[lane]);
-#endif
-}
-
-// The random bits of a block's columns, which begin at `first`.
-inline void fill_random(uint32_t seed, int64_t first, uint32_t* random) {
-  VecUint columns;
-  for (int lane = 0; lane < kLanes; ++lane) columns[lane] = static_cast<uint32_t>(lane);
-  columns += static_cast<uint32_t>(first);
-  for (int64_t i = 0; i < kMomentBlock; i += kLanes) {
-    const VecUint bits = moment_random(seed, columns);
-    std::memcpy(random + i, &bits, sizeof bits);
-    columns += static_cast<uint32_t>(kLanes);
-  }
-}
-
-inline VecUint load_bits(const void* from) {
-  VecUint bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return bits;
-}
-
-// A block of codes as they are kept; every function below is on whole blocks, of which a short
-// one's rest is zeros.
-struct MomentsIn16 {
-  using Code = uint16_t;
-
-  template <class Moment>
-  static void decode(const uint16_t* codes, float /*scale*/, float* floats) {
-    for (int64_t i = 0; i < kMomentBlock; i += kLanes) {
-      store(floats + i, (Vec)(load_codes(codes + i) << 16));
-    }
-  }
-
-  template <class Moment>
-  static float encode(const float* floats, const uint32_t* random, uint16_t* codes) {
-    for (int64_t i = 0; i < kMomentBlock; i += kLanes) {
-      const VecUint bits = load_bits(floats + i);
-      store_codes(codes + i, round_moment_to_16<Moment>(bits, load_bits(random + i)));
-    }
-    return 0.0f;
-  }
-};
-
-struct MomentsIn8 {
-  using Code = uint8_t;
-
-  template <class Moment>
-  static void decode(const uint8_t* codes, float scale, float* floats) {
-    const Vec scales = broadcast(scale), one = broadcast(1.0f);
-    for (int64_t i = 0; i < kMomentBlock; i += kLanes) {
-      const VecUint code = load_codes(codes + i);
-      const Vec magnitude = ((Vec)shifted_bits<Moment>(code) - one) * scales;
-      store(floats + i, (Vec)((VecUint)magnitude | sign_bits<Moment>(code)));
-    }
-  }
-
-  // Returns the block's scale.
-  template <class Moment>
-  static float encode(const float* floats, const uint32_t* random, uint8_t* codes) {
-    VecUint largest{};
-    for (int64_t i = 0; i < kMomentBlock; i += kLanes) {
-      const VecUint magnitude = load_bits(floats + i) & kMagnitude;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    uint32_t whole = 0;
-    for (int lane = 0; lane < kLanes; ++lane) whole = whole < largest[lane] ? largest[lane] : whole;
-    const float scale = float_from_bits(block_scale_bits<Moment>(whole));
-    const Vec inverse = broadcast(1.0f / scale), one = broadcast(1.0f);
-    for (int64_t i = 0; i < kMomentBlock; i += kLanes) {
-      const Vec moment = load(floats + i);
-      const auto shifted = (VecUint)(one + vec_abs(moment) * inverse);
-      const VecUint code =
-          round_moment_to_8<Moment>((VecUint)moment, shifted, load_bits(random + i));
-      store_codes(codes + i, code);
-    }
-    return scale;
-  }
-};
-
-// One moment of one block: its codes in memory, and the floats in between.
+// One moment of one block: its codes in memory, and `floats` [kMomentBlock] in between.
 template <class Format, class Moment>
 class BlockMoment {
  public:
-  BlockMoment(void* codes, int64_t offset, int64_t size, float* scale)
-      : codes_(static_cast<typename Format::Code*>(codes) + offset), size_(size), scale_(scale) {
+  BlockMoment(void* codes, int64_t offset, int64_t size, float* scale, float* floats)
+      : codes_(static_cast<typename Format::Code*>(codes) + offset),
+        size_(size),
+        scale_(scale),
+        floats_(floats) {}
+
+  float* read() const {
     typename Format::Code whole[kMomentBlock] = {};
     std::memcpy(whole, codes_, bytes());
-    Format::template decode<Moment>(whole, scale != nullptr ? *scale : 1.0f, floats_);
+    Format::template decode<Moment>(whole, scale_ != nullptr ? *scale_ : 1.0f, floats_);
+    return floats_;
   }
 
-  float* floats() { return floats_; }
-
-  void put_back(const uint32_t* random) {
+  void put_back(const uint32_t* random) const {
     typename Format::Code whole[kMomentBlock];
     const float scale = Format::template encode<Moment>(floats_, random, whole);
     if (scale_ != nullptr) *scale_ = scale;
@@ -250,35 +143,55 @@ class BlockMoment {
   typename Format::Code* codes_;
   int64_t size_;
   float* scale_;
-  alignas(64) float floats_[kMomentBlock];
+  float* floats_;
 };
+
+// The blocks of row `latent`: calls function(block, columns of it, place of its scales).
+template <class Function>
+inline void for_each_block(int64_t d_in, int64_t latent, Function&& function) {
+  const int64_t blocks = moment_blocks(d_in);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * kMomentBlock;
+    const int64_t size = d_in - first < kMomentBlock ? d_in - first : kMomentBlock;
+    function(first, size, latent * blocks + block);
+  }
+}
+
+// The first moment of `size` columns of row `latent` from `first` on, whose scale is at `place`.
+template <class Format>
+inline BlockMoment<Format, ExpAvg> block_mean(const Moments& moments, int64_t row_start,
+                                              int64_t first, int64_t size, int64_t place,
+                                              float* floats) {
+  float* const scale =
+      moments.type == MomentType::kBlocks ? moments.exp_avg_scale + place : nullptr;
+  return {moments.exp_avg, row_start + first, size, scale, floats};
+}
 
 // The step of row `latent`, block by block.
 template <UpdateRule kRule, class Format>
 inline void update_blocks(const UpdateScalars& scalars, const float* grad, int64_t d_in,
                           int64_t latent, const Moments& moments, float* weight) {
   const uint32_t seed = moment_seed(*moments.step, latent);
-  const int64_t blocks = moment_blocks(d_in);
-  const bool scaled = moments.type == MomentType::kBlocks;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first = block * kMomentBlock;
-    const int64_t size = d_in - first < kMomentBlock ? d_in - first : kMomentBlock;
-    const int64_t place = latent * blocks + block;
+  const int64_t start = latent * d_in;
+  for_each_block(d_in, latent, [&](int64_t first, int64_t size, int64_t place) {
     const float* const own_grad = grad != nullptr ? grad + first : nullptr;
-    BlockMoment<Format, ExpAvg> mean(moments.exp_avg, latent * d_in + first, size,
-                                     scaled ? moments.exp_avg_scale + place : nullptr);
+    alignas(64) float means[kMomentBlock];
+    const auto mean = block_mean<Format>(moments, start, first, size, place, means);
     alignas(64) uint32_t random[kMomentBlock];
     fill_random(seed, first, random);
     if constexpr (has_exp_avg_sq(kRule)) {
-      BlockMoment<Format, ExpAvgSq> square(moments.exp_avg_sq, latent * d_in + first, size,
-                                           scaled ? moments.exp_avg_sq_scale + place : nullptr);
-      update_floats<kRule>(scalars, own_grad, size, weight + first, mean.floats(), square.floats());
+      alignas(64) float squares[kMomentBlock];
+      const bool scaled = moments.type == MomentType::kBlocks;
+      const BlockMoment<Format, ExpAvgSq> square(
+          moments.exp_avg_sq, start + first, size,
+          scaled ? moments.exp_avg_sq_scale + place : nullptr, squares);
+      update_floats<kRule>(scalars, own_grad, size, weight + first, mean.read(), square.read());
       square.put_back(random);
     } else {
-      update_floats<kRule>(scalars, own_grad, size, weight + first, mean.floats(), nullptr);
+      update_floats<kRule>(scalars, own_grad, size, weight + first, mean.read(), nullptr);
     }
     mean.put_back(random);
-  }
+  });
 }
 
 // The step of row `latent`; weight [d_in] and grad [d_in] or null are the row's own.
@@ -299,6 +212,63 @@ inline void update_weights(const UpdateScalars& scalars, const float* grad, int6
       return;
     case MomentType::kBlocks:
       update_blocks<kRule, MomentsIn8>(scalars, grad, d_in, latent, moments, weight);
+      return;
+  }
+}
+
+// Floats that update_scaled_weights wants for a row.
+inline int64_t held_floats(UpdateRule rule, MomentType type, int64_t d_in) {
+  const bool needed = scales_with_weights(rule) && type != MomentType::kFloat32;
+  return needed ? moment_blocks(d_in) * kMomentBlock : 0;
+}
+
+// row / divisor.
+inline void divide_row(float* row, float divisor, int64_t size) {
+  const Vec divisors = broadcast(divisor);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(row + i, load(row + i) / divisors);
+  for (; i < size; ++i) row[i] /= divisor;
+}
+
+// The same of codes that can be written only when the row's divisor is known: until then the
+// moments are floats in `held`. divide(moments, their number) divides weights and moments.
+template <UpdateRule kRule, class Format, class Divide>
+inline void update_held_blocks(const UpdateScalars& scalars, const float* grad, int64_t d_in,
+                               int64_t latent, const Moments& moments, float* weight, float* held,
+                               Divide&& divide) {
+  const int64_t start = latent * d_in;
+  for_each_block(d_in, latent, [&](int64_t first, int64_t size, int64_t place) {
+    block_mean<Format>(moments, start, first, size, place, held + first).read();
+  });
+  update_floats<kRule>(scalars, grad, d_in, weight, held, nullptr);
+  divide(held, d_in);
+  const uint32_t seed = moment_seed(*moments.step, latent);
+  for_each_block(d_in, latent, [&](int64_t first, int64_t size, int64_t place) {
+    alignas(64) uint32_t random[kMomentBlock];
+    fill_random(seed, first, random);
+    block_mean<Format>(moments, start, first, size, place, held + first).put_back(random);
+  });
+}
+
+// update_weights where scales_with_weights; held [held_floats].
+template <UpdateRule kRule, class Divide>
+inline void update_scaled_weights(const UpdateScalars& scalars, const float* grad, int64_t d_in,
+                                  int64_t latent, const Moments& moments, float* weight,
+                                  float* held, Divide&& divide) {
+  switch (moments.type) {
+    case MomentType::kFloat32: {
+      auto* const own = static_cast<float*>(moments.exp_avg) + latent * d_in;
+      update_floats<kRule>(scalars, grad, d_in, weight, own, nullptr);
+      divide(own, d_in);
+      return;
+    }
+    case MomentType::kBFloat16:
+      update_held_blocks<kRule, MomentsIn16>(scalars, grad, d_in, latent, moments, weight, held,
+                                             divide);
+      return;
+    case MomentType::kBlocks:
+      update_held_blocks<kRule, MomentsIn8>(scalars, grad, d_in, latent, moments, weight, held,
+                                            divide);
       return;
   }
 }
