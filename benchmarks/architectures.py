@@ -36,7 +36,7 @@ from benchmarks.support.timing import interleave, measure, median_ratio, summari
 from sae_fast.activations import Rows
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.loss_scaler import LossScaler
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer
 
@@ -130,7 +130,9 @@ def time_steps(trained: Reached, trainer: Trainer, rounds: int) -> StepTime:
     x = trainer.sae.normalize(heldout[: trainer.train_config.batch_size])
     rows = Rows(x, {})
     dense = DenseArchitecture(trainer.sae, lr=1e-6)
-    step = TrainingStep(trainer.sae, RowAdam(trainer.sae), LossScaler(enabled=False), "screened")
+    step = TrainingStep(
+        trainer.sae, RowOptimizer(trainer.sae), LossScaler(enabled=False), "screened"
+    )
     step.run([rows], 1e-6)
     ours_first, dense_first = step.read({}).metrics["loss"], float(dense.step(x))
     if abs(ours_first - dense_first) > 1e-3 * abs(dense_first):

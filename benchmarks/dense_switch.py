@@ -33,7 +33,7 @@ from benchmarks.support.timing import interleave, measure, median_ratio, quiet_r
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.thresholded import LISTED
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 
 ARCHITECTURES = ("relu", "jumprelu", "gated")
 SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4)
@@ -50,7 +50,7 @@ class Step:
         with torch.no_grad():
             self.sae.W_enc.copy_(weights.W_enc)
             self.sae.W_dec.copy_(weights.W_dec)
-        self.optimizer = RowAdam(self.sae)
+        self.optimizer = RowOptimizer(self.sae)
         self.x = x
 
     @torch.no_grad()

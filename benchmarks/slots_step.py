@@ -33,7 +33,7 @@ from benchmarks.support.tables import (
 )
 from benchmarks.support.timing import interleave, measure, median_ratio, quiet_rounds, summarize
 from sae_fast import SAEConfig, SparseAutoencoder
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 
 N_TOKENS, D_IN, N_RELATIONS, N_ANSWERS = 64, 768, 6, 100
 RATE, DECAY = 1e-3, 0.01
@@ -65,7 +65,7 @@ class Ours:
 
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.sae = make_model(n_slots, device)
-        self.optimizer = RowAdam(self.sae, weight_decay=DECAY)
+        self.optimizer = RowOptimizer(self.sae, weight_decay=DECAY)
         self.x, *labels = make_batch(device)
         self.labels = dict(zip(("relations", "answers"), labels, strict=True))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.support.problem import Weights
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 
 
 class SaeFastTrainer:
@@ -30,7 +30,7 @@ class SaeFastTrainer:
         if device.type == "cuda":
             self.learning_rate = torch.tensor(lr, dtype=torch.float64, device=device)
             self.options = {"k_aux": 0}
-        self.optimizer = RowAdam(self.sae, grad_clip=1.0, precision=precision)
+        self.optimizer = RowOptimizer(self.sae, grad_clip=1.0, precision=precision)
 
     def step(self, x: Tensor) -> Tensor:
         """One whole training step on x [N, D]; returns the loss."""

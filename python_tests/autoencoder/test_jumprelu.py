@@ -7,7 +7,7 @@ from plain_thresholded import PATHS, go, make_thresholded
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 
 THETA, WIDTH = 1.0, 0.5
 CASES = [(0.5, False), (0.875, True), (1.125, True), (1.5, False)]  # pre-activation, inside
@@ -82,7 +82,7 @@ def test_narrow_bandwidth_divides_the_gradient_once():
 def test_threshold_moves_by_the_learning_rate_however_small_it_is():
     fields = {"jumprelu_init_threshold": 0.001, "jumprelu_bandwidth": 0.001}
     sae, x = one_latent(0.0012, sparsity_penalty="l0", reconstruction_coeff=0.0, **fields)
-    optimizer = RowAdam(sae)
+    optimizer = RowOptimizer(sae)
     sae.training_loss(x, dense_grad=False).total.backward()
     optimizer.step(1e-3)
     assert float(sae.threshold.detach()) == pytest.approx(0.002, rel=1e-3)
@@ -91,7 +91,7 @@ def test_threshold_moves_by_the_learning_rate_however_small_it_is():
 def test_threshold_has_a_learning_rate_of_its_own():
     sae = make_thresholded("jumprelu", jumprelu_threshold_lr=0.1)
     before = sae.threshold.detach().clone()
-    optimizer = RowAdam(sae)
+    optimizer = RowOptimizer(sae)
     sae.training_loss(make_batch(sae, 200), dense_grad=False).total.backward()
     moved = sae.threshold.grad != 0
     optimizer.step(1e-2)

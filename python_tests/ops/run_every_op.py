@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 
 SHAPES = [  # N, D, F, k
     (0, 8, 64, 4),
@@ -84,7 +84,7 @@ def train(device: torch.device, precision: str, steps: int = 3) -> Tensor:
     torch.manual_seed(0)
     config = SAEConfig(d_in=48, d_sae=700, k=9, normalize_activations="none")
     sae = SparseAutoencoder(config).to(device)
-    optimizer = RowAdam(sae, precision=precision)
+    optimizer = RowOptimizer(sae, precision=precision)
     x = torch.randn(steps, 65, 48).to(device)
     for batch in x:
         loss = sae.training_loss(batch, precision=precision, dense_grad=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.ops.library import NATIVE
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("ops_on_device")]
 
@@ -134,7 +134,7 @@ def make_training(device, precision, n=64, d_in=48, d_sae=512, k=8):
     config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, normalize_activations="none")
     sae = SparseAutoencoder(config).to(device)
     x = torch.randn(n, d_in).to(device)
-    return sae, RowAdam(sae, grad_clip=1.0, precision=precision), x
+    return sae, RowOptimizer(sae, grad_clip=1.0, precision=precision), x
 
 
 def step(sae, optimizer, x, lr, precision):
@@ -236,7 +236,7 @@ def test_training_reaches_past_2_to_the_31_parameters(precision, device):
             sae.b_enc[-active:] = 0.0
             for W in (sae.W_enc, sae.W_dec):
                 W[-active:] = small.W_dec.to(device)
-        optimizer = RowAdam(sae, grad_clip=0.0, precision=precision)
+        optimizer = RowOptimizer(sae, grad_clip=0.0, precision=precision)
         losses = [step(sae, optimizer, small.x.to(device), 1e-3, precision) for _ in range(2)]
         rows = (W.detach()[-active:].clone() for W in (sae.W_enc, sae.W_dec))
         results.append([torch.stack(losses), *rows])

@@ -17,7 +17,7 @@ from sae_fast.ops.working_copies import encoder_copy
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep, GraphRecorder
 from sae_fast.training.heldout import evaluate
 from sae_fast.training.loss_scaler import LossScaler
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 from sae_fast.training.step import TrainingStep
 
 STEPS = 12
@@ -106,7 +106,7 @@ class Run:
         self.sae = SparseAutoencoder(SAEConfig(**sizes, dead_after_tokens=200, **fields))
         self.sae.initialize_(torch.Generator().manual_seed(0))
         self.sae.to(device)
-        self.optimizer = RowAdam(self.sae, precision=precision, states=states)
+        self.optimizer = RowOptimizer(self.sae, precision=precision, states=states)
         step = TrainingStep(self.sae, self.optimizer, LossScaler(enabled=False), precision)
         self.step = step
         self.recorder: Any = None

@@ -20,7 +20,7 @@ from sae_fast.training.batches import StepBatches
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer
@@ -232,7 +232,7 @@ def test_a_graph_reads_labels_and_starts_where_they_are_copied_to(
     for graphed in (False, True):
         sae = SparseAutoencoder(config)
         sae.initialize_(torch.Generator().manual_seed(0))
-        step = TrainingStep(sae, RowAdam(sae), LossScaler(enabled=False), "screened")
+        step = TrainingStep(sae, RowOptimizer(sae), LossScaler(enabled=False), "screened")
         source = TensorStream(data["x"], batch_size=64, columns=columns, whole_sequences=True)
         run: Any = GraphedStep(step, _Replay()).run if graphed else step.run  # type: ignore[arg-type]
         metrics = []

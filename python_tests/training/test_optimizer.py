@@ -8,7 +8,7 @@ from plain_optimizer import PlainSteps
 from plain_sae import PARAMETERS, dense_from_factor, make_batch, make_sae
 
 from sae_fast.config import TrainConfig
-from sae_fast.training.optimizer import DenseAdam, RowAdam, make_optimizer
+from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer, make_optimizer
 from sae_fast.training.row_factors import merge_row_factors, row_factors
 
 DEAD = (1, 3, 8, 9, 20, 21, 22, 30)
@@ -38,7 +38,7 @@ def assert_same_parameters(first, second):
         )
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -63,7 +63,7 @@ def test_fused_and_dense_steps_give_the_same_parameters(rule):
     fused = make_sae(dead=DEAD, **TERMS)
     dense = copy.deepcopy(fused)
     settings = {"rule": rule, **SETTINGS}
-    optimizers = RowAdam(fused, **settings), DenseAdam(dense, **settings)
+    optimizers = RowOptimizer(fused, **settings), DenseOptimizer(dense, **settings)
     for step in range(8):
         x = make_batch(fused, 40, seed=step)
         indices = []
@@ -78,7 +78,7 @@ def test_fused_and_dense_steps_give_the_same_parameters(rule):
         torch.testing.assert_close(tensor, optimizers[1].state_dict()[name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_decoder_rows_keep_unit_norm(kind):
     sae = make_sae()
     optimizer = kind(sae)
@@ -87,7 +87,7 @@ def test_decoder_rows_keep_unit_norm(kind):
     torch.testing.assert_close(sae.W_dec.norm(dim=1).detach(), torch.ones(40))
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("precision", ["screened", "fp32", "bf16", "fp16"])
 def test_model_after_a_step_uses_the_new_weights(kind, precision):
     sae = make_sae()
@@ -109,7 +109,7 @@ def test_low_precision_step_is_close_to_the_exact_one(precision):
     exact, rounded = (make_sae(k=40, **TERMS) for _ in range(2))
     norms = []
     for sae, mode in ((exact, "screened"), (rounded, precision)):
-        optimizer = RowAdam(sae, precision=mode, eps=1e-2)
+        optimizer = RowOptimizer(sae, precision=mode, eps=1e-2)
         sae.training_loss(make_batch(sae), precision=mode, dense_grad=False).total.backward()
         norms.append(optimizer.step(1e-2))
     torch.testing.assert_close(*norms, rtol=2e-2, atol=0)
@@ -119,7 +119,7 @@ def test_low_precision_step_is_close_to_the_exact_one(precision):
         assert difference.norm() < 0.05 * moved.norm()
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("rule", RULES)
 def test_scaled_loss_gives_the_same_step(kind, rule):
     saes = [make_sae(dead=DEAD, **TERMS) for _ in range(2)]
@@ -132,7 +132,7 @@ def test_scaled_loss_gives_the_same_step(kind, rule):
     assert_same_parameters(*saes)
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_gradient_that_is_not_finite_updates_nothing(kind):
     sae = make_sae()
     before = copy.deepcopy(sae.state_dict())
@@ -145,7 +145,7 @@ def test_gradient_that_is_not_finite_updates_nothing(kind):
         assert torch.equal(tensor, sae.state_dict()[name])
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("skip_overflow", [False, True])
 def test_steps_after_one_that_was_not_finite_change_nothing_unless_it_was_skipped(
     kind, skip_overflow
@@ -168,14 +168,14 @@ def test_rate_and_scale_may_be_tensors():
     saes = [make_sae() for _ in range(2)]
     numbers = (1e-2, 4.0), (torch.tensor(1e-2, dtype=torch.float64), torch.tensor(4.0))
     for sae, arguments in zip(saes, numbers, strict=True):
-        optimizer = RowAdam(sae)
+        optimizer = RowOptimizer(sae)
         backward(sae, [make_batch(sae)], dense_grad=False)
         optimizer.step(*arguments)
     for name in PARAMETERS:
         assert torch.equal(saes[0].get_parameter(name), saes[1].get_parameter(name))
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_zero_grad_drops_gradients_and_factors(kind):
     sae = make_sae(decorrelation_coeff=0.5)
     backward(sae, [make_batch(sae)], kind.dense_grad)
@@ -185,7 +185,7 @@ def test_zero_grad_drops_gradients_and_factors(kind):
         assert row_factors(sae.get_parameter(name)) == []
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("rule", RULES)
 def test_step_without_gradients_moves_by_momentum_alone(kind, rule):
     sae = make_sae()
@@ -201,7 +201,12 @@ def test_step_without_gradients_moves_by_momentum_alone(kind, rule):
 
 
 @pytest.mark.parametrize(
-    ("saver", "loader"), [(RowAdam, RowAdam), (DenseAdam, DenseAdam), (RowAdam, DenseAdam)]
+    ("saver", "loader"),
+    [
+        (RowOptimizer, RowOptimizer),
+        (DenseOptimizer, DenseOptimizer),
+        (RowOptimizer, DenseOptimizer),
+    ],
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_go_on_from_a_saved_state(saver, loader, rule):
@@ -225,7 +230,7 @@ def test_steps_go_on_from_a_saved_state(saver, loader, rule):
     assert_same_parameters(sae, resumed_sae)
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_state_of_another_model_is_refused_by_name(kind):
     state = kind(make_sae(d_in=8)).state_dict()
     with pytest.raises(
@@ -273,7 +278,7 @@ def test_b_dec_moved_before_the_step_does_not_disturb_the_encoder_factors():
     assert torch.equal(factor.shift, sae.b_dec)
 
 
-@pytest.mark.parametrize(("fused", "kind"), [(True, RowAdam), (False, DenseAdam)])
+@pytest.mark.parametrize(("fused", "kind"), [(True, RowOptimizer), (False, DenseOptimizer)])
 def test_optimizer_is_made_as_configured(fused, kind):
     adam = {"optimizer": "adamw", "betas": (0.8, 0.9), "eps": 1e-6}
     config = TrainConfig(fused=fused, weight_decay=0.1, grad_clip=2.0, amp="bf16", **adam)

@@ -16,8 +16,8 @@ from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.optimizer import (
     STATE_DTYPES,
-    DenseAdam,
-    RowAdam,
+    DenseOptimizer,
+    RowOptimizer,
     SparseOptimizer,
     make_optimizer,
 )
@@ -45,7 +45,7 @@ def _train(sae: Any, optimizer: SparseOptimizer, steps: range) -> None:
 
 @pytest.mark.parametrize(("rule", "states"), KEPT)
 def test_one_moment_is_kept_and_planned(rule: Any, states: Any) -> None:
-    state = RowAdam(make_sae(d_in=300), rule=rule, states=states).state_dict()
+    state = RowOptimizer(make_sae(d_in=300), rule=rule, states=states).state_dict()
     first = {"sgd": "momentum_buffer", "signum": "exp_avg"}.get(rule, "z_minus_y")
     scales = {f"{name}.{first}_scale" for name in ("W_enc", "W_dec") if states == "8bit"}
     counters = {"step", "lr_squares"} if first == "z_minus_y" else {"step"}
@@ -60,8 +60,8 @@ def test_one_moment_is_kept_and_planned(rule: Any, states: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "rule", "states"),
     [
-        *((RowAdam, rule, states) for rule, states in KEPT),
-        *((DenseAdam, rule, "fp32") for rule in ONE_MOMENT),
+        *((RowOptimizer, rule, states) for rule, states in KEPT),
+        *((DenseOptimizer, rule, "fp32") for rule in ONE_MOMENT),
     ],
 )
 def test_state_goes_on_in_another_optimizer_to_the_bit(rule: str, kind: Any, states: str) -> None:
@@ -82,8 +82,8 @@ def test_state_goes_on_in_another_optimizer_to_the_bit(rule: str, kind: Any, sta
 @pytest.mark.parametrize("saved", RULES)
 @pytest.mark.parametrize("own", RULES)
 def test_state_of_another_rule_is_refused_by_name(saved: str, own: str) -> None:
-    state = RowAdam(make_sae(), rule=saved).state_dict()
-    optimizer = RowAdam(make_sae(), rule=own)
+    state = RowOptimizer(make_sae(), rule=saved).state_dict()
+    optimizer = RowOptimizer(make_sae(), rule=own)
     if saved == own:
         optimizer.load_state_dict(state)
         return
@@ -94,7 +94,7 @@ def test_state_of_another_rule_is_refused_by_name(saved: str, own: str) -> None:
 
 def test_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rule must be one of adam, sgd, signum, .*, got 'lion'"):
-        DenseAdam(make_sae(), rule="lion")
+        DenseOptimizer(make_sae(), rule="lion")
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -13,14 +13,14 @@ from plain_sae import PARAMETERS, make_batch, make_sae
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import STATE_DTYPES, DenseAdam, RowAdam, make_optimizer
+from sae_fast.training.optimizer import STATE_DTYPES, DenseOptimizer, RowOptimizer, make_optimizer
 from sae_fast.training.trainer import Trainer
 
 LOW = ("bf16", "8bit")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "activations"
 
 
-def _train(sae: Any, optimizer: RowAdam, steps: range) -> None:
+def _train(sae: Any, optimizer: RowOptimizer, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
         sae.training_loss(make_batch(sae, seed=step), dense_grad=False).total.backward()
@@ -29,7 +29,7 @@ def _train(sae: Any, optimizer: RowAdam, steps: range) -> None:
 
 @pytest.mark.parametrize("states", STATE_DTYPES)
 def test_rows_are_kept_as_asked_and_biases_in_float32(states: str) -> None:
-    state = RowAdam(make_sae(d_in=300), states=states).state_dict()
+    state = RowOptimizer(make_sae(d_in=300), states=states).state_dict()
     for name in PARAMETERS:
         dtype = STATE_DTYPES[states] if name.startswith("W") else torch.float32
         assert state[f"{name}.exp_avg"].dtype == state[f"{name}.exp_avg_sq"].dtype == dtype
@@ -44,8 +44,8 @@ def test_rows_are_kept_as_asked_and_biases_in_float32(states: str) -> None:
 def test_first_step_is_that_of_float32_moments(states: str) -> None:
     sae = make_sae(dead=(1, 3, 8))
     other = copy.deepcopy(sae)
-    _train(sae, RowAdam(sae, states=states), range(1))
-    _train(other, RowAdam(other), range(1))
+    _train(sae, RowOptimizer(sae, states=states), range(1))
+    _train(other, RowOptimizer(other), range(1))
     for name in PARAMETERS:
         assert torch.equal(sae.get_parameter(name), other.get_parameter(name))
 
@@ -53,10 +53,10 @@ def test_first_step_is_that_of_float32_moments(states: str) -> None:
 @pytest.mark.parametrize("states", LOW)
 def test_state_goes_on_in_another_optimizer_to_the_bit(states: str) -> None:
     sae = make_sae(d_in=300)
-    optimizer = RowAdam(sae, states=states)
+    optimizer = RowOptimizer(sae, states=states)
     _train(sae, optimizer, range(3))
     other = copy.deepcopy(sae)
-    resumed = RowAdam(other, states=states)
+    resumed = RowOptimizer(other, states=states)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     _train(sae, optimizer, range(3, 6))
     _train(other, resumed, range(3, 6))
@@ -68,10 +68,10 @@ def test_state_goes_on_in_another_optimizer_to_the_bit(states: str) -> None:
 
 @pytest.mark.parametrize(("saved", "own"), [("fp32", "8bit"), ("8bit", "bf16"), ("bf16", "fp32")])
 def test_state_of_another_kind_is_refused_by_name(saved: str, own: str) -> None:
-    state = RowAdam(make_sae(), states=saved).state_dict()
+    state = RowOptimizer(make_sae(), states=saved).state_dict()
     message = f"W_enc.exp_avg is of a run with optimizer_states = {saved}, this one has {own}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        RowAdam(make_sae(), states=own).load_state_dict(state)
+        RowOptimizer(make_sae(), states=own).load_state_dict(state)
 
 
 def test_dense_optimizer_keeps_float32_only() -> None:
@@ -79,7 +79,7 @@ def test_dense_optimizer_keeps_float32_only() -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(fused=False, optimizer_states="8bit")
     with pytest.raises(ValueError, match=r"states must be 'fp32' .*, got 'bf16'"):
-        DenseAdam(make_sae(), states="bf16")
+        DenseOptimizer(make_sae(), states="bf16")
 
 
 @pytest.mark.parametrize("states", STATE_DTYPES)
@@ -94,7 +94,7 @@ def test_memory_plan_counts_the_states_as_they_are_kept(states: str, a_row: int)
     train = TrainConfig.from_dict({"optimizer_states": states})
     plan = plan_memory(sae, train, native=True, pool_bytes=0)
     assert plan.parts["optimiser states"] == 2 * (2 * 1000 * a_row + 4 * (1000 + 100))
-    state = RowAdam(make_sae(d_in=100, d_sae=1000), states=states).state_dict()
+    state = RowOptimizer(make_sae(d_in=100, d_sae=1000), states=states).state_dict()
     del state["step"]
     held = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     assert plan.parts["optimiser states"] == held

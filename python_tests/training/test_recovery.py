@@ -5,7 +5,7 @@ import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import DenseAdam, RowAdam
+from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer
 
 D_IN, N_FEATURES, ACTIVE = 32, 48, 3
 
@@ -63,7 +63,7 @@ def mean_max_cosine(sae, features):
     return float((features @ sae.W_dec.detach().t()).max(1).values.mean())
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_planted_dictionary_is_recovered(kind):
     sae, features, losses = train(kind, 300)
     assert losses[-1] < 0.1 * losses[0]
@@ -82,14 +82,14 @@ def count_dead(sae):
 
 
 def test_dead_latents_revive_with_aux_k():
-    sae, _, _ = train(RowAdam, 200, dead_after_tokens=2048, aux_k_coeff=1.0, prepare=kill_half)
+    sae, _, _ = train(RowOptimizer, 200, dead_after_tokens=2048, aux_k_coeff=1.0, prepare=kill_half)
     assert count_dead(sae) < N_FEATURES // 8
 
 
 def test_dead_latents_stay_dead_without_aux_k():
-    sae, _, _ = train(RowAdam, 100, dead_after_tokens=2048, aux_k_coeff=0.0, prepare=kill_half)
+    sae, _, _ = train(RowOptimizer, 100, dead_after_tokens=2048, aux_k_coeff=0.0, prepare=kill_half)
     assert count_dead(sae) >= N_FEATURES // 2
 
 
 def test_same_seed_gives_bitwise_equal_losses():
-    assert train(RowAdam, 20)[2] == train(RowAdam, 20)[2]
+    assert train(RowOptimizer, 20)[2] == train(RowOptimizer, 20)[2]

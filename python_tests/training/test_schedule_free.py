@@ -16,7 +16,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.train import main
 from sae_fast.training.heldout import evaluate
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import DenseAdam, RowAdam
+from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer
 from sae_fast.training.schedule import make_schedule
 from sae_fast.training.schedule_free import ScheduleFreeWeights
 from sae_fast.training.signum import ScheduleFreeSignum
@@ -52,7 +52,7 @@ def test_torch_optimizer_is_the_published_algorithm() -> None:
         torch.testing.assert_close(y.detach() - 0.2 / 0.8 * difference, x)
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("momentum", [0.5, 0.95])
 def test_evaluated_weights_are_the_average_kept_on_its_own(kind: Any, momentum: float) -> None:
     sae = make_sae()
@@ -80,7 +80,7 @@ def test_evaluated_weights_of_16_bit_states_are_near_those_of_32() -> None:
     models, trained = [], []
     for states in ("fp32", "bf16"):
         sae = make_sae(d_in=300)
-        optimizer = RowAdam(sae, rule=RULE, states=states, momentum=0.5)
+        optimizer = RowOptimizer(sae, rule=RULE, states=states, momentum=0.5)
         for step in range(4):
             optimizer.zero_grad()
             x = make_batch(sae, seed=step)
@@ -130,7 +130,7 @@ def test_other_optimizers_evaluate_what_they_train(shard_dir: Path, tmp_path: Pa
 
 def test_threshold_of_the_average_is_not_negative() -> None:
     sae = SparseAutoencoder(SAEConfig(d_in=8, d_sae=16, arch="jumprelu", target_l0=3))
-    optimizer = RowAdam(sae, rule=RULE, momentum=0.5)
+    optimizer = RowOptimizer(sae, rule=RULE, momentum=0.5)
     with torch.no_grad():
         sae.get_parameter("threshold").fill_(0.25)
         optimizer.exp_avg["threshold"][::2] = 0.75  # x is y − (z − y)
@@ -186,14 +186,14 @@ def test_command_trains_resumes_and_saves(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_state_without_the_sum_of_rates_is_refused() -> None:
-    optimizer = RowAdam(make_sae(), rule=RULE)
+    optimizer = RowOptimizer(make_sae(), rule=RULE)
     state = dict(optimizer.state_dict())
     del state["lr_squares"]
     with pytest.raises(ValueError, match="has no tensor lr_squares"):
         optimizer.load_state_dict(state)
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_step_that_is_not_finite_counts_in_no_average(kind: Any) -> None:
     sae = make_sae()
     optimizer = kind(sae, rule=RULE, skip_overflow=True)
@@ -210,4 +210,4 @@ def test_average_is_not_kept_in_8_bits() -> None:
     with pytest.raises(ValueError, match="optimizer_" + message):
         TrainConfig(optimizer=RULE, optimizer_states="8bit")
     with pytest.raises(ValueError, match=message):
-        RowAdam(make_sae(), rule=RULE, states="8bit")
+        RowOptimizer(make_sae(), rule=RULE, states="8bit")

@@ -18,7 +18,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops import DenseCode
 from sae_fast.training import launcher
 from sae_fast.training.launcher import Launcher
-from sae_fast.training.optimizer import DenseAdam, RowAdam, SparseOptimizer
+from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer, SparseOptimizer
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer
 
@@ -55,7 +55,7 @@ def plain_step(sae: SparseAutoencoder, adam: torch.optim.AdamW, x: torch.Tensor,
         sae.constrain_()
 
 
-@pytest.mark.parametrize("kind", [RowAdam, DenseAdam])
+@pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 @pytest.mark.parametrize("path", [*PATHS, "both"])
 def test_steps_equal_those_of_pytorch_for_every_parameter(
     fields: dict[str, Any], kind: type[SparseOptimizer], path: str
@@ -84,7 +84,7 @@ def test_micro_batches_of_both_ways_make_one_step(fields: dict[str, Any]) -> Non
     other = copy.deepcopy(sae)
     batches = [make_batch(sae, 40, seed=seed) for seed in (1, 2)]
     for model, paths in ((sae, PATHS), (other, ("sparse", "sparse"))):
-        optimizer = RowAdam(model, **SETTINGS)
+        optimizer = RowOptimizer(model, **SETTINGS)
         for x, path in zip(batches, paths, strict=True):
             go(model, path)
             model.training_loss(x, dense_grad=False).total.backward()

@@ -15,7 +15,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import RowAdam
+from sae_fast.training.optimizer import RowOptimizer
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer, TrainingError
@@ -356,7 +356,9 @@ def test_a_graphed_step_reads_the_targets_of_its_own_batch(pair):
         torch.manual_seed(0)
         sae = SparseAutoencoder(config(**SKIP).with_d_in(D_IN, D_OUT))
         sae.initialize_(torch.Generator().manual_seed(0))
-        step = TrainingStep(sae, RowAdam(sae), LossScaler(enabled=False, device="cpu"), "screened")
+        step = TrainingStep(
+            sae, RowOptimizer(sae), LossScaler(enabled=False, device="cpu"), "screened"
+        )
         run = GraphedStep(step, EagerRecorder()).run if graphed else step.run
         for number in range(WARMUP_STEPS + 3):
             place = slice(64 * number, 64 * number + 64)

@@ -177,7 +177,7 @@ class SparseAutoencoder(Measures):
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
-        Backward leaves ordinary gradients, or without `dense_grad` row factors for `RowAdam`.
+        Backward leaves ordinary gradients, or without `dense_grad` row factors for `RowOptimizer`.
 
         Args:
             x: the batch.

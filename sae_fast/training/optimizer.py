@@ -1,8 +1,8 @@
 """Optimisers for a sparse autoencoder: AdamW, SGD, Signum, also schedule-free; and what goes around
 them: a global clip, W_dec's gradient projected, its rows of unit norm.
 
-`RowAdam` consumes the factors of `training_loss(dense_grad=False)`: there is no dense gradient.
-`DenseAdam` does the same with an optimiser of torch on `.grad`. From equal codes both give the same
+`RowOptimizer` consumes the factors of `training_loss(dense_grad=False)`, no dense gradient.
+`DenseOptimizer` does the same with an optimiser of torch on `.grad`. Equal codes give the same
 parameters to fp32 rounding.
 """
 
@@ -37,7 +37,7 @@ _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 
 def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimizer:
     """The optimiser that `config` asks for."""
-    kind = RowAdam if config.fused else DenseAdam
+    kind = RowOptimizer if config.fused else DenseOptimizer
     return kind(
         sae,
         rule="adam" if config.optimizer == "adamw" else config.optimizer,
@@ -200,7 +200,7 @@ class _RowGradient:
     cache_slots: Tensor
 
 
-class RowAdam(SparseOptimizer):
+class RowOptimizer(SparseOptimizer):
     """The step on row factors: everything from clip to unit norm in one pass over the rows."""
 
     dense_grad = False
@@ -310,7 +310,7 @@ def _with_rate_share(scalars: Tensor, share: float) -> Tensor:
     return scalars
 
 
-class DenseAdam(SparseOptimizer):
+class DenseOptimizer(SparseOptimizer):
     """An optimiser of torch on dense gradients, with projection, clip and unit norm around it.
 
     Its step reads the gradient's norm, and so waits for the device.
