@@ -173,3 +173,18 @@ def test_geometric_median_is_not_the_mean(sample):
 
 def test_geometric_median_of_equal_points_is_that_point():
     torch.testing.assert_close(geometric_median(torch.full((5, 3), 2.0)), torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("init", ["random", "orthogonal", "active_subspace"])
+@pytest.mark.parametrize("arch", ["relu", "slots"])
+def test_unit_rows_of_a_relu_model_add_up_to_its_input_at_the_start(arch, init):
+    options = {"decoder_norm": "unit"} if arch == "relu" else {"n_relations": 3, "n_answers": 4}
+    sae = SparseAutoencoder(
+        SAEConfig(arch=arch, d_in=24, d_sae=24 * 40, decoder_init=init, **options)
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 24, generator=generator)
+    sae.initialize_(generator, x if init == "active_subspace" else None)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(24 * 40))
+    error = (sae.decode(sae.encode(x)) - x).detach()
+    assert float(error.square().sum() / x.square().sum()) < 0.1

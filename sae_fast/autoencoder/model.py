@@ -117,9 +117,22 @@ class SparseAutoencoder(Measures):
             initialize_apart_(self.W_enc, self.W_dec, method, generator, sample, modelled)
         else:
             initialize_matrices_(self.W_enc, self.W_dec, method, generator, sample)
+            self.W_enc.mul_(self._encoder_share())
         if (norm := self.config.decoder_init_norm) is not None and norm != 1:
             self.W_dec.mul_(norm)
             self.W_enc.mul_(norm)
+
+    def _encoder_share(self) -> float:
+        """How long W_enc's rows are at the start, compared with those that are tied to W_dec.
+
+        Half of a ReLU model's latents are active then, and unit rows would add up to
+        d_sae / (2 d_in) times x: the first loss of 100,000 slots would be thousands of variances.
+        """
+        config = self.config
+        is_long = config.arch in ("relu", "slots") and config.decoder_norm == "unit"
+        if not is_long or config.decoder_init == "kaiming":
+            return 1.0
+        return min(1.0, 2 * config.d_in / config.d_sae)
 
     def encode(
         self,

@@ -81,9 +81,9 @@ def check_heldout_labels(sae: SAEConfig, labels: Mapping[str, Tensor]) -> None:
         low, high = (int(given.min()), int(given.max())) if len(given) else (0, 0)
         if not -1 <= low <= high < count:
             raise ValueError(
-                f"{where} has the label {low if low < -1 else high}, but {name} is {count}, as "
-                f"many as the rows to train on have, if not given: labels are 0 to {count - 1}, or "
-                f"-1 for none; give a larger {name}"
+                f"{where} has the label {low if low < -1 else high}, but {name} is {count} (by "
+                "default as many as the rows to train on have): labels are 0 to "
+                f"{count - 1}, or -1 for none; give a larger {name}"
             )
 
 
