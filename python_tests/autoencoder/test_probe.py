@@ -115,12 +115,17 @@ def test_a_probe_starts_undecided_and_initialize_puts_it_back():
 
 
 def test_a_model_without_a_probe_has_no_parameters_for_it():
-    for fields in ({}, {"probe_loss_coeff": 0.5}, CLASSES):
+    for fields in ({}, {"probe_loss_coeff": 0.5}):
         sae = make_sae(**fields)
         assert {name for name, _ in sae.named_parameters()} == set(PARAMETERS)
         assert "probe_loss" not in sae.training_loss(make_batch(sae)).components
         with pytest.raises(ValueError, match="the model was trained without one"):
             sae.probe(sae.encode(make_batch(sae)))
+
+
+def test_labels_of_no_weight_are_refused():
+    with pytest.raises(ValueError, match="'labels/rule' needs a probe_loss_coeff above 0"):
+        make_sae(**CLASSES)
 
 
 def test_a_probe_of_unknown_classes_makes_no_model():
