@@ -162,3 +162,23 @@ def test_quality_compares_both_trainers_on_heldout_rows(tmp_path):
     for reference, ours in zip(runs[::2], runs[1::2], strict=True):
         assert ours["fvu"] == pytest.approx(reference["fvu"], rel=1e-2)
     assert len(rows_of(table)) == 1 + 2 * 3
+
+
+@pytest.mark.slow
+def test_biographies_writes_accuracies_by_mode_and_swaps_by_layer(tmp_path):
+    data = ["--entities", "12", "--answers", "4", "2", "--language-model-steps", "40"]
+    slots = ["--free-slots", "26", "--reconstruction-epochs", "1", "--epochs", "2"]
+    sizes = ["--blocks", "2", "--d-model", "32", "--batch-size", "60", "--strengths", "1", "3"]
+    result, table = run("biographies", tmp_path, *data, *slots, *sizes)
+    first, second = result["data"]["4"], result["data"]["2"]
+    assert list(first["layers"]) == ["0", "1"]
+    assert len(second["layers"]) == 1
+    trained = [found["slots"] for found in (*first["layers"].values(), *second["layers"].values())]
+    assert sorted(map(len, trained)) == [1, 3, 3]
+    for modes in trained:
+        assert "value_accuracy" in modes["joint"]
+        assert "value_accuracy" not in modes.get("separate_activation", {})
+    for found in first["layers"].values():
+        assert found["spread"] > 0
+        assert [row["strength"] for row in found["swaps"]["strengths"]] == [1.0, 3.0]
+    assert len(rows_of(table)) == 1 + 7 + 1 + 3
