@@ -194,6 +194,7 @@ def draw(runs: Sequence[Reached], path: Path, title: str) -> None:
     """FVU against L0, one curve an architecture through the means, one point a run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -206,6 +207,9 @@ def draw(runs: Sequence[Reached], path: Path, title: str) -> None:
         marker = "osD^vPX*"[number % 8]
         axes.plot(*zip(*means, strict=True), marker=marker, color=colour, label=arch, markersize=6)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("L0 on held-out rows: active latents per token")
     axes.set_ylabel("fraction of variance unexplained on held-out rows")
     axes.set_title(title, fontsize=10)
