@@ -8,6 +8,7 @@ set(TEST_SOURCES
   csrc/tests/correlation_test.cpp
   csrc/tests/encode_test.cpp
   csrc/tests/decode_test.cpp
+  csrc/tests/gather_rows_test.cpp
   csrc/tests/moments_test.cpp
   csrc/tests/rows_test.cpp)
 add_executable(kernels_test ${TEST_SOURCES})
@@ -42,6 +43,7 @@ if(NOT SAE_FAST_SANITIZE MATCHES "thread")
     csrc/tests/cuda_decode_test.cpp
     csrc/tests/cuda_decorrelation_test.cpp
     csrc/tests/cuda_encode_test.cpp
+    csrc/tests/cuda_gather_rows_test.cpp
     csrc/tests/cuda_rows_test.cpp
     csrc/tests/cuda_threshold_test.cpp
     csrc/tests/cuda_update_test.cpp)

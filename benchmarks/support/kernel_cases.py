@@ -17,6 +17,7 @@ from benchmarks.support.kernel_update_cases import gradient_cases, weight_cases
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOW_PRECISION_TOLERANCE = 3e-2  # PyTorch rounds the pre-activations themselves to 16 bits
+POOL_BATCHES = 16  # far more than the caches hold
 PRODUCT = "bare product of the same precision"
 
 
@@ -27,6 +28,7 @@ def all_cases(setting: Setting) -> Iterator[Case]:
     yield from gradient_cases(setting)
     yield from weight_cases(setting)
     yield from correlation_cases(setting)
+    yield from batch_cases(setting)
 
 
 def encode_cases(s: Setting) -> Iterator[Case]:
@@ -165,4 +167,32 @@ def reconstruct_case(s: Setting) -> Case:
         s.gather_floor(1, 2 * size.n_tokens * size.d_in),
         "N·K rows gathered once, x read, residual written",
         lambda: (reconstruct()[2], torch_reconstruct()),
+    )
+
+
+def batch_cases(s: Setting) -> Iterator[Case]:
+    """A batch out of a shuffle pool of float16 rows."""
+    n_tokens, d_in = s.x.shape
+    pool = s.x.half().repeat(POOL_BATCHES, 1)
+    generator = torch.Generator().manual_seed(4)
+    order = torch.randperm(len(pool), generator=generator)[:n_tokens].to(s.device)
+    mean, scale = s.weights.b_dec, 1.3
+    batch, theirs = torch.empty_like(s.x), torch.empty_like(s.x)
+
+    def gather() -> Tensor:
+        s.ops.gather_rows_(batch, None, pool, order, mean, scale)
+        return batch
+
+    def torch_gather() -> Tensor:
+        theirs.copy_(torch.index_select(pool, 0, order))
+        return theirs.sub_(mean).mul_(scale)
+
+    moved = pool.element_size() * n_tokens * d_in / s.rates.gather_tokens
+    yield Case(
+        "gather_rows_ (a batch, standardised)",
+        gather,
+        torch_gather,
+        moved + 4 * n_tokens * d_in / s.rates.stream,
+        "N rows gathered, N·D written",
+        lambda: (gather(), torch_gather()),
     )

@@ -126,6 +126,14 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   // Rows to unit L2 norm: w / max(|w|, 1e-12).
   m.def("normalize_rows_(Tensor(a!) W) -> ()");
 
+  // out [M, D] float32: row places[i], or i without places, becomes (source[rows[i]] - mean) *
+  // scale; no mean is zeros. source [., D] float32, bfloat16 or float16; rows and places int64, of
+  // N numbers, those of places all different. This is how batches are made of rows as they are
+  // stored.
+  m.def(
+      "gather_rows_(Tensor(a!) out, Tensor? places, Tensor source, Tensor rows, Tensor? mean, "
+      "float scale) -> ()");
+
   // Sum over i != j of (ŵ_i·ŵ_j)², ŵ unit rows, by the D x D Gram matrix; loss [] and its gradient.
   m.def("decorrelation(Tensor W) -> (Tensor loss, Tensor grad)");
 

@@ -21,6 +21,7 @@ int main(int argc, char** argv) {
     test_cuda_correlation(static_cast<uint64_t>(seed));
     test_cuda_decode(static_cast<uint64_t>(seed));
     test_cuda_decorrelation(static_cast<uint64_t>(seed));
+    test_cuda_gather_rows(static_cast<uint64_t>(seed));
     test_cuda_rows(static_cast<uint64_t>(seed));
     test_cuda_update(static_cast<uint64_t>(seed));
     if (seed % 4 != 0) continue;  // a problem of these takes seconds

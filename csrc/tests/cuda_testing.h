@@ -114,6 +114,7 @@ void test_cuda_correlation(uint64_t seed);
 void test_cuda_decode(uint64_t seed);
 void test_cuda_decorrelation(uint64_t seed);
 void test_cuda_encode(uint64_t seed);
+void test_cuda_gather_rows(uint64_t seed);
 void test_cuda_threshold(uint64_t seed);
 void test_cuda_rows(uint64_t seed);
 void test_cuda_update(uint64_t seed);

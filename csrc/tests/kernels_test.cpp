@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
   for (long seed = 0; seed < problems; ++seed) {
     sae_fast::testing::test_encode(static_cast<uint64_t>(seed));
     sae_fast::testing::test_decode(static_cast<uint64_t>(seed));
+    sae_fast::testing::test_gather_rows(static_cast<uint64_t>(seed));
     sae_fast::testing::test_moments(static_cast<uint64_t>(seed));
     sae_fast::testing::test_rows(static_cast<uint64_t>(seed));
     sae_fast::testing::test_correlation(static_cast<uint64_t>(seed));

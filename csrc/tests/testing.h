@@ -150,6 +150,7 @@ struct CodeProblem {
 // Each defined in a file of its name.
 void test_encode(uint64_t seed);
 void test_decode(uint64_t seed);
+void test_gather_rows(uint64_t seed);
 void test_moments(uint64_t seed);
 void test_rows(uint64_t seed);
 void test_correlation(uint64_t seed);

@@ -86,7 +86,7 @@ def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
         *("accumulate_rows", "latent_major", "row_gradient_norm + fused_update_ (W_dec)"),
         *("(W_dec, bf16 states)", "(W_dec, 8bit states)", "(W_dec, sgd)", "(W_dec, signum)"),
         "(W_dec, schedule_free_signum)",
-        *("normalize_rows_", "decorrelation", "code_correlation"),
+        *("normalize_rows_", "decorrelation", "code_correlation", "gather_rows_"),
     ):
         assert op in names
     assert result["reader"]["rows_per_second_reader"] > 0

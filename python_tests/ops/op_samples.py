@@ -141,6 +141,7 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         given = tuple(torch.tensor(0.5) if wanted else None for wanted in grads)
         yield "code_correlation_backward", case, (*given, h, split, *outputs[3:])
     yield "normalize_rows_", "", (problem.W_enc.clone(),)
+    yield from _gather_samples(problem)
     for skip_overflow in (False, True):
         yield "update_scalars", f"skip {skip_overflow}", scalars_arguments(9.0, skip=skip_overflow)
     for rule in ONE_MOMENT:
@@ -182,6 +183,18 @@ def samples_on(device: torch.device) -> dict[tuple[str, str], tuple[Any, ...]]:
 def kept_rows(cached: Tensor, cache_slots: Tensor) -> Tensor:
     """The rows that row_gradient_norm kept, by latent: of the others nothing was written."""
     return cached[cache_slots[cache_slots >= 0].long()]
+
+
+def _gather_samples(problem: Problem) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    n, d_in = problem.x.shape
+    rows = torch.arange(2 * n) * 7 % n
+    for dtype in (torch.float32, *LOW.values()):
+        source = problem.x.to(dtype)
+        out = torch.zeros(2 * n, d_in)
+        yield "gather_rows_", f"{dtype}", (out, None, source, rows, None, 1.0)
+        places = torch.arange(2 * n).flip(0)[: n + 1]
+        placed_rows = (out.clone(), places, source, rows[: n + 1], problem.b_dec, 0.3)
+        yield "gather_rows_", f"{dtype}, standardised", placed_rows
 
 
 def _update_samples(

@@ -51,8 +51,17 @@ def call_shape(n: int, d_in: int, d_sae: int, k: int) -> None:
         for csr in (False, True):
             call_decoder(problem, make_code(n, d_sae, k, csr=csr), dtype)
     ops.normalize_rows_(problem.W_enc.clone())
+    call_gather(problem)
     ops.decorrelation(problem.W_dec)
     call_correlation(make_codes(n, d_sae, active=0.3), d_sae // 2)
+
+
+def call_gather(problem: Problem) -> None:
+    rows = torch.arange(problem.x.shape[0]).flip(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for places, mean in ((None, None), (rows, problem.b_dec)):
+            out = torch.zeros_like(problem.x)
+            ops.gather_rows_(out, places, problem.x.to(dtype), rows, mean, 0.5)
 
 
 def call_correlation(h: Tensor, split: int) -> None:

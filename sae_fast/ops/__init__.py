@@ -10,6 +10,7 @@ from sae_fast.ops.decorrelation import decorrelation
 from sae_fast.ops.dense_code import Code, DenseCode, encode_dense, reconstruct
 from sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from sae_fast.ops.factors import RowFactor
+from sae_fast.ops.gather_rows import gather_rows_
 from sae_fast.ops.prefixes import PrefixReconstruction, reconstruct_prefixes
 from sae_fast.ops.rows import (
     accumulate_rows,
@@ -47,6 +48,7 @@ __all__ = [
     "encode_topk",
     "fused_update_",
     "gather_entries",
+    "gather_rows_",
     "latent_major",
     "normalize_rows_",
     "reconstruct",

@@ -8,7 +8,7 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: values must have the shape of indices, {shape}, got {shape}
     {op}: {name} must have the shape of w, {shape}, got {shape}
     {op}: {name} must be float32, got {dtype}                 (the reference also takes float64)
-    {op}: {name} must be float32, bfloat16 or float16, got {dtype}       (W_dec, dense)
+    {op}: {name} must be float32, bfloat16 or float16, got {dtype}       (W_dec, dense, source)
     {op}: {name} must be int32, got {dtype}                   (likewise int64, bool)
     {op}: exp_avg must be float32, bfloat16 or uint8, got {dtype}        (of fused_update_)
     {op}: exp_avg_sq must be {dtype of exp_avg}, got {dtype}             (of fused_update_)
@@ -31,9 +31,10 @@ first, then dtype, device, range. Each function takes the arguments of the op it
     {op}: offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
     {op}: indices must be in [0, {d_sae}), got {index}
     {op}: entries must be in [0, {nnz}), got {entry}
+    {op}: {name} must be in [0, {rows of source or out}), got {number}   (of gather_rows_)
     {op}: latent_offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
 
-The last four look at data, see data_checks.py.
+The last five look at data, see data_checks.py.
 """
 
 import torch
@@ -184,6 +185,25 @@ def gather_entries(source: Tensor, entries: Tensor) -> None:  # noqa: D103
     op = Call("gather_entries", "source", source)
     op.dtype("source", source, MASTER)
     op.tensor("entries", entries, (None,), (torch.int32,))
+
+
+def gather_rows_(  # noqa: D103
+    out: Tensor,
+    places: Tensor | None,
+    source: Tensor,
+    rows: Tensor,
+    mean: Tensor | None,
+    scale: float,
+) -> None:
+    op = Call("gather_rows_", "out", out)
+    op.tensor("out", out, (None, None), MASTER)
+    op.in_place("out", out)
+    op.tensor("source", source, (None, out.size(1)), GATHERED)
+    op.tensor("rows", rows, (out.size(0) if places is None else None,), (torch.int64,))
+    if places is not None:
+        op.tensor("places", places, (rows.size(0),), (torch.int64,))
+    if mean is not None:
+        op.tensor("mean", mean, (out.size(1),), MASTER)
 
 
 def latent_sums(  # noqa: D103

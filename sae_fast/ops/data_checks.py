@@ -25,6 +25,11 @@ def check_entries(op_name: str, entries: Tensor, count: int, latent_offsets: Ten
     _check_range(op, "entries", entries, count)
 
 
+def check_rows(op_name: str, numbers: Tensor, name: str, count: int) -> None:
+    """Numbers of rows that are there."""
+    _check_range(Call(op_name, name, numbers), name, numbers, count)
+
+
 def _check_offsets(op: Call, name: str, offsets: Tensor, entries: int) -> None:
     first, last = int(offsets[0]), int(offsets[-1])
     ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())

@@ -54,6 +54,8 @@ SCHEMAS = {
     "update_vector_": "(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad,"
     " Tensor scalars, str rule) -> ()",
     "normalize_rows_": "(Tensor(a!) W) -> ()",
+    "gather_rows_": "(Tensor(a!) out, Tensor? places, Tensor source, Tensor rows, Tensor? mean,"
+    " float scale) -> ()",
     "decorrelation": "(Tensor W) -> (Tensor loss, Tensor grad)",
     "code_correlation": "(Tensor h, int split) -> (Tensor within, Tensor between,"
     " Tensor n_active, Tensor means, Tensor inverse_norms, Tensor gram)",
@@ -106,6 +108,10 @@ def dynamic_size() -> torch.SymInt:
 
 
 def _check_data(name: str, arguments: dict[str, Any]) -> None:
+    if name == "gather_rows_" and arguments["rows"].device.type == "cpu":
+        data_checks.check_rows(name, arguments["rows"], "rows", len(arguments["source"]))
+        if arguments["places"] is not None:
+            data_checks.check_rows(name, arguments["places"], "places", len(arguments["out"]))
     if "entries" in arguments and arguments["entries"].device.type == "cpu":
         source = arguments["source"] if "source" in arguments else arguments["coefficients"]
         offsets = arguments.get("latent_offsets")

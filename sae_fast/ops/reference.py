@@ -38,6 +38,7 @@ __all__ = [
     "encode_topk",
     "fused_update_",
     "gather_entries",
+    "gather_rows_",
     "latent_major",
     "latent_sums",
     "normalize_rows_",
@@ -237,6 +238,22 @@ def _update_rows_(
 def gather_entries(source: Tensor, entries: Tensor) -> Tensor:  # [M] int32
     """The numbers at these flat positions."""
     return source.flatten().index_select(0, entries)
+
+
+def gather_rows_(
+    out: Tensor,  # [M, D]
+    places: Tensor | None,  # [N] int64
+    source: Tensor,  # [S, D]
+    rows: Tensor,  # [N] int64
+    mean: Tensor | None,  # [D]
+    scale: float,
+) -> None:
+    """Row places[i] of out, without places row i, becomes (source[rows[i]] - mean) * scale."""
+    for chunk in chunks(len(rows), source.size(1)):
+        chosen = source.index_select(0, rows[chunk]).to(out.dtype)
+        if mean is not None:
+            chosen -= mean
+        out[chunk if places is None else places[chunk]] = chosen.mul_(scale)
 
 
 def latent_sums(

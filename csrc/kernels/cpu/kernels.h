@@ -4,6 +4,7 @@
 #include "kernels/cpu/correlation.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/encode.h"
+#include "kernels/cpu/gather_rows.h"
 #include "kernels/cpu/rows.h"
 
 namespace sae_fast::cpu {
@@ -23,6 +24,7 @@ struct Kernels {
   FusedUpdate fused_update;
   UpdateVector update_vector;
   NormalizeRows normalize_rows;
+  GatherRows gather_rows;
   Decorrelation decorrelation;
   CodeCorrelation code_correlation;
   CodeCorrelationBackward code_correlation_backward;

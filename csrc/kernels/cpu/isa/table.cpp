@@ -2,6 +2,7 @@
 #include "kernels/cpu/isa/correlation.h"
 #include "kernels/cpu/isa/decode.h"
 #include "kernels/cpu/isa/encode.h"
+#include "kernels/cpu/isa/gather_rows.h"
 #include "kernels/cpu/isa/rows.h"
 #include "kernels/cpu/kernels.h"
 
@@ -27,6 +28,7 @@ const cpu::Kernels& kernel_table() {
                                           fused_update,
                                           update_vector,
                                           normalize_rows,
+                                          gather_rows,
                                           decorrelation,
                                           code_correlation,
                                           code_correlation_backward};
