@@ -16,12 +16,11 @@ from sae_fast.activations.errors import ShardError
 from sae_fast.activations.shard import ShardFile
 from sae_fast.activations.shard_set import ShardSet, nonfinite_error
 from sae_fast.activations.shuffle import Block, Indices
-from sae_fast.activations.source import Rows, Transform
+from sae_fast.activations.source import Rows, Transform, gather
 from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows
 from sae_fast.activations.targets import TARGETS
 
 OPEN_FILES = 64
-SLAB_ROWS = 256
 NO_COLUMNS: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -171,37 +170,10 @@ class Pool:
         order = self._order[start:stop]
         for name, column in out.columns.items():
             if name == TARGETS and column.ndim == 2:
-                _widen(self._columns[TARGETS], order, column, places, target_transform)
+                gather(self._columns[TARGETS], order, column, places, target_transform)
             else:
                 column[places] = torch.index_select(self._columns[name], 0, order)
-        _widen(self._memory, order, out.x, places, transform)
-
-
-def _widen(
-    memory: Tensor,  # [capacity, D], as stored
-    order: Tensor,  # [N] int64
-    out: Tensor,  # [M, D] float32
-    places: slice | Tensor,  # N rows of `out`
-    transform: Transform | None,
-) -> None:
-    """Put these rows in those places, transformed."""
-    # Gathering rows as stored moves half the bytes that a widened pool would, and torch widens
-    # float16 ten times faster than NumPy. In slabs the passes stay in the cache.
-    step = len(order) if memory.is_cuda else SLAB_ROWS
-    if isinstance(places, slice):
-        for rows, chosen in zip(
-            torch.split(out[places], step), torch.split(order, step), strict=True
-        ):
-            _transform_(rows.copy_(torch.index_select(memory, 0, chosen)), transform)
-        return
-    places = places.to(out.device)
-    for place, chosen in zip(torch.split(places, step), torch.split(order, step), strict=True):
-        rows = torch.index_select(memory, 0, chosen).float()
-        out.index_copy_(0, place, _transform_(rows, transform))
-
-
-def _transform_(rows: Tensor, transform: Transform | None) -> Tensor:
-    return rows if transform is None else rows.sub_(transform.mean).mul_(transform.scale)
+        gather(self._memory, order, out.x, places, transform)
 
 
 def iterate_blocks(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:

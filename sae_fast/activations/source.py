@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.columns import Column
+from sae_fast.ops import gather_rows_
 
 
 class Transform(NamedTuple):
@@ -52,6 +53,21 @@ def empty_rows(
             for name, column in columns.items()
         },
     )
+
+
+def gather(
+    memory: Tensor,  # [capacity, D], as stored
+    order: Tensor,  # [N] int64
+    out: Tensor,  # [M, D] float32
+    places: slice | Tensor,  # N rows of `out`
+    transform: Transform | None,
+) -> None:
+    """Put these rows in those places, widened to float32 and transformed."""
+    mean, scale = (None, 1.0) if transform is None else transform
+    if isinstance(places, slice):
+        gather_rows_(out[places], memory, order, mean=mean, scale=scale)
+    else:
+        gather_rows_(out, memory, order, places=places.to(out.device), mean=mean, scale=scale)
 
 
 class ActivationSource(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import Rows, Transform, empty_rows
+from sae_fast.activations.source import Rows, Transform, empty_rows, gather
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.stream import check_state, checked_transform, placed
 from sae_fast.activations.targets import TARGETS
@@ -137,17 +137,14 @@ class TensorStream:
             count = min(self.batch_size - have, self.rows_per_epoch - served)
             chosen = self._order[served : served + count]
             place = slice(have, have + count)
-            batch.x[place] = torch.index_select(self._rows, 0, chosen)
+            gather(self._rows, chosen, batch.x, place, self._transform)
             for name, column in batch.columns.items():
-                column[place] = torch.index_select(self._columns[name], 0, chosen)
+                if name == TARGETS and column.ndim == 2:
+                    gather(self._columns[name], chosen, column, place, self._target_transform)
+                else:
+                    column[place] = torch.index_select(self._columns[name], 0, chosen)
             have += count
             self._tokens += count
-        for rows, transform in (
-            (batch.x, self._transform),
-            (batch.columns.get(TARGETS), self._target_transform),
-        ):
-            if rows is not None and transform is not None:
-                rows.sub_(transform.mean).mul_(transform.scale)
         if STARTS in batch.columns:
             batch.columns[STARTS][0] = True  # the row before it is in another batch
         self._stall_seconds += time.perf_counter() - begin

@@ -22,6 +22,7 @@ from sae_fast.activations import STARTS, Column, Rows
 from sae_fast.activations.capture import Cursor, Harvest, Harvester
 from sae_fast.activations.columns import STARTS_COLUMN, sequence_starts
 from sae_fast.activations.shuffle import shuffled_rows
+from sae_fast.ops import gather_rows_
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +88,7 @@ class _Window:
         if self._begins is not None:
             columns[STARTS] = self._begins[chosen.cpu()].to(chosen.device)
         return {
-            name: Rows(pool.index_select(0, chosen).float(), dict(columns))
-            for name, pool in self._pools.items()
+            name: Rows(_gathered(pool, chosen), dict(columns)) for name, pool in self._pools.items()
         }
 
 
@@ -285,6 +285,12 @@ class ModelStream:
         if self._side is None:
             return nullcontext()
         return torch.cuda.stream(self._side)
+
+
+def _gathered(pool: Tensor, chosen: Tensor) -> Tensor:
+    """Rows [n, D] float32 of a pool."""
+    rows = torch.empty(len(chosen), pool.shape[1], device=pool.device)
+    return gather_rows_(rows, pool, chosen)
 
 
 def _joined(parts: list[HookRows]) -> HookRows:
