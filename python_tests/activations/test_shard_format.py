@@ -13,6 +13,7 @@ import torch
 
 from sae_fast.activations import HeldOut, ShardMetadata, ShardWriter, open_shards, write_shard
 from sae_fast.activations.shard import ShardFile, inspect_shard
+from sae_fast.activations.writer import padded_rows
 
 
 def read_all(path: Path, key: str = "activations") -> torch.Tensor:
@@ -71,6 +72,14 @@ def test_a_short_shard_is_not_padded_to_a_whole_chunk(tmp_path):
     write_shard(tmp_path / "a.h5", torch.zeros(10, 64))
     with h5py.File(tmp_path / "a.h5") as file:
         assert file["activations"].chunks == (10, 64)
+
+
+@pytest.mark.parametrize("rows", [1, 4095, 4096, 4097, 10_000])
+def test_room_for_the_rows_of_a_shard_is_known_before(tmp_path, rows):
+    write_shard(tmp_path / "a.h5", torch.ones(rows, 2).half(), token_ids=np.arange(rows))
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["activations"].id.get_storage_size() == 4 * padded_rows(rows, 4)
+        assert file["token_ids"].id.get_storage_size() == 4 * padded_rows(rows, 4)
 
 
 def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path):

@@ -42,6 +42,12 @@ def chunk_rows_of(row_bytes: int) -> int:
     return min(MAX_CHUNK_ROWS, max(1, CHUNK_BYTES // row_bytes))
 
 
+def padded_rows(rows: int, row_bytes: int) -> int:
+    """Rows for which a shard of so many has room: all its chunks are of one size."""
+    chunk_rows = max(1, min(rows, chunk_rows_of(row_bytes)))
+    return -(-rows // chunk_rows) * chunk_rows
+
+
 @dataclass(frozen=True)
 class ShardMetadata:
     """Where the activations of a shard come from; what is None is not written."""

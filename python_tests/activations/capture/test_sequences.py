@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def test_packed_rows_are_full_and_hold_every_token_once_in_order():
         assert batch.mask is None
         assert batch.kept.all()
     assert rows_of(every) == expected_rows(make_texts(), make_tokenizer(True), [BOS], [])
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "pack", "bos"),
+    [(True, True, "<s>"), (True, True, None), (True, False, "<s>"), (False, False, "<s>")],
+)
+def test_how_much_is_kept_of_a_text_is_known_before(causal, pack, bos, exclude):
+    tokenizer = make_tokenizer(causal, bos=bos) if causal else make_tokenizer(causal)
+    batches = make_batches(
+        causal=causal, pack=pack, ctx_len=7, exclude=exclude, tokenizer=tokenizer
+    )
+    kept = Counter(number for number, *_ in rows_of(batches.iterate()))
+    for _, number, text in batches.tokenisation.iterate(batches.documents, 0, batches.stop):
+        assert batches.kept_of(text) == kept[number]
+    assert kept
 
 
 def test_without_bos_documents_end_with_eos():

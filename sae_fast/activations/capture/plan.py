@@ -11,7 +11,6 @@ import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from sae_fast.activations.capture.config import CaptureConfig
@@ -25,6 +24,7 @@ from sae_fast.activations.capture.language_model import (
 from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
 from sae_fast.activations.capture.tokens import CHUNK, Tokenisation, special_tokens
 from sae_fast.activations.storage import STORAGES
+from sae_fast.activations.writer import chunk_rows_of, padded_rows
 
 DEFAULT_CONTEXT = 512
 # By so many documents or rows the tokens of a dataset are estimated.
@@ -59,10 +59,17 @@ class Capture:
     batches: TokenBatches
     heldout: TokenBatches | None
 
-    def row_bytes(self) -> int:
-        """Bytes of a row of all hook points together, uncompressed."""
-        itemsize = STORAGES[self.config.dtype].itemsize
-        return sum(width * itemsize + COLUMN_BYTES for width in self.widths.values())
+    def stored_bytes(self, rows: int) -> int:
+        """Bytes of so many rows of every hook point, uncompressed, in whole chunks of shards."""
+        shards, last = divmod(rows, self.config.shard_tokens)
+        total = 0
+        for width in self.widths.values():
+            size = width * STORAGES[self.config.dtype].itemsize
+            stored = shards * padded_rows(self.config.shard_tokens, size) + padded_rows(last, size)
+            if self.config.heldout_tokens:
+                stored += chunk_rows_of(size)  # they end in a chunk of their own
+            total += stored * (size + COLUMN_BYTES)
+        return total
 
     def expected_rows(self) -> tuple[int, bool]:
         """Rows of each hook point without those held out, and whether that is an estimate."""
@@ -197,10 +204,6 @@ def _heldout_place(batches: TokenBatches, rows: int) -> int:
 
 
 def _rows_by_document(batches: TokenBatches, start: int, stop: int) -> list[int]:
-    """The rows that each document makes, special tokens of its later sequences left out."""
-    special = batches.special
-    around = len(special.before) + len(special.after)
-    texts = (text for *_, text in batches.tokenisation.iterate(batches.documents, start, stop))
-    if batches.config.exclude_special_tokens:
-        return [int(np.isin(text, special.excluded, invert=True).sum()) for text in texts]
-    return [len(text) + around if len(text) else 0 for text in texts]
+    """The rows that each document makes."""
+    documents = batches.tokenisation.iterate(batches.documents, start, stop)
+    return [batches.kept_of(text) for *_, text in documents]

@@ -187,7 +187,7 @@ def needed_bytes(capture: Capture, rows: int) -> int:
     if not rows:
         return 0
     shards_being_written = len(capture.widths) * BESIDE_BYTES
-    return int(rows * capture.row_bytes() * (1 + FILE_OVERHEAD)) + shards_being_written
+    return int(capture.stored_bytes(rows) * (1 + FILE_OVERHEAD)) + shards_being_written
 
 
 def check_space(directory: CaptureDirectory, needed: int) -> int:

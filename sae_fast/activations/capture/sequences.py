@@ -156,6 +156,17 @@ class TokenBatches:
         begin = self.start if cursor is None else cursor
         return self._packed(begin) if self.config.pack else self._padded(begin)
 
+    def kept_of(self, text: Integers) -> int:
+        """How many tokens are kept of a document with this text."""
+        special = self.special
+        if self.config.exclude_special_tokens:
+            return int(np.isin(text, special.excluded, invert=True).sum())
+        if not len(text):
+            return 0
+        if self.config.pack:
+            return len(special.before) + len(text) + len(special.after)
+        return sum(len(row.tokens) for row, _ in self._rows(0, text, 0))
+
     def _tokens(self, place: int) -> Iterator[tuple[int, int, Integers]]:
         """Place, number and tokens of each document from a place on."""
         return self.tokenisation.iterate(self.documents, place, self.stop)

@@ -26,7 +26,7 @@ from sae_fast.activations.imports.source import Source
 from sae_fast.activations.imports.verification import Comparison, Report, compare
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
 from sae_fast.activations.storage import STORAGES, Storage
-from sae_fast.activations.writer import ShardMetadata, ShardWriter, chunk_rows_of
+from sae_fast.activations.writer import ShardMetadata, ShardWriter, padded_rows
 
 RECORD_NAME = "conversion.json"
 RECORD_VERSION = 1
@@ -85,14 +85,10 @@ class Conversion:
     def bytes_at_most(self) -> int:
         """Bytes that are still to be written, without compression and with all padding."""
         row_bytes = self.source.d_in * self.storage.itemsize
-        chunk_rows = chunk_rows_of(row_bytes)
         left = [shard.rows for shard in self.shards if shard.name not in self.done]
-        # A chunk is stored whole, the last of a shard with it.
-        whole = [
-            rows if rows < chunk_rows else -(-rows // chunk_rows) * chunk_rows for rows in left
-        ]
+        stored_rows = sum(padded_rows(rows, row_bytes) for rows in left)
         row_bytes += 4 * len(self.source.columns)
-        return sum(whole) * row_bytes + FILE_OVERHEAD * len(left)
+        return stored_rows * row_bytes + FILE_OVERHEAD * len(left)
 
     def blocks(self, shard: PlannedShard) -> Iterator[Block]:
         """The rows of a shard as they should be."""
