@@ -105,16 +105,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_CODES[stop.received]
 
 
-def parse_arguments(
-    arguments: Sequence[str], from_model: FromModelConfig | None = None
-) -> RunConfig:
+def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     """The configuration that a command line asks for.
 
-    Defaults come from the run resumed, if any, then from the `--config` file, then from the preset,
-    and of a training straight from a model from what these have in common.
+    Defaults come from the run resumed, if any, then from the `--config` file, then from the preset.
 
     Raises:
         ValueError: naming the flag, field or file that is wrong.
+    """
+    options = _options(arguments)
+    return RunConfig(sae=options.sae, train=options.train)
+
+
+def _options(arguments: Sequence[str], from_model: FromModelConfig | None = None) -> Options:
+    """All that a command line asks for, without defaults that are still open.
+
+    Of a training straight from a model the weakest defaults are what such trainings have in common.
     """
     arguments = _canonical(arguments)
     kinds = _flag_kinds() | ({} if from_model is None else flag_kinds())
@@ -144,7 +150,7 @@ def parse_arguments(
     if train.checkpoint_dir is None:
         parent = Path("runs") if from_model is None else from_model.save_dir
         train = replace(train, checkpoint_dir=str(new_run_directory(sae, parent)))
-    return RunConfig(sae=sae, train=train)
+    return replace(options, sae=sae, train=train)
 
 
 def _as_from_model(
@@ -245,31 +251,21 @@ def _opened(arguments: Sequence[str], stop: StopOnSignal) -> tuple[Trainer | Swe
     line = from_model_line(arguments, PROGRAM)
     if line is not None:
         return _opened_from_model(line, stop)
-    config, sweep = parse_arguments(arguments), sweep_file(arguments)
-    directory = Path(str(config.train.checkpoint_dir))
-    if sweep is None:
-        return Trainer(config.sae, config.train, stop=stop), directory
-    return Sweep(read_sweep(sweep, config), stop=stop), directory
+    options = _options(arguments)
+    directory = Path(str(options.train.checkpoint_dir))
+    if options.sweep is None:
+        return Trainer(options.sae, options.train, stop=stop), directory
+    base = RunConfig(sae=options.sae, train=options.train)
+    return Sweep(read_sweep(options.sweep, base), stop=stop), directory
 
 
 def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, Path]:
-    settings, sweep = line.settings, sweep_file(line.rest)
-    config = parse_arguments(line.rest, from_model=settings)
-    train = config.train
-    directory = Path(str(train.checkpoint_dir))
-    base = replace(config, train=replace(train, checkpoint_dir=None))
-    configs = {"": base} if sweep is None else read_sweep(sweep, base)
-    return open_from_model(
-        line.model, line.dataset, settings, configs, directory, stop=stop
-    ), directory
-
-
-def sweep_file(arguments: Sequence[str]) -> Path | None:
-    """The file with the trainings of a sweep; None: there is one training."""
-    kinds = _flag_kinds()
-    return parse(
-        _Sources, _Sources(), _canonical(arguments), PROGRAM, partial=True, kinds=kinds
-    ).sweep
+    options = _options(line.rest, line.settings)
+    directory = Path(str(options.train.checkpoint_dir))
+    base = RunConfig(sae=options.sae, train=replace(options.train, checkpoint_dir=None))
+    configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
+    sweep = open_from_model(line.model, line.dataset, line.settings, configs, directory, stop=stop)
+    return sweep, directory
 
 
 def _announce(trainers: Mapping[str, Trainer]) -> None:
