@@ -204,10 +204,16 @@ def test_a_position_goes_on_with_the_same_bits(name: str) -> None:
 
 def test_a_position_of_another_stream_is_refused() -> None:
     _, _, stream = make_stream("gpt2")
-    for changes in ({"seed": 4}, {"identity": {"model": "other"}}):
+    for changes, message in (
+        ({"seed": 4}, "seed is 4, but the checkpoint was made with 3"),
+        ({"identity": {"model": "other"}}, "not those of the checkpoint: model changed"),
+    ):
         _, _, other = make_stream("gpt2", **changes)
-        with pytest.raises(ValueError, match="is not that of the checkpoint"):
+        with pytest.raises(ValueError, match=message):
             other.load_state_dict(stream.state_dict())
+    _, _, same = make_stream("gpt2")
+    with pytest.raises(ValueError, match="data position has version 0, expected 1"):
+        same.load_state_dict({**stream.state_dict(), "version": 0})
 
 
 def test_documents_without_a_token_are_refused() -> None:

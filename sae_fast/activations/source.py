@@ -117,6 +117,34 @@ class LabelledSource(ActivationSource, Protocol):
         """Return what `next_batch` would, with the columns."""
 
 
+def check_state(
+    state: Mapping[str, Any],
+    version: int,
+    settings: Mapping[str, int],
+    identity: Mapping[str, Any] | None = None,
+) -> None:
+    """Raise ValueError unless a saved position has this version, these settings and this identity.
+
+    The identity is what the rows depend on besides, where a source knows it by names.
+    """
+    if state.get("version") != version:
+        raise ValueError(f"data position has version {state.get('version')}, expected {version}")
+    state = {"whole_sequences": False, **state}  # not in positions that are older than the option
+    for name, value in settings.items():
+        if state.get(name) != value:
+            raise ValueError(
+                f"{name} is {value}, but the checkpoint was made with {state.get(name)}"
+            )
+    if identity is None:
+        return
+    before = state["identity"]
+    changed = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+    if changed:
+        raise ValueError(
+            f"the activations are not those of the checkpoint: {', '.join(changed)} changed"
+        )
+
+
 def measure_rows_per_second(source: ActivationSource, rows: int) -> float:
     """Rows a second that `source` sustains over `rows` rows, after one batch of warm-up."""
     source.next_batch()

@@ -25,7 +25,7 @@ from sae_fast.activations.resident import ResidentRows
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
-from sae_fast.activations.source import Rows, Transform
+from sae_fast.activations.source import Rows, Transform, check_state
 from sae_fast.activations.supply import Cursor, stored_bytes
 
 STATE_VERSION = 1
@@ -267,7 +267,7 @@ class ActivationStream:
         """
         whole = STARTS in self._columns
         expected = {"seed": self.seed, "pool_rows": self.pool_rows, "whole_sequences": whole}
-        check_state(state, STATE_VERSION, **expected)
+        check_state(state, STATE_VERSION, expected)
         sets = state.get("sets", [state])
         if state.get("mix") != self._mixed.get("mix"):
             raise ValueError("the mix has other weights or another number of sets than before")
@@ -320,16 +320,6 @@ def checked_transform(transform: Transform | None, d_in: int) -> Transform | Non
 def placed(transform: Transform | None, device: torch.device | None) -> Transform | None:
     """A transform of rows that are on this device."""
     return transform and transform._replace(mean=transform.mean.to(device))
-
-
-def check_state(state: dict[str, Any], version: int, **expected: int) -> None:
-    """Raise ValueError unless a saved position has this version and these settings."""
-    if state.get("version") != version:
-        raise ValueError(f"data position has version {state.get('version')}, expected {version}")
-    state = {"whole_sequences": False, **state}  # not in positions that are older than the option
-    for name, value in expected.items():
-        if state.get(name) != value:
-            raise ValueError(f"{name} is {value}, but the checkpoint was made with {state[name]}")
 
 
 def _check_same_shards(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import Rows, Transform, empty_rows, gather
+from sae_fast.activations.source import Rows, Transform, check_state, empty_rows, gather
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
-from sae_fast.activations.stream import check_state, checked_transform, placed
+from sae_fast.activations.stream import checked_transform, placed
 from sae_fast.activations.targets import TARGETS
 
 STATE_VERSION = 1
@@ -162,8 +162,8 @@ class TensorStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError if the tensor or the seed is another."""
-        whole = self._starts is not None
-        check_state(state, STATE_VERSION, seed=self.seed, whole_sequences=whole)
+        expected = {"seed": self.seed, "whole_sequences": self._starts is not None}
+        check_state(state, STATE_VERSION, expected)
         if state.get("content") != self._content():
             raise ValueError("the activations are not those of the checkpoint")
         self._tokens = int(state["tokens"])

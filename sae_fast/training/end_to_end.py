@@ -22,6 +22,7 @@ from torch.nn import functional
 from sae_fast.activations import Column, Rows
 from sae_fast.activations.capture import Cursor, HookedModel, HookPoint, TokenBatches
 from sae_fast.activations.capture.sequences import TokenBatch
+from sae_fast.activations.source import check_state
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.training.model_stream import HookRows
@@ -117,10 +118,7 @@ class SequenceStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or seed are others."""
-        own = self.state_dict()
-        for name in ("version", "seed", "identity"):
-            if state.get(name) != own[name]:
-                raise ValueError(f"{name} is not that of the checkpoint: another model or text")
+        check_state(state, STATE_VERSION, {"seed": self._seed}, self._identity)
         self.close()
         self._epoch, self._cursor = int(state["epoch"]), Cursor(**state["cursor"])
         self.tokens_served = int(state["tokens"])

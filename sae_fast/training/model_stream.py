@@ -22,6 +22,7 @@ from sae_fast.activations import STARTS, Column, Rows
 from sae_fast.activations.capture import Cursor, Harvest, Harvester
 from sae_fast.activations.columns import STARTS_COLUMN, sequence_starts
 from sae_fast.activations.shuffle import shuffled_rows
+from sae_fast.activations.source import check_state
 from sae_fast.ops import gather_rows_
 
 logger = logging.getLogger(__name__)
@@ -192,19 +193,9 @@ class ModelStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or order are others."""
-        own = self.state_dict()
-        for name in ("version", "seed", "pool_rows", "whole_sequences"):
-            if state.get(name) != own[name]:
-                raise ValueError(
-                    f"{name} is {own[name]}, but the checkpoint was made with {state.get(name)}"
-                )
-        before = state["identity"]
-        names = {**before, **self._identity}
-        changed = [name for name in names if before.get(name) != self._identity.get(name)]
-        if changed:
-            raise ValueError(
-                f"the activations are not those of the checkpoint: {', '.join(changed)} changed"
-            )
+        whole = bool(self.columns)
+        expected = {"seed": self._seed, "pool_rows": self.pool_rows, "whole_sequences": whole}
+        check_state(state, STATE_VERSION, expected, self._identity)
         self._end_harvest()
         self._windows = None
         self._place = _Place(int(state["epoch"]), int(state["window"]), Cursor(**state["cursor"]))
