@@ -2,20 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
 import torch
+from train_runs import Run
 
 from sae_fast.activations import write_manifest, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.train import main
-from sae_fast.training import run_directory
 
-SAMPLE = Path(__file__).parents[1] / "examples" / "activations"
+SAMPLE = Path(__file__).parents[2] / "examples" / "activations"
 D_IN, D_OUT = 384, 48
 SMALL = (
     *("--transcoder", "--d-sae", "256", "--batch-size", "256", "--max-steps", "120"),
@@ -29,31 +28,6 @@ MODELS: dict[str, tuple[str, ...]] = {
     "jumprelu": ("--arch", "jumprelu", "--jumprelu-threshold-lr", "3", "--skip-connection"),
     "gated": ("--arch", "gated", "--b-dec-init", "mean"),
 }
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    # Drawing takes longer than training here.
-    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; gives its exit code and what it printed."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return command
 
 
 def mlp(x: torch.Tensor) -> torch.Tensor:

@@ -6,33 +6,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from train_runs import PATIENCE
 
 from sae_fast.activations import ShardMetadata, write_shard
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.train import main
-from sae_fast.training import run_directory
 from sae_fast.training.trainer import Trainer
 
-PATIENCE = 240  # seconds; only a machine that stands still takes so long
 SMALL = (
     *("--d-sae", "32", "--k", "2", "--batch-size", "32", "--lr", "1e-2", "--pool-rows", "90"),
     *("--log-every", "2", "--eval-every", "4", "--checkpoint-every", "3", "--num-threads", "1"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -145,7 +134,7 @@ def test_a_sweep_reads_a_mix_once_and_ends_where_each_training_alone_does(direct
 def test_a_killed_run_goes_on_from_disk_or_from_memory(directories):
     flags = (*SMALL, "--mix", "a:0.7", "b:0.3", "--max-steps", "150")
     assert main([*flags, "--checkpoint-dir", "straight"]) == 0
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "sae_fast.train", *flags, "--checkpoint-dir", "killed"]
     for number, way in enumerate((["--keep-in-memory"], [])):

@@ -2,16 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from sae_fast.train import main
-from sae_fast.training import run_directory
 
-ACTIVATIONS = Path(__file__).parents[1] / "examples" / "activations"
+ACTIVATIONS = Path(__file__).parents[2] / "examples" / "activations"
 VARIANTS = {
     "annealed k": ("--k-anneal-start", "160", "--k-anneal-steps", "40"),
     "gram_sum": ("--decorrelation", "gram_sum", "--decorrelation-coeff", "1e-6"),
@@ -29,15 +26,6 @@ COMMON = (
     *("--batch-size", "512", "--max-steps", "80", "--lr", "3e-3", "--num-threads", "1"),
     *("--dead-after-tokens", "4000", "--eval-every", "0", "--checkpoint-every", "0"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

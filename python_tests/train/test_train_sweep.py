@@ -6,37 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from train_runs import PATIENCE
 
-from sae_fast.activations import write_shard
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.train import main
-from sae_fast.training import run_directory
 
 FLAGS = (
     *("--shard-dir", "shards", "--checkpoint-dir", "runs", "--d-sae", "32", "--batch-size", "32"),
     *("--lr", "1e-2", "--log-every", "2", "--eval-every", "4", "--checkpoint-every", "2"),
     *("--num-threads", "1"),
 )
-PATIENCE = 240  # seconds; only a machine that stands still takes so long
-
-
-@pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
-    (tmp_path / "shards").mkdir()
-    for number, name in enumerate(("train_00", "train_01", "heldout_00")):
-        generator = torch.Generator().manual_seed(number)
-        write_shard(f"shards/{name}.h5", torch.randn(300, 8, generator=generator))
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("shards")
 
 
 def _write(content: Any) -> None:
@@ -72,7 +56,7 @@ def test_every_run_has_its_own_wandb_run(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_sweep_stopped_by_a_signal_goes_on() -> None:
     _write({"k": [1, 2]})
     command = [sys.executable, "-m", "sae_fast.train", *FLAGS, "--sweep", "sweep.json"]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     deadline = time.monotonic() + PATIENCE
     with subprocess.Popen(
         [*command, "--max-steps", "1000000"], env={**os.environ, "PYTHONPATH": path}

@@ -10,9 +10,8 @@ import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.train import main
-from sae_fast.training import run_directory
 
-SAMPLE = Path(__file__).resolve().parents[1] / "examples" / "activations"
+SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "activations"
 RUN = (
     *("--shard-dir", str(SAMPLE), "--d-sae", "256", "--batch-size", "256", "--max-steps", "120"),
     *("--lr", "3e-3", "--log-every", "20", "--eval-every", "0", "--checkpoint-every", "0"),
@@ -30,11 +29,6 @@ MODELS: dict[str, tuple[str, ...]] = {
     "gated": ("--arch", "gated"),
     "gated, fvu": ("--arch", "gated", "--loss-fn", "fvu"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _cheap_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
 
 
 def _rows(directory: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +10,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from train_runs import Run
 
 from sae_fast.activations import HeldOut, open_shards, write_manifest, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.train import main
-from sae_fast.training import run_directory
 
-SAMPLE = Path(__file__).parents[1] / "examples" / "activations"
+SAMPLE = Path(__file__).parents[2] / "examples" / "activations"
 SMALL = (
     *("--d-sae", "32", "--k", "2", "--batch-size", "32", "--max-steps", "4", "--lr", "1e-2"),
     *("--log-every", "2", "--num-threads", "1", "--checkpoint-dir", "run"),
 )
 PROBE = ("--probe-loss-coeff", "0.5", "--probe-labels", "labels/rule")
 SMOOTH = ("--temporal-smoothness-coeff", "0.1")
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(autouse=True)
-def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    # Drawing takes longer than training here.
-    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command in this process; gives its exit code and what it printed."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return command
 
 
 @pytest.fixture

@@ -1,0 +1,101 @@
+"""`python -m sae_fast.train`: what it does, prints and writes."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import torch
+from train_runs import D_IN, Run, refused
+
+from sae_fast.config import RunConfig
+
+
+def test_a_run_prints_plan_metrics_plot_and_checkpoint(
+    run_small: Run, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with a real plot
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_small("--shard-dir", shards, "--checkpoint-dir", "run")
+    assert code == 0
+    assert Path("run/plots/training.png").stat().st_size > 10_000
+    assert out.index("memory plan") < out.index("training topk: d_in 8, d_sae 32, k 2")
+    assert "trained 6 steps, 192 tokens" in out
+    assert "heldout_fvu" in out
+    for line in ("plot       run/plots/training.png", "checkpoint run/checkpoints/step-00000006"):
+        assert line in out
+    assert "step 6: loss" in err
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    assert RunConfig.load("run/config.json").sae.d_in == D_IN
+
+
+def test_without_a_directory_runs_are_numbered(run_small: Run, shards: Path) -> None:
+    for number in (1, 2):
+        assert run_small("--shard-dir", shards, "--max-steps", 1)[0] == 0
+        assert Path(f"runs/topk-k2-{number}/checkpoints/latest/sae.safetensors").exists()
+
+
+def test_interrupted_and_resumed_by_its_directory_alone(
+    run: Run, run_small: Run, shards: Path
+) -> None:
+    assert run_small("--shard-dir", shards, "--checkpoint-dir", "run", "--max-steps", 3)[0] == 0
+    code, out, err = run("--resume-from", "run", "--max-steps", 6)
+    assert code == 0
+    assert "resumed from" in err
+    assert "trained 6 steps" in out
+    assert Path("run/checkpoints/latest").resolve().name == "step-00000006"
+
+
+def test_skip_nonfinite_drops_and_counts(run_small: Run, shards: Path) -> None:
+    rows = torch.randn(300, D_IN)
+    rows[[7, 9]] = math.nan
+    with h5py.File(shards / "train_02.h5", "w") as file:
+        file["activations"] = rows.numpy()
+    code, _, err = run_small("--shard-dir", shards, "--checkpoint-dir", "run", "--skip-nonfinite")
+    assert code == 0
+    assert "dropping 2 rows" in err
+    assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["skipped_rows"] == 2
+
+
+def test_wandb_offline_gets_the_same_names(
+    run_small: Run, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    logged: list[dict[str, Any]] = []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
+    init = wandb.init
+
+    def spied_init(**settings: Any) -> Any:
+        spied = init(**settings)
+        log = spied.log
+        monkeypatch.setattr(
+            spied, "log", lambda row, step: (logged.append({**row, "step": step}), log(row, step))
+        )
+        return spied
+
+    monkeypatch.setattr(wandb, "init", spied_init)
+    code, _, _ = run_small(
+        *("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
+    )
+    assert code == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [dict(sorted(row.items())) for row in logged] == [
+        dict(sorted(row.items())) for row in rows
+    ]
+    assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_no_wandb_wins_over_a_project(
+    run_small: Run, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
+    arguments = ("--shard-dir", shards, "--wandb-project", "tests")
+    assert run_small(*arguments, "--no-wandb")[0] == 0
+    refused(run_small(*arguments), "wandb_project", "--no-wandb")
