@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import save_model
 
 from benchmarks.dense_switch import crossing
 from sae_fast.activations import write_shard
@@ -210,3 +211,26 @@ def test_biographies_writes_accuracies_by_mode_and_swaps_by_layer(tmp_path):
         assert found["spread"] > 0
         assert [row["strength"] for row in found["swaps"]["strengths"]] == [1.0, 3.0]
     assert len(rows_of(table)) == 1 + 7 + 1 + 3
+
+
+@pytest.mark.slow
+def test_from_model_compares_both_ways_layer_by_layer_and_seed_by_seed(tmp_path):
+    model = save_model(tmp_path / "model", "gpt2")
+    sizes = ["--ctx-len", "32", "--batch-size", "4", "--tokens", "6400", "--pool-rows", "1024"]
+    training = ["--layers", "0", "2", "--seeds", "0", "1", "--k", "4", "--heldout-tokens", "512"]
+    result, table = run("from_model", tmp_path, "--model", str(model), *sizes, *training)
+    one, other = (result[way]["fvu"] for way in ("from shards", "straight from the model"))
+    names = [f"residual.{layer}/seed_{seed}" for layer in (0, 2) for seed in (0, 1)]
+    assert list(one) == list(other) == names
+    # As many steps on as many rows of the same documents, in another order. The mean predictor
+    # has 1.
+    for name in names:
+        assert 0 < one[name] < 0.5
+        assert other[name] == pytest.approx(one[name], rel=0.2)
+        assert other[name] != one[name]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows_of(table)[1:]]
+    assert [row[0] for row in rows] == [*names, "residual.0, mean", "residual.2, mean"]
+    for number, row in enumerate(rows):
+        parts = [names[number]] if number < 4 else names[2 * number - 8 :][:2]
+        ways = [sum(found[name] for name in parts) / len(parts) for found in (one, other)]
+        assert row[1:] == [*(f"{fvu:.4f}" for fvu in ways), f"{ways[1] / ways[0] - 1:+.2%}"]
