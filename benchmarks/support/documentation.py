@@ -7,12 +7,14 @@ import inspect
 import json
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 SHORTEST = 40  # characters of a documentation string that is taken
 _OTHERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 def documentation_strings() -> list[str]:
@@ -39,8 +41,19 @@ def _strings_in(path: Path) -> Iterator[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, _DOCUMENTED):
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
             if len(text) >= SHORTEST:
                 yield text
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """As ast.walk, but not into expressions, which are most of a tree and document nothing."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        waiting.extend(
+            child for child in ast.iter_child_nodes(node) if isinstance(child, _WITH_STATEMENTS)
+        )
+        yield node
