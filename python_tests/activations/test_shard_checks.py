@@ -107,6 +107,16 @@ def test_a_flipped_bit_never_changes_what_is_trained_on(tmp_path, with_manifest,
     assert "\n" not in message
 
 
+# Of the index: its signature, the number of its entries, the first row of the first one.
+@pytest.mark.parametrize("place", [0, 7, 33])
+def test_a_damaged_index_of_chunks_is_a_damaged_shard(tmp_path, place):
+    write_shard(tmp_path / "a.h5", torch.randn(64, 8), chunk_rows=16)
+    content = bytearray((tmp_path / "a.h5").read_bytes())
+    content[content.rindex(b"TREE") + place] ^= 32
+    (tmp_path / "a.h5").write_bytes(content)
+    message_of(tmp_path)
+
+
 def test_a_wrong_key_lists_what_is_there(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["layer3/acts"] = np.zeros((5, 2), np.float32)

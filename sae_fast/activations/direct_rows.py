@@ -148,10 +148,16 @@ def _chunks(dataset: h5py.Dataset, count: int) -> tuple[Places, Places] | None:
 
     def note(chunk: h5py.h5d.StoreInfo) -> None:
         number = chunk.chunk_offset[0] // dataset.chunks[0]
-        offsets[number], sizes[number] = chunk.byte_offset, chunk.size
-        masks[number] = chunk.filter_mask
+        if number < count:
+            offsets[number], sizes[number] = chunk.byte_offset, chunk.size
+            masks[number] = chunk.filter_mask
 
-    dataset.id.chunk_iter(note)
+    # Where the file's index of its chunks is damaged, what HDF5 reads is refused or has another
+    # checksum.
+    try:
+        dataset.id.chunk_iter(note)
+    except RuntimeError:
+        return None
     return (offsets, sizes) if offsets.all() and not masks.any() else None
 
 
