@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from full_disk import files_up_to
 
 from sae_fast.activations import HeldOut, ShardMetadata, ShardWriter, open_shards, write_shard
 from sae_fast.activations.shard import ShardFile, inspect_shard
@@ -122,6 +123,17 @@ def test_a_full_disk_is_one_error_and_no_crash_at_exit(tmp_path):
     for line in lines:
         assert "File too large" in line
         assert str(tmp_path) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_cannot_be_begun_leaves_no_file_while_its_error_is_kept(tmp_path):
+    with (
+        files_up_to(1_000),
+        pytest.raises(OSError, match="File too large") as kept,
+        ShardWriter(tmp_path / "a.h5"),
+    ):
+        pass
+    assert kept.value.__traceback__
     assert list(tmp_path.iterdir()) == []
 
 

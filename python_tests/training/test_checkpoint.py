@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import files_up_to
 
 from sae_fast.training import checkpoint as module
 from sae_fast.training.checkpoint import (
@@ -138,13 +138,11 @@ def test_a_write_that_fails_at_byte_n_leaves_the_previous_one(
     store: CheckpointStore, limit: int
 ) -> None:
     _save(store, 10)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # as a disk full at that byte
-    try:
-        with pytest.raises(CheckpointError, match="step-00000010 is the last complete one"):
-            store.save(20, _save_model, {"a": torch.zeros(30_000)}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        files_up_to(limit),
+        pytest.raises(CheckpointError, match="step-00000010 is the last complete one"),
+    ):
+        store.save(20, _save_model, {"a": torch.zeros(30_000)}, {})
     assert read_newest_intact(store.path_of(10)).step == 10
 
 

@@ -110,10 +110,12 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         import h5py
 
-        self._temporary = self._stack.enter_context(replacing(self.path))
-        # HDF5 2.0 crashes at exit if a write has failed, so space is set aside before each.
-        reserve(self._temporary, 0, BESIDE_BYTES)
-        self._file = h5py.File(self._temporary, "w")
+        with ExitStack() as stack:  # what fails below takes the temporary file with it
+            self._temporary = stack.enter_context(replacing(self.path))
+            # HDF5 2.0 crashes at exit if a write has failed, so space is set aside before each.
+            reserve(self._temporary, 0, BESIDE_BYTES)
+            self._file = h5py.File(self._temporary, "w")
+            self._stack = stack.pop_all()
         self._reserved = 0
         return self
 
