@@ -163,7 +163,7 @@ def _as_from_model(
         sae["k"] = DEFAULT_K
     own: dict[str, Any] = {
         "checkpoint_every": settings.save_every,
-        "log_every": settings.wandb_log_frequency,
+        "wandb_log_every": settings.wandb_log_frequency,
         "max_tokens": settings.max_tokens,
         "batch_size": settings.batch_size * (settings.ctx_len or DEFAULT_CONTEXT),
         "shuffle_seed": settings.shuffle_seed,

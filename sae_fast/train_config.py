@@ -16,7 +16,7 @@ _NAMES = (
 )
 _COUNTS = (
     *("pool_rows", "batch_size", "grad_acc_steps", "max_epochs", "max_steps", "max_tokens"),
-    *("num_threads", "log_every", "keep_checkpoints", "k_anneal_start"),
+    *("num_threads", "log_every", "wandb_log_every", "keep_checkpoints", "k_anneal_start"),
 )
 _NOT_NEGATIVE = (
     "warmup_steps",
@@ -137,6 +137,8 @@ class TrainConfig(ConfigFile):
 
     log_every: int = 10
     """Interval of the metrics. [steps]"""
+    wandb_log_every: int | None = None
+    """Interval of what goes to W&B; default: log_every. [steps]"""
     eval_every: int = 500
     """Interval of the held-out evaluation; 0: only at the end. [steps]"""
     dead_percentage_threshold: float = 0.0

@@ -61,9 +61,9 @@ def test_skip_nonfinite_drops_and_counts(run_small: Run, shards: Path) -> None:
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["skipped_rows"] == 2
 
 
-def test_wandb_offline_gets_the_same_names(
-    run_small: Run, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The rows that Weights & Biases gets, offline."""
     pytest.importorskip("wandb")
     logged: list[dict[str, Any]] = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -81,6 +81,12 @@ def test_wandb_offline_gets_the_same_names(
         return spied
 
     monkeypatch.setattr(wandb, "init", spied_init)
+    return logged
+
+
+def test_wandb_offline_gets_the_same_names(
+    run_small: Run, shards: Path, logged: list[dict[str, Any]]
+) -> None:
     code, _, _ = run_small(
         *("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
     )
@@ -90,6 +96,18 @@ def test_wandb_offline_gets_the_same_names(
         dict(sorted(row.items())) for row in rows
     ]
     assert list(Path("run/wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_has_an_interval_of_its_own(
+    run_small: Run, shards: Path, logged: list[dict[str, Any]]
+) -> None:
+    flags = ("--log-every", "4", "--wandb-log-every", "6", "--eval-every", "9", "--max-steps", "20")
+    where = ("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
+    assert run_small(*where, *flags)[0] == 0
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 6, 8, 9, 12, 16, 18, 20]
+    assert [row["step"] for row in logged] == [6, 9, 12, 18, 20]
+    assert [row["step"] for row in rows if "loss" not in row] == [9]
 
 
 def test_no_wandb_wins_over_a_project(

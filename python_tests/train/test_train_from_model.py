@@ -51,7 +51,7 @@ def test_defaults_are_those_that_users_of_such_trainers_know(
     assert (train.optimizer, train.learning_rate, train.weight_decay) == ("adam", 1e-3, 0.0)
     assert (train.grad_acc_steps, train.dead_percentage_threshold) == (1, 0.0005)
     assert (train.seed, train.order_seed) == (42, 42)
-    assert (train.checkpoint_every, train.log_every) == (1000, 100)
+    assert (train.checkpoint_every, train.wandb_log_every) == (1000, 100)
     assert train.checkpoint_dir == "output/topk-k192-1/residual.0"
     assert train.wandb_project is None
 

@@ -58,7 +58,7 @@ def test_cross_entropy_falls_where_the_model_knows_something(
     command = [
         *("counter", "texts.jsonl", "--layers", "1", "--loss_fn", "ce", "--no_pack", "--k", "2"),
         *("--num_latents", "32", "--ctx_len", "16", "--batch_size", "8", "--max_tokens", "12800"),
-        *("--heldout_tokens", "200", "--wandb_log_frequency", "20", "--eval_every", "1"),
+        *("--heldout_tokens", "200", "--log_every", "20", "--eval_every", "1"),
         *("--num_threads", "1", "--run_name", "r", "--lr", "1e-2"),
     ]
     assert main(command) == 0

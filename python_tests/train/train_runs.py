@@ -21,7 +21,7 @@ SMALL = (
 SMALL_FROM_MODEL = (
     *("--ctx_len", "16", "--batch_size", "4", "--max_tokens", "640", "--k", "4"),
     *("--expansion_factor", "2", "--heldout_tokens", "100", "--pool_rows", "150"),
-    *("--save_every", "4", "--wandb_log_frequency", "2", "--eval_every", "5", "--num_threads", "1"),
+    *("--save_every", "4", "--log_every", "2", "--eval_every", "5", "--num_threads", "1"),
 )
 TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
 PATIENCE = 240  # seconds; only a machine that stands still takes so long

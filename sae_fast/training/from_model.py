@@ -69,7 +69,7 @@ class FromModelConfig:
     log_to_wandb: bool = False
     """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
     wandb_log_frequency: int = 100
-    """Interval of the metrics. [steps]"""
+    """Interval of what goes to Weights & Biases. [steps]"""
     init_seeds: tuple[int, ...] = (42,)
     """Seeds of the initialisation; an autoencoder is trained for each of them."""
     shuffle_seed: int = 42

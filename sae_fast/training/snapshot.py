@@ -37,6 +37,7 @@ _HARMLESS = (
         "resume_from",
         "num_threads",
         "log_every",
+        "wandb_log_every",
     ),
     *("eval_every", "checkpoint_every", "keep_checkpoints", "wandb_project", "no_wandb"),
     *("cuda_graph", "dead_percentage_threshold"),

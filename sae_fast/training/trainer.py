@@ -200,10 +200,10 @@ class Trainer:
 
     def _report(self) -> Row:
         """Logs, evaluates and saves what is due after a step; returns the row it logged."""
-        config, last = self.train_config, self.step == self.total_steps
-        log = last or self.step % config.log_every == 0
-        look = last or (config.eval_every > 0 and self.step % config.eval_every == 0)
-        save = last or (config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0)
+        config = self.train_config
+        look, save = self._is_due(config.eval_every), self._is_due(config.checkpoint_every)
+        tell = self._wandb is not None and self._is_due(config.wandb_log_every or config.log_every)
+        log = tell or self._is_due(config.log_every)
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
         self._pause()
@@ -222,12 +222,16 @@ class Trainer:
             epoch = self.tokens / self.data.rows_per_epoch
             row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
             self._log.write(row)
-            if self._wandb is not None:
+            if self._wandb is not None and (tell or look):
                 self._wandb.write(row)
         if save or improved:
             self.save_checkpoint(best=improved)
         self._stopwatch.resume()
         return row
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether this step is the end of an interval, of which 0 is the whole run."""
+        return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
     def evaluate(self) -> dict[str, float]:
         """What is measured on the held-out rows, if there are any.
@@ -364,12 +368,11 @@ class Trainer:
 
     def _start_wandb(self) -> None:
         config = self.train_config
-        if config.wandb_project is None or config.no_wandb:
-            return
-        directory = Path.cwd() if self._run is None else self._run.path
-        values = self.config.to_dict()
-        self._wandb = WandbLog(config.wandb_project, directory, values, self.wandb_id)
-        self.wandb_id = self._wandb.run_id
+        if config.wandb_project is not None and not config.no_wandb:
+            directory = Path.cwd() if self._run is None else self._run.path
+            given = config.wandb_project, directory, self.config.to_dict(), self.wandb_id
+            self._wandb = WandbLog(*given)
+            self.wandb_id = self._wandb.run_id
 
     def _close_wandb(self, *, failed: bool = False) -> None:
         if self._wandb is not None:
@@ -382,11 +385,8 @@ class Trainer:
         self.summary |= {"steps": self.step, "tokens": self.tokens, "seconds": self.seconds}
         self.summary["reader_stall_fraction"] = self.stalled_seconds / max(self.seconds, 1e-9)
         for row in rows:  # the last value of each
-            self.summary |= {
-                f"final_{name}": value
-                for name, value in row.items()
-                if name not in ("step", "tokens", "epoch")
-            }
+            names = row.keys() - {"step", "tokens", "epoch"}
+            self.summary |= {f"final_{name}": row[name] for name in row if name in names}
         if self.best is not None:
             self.summary |= {"best_heldout_fvu": self.best["heldout_fvu"]}
             self.summary |= {"best_step": self.best["step"]}
