@@ -1,12 +1,18 @@
 """Puts this folder on the path, so that every test can import the helpers that lie beside it.
 
-Tests with the fixture `device` run on the CPU and, where torch and sae_fast have one, on CUDA.
+Tests with the fixture `device` run on the CPU and, where torch and sae_fast have one, on CUDA. No
+test asks a hub: its client reads the variable when it is first imported, here or in a process that
+a test starts.
 """
+
+import os
 
 import pytest
 import torch
 
 import sae_fast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def why_no_cuda():

@@ -18,7 +18,6 @@ from sae_fast.training import run_directory
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # Drawing takes longer than training here.
     monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
     threads = torch.get_num_threads()

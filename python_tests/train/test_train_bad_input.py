@@ -6,6 +6,7 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
+from full_disk import files_up_to
 from train_runs import D_IN, Run, refused
 
 from sae_fast.activations import write_shard
@@ -88,6 +89,20 @@ def test_what_cannot_fit_in_memory(run_small: Run, shards: Path) -> None:
     result = run_small("--shard-dir", shards, "--d-sae", 2**34)
     refused(result, "GiB", "available", "optimiser states")
     assert not Path("runs").exists()
+
+
+def test_a_full_disk_while_checkpointing_leaves_the_previous_one(
+    run_small: Run, shards: Path
+) -> None:
+    run = ("--shard-dir", shards, "--checkpoint-dir", "run")
+    assert run_small(*run, "--max-steps", 2)[0] == 0
+    size = max(path.stat().st_size for path in Path("run/checkpoints/latest/").iterdir())
+    resumed = (*run, "--resume-from", "latest", "--max-steps", 40)
+    with files_up_to(size - 1):
+        result = run_small(*resumed)
+    line = refused(result, "step-0000000", "step-00000002 is the last")
+    assert "File too large" in line
+    assert run_small(*resumed)[0] == 0
 
 
 def test_a_directory_that_cannot_be_written(run_small: Run, shards: Path) -> None:

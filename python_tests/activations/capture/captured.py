@@ -32,6 +32,8 @@ def arguments(inputs, out, *more):
         "100",
         "--batch-size",
         "4",
+        "--num-threads",
+        "1",
         "--out",
         str(out),
         *more,

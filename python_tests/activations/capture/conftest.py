@@ -1,4 +1,6 @@
-"""Small captures, without a network and in their own cache."""
+"""Small captures, in their own cache."""
+
+import contextlib
 
 import pytest
 import torch
@@ -6,18 +8,24 @@ from captured import capture, make_inputs
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+def _own_cache(monkeypatch, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "datasets"
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(cache))
 
 
-@pytest.fixture(autouse=True)
-def _threads():
+@contextlib.contextmanager
+def one_thread():
+    """Sizes here are far too small to share out: a second thread would only be waited for."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -30,5 +38,6 @@ def inputs(tmp_path_factory):
 def whole(inputs, tmp_path_factory):
     """The directory of a capture that nothing disturbed."""
     out = tmp_path_factory.mktemp("captured") / "whole"
-    assert capture(inputs, out) == 0
+    with one_thread():
+        assert capture(inputs, out) == 0
     return out

@@ -14,8 +14,6 @@ TEXTS = ["one cat", "two dogs", "", "four mats"]
 def _own_cache(tmp_path_factory, monkeypatch):
     cache = str(tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def write(folder, kind, texts=TEXTS):

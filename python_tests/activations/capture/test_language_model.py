@@ -62,12 +62,6 @@ def test_a_base_model_of_any_architecture_knows_whether_it_is_causal(name):
     assert is_causal(config) == (name in CAUSAL)
 
 
-@pytest.fixture
-def _offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.mark.usefixtures("_offline")
 def test_an_unknown_model_is_one_line_with_the_nearest_there_is(tmp_path):
     save_model(tmp_path / "my_llama", "llama")
     with pytest.raises(
@@ -77,7 +71,6 @@ def test_an_unknown_model_is_one_line_with_the_nearest_there_is(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("_offline")
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^model: .* cannot be loaded") as caught:
         load_language_model(str(tmp_path))
