@@ -1,5 +1,6 @@
 """Every benchmark runs end to end at a tiny size and writes what it found."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,21 +17,28 @@ ROOT = Path(__file__).resolve().parents[2]
 SIZE = "64x32x128x4"
 
 
-def run(module, folder, *arguments):
-    json_path, table_path = folder / "result.json", folder / "result.md"
-    files = ["--json", str(json_path), "--markdown", str(table_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments, *files, "--threads", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    table = table_path.read_text()
-    assert str(folder) not in table + json_path.read_text()
-    assert table.strip() in done.stdout
-    return json.loads(json_path.read_text()), table
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a benchmark in this process, which has imported torch; gives its numbers and table."""
+
+    def command(module, *arguments):
+        json_path, table_path = tmp_path / "result.json", tmp_path / "result.md"
+        files = ["--json", str(json_path), "--markdown", str(table_path), "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, *files])
+        code = None
+        try:
+            importlib.import_module(f"benchmarks.{module}").main()
+        except SystemExit as end:
+            code = end.code
+        assert not code
+        table = table_path.read_text()
+        assert str(tmp_path) not in table + json_path.read_text()
+        assert table.strip() in capsys.readouterr().out
+        return json.loads(json_path.read_text()), table
+
+    threads = torch.get_num_threads()
+    yield command
+    torch.set_num_threads(threads)
 
 
 def rows_of(table):
@@ -38,10 +46,10 @@ def rows_of(table):
 
 
 @pytest.mark.slow
-def test_train_step_writes_times_ratios_memory_and_floors(tmp_path):
+def test_train_step_writes_times_ratios_memory_and_floors(run, tmp_path):
     quick = ["--warmup", "1", "--rounds"]
     peers = ["--peers", "eager,gather,tuned_bf16", "--memory-steps", "0"]
-    result, table = run("train_step", tmp_path, "--sizes", SIZE, *peers, *quick, "3")
+    result, table = run("train_step", "--sizes", SIZE, *peers, *quick, "3")
     found = result["sizes"][SIZE]["contestants"]
     assert list(found) == ["sae_fast", "sae_fast_bf16", "eager", "gather", "tuned_bf16"]
     for data in found.values():
@@ -52,21 +60,21 @@ def test_train_step_writes_times_ratios_memory_and_floors(tmp_path):
     assert len(rows_of(table)) == 2 + 1 + 5
     # Another size, another time: both are in the files, and memory is measured where asked for.
     alone = ["--sizes", "32x16x64x2", "--peers", "", "--ours", "sae_fast", "--merge"]
-    merged, _ = run("train_step", tmp_path, *alone, *quick, "1")
+    merged, _ = run("train_step", *alone, *quick, "1")
     assert list(merged["sizes"]) == [SIZE, "32x16x64x2"]
     data = merged["sizes"]["32x16x64x2"]["contestants"]["sae_fast"]
     assert data["peak_bytes_above_start"] >= 0
 
 
 @pytest.mark.slow
-def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(tmp_path):
+def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(run, tmp_path):
     rows = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
     write_shard(tmp_path / "train_00.h5", rows[:300])
     write_shard(tmp_path / "heldout_00.h5", rows[300:])
     quick = ["--steps", "2", "--seeds", "0", "--batch-size", "64", "--rounds", "1"]
     data = ["--shard-dir", str(tmp_path), "--planted", "--planted-rows", "256"]
     plot = tmp_path / "plot.png"
-    result, _ = run("architectures", tmp_path, *data, *quick, "--plot", str(plot))
+    result, _ = run("architectures", *data, *quick, "--plot", str(plot))
     archs = {"topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"}
     for kind, settings in (("activations", 3), ("planted", 1)):
         assert {run["arch"] for run in result[kind]} == archs
@@ -79,8 +87,8 @@ def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(
 
 
 @pytest.mark.slow
-def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
-    result, table = run("kernels", tmp_path, "--sizes", SIZE, "--rounds", "2")
+def test_kernels_writes_a_row_for_every_op_and_the_reader(run, tmp_path):
+    result, table = run("kernels", "--sizes", SIZE, "--rounds", "2")
     names = " ".join(row["op"] for row in result["sizes"][SIZE]["ops"])
     for op in (
         *("encode_topk", "encode_threshold", "decode", "decode_backward", "reconstruct"),
@@ -95,8 +103,8 @@ def test_kernels_writes_a_row_for_every_op_and_the_reader(tmp_path):
 
 
 @pytest.mark.slow
-def test_dense_switch_times_both_ways_of_every_architecture(tmp_path):
-    result, table = run("dense_switch", tmp_path, "--sizes", SIZE, "--rounds", "3")
+def test_dense_switch_times_both_ways_of_every_architecture(run, tmp_path):
+    result, table = run("dense_switch", "--sizes", SIZE, "--rounds", "3")
     (found,) = result["sizes"].values()
     assert list(found) == ["relu", "jumprelu", "gated"]
     for data in found.values():
@@ -108,9 +116,9 @@ def test_dense_switch_times_both_ways_of_every_architecture(tmp_path):
 
 
 @pytest.mark.slow
-def test_compression_measures_sizes_and_speeds_of_every_kind(tmp_path):
+def test_compression_measures_sizes_and_speeds_of_every_kind(run, tmp_path):
     write_shard(tmp_path / "train_00.h5", torch.ones(4096, 64, dtype=torch.float16))
-    result, table = run("compression", tmp_path, "--shard-dir", str(tmp_path), "--rounds", "2")
+    result, table = run("compression", "--shard-dir", str(tmp_path), "--rounds", "2")
     for found in result["dtypes"].values():
         assert list(found) == ["none", "gzip", "zstd", "blosc2"]
         assert (
@@ -121,9 +129,9 @@ def test_compression_measures_sizes_and_speeds_of_every_kind(tmp_path):
 
 
 @pytest.mark.slow
-def test_stream_measures_reading_and_shuffling(tmp_path):
+def test_stream_measures_reading_and_shuffling(run, tmp_path):
     sizes = ["--rows", "16384", "--made-rows", "65536", "--pool-rows", "4096", "--rounds", "2"]
-    result, table = run("stream", tmp_path, *sizes, "--compressions", "none", "gzip")
+    result, table = run("stream", *sizes, "--compressions", "none", "gzip")
     assert list(result["reading"]) == [
         *("none, disk", "none, page cache", "gzip, disk", "gzip, page cache"),
     ]
@@ -136,8 +144,8 @@ def test_stream_measures_reading_and_shuffling(tmp_path):
 
 
 @pytest.mark.slow
-def test_slots_step_times_the_literal_form_too(tmp_path):
-    result, table = run("slots_step", tmp_path, "--slots", "50,120", "--rounds", "3")
+def test_slots_step_times_the_literal_form_too(run, tmp_path):
+    result, table = run("slots_step", "--slots", "50,120", "--rounds", "3")
     for found in result["sizes"].values():
         contestants = found["contestants"]
         assert list(contestants) == ["sae_fast", "PyTorch, N x N", "PyTorch, F x F"]
@@ -148,9 +156,9 @@ def test_slots_step_times_the_literal_form_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_presets_tells_memory_and_time_of_each(tmp_path):
+def test_presets_tells_memory_and_time_of_each(run, tmp_path):
     names = ["modular_addition", "minilm"]
-    result, table = run("presets", tmp_path, "--presets", ",".join(names), "--steps", "1")
+    result, table = run("presets", "--presets", ",".join(names), "--steps", "1")
     assert list(result["presets"]) == names
     for found in result["presets"].values():
         assert found["tokens_per_second"] > 0
@@ -178,14 +186,14 @@ def test_crossing_is_where_both_ways_take_equally_long(ratios, share):
 
 
 @pytest.mark.slow
-def test_quality_compares_both_trainers_on_heldout_rows(tmp_path):
+def test_quality_compares_both_trainers_on_heldout_rows(run, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     rows = torch.randn(768, 16, generator=torch.Generator().manual_seed(0))
     write_shard(shards / "train.h5", rows[:512])
     write_shard(shards / "heldout.h5", rows[512:])
     arguments = ["--shard-dir", str(shards), "--seeds", "0,1", "--epochs", "2", "--k", "4"]
-    result, table = run("quality", tmp_path, *arguments, "--batch-size", "128")
+    result, table = run("quality", *arguments, "--batch-size", "128")
     runs = result["runs"]
     assert [run["trainer"] for run in runs] == ["PyTorch reference", "sae_fast"] * 2
     for reference, ours in zip(runs[::2], runs[1::2], strict=True):
@@ -194,11 +202,11 @@ def test_quality_compares_both_trainers_on_heldout_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_biographies_writes_accuracies_by_mode_and_swaps_by_layer(tmp_path):
+def test_biographies_writes_accuracies_by_mode_and_swaps_by_layer(run, tmp_path):
     data = ["--entities", "12", "--answers", "4", "2", "--language-model-steps", "40"]
     slots = ["--free-slots", "26", "--reconstruction-epochs", "1", "--epochs", "2"]
     sizes = ["--blocks", "2", "--d-model", "32", "--batch-size", "60", "--strengths", "1", "3"]
-    result, table = run("biographies", tmp_path, *data, *slots, *sizes)
+    result, table = run("biographies", *data, *slots, *sizes)
     first, second = result["data"]["4"], result["data"]["2"]
     assert list(first["layers"]) == ["0", "1"]
     assert len(second["layers"]) == 1
@@ -214,11 +222,11 @@ def test_biographies_writes_accuracies_by_mode_and_swaps_by_layer(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_model_compares_both_ways_layer_by_layer_and_seed_by_seed(tmp_path):
+def test_from_model_compares_both_ways_layer_by_layer_and_seed_by_seed(run, tmp_path):
     model = save_model(tmp_path / "model", "gpt2")
     sizes = ["--ctx-len", "32", "--batch-size", "4", "--tokens", "6400", "--pool-rows", "1024"]
     training = ["--layers", "0", "2", "--seeds", "0", "1", "--k", "4", "--heldout-tokens", "512"]
-    result, table = run("from_model", tmp_path, "--model", str(model), *sizes, *training)
+    result, table = run("from_model", "--model", str(model), *sizes, *training)
     one, other = (result[way]["fvu"] for way in ("from shards", "straight from the model"))
     names = [f"residual.{layer}/seed_{seed}" for layer in (0, 2) for seed in (0, 1)]
     assert list(one) == list(other) == names

@@ -91,7 +91,11 @@ shift; done""",
 *"-m pytest"*) echo "pytest $*"; exit 0 ;;
 esac
 arguments=()
-[[ $* == *train_step* ]] && set -- "$@" --peers eager --rounds 2
+case "$*" in
+*benchmarks.train_step*) set -- "$@" --peers eager --rounds 2 ;;
+*benchmarks.quality*) set -- "$@" --epochs 1 --threads 1 ;;
+*benchmarks.kernels*) set -- "$@" --rounds 1 ;;
+esac
 for argument in "$@"; do [[ $argument == cuda ]] && argument=cpu; arguments+=("$argument"); done
 exec {sys.executable} "${{arguments[@]}}\"""",
 }
