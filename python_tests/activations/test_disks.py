@@ -1,5 +1,6 @@
 """Several disks at once, in the same order of rows; rows read past HDF5 as HDF5 reads them."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -217,6 +218,26 @@ def test_several_threads_decode_and_the_rows_stay(tmp_path, monkeypatch):
             assert torch.get_num_threads() == before
         assert disk_threads() == 0
     assert torch.equal(*served)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are told by /proc")
+def test_many_sets_and_threads_share_the_files_that_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(disks_module, "DECODING_THREADS", 2)
+    monkeypatch.setattr(disks_module, "MOST_OPEN_FILES", 6)
+    for number in range(3):
+        for shard in range(8):
+            rows = torch.full((32, 3), float(number))
+            path = tmp_path / f"{number}" / f"{shard}.h5"
+            path.parent.mkdir(exist_ok=True)
+            write_shard(path, rows, dtype="float32", chunk_rows=8, compression="gzip")
+    mix = mix_shards([open_shards(tmp_path / f"{number}") for number in range(3)], [1, 1, 1])
+    most = 0
+    with ActivationStream(mix, batch_size=16, pool_rows=96) as stream:
+        for _ in range(100):
+            stream.next_batch()
+            links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+            most = max(most, sum(link.startswith(f"{tmp_path}/") for link in links))
+    assert 0 < most <= 6
 
 
 def write(path: Path, **how: object) -> np.ndarray:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from sae_fast.activations.pool import BlockReader
+from sae_fast.activations.pool import OPEN_FILES, BlockReader
 from sae_fast.activations.shard_set import ShardSet
 
 # Where shards are compressed, decoding takes longer than the disk. Blocks are decoded no faster
 # than they are wanted, so threads that share the cores with the training cost it nothing.
 DECODING_THREADS = max(1, min(4, os.cpu_count() or 1))
+# Files that all threads together keep open, of the 1024 that a process may have in most systems.
+MOST_OPEN_FILES = 256
 THREADS = "sae_fast-"  # how the names of the package's threads begin
 Task = Callable[[BlockReader], None]
 
@@ -41,6 +43,8 @@ class DiskThreads:
             for disk, count in n_threads.items()
         }
         self._n_threads = n_threads
+        readers = max(1, sum(n_threads.values())) * len(sets)
+        self._open_files = max(1, min(OPEN_FILES, MOST_OPEN_FILES // readers))
         self._own = threading.local()  # of each thread its `readers`, by set
         self._readers: list[BlockReader] = []
 
@@ -73,7 +77,7 @@ class DiskThreads:
     def _run(self, shards: ShardSet, task: Task) -> None:
         readers: dict[int, BlockReader] = self._own.__dict__.setdefault("readers", {})
         if id(shards) not in readers:
-            readers[id(shards)] = BlockReader(shards)
+            readers[id(shards)] = BlockReader(shards, self._open_files)
             self._readers.append(readers[id(shards)])
         task(readers[id(shards)])
 

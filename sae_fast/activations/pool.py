@@ -25,12 +25,15 @@ NO_COLUMNS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class BlockReader:
-    """Reads blocks of any shard of a set, keeping the last OPEN_FILES files open."""
+    """Reads blocks of any shard of a set, keeping the last `open_files` files open."""
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: ShardSet, open_files: int = OPEN_FILES) -> None:
         self._shards = shards
+        self._open_files = open_files
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._targets = None if shards.targets is None else BlockReader(shards.targets)
+        self._targets: BlockReader | None = None
+        if shards.targets is not None:
+            self._targets = BlockReader(shards.targets, open_files)
 
     def read(self, block: Block, out: Tensor, columns: Mapping[str, Tensor] = NO_COLUMNS) -> None:
         """Read the served rows of a block to `out` [kept, D], of the set's element type.
@@ -84,7 +87,7 @@ class BlockReader:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        if len(self._open) >= OPEN_FILES:
+        if len(self._open) >= self._open_files:
             self._open.popitem(last=False)[1].close()
         self._open[number] = ShardFile(self._shards.shards[number])
         return self._open[number]
