@@ -21,6 +21,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Drawing takes longer than training here.
     monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sizes here are far too small to share out
     yield
     torch.set_num_threads(threads)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sae_fast.activations import write_shard
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.train import main
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
@@ -232,22 +233,23 @@ def _kill_after(rows: int, command: list[str], directory: Path, pause: float) ->
 
 
 def test_killed_at_random_moments_a_run_ends_bit_equal(shard_dir: Path, tmp_path: Path) -> None:
-    def command(name: str) -> list[str]:
+    def flags(name: str) -> list[str]:
         return [
-            *(sys.executable, "-m", "sae_fast.train", "--shard-dir", str(shard_dir)),
+            *("--shard-dir", str(shard_dir)),
             *("--checkpoint-dir", str(tmp_path / name), "--resume-from", "latest"),
             *("--d-sae", "64", "--k", "3", "--batch-size", "64", "--max-steps", "200"),
             *("--pool-rows", "700", "--log-every", "2", "--eval-every", "50"),
             *("--checkpoint-every", "4", "--dead-after-tokens", "500", "--num-threads", "1"),
         ]
 
-    subprocess.run(command("straight"), check=True, capture_output=True)
+    assert main(flags("straight")) == 0
+    command = [sys.executable, "-m", "sae_fast.train", *flags("killed")]
     chance = random.Random(0)
     rows = 0
     for _ in range(4):
-        _kill_after(rows, command("killed"), tmp_path / "killed", chance.uniform(0, 0.01))
+        _kill_after(rows, command, tmp_path / "killed", chance.uniform(0, 0.01))
         rows = len(_rows(tmp_path / "killed")) + chance.randint(1, 15)
-    subprocess.run(command("killed"), check=True, capture_output=True)
+    assert main(flags("killed")) == 0
     expected, final = _final(tmp_path / "straight"), _final(tmp_path / "killed")
     assert [name for name in expected if not torch.equal(final[name], expected[name])] == []
     straight_rows, killed_rows = _rows(tmp_path / "straight"), _rows(tmp_path / "killed")
