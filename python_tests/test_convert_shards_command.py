@@ -76,7 +76,9 @@ def test_a_run_trains_on_what_was_converted_by_the_command_that_train_names(
     assert (run / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors", "a.arrow", "a.PTH"])
+@pytest.mark.parametrize(
+    "name", ["a.npy", "a.npz", "a.safetensors", "a.arrow", "a.parquet", "a.PTH"]
+)
 def test_train_names_the_command_for_every_format_and_for_a_single_file(tmp_path, capsys, name):
     (tmp_path / name).write_bytes(b"")
     for place in (tmp_path, tmp_path / name):
@@ -163,7 +165,10 @@ def test_no_file_to_convert_is_one_line(tmp_path, capsys):
     )
     folder.mkdir()
     line = refusal(capsys, folder, out)
-    assert ".pt, .pth, .npy, .npz, .safetensors, .arrow file there, the directory is empty" in line
+    assert (
+        ".pt, .pth, .npy, .npz, .safetensors, .arrow, .parquet file there, the directory is empty"
+        in line
+    )
     (folder / "acts.csv").write_text("1,2")
     assert "no .pt, .pth" in refusal(capsys, folder, out)
     assert "acts.csv: is no .pt, .pth" in refusal(capsys, folder / "acts.csv", out)
@@ -181,7 +186,9 @@ def test_several_formats_in_a_folder_are_refused(source, tmp_path, capsys):
     assert f"{source}: holds 1 .npy and 3 .pt files; convert one kind at a time" in line
 
 
-@pytest.mark.parametrize("name", ["a.pt", "a.npy", "a.npz", "a.safetensors", "a.arrow"])
+@pytest.mark.parametrize(
+    "name", ["a.pt", "a.npy", "a.npz", "a.safetensors", "a.arrow", "a.parquet"]
+)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_damaged_and_truncated_files_are_one_line_that_names_them(tmp_path, capsys, name, share):
     path = tmp_path / name

@@ -1,7 +1,8 @@
 """Turns saved activations into shards: `python -m sae_fast.convert_shards SRC DST`.
 
-SRC is a directory of .pt, .npy, .npz or .safetensors files, a dataset of Arrow files such as the
-cached activations of SAELens, a single file or a quoted pattern. Every row is read again.
+SRC is a directory of .pt, .npy, .npz or .safetensors files, a dataset of Arrow or Parquet files,
+such as the cached activations of SAELens, a single file or a quoted pattern. Every row is read
+again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Options:
     """Turn saved activations into HDF5 shards, and compare every row."""
 
     source: Annotated[str | None, tyro.conf.arg(metavar="SRC"), tyro.conf.Positional] = None
-    """Directory of .pt, .npy, .npz, .safetensors or .arrow files, one file, or a quoted pattern."""
+    """Directory of .pt, .npy, .npz, .safetensors, .arrow or .parquet files, one of them, or a
+    quoted pattern."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DST"), tyro.conf.Positional] = None
     """Directory for the shards: new, empty, or that of the same conversion, interrupted."""
     key: str | None = None

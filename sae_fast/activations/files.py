@@ -14,7 +14,7 @@ from sae_fast.activations.errors import ShardError
 
 SUFFIXES = (".h5", ".hdf5")
 # What sae_fast.convert_shards turns into shards.
-IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow")
+IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet")
 HELDOUT_PATTERN = "heldout*"
 
 

@@ -243,6 +243,49 @@ def test_cached_activations_of_saelens_are_read_in_pieces(tmp_path, monkeypatch,
     assert (found.attributes["hook"], found.attributes["layer"]) == (HOOK, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_cache_from_a_hub_is_read_from_parquet_in_pieces(tmp_path, monkeypatch, dtype):
+    from datasets import Array2D, Dataset, Features, Sequence, Value
+
+    monkeypatch.setattr("sae_fast.activations.imports.blocks.BLOCK_BYTES", 700)
+    acts, ids = random_rows(23, 5, 4, dtype=dtype), torch.arange(23 * 5).reshape(23, 5).int()
+    kind = str(dtype).removeprefix("torch.")
+    tokens = Sequence(Value("int32"), length=5)
+    features = Features({HOOK: Array2D(shape=(5, 4), dtype=kind), "token_ids": tokens})
+    folder = tmp_path / "cache" / "data"
+    folder.mkdir(parents=True)
+    for number, rows in enumerate(torch.arange(23).chunk(2)):
+        part = Dataset.from_dict({HOOK: acts[rows], "token_ids": ids[rows]}, features=features)
+        part.to_parquet(folder / f"train-{number:05d}-of-00002.parquet", batch_size=5)
+    assert command(folder, tmp_path / "out", "--shard-rows", "31") == 0
+    found = stored(tmp_path / "out")
+    assert np.array_equal(found.rows, acts.reshape(-1, 4).numpy())
+    assert found.rows.dtype == acts.numpy().dtype
+    assert found.columns["token_ids"] == list(range(115))
+    assert found.columns["doc_id"] == [row // 5 for row in range(115)]
+    assert (found.attributes["hook"], found.attributes["layer"]) == (HOOK, 3)
+
+
+def test_parquet_is_decoded_one_row_group_after_the_other(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = random_rows(40, 3).numpy()
+    table = pa.table({"x": pa.array(rows.tolist(), pa.list_(pa.float32()))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
+    decoded, read = [], parquet.ParquetFile.read_row_group
+
+    def noted(self, number, **options):
+        decoded.append(number)
+        return read(self, number, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", noted)
+    monkeypatch.setattr("sae_fast.activations.imports.blocks.BLOCK_BYTES", 60)  # five rows
+    assert command(tmp_path / "a.parquet", tmp_path / "out") == 0
+    assert np.array_equal(stored(tmp_path / "out").rows, rows)
+    assert decoded == [*range(5), *range(5)]  # once to write them, once to compare
+
+
 def test_without_datasets_pyarrow_alone_reads_them(tmp_path):
     source, acts = tmp_path / "cache", random_rows(4, 5, 3)
     source.mkdir()
@@ -262,10 +305,11 @@ def test_without_datasets_pyarrow_alone_reads_them(tmp_path):
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, capsys, monkeypatch):
-    (tmp_path / "a.arrow").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    line = refusal(capsys, tmp_path / "a.arrow", tmp_path / "out")
-    assert line.endswith("a.arrow: needs pyarrow: pip install 'sae_fast[capture]'")
+    for name in ("a.arrow", "a.parquet"):
+        (tmp_path / name).write_bytes(b"")
+        line = refusal(capsys, tmp_path / name, tmp_path / "out")
+        assert line.endswith(f"{name}: needs pyarrow: pip install 'sae_fast[capture]'")
 
 
 def test_several_hooks_need_a_key_or_become_folders(tmp_path, capsys):
@@ -312,12 +356,15 @@ def test_plain_arrow_files_of_rows_are_read_in_both_formats(tmp_path, writer):
 )
 def test_ragged_and_missing_entries_of_arrow_are_refused(tmp_path, capsys, values, message):
     import pyarrow as pa
+    from pyarrow import parquet
 
     kind = pa.list_(pa.float64()) if values != ["a", "b"] else pa.string()
     table = pa.table({"x": pa.array(values, kind)})
     with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as sink:
         sink.write_table(table)
-    assert message in refusal(capsys, tmp_path / "a.arrow", tmp_path / "out")
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    for name in ("a.arrow", "a.parquet"):
+        assert message in refusal(capsys, tmp_path / name, tmp_path / f"from_{name}")
 
 
 def test_a_shuffled_dataset_that_was_saved_is_read_in_its_own_order(tmp_path):

@@ -6,7 +6,7 @@ and d_in); `token_ids` beside it has a list of numbers. Read with pyarrow, from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,54 @@ from sae_fast.activations.imports.arrays import Arrays, SourceArray
 @contextmanager
 def open_arrow(path: Path) -> Iterator[Arrays]:
     """The columns of an .arrow file that hold numbers, or lists of them."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise ShardError(f"{path}: needs pyarrow: pip install 'sae_fast[capture]'") from None
+    pyarrow = import_pyarrow(path)
     with pyarrow.memory_map(str(path)) as source:
         try:
             table = pyarrow.ipc.open_stream(source).read_all()
         except pyarrow.ArrowInvalid:  # the other of Arrow's two formats, with an index at its end
             table = pyarrow.ipc.open_file(source).read_all()
-        yield {name: [_column_array(path, name, table.column(name))] for name in table.column_names}
+        yield {name: [_array_of(path, name, table.column(name))] for name in table.column_names}
 
 
-def _column_array(path: Path, name: str, column: Any) -> SourceArray:
-    """A column [entries] of lists as an array, of the shape that its first entry has."""
-    shape, values = [len(column)], _storage(column.slice(0, 1).combine_chunks())
+def import_pyarrow(path: Path) -> Any:
+    """The library, which this file needs; raises ShardError that says how to get it."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ShardError(f"{path}: needs pyarrow: pip install 'sae_fast[capture]'") from None
+    return pyarrow
+
+
+def _array_of(path: Path, name: str, column: Any) -> SourceArray:
+    first = column.slice(0, 1).combine_chunks()
+    return column_array(
+        path, name, len(column), first, lambda start, stop: column.slice(start, stop - start).chunks
+    )
+
+
+def column_array(
+    path: Path,
+    name: str,
+    entries: int,
+    first: Any,
+    chunks: Callable[[int, int], Iterable[Any]],
+) -> SourceArray:
+    """A column of lists as an array, of the shape of its first entry.
+
+    Args:
+        path: of the file.
+        name: of the column.
+        entries: of it.
+        first: an array of the first of them, or of none.
+        chunks: gives arrays of the entries start..stop.
+    """
+    shape, values = [entries], _storage(first)
     while hasattr(values, "flatten") and _is_list(values):
         shape.append(len(values.slice(0, 1).flatten()) if len(values) else 0)
         values = values.flatten()
 
     def read(start: int, stop: int) -> Tensor:
-        parts = [
-            _numbers(path, name, _storage(chunk), shape[1:])
-            for chunk in column.slice(start, stop - start).chunks
-        ]
+        parts = [_numbers(path, name, _storage(chunk), shape[1:]) for chunk in chunks(start, stop)]
         return torch.from_numpy(np.concatenate(parts))
 
     try:

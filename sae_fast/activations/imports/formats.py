@@ -13,6 +13,7 @@ from sae_fast.activations.files import IMPORTED_SUFFIXES, SUFFIXES
 from sae_fast.activations.imports.arrays import Opener
 from sae_fast.activations.imports.arrow_files import open_arrow
 from sae_fast.activations.imports.numpy_files import open_npy, open_npz
+from sae_fast.activations.imports.parquet_files import open_parquet
 from sae_fast.activations.imports.tensor_files import open_safetensors, open_torch
 
 OPENERS: dict[str, Opener] = {
@@ -22,6 +23,7 @@ OPENERS: dict[str, Opener] = {
     ".npz": open_npz,
     ".safetensors": open_safetensors,
     ".arrow": open_arrow,
+    ".parquet": open_parquet,
 }
 DATASET_STATE = "state.json"  # of a dataset that `datasets` saved; names its files in order
 
