@@ -276,11 +276,11 @@ def test_a_source_that_changed_and_a_damaged_shard_are_found(source, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "float16"], 'another dtype ("float32", now "float16")'),
-        (["--heldout-rows", "5"], "another heldout_rows (0, now 5)"),
-        (["--compression", "gzip"], 'another compression ("none", now "gzip")'),
-        (["--model", "gpt2"], 'another metadata ({}, now {"model": "gpt2"})'),
-        (["--layer", "0"], 'another metadata ({}, now {"layer": 0})'),
+        (["--dtype", "float16"], 'dtype: "float32", now "float16"'),
+        (["--heldout-rows", "5"], "heldout_rows: 0, now 5"),
+        (["--compression", "gzip"], 'compression: "none", now "gzip"'),
+        (["--model", "gpt2"], 'metadata: {}, now {"model": "gpt2"}'),
+        (["--layer", "0"], 'metadata: {}, now {"layer": 0}'),
     ],
 )
 def test_the_directory_of_another_conversion_is_refused(
@@ -289,14 +289,14 @@ def test_the_directory_of_another_conversion_is_refused(
     out = tmp_path / "out"
     interrupted_after(1, source, out, monkeypatch)
     line = refusal(capsys, source, out, "--shard-rows", "50", *options)
-    assert f"{out}: holds a conversion with {message}; give another directory" in line
+    assert f"{out}: holds another conversion, its {message}; give another directory" in line
 
 
 def test_other_source_files_are_another_conversion(source, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     interrupted_after(1, source, out, monkeypatch)
     torch.save(random_rows(1, 5, 6), source / "4.pt")
-    assert "another files ([" in refusal(capsys, source, out, "--shard-rows", "50")
+    assert "its files: [" in refusal(capsys, source, out, "--shard-rows", "50")
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '"x"', "{"])

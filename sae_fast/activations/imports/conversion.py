@@ -259,8 +259,8 @@ def _state(
         if not isinstance(before, dict) or before.get(name) != value:
             old = before.get(name) if isinstance(before, dict) else before
             raise ShardError(
-                f"{directory}: holds a conversion with another {name} "
-                f"({_short(old)}, now {_short(value)}); give another directory"
+                f"{directory}: holds another conversion, its {name}: {_short(old)}, "
+                f"now {_short(value)}; give another directory"
             )
     shards = [path.name for path in shards_in(directory)]
     for name in shards:
