@@ -262,6 +262,18 @@ def test_a_run_that_still_goes_on_is_drawn_from_what_it_has_logged(
     assert [row["step"] for row in drawn[0]["runs"][""]] == [2, 3, 4, 6]
 
 
+@pytest.mark.parametrize(
+    ("directory", "name"),
+    [
+        ("output/first/residual.3", "residual.3"),
+        ("output/first/residual.3/seed_1", "residual.3/seed_1"),
+        ("models/joint", "models/joint"),
+    ],
+)
+def test_a_seed_or_a_mode_is_named_with_the_directory_above_it(directory: str, name: str) -> None:
+    assert run_directory.run_name(Path(directory)) == name
+
+
 def test_a_configuration_of_another_version_costs_no_more_than_the_title(
     runs: Path, drawn: list[dict[str, Any]]
 ) -> None:

@@ -89,10 +89,10 @@ def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
 
 
 def run_name(path: Path) -> str:
-    """The name of a run's directory, where that is its mode's with the one above it."""
+    """The name of a run's directory, where that is its mode's or seed's with the one above it."""
     path = path.resolve()
-    is_mode = path.name in MODE_DIRECTORIES.values()
-    return f"{path.parent.name}/{path.name}" if is_mode else path.name
+    is_part = path.name in MODE_DIRECTORIES.values() or path.name.startswith("seed_")
+    return f"{path.parent.name}/{path.name}" if is_part else path.name
 
 
 def run_title(name: str, sae: SAEConfig) -> str:
