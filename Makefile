@@ -53,7 +53,7 @@ test-address test-thread: test-%: $(VENV)/made
 	cmake -S . -B build/$* -G Ninja -DSAE_FAST_MODULE=OFF -DSAE_FAST_TESTS=ON \
 	  -DSAE_FAST_SANITIZE=$(SANITIZE_$*) -DSAE_FAST_WERROR=$(WERROR) --log-level=WARNING
 	cmake --build build/$*
-	ctest --test-dir build/$* --output-on-failure
+	ctest --test-dir build/$* --output-on-failure --parallel $$(nproc)
 
 test-cuda: $(VENV)/made
 	@if [ -n "$$CUDA_HOME$$CUDACXX" ] || command -v nvcc > /dev/null; \
