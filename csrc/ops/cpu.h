@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
 #include "ops/input.h"
@@ -19,6 +21,15 @@ inline cpu::Parallel parallel() {
 
 inline void check_memory(const char* op, bool done) {
   STD_TORCH_CHECK(done, op, ": out of memory for scratch space");
+}
+
+template <class Integer>
+void check_range(const char* op, const char* name, const Integer* numbers, int64_t count,
+                 int64_t bound) {
+  if (count == 0) return;
+  const auto [lowest, highest] = std::minmax_element(numbers, numbers + count);
+  STD_TORCH_CHECK(*lowest >= 0 && *highest < bound, op, ": ", name, " must be in [0, ", bound,
+                  "), got ", *lowest < 0 ? *lowest : *highest);
 }
 
 inline cpu::Rows rows_type(const Tensor& tensor) {

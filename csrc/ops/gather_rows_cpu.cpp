@@ -1,21 +1,11 @@
 // CPU side of gather_rows_: check, call.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "ops/cpu.h"
 #include "ops/gather_rows.h"
 
 namespace sae_fast::ops {
 namespace {
-
-void check_numbers(const char* op, const char* name, const int64_t* numbers, int64_t count,
-                   int64_t bound) {
-  if (count == 0) return;
-  const auto [lowest, highest] = std::minmax_element(numbers, numbers + count);
-  STD_TORCH_CHECK(*lowest >= 0 && *highest < bound, op, ": ", name, " must be in [0, ", bound,
-                  "), got ", *lowest < 0 ? *lowest : *highest);
-}
 
 void gather_rows(const Tensor& out, const OptionalTensor& places, const Tensor& source,
                  const Tensor& rows, const OptionalTensor& mean, double scale) {
@@ -23,8 +13,8 @@ void gather_rows(const Tensor& out, const OptionalTensor& places, const Tensor& 
   check_gather_rows(kOp, out, places, source, rows, mean);
   const Input table(source), numbers(rows), to(places), shift(mean);
   const int64_t count = rows.size(0);
-  check_numbers(kOp, "rows", numbers.data<int64_t>(), count, source.size(0));
-  if (places.has_value()) check_numbers(kOp, "places", to.data<int64_t>(), count, out.size(0));
+  check_range(kOp, "rows", numbers.data<int64_t>(), count, source.size(0));
+  if (places.has_value()) check_range(kOp, "places", to.data<int64_t>(), count, out.size(0));
   cpu::kernels().gather_rows({rows_type(source), table.data<void>(), numbers.data<int64_t>(),
                               to.data<int64_t>(), shift.data<float>(), static_cast<float>(scale),
                               mutable_data<float>(out), count, out.size(1)},

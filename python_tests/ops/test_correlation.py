@@ -3,7 +3,8 @@
 import pytest
 import torch
 from device_ops import ops, public
-from hypothesis import HealthCheck, example, given, settings
+from example_settings import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_samples import make_codes
 from tolerances import close
@@ -71,12 +72,7 @@ def test_sums_and_gradient_are_those_of_all_pairs(n, d_sae, active, share):
     check(make_codes(n, d_sae, active=active), round(share * d_sae))
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@examples(60)
 @given(st.integers(1, 80), st.integers(0, 150), st.floats(0, 1), st.integers(0, 10_000))
 @example(1, 1, 1.0, 0)
 @example(65, 1, 0.0, 0)

@@ -2,20 +2,15 @@ import pytest
 import torch
 from device_ops import public as ops
 from encoding_oracle import integers, pre_activations, rounding
-from hypothesis import HealthCheck, example, given, settings
+from example_settings import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_samples import EXACT, PRECISIONS, make_problem
 from tolerances import close
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
-quick = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    # The device is the same for all examples of a test.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+quick = examples(40)
 
 
 def encode(problem, k, precision="screened", **options):

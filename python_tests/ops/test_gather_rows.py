@@ -3,7 +3,8 @@
 import pytest
 import torch
 from device_ops import public
-from hypothesis import HealthCheck, example, given, settings
+from example_settings import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_samples import LOW
 from tolerances import close
@@ -26,12 +27,7 @@ def in_float32(source, rows, mean, scale):
     return (source[rows].float() - mean) * torch.tensor(scale, dtype=torch.float32)
 
 
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 @given(
     st.integers(1, 30),
     st.integers(1, 70),

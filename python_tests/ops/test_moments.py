@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from example_settings import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_samples import (
     LOW_MOMENTS,
@@ -70,12 +71,7 @@ def copies(tensors):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the op is the reference")
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@examples(20)
 @given(
     st.integers(1, 20),
     st.integers(1, 600),

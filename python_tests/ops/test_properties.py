@@ -4,20 +4,15 @@ import pytest
 import torch
 from device_ops import public
 from encoding_oracle import check_largest, integers, largest, pre_activations
-from hypothesis import HealthCheck, example, given, settings
+from example_settings import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from op_samples import PRECISIONS, Code, make_code, make_problem, ops, update_scalars
 from tolerances import close
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
-quick = settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    # The device is the same for all examples of a test.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+quick = examples(25)
 
 
 @st.composite

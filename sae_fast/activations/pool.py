@@ -16,7 +16,7 @@ from sae_fast.activations.errors import ShardError
 from sae_fast.activations.shard import ShardFile
 from sae_fast.activations.shard_set import ShardSet, nonfinite_error
 from sae_fast.activations.shuffle import Block, Indices
-from sae_fast.activations.source import Rows, Transform, gather
+from sae_fast.activations.source import Rows, Transform, take
 from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows
 from sae_fast.activations.targets import TARGETS
 
@@ -170,13 +170,8 @@ class Pool:
         target_transform: Transform | None = None,
     ) -> None:
         """Put the start-th to stop-th row of the shuffled order in these places of `out`."""
-        order = self._order[start:stop]
-        for name, column in out.columns.items():
-            if name == TARGETS and column.ndim == 2:
-                gather(self._columns[TARGETS], order, column, places, target_transform)
-            else:
-                column[places] = torch.index_select(self._columns[name], 0, order)
-        gather(self._memory, order, out.x, places, transform)
+        stored = Rows(self._memory, self._columns)
+        take(stored, self._order[start:stop], out, places, transform, target_transform)
 
 
 def iterate_blocks(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.columns import Column
+from sae_fast.activations.targets import TARGETS
 from sae_fast.ops import gather_rows_
 
 
@@ -68,6 +69,23 @@ def gather(
         gather_rows_(out[places], memory, order, mean=mean, scale=scale)
     else:
         gather_rows_(out, memory, order, places=places.to(out.device), mean=mean, scale=scale)
+
+
+def take(
+    stored: Rows,  # as stored: x [capacity, D], the columns [capacity]
+    order: Tensor,  # [N] int64
+    out: Rows,
+    places: slice | Tensor,  # N rows of `out`
+    transform: Transform | None,
+    target_transform: Transform | None,
+) -> None:
+    """Put these rows with their columns in those places; targets are widened and transformed."""
+    for name, column in out.columns.items():
+        if name == TARGETS and column.ndim == 2:
+            gather(stored.columns[name], order, column, places, target_transform)
+        else:
+            column[places] = torch.index_select(stored.columns[name], 0, order)
+    gather(stored.x, order, out.x, places, transform)
 
 
 class ActivationSource(Protocol):

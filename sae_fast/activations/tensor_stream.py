@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import Rows, Transform, check_state, empty_rows, gather
+from sae_fast.activations.source import Rows, Transform, check_state, empty_rows, take
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.stream import checked_transform, placed
 from sae_fast.activations.targets import TARGETS
@@ -137,12 +137,8 @@ class TensorStream:
             count = min(self.batch_size - have, self.rows_per_epoch - served)
             chosen = self._order[served : served + count]
             place = slice(have, have + count)
-            gather(self._rows, chosen, batch.x, place, self._transform)
-            for name, column in batch.columns.items():
-                if name == TARGETS and column.ndim == 2:
-                    gather(self._columns[name], chosen, column, place, self._target_transform)
-                else:
-                    column[place] = torch.index_select(self._columns[name], 0, chosen)
+            stored = Rows(self._rows, self._columns)
+            take(stored, chosen, batch, place, self._transform, self._target_transform)
             have += count
             self._tokens += count
         if STARTS in batch.columns:

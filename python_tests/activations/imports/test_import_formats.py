@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,21 +200,26 @@ def test_arrays_of_objects_and_columns_first_in_an_archive_are_refused(tmp_path,
 # ---- SAELens -----------------------------------------------------------------------------------
 
 
-def save_as_saelens(folder: Path, columns: dict[str, torch.Tensor], shards: int) -> None:
-    """As CacheActivationsRunner of sae-lens 6: datasets saved one by one, their files then moved
-    together under a state.json written by hand."""
+def dataset_of(columns: dict[str, torch.Tensor]) -> Any:
+    """With the features that SAELens gives activations and token_ids."""
     from datasets import Array2D, Dataset, Features, Sequence, Value
 
     activations = {name: x for name, x in columns.items() if name != "token_ids"}
     kind = str(next(iter(activations.values())).dtype).removeprefix("torch.")
     features = {name: Array2D(shape=x.shape[1:], dtype=kind) for name, x in activations.items()}
     features["token_ids"] = Sequence(Value("int32"), length=columns["token_ids"].shape[1])
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def save_as_saelens(folder: Path, columns: dict[str, torch.Tensor], shards: int) -> None:
+    """As CacheActivationsRunner of sae-lens 6: datasets saved one by one, their files then moved
+    together under a state.json written by hand."""
     sequences = len(columns["token_ids"])
     files = []
     for number, rows in enumerate(torch.arange(sequences).chunk(shards)):
         part = {name: x[rows] for name, x in columns.items()}
         place = folder / ".tmp_shards" / f"shard_{number:05d}"
-        Dataset.from_dict(part, features=Features(features)).save_to_disk(place, num_shards=1)
+        dataset_of(part).save_to_disk(place, num_shards=1)
         (file,) = place.glob("*.arrow")
         name = f"data-{number:05d}-of-{shards:05d}.arrow"
         file.rename(folder / name)
@@ -226,6 +232,16 @@ def save_as_saelens(folder: Path, columns: dict[str, torch.Tensor], shards: int)
 HOOK = "blocks.3.hook_resid_post"
 
 
+def assert_stored_cache(out: Path, acts: torch.Tensor) -> None:
+    """Activations [23, 5, 4] of HOOK, with ascending tokens."""
+    found = stored(out)
+    assert np.array_equal(found.rows, acts.reshape(-1, 4).numpy())
+    assert found.rows.dtype == acts.numpy().dtype
+    assert found.columns["token_ids"] == list(range(115))
+    assert found.columns["doc_id"] == [row // 5 for row in range(115)]
+    assert (found.attributes["hook"], found.attributes["layer"]) == (HOOK, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_cached_activations_of_saelens_are_read_in_pieces(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr("sae_fast.activations.imports.blocks.BLOCK_BYTES", 700)
@@ -235,35 +251,20 @@ def test_cached_activations_of_saelens_are_read_in_pieces(tmp_path, monkeypatch,
     save_as_saelens(source, {HOOK: acts, "token_ids": ids}, shards=3)
     (source / "cache-0123.arrow").write_bytes(b"of a map() that was run on it")
     assert command(source, tmp_path / "out", "--shard-rows", "31") == 0
-    found = stored(tmp_path / "out")
-    assert np.array_equal(found.rows, acts.reshape(-1, 4).numpy())
-    assert found.rows.dtype == acts.numpy().dtype
-    assert found.columns["token_ids"] == list(range(115))
-    assert found.columns["doc_id"] == [row // 5 for row in range(115)]
-    assert (found.attributes["hook"], found.attributes["layer"]) == (HOOK, 3)
+    assert_stored_cache(tmp_path / "out", acts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_a_cache_from_a_hub_is_read_from_parquet_in_pieces(tmp_path, monkeypatch, dtype):
-    from datasets import Array2D, Dataset, Features, Sequence, Value
-
     monkeypatch.setattr("sae_fast.activations.imports.blocks.BLOCK_BYTES", 700)
     acts, ids = random_rows(23, 5, 4, dtype=dtype), torch.arange(23 * 5).reshape(23, 5).int()
-    kind = str(dtype).removeprefix("torch.")
-    tokens = Sequence(Value("int32"), length=5)
-    features = Features({HOOK: Array2D(shape=(5, 4), dtype=kind), "token_ids": tokens})
     folder = tmp_path / "cache" / "data"
     folder.mkdir(parents=True)
     for number, rows in enumerate(torch.arange(23).chunk(2)):
-        part = Dataset.from_dict({HOOK: acts[rows], "token_ids": ids[rows]}, features=features)
+        part = dataset_of({HOOK: acts[rows], "token_ids": ids[rows]})
         part.to_parquet(folder / f"train-{number:05d}-of-00002.parquet", batch_size=5)
     assert command(folder, tmp_path / "out", "--shard-rows", "31") == 0
-    found = stored(tmp_path / "out")
-    assert np.array_equal(found.rows, acts.reshape(-1, 4).numpy())
-    assert found.rows.dtype == acts.numpy().dtype
-    assert found.columns["token_ids"] == list(range(115))
-    assert found.columns["doc_id"] == [row // 5 for row in range(115)]
-    assert (found.attributes["hook"], found.attributes["layer"]) == (HOOK, 3)
+    assert_stored_cache(tmp_path / "out", acts)
 
 
 def test_parquet_is_decoded_one_row_group_after_the_other(tmp_path, monkeypatch):
