@@ -1,0 +1,25 @@
+"""The short form of every campaign; `make campaign` runs the long ones."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CAMPAIGN = ROOT / "tools" / "campaign"
+if not CAMPAIGN.exists():
+    pytest.skip("no checkout: the campaigns are not installed", allow_module_level=True)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, CAMPAIGN, *arguments], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("name", command("--list").stdout.split())
+def test_the_short_form_fails_in_no_try(name):
+    done = command(name, "--short")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.splitlines()[-1].endswith(" 0 failed")

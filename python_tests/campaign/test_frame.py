@@ -1,0 +1,152 @@
+"""The frame of the campaigns: what goes wrong in a try is counted as that try's failure."""
+
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+if not (TOOLS / "campaign").exists():
+    pytest.skip("no checkout: the campaigns are not installed", allow_module_level=True)
+sys.path.insert(0, str(TOOLS))
+
+from campaign.frame import (  # noqa: E402
+    Campaign,
+    Failed,
+    leftovers,
+    refusal,
+    run,
+    run_aside,
+    success,
+)
+
+
+def crash(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(_):
+    while True:
+        time.sleep(1)
+
+
+def leak(_):
+    os.open("/dev/null", os.O_RDONLY)
+    return "fine"
+
+
+def fail(_):
+    raise Failed("a wrong number")
+
+
+def stumble(_):
+    return "fine" if [] else [][0]
+
+
+def report_of(attempt, tmp_path, tries=5, **options):
+    """Every third try goes through `attempt`, all others are fine."""
+
+    def mixed(chance):
+        return attempt(chance) if chance.number % 3 == 1 else "fine"
+
+    return run(Campaign(mixed, tries, tries, **options), range(tries), 0, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "said"),
+    [
+        (crash, "ended by signal 9"),
+        (leak, "fine, and 1 descriptors stay open"),
+        (fail, "a wrong number"),
+        (stumble, "IndexError"),
+    ],
+)
+def test_a_failure_is_that_of_one_try(tmp_path, attempt, said):
+    report = report_of(attempt, tmp_path)
+    assert report.outcomes == {"fine": 3}
+    assert list(report.failures) == [1, 4]
+    assert all(said in failure for failure in report.failures.values())
+
+
+def test_a_try_that_hangs_is_ended(tmp_path):
+    report = report_of(hang, tmp_path, tries=3, seconds=0.2)
+    assert report.outcomes == {"fine": 2}
+    assert report.failures == {1: "no end within 0.2 s"}
+
+
+def test_a_try_has_the_random_numbers_of_its_number(tmp_path):
+    def attempt(chance):
+        return f"{chance.number} {chance.random.random()}"
+
+    campaign = Campaign(attempt, 4, 4, block=3)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = run(campaign, range(4), 5, tmp_path / "a").outcomes
+    assert run(campaign, [2], 5, tmp_path / "b").outcomes.keys() <= whole.keys()
+
+
+def test_what_is_prepared_is_there_for_all_tries(tmp_path):
+    def prepare(folder):
+        (folder / "number").write_text("7")
+
+    def attempt(chance):
+        assert list(chance.folder.iterdir()) == []
+        return (chance.shared / "number").read_text()
+
+    assert run(Campaign(attempt, 2, 2, prepare), range(2), 0, tmp_path).outcomes == {"7": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+def test_a_preparation_that_fails_ends_the_campaign(tmp_path):
+    with pytest.raises(Failed, match="ZeroDivisionError"):
+        run(Campaign(fail, 2, 2, lambda _: 1 / 0), range(2), 0, tmp_path)
+
+
+def test_a_command_aside_has_its_folder_limits_and_output(tmp_path):
+    def work():
+        print(os.getcwd(), os.environ["COLOUR"])
+        print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], file=sys.stderr)
+        return 3
+
+    limits, variables = {resource.RLIMIT_NOFILE: 40}, {"COLOUR": "red"}
+    ended = run_aside(work, folder=tmp_path, limits=limits, variables=variables)
+    assert (ended.code, ended.signal, ended.hung) == (3, None, False)
+    assert (ended.out, ended.err) == (f"{tmp_path} red\n", "40\n")
+    assert run_aside(lambda: crash(None)).signal == signal.SIGKILL
+    assert run_aside(lambda: hang(None), seconds=0.2).hung
+
+
+def complain(code, *lines):
+    def work():
+        print(*lines, sep="\n", file=sys.stderr)
+        return code
+
+    return run_aside(work)
+
+
+def test_a_refusal_is_one_line_and_exit_code_2():
+    assert refusal(complain(2, "a warning", "error: no")) == "error: no"
+    for ended in (
+        complain(1, "error: no"),
+        complain(2, "error: no", "and more"),
+        complain(2, "error: no", "error: no"),
+        complain(2, "error: " + "x" * 3000),
+        complain(0),
+    ):
+        with pytest.raises(Failed):
+            refusal(ended)
+    assert success(complain(0, "all well")) == "all well\n"
+    with pytest.raises(Failed):
+        success(complain(2, "error: no"))
+
+
+def test_temporary_files_are_leftovers(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".lock").touch()
+    leftovers(tmp_path, known=(".lock",))
+    with pytest.raises(Failed, match=r"deep/\.lock"):
+        leftovers(tmp_path)

@@ -1,0 +1,277 @@
+"""What all campaigns share: tries in child processes, counts of their outcomes, commands run aside.
+
+A campaign is a module beside this one with a `CAMPAIGN`. Its parent process imports everything and
+computes nothing, so that forking it is safe and cheap; every try runs in a forked child, where a
+crash, a hang or a leaked descriptor is a failure of that try alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import random
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+LONGEST_LINE = 2000  # characters of an error that is to fit on a screen
+
+
+class Failed(Exception):
+    """A try that went wrong, in one line."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """One try: its number, its own random numbers and its own folder.
+
+    `folder` is empty at the start and removed afterwards; `shared` is one folder for all tries,
+    filled by `Campaign.prepare` and left unchanged by tries.
+    """
+
+    number: int
+    random: random.Random
+    folder: Path
+    shared: Path
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A kind of try, and how many make a short and a long form.
+
+    Args:
+        attempt: makes one try; returns its outcome as a short label to be counted, raises `Failed`
+            (or anything else) on a failure.
+        tries: how many make the long form.
+        short: how many make the short form, some ten seconds.
+        prepare: fills the folder shared by all tries, in a child process of its own.
+        seconds: how long one try may take.
+        block: tries that one child process makes, one after the other.
+    """
+
+    attempt: Callable[[Try], str]
+    tries: int
+    short: int
+    prepare: Callable[[Path], object] | None = None
+    seconds: float = 20.0
+    block: int = 25
+
+
+@dataclass
+class Report:
+    """Outcomes of a campaign by label, and its failures by number of the try."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child process ended: by an exit code, by a signal, or killed because it hung."""
+
+    code: int | None
+    signal: int | None
+    hung: bool
+    out: str
+    err: str
+
+    def __str__(self) -> str:
+        how = "hung" if self.hung else f"code {self.code}" if self.signal is None else ""
+        how = how or f"signal {self.signal}"
+        return f"{how}: {' | '.join(self.err.splitlines()[-6:])[-LONGEST_LINE:]}"
+
+
+def run(
+    campaign: Campaign, numbers: Sequence[int], seed: int, root: Path, log: IO[str] | None = None
+) -> Report:
+    """Make the tries with these numbers; `root` is an empty folder for their files."""
+    report, shared = Report(), root / "shared"
+    shared.mkdir()
+    prepare = campaign.prepare
+    if prepare is not None:
+        ended = run_aside(lambda: prepare(shared), seconds=600)
+        if ended.code != 0:
+            raise Failed(f"the preparation failed, {ended}")
+    left, started = list(numbers), time.monotonic()
+    while left:
+        block, left = left[: campaign.block], left[campaign.block :]
+        done = _run_block(campaign, block, seed, root, report)
+        left = block[done:] + left
+        if log is not None and time.monotonic() - started > 30:
+            started = time.monotonic()
+            made = len(numbers) - len(left)
+            print(f"{made:,} tries, {len(report.failures)} failed", file=log, flush=True)
+    return report
+
+
+def _run_block(
+    campaign: Campaign, numbers: Sequence[int], seed: int, root: Path, report: Report
+) -> int:
+    """Make these tries in one child, up to one that ends it; return how many were made."""
+    receiver, sender = os.pipe()
+    child = _fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        os.close(receiver)
+        _leave(lambda: _attempt_all(campaign, numbers, seed, root, sender))
+    os.close(sender)
+    done, ended = 0, False
+    with open(receiver, encoding="utf-8") as lines:
+        # One message a try; waiting for its first byte is waiting for the try.
+        while not ended and done < len(numbers):
+            ready = select.select([lines], [], [], campaign.seconds)[0]
+            if not ready:
+                os.kill(child, signal.SIGKILL)
+            message = lines.readline()
+            ended = not message
+            if not ended:
+                kind, text = json.loads(message)
+                if kind == "outcome":
+                    report.outcomes[text] += 1
+                else:
+                    report.failures[numbers[done]] = text
+                done += 1
+            elif not ready:
+                report.failures[numbers[done]] = f"no end within {campaign.seconds:g} s"
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # processes that a try has left behind
+    if done < len(numbers) and numbers[done] not in report.failures:
+        code = os.waitstatus_to_exitcode(status)
+        report.failures[numbers[done]] = f"ended by signal {-code}" if code < 0 else f"code {code}"
+    return min(done + 1, len(numbers)) if ended else done
+
+
+def _attempt_all(
+    campaign: Campaign, numbers: Sequence[int], seed: int, root: Path, sender: int
+) -> None:
+    for number in numbers:
+        kind, text = _attempt(campaign, number, seed, root)
+        os.write(sender, (json.dumps([kind, text]) + "\n").encode())
+
+
+def _attempt(campaign: Campaign, number: int, seed: int, root: Path) -> tuple[str, str]:
+    generator = random.Random(f"{seed}:{number}")
+    try:
+        with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+            attempt = Try(number, generator, Path(folder), root / "shared")
+            before = _descriptors()
+            outcome = campaign.attempt(attempt)
+            if leaked := _descriptors() - before:
+                raise Failed(f"{outcome}, and {leaked} descriptors stay open")
+            return "outcome", outcome
+    except Failed as failure:
+        return "failure", str(failure)
+    except Exception:
+        return "failure", traceback.format_exc()
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def run_aside(
+    work: Callable[[], object],
+    *,
+    folder: Path | None = None,
+    seconds: float = 20.0,
+    limits: Mapping[int, int] | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Ended:
+    """Run `work` in a forked child and return how it ended and what it wrote.
+
+    Args:
+        work: what to do; an integer that it returns is the exit code, as of a command's `main`.
+        folder: the child's current directory.
+        seconds: after this time the child is killed.
+        limits: of resources, as for `resource.setrlimit`.
+        variables: of the environment, set in the child.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = _fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            # The parent's streams may lead elsewhere, into a test's capture for one.
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+            os.environ.update(variables or {})
+            if folder is not None:
+                os.chdir(folder)
+            for what, value in (limits or {}).items():
+                resource.setrlimit(what, (value, value))
+            _leave(work)
+        waiting = os.pidfd_open(child)
+        hung = not select.select([waiting], [], [], seconds)[0]
+        os.close(waiting)
+        if hung:
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    number = -code if code < 0 else None
+    return Ended(None if code < 0 else code, number, hung, texts[0], texts[1])
+
+
+def refusal(ended: Ended) -> str:
+    """Return the one line with which a command has refused its input; raise Failed otherwise."""
+    lines = ended.err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    if ended.code != 2 or len(errors) != 1 or errors[0] != lines[-1] or "Traceback" in ended.err:
+        raise Failed(f"no refusal in one line, {ended}")
+    if len(errors[0]) > LONGEST_LINE:
+        raise Failed(f"a line of {len(errors[0]):,} characters: {errors[0][:LONGEST_LINE]}")
+    return errors[0]
+
+
+def success(ended: Ended) -> str:
+    """Return what a command that ended well has written to stderr; raise Failed otherwise."""
+    if ended.code != 0 or "Traceback" in ended.err:
+        raise Failed(f"no success, {ended}")
+    return ended.err
+
+
+def leftovers(folder: Path, known: Sequence[str] = ()) -> None:
+    """Raise Failed where temporary files lie below `folder`; names in `known` are none."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))]
+    hidden = [name for name in names if Path(name).name.startswith(".") or name.endswith(".tmp")]
+    if found := [name for name in hidden if Path(name).name not in known]:
+        raise Failed(f"left behind: {', '.join(found)}")
+
+
+def _fork() -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return os.fork()
+
+
+def _leave(work: Callable[[], object]) -> None:
+    """End this process with what `work` returns, as Python ends a program."""
+    code: Any = 1
+    try:
+        result = work()
+        code = result if isinstance(result, int) else 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            atexit._run_exitfuncs()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code & 0xFF)
