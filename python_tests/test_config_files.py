@@ -1,8 +1,12 @@
+import copy
 import json
+import pickle
 
 import pytest
+import torch
 
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.training.trainer import Trainer
 
 CONFIGS = [
     SAEConfig(),
@@ -72,3 +76,61 @@ def test_file_that_is_not_json_is_named(tmp_path):
     path.write_text('{"k": ')
     with pytest.raises(ValueError, match=r"config\.json: not a JSON file"):
         SAEConfig.load(path)
+
+
+FLAT = {
+    "input_dim": 16,
+    "expansion_factor": 4,
+    "learning_rate": 1e-4,
+    "batch_size": 32,
+    "l1_penalty_coeff": 0.1,
+    "decorrelation_coeff": 0.2,
+    "use_amp": True,
+    "wandb_project": "planted",
+}
+
+
+def test_run_config_takes_and_gives_all_settings_flat(tmp_path):
+    config = RunConfig(**FLAT)
+    sae = SAEConfig(d_in=16, expansion_factor=4, l1_penalty_coeff=0.1, decorrelation_coeff=0.2)
+    train = TrainConfig(lr=1e-4, batch_size=32, amp="bf16", wandb_project="planted")
+    assert (config.sae, config.train) == (sae, train)
+    assert (config.input_dim, config.d_sae, config.lr, config.amp) == (16, 64, 1e-4, "bf16")
+    config.save(tmp_path / "run.json")
+    assert RunConfig.load(tmp_path / "run.json") == config
+    assert pickle.loads(pickle.dumps(copy.deepcopy(config))) == config
+
+
+def test_run_config_takes_one_configuration_with_flat_settings_of_the_other():
+    sae = SAEConfig(k=4)
+    assert RunConfig(sae=sae, lr=0.1) == RunConfig(sae=sae, train=TrainConfig(lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: RunConfig(learnin_rate=1), ValueError, "'learnin_rate' .did you mean"),
+        (lambda: RunConfig(sae=SAEConfig(), k=4), ValueError, "k: give settings of sae in it"),
+        (lambda: RunConfig(lr=1, learning_rate=1), ValueError, "lr is another name"),
+        (lambda: RunConfig(k=0), ValueError, "k must be at least 1, got 0"),
+        (lambda: RunConfig().kk, AttributeError, "no attribute 'kk'"),
+        (lambda: SAEConfig(lr=1), TypeError, "lr is a setting of TrainConfig.*RunConfig takes"),
+        (lambda: TrainConfig(k=1), TypeError, "k is a setting of SAEConfig.*RunConfig takes"),
+        (lambda: SAEConfig(kk=1), TypeError, "SAEConfig has no setting 'kk'"),
+    ],
+)
+def test_a_setting_in_the_wrong_place_is_named_with_the_right_one(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_trainer_takes_a_run_config_alone():
+    rows = torch.randn(64, 16)
+    settings = FLAT | {"max_steps": 2, "no_wandb": True}
+    trainer = Trainer(RunConfig(**settings), data=rows, show_progress=False)
+    trainer.train()
+    assert (trainer.step, trainer.sae.config.decorrelation_coeff) == (2, 0.2)
+    with pytest.raises(ValueError, match="train_config must be left out beside a RunConfig"):
+        Trainer(RunConfig(), TrainConfig(), data=rows)
+    with pytest.raises(ValueError, match="train_config is missing"):
+        Trainer(SAEConfig(), data=rows)

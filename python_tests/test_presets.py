@@ -1,9 +1,14 @@
 """Presets: each can be trained, from the command line too, and says what it needs."""
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
+import torch
 
+import sae_fast.config
+from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.presets import (
     PRESETS,
     gpt2_medium_sae_config,
@@ -95,11 +100,58 @@ def test_a_preset_of_another_width_is_refused(tmp_path, capsys):
     assert "d_in must be 32" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (gpt2_sae_config, "gpt2"),
+        (gpt2_medium_sae_config, "gpt2_medium"),
+        (pythia_1_4b_sae_config, "pythia_1_4b"),
+    ],
+)
+def test_functions_give_the_training_of_their_preset(make, name):
+    sae, train = preset(name).configs()
+    config = make()
+    assert getattr(sae_fast, make.__name__) is make
+    assert getattr(sae_fast.config, make.__name__) is make
+    assert config.sae == sae
+    assert config.train == dataclasses.replace(train, learning_rate=config.learning_rate)
+    assert config.learning_rate == train.peak_learning_rate(sae.d_sae)
+    assert (config.reconstruction_coeff, config.aux_k_coeff) == (1, 1 / 32)
+
+
 def test_functions_give_the_sizes_of_their_models():
     assert (gpt2_sae_config().d_in, gpt2_sae_config().d_sae) == (768, 6144)
-    assert gpt2_sae_config(expansion_factor=2).d_sae == 1536
+    assert gpt2_sae_config(expansion_factor=2).d_sae == gpt2_sae_config(2).d_sae == 1536
     assert (gpt2_medium_sae_config().d_in, gpt2_medium_sae_config().d_sae) == (1024, 4096)
     assert (pythia_1_4b_sae_config().d_in, pythia_1_4b_sae_config().d_sae) == (2048, 8192)
+    assert pythia_1_4b_sae_config().batch_size == 8 * 2048
+
+
+def test_functions_take_any_setting_in_place_of_their_own():
+    config = gpt2_sae_config(num_latents=999, lr=0.5, l1_penalty_coeff=0.1, batch_size=32)
+    assert (config.d_sae, config.learning_rate, config.l1_penalty_coeff) == (999, 0.5, 0.1)
+    assert (config.batch_size, config.k) == (32, 32)
+    with pytest.raises(ValueError, match="lr is another name of learning_rate"):
+        gpt2_sae_config(lr=0.5, learning_rate=0.5)
+
+
+def test_model_and_trainer_take_what_a_function_gives():
+    config = gpt2_sae_config(num_latents=64, k=4, max_steps=1, batch_size=32)
+    assert SparseAutoencoder(config).config == config.sae
+    trainer = Trainer(config, data=torch.randn(64, 768), show_progress=False)
+    assert trainer.train().config.k == 4
+
+
+def test_the_preset_for_modular_addition_has_its_recipe():
+    config = preset("modular_addition").configs()[1]
+    assert (config.learning_rate, config.batch_size) == (3e-4, 4096)
+
+
+def test_a_flag_that_names_a_model_points_to_the_presets(capsys):
+    assert train(["--model", "gpt2", "--shard-dir", "x"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown flag --model: --preset NAME takes the settings")
+    assert error.count("\n") == 1
 
 
 def test_listing_names_every_preset_with_its_memory(capsys):

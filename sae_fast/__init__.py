@@ -7,6 +7,7 @@ from sae_fast.ops.native import build_info
 if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder
     from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+    from sae_fast.presets import gpt2_medium_sae_config, gpt2_sae_config, pythia_1_4b_sae_config
     from sae_fast.training.sweep import Sweep, read_sweep
     from sae_fast.training.trainer import Trainer
 
@@ -21,6 +22,9 @@ __all__ = [
     "Trainer",
     "__version__",
     "build_info",
+    "gpt2_medium_sae_config",
+    "gpt2_sae_config",
+    "pythia_1_4b_sae_config",
     "read_sweep",
 ]
 
@@ -32,6 +36,9 @@ _HOMES = {
     "SparseAutoencoder": "sae_fast.autoencoder",
     "Sweep": "sae_fast.training.sweep",
     "Trainer": "sae_fast.training.trainer",
+    "gpt2_medium_sae_config": "sae_fast.presets",
+    "gpt2_sae_config": "sae_fast.presets",
+    "pythia_1_4b_sae_config": "sae_fast.presets",
     "read_sweep": "sae_fast.training.sweep",
 }
 

@@ -7,20 +7,36 @@ is its help; its unit stands in brackets.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sae_fast.config_file import ConfigFile
+from sae_fast.config_file import ConfigFile, by_section, field_names
 from sae_fast.sae_config import SAEConfig
 from sae_fast.train_config import TrainConfig
 
-__all__ = ["RunConfig", "SAEConfig", "TrainConfig"]
+if TYPE_CHECKING:
+    from sae_fast.presets import gpt2_medium_sae_config, gpt2_sae_config, pythia_1_4b_sae_config
+
+__all__ = [
+    "RunConfig",
+    "SAEConfig",
+    "TrainConfig",
+    "gpt2_medium_sae_config",
+    "gpt2_sae_config",
+    "pythia_1_4b_sae_config",
+]
+
+_SECTIONS: dict[str, type[SAEConfig] | type[TrainConfig]] = {"sae": SAEConfig, "train": TrainConfig}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class RunConfig(ConfigFile):
     """Model and training together: the `config.json` of a run.
 
-    In a file the fields stand in the sections "sae" and "train", or all at the top level.
+    The settings of both are given, and read, either as two configurations or flat:
+    `RunConfig(k=32, learning_rate=1e-4)` has a `sae.k` that is also its `k`. In a file the fields
+    stand in the sections "sae" and "train", or all at the top level.
+
+    Raises ValueError naming a setting that is unknown, wrong, or given in both ways.
     """
 
     sae: SAEConfig = field(default_factory=SAEConfig)
@@ -28,7 +44,33 @@ class RunConfig(ConfigFile):
     train: TrainConfig = field(default_factory=TrainConfig)
     """Its training."""
 
+    def __init__(
+        self, *, sae: SAEConfig | None = None, train: TrainConfig | None = None, **settings: Any
+    ) -> None:
+        flat = by_section(settings, _SECTIONS)
+        for section, given in (("sae", sae), ("train", train)):
+            if given is not None and flat[section]:
+                names = ", ".join(flat[section])
+                raise ValueError(f"{names}: give settings of {section} in it, or all of them flat")
+        object.__setattr__(self, "sae", sae or SAEConfig(**flat["sae"]))
+        object.__setattr__(self, "train", train or TrainConfig(**flat["train"]))
+
+    def __getattr__(self, name: str) -> Any:
+        """A setting of the model or of its training, by its name or by another name it has."""
+        for section, config in _SECTIONS.items():
+            if name in config.aliases or name in field_names(config):
+                return getattr(self.__dict__[section], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Make the configuration from JSON values; raises ValueError naming unknown keys."""
-        return cls(**cls._read_sections(values, sae=SAEConfig, train=TrainConfig))
+        return cls(**cls._read_sections(values, **_SECTIONS))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sae_fast import presets  # which make configurations
+
+    return getattr(presets, name)

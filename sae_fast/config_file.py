@@ -14,7 +14,7 @@ import math
 import operator
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -66,12 +66,8 @@ class ConfigFile:
                 name: config.from_dict(_section(values, name) if name in values else {})
                 for name, config in sections.items()
             }
-        names = {name: [*field_names(config), *config.aliases] for name, config in sections.items()}
-        reject_unknown_keys(values, [key for keys in names.values() for key in keys])
-        return {
-            name: config.from_dict({key: values[key] for key in values if key in names[name]})
-            for name, config in sections.items()
-        }
+        flat = by_section(values, sections)
+        return {name: config.from_dict(flat[name]) for name, config in sections.items()}
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
@@ -88,6 +84,7 @@ class ConfigFile:
 
 
 SECTIONS = ("sae", "train")
+_SECTION_CONFIGS: dict[str, type[ConfigFile]] = {}  # by section, as `with_aliases` finds them
 
 
 def with_aliases(**aliases: str) -> Callable[[type[Config]], type[Config]]:
@@ -98,6 +95,7 @@ def with_aliases(**aliases: str) -> Callable[[type[Config]], type[Config]]:
 
         @functools.wraps(original_init)
         def init(self: Config, *args: Any, **values: Any) -> None:
+            _reject_unknown_settings(cls, values)
             for alias, name in aliases.items():
                 if alias in values:
                     if name in values:
@@ -109,9 +107,36 @@ def with_aliases(**aliases: str) -> Callable[[type[Config]], type[Config]]:
         for alias, name in aliases.items():
             setattr(cls, alias, property(operator.attrgetter(name)))
         cls.aliases = dict(aliases)
+        _SECTION_CONFIGS[cls.section] = cls
         return cls
 
     return decorate
+
+
+def _reject_unknown_settings(cls: type[ConfigFile], settings: Iterable[str]) -> None:
+    """Raise TypeError for a setting that a configuration lacks, naming the one that has it."""
+    for name in settings:
+        if name in (own := [*field_names(cls), *cls.aliases]):
+            continue
+        for other in _SECTION_CONFIGS.values():
+            if name in [*field_names(other), *other.aliases]:
+                raise TypeError(
+                    f"{name} is a setting of {other.__name__}, not of {cls.__name__}: "
+                    "RunConfig takes the settings of both"
+                )
+        raise TypeError(f"{cls.__name__} has no setting {_with_hint(name, own)}")
+
+
+def by_section(
+    values: Mapping[str, Any], sections: Mapping[str, type[ConfigFile]]
+) -> dict[str, dict[str, Any]]:
+    """Sort flat values by section; raises ValueError naming every key that no section has."""
+    names = {name: [*field_names(config), *config.aliases] for name, config in sections.items()}
+    reject_unknown_keys(values, [key for keys in names.values() for key in keys])
+    return {
+        name: {key: value for key, value in values.items() if key in keys}
+        for name, keys in names.items()
+    }
 
 
 def reject_unknown_keys(keys: Iterable[str], known: Iterable[str]) -> None:
@@ -120,16 +145,18 @@ def reject_unknown_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     unknown = [key for key in keys if key not in known]
     if not unknown:
         return
-    named = []
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1)
-        named.append(f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key))
-    raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {', '.join(named)}")
+    named = ", ".join(_with_hint(key, known) for key in unknown)
+    raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {named}")
+
+
+def _with_hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name)
 
 
 def field_names(cls: type[ConfigFile]) -> list[str]:
     """Names of the fields, in order."""
-    return list(field_types(cls))
+    return [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
 
 
 def field_types(cls: type[ConfigFile]) -> dict[str, Any]:

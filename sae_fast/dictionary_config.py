@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sae_fast.config_file import ConfigFile
 
@@ -387,3 +387,13 @@ class DictionaryConfig(ConfigFile):
         if d_out and self.d_out not in (0, d_out):
             raise ValueError(f"d_out must be {d_out}, the width of the targets, got {self.d_out}")
         return dataclasses.replace(self, d_in=d_in, d_out=d_out or self.d_out)
+
+
+def without_other_size(values: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
+    """Drop d_sae or expansion_factor where the settings that win over them give the other one."""
+    outweighed = [
+        other
+        for one, other in (("d_sae", "expansion_factor"), ("expansion_factor", "d_sae"))
+        if stronger.get(one)
+    ]
+    return {name: value for name, value in values.items() if name not in outweighed}

@@ -15,6 +15,11 @@ from typing import Any
 from sae_fast.config_file import MISMATCH, convert, describe
 
 _NUMBERS = {int: int, float: float}
+# Flags of other trainers, and what has their place here.
+_ELSEWHERE = {
+    "model": "--preset NAME takes the settings for a well-known model; to train on the activations "
+    "of one, MODEL DATASET come first, without a flag",
+}
 _SWITCH_WORDS = {"true": True, "false": False}
 
 
@@ -33,6 +38,8 @@ def first_mistake(arguments: Sequence[str], kinds: Mapping[str, Any]) -> str | N
         if not flag.startswith("--"):
             return f"unexpected {flag!r}: a flag begins with --"
         if name not in names:
+            if name in _ELSEWHERE:
+                return f"unknown flag {flag}: {_ELSEWHERE[name]}"
             near = difflib.get_close_matches(name, names, n=1)
             return f"unknown flag {flag}{_hint(near, '--')}"
         mistake = _mistake_in(values, kinds[names[name]])

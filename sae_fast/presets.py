@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.dictionary_config import without_other_size
 
 if TYPE_CHECKING:
     from sae_fast.training.trainer import Trainer
@@ -30,35 +31,46 @@ class Preset:
         tokens: what such a model is usually trained on.
         sae: of SAEConfig.
         train: of TrainConfig.
+        text: of FromModelConfig, in a training straight from the model.
     """
 
     about: str
     tokens: int
     sae: dict[str, Any]
     train: dict[str, Any]
+    text: dict[str, Any] = field(default_factory=dict)
 
     def configs(self) -> tuple[SAEConfig, TrainConfig]:
         """The configurations of the preset."""
         return SAEConfig(**self.sae), TrainConfig(**self.train)
 
 
-def gpt2_sae_config(expansion_factor: float = 8) -> SAEConfig:
-    """TopK for GPT-2 small's residual stream, d_in 768."""
-    return SAEConfig(d_in=768, expansion_factor=expansion_factor, k=32)
+def gpt2_sae_config(expansion_factor: float | None = None, **settings: Any) -> RunConfig:
+    """Return the preset gpt2 as a RunConfig, with `settings` in place of its own."""
+    return _complete("gpt2", expansion_factor, settings)
 
 
-def gpt2_medium_sae_config(expansion_factor: float = 4) -> SAEConfig:
-    """TopK for GPT-2 medium's residual stream, d_in 1024."""
-    return SAEConfig(d_in=1024, expansion_factor=expansion_factor, k=32)
+def gpt2_medium_sae_config(expansion_factor: float | None = None, **settings: Any) -> RunConfig:
+    """Return the preset gpt2_medium as a RunConfig, with `settings` in place of its own."""
+    return _complete("gpt2_medium", expansion_factor, settings)
 
 
-def pythia_1_4b_sae_config(expansion_factor: float = 4) -> SAEConfig:
-    """TopK for Pythia-1.4B's residual stream, d_in 2048."""
-    return SAEConfig(d_in=2048, expansion_factor=expansion_factor, k=32)
+def pythia_1_4b_sae_config(expansion_factor: float | None = None, **settings: Any) -> RunConfig:
+    """Return the preset pythia_1_4b as a RunConfig, with `settings` in place of its own."""
+    return _complete("pythia_1_4b", expansion_factor, settings)
 
 
-def _given(config: SAEConfig) -> dict[str, Any]:
-    return {"d_in": config.d_in, "expansion_factor": config.expansion_factor, "k": config.k}
+def _complete(name: str, expansion_factor: float | None, settings: dict[str, Any]) -> RunConfig:
+    """The preset of a name with other settings in place of its own, and its learning rate."""
+    if expansion_factor is not None:
+        settings = {**settings, "expansion_factor": expansion_factor}
+    chosen = preset(name)
+    aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
+    given = {aliases.get(key, key): value for key, value in settings.items()}
+    own = without_other_size({**chosen.sae, **chosen.train}, given)
+    config = RunConfig(**{key: own[key] for key in own.keys() - given.keys()}, **settings)
+    rate = config.train.peak_learning_rate(config.sae.d_sae)
+    return replace(config, train=replace(config.train, learning_rate=rate))
 
 
 PRESETS = {
@@ -71,20 +83,23 @@ PRESETS = {
     "gpt2": Preset(
         "GPT-2 small's residual stream, 8 latents a dimension",
         tokens=300_000_000,
-        sae=_given(gpt2_sae_config()),
+        sae={"d_in": 768, "expansion_factor": 8.0, "k": 32},
         train={"batch_size": 4096},
+        text={"batch_size": 4, "ctx_len": 1024},
     ),
     "gpt2_medium": Preset(
         "GPT-2 medium's residual stream, 4 latents a dimension",
         tokens=300_000_000,
-        sae=_given(gpt2_medium_sae_config()),
+        sae={"d_in": 1024, "expansion_factor": 4.0, "k": 32},
         train={"batch_size": 4096},
+        text={"batch_size": 4, "ctx_len": 1024},
     ),
     "pythia_1_4b": Preset(
         "Pythia-1.4B's residual stream, 4 latents a dimension",
         tokens=500_000_000,
-        sae=_given(pythia_1_4b_sae_config()),
-        train={"batch_size": 4096},
+        sae={"d_in": 2048, "expansion_factor": 4.0, "k": 32},
+        train={"batch_size": 8 * 2048},
+        text={"batch_size": 8, "ctx_len": 2048},
     ),
     "llama_3_1_8b": Preset(
         "Llama-3.1-8B's residual stream, the size of Llama Scope's 8x dictionaries",
@@ -108,7 +123,7 @@ PRESETS = {
         "the hidden layer of a small transformer that adds modulo a prime",
         tokens=5_000_000,
         sae={"d_in": 128, "d_sae": 1024, "k": 32},
-        train={"batch_size": 2048, "learning_rate": 1e-3},
+        train={"batch_size": 4096, "learning_rate": 3e-4},
     ),
     "slots_biography": Preset(
         "AlignSAE, arXiv:2512.02004: 100,000 free slots and one for each of 6 relations, on GPT-2",

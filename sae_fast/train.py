@@ -27,7 +27,7 @@ from sae_fast.activations.files import replacing
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, field_types
-from sae_fast.dictionary_config import K_ARCHITECTURES
+from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
 from sae_fast.flags import plain_switches
 from sae_fast.model_flags import FromModelLine, flag_kinds, from_model_line
 from sae_fast.presets import preset
@@ -128,7 +128,7 @@ def _options(arguments: Sequence[str], from_model: FromModelConfig | None = None
     given = _settings_in(sources.config)
     if sources.preset is not None:
         chosen = preset(sources.preset)
-        weaker = _without_other_size(chosen.sae, given["sae"])
+        weaker = without_other_size(chosen.sae, given["sae"])
         given = {"sae": {**weaker, **given["sae"]}, "train": {**chosen.train, **given["train"]}}
     if from_model is not None:
         given = _as_from_model(given, sources, from_model)
@@ -138,7 +138,7 @@ def _options(arguments: Sequence[str], from_model: FromModelConfig | None = None
         before, found = _resumed_settings(reference, directory)
         given = {section: {**before[section], **given[section]} for section in given}
         given["train"]["checkpoint_dir"] = directory or found
-    given["sae"] = _without_other_size(given["sae"], vars(sources))
+    given["sae"] = without_other_size(given["sae"], vars(sources))
     # Without d_in nothing is derived from the given settings that a flag may yet change.
     d_in = given["sae"].pop("d_in", 0)
     base = RunConfig.from_dict(given)
@@ -157,7 +157,7 @@ def _as_from_model(
     given: dict[str, dict[str, Any]], sources: _Sources, settings: FromModelConfig
 ) -> dict[str, dict[str, Any]]:
     """The settings given, over the defaults of a training straight from a model."""
-    sae = _without_other_size(SAE_DEFAULTS, given["sae"])
+    sae = without_other_size(SAE_DEFAULTS, given["sae"])
     arch = sources.arch or given["sae"].get("arch", SAEConfig.arch)
     if arch in K_ARCHITECTURES:
         sae["k"] = DEFAULT_K
@@ -221,16 +221,6 @@ def _settings_in(path: Path | None) -> dict[str, dict[str, Any]]:
         values = content.get(section, {}) if nested else content
         given[section] = {names[key]: value for key, value in values.items() if key in names}
     return given
-
-
-def _without_other_size(values: dict[str, Any], stronger: dict[str, Any]) -> dict[str, Any]:
-    """The settings without d_sae or expansion_factor where what wins over them gives the other."""
-    outweighed = [
-        other
-        for one, other in (("d_sae", "expansion_factor"), ("expansion_factor", "d_sae"))
-        if stronger.get(one)
-    ]
-    return {name: value for name, value in values.items() if name not in outweighed}
 
 
 def _resumed_settings(

@@ -36,7 +36,7 @@ from sae_fast.autoencoder.transcoder import (
     transcoder_buffers,
     transcoder_parameters,
 )
-from sae_fast.config import SAEConfig
+from sae_fast.config import RunConfig, SAEConfig
 
 
 class SparseAutoencoder(Measures):
@@ -51,8 +51,10 @@ class SparseAutoencoder(Measures):
     tokens_since_fired: Tensor  # [F] int64
     decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
 
-    def __init__(self, config: SAEConfig):
+    def __init__(self, config: SAEConfig | RunConfig):
         super().__init__()
+        if isinstance(config, RunConfig):
+            config = config.sae
         if not config.is_complete:
             name = "d_in" if config.d_in == 0 else "d_out"
             raise ValueError(

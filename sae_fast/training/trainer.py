@@ -55,7 +55,7 @@ class Trainer:
     """Trains one sparse autoencoder.
 
     Args:
-        sae_config: the model; its sizes may be left to the data.
+        sae_config: the model; its sizes may be left to the data. A RunConfig holds both.
         train_config: its training. Without `checkpoint_dir` nothing is written.
         data: activations [n, D], a source of them, or shards shared with other trainers (see
             sweep.py); None: the shards in `train_config.shard_dir`.
@@ -75,8 +75,8 @@ class Trainer:
 
     def __init__(
         self,
-        sae_config: SAEConfig,
-        train_config: TrainConfig,
+        sae_config: SAEConfig | RunConfig,
+        train_config: TrainConfig | None = None,
         data: Tensor | ActivationSource | SharedShards | None = None,
         *,
         heldout: Tensor | None = None,
@@ -86,6 +86,7 @@ class Trainer:
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
     ) -> None:
+        sae_config, train_config = _both_configs(sae_config, train_config)
         self._behind = checked_behind(behind, sae_config)
         self.train_config = train_config = in_mode_directory(sae_config, train_config)
         self.device = checked_device(train_config.device)
@@ -398,3 +399,16 @@ class Trainer:
                 self.model().save(self._run.path / "sae_final")
             self._run.write_results(self.config, rows, self.summary)
         self._close_wandb()
+
+
+def _both_configs(
+    model: SAEConfig | RunConfig, training: TrainConfig | None
+) -> tuple[SAEConfig, TrainConfig]:
+    """The configurations of a run, given apart or together."""
+    if isinstance(model, RunConfig):
+        if training is not None:
+            raise ValueError("train_config must be left out beside a RunConfig, which has its own")
+        return model.sae, model.train
+    if training is None:
+        raise ValueError("train_config is missing: give SAEConfig and TrainConfig, or a RunConfig")
+    return model, training
