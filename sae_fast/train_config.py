@@ -142,8 +142,8 @@ class TrainConfig(ConfigFile):
     eval_every: int = 500
     """Interval of the held-out evaluation; 0: only at the end. [steps]"""
     dead_percentage_threshold: float = 0.0
-    """Share of the held-out tokens up to which a latent that fires on them counts as dead in
-    heldout_dead_fraction; 0: one that never fires does. [share]"""
+    """Share of the held-out tokens below which a latent that fires on them counts as dead in
+    heldout_dead_fraction; one that never fires always does. [share]"""
     checkpoint_every: int = 500
     """Interval of the checkpoints; 0: only at the end. [steps]"""
     keep_checkpoints: int = 3

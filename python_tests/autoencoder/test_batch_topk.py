@@ -27,12 +27,24 @@ def test_a_batch_has_k_latents_a_token_on_average(sae):
     assert code.l0().min() < 5 < code.l0().max()
 
 
-def test_threshold_is_the_mean_of_the_least_active_values(sae):
-    batches = [make_batch(sae, 50, seed) for seed in (1, 2, 3)]
-    follow(sae, *batches)
-    expected = torch.stack([least_active(sae, x) for x in batches]).mean()
+def test_threshold_averages_the_least_active_values_of_the_latest_batches(sae):
+    batches = [make_batch(sae, 50, seed) for seed in range(20)]
+    expected = torch.zeros(())
+    for number, x in enumerate(batches, 1):
+        rate = min(1.0, 16 / number)
+        expected = expected + rate * (least_active(sae, x) - expected)
+        follow(sae, x)
     torch.testing.assert_close(sae.threshold, expected)
-    assert int(sae.threshold_updates) == 3
+    assert int(sae.threshold_updates) == 20
+
+
+def test_threshold_is_that_of_k_while_a_larger_k_is_trained(sae):
+    x = make_batch(sae, 200)
+    code = sae.training_loss(x, k=8).code
+    assert int(code.n_listed) == 200 * 8
+    sae.follow_(code)
+    largest = code.values.detach().sort(descending=True).values
+    assert float(sae.threshold) == float(largest[200 * 5 - 1])
 
 
 def test_old_batches_are_forgotten(sae):

@@ -2,7 +2,8 @@
 
 arXiv:2412.06410. A token may have more latents or fewer, k on average. What a token's code is must
 not depend on the batch it comes in once training is over: then the latents above `threshold` are
-active, which is the mean of the least active value in the batches trained on.
+active, which is an average of the least active value among the N·k largest of the batches trained
+on, of the latest above all: the model moves, and fastest at the start.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from sae_fast.autoencoder.architecture import Mode, Weights
 from sae_fast.autoencoder.topk import TopK
 from sae_fast.config import SAEConfig
 
-# The mean is of all batches so far, and from so many on exponential, since the model moves.
+# Batch t has the weight min(1, 16 / t) in the average, at least 1 / 100: at first only the latest
+# counts, then about a sixteenth of all, and in the end 100. With a plain mean of the first 100 the
+# threshold lags: held-out L0 after 50 steps (lr 3e-3, batches of 64 to 4096) is 0.16 to 0.42 of k.
+_FORGETTING = 16
 _WINDOW = 100
 
 
@@ -53,13 +57,18 @@ class BatchTopK(TopK):
         )
 
     def follow_(self, weights: Weights, code: ops.Code) -> None:
-        """Move the threshold towards the least active value of `code`, if it has any."""
+        """Move the threshold towards the least active value of `code`, if it has any.
+
+        While k is annealed the code has more than N·k entries; the largest N·k count.
+        """
         threshold, updates = weights.own["threshold"], weights.own["threshold_updates"]
-        values = code.values.detach()
+        values, wanted = code.values.detach().flatten(), code.n_rows * self.k
+        if len(values) > wanted:
+            values = values.sort(descending=True).values[:wanted]
         least = torch.where(values > 0, values, torch.inf).amin()
         found = torch.isfinite(least)
         updates.add_(found)
-        rate = updates.clamp(1, _WINDOW).reciprocal()
+        rate = (_FORGETTING / updates.clamp_min(1)).clamp(1 / _WINDOW, 1.0)
         threshold.add_(torch.where(found, rate * (least - threshold), 0.0))
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:

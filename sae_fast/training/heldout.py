@@ -62,7 +62,8 @@ def evaluate(
         sae: the model.
         batches: rows [n, D] as captured; the model normalises them itself.
         targets: of a transcoder those of each batch, [n, d_out].
-        dead_rate: the share of rows up to which a latent that fires counts as dead.
+        dead_rate: the share of rows below which a latent that fires counts as dead; one that fires
+            on exactly this share does not.
     """
     device = sae.W_enc.device
     squared_error = torch.zeros((), dtype=torch.float64, device=device)
@@ -86,5 +87,18 @@ def evaluate(
     return {
         "heldout_fvu": float(squared_error / variance),
         "heldout_l0": float(active / rows),
-        "heldout_dead_fraction": float((fired <= dead_rate * rows).double().mean()),
+        "heldout_dead_fraction": float(_is_dead(fired, rows, dead_rate).double().mean()),
     }
+
+
+def _is_dead(
+    fired: Tensor,  # [F] int64, on how many rows a latent fires
+    rows: int,
+    dead_rate: float,
+) -> Tensor:
+    """Which latents [F] fire on no row, or on a share below `dead_rate`.
+
+    A quotient rounds as the decimal number does that names it: 7 of 10,000 is 0.0007, but 0.0007
+    times 10,000 is above 7.
+    """
+    return (fired == 0) | (fired.double() / rows < dead_rate)

@@ -1,0 +1,27 @@
+"""What an evaluation on held-out rows counts."""
+
+import torch
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+from sae_fast.training.heldout import evaluate
+
+
+def _one_latent_a_row() -> SparseAutoencoder:
+    """A model of rows that are unit vectors: latent j fires where entry j is 1."""
+    config = SAEConfig(d_in=4, d_sae=4, k=1, normalize_activations="none", aux_k_coeff=0.0)
+    sae = SparseAutoencoder(config)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(4))
+        sae.W_dec.copy_(torch.eye(4))
+    return sae
+
+
+def test_a_latent_that_fires_on_exactly_the_threshold_share_is_alive() -> None:
+    # Latent 0 fires on 7 of 10,000 rows, latent 1 on 6, latent 3 on none. 0.0007 * 10,000 > 7.
+    latents = torch.cat([torch.zeros(7), torch.ones(6), torch.full((9_987,), 2.0)]).long()
+    rows = torch.eye(4)[latents]
+    sae = _one_latent_a_row()
+    dead = {rate: evaluate(sae, [rows], dead_rate=rate) for rate in (0.0, 0.0006, 0.0007, 0.0008)}
+    shares = [measured["heldout_dead_fraction"] for measured in dead.values()]
+    assert shares == [0.25, 0.25, 0.5, 0.75]
