@@ -33,10 +33,10 @@ from sae_fast.model_flags import FromModelLine, flag_kinds, from_model_line
 from sae_fast.presets import preset
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.from_model import (
+    DECIDED_BY,
     DEFAULT_K,
     SAE_DEFAULTS,
     TRAIN_DEFAULTS,
-    FromModelConfig,
     open_from_model,
 )
 from sae_fast.training.run_directory import describe, new_run_directory
@@ -47,6 +47,8 @@ from sae_fast.training.trainer import Trainer
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
 PROGRAM = "python -m sae_fast.train"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class _Sources:
     d_sae: int | None = None
     expansion_factor: float | None = None
     arch: str | None = None
+    weight_decay: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +120,7 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     return RunConfig(sae=options.sae, train=options.train)
 
 
-def _options(arguments: Sequence[str], from_model: FromModelConfig | None = None) -> Options:
+def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) -> Options:
     """All that a command line asks for, without defaults that are still open.
 
     Of a training straight from a model the weakest defaults are what such trainings have in common.
@@ -148,15 +151,16 @@ def _options(arguments: Sequence[str], from_model: FromModelConfig | None = None
     if sae.d_in == 0 and d_in != 0:
         sae = replace(sae, d_in=d_in)
     if train.checkpoint_dir is None:
-        parent = Path("runs") if from_model is None else from_model.save_dir
+        parent = Path("runs") if from_model is None else from_model.settings.save_dir
         train = replace(train, checkpoint_dir=str(new_run_directory(sae, parent)))
     return replace(options, sae=sae, train=train)
 
 
 def _as_from_model(
-    given: dict[str, dict[str, Any]], sources: _Sources, settings: FromModelConfig
+    given: dict[str, dict[str, Any]], sources: _Sources, line: FromModelLine
 ) -> dict[str, dict[str, Any]]:
     """The settings given, over the defaults of a training straight from a model."""
+    settings = line.settings
     sae = without_other_size(SAE_DEFAULTS, given["sae"])
     arch = sources.arch or given["sae"].get("arch", SAEConfig.arch)
     if arch in K_ARCHITECTURES:
@@ -167,17 +171,25 @@ def _as_from_model(
         "max_tokens": settings.max_tokens,
         "batch_size": settings.batch_size * (settings.ctx_len or DEFAULT_CONTEXT),
         "shuffle_seed": settings.shuffle_seed,
+        "seed": settings.init_seeds[0],
     }
+    on_line = {name: own[name] for name in own if DECIDED_BY[name] in line.given}
+    if given["train"].get("batch_size") not in (None, own["batch_size"]):
+        logger.info("batch_size: a batch has --batch_size sequences of --ctx_len tokens here")
+    train = {name: value for name, value in given["train"].items() if value is not None}
+    train |= {"batch_size": own["batch_size"], **on_line}
+    own |= TRAIN_DEFAULTS
+    if sources.weight_decay:
+        own["optimizer"] = "adamw"
     if settings.run_name is not None:
-        own["checkpoint_dir"] = str(settings.save_dir / settings.run_name)
+        if sources.checkpoint_dir is not None:
+            raise ValueError("checkpoint_dir and run_name both name the run: give one of the two")
+        train["checkpoint_dir"] = str(settings.save_dir / settings.run_name)
     elif sources.resume_from is not None:
         raise ValueError("resume_from needs run_name, the run in save_dir to go on with")
     if settings.log_to_wandb:
         own["wandb_project"] = "sae_fast"
-    return {
-        "sae": {**sae, **given["sae"]},
-        "train": {**TRAIN_DEFAULTS, **own, **given["train"]},
-    }
+    return {"sae": {**sae, **given["sae"]}, "train": {**own, **train}}
 
 
 def _flag_kinds() -> dict[str, Any]:
@@ -238,7 +250,7 @@ def _resumed_settings(
 
 def _opened(arguments: Sequence[str], stop: StopOnSignal) -> tuple[Trainer | Sweep, Path]:
     """The training that a command line asks for, or several, and where the runs are written."""
-    line = from_model_line(arguments, PROGRAM)
+    line = from_model_line(arguments, PROGRAM, Options)
     if line is not None:
         return _opened_from_model(line, stop)
     options = _options(arguments)
@@ -250,11 +262,19 @@ def _opened(arguments: Sequence[str], stop: StopOnSignal) -> tuple[Trainer | Swe
 
 
 def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, Path]:
-    options = _options(line.rest, line.settings)
-    directory = Path(str(options.train.checkpoint_dir))
-    base = RunConfig(sae=options.sae, train=replace(options.train, checkpoint_dir=None))
+    options = _options(line.rest, line)
+    train = options.train
+    directory = Path(str(train.checkpoint_dir))
+    base = RunConfig(sae=options.sae, train=replace(train, checkpoint_dir=None))
     configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
-    sweep = open_from_model(line.model, line.dataset, line.settings, configs, directory, stop=stop)
+    # A file may have given what the line left open.
+    settings = replace(
+        line.settings,
+        max_tokens=train.max_tokens or line.settings.max_tokens,
+        shuffle_seed=train.order_seed,
+        init_seeds=line.settings.init_seeds if "init_seeds" in line.given else (train.seed,),
+    )
+    sweep = open_from_model(line.model, line.dataset, settings, configs, directory, stop=stop)
     return sweep, directory
 
 

@@ -20,7 +20,7 @@ from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
-from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
 from sae_fast.training.guidance import label_columns, needs_sequences
 from sae_fast.training.model_stream import HookRows, ModelStream
@@ -34,12 +34,41 @@ SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
 TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
 DEFAULT_K = 192
 
+# Which fields of TrainConfig mean something here. Every field is in one of these three places or is
+# used as it is in a training on shards; a field added to TrainConfig belongs in one of them too.
+SHARDS_ONLY = {
+    **dict.fromkeys(
+        ("shard_dir", "mix", "activations_key"),
+        "the activations are those of MODEL while it reads DATASET",
+    ),
+    "heldout": "heldout_tokens holds back the last documents",
+    **dict.fromkeys(
+        ("target_key", "target_shard_dir", "target_heldout"),
+        "a transcoder trains on shards: capture its two hook points first",
+    ),
+    **dict.fromkeys(
+        ("keep_in_memory", "pin", "device_cache"),
+        "the rows are computed, cache_dir keeps them as shards",
+    ),
+    "skip_nonfinite": "no row is left out, a NaN or infinity ends the training",
+    "max_epochs": "max_tokens says how long to train",
+}
+# By name of the field, the setting of FromModelConfig that decides it.
+DECIDED_BY = {
+    "batch_size": "batch_size",
+    "max_tokens": "max_tokens",
+    "shuffle_seed": "shuffle_seed",
+    "seed": "init_seeds",
+    "checkpoint_every": "save_every",
+    "wandb_log_every": "wandb_log_frequency",
+}
+
 
 @dataclass(frozen=True)
 class FromModelConfig:
     """Train on the activations of a model while it reads a dataset: MODEL DATASET, then flags.
 
-    All settings of a training on shards are flags too, see `python -m sae_fast.train --help`.
+    The flags of a training on shards that mean something here are among them.
     """
 
     layers: tuple[int, ...] = ()
@@ -65,7 +94,7 @@ class FromModelConfig:
     run_name: str | None = None
     """Name of the run's directory; default: a new one, such as topk-k192-1."""
     save_every: int = 1000
-    """Interval of the checkpoints. [steps]"""
+    """Interval of the checkpoints; 0: only at the end. [steps]"""
     log_to_wandb: bool = False
     """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
     wandb_log_frequency: int = 100
@@ -94,9 +123,11 @@ class FromModelConfig:
     """In which the model runs; auto: as in its checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch_size", "save_every", "wandb_log_frequency"):
+        for name in ("max_tokens", "batch_size", "wandb_log_frequency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.save_every < 0:
+            raise ValueError(f"save_every must be at least 0, got {self.save_every}")
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             given = " ".join(map(str, self.init_seeds)) or "none"
             raise ValueError(f"init_seeds must be different numbers, got {given}")
@@ -145,6 +176,7 @@ def open_from_model(
     first = next(iter(configs.values())).train
     for config in configs.values():
         _check_model(config.sae)
+        _check_train(config.train)
     if first.num_threads is not None:
         torch.set_num_threads(first.num_threads)
     capture = open_capture(settings.capture_config(model, dataset, first.device))
@@ -205,6 +237,8 @@ def _through_model(
     if settings.cache_dir is not None:
         raise ValueError("cache_dir needs loss_fn mse or fvu")
     for config in configs.values():
+        if config.train.pool_rows != TrainConfig.pool_rows:
+            raise ValueError("pool_rows needs loss_fn mse or fvu: whole sequences are not shuffled")
         if needs_sequences(config.sae):
             raise ValueError("temporal_smoothness_coeff needs loss_fn mse or fvu")
     masked_token = None
@@ -246,6 +280,14 @@ def _check_model(sae: SAEConfig) -> None:
         raise ValueError("a transcoder trains on shards: capture its two hook points first")
     for name in label_columns(sae):
         raise ValueError(f"the labels {name!r} lie in shards: capture first, then add them")
+
+
+def _check_train(train: TrainConfig) -> None:
+    """Refuse settings of shards, which would be ignored here."""
+    for name, instead in SHARDS_ONLY.items():
+        value = getattr(train, name)
+        if value != getattr(TrainConfig, name):
+            raise ValueError(f"{name} = {value!r} is for training on shards: {instead}")
 
 
 def _reader(

@@ -82,17 +82,18 @@ def resolve_hooks(
         layers: blocks after which the residual stream is captured.
         hook_points: names or patterns, see the beginning of this file.
         layer_stride: patterns mean only blocks that are multiples of it; without layers and
-            hook points, the residual stream after these blocks.
+            hook points, the residual stream after these blocks. 1 beside layers is no choice.
 
     Raises:
         ValueError: naming what there is not, with what there is.
     """
     if layer_stride is not None:
-        if layers:
+        if layers and layer_stride != 1:
             raise ValueError("layer_stride chooses layers by itself, give it or layers")
         if layer_stride < 1:
             raise ValueError(f"layer_stride must be at least 1, got {layer_stride}")
-        hook_points = hook_points or (f"{RESIDUAL}.*",)
+        if not layers:
+            hook_points = hook_points or (f"{RESIDUAL}.*",)
     if not layers and not hook_points:
         raise ValueError("no hook: give layers, layer_stride or hook_points")
     blocks = find_blocks(network)
