@@ -41,7 +41,7 @@ from sae_fast.training.from_model import (
 )
 from sae_fast.training.run_directory import describe, new_run_directory
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.sweep import Sweep, read_sweep
+from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
 from sae_fast.training.trainer import Trainer
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -255,10 +255,12 @@ def _opened(arguments: Sequence[str], stop: StopOnSignal) -> tuple[Trainer | Swe
         return _opened_from_model(line, stop)
     options = _options(arguments)
     directory = Path(str(options.train.checkpoint_dir))
-    if options.sweep is None:
-        return Trainer(options.sae, options.train, stop=stop), directory
     base = RunConfig(sae=options.sae, train=options.train)
-    return Sweep(read_sweep(options.sweep, base), stop=stop), directory
+    configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
+    layers = for_every_layer(configs, directory)
+    if layers is None and options.sweep is None:
+        return Trainer(base, stop=stop), directory
+    return Sweep(layers or configs, stop=stop), directory
 
 
 def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, Path]:

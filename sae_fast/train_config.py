@@ -40,7 +40,8 @@ class TrainConfig(ConfigFile):
     section: ClassVar[str] = "train"
 
     shard_dir: str | None = None
-    """Directory of HDF5 shards with the activations to train on."""
+    """Directory of HDF5 shards with the activations to train on; one that holds a folder of shards
+    for each hook point, as a capture writes, trains a dictionary on each of them."""
     mix: tuple[str, ...] | None = None
     """Several such directories in place of shard_dir, each with the weight that it has among the
     rows, DIR:WEIGHT; an epoch lasts until each was served whole, smaller ones begin again."""

@@ -81,8 +81,8 @@ def find_shards(
     train = [path for path in found if path.resolve() not in excluded]
     if not train:
         aside = f" besides {len(found)} held-out ones" if found else ""
-        inside = _folders_of_shards(directory)
-        hint = f"; there are some in {', '.join(inside)}: name one of these" if inside else ""
+        inside = ", ".join(folder.name for folder in folders_of_shards(directory))
+        hint = f"; there are some in {inside}: name one of these" if inside else ""
         raise ShardError(f"{directory}: no shards to train on (*.h5, *.hdf5){aside}{hint}")
     return train, held
 
@@ -107,11 +107,15 @@ def _name_conversion(place: Path, files: list[Path]) -> None:
         )
 
 
-def _folders_of_shards(directory: Path) -> list[str]:
-    """Folders in a directory that hold shards, as a capture makes one for each hook point."""
+def folders_of_shards(directory: Path) -> list[Path]:
+    """Return the folders in a directory that hold shards, one a hook point in a capture, sorted."""
     if not directory.is_dir():
         return []
-    return sorted(path.name for path in directory.iterdir() if path.is_dir() and shards_in(path))
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and shards_in(path)
+    )
 
 
 def _matching(heldout: str) -> list[Path]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sae_fast.activations.files import folders_of_shards, shards_in
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, reject_unknown_keys
@@ -135,6 +136,48 @@ def with_settings(base: RunConfig, name: str, settings: Mapping[str, Any]) -> Ru
     return RunConfig(sae=SAEConfig.from_dict(sae), train=TrainConfig.from_dict(train))
 
 
+def for_every_layer(
+    configs: Mapping[str, RunConfig], directory: Path | None
+) -> dict[str, RunConfig] | None:
+    """Return the trainings of `configs`, by name, on each folder of shards in their shard_dir.
+
+    A capture writes such a folder for each hook point. Names begin with the folder's, and each run
+    has a directory of its name in `directory`. None: shard_dir is itself a folder of shards.
+
+    Raises ValueError naming a setting that holds one place for all layers.
+    """
+    place = next(iter(configs.values())).train.shard_dir
+    if place is None or not Path(place).is_dir() or shards_in(Path(place)):
+        return None
+    layers = folders_of_shards(Path(place))
+    found = {}
+    for layer, (own, config) in itertools.product(layers, configs.items()):
+        name = f"{layer.name}/{own}" if own else layer.name
+        places = _places_of_layer(config.train, layer)
+        run = None if directory is None else str(directory / name)
+        train = replace(config.train, **places, checkpoint_dir=run)
+        found[name] = RunConfig(sae=config.sae, train=train)
+    return found or None
+
+
+def _places_of_layer(config: TrainConfig, layer: Path) -> dict[str, Any]:
+    """Where a layer's rows, held-out rows and start are."""
+    for name in ("target_shard_dir", "target_heldout"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name} goes with one folder of shards, and {config.shard_dir} holds several: "
+                f"name one of them with shard_dir, got {value!r}"
+            )
+    places: dict[str, Any] = {"shard_dir": str(layer)}
+    for name in ("heldout", "start_from"):
+        if (value := getattr(config, name)) is None:
+            continue
+        if not (Path(value) / layer.name).is_dir():
+            raise ValueError(f"{name} must have a folder {layer.name} too, got {value!r}")
+        places[name] = str(Path(value) / layer.name)
+    return places
+
+
 def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     """The same, each to be resumed from the newest step that all of them have a checkpoint of."""
     if all(config.train.resume_from is None for config in configs.values()):
@@ -161,9 +204,21 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
 
 
 def _on_shards(configs: Sequence[RunConfig]) -> MakeTrainer:
-    first = configs[0].train
-    shared = share_shards(first, [config.sae for config in configs])
-    return lambda name, config: Trainer(config.sae, config.train, shared, show_progress=False)
+    """Trainers on shards; those with the same directory share them."""
+    sharing: dict[str | None, list[RunConfig]] = {}
+    for config in configs:
+        sharing.setdefault(config.train.shard_dir, []).append(config)
+    shared = {
+        place: share_shards(group[0].train, [config.sae for config in group])
+        for place, group in sharing.items()
+    }
+
+    def make(name: str, config: RunConfig) -> Trainer:
+        return Trainer(
+            config.sae, config.train, shared[config.train.shard_dir], show_progress=False
+        )
+
+    return make
 
 
 def _require_one_step(trainers: Mapping[str, Trainer]) -> None:

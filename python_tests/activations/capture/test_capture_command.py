@@ -87,10 +87,15 @@ def test_a_captured_folder_is_trained_on_with_its_part_held_out(whole, tmp_path,
     assert "heldout_fvu" in capsys.readouterr().out
 
 
-def test_the_directory_of_several_hook_points_says_where_their_shards_are(whole, capsys):
-    assert train.main(["--shard-dir", str(whole), "--k", "2", "--d-sae", "32"]) == 2
-    there = "there are some in residual.0, residual.2: name one of these"
-    assert f"{whole}: no shards to train on (*.h5, *.hdf5); {there}" in error_of(capsys)
+def test_the_directory_of_several_hook_points_is_trained_on_hook_point_by_hook_point(
+    whole, tmp_path, capsys
+):
+    settings = ["--k", "2", "--d-sae", "32", "--batch-size", "64", "--max-steps", "3"]
+    flags = ["--shard-dir", str(whole), "--checkpoint-dir", str(tmp_path / "run"), *settings]
+    assert train.main(flags) == 0
+    out = capsys.readouterr().out
+    for name in ("residual.0", "residual.2"):
+        assert f"{name}: trained 3 steps" in out
 
 
 def test_the_space_needed_is_said_first_and_refused_where_there_is_less(

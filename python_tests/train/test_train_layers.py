@@ -1,0 +1,79 @@
+"""`--shard-dir` on a folder that holds one of shards for each layer, as a capture writes it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from train_runs import Run, assert_same, metrics, refused
+
+from sae_fast.activations import write_shard
+from sae_fast.autoencoder import SparseAutoencoder
+
+WIDTHS = {"mlp_out.1": 12, "residual.0": 8, "residual.10": 8}
+
+
+@pytest.fixture(autouse=True)
+def _layers() -> None:
+    """Rows of three hook points, in two widths, with held-out ones."""
+    for number, (name, width) in enumerate(WIDTHS.items()):
+        folder = Path("captured", name)
+        folder.mkdir(parents=True)
+        for part in ("shard_00000", "heldout_00"):
+            generator = torch.Generator().manual_seed(number)
+            write_shard(folder / f"{part}.h5", torch.randn(300, width, generator=generator))
+    Path("captured", "capture.json").write_text("{}")
+
+
+def test_every_layer_has_the_run_that_it_would_have_alone(run_small: Run) -> None:
+    code, out, _ = run_small("--shard-dir", "captured", "--checkpoint-dir", "all")
+    assert code == 0
+    assert list(json.loads(Path("all/sweep.json").read_text())["runs"]) == list(WIDTHS)
+    for name, width in WIDTHS.items():
+        assert f"{name}: training topk: d_in {width}, d_sae 32, k 2; 300 rows, 6 steps" in out
+        alone = run_small("--shard-dir", f"captured/{name}", "--checkpoint-dir", f"alone/{name}")
+        assert alone[0] == 0
+        assert_same(f"all/{name}", f"alone/{name}")
+        assert metrics(f"all/{name}") == metrics(f"alone/{name}")
+
+
+def test_a_longer_run_of_all_layers_goes_on_with_each(run_small: Run) -> None:
+    flags = ("--shard-dir", "captured", "--checkpoint-dir")
+    assert run_small(*flags, "run")[0] == 0
+    refused(run_small(*flags, "run"), "mlp_out.1", "already holds a run")
+    assert run_small(*flags, "run", "--resume-from", "latest", "--max-steps", "8")[0] == 0
+    for name in WIDTHS:
+        assert metrics(f"run/{name}")[-1]["step"] == 8
+
+
+def test_a_sweep_is_made_of_every_layer(run_small: Run) -> None:
+    Path("sweep.json").write_text('{"k": [1, 2]}')
+    flags = ("--shard-dir", "captured", "--checkpoint-dir", "runs", "--sweep", "sweep.json")
+    assert run_small(*flags)[0] == 0
+    for name, width in WIDTHS.items():
+        for k in (1, 2):
+            checkpoint = f"runs/{name}/k_{k}/checkpoints/latest"
+            config = SparseAutoencoder.from_pretrained(checkpoint).config
+            assert (config.d_in, config.k) == (width, k)
+
+
+def test_held_out_rows_and_starts_of_layers_are_in_folders_of_their_names(run_small: Run) -> None:
+    for name in WIDTHS:
+        Path("aside", name).mkdir(parents=True)
+        Path("captured", name, "heldout_00.h5").rename(Path("aside", name, "rows.h5"))
+    flags = ("--shard-dir", "captured", "--heldout", "aside", "--checkpoint-dir")
+    assert run_small(*flags, "first")[0] == 0
+    assert run_small(*flags, "second", "--start-from", "first")[0] == 0
+    for name in WIDTHS:
+        first, second = metrics(f"first/{name}"), metrics(f"second/{name}")
+        assert second[0]["fvu"] < first[0]["fvu"]
+        assert "heldout_fvu" in second[-1]
+    Path("other").mkdir()
+    result = run_small(*flags[:2], "--heldout", "other", "--checkpoint-dir", "third")
+    refused(result, "heldout must have a folder mlp_out.1 too, got 'other'")
+
+
+def test_targets_of_several_layers_are_refused(run_small: Run) -> None:
+    flags = ("--shard-dir", "captured", "--transcoder", "--target-shard-dir", "captured")
+    line = refused(run_small(*flags), "target_shard_dir goes with one folder of shards")
+    assert "captured holds several" in line
