@@ -65,11 +65,12 @@ class Step:
         """One step, to its end."""
         listed = 0.0 if path == "sparse" else float(self.sae.config.d_sae)
         self.sae.get_buffer(LISTED).fill_(listed)
-        loss = self.sae.training_loss(self.x, dense_grad=False)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        self.sae.update_fired_(loss.code, len(self.x))
-        self.optimizer.step(0.0)
-        self.optimizer.zero_grad()
+        with self.sae.kept_copies(session=self.optimizer):
+            loss = self.sae.training_loss(self.x, dense_grad=False)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            self.sae.update_fired_(loss.code, len(self.x))
+            self.optimizer.step(0.0)
+            self.optimizer.zero_grad()
         if self.x.is_cuda:
             torch.cuda.synchronize()
 

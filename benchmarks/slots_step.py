@@ -70,12 +70,13 @@ class Ours:
 
     def step(self) -> float:
         """One step; returns its loss."""
-        loss = self.sae.training_loss(self.x, dense_grad=False, **self.labels)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        self.sae.update_fired_(loss.code, len(self.x))
-        self.sae.follow_(loss.code)
-        self.optimizer.step(RATE)
-        self.optimizer.zero_grad()
+        with self.sae.kept_copies(session=self.optimizer):
+            loss = self.sae.training_loss(self.x, dense_grad=False, **self.labels)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            self.sae.update_fired_(loss.code, len(self.x))
+            self.sae.follow_(loss.code)
+            self.optimizer.step(RATE)
+            self.optimizer.zero_grad()
         return float(loss.total.detach())
 
 

@@ -31,9 +31,14 @@ class SaeFastTrainer:
             self.learning_rate = torch.tensor(lr, dtype=torch.float64, device=device)
             self.options = {"k_aux": 0}
         self.optimizer = RowOptimizer(self.sae, grad_clip=1.0, precision=precision)
+        self._copy_session = object()
 
     def step(self, x: Tensor) -> Tensor:
         """One whole training step on x [N, D]; returns the loss."""
+        with self.sae.kept_copies(session=self._copy_session):
+            return self._step(x)
+
+    def _step(self, x: Tensor) -> Tensor:
         loss = self.sae.training_loss(x, precision=self.precision, dense_grad=False, **self.options)
         loss.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(self.learning_rate)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from plain_sae import make_batch, make_sae
@@ -44,6 +46,29 @@ def test_decode_of_encode_is_forward():
     set_some_normalization(sae)
     x = make_batch(sae)
     torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x))
+
+
+@pytest.mark.parametrize("precision", ["screened", "bf16"])
+def test_weights_changed_through_data_are_those_of_the_next_call(precision):
+    sae = make_sae()
+    x = make_batch(sae)
+    sae.encode(x, precision=precision)
+    sae.W_enc.data.mul_(torch.rand(len(sae.W_enc), 1) * 4)
+    sae.W_dec.data.neg_()
+    sae.b_dec.data.add_(1)
+    code, expected = (model.encode(x, precision=precision) for model in (sae, copy.deepcopy(sae)))
+    assert torch.equal(code.indices, expected.indices)
+    assert torch.equal(code.values, expected.values)
+    assert torch.equal(sae.decode(code), copy.deepcopy(sae).decode(expected))
+
+
+def test_kept_copies_change_no_result():
+    sae = make_sae()
+    x = make_batch(sae)
+    expected = sae(x)
+    with sae.kept_copies():
+        assert torch.equal(sae(x), expected)
+        assert torch.equal(sae(x), expected)
 
 
 def test_half_precision_activations_are_taken():

@@ -7,13 +7,26 @@ from op_samples import LOW, PRECISIONS, make_problem, update_scalars
 from tolerances import close
 
 from sae_fast import ops
-from sae_fast.ops.working_copies import copies_to_refresh, decoder_copy, encoder_copy
+from sae_fast.ops.working_copies import (
+    copies_to_refresh,
+    decoder_copy,
+    encoder_copy,
+    frozen_copy,
+)
 
 pytestmark = pytest.mark.usefixtures("default_device")
 
 
 @pytest.fixture
 def W(default_device):
+    """A weight matrix whose working copies are kept."""
+    matrix = torch.nn.Parameter(make_problem().W_dec)
+    with ops.kept_copies(matrix):
+        yield matrix
+
+
+@pytest.fixture
+def unkept(default_device):
     return torch.nn.Parameter(make_problem().W_dec)
 
 
@@ -48,6 +61,88 @@ def test_copies_follow_changes_of_the_parameter(W, change):
     assert not same_tensors(encoder, encoder_copy(W, "bf16"))
     assert decoder_copy(W, "bf16") is not decoder
     assert torch.equal(decoder_copy(W, "bf16"), W.detach().bfloat16())
+
+
+def by_data(W):
+    W.data.mul_(torch.rand(len(W), 1) * 4)
+
+
+def by_two_rebindings(W):
+    """The second brings back an address seen before, and neither counts a version."""
+    first, other = W.data, torch.rand_like(W)
+    W.data = other
+    encode(W)
+    first.copy_(torch.rand_like(first))
+    W.data = first
+
+
+def by_shared_memory(W):
+    W.detach().numpy()[:] = torch.rand(W.shape).numpy()
+
+
+UNCOUNTED = {
+    "data": by_data,
+    "data rebound twice": by_two_rebindings,
+    "NumPy": by_shared_memory,
+}
+
+
+def encode(W, precision="screened"):
+    """A code of 30 tokens, its reconstruction, and the gradient of the code's sum for W."""
+    problem = make_problem(30)
+    code = ops.encode_topk(problem.x, W, *problem.encoder[2:], 5, precision=precision)
+    factored = ops.encode_topk(
+        *(problem.x, W, problem.b_enc, problem.b_dec, 5), precision=precision, dense_grad=False
+    )
+    return code.values, code.indices, factored.indices, ops.decode(code, W)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("change", UNCOUNTED.values(), ids=UNCOUNTED)
+def test_a_change_that_nothing_counts_is_seen_by_the_next_call(unkept, change, precision):
+    if change is by_shared_memory and unkept.is_cuda:
+        pytest.skip("NumPy shares memory with CPU tensors only")
+    with ops.kept_copies(unkept):
+        encode(unkept, precision)
+    encode(unkept, precision)
+    change(unkept)
+    expected = encode(unkept.detach().clone(), precision)
+    assert all(map(torch.equal, encode(unkept, precision), expected))
+    with ops.kept_copies(unkept):
+        assert all(map(torch.equal, encode(unkept, precision), expected))
+
+
+def test_nothing_is_kept_outside_the_context(unkept):
+    with ops.kept_copies(unkept):
+        encoder_copy(unkept, "bf16")
+    assert encoder_copy(unkept, "bf16") == (None, None, None)
+    assert decoder_copy(unkept, "bf16") is not decoder_copy(unkept, "bf16")
+    assert copies_to_refresh(unkept, "bf16") == (None, None, None)
+
+
+def test_copies_of_a_session_last_until_its_next_context(unkept):
+    session = object()
+    with ops.kept_copies(unkept, session=session):
+        first = encoder_copy(unkept, "bf16")
+    with ops.kept_copies(unkept):
+        assert not same_tensors(first, encoder_copy(unkept, "bf16"))
+    with ops.kept_copies(unkept, session=session):
+        assert same_tensors(first, encoder_copy(unkept, "bf16"))
+        with ops.kept_copies(unkept):
+            assert same_tensors(first, encoder_copy(unkept, "bf16"))
+
+
+def test_frozen_copy_is_the_vector_before_its_update(unkept):
+    b = unkept[0].detach().clone()
+    before = b.clone()
+    outside = frozen_copy(b)
+    with ops.kept_copies(b):
+        inside = frozen_copy(b)
+        assert frozen_copy(b) is inside
+        b.add_(1)
+        assert torch.equal(frozen_copy(b), before + 1)
+    assert torch.equal(inside, before)
+    assert torch.equal(outside, before)
 
 
 def test_change_through_data_is_seen_after_drop_copies(W):
@@ -152,9 +247,11 @@ def test_copies_do_not_travel_with_the_parameter(W, dense_grad):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     for other in (copy.deepcopy(W), loaded):
-        assert copies_to_refresh(other, "bf16") == (None, None, None)
-        assert torch.equal(other, W)
-        encoder_copy(other, "bf16")
+        assert encoder_copy(other, "bf16") == (None, None, None)  # nor does kept_copies
+        with ops.kept_copies(other):
+            assert copies_to_refresh(other, "bf16") == (None, None, None)
+            assert torch.equal(other, W)
+            encoder_copy(other, "bf16")
 
 
 def test_inference_tensors_are_encoded_without_a_kept_copy():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -213,9 +213,10 @@ def test_each_room_for_dead_latents_has_its_graph(device: torch.device) -> None:
     assert _equal(graphed, eager)
 
 
+@pytest.mark.parametrize("is_kept", [True, False])
 @pytest.mark.parametrize("precision", ["screened", "bf16"])
 def test_an_evaluation_between_replays_sees_their_weights(
-    device: torch.device, precision: str
+    device: torch.device, precision: str, is_kept: bool
 ) -> None:
     eager = Run(device, graphed=False, precision=precision)
     graphed = Run(device, graphed=True, precision=precision)
@@ -224,7 +225,8 @@ def test_an_evaluation_between_replays_sees_their_weights(
         assert graphed.make(number) == eager.make(number)
         fresh = SparseAutoencoder(graphed.sae.config).to(device)
         fresh.load_state_dict(graphed.sae.state_dict())
-        assert evaluate(graphed.sae, heldout) == evaluate(fresh, heldout)
+        with graphed.step.kept_copies() if is_kept else nullcontext():
+            assert evaluate(graphed.sae, heldout) == evaluate(fresh, heldout)
     assert graphed.recorder.captures == 1
     assert _equal(graphed, eager)
 
@@ -252,7 +254,8 @@ def test_weights_changed_by_hand_are_trained_on(device: torch.device) -> None:
         assert graphed.make(number) == eager.make(number)
     assert _equal(graphed, eager)
     fresh = torch.ops.sae_fast.pack_encoder(graphed.sae.W_enc.detach().clone(), "screened")
-    kept = encoder_copy(graphed.sae.W_enc, "screened")
+    with graphed.step.kept_copies():
+        kept = encoder_copy(graphed.sae.W_enc, "screened")
     assert all(torch.equal(*pair) for pair in zip(kept, fresh, strict=True))
 
 

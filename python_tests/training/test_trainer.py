@@ -14,6 +14,7 @@ import torch
 from sae_fast.activations import ActivationStream, TensorStream
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.ops.working_copies import encoder_copy
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer, TrainingError
@@ -78,6 +79,24 @@ def test_accumulated_batches_equal_one_big_batch(activations: torch.Tensor) -> N
     assert _losses(small) == pytest.approx(_losses(big), rel=1e-4)
     for ours, theirs in zip(small.sae.parameters(), big.sae.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_and_evaluations_share_one_encoder_copy(
+    activations: torch.Tensor, heldout: torch.Tensor
+) -> None:
+    run = replace(RUN, max_steps=3, eval_every=1)
+    trainer = Trainer(SAE, run, data=activations, heldout=heldout, show_progress=False)
+    trainer.begin()
+    copies = []
+    for _ in range(3):
+        trainer.advance()
+        with trainer._launcher.kept_copies():
+            copies.append(encoder_copy(trainer.sae.W_enc, "screened")[0])
+    trainer.end()
+    assert copies[0] is not None
+    assert copies[0] is copies[1] is copies[2]
+    with trainer._launcher.kept_copies():
+        assert encoder_copy(trainer.sae.W_enc, "screened")[0] is not copies[0]
 
 
 def test_dense_and_fused_optimisers_agree(activations: torch.Tensor) -> None:

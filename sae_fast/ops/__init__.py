@@ -24,7 +24,7 @@ from sae_fast.ops.rows import (
 )
 from sae_fast.ops.selections import encode_abs_topk, encode_groupmax, encode_last
 from sae_fast.ops.sparse_code import SparseCode
-from sae_fast.ops.working_copies import drop_copies
+from sae_fast.ops.working_copies import drop_copies, kept_copies
 
 __all__ = [
     "Code",
@@ -49,6 +49,7 @@ __all__ = [
     "fused_update_",
     "gather_entries",
     "gather_rows_",
+    "kept_copies",
     "latent_major",
     "normalize_rows_",
     "reconstruct",

@@ -111,6 +111,18 @@ class GraphedStep:
         reconstruction_only: bool = False,
     ) -> None:
         """One optimiser step; see `TrainingStep.run`."""
+        with self._step.kept_copies():
+            self._run(batches, rate, k_aux, sparsity_weight, k, reconstruction_only)
+
+    def _run(
+        self,
+        batches: Sequence[Rows],
+        rate: float,
+        k_aux: int | None,
+        sparsity_weight: float,
+        k: int | None,
+        reconstruction_only: bool,
+    ) -> None:
         if self._addresses != self._current_addresses():
             self._forget()
         self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on

@@ -73,16 +73,17 @@ def evaluate(
     fired = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)  # on how many rows
     rows = 0
     pairs = zip(batches, repeat(None) if targets is None else targets, strict=targets is not None)
-    for batch, target in pairs:
-        x = batch.to(device)
-        y = x if target is None else target.to(device)
-        code = sae.encode(x)
-        squared_error += (y - sae.decode(code, x)).double().square().sum()
-        squared_norm += y.double().square().sum()
-        total += y.sum(dim=0, dtype=torch.float64)
-        active += code.l0().sum()
-        fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
-        rows += len(x)
+    with sae.kept_copies():
+        for batch, target in pairs:
+            x = batch.to(device)
+            y = x if target is None else target.to(device)
+            code = sae.encode(x)
+            squared_error += (y - sae.decode(code, x)).double().square().sum()
+            squared_norm += y.double().square().sum()
+            total += y.sum(dim=0, dtype=torch.float64)
+            active += code.l0().sum()
+            fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
+            rows += len(x)
     variance = squared_norm - total.square().sum() / rows
     return {
         "heldout_fvu": float(squared_error / variance),

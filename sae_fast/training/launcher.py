@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -102,6 +103,10 @@ class Launcher:
             shards = self._batches.current_shards()
             newest = self._newest_checkpoint()
             raise divergence(self._step.read({}), self._made, shards, bad_rows, newest)
+
+    def kept_copies(self) -> AbstractContextManager[None]:
+        """Keep the working copies that the steps made, for what the host does between them."""
+        return self._step.kept_copies()
 
     def is_reading_due(self) -> bool:
         """Whether `read` must be called now, to notice a bad step in time."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,7 @@ class TrainingStep:
         self.scaler = scaler
         self.precision = precision
         self.average = average
+        self._copy_session = object()
         self._components = (*sae.term_names, *sae.figure_names)
         self._targets = TARGETS if sae.config.transcoder else ""
         self._labels = sae.config.probe_labels or ""
@@ -103,6 +105,22 @@ class TrainingStep:
             k: likewise.
             reconstruction_only: likewise.
         """
+        with self.kept_copies():
+            self._run(batches, rate, k_aux, sparsity_weight, k, reconstruction_only)
+
+    def kept_copies(self) -> AbstractContextManager[None]:
+        """Keep the weights' working copies from one step to the next, see `ops.kept_copies`."""
+        return self.sae.kept_copies(session=self._copy_session)
+
+    def _run(
+        self,
+        batches: Sequence[Rows],
+        rate: float | Tensor,
+        k_aux: int | None,
+        sparsity_weight: float | Tensor,
+        k: int | None,
+        reconstruction_only: bool,
+    ) -> None:
         was_healthy = self._poison == self._poison
         share = 1 / len(batches)
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast import ops
 from sae_fast.activations import ActivationSource
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
@@ -159,6 +160,8 @@ class Trainer:
             self._pause()
         if self._saved_step < self.step:
             self.save_checkpoint()
+        for parameter in self.sae.parameters():
+            ops.drop_copies(parameter)  # only further steps would read them
         self._finish()
 
     def abort(self) -> None:
@@ -216,7 +219,8 @@ class Trainer:
                 logger.warning("step %d: %s", self.step, warning)
         improved = False
         if look:
-            evaluation = self.evaluate()
+            with self._launcher.kept_copies():
+                evaluation = self.evaluate()
             row |= evaluation
             improved = self._is_best(evaluation)
         if row:
