@@ -18,7 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from sae_fast.json_files import JSONError, read_json, shown
+
 FORMAT_VERSION = 1
+_NAMED_KEYS = 5  # unknown ones in a message
+_LONGEST_KEY = 60  # for which similar ones are looked up
 
 Config = TypeVar("Config", bound="ConfigFile")
 
@@ -49,11 +53,13 @@ class ConfigFile:
     def load(cls: type[Config], path: str | Path) -> Config:
         """Read a JSON file; raises ValueError naming the file and what in it is wrong."""
         try:
-            values = _read_json_object(path)
+            values = read_settings(path)
             if cls.section and cls.section in values:
                 reject_unknown_keys(values, SECTIONS)
                 values = _section(values, cls.section)
             return cls.from_dict(values)
+        except JSONError:
+            raise
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -71,7 +77,7 @@ class ConfigFile:
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
-            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
 
     def _check_types(self) -> None:
         """Check fields against their annotations; 1 becomes 1.0 and a list a tuple, where asked."""
@@ -79,7 +85,7 @@ class ConfigFile:
             value = getattr(self, name)
             converted = convert(value, annotation)
             if converted is MISMATCH:
-                raise ValueError(f"{name} must be {describe(annotation)}, got {value!r}")
+                raise ValueError(f"{name} must be {describe(annotation)}, got {shown(value)}")
             object.__setattr__(self, name, converted)
 
 
@@ -145,13 +151,14 @@ def reject_unknown_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     unknown = [key for key in keys if key not in known]
     if not unknown:
         return
-    named = ", ".join(_with_hint(key, known) for key in unknown)
-    raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {named}")
+    named = ", ".join(_with_hint(key, known) for key in unknown[:_NAMED_KEYS])
+    more = f" and {len(unknown) - _NAMED_KEYS} more" if len(unknown) > _NAMED_KEYS else ""
+    raise ValueError(f"unknown key{'s' if len(unknown) > 1 else ''} {named}{more}")
 
 
 def _with_hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"{name!r} (did you mean {near[0]!r}?)" if near else repr(name)
+    near = difflib.get_close_matches(name, known, n=1) if len(name) < _LONGEST_KEY else []
+    return f"{name!r} (did you mean {near[0]!r}?)" if near else shown(name)
 
 
 def field_names(cls: type[ConfigFile]) -> list[str]:
@@ -165,23 +172,25 @@ def field_types(cls: type[ConfigFile]) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in dataclasses.fields(typing.cast(Any, cls))}
 
 
-def _read_json_object(path: str | Path) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not a JSON file ({error})") from None
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings in a JSON file, flat or in sections; raise ValueError if it holds none.
+
+    What a file says of itself, its version and a model's origin, is left out.
+    """
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"must hold a JSON object, got {type(values).__name__}")
     version = values.pop("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"format_version must be {FORMAT_VERSION}, got {version!r}")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ValueError(f"format_version must be {FORMAT_VERSION}, got {shown(version)}")
+    values.pop("origin", None)
     return values
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     section = values[name]
     if not isinstance(section, dict):
-        raise ValueError(f"section {name!r} must be a JSON object, got {section!r}")
+        raise ValueError(f"section {name!r} must be a JSON object, got {shown(section)}")
     return section
 
 
@@ -206,8 +215,13 @@ def convert(value: Any, annotation: Any) -> Any:
         parts = tuple(convert(*pair) for pair in zip(value, arguments, strict=True))
         return MISMATCH if any(part is MISMATCH for part in parts) else parts
     if annotation is float:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if is_number and math.isfinite(value) else MISMATCH
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return MISMATCH
+        try:
+            number = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            return MISMATCH
+        return number if math.isfinite(number) else MISMATCH
     if annotation is int and isinstance(value, bool):
         return MISMATCH
     return value if isinstance(value, annotation) else MISMATCH

@@ -26,7 +26,7 @@ from sae_fast.activations.capture.plan import DEFAULT_CONTEXT
 from sae_fast.activations.files import replacing
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config_file import field_names, field_types
+from sae_fast.config_file import field_names, field_types, read_settings
 from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
 from sae_fast.flags import plain_switches
 from sae_fast.model_flags import FromModelLine, flag_kinds, from_model_line
@@ -225,7 +225,7 @@ def _settings_in(path: Path | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {section: {} for section in sections}
     RunConfig.load(path)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_settings(path)
     nested = any(section in content for section in sections)
     given: dict[str, dict[str, Any]] = {}
     for section, config in sections.items():

@@ -257,7 +257,7 @@ def test_a_sweep_file_that_is_none(tmp_path: Path, base: RunConfig) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.json: cannot be read as JSON"):
         read_sweep(tmp_path / "nowhere.json", base)
     (tmp_path / "half.json").write_text("{")
-    with pytest.raises(ValueError, match=r"half\.json: cannot be read as JSON"):
+    with pytest.raises(ValueError, match=r"half\.json: not a JSON file"):
         read_sweep(tmp_path / "half.json", base)
 
 

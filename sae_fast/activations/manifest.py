@@ -15,6 +15,7 @@ from typing import Any
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import replacing, shards_in
 from sae_fast.activations.shard import DEFAULT_KEY, Shard, inspect_shard
+from sae_fast.json_files import JSONError, parse_json, read_regular
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -50,13 +51,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     """Manifest of a directory, or None where it has none."""
     path = directory / MANIFEST_NAME
     try:
-        text = path.read_text()
+        text = read_regular(path)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, JSONError) as error:
         raise ShardError(f"{path}: cannot be read: {one_line(error)}") from error
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         version = content["format_version"]
         entries = [_entry(item) for item in content["shards"]]
     except (ValueError, KeyError, TypeError) as error:

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sae_fast.json_files import JSONError, parse_json, read_regular
+
 logger = logging.getLogger(__name__)
 
 TENSORS = "trainer.safetensors"
@@ -275,11 +277,11 @@ def _write_state(directory: Path, state: dict[str, Any]) -> None:
 
 def _read_state(path: Path) -> dict[str, Any]:
     try:
-        state = json.loads(path.read_text())
+        state = parse_json(read_regular(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is corrupted: not JSON") from error
+    except JSONError as error:
+        raise CheckpointError(f"{path} is corrupted: {error}") from error
     digest = state.pop("digest", None) if isinstance(state, dict) else None
     if digest is None or digest != _digest(state):
         raise CheckpointError(f"{path} is corrupted: its checksum does not match")

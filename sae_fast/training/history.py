@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_fast.config import SAEConfig
-from sae_fast.training.metrics import MetricsLog, Row
+from sae_fast.json_files import JSONError, read_json
+from sae_fast.training.metrics import MetricsLog, Row, check_row
 from sae_fast.training.run_directory import MODE_DIRECTORIES, run_name, run_title
 
 METRICS = "metrics.jsonl"
 HISTORY = "training_history.json"
+_LARGEST_HISTORY = 1 << 32  # bytes
 
 
 @dataclass(frozen=True)
@@ -84,26 +85,31 @@ def _metrics_in(directory: Path) -> Path | None:
 def _read_columns(path: Path) -> tuple[list[Row], Any]:
     """The rows and the settings in a training_history.json."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        named = content["history"].items()
-        columns = [[(name, value) for value in values] for name, values in named]
-        return [dict(row) for row in zip(*columns, strict=True)], content.get("config")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is neither a {HISTORY} nor a {METRICS}") from None
+        content = read_json(path, _LARGEST_HISTORY)
+    except JSONError as error:
+        raise ValueError(f"{error}: neither a {HISTORY} nor a {METRICS}") from None
+    columns = content.get("history") if isinstance(content, dict) else None
+    if not isinstance(columns, dict) or not all(isinstance(c, list) for c in columns.values()):
+        raise ValueError(f"{path} is neither a {HISTORY} nor a {METRICS}")
+    if len({len(column) for column in columns.values()}) > 1:
+        raise ValueError(
+            f"{path} is neither a {HISTORY} nor a {METRICS}: its metrics have different lengths"
+        )
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return rows, content.get("config")
 
 
 def _content(path: Path) -> Any:
     """The JSON in a file; None where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (ValueError, OSError):
         return None
 
 
 def _check(path: Path, rows: list[Row]) -> None:
     for row in rows:
-        if not all(isinstance(row.get(name), int) for name in ("step", "tokens")):
-            raise ValueError(f"{path} is no history of a run: a row lacks step or tokens")
-        for name, value in row.items():
-            if not (value is None or isinstance(value, (int, float))):
-                raise ValueError(f"{path} is no history of a run: {name} is {value!r}")
+        try:
+            check_row(row, ("step", "tokens"))
+        except JSONError as error:
+            raise ValueError(f"{path} is no history of a run: {error}") from None

@@ -13,13 +13,17 @@ the model by itself, heldout_ce_model, with kl heldout_kl.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae_fast.json_files import JSONError, is_integer, is_number, parse_json, shown
+
 Row = dict[str, Any]
+
+_LONGEST_ROW = 1 << 20  # bytes
 
 
 def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -68,15 +72,28 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def _lines(self) -> Iterator[tuple[Row, int]]:
-        """Each row of the file and the byte at which it ends; half a row is where a kill struck."""
+        """Each row of the file and the byte at which it ends.
+
+        A row that cannot be read ends them where no other follows it, as a kill or a power cut in
+        the middle of a row leaves it; else it is damage, and a ValueError names it.
+        """
         if self.path is None or not self.path.exists():
             return
-        end = 0
+        end, damage = 0, None
         with self.path.open("rb") as file:
-            for line in file:
-                if (row := _parse(line)) is None:
-                    return
-                end += len(line)
+            number = 0
+            while line := file.readline(_LONGEST_ROW):
+                number, row = number + 1, None
+                try:
+                    row = _parse(line)
+                    check_row(row)
+                except JSONError as error:
+                    damage = damage or f"{self.path}: line {number}: {error}"
+                    if row is None:
+                        continue
+                if damage is not None:
+                    raise JSONError(damage)
+                end = file.tell()
                 yield row, end
 
     def flush(self) -> None:
@@ -124,12 +141,22 @@ class WandbLog:
         self._run.finish(exit_code=1 if failed else 0)
 
 
-def _parse(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if line.endswith(b"\n") and isinstance(row, dict) and "step" in row else None
+def _parse(line: bytes) -> Row:
+    """The object on a line; raises JSONError where it is none, or half of one."""
+    row = parse_json(line)
+    if not line.endswith(b"\n") or not isinstance(row, dict):
+        raise JSONError(f"must be a row of metrics, got {shown(row)}")
+    return row
+
+
+def check_row(row: Row, needed: Sequence[str] = ("step",)) -> None:
+    """Raise JSONError, naming the metric, unless a row has these and nothing but numbers."""
+    if not row.keys() >= set(needed):
+        raise JSONError(f"a row lacks {' or '.join(needed)}")
+    for name, value in row.items():
+        is_known = value is None or is_number(value)
+        if not (is_integer(value) if name in ("step", "tokens") else is_known):
+            raise JSONError(f"{name if len(name) < 60 else shown(name)} is {shown(value)}")
 
 
 def _finite(value: object) -> object:

@@ -13,8 +13,8 @@ of steps belong to all. Each gives the same losses and weights, to the bit, as b
 from __future__ import annotations
 
 import itertools
-import json
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +25,7 @@ from sae_fast.activations.files import folders_of_shards, shards_in
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, reject_unknown_keys
+from sae_fast.json_files import read_json, shown
 from sae_fast.training.checkpoint import CheckpointStore
 from sae_fast.training.data import share_shards
 from sae_fast.training.loop import run_steps
@@ -42,6 +43,7 @@ OWN_SETTINGS = (
     *("average_decay", "fused", "amp"),
 )
 _SIZES = ("d_sae", "expansion_factor")
+MOST_TRAININGS = 4096
 
 MakeTrainer = Callable[[str, RunConfig], Trainer]
 
@@ -101,9 +103,9 @@ def read_sweep(path: Path, base: RunConfig) -> dict[str, RunConfig]:
         ValueError: naming the file, and the setting in it that is wrong.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+        content = read_json(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error.strerror}") from None
     configs: dict[str, RunConfig] = {}
     for number, given in enumerate(_listed(path, content), 1):
         name, settings = _named(path, number, given)
@@ -231,26 +233,33 @@ def _require_one_step(trainers: Mapping[str, Trainer]) -> None:
 
 def _listed(path: Path, content: Any) -> list[Any]:
     """The settings of each training."""
-    if isinstance(content, list) and content:
+    if isinstance(content, list) and 0 < len(content) <= MOST_TRAININGS:
         return content
     if isinstance(content, dict) and content:
         for key, values in content.items():
             if not isinstance(values, list) or not values:
-                raise ValueError(f"{path}: {key} must be a list of values, got {values!r}")
+                name = key if len(key) < 60 else shown(key)
+                raise ValueError(f"{path}: {name} must be a list of values, got {shown(values)}")
         names, lists = content.keys(), content.values()
+        count = math.prod(map(len, lists))
+        if count > MOST_TRAININGS:
+            raise ValueError(f"{path}: must be at most {MOST_TRAININGS:,} trainings, got {count:,}")
         return [dict(zip(names, values, strict=True)) for values in itertools.product(*lists)]
-    raise ValueError(f"{path}: must hold an object of lists, or a list of objects")
+    raise ValueError(
+        f"{path}: must hold an object of lists, or a list of objects, at most {MOST_TRAININGS:,}"
+    )
 
 
 def _named(path: Path, number: int, given: Any) -> tuple[str, dict[str, Any]]:
     """The name and the settings of one training."""
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: training {number} must be an object, got {given!r}")
+        raise ValueError(f"{path}: training {number} must be an object, got {shown(given)}")
     settings = {key: value for key, value in given.items() if key != NAME}
     name = given.get(NAME, "-".join(f"{key}_{_text(value)}" for key, value in settings.items()))
     if not isinstance(name, str) or not re.fullmatch(r"[\w.,=+-]+", name) or name[0] == ".":
         raise ValueError(
-            f"{path}: training {number} needs a {NAME} of letters, digits, _ and -, got {name!r}"
+            f"{path}: training {number} needs a {NAME} of letters, digits, _ and -, "
+            f"got {shown(name)}"
         )
     return name, settings
 

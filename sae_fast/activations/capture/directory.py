@@ -21,6 +21,7 @@ from sae_fast.activations.capture.sequences import Cursor
 from sae_fast.activations.errors import one_line
 from sae_fast.activations.files import replacing
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
+from sae_fast.json_files import parse_json, read_regular
 
 RECIPE = "capture.json"
 FORMAT_VERSION = 1
@@ -105,12 +106,12 @@ class CaptureDirectory:
         rank = self.rank if rank is None else rank
         path = self._progress_path(rank)
         try:
-            content = json.loads(path.read_text())
+            content = parse_json(read_regular(path))
             cursor = content.pop("cursor")
             found = Progress(**content, cursor=None if cursor is None else Cursor(**cursor))
         except FileNotFoundError:
             return Progress()
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not the progress of a capture: {one_line(error)}") from None
         if rank == self.rank:
             self._check_shards(found)
@@ -142,12 +143,12 @@ class CaptureDirectory:
     def _recipe(self) -> dict[str, Any] | None:
         path = self.path / RECIPE
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            content: dict[str, Any] = parse_json(read_regular(path))
             version = content.pop("format_version")
             content.pop("made_with")
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not the recipe of a capture: {one_line(error)}") from None
         if version != FORMAT_VERSION:
             raise ValueError(f"{path}: format version {version}, this release: {FORMAT_VERSION}")

@@ -27,6 +27,7 @@ from sae_fast.activations.imports.verification import Comparison, Report, compar
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
 from sae_fast.activations.storage import STORAGES, Storage
 from sae_fast.activations.writer import ShardMetadata, ShardWriter, padded_rows
+from sae_fast.json_files import parse_json, read_regular
 
 RECORD_NAME = "conversion.json"
 RECORD_VERSION = 1
@@ -245,7 +246,7 @@ def _state(
         raise ShardError(f"{directory}: is no directory")
     path = directory / RECORD_NAME
     try:
-        before = json.loads(path.read_text())
+        before = parse_json(read_regular(path))
     except FileNotFoundError:
         there = [item for item in directory.iterdir() if not item.name.endswith(".tmp")]
         if there:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from sae_fast.activations.imports.arrow_files import open_arrow
 from sae_fast.activations.imports.numpy_files import open_npy, open_npz
 from sae_fast.activations.imports.parquet_files import open_parquet
 from sae_fast.activations.imports.tensor_files import open_safetensors, open_torch
+from sae_fast.json_files import parse_json, read_regular
 
 OPENERS: dict[str, Opener] = {
     ".pt": open_torch,
@@ -66,7 +66,7 @@ def _dataset_files(directory: Path) -> list[Path]:
     """The files of a saved dataset, without what `datasets` may have cached beside them."""
     path = directory / DATASET_STATE
     try:
-        state = json.loads(path.read_text())
+        state = parse_json(read_regular(path))
         files = [directory / item["filename"] for item in state["_data_files"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ShardError(f"{path}: not the state of a saved dataset: {one_line(error)}") from error

@@ -19,6 +19,7 @@ import torch
 from sae_fast.activations import ShardMetadata, ShardWriter, write_manifest
 from sae_fast.evaluation.biographies.language_model import LanguageModel
 from sae_fast.evaluation.biographies.text import Biographies, Sentence
+from sae_fast.json_files import parse_json, read_regular
 
 BIOGRAPHIES = "biographies.json"
 MODEL = "model"
@@ -61,7 +62,7 @@ def load(directory: Path) -> LanguageModel:
     """Read what `save` wrote; raises OSError or ValueError, naming the file."""
     path = directory / BIOGRAPHIES
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_regular(path))
         version = content["format_version"]
         biographies = Biographies.from_dict(content)
     except FileNotFoundError:
