@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder
     from sae_fast.config import RunConfig, SAEConfig, TrainConfig
     from sae_fast.presets import gpt2_medium_sae_config, gpt2_sae_config, pythia_1_4b_sae_config
+    from sae_fast.training.loaded_model import train_from_model
     from sae_fast.training.sweep import Sweep, read_sweep
     from sae_fast.training.trainer import Trainer
 
@@ -26,6 +27,7 @@ __all__ = [
     "gpt2_sae_config",
     "pythia_1_4b_sae_config",
     "read_sweep",
+    "train_from_model",
 ]
 
 # Imported when first asked for: `sae_fast.info` needs none of them.
@@ -40,6 +42,7 @@ _HOMES = {
     "gpt2_sae_config": "sae_fast.presets",
     "pythia_1_4b_sae_config": "sae_fast.presets",
     "read_sweep": "sae_fast.training.sweep",
+    "train_from_model": "sae_fast.training.loaded_model",
 }
 
 

@@ -264,6 +264,7 @@ def _opened(arguments: Sequence[str], stop: StopOnSignal) -> tuple[Trainer | Swe
 
 
 def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, Path]:
+    line = _with_preset(line)
     options = _options(line.rest, line)
     train = options.train
     directory = Path(str(train.checkpoint_dir))
@@ -278,6 +279,16 @@ def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, 
     )
     sweep = open_from_model(line.model, line.dataset, settings, configs, directory, stop=stop)
     return sweep, directory
+
+
+def _with_preset(line: FromModelLine) -> FromModelLine:
+    """The line with the sequences of its preset, if it names one, where it gives none."""
+    name = parse(_Sources, _Sources(), _canonical(line.rest), PROGRAM, partial=True).preset
+    if name is None:
+        return line
+    text = {key: value for key, value in preset(name).text.items() if key not in line.given}
+    settings = replace(line.settings, **text)
+    return replace(line, settings=settings, given=line.given | text.keys())
 
 
 def _announce(trainers: Mapping[str, Trainer]) -> None:

@@ -72,3 +72,16 @@ def test_help_has_the_flags_of_this_mode(
     shown = capsys.readouterr().out
     for flag in ("--layers", "--init-seeds", "--log-to-wandb", "--save-every", "--ctx-len"):
         assert flag in shown
+
+
+def test_a_preset_gives_the_sequences_too_unless_flags_do(
+    run: Run, inputs: tuple[str, str]
+) -> None:
+    flags = (f"{inputs[0]}/gpt2", inputs[1], "--preset", "pythia_1_4b", "--heldout_tokens", "0")
+    code, _, err = run(*flags)
+    assert code == 2
+    assert "ctx_len must be at most 32" in err
+    assert "got 2048" in err
+    code, _, err = run(*flags, "--ctx_len", "16", "--batch_size", "2", "--max_tokens", "640")
+    assert code == 2
+    assert "d_in must be 16, the width of the activations, got 2048" in err

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import Column
-from sae_fast.activations.capture import Harvester
+from sae_fast.activations.capture import Documents, Harvester, LanguageModel
 from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
@@ -148,8 +148,8 @@ class FromModelConfig:
 
 
 def open_from_model(
-    model: str,
-    dataset: str,
+    model: str | LanguageModel,
+    dataset: str | Documents,
     settings: FromModelConfig,
     configs: Mapping[str, RunConfig],
     directory: Path | None = None,
@@ -160,8 +160,8 @@ def open_from_model(
     """The trainings on a model's activations: for each hook point those of `configs`, by name.
 
     Args:
-        model: a folder, or a name on the Hugging Face hub.
-        dataset: a name on the hub, a folder or files.
+        model: a folder, or a name on the Hugging Face hub, or a model in memory.
+        dataset: a name on the hub, a folder or files, or documents in memory.
         settings: what the model reads, and how.
         configs: of the trainings on a hook point; for each of `init_seeds` there is one of these.
             Their batch size is replaced by the tokens of a forward pass, `checkpoint_dir` by one
@@ -179,7 +179,7 @@ def open_from_model(
         _check_train(config.train)
     if first.num_threads is not None:
         torch.set_num_threads(first.num_threads)
-    capture = open_capture(settings.capture_config(model, dataset, first.device))
+    capture = _open_capture(model, dataset, settings, first.device)
     tokens = capture.batches.config
     own = {
         "batch_size": tokens.batch_size * tokens.ctx_len,
@@ -190,6 +190,20 @@ def open_from_model(
     is_end_to_end = any(sae.is_end_to_end for sae in saes)
     make = (_through_model if is_end_to_end else _shuffled)(capture, settings, every)
     return Sweep(every, make, stop=stop, show_progress=show_progress)
+
+
+def _open_capture(
+    model: str | LanguageModel, dataset: str | Documents, settings: FromModelConfig, device: str
+) -> Capture:
+    """The capture from a model and documents, each loaded by its name or in memory."""
+    model_name, name = (
+        given if isinstance(given, str) else given.name for given in (model, dataset)
+    )
+    return open_capture(
+        settings.capture_config(model_name, name, device),
+        model=None if isinstance(model, str) else model,
+        documents=None if isinstance(dataset, str) else dataset,
+    )
 
 
 def _shuffled(

@@ -104,6 +104,22 @@ def load_language_model(
     return LanguageModel(network, tokenizer, name, commit, is_causal(config))
 
 
+def loaded_language_model(network: Any, tokenizer: Any) -> LanguageModel:
+    """Describe a transformers model in memory and its tokenizer; raises ValueError for another."""
+    config = getattr(network, "config", None)
+    if config is None or not hasattr(network, "get_output_embeddings"):
+        kind = type(network).__name__
+        raise ValueError(f"model must be a transformers model or the name of one, got {kind}")
+    if not hasattr(tokenizer, "special_tokens_map"):
+        raise ValueError(
+            f"tokenizer must be that of the model, of transformers, got {type(tokenizer).__name__}"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError("an encoder and a decoder in one are not captured, only either alone")
+    name = getattr(network, "name_or_path", "") or type(network).__name__
+    return LanguageModel(network, tokenizer, name, None, is_causal(config))
+
+
 class HookedModel:
     """A network that gives the activations of some hook points.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sae_fast.activations.capture.config import CaptureConfig
-from sae_fast.activations.capture.documents import load_documents
+from sae_fast.activations.capture.documents import Documents, load_documents
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.language_model import (
     HookedModel,
@@ -131,12 +131,20 @@ def made_with(device: str) -> dict[str, str]:
     return {"python": platform.python_version(), **versions, "device": device, "hardware": name}
 
 
-def open_capture(config: CaptureConfig, local_rank: int | None = None) -> Capture:
+def open_capture(
+    config: CaptureConfig,
+    local_rank: int | None = None,
+    *,
+    model: LanguageModel | None = None,
+    documents: Documents | None = None,
+) -> Capture:
     """Load what a capture needs; raises ValueError or OSError in one line for what is wrong.
 
     Args:
         config: what is captured.
         local_rank: under torchrun, which process of this machine it is.
+        model: one that is in memory; None: the one that `config` names is loaded.
+        documents: texts that are in memory; None: those of the dataset that `config` names.
     """
     if config.model is None or config.dataset is None:
         raise ValueError("model and dataset must be given: MODEL DATASET")
@@ -145,7 +153,7 @@ def open_capture(config: CaptureConfig, local_rank: int | None = None) -> Captur
     device = config.device
     if device == "cuda" and local_rank is not None:
         device = f"cuda:{local_rank}"
-    documents = load_documents(
+    documents = documents or load_documents(
         config.dataset,
         config=config.dataset_config,
         split=config.split,
@@ -153,7 +161,7 @@ def open_capture(config: CaptureConfig, local_rank: int | None = None) -> Captur
         text_split=config.text_split,
         shuffle_seed=config.shuffle_seed,
     )
-    model = load_language_model(
+    model = model or load_language_model(
         config.model, revision=config.revision, dtype=config.model_dtype, device=device
     )
     hooks = resolve_hooks(model.network, config.layers, config.hook_points, config.layer_stride)

@@ -1,0 +1,84 @@
+"""`train_from_model`: the run of the command, from a model and texts in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import make_network, make_tokenizer, save_model
+from small_texts import make_texts
+
+from sae_fast import RunConfig, train_from_model
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.train import main
+
+TEXTS = [text or "" for text in make_texts(60)]
+FROM_MODEL = {"max_tokens": 256, "ctx_len": 16, "batch_size": 4, "heldout_tokens": 64}
+CONFIG = RunConfig(k=4, expansion_factor=2, lr=1e-2, pool_rows=100, seed=3, shuffle_seed=5)
+
+
+def _train(network: Any = None, texts: Any = None, **more: Any) -> dict[str, SparseAutoencoder]:
+    settings = {"config": CONFIG, "show_progress": False, **FROM_MODEL, **more}
+    network = make_network("gpt2") if network is None else network
+    texts = TEXTS if texts is None else texts
+    return train_from_model(network, make_tokenizer(causal=True), texts, **settings)
+
+
+def test_it_gives_the_autoencoders_of_the_command(tmp_path: Path) -> None:
+    save_model(tmp_path / "gpt2", "gpt2")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    flags = (
+        *(str(tmp_path / "gpt2"), str(tmp_path / "texts.jsonl"), "--layers", "0", "2", "--k", "4"),
+        *("--expansion_factor", "2", "--lr", "1e-2", "--pool_rows", "100", "--init_seeds", "3"),
+        *("--shuffle_seed", "5", "--save_dir", str(tmp_path), "--run_name", "run"),
+        *(word for name, value in FROM_MODEL.items() for word in (f"--{name}", str(value))),
+    )
+    assert main(flags) == 0
+    found = _train(layers=[0, 2], directory=tmp_path / "own")
+    assert list(found) == ["residual.0", "residual.2"]
+    for name, sae in found.items():
+        checkpoint = f"{name}/checkpoints/latest"
+        for place in ("run", "own"):
+            saved = SparseAutoencoder.from_pretrained(tmp_path / place / checkpoint).state_dict()
+            state = sae.state_dict()
+            assert [key for key in state if not torch.equal(state[key], saved[key])] == []
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    network = make_network("gpt2").train()
+    network.lm_head.requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    needed = [parameter.requires_grad for parameter in network.parameters()]
+    config = RunConfig(k=4, expansion_factor=2, lr=1e-2, loss_fn="kl")
+    _train(network, config=config, layers=(1,), heldout_tokens=0)
+    assert network.training
+    assert needed == [parameter.requires_grad for parameter in network.parameters()]
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_without_a_configuration_the_defaults_are_those_of_the_command() -> None:
+    (sae,) = _train(config=None).values()
+    assert (sae.config.k, sae.config.d_sae) == (192, 32 * 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _train(torch.nn.Linear(2, 2)), "model must be a transformers model .* got Linear"),
+        (lambda: train_from_model(make_network("gpt2"), None, TEXTS), "tokenizer must be that of"),
+        (lambda: _train(texts=["a", 3]), "texts must be strings, text 1 is int"),
+        (lambda: _train(texts=[]), "texts has no documents"),
+        (lambda: _train(layer=3), "unknown key 'layer' .did you mean 'layers'"),
+        (lambda: _train(run_name="a"), "unknown key 'run_name'"),
+        (lambda: _train(layers=[7]), "layers: GPT2LMHeadModel has blocks 0 to 2, got 7"),
+        (lambda: _train(config=RunConfig(k=4, shard_dir="a")), "shard_dir = 'a' is for training"),
+    ],
+)
+def test_what_does_not_fit_is_named(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

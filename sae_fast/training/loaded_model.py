@@ -1,0 +1,121 @@
+"""`train_from_model`: training on the activations of a model in memory, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sae_fast.activations.capture import Documents
+from sae_fast.activations.capture.language_model import loaded_language_model
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import RunConfig, TrainConfig
+from sae_fast.config_file import reject_unknown_keys
+from sae_fast.training.from_model import (
+    DEFAULT_K,
+    SAE_DEFAULTS,
+    TRAIN_DEFAULTS,
+    FromModelConfig,
+    open_from_model,
+)
+
+# What names a model or the place of a run on the command line, or is a setting of `config` here.
+_OF_THE_COMMAND = {
+    *("save_dir", "run_name", "save_every", "log_to_wandb", "wandb_log_frequency"),
+    *("revision", "model_dtype"),
+}
+
+
+def train_from_model(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str] | str,
+    config: RunConfig | None = None,
+    *,
+    directory: str | Path | None = None,
+    show_progress: bool = True,
+    **settings: Any,
+) -> dict[str, SparseAutoencoder]:
+    """Train an autoencoder on the activations of each layer asked for; return them by hook point.
+
+    `train_from_model(model, tokenizer, texts, layers=[3])["residual.3"]` is that of the residual
+    stream after block 3.
+
+    Args:
+        model: a transformers model; it is left as it was, and trained on where it is.
+        tokenizer: that of the model.
+        texts: the documents, or the name of a dataset.
+        config: of the autoencoders and their training, but for their batches; None: the defaults of
+            a training straight from a model.
+        directory: where the runs are written, each in a folder of its name; None: nowhere.
+        show_progress: whether to show a progress bar.
+        settings: of FromModelConfig, such as layers, hook_points, max_tokens, batch_size (in
+            sequences), ctx_len and heldout_tokens; seeds and max_tokens may be in `config` too.
+
+    Raises:
+        ValueError: in one line, naming what does not fit.
+    """
+    loaded = loaded_language_model(model, tokenizer)
+    if config is None:
+        config = RunConfig(**SAE_DEFAULTS, **TRAIN_DEFAULTS, k=DEFAULT_K)
+    else:
+        settings = _of(config.train) | settings
+    own = _settings(settings)
+    train = replace(
+        config.train,
+        shuffle_seed=own.shuffle_seed,
+        max_tokens=own.max_tokens,
+        device=str(loaded.device),
+    )
+    configs = {"": RunConfig(sae=config.sae, train=train)}
+    documents = texts if isinstance(texts, str) else _documents(texts, own)
+    place = None if directory is None else Path(directory)
+    with _unchanged(model):
+        sweep = open_from_model(loaded, documents, own, configs, place, show_progress=show_progress)
+        return sweep.train()
+
+
+def _of(train: TrainConfig) -> dict[str, Any]:
+    """The settings of a training that are settings of the model's text too."""
+    own = {"shuffle_seed": train.order_seed, "init_seeds": (train.seed,)}
+    return own if train.max_tokens is None else {**own, "max_tokens": train.max_tokens}
+
+
+def _settings(settings: dict[str, Any]) -> FromModelConfig:
+    """The settings of the model and its text; lists become tuples."""
+    names = {item.name for item in fields(FromModelConfig)} - _OF_THE_COMMAND
+    reject_unknown_keys(settings, sorted(names))
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, (list, range)) else value
+        for name, value in settings.items()
+    }
+    return FromModelConfig(**values)
+
+
+def _documents(texts: Sequence[object], settings: FromModelConfig) -> Documents:
+    known: list[str | None] = []
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise ValueError(f"texts must be strings, text {number} is {kind}")
+        known.append(text)
+    return Documents(known, "texts", settings.shuffle_seed)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model without gradients, and leave it as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trained:
+            parameter.requires_grad_(True)
