@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
+#include <exception>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -35,9 +37,33 @@ py::dict build_info() {
   return info;
 }
 
+std::terminate_handler terminate_before = nullptr;
+unsigned long main_thread = 0;
+
+// At the interpreter's end a daemon thread that wants to go back to Python, from an op of ours or
+// of torch, is unwound by CPython before 3.14 and so ends the process in std::terminate. It sleeps
+// here instead, as it does in 3.14, until the main thread has ended the process.
+void terminate_or_sleep() {
+#if PY_VERSION_HEX >= 0x030D0000
+  const bool at_the_end = Py_IsFinalizing() != 0;
+#else
+  const bool at_the_end = _Py_IsFinalizing() != 0;
+#endif
+  const bool is_main = PyThread_get_thread_ident() == main_thread;
+  while (at_the_end && !is_main && std::current_exception() == nullptr) pause();
+  terminate_before();
+}
+
+void end_quietly() {
+  const py::object main = py::module_::import("threading").attr("main_thread")();
+  main_thread = main.attr("ident").cast<unsigned long>();
+  terminate_before = std::set_terminate(terminate_or_sleep);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  end_quietly();
   m.def("build_info", &build_info, "Compiler, torch, instruction sets and CUDA of this build.");
   m.def("instruction_set", &sae_fast::cpu::instruction_set_name,
         "Name of the instruction set that the CPU kernels use.");

@@ -40,5 +40,5 @@ STABLE_TORCH_LIBRARY(sae_fast_benchmark, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast_benchmark, CPU, m) {
-  m.impl("encoder_product", TORCH_BOX(&sae_fast::ops::encoder_product));
+  SAE_FAST_IMPL(m, "encoder_product", &sae_fast::ops::encoder_product);
 }

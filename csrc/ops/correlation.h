@@ -8,8 +8,8 @@ namespace sae_fast::ops {
 // h [N, F], of which latents [0, split) are the first group.
 inline void check_groups(const char* op, const Tensor& h, int64_t split) {
   check_float(op, "h", h, {kAnySize, kAnySize});
-  STD_TORCH_CHECK(split >= 0 && split <= h.size(1), op,
-                  ": split must be in [0, d_sae], got split=", split, " with d_sae=", h.size(1));
+  SAE_FAST_CHECK(split >= 0 && split <= h.size(1), op,
+                 ": split must be in [0, d_sae], got split=", split, " with d_sae=", h.size(1));
 }
 
 // Gram matrices of codes: without a second group there is one.

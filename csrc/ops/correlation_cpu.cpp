@@ -55,6 +55,6 @@ Tensor code_correlation_backward(const OptionalTensor& grad_within,
 }  // namespace sae_fast::ops
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
-  m.impl("code_correlation", TORCH_BOX(&sae_fast::ops::code_correlation));
-  m.impl("code_correlation_backward", TORCH_BOX(&sae_fast::ops::code_correlation_backward));
+  SAE_FAST_IMPL(m, "code_correlation", &sae_fast::ops::code_correlation);
+  SAE_FAST_IMPL(m, "code_correlation_backward", &sae_fast::ops::code_correlation_backward);
 }

@@ -45,15 +45,15 @@ inline std::string device_name(const Tensor& tensor) {
 // The dispatcher calls a CUDA op when any argument is on a CUDA device; all of them must be on one.
 inline void check_same_device(const char* op, std::initializer_list<Argument> arguments) {
   const Argument& first = *arguments.begin();
-  STD_TORCH_CHECK(first.tensor->is_cuda(), op, ": ", first.name,
-                  " must be on the CUDA device of the other arguments, got ",
-                  device_name(*first.tensor));
+  SAE_FAST_CHECK(first.tensor->is_cuda(), op, ": ", first.name,
+                 " must be on the CUDA device of the other arguments, got ",
+                 device_name(*first.tensor));
   for (const Argument& argument : arguments) {
     if (argument.tensor == nullptr) continue;
-    STD_TORCH_CHECK(argument.tensor->is_cuda() &&
-                        argument.tensor->get_device_index() == first.tensor->get_device_index(),
-                    op, ": ", argument.name, " must be on ", device_name(*first.tensor), " as ",
-                    first.name, " is, got ", device_name(*argument.tensor));
+    SAE_FAST_CHECK(argument.tensor->is_cuda() &&
+                       argument.tensor->get_device_index() == first.tensor->get_device_index(),
+                   op, ": ", argument.name, " must be on ", device_name(*first.tensor), " as ",
+                   first.name, " is, got ", device_name(*argument.tensor));
   }
 }
 
@@ -77,8 +77,8 @@ class CudaCode {
       : values_((check_code_layout(op, values, indices, offsets), values)),
         indices_(indices),
         offsets_(offsets) {
-    STD_TORCH_CHECK(indices.numel() <= INT_MAX, op, ": indices must have at most ", INT_MAX,
-                    " entries, got ", indices.numel());
+    SAE_FAST_CHECK(indices.numel() <= INT_MAX, op, ": indices must have at most ", INT_MAX,
+                   " entries, got ", indices.numel());
     rows_.offsets = offsets_.data<int64_t>();
     rows_.k = offsets.has_value() ? 0 : indices.size(1);
     rows_.rows = offsets.has_value() ? offsets->size(0) - 1 : indices.size(0);

@@ -22,6 +22,7 @@ Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor&
   const Input rows(W_dec), bias(b_dec);
   const Tensor x_hat =
       torch::stable::new_empty(values, {code.code().tokens, W_dec.size(1)}, ScalarType::Float);
+  if (x_hat.numel() == 0) return x_hat;  // of no columns there may be any number of rows
   const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
                              W_dec.size(1)};
   check_memory(kOp,
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct(const Tensor& values, const Tenso
 }  // namespace sae_fast::ops
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
-  m.impl("decode", TORCH_BOX(&sae_fast::ops::decode));
-  m.impl("decode_backward", TORCH_BOX(&sae_fast::ops::decode_backward));
-  m.impl("reconstruct", TORCH_BOX(&sae_fast::ops::reconstruct));
+  SAE_FAST_IMPL(m, "decode", &sae_fast::ops::decode);
+  SAE_FAST_IMPL(m, "decode_backward", &sae_fast::ops::decode_backward);
+  SAE_FAST_IMPL(m, "reconstruct", &sae_fast::ops::reconstruct);
 }

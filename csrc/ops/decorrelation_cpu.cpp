@@ -15,6 +15,10 @@ std::tuple<Tensor, Tensor> decorrelation(const Tensor& W) {
   const Tensor grad = torch::stable::new_empty(W, W.sizes());
   const Tensor loss = torch::stable::new_empty(W, {});
   double total = 0.0;
+  if (W.numel() == 0) {
+    *mutable_data<float>(loss) = 0.0f;
+    return {loss, grad};
+  }
   check_memory(kOp, cpu::kernels().decorrelation(rows.data<float>(), W.size(0), W.size(1), &total,
                                                  mutable_data<float>(grad), parallel()));
   *mutable_data<float>(loss) = static_cast<float>(total);
@@ -25,5 +29,5 @@ std::tuple<Tensor, Tensor> decorrelation(const Tensor& W) {
 }  // namespace sae_fast::ops
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
-  m.impl("decorrelation", TORCH_BOX(&sae_fast::ops::decorrelation));
+  SAE_FAST_IMPL(m, "decorrelation", &sae_fast::ops::decorrelation);
 }

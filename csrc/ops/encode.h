@@ -17,6 +17,9 @@ void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const T
 void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
                      int64_t k_aux);
 
+// The dtype of `rounded` for a precision that rounds.
+void check_rounded_dtype(const char* op, const std::string& precision, const Tensor& rounded);
+
 // Checks tensors that pack_encoder made for a W_enc of this shape.
 void check_packed(const char* op, const Tensor& W_enc, const std::string& precision,
                   const Tensor& packed, const Tensor& stats, const Tensor& rounded);

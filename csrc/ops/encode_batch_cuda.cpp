@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk_cuda(
   check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
   check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
   const cuda::BatchSize size{x.size(0), W_enc.size(0), k};
-  STD_TORCH_CHECK(size.tokens <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ",
-                  size.tokens, " * ", k);
+  SAE_FAST_CHECK(size.tokens <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ",
+                 size.tokens, " * ", k);
   check_same_device(kOp, {{"x", x},
                           {"W_enc", W_enc},
                           {"b_enc", b_enc},

@@ -29,6 +29,8 @@ class EncoderInput {
       rounded_ = rounded;
       check_packed(op, W_enc, precision, *packed, *stats, *rounded);
     } else {
+      SAE_FAST_CHECK(!packed.has_value() && !stats.has_value() && !rounded.has_value(), op,
+                     ": packed, stats and rounded must be given together");
       auto [made_packed, made_stats, made_rounded] = pack_encoder(W_enc, precision);
       packed_ = made_packed;
       stats_ = made_stats;
@@ -105,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
   check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
   const int64_t n = x.size(0);
-  STD_TORCH_CHECK(n <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ", n, " * ", k);
+  SAE_FAST_CHECK(n <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ", n, " * ", k);
   const EncoderInput encoder(kOp, W_enc, precision, packed, stats, rounded);
   const Input tokens(x), encoder_bias(b_enc), decoder_bias(b_dec), dead(dead_mask);
   const Tensor values = torch::stable::new_empty(x, {n * k});
@@ -176,9 +178,9 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(
   problem.b_dec = decoder_bias.data<float>();
   problem.threshold = limits.data<float>();
   problem.tokens = n;
+  const Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
   RowSink sink(n);
   check_memory(kOp, cpu::kernels().encode_threshold(problem, sink, parallel()));
-  const Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
   const int64_t entries = sink.write_offsets(mutable_data<int64_t>(offsets));
   const Tensor values = torch::stable::new_empty(x, {entries});
   const Tensor indices = torch::stable::new_empty(x, {entries}, ScalarType::Int);
@@ -186,10 +188,16 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(
   return {values, indices, offsets};
 }
 
+// Latents are numbered in int32.
+void check_d_sae(const char* op, const Tensor& W_enc) {
+  SAE_FAST_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
+                 W_enc.size(0));
+}
+
 }  // namespace
 
 void check_precision(const char* op, const std::string& precision) {
-  STD_TORCH_CHECK(
+  SAE_FAST_CHECK(
       precision == "screened" || precision == "fp32" || precision == "bf16" || precision == "fp16",
       op, ": precision must be screened, fp32, bf16 or fp16, got ", precision);
 }
@@ -200,19 +208,20 @@ void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const T
   check_float(op, "W_enc", W_enc, {kAnySize, x.size(1)});
   check_float(op, "b_enc", b_enc, {W_enc.size(0)});
   check_float(op, "b_dec", b_dec, {x.size(1)});
-  STD_TORCH_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
-                  W_enc.size(0));
+  check_d_sae(op, W_enc);
+  SAE_FAST_CHECK(x.size(0) <= INT32_MAX, op, ": x must have at most ", INT32_MAX, " rows, got ",
+                 x.size(0));
   check_precision(op, precision);
 }
 
 void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
                      int64_t k_aux) {
-  STD_TORCH_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
-                  " with d_sae=", d_sae);
-  STD_TORCH_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
-                  ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
-  STD_TORCH_CHECK(dead_mask.has_value() || k_aux == 0, op,
-                  ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
+  SAE_FAST_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
+                 " with d_sae=", d_sae);
+  SAE_FAST_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
+                 ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
+  SAE_FAST_CHECK(dead_mask.has_value() || k_aux == 0, op,
+                 ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
   if (!dead_mask.has_value()) return;
   check_shape(op, "dead_mask", *dead_mask, {d_sae});
   check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
@@ -232,6 +241,11 @@ cpu::PackedEncoder packed_encoder(const Tensor& W_enc, const std::string& precis
   return encoder;
 }
 
+void check_rounded_dtype(const char* op, const std::string& precision, const Tensor& rounded) {
+  check_dtype(op, "rounded", rounded,
+              precision == "bf16" ? ScalarType::BFloat16 : ScalarType::Half);
+}
+
 void check_packed(const char* op, const Tensor& W_enc, const std::string& precision,
                   const Tensor& packed, const Tensor& stats, const Tensor& rounded) {
   const int64_t panels = cpu::panels(W_enc.size(0));
@@ -244,8 +258,7 @@ void check_packed(const char* op, const Tensor& W_enc, const std::string& precis
   check_float(op, "stats", stats, {4, panels * cpu::kPanelLatents});
   if (scoring_type(precision) != cpu::Rows::kFloat) {
     check_shape(op, "rounded", rounded, {W_enc.size(0), W_enc.size(1)});
-    check_dtype(op, "rounded", rounded,
-                precision == "bf16" ? ScalarType::BFloat16 : ScalarType::Half);
+    check_rounded_dtype(op, precision, rounded);
     check_contiguous(op, "rounded", rounded);
   }
   check_contiguous(op, "packed", packed);
@@ -255,6 +268,7 @@ void check_packed(const char* op, const Tensor& W_enc, const std::string& precis
 std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::string& precision) {
   constexpr const char* kOp = "pack_encoder";
   check_float(kOp, "W_enc", W_enc, {kAnySize, kAnySize});
+  check_d_sae(kOp, W_enc);
   check_precision(kOp, precision);
   const int64_t d_sae = W_enc.size(0);
   const int64_t d_in = W_enc.size(1);
@@ -280,8 +294,8 @@ std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::
 }  // namespace sae_fast::ops
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
-  m.impl("pack_encoder", TORCH_BOX(&sae_fast::ops::pack_encoder));
-  m.impl("encode_topk", TORCH_BOX(&sae_fast::ops::encode_topk));
-  m.impl("encode_batch_topk", TORCH_BOX(&sae_fast::ops::encode_batch_topk));
-  m.impl("encode_threshold", TORCH_BOX(&sae_fast::ops::encode_threshold));
+  SAE_FAST_IMPL(m, "pack_encoder", &sae_fast::ops::pack_encoder);
+  SAE_FAST_IMPL(m, "encode_topk", &sae_fast::ops::encode_topk);
+  SAE_FAST_IMPL(m, "encode_batch_topk", &sae_fast::ops::encode_batch_topk);
+  SAE_FAST_IMPL(m, "encode_threshold", &sae_fast::ops::encode_threshold);
 }

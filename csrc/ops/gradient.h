@@ -13,9 +13,9 @@ namespace sae_fast::ops {
 inline void check_latent_offsets(const char* op, const Tensor& latent_offsets) {
   check_shape(op, "latent_offsets", latent_offsets, {kAnySize});
   check_dtype(op, "latent_offsets", latent_offsets, ScalarType::Long);
-  STD_TORCH_CHECK(latent_offsets.size(0) > 1, op,
-                  ": latent_offsets must have d_sae + 1 >= 2 elements, got ",
-                  latent_offsets.size(0));
+  SAE_FAST_CHECK(latent_offsets.size(0) > 1, op,
+                 ": latent_offsets must have d_sae + 1 >= 2 elements, got ",
+                 latent_offsets.size(0));
 }
 
 // Flat positions in a tensor of coefficients.
@@ -52,28 +52,28 @@ inline void check_weights(const char* op, const Tensor& W, int64_t d_sae, int64_
 // A tensor that comes with some dtypes of exp_avg and not with the others.
 inline void check_companion(const char* op, const char* name, const OptionalTensor& tensor,
                             bool wanted, ScalarType type) {
-  STD_TORCH_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where exp_avg is ",
-                  dtype_name(type), ", got none");
-  STD_TORCH_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where exp_avg is ",
-                  dtype_name(type), ", got a tensor");
+  SAE_FAST_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where exp_avg is ",
+                 dtype_name(type), ", got none");
+  SAE_FAST_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where exp_avg is ",
+                 dtype_name(type), ", got a tensor");
 }
 
 inline UpdateRule checked_rule(const char* op, const std::string& rule) {
   if (rule == "adam") return UpdateRule::kAdam;
   if (rule == "sgd") return UpdateRule::kSgd;
   if (rule == "signum") return UpdateRule::kSignum;
-  STD_TORCH_CHECK(rule == "schedule_free_signum", op,
-                  ": rule must be adam, sgd, signum or schedule_free_signum, got ", rule);
+  SAE_FAST_CHECK(rule == "schedule_free_signum", op,
+                 ": rule must be adam, sgd, signum or schedule_free_signum, got ", rule);
   return UpdateRule::kScheduleFreeSignum;
 }
 
 // What only some rules have.
 inline void check_of_rule(const char* op, const char* name, const OptionalTensor& tensor,
                           const std::string& rule, bool wanted) {
-  STD_TORCH_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where rule is ",
-                  rule, ", got none");
-  STD_TORCH_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where rule is ",
-                  rule, ", got a tensor");
+  SAE_FAST_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where rule is ",
+                 rule, ", got none");
+  SAE_FAST_CHECK(wanted || !tensor.has_value(), op, ": ", name, " must be none where rule is ",
+                 rule, ", got a tensor");
 }
 
 inline void check_scale(const char* op, const char* name, const OptionalTensor& scale, bool wanted,
@@ -94,14 +94,14 @@ inline Moments checked_moments(const char* op, const std::string& rule, const Te
   check_shape(op, "exp_avg", exp_avg, {d_sae, d_in});
   const ScalarType type = exp_avg.scalar_type();
   const bool in_blocks = type == ScalarType::Byte;
-  STD_TORCH_CHECK(in_blocks || type == ScalarType::Float || type == ScalarType::BFloat16, op,
-                  ": exp_avg must be float32, bfloat16 or uint8, got ", dtype_name(type));
+  SAE_FAST_CHECK(in_blocks || type == ScalarType::Float || type == ScalarType::BFloat16, op,
+                 ": exp_avg must be float32, bfloat16 or uint8, got ", dtype_name(type));
   if (exp_avg_sq.has_value()) {
     check_shape(op, "exp_avg_sq", *exp_avg_sq, {d_sae, d_in});
     check_dtype(op, "exp_avg_sq", *exp_avg_sq, type);
   } else {
-    STD_TORCH_CHECK(!exp_avg_sq_scale.has_value(), op,
-                    ": exp_avg_sq_scale must be none where rule is ", rule, ", got a tensor");
+    SAE_FAST_CHECK(!exp_avg_sq_scale.has_value(), op,
+                   ": exp_avg_sq_scale must be none where rule is ", rule, ", got a tensor");
   }
   const bool scaled_sq = in_blocks && exp_avg_sq.has_value();
   check_scale(op, "exp_avg_scale", exp_avg_scale, in_blocks, type, d_sae, d_in);
@@ -111,6 +111,7 @@ inline Moments checked_moments(const char* op, const std::string& rule, const Te
     check_shape(op, "step_count", *step_count, {});
     check_dtype(op, "step_count", *step_count, ScalarType::Long);
   }
+  check_storage(op, "exp_avg", exp_avg);
   check_contiguous(op, "exp_avg", exp_avg);
   if (exp_avg_sq.has_value()) check_contiguous(op, "exp_avg_sq", *exp_avg_sq);
   Moments moments{};
@@ -159,8 +160,8 @@ inline void check_update_vector(const char* op, const std::string& rule, const T
                                 const OptionalTensor& grad, const Tensor& scalars) {
   check_of_rule(op, "exp_avg_sq", exp_avg_sq, rule, has_exp_avg_sq(checked_rule(op, rule)));
   const auto check_like_w = [&](const char* name, const Tensor& tensor) {
-    STD_TORCH_CHECK(shape_text(tensor) == shape_text(w), op, ": ", name,
-                    " must have the shape of w, ", shape_text(w), ", got ", shape_text(tensor));
+    SAE_FAST_CHECK(shape_text(tensor) == shape_text(w), op, ": ", name,
+                   " must have the shape of w, ", shape_text(w), ", got ", shape_text(tensor));
     check_dtype(op, name, tensor, ScalarType::Float);
   };
   check_like_w("w", w);

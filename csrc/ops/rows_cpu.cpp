@@ -1,6 +1,7 @@
 // CPU side of the row ops: check, allocate, call.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -15,10 +16,16 @@ namespace {
 // Gradient rows kept between the norm and the update: this many for each row of the dense factor.
 constexpr int64_t kCachedRowsPerToken = 3;
 
+// Latents are numbered in int32.
+void check_d_sae(const char* op, int64_t d_sae) {
+  SAE_FAST_CHECK(d_sae >= 1, op, ": d_sae must be at least 1, got ", d_sae);
+  SAE_FAST_CHECK(d_sae <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ", d_sae);
+}
+
 std::tuple<Tensor, Tensor, Tensor> latent_major(const Tensor& values, const Tensor& indices,
                                                 const OptionalTensor& offsets, int64_t d_sae) {
   constexpr const char* kOp = "latent_major";
-  STD_TORCH_CHECK(d_sae >= 1, kOp, ": d_sae must be at least 1, got ", d_sae);
+  check_d_sae(kOp, d_sae);
   const CodeInput code(kOp, values, indices, offsets, d_sae);
   const int64_t active = cpu::count_active(code.code(), code.entries());
   const Tensor latent_offsets = torch::stable::new_empty(values, {d_sae + 1}, ScalarType::Long);
@@ -33,7 +40,7 @@ std::tuple<Tensor, Tensor> accumulate_rows(const Tensor& coefficients, const Ten
                                            const OptionalTensor& offsets, const Tensor& dense,
                                            int64_t d_sae) {
   constexpr const char* kOp = "accumulate_rows";
-  STD_TORCH_CHECK(d_sae >= 1, kOp, ": d_sae must be at least 1, got ", d_sae);
+  check_d_sae(kOp, d_sae);
   const CodeInput code(kOp, coefficients, indices, offsets, d_sae);
   check_shape(kOp, "dense", dense, {code.code().tokens, kAnySize});
   check_floating(kOp, "dense", dense);
@@ -61,8 +68,8 @@ void check_partition(const char* op, const int64_t* latent_offsets, int64_t d_sa
   for (int64_t j = 0; j < d_sae; ++j) {
     ascending = ascending && latent_offsets[j] <= latent_offsets[j + 1];
   }
-  STD_TORCH_CHECK(ascending, op, ": latent_offsets must ascend from 0 to the number of entries, ",
-                  entries, ", got ", latent_offsets[0], " to ", latent_offsets[d_sae]);
+  SAE_FAST_CHECK(ascending, op, ": latent_offsets must ascend from 0 to the number of entries, ",
+                 entries, ", got ", latent_offsets[0], " to ", latent_offsets[d_sae]);
 }
 
 // Of a long list, on all threads.
@@ -172,8 +179,16 @@ cpu::PackedEncoder copies(const char* op, const Tensor& W, const std::string& pr
   if (packed.has_value() && stats.has_value() && rounded.has_value()) {
     check_packed(op, W, precision, *packed, *stats, *rounded);
     encoder = packed_encoder(W, precision, *packed, *stats, *rounded);
-  } else if (rounded.has_value()) {
+  } else {
+    SAE_FAST_CHECK(!packed.has_value() && !stats.has_value(), op,
+                   ": packed and stats must be given with each other and rounded");
+  }
+  if (!packed.has_value() && rounded.has_value()) {
+    SAE_FAST_CHECK(precision == "bf16" || precision == "fp16", op,
+                   ": precision must be bf16 or fp16 where rounded is given alone, got ",
+                   precision);
     check_shape(op, "rounded", *rounded, {W.size(0), W.size(1)});
+    check_rounded_dtype(op, precision, *rounded);
     check_contiguous(op, "rounded", *rounded);
     encoder.rows = rows_type(*rounded);
     encoder.rounded = rounded->mutable_data_ptr();
@@ -182,6 +197,13 @@ cpu::PackedEncoder copies(const char* op, const Tensor& W, const std::string& pr
   encoder.d_in = W.size(1);
   encoder.W_enc = mutable_data<float>(W);
   return encoder;
+}
+
+// Rows of the cache, or -1 for a latent that has none.
+void check_slots(const char* op, const int32_t* slots, int64_t count, int64_t bound) {
+  const auto [lowest, highest] = std::minmax_element(slots, slots + count);
+  SAE_FAST_CHECK(*lowest >= -1 && *highest < bound, op, ": cache_slots must be in [-1, ", bound,
+                 "), got ", *lowest < -1 ? *lowest : *highest);
 }
 
 UpdateScalars read_scalars(const Tensor& scalars) {
@@ -210,6 +232,25 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& 
                                           exp_avg_sq_scale, step_count, d_sae, d_in);
   check_cache(kOp, sums, cached, cache_slots, scalars, d_sae, d_in);
   const Input kept(cached), slots(cache_slots);
+  check_slots(kOp, slots.data<int32_t>(), d_sae, cached.size(0));
+  check_apart(kOp,
+              {{"W", W},
+               {"exp_avg", exp_avg},
+               {"exp_avg_sq", exp_avg_sq},
+               {"exp_avg_scale", exp_avg_scale},
+               {"exp_avg_sq_scale", exp_avg_sq_scale},
+               {"packed", packed},
+               {"stats", stats},
+               {"rounded", rounded}},
+              {{"latent_offsets", latent_offsets},
+               {"rows", rows},
+               {"coefficients", coefficients},
+               {"dense", dense},
+               {"shift", shift},
+               {"extra_grad", extra_grad},
+               {"cached", cached},
+               {"cache_slots", cache_slots},
+               {"step_count", step_count}});
   cpu::RowUpdate update{};
   update.rule = checked_rule(kOp, rule);
   update.scalars = read_scalars(scalars);
@@ -235,6 +276,8 @@ std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, co
                                                   double weight_decay, bool skip_overflow) {
   constexpr const char* kOp = "update_scalars";
   check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule);
+  check_apart(kOp, {{"step_count", step_count}, {"halted", halted}, {"lr_squares", lr_squares}},
+              {{"squared_norm", squared_norm}, {"lr", lr}, {"loss_scale", loss_scale}});
   const UpdateSettings settings{
       checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
   const UpdateInputs inputs{*squared_norm.const_data_ptr<double>(), *lr.const_data_ptr<double>(),
@@ -253,6 +296,8 @@ void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor&
                    const OptionalTensor& grad, const Tensor& scalars, const std::string& rule) {
   constexpr const char* kOp = "update_vector_";
   check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
+  check_apart(kOp, {{"w", w}, {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}},
+              {{"grad", grad}, {"scalars", scalars}});
   const UpdateScalars step = read_scalars(scalars);
   if (!is_finite(step.grad_scale)) return;
   const Input gradient(grad);
@@ -267,6 +312,7 @@ void normalize_rows(const Tensor& W) {
   constexpr const char* kOp = "normalize_rows_";
   check_float(kOp, "W", W, {kAnySize, kAnySize});
   check_contiguous(kOp, "W", W);
+  if (W.numel() == 0) return;
   cpu::kernels().normalize_rows(mutable_data<float>(W), W.size(0), W.size(1), parallel());
 }
 
@@ -274,13 +320,13 @@ void normalize_rows(const Tensor& W) {
 }  // namespace sae_fast::ops
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
-  m.impl("latent_major", TORCH_BOX(&sae_fast::ops::latent_major));
-  m.impl("gather_entries", TORCH_BOX(&sae_fast::ops::gather_entries));
-  m.impl("latent_sums", TORCH_BOX(&sae_fast::ops::latent_sums));
-  m.impl("accumulate_rows", TORCH_BOX(&sae_fast::ops::accumulate_rows));
-  m.impl("row_gradient_norm", TORCH_BOX(&sae_fast::ops::row_gradient_norm));
-  m.impl("update_scalars", TORCH_BOX(&sae_fast::ops::compute_update_scalars));
-  m.impl("fused_update_", TORCH_BOX(&sae_fast::ops::fused_update));
-  m.impl("update_vector_", TORCH_BOX(&sae_fast::ops::update_vector));
-  m.impl("normalize_rows_", TORCH_BOX(&sae_fast::ops::normalize_rows));
+  SAE_FAST_IMPL(m, "latent_major", &sae_fast::ops::latent_major);
+  SAE_FAST_IMPL(m, "gather_entries", &sae_fast::ops::gather_entries);
+  SAE_FAST_IMPL(m, "latent_sums", &sae_fast::ops::latent_sums);
+  SAE_FAST_IMPL(m, "accumulate_rows", &sae_fast::ops::accumulate_rows);
+  SAE_FAST_IMPL(m, "row_gradient_norm", &sae_fast::ops::row_gradient_norm);
+  SAE_FAST_IMPL(m, "update_scalars", &sae_fast::ops::compute_update_scalars);
+  SAE_FAST_IMPL(m, "fused_update_", &sae_fast::ops::fused_update);
+  SAE_FAST_IMPL(m, "update_vector_", &sae_fast::ops::update_vector);
+  SAE_FAST_IMPL(m, "normalize_rows_", &sae_fast::ops::normalize_rows);
 }

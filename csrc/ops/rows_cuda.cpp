@@ -12,8 +12,8 @@ namespace {
 
 // The latents are sorted as 32-bit keys, one more of them for entries that do not count.
 void check_d_sae(const char* op, int64_t d_sae) {
-  STD_TORCH_CHECK(d_sae >= 1 && d_sae < INT_MAX, op, ": d_sae must be in [1, ", INT_MAX, "), got ",
-                  d_sae);
+  SAE_FAST_CHECK(d_sae >= 1 && d_sae < INT_MAX, op, ": d_sae must be in [1, ", INT_MAX, "), got ",
+                 d_sae);
 }
 
 // entries and rows have room for every entry of the code: how many count is known on the device

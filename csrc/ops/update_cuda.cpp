@@ -34,10 +34,10 @@ class CudaGradient {
     factors_.d_in = dense.size(1);
     int64_t max_d_in = 0;
     STD_CUDA_CHECK(cuda::row_update_max_d_in(rule, moments, &max_d_in));
-    STD_TORCH_CHECK(factors_.d_in <= max_d_in, op, ": dense must have at most ", max_d_in,
-                    " columns on this device, got ", factors_.d_in);
-    STD_TORCH_CHECK(rows.size(0) <= INT_MAX, op, ": rows must have at most ", INT_MAX,
-                    " entries, got ", rows.size(0));
+    SAE_FAST_CHECK(factors_.d_in <= max_d_in, op, ": dense must have at most ", max_d_in,
+                   " columns on this device, got ", factors_.d_in);
+    SAE_FAST_CHECK(rows.size(0) <= INT_MAX, op, ": rows must have at most ", INT_MAX,
+                   " entries, got ", rows.size(0));
   }
 
   const cuda::GradientFactors& factors() const { return factors_; }
@@ -85,20 +85,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_gradient_norm(
 // stats; nothing is packed.
 void check_copies(const char* op, const Tensor& W, const OptionalTensor& packed,
                   const OptionalTensor& stats, const OptionalTensor& rounded) {
-  STD_TORCH_CHECK(!packed.has_value() || packed->numel() == 0, op,
-                  ": packed must be empty on CUDA, got ", packed.has_value() ? packed->numel() : 0,
-                  " elements");
+  SAE_FAST_CHECK(!packed.has_value() || packed->numel() == 0, op,
+                 ": packed must be empty on CUDA, got ", packed.has_value() ? packed->numel() : 0,
+                 " elements");
   const bool has_stats = stats.has_value() && stats->numel() > 0;
   if (has_stats) {
     check_float(op, "stats", *stats, {2, W.size(0)});
     check_contiguous(op, "stats", *stats);
   }
   if (!rounded.has_value() || rounded->numel() == 0) {
-    STD_TORCH_CHECK(!has_stats, op, ": stats must come with rounded, got none");
+    SAE_FAST_CHECK(!has_stats, op, ": stats must come with rounded, got none");
     return;
   }
   check_shape(op, "rounded", *rounded, {W.size(0), W.size(1)});
-  STD_TORCH_CHECK(
+  SAE_FAST_CHECK(
       rounded->scalar_type() == ScalarType::BFloat16 || rounded->scalar_type() == ScalarType::Half,
       op, ": rounded must be bfloat16 or float16, got ", dtype_name(rounded->scalar_type()));
   check_contiguous(op, "rounded", *rounded);

@@ -198,6 +198,7 @@ class CandidateRows {
  public:
   int64_t k = 0;         // as many as the result needs
   int64_t capacity = 0;  // entries of a row's buffer; appending writes up to 16 past the count
+  int64_t reserved = 0;  // entries at its end that are kept free for the outlier latents
   float* values = nullptr;
   int32_t* indices = nullptr;
   int32_t* counts = nullptr;
@@ -242,7 +243,8 @@ class CandidateRows {
 
   // Makes room for another panel: nothing more than `margin` below the k-th can be among the best.
   void shrink_if_full(int64_t row, float margin, int32_t* keys) const {
-    if (counts[row] + kPanelRoom <= capacity) return;
+    const int64_t room = capacity - reserved - kPanelRoom;
+    if (counts[row] <= room) return;
     if (counts[row] >= k) {
       const float bound = kth_value(row, keys) - margin;
       if (bound > thresholds[row]) {
@@ -251,7 +253,7 @@ class CandidateRows {
         thresholds[row] = bound;
       }
     }
-    if (counts[row] + kPanelRoom > capacity) {
+    if (counts[row] > room) {
       failed[row] = 1;
       counts[row] = 0;
       thresholds[row] = INFINITY;  // nothing finite passes any more

@@ -42,6 +42,7 @@ class TopKWorker {
     const int64_t d_sae = problem.encoder.d_sae;
     main_.k = floor == nullptr ? problem.k : INT64_MAX;  // a token may have any number of the best
     main_.capacity = main_capacity(problem, floor != nullptr) + bounds.special_count;
+    main_.reserved = aux_.reserved = bounds.special_count;
     aux_.k = problem.k_aux < bounds.dead_count ? problem.k_aux : bounds.dead_count;
     aux_.capacity = CandidateRows::capacity_for(aux_.k, d_sae) + bounds.special_count;
   }
