@@ -185,6 +185,27 @@ class SAEConfig(DictionaryConfig):
         return 0.0 if self.slots_mode == "separate_value" else _SLOTS_L1
 
     @property
+    def term_coefficients(self) -> dict[str, float]:
+        """The coefficients of the terms of the loss, by the names that the metrics have."""
+        has_aux = 1.0 if self.arch == "gated" else self.aux_k_coeff
+        given: dict[str, float | None] = {
+            "recon_loss": self.reconstruction_coeff,
+            "l1_loss": self.l1_penalty_coeff,
+            "sparsity_loss": self.sparsity_penalty_coeff,
+            "pre_act_loss": self.pre_act_loss_coeff,
+            "decorr_loss": self.decorrelation_coeff,
+            "aux_loss": has_aux,
+            "multi_topk_loss": self.multi_topk_coeff if self.multi_topk else 0.0,
+            "alignment_loss": self.alignment_coeff,
+            "value_loss": self.value_loss_coeff,
+            "probe_loss": self.probe_loss_coeff,
+            "temporal_loss": self.temporal_smoothness_coeff,
+            "independence_loss": self.independence_coeff,
+            "orthogonality_loss": self.orthogonality_coeff,
+        }
+        return {name: value or 0.0 for name, value in given.items()}
+
+    @property
     def has_probe(self) -> bool:
         """Whether a probe is trained with the model."""
         return self.probe_loss_coeff > 0 and self.probe_labels is not None

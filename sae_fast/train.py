@@ -325,10 +325,12 @@ def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> 
         f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s, "
         f"{summary['reader_stall_fraction']:.1%} of it waiting for the reader)"
     )
+    weighted = [name for name, value in trainer.sae_config.term_coefficients.items() if value > 0]
     names = (
-        *("loss", "recon_loss", "aux_loss", "probe_loss", "temporal_loss", "fvu", "l0"),
+        *("loss", *weighted, "fvu", "l0", "gram_mean"),
         *("probe_accuracy", "probe_r2", "slot_accuracy", "value_accuracy"),
-        *("heldout_fvu", "heldout_dead_fraction", "heldout_ce", "heldout_ce_model", "heldout_kl"),
+        *("heldout_fvu", "heldout_l0", "heldout_dead_fraction"),
+        *("heldout_ce", "heldout_ce_model", "heldout_kl"),
         *("heldout_slot_accuracy", "heldout_value_accuracy"),
     )
     figures = [(name, summary.get(f"final_{name}")) for name in names]
@@ -336,6 +338,10 @@ def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> 
     for name in ("plot", "checkpoint"):
         if name in summary:
             print(f"{name:<10} {summary[name]}")
+    if summary.get("skipped_steps"):
+        print(f"skipped    {summary['skipped_steps']:,} steps whose gradients overflowed in fp16")
+    for text in summary["warnings"]:
+        print(f"warning    {text}")
 
 
 class _TqdmHandler(logging.Handler):

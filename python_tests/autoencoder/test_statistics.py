@@ -170,6 +170,7 @@ def test_reconstruction_error_is_in_the_units_of_the_activations():
             "mse": float(error.square().mean()),
             "fvu": float(fvu),
             "explained_variance": 1 - float(fvu),
+            "explained_variance_overall": 1 - float(error.square().mean() / flat.var()),
             "cosine": float(cosine),
         }
     )

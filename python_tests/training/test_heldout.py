@@ -1,5 +1,6 @@
 """What an evaluation on held-out rows counts."""
 
+import pytest
 import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
@@ -15,6 +16,18 @@ def _one_latent_a_row() -> SparseAutoencoder:
         sae.W_enc.copy_(torch.eye(4))
         sae.W_dec.copy_(torch.eye(4))
     return sae
+
+
+def test_explained_variance_is_told_in_both_forms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 4, generator=generator) * 2 + torch.tensor([5.0, 0.0, 0.0, -3.0])
+    sae = _one_latent_a_row()
+    measured = evaluate(sae, rows.split(64))
+    wide, error = rows.double(), (sae(rows) - rows).detach().double()
+    fvu = float(error.square().sum() / (wide - wide.mean(0)).square().sum())
+    assert measured["heldout_explained_variance"] == pytest.approx(1 - fvu)
+    overall = float(1 - error.square().mean() / wide.var())
+    assert measured["heldout_explained_variance_overall"] == pytest.approx(overall)
 
 
 def test_a_latent_that_fires_on_exactly_the_threshold_share_is_alive() -> None:

@@ -23,7 +23,8 @@ SAE = SAEConfig(d_sae=64, k=3, dead_after_tokens=2000)
 RUN = TrainConfig(batch_size=64, max_steps=20, learning_rate=3e-3, log_every=1, eval_every=0)
 LOGGED = [
     *("step", "tokens", "epoch", "loss", "recon_loss", "l1_loss", "decorr_loss", "aux_loss"),
-    *("fvu", "l0", "activation_fraction", "dead_fraction", "learning_rate", "grad_norm"),
+    *("fvu", "explained_variance", "l0", "activation_fraction"),
+    *("dead_fraction", "silent_fraction", "learning_rate", "grad_norm"),
     *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction"),
 ]
 
@@ -128,7 +129,10 @@ def test_every_metric_has_its_name(activations: torch.Tensor, heldout: torch.Ten
     run = replace(RUN, eval_every=8, log_every=5)
     rows = _train(activations, run=run, heldout=heldout).history
     assert [row["step"] for row in rows] == [5, 8, 10, 15, 16, 20]
-    evaluated = ["heldout_fvu", "heldout_l0", "heldout_dead_fraction"]
+    evaluated = [
+        *("gram_mean", "heldout_fvu", "heldout_explained_variance"),
+        *("heldout_explained_variance_overall", "heldout_l0", "heldout_dead_fraction"),
+    ]
     assert list(rows[0]) == LOGGED[:3] + list(rows[0])[3:]
     assert sorted(rows[0]) == sorted(LOGGED)
     assert list(rows[1]) == LOGGED[:3] + evaluated
@@ -316,5 +320,5 @@ def test_progress_lines_tell_what_matters(
     with caplog.at_level(logging.INFO, logger="sae_fast"):
         Trainer(SAE, RUN, activations).train()
     (line,) = [record.message for record in caplog.records if record.message.startswith("step")]
-    for part in ("step 20: loss", "FVU", "L0", "dead", "stall", "tokens/s"):
+    for part in ("step 20: loss", "FVU", "L0", "silent so far", "stall", "tokens/s"):
         assert part in line

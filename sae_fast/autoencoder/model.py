@@ -400,6 +400,11 @@ class SparseAutoencoder(Measures):
         penalty = decorrelation_loss(self.W_dec, form, self.decorrelation_draw, chunk)
         return config.decorrelation_coeff * penalty
 
+    @torch.no_grad()
+    def mean_squared_cosine(self) -> Tensor:
+        """Return the mean of (ŵ_i·ŵ_j)² over pairs of different decoder rows, 0-d; 0 of one row."""
+        return decorrelation_loss(self.W_dec, "gram_mean", None, self.config.decorrelation_chunk)
+
     def _correlation_terms(self, dense: Tensor) -> dict[str, Tensor]:
         return self.guidance.correlation_terms(dense)
 

@@ -104,6 +104,7 @@ def reconstruction_error(
         "mse": squared / x.numel(),
         "fvu": fvu,
         "explained_variance": 1 - fvu,
+        "explained_variance_overall": 1 - squared / x.numel() / wide.var(),
         "cosine": torch.cosine_similarity(wide, wide_hat, dim=1).mean(),
     }
     return _numbers(figures)

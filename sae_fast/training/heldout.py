@@ -56,7 +56,8 @@ def evaluate(
     """Fraction of variance unexplained, L0 and the share of latents that hardly ever fire.
 
     FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over all rows, sums in float64; of a transcoder
-    the same of its targets.
+    the same of its targets. The explained variance is 1 - FVU; the overall one is 1 - mse / x.var()
+    with one mean and one variance of all numbers.
 
     Args:
         sae: the model.
@@ -85,8 +86,13 @@ def evaluate(
             fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
             rows += len(x)
     variance = squared_norm - total.square().sum() / rows
+    fvu = float(squared_error / variance)
+    numbers = rows * len(total)
+    overall = (squared_norm - total.sum().square() / numbers) / (numbers - 1)
     return {
-        "heldout_fvu": float(squared_error / variance),
+        "heldout_fvu": fvu,
+        "heldout_explained_variance": 1 - fvu,
+        "heldout_explained_variance_overall": float(1 - squared_error / numbers / overall),
         "heldout_l0": float(active / rows),
         "heldout_dead_fraction": float(_is_dead(fired, rows, dead_rate).double().mean()),
     }

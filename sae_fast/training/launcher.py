@@ -112,13 +112,20 @@ class Launcher:
         """Whether `read` must be called now, to notice a bad step in time."""
         return self._made % NOTICED_WITHIN == 0
 
-    def read(self) -> dict[str, float]:
+    def read(self, silent_tokens: int = 1) -> dict[str, float]:
         """The metrics of the last step, when the device has made it.
+
+        silent_fraction is the share of latents that have not fired for `silent_tokens`.
 
         Raises:
             TrainingError: when a step since the last reading went wrong, naming it.
         """
-        extra = {"dead_fraction": self._step.sae.dead_mask().double().mean()}
+        sae = self._step.sae
+        silent = sae.tokens_since_fired >= silent_tokens
+        extra = {
+            "dead_fraction": sae.dead_mask().double().mean(),
+            "silent_fraction": silent.double().mean(),
+        }
         if self._census is not None:
             extra["may_die"] = self._census.count(self._steps_to_reading())
         reading = self._step.read(extra)
@@ -126,7 +133,8 @@ class Launcher:
             raise self._late_divergence(reading, reading.bad_step)
         if self._census is not None:
             self._census.take(reading.extra["may_die"])
-        return {**reading.metrics, "dead_fraction": reading.extra["dead_fraction"]}
+        shares = ("dead_fraction", "silent_fraction")
+        return {**reading.metrics, **{name: reading.extra[name] for name in shares}}
 
     def _late_divergence(self, reading: Reading, bad_step: int) -> Exception:
         step = self._first + bad_step

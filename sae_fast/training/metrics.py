@@ -1,13 +1,15 @@
 """Where the metrics of a run go: metrics.jsonl, a row a step, and Weights & Biases, same names.
 
 Names: step, tokens, epoch, loss, recon_loss, l1_loss, decorr_loss, aux_loss, terms that only some
-architectures have (multi_topk_loss), fvu, l0,
-activation_fraction, dead_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
+architectures have (multi_topk_loss), fvu, l0, explained_variance (1 - fvu), activation_fraction,
+dead_fraction, silent_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
 reader_stall_fraction; with a probe probe_loss and probe_accuracy or probe_r2, with temporal
-smoothness temporal_loss; at an evaluation heldout_fvu, heldout_l0, heldout_dead_fraction; with fp16
-loss_scale; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff;
-with jumprelu sparsity_loss, pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and that of
-the model by itself, heldout_ce_model, with kl heldout_kl.
+smoothness temporal_loss; at an evaluation gram_mean, the mean squared cosine of two decoder rows,
+heldout_fvu, heldout_explained_variance and, by one variance of all numbers,
+heldout_explained_variance_overall, heldout_l0, heldout_dead_fraction; with fp16 loss_scale and
+skipped_steps; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0
+sparsity_coeff; with jumprelu sparsity_loss, pre_act_loss, mean_threshold; with loss_fn ce
+heldout_ce and that of the model by itself, heldout_ce_model, with kl heldout_kl.
 """
 
 import json

@@ -19,6 +19,9 @@ _TITLES = {
     "fvu": "Fraction of variance unexplained",
     "l0": "L0: active latents per token",
     "dead_fraction": "Dead latents",
+    "silent_fraction": "Latents silent for half of the tokens so far",
+    "gram_mean": "Mean squared cosine of two decoder rows",
+    "skipped_steps": "Steps skipped because gradients overflowed",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
     "tokens_per_second": "Tokens per second",
@@ -42,7 +45,10 @@ _FIRST = ("loss", "fvu", "l0", "dead_fraction")
 _LAST = ("learning_rate", "grad_norm", "tokens_per_second")
 _WIDE = {"loss", "fvu", "l0", "grad_norm", "loss_scale", "sparsity_coeff"}
 # Not drawn: the axis, and what another panel says.
-_NO_PANEL = {"step", "tokens", "epoch", "time_per_step_ms", "activation_fraction", "ce_model"}
+_NO_PANEL = {
+    *("step", "tokens", "epoch", "time_per_step_ms", "activation_fraction", "ce_model"),
+    *("explained_variance", "explained_variance_overall"),
+}
 
 
 @dataclass(frozen=True)

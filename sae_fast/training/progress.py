@@ -14,7 +14,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-    """Shows tokens/s, loss, FVU, L0, dead latents, reader stall and the time left.
+    """Shows tokens/s, loss, FVU, L0, dead or silent latents, reader stall and the time left.
 
     Args:
         total_tokens: tokens of the whole run.
@@ -59,7 +59,10 @@ def _describe(row: Row) -> str:
         ("loss {:.4g}", "loss", 1.0),
         ("FVU {:.4f}", "fvu", 1.0),
         ("L0 {:.1f}", "l0", 1.0),
-        ("dead {:.1f} %", "dead_fraction", 100.0),
+        # The dead share is 0 until the tokens for which a latent must be silent have been seen.
+        ("dead {:.1f} %", "dead_fraction", 100.0)
+        if row.get("dead_fraction")
+        else ("silent so far {:.1f} %", "silent_fraction", 100.0),
         ("stall {:.1f} %", "reader_stall_fraction", 100.0),
         ("held-out FVU {:.4f}", "heldout_fvu", 1.0),
     ]

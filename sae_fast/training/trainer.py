@@ -29,6 +29,7 @@ from sae_fast.training.device import checked_device
 from sae_fast.training.end_to_end import Behind, checked_behind
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.guidance import check_heldout_labels, with_label_counts
+from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import evaluate, evaluate_slots
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loop import run_steps
@@ -103,6 +104,7 @@ class Trainer:
         rows = self.data.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
+        self._health = RunHealth(self.sae_config, train_config, self.schedules)
         self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
         self.memory_plan = plan_memory(
             self.sae_config,
@@ -143,6 +145,7 @@ class Trainer:
     def begin(self) -> None:
         """Gets ready for the first step."""
         getattr(self.source, "start", lambda: None)()  # reads beside what comes first
+        logger.info("%s", self.train_config.describe_precision())
         self._start_wandb()
         if self._saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
@@ -211,7 +214,7 @@ class Trainer:
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
         self._pause()
-        metrics = self._launcher.read()
+        metrics = self._launcher.read(silent_window(self.sae_config, self.tokens))
         row: Row = self._training_row(metrics) if log else {}
         if (warning := self.sae.architecture.warning(metrics)) != self._warning:
             self._warning = warning
@@ -227,6 +230,7 @@ class Trainer:
             epoch = self.tokens / self.data.rows_per_epoch
             row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
             self._log.write(row)
+            self._health.watch(row)
             if self._wandb is not None and (tell or look):
                 self._wandb.write(row)
         if save or improved:
@@ -243,11 +247,13 @@ class Trainer:
 
         With an average of the weights also that of the averaged model, under names that say so.
         """
+        sae = self.model()
+        measured = {"gram_mean": float(sae.mean_squared_cosine())}
         if self.data.heldout is None:
-            return {}
-        rows, sae = (self.data.heldout, self.data.heldout_targets), self.model()
+            return measured
+        rows = (self.data.heldout, self.data.heldout_targets)
         dead_rate = self.train_config.dead_percentage_threshold
-        measured = evaluate(sae, *rows, dead_rate)
+        measured |= evaluate(sae, *rows, dead_rate)
         measured |= self._behind.evaluate(sae)
         if self.sae_config.arch == "slots" and self.data.heldout_labels:
             measured |= evaluate_slots(sae, self.data.heldout, self.data.heldout_labels)
@@ -261,6 +267,7 @@ class Trainer:
         seconds, settings = max(window.seconds, 1e-9), self.schedules.at(self.step - 1)
         row: Row = {
             **metrics,
+            "explained_variance": 1 - metrics["fvu"],
             "activation_fraction": metrics["l0"] / self.sae_config.d_sae,
             "learning_rate": settings.rate,
             "tokens_per_second": window.steps * self.tokens_per_step / seconds,
@@ -271,6 +278,7 @@ class Trainer:
             row["k"] = settings.k
         if self.scaler.enabled:
             row["loss_scale"] = float(self.scaler.scale)
+            row["skipped_steps"] = int(self.scaler.skipped_steps)
         if self.data.skipped_rows:
             row["skipped_rows"] = self.data.skipped_rows
         return row
@@ -392,6 +400,11 @@ class Trainer:
         for row in rows:  # the last value of each
             names = row.keys() - {"step", "tokens", "epoch"}
             self.summary |= {f"final_{name}": row[name] for name in row if name in names}
+        if self.scaler.enabled:
+            skipped = int(self.scaler.skipped_steps)
+            trained = (self.step - skipped) * self.tokens_per_step
+            self.summary |= {"skipped_steps": skipped, "trained_tokens": trained}
+        self.summary["warnings"] = self._health.conclude(rows)
         if self.best is not None:
             self.summary |= {"best_heldout_fvu": self.best["heldout_fvu"]}
             self.summary |= {"best_step": self.best["step"]}

@@ -1,0 +1,149 @@
+"""A run that collapses or does not learn says so and names flags; a healthy run is quiet."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.training.health import RunHealth, silent_window
+from sae_fast.training.schedule import make_schedules
+from sae_fast.training.trainer import Trainer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RUN = TrainConfig(batch_size=64, max_steps=60, learning_rate=1e-2, log_every=5, eval_every=0)
+TOPK = SAEConfig(d_in=16, d_sae=64, k=3)
+FIGURES: dict[str, Any] = {"loss": 5.0, "fvu": 0.3, "l0": 3.0, "silent_fraction": 0.1}
+
+
+def _warnings(data: torch.Tensor, sae: SAEConfig, run: TrainConfig = RUN, **more: Any) -> list[str]:
+    trainer = Trainer(sae, run, data, show_progress=False, **more)
+    trainer.train()
+    found: list[str] = trainer.summary["warnings"]
+    return found
+
+
+def _concluded(sae: SAEConfig, run: TrainConfig = RUN, **figures: Any) -> list[str]:
+    """The warnings of a run whose last row has these figures, and whose first had a higher loss."""
+    health = RunHealth(sae, run, make_schedules(run, sae, 3000))
+    first = {"step": 5, "tokens": 320, **FIGURES, "loss": 9.0}
+    return health.conclude([first, {"step": 60, "tokens": 3840, **FIGURES, **figures}])
+
+
+def test_a_penalty_that_silences_the_code_is_told(
+    activations: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    sae = SAEConfig(arch="relu", d_sae=64, l1_penalty_coeff=3000.0)
+    with caplog.at_level(logging.WARNING, logger="sae_fast"):
+        l0, fvu = _warnings(activations, sae)
+    assert l0.startswith("L0 is")
+    assert fvu.startswith("FVU is")
+    told = [record.message.split(": ")[1][:6] for record in caplog.records]
+    assert sorted(told) == ["FVU is", "L0 is "]  # each once
+    for text in (l0, fvu):
+        assert "lower --l1-penalty-coeff (now 3000) or name the wanted L0 with --target-l0" in text
+
+
+def test_a_learning_rate_that_moves_nothing_is_told(activations: torch.Tensor) -> None:
+    (text,) = _warnings(activations, TOPK, replace(RUN, learning_rate=1e-9))
+    assert text.startswith("the loss has not fallen: ")
+    assert "raise --lr (now 1e-09)" in text
+
+
+def test_a_healthy_run_is_quiet(
+    activations: torch.Tensor, heldout: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="sae_fast"):
+        assert _warnings(activations, TOPK, heldout=heldout) == []
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("name", ["make demo", "first SAE"])
+def test_the_commands_of_the_readme_are_quiet(name: str) -> None:
+    if name == "make demo":
+        config = RunConfig.load(EXAMPLES / "demo.json")
+    else:
+        sae = SAEConfig(k=32, expansion_factor=8)
+        config = RunConfig(sae=sae, train=TrainConfig(learning_rate=3e-3))
+    run = replace(config.train, shard_dir=str(EXAMPLES / "activations"), max_steps=24)
+    trainer = Trainer(config.sae, replace(run, eval_every=0), show_progress=False)
+    trainer.train()
+    assert trainer.summary["warnings"] == []
+
+
+def test_a_short_run_is_not_judged(activations: torch.Tensor) -> None:
+    assert _warnings(activations, TOPK, replace(RUN, max_steps=19, learning_rate=1e-9)) == []
+
+
+def test_a_row_with_good_figures_gives_no_warning() -> None:
+    assert _concluded(TOPK) == []
+
+
+@pytest.mark.parametrize(
+    ("sae", "figures", "parts"),
+    [
+        (TOPK, {"l0": 0.4}, ("L0 is 0.4", "lower --lr (now 0.01)")),
+        (TOPK, {"heldout_l0": 1.0}, ("L0 is 1, and --k asks for 3", "--max-steps (now 60)")),
+        (
+            TOPK,
+            {"loss": 9.5},
+            ("the loss has not fallen: 9 at first, 9.5 at the end", "lower --lr"),
+        ),
+        (
+            TOPK,
+            {"silent_fraction": 0.75},
+            ("48 of 64 latents", "1,920 tokens (silent so far", "AuxK"),
+        ),
+        (TOPK, {"heldout_fvu": 1.3}, ("held-out FVU is 1.3, in training 0.3", "--heldout")),
+        (
+            SAEConfig(arch="relu", d_in=16, d_sae=64, target_l0=16),
+            {"l0": 40.0},
+            ("L0 is 40, and --target-l0 asks for 16", "raise --l1-penalty-coeff (now 5)"),
+        ),
+        (
+            SAEConfig(arch="jumprelu", d_in=16, d_sae=64, target_l0=16),
+            {"l0": 5.0},
+            ("L0 is 5, and --target-l0 asks for 16", "--sparsity-penalty-coeff (now 16)"),
+        ),
+    ],
+)
+def test_each_fault_is_told_with_its_flags(
+    sae: SAEConfig, figures: dict[str, float], parts: tuple[str, ...]
+) -> None:
+    text = _concluded(sae, **figures)[-1]
+    for part in parts:
+        assert part in text
+
+
+def test_nothing_is_judged_while_a_warm_up_lasts() -> None:
+    sae = SAEConfig(arch="relu", d_in=16, d_sae=64)
+    run = replace(RUN, sparsity_warmup_steps=61)
+    assert _concluded(sae, run, l0=0.1, fvu=1.0) == []
+
+
+def test_silence_is_counted_over_half_of_the_tokens_and_at_most_the_budget() -> None:
+    assert silent_window(TOPK, 1000) == 500
+    assert silent_window(replace(TOPK, dead_after_tokens=300), 1000) == 300
+    assert silent_window(TOPK, 0) == 1
+
+
+def test_skipped_steps_are_in_rows_summary_and_warning(activations: torch.Tensor) -> None:
+    trainer = Trainer(TOPK, replace(RUN, amp="fp16"), activations, show_progress=False)
+    trainer.scaler.scale.fill_(2.0**126)
+    before = trainer.sae.W_dec.clone()
+    trainer.train()
+    assert torch.equal(before, trainer.sae.W_dec)
+    assert trainer.history[-1]["skipped_steps"] == trainer.summary["skipped_steps"] == 60
+    assert trainer.summary["trained_tokens"] == 0
+    (text,) = [text for text in trainer.summary["warnings"] if "skipped" in text]
+    assert "60 of 60 steps were skipped because gradients overflowed in fp16" in text
+
+
+def test_a_run_without_overflow_trained_on_all_its_tokens(activations: torch.Tensor) -> None:
+    trainer = Trainer(TOPK, replace(RUN, amp="fp16"), activations, show_progress=False)
+    trainer.train()
+    assert trainer.summary["skipped_steps"] == 0
+    assert trainer.summary["trained_tokens"] == trainer.summary["tokens"] == 60 * 64

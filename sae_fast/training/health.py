@@ -1,0 +1,222 @@
+"""`RunHealth`: warnings in plain words about a training that collapses or does not learn.
+
+They follow from the logged metrics alone. From half of the run on a collapse that three rows in
+turn show is logged once; at the end all that holds then is collected for the summary. Each warning
+names the flags that help.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.metrics import Row
+from sae_fast.training.schedule import Schedules
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_STEPS = 20  # a shorter run says nothing about its settings
+_ROWS_IN_TURN = 3
+_NO_FIT = 0.95  # FVU from which a reconstruction explains next to nothing
+_FAR_L0 = 1.5  # factor to either side of the L0 that was asked for
+_LARGE_SHARE = 0.5  # of latents that are silent
+_NO_FALL = 0.98  # of the first losses that the last ones must be below
+_OVERFLOWS = 0.05  # share of skipped steps that is not a search for the loss scale
+_AFTER_WARM_UP = 8  # the first and the last eighth of the rows are compared
+
+
+def silent_window(sae: SAEConfig, tokens: int) -> int:
+    """Tokens of silence after which a latent counts in silent_fraction: half of those trained on.
+
+    It is `dead_after_tokens` where that is less, so that the share says something in short runs.
+    """
+    return max(1, min(sae.dead_after_tokens, tokens // 2))
+
+
+class RunHealth:
+    """Watches the metrics of one run.
+
+    Args:
+        sae: the model.
+        train: its training.
+        schedules: of the run; while they raise penalties or lower k nothing is judged.
+    """
+
+    def __init__(self, sae: SAEConfig, train: TrainConfig, schedules: Schedules) -> None:
+        self._sae, self._train, self._schedules = sae, train, schedules
+        self._recent: deque[Row] = deque(maxlen=_ROWS_IN_TURN)
+        self._told: set[str] = set()
+
+    def watch(self, row: Row) -> None:
+        """Log a collapse that the last rows show, each kind once."""
+        if "l0" not in row:
+            return
+        self._recent.append(row)
+        if len(self._recent) < _ROWS_IN_TURN or not self._is_judged(self._recent[0]["step"]):
+            return
+        found = [self._collapse(recent) for recent in self._recent]
+        lasting = [kind for kind in found[-1] if all(kind in each for each in found)]
+        self._tell({kind: found[-1][kind] for kind in lasting}, row["step"])
+
+    def conclude(self, rows: Sequence[Row]) -> list[str]:
+        """Return the warnings that hold at the end of the rows of a run; log those not yet told."""
+        last: Row = {}
+        for row in rows:
+            last |= {name: value for name, value in row.items() if value is not None}
+        if not last or not self._is_judged(last["step"]):
+            return []
+        found = self._collapse(last) | self._misses(last) | self._stagnation(rows)
+        self._tell(found, last["step"])
+        return list(found.values())
+
+    def _tell(self, found: dict[str, str], step: int) -> None:
+        for kind, text in found.items():
+            if kind not in self._told:
+                self._told.add(kind)
+                logger.warning("step %d: %s", step, text)
+
+    def _is_judged(self, step: int) -> bool:
+        half = self._schedules.total_steps // 2
+        return step >= max(_FEWEST_STEPS, half) and step >= self._settled_step
+
+    @property
+    def _settled_step(self) -> int:
+        """The step from which the loss is made of the same terms with the same weights."""
+        schedules = self._schedules
+        settled = schedules.reconstruction_steps
+        if schedules.k is not None:
+            settled = max(settled, schedules.k.fall_steps)
+        if self._sae.k is None or self._sae.l1_penalty_coeff:
+            settled += schedules.sparsity.warmup_steps
+        return settled
+
+    def _collapse(self, row: Row) -> dict[str, str]:
+        """What one row says of a model that has stopped to encode, by kind."""
+        found: dict[str, str] = {}
+        sae = self._sae
+        l0, fvu = row.get("l0"), row.get("fvu")
+        if l0 is not None and l0 < min(1.0, 0.5 * (self._asked_l0 or 2.0)):
+            found["l0"] = (
+                f"L0 is {l0:.2g}: fewer than one latent is active for a token; {self._sparser()}"
+            )
+        if fvu is not None and fvu > _NO_FIT and self._trains_reconstruction:
+            says = "no more than" if fvu >= 1 else "hardly more than"
+            found["fvu"] = (
+                f"FVU is {fvu:.3g}: the reconstruction explains {says} the mean of the rows does; "
+                f"{self._sparser()}, or raise --max-steps (now {self._schedules.total_steps:,})"
+            )
+        silent = row.get("silent_fraction")
+        if silent is not None and silent > _LARGE_SHARE and sae.slots_mode != "separate_value":
+            window = silent_window(sae, row["tokens"])
+            found["silent"] = (
+                f"{round(silent * sae.d_sae):,} of {sae.d_sae:,} latents have fired for none of "
+                f"the last {window:,} tokens (silent so far; they count as dead after "
+                f"{sae.dead_after_tokens:,}); {self._reviving(row['tokens'])}"
+            )
+        skipped = row.get("skipped_steps", 0)
+        if skipped > _OVERFLOWS * row["step"]:
+            found["skipped"] = (
+                f"{skipped:,.0f} of {row['step']:,} steps were skipped because gradients "
+                "overflowed in fp16, and trained nothing; use --amp bf16 or --amp off"
+            )
+        return found
+
+    def _misses(self, last: Row) -> dict[str, str]:
+        """What was asked for and is not there at the end: L0, and held-out rows explained."""
+        found: dict[str, str] = {}
+        l0, asked = last.get("heldout_l0", last.get("l0")), self._asked_l0
+        if l0 is not None and asked is not None and not asked / _FAR_L0 <= l0 <= asked * _FAR_L0:
+            flag = "--k" if self._sae.k is not None else "--target-l0"
+            found["target"] = (
+                f"L0 is {l0:.3g}, and {flag} asks for {asked:g}; {self._towards(l0 > asked)}"
+            )
+        heldout, fvu = last.get("heldout_fvu"), last.get("fvu")
+        fits = fvu is not None and fvu <= _NO_FIT
+        if heldout is not None and heldout > _NO_FIT and fits and self._trains_reconstruction:
+            found["heldout"] = (
+                f"held-out FVU is {heldout:.3g}, in training {fvu:.3g}: the held-out rows may be "
+                "of another model or layer, or there are too few rows to train on (--heldout "
+                "names others, --max-epochs limits the passes)"
+            )
+        return found
+
+    def _stagnation(self, rows: Sequence[Row]) -> dict[str, str]:
+        """That the loss is as high at the end as when all its terms had their weights."""
+        if self._train.start_from is not None or self._is_led:
+            return {}
+        losses = [
+            row["loss"]
+            for row in rows
+            if row.get("loss") is not None and row["step"] >= self._settled_step
+        ]
+        if len(losses) < 2:
+            return {}
+        count = max(1, len(losses) // _AFTER_WARM_UP)
+        first, last = sum(losses[:count]) / count, sum(losses[-count:]) / count
+        if last <= first - (1 - _NO_FALL) * abs(first):
+            return {}
+        rate = self._train.peak_learning_rate(self._sae.d_sae)
+        remedy = "lower" if last > first / _NO_FALL else "raise"
+        text = (
+            f"the loss has not fallen: {first:.4g} at first, {last:.4g} at the end; "
+            f"{remedy} --lr (now {rate:.3g}) or raise --max-steps "
+            f"(now {self._schedules.total_steps:,})"
+        )
+        return {"loss": text}
+
+    @property
+    def _trains_reconstruction(self) -> bool:
+        sae = self._sae
+        is_trained = sae.reconstruction_coeff > 0 and sae.slots_mode != "separate_value"
+        return is_trained and not sae.is_end_to_end
+
+    @property
+    def _is_led(self) -> bool:
+        """Whether a weight of the loss moves all the time, towards target_l0."""
+        return self._sae.target_l0 is not None and self._sae.arch != "jumprelu"
+
+    @property
+    def _asked_l0(self) -> float | None:
+        """The L0 that the settings ask for; None where they leave it to a penalty."""
+        sae = self._sae
+        if sae.k is not None:
+            return None if sae.l1_penalty_coeff else float(sae.k)
+        return sae.target_l0
+
+    def _sparser(self) -> str:
+        """How to get away from codes that are too sparse."""
+        sae = self._sae
+        rate = f"lower --lr (now {self._train.peak_learning_rate(sae.d_sae):.3g})"
+        if sae.arch == "jumprelu":
+            return f"lower --sparsity-penalty-coeff (now {sae.sparsity_penalty_coeff:g}), or {rate}"
+        if sae.l1_penalty_coeff:
+            lower = f"lower --l1-penalty-coeff (now {sae.l1_penalty_coeff:g})"
+            if sae.k is None and sae.target_l0 is None:
+                lower += " or name the wanted L0 with --target-l0"
+            return f"{lower}, or {rate}"
+        return rate
+
+    def _reviving(self, tokens: int) -> str:
+        """How to get silent latents to fire."""
+        sae = self._sae
+        if sae.aux_k_coeff and sae.dead_after_tokens > tokens // 2:
+            return (
+                f"--dead-after-tokens below the {tokens:,} tokens trained lets AuxK revive them, "
+                f"or {self._sparser()}"
+            )
+        return self._sparser()
+
+    def _towards(self, is_above: bool) -> str:
+        """How to get nearer to the L0 that was asked for."""
+        sae, change = self._sae, "raise" if is_above else "lower"
+        steps = f"raise --max-steps (now {self._schedules.total_steps:,})"
+        if sae.arch == "jumprelu":
+            return f"{steps} or --sparsity-penalty-coeff (now {sae.sparsity_penalty_coeff:g})"
+        if sae.l1_penalty_coeff:
+            return (
+                f"{steps} or --target-l0-rate (now {sae.target_l0_rate:g}), or {change} "
+                f"--l1-penalty-coeff (now {sae.l1_penalty_coeff:g})"
+            )
+        return f"{steps}, or {self._sparser()}"
