@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ from sae_fast.activations.errors import ShardError, one_line
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE_FILE = ""  # name of the arrays of a file that has no names
 
+# What a file may claim beyond the bytes it has, such as a tensor that repeats a row by its strides.
+SMALL_BYTES = 64 << 20
+# Bytes that one compressed byte may stand for; activations are far from it, zeros reach 1,000.
+LARGEST_COMPRESSION = 100
+SHOWN_ARRAYS, SHOWN_CHARACTERS = 12, 100  # in a list of what a file holds, for errors
+
 
 @dataclass(frozen=True)
 class SourceArray:
@@ -24,11 +31,23 @@ class SourceArray:
         shape: of the whole of it.
         dtype: as torch has it; None: one that it does not have, such as text.
         read: entries start..stop of its first axis, in memory of their own.
+        stored: bytes of the file that hold it, where compressed as many as these may stand for.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     read: Callable[[int, int], Tensor]
+    stored: int
+
+    @property
+    def claimed(self) -> int:
+        """Bytes of an array of this shape and type."""
+        return math.prod(self.shape) * (1 if self.dtype is None else self.dtype.itemsize)
+
+    @property
+    def is_backed(self) -> bool:
+        """Whether the file holds as many bytes as the shape claims, or next to none are claimed."""
+        return min(self.shape, default=0) >= 0 and self.claimed <= max(SMALL_BYTES, self.stored)
 
 
 Arrays = Mapping[str, list[SourceArray]]  # by name; several where a name holds a list of arrays
@@ -52,7 +71,23 @@ def opened(path: Path, opener: Opener) -> Iterator[Arrays]:
 
 def described(name: str, arrays: list[SourceArray]) -> str:
     """A name with the shape and type under it, for errors."""
+    if not arrays:
+        return f"{shortened(name)} (no array)"
     first = arrays[0]
     kind = "no numbers" if first.dtype is None else str(first.dtype).removeprefix("torch.")
     several = f"{len(arrays)} arrays, the first " if len(arrays) > 1 else ""
-    return f"{name + ' ' if name else ''}({several}{list(first.shape)} {kind})"
+    shape = shortened(str(list(first.shape)))
+    return f"{shortened(name) + ' ' if name else ''}({several}{shape} {kind})"
+
+
+def listed(arrays: Arrays) -> str:
+    """What a file holds, for errors; of many arrays the first."""
+    names = list(arrays)[:SHOWN_ARRAYS]
+    more = f" and {len(arrays) - len(names):,} more" if len(arrays) > len(names) else ""
+    return ", ".join(described(name, arrays[name]) for name in names) + more or "no array at all"
+
+
+def shortened(text: str) -> str:
+    """A name or number from a file, cut where it would fill the screen."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."

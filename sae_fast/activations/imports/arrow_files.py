@@ -43,7 +43,12 @@ def import_pyarrow(path: Path) -> Any:
 def _array_of(path: Path, name: str, column: Any) -> SourceArray:
     first = column.slice(0, 1).combine_chunks()
     return column_array(
-        path, name, len(column), first, lambda start, stop: column.slice(start, stop - start).chunks
+        path,
+        name,
+        len(column),
+        first,
+        lambda start, stop: column.slice(start, stop - start).chunks,
+        column.get_total_buffer_size(),
     )
 
 
@@ -53,6 +58,7 @@ def column_array(
     entries: int,
     first: Any,
     chunks: Callable[[int, int], Iterable[Any]],
+    stored: int,
 ) -> SourceArray:
     """A column of lists as an array, of the shape of its first entry.
 
@@ -62,7 +68,9 @@ def column_array(
         entries: of it.
         first: an array of the first of them, or of none.
         chunks: gives arrays of the entries start..stop.
+        stored: bytes of the file that hold it.
     """
+    first.validate(full=True)  # places beyond the end of a damaged file would be read
     shape, values = [entries], _storage(first)
     while hasattr(values, "flatten") and _is_list(values):
         shape.append(len(values.slice(0, 1).flatten()) if len(values) else 0)
@@ -76,13 +84,14 @@ def column_array(
         dtype = torch.from_numpy(np.empty(0, values.type.to_pandas_dtype())).dtype
     except (TypeError, NotImplementedError):
         dtype = None
-    return SourceArray(tuple(shape), dtype, read)
+    return SourceArray(tuple(shape), dtype, read, stored)
 
 
 def _numbers(path: Path, name: str, values: Any, inner: list[int]) -> np.ndarray[Any, Any]:
     """The entries of a chunk [n, *inner]; raises where one is missing or has another shape."""
     import pyarrow.compute
 
+    values.validate(full=True)
     entries = len(values)
     for length in inner:
         lengths = pyarrow.compute.list_value_length(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,19 +15,32 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, SourceArray
+from sae_fast.activations.imports.arrays import (
+    LARGEST_COMPRESSION,
+    WHOLE_FILE,
+    Arrays,
+    SourceArray,
+    shortened,
+)
 from sae_fast.activations.storage import Array
 
 # What NumPy makes of JAX's bfloat16 when it saves it: two bytes of nothing it knows.
 BFLOAT16_BITS = np.dtype("V2")
+HEADER_BYTES = 10_000  # as NumPy itself limits a header, but after reading it
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what NumPy writes
 
 
 @contextmanager
 def open_npy(path: Path) -> Iterator[Arrays]:
     """The array of a .npy file."""
+    with path.open("rb") as file:
+        _read_header(path, path.name, file)
     whole = np.load(path, mmap_mode="r", allow_pickle=False)
     array = SourceArray(
-        whole.shape, _torch_dtype(whole.dtype), lambda start, stop: _as_tensor(whole[start:stop])
+        whole.shape,
+        _torch_dtype(whole.dtype),
+        lambda start, stop: _as_tensor(whole[start:stop]),
+        path.stat().st_size,
     )
     yield {WHOLE_FILE: [array]}
 
@@ -36,31 +51,50 @@ def open_npz(path: Path) -> Iterator[Arrays]:
     with ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(path))
         found = {}
-        for member in archive.namelist():
-            if member.endswith(".npy"):
+        for member in archive.infolist():
+            if member.filename.endswith(".npy"):
+                if member.compress_type not in COMPRESSIONS:
+                    raise ShardError(f"{path}: {shortened(member.filename)} is not of NumPy")
                 stream = stack.enter_context(archive.open(member))
-                found[member.removesuffix(".npy")] = [_stream_array(path, member, stream)]
+                name = member.filename.removesuffix(".npy")
+                found[name] = [_stream_array(path, member, stream)]
         yield found
 
 
-def _stream_array(path: Path, member: str, stream: IO[bytes]) -> SourceArray:
-    version = np.lib.format.read_magic(stream)
-    header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if header is None:
-        raise ShardError(f"{path}: {member} has the unknown .npy version {version}")
-    shape, by_columns, dtype = header(stream)
+def _read_header(
+    path: Path, name: str, stream: IO[bytes]
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and type of an array; `stream` is then at its first number."""
+    start = stream.read(8)
+    version = np.lib.format.read_magic(io.BytesIO(start))
+    known: dict[tuple[int, int], tuple[int, Any]] = {
+        (1, 0): (2, np.lib.format.read_array_header_1_0),
+        (2, 0): (4, np.lib.format.read_array_header_2_0),
+    }
+    if version not in known:
+        raise ShardError(f"{path}: {shortened(name)} has the unknown .npy version {version}")
+    size, parse = known[version]
+    length = stream.read(size)
+    count = int.from_bytes(length, "little")
+    if count > HEADER_BYTES:
+        raise ShardError(f"{path}: {shortened(name)} has a header of {count:,} bytes")
+    shape, by_columns, dtype = parse(io.BytesIO(length + stream.read(count)))
+    return shape, by_columns, dtype
+
+
+def _stream_array(path: Path, info: zipfile.ZipInfo, stream: IO[bytes]) -> SourceArray:
+    member = shortened(info.filename)
+    stored = min(info.file_size, info.compress_size * LARGEST_COMPRESSION)
+    shape, by_columns, dtype = _read_header(path, member, stream)
     if dtype.hasobject:
-        return SourceArray(shape, None, _unreadable)
+        return SourceArray(shape, None, _unreadable, stored)
     if by_columns and len(shape) > 1:
         raise ShardError(
             f"{path}: {member} is stored column by column (Fortran order) in an archive; "
             "save it with numpy.save, or numpy.ascontiguousarray first"
         )
     begin = stream.tell()
-    entry_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    entry_bytes = dtype.itemsize * math.prod(shape[1:])
 
     def read(start: int, stop: int) -> Tensor:
         # Going on where the last piece ended keeps the archive's checksum of it in force.
@@ -74,7 +108,7 @@ def _stream_array(path: Path, member: str, stream: IO[bytes]) -> SourceArray:
             raise ShardError(f"{path}: {member} ends after {stream.tell() - begin} bytes")
         return _as_tensor(np.frombuffer(data, dtype).reshape(stop - start, *shape[1:]))
 
-    return SourceArray(shape, _torch_dtype(dtype), read)
+    return SourceArray(shape, _torch_dtype(dtype), read, stored)
 
 
 def _unreadable(start: int, stop: int) -> Tensor:

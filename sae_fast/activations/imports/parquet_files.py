@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.imports.arrays import Arrays
+from sae_fast.activations.imports.arrays import LARGEST_COMPRESSION, Arrays
 from sae_fast.activations.imports.arrow_files import column_array, import_pyarrow
 
 
@@ -25,7 +25,11 @@ def open_parquet(path: Path) -> Iterator[Arrays]:
     with ParquetFile(path, memory_map=True) as file:
         columns = {name: _Column(file, name) for name in file.schema_arrow.names}
         yield {
-            name: [column_array(path, name, len(column), column.first(), column.chunks)]
+            name: [
+                column_array(
+                    path, name, len(column), column.first(), column.chunks, column.stored_bytes()
+                )
+            ]
             for name, column in columns.items()
         }
 
@@ -46,6 +50,21 @@ class _Column:
         batches = self._file.iter_batches(batch_size=1, columns=[self._name])
         empty = self._file.schema_arrow.empty_table().column(self._name).combine_chunks()
         return next((batch.column(self._name) for batch in batches), empty)
+
+    def stored_bytes(self) -> int:
+        """The bytes that the column takes in the file, as many as these may stand for."""
+        metadata = self._file.metadata
+        chunks = (
+            metadata.row_group(group).column(place)
+            for group in range(metadata.num_row_groups)
+            for place in range(metadata.num_columns)
+        )
+        sizes = (
+            max(0, int(chunk.total_compressed_size))
+            for chunk in chunks
+            if f"{chunk.path_in_schema}.".startswith(f"{self._name}.")
+        )
+        return LARGEST_COMPRESSION * sum(sizes)
 
     def chunks(self, start: int, stop: int) -> Iterator[Any]:
         """The entries start..stop in parts that lie in memory as one."""

@@ -19,7 +19,9 @@ from sae_fast.activations.imports.arrays import (
     Arrays,
     SourceArray,
     described,
+    listed,
     opened,
+    shortened,
 )
 from sae_fast.activations.imports.formats import opener_of
 from sae_fast.activations.shard import DEFAULT_KEY
@@ -105,14 +107,14 @@ def candidates(path: Path) -> dict[str, str]:
 
 def _fits(name: str, arrays: list[SourceArray]) -> bool:
     is_float = all(array.dtype in FLOATS and len(array.shape) >= 2 for array in arrays)
-    return is_float and name.rpartition("/")[2] not in BESIDE
+    return bool(arrays) and is_float and name.rpartition("/")[2] not in BESIDE
 
 
 def choose_key(paths: Sequence[Path], key: str | None) -> str:
     """The name of the activations; raises ShardError where it has to be given."""
     path = paths[0]
     with opened(path, opener_of(path)) as arrays:
-        there = ", ".join(described(name, found) for name, found in arrays.items())
+        there = listed(arrays)
         fitting = [name for name, found in arrays.items() if _fits(name, found)]
     if key is not None:
         return key
@@ -120,8 +122,7 @@ def choose_key(paths: Sequence[Path], key: str | None) -> str:
         return DEFAULT_KEY
     if not fitting:
         raise ShardError(
-            f"{path}: no activations in it, real numbers of 2 or 3 dimensions; "
-            f"it holds {there or 'no array at all'}"
+            f"{path}: no activations in it, real numbers of 2 or 3 dimensions; it holds {there}"
         )
     if len(fitting) > 1:
         raise ShardError(
@@ -138,9 +139,8 @@ def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> Source:
     for path in paths:
         with opened(path, opener_of(path)) as arrays:
             if key not in arrays:
-                there = ", ".join(described(name, found) for name, found in arrays.items())
                 name = repr(key) if key else "array without a name"
-                raise ShardError(f"{path}: no {name}; it holds {there or 'no array at all'}")
+                raise ShardError(f"{path}: no {name}; it holds {listed(arrays)}")
             if width is None:
                 width = next((a.shape[-1] for a in arrays[key] if a.shape and a.shape[0]), None)
             layouts = tuple(_layout(path, array, width, d_in) for array in arrays[key])
@@ -160,7 +160,16 @@ def _layout(path: Path, array: SourceArray, width: int | None, asked: int | None
             f"{path}: activations must be real numbers, [n, d_in] or [sequences, tokens, d_in], "
             f"got {place}"
         )
-    if width is None or shape[0] == 0:
+    if not array.is_backed:
+        claimed = shortened(f"{array.claimed:,}")
+        raise ShardError(
+            f"{path}: activations {place} are {claimed} bytes, the file has at most "
+            f"{array.stored:,} for them: it is damaged, repeats its numbers or is compressed "
+            "beyond what activations are; save them anew, contiguous and not compressed"
+        )
+    if shape[-1] == 0 and shape[0] > 0:
+        raise ShardError(f"{path}: activations must have a width of at least 1, got {place}")
+    if width is None or 0 in shape:
         return ArrayLayout(0, 0, array.dtype)
     leading = len(shape) - 1
     while leading > 1 and math.prod(shape[leading:]) < width:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError, one_line
-from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, SourceArray
+from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, SourceArray, shortened
 
+MOST_OBJECTS = 100_000  # in a .pt file
 # Types as the header of a .safetensors file names them.
 SAFETENSORS_TYPES = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
@@ -32,55 +34,98 @@ def open_torch(path: Path) -> Iterator[Arrays]:
     """The tensors of a .pt file: one, or those of nested dictionaries and lists."""
     # What torch wrote before 1.6 is no zip archive and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
+    records = _records(path) if mapped else None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         text = one_line(error)
         if "GLOBAL" not in text and "Unsupported" not in text:
             raise
-        what = text.partition("GLOBAL ")[2].split(" ")[0]
+        what = shortened(text.partition("GLOBAL ")[2].split(" ")[0])
         raise ShardError(
             f"{path}: holds Python objects beside tensors{f' ({what})' if what else ''}, and "
             "loading those would run their code; save the tensors alone, with torch.save"
         ) from error
-    found: dict[str, list[SourceArray]] = {}
-    _collect(path, WHOLE_FILE, content, found)
-    yield found
+    yield _Collection(path, records).of(content)
 
 
-def _collect(path: Path, name: str, value: Any, found: dict[str, list[SourceArray]]) -> None:
-    """Tensors of `value` by name; "/" stands between the names of nested dictionaries."""
-    if isinstance(value, Tensor):
-        found[name] = [_tensor_array(path, name, value)]
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(path, f"{name}/{key}" if name else str(key), item, found)
-    elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        if not all(isinstance(item, Tensor) for item in value):
-            raise ShardError(f"{path}: a list{_of(name)} holds other things beside tensors")
-        found[name] = [_tensor_array(path, name, item) for item in value]
+def _records(path: Path) -> Counter[int]:
+    """How many records of each size an archive has; in them lie the numbers of its tensors."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise ShardError(f"{path}: {shortened(member.filename)} is compressed, not by torch")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ShardError(f"{path}: its records are larger than the file")
+    return Counter(member.file_size for member in members)
 
 
-def _tensor_array(path: Path, name: str, tensor: Tensor) -> SourceArray:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise ShardError(f"{path}: a tensor{_of(name)} is sparse or quantized, not dense")
-    whole = tensor.detach()
-    return SourceArray(
-        tuple(whole.shape), whole.dtype, lambda start, stop: whole[start:stop].clone()
-    )
+class _Collection:
+    """The tensors of a file by name; "/" stands between the names of nested dictionaries.
+
+    Args:
+        path: of the file.
+        records: how many there are of each size; None: tensors were read, not mapped.
+    """
+
+    def __init__(self, path: Path, records: Counter[int] | None) -> None:
+        self._path, self._records = path, records
+        self._found: dict[str, list[SourceArray]] = {}
+        self._left = MOST_OBJECTS
+        self._storages: set[int] = set()  # where those seen begin
+
+    def of(self, content: Any) -> Arrays:
+        """All tensors in `content`."""
+        self._collect(WHOLE_FILE, content)
+        return self._found
+
+    def _collect(self, name: str, value: Any) -> None:
+        self._left -= 1  # dictionaries that hold each other twice have as many paths as they like
+        if self._left < 0:
+            raise ShardError(f"{self._path}: holds more than {MOST_OBJECTS:,} objects")
+        if isinstance(value, Tensor):
+            self._found[name] = [self._array(name, value)]
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                self._collect(f"{name}/{key}" if name else str(key), item)
+        elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+            if not all(isinstance(item, Tensor) for item in value):
+                raise ShardError(
+                    f"{self._path}: a list{_of(name)} holds other things beside tensors"
+                )
+            self._found[name] = [self._array(name, item) for item in value]
+
+    def _array(self, name: str, tensor: Tensor) -> SourceArray:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise ShardError(f"{self._path}: a tensor{_of(name)} is sparse or quantized, not dense")
+        whole, storage = tensor.detach(), tensor.untyped_storage()
+        stored, begin = storage.nbytes(), storage.data_ptr()
+        if self._records is not None and begin not in self._storages:
+            self._storages.add(begin)
+            if not self._records[stored]:
+                raise ShardError(
+                    f"{self._path}: a tensor{_of(name)} is larger than what the file has for it"
+                )
+            self._records[stored] -= 1
+        return SourceArray(
+            tuple(whole.shape), whole.dtype, lambda start, stop: whole[start:stop].clone(), stored
+        )
 
 
 def _of(name: str) -> str:
-    return f" at {name!r}" if name else ""
+    return f" at {shortened(repr(name))}" if name else ""
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Arrays]:
     """The tensors of a .safetensors file."""
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-        yield {name: [_slice_array(file.get_slice(name))] for name in file.keys()}  # noqa: SIM118
+        size = path.stat().st_size
+        yield {name: [_slice_array(file.get_slice(name), size)] for name in file.keys()}  # noqa: SIM118
 
 
-def _slice_array(piece: Any) -> SourceArray:
+def _slice_array(piece: Any, size: int) -> SourceArray:
     dtype = SAFETENSORS_TYPES.get(str(piece.get_dtype()))
-    return SourceArray(tuple(piece.get_shape()), dtype, lambda start, stop: piece[start:stop])
+    shape = tuple(piece.get_shape())
+    return SourceArray(shape, dtype, lambda start, stop: piece[start:stop], size)
