@@ -48,6 +48,43 @@ def test_decode_of_encode_is_forward():
     torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x))
 
 
+@pytest.mark.parametrize("fields", [{}, {"arch": "relu", "k": None}, {"transcoder": True, "d_out": 7}])
+def test_dense_code_is_decoded_as_the_sparse_one(fields):
+    sae = make_sae(**fields)
+    if not sae.config.transcoder:
+        set_some_normalization(sae)
+    code = sae.encode(make_batch(sae, 6))
+    torch.testing.assert_close(sae.decode(code.dense()), sae.decode(code), rtol=1e-5, atol=1e-5)
+    dense = code.dense().reshape(2, 3, 40)
+    assert torch.equal(sae.decode(dense).flatten(0, 1), sae.decode(code.dense()))
+
+
+def test_dense_code_is_decoded_with_its_skip_connection():
+    sae = make_sae(transcoder=True, d_out=7, skip_connection=True)
+    x = make_batch(sae, 6).reshape(2, 3, 12)
+    code = sae.encode(x)
+    expected = sae.decode(code, x).reshape(2, 3, 7)
+    found = sae.decode(code.dense().reshape(2, 3, 40), x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="x must be given"):
+        sae.decode(code.dense())
+
+
+def test_gradients_of_a_dense_code_are_those_of_its_matrix_product():
+    sae = make_sae(dtype=torch.float64)
+    h = torch.rand(4, 40, dtype=torch.float64).requires_grad_()
+    weight = torch.rand(4, 12, dtype=torch.float64)
+    (sae.decode(h) * weight).sum().backward()
+    torch.testing.assert_close(h.grad, weight @ sae.W_dec.t())
+    torch.testing.assert_close(sae.W_dec.grad, h.t() @ weight)
+    torch.testing.assert_close(sae.b_dec.grad, weight.sum(0))
+
+
+def test_dense_code_of_another_width_is_refused():
+    with pytest.raises(ValueError, match=r"h must have d_sae = 40 columns, got shape \(3, 12\)"):
+        make_sae().decode(torch.zeros(3, 12))
+
+
 @pytest.mark.parametrize("precision", ["screened", "bf16"])
 def test_weights_changed_through_data_are_those_of_the_next_call(precision):
     sae = make_sae()

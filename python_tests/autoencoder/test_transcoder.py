@@ -107,8 +107,9 @@ def test_the_skip_connection_in_low_precision_is_near_the_exact_one(precision):
 def test_micro_batches_leave_the_sum_of_their_gradients():
     sae = make("topk")
     pairs = [(make_batch(sae, n, n), make_targets(sae, n, n)) for n in (30, 11)]
-    for x, targets in pairs:
-        sae.training_loss(x, targets, dense_grad=False).total.backward()
+    with sae.kept_copies():
+        for x, targets in pairs:
+            sae.training_loss(x, targets, dense_grad=False).total.backward()
     (shifts,) = {id(factor.shift) for factor in sae.W_enc.row_factors}
     assert shifts  # one, so that they are merged without a copy
     expected = [plain_gradients(sae, x, targets=targets) for x, targets in pairs]

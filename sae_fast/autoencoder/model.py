@@ -37,6 +37,7 @@ from sae_fast.autoencoder.transcoder import (
     transcoder_buffers,
     transcoder_parameters,
 )
+from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 
 
@@ -151,30 +152,48 @@ class SparseAutoencoder(Measures):
 
     def decode(
         self,
-        code: ops.SparseCode,
+        code: ops.SparseCode | Tensor,  # dense: [..., F]
         x: Tensor | None = None,  # [..., D], activations as they are
         *,
         dense_grad: bool = True,
     ) -> Tensor:
-        """The reconstructions [N, D] of a code, in the units of the activations.
+        """Reconstruct activations, in their own units, from a code: [N, D], or [..., D] if dense.
 
-        Of a transcoder what it predicts, [N, d_out]; a skip connection also needs the `x` that was
-        encoded.
+        Of a transcoder what it predicts, with d_out columns; a skip connection also needs the `x`
+        that was encoded. A dense code leaves dense gradients in any case.
         """
-        x_hat = ops.decode(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
+        if isinstance(code, Tensor):
+            h = self._rows(code, "h", "d_sae")
+            shape, precision = code.shape[:-1], "fp32"
+            x_hat = torch.addmm(self.b_dec, h, self.W_dec)
+        else:
+            shape, precision = torch.Size([code.n_rows]), code.precision
+            x_hat = ops.decode(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
         if self.config.skip_connection:
             if x is None:
                 raise ValueError("x must be given: the model has a skip connection")
             rows = self.normalize(self._rows(x))
-            x_hat = x_hat + skip(rows, self.get_parameter(SKIP), code.precision)
-        return self.denormalize(x_hat)
+            x_hat = x_hat + skip(rows, self.get_parameter(SKIP), precision)
+        return self.denormalize(x_hat).reshape(*shape, self.config.target_width)
 
     def forward(
         self,
         x: Tensor,  # [..., D], activations as they are
     ) -> Tensor:
-        """The reconstruction of `x`, in its shape; of a transcoder what it predicts from `x`."""
-        return self.decode(self.encode(x), x).reshape(*x.shape[:-1], self.config.target_width)
+        """Reconstruct `x`, in its shape; of a transcoder return what it predicts from `x`.
+
+        The result is x_hat alone and refuses to be unpacked, see `forward_with_code`.
+        """
+        return refuse_unpacking(self.forward_with_code(x)[0])
+
+    def forward_with_code(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+    ) -> tuple[Tensor, ops.SparseCode]:
+        """Return the reconstruction of `x`, in its shape, and the code that it is made from."""
+        code = self.encode(x)
+        x_hat = self.decode(code, x)
+        return x_hat.reshape(*x.shape[:-1], self.config.target_width), code
 
     def training_loss(
         self,
@@ -364,7 +383,9 @@ class SparseAutoencoder(Measures):
         operations and optimisers only, not through `.data` or memory shared with NumPy, which
         nothing counts. `session` is that of `ops.kept_copies`.
         """
-        return ops.kept_copies(self.W_enc, self.W_dec, self.b_dec, session=session)
+        weights = self.weights
+        kept = weights.W_enc, weights.W_dec, weights.input_bias
+        return ops.kept_copies(*kept, session=session)
 
     @property
     def weights(self) -> Weights:

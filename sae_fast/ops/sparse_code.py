@@ -77,7 +77,7 @@ class SparseCode:
         """The whole matrix [N, d_sae]; differentiable."""
         out = self.values.new_zeros(self.n_rows, self.d_sae)
         place = (self.entry_rows(), self.indices.flatten())
-        return out.index_put(place, self.values.flatten(), accumulate=True)
+        return out.index_put_(place, self.values.flatten(), accumulate=True)  # no second [N, F]
 
     def fires(self) -> Tensor:
         """Which entries are of latents that fire, bool in the shape of values; NaN does not."""
