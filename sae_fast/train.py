@@ -41,6 +41,7 @@ from sae_fast.training.from_model import (
 )
 from sae_fast.training.run_directory import describe, new_run_directory
 from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.snapshot import check_snapshot
 from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
 from sae_fast.training.trainer import Trainer
 
@@ -242,8 +243,8 @@ def _resumed_settings(
     path = find_checkpoint(reference, None if directory is None else Path(directory))
     if path is None:
         return {"sae": {}, "train": {}}, None
-    settings = read_newest_state(path)["config"]
-    settings["train"].pop("resume_from")
+    settings = read_newest_state(path, check_snapshot)["config"]
+    settings["train"].pop("resume_from", None)
     run = path.parent.parent if path.parent.name == "checkpoints" else None
     return settings, None if run is None else str(run)
 

@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -97,3 +99,119 @@ def test_saving_again_replaces_the_model(saved):
     other = make_sae(seed=9)
     other.save(saved[1])
     assert torch.equal(SparseAutoencoder.from_pretrained(saved[1]).W_enc, other.W_enc)
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    half = len(content) // 2
+    content[half:] = bytes(len(content) - half)  # what a crash leaves of blocks never written
+    path.write_bytes(bytes(content))
+
+
+def test_damaged_content_of_full_length_is_refused_by_name(saved):
+    damage(saved[1] / "sae.safetensors")
+    with pytest.raises(ValueError, match=r"sae\.safetensors: the content is damaged"):
+        SparseAutoencoder.from_pretrained(saved[1])
+
+
+def test_older_file_without_a_checksum_still_loads(saved):
+    sae, directory = saved
+    change_tensors(directory)
+    assert torch.equal(SparseAutoencoder.from_pretrained(directory).W_enc, sae.W_enc)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"W_enc": torch.full((40, 12), float("nan"))}, "W_enc holds NaN or Inf"),
+        ({"b_dec": torch.full((12,), float("inf"))}, "b_dec holds NaN or Inf"),
+        ({"b_dec": torch.full((12,), 1e300, dtype=torch.float64)}, "b_dec holds NaN or Inf"),
+        ({"activation_scale": torch.tensor(0.0)}, "activation_scale must be greater than 0"),
+        ({"tokens_since_fired": torch.full((40,), -1)}, "tokens_since_fired must not be negative"),
+        ({"tokens_since_fired": torch.zeros(40)}, "tokens_since_fired must be of torch.int64"),
+        *(
+            (
+                {"W_enc": torch.zeros(40, 12).to(dtype)},
+                f"W_enc must be of floating-point numbers, got {dtype}",
+            )
+            for dtype in (
+                *(torch.int64, torch.int32, torch.uint8, torch.bool),
+                *(torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16),
+            )
+        ),
+    ],
+)
+def test_tensor_of_another_kind_or_range_is_refused_by_name(saved, changes, message):
+    change_tensors(saved[1], **changes)
+    with pytest.raises(ValueError, match=rf"sae\.safetensors: {message}"):
+        SparseAutoencoder.from_pretrained(saved[1])
+
+
+def test_sizes_are_compared_before_a_model_is_made(saved):
+    path = saved[1] / "config.json"
+    values = json.loads(path.read_text())
+    values["sae"].update(d_sae=2**60, expansion_factor=None)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="W_enc must have shape"):
+        SparseAutoencoder.from_pretrained(saved[1])
+
+
+def test_saved_files_have_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        make_sae().save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o640}
+
+
+def test_pipe_in_place_of_a_file_is_refused_without_waiting(saved):
+    path = saved[1] / "sae.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(FileNotFoundError, match=r"it has no sae\.safetensors"):
+        SparseAutoencoder.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("cfg.json", "sae_weights.safetensors"), "a dictionary of SAELens, .*sae_lens"),
+        (("params.npz",), "a dictionary of Gemma Scope, .*sae_lens"),
+        (("config.json", "ae.pt"), "a dictionary of dictionary_learning, .*load_dictionary"),
+        (("cfg.json", "sae.safetensors"), "a dictionary of sparsify, .*load_from_disk"),
+        (("layers.3/cfg.json", "layers.3/sae.safetensors"), "of sparsify, .*load_many"),
+        (("autoencoder.pt",), "a dictionary of OpenAI sparse_autoencoder, .*from_state_dict"),
+        (("config.json", "model.safetensors"), "its config.json is not that of one"),
+        ((), r"not a saved model, it has no config\.json"),
+        (("checkpoints/x",), r"not a saved model but a run: name .*checkpoints/latest"),
+    ],
+)
+def test_what_is_no_saved_model_is_told_apart(tmp_path, files, message):
+    place = tmp_path / "place"
+    place.mkdir()
+    for name in files:
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("{}" if name.endswith("json") else "")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"place: .*{message}") as caught:
+        SparseAutoencoder.from_pretrained(place)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("EleutherAI/sae-llama-3-8b-32x", "hub is not read, download it first: hf download"),
+        ("deep/er/no_such_folder", "no such directory"),
+        ("params.npz", "a dictionary of Gemma Scope"),
+        ("sae.safetensors", "a file of a saved model: name its directory"),
+        ("notes.txt", "a file, and a saved model is a directory"),
+    ],
+)
+def test_file_or_name_in_place_of_a_directory_is_told_apart(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    if "/" not in name:
+        (tmp_path / name).write_text("")
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name}: .*{message}"):
+        SparseAutoencoder.from_pretrained(name)

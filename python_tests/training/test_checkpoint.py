@@ -115,7 +115,9 @@ def test_no_intact_checkpoint_is_an_error_that_names_the_newest(store: Checkpoin
         read_newest_intact(store.path_of(20))
 
 
-@pytest.mark.parametrize("failing", ["save_model", "save_file", "_write_state", "_flush_directory"])
+@pytest.mark.parametrize(
+    "failing", ["save_model", "save_tensors", "_write_state", "_flush_directory"]
+)
 def test_a_full_disk_at_any_point_leaves_the_previous_one(
     store: CheckpointStore, failing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

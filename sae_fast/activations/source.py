@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sae_fast.activations.columns import Column
 from sae_fast.activations.targets import TARGETS
+from sae_fast.json_files import is_integer, shown
 from sae_fast.ops import gather_rows_
 
 
@@ -147,6 +148,8 @@ def check_state(
     """
     if state.get("version") != version:
         raise ValueError(f"data position has version {state.get('version')}, expected {version}")
+    if not isinstance(state.get("identity", {}), dict):
+        raise ValueError("data position: identity must be a JSON object")
     state = {"whole_sequences": False, **state}  # not in positions that are older than the option
     for name, value in settings.items():
         if state.get(name) != value:
@@ -155,12 +158,25 @@ def check_state(
             )
     if identity is None:
         return
-    before = state["identity"]
+    before = state.get("identity", {})
     changed = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
     if changed:
         raise ValueError(
             f"the activations are not those of the checkpoint: {', '.join(changed)} changed"
         )
+
+
+def saved_counts(values: Any, *names: str) -> list[int]:
+    """Return these numbers of a saved position; raise ValueError unless they are counts."""
+    if not isinstance(values, dict):
+        raise ValueError(f"data position: must have {', '.join(names)}, got {shown(values)}")
+    for name in names:
+        if not is_integer(values.get(name)):
+            raise ValueError(
+                f"data position: {name} must be a whole number of at least 0, "
+                f"got {shown(values.get(name))}"
+            )
+    return [values[name] for name in names]
 
 
 def measure_rows_per_second(source: ActivationSource, rows: int) -> float:

@@ -26,7 +26,7 @@ from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
 from sae_fast.activations.source import Rows, Transform, check_state
-from sae_fast.activations.supply import Cursor, stored_bytes
+from sae_fast.activations.supply import Cursor, saved_cursor, stored_bytes
 
 STATE_VERSION = 1
 
@@ -54,6 +54,8 @@ class ActivationStream:
     sequences and targets that it was opened with; targets are the column TARGETS, each served after
     `target_transform`.
     """
+
+    counts_rows = True  # in tokens_served, every row that a batch has
 
     def __init__(
         self,
@@ -271,13 +273,18 @@ class ActivationStream:
         sets = state.get("sets", [state])
         if state.get("mix") != self._mixed.get("mix"):
             raise ValueError("the mix has other weights or another number of sets than before")
-        for now, identities, before in zip(
-            self._mix.sets, self._known_identities(), sets, strict=True
+        if not isinstance(sets, list) or len(sets) != len(self._plans):
+            raise ValueError(f"data position: must be of {len(self._plans)} sets of shards")
+        cursors = []
+        for now, plan, identities, before in zip(
+            self._mix.sets, self._plans, self._known_identities(), sets, strict=True
         ):
+            known = saved_shards(before)
             check_origin(now, before.get("origin", {}))
-            _check_same_shards([(name, digest) for name, digest in before["shards"]], identities)
+            _check_same_shards(known, identities)
+            cursors.append(saved_cursor(before.get("cursor"), plan))
         self._halt()
-        self._cursors = tuple(Cursor(**before["cursor"]) for before in sets)
+        self._cursors = tuple(cursors)
 
     @property
     def _mixed(self) -> dict[str, list[int]]:
@@ -320,6 +327,18 @@ def checked_transform(transform: Transform | None, d_in: int) -> Transform | Non
 def placed(transform: Transform | None, device: torch.device | None) -> Transform | None:
     """A transform of rows that are on this device."""
     return transform and transform._replace(mean=transform.mean.to(device))
+
+
+def saved_shards(position: Any) -> list[tuple[str, str]]:
+    """Names and digests of the shards in a saved position; raise ValueError for anything else."""
+    if not isinstance(position, dict) or not isinstance(position.get("origin", {}), dict):
+        raise ValueError("data position: a set of shards must be a JSON object with its origin")
+    shards = position.get("shards")
+    pairs = [tuple(item) for item in shards if isinstance(item, list)] if shards else []
+    texts = all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
+    if not isinstance(shards, list) or len(pairs) != len(shards) or not texts:
+        raise ValueError("data position: shards must be a list of names with their digests")
+    return [(name, digest) for name, digest in pairs]
 
 
 def _check_same_shards(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> None:

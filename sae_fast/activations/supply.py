@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from sae_fast.activations.pool import Pool
 from sae_fast.activations.resident import INDEX_BYTES, ResidentPool, ResidentRows
 from sae_fast.activations.shard_set import ShardSet
 from sae_fast.activations.shuffle import EpochPlan
-from sae_fast.activations.source import Rows, Transform
+from sae_fast.activations.source import Rows, Transform, saved_counts
 
 Transforms = tuple[Transform | None, Transform | None]  # of the rows, of their targets
 
@@ -35,6 +36,25 @@ class Cursor:
     window: int = 0
     served: int = 0
     tokens: int = 0  # served since the beginning
+
+
+def saved_cursor(values: Any, plan: EpochPlan) -> Cursor:
+    """Return a saved cursor; raise ValueError unless its numbers fit each other and the plan."""
+    cursor = Cursor(*saved_counts(values, "epoch", "window", "served", "tokens"))
+    if cursor.epoch * plan.rows > cursor.tokens:
+        raise ValueError(f"data position: epoch {cursor.epoch} with {cursor.tokens} tokens served")
+    rows = [sum(block.kept for block in blocks) for blocks in plan.windows(cursor.epoch)]
+    if cursor.window >= len(rows) or cursor.served > rows[cursor.window]:
+        raise ValueError(
+            f"data position: window {cursor.window} of {len(rows)} with {cursor.served} rows served"
+        )
+    before = cursor.epoch * plan.rows + sum(rows[: cursor.window])
+    if cursor.tokens != before + cursor.served:
+        raise ValueError(
+            f"data position: {cursor.tokens} tokens served, but its window begins after {before} "
+            f"and {cursor.served} are served of it"
+        )
+    return cursor
 
 
 class Supply:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import Rows, Transform, check_state, empty_rows, take
+from sae_fast.activations.source import Rows, Transform, check_state, empty_rows, saved_counts, take
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.stream import checked_transform, placed
 from sae_fast.activations.targets import TARGETS
@@ -37,6 +37,8 @@ class TensorStream:
     `columns` "doc_id" and "position" say, see columns.py. `targets` [n, d_out], in as many
     dimensions, are served as the column TARGETS after `target_transform`; a row goes with its own.
     """
+
+    counts_rows = True  # in tokens_served, every row that a batch has
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class TensorStream:
         check_state(state, STATE_VERSION, expected)
         if state.get("content") != self._content():
             raise ValueError("the activations are not those of the checkpoint")
-        self._tokens = int(state["tokens"])
+        self._tokens = saved_counts(state, "tokens")[0]
 
     def close(self) -> None:
         """Nothing to release; here because streams from shards have it."""

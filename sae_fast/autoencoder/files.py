@@ -1,73 +1,133 @@
-"""A model's directory: its tensors in `sae.safetensors`, its configuration in `config.json`."""
+"""A model's directory: its tensors in `sae.safetensors`, its configuration in `config.json`.
+
+config.json also has the model's origin: of which activations it is, as far as their shards said.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_fast.autoencoder.foreign import explain_missing
 from sae_fast.config import SAEConfig
+from sae_fast.json_files import read_json, shown
+from sae_fast.tensor_files import (
+    checked_tensors,
+    has_checksum,
+    load_tensors,
+    save_tensors,
+    sha256_of,
+    shapes_in,
+)
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "sae.safetensors"
+ORIGIN = "origin"
+_SUMS_FILE = "trainer.json"  # in a checkpoint
 
 
-def write_model(directory: str | Path, config: SAEConfig, tensors: dict[str, Tensor]) -> None:
+def write_model(
+    directory: str | Path,
+    config: SAEConfig,
+    tensors: Mapping[str, Tensor],
+    origin: Mapping[str, Any],
+) -> None:
     """Write both files, each beside its final name and then renamed."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / f".{TENSOR_FILE}.partial"
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        save_tensors(beside, tensors)
         os.replace(beside, directory / TENSOR_FILE)
         config.save(beside)
+        if origin:
+            content = {**json.loads(beside.read_text(encoding="utf-8")), ORIGIN: dict(origin)}
+            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(beside, directory / CONFIG_FILE)
-    except SafetensorError as error:  # what a full disk raises
-        raise OSError(f"{directory / TENSOR_FILE}: cannot be written ({error})") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
 def read_config(directory: str | Path) -> SAEConfig:
-    """The configuration of a saved model; raises ValueError where it is not that of one."""
+    """Read the configuration of a saved model; raise ValueError where it is not that of one."""
     directory = Path(directory)
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory}: not a saved model, it has no {name}")
+    if not all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE)):
+        raise explain_missing(directory)
+    _check_sums(directory)
     config = SAEConfig.load(directory / CONFIG_FILE)
     if not config.is_complete:
         raise ValueError(f"{directory / CONFIG_FILE}: d_in must be given for a saved model, got 0")
+    _check_sizes(directory, config)
     return config
 
 
-def read_tensors(
-    directory: str | Path, expected: dict[str, Tensor], device: str | torch.device
-) -> dict[str, Tensor]:
-    """The tensors of a saved model, floats as float32.
+def read_origin(directory: str | Path) -> dict[str, Any]:
+    """Read of which activations a saved model is; empty where its file does not say."""
+    path = Path(directory) / CONFIG_FILE
+    origin = read_json(path).get(ORIGIN, {})
+    if not isinstance(origin, dict):
+        raise ValueError(f"{path}: {ORIGIN} must be a JSON object, got {shown(origin)}")
+    for name, value in origin.items():
+        parts = value.values() if isinstance(value, dict) else [value]
+        if not all(isinstance(part, str | int) for part in parts):
+            raise ValueError(f"{path}: {ORIGIN}.{name} must be a string, got {shown(value)}")
+    return origin
 
-    Raises ValueError, naming the file, unless they have the names and shapes of `expected`.
+
+def read_tensors(
+    directory: str | Path, expected: Mapping[str, Tensor], device: str | torch.device
+) -> dict[str, Tensor]:
+    """Read the tensors of a saved model, floats as float32.
+
+    Raises ValueError, naming the file, unless they are those of `expected` by names, shapes and
+    kinds, finite, and what was saved, as far as a checksum tells.
     """
     path = Path(directory) / TENSOR_FILE
-    try:
-        tensors = load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    for name, like in expected.items():
-        if name not in tensors:
-            raise ValueError(f"{path}: has no tensor {name}")
-        if tensors[name].shape != like.shape:
-            raise ValueError(
-                f"{path}: {name} must have shape {tuple(like.shape)} by {CONFIG_FILE}, "
-                f"got {tuple(tensors[name].shape)}"
-            )
-    unknown = sorted(tensors.keys() - expected.keys())
-    if unknown:
-        raise ValueError(f"{path}: unknown tensor {unknown[0]}")
-    floats = {
-        name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()
+    tensors = checked_tensors(
+        path, load_tensors(path, device), expected, because=f" by {CONFIG_FILE}"
+    )
+    for name, tensor in tensors.items():
+        if name.endswith("_scale") and not bool((tensor > 0).all()):
+            raise ValueError(f"{path}: {name} must be greater than 0")
+        if not tensor.is_floating_point() and bool((tensor < 0).any()):
+            raise ValueError(f"{path}: {name} must not be negative")
+    return tensors
+
+
+def _check_sums(directory: Path) -> None:
+    """Compare the files of a checkpoint with the sums in its trainer.json, if it is one.
+
+    Tensors that carry a checksum of their own are checked when they are read.
+    """
+    path = directory / _SUMS_FILE
+    if not path.is_file():
+        return
+    content = read_json(path)
+    sums = content.get("sha256") if isinstance(content, dict) else None
+    if not isinstance(sums, dict):
+        raise ValueError(f"{path}: sha256 must be a JSON object, got {shown(sums)}")
+    names = [CONFIG_FILE, *([] if has_checksum(directory / TENSOR_FILE) else [TENSOR_FILE])]
+    for name in names:
+        if sha256_of(directory / name) != sums.get(name):
+            raise ValueError(f"{directory / name} is corrupted: its checksum does not match")
+
+
+def _check_sizes(directory: Path, config: SAEConfig) -> None:
+    """Compare the sizes of the configuration with the tensors before any model is made of them."""
+    shapes = shapes_in(directory / TENSOR_FILE)
+    expected = {
+        "W_enc": (config.d_sae, config.d_in),
+        "W_dec": (config.d_sae, config.target_width),
     }
-    return {**tensors, **floats}
+    for name, shape in expected.items():
+        if name in shapes and shapes[name] != shape:
+            raise ValueError(
+                f"{directory / TENSOR_FILE}: {name} must have shape {shape} by {CONFIG_FILE}, "
+                f"got {shapes[name]}"
+            )

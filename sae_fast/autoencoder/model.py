@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from sae_fast.autoencoder import losses
 from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
-from sae_fast.autoencoder.files import read_config, read_tensors, write_model
+from sae_fast.autoencoder.files import read_config, read_origin, read_tensors, write_model
 from sae_fast.autoencoder.guidance import Guidance
 from sae_fast.autoencoder.initialization import (
     centre,
@@ -44,7 +45,8 @@ from sae_fast.config import RunConfig, SAEConfig
 class SparseAutoencoder(Measures):
     """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
 
-    What takes the place of TopK is the architecture's choice, see the file of its name.
+    What takes the place of TopK is the architecture's choice, see the file of its name. `origin`
+    tells of which activations it is, by names such as model, hook and layer; it is saved with it.
 
     Raises ValueError where the configuration leaves d_in open.
     """
@@ -63,6 +65,7 @@ class SparseAutoencoder(Measures):
                 f"{name} must be given, directly or by the data, to make a model, got 0"
             )
         self.config = config
+        self.origin: dict[str, Any] = {}
         self.architecture = ARCHITECTURES[config.arch](config)
         self.guidance = Guidance(config)
         self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in))
@@ -341,6 +344,7 @@ class SparseAutoencoder(Measures):
         values = {**self.config.to_dict(), "normalize_activations": "none"}
         folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
         folded.load_state_dict(self.state_dict())
+        folded.origin = dict(self.origin)
         folded.b_enc.div_(self.output_scale)
         folded.b_dec.div_(self.output_scale).add_(self.output_mean)
         folded.architecture.rescale_(folded.weights, 1 / self.output_scale)
@@ -357,7 +361,7 @@ class SparseAutoencoder(Measures):
 
     def save(self, directory: str | Path) -> None:
         """Write `sae.safetensors` and `config.json` into `directory`, which is made if need be."""
-        write_model(directory, self.config, self.state_dict())
+        write_model(directory, self.config, self.state_dict(), self.origin)
 
     @classmethod
     def from_pretrained(
@@ -370,6 +374,7 @@ class SparseAutoencoder(Measures):
         config = read_config(directory)
         with torch.device("meta"):
             sae = cls(config)
+        sae.origin = read_origin(directory)
         tensors = read_tensors(directory, sae.state_dict(), device)
         sae.load_state_dict(tensors, assign=True)
         if sae.no_bias is not None:  # not in the file: all zeros

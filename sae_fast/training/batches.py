@@ -107,6 +107,11 @@ class StepBatches:
         self._next = self._handed_out = self._error = None
         self._source.load_state_dict(state)
 
+    def rows_served(self) -> int | None:
+        """Rows up to the position, where the source counts every row that a step takes."""
+        counts = getattr(self._source, "counts_rows", False)
+        return self._source.tokens_served if counts else None
+
     def _fetch(self) -> _Fetched:
         before = self._source.stall_seconds
         batches = [next_rows(self._source) for _ in range(self._per_step)]

@@ -7,22 +7,20 @@ kill at any moment leaves the checkpoints before it as they were.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from sae_fast.json_files import JSONError, parse_json, read_regular
+from sae_fast.json_files import JSONError, is_integer, parse_json, read_regular, require
+from sae_fast.tensor_files import load_tensors, save_tensors, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +29,7 @@ STATE = "trainer.json"
 _PREFIX = "step-"
 
 Content = TypeVar("Content")
+StateCheck = Callable[[Path, dict[str, Any]], None]
 
 
 class CheckpointError(ValueError):
@@ -109,12 +108,11 @@ class CheckpointStore:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             save_model(aside)
-            tensors = {name: value.contiguous() for name, value in tensors.items()}
-            save_file(tensors, aside / TENSORS)
+            save_tensors(aside / TENSORS, tensors)
             _write_state(aside, {"step": step, **state})
             _flush_directory(aside)
             self._put_in_place(aside, final)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(self._complaint(final, error)) from error
         self._prune(step)
@@ -161,45 +159,52 @@ class CheckpointStore:
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _complaint(self, final: Path, error: Exception) -> str:
+    def _complaint(self, final: Path, error: OSError) -> str:
         newest = self.newest()
         intact = f"; {newest} is the last complete one" if newest else ""
         return f"cannot write the checkpoint {final}: {_reason(error)}{intact}"
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, check: StateCheck | None = None) -> Checkpoint:
     """Reads one checkpoint after checking every file against its sha256.
+
+    Args:
+        path: its directory.
+        check: of trainer.json's path and content, raises CheckpointError where it is inconsistent.
 
     Raises:
         CheckpointError: naming the file that is missing, incomplete or altered.
     """
-    state = _read_state(path / STATE)
+    state = _read_state(path / STATE, check)
     for name, digest in state["sha256"].items():
         try:
-            found = _sha256(path / name)
+            found = sha256_of(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
         if found != digest:
             raise CheckpointError(f"{path / name} is corrupted: its checksum does not match")
-    return Checkpoint(path, int(state["step"]), load_file(path / TENSORS), state)
+    try:
+        return Checkpoint(path, state["step"], load_tensors(path / TENSORS), state)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def read_newest_intact(path: Path) -> Checkpoint:
+def read_newest_intact(path: Path, check: StateCheck | None = None) -> Checkpoint:
     """Reads a checkpoint, or the newest intact one before it, saying which one was passed over.
 
     Raises:
         CheckpointError: when neither it nor any before it is intact.
     """
-    return _first_intact(path, read_checkpoint, logging.WARNING)
+    return _first_intact(path, lambda found: read_checkpoint(found, check), logging.WARNING)
 
 
-def read_newest_state(path: Path) -> dict[str, Any]:
+def read_newest_state(path: Path, check: StateCheck | None = None) -> dict[str, Any]:
     """The JSON content of a checkpoint, or of the newest before it that has any.
 
     Raises:
         CheckpointError: when there is none.
     """
-    return _first_intact(path, lambda candidate: _read_state(candidate / STATE), logging.DEBUG)
+    return _first_intact(path, lambda found: _read_state(found / STATE, check), logging.DEBUG)
 
 
 def _first_intact(path: Path, read: Callable[[Path], Content], level: int) -> Content:
@@ -270,12 +275,12 @@ def _runs_in(directory: Path) -> list[Path]:
 
 def _write_state(directory: Path, state: dict[str, Any]) -> None:
     files = sorted(path for path in directory.iterdir())
-    state = {**state, "sha256": {path.name: _sha256(path) for path in files}}
+    state = {**state, "sha256": {path.name: sha256_of(path) for path in files}}
     text = json.dumps({**state, "digest": _digest(state)}, indent=1)
     (directory / STATE).write_text(text)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path, check: StateCheck | None) -> dict[str, Any]:
     try:
         state = parse_json(read_regular(path))
     except OSError as error:
@@ -285,24 +290,31 @@ def _read_state(path: Path) -> dict[str, Any]:
     digest = state.pop("digest", None) if isinstance(state, dict) else None
     if digest is None or digest != _digest(state):
         raise CheckpointError(f"{path} is corrupted: its checksum does not match")
-    return dict(state)
+    state = dict(state)
+    try:
+        _check_names(path, state)
+    except JSONError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if check is not None:
+        check(path, state)
+    return state
+
+
+def _check_names(path: Path, state: dict[str, Any]) -> None:
+    """Raise JSONError unless a state is of the step and the files of its directory."""
+    require(is_integer(state.get("step")), "step", "a whole number", state.get("step"))
+    digits = path.parent.name.removeprefix(_PREFIX)
+    if path.parent.name.startswith(_PREFIX) and digits.isdigit():
+        require(int(digits) == state["step"], "step", f"that of {path.parent.name}", state["step"])
+    sums = state.get("sha256")
+    known = {"sae.safetensors", "config.json", TENSORS}
+    present = {name for name in known if (path.parent / name).exists()}
+    is_whole = isinstance(sums, dict) and present | {TENSORS} <= sums.keys() <= known
+    require(is_whole, "sha256", f"sums of {', '.join(sorted(known))}", sums)
 
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in _blocks(file.read):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(read: Callable[[int], bytes], size: int = 1 << 22) -> Iterator[bytes]:
-    while block := read(size):
-        yield block
 
 
 def _flush_directory(directory: Path) -> None:
@@ -322,8 +334,5 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = str(error)
-    return os.strerror(errno.ENOSPC) if f"os error {errno.ENOSPC}" in text else text
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sae_fast.activations import Column, Rows
-from sae_fast.activations.capture import Cursor, HookedModel, HookPoint, TokenBatches
-from sae_fast.activations.capture.sequences import TokenBatch
-from sae_fast.activations.source import check_state
+from sae_fast.activations.capture import HookedModel, HookPoint, TokenBatches
+from sae_fast.activations.capture.sequences import TokenBatch, saved_cursor
+from sae_fast.activations.source import check_state, saved_counts
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.training.model_stream import HookRows
@@ -119,9 +119,10 @@ class SequenceStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or seed are others."""
         check_state(state, STATE_VERSION, {"seed": self._seed}, self._identity)
+        epoch, tokens = saved_counts(state, "epoch", "tokens")
+        cursor = saved_cursor(state.get("cursor"))
         self.close()
-        self._epoch, self._cursor = int(state["epoch"]), Cursor(**state["cursor"])
-        self.tokens_served = int(state["tokens"])
+        self._epoch, self._cursor, self.tokens_served = epoch, cursor, tokens
 
     def close(self) -> None:
         """Release what reads the documents."""

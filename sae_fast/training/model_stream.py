@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sae_fast.activations import STARTS, Column, Rows
 from sae_fast.activations.capture import Cursor, Harvest, Harvester
+from sae_fast.activations.capture.sequences import saved_cursor
 from sae_fast.activations.columns import STARTS_COLUMN, sequence_starts
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import check_state
+from sae_fast.activations.source import check_state, saved_counts
 from sae_fast.ops import gather_rows_
 
 logger = logging.getLogger(__name__)
@@ -196,10 +197,12 @@ class ModelStream:
         whole = bool(self.columns)
         expected = {"seed": self._seed, "pool_rows": self.pool_rows, "whole_sequences": whole}
         check_state(state, STATE_VERSION, expected, self._identity)
+        epoch, window, served, tokens = saved_counts(state, "epoch", "window", "served", "tokens")
+        place = _Place(epoch, window, saved_cursor(state.get("cursor")))
         self._end_harvest()
         self._windows = None
-        self._place = _Place(int(state["epoch"]), int(state["window"]), Cursor(**state["cursor"]))
-        self._served, self.tokens_served = int(state["served"]), int(state["tokens"])
+        self._place = place
+        self._served, self.tokens_served = served, tokens
 
     def close(self) -> None:
         """End the harvest, and close a harvester that keeps files."""
@@ -216,6 +219,10 @@ class ModelStream:
         if self._windows is None:
             first = _Window(self._place, self._capacity)
             self._complete(first)
+            if self._served > first.rows:
+                raise ValueError(
+                    f"data position: {self._served} rows served of a window of {first.rows}"
+                )
             self._windows = first, _Window(first.following, self._capacity)
         window, following = self._windows
         if self._served == window.rows:

@@ -161,10 +161,14 @@ class SparseOptimizer(ABC):
             state |= {f"{name}.{kind}": tensor for name, tensor in tensors.items()}
         return state
 
+    def check_rule(self, state: dict[str, Tensor]) -> None:
+        """Raise ValueError where a `state_dict` is another rule's, or keeps moments otherwise."""
+        check_states(state, self.rule, self.states, self.exp_avg)
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over a `state_dict`; raises ValueError naming a tensor that does not fit."""
-        check_states(state, self.rule, self.states, self.exp_avg)
+        self.check_rule(state)
         for name, tensor in self.state_dict().items():
             if name not in state:
                 raise ValueError(f"optimiser state: has no tensor {name}")
@@ -378,6 +382,10 @@ class DenseOptimizer(SparseOptimizer):
         if unit_norm:
             ops.normalize_rows_(W_dec)
         return norm
+
+    def check_rule(self, state: dict[str, Tensor]) -> None:
+        """Raise ValueError where a `state_dict` is another rule's, or keeps moments otherwise."""
+        check_states(state, self.rule, self.states, self.exp_avg)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -194,6 +194,11 @@ class SharedReader(Generic[Item]):
         return self._shared.source.rows_per_epoch
 
     @property
+    def counts_rows(self) -> bool:
+        """True where `tokens_served` counts every row that a step takes."""
+        return bool(getattr(self._shared.source, "counts_rows", False))
+
+    @property
     def tokens_served(self) -> int:
         """Rows served since the very beginning, over resumes."""
         return self._shared.position(self.number, self.sets).tokens

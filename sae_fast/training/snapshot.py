@@ -8,6 +8,7 @@ Biases id.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 import sae_fast
 from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.json_files import require
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError
 from sae_fast.training.random_state import random_tensors, random_values, restore_random
+from sae_fast.training.resume_state import check_tensors, check_values
 
 if TYPE_CHECKING:
     from sae_fast.training.trainer import Trainer
@@ -46,12 +49,6 @@ _HARMLESS = (
 
 def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON values that resuming needs."""
-    optimizer = trainer.optimizer.state_dict()
-    tensors = {_OPTIMIZER + name: value for name, value in optimizer.items()} | random_tensors()
-    if trainer.average is not None:
-        tensors |= trainer.average.state_dict()
-    if trainer.schedule_free is not None:
-        tensors |= trainer.schedule_free.state_dict()
     state = {
         "format_version": FORMAT_VERSION,
         "versions": {"sae_fast": sae_fast.__version__, "torch": torch.__version__},
@@ -65,30 +62,36 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "random": random_values(),
         "wandb_id": trainer.wandb_id,
     }
-    return tensors, state
+    return _own_tensors(trainer), state
 
 
 def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Puts optimiser, counters, data position and generators back to where they were.
 
     Raises:
-        CheckpointError: when the data or the settings do not let the run go on.
+        CheckpointError: when the data or the settings do not let the run go on, or the state does
+            not fit the model; nothing of it has been taken over then.
     """
-    state = checkpoint.state
+    state, tensors = checkpoint.state, checkpoint.tensors
+    skipped = state["loss_scaler"]["skipped_steps"]
     optimizer = {
         name.removeprefix(_OPTIMIZER): value
-        for name, value in checkpoint.tensors.items()
+        for name, value in tensors.items()
         if name.startswith(_OPTIMIZER)
     }
     try:
-        trainer.optimizer.load_state_dict(optimizer)
+        trainer.optimizer.check_rule(optimizer)
+        check_tensors(checkpoint.step, skipped, tensors, _own_tensors(trainer))
         trainer.batches.load_state_dict(state["source"])
+        served = trainer.batches.rows_served()
+        require(served in (None, state["tokens"]), "source", f"{state['tokens']} tokens on", served)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+    trainer.optimizer.load_state_dict(optimizer)
     if trainer.average is not None:
-        trainer.average.load_state_dict(checkpoint.tensors)
+        trainer.average.load_state_dict(tensors)
     if trainer.schedule_free is not None:
-        trainer.schedule_free.load_state_dict(checkpoint.tensors)
+        trainer.schedule_free.load_state_dict(tensors)
     trainer.scaler.load(state["loss_scaler"])
     trainer.step = checkpoint.step
     trainer.tokens = int(state["tokens"])
@@ -96,12 +99,36 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.stalled_seconds = float(state["stalled_seconds"])
     trainer.best = state["best"]
     trainer.wandb_id = state["wandb_id"]
-    restore_random(checkpoint.tensors, state["random"])
+    restore_random(tensors, state["random"])
     harmless = set(_HARMLESS)
     # Dense codes, and a skip connection: torch's products follow the threads.
     if trainer.sae.architecture.waits or trainer.sae_config.skip_connection:
         harmless.remove("num_threads")
     _tell_changes(state["config"]["train"], trainer.config.to_dict()["train"], harmless)
+
+
+def check_snapshot(path: Path, state: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the values of a trainer.json fit each other.
+
+    One of another format is left to `saved_config`, which says so.
+    """
+    if state.get("format_version") != FORMAT_VERSION:
+        return
+    try:
+        check_values(state["step"], state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _own_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """The tensors that a snapshot of this trainer has."""
+    optimizer = trainer.optimizer.state_dict()
+    tensors = {_OPTIMIZER + name: value for name, value in optimizer.items()}
+    if trainer.average is not None:
+        tensors |= trainer.average.state_dict()
+    if trainer.schedule_free is not None:
+        tensors |= trainer.schedule_free.state_dict()
+    return {**tensors, **random_tensors()}
 
 
 def saved_config(checkpoint: Checkpoint) -> RunConfig:

@@ -9,6 +9,7 @@ one that was not.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,12 @@ from sae_fast.training.run_directory import RunDirectory, in_mode_directory
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.schedule_free import ScheduleFreeWeights
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.snapshot import restore_snapshot, sized_config, take_snapshot
+from sae_fast.training.snapshot import (
+    check_snapshot,
+    restore_snapshot,
+    sized_config,
+    take_snapshot,
+)
 from sae_fast.training.start import initialize_, normalize_, open_source, start_from_, start_model
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.stopwatch import Stopwatch, Window
@@ -285,7 +291,9 @@ class Trainer:
 
     def _is_best(self, evaluation: dict[str, float]) -> bool:
         fvu = evaluation.get("heldout_fvu")
-        if fvu is None or (self.best is not None and fvu >= self.best["heldout_fvu"]):
+        if fvu is None or not math.isfinite(fvu):
+            return False
+        if self.best is not None and fvu >= self.best["heldout_fvu"]:
             return False
         self.best = {"heldout_fvu": fvu, "step": self.step}
         return True
@@ -327,7 +335,7 @@ class Trainer:
         if path is None:
             logger.warning("%s holds no checkpoint yet: starting from the beginning", directory)
             return None
-        return read_newest_intact(path)
+        return read_newest_intact(path, check_snapshot)
 
     def _open_run_directory(self, checkpoint: Checkpoint | None) -> None:
         """Refuses what cannot be written to before anything is computed."""

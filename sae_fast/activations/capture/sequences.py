@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sae_fast.activations.capture.documents import Documents
 from sae_fast.activations.capture.tokens import SpecialTokens, Tokenisation
+from sae_fast.activations.source import saved_counts
 
 # Batches among whose rows those of like length are put together. Of documentation strings in
 # batches of 32, padding takes 82 % of the places with 1, 26 % with 16, 9 % with 64, 6 % with 128.
@@ -79,6 +80,11 @@ class Cursor:
 
 
 START = Cursor()
+
+
+def saved_cursor(values: Any) -> Cursor:
+    """Return a saved cursor; raise ValueError unless all its numbers are counts."""
+    return Cursor(*saved_counts(values, *(item.name for item in fields(Cursor))))
 
 
 @dataclass(frozen=True)
