@@ -75,7 +75,7 @@ def plain_terms(sae, x, targets=None):
     terms = {
         "recon_loss": config.reconstruction_coeff * recon_loss,
         "l1_loss": config.l1_penalty_coeff * acts.abs().sum(1).mean(),
-        "decorr_loss": config.decorrelation_coeff * _plain_decorrelation(sae),
+        "decorr_loss": config.decorrelation_coeff * plain_decorrelation(sae),
         "aux_loss": config.aux_k_coeff * _plain_aux_k(sae, x, error.detach()),
     }
     if config.multi_topk:
@@ -107,7 +107,7 @@ def _plain_selection(pre_acts, k, activation):
     return torch.zeros_like(pre_acts).scatter(1, indices, values)
 
 
-def _plain_decorrelation(sae):
+def plain_decorrelation(sae):
     config = sae.config
     unit = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)
     cosines = unit @ unit.t()

@@ -75,7 +75,7 @@ def correlation_sum(first, second, pairs, same):
 
 def plain_terms(sae, x, relations, answers):
     """All terms in plain dense PyTorch, token by token where that is plainest."""
-    config, free = sae.config, sae.config.d_sae - N_RELATIONS
+    config, free = sae.config, sae.config.d_sae - sae.config.n_relations
     pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
     acts = pre_acts.relu()
     error = acts @ sae.W_dec + sae.b_dec - x

@@ -1,0 +1,130 @@
+"""Every setting in a training of every architecture: refused by name, or it changes something."""
+
+import math
+
+import pytest
+import torch
+from setting_values import (
+    ARCHITECTURES,
+    D_IN,
+    D_OUT,
+    N_ANSWERS,
+    N_RELATIONS,
+    over_base,
+    values_of,
+)
+
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config_file import field_names
+from sae_fast.training.trainer import Trainer
+
+ROWS, HELD = 160, 64
+TRAINING = {"batch_size": 32, "max_steps": 4, "lr": 1e-2, "log_every": 1, "eval_every": 0}
+TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
+# Latents fall silent here within a training, so that what is done about them is seen.
+SILENT = {"dead_after_tokens": 32}
+FEW = {
+    **dict.fromkeys(("topk", "batch_topk", "matryoshka"), {**SILENT, "k": 2}),
+    "jumprelu": {**SILENT, "jumprelu_init_threshold": 2.5},
+}
+MODEL = [name for name in field_names(SAEConfig) if name not in ("arch", "d_in", "d_sae")]
+# Settings of files, devices and reports, which a training on a tensor has no use for.
+ELSEWHERE = {
+    *("shard_dir", "mix", "activations_key", "heldout", "target_key", "target_shard_dir"),
+    *("target_heldout", "keep_in_memory", "pin", "device_cache", "pool_rows", "skip_nonfinite"),
+    *("start_from", "device", "cuda_graph", "num_threads", "log_every", "wandb_log_every"),
+    *("eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir", "resume_from"),
+    *("wandb_project", "no_wandb", "batch_size", "max_steps", "max_tokens", "max_epochs"),
+}
+# By setting, with which architectures it changes nothing, and why.
+UNCHANGED = {
+    "optimizer=adamw": ARCHITECTURES,  # it is adam where nothing decays
+    "dead_after_tokens=60": ("relu", "gated", "slots"),  # they do nothing about dead latents
+    "sparsity_penalty=l0_target": ("jumprelu",),  # the default, written out
+    "decoder_norm=unit": ("jumprelu", "gated", "slots"),  # likewise
+    "slots_mode=joint": ("slots",),  # likewise
+    # There is no term but the reconstruction.
+    "sparsity_warmup_steps=2": ("topk", "batch_topk", "matryoshka"),
+}
+TRAIN = [name for name in field_names(TrainConfig) if name not in ELSEWHERE]
+
+
+def make_columns(rows, seed):
+    """Labels, sequences and targets of rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def whole(top):
+        return torch.randint(-1, top, (rows,), generator=generator)
+
+    return {
+        "labels/relation": whole(N_RELATIONS),
+        "labels/other_relation": whole(N_RELATIONS),
+        "labels/answer": whole(N_ANSWERS),
+        "labels/other_answer": whole(N_ANSWERS),
+        "labels/rule": whole(3),
+        "labels/mood": torch.randn(rows, generator=generator),
+        "doc_id": torch.arange(rows) // 8,
+        "targets": torch.randn(rows, D_OUT, generator=generator),
+    }
+
+
+def make_rows(rows, seed):
+    return torch.randn(rows, D_IN, generator=torch.Generator().manual_seed(seed))
+
+
+DATA, HELDOUT = make_rows(ROWS, 0), make_rows(HELD, 1)
+COLUMNS, HELDOUT_COLUMNS = make_columns(ROWS, 2), make_columns(HELD, 3)
+
+
+def trained(fields, settings):
+    """The final weights of a short training, and what it has logged."""
+    sae, train = SAEConfig(**fields), TrainConfig(**{**TRAINING, **settings})
+    needed = [name for name in COLUMNS if sae.transcoder or name != "targets"]
+    trainer = Trainer(
+        *(sae, train, DATA),
+        columns={name: COLUMNS[name] for name in needed},
+        heldout=HELDOUT,
+        heldout_columns={name: HELDOUT_COLUMNS[name] for name in needed if name != "doc_id"},
+        show_progress=False,
+    )
+    state = trainer.train().state_dict()
+    rows = [{name: row[name] for name in row if name not in TIMES} for row in trainer.history]
+    return state, rows
+
+
+def changes(one, other):
+    """Whether two trainings differ in a weight or in what they have logged."""
+    (state, rows), (others, other_rows) = one, other
+    if state.keys() != others.keys() or str(rows) != str(other_rows):
+        return True
+    return not all(torch.equal(state[name], others[name]) for name in state)
+
+
+def tried(arch, settings, base):
+    """What is wrong with settings in a training, in a line; None: nothing is."""
+    of_model = {name: value for name, value in settings.items() if name in field_names(SAEConfig)}
+    of_training = {name: value for name, value in settings.items() if name not in of_model}
+    try:
+        result = trained(over_base(arch, {**FEW.get(arch, {}), **of_model}), of_training)
+    except ValueError as error:
+        words = [str(word) for pair in settings.items() for word in pair]
+        return None if any(word in str(error) for word in words) else f"names none: {error}"
+    losses = [row["loss"] for row in result[1]]
+    if not all(map(math.isfinite, losses)):
+        return f"losses {losses}"
+    given = ",".join(f"{name}={value}" for name, value in settings.items())
+    is_listed = arch in UNCHANGED.get(given, ())
+    if changes(result, base) != is_listed:
+        return None
+    return "changes something now" if is_listed else "changes nothing"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_setting_is_refused_by_name_or_changes_the_training(arch):
+    base = trained(over_base(arch, FEW.get(arch, {})), {})
+    found = []
+    for config, names in ((SAEConfig, MODEL), (TrainConfig, TRAIN)):
+        for settings in (one for name in names for one in values_of(config, name)):
+            if said := tried(arch, settings, base):
+                found.append(f"{settings}: {said}")
+    assert "\n".join(found) == ""
