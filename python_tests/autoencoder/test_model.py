@@ -48,7 +48,9 @@ def test_decode_of_encode_is_forward():
     torch.testing.assert_close(sae.decode(sae.encode(x)), sae(x))
 
 
-@pytest.mark.parametrize("fields", [{}, {"arch": "relu", "k": None}, {"transcoder": True, "d_out": 7}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"arch": "relu", "k": None}, {"transcoder": True, "d_out": 7}]
+)
 def test_dense_code_is_decoded_as_the_sparse_one(fields):
     sae = make_sae(**fields)
     if not sae.config.transcoder:

@@ -101,6 +101,7 @@ class Architecture(ABC):
 
     Attributes:
         unit_norm: whether decoder rows are kept at unit length, their gradients projected.
+        compares_latents: whether it compares values of different latents to choose among them.
         full_k_aux: the most dead latents per token that AuxK takes; 0: there is no AuxK.
         waits: whether the host waits for the device within a step, which then cannot be captured.
         term_names: names of the terms of `loss`, always the same.
@@ -108,6 +109,7 @@ class Architecture(ABC):
     """
 
     unit_norm = True
+    compares_latents = False
     full_k_aux = 0
     waits = False
     term_names: tuple[str, ...] = ()
@@ -161,7 +163,7 @@ class Architecture(ABC):
         return None
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:  # noqa: B027
-        """Follow a change of the units that the code's values are in: nothing in them."""
+        """Follow values that were multiplied by `factor`, 0-d or [F]: nothing in their units."""
 
     def rebase_(self, weights: Weights, moved: Tensor) -> None:  # noqa: B027
         """Follow b_enc having given up `moved` [F], which the encoder's product now has in it."""

@@ -41,6 +41,8 @@ from sae_fast.autoencoder.transcoder import (
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 
+_UNIT = 1e-5  # how far the norm of a row may be from 1 and still be called 1
+
 
 class SparseAutoencoder(Measures):
     """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
@@ -330,8 +332,45 @@ class SparseAutoencoder(Measures):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Scale every decoder row to unit length, in place."""
-        ops.normalize_rows_(self.W_dec)
+        """Scale every decoder row to unit length, in place.
+
+        Where rows are free (decoder_norm "free") their norms go into the codes, and the function
+        stays, see `fold_decoder_norms`. Where rows are to have norm 1, they are only put back to
+        it, as after an update.
+        """
+        if self.architecture.unit_norm:
+            ops.normalize_rows_(self.W_dec)
+        else:
+            self.fold_decoder_norms()
+
+    @torch.no_grad()
+    def fold_decoder_norms(self) -> None:
+        """Scale decoder rows to unit length and codes by their norms, in place: x_hat stays.
+
+        With n_j the norm of row j: W_dec,j' = W_dec,j / n_j and f_j' = f_j n_j, by way of W_enc,
+        b_enc, and what else has the unit of f_j: thresholds, magnitudes, a probe. Rows of zeros
+        stay, and so do relation slots, whose strength has a target.
+
+        Raises ValueError for an architecture that compares latents with each other, unless its rows
+        have norm 1 already: it would choose others.
+        """
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        if self.architecture.compares_latents:
+            if bool(((norms - 1).abs() <= _UNIT).all()):
+                return
+            raise ValueError(
+                f"decoder rows must have norm 1 with arch {self.config.arch}, which chooses the "
+                f"largest values: folding would change the choice, got norms from "
+                f"{float(norms.min()):g} to {float(norms.max()):g}"
+            )
+        factor = torch.where(norms > 0, norms, 1.0)
+        if self.config.arch == "slots":
+            factor[self.config.group_split :] = 1.0
+        self.W_dec.div_(factor[:, None])
+        self.W_enc.mul_(factor[:, None])
+        self.b_enc.mul_(factor)
+        self.architecture.rescale_(self.weights, factor)
+        self.guidance.rescale_(self.weights.own, factor)
 
     @torch.no_grad()
     def fold_normalization(self) -> SparseAutoencoder:

@@ -68,8 +68,8 @@ class Probe:
         return _classification(predicted, labels, labelled)
 
     def rescale_(self, own: dict[str, Tensor], factor: Tensor) -> None:
-        """Predict the same from codes whose values have been multiplied by `factor`."""
-        own["W_probe"].div_(factor)
+        """Keep the predictions for codes whose values were multiplied by `factor`, 0-d or [F]."""
+        own["W_probe"].div_(factor.reshape(-1, 1))
 
 
 def predictions(

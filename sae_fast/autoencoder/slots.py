@@ -189,10 +189,11 @@ class Slots(ReLU):
         return torch.cat(parts)[torch.cat(order).argsort()]
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
-        """Answer the same from slots whose activations have been multiplied by `factor`."""
+        """Keep the answers of slots whose activations were multiplied by `factor`, 0-d or [F]."""
         super().rescale_(weights, factor)
         if self.config.has_value_heads:
-            weights.own["W_value_in"].div_(factor)
+            of_slots = factor.expand(len(weights.b_enc))[-self.n_relations :]
+            weights.own["W_value_in"].div_(of_slots[:, None])
 
     def _free_l1_loss(self, weights: Weights, code: ops.Code, batch: Batch) -> Tensor:
         """The L1 penalty of relu with the relation slots left out."""

@@ -35,6 +35,7 @@ class TopK(Architecture):
     """How a TopK model selects latents, AuxK and Multi-TopK."""
 
     term_names: tuple[str, ...] = ("l1_loss", "aux_loss")
+    compares_latents = True
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
