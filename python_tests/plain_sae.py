@@ -40,7 +40,8 @@ def make_targets(sae, n_tokens=30, seed=2):
 
 def input_bias(sae):
     """What is subtracted from x."""
-    return torch.zeros_like(sae.W_enc[0]) if sae.config.transcoder else sae.b_dec
+    subtracts = sae.config.subtract_b_dec and not sae.config.transcoder
+    return sae.b_dec if subtracts else torch.zeros_like(sae.W_enc[0])
 
 
 def goal(sae, x, targets):

@@ -122,7 +122,7 @@ def _jumprelu_terms(sae, x, acts, target, y):
 
 def _relu_terms(sae, x, acts, target, y):
     p = sae.config.sparsity_norm_p
-    amounts = acts * _row_norms(sae)
+    amounts = acts.abs() * _row_norms(sae)
     if p != 1:
         amounts = (amounts + 1e-3) ** p - 1e-3**p
     return {"l1_loss": sae.config.l1_penalty_coeff * amounts.sum(1).mean()}
@@ -144,7 +144,7 @@ def _gated_terms(sae, x, acts, target, y):
 
 
 _CODES = {
-    "relu": lambda sae, pre_acts: pre_acts.relu(),
+    "relu": lambda sae, pre_acts: pre_acts.relu() if sae.config.use_relu else pre_acts,
     "jumprelu": lambda sae, pre_acts: _PlainJump.apply(pre_acts, *_estimate(sae)),
     "gated": _gated_code,
 }

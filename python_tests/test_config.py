@@ -180,6 +180,15 @@ BAD_SAE_VALUES = [
     ({"k": 65, "d_in": 8, "d_sae": 64}, "k must be at most d_sae = 64, got 65"),
     ({"k": 65, "d_sae": 64}, "k must be at most d_sae = 64, got 65"),
     ({"use_relu": False}, "use_relu must be true for arch 'topk', got False"),
+    ({"use_relu": False, "arch": "slots"}, "use_relu must be true for arch 'slots', got False"),
+    (
+        {"use_relu": False, "arch": "relu", "target_l0": 4},
+        "target_l0 must be left out without use_relu, where all latents are active, got 4",
+    ),
+    (
+        {"subtract_b_dec": False, "transcoder": True},
+        "subtract_b_dec must be left out with a transcoder, which subtracts nothing, got False",
+    ),
     ({"reconstruction_coeff": -1}, "reconstruction_coeff must be at least 0, got -1"),
     ({"l1_penalty_coeff": -1}, "l1_penalty_coeff must be at least 0"),
     ({"decorrelation": "max"}, "decorrelation must be one of 'gram_mean', 'gram_sum'"),

@@ -110,8 +110,11 @@ class DictionaryConfig(ConfigFile):
     matryoshka_weights: tuple[float, ...] | None = None
     """Weights of the nested dictionaries' squared errors, which are added up; default: 1 each."""
     use_relu: bool = True
-    """ReLU on the selected values, so that codes are never negative; must be true. The activation
-    abs_topk has none."""
+    """ReLU on the selected values, so that codes are never negative. Without it, with arch relu,
+    all latents are active, with any sign, and the penalty is on magnitudes. The activation abs_topk
+    has none."""
+    subtract_b_dec: bool = True
+    """Encode x - b_dec, not x itself: f = ReLU(W_enc x + b_enc). A transcoder subtracts nothing."""
 
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = "mse"
     """Reconstruction error: squared, summed over d_in and averaged over tokens (mse), or as a share
@@ -224,6 +227,12 @@ class DictionaryConfig(ConfigFile):
                     f"got {getattr(self, name)!r}"
                 )
 
+        if self.transcoder and not self.subtract_b_dec:
+            raise ValueError(
+                "subtract_b_dec must be left out with a transcoder, which subtracts nothing, "
+                "got False"
+            )
+
     def _complete_k(self) -> None:
         has_k = self.arch in _BELONG_TO["k"]
         if self.k is None and has_k:
@@ -289,9 +298,7 @@ class DictionaryConfig(ConfigFile):
 
     def _check_objective(self) -> None:
         if not self.use_relu:
-            raise ValueError(
-                f"use_relu must be true for arch {self.arch!r}, got False: latents fire above 0"
-            )
+            self._check_identity()
         if self.is_end_to_end and (self.arch in ("matryoshka", "slots") or self.multi_topk):
             several = "multi_topk" if self.multi_topk else f"arch {self.arch}"
             raise ValueError(f"loss_fn {self.loss_fn} is of one reconstruction, not with {several}")
@@ -317,6 +324,19 @@ class DictionaryConfig(ConfigFile):
             )
         self._require("dead_after_tokens", self.dead_after_tokens >= 1, "at least 1")
         self._check_sparsity()
+
+    def _check_identity(self) -> None:
+        """Refuse codes without ReLU where latents are chosen, and an L0 to train them for."""
+        if self.arch != "relu":
+            raise ValueError(
+                f"use_relu must be true for arch {self.arch!r}, got False: only with arch relu "
+                "can codes be negative"
+            )
+        if self.target_l0 is not None:
+            raise ValueError(
+                "target_l0 must be left out without use_relu, where all latents are active, "
+                f"got {self.target_l0:g}"
+            )
 
     def _check_sparsity(self) -> None:
         self._require("sparsity_norm_p", 0 < self.sparsity_norm_p <= 1, "above 0 and at most 1")
@@ -349,6 +369,11 @@ class DictionaryConfig(ConfigFile):
     def is_end_to_end(self) -> bool:
         """Whether the loss is that of the model behind the reconstruction."""
         return self.loss_fn in ("ce", "kl")
+
+    @property
+    def has_signed_codes(self) -> bool:
+        """Whether values of a code may be negative."""
+        return not self.use_relu or self.activation == "abs_topk"
 
     @property
     def _default_l1(self) -> float:

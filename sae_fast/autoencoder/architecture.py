@@ -26,7 +26,7 @@ class Weights(NamedTuple):
     W_dec: nn.Parameter  # [F, D], with a transcoder [F, d_out]
     b_dec: nn.Parameter  # [D], with a transcoder [d_out]
     own: dict[str, Tensor]  # the architecture's own parameters and buffers
-    input_bias: Tensor  # [D], subtracted from x: b_dec, with a transcoder zeros
+    input_bias: Tensor  # [D], subtracted from x: b_dec, or zeros where that is not
 
 
 class Mode(NamedTuple):

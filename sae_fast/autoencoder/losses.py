@@ -46,12 +46,14 @@ def lp_loss(
 ) -> Tensor:
     """Σ_i a_i with a_i = f_i |W_dec,i|, averaged over tokens; with p below 1, of (a_i + s)^p − s^p.
 
-    With s = 1e-3 the slope at 0 is finite. Weighted by |W_dec,i|, the term does not change where a
-    decoder row grows and its latent shrinks in return, which is how a free decoder would escape.
+    Of a signed code f_i is a magnitude. With s = 1e-3 the slope at 0 is finite. Weighted by
+    |W_dec,i|, the term does not change where a decoder row grows and its latent shrinks in return,
+    which is how a free decoder would escape.
     """
+    magnitudes = code.values.abs() if code.signed else code.values
     if isinstance(code, ops.DenseCode) and row_norms is not None and p == 1:
-        return steady_sum(code.values @ row_norms) / code.n_rows  # no second [N, F]
-    amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
+        return steady_sum(magnitudes @ row_norms) / code.n_rows  # no second [N, F]
+    amounts = magnitudes if row_norms is None else magnitudes * code.spread(row_norms)
     return steady_sum(lp_amounts(amounts, p)) / code.n_rows
 
 

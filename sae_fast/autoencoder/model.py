@@ -53,7 +53,7 @@ class SparseAutoencoder(Measures):
     Raises ValueError where the configuration leaves d_in open.
     """
 
-    no_bias: Tensor | None  # [D], of a transcoder the zeros that are subtracted from x
+    no_bias: Tensor | None  # [D], zeros subtracted from x where b_dec is not
     tokens_since_fired: Tensor  # [F] int64
     decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
 
@@ -84,7 +84,8 @@ class SparseAutoencoder(Measures):
             self.register_parameter(name, nn.Parameter(start))
         for name, start in (self.architecture.buffers() | transcoder_buffers(config)).items():
             self.register_buffer(name, start)
-        no_bias = torch.zeros(config.d_in) if config.transcoder else None
+        subtracts_nothing = config.transcoder or not config.subtract_b_dec
+        no_bias = torch.zeros(config.d_in) if subtracts_nothing else None
         self.register_buffer("no_bias", no_bias, persistent=False)
         self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
@@ -136,13 +137,14 @@ class SparseAutoencoder(Measures):
         """How long W_enc's rows are at the start, compared with those that are tied to W_dec.
 
         Half of a ReLU model's latents are active then, and unit rows would add up to
-        d_sae / (2 d_in) times x: the first loss of 100,000 slots would be thousands of variances.
+        d_sae / (2 d_in) times x, without ReLU to twice that: the first loss of 100,000 slots would
+        be thousands of variances.
         """
         config = self.config
         is_long = config.arch in ("relu", "slots") and config.decoder_norm == "unit"
         if not is_long or config.decoder_init == "kaiming":
             return 1.0
-        return min(1.0, 2 * config.d_in / config.d_sae)
+        return min(1.0, (2 if config.use_relu else 1) * config.d_in / config.d_sae)
 
     def encode(
         self,
@@ -167,6 +169,8 @@ class SparseAutoencoder(Measures):
         Of a transcoder what it predicts, with d_out columns; a skip connection also needs the `x`
         that was encoded. A dense code leaves dense gradients in any case.
         """
+        if not isinstance(code, Tensor) and not self.config.use_relu:
+            code = code.dense()  # every latent is in it
         if isinstance(code, Tensor):
             h = self._rows(code, "h", "d_sae")
             shape, precision = code.shape[:-1], "fp32"
@@ -377,8 +381,8 @@ class SparseAutoencoder(Measures):
         """The same function of raw activations, as a model without normalisation.
 
         With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
-        keep their norm, and the same latents are picked. Of a transcoder s is that of the targets,
-        and the encoder takes up the rest, see `fold_input_`.
+        keep their norm, and the same latents are picked. Of a transcoder s is that of the targets.
+        Where b_dec is not subtracted from x, the encoder takes up the mean, see `fold_input_`.
         """
         values = {**self.config.to_dict(), "normalize_activations": "none"}
         folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
@@ -388,7 +392,7 @@ class SparseAutoencoder(Measures):
         folded.b_dec.div_(self.output_scale).add_(self.output_mean)
         folded.architecture.rescale_(folded.weights, 1 / self.output_scale)
         folded.guidance.rescale_(folded.weights.own, 1 / self.output_scale)
-        if self.config.transcoder:
+        if self.no_bias is not None:
             fold_input_(folded, self)
         for mean, scale in (
             (folded.activation_mean, folded.activation_scale),

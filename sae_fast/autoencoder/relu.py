@@ -3,6 +3,9 @@
 Loss: squared error + λ Σ_i f_i |W_dec,i|. With a free decoder, starting from rows of norm 0.1 and
 λ = 5, it is the recipe of Anthropic's April 2024 update; with unit rows the penalty is the plain
 L1. Plain L1 with a free decoder is not to be had: growing W_dec would escape it.
+
+Without use_relu f = (x − b_dec) W_encᵀ + b_enc, and the penalty is on |f_i|. Such a code is dense:
+L1 makes its values small, and none of them exactly 0.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ class ReLU(Thresholded):
         x: Tensor,  # [N, D], normalised
         mode: Mode,
     ) -> ops.SparseCode:
-        """The code of every token: its latents above 0."""
+        """The code of every token: its latents above 0, or without ReLU all of them."""
+        if not self.config.use_relu:
+            return self._signed(weights, x, mode).listed()
         return ops.encode_threshold(
             x,
             *weights[:2],
@@ -37,7 +42,11 @@ class ReLU(Thresholded):
 
     def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
         """Squared error and the L1 or Lp penalty."""
-        code = self.list_above(weights, batch, mode)
+        code: ops.Code
+        if self.config.use_relu:
+            code = self.list_above(weights, batch, mode)
+        else:
+            code = self._signed(weights, batch.x, mode)
         modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
         l1_loss = self.l1_loss(weights, code, batch, self.config.sparsity_norm_p)
         return ArchitectureLoss(
@@ -47,3 +56,13 @@ class ReLU(Thresholded):
             {"l1_loss": l1_loss},
             self.figures(weights),
         )
+
+    def _signed(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        mode: Mode,
+    ) -> ops.DenseCode:
+        """The code without ReLU."""
+        arguments = (x, *weights[:2], weights.input_bias)
+        return ops.encode_dense(*arguments, precision=mode.precision, relu=False)

@@ -58,7 +58,7 @@ def _lp_loss(config: SAEConfig, W_dec: Tensor, h: Code, values: Tensor, n_tokens
     if config.arch == "slots":
         is_free = torch.arange(config.d_sae, device=W_dec.device) < config.group_split
         weights = is_free.to(W_dec.dtype) if weights is None else weights * is_free
-    amounts = values.abs() if config.activation == "abs_topk" else values
+    amounts = values.abs() if config.has_signed_codes else values
     if weights is not None:
         amounts = amounts * (h.spread(weights) if isinstance(h, ops.SparseCode) else weights)
     return losses.l1_loss(losses.lp_amounts(amounts, config.sparsity_norm_p), n_tokens)
@@ -73,7 +73,7 @@ def activation_stats(
     """See `SparseAutoencoder.get_activation_stats`."""
     d_sae = config.d_sae
     values, n_tokens = _values(h, d_sae)
-    if config.activation == "abs_topk":
+    if config.has_signed_codes:
         values = values.abs()
     active = values > 0
     fired = h.fired() if isinstance(h, ops.SparseCode) else active.reshape(-1, d_sae).any(0)

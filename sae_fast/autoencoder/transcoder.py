@@ -50,13 +50,13 @@ def skip(
 
 @torch.no_grad()
 def fold_input_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> None:
-    """Have the encoder and the skip connection of a transcoder take raw activations.
+    """Have an encoder that subtracts no b_dec, and a skip connection, take raw activations.
 
-    With s and t the scales of x and y, the output already folded: W_enc' = W_enc s / t, b_enc gives
-    up W_enc' mean, and so the latents are those of `sae` by t; W_skip' = W_skip s / t, and b_dec
-    gives up W_skip' mean.
+    With s and t the scales of x and y (of x alone unless it is a transcoder), the output
+    already folded: W_enc' = W_enc s / t, b_enc gives up W_enc' mean, and so the latents are those
+    of `sae` by t; W_skip' = W_skip s / t, and b_dec gives up W_skip' mean.
     """
-    ratio, mean = sae.activation_scale / sae.target_scale, sae.activation_mean
+    ratio, mean = sae.activation_scale / sae.output_scale, sae.activation_mean
     folded.W_enc.mul_(ratio)
     moved = folded.W_enc @ mean
     folded.b_enc.sub_(moved)

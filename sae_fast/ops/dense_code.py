@@ -19,17 +19,19 @@ from sae_fast.ops.sparse_code import SparseCode
 
 @dataclass(frozen=True, eq=False)
 class DenseCode:
-    """A matrix [N, d_sae]. A latent fires where its value is greater than 0.
+    """A matrix [N, d_sae]. A latent fires where its value is greater than 0, or if signed not 0.
 
     Attributes:
         values: [N, d_sae]; differentiable.
         n_listed: 0-d, how many entries a SparseCode in its place would list.
         precision: of the encoder that made it.
+        signed: whether values may be negative, for want of a ReLU.
     """
 
     values: Tensor
     n_listed: Tensor
     precision: str = "fp32"
+    signed: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -47,7 +49,7 @@ class DenseCode:
 
     def fires(self) -> Tensor:
         """Which entries are of latents that fire, bool in the shape of values; NaN does not."""
-        return self.values > 0
+        return self.values.abs() > 0 if self.signed else self.values > 0
 
     def l0(self) -> Tensor:
         """How many latents fire in each row, [N] int64."""
@@ -62,7 +64,15 @@ class DenseCode:
         values: Tensor,  # [N, d_sae]
     ) -> DenseCode:
         """The same entries with other values."""
-        return DenseCode(values, self.n_listed, self.precision)
+        return DenseCode(values, self.n_listed, self.precision, self.signed)
+
+    def listed(self) -> SparseCode:
+        """Return the code with every latent of every token listed, in ascending order."""
+        latents = torch.arange(self.d_sae, dtype=torch.int32, device=self.values.device)
+        indices = latents.expand(self.n_rows, -1).contiguous()
+        return SparseCode(
+            self.values, indices, self.d_sae, precision=self.precision, signed=self.signed
+        )
 
     def spread(
         self,
@@ -82,11 +92,17 @@ def encode_dense(
     b_dec: Tensor,  # [D]
     *,
     precision: str = "screened",
+    relu: bool = True,
 ) -> DenseCode:
-    """ReLU((x − b_dec) W_encᵀ + b_enc), as `encode_threshold` with thresholds of 0."""
+    """ReLU((x − b_dec) W_encᵀ + b_enc), as `encode_threshold` with thresholds of 0.
+
+    Without `relu` values are signed, and all latents but those of value 0 fire.
+    """
     centred, weights = _rounded(x - b_dec, precision), _rounded(W_enc, precision)
-    values = torch.addmm(b_enc, centred, weights.t()).relu_()
-    return DenseCode(values, torch.count_nonzero(values.detach()), precision)
+    values = torch.addmm(b_enc, centred, weights.t())
+    if relu:
+        values = values.relu_()
+    return DenseCode(values, torch.count_nonzero(values.detach()), precision, signed=not relu)
 
 
 def reconstruct(

@@ -82,7 +82,7 @@ def start_model(sae: SAEConfig, config: TrainConfig) -> SparseAutoencoder | None
         raise ValueError(f"start_from: {error}") from error
     for name in (
         *("arch", "d_in", "d_sae", "normalize_activations", "n_relations"),
-        *("transcoder", "d_out", "skip_connection"),
+        *("transcoder", "d_out", "skip_connection", "subtract_b_dec", "use_relu"),
     ):
         before, now = getattr(known.config, name), getattr(sae, name)
         if before != now:
