@@ -101,6 +101,21 @@ def test_absurd_sizes_are_refused(op, arguments, message):
         getattr(ops, op)(*arguments)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch: quantised and CSR tensors may go
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (Tensor.to_sparse, "sparse_coo"),
+        (Tensor.to_sparse_csr, "sparse_csr"),
+        (Tensor.to_mkldnn, "_mkldnn"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "qint8"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(change, kind):
+    with refused(f"decode: W_dec must be a dense tensor, got {kind}"):
+        ops.decode(*CODE, change(PROBLEM.W_dec), None)
+
+
 def test_no_columns_cost_no_time_for_any_number_of_rows():
     assert ops.decode(
         torch.ones(2**30, 0), torch.ones(2**30, 0, dtype=torch.int32), None, torch.ones(3, 0), None

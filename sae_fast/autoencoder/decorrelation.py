@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder.losses import steady_sum
+from sae_fast.ops.full_precision import matmul
 
 _SHORTEST = 1e-12
 _MASK = 0xFFFF_FFFF
@@ -59,7 +60,7 @@ def chunked_max(
     with torch.no_grad():
         for members in random_chunks(d_sae, draw, chunk):
             rows = unit[members]
-            cosines = (rows @ rows.t()).fill_diagonal_(-torch.inf)
+            cosines = matmul(rows, rows.t()).fill_diagonal_(-torch.inf)
             nearest[members, 0] = members[cosines.argmax(1)].int()
     # A gather whose gradient is summed in a fixed order, on a GPU too.
     others = ops.decode(ops.SparseCode(torch.ones_like(lengths), nearest, d_sae), unit)

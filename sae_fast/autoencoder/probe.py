@@ -15,6 +15,7 @@ from torch.nn import functional
 from sae_fast import ops
 from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.config import SAEConfig
+from sae_fast.ops.full_precision import addmm
 
 NO_LABEL = -1
 
@@ -78,7 +79,7 @@ def predictions(
 ) -> Tensor:
     """The logits [N, C] of the classes, or the predicted numbers [N, 1]."""
     if isinstance(code, ops.DenseCode):
-        return torch.addmm(own["b_probe"], code.values, own["W_probe"])
+        return addmm(own["b_probe"], code.values, own["W_probe"])
     return ops.decode(code, own["W_probe"], own["b_probe"], precision="fp32")
 
 

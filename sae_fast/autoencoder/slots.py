@@ -25,6 +25,7 @@ from sae_fast.autoencoder import losses
 from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
 from sae_fast.autoencoder.relu import ReLU
 from sae_fast.config import SAEConfig
+from sae_fast.ops.full_precision import addmm
 
 NO_LABEL = -1
 # A head's hidden units are hinges at points spread over twice the target, steep enough to tell
@@ -184,7 +185,7 @@ class Slots(ReLU):
             rows = (relations == relation).nonzero()[:, 0]
             inner = chosen[rows] * own["W_value_in"][relation] + own["b_value_in"][relation]
             head = own["W_value_out"][relation], own["b_value_out"][relation]
-            parts.append(torch.addmm(head[1], inner.relu(), head[0]))
+            parts.append(addmm(head[1], inner.relu(), head[0]))
             order.append(rows)
         return torch.cat(parts)[torch.cat(order).argsort()]
 

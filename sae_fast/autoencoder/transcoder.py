@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.config import SAEConfig
+from sae_fast.ops.full_precision import full_precision
 from sae_fast.ops.reference import ROUNDED_DTYPES
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def transcoder_buffers(config: SAEConfig) -> dict[str, Tensor]:
     return {"target_mean": torch.zeros(config.d_out), "target_scale": torch.ones(())}
 
 
+@full_precision
 def skip(
     x: Tensor,  # [N, D]
     W_skip: Tensor,  # [d_out, D]

@@ -17,6 +17,11 @@ def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int
     _check_range(op, "indices", indices, d_sae)
 
 
+def check_offsets(op_name: str, offsets: Tensor, entries: int) -> None:
+    """Check offsets that partition so many entries."""
+    _check_offsets(Call(op_name, "offsets", offsets), "offsets", offsets, entries)
+
+
 def check_entries(op_name: str, entries: Tensor, count: int, latent_offsets: Tensor | None) -> None:
     """The same of a latent-major view: offsets that partition it, positions of real numbers."""
     op = Call(op_name, "entries", entries)
@@ -25,12 +30,20 @@ def check_entries(op_name: str, entries: Tensor, count: int, latent_offsets: Ten
     _check_range(op, "entries", entries, count)
 
 
+def check_lists(op_name: str, rows: Tensor, latent_offsets: Tensor, count: int) -> None:
+    """Check the latent-major lists of a gradient: offsets that partition them, rows that exist."""
+    op = Call(op_name, "rows", rows)
+    _check_offsets(op, "latent_offsets", latent_offsets, rows.numel())
+    _check_range(op, "rows", rows, count)
+
+
 def check_rows(op_name: str, numbers: Tensor, name: str, count: int) -> None:
     """Numbers of rows that are there."""
     _check_range(Call(op_name, name, numbers), name, numbers, count)
 
 
 def _check_offsets(op: Call, name: str, offsets: Tensor, entries: int) -> None:
+    op.require(offsets.numel() > 0, f"{name} must have at least one element", "none")
     first, last = int(offsets[0]), int(offsets[-1])
     ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
     must = f"{name} must ascend from 0 to the number of entries, {entries}"

@@ -10,7 +10,7 @@ from sae_fast.ops.factors import FactorSink, RowFactor
 from sae_fast.ops.library import differentiable, fake, refuse_backward
 from sae_fast.ops.reference import ROUNDED_DTYPES
 from sae_fast.ops.rows import weighted_row_sum
-from sae_fast.ops.sparse_code import SparseCode
+from sae_fast.ops.sparse_code import SparseCode, per_entry
 from sae_fast.ops.working_copies import decoder_copy
 
 
@@ -225,7 +225,7 @@ def _per_entry(
     """The row's number for every entry, broadcast or spread to the shape of indices."""
     if offsets is None:
         return rows[:, None]
-    return rows.repeat_interleave(offsets.diff(), output_size=indices.size(0))
+    return per_entry(rows, offsets, indices.size(0))
 
 
 class _Decode(torch.autograd.Function):

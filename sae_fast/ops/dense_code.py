@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_fast.ops.decode import Reconstruction
 from sae_fast.ops.decode import reconstruct as reconstruct_sparse
+from sae_fast.ops.full_precision import addmm
 from sae_fast.ops.reference import ROUNDED_DTYPES
 from sae_fast.ops.sparse_code import SparseCode
 
@@ -99,7 +100,7 @@ def encode_dense(
     Without `relu` values are signed, and all latents but those of value 0 fire.
     """
     centred, weights = _rounded(x - b_dec, precision), _rounded(W_enc, precision)
-    values = torch.addmm(b_enc, centred, weights.t())
+    values = addmm(b_enc, centred, weights.t())
     if relu:
         values = values.relu_()
     return DenseCode(values, torch.count_nonzero(values.detach()), precision, signed=not relu)
@@ -117,7 +118,7 @@ def reconstruct(
     if isinstance(code, SparseCode):
         return reconstruct_sparse(code, W_dec, b_dec, x, dense_grad=dense_grad)
     target = -x if b_dec is None else b_dec - x
-    residual = torch.addmm(target, code.values, _rounded(W_dec, code.precision))
+    residual = addmm(target, code.values, _rounded(W_dec, code.precision))
     return Reconstruction(residual, residual.square().sum(1))
 
 

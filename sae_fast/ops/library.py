@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.ops import checks, data_checks, native, reference
+from sae_fast.ops.full_precision import without_autocast
 
 SCHEMAS = {
     "pack_encoder": "(Tensor W_enc, str precision)"
@@ -65,6 +66,15 @@ SCHEMAS = {
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 NATIVE = native.load() is not None
+# Dispatch keys of tensors without strides, or of other numbers than their dtype says.
+_NOT_DENSE = (
+    "SparseCPU",
+    "SparseCsrCPU",
+    "QuantizedCPU",
+    "MkldnnCPU",
+    "SparseCUDA",
+    "SparseCsrCUDA",
+)
 
 
 def fake(name: str) -> Callable[[_Kernel], _Kernel]:
@@ -108,6 +118,9 @@ def dynamic_size() -> torch.SymInt:
 
 
 def _check_data(name: str, arguments: dict[str, Any]) -> None:
+    if "rows" in arguments and "latent_offsets" in arguments and not arguments["rows"].is_cuda:
+        rows, lists = arguments["rows"], arguments["latent_offsets"]
+        data_checks.check_lists(name, rows, lists, len(arguments["dense"]))
     if name == "gather_rows_" and arguments["rows"].device.type == "cpu":
         data_checks.check_rows(name, arguments["rows"], "rows", len(arguments["source"]))
         if arguments["places"] is not None:
@@ -135,6 +148,7 @@ def _define_reference() -> torch.library.Library:
 
 def _checked(name: str) -> Callable[..., Any]:
     check, compute = getattr(checks, name), getattr(reference, name)
+    quiet = without_autocast(compute)
     names = compute.__code__.co_varnames[: compute.__code__.co_argcount]
 
     def kernel(*arguments: Any) -> Any:
@@ -142,10 +156,36 @@ def _checked(name: str) -> Callable[..., Any]:
         _check_data(name, dict(zip(names, arguments, strict=True)))
         laid_out = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
         with torch.no_grad():
-            return compute(*laid_out)
+            return quiet(*laid_out)
+
+    return kernel
+
+
+def _refuse_layouts() -> torch.library.Library:
+    """Register an error that names the argument for tensors that are not dense."""
+    library = torch.library.Library("sae_fast", "IMPL")  # type: ignore[no-untyped-call]
+    for name in SCHEMAS:
+        for key in _NOT_DENSE:
+            library.impl(name, _refusal(name), key)  # type: ignore[no-untyped-call]
+    return library
+
+
+def _refusal(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        schema = getattr(torch.ops.sae_fast, name).default._schema.arguments
+        for argument, described in zip(arguments, schema, strict=False):
+            if not isinstance(argument, Tensor):
+                continue
+            is_dense = argument.layout == torch.strided and not argument.is_quantized
+            if not is_dense:
+                kind = argument.dtype if argument.is_quantized else argument.layout
+                got = str(kind).removeprefix("torch.")
+                raise RuntimeError(f"{name}: {described.name} must be a dense tensor, got {got}")
+        raise RuntimeError(f"{name}: all tensors must be dense")
 
     return kernel
 
 
 # Kept for as long as the process lives: the ops go when it does.
 _LIBRARY = None if NATIVE else _define_reference()
+_REFUSALS = _refuse_layouts()

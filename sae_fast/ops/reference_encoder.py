@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sae_fast.ops.full_precision import matmul
+
 ROUNDED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Elements of the largest temporary: 16 MiB of float32, which stays near the cache.
 _CHUNK_ELEMENTS = 1 << 22
@@ -121,7 +123,7 @@ def pre_activations(
         centred = x[rows] - b_dec
         if rounded is not None:
             centred = centred.to(rounded).to(x.dtype)
-        yield rows, (centred @ weights.t()).add_(b_enc)
+        yield rows, matmul(centred, weights.t()).add_(b_enc)
 
 
 class _AuxCode:

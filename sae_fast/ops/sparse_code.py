@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_fast.ops.data_checks import check_data, check_offsets
+
 
 class CodeKey:
     """What makes two gradients belong to one code: compared by identity.
@@ -34,6 +36,43 @@ class CodeKey:
             with torch.no_grad():
                 self._view = op(values.detach(), indices, offsets, d_sae)
         return self._view
+
+
+@torch.library.custom_op("sae_fast_checks::indices", mutates_args=())
+def _checked_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> Tensor:
+    """The indices, found to be in range at run time by what torch.compile makes of a program."""
+    check_data("SparseCode", indices, offsets, d_sae)
+    return indices.clone()
+
+
+@_checked_indices.register_fake
+def _(indices: Tensor, offsets: Tensor | None, d_sae: int) -> Tensor:
+    return torch.empty_like(indices)
+
+
+@torch.library.custom_op("sae_fast_checks::entry_rows", mutates_args=())
+def _checked_entry_rows(offsets: Tensor, n_entries: int) -> Tensor:
+    """The row of every entry, from offsets found right at run time, as `_checked_indices`."""
+    check_offsets("SparseCode", offsets, n_entries)
+    rows = torch.arange(offsets.size(0) - 1, device=offsets.device)
+    return rows.repeat_interleave(offsets.diff(), output_size=n_entries)
+
+
+@_checked_entry_rows.register_fake
+def _(offsets: Tensor, n_entries: int) -> Tensor:
+    return offsets.new_empty(n_entries)
+
+
+def per_entry(
+    rows: Tensor,  # [N]
+    offsets: Tensor,  # [N + 1]
+    n_entries: int,
+) -> Tensor:
+    """The row's number for every entry of a code with offsets, [nnz]."""
+    # With offsets that do not ascend repeat_interleave would write past its result.
+    if not offsets.is_cuda and not torch.compiler.is_compiling():
+        check_offsets("SparseCode", offsets, n_entries)
+    return rows.repeat_interleave(offsets.diff(), output_size=n_entries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +115,7 @@ class SparseCode:
     def dense(self) -> Tensor:
         """The whole matrix [N, d_sae]; differentiable."""
         out = self.values.new_zeros(self.n_rows, self.d_sae)
-        place = (self.entry_rows(), self.indices.flatten())
+        place = (self.entry_rows(), self._places().flatten())
         return out.index_put_(place, self.values.flatten(), accumulate=True)  # no second [N, F]
 
     def fires(self) -> Tensor:
@@ -88,6 +127,8 @@ class SparseCode:
         fires = self.fires()
         if self.offsets is None:
             return fires.sum(1)
+        if not self.offsets.is_cuda and not torch.compiler.is_compiling():
+            check_offsets("SparseCode", self.offsets, self.n_listed)
         counts = torch.cat([self.offsets.new_zeros(1), fires.cumsum(0)])
         return counts[self.offsets].diff()
 
@@ -100,7 +141,7 @@ class SparseCode:
             if bool((magnitudes >= 0).all()):
                 return self.latent_major()[0].diff() > 0
         # Entries that do not fire mark a place past the end: there is no mask to compact.
-        latents = torch.where(self.fires(), self.indices, self.d_sae).flatten()
+        latents = torch.where(self.fires(), self._places(), self.d_sae).flatten()
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
         return fired.index_fill_(0, latents.long(), True)[:-1]
 
@@ -141,10 +182,24 @@ class SparseCode:
 
     def entry_rows(self) -> Tensor:
         """The row of every entry, [N * K] or [nnz]."""
+        if self.offsets is not None and torch.compiler.is_compiling() and not self.offsets.is_cuda:
+            checked: Tensor = _checked_entry_rows(self.offsets, self.indices.size(0))
+            return checked
         rows = torch.arange(self.n_rows, device=self.indices.device)
         if self.offsets is None:
             return rows.repeat_interleave(self.indices.size(1))
-        return rows.repeat_interleave(self.offsets.diff(), output_size=self.indices.size(0))
+        return per_entry(rows, self.offsets, self.indices.size(0))
+
+    def _places(self) -> Tensor:
+        """The indices, after a check where that need not wait for a device: torch has none, or one
+        that ends the process."""
+        if self.indices.is_cuda:
+            return self.indices
+        if torch.compiler.is_compiling():
+            checked: Tensor = _checked_indices(self.indices, self.offsets, self.d_sae)
+            return checked
+        check_data("SparseCode", self.indices, self.offsets, self.d_sae)
+        return self.indices
 
 
 class _Spread(torch.autograd.Function):
@@ -153,7 +208,11 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, numbers: Tensor, code: SparseCode) -> Tensor:
         ctx.code = code
-        return numbers.index_select(0, code.indices.flatten()).view_as(code.indices)
+        if len(numbers) != code.d_sae:
+            raise RuntimeError(
+                f"SparseCode: numbers must have shape [{code.d_sae}], got {list(numbers.shape)}"
+            )
+        return numbers.index_select(0, code._places().flatten()).view_as(code.indices)
 
     @staticmethod
     @once_differentiable
