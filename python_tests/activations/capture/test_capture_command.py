@@ -130,7 +130,7 @@ def test_two_captures_into_one_directory_are_refused(inputs, tmp_path, capsys):
     out = tmp_path / "out"
     with CaptureDirectory(out, ("residual.0",)):
         assert capture(inputs, out) == 2
-        expected = f"another capture is writing to {out} (process {os.getpid()})"
+        expected = f"another capture is writing to {out} (process {os.getpid()} on "
         assert expected in error_of(capsys)
     assert capture(inputs, out) == 0
 

@@ -21,6 +21,7 @@ from sae_fast.activations.capture.sequences import Cursor
 from sae_fast.activations.errors import one_line
 from sae_fast.activations.files import replacing
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
+from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import parse_json, read_regular
 
 RECIPE = "capture.json"
@@ -66,19 +67,22 @@ class CaptureDirectory:
         self.hooks = hooks
         self.rank = rank
         self.world_size = world_size
-        self._lock: int | None = None
+        self._lock = FileLock(path / f".capture_{rank:02d}.lock")
 
     def __enter__(self) -> CaptureDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: {self.path} is a file")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / f".capture_{self.rank:02d}.lock", self.path)
+        try:
+            self._lock.take()
+        except HeldError as error:
+            raise ValueError(
+                f"out: another capture is writing to {self.path} ({error.holder})"
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def prepare(self, recipe: dict[str, Any], made_with: dict[str, str]) -> None:
         """Begin a capture or go on with it; raises ValueError where another one is there."""
@@ -175,22 +179,6 @@ class CaptureDirectory:
 
     def _shard_name(self, index: str) -> str:
         return f"shard_{f'{self.rank:02d}_' if self.world_size > 1 else ''}{index}.h5"
-
-
-def _locked(path: Path, directory: Path) -> int:
-    """Hold a file as long as this process lives; raises ValueError where another one does."""
-    lock = os.open(path, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace").strip()
-        os.close(lock)
-        raise ValueError(
-            f"out: another capture is writing to {directory} (process {holder or 'unknown'})"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
-    return lock
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

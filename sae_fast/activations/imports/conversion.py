@@ -8,7 +8,6 @@ that are there are compared with the source like new ones, so nothing needs to b
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from sae_fast.activations.imports.verification import Comparison, Report, compar
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
 from sae_fast.activations.storage import STORAGES, Storage
 from sae_fast.activations.writer import ShardMetadata, ShardWriter, padded_rows
+from sae_fast.directory_lock import try_lock
 from sae_fast.json_files import parse_json, read_regular
 
 RECORD_NAME = "conversion.json"
@@ -206,10 +206,8 @@ def _locked(directory: Path) -> Iterator[None]:
     """Keep a second conversion out of a directory; a killed one leaves no lock behind."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ShardError(f"{directory}: another conversion is writing there") from None
+        if not try_lock(descriptor, directory):
+            raise ShardError(f"{directory}: another conversion is writing there")
         yield
     finally:
         os.close(descriptor)
