@@ -1,12 +1,14 @@
 """SIGINT and SIGTERM are noted, and handlers put back."""
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 
 import pytest
 
-from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.signals import StopOnSignal, run_program
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -39,3 +41,41 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_entered_again_it_keeps_the_handlers_of_the_outside() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnSignal() as stop:
+        with stop:
+            pass
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received is signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("interrupts", "code"), [(0, 7), (1, 7), (2, 130), (5, 130)])
+def test_a_program_leaves_at_its_second_interrupt(interrupts: int, code: int) -> None:
+    def work() -> int:
+        with StopOnSignal(), contextlib.suppress(KeyboardInterrupt):
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+        return 7
+
+    assert _exit_code(work) == code
+
+
+def test_a_program_leaves_at_an_interrupt_that_nothing_waits_for() -> None:
+    assert _exit_code(lambda: signal.raise_signal(signal.SIGINT) or 7) == 130
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            run_program(work)
+        except SystemExit as end:
+            code = int(str(end.code))
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

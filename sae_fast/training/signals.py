@@ -1,23 +1,36 @@
 """Stopping at the next step boundary when SIGINT or SIGTERM arrives."""
 
+import contextlib
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = "error: interrupted; what was saved before is intact\n"
 
 
 class StopOnSignal:
     """Context manager: notes the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
+
+    The second one is handed to the handler that was there before: Python's own raises
+    KeyboardInterrupt, that of `run_program` ends the process. Entered again inside itself, the
+    context manager changes nothing.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._depth = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -28,11 +41,34 @@ class StopOnSignal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+        self._depth -= 1
+        if self._depth == 0:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            self._previous.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:
+            previous = self._previous.get(signal.SIGINT)
+            if callable(previous):
+                previous(number, frame)
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run a command as this process, and end the process with the exit code that it returns.
+
+    An interrupt that the command does not wait for ends the process at once, with code 130. Nothing
+    is torn down then: threads that compute or read are alive and must not outlive what they use.
+    """
+    signal.signal(signal.SIGINT, _leave)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done
+    sys.exit(code)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, INTERRUPTED.encode())  # a stream of Python's may be in use just now
+    os._exit(EXIT_INTERRUPTED)
