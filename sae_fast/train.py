@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,15 +41,21 @@ from sae_fast.training.from_model import (
     TRAIN_DEFAULTS,
     open_from_model,
 )
-from sae_fast.training.run_directory import describe, new_run_directory
-from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.run_directory import (
+    RunDirectory,
+    claimed_run_directory,
+    describe,
+    free_name,
+    held,
+)
+from sae_fast.training.signals import EXIT_INTERRUPTED, INTERRUPTED, StopOnSignal, run_program
 from sae_fast.training.snapshot import check_snapshot
 from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
 from sae_fast.training.trainer import Trainer
 
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
 PROGRAM = "python -m sae_fast.train"
+SWEEP = "sweep.json"
 
 logger = logging.getLogger(__name__)
 
@@ -90,22 +98,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        with StopOnSignal() as stop:
-            work, directory = _opened(given, stop)
+        with StopOnSignal() as stop, ExitStack() as stack:
+            _refuse_several_processes()
+            work, directory = _opened(given, stop, stack)
             trainers = work.trainers if isinstance(work, Sweep) else {"": work}
             _announce(trainers)
             work.train()
+            if isinstance(work, Sweep):
+                _write_sweep(directory, trainers)
     except (ValueError, OSError) as error:
         # Whatever is wrong with what was given is raised as one of these, with a line that says so.
         print(one_line(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:  # the second: no time for a checkpoint
-        print("error: interrupted; the last checkpoint is intact", file=sys.stderr)
+        print(INTERRUPTED, end="", file=sys.stderr)
         return EXIT_INTERRUPTED
     for name, trainer in trainers.items():
         _conclude(name, trainer, stop.received)
     if isinstance(work, Sweep):
-        _write_sweep(directory, trainers)
+        print(f"sweep      {directory / SWEEP}")
     return EXIT_CODES[stop.received]
 
 
@@ -118,7 +129,10 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
         ValueError: naming the flag, field or file that is wrong.
     """
     options = _options(arguments)
-    return RunConfig(sae=options.sae, train=options.train)
+    train = options.train
+    if train.checkpoint_dir is None:
+        train = replace(train, checkpoint_dir=str(free_name(options.sae)))
+    return RunConfig(sae=options.sae, train=train)
 
 
 def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) -> Options:
@@ -151,9 +165,6 @@ def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) 
     sae, train = options.sae, options.train
     if sae.d_in == 0 and d_in != 0:
         sae = replace(sae, d_in=d_in)
-    if train.checkpoint_dir is None:
-        parent = Path("runs") if from_model is None else from_model.settings.save_dir
-        train = replace(train, checkpoint_dir=str(new_run_directory(sae, parent)))
     return replace(options, sae=sae, train=train)
 
 
@@ -240,6 +251,8 @@ def _resumed_settings(
     reference: str, directory: str | None
 ) -> tuple[dict[str, dict[str, Any]], str | None]:
     """The settings and directory of the run that is resumed; none where `latest` finds none."""
+    if directory is not None:
+        RunDirectory(Path(directory), keep_checkpoints=1).check_free()
     path = find_checkpoint(reference, None if directory is None else Path(directory))
     if path is None:
         return {"sae": {}, "train": {}}, None
@@ -249,26 +262,48 @@ def _resumed_settings(
     return settings, None if run is None else str(run)
 
 
-def _opened(arguments: Sequence[str], stop: StopOnSignal) -> tuple[Trainer | Sweep, Path]:
-    """The training that a command line asks for, or several, and where the runs are written."""
+def _refuse_several_processes() -> None:
+    """Raise ValueError where a launcher has started several processes of one training."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and processes.isdigit() and int(processes) > 1:
+        raise ValueError(
+            f"training is done by one process, but WORLD_SIZE = {processes}: start it without "
+            "torchrun; --sweep trains several dictionaries, and sae_fast.capture takes torchrun"
+        )
+
+
+def _opened(
+    arguments: Sequence[str], stop: StopOnSignal, stack: ExitStack
+) -> tuple[Trainer | Sweep, Path]:
+    """Make the training that a command line asks for, or several; return where runs are written.
+
+    What is put on the stack keeps other trainings out of that directory.
+    """
     line = from_model_line(arguments, PROGRAM, Options)
     if line is not None:
-        return _opened_from_model(line, stop)
-    options = _options(arguments)
+        line = _with_preset(line)
+    options = _options(arguments if line is None else line.rest, line)
+    if options.train.checkpoint_dir is None:
+        parent = Path("runs") if line is None else line.settings.save_dir
+        path = stack.enter_context(claimed_run_directory(options.sae, parent))
+        options = replace(options, train=replace(options.train, checkpoint_dir=str(path)))
     directory = Path(str(options.train.checkpoint_dir))
+    if line is not None:
+        stack.enter_context(held(directory))
+        return _opened_from_model(line, options, directory, stop), directory
     base = RunConfig(sae=options.sae, train=options.train)
     configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
     layers = for_every_layer(configs, directory)
     if layers is None and options.sweep is None:
         return Trainer(base, stop=stop), directory
+    stack.enter_context(held(directory))
     return Sweep(layers or configs, stop=stop), directory
 
 
-def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, Path]:
-    line = _with_preset(line)
-    options = _options(line.rest, line)
+def _opened_from_model(
+    line: FromModelLine, options: Options, directory: Path, stop: StopOnSignal
+) -> Sweep:
     train = options.train
-    directory = Path(str(train.checkpoint_dir))
     base = RunConfig(sae=options.sae, train=replace(train, checkpoint_dir=None))
     configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
     # A file may have given what the line left open.
@@ -278,8 +313,7 @@ def _opened_from_model(line: FromModelLine, stop: StopOnSignal) -> tuple[Sweep, 
         shuffle_seed=train.order_seed,
         init_seeds=line.settings.init_seeds if "init_seeds" in line.given else (train.seed,),
     )
-    sweep = open_from_model(line.model, line.dataset, settings, configs, directory, stop=stop)
-    return sweep, directory
+    return open_from_model(line.model, line.dataset, settings, configs, directory, stop=stop)
 
 
 def _with_preset(line: FromModelLine) -> FromModelLine:
@@ -312,9 +346,8 @@ def _write_sweep(directory: Path, trainers: Mapping[str, Trainer]) -> None:
     """What became of each training of a sweep."""
     runs = {name: trainer.summary for name, trainer in trainers.items()}
     text = json.dumps({"runs": runs}, indent=1) + "\n"
-    with replacing(directory / "sweep.json") as temporary:
+    with replacing(directory / SWEEP) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    print(f"sweep      {directory / 'sweep.json'}")
 
 
 def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
@@ -360,4 +393,4 @@ def _log_to_stderr() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -4,6 +4,10 @@
 trainer.safetensors and trainer.json (what resuming needs besides). trainer.json carries the sha256
 of the other files and of itself. A directory appears under its name only when it is complete, so a
 kill at any moment leaves the checkpoints before it as they were.
+
+`latest` and `best` are links to two of them. Where the file system has no links they are small text
+files with the name of the checkpoint; in a copy whose links were followed they are directories. All
+three are read.
 """
 
 import contextlib
@@ -11,8 +15,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +32,9 @@ logger = logging.getLogger(__name__)
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _PREFIX = "step-"
+_LONGEST_NAME = 64  # bytes of a text file that is in place of a link
+# Written aside by a process that a kill ended.
+_LEFTOVERS = (".step-*", ".latest-*", ".best-*", ".probe-*")
 
 Content = TypeVar("Content")
 StateCheck = Callable[[Path, dict[str, Any]], None]
@@ -47,7 +55,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run: `step-*` directories and the links `latest` and `best`.
+    """The checkpoints of one run: `step-*` directories, and `latest` and `best`, which name two.
 
     Args:
         directory: where they lie; made by `prepare`.
@@ -57,9 +65,10 @@ class CheckpointStore:
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory
         self.keep = keep
+        self._has_links = True
 
     def prepare(self) -> None:
-        """Makes the directory, proves that it can be written, sweeps what a kill left behind."""
+        """Make the directory, prove that it can be written, remove what a kill left behind."""
         probe = self.directory / f".probe-{os.getpid()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -68,8 +77,12 @@ class CheckpointStore:
         except OSError as error:
             message = f"cannot write to the checkpoint directory {self.directory}: {error.strerror}"
             raise CheckpointError(message) from error
-        for leftover in self.directory.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in _LEFTOVERS:
+            for leftover in self.directory.glob(pattern):
+                if leftover.is_dir() and not leftover.is_symlink():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -89,8 +102,9 @@ class CheckpointStore:
         state: dict[str, Any],
         *,
         best: bool = False,
+        prune: bool = True,
     ) -> Path:
-        """Writes one checkpoint, points `latest` (and `best`) at it and removes the oldest.
+        """Write one checkpoint, point `latest` (and `best`) at it and remove the oldest.
 
         Args:
             step: how many steps the state has seen.
@@ -98,6 +112,7 @@ class CheckpointStore:
             tensors: the tensors of trainer.safetensors.
             state: the JSON content of trainer.json.
             best: whether this is the best one so far.
+            prune: whether to remove the oldest; False leaves that to a call of `prune`.
 
         Raises:
             CheckpointError: when it cannot be written; those before it are untouched.
@@ -112,48 +127,107 @@ class CheckpointStore:
             _write_state(aside, {"step": step, **state})
             _flush_directory(aside)
             self._put_in_place(aside, final)
+            # `best` can be told from the state of the latest, see `rewind`, but not the reverse.
+            self._point("latest", final)
+            if best:
+                self._point("best", final)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(self._complaint(final, error)) from error
-        self._prune(step)
-        if best:
-            self._link("best", final)
+        if prune:
+            self.prune(step)
         return final
 
-    def mark_best(self, step: int) -> None:
-        """Points `best` at the checkpoint of a step that is already there."""
-        self._link("best", self.path_of(step))
+    def rewind(self, step: int, best: int | None) -> None:
+        """Let the checkpoint of `step` be the latest and remove what its save would have removed.
+
+        A run that goes on from there then leaves what an undisturbed one leaves, whatever a kill
+        had kept the run before from doing.
+
+        Args:
+            step: that of a checkpoint which is here.
+            best: the step of the best one, as the state of the latest has it; None: there is none.
+        """
+        self._point("latest", self.path_of(step))
+        if best is not None and self.path_of(best).exists():
+            self._point("best", self.path_of(best))
+        else:
+            self._remove(self.directory / "best")
+        self.prune(step)
+
+    def named(self, name: str) -> Path | None:
+        """The checkpoint that `latest` or `best` names; None where it names none."""
+        pointer = self.directory / name
+        if pointer.is_symlink():
+            target = self.directory / os.readlink(pointer)
+        elif pointer.is_dir():  # a copy made with links followed
+            target = self._original(pointer)
+        else:
+            try:
+                with pointer.open("rb") as file:
+                    text = file.read(_LONGEST_NAME).decode("ascii", errors="replace").strip()
+            except OSError:
+                return None
+            if not re.fullmatch(rf"{_PREFIX}\d+", text):
+                return None
+            target = self.directory / text
+        return target if target.exists() else None
 
     def newest(self) -> Path | None:
         """The last checkpoint written here: what `latest` names, else the one of the last step."""
-        named = self.directory / "latest"
-        if named.exists():
-            return self.directory / os.readlink(named)
+        if (named := self.named("latest")) is not None:
+            return named
         steps = self.steps()
         return self.path_of(steps[-1]) if steps else None
 
-    def _put_in_place(self, aside: Path, final: Path) -> None:
-        if final.exists():  # left by a run that went further than the checkpoint resumed from
-            self._remove(final)
-        os.rename(aside, final)
-        self._link("latest", final)
+    def prune(self, step: int, spared: int | None = None) -> None:
+        """Remove all but the last `keep` up to this step, the best one and that of step `spared`.
 
-    def _link(self, name: str, target: Path) -> None:
-        aside = self.directory / f".{name}-{os.getpid()}"
-        aside.unlink(missing_ok=True)
-        os.symlink(target.name, aside)
-        os.replace(aside, self.directory / name)
-        _fsync(self.directory)
-
-    def _prune(self, step: int) -> None:
-        """Removes all but the last `keep` up to this step; later ones belong to another branch."""
-        best = self.directory / "best"
-        spared = os.readlink(best) if best.is_symlink() else None
+        Later ones belong to another branch.
+        """
+        best = self.named("best")
         for old in [other for other in self.steps() if other <= step][: -self.keep]:
-            if self.path_of(old).name != spared:
+            if self.path_of(old) != best and old != spared:
                 self._remove(self.path_of(old))
 
+    def _original(self, copy: Path) -> Path:
+        """The checkpoint of the step that a directory in place of a link has; else itself."""
+        try:
+            original = self.path_of(int(_read_state(copy / STATE, None)["step"]))
+            is_same = (original / STATE).read_bytes() == (copy / STATE).read_bytes()
+        except (ValueError, TypeError, KeyError, OSError):
+            return copy
+        return original if is_same else copy
+
+    def _put_in_place(self, aside: Path, final: Path) -> None:
+        self._remove(final)  # left by a run that went further than the checkpoint resumed from
+        os.rename(aside, final)
+
+    def _point(self, name: str, target: Path) -> None:
+        pointer, aside = self.directory / name, self.directory / f".{name}-{os.getpid()}"
+        aside.unlink(missing_ok=True)
+        try:
+            os.symlink(target.name, aside)
+        except OSError as error:
+            aside.write_text(f"{target.name}\n")
+            if self._has_links:
+                self._has_links = False
+                logger.warning(
+                    "%s: this file system makes no symbolic links (%s): latest and best are text "
+                    "files with the name of a checkpoint",
+                    self.directory,
+                    error.strerror,
+                )
+        if pointer.is_dir() and not pointer.is_symlink():
+            self._remove(pointer)
+        os.replace(aside, pointer)
+        _fsync(self.directory)
+
     def _remove(self, path: Path) -> None:
+        """Remove a checkpoint, `latest` or `best`, if it is there."""
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
         # Renamed first: a kill in the middle of it must not leave half a checkpoint to be found.
         doomed = self.directory / f".{path.name}-removed-{os.getpid()}"
         os.rename(path, doomed)
@@ -163,6 +237,12 @@ class CheckpointStore:
         newest = self.newest()
         intact = f"; {newest} is the last complete one" if newest else ""
         return f"cannot write the checkpoint {final}: {_reason(error)}{intact}"
+
+
+def newest_common_step(stores: Iterable[CheckpointStore], limit: int | None = None) -> int | None:
+    """Return the newest step, up to `limit`, that has a checkpoint in all stores, if any."""
+    common = set.intersection(*(set(store.steps()) for store in stores))
+    return max((step for step in common if limit is None or step <= limit), default=None)
 
 
 def read_checkpoint(path: Path, check: StateCheck | None = None) -> Checkpoint:
@@ -241,11 +321,11 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
         if reference == "latest":
             inner = [] if store.newest() is not None else _runs_in(run_directory)
             return _newest_of(inner[0]) if len(inner) == 1 else store.newest()
-        best = store.directory / "best"
-        if not best.exists():
+        best = store.named("best")
+        if best is None:
             raise CheckpointError(f"{store.directory} has no best checkpoint")
-        return store.directory / os.readlink(best)
-    path = Path(os.path.realpath(reference))  # `latest` and `best` are links to what is meant
+        return best
+    path = _without_links(Path(reference))
     if path.name.startswith(_PREFIX) or (path / STATE).exists():
         return path
     for directory in (path / "checkpoints", path):
@@ -260,6 +340,14 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
     raise CheckpointError(
         f"resume_from: {reference} is no checkpoint and no run that has one{several}"
     )
+
+
+def _without_links(reference: Path) -> Path:
+    """The real path; `latest` or `best` of a run is replaced by the checkpoint that it names."""
+    if reference.name in ("latest", "best"):
+        named = CheckpointStore(reference.parent, keep=1).named(reference.name)
+        reference = reference if named is None else named
+    return Path(os.path.realpath(reference))
 
 
 def _newest_of(run: Path) -> Path | None:

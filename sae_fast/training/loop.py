@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from sae_fast.training.checkpoint import newest_common_step
 from sae_fast.training.metrics import Row
 from sae_fast.training.progress import Progress
 from sae_fast.training.signals import StopOnSignal
@@ -26,6 +27,7 @@ def run_steps(trainers: Sequence[Trainer], stop: StopOnSignal, *, show_progress:
     """
     try:
         for trainer in trainers:
+            trainer.prunes_checkpoints = len(trainers) == 1
             trainer.begin()
         tokens = sum(trainer.total_tokens for trainer in trainers)
         done = sum(trainer.tokens for trainer in trainers)
@@ -34,6 +36,7 @@ def run_steps(trainers: Sequence[Trainer], stop: StopOnSignal, *, show_progress:
                 pass
         for trainer in trainers:
             trainer.end()
+        prune_together(trainers)
     except BaseException:
         for trainer in trainers:
             trainer.abort()
@@ -41,21 +44,40 @@ def run_steps(trainers: Sequence[Trainer], stop: StopOnSignal, *, show_progress:
     finally:
         for trainer in trainers:
             trainer.source.close()
+            trainer.release()
 
 
 def _make_one_step_each(trainers: Sequence[Trainer], progress: Progress) -> bool:
     """Whether any was left to make."""
     left = [trainer for trainer in trainers if trainer.step < trainer.total_steps]
     rows: list[Row] = []
+    saved = [trainer.saved_step for trainer in left]
     for trainer in left:
         row = trainer.advance()
         progress.advance(trainer.tokens_per_step)
         if row:
             rows.append(row)
+    if saved != [trainer.saved_step for trainer in left]:
+        prune_together(trainers)
     if rows:
         last = all(trainer.step == trainer.total_steps for trainer in left)
         progress.show(rows[0] if len(rows) == 1 else _mean(rows), last=last)
     return bool(left)
+
+
+def prune_together(trainers: Sequence[Trainer]) -> None:
+    """Remove old checkpoints of trainings that go on together, once all have made the step.
+
+    The newest step that has a checkpoint in all of them is kept: there they go on after a kill.
+    """
+    stores = [trainer.checkpoints for trainer in trainers]
+    kept = [store for store in stores if store is not None]
+    if len(trainers) == 1 or len(kept) < len(trainers):
+        return
+    step = trainers[0].step
+    common = newest_common_step(kept, step)
+    for store in kept:
+        store.prune(step, common)
 
 
 def _mean(rows: list[Row]) -> Row:

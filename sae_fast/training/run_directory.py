@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sae_fast.activations.files import replacing
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from sae_fast.training.metrics import Row
 from sae_fast.training.plot import plot_run
 
+LOCK = ".run.lock"
+# Written aside by a process that a kill ended.
+LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
 MODE_DIRECTORIES = {
     "joint": "joint",
     "separate_activation": "feature_activation",
@@ -21,7 +29,7 @@ MODE_DIRECTORIES = {
 
 
 class RunDirectory:
-    """Where everything lies that a run writes.
+    """Where everything lies that a run writes; one run at a time holds it.
 
     config.json  metrics.jsonl  training_history.json  checkpoints/  plots/training.png, and with
     arch slots sae_final/, all in a directory of the mode's name.
@@ -30,6 +38,8 @@ class RunDirectory:
     def __init__(self, path: Path, keep_checkpoints: int) -> None:
         self.path = path
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints)
+        self._lock = FileLock(path / LOCK)
+        self._made: list[Path] = []  # what this object has made, the last first
 
     @property
     def metrics(self) -> Path:
@@ -45,35 +55,154 @@ class RunDirectory:
         """Whether a checkpoint is one of this run's."""
         return checkpoint.path.resolve().parent == self.checkpoints.directory.resolve()
 
-    def prepare(self, resumed: Checkpoint | None) -> None:
-        """Makes the directory; refuses one that another run has written checkpoints to.
+    def hold(self) -> None:
+        """Make the directory and keep all other runs out of it until `release`.
 
         Raises:
-            CheckpointError: when it cannot be written, or holds a run that is not resumed.
+            CheckpointError: when another run holds it, or it cannot be written.
         """
-        self.checkpoints.prepare()
-        newest = self.checkpoints.newest()
-        if newest is not None and (resumed is None or not self.owns(resumed)):
+        directory = self.checkpoints.directory
+        try:
+            missing = [path for path in (directory, *directory.parents) if not path.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            self._made.extend(missing)
+            try:
+                self._lock.take()
+            except HeldError:
+                gc.collect()  # it may belong to a trainer of this process that is no longer used
+                self._lock.take()
+        except HeldError as error:
+            raise in_use(self.path, error.holder) from None
+        except OSError as error:
+            message = f"cannot write to the checkpoint directory {directory}: {error.strerror}"
+            raise CheckpointError(message) from error
+
+    def check_free(self) -> None:
+        """Raise CheckpointError where another run holds the directory; nothing is made."""
+        if not self._lock.is_held and self._lock.path.exists():
+            self.hold()
+            self.release()
+
+    def release(self) -> None:
+        """Let other runs use the directory.
+
+        Where no checkpoint was written, what was made for the run is removed: a start that was
+        refused leaves nothing behind.
+        """
+        if self._lock.is_held:
+            is_empty = self.checkpoints.newest() is None
+            self._lock.release()
+            if is_empty:
+                for path in self._made:
+                    with contextlib.suppress(OSError):
+                        path.rmdir() if path.is_dir() else path.unlink()
+        self._made.clear()
+
+    def prepare(self, resumed: Checkpoint | None) -> None:
+        """Hold the directory and make it ready for a run that starts, or goes on.
+
+        Raises:
+            CheckpointError: when another run holds it, when it cannot be written, or holds a run
+                that is not resumed.
+        """
+        self.hold()
+        own = resumed if resumed is not None and self.owns(resumed) else None
+        if own is None and (newest := self.checkpoints.newest()) is not None:
             raise CheckpointError(
                 f"{self.path} already holds a run ({newest.name}): go on with it by "
                 "--resume-from latest, or name another --checkpoint-dir"
             )
+        self.checkpoints.prepare()
+        _remove_leftovers(self.path)
+        if own is not None and own.path == self.checkpoints.path_of(own.step):
+            best = own.state.get("best")
+            self.checkpoints.rewind(own.step, None if best is None else best["step"])
 
     def write_config(self, config: RunConfig) -> None:
-        """Writes config.json whole or not at all."""
-        aside = self.path / f".config-{os.getpid()}.json"
-        config.save(aside)
-        os.replace(aside, self.path / "config.json")
+        """Write config.json whole or not at all."""
+        path = self.path / "config.json"
+        if not path.exists():
+            self._made.insert(0, path)
+        with replacing(path) as aside:
+            config.save(aside)
 
     def write_results(self, config: RunConfig, rows: list[Row], summary: dict[str, Any]) -> None:
-        """Writes the history of all metrics with the summary, and draws the plot."""
+        """Write the history of all metrics with the summary, and draw the plot."""
         names = dict.fromkeys(name for row in rows for name in row)
         history = {name: [row.get(name) for row in rows] for name in names}
         content = {"config": config.to_dict(), "summary": summary, "history": history}
-        aside = self.path / f".history-{os.getpid()}.json"
-        aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(aside, self.path / "training_history.json")
+        with replacing(self.path / "training_history.json") as aside:
+            aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
         plot_run(rows, self.plot, run_title(run_name(self.path), config.sae))
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Keep other trainings out of the directory that holds the runs of one command.
+
+    Raises CheckpointError where another one uses it. The directory is made, and removed again if it
+    is empty at the end.
+    """
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / LOCK)
+    try:
+        lock.take()
+        _remove_leftovers(directory)
+        yield
+    except HeldError as error:
+        raise in_use(directory, error.holder) from None
+    finally:
+        lock.release()
+        _remove_empty(missing)
+
+
+@contextmanager
+def claimed_run_directory(config: SAEConfig, parent: Path = Path("runs")) -> Iterator[Path]:
+    """Make a directory with a name that is not taken, see `free_name`, and yield its path.
+
+    No other process can get the name. The directory is removed again if it is empty at the end.
+    """
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = free_name(config, parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            break
+    try:
+        yield path
+    finally:
+        _remove_empty([path, *missing])
+
+
+def free_name(config: SAEConfig, parent: Path = Path("runs")) -> Path:
+    """Return a path not yet taken: runs/topk-k64-1, or runs/topk-1 where no k is given."""
+    number = 1
+    name = config.arch if config.k is None else f"{config.arch}-k{config.k}"
+    while (path := parent / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def in_use(path: Path, holder: str) -> CheckpointError:
+    """Return the error of a directory that another run holds."""
+    return CheckpointError(
+        f"{path} is in use: another run writes to it ({holder}); wait for it, or name another "
+        "--checkpoint-dir"
+    )
+
+
+def _remove_leftovers(directory: Path) -> None:
+    for pattern in LEFTOVERS:
+        for leftover in directory.glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for path in directories:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
@@ -107,12 +236,3 @@ def describe(sae: SAEConfig) -> str:
         kind = "skip transcoder" if sae.skip_connection else "transcoder"
         sizes = f"{sae.arch} {kind}: d_in {sae.d_in}, d_out {sae.d_out}, d_sae {sae.d_sae:,}"
     return sizes if sae.k is None else f"{sizes}, k {sae.k}"
-
-
-def new_run_directory(config: SAEConfig, parent: Path = Path("runs")) -> Path:
-    """A directory of a name not yet taken, runs/topk-k64-1, or runs/topk-1 where no k is given."""
-    number = 1
-    name = config.arch if config.k is None else f"{config.arch}-k{config.k}"
-    while (path := parent / f"{name}-{number}").exists():
-        number += 1
-    return path

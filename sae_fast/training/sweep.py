@@ -26,7 +26,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, reject_unknown_keys
 from sae_fast.json_files import read_json, shown
-from sae_fast.training.checkpoint import CheckpointStore
+from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
 from sae_fast.training.loop import run_steps
 from sae_fast.training.signals import StopOnSignal
@@ -82,15 +82,26 @@ class Sweep:
         for name, config in at_one_step(configs).items():
             try:
                 self.trainers[name] = make(name, config)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-        _require_one_step(self.trainers)
+            except BaseException as error:
+                self._release()
+                if isinstance(error, ValueError):
+                    raise ValueError(f"{name}: {error}") from error
+                raise
+        try:
+            _require_one_step(self.trainers)
+        except ValueError:
+            self._release()
+            raise
 
     def train(self) -> dict[str, SparseAutoencoder]:
         """Trains all of them to their end, or until a signal; returns the models by name."""
         with self._stop or StopOnSignal() as stop:
             run_steps(list(self.trainers.values()), stop, show_progress=self._show_progress)
         return {name: trainer.model() for name, trainer in self.trainers.items()}
+
+    def _release(self) -> None:
+        for trainer in self.trainers.values():
+            trainer.release()
 
 
 def read_sweep(path: Path, base: RunConfig) -> dict[str, RunConfig]:
@@ -192,13 +203,19 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
                 f"checkpoint_dir, got {config.train.resume_from!r}"
             )
         stores[name] = CheckpointStore(Path(config.train.checkpoint_dir) / "checkpoints", keep=1)
-    common = set.intersection(*(set(store.steps()) for store in stores.values()))
-    if not common and any(store.steps() for store in stores.values()):
-        counts = ", ".join(f"{name} {store.steps()}" for name, store in stores.items())
-        raise ValueError(f"no step has a checkpoint in all of the runs: {counts}")
-    if not common:
-        logger.warning("there is no checkpoint yet: starting from the beginning")
-    start = {name: str(store.path_of(max(common))) for name, store in stores.items() if common}
+    common = newest_common_step(stores.values())
+    if common is None:
+        if any(step > 0 for store in stores.values() for step in store.steps()):
+            counts = ", ".join(f"{name} {store.steps()}" for name, store in stores.items())
+            raise ValueError(f"no step has a checkpoint in all of the runs: {counts}")
+        # A kill came while the first checkpoints were written, which is before any step.
+        logger.warning("there is no checkpoint of all runs yet: starting from the beginning")
+        common = 0
+    start = {
+        name: str(store.path_of(common))
+        for name, store in stores.items()
+        if common in store.steps()
+    }
     return {
         name: replace(config, train=replace(config.train, resume_from=start.get(name)))
         for name, config in configs.items()

@@ -9,7 +9,6 @@ one that was not.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,13 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
-from sae_fast.training.checkpoint import Checkpoint, find_checkpoint, read_newest_intact
+from sae_fast.training.best import Best, BestRule
+from sae_fast.training.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    find_checkpoint,
+    read_newest_intact,
+)
 from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.end_to_end import Behind, checked_behind
@@ -123,17 +128,20 @@ class Trainer:
         self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
         self.step = self.tokens = 0
         self.seconds = self.stalled_seconds = 0.0  # of steps, without evaluations and checkpoints
-        self.best: dict[str, float] | None = None
+        self.best: Best | None = None
+        has_heldout = self.data.heldout is not None
+        self._best_rule = BestRule(self.sae_config, self.schedules, has_heldout=has_heldout)
         self.wandb_id: str | None = None
         self.summary: dict[str, Any] = {}
         self._stop, self._show_progress = stop, show_progress
-        self._saved_step = -1
+        self.saved_step = -1
         self._warning: str | None = None
         self._window = Window()
         self._stopwatch = Stopwatch(self.device)
         self._wandb: WandbLog | None = None
-        self._open_run_directory(checkpoint)
-        with self._explained_memory():
+        self.prunes_checkpoints = True
+        with self._explained_memory(), self._refusing_start():
+            self._open_run_directory(checkpoint)
             self._make_model(checkpoint)
 
     def train(self) -> SparseAutoencoder:
@@ -150,10 +158,12 @@ class Trainer:
 
     def begin(self) -> None:
         """Gets ready for the first step."""
+        if self._run is not None:
+            self._run.hold()
         getattr(self.source, "start", lambda: None)()  # reads beside what comes first
         logger.info("%s", self.train_config.describe_precision())
         self._start_wandb()
-        if self._saved_step < 0:
+        if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
         self._stopwatch.resume()
 
@@ -167,7 +177,7 @@ class Trainer:
         """Saves what is not saved yet, and writes the results of a run that is complete."""
         with self._explained_memory():
             self._pause()
-        if self._saved_step < self.step:
+        if self.saved_step < self.step:
             self.save_checkpoint()
         for parameter in self.sae.parameters():
             ops.drop_copies(parameter)  # only further steps would read them
@@ -176,6 +186,16 @@ class Trainer:
     def abort(self) -> None:
         """Closes what an error leaves open."""
         self._close_wandb(failed=True)
+
+    def release(self) -> None:
+        """Lets other runs use the directory, which is left as it was if there is no checkpoint."""
+        if self._run is not None:
+            self._run.release()
+
+    @property
+    def checkpoints(self) -> CheckpointStore | None:
+        """The checkpoints of the run; None where it writes nothing."""
+        return None if self._run is None else self._run.checkpoints
 
     def model(self) -> SparseAutoencoder:
         """The model that is evaluated and saved: `sae`, or the average of a schedule-free run."""
@@ -208,6 +228,14 @@ class Trainer:
             newest = self._newest_checkpoint()
             raise out_of_memory(self.step + 1, error, self.memory_plan, newest) from error
 
+    @contextmanager
+    def _refusing_start(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
     def _newest_checkpoint(self) -> Path | None:
         return None if self._run is None else self._run.checkpoints.newest()
 
@@ -231,7 +259,8 @@ class Trainer:
             with self._launcher.kept_copies():
                 evaluation = self.evaluate()
             row |= evaluation
-            improved = self._is_best(evaluation)
+            best = self._best_rule.improved(self.best, self.step, {**metrics, **evaluation})
+            improved, self.best = best is not None, best or self.best
         if row:
             epoch = self.tokens / self.data.rows_per_epoch
             row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
@@ -289,15 +318,6 @@ class Trainer:
             row["skipped_rows"] = self.data.skipped_rows
         return row
 
-    def _is_best(self, evaluation: dict[str, float]) -> bool:
-        fvu = evaluation.get("heldout_fvu")
-        if fvu is None or not math.isfinite(fvu):
-            return False
-        if self.best is not None and fvu >= self.best["heldout_fvu"]:
-            return False
-        self.best = {"heldout_fvu": fvu, "step": self.step}
-        return True
-
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
@@ -315,14 +335,18 @@ class Trainer:
             CheckpointError: when it cannot be written.
             TrainingError: when a step since the last reading went wrong.
         """
-        self._saved_step = self.step
+        self.saved_step = self.step
         if self._run is None:
             return None
         self._launcher.read()
         self._log.flush()
         tensors, state = take_snapshot(self)
         store = self._run.checkpoints
-        path = store.save(self.step, self.model().save, tensors, state, best=best)
+        path = store.save(
+            *(self.step, self.model().save, tensors, state),
+            best=best,
+            prune=self.prunes_checkpoints,
+        )
         self.summary["checkpoint"] = str(path)
         return path
 
@@ -331,6 +355,8 @@ class Trainer:
         if config.resume_from is None:
             return None
         directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
+        if directory is not None:
+            RunDirectory(directory, config.keep_checkpoints).check_free()
         path = find_checkpoint(config.resume_from, directory)
         if path is None:
             logger.warning("%s holds no checkpoint yet: starting from the beginning", directory)
@@ -349,6 +375,8 @@ class Trainer:
         self._run.write_config(self.config)
         self._log = MetricsLog(self._run.metrics)
         self._log.rewind(-1 if checkpoint is None else checkpoint.step)
+        if self.data.heldout is None:
+            logger.info("no held-out rows: best is the checkpoint with the lowest training loss")
 
     def _make_model(self, checkpoint: Checkpoint | None) -> None:
         """The model, new or from a checkpoint, and with it the optimiser and the source."""
@@ -380,7 +408,7 @@ class Trainer:
         if checkpoint is not None:
             restore_snapshot(self, checkpoint)
             if self._run is not None and self._run.owns(checkpoint):
-                self._saved_step = self.step
+                self.saved_step = self.step
             logger.info("resumed from %s", checkpoint.path)
         settings = (self.scaler, config.precision, self.average, self._behind.rest)
         step = TrainingStep(self.sae, self.optimizer, *settings)
@@ -414,7 +442,8 @@ class Trainer:
             self.summary |= {"skipped_steps": skipped, "trained_tokens": trained}
         self.summary["warnings"] = self._health.conclude(rows)
         if self.best is not None:
-            self.summary |= {"best_heldout_fvu": self.best["heldout_fvu"]}
+            names = self.best.keys() - {"step"}
+            self.summary |= {f"best_{name}": self.best[name] for name in names}
             self.summary |= {"best_step": self.best["step"]}
         if self._run is not None and self.step == self.total_steps:
             self.summary["plot"] = str(self._run.plot)
