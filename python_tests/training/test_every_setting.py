@@ -24,7 +24,7 @@ TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
 # Latents fall silent here within a training, so that what is done about them is seen.
 SILENT = {"dead_after_tokens": 32}
 FEW = {
-    **dict.fromkeys(("topk", "batch_topk", "matryoshka"), {**SILENT, "k": 2}),
+    **{arch: {**SILENT, "k": 2} for arch in ("topk", "batch_topk", "matryoshka")},
     "jumprelu": {**SILENT, "jumprelu_init_threshold": 2.5},
 }
 MODEL = [name for name in field_names(SAEConfig) if name not in ("arch", "d_in", "d_sae")]

@@ -15,8 +15,8 @@ def temporal_smoothness_loss(
 ) -> Tensor:
     """Σ_j (f_nj − f_(n+1)j)², averaged over the pairs of neighbours in a sequence; 0 without any.
 
-    Differentiable in the values of the entries that the code lists, 0 among them where it has a base
-    (JumpReLU's window below a threshold). No row may list a latent twice.
+    Differentiable in the values of the entries that the code lists, among them those of 0 where it
+    has a base (JumpReLU's window below a threshold). No row may list a latent twice.
     """
     goes_on = ~starts  # from the token before
     goes_on[:1] = False
