@@ -150,3 +150,14 @@ def test_temporary_files_are_leftovers(tmp_path):
     leftovers(tmp_path, known=(".lock",))
     with pytest.raises(Failed, match=r"deep/\.lock"):
         leftovers(tmp_path)
+
+
+def test_a_child_that_ends_leaves_the_folder_of_its_try(tmp_path):
+    def attempt(given):
+        (given.folder / "kept").touch()
+        run_aside(lambda: 0)
+        return "there" if (given.folder / "kept").exists() else "gone"
+
+    report = run(Campaign(attempt, 2, 2), range(2), 0, tmp_path)
+    assert report.outcomes == {"there": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]

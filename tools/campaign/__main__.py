@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[0:1] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from campaign.frame import Campaign, Failed, Report, run  # noqa: E402
+from campaign.frame import Campaign, Failed, Report, run, temporary_folder  # noqa: E402
 
 SHOWN = 20  # failures
 
@@ -49,9 +49,10 @@ def main() -> int:
     tries = given.tries or (campaign.short if given.short else campaign.tries)
     numbers = range(tries) if given.only is None else [given.only]
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=f"campaign-{given.name}-") as root:
+    parent = Path(tempfile.gettempdir())
+    with temporary_folder(parent, f"campaign-{given.name}-") as root:
         try:
-            report = run(campaign, numbers, given.seed, Path(root), sys.stderr)
+            report = run(campaign, numbers, given.seed, root, sys.stderr)
         except Failed as failure:
             print(f"{given.name}: {failure}", file=sys.stderr)
             return 1

@@ -14,13 +14,14 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -164,8 +165,8 @@ def _attempt_all(
 def _attempt(campaign: Campaign, number: int, seed: int, root: Path) -> tuple[str, str]:
     generator = random.Random(f"{seed}:{number}")
     try:
-        with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
-            attempt = Try(number, generator, Path(folder), root / "shared")
+        with temporary_folder(root) as folder:
+            attempt = Try(number, generator, folder, root / "shared")
             before = _descriptors()
             outcome = campaign.attempt(attempt)
             if leaked := _descriptors() - before:
@@ -175,6 +176,19 @@ def _attempt(campaign: Campaign, number: int, seed: int, root: Path) -> tuple[st
         return "failure", str(failure)
     except Exception:
         return "failure", traceback.format_exc()
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, prefix: str = "try-") -> Iterator[Path]:
+    """Make a folder and remove it at the end of the block.
+
+    Unlike that of tempfile.TemporaryDirectory, it is not removed by forked children that end.
+    """
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _descriptors() -> int:
