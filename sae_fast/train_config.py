@@ -72,7 +72,8 @@ class TrainConfig(ConfigFile):
     batch_size: int = 4096
     """Tokens per forward pass; an optimiser step takes grad_acc_steps of these. [tokens]"""
     grad_acc_steps: int = 1
-    """Batches whose gradients are averaged into one optimiser step. [batches]"""
+    """Batches whose gradients are averaged into one optimiser step; the variance of fvu, target_l0
+    and the selection of batch_topk are of the whole step. [batches]"""
     max_epochs: int | None = None
     """Passes over the data; default: 1, or as many as max_steps or max_tokens takes. [epochs]"""
     max_steps: int | None = None

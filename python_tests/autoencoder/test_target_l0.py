@@ -1,6 +1,5 @@
 import logging
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +9,8 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.trainer import Trainer
 
 
-def code_with(l0):
-    return SimpleNamespace(values=torch.ones(10, l0), n_rows=10)
-
-
 def steer(own, l0, target=10.0, is_on=True):
-    target_l0.steer_(own, code_with(l0), target, 0.005, torch.tensor(is_on))
+    target_l0.steer_(own, torch.tensor(float(l0)), target, 0.005, torch.tensor(is_on))
     return float(own["sparsity_scale"])
 
 

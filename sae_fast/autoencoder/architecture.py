@@ -37,6 +37,21 @@ class Mode(NamedTuple):
 
 
 @dataclass(frozen=True)
+class WholeStep:
+    """What a batch must know of an optimiser step that it is one of several parts of.
+
+    Attributes:
+        n_parts: how many batches of one size the step's loss is the mean of.
+        variance: 0-d, Σ (y − mean(y))² over the targets of all parts.
+        l0: 0-d, the L0 of all parts, where a term of the loss is no mean over tokens of it.
+    """
+
+    n_parts: int
+    variance: Tensor
+    l0: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """What a training loss is of.
 
@@ -54,6 +69,7 @@ class Batch:
         answers: [N] int64, likewise.
         behind: of a reconstruction [N, D], normalised, the loss of what comes behind it, 0-d, which
             takes the place of the squared error.
+        whole: the optimiser step that the batch is a part of; None: it is all of it.
     """
 
     x: Tensor
@@ -67,6 +83,7 @@ class Batch:
     relations: Tensor | None = None
     answers: Tensor | None = None
     behind: Callable[[Tensor], Tensor] | None = None
+    whole: WholeStep | None = None
 
     def error_term(
         self,
@@ -104,6 +121,9 @@ class Architecture(ABC):
         compares_latents: whether it compares values of different latents to choose among them.
         full_k_aux: the most dead latents per token that AuxK takes; 0: there is no AuxK.
         waits: whether the host waits for the device within a step, which then cannot be captured.
+        selects_from_step: whether latents are selected from all tokens of a step, which therefore
+            cannot be divided into parts.
+        needs_step_l0: whether the loss of a part of a step needs the L0 of all parts.
         term_names: names of the terms of `loss`, always the same.
         figure_names: names of its figures, likewise.
     """
@@ -112,6 +132,8 @@ class Architecture(ABC):
     compares_latents = False
     full_k_aux = 0
     waits = False
+    selects_from_step = False
+    needs_step_l0 = False
     term_names: tuple[str, ...] = ()
     figure_names: tuple[str, ...] = ()
 
@@ -150,10 +172,21 @@ class Architecture(ABC):
     def follow_(self, weights: Weights, code: ops.Code) -> None:  # noqa: B027
         """Learn from a code of training what inference needs: nothing."""
 
+    def observe(self, code: ops.Code) -> dict[str, Tensor]:
+        """Return sums over the tokens of a code, 0-d, that `steer_` needs: none.
+
+        Those of the parts of a step are added up.
+        """
+        return {}
+
     def steer_(  # noqa: B027
-        self, weights: Weights, code: ops.Code, sparsity_weight: float | Tensor
+        self, weights: Weights, observed: dict[str, Tensor], sparsity_weight: float | Tensor
     ) -> None:
-        """Learn from a code what the next step needs, beside what `follow_` does: nothing."""
+        """Learn what the next step needs from a step's sums: nothing."""
+
+    def count_active(self, weights: Weights, batch: Batch, mode: Mode) -> Tensor:
+        """Return how many latents of a batch are active, 0-d; where `needs_step_l0`."""
+        raise NotImplementedError
 
     def constrain_(self, weights: Weights) -> None:  # noqa: B027
         """Put parameters of its own back to where they may be, after an update: anywhere."""

@@ -26,6 +26,8 @@ _WINDOW = 100
 class BatchTopK(TopK):
     """How a BatchTopK model selects latents; AuxK is that of TopK."""
 
+    selects_from_step = True
+
     def __init__(self, config: SAEConfig):
         super().__init__(config)
         self.select = ops.encode_batch_topk

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_fast import ops
-from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
+from sae_fast.autoencoder.architecture import (
+    ArchitectureLoss,
+    Batch,
+    Mode,
+    Weights,
+    WholeStep,
+)
 from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.autoencoder.thresholded import Thresholded
 from sae_fast.ops.full_precision import addmm
@@ -56,8 +62,7 @@ class JumpReLU(Thresholded):
     def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
         """Squared error, the sparsity penalty, and the pre-activation loss of dead latents."""
         threshold = weights.own[_THRESHOLD]
-        lowest = threshold.detach() - self.config.jumprelu_bandwidth / 2
-        above = self.list_above(weights, batch, mode, lowest)
+        above = self._list_window(weights, batch, mode)
         spread = above.spread(threshold)
         estimate = self.config.jumprelu_bandwidth, self.config.jumprelu_ste_to_input
         code = above.with_values(_jump(above.values, spread, *estimate))
@@ -66,7 +71,7 @@ class JumpReLU(Thresholded):
             penalty = self._tanh_penalty(weights, code)
         else:
             l0 = steady_sum(_step(above.values, spread, *estimate)) / code.n_rows
-            penalty = self._l0_penalty(l0)
+            penalty = self._l0_penalty(_of_the_step(l0, batch.whole))
         assert self.config.sparsity_penalty_coeff is not None
         coefficient = self.config.sparsity_penalty_coeff * batch.sparsity_weight
         terms = {
@@ -75,6 +80,21 @@ class JumpReLU(Thresholded):
         }
         figures = {"mean_threshold": threshold.detach().mean()}
         return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, figures)
+
+    @property
+    def needs_step_l0(self) -> bool:  # type: ignore[override]
+        """Whether the penalty is no mean over tokens: that of l0_target is a square of the L0."""
+        return self.config.sparsity_penalty == "l0_target"
+
+    def count_active(self, weights: Weights, batch: Batch, mode: Mode) -> Tensor:
+        """Return how many latents of a batch are active, 0-d, as `loss` counts them."""
+        above = self._list_window(weights, batch, mode)
+        return (above.values.detach() > self.config.jumprelu_bandwidth / 2).sum()
+
+    def _list_window(self, weights: Weights, batch: Batch, mode: Mode) -> ops.Code:
+        """ReLU(π − θ + ε/2): what lies above the threshold, and in the window below it."""
+        lowest = weights.own[_THRESHOLD].detach() - self.config.jumprelu_bandwidth / 2
+        return self.list_above(weights, batch, mode, lowest)
 
     def constrain_(self, weights: Weights) -> None:
         """θ stays at 0 or above, where a latent that fires has a positive value."""
@@ -114,6 +134,16 @@ class JumpReLU(Thresholded):
         if not self.unit_norm:
             missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)
         return self.config.pre_act_loss_coeff * steady_sum(missing) / len(batch.x)
+
+
+def _of_the_step(
+    l0: Tensor,  # 0-d, of one batch, with its gradient
+    whole: WholeStep | None,
+) -> Tensor:
+    """Return the L0 of all parts of a step where it is known, with the gradient of the part's."""
+    if whole is None or whole.l0 is None:
+        return l0
+    return whole.l0 + (l0 - l0.detach())
 
 
 def _jump(

@@ -5,6 +5,7 @@ The squared errors come from `ops.reconstruct`; every function here is different
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +105,22 @@ def steady_sum(
     if whole == 0:
         return flat.sum()
     return steady_sum(flat[:whole].view(-1, _BLOCK).sum(1)) + flat[whole:].sum()
+
+
+def pooled_variance(
+    parts: Sequence[Tensor],  # each [N, D]
+) -> Tensor:
+    """Return Σ (x − mean(x))² over the rows of all parts, 0-d, without joining them."""
+    if len(parts) == 1:
+        return total_variance(parts[0])
+    n_rows = sum(map(len, parts))
+    means = [part.mean(0) for part in parts]
+    centre = torch.stack([m * (len(p) / n_rows) for m, p in zip(means, parts, strict=True)]).sum(0)
+    variances = [
+        total_variance(part) + len(part) * steady_sum((mean - centre).square())
+        for part, mean in zip(parts, means, strict=True)
+    ]
+    return torch.stack(variances).sum()
 
 
 def total_variance(

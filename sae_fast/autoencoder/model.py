@@ -7,7 +7,7 @@ normalised. A transcoder has targets y in place of what is reconstructed, see tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses
-from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
+from sae_fast.autoencoder.architecture import (
+    ArchitectureLoss,
+    Batch,
+    Mode,
+    Weights,
+    WholeStep,
+)
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_origin, read_tensors, write_model
@@ -220,6 +226,7 @@ class SparseAutoencoder(Measures):
         answers: Tensor | None = None,  # [N] int64
         reconstruction_only: bool = False,
         behind: Callable[[Tensor], Tensor] | None = None,
+        whole: WholeStep | None = None,
     ) -> TrainingLoss:
         """The weighted sum of the loss terms of a batch.
 
@@ -240,6 +247,8 @@ class SparseAutoencoder(Measures):
             reconstruction_only: whether all other terms are left out.
             behind: of loss_fn ce and kl: the loss, 0-d, of the model that goes on from a
                 reconstruction [N, D], normalised.
+            whole: the optimiser step that the batch is one of several parts of, see
+                `whole_step`; the mean loss of the parts is then that of the batch that they make.
 
         Raises ValueError where `behind` does not go with loss_fn.
         """
@@ -250,9 +259,12 @@ class SparseAutoencoder(Measures):
         x = self._rows(x)
         weights, y = self.weights, self._targets(x, targets)
         target = self._left_to_the_code(x, y, precision)
-        variance = losses.total_variance(y.detach())
+        if whole is None:
+            variance = losses.total_variance(y.detach())
+        else:  # the part's share of it
+            variance = whole.variance / whole.n_parts
         options = (k_aux, sparsity_weight, k, reconstruction_only, self._error_weight(y, variance))
-        batch = Batch(x, target, self.dead_mask(), *options, relations, answers, behind)
+        batch = Batch(x, target, self.dead_mask(), *options, relations, answers, behind, whole)
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         total, components = self._weighted_sum(own, x, labels, starts, reconstruction_only)
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
@@ -300,21 +312,54 @@ class SparseAutoencoder(Measures):
         return len(y) * losses.one_by_variance(y.detach(), variance)
 
     @torch.no_grad()
-    def update_fired_(self, code: ops.Code, n_tokens: int) -> None:
-        """Count `n_tokens` more silent tokens for each latent that did not fire in `code`."""
-        self.tokens_since_fired.add_(n_tokens).masked_fill_(code.fired(), 0)
+    def whole_step(
+        self,
+        parts: Sequence[tuple[Tensor, Tensor | None]],  # [N, D] and targets [N, d_out], normalised
+        precision: str = "screened",
+    ) -> WholeStep:
+        """Measure what `training_loss` must know of a step whose gradient is added up from parts.
+
+        With jumprelu's penalty l0_target this encodes every part once more.
+        """
+        rows = [self._rows(x) for x, _ in parts]
+        targets = [self._targets(x, y) for x, (_, y) in zip(rows, parts, strict=True)]
+        variance, l0 = losses.pooled_variance(targets), None
+        if self.architecture.needs_step_l0:
+            weights, mode, dead = self.weights, Mode(precision), self.dead_mask()
+            active = [
+                self.architecture.count_active(weights, Batch(x, x, dead), mode) for x in rows
+            ]
+            l0 = torch.stack(active).sum() / sum(map(len, rows))
+        return WholeStep(len(parts), variance, l0)
 
     @torch.no_grad()
-    def follow_(self, code: ops.Code, sparsity_weight: float | Tensor = 1.0) -> None:
+    def update_fired_(self, code: ops.Code | Tensor, n_tokens: int) -> None:
+        """Count `n_tokens` more silent tokens for each latent that did not fire in `code`.
+
+        In place of a code, which latents fired, [F] bool.
+        """
+        fired = code if isinstance(code, Tensor) else code.fired()
+        self.tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
+
+    @torch.no_grad()
+    def follow_(
+        self,
+        code: ops.Code,
+        sparsity_weight: float | Tensor = 1.0,
+        observed: dict[str, Tensor] | None = None,
+    ) -> None:
         """Let the architecture learn from a code of training what inference and later steps need.
 
-        `sparsity_weight` is that of the `training_loss` that gave the code. The next batch is
+        `sparsity_weight` is that of the `training_loss` that gave the code; `observed` has, of a
+        step in several parts, the sums of `architecture.observe` over their codes. The next step is
         decorrelated in other chunks.
         """
+        if observed is None:
+            observed = self.architecture.observe(code)
         if self.decorrelation_draw is not None:
             self.decorrelation_draw.add_(1)
         self.architecture.follow_(self.weights, code)
-        self.architecture.steer_(self.weights, code, sparsity_weight)
+        self.architecture.steer_(self.weights, observed, sparsity_weight)
 
     @torch.no_grad()
     def constrain_(self) -> None:

@@ -1,6 +1,6 @@
 """A controller that finds the sparsity coefficient for a wanted L0, as a factor of the given one.
 
-Its logarithm is moved by the logarithm of L0 / target after every batch: proportionally, which
+Its logarithm is moved by the logarithm of L0 / target after every step: proportionally, which
 damps, and integrated, which ends at the target. Both numbers are buffers on the device, so nobody
 waits for them and a resumed run goes on as it would have.
 """
@@ -12,11 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from sae_fast import ops
-
 SCALE = "sparsity_scale"
 _INTEGRAL = "sparsity_integral"
-_WINDOW = 1.0  # of log(L0 / target): a batch beyond a factor of e counts as one of e
+_WINDOW = 1.0  # of log(L0 / target): a step beyond a factor of e counts as one of e
 _PROPORTIONAL = 0.3
 LARGEST_SCALE = 1000.0  # and the smallest is its reciprocal
 
@@ -27,18 +25,21 @@ def start() -> dict[str, Tensor]:
 
 
 def steer_(
-    own: dict[str, Tensor], code: ops.Code, target: float, rate: float, is_on: Tensor
+    own: dict[str, Tensor],
+    l0: Tensor,  # 0-d
+    target: float,
+    rate: float,
+    is_on: Tensor,  # 0-d bool
 ) -> None:
-    """Follow a batch of training.
+    """Follow a step of training.
 
     Args:
         own: the buffers.
-        code: of the batch.
+        l0: of all tokens of the step.
         target: the wanted L0.
-        rate: of the integral: so far it moves in a batch whose L0 is off by a factor of e.
-        is_on: 0-d bool; while the sparsity terms warm up L0 says nothing about their coefficient.
+        rate: of the integral: so far it moves in a step whose L0 is off by a factor of e.
+        is_on: while the sparsity terms warm up L0 says nothing about their coefficient.
     """
-    l0 = (code.values.detach() > 0).sum() / code.n_rows
     error = (l0 / target).log().clamp(-_WINDOW, _WINDOW)
     bound = math.log(LARGEST_SCALE)
     integral = (own[_INTEGRAL] + rate * error).clamp(-bound, bound)

@@ -16,6 +16,7 @@ from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
 from sae_fast.config import SAEConfig
 
 LISTED = "listed_per_token"
+_TOKENS, _ACTIVE = "tokens", "active"
 # Share of all latents, listed per token, from which working on all of them is the faster way. It
 # is as fast at 16 to 20 % with relu, 23 to 26 % with gated, 24 to 30 % with jumprelu, by size
 # (benchmarks/results/dense_switch.md).
@@ -87,13 +88,27 @@ class Thresholded(Architecture):
             return {}
         return {"sparsity_coeff": torch.as_tensor(self._coefficient(weights))}
 
-    def steer_(self, weights: Weights, code: ops.Code, sparsity_weight: float | Tensor) -> None:
+    def observe(self, code: ops.Code) -> dict[str, Tensor]:
+        """Return the numbers of tokens, of listed entries and, for a controller, of active ones."""
+        device = code.values.device
+        counts = {
+            _TOKENS: torch.full((), code.n_rows, device=device),
+            LISTED: torch.as_tensor(code.n_listed, device=device),
+        }
+        if self._is_controlled:
+            counts[_ACTIVE] = (code.values.detach() > 0).sum()
+        return counts
+
+    def steer_(
+        self, weights: Weights, observed: dict[str, Tensor], sparsity_weight: float | Tensor
+    ) -> None:
         """Note how many entries were listed; lead the coefficient to the target."""
-        weights.own[LISTED].copy_(torch.as_tensor(code.n_listed) / code.n_rows)
+        n_tokens = observed[_TOKENS]
+        weights.own[LISTED].copy_(observed[LISTED] / n_tokens)
         if self.config.target_l0 is not None and self._is_controlled:
-            is_on = torch.as_tensor(sparsity_weight, device=code.values.device) >= 1
-            rate = self.config.target_l0_rate
-            target_l0.steer_(weights.own, code, self.config.target_l0, rate, is_on)
+            is_on = torch.as_tensor(sparsity_weight, device=n_tokens.device) >= 1
+            rate, l0 = self.config.target_l0_rate, observed[_ACTIVE] / n_tokens
+            target_l0.steer_(weights.own, l0, self.config.target_l0, rate, is_on)
 
     def warning(self, figures: dict[str, float]) -> str | None:
         """That the coefficient cannot get any further towards the target."""

@@ -1,12 +1,13 @@
 """What a run will hold in memory, told before the first step, and refused when it cannot fit."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from sae_fast.activations.reader import PREFETCHED_BATCHES
+from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.moments import moment_blocks
@@ -196,6 +197,9 @@ def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """What a step allocates and frees."""
+    if ARCHITECTURES[sae.arch].selects_from_step:  # its batches are joined into one
+        whole = train.batch_size * train.grad_acc_steps
+        train = replace(train, batch_size=whole, grad_acc_steps=1)
     inputs = train.batch_size * sae.d_in * _FLOAT
     outputs = train.batch_size * sae.target_width * _FLOAT
     aux = (sae.aux_k or sae.target_width // 2) if sae.aux_k_coeff else 0

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from sae_fast.activations import STARTS, TARGETS, Rows
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.architecture import WholeStep
+from sae_fast.autoencoder.losses import TrainingLoss
+from sae_fast.ops import Code
 from sae_fast.training.end_to_end import RestOfModel
 from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.metrics import fetch
@@ -122,14 +125,21 @@ class TrainingStep:
         reconstruction_only: bool,
     ) -> None:
         was_healthy = self._poison == self._poison
+        if len(batches) > 1 and self.sae.architecture.selects_from_step:
+            batches = [_joined(batches)]
+        whole = self._measure(batches) if len(batches) > 1 else None
         share = 1 / len(batches)
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
+        parts: list[tuple[Tensor, dict[str, Tensor]]] = []  # what fired and was observed in each
         for batch in batches:
-            values, variance = self._accumulate(
-                batch, weight, sparsity_weight, k_aux, k, reconstruction_only
+            loss = self._accumulate(
+                batch, weight, sparsity_weight, k_aux, k, reconstruction_only, whole
             )
+            parts.append((loss.code.fired(), self.sae.architecture.observe(loss.code)))
+            values = self._values(loss)
             mean = values if len(batches) == 1 else mean + share * values
+        self._follow(loss.code, parts, sum(len(batch.x) for batch in batches), sparsity_weight)
         norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
         self.sae.constrain_()
         self.optimizer.zero_grad()
@@ -139,7 +149,7 @@ class TrainingStep:
             self._poison_by(norm)
         self.scaler.update(norm)
         self._steps.add_(was_healthy)
-        values = torch.cat([torch.as_tensor(mean), norm[None], variance[None]])
+        values = torch.cat([torch.as_tensor(mean), norm[None], loss.variance[None]])
         torch.where(was_healthy, values, self._metrics, out=self._metrics)
 
     def _accumulate(
@@ -150,11 +160,9 @@ class TrainingStep:
         k_aux: int | None,
         k: int | None,
         reconstruction_only: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Backward from a batch's weighted loss, and the counters of its code.
-
-        Returns its metrics, [M] in the order of the names, and its variance, 0-d.
-        """
+        whole: WholeStep | None,
+    ) -> TrainingLoss:
+        """Backward from a batch's weighted loss, which is returned."""
         x, columns = batch
         loss = self.sae.training_loss(
             x,
@@ -170,13 +178,36 @@ class TrainingStep:
             answers=columns.get(self._answers),
             reconstruction_only=reconstruction_only,
             behind=self._behind(columns),
+            whole=whole,
         )
         loss.total.backward(weight)  # type: ignore[no-untyped-call]
-        self.sae.update_fired_(loss.code, len(x))
-        self.sae.follow_(loss.code, sparsity_weight)
         self._poison_by(loss.total.detach())
+        return loss
+
+    def _values(self, loss: TrainingLoss) -> Tensor:
+        """The metrics [M] of a batch, in the order of the names."""
         terms = [loss.components[name] for name in self._components]
-        return torch.stack([loss.total.detach(), *terms]), loss.variance
+        return torch.stack([loss.total.detach(), *terms])
+
+    def _measure(self, batches: Sequence[Rows]) -> WholeStep:
+        """What the parts of a step must know of all of it."""
+        parts = [(x, columns.get(self._targets)) for x, columns in batches]
+        return self.sae.whole_step(parts, self.precision)
+
+    def _follow(
+        self,
+        code: Code,  # of the last part
+        parts: Sequence[tuple[Tensor, dict[str, Tensor]]],  # [F] bool, and sums
+        n_tokens: int,
+        sparsity_weight: float | Tensor,
+    ) -> None:
+        """Count silent tokens and let the architecture learn, once for all parts of a step."""
+        fired, observed = parts[0]
+        for other_fired, others in parts[1:]:
+            fired = fired | other_fired
+            observed = {name: value + others[name] for name, value in observed.items()}
+        self.sae.update_fired_(fired, n_tokens)
+        self.sae.follow_(code, sparsity_weight, observed)
 
     def _behind(self, columns: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
         """The loss of a batch's reconstruction, where that is the model's behind it."""
@@ -208,3 +239,10 @@ class TrainingStep:
     ) -> None:
         """0 · value is 0, or NaN where value is not finite."""
         self._poison.add_(value, alpha=0)
+
+
+def _joined(batches: Sequence[Rows]) -> Rows:
+    """The batches of a step as one."""
+    names = batches[0].columns
+    columns = {name: torch.cat([batch.columns[name] for batch in batches]) for name in names}
+    return Rows(torch.cat([batch.x for batch in batches]), columns)
