@@ -25,6 +25,7 @@ from sae_fast.evaluation.biographies.language_model import (
 )
 from sae_fast.evaluation.biographies.probes import probe_accuracies
 from sae_fast.evaluation.biographies.text import make_biographies
+from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.biographies"
 KNOWS = 0.99  # accuracy below which the command warns
@@ -180,4 +181,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -25,6 +25,7 @@ from sae_fast.activations.capture.plan import Capture, made_with, open_capture
 from sae_fast.activations.capture.runner import CaptureRun, Result, check_space, needed_bytes
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
 from sae_fast.flags import first_mistake
+from sae_fast.output_streams import run_command
 from sae_fast.training.signals import StopOnSignal, run_program
 
 PROGRAM = "python -m sae_fast.capture"
@@ -191,4 +192,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(lambda: run_command(main))

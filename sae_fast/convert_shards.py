@@ -25,6 +25,7 @@ from sae_fast.activations.imports.formats import find_files
 from sae_fast.activations.imports.source import Source, candidates, choose_key, inspect
 from sae_fast.activations.writer import ShardMetadata
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.convert_shards"
 EXIT_INTERRUPTED = 130
@@ -201,4 +202,4 @@ def _conclude(conversion: Conversion, result: Result) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

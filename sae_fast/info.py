@@ -2,12 +2,14 @@
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import sae_fast
+from sae_fast.output_streams import run_command
 
 _PACKAGES = ("numpy", "h5py", "safetensors")
 
@@ -83,5 +85,11 @@ def _cuda_device_lines() -> list[tuple[str, str]]:
     return lines
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Prints the report; returns the exit code."""
     print(describe())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

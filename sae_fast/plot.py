@@ -15,6 +15,8 @@ from pathlib import Path
 import tyro
 
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.output_streams import run_command
+from sae_fast.tensor_files import require_unicode
 from sae_fast.training.history import read_history
 from sae_fast.training.panels import loss_terms, overview
 from sae_fast.training.plot import draw, plot_run
@@ -53,6 +55,8 @@ def _check(options: Options) -> None:
         raise ValueError(f"runs must be given: {PROGRAM} RUN")
     if options.out is None and len(options.runs) > 1:
         raise ValueError("out must be given with several runs: --out FILE.png")
+    for path in (*options.runs, *([] if options.out is None else [options.out])):
+        require_unicode(path)
     if options.out is not None and options.out.suffix.lower() not in KINDS:
         raise ValueError(f"out must end in {', '.join(KINDS)}, got {options.out}")
 
@@ -87,4 +91,4 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

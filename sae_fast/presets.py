@@ -15,6 +15,7 @@ import torch
 
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.dictionary_config import without_other_size
+from sae_fast.output_streams import run_command
 
 if TYPE_CHECKING:
     from sae_fast.training.trainer import Trainer
@@ -215,4 +216,4 @@ def _duration(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

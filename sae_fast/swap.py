@@ -20,6 +20,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
 from sae_fast.evaluation.biographies import files
 from sae_fast.evaluation.biographies.swap import SwapTable, swap_success
+from sae_fast.output_streams import run_command
 from sae_fast.training.checkpoint import CheckpointError, find_checkpoint, read_newest_state
 from sae_fast.training.snapshot import check_snapshot
 
@@ -112,4 +113,4 @@ def _write(path: Path, table: SwapTable) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -29,6 +29,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     The library makes its files readable for the owner alone, so the mode that the system gives an
     ordinary new file is put back.
     """
+    require_unicode(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _CHECKSUM: _checksum(tensors)}
     path.unlink(missing_ok=True)
@@ -152,6 +153,17 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return f"{value:08x}"
 
 
+def require_unicode(path: str | Path) -> None:
+    """Raise ValueError for a path that is not UTF-8, which libraries for files and plots refuse."""
+    whole = os.path.realpath(path)
+    try:
+        whole.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(whole).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{shown}: must be a path in UTF-8, rename it") from None
+
+
 def _require_regular(path: Path) -> None:
+    require_unicode(path)
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path}: is no regular file")

@@ -32,6 +32,7 @@ from sae_fast.config_file import field_names, field_types, read_settings
 from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
 from sae_fast.flags import plain_switches
 from sae_fast.model_flags import FromModelLine, flag_kinds, from_model_line
+from sae_fast.output_streams import run_command
 from sae_fast.presets import preset
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.from_model import (
@@ -393,4 +394,4 @@ def _log_to_stderr() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(lambda: run_command(main))

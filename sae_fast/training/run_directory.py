@@ -14,6 +14,7 @@ from typing import Any
 from sae_fast.activations.files import replacing
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
+from sae_fast.tensor_files import require_unicode
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from sae_fast.training.metrics import Row
 from sae_fast.training.plot import plot_run
@@ -61,6 +62,7 @@ class RunDirectory:
         Raises:
             CheckpointError: when another run holds it, or it cannot be written.
         """
+        require_unicode(self.path)
         directory = self.checkpoints.directory
         try:
             missing = [path for path in (directory, *directory.parents) if not path.exists()]

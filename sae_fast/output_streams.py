@@ -1,0 +1,104 @@
+"""Output streams of a command: work goes on when they are closed or their reader has gone.
+
+A reader that has gone, as that of `… | head` has, ends a Python program with a BrokenPipeError at
+the next print; a stream that was closed from the start is None, which progress bars do not expect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+
+_DESCRIPTORS = {"stdout": 1, "stderr": 2}
+# Nothing reads the stream any more: no fault of what is written to it.
+_GONE = (errno.EPIPE, errno.EBADF, errno.EIO, errno.ECONNRESET, errno.ESHUTDOWN)
+EXIT_OUTPUT_LOST = 1
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run the `main` of a command on streams that never fail; return its exit code.
+
+    Output that is lost because its reader has gone or its stream was closed changes nothing. Where
+    it is lost for another reason, a full disk for one, a line on stderr says so and a code of 0
+    becomes 1. Characters that a stream's encoding lacks are written as escapes.
+    """
+    files = {name: _replace_stream(name, number) for name, number in _DESCRIPTORS.items()}
+    try:
+        code = main()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    for name, file in files.items():
+        if file.error is not None and file.error.errno not in _GONE:
+            print(f"error: {name}: {file.error.strerror}; output was lost", file=sys.stderr)
+            code = code or EXIT_OUTPUT_LOST
+    return code
+
+
+class _LastingFile(io.RawIOBase):
+    """The file behind a stream; after the first failure everything written is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: memoryview) -> int | None:  # type: ignore[override]
+        try:
+            return os.write(self._descriptor, data)
+        except BlockingIOError:
+            return None  # the buffer above waits
+        except OSError as error:
+            self.error = self.error or error
+            _open_on(self._descriptor)  # for C code, which writes there too
+            return len(data)
+
+
+def _replace_stream(name: str, descriptor: int) -> _LastingFile:
+    before = getattr(sys, name)
+    if before is not None:
+        with contextlib.suppress(OSError):
+            before.flush()
+        descriptor = before.fileno()
+    elif not _is_open(descriptor):
+        _open_on(descriptor)
+    else:  # a file that was opened since has the number of the closed stream
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+    file = _LastingFile(descriptor)
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(file),  # type: ignore[type-var]
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors="backslashreplace",
+        line_buffering=getattr(before, "line_buffering", False),
+        write_through=getattr(before, "write_through", False),
+    )
+    setattr(sys, name, stream)
+    return file
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def _open_on(descriptor: int) -> None:
+    """Let a descriptor stand for a file that takes everything."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
