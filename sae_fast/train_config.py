@@ -68,6 +68,9 @@ class TrainConfig(ConfigFile):
     """Keep all rows on the GPU, as stored, once they were read, and make the batches there."""
     skip_nonfinite: bool = False
     """Drop and count rows with NaN or infinity instead of stopping at them."""
+    repeated_rows: Literal["refuse", "drop", "keep"] = "refuse"
+    """Rows of shards that are zero or equal to the row before them, as rows never written and
+    padding are: refuse more than 1 % of a shard, drop and count all of them, or keep them."""
 
     batch_size: int = 4096
     """Tokens per forward pass; an optimiser step takes grad_acc_steps of these. [tokens]"""

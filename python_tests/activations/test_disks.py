@@ -272,16 +272,6 @@ def test_what_hdf5_must_decode_or_convert_is_left_to_it(tmp_path, how):
     assert np.array_equal(out, values)
 
 
-def test_chunks_that_were_never_written_are_left_to_hdf5(tmp_path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        dataset = file.create_dataset("activations", (12, 8), "f4", chunks=(4, 8), fillvalue=3)
-        dataset[:4] = 1
-    with ShardFile(inspect_shard(tmp_path / "a.h5")) as file:
-        out = np.zeros((12, 8), np.float32)
-        file.read(0, 12, out)
-    assert np.array_equal(out[:, 0], [1] * 4 + [3] * 8)
-
-
 def test_a_file_that_was_cut_while_open_is_named(tmp_path):
     write(tmp_path / "a.h5", chunks=(4, 8))
     with ShardFile(inspect_shard(tmp_path / "a.h5")) as file:

@@ -145,7 +145,7 @@ def test_locked_rows_are_locked(tmp_path):
     directory = tmp_path / "wide"
     directory.mkdir()
     with h5py.File(directory / "a.h5", "w") as file:
-        file["activations"] = np.ones((3000, 100), np.float32)
+        file["activations"] = np.arange(3000 * 100, dtype=np.float32).reshape(3000, 100)
     before = locked_kib()
     with ActivationStream(directory, batch_size=10, keep_on=CPU, lock=True) as stream:
         stream.next_batch()

@@ -57,6 +57,28 @@ def test_rows_that_are_not_finite(run_small: Run, shards: Path, value: float) ->
     refused(run_small("--shard-dir", shards), "train_02.h5", "row 123", "--skip-nonfinite")
 
 
+def test_rows_that_were_never_written(run_small: Run, shards: Path) -> None:
+    with h5py.File(shards / "train_02.h5", "w") as file:
+        rows = file.create_dataset("activations", (4000, D_IN), "f4", chunks=(100, D_IN))
+        rows[:2000] = torch.randn(2000, D_IN).numpy()
+    refused(run_small("--shard-dir", shards), "train_02.h5", "20 of its 40 chunks")
+
+
+@pytest.mark.parametrize("flags", [(), ("--normalize-activations", "none")])
+def test_rows_that_are_all_zero(run_small: Run, shards: Path, flags: tuple[str, ...]) -> None:
+    write_shard(shards / "train_02.h5", torch.zeros(50, D_IN))
+    refused(run_small("--shard-dir", shards, *flags), "train_02.h5", "--repeated-rows")
+    for name in ("train_00", "train_01", "train_02"):
+        write_shard(shards / f"{name}.h5", torch.zeros(20, D_IN))
+    refused(run_small("--shard-dir", shards, *flags), "all rows are zero")
+
+
+def test_rows_too_small_for_a_scale(run_small: Run, shards: Path) -> None:
+    for path in shards.iterdir():
+        write_shard(path, torch.randn(300, D_IN) * 1e-43)
+    refused(run_small("--shard-dir", shards), "no float32 scales them")
+
+
 def test_fewer_rows_than_a_step_takes(run: Run, shards: Path) -> None:
     result = run("--shard-dir", shards, "--batch-size", 700)
     refused(result, "max_epochs = 1 of 600 rows", "700")

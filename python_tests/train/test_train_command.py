@@ -11,6 +11,8 @@ import pytest
 import torch
 from train_runs import D_IN, Run, refused
 
+from sae_fast.activations import write_shard
+from sae_fast.activations.row_scan import RowScanner
 from sae_fast.config import RunConfig
 
 
@@ -59,6 +61,32 @@ def test_skip_nonfinite_drops_and_counts(run_small: Run, shards: Path) -> None:
     assert code == 0
     assert "dropping 2 rows" in err
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["skipped_rows"] == 2
+
+
+def test_repeated_rows_are_dropped_and_counted_or_kept(run_small: Run, shards: Path) -> None:
+    write_shard(shards / "train_02.h5", torch.zeros(50, D_IN))
+    flags = ("--shard-dir", shards, "--repeated-rows")
+    code, _, err = run_small(*flags, "drop", "--checkpoint-dir", "dropped")
+    assert code == 0
+    assert "dropping 50 rows" in err
+    row = json.loads(Path("dropped/metrics.jsonl").read_text().splitlines()[0])
+    assert row["skipped_rows"] == 50
+    code, _, err = run_small(*flags, "keep", "--checkpoint-dir", "kept")
+    assert code == 0
+    assert "50 of 650 rows are zero or equal to the row before them" in err
+
+
+def test_a_resumed_run_reads_no_shard_before_its_first_step(
+    run: Run, run_small: Run, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_small("--shard-dir", shards, "--checkpoint-dir", "run", "--max-steps", 3)[0] == 0
+    record = json.loads(Path("run/shards.json").read_text())
+    assert len(record["shards"]) == 3
+    for entry in record["shards"].values():
+        entry["scanned_at"] += 10**9  # as if the files had not been written just before
+    Path("run/shards.json").write_text(json.dumps(record))
+    monkeypatch.setattr(RowScanner, "add", lambda *_: pytest.fail("read again"))
+    assert run("--resume-from", "run", "--max-steps", 6)[0] == 0
 
 
 @pytest.fixture

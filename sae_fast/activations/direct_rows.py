@@ -6,9 +6,10 @@ threads that decode. Where rows lie is asked of HDF5 when the file is opened.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,28 @@ if TYPE_CHECKING:
     import h5py
 
 Places = npt.NDArray[np.int64]  # [n_chunks], in order
+PIECE_BYTES = 2 << 20
+
+
+class Piece(NamedTuple):
+    """A part of the file, `size` bytes from `place` on, that holds the rows start..stop."""
+
+    place: int
+    size: int
+    start: int
+    stop: int
 
 
 class DirectRows(Protocol):
     """Reads rows of an open file; several threads may."""
+
+    descriptor: int
+
+    def pieces(self, rows: int) -> list[Piece]:
+        """The parts of the file with the rows of the dataset, `rows` of them, as they lie there."""
+
+    def decode(self, stored: Array, out: Array) -> None:
+        """Turn the bytes of a piece into its rows `out` [stop - start, D]; raises OSError."""
 
     def read(self, start: int, stop: int, out: Array) -> None:
         """Read rows start..stop into `out` [stop - start, D]; raises OSError."""
@@ -36,7 +55,7 @@ class PlainRows:
     """Rows that are stored as they are, in chunks of `chunk_rows` rows."""
 
     def __init__(self, descriptor: int, offsets: Places, chunk_rows: int, row_bytes: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._offsets = offsets
         self._chunk_rows = chunk_rows
         self._row_bytes = row_bytes
@@ -48,13 +67,28 @@ class PlainRows:
         """Read rows start..stop into `out` [stop - start, D]; raises OSError."""
         view = out.view(np.uint8).reshape(-1).data
         for place, size in self._parts(start, stop):
-            _read_bytes(self._descriptor, view[:size], place)
+            _read_bytes(self.descriptor, view[:size], place)
             view = view[size:]
 
     def expect(self, start: int, stop: int) -> None:
         """Let the system fetch rows that will be read soon."""
         for place, size in self._parts(start, stop):
-            _expect_bytes(self._descriptor, place, size)
+            _expect_bytes(self.descriptor, place, size)
+
+    def pieces(self, rows: int) -> list[Piece]:
+        """The parts of the file with the rows of the dataset, `rows` of them, as they lie there."""
+        step, found = max(1, PIECE_BYTES // self._row_bytes), []
+        for number, offset in enumerate(self._offsets.tolist()):
+            first = number * self._chunk_rows
+            for start in range(first, min(rows, first + self._chunk_rows), step):
+                stop = min(start + step, rows, first + self._chunk_rows)
+                place = offset + (start - first) * self._row_bytes
+                found.append(Piece(place, (stop - start) * self._row_bytes, start, stop))
+        return sorted(found)
+
+    def decode(self, stored: Array, out: Array) -> None:
+        """Turn the bytes of a piece into its rows `out` [stop - start, D]."""
+        out.view(np.uint8).reshape(-1)[:] = stored
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Place and length of each piece of the file that rows start..stop lie in."""
@@ -79,7 +113,7 @@ class CodedRows:
         chunk_rows: int,
         decoder: ChunkDecoder,
     ) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._offsets, self._sizes = offsets, sizes
         self._chunk_rows = chunk_rows
         self._decoder = decoder
@@ -91,20 +125,36 @@ class CodedRows:
             chunk, first = divmod(position, self._chunk_rows)
             end = min(stop, (chunk + 1) * self._chunk_rows)
             stored = np.empty(self._sizes[chunk], np.uint8)
-            _read_bytes(self._descriptor, stored.data, int(self._offsets[chunk]))
-            part = out[position - start : end - start]
-            if len(part) == self._chunk_rows:
-                self._decoder.decode(stored, part)
-            else:
-                whole = np.empty((self._chunk_rows, out.shape[1]), out.dtype)
-                self._decoder.decode(stored, whole)
-                part[:] = whole[first : first + len(part)]
+            _read_bytes(self.descriptor, stored.data, int(self._offsets[chunk]))
+            self._decode(stored, out[position - start : end - start], first)
             position = end
+
+    def pieces(self, rows: int) -> list[Piece]:
+        """The parts of the file with the rows of the dataset, `rows` of them, as they lie there."""
+        starts = range(0, rows, self._chunk_rows)
+        lies = zip(self._offsets.tolist(), self._sizes.tolist(), starts, strict=True)
+        return sorted(
+            Piece(place, size, start, min(rows, start + self._chunk_rows))
+            for place, size, start in lies
+        )
+
+    def decode(self, stored: Array, out: Array) -> None:
+        """Turn the bytes of a piece into its rows `out` [stop - start, D]; raises OSError."""
+        self._decode(stored, out, 0)
+
+    def _decode(self, stored: Array, out: Array, first: int) -> None:
+        """Decode a chunk, of which `out` wants the rows from the number `first` on."""
+        if len(out) == self._chunk_rows:
+            self._decoder.decode(stored, out)
+            return
+        whole = np.empty((self._chunk_rows, out.shape[1]), out.dtype)
+        self._decoder.decode(stored, whole)
+        out[:] = whole[first : first + len(out)]
 
     def expect(self, start: int, stop: int) -> None:
         """Let the system fetch rows that will be read soon."""
         for chunk in range(start // self._chunk_rows, -(-stop // self._chunk_rows)):
-            _expect_bytes(self._descriptor, int(self._offsets[chunk]), int(self._sizes[chunk]))
+            _expect_bytes(self.descriptor, int(self._offsets[chunk]), int(self._sizes[chunk]))
 
 
 def direct_rows(
@@ -113,16 +163,18 @@ def direct_rows(
     """Where the rows of a dataset lie; None: HDF5 has to convert, decode or look for them."""
     from h5py import h5d
 
+    if dataset.file.filename != file.filename:  # behind a link
+        return None
     properties = dataset.id.get_create_plist()
     if (
         not hasattr(os, "preadv")
         or file.driver != "sec2"
         or file.userblock_size
-        or dataset.dtype != storage.numpy_dtype
+        or not _is_plain(dataset, storage)
         or properties.get_external_count()
     ):
         return None
-    rows, descriptor = int(np.prod(dataset.shape[:-1])), file.id.get_vfd_handle()
+    rows, descriptor = math.prod(dataset.shape[:-1]), file.id.get_vfd_handle()
     if properties.get_layout() == h5d.CONTIGUOUS:
         if (offset := dataset.id.get_offset()) is None:
             return None
@@ -159,6 +211,54 @@ def _chunks(dataset: h5py.Dataset, count: int) -> tuple[Places, Places] | None:
     except RuntimeError:
         return None
     return (offsets, sizes) if offsets.all() and not masks.any() else None
+
+
+def walk_file(
+    direct: DirectRows, rows: int, like: Array, note: Callable[[memoryview], object]
+) -> Iterator[tuple[int, Array]]:
+    """Read a file once, from its first byte to its last, all of which `note` is given.
+
+    Yields the rows [n, D] of every piece on the way, of the type and width of `like` [0, D], with
+    the number of the first; the memory is reused. Raises OSError.
+    """
+    position = 0
+    largest = np.empty(0, np.uint8)
+    for piece in direct.pieces(rows):
+        if piece.place < position:
+            raise OSError("chunks lie upon each other")
+        _note_bytes(direct.descriptor, position, piece.place - position, note)
+        if largest.size < piece.size:
+            largest = np.empty(piece.size, np.uint8)
+        stored = largest[: piece.size]
+        _read_bytes(direct.descriptor, stored.data, piece.place)
+        note(stored.data)
+        out = np.empty((piece.stop - piece.start, like.shape[1]), like.dtype)
+        direct.decode(stored, out)
+        yield piece.start, out
+        position = piece.place + piece.size
+    end = os.fstat(direct.descriptor).st_size
+    _note_bytes(direct.descriptor, position, end - position, note)
+
+
+def _note_bytes(
+    descriptor: int, place: int, size: int, note: Callable[[memoryview], object]
+) -> None:
+    """Give `note` some bytes of a file in pieces."""
+    for start in range(place, place + size, PIECE_BYTES):
+        view = memoryview(bytearray(min(PIECE_BYTES, place + size - start)))
+        _read_bytes(descriptor, view, start)
+        note(view)
+
+
+def _is_plain(dataset: h5py.Dataset, storage: Storage) -> bool:
+    """Whether numbers are stored as they are in memory, bit for bit.
+
+    Types of other tools may differ in more than their size, such as in the bits of the exponent.
+    """
+    from h5py import h5t
+
+    in_memory = h5t.py_create(storage.numpy_dtype)
+    return bool(dataset.id.get_type() == in_memory)
 
 
 def _read_bytes(descriptor: int, view: memoryview, place: int) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+LONGEST_NAME = 80  # characters of a name in a list of names
+LONGEST_REASON = 400  # characters of what a library says, which may quote all of a damaged file
+
 
 class ShardError(ValueError):
     """A shard is missing, damaged, foreign or unfit; the message is one line naming it."""
@@ -9,4 +14,11 @@ class ShardError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """Text of `error` on a single line, for use inside a `ShardError` message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Join the first `most` names, each shortened, for a message that has to stay one line."""
+    shown = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names]
+    return ", ".join([*shown[:most], *(["…"] if len(names) > most else [])])

@@ -5,17 +5,42 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from sae_fast.activations.errors import ShardError
+from sae_fast.activations.errors import ShardError, listed, one_line
 
 SUFFIXES = (".h5", ".hdf5")
 # What sae_fast.convert_shards turns into shards.
 IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet")
 HELDOUT_PATTERN = "heldout*"
+SHOWN_FOLDERS = 10
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """Return the status of a file; raises ShardError for what cannot be read like one.
+
+    Opening a pipe waits for its other end, a device may never end, and HDF5 and the records of a
+    run cannot name a path that is not UTF-8.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        what = "a link to nothing" if path.is_symlink() else "no such file"
+        raise ShardError(f"{path}: {what}") from error
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: cannot be opened: {one_line(error)}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, device or socket"
+        raise ShardError(f"{path}: cannot be opened: it is {kind}, not a file")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ShardError(f"{os.fsencode(path)!r}: the path is not UTF-8, rename it") from error
+    return status
 
 
 @contextmanager
@@ -77,12 +102,14 @@ def find_shards(
         raise ShardError(f"{directory}: no such directory or file of activation shards")
     reserved = [path for path in found if fnmatch(path.name, HELDOUT_PATTERN)]
     held = reserved if heldout is None else _matching(str(heldout))
-    excluded = {path.resolve() for path in [*reserved, *held]}
-    train = [path for path in found if path.resolve() not in excluded]
+    # realpath, as Path.resolve raises RuntimeError where links lead in a circle.
+    excluded = {os.path.realpath(path) for path in [*reserved, *held]}
+    train = [path for path in found if os.path.realpath(path) not in excluded]
     if not train:
         aside = f" besides {len(found)} held-out ones" if found else ""
-        inside = ", ".join(folder.name for folder in folders_of_shards(directory))
-        hint = f"; there are some in {inside}: name one of these" if inside else ""
+        inside = [folder.name for folder in folders_of_shards(directory)]
+        hint = f"; there are some in {listed(inside, SHOWN_FOLDERS)}: name one of these"
+        hint = hint if inside else ""
         raise ShardError(f"{directory}: no shards to train on (*.h5, *.hdf5){aside}{hint}")
     return train, held
 

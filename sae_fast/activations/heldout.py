@@ -12,6 +12,8 @@ from torch import Tensor
 from sae_fast.activations.columns import STARTS, served
 from sae_fast.activations.files import find_shards
 from sae_fast.activations.pool import iterate_blocks
+from sae_fast.activations.row_scan import RepeatedRows
+from sae_fast.activations.scanning import ScanRecord
 from sae_fast.activations.shard import DEFAULT_KEY, ShardFile
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
 from sae_fast.activations.shuffle import split_blocks
@@ -94,6 +96,8 @@ def open_heldout(
     skip_nonfinite: bool = False,
     columns: Sequence[str] = (),
     targets: TargetFiles | None = None,
+    repeated_rows: RepeatedRows = "refuse",
+    record: ScanRecord | None = None,
 ) -> ShardSet | None:
     """Check and describe the held-out shards of a run; None if it has none (see `find_shards`)."""
     paths = find_shards(shard_dir, heldout)[1]
@@ -106,6 +110,8 @@ def open_heldout(
         skip_nonfinite=skip_nonfinite,
         columns=columns,
         targets=targets,
+        repeated_rows=repeated_rows,
+        record=record,
     )
     if train is not None:
         check_same_width(train, shards)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import replacing, shards_in
 from sae_fast.activations.shard import DEFAULT_KEY, Shard, inspect_shard
-from sae_fast.json_files import JSONError, parse_json, read_regular
+from sae_fast.json_files import parse_json, read_regular
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 HASH_READ_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 64 << 20  # some 400,000 shards
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,14 @@ def write_manifest(directory: str | Path, key: str = DEFAULT_KEY) -> None:
 def read_manifest(directory: Path) -> Manifest | None:
     """Manifest of a directory, or None where it has none."""
     path = directory / MANIFEST_NAME
-    try:
-        text = read_regular(path)
-    except FileNotFoundError:
+    if not os.path.lexists(path):  # a link to nothing is a manifest that is lost
         return None
-    except (OSError, JSONError) as error:
-        raise ShardError(f"{path}: cannot be read: {one_line(error)}") from error
     try:
-        content = parse_json(text)
+        content = parse_json(read_regular(path, MAX_MANIFEST_BYTES))
         version = content["format_version"]
         entries = [_entry(item) for item in content["shards"]]
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {one_line(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path}: not a manifest: {one_line(error)}") from error
     if version != MANIFEST_VERSION:

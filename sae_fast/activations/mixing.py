@@ -65,7 +65,7 @@ class ShardMix:
 
     @property
     def nonfinite_rows(self) -> int:
-        """Rows of all sets dropped because they hold NaN or Inf."""
+        """Rows of all sets that are left out, such as those that hold NaN or Inf."""
         return sum(shards.nonfinite_rows for shards in self.sets)
 
     @cached_property

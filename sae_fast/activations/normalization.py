@@ -48,7 +48,13 @@ def estimate_normalization(
         norms += weight * float((rows.double() - mean).norm(dim=1).sum())
     if not norms > 0:
         raise ValueError("activations: all rows are equal, there is nothing to scale")
-    return Transform(mean.float(), math.sqrt(len(mean)) * count / norms)
+    scale = math.sqrt(len(mean)) * count / norms
+    if scale > torch.finfo(torch.float32).max or not mean.float().isfinite().all():
+        raise ValueError(
+            f"activations: rows are {norms / count:g} long about their mean, no float32 scales "
+            "them to the length that is trained on"
+        )
+    return Transform(mean.float(), scale)
 
 
 Slabs = Callable[[], Iterator[tuple[Tensor, float]]]  # rows, and how many each stands for

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, served
 from sae_fast.activations.errors import ShardError
+from sae_fast.activations.row_scan import nonfinite_error
 from sae_fast.activations.shard import ShardFile
-from sae_fast.activations.shard_set import ShardSet, nonfinite_error
+from sae_fast.activations.shard_set import ShardSet
 from sae_fast.activations.shuffle import Block, Indices
 from sae_fast.activations.source import Rows, Transform, take
 from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows

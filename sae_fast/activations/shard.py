@@ -6,8 +6,9 @@ caller's memory. Every failure is a `ShardError` of one line that begins with th
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sae_fast.activations.compression import require_filters
-from sae_fast.activations.direct_rows import direct_rows
+from sae_fast.activations.direct_rows import direct_rows, walk_file
 from sae_fast.activations.errors import ShardError, one_line
+from sae_fast.activations.files import require_regular
+from sae_fast.activations.hdf5_layout import contents, find_item, require_written
 from sae_fast.activations.storage import BFLOAT16, FLOAT16, FLOAT32, STORAGES, Array, Storage
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ FORMAT_VERSION = 1
 CHUNK_CACHE_BYTES = 1 << 20
 READ_BYTES = 2 << 20  # a read is about this long where the chunks allow it
 SPLIT_BYTES = 32 << 20  # an uncompressed chunk longer than this is read in parts
+
+
+FileState = tuple[int, ...]  # device, inode, bytes, times of the last write and change [ns]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Shard:
     file_bytes: int
     checksum: str | None  # "sha256:…" of the rows as stored, from the file's attributes
     metadata: dict[str, Any] = field(compare=False)
+    # What changes when the file does; None where numbers lie in other files too.
+    state: FileState | None = field(compare=False, default=None)
 
     @property
     def row_bytes(self) -> int:
@@ -72,18 +80,18 @@ class ShardFile:
         self.shard = shard
         self._file = _open(shard.path)
         try:
-            dataset = self._file[shard.key]
-            if int(np.prod(dataset.shape)) != shard.rows * shard.d_in:
+            dataset = find_item(shard.path, self._file, shard.key)
+            if dataset is None or math.prod(dataset.shape) != shard.rows * shard.d_in:
                 raise ShardError(f"{shard.path}: changed since it was checked")
             require_filters(shard.path, dataset)
             self._dataset = dataset
             self._direct = direct_rows(self._file, dataset, shard.storage, shard.row_bytes)
-        except KeyError as error:
-            self.close()
-            raise ShardError(f"{shard.path}: changed since it was checked") from error
         except ShardError:
             self.close()
             raise
+        except Exception as error:  # as in `_structure`
+            self.close()
+            raise ShardError(f"{shard.path}: changed since it was checked") from error
 
     def read(self, start: int, stop: int, out: Array) -> None:
         """Read rows start..stop into `out` [stop - start, D] (C-contiguous, the stored type)."""
@@ -106,6 +114,21 @@ class ShardFile:
                 self._read_selection(source, out[position - start : end - start])
                 position = end
 
+    def walk(self, note: Callable[[memoryview], object]) -> Iterator[tuple[int, Array]] | None:
+        """Read the file once, whole: `note` is given its bytes, the rows are yielded with numbers.
+
+        Rows come as they lie in the file. None where it is not known where they lie.
+        """
+        if self._direct is None:
+            return None
+        return self._walk(note)
+
+    def _walk(self, note: Callable[[memoryview], object]) -> Iterator[tuple[int, Array]]:
+        like = np.empty((0, self.shard.d_in), self.shard.storage.numpy_dtype)
+        assert self._direct is not None
+        with self._explained(0, self.shard.rows):
+            yield from walk_file(self._direct, self.shard.rows, like, note)
+
     def expect(self, start: int, stop: int) -> None:
         """Let the system fetch rows that will be read soon, where it is known where they lie."""
         if self._direct is not None:
@@ -124,19 +147,19 @@ class ShardFile:
 
     def has(self, name: str) -> bool:
         """Whether the file has anything of this name."""
-        return name in self._file
+        return find_item(self.shard.path, self._file, name) is not None
 
     def contents(self) -> str:
         """Names and shapes of its datasets, for errors."""
-        return _contents(self._file)
+        return contents(self._file)
 
     def _column(self, name: str) -> h5py.Dataset:
         import h5py
 
-        dataset = self._file.get(name)
+        dataset = find_item(self.shard.path, self._file, name)
         if not isinstance(dataset, h5py.Dataset):
             raise ShardError(
-                f"{self.shard.path}: no dataset {name!r}; it holds {_contents(self._file)}"
+                f"{self.shard.path}: no dataset {name!r}; it holds {contents(self._file)}"
             )
         rows = self._dataset.shape[:-1]
         if dataset.shape not in ((self.shard.rows,), rows):
@@ -145,6 +168,7 @@ class ShardFile:
                 f"shape {rows}, got shape {dataset.shape}"
             )
         require_filters(self.shard.path, dataset)
+        require_written(self.shard.path, dataset)
         return dataset
 
     @contextmanager
@@ -154,7 +178,7 @@ class ShardFile:
             yield
         except ShardError:
             raise
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:
             raise ShardError(
                 f"{self.shard.path}: rows {start} to {stop - 1} cannot be read: {one_line(error)}"
             ) from error
@@ -181,12 +205,15 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
 
     `option` is the flag that names another key, for errors.
     """
+    status = require_regular(path)
     with _structure(path) as file:
         dataset = _dataset(path, file, key, option)
         storage = _storage(path, key, dataset, file)
-        rows, d_in = int(np.prod(dataset.shape[:-1])), int(dataset.shape[-1])
+        rows, d_in = math.prod(dataset.shape[:-1]), int(dataset.shape[-1])
         if rows == 0 or d_in == 0:
             raise ShardError(f"{path}: dataset {key!r} is empty, shape {dataset.shape}")
+        require_written(path, dataset)
+        is_alone = dataset.file.filename == file.filename and not dataset.is_virtual
         metadata = {name: _plain(value) for name, value in file.attrs.items()}
         _check_attributes(path, metadata, rows, d_in if key == DEFAULT_KEY else None)
         tokens = int(dataset.shape[1]) if dataset.ndim == 3 else 1
@@ -199,18 +226,17 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
             tokens=tokens,
             chunk_rows=_chunk_rows(dataset, tokens, d_in * storage.itemsize),
             compressed=_is_compressed(dataset),
-            file_bytes=path.stat().st_size,
+            file_bytes=status.st_size,
             checksum=metadata.get("checksum"),
             metadata=metadata,
+            state=file_state(status) if is_alone else None,
         )
 
 
-def content_checksum(file: ShardFile) -> str:
-    """Checksum of the rows as stored, row after row, as the `checksum` attribute has it."""
-    digest = hashlib.sha256()
-    for rows in iterate_stored(file):
-        digest.update(rows.data)
-    return f"sha256:{digest.hexdigest()}"
+def file_state(status: os.stat_result) -> FileState:
+    """What of a file's status changes with its content."""
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
 def iterate_stored(file: ShardFile) -> Iterator[Array]:
@@ -258,10 +284,10 @@ def _structure(path: Path) -> Iterator[h5py.File]:
 def _dataset(path: Path, file: h5py.File, key: str, option: str) -> h5py.Dataset:
     import h5py
 
-    found = file.get(key)
+    found = find_item(path, file, key)
     if not isinstance(found, h5py.Dataset):
         raise ShardError(
-            f"{path}: no dataset {key!r}; it holds {_contents(file)} (name one with {option})"
+            f"{path}: no dataset {key!r}; it holds {contents(file)} (name one with {option})"
         )
     if found.ndim not in (2, 3):
         raise ShardError(
@@ -269,18 +295,6 @@ def _dataset(path: Path, file: h5py.File, key: str, option: str) -> h5py.Dataset
         )
     require_filters(path, found)
     return found
-
-
-def _contents(file: h5py.File) -> str:
-    import h5py
-
-    there: list[str] = []
-    file.visititems(
-        lambda name, item: (
-            there.append(f"{name} {item.shape}") if isinstance(item, h5py.Dataset) else None
-        )
-    )
-    return ", ".join(there) or "no dataset at all"
 
 
 def _storage(path: Path, key: str, dataset: h5py.Dataset, file: h5py.File) -> Storage:

@@ -17,28 +17,22 @@ import torch
 from sae_fast.activations.columns import Column, RowNumbers, ShardColumns, inspect_columns
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
-from sae_fast.activations.manifest import (
-    Manifest,
-    check_entry,
-    check_listing,
-    file_sha256,
-    read_manifest,
+from sae_fast.activations.manifest import Manifest, check_entry, check_listing, read_manifest
+from sae_fast.activations.row_scan import (
+    NO_ROWS,
+    OUTLIER_RATIO,
+    RepeatedRows,
+    RowScan,
+    outliers_of,
 )
-from sae_fast.activations.shard import (
-    DEFAULT_KEY,
-    Shard,
-    ShardFile,
-    content_checksum,
-    inspect_shard,
-    iterate_stored,
-)
-from sae_fast.activations.storage import FLOAT32, Storage, nonfinite_rows
+from sae_fast.activations.scanning import Checks, ScanRecord, scan_shard
+from sae_fast.activations.shard import DEFAULT_KEY, Shard, ShardFile, inspect_shard
+from sae_fast.activations.storage import FLOAT32, Storage
 from sae_fast.activations.targets import TARGETS, TargetFiles, check_pair
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-NONE_DROPPED: RowNumbers = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -50,9 +44,10 @@ class ShardSet:
     """
 
     shards: tuple[Shard, ...]
-    dropped: tuple[RowNumbers, ...]  # per shard, ascending numbers of its NaN and Inf rows
+    dropped: tuple[RowNumbers, ...]  # per shard, ascending numbers of the rows left out
     shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty where nobody asked for columns
     targets: ShardSet | None = None
+    is_zero: bool = False  # whether the scan has found nothing but zeros
 
     @property
     def d_in(self) -> int:
@@ -70,7 +65,7 @@ class ShardSet:
 
     @property
     def nonfinite_rows(self) -> int:
-        """Rows dropped because they hold NaN or Inf."""
+        """Rows left out: those that hold NaN or Inf and, where asked for, repeated ones."""
         return sum(len(rows) for rows in self.dropped)
 
     @property
@@ -120,12 +115,17 @@ def open_shards(
     columns: Sequence[str] = (),
     whole_sequences: bool = False,
     targets: TargetFiles | None = None,
+    repeated_rows: RepeatedRows = "refuse",
+    record: ScanRecord | None = None,
 ) -> ShardSet:
     """Check the training shards of a directory, or the given files, and describe them.
 
     Always checked: each file opens, holds the dataset `key`, agrees with its attributes, with the
     others' width and with manifest.json. `verify` also reads all of it once: checksums, and that
     every row is finite. With `skip_nonfinite` rows that are not are dropped and counted instead.
+    Rows that are zero or equal to the row before them are what is left of rows that were never
+    written: where they are more than a hundredth of a shard, `repeated_rows` says whether they are
+    refused, dropped or kept. A shard that `record` knows, and that has not changed, is not read.
     `columns` names datasets of labels that are served beside the rows; `whole_sequences` asks for
     the rows of a sequence together, see columns.py. Both are read once here and checked. `targets`
     are served beside the rows too, checked as these are; a row is dropped with its target.
@@ -136,29 +136,36 @@ def open_shards(
         raise ShardError("no activation shards given")
     if TARGETS in columns and targets is not None:
         raise ValueError(f"columns: {TARGETS!r} is the name of what targets are served as")
+    checks = Checks(verify, skip_nonfinite, repeated_rows, record or ScanRecord())
     shards = tuple(inspect_shard(path, key) for path in paths)
-    dropped = _check_rows(shards, shards, verify, skip_nonfinite)
+    dropped, is_zero = _check_rows(shards, shards, checks)
     paired = None
     if targets is not None:
-        paired = _open_targets(shards, dropped, targets, verify, skip_nonfinite)
+        paired = _open_targets(shards, dropped, targets, checks)
         dropped = paired.dropped
     found: tuple[ShardColumns, ...] = ()
     if columns or whole_sequences:
         found = _find_columns(shards, dropped, columns, whole_sequences)
-    result = ShardSet(shards, dropped, found, paired)
+    result = ShardSet(shards, dropped, found, paired, is_zero)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
-        logger.warning("dropping %d rows that hold NaN or Inf", result.nonfinite_rows)
+        logger.warning(
+            "dropping %d rows that %s", result.nonfinite_rows, _what_is_dropped(repeated_rows)
+        )
     return result
+
+
+def _what_is_dropped(repeated_rows: RepeatedRows) -> str:
+    also = ", or are zero or equal to the row before them" if repeated_rows == "drop" else ""
+    return f"hold NaN or Inf{also}"
 
 
 def _open_targets(
     shards: tuple[Shard, ...],
     dropped: tuple[RowNumbers, ...],  # per shard
     files: TargetFiles,
-    verify: bool,
-    skip_nonfinite: bool,
+    checks: Checks,
 ) -> ShardSet:
     """The targets of shards, without those of rows that are left out."""
     option = "--target-key"
@@ -168,18 +175,17 @@ def _open_targets(
     elsewhere = tuple(
         target for shard, target in zip(shards, targets, strict=True) if shard.path != target.path
     )
-    own = _check_rows(targets, elsewhere, verify, skip_nonfinite)
+    own, _ = _check_rows(targets, elsewhere, checks)
     both = (np.union1d(*pair) for pair in zip(dropped, own, strict=True))
     return ShardSet(targets, tuple(both))
 
 
 def _check_rows(
     shards: tuple[Shard, ...],
-    files: tuple[Shard, ...],  # those whose files nobody has checked yet
-    verify: bool,
-    skip_nonfinite: bool,
-) -> tuple[RowNumbers, ...]:
-    """The checks of `open_shards`; per shard the rows that are not finite."""
+    files: tuple[Shard, ...],  # those whose files have not been checked yet
+    checks: Checks,
+) -> tuple[tuple[RowNumbers, ...], bool]:
+    """The checks of `open_shards`: the rows of each shard left out, and whether all are zero."""
     manifests = _check_manifests(files)
     for shard in shards[1:]:
         if shard.d_in != shards[0].d_in:
@@ -187,13 +193,55 @@ def _check_rows(
                 f"{shard.path}: rows are {shard.d_in} wide, "
                 f"those of {shards[0].path} are {shards[0].d_in}"
             )
-    if verify and files:
+    if not checks.verify and not checks.skip_nonfinite:
+        return tuple(NO_ROWS for _ in shards), False
+    if checks.verify and files:
         total = sum(shard.file_bytes for shard in files)
         logger.info("verifying %d shards, %.2f GB", len(files), total / 1e9)
-        _for_each(files, lambda shard: _verify_checksum(shard, manifests[shard.path.parent]))
-    if verify or skip_nonfinite:
-        return tuple(_for_each(shards, lambda shard: _find_nonfinite(shard, skip_nonfinite)))
-    return tuple(NONE_DROPPED for _ in shards)
+    unchecked = {shard.path for shard in files}
+
+    def scan(shard: Shard) -> RowScan:
+        manifest = manifests.get(shard.path.parent) if shard.path in unchecked else None
+        sha256 = None if manifest is None else manifest[shard.path.name].sha256
+        return scan_shard(shard, sha256, shard.checksum, checks)
+
+    scans = _for_each(shards, scan)
+    _warn(shards, scans, checks)
+    is_zero = all(found.is_zero for found in scans)
+    if checks.repeated_rows != "drop":
+        return tuple(found.nonfinite for found in scans), is_zero
+    return tuple(np.union1d(found.nonfinite, found.repeated) for found in scans), is_zero
+
+
+def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -> None:
+    """Tell of rows that can be trained on, but may not be what they should be."""
+    repeated = sum(len(found.repeated) for found in scans)
+    if repeated and checks.repeated_rows != "drop":
+        worst = max(range(len(scans)), key=lambda number: len(scans[number].repeated))
+        logger.warning(
+            "%s: %d of %d rows are zero or equal to the row before them, %d of these in %s "
+            "(--repeated-rows drop leaves them out)",
+            shards[0].path.parent,
+            repeated,
+            sum(shard.rows for shard in shards),
+            len(scans[worst].repeated),
+            shards[worst].path.name,
+        )
+    if (found := outliers_of(scans)) is not None:
+        ratios = [scan.largest_norm for scan in scans]
+        worst = max(range(len(scans)), key=ratios.__getitem__)
+        logger.warning(
+            "%s: %.2g %% of the rows have norms above %d times the median, up to %.0f times, and "
+            "hold %.3g %% of the sum of squares: they decide mean, scale, loss and FVU. The "
+            "largest is in %s. Capture without the tokens that they belong to, such as the first "
+            "of each text, for figures of ordinary rows",
+            shards[0].path.parent,
+            100 * found.share,
+            OUTLIER_RATIO,
+            found.ratio,
+            100 * found.energy,
+            shards[worst].path.name,
+        )
 
 
 def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
@@ -205,14 +253,6 @@ def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
         raise ShardError(
             f"{first.path}: rows are {first.d_in} wide, those of {other.path} are {other.d_in}"
         )
-
-
-def nonfinite_error(shard: Shard, row: int) -> ShardError:
-    """Describe the first row at fault."""
-    of = "" if shard.key == DEFAULT_KEY else f" of {shard.key!r}"
-    return ShardError(
-        f"{shard.path}: row {row}{of} holds NaN or Inf (--skip-nonfinite drops such rows)"
-    )
 
 
 def _check_manifests(shards: tuple[Shard, ...]) -> dict[Path, Manifest | None]:
@@ -229,32 +269,6 @@ def _check_manifests(shards: tuple[Shard, ...]) -> dict[Path, Manifest | None]:
         if manifest is not None:
             check_entry(shard, manifest)
     return manifests
-
-
-def _verify_checksum(shard: Shard, manifest: Manifest | None) -> None:
-    """Compare the file with its manifest or, where there is none, the rows with their attribute."""
-    if manifest is not None:
-        if file_sha256(shard.path) != manifest[shard.path.name].sha256:
-            raise ShardError(f"{shard.path}: damaged: its SHA-256 is not the one in manifest.json")
-    elif shard.checksum is not None:
-        with ShardFile(shard) as file:
-            if content_checksum(file) != shard.checksum:
-                raise ShardError(f"{shard.path}: damaged: its rows do not match its checksum")
-
-
-def _find_nonfinite(shard: Shard, skip: bool) -> RowNumbers:
-    """Numbers of the rows that hold NaN or Inf; raises at the first unless `skip`."""
-    found: list[RowNumbers] = []
-    start = 0
-    with ShardFile(shard) as file:
-        for rows in iterate_stored(file):
-            bad = nonfinite_rows(rows, shard.storage)
-            if bad.size:
-                if not skip:
-                    raise nonfinite_error(shard, start + int(bad[0]))
-                found.append(bad + start)
-            start += len(rows)
-    return np.concatenate(found) if found else NONE_DROPPED
 
 
 def _find_columns(

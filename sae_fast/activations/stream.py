@@ -22,6 +22,7 @@ from sae_fast.activations.reader import (
     DirectReader,
 )
 from sae_fast.activations.resident import ResidentRows
+from sae_fast.activations.row_scan import RepeatedRows
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
@@ -72,6 +73,7 @@ class ActivationStream:
         device: torch.device | None = None,
         columns: Sequence[str] = (),
         whole_sequences: bool = False,
+        repeated_rows: RepeatedRows = "refuse",
         keep_on: torch.device | None = None,
         lock: bool = False,
         background: bool = True,
@@ -86,6 +88,7 @@ class ActivationStream:
                 skip_nonfinite=skip_nonfinite,
                 columns=columns,
                 whole_sequences=whole_sequences,
+                repeated_rows=repeated_rows,
             )
         self._mix = single(shards) if isinstance(shards, ShardSet) else shards
         self._columns = shards.columns
@@ -140,7 +143,7 @@ class ActivationStream:
 
     @property
     def nonfinite_rows(self) -> int:
-        """Rows of the shards that are dropped because they hold NaN or Inf."""
+        """Rows of the shards that are left out, such as those that hold NaN or Inf."""
         return self._mix.nonfinite_rows
 
     @property

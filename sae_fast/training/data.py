@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,6 +25,7 @@ from sae_fast.activations import (
     read_labels,
 )
 from sae_fast.activations.resident import check_lockable
+from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.device import checked_device
 from sae_fast.training.guidance import check_columns, label_columns, needs_sequences
@@ -38,6 +40,7 @@ class SharedShards(NamedTuple):
 
     shards: ShardMix
     source: SharedSource[Rows]
+    scans: ScanRecord
 
 
 class TrainingData:
@@ -57,6 +60,7 @@ class TrainingData:
     Attributes:
         heldout: the rows for evaluation, if any, and `heldout_targets` those of a transcoder,
             batch by batch.
+        scans: what was found in the shards, which a resumed run need not read again.
 
     Raises:
         ShardError: naming the shard that cannot be trained on.
@@ -88,10 +92,11 @@ class TrainingData:
         from_shards = data is None or isinstance(data, SharedShards)
         if not from_shards and (config.keep_in_memory or config.device_cache):
             raise ValueError("keep_in_memory and device_cache are for shards, not for given data")
+        self.scans = known_scans(config)
         if data is None:
-            self._shards = open_training_shards(config, [sae])
+            self._shards = open_training_shards(config, [sae], self.scans)
         elif isinstance(data, SharedShards):
-            self._shards, self._shared = data
+            self._shards, self._shared, self.scans = data
         elif isinstance(data, Tensor):
             self._rows = data
         elif not hasattr(data, "next_batch"):
@@ -195,7 +200,7 @@ class TrainingData:
             return torch.split(rows, config.batch_size)
         if self._shards is None:
             return None
-        shards = open_heldout_shards(config, self._sae, self._shards)
+        shards = open_heldout_shards(config, self._sae, self._shards, self.scans)
         if shards is None:
             return None
         self.heldout_labels = read_labels(shards)
@@ -285,9 +290,17 @@ def _split_targets(
 
 def share_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> SharedShards:
     """The shards of a run, for a training of each of the models, in this order of batches."""
-    shards = open_training_shards(config, saes)
+    scans = known_scans(config)
+    shards = open_training_shards(config, saes, scans)
     stream = _open_stream(config, shards, checked_device(config.device))
-    return SharedShards(shards, SharedSource(stream, len(saes)))
+    return SharedShards(shards, SharedSource(stream, len(saes)), scans)
+
+
+def known_scans(config: TrainConfig) -> ScanRecord:
+    """What the run in `checkpoint_dir`, if there is one, has found in its shards."""
+    if config.checkpoint_dir is None:
+        return ScanRecord()
+    return ScanRecord.load(Path(config.checkpoint_dir) / RECORD_NAME)
 
 
 def _open_stream(

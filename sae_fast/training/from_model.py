@@ -51,6 +51,7 @@ SHARDS_ONLY = {
         "the rows are computed, cache_dir keeps them as shards",
     ),
     "skip_nonfinite": "no row is left out, a NaN or infinity ends the training",
+    "repeated_rows": "no row is left out, and all of them are computed",
     "max_epochs": "max_tokens says how long to train",
 }
 # By name of the field, the setting of FromModelConfig that decides it.

@@ -6,11 +6,13 @@ They are checked, and described by a `ShardMix`: of one set, or of those that `m
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from sae_fast.activations import (
+    ShardError,
     ShardMix,
     ShardSet,
     TargetFiles,
@@ -21,6 +23,7 @@ from sae_fast.activations import (
     mix_shards,
     open_shards,
 )
+from sae_fast.activations.scanning import ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.guidance import label_columns, needs_sequences
 
@@ -29,8 +32,12 @@ logger = logging.getLogger(__name__)
 _TARGET_SETTINGS = ("target_key", "target_shard_dir", "target_heldout")
 
 
-def open_training_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> ShardMix:
+def open_training_shards(
+    config: TrainConfig, saes: Sequence[SAEConfig], record: ScanRecord
+) -> ShardMix:
     """The shards to train on, with the labels, sequences and targets that any model needs.
+
+    A shard that `record` knows is not read, and what reading finds is noted there.
 
     Raises:
         ShardError: naming the shard that cannot be trained on, or not with the others.
@@ -54,7 +61,11 @@ def open_training_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> Shar
             columns=tuple(labels),
             whole_sequences=whole_sequences,
             targets=targets[0],
+            repeated_rows=config.repeated_rows,
+            record=record,
         )
+        if shards.is_zero:
+            raise ShardError(f"{name}: all rows are zero, there is nothing to train on")
         sets.append(shards)
     mix = mix_shards(sets, [weight for _, weight in parts])
     if len(sets) > 1:
@@ -65,7 +76,9 @@ def open_training_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> Shar
     return mix
 
 
-def open_heldout_shards(config: TrainConfig, sae: SAEConfig, train: ShardMix) -> ShardSet | None:
+def open_heldout_shards(
+    config: TrainConfig, sae: SAEConfig, train: ShardMix, record: ScanRecord
+) -> ShardSet | None:
     """The shards to evaluate with, of every directory of a mix; None: there are none.
 
     Raises as `open_training_shards` does.
@@ -81,6 +94,8 @@ def open_heldout_shards(config: TrainConfig, sae: SAEConfig, train: ShardMix) ->
         skip_nonfinite=config.skip_nonfinite,
         columns=label_columns(sae) if sae.arch == "slots" else (),
         targets=_heldout_target_files(config, sae, held),
+        repeated_rows=config.repeated_rows,
+        record=record,
     )
     check_same_width(train.sets[0], shards)
     check_same_origin(*train.sets, shards)
@@ -93,9 +108,9 @@ def _parts(config: TrainConfig) -> tuple[tuple[str, Fraction], ...]:
         return ((config.shard_dir, Fraction(1)),)
     if not config.mix:
         raise ValueError("shard_dir is missing: name a directory of shards with --shard-dir")
-    known: dict[Path, str] = {}
+    known: dict[str, str] = {}
     for name, _ in config.mix_weights:
-        if (first := known.setdefault(Path(name).resolve(), name)) is not name:
+        if (first := known.setdefault(os.path.realpath(name), name)) is not name:
             raise ValueError(f"mix: {name} is named twice, the first time as {first}")
     return config.mix_weights
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.activations import ActivationSource
+from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
@@ -373,6 +374,7 @@ class Trainer:
         self._run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
         self._run.prepare(checkpoint)
         self._run.write_config(self.config)
+        self.data.scans.save(self._run.path / RECORD_NAME)
         self._log = MetricsLog(self._run.metrics)
         self._log.rewind(-1 if checkpoint is None else checkpoint.step)
         if self.data.heldout is None:

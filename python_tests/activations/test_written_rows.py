@@ -1,0 +1,235 @@
+"""Numbers that a shard does not hold are refused: never written, elsewhere, or impossibly many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from sae_fast.activations import (
+    HeldOut,
+    ShardError,
+    find_targets,
+    open_shards,
+    write_manifest,
+    write_shard,
+)
+
+ROWS = np.random.default_rng(0).standard_normal((4000, 8)).astype(np.float32)
+
+
+def message_of(place: Path, **options: object) -> str:
+    with pytest.raises(ShardError) as caught:
+        open_shards(place, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 2000
+    return message
+
+
+def half_chunked(file: h5py.File) -> None:
+    dataset = file.create_dataset("activations", (4000, 8), "f4", chunks=(100, 8))
+    dataset[:2000] = ROWS[:2000]
+
+
+def never_contiguous(file: h5py.File) -> None:
+    file.create_dataset("activations", (4000, 8), "f4")
+
+
+def resized(file: h5py.File) -> None:
+    dataset = file.create_dataset(
+        "activations", (100, 8), "f4", chunks=(100, 8), maxshape=(None, 8)
+    )
+    dataset[:] = ROWS[:100]
+    dataset.resize(4000, axis=0)
+
+
+def endless(file: h5py.File) -> None:
+    file.create_dataset("activations", (35184372088832, 32), "f4", chunks=(1000, 32))
+
+
+def wide(file: h5py.File) -> None:
+    file.create_dataset("activations", (64, 1099511627776), "f4", chunks=(1, 1024))
+
+
+def external(file: h5py.File) -> None:
+    size = 4000 * 8 * 4
+    file.create_dataset("activations", (4000, 8), "f4", external=[("/etc/passwd", 0, size)])
+
+
+def linked_outside(file: h5py.File) -> None:
+    with h5py.File(Path(file.filename).parents[1] / "other.h5", "w") as other:
+        other["activations"] = ROWS
+    file["activations"] = h5py.ExternalLink("../other.h5", "activations")
+
+
+def circle(file: h5py.File) -> None:
+    file["activations"] = h5py.SoftLink("/other")
+    file["other"] = h5py.SoftLink("/activations")
+
+
+def virtual(file: h5py.File, *sources: tuple[str, str], rows: int = 2000) -> None:
+    layout = h5py.VirtualLayout((4000, 8), "f4")
+    for number, (name, key) in enumerate(sources):
+        source = h5py.VirtualSource(name, key, (rows, 8))
+        layout[number * 2000 : number * 2000 + rows] = source
+    file.create_virtual_dataset("activations", layout)
+
+
+def half_virtual(file: h5py.File) -> None:
+    file["one"] = ROWS[:2000]
+    virtual(file, (".", "one"))
+
+
+def self_virtual(file: h5py.File) -> None:
+    virtual(file, (".", "activations"), rows=4000)
+
+
+def virtual_outside(file: h5py.File) -> None:
+    with h5py.File(Path(file.filename).parents[1] / "other.h5", "w") as other:
+        other["activations"] = ROWS
+    virtual(file, ("../other.h5", "activations"), rows=4000)
+
+
+def virtual_of_nothing(file: h5py.File) -> None:
+    virtual(file, ("gone.h5", "activations"), rows=4000)
+
+
+def virtual_of_holes(file: h5py.File) -> None:
+    file.create_dataset("one", (4000, 8), "f4", chunks=(100, 8))[:100] = ROWS[:100]
+    virtual(file, (".", "one"), rows=4000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (half_chunked, "'activations' was not written whole: 20 of its 40 chunks of 100 rows"),
+        (never_contiguous, "'activations' was never written"),
+        (resized, "39 of its 40 chunks"),
+        (endless, "was not written whole"),
+        (wide, "was not written whole"),
+        (external, "keeps its numbers in another file, '/etc/passwd'"),
+        (linked_outside, r"'activations' is a link to '../other.h5', which is outside"),
+        (circle, "is a link that leads back to itself"),
+        (half_virtual, "is a virtual dataset without a source for row 2000"),
+        (self_virtual, "is a virtual dataset of a virtual dataset"),
+        (virtual_outside, "parts in '../other.h5', which is outside"),
+        (virtual_of_nothing, "gone.h5: no such file"),
+        (virtual_of_holes, "'one' was not written whole"),
+    ],
+)
+@pytest.mark.parametrize("verify", [False, True])
+def test_numbers_that_are_not_in_the_shard_are_refused(
+    tmp_path: Path, make: Callable[[h5py.File], None], message: str, verify: bool
+) -> None:
+    (tmp_path / "shards").mkdir()
+    with h5py.File(tmp_path / "shards" / "a.h5", "w") as file:
+        make(file)
+    assert message in message_of(tmp_path / "shards", verify=verify)
+
+
+def test_labels_and_targets_that_were_never_written_are_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["activations"] = ROWS
+        file.create_dataset("label", (4000,), "i4", chunks=(100,))
+        file.create_dataset("out", (4000, 3), "f4")
+    assert "'label' was not written whole" in message_of(tmp_path, columns=["label"])
+    targets = find_targets([tmp_path / "a.h5"], None, "out")
+    assert "'out' was never written" in message_of(tmp_path, targets=targets)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_parts_in_the_directory_of_the_shard_are_read(tmp_path, linked):
+    for number in range(2):
+        with h5py.File(tmp_path / f"part{number}", "w") as part:
+            part["activations"] = ROWS[2000 * number : 2000 * (number + 1)]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        if linked:
+            file["activations"] = h5py.ExternalLink("part0", "activations")
+        else:
+            virtual(file, ("part0", "activations"), ("part1", "activations"))
+    rows = torch.cat(list(HeldOut(open_shards(tmp_path), batch_size=1000))).numpy()
+    assert np.array_equal(rows, ROWS[:2000] if linked else ROWS)
+
+
+def test_a_type_of_other_bits_is_converted_and_not_taken_for_float32(tmp_path):
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(31, 20, 11, 0, 20)  # the exponent of float64 in the size of float32
+    kind.set_ebias(1023)
+    rows = ROWS.round(2)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        space = h5py.h5s.create_simple(rows.shape)
+        dataset = h5py.h5d.create(file.id, b"activations", kind, space)
+        dataset.write(h5py.h5s.ALL, h5py.h5s.ALL, rows)
+    read = torch.cat(list(HeldOut(open_shards(tmp_path), batch_size=4000))).numpy()
+    np.testing.assert_allclose(read, rows, rtol=1e-5)
+
+
+def test_a_chunk_shorter_than_its_fletcher_checksum_is_damage(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        rows = file.create_dataset("activations", data=ROWS, chunks=(4000, 8), fletcher32=True)
+        size = rows.id.get_chunk_info(0).size
+    content = path.read_bytes()
+    place = content.index(size.to_bytes(4, "little") + bytes(4))  # in the index of chunks
+    path.write_bytes(content[:place] + (2).to_bytes(4, "little") + content[place + 4 :])
+    assert "a chunk of 'activations' is stored as 2 bytes" in message_of(tmp_path)
+
+
+def test_a_pipe_or_a_link_in_a_circle_is_named_and_not_waited_for(tmp_path):
+    write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
+    os.mkfifo(tmp_path / "b.h5")
+    assert "b.h5: cannot be opened: it is a pipe, device or socket" in message_of(tmp_path)
+    (tmp_path / "b.h5").unlink()
+    (tmp_path / "b.h5").symlink_to("b.h5")
+    assert "b.h5: cannot be opened" in message_of(tmp_path)
+    (tmp_path / "b.h5").unlink()
+    (tmp_path / "b.h5").symlink_to("nowhere")
+    assert "b.h5: a link to nothing" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [("nowhere", "cannot be read"), ("/dev/zero", "is no regular file")]
+)
+def test_a_manifest_that_is_no_file_is_refused(tmp_path, target, message):
+    write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
+    (tmp_path / "manifest.json").symlink_to(target)
+    assert message in message_of(tmp_path)
+
+
+def test_a_manifest_that_is_a_pipe_is_refused(tmp_path):
+    write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
+    os.mkfifo(tmp_path / "manifest.json")
+    assert "is no regular file" in message_of(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
+    (tmp_path / "a.h5").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.h5"))
+    assert "the path is not UTF-8" in message_of(tmp_path)
+
+
+def test_a_wrong_key_among_thousands_stays_one_short_line(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for number in range(300):
+            file[f"{'a' * 300}{number}"] = np.float32(number)
+    assert "…" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_shards_with_a_manifest_are_read_once(tmp_path, compression):
+    def read_bytes() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    rows = torch.from_numpy(np.tile(ROWS, (1, 40)) + np.arange(320, dtype=np.float32))
+    write_shard(tmp_path / "a.h5", rows, chunk_rows=300, compression=compression)
+    write_manifest(tmp_path)
+    before, size = read_bytes(), (tmp_path / "a.h5").stat().st_size
+    shards = open_shards(tmp_path)
+    assert size <= read_bytes() - before < 1.1 * size
+    assert torch.equal(torch.cat(list(HeldOut(shards, batch_size=4000))), rows)
