@@ -296,3 +296,36 @@ def test_every_folder_of_modules_is_a_package():
     folders = {path.parent for path in (ROOT / "sae_fast").rglob("*.py")}
     assert len(folders) > 5
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.parametrize(
+    ("wanted", "architectures"),
+    [
+        ("8.0 9.0a;12.0+PTX", "80-real;90a-real;120"),
+        ("Ampere", "80-real;86"),
+        ("Ampere;Hopper", "80-real;86;90"),
+        ("Ampere+Tegra 9.0", "87-real;90-real"),
+        ("8.0+PTX", "80"),
+    ],
+)
+def test_TORCH_CUDA_ARCH_LIST_is_as_torch_knows_it(wanted, architectures, tmp_path):
+    assert architectures_for(wanted, tmp_path) == architectures
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_an_unknown_architecture_is_refused(tmp_path):
+    said = " ".join(architectures_for("Amper", tmp_path).split())
+    assert "TORCH_CUDA_ARCH_LIST must hold numbers as 8.0" in said
+    assert "got Amper" in said
+
+
+def architectures_for(wanted, folder):
+    """What CMake makes of the variable, or its complaint."""
+    file = ROOT / "cmake" / "cuda_architectures.cmake"
+    script = folder / "show.cmake"
+    script.write_text(f'include("{file}")\nmessage("${{CMAKE_CUDA_ARCHITECTURES}}")\n')
+    environment = {**PLAIN, "TORCH_CUDA_ARCH_LIST": wanted}
+    environment.pop("CUDAARCHS", None)
+    line = ["cmake", "-P", str(script)]
+    return subprocess.run(line, env=environment, capture_output=True, text=True).stderr.strip()

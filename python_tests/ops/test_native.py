@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -48,11 +50,10 @@ def test_without_a_module_the_import_fails_and_names_the_remedy(installation):
     assert "SAE_FAST_NATIVE=0" in line
 
 
-def test_a_module_that_does_not_load_names_both_torch_versions(installation):
-    text = b"\0sae_fast built with torch 2.12.0+cpu\0"
-    (installation / MODULE).write_bytes(text)
+def test_a_damaged_module_is_told_as_such(installation):
+    (installation / MODULE).write_bytes(b"\0sae_fast built with torch 2.12.0+cpu\0")
     line = last_line(import_from(installation))
-    assert "built with torch 2.12.0+cpu, does not load with torch " in line
+    assert "sae_fast's compiled module is damaged or of another machine" in line
     assert "run `pip install .`" in line
 
 
@@ -83,8 +84,100 @@ def test_an_unknown_instruction_set_is_an_error_that_lists_the_others():
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
-    assert "SAE_FAST_ISA=sse9 is not" in last_line(done)
-    assert "portable" in last_line(done)
+    assert "ImportError: SAE_FAST_ISA must be one of portable" in last_line(done)
+    assert last_line(done).endswith(" on this processor, got sse9")
+
+
+@pytest.mark.parametrize("command", ["train", "info"])
+def test_a_command_refuses_a_wrong_variable_in_one_line(command):
+    environment = {**os.environ, "SAE_FAST_NATIVE": "x", "PYTHONPATH": str(PACKAGE.parent)}
+    line = [sys.executable, "-m", f"sae_fast.{command}", "--help"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: SAE_FAST_NATIVE must be 0 or 1, got 'x'\n"
+
+
+@pytest.mark.skipif(native.load() is None, reason="no compiled module")
+def test_a_command_refuses_an_unknown_instruction_set_in_one_line():
+    environment = {**os.environ, "SAE_FAST_ISA": "nonsense", "PYTHONPATH": str(PACKAGE.parent)}
+    line = [sys.executable, "-m", "sae_fast.info"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        "error: SAE_FAST_ISA must be one of portable.* on this processor, got nonsense\n",
+        done.stderr,
+    )
+
+
+WHY = [
+    (
+        "/old/libstdc++.so.6: version `GLIBCXX_3.4.29' not found (required by /x/_C.so)",
+        "GLIBCXX_3.4.29, and the C++ library that was found first, /old/libstdc++.so.6, is older",
+    ),
+    (
+        "/lib/libc.so.6: version `GLIBC_2.38' not found (required by /x/_C.so)",
+        "needs GLIBC_2.38 of /lib/libc.so.6, which is older",
+    ),
+    (
+        "libtorch_cuda.so: cannot open shared object file: No such file or directory",
+        "needs libtorch_cuda.so, which is not there with torch ",
+    ),
+    ("/x/_C.so: file too short", "is damaged or of another machine"),
+    (
+        "/x/_C.so: undefined symbol: torch_get_const_data_ptr",
+        "built with torch 2.12.0+cpu, does not load with torch ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "said"), WHY)
+def test_the_cause_of_a_failed_load_is_named(error, said, tmp_path):
+    (tmp_path / MODULE).write_bytes(b"\0sae_fast built with torch 2.12.0+cpu\0")
+    message = native._why_not(error, tmp_path / MODULE)
+    assert said in message
+    assert f"({error})" in message
+    assert "\n" not in message
+
+
+@pytest.mark.skipif(
+    native.load() is None or sys.platform != "linux", reason="no compiled module, or no glibc"
+)
+def test_an_older_libstdcxx_is_told_as_such(tmp_path):
+    (tmp_path / "libstdc++.so.6").write_bytes(older_libstdcxx())
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PACKAGE.parent),
+        "LD_LIBRARY_PATH": str(tmp_path),
+    }
+    line = [sys.executable, "-m", "sae_fast.info"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: sae_fast's compiled module needs GLIBCXX_3.4.")
+    assert f"{tmp_path}/libstdc++.so.6, is older than that of the compiler" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def older_libstdcxx():
+    """The C++ library of this process without the versions of GCC 11 and newer."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    library = Path(next(line.split()[-1] for line in maps if "libstdc++" in line)).read_bytes()
+    for minor in range(29, 36):
+        library = library.replace(elf_hash(f"GLIBCXX_3.4.{minor}"), b"\1\2\3\4")
+    return library
+
+
+def elf_hash(name):
+    value = 0
+    for byte in name.encode():
+        value = (value << 4) + byte
+        high = value & 0xF0000000
+        value = (value ^ high >> 24) & ~high & 0xFFFFFFFF
+    return struct.pack("<I", value)
+
+
+def test_modules_of_other_pythons_are_named(installation):
+    (installation / "_C.cpython-37m-x86_64-linux-gnu.so").touch()
+    assert ", only for 3.7: run `pip install .`" in last_line(import_from(installation))
 
 
 @pytest.mark.skipif(native.load() is None, reason="no compiled module")

@@ -46,6 +46,7 @@ from sae_fast.autoencoder.transcoder import (
 )
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.ops.full_precision import addmm
 
 _UNIT = 1e-5  # how far the norm of a row may be from 1 and still be called 1
 
@@ -180,7 +181,7 @@ class SparseAutoencoder(Measures):
         if isinstance(code, Tensor):
             h = self._rows(code, "h", "d_sae")
             shape, precision = code.shape[:-1], "fp32"
-            x_hat = torch.addmm(self.b_dec, h, self.W_dec)
+            x_hat = addmm(self.b_dec, h, self.W_dec)
         else:
             shape, precision = torch.Size([code.n_rows]), code.precision
             x_hat = ops.decode(code, self.W_dec, self.b_dec, dense_grad=dense_grad)

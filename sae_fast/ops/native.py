@@ -9,6 +9,7 @@ import importlib
 import os
 import platform
 import re
+import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +17,27 @@ from types import ModuleType
 import torch  # loads libtorch, which _C links to
 
 _REBUILD = "run `pip install .` in a checkout of sae_fast"
+_VERSION = re.compile(r"cpython-(\d)(\d+)")  # in the name of a module
 _REFERENCE = "or set SAE_FAST_NATIVE=0 for the pure-PyTorch reference, which is many times slower"
 
 
 @functools.cache
 def load() -> ModuleType | None:
-    """The compiled module, or None where the reference was chosen; ImportError where neither."""
+    """Return the compiled module, or None where the reference was chosen.
+
+    Raises:
+        ImportError: where neither can be had, in one line that names the cause and the remedy.
+    """
+    try:
+        return _load()
+    except ImportError as error:
+        if _is_own_command():
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+def _load() -> ModuleType | None:
     choice = os.environ.get("SAE_FAST_NATIVE")
     if choice not in (None, "0", "1"):
         raise ImportError(f"SAE_FAST_NATIVE must be 0 or 1, got {choice!r}")
@@ -32,16 +48,18 @@ def load() -> ModuleType | None:
         if choice is None and _is_reference_install():
             return None
         raise ImportError(
-            f"sae_fast has no compiled module for Python {platform.python_version()}: "
-            f"{_REBUILD}, {_REFERENCE}"
+            f"sae_fast has no compiled module for Python {platform.python_version()}"
+            f"{_other_pythons()}: {_REBUILD}, {_REFERENCE}"
         )
     try:
-        return importlib.import_module("sae_fast._C")
+        module = importlib.import_module("sae_fast._C")
     except ImportError as error:
-        raise ImportError(
-            f"sae_fast's compiled module, {_built_with(Path(spec.origin))}, does not load with "
-            f"torch {torch.__version__} ({error}): {_REBUILD}, {_REFERENCE}"
-        ) from error
+        raise ImportError(_why_not(str(error), Path(spec.origin))) from error
+    try:
+        module.instruction_set()
+    except RuntimeError as error:  # of SAE_FAST_ISA
+        raise ImportError(str(error)) from None
+    return module
 
 
 def reference_reason() -> str | None:
@@ -73,6 +91,52 @@ def build_info() -> dict[str, object]:
 
 def _is_reference_install() -> bool:
     return _find("_reference_install") is not None
+
+
+def _is_own_command() -> bool:
+    """Tell if this process is `python -m sae_fast...`: its end is a line and an exit code."""
+    arguments = sys.orig_argv
+    places = [place for place, word in enumerate(arguments[:-1]) if word == "-m"]
+    return bool(places) and arguments[places[0] + 1].partition(".")[0] == "sae_fast"
+
+
+def _why_not(error: str, module: Path) -> str:
+    """Name the cause that the dynamic linker's message gives, and the remedy that helps."""
+    error = " ".join(error.split())
+    start, end = "sae_fast's compiled module", f"({error})"
+    missing = re.search(r"(\S+): version `(\S+)' not found", error)
+    if missing and "libstdc++" in missing[1]:
+        return (
+            f"{start} needs {missing[2]}, and the C++ library that was found first, {missing[1]}, "
+            "is older than that of the compiler: put the newer libstdc++.so.6 first in "
+            f"LD_LIBRARY_PATH or update it (conda: `conda install libstdcxx-ng`), {_REFERENCE} "
+            f"{end}"
+        )
+    if missing:
+        return (
+            f"{start} needs {missing[2]} of {missing[1]}, which is older: this system is older "
+            f"than the one that it was built on; {_REBUILD}, {_REFERENCE} {end}"
+        )
+    library = re.search(r"(\S+): cannot open shared object file", error)
+    if library:
+        return (
+            f"{start}, {_built_with(module)}, needs {library[1]}, which is not there with torch "
+            f"{torch.__version__}: {_REBUILD} with this torch, {_REFERENCE} {end}"
+        )
+    if re.search("file too short|invalid ELF header|wrong ELF class|cannot read file", error):
+        return f"{start} is damaged or of another machine: {_REBUILD}, {_REFERENCE} {end}"
+    return (
+        f"{start}, {_built_with(module)}, does not load with torch {torch.__version__} ({error}): "
+        f"{_REBUILD}, {_REFERENCE}"
+    )
+
+
+def _other_pythons() -> str:
+    """Name the versions of Python that there is a module for."""
+    names = [path.name for path in Path(__file__).parents[1].glob("_C.*.so")]
+    found = [match for name in names if (match := _VERSION.search(name)) is not None]
+    versions = sorted({f"{match[1]}.{match[2]}" for match in found})
+    return f", only for {', '.join(versions)}" if versions else ""
 
 
 def _built_with(module: Path) -> str:

@@ -52,9 +52,8 @@ const Kernels& pick() {
     names += names.empty() ? "" : ", ";
     names += table->instruction_set;
   }
-  throw std::runtime_error(
-      "SAE_FAST_ISA=" + std::string(wanted) +
-      " is not an instruction set of this build on this processor; there are " + names);
+  throw std::runtime_error("SAE_FAST_ISA must be one of " + names + " on this processor, got " +
+                           std::string(wanted));
 }
 
 }  // namespace
