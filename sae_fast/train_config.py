@@ -88,6 +88,8 @@ class TrainConfig(ConfigFile):
     """Passes over the data, at the start, whose loss is the reconstruction alone. [epochs]"""
     start_from: str | None = None
     """Model to start from, a checkpoint or what save wrote; default: a new one."""
+    start_from_elsewhere: bool = False
+    """Start also from a model of another hook, layer or model than the activations are of."""
 
     learning_rate: float | None = None
     """Peak learning rate, also accepted as lr; default: of adam 2e-4 / sqrt(d_sae / 2**14), half as

@@ -45,7 +45,13 @@ TAKEN = {
     "no_wandb": True,
 }
 # Taken too, beside others than the settings above.
-TAKEN_ELSEWHERE = {"start_from", "resume_from", "momentum", "optimizer_states"}
+TAKEN_ELSEWHERE = {
+    "start_from",
+    "start_from_elsewhere",
+    "resume_from",
+    "momentum",
+    "optimizer_states",
+}
 
 
 def spelt(name: str, value: object) -> list[str]:

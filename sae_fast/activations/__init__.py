@@ -5,7 +5,13 @@ from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
 from sae_fast.activations.heldout import HeldOut, open_heldout, read_labels
 from sae_fast.activations.manifest import write_manifest
-from sae_fast.activations.mixing import ShardMix, check_same_origin, mix_shards
+from sae_fast.activations.mixing import (
+    ShardMix,
+    check_same_origin,
+    full_origin,
+    mix_shards,
+    origin_difference,
+)
 from sae_fast.activations.normalization import estimate_normalization
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
 from sae_fast.activations.source import (
@@ -42,10 +48,12 @@ __all__ = [
     "estimate_normalization",
     "find_shards",
     "find_targets",
+    "full_origin",
     "measure_rows_per_second",
     "mix_shards",
     "open_heldout",
     "open_shards",
+    "origin_difference",
     "read_labels",
     "write_manifest",
     "write_shard",

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from sae_fast.activations.columns import Column
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.shard_set import ShardSet, check_same_width
+from sae_fast.activations.targets import TARGETS
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +157,36 @@ def origin_of(shards: ShardSet) -> dict[str, str]:
             if (value := shard.metadata.get(name)) is not None:
                 found.setdefault(name, str(value))
     return found
+
+
+def full_origin(mix: ShardMix) -> dict[str, Any]:
+    """Return of which activations the shards are, as they say: model, hook, layer, dataset, ...
+
+    Names of which the shards say different things, as of the datasets of a mix, list all of these.
+    Targets from files of their own are described under "targets".
+    """
+    found: dict[str, Any] = {}
+    for name in (*ORIGIN, "revision", "dataset"):
+        values = [s.metadata.get(name) for shards in mix.sets for s in shards.shards]
+        told = dict.fromkeys(str(value) for value in values if value is not None)
+        if told:
+            found[name] = ", ".join(told)
+    targets = mix.targets
+    if targets is not None and targets.sets[0].shards[0].path != mix.sets[0].shards[0].path:
+        found[TARGETS] = full_origin(targets)
+    return {name: value for name, value in found.items() if value}
+
+
+def origin_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return in what two origins differ, in words; None where both may be of one place."""
+    for name in ORIGIN:
+        if name in before and name in now and str(before[name]) != str(now[name]):
+            return f"{name} {before[name]!r}, not {now[name]!r}"
+    ours, theirs = before.get(TARGETS), now.get(TARGETS)
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        difference = origin_difference(ours, theirs)
+        return None if difference is None else f"targets of {difference}"
+    return None
 
 
 def check_origin(shards: ShardSet, before: Mapping[str, str]) -> None:

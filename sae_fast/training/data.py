@@ -22,6 +22,7 @@ from sae_fast.activations import (
     TensorStream,
     Transform,
     estimate_normalization,
+    full_origin,
     read_labels,
 )
 from sae_fast.activations.resident import check_lockable
@@ -58,6 +59,7 @@ class TrainingData:
         heldout_columns: labels beside `heldout`, which arch slots is evaluated with, and targets.
 
     Attributes:
+        origin: of which activations they are, as far as their shards or source say.
         heldout: the rows for evaluation, if any, and `heldout_targets` those of a transcoder,
             batch by batch.
         scans: what was found in the shards, which a resumed run need not read again.
@@ -109,6 +111,8 @@ class TrainingData:
                     f"batch_size must be {config.batch_size}, got a source that serves {served}"
                 )
         first: Any = self._given or (self._shared.source if self._shared else self.open(None))
+        told = getattr(first, "origin", {}) if self._shards is None else full_origin(self._shards)
+        self.origin: Mapping[str, Any] = told
         self.d_in = first.d_in
         self.d_out = 0
         self.rows_per_epoch = first.rows_per_epoch

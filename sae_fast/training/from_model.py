@@ -308,7 +308,13 @@ def _check_train(train: TrainConfig) -> None:
 def _reader(
     shared: SharedSource[HookRows], hook: str, capture: Capture, columns: Mapping[str, Column]
 ) -> SharedReader[HookRows]:
-    return shared.reader(lambda rows: rows[hook], capture.widths[hook], columns)
+    reader = shared.reader(lambda rows: rows[hook], capture.widths[hook], columns)
+    model = capture.recipe(1)["model"]
+    layer = next((item.layer for item in capture.hooked.hooks if item.name == hook), None)
+    told = {"model": model["name"], "hook": hook, "layer": layer, "revision": model["revision"]}
+    told["dataset"] = capture.config.dataset
+    reader.origin = {name: str(value) for name, value in told.items() if value is not None}
+    return reader
 
 
 def _for_every_hook(

@@ -178,6 +178,7 @@ class SharedReader(Generic[Item]):
         self._made_by = (select, *map(_identity, transforms))
         self.d_in = d_in
         self.columns = columns
+        self.origin: dict[str, str] = {}  # of which activations its rows are, if it is known
         self.number, self.sets = shared.beginning
 
     def transformed(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sae_fast.activations import TARGETS, ActivationSource, Transform
+from sae_fast.activations import TARGETS, ActivationSource, Transform, origin_difference
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import SAEConfig, TrainConfig
@@ -58,12 +60,23 @@ def initialize_(
     return sae.initialize_(generator, sample, targets)
 
 
-def start_model(sae: SAEConfig, config: TrainConfig) -> SparseAutoencoder | None:
+def start_model(
+    sae: SAEConfig, config: TrainConfig, origin: Mapping[str, Any]
+) -> SparseAutoencoder | None:
     """The model that `start_from` names; None where a new one is to be made.
 
-    Raises ValueError, naming the setting, where it cannot be what this training starts from.
+    Args:
+        sae: the model that is to be trained.
+        config: names the model to start from.
+        origin: of which activations the training's are, as far as is known.
+
+    Raises:
+        ValueError: naming the setting, where it cannot be what this training starts from, or is of
+            other activations and the settings do not ask for that.
     """
     if config.start_from is None:
+        if config.start_from_elsewhere:
+            raise ValueError("start_from_elsewhere needs start_from, the model to start from")
         if sae.slots_mode == "separate_value":
             raise ValueError(
                 "slots_mode separate_value trains the value heads alone: "
@@ -89,6 +102,12 @@ def start_model(sae: SAEConfig, config: TrainConfig) -> SparseAutoencoder | None
             raise ValueError(
                 f"start_from: {path} is of a model with {name} = {before}, this one has {now}"
             )
+    difference = origin_difference(known.origin, origin)
+    if difference is not None and not config.start_from_elsewhere:
+        raise ValueError(
+            f"start_from: {path} is of {difference}, which these activations are of; "
+            "--start-from-elsewhere starts from it on purpose"
+        )
     return known
 
 

@@ -38,7 +38,8 @@ NAME = "name"
 # What trainings on the same batches may differ in, beside the model.
 OWN_SETTINGS = (
     *("learning_rate", "warmup_steps", "sparsity_warmup_steps", "decay_fraction"),
-    *("k_anneal_start", "k_anneal_steps", "reconstruction_epochs", "start_from", "seed"),
+    *("k_anneal_start", "k_anneal_steps", "reconstruction_epochs", "seed"),
+    *("start_from", "start_from_elsewhere"),
     *("optimizer", "betas", "eps", "momentum", "weight_decay", "grad_clip", "optimizer_states"),
     *("average_decay", "fused", "amp"),
 )

@@ -386,7 +386,7 @@ class Trainer:
         seed_everything(config.seed)
         if checkpoint is None:
             self.sae = SparseAutoencoder(self.sae_config)
-            if (known := start_model(self.sae_config, config)) is not None:
+            if (known := start_model(self.sae_config, config, self.data.origin)) is not None:
                 start_from_(self.sae, known)
             else:
                 normalize_(self.sae, self.data)
@@ -394,6 +394,8 @@ class Trainer:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path)
             for tensor in (*self.sae.parameters(), *self.sae.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, aligned
+        if self.data.origin:
+            self.sae.origin = dict(self.data.origin)
         self.source = open_source(self.sae, self.data)
         on_gpu = self.device.type == "cuda"
         self.batches = StepBatches(self.source, self.device, config.grad_acc_steps, ahead=on_gpu)
