@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.convert_shards"
 EXIT_INTERRUPTED = 130
+FOLDER_BYTES = 200  # in the name of a folder, of which file systems take 255
 DESCRIBED = ("model", "revision", "hook", "layer", "tokenizer", "dataset")
 
 
@@ -114,7 +116,10 @@ def _prepare(options: Options, place: str, out: Path) -> list[Conversion]:
         keys = {choose_key(paths, options.key): out}
     else:
         keys = {key: out / _folder(key) for key in candidates(paths[0])}
-        if len(set(keys.values())) < len(keys) or not keys:
+        usable = all(
+            len(os.fsencode(directory.name)) <= FOLDER_BYTES for directory in keys.values()
+        )
+        if len(set(keys.values())) < len(keys) or not keys or not usable:
             choose_key(paths, None)  # tells what there is
             raise ValueError(f"all_keys: names in {paths[0]} do not make different folders")
     conversions = []

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -269,7 +270,11 @@ def leftovers(folder: Path, known: Sequence[str] = ()) -> None:
 def _fork() -> int:
     sys.stdout.flush()
     sys.stderr.flush()
-    return os.fork()
+    child = os.fork()
+    if child == 0:
+        # The parent's temporary folders are its own to remove, not its child's at exit.
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    return child
 
 
 def _leave(work: Callable[[], object]) -> None:
