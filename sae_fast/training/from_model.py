@@ -353,4 +353,6 @@ def _identity(capture: Capture) -> dict[str, Any]:
     settings = recipe["settings"]
     names = ("heldout_tokens", "batch_size", "ctx_len", "pack", "exclude_special_tokens")
     own = {name: settings[name] for name in (*names, "shuffle_seed", "model_dtype")}
-    return {"model": recipe["model"], "dataset": recipe["dataset"], "hooks": recipe["hooks"], **own}
+    # The column as it was asked for, by which runs begun before it was always recorded go on.
+    dataset = {**recipe["dataset"], "text_column": capture.config.text_column}
+    return {"model": recipe["model"], "dataset": dataset, "hooks": recipe["hooks"], **own}

@@ -137,3 +137,37 @@ def test_a_dataset_that_cannot_be_read_is_one_line(tmp_path, name, options, mess
 def test_a_dataset_without_documents_is_refused():
     with pytest.raises(ValueError, match="dataset: documents has no documents"):
         Documents([])
+
+
+MESSAGES = [{"role": "user", "content": "w2 w3"}, {"role": "assistant", "content": "w4"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"id": "w1", "messages": MESSAGES}, "'messages' holds conversations"),
+        ({"id": "w1", "conversations": MESSAGES}, "apply_chat_template"),
+        ({"input_ids": [1, 5, 6], "source": "w1"}, "'input_ids' holds tokens"),
+        ({"sentences": ["a b", "c"], "source": "w1"}, "'sentences' holds lists"),
+        ({"messages": MESSAGES}, "'messages' holds conversations"),
+    ],
+)
+def test_a_column_of_strings_beside_lists_is_not_taken_for_the_documents(tmp_path, entry, said):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match="has no column 'text'") as error:
+        load_documents(str(path))
+    assert said in str(error.value)
+    assert "--text-column" in str(error.value)
+
+
+def test_a_column_that_is_named_is_taken_beside_lists_and_told(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"body": "a cat", "messages": MESSAGES}))
+    documents = load_documents(str(path), text_column="body")
+    assert (documents.read(0, 1)[1], documents.column) == (["a cat"], "body")
+    path.write_text(json.dumps({"body": "a cat", "number": 1}))
+    assert load_documents(str(path)).column == "body"
+    path.write_text(json.dumps({"text": "a cat", "messages": MESSAGES}))
+    assert load_documents(str(path)).column == "text"
+    assert Documents(["a cat"]).column is None

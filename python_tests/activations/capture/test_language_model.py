@@ -1,5 +1,7 @@
 """Loading a model: its kind, its context, its digests, and one line for what cannot be loaded."""
 
+import json
+
 import pytest
 import torch
 from small_models import CAUSAL, CONTEXT, MASKED, make_network, make_tokenizer, save_model
@@ -95,3 +97,28 @@ def test_a_model_that_encodes_and_decodes_is_refused(tmp_path):
     transformers.T5Config(vocab_size=10).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"an encoder and a decoder in one are not captured"):
         load_language_model(str(tmp_path))
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
+    folder = tmp_path / "remote"
+    save_model(folder, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "own.OwnConfig"}, "model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('this was run')")
+
+    def asked(*_):
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr("builtins.input", asked)
+    with pytest.raises(ValueError, match="it needs code of its own to be run") as error:
+        load_language_model(str(folder))
+    assert "did you mean" not in str(error.value)
+
+
+def test_a_model_that_cannot_be_loaded_is_not_its_own_hint(tmp_path):
+    save_model(tmp_path / "broken", "llama")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(ValueError, match="cannot be loaded: ") as error:
+        load_language_model(str(tmp_path / "broken"))
+    assert "did you mean" not in str(error.value)

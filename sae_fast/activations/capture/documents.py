@@ -51,6 +51,9 @@ class Documents:
         texts: the texts as they stand in the dataset; None where an entry has none.
         name: of the dataset, for errors.
         shuffle_seed: of the order; None keeps that of the dataset.
+
+    Attributes:
+        column: the column of the dataset that holds the texts; None: they are in memory.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Documents:
             raise ValueError(f"dataset: {name} has {len(texts):,} documents, at most 2^31 are read")
         self.name = name
         self._texts = texts if isinstance(texts, TextColumn) else _Listed(texts)
+        self.column = self._texts.name
         self._order: Numbers | None = None
         if shuffle_seed is not None:
             self._order = np.random.default_rng(shuffle_seed).permutation(len(texts))
@@ -93,6 +97,7 @@ class TextColumn:
     """One column of a dataset of the datasets package."""
 
     def __init__(self, dataset: Any, column: str) -> None:
+        self.name: str | None = column
         self._dataset = dataset.select_columns([column])
         self._column = column
 
@@ -110,6 +115,7 @@ class _Listed(TextColumn):
     """Texts that are in memory."""
 
     texts: Sequence[str | None]
+    name: str | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -133,7 +139,8 @@ def load_documents(
         name: of the dataset on the hub, or a folder, a file or a pattern of files.
         config: of a dataset on the hub that has several.
         split: which part of the dataset.
-        text_column: default: text, or else the only column with texts.
+        text_column: default: text, or else the only column with texts, unless another column
+            holds lists, such as the turns of a conversation or tokens, which may be the documents.
         text_split: what a document of a .txt file is, one of TEXT_SPLITS.
         shuffle_seed: of the order; None keeps that of the dataset.
 
@@ -192,12 +199,39 @@ def _text_column(dataset: Any, name: str, wanted: str | None) -> str:
         return wanted
     if DEFAULT_COLUMN in columns:
         return DEFAULT_COLUMN
+    nested = {
+        column: _held_by(feature)
+        for column, feature in dataset.features.items()
+        if hasattr(feature, "feature") or isinstance(feature, list)
+    }
+    if nested:
+        column, what = next(iter(nested.items()))
+        raise ValueError(
+            f"text_column: {name} has no column {DEFAULT_COLUMN!r}, and {column!r} holds {what}: "
+            f"make a column of texts of it ({_REMEDIES[what]}), or name another with "
+            f"--text-column; it has {there}"
+        )
     if len(columns) == 1:
         return columns[0]
     raise ValueError(
         f"text_column: {name} has {len(columns) or 'no'} columns of texts, none of them "
         f"{DEFAULT_COLUMN!r}: name one with --text-column; it has {there}"
     )
+
+
+_REMEDIES = {
+    "tokens": "tokenizer.decode",
+    "conversations": "tokenizer.apply_chat_template with tokenize=False",
+    "lists": "join them",
+}
+
+
+def _held_by(feature: Any) -> str:
+    """What a column of lists most likely holds, one of _REMEDIES."""
+    inner = feature[0] if isinstance(feature, list) else feature.feature
+    if isinstance(inner, dict):
+        return "conversations"
+    return "tokens" if str(getattr(inner, "dtype", "")).startswith(("int", "uint")) else "lists"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ RESIDUAL, ATTENTION, FEED_FORWARD = "residual", "attn_out", "mlp_out"
 
 _ATTENTION_NAMES = re.compile(r"attn|attention")
 _FEED_FORWARD_NAMES = re.compile(r"mlp|ffn|feed_?forward|moe|^ff$")
+_OTHER_SENSES = re.compile(r"visual|vision|image|video|audio|speech")
 _NORM_NAMES = re.compile(r"norm|ln|dropout", re.IGNORECASE)
 
 
@@ -55,8 +56,9 @@ class Blocks:
 def find_blocks(network: nn.Module) -> Blocks:
     """The list of a model's blocks: as long as its configuration says, else the longest.
 
-    Lists inside of another list, such as the experts of a block, do not count. Raises ValueError
-    where there is no list at all.
+    Lists of a part that sees pictures or hears sounds come behind all others. Lists inside of
+    another list, such as the experts of a block, do not count. Raises ValueError where there is no
+    list at all.
     """
     lists = [
         Blocks(path, module)
@@ -66,7 +68,14 @@ def find_blocks(network: nn.Module) -> Blocks:
     if not lists:
         raise ValueError(f"model: {type(network).__name__} has no list of blocks to hook")
     expected = _configured_layers(network)
-    return max(lists, key=lambda found: (len(found.modules) == expected, len(found.modules)))
+    return max(
+        lists,
+        key=lambda found: (
+            _OTHER_SENSES.search(found.path) is None,
+            len(found.modules) == expected,
+            len(found.modules),
+        ),
+    )
 
 
 def resolve_hooks(

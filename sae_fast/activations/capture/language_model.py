@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sae_fast.activations.capture.extra import capture_package
 from sae_fast.activations.capture.hooks import HookPoint
+from sae_fast.activations.capture.probe import probe_tokens, run_on_tokens, sees_later_tokens
 
 AUTO = "auto"
 MODEL_DTYPES = (AUTO, "float32", "bfloat16", "float16")
@@ -93,15 +94,17 @@ def load_language_model(
     transformers = capture_package("transformers")
     kind = dtype if dtype == AUTO else getattr(torch, dtype)
     with _quiet(transformers), _explained(name):
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        # False: code that comes with a model is neither run nor asked about.
+        where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **where)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("an encoder and a decoder in one are not captured, only either alone")
         loader = getattr(transformers, _auto_class(config))
-        network = loader.from_pretrained(name, revision=revision, dtype=kind)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        network = loader.from_pretrained(name, dtype=kind, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
     network = network.to(place).eval().requires_grad_(False)
     commit = getattr(config, "_commit_hash", None)
-    return LanguageModel(network, tokenizer, name, commit, is_causal(config))
+    return LanguageModel(network, tokenizer, name, commit, _sees_only_earlier(network, tokenizer))
 
 
 def loaded_language_model(network: Any, tokenizer: Any) -> LanguageModel:
@@ -117,7 +120,7 @@ def loaded_language_model(network: Any, tokenizer: Any) -> LanguageModel:
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("an encoder and a decoder in one are not captured, only either alone")
     name = getattr(network, "name_or_path", "") or type(network).__name__
-    return LanguageModel(network, tokenizer, name, None, is_causal(config))
+    return LanguageModel(network, tokenizer, name, None, _sees_only_earlier(network, tokenizer))
 
 
 class HookedModel:
@@ -171,11 +174,7 @@ class HookedModel:
 
     def _run(self, tokens: Tensor, mask: Tensor | None) -> None:
         with suppress(_AllFoundError):
-            self.network(
-                input_ids=tokens,
-                attention_mask=None if mask is None else mask.to(torch.int64),
-                **({"use_cache": False} if _caches(self.network) else {}),
-            )
+            run_on_tokens(self.network, tokens, mask)
 
     def _keeper(
         self, hook: HookPoint, tokens: Tensor, found: dict[str, Tensor], versions: dict[str, int]
@@ -213,8 +212,15 @@ def context_length(network: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
+def _sees_only_earlier(network: Any, tokenizer: Any) -> bool:
+    """Whether a token sees only those before it: tried out, or else by the names of the model."""
+    tokens = probe_tokens(network, tokenizer, context_length(network, tokenizer))
+    looks_ahead = None if tokens is None else sees_later_tokens(network, tokens)
+    return is_causal(network.config) if looks_ahead is None else not looks_ahead
+
+
 def is_causal(config: Any) -> bool:
-    """Whether the tokens of a model of this configuration see only those before them."""
+    """Whether a configuration names a model whose tokens see only those before them."""
     if getattr(config, "is_decoder", False) or _class_named(config, "ForCausalLM", "LMHeadModel"):
         return True
     if _class_named(config, "ForMaskedLM"):
@@ -239,10 +245,6 @@ def _class_named(config: Any, *endings: str) -> bool:
     return any(name.endswith(endings) for name in config.architectures or ())
 
 
-def _caches(network: nn.Module) -> bool:
-    return hasattr(getattr(network, "config", None), "use_cache")
-
-
 def _checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -259,8 +261,14 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model: {name} cannot be loaded: it needs code of its own to be run, which is not "
+                "done here; load it yourself, and train on it from Python"
+            ) from error
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        near = difflib.get_close_matches(name, _known_models(name), n=1)
+        others = [other for other in _known_models(name) if Path(other) != Path(name)]
+        near = difflib.get_close_matches(name, others, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"model: {name} cannot be loaded{hint}: {first}") from error
 

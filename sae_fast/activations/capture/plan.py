@@ -102,7 +102,7 @@ class Capture:
                 "name": config.dataset,
                 "config": config.dataset_config,
                 "split": config.split,
-                "text_column": config.text_column,
+                "text_column": documents.column,
                 "text_split": config.text_split,
                 "documents": len(documents),
                 "fingerprint": documents.fingerprint(),

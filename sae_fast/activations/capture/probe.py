@@ -1,0 +1,121 @@
+"""What a network is found to do on a few tokens, where its configuration might not say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast.activations.capture.hooks import find_blocks
+
+PROBE_TOKENS = 8
+PROBED_BLOCKS = 4  # some models look ahead only in every second or third block
+
+
+def probe_tokens(network: nn.Module, tokenizer: Any, context: int | None) -> Tensor | None:
+    """Ordinary tokens [1, T + 1] int64 of a tokenizer; None: it has too few, or none are known."""
+    embeddings = getattr(network, "get_input_embeddings", lambda: None)()
+    known = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else len(tokenizer)
+    special = {*tokenizer.all_special_ids, *_configured_tokens(getattr(network, "config", None))}
+    length = min(PROBE_TOKENS, context or PROBE_TOKENS)
+    ordinary = [token for token in range(min(known, len(tokenizer))) if token not in special]
+    if length < 2 or len(ordinary) < length + 1:
+        return None
+    step = max(1, len(ordinary) // (2 * PROBE_TOKENS))  # the last ones often stand for pictures
+    return torch.tensor([ordinary[: step * (length + 1) : step]])
+
+
+def _configured_tokens(config: Any) -> Iterator[int]:
+    """The tokens that a configuration names, such as pad_token_id, pad_index, image_token_id."""
+    for part in (config, getattr(config, "text_config", None)):
+        for name, value in getattr(part, "__dict__", {}).items():
+            if name.endswith(("_token_id", "_index")) and isinstance(value, int):
+                yield value
+
+
+def sees_later_tokens(network: nn.Module, tokens: Tensor) -> bool | None:
+    """Find out whether the activations of a token change with a token behind it.
+
+    Args:
+        network: a model of language.
+        tokens: [1, T + 1] int64, all different; the last two are tried as the last one.
+
+    Returns:
+        None where the network does not run on tokens alone, has no blocks, or gives the last place
+        the same activations for both.
+    """
+    try:
+        blocks = find_blocks(network).modules
+        one, other = tokens[:, :-1], torch.cat([tokens[:, :-2], tokens[:, -1:]], dim=1)
+        device = next(network.parameters()).device
+        rows = _output_of(
+            network, blocks[min(PROBED_BLOCKS, len(blocks)) - 1], torch.cat([one, other]).to(device)
+        )
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):
+        return None
+    if rows is None or not bool(torch.isfinite(rows).all()) or torch.equal(*rows[:, -1]):
+        return None
+    return _differ(rows)
+
+
+def _differ(rows: Tensor) -> bool:
+    """Whether rows [2, T, D] differ before the last place by more than rounding.
+
+    Those of a causal model are equal to the bit, but for experts that take other numbers of tokens.
+    """
+    if torch.equal(rows[0, :-1], rows[1, :-1]):
+        return False
+    changes = (rows[0].float() - rows[1].float()).norm(dim=1)
+    rounding = 2 * torch.finfo(rows.dtype).eps if rows.dtype.itemsize < 4 else 1e-5
+    return bool(changes[:-1].max() > rounding * changes[-1])
+
+
+def _output_of(network: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor | None:
+    """What a module puts out, [B, T, D], while the network reads `tokens` [B, T]."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        rows = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(rows, Tensor) and rows.shape[:2] == tokens.shape:
+            found.append(rows.clone())
+        raise _Seen
+
+    handle = module.register_forward_hook(keep)
+    try:
+        with as_evaluated(network):
+            run_on_tokens(network, tokens)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found[0] if found else None
+
+
+def run_on_tokens(network: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> None:
+    """Run a network on tokens [B, T], without what it would keep for the next ones."""
+    caches = hasattr(getattr(network, "config", None), "use_cache")
+    network(
+        input_ids=tokens,
+        attention_mask=None if mask is None else mask.to(torch.int64),
+        **({"use_cache": False} if caches else {}),
+    )
+
+
+@contextmanager
+def as_evaluated(network: nn.Module) -> Iterator[None]:
+    """Run a network without gradients and without dropout, and leave it as it was."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Seen(Exception):
+    """Ends a forward pass when the module has run."""
