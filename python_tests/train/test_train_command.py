@@ -2,8 +2,11 @@
 
 import json
 import math
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -103,9 +106,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def spied_init(**settings: Any) -> Any:
         spied = init(**settings)
         log = spied.log
-        monkeypatch.setattr(
-            spied, "log", lambda row, step: (logged.append({**row, "step": step}), log(row, step))
-        )
+        monkeypatch.setattr(spied, "log", lambda row: (logged.append(row), log(row)))
         return spied
 
     monkeypatch.setattr(wandb, "init", spied_init)
@@ -145,3 +146,79 @@ def test_no_wandb_wins_over_a_project(
     arguments = ("--shard-dir", shards, "--wandb-project", "tests")
     assert run_small(*arguments, "--no-wandb")[0] == 0
     refused(run_small(*arguments), "wandb_project", "--no-wandb")
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Weights & Biases online, and no key for it."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # what it read of the environment for another test
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("no_account")
+def test_wandb_without_a_key_is_refused_before_the_first_step(run_small: Run, shards: Path) -> None:
+    arguments = ("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
+    refused(run_small(*arguments), "wandb_project = 'tests'", "WANDB_MODE=offline", "--no-wandb")
+    assert not Path("run/metrics.jsonl").exists()
+    assert run_small(*arguments, "--no-wandb")[0] == 0
+
+
+class RecordingRun:
+    """Takes the place of a run of wandb: keeps what it is told, and fails from a step on."""
+
+    def __init__(self, log: list[Any], fails_at: int | None = None) -> None:
+        self.id, self.summary = "run-1", dict[str, Any]()
+        self._log, self._fails_at = log, fails_at
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self._log.append((name, step_metric))
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._fails_at is not None and row["step"] >= self._fails_at:
+            raise RuntimeError("the service\nhas died")
+        self._log.append(row["step"])
+
+    def finish(self, exit_code: int) -> None:
+        self._log.append(f"finished with {exit_code}")
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, run: RecordingRun) -> list[dict[str, Any]]:
+    given: list[dict[str, Any]] = []
+    module = SimpleNamespace(init=lambda **settings: (given.append(settings), run)[1])
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return given
+
+
+def test_wandb_gets_the_rows_of_a_resumed_run_on_a_step_axis_of_its_own(
+    run_small: Run, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[Any] = []
+    given = _stand_in(monkeypatch, RecordingRun(log))
+    where = ("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
+    assert run_small(*where)[0] == 0
+    shutil.rmtree("run/checkpoints/step-00000006")  # as if killed behind step 4
+    again = ("--resume-from", "run/checkpoints/step-00000004", "--checkpoint-dir", "run")
+    assert run_small(*again)[0] == 0
+    axis = [("step", None), ("*", "step")]
+    assert log == [*axis, 2, 3, 4, 6, "finished with 0", *axis, 6, "finished with 0"]
+    assert [settings["id"] for settings in given] == [None, "run-1"]
+
+
+def test_wandb_that_fails_on_the_way_is_told_once_and_training_goes_on(
+    run_small: Run, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[Any] = []
+    _stand_in(monkeypatch, RecordingRun(log, fails_at=3))
+    where = ("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
+    code, _, err = run_small(*where)
+    assert code == 0
+    assert log[2:] == [2]
+    assert err.count("Weights & Biases fails and gets no more rows: the service has died") == 1
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4

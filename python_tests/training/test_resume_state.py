@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.tensor_files import sha256_of
 from sae_fast.training.checkpoint import CheckpointError, _digest
+from sae_fast.training.schedule import make_schedule
 from sae_fast.training.trainer import Trainer
 
 SAE = SAEConfig(d_sae=32, k=3)
@@ -97,6 +98,8 @@ def _set(*path: Any, to: Any) -> Callable[[State], object]:
         (_set("loss_scaler", "skipped_steps", to=7), "loss_scaler.skipped_steps must be at most 6"),
         (_set("source", to=None), "source must be a JSON object"),
         (_set("best", to={"heldout_fvu": 1, "step": 9}), "best.step must be at most 6"),
+        (_set("scheduler_state", "step", to=5), "scheduler_state.step must be the 6 steps made"),
+        (_set("scheduler_state", "total_steps", to=None), "scheduler_state.total_steps must be"),
         (_set("best", to="x"), "best must be a JSON object"),
         (_set("wandb_id", to=3), "wandb_id must be a string"),
         (_set("random", "python", 1, 3, to=-1), "random.python must be a state"),
@@ -175,3 +178,33 @@ def test_position_that_does_not_fit_the_data_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=f"step-00000006 does not fit this run: .*{message}"):
         Trainer(SAE, resigned(edit), show_progress=False)
+
+
+def test_checkpoint_tells_the_state_of_the_schedule(run: TrainConfig) -> None:
+    path = Path(str(run.checkpoint_dir)) / "checkpoints" / "step-00000003" / "trainer.json"
+    schedule = make_schedule(run, 32, 6)
+    assert json.loads(path.read_text())["scheduler_state"] == {
+        "step": 3,
+        "last_learning_rate": schedule(2),
+        "peak_learning_rate": 1e-3,
+        "warmup_steps": schedule.warmup_steps,
+        "decay_steps": schedule.decay_steps,
+        "total_steps": 6,
+    }
+
+
+def test_run_that_is_extended_tells_how_the_rate_goes_on(
+    resigned: Callable[..., TrainConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    longer = resigned()
+    before, now = make_schedule(RUN, 32, 6), make_schedule(longer, 32, 9)
+    Trainer(SAE, longer, show_progress=False)
+    assert (
+        "the run has 9 steps now, not 6: the learning rate goes on from "
+        f"{before(5):.3g} at step 6 to {now(6):.3g} at the next" in caplog.text
+    )
+    assert f"and ends with {now(8):.3g}" in caplog.text
+    caplog.clear()
+    Trainer(SAE, replace(longer, max_steps=6), show_progress=False)
+    assert "the learning rate goes on" not in caplog.text

@@ -13,9 +13,10 @@ heldout_ce and that of the model by itself, heldout_ce_model, with kl heldout_kl
 """
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from sae_fast.json_files import JSONError, is_integer, is_number, parse_json, sh
 
 Row = dict[str, Any]
 
+logger = logging.getLogger(__name__)
+
+STEP = "step"
 _LONGEST_ROW = 1 << 20  # bytes
 
 
@@ -123,24 +127,47 @@ class WandbLog:
         except ImportError as error:
             remedy = "install it (pip install wandb) or pass --no-wandb"
             raise ValueError(f"wandb_project = {project!r} needs wandb: {remedy}") from error
-        self._run = wandb.init(
-            project=project,
-            dir=str(directory.resolve()),  # its service keeps the working directory it began in
-            config=config,
-            id=run_id,
-            resume="allow",
-            reinit="create_new",  # a sweep has several at a time
-        )
-        self.run_id: str = self._run.id
+        try:
+            self._run = wandb.init(
+                project=project,
+                dir=str(directory.resolve()),  # its service keeps the working directory it began in
+                config=config,
+                id=run_id,
+                resume="allow",
+                reinit="create_new",  # a sweep has several at a time
+            )
+            # Rows after a resume have steps again that W&B has seen, and of its own step count it
+            # takes none twice.
+            self._run.define_metric(STEP)
+            self._run.define_metric("*", step_metric=STEP)
+        except Exception as error:  # without a key, a network, or with settings that it refuses
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"wandb_project = {project!r}: Weights & Biases does not start ({reason[:300]}); "
+                f"WANDB_MODE=offline keeps the log in {directory}, --no-wandb does without"
+            ) from error
+        self.run_id: str | None = self._run.id
+        self._has_failed = False
 
     def write(self, row: Row) -> None:
-        """Logs one row at its step."""
-        self._run.log({name: value for name, value in row.items() if name != "step"}, row["step"])
+        """Logs one row; its step is a metric, over which W&B draws the others."""
+        self._attempt(lambda: self._run.log(row))
 
     def finish(self, summary: dict[str, Any], *, failed: bool = False) -> None:
         """Records the summary and closes the run."""
-        self._run.summary.update(summary)
-        self._run.finish(exit_code=1 if failed else 0)
+        self._attempt(lambda: self._run.summary.update(summary))
+        self._attempt(lambda: self._run.finish(exit_code=1 if failed else 0))
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        """Do without W&B from its first failure on; metrics.jsonl has all rows in any case."""
+        if self._has_failed:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._has_failed = True
+            reason = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("Weights & Biases fails and gets no more rows: %s", reason[:300])
 
 
 def _parse(line: bytes) -> Row:

@@ -37,6 +37,7 @@ def check_values(step: int, state: Mapping[str, Any]) -> None:
     _check_config(state["config"])
     _check_scaler(step, state["loss_scaler"])
     require(isinstance(state["source"], dict), "source", "a JSON object", state["source"])
+    _check_scheduler(step, state.get("scheduler_state"))
     _check_best(step, state.get("best"))
     wandb_id = state.get("wandb_id")
     is_id = wandb_id is None or (isinstance(wandb_id, str) and 0 < len(wandb_id) < 200)
@@ -128,6 +129,20 @@ def _check_scaler(step: int, scaler: Any) -> None:
     }
     for name, (fits, expected) in checks.items():
         require(fits(scaler.get(name)), f"loss_scaler.{name}", expected, scaler.get(name))
+
+
+def _check_scheduler(step: int, scheduler: Any) -> None:
+    """What older versions did not write."""
+    if scheduler is None:
+        return
+    place = "scheduler_state"
+    require(isinstance(scheduler, dict), place, "a JSON object", scheduler)
+    found = scheduler.get("step")
+    require(found == step and is_integer(found), f"{place}.step", f"the {step} steps made", found)
+    for name in ("last_learning_rate", "peak_learning_rate"):
+        require(is_number(scheduler.get(name), 0), f"{place}.{name}", _AMOUNT, scheduler.get(name))
+    for name in ("warmup_steps", "decay_steps", "total_steps"):
+        require(is_integer(scheduler.get(name)), f"{place}.{name}", _COUNT, scheduler.get(name))
 
 
 def _check_best(step: int, best: Any) -> None:

@@ -2,8 +2,9 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sae_fast.config import SAEConfig, TrainConfig
 
@@ -27,6 +28,31 @@ class Schedule:
         rise = (step + 1) / (self.warmup_steps + 1)
         fall = (self.total_steps - step) / (self.decay_steps + 1)
         return self.peak * min(1.0, rise, max(0.0, fall))
+
+    def state(self, step: int) -> dict[str, float]:
+        """What a checkpoint says of the schedule after `step` steps, to be read."""
+        return {
+            "step": step,
+            "last_learning_rate": self(step - 1) if step else 0.0,
+            "peak_learning_rate": self.peak,
+            "warmup_steps": self.warmup_steps,
+            "decay_steps": self.decay_steps,
+            "total_steps": self.total_steps,
+        }
+
+    def told_after(self, state: Mapping[str, Any]) -> str | None:
+        """Say how the rate goes on after a `state` of a run of another length; else None."""
+        step = state["step"]
+        before, now = state["last_learning_rate"], self(step)
+        if state["total_steps"] == self.total_steps or not 0 < step < self.total_steps:
+            return None
+        decay = self.total_steps - self.decay_steps
+        end = f", falls from step {max(decay, step):,} on" if self.decay_steps else ""
+        return (
+            f"the run has {self.total_steps:,} steps now, not {state['total_steps']:,}: the "
+            f"learning rate goes on from {before:.3g} at step {step:,} to {now:.3g} at the next"
+            f"{end} and ends with {self(self.total_steps - 1):.3g}"
+        )
 
 
 def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule:

@@ -56,6 +56,7 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "tokens": trainer.tokens,
         "seconds": trainer.seconds,
         "stalled_seconds": trainer.stalled_seconds,
+        "scheduler_state": trainer.schedules.rate.state(trainer.step),
         "best": trainer.best,
         "loss_scaler": trainer.scaler.state(),
         "source": trainer.batches.state_dict(),
@@ -104,6 +105,9 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     # Dense codes, and a skip connection: torch's products follow the threads.
     if trainer.sae.architecture.waits or trainer.sae_config.skip_connection:
         harmless.remove("num_threads")
+    before = state.get("scheduler_state")  # not in checkpoints of older versions
+    if before is not None and (told := trainer.schedules.rate.told_after(before)) is not None:
+        logger.info("%s", told)
     _tell_changes(state["config"]["train"], trainer.config.to_dict()["train"], harmless)
 
 
