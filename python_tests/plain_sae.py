@@ -122,6 +122,9 @@ def plain_decorrelation(sae):
         return cosines.masked_fill(~others, -torch.inf).amax(1).square().mean()
     total = cosines.fill_diagonal_(0).square().sum()
     n_pairs = config.d_sae * (config.d_sae - 1)
+    if config.decorrelation == "gram_scaled":
+        width = config.target_width if config.loss_fn == "mse" else 1
+        return total / config.d_sae * width / 16
     return total if config.decorrelation == "gram_sum" else total / n_pairs
 
 

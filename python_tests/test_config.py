@@ -191,7 +191,7 @@ BAD_SAE_VALUES = [
     ),
     ({"reconstruction_coeff": -1}, "reconstruction_coeff must be at least 0, got -1"),
     ({"l1_penalty_coeff": -1}, "l1_penalty_coeff must be at least 0"),
-    ({"decorrelation": "max"}, "decorrelation must be one of 'gram_mean', 'gram_sum'"),
+    ({"decorrelation": "max"}, "decorrelation must be one of 'gram_scaled', 'gram_mean'"),
     ({"decorrelation_chunk": 1}, "decorrelation_chunk must be at least 2, got 1"),
     (
         {"decorrelation": "gram_sum"},

@@ -136,9 +136,11 @@ class DictionaryConfig(ConfigFile):
     """How fast: the weight's logarithm moves so far in a step while L0 is off by a factor of e."""
     decorrelation_coeff: float = 0.0
     """Weight of the decorrelation of decoder rows, in the form that decorrelation names."""
-    decorrelation: Literal["gram_mean", "gram_sum", "chunked_max"] = "gram_mean"
-    """Squared cosine of two decoder rows, averaged over all pairs (gram_mean) or summed (gram_sum);
-    or that of a row and the nearest one in a random chunk, averaged over rows (chunked_max)."""
+    decorrelation: Literal["gram_scaled", "gram_mean", "gram_sum", "chunked_max"] | None = None
+    """Squared cosine of two decoder rows: summed over the others, averaged over rows, in units of
+    1/16 of the reconstruction error of the mean, so that a weight of 0.1 acts at every size
+    (gram_scaled, the default); as it is, averaged over pairs (gram_mean) or summed (gram_sum); or
+    that of a row and the nearest in a random chunk, averaged over rows (chunked_max)."""
     decorrelation_chunk: int = 1024
     """Rows in a chunk of chunked_max, at least; every batch has other chunks. [latents]"""
     sparsity_penalty: Literal["l0_target", "l0", "tanh"] | None = None
@@ -265,7 +267,7 @@ class DictionaryConfig(ConfigFile):
 
     def _complete_sparsity(self) -> None:
         """The decoder's norm, the penalty and its weight, where left to the architecture."""
-        defaults: dict[str, object] = {"l1_penalty_coeff": 0.0}
+        defaults: dict[str, object] = {"l1_penalty_coeff": 0.0, "decorrelation": "gram_scaled"}
         if self.arch in _BELONG_TO["target_l0_rate"]:
             defaults["l1_penalty_coeff"] = self._default_l1
         if self.arch in _BELONG_TO["decoder_norm"]:
@@ -314,7 +316,7 @@ class DictionaryConfig(ConfigFile):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
         self._require("decorrelation_chunk", self.decorrelation_chunk >= 2, "at least 2")
-        if self.decorrelation != "gram_mean" and self.decorrelation_coeff == 0:
+        if self.decorrelation in ("gram_sum", "chunked_max") and self.decorrelation_coeff == 0:
             raise ValueError(
                 f"decorrelation = {self.decorrelation!r} needs a decorrelation_coeff above 0"
             )
@@ -378,6 +380,11 @@ class DictionaryConfig(ConfigFile):
     @property
     def _default_l1(self) -> float:
         return DEFAULT_L1 * self._variance / self.target_width
+
+    @property
+    def error_of_the_mean(self) -> float:
+        """Reconstruction error per token of the mean, of normalised data: d_in, or 1 with fvu."""
+        return self._variance
 
     @property
     def _variance(self) -> float:

@@ -55,8 +55,10 @@ class SAEConfig(DictionaryConfig):
     below correlation_split; default: 0.01 with slots that are aligned, otherwise 0."""
     orthogonality_coeff: float | None = None
     """The same for pairs of a latent below correlation_split and one that is not."""
-    correlation_pairs: Literal["mean", "sum"] = "mean"
-    """Whether both are means over pairs of latents that are not silent in the batch, or sums."""
+    correlation_pairs: Literal["scaled", "mean", "sum"] | None = None
+    """Whether both are means over pairs of latents that are not silent in the batch (mean), sums
+    (sum), or sums per latent in units of the reconstruction error of the mean, so that a weight of
+    0.01 acts at every size (scaled); default: scaled."""
     correlation_split: int | None = None
     """Where the second group of latents begins; default: at the relation slots, or there is none.
     [latents]"""
@@ -113,6 +115,7 @@ class SAEConfig(DictionaryConfig):
     def _complete_slots(self) -> None:
         """Labels, target, and the coefficients of the terms that the mode has, where left open."""
         defaults: dict[str, object] = dict.fromkeys(_COEFFICIENTS, 0.0)
+        defaults["correlation_pairs"] = "scaled"
         if self.arch == "slots":
             mode = self.slots_mode or "joint"
             self._refuse_untrained(mode)

@@ -19,6 +19,12 @@ def make_codes():
 
 def of_pairs(h, reduction):
     """Both losses by the definition, in float64, over the latents that vary."""
+    if reduction == "scaled":
+        first, second = SPLIT - 2, F - SPLIT - 1
+        # More latents than directions in the first group, fewer in the second.
+        divisors = first * (first / (N - 1)), second * (first / (N - 1))
+        sums = of_pairs(h, "sum")
+        return [total / divisor for total, divisor in zip(sums, divisors, strict=True)]
     varies = h.std(0) > 0
     centred = h - h.mean(0)
     unit = centred / torch.linalg.vector_norm(centred, dim=0).where(varies, torch.ones(()))
@@ -28,7 +34,7 @@ def of_pairs(h, reduction):
     return [getattr(squares[block][pairs[block]], reduction)() for block in blocks]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["scaled", "mean", "sum"])
 def test_losses_and_gradients_are_those_of_all_pairs(reduction):
     h = make_codes().requires_grad_()
     exact = h.detach().double().requires_grad_()
@@ -41,7 +47,7 @@ def test_losses_and_gradients_are_those_of_all_pairs(reduction):
         torch.testing.assert_close(grad.double(), wanted_grad, rtol=1e-5, atol=1e-5 * size)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", ["scaled", "mean", "sum"])
 def test_each_loss_alone_is_the_one_of_both(reduction):
     h = make_codes()
     losses = correlation_losses(h, SPLIT, reduction=reduction)
@@ -83,5 +89,5 @@ def test_latents_without_common_activity_are_below_those_with():
 
 
 def test_unknown_reduction_is_refused():
-    with pytest.raises(ValueError, match="reduction must be mean or sum, got 'none'"):
+    with pytest.raises(ValueError, match="reduction must be scaled, mean or sum, got 'none'"):
         independence_loss(make_codes(), SPLIT, reduction="none")

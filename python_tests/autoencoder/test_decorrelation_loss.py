@@ -22,6 +22,8 @@ def test_gram_sum_is_the_literal_sum_over_ordered_pairs():
     assert float(found) > 400 * (400 - 16) / 16
     mean = decorrelation_loss(W_dec, "gram_mean", NEXT, 2)
     torch.testing.assert_close(mean, found / (400 * 399))
+    scaled = decorrelation_loss(W_dec, "gram_scaled", NEXT, 2, 16.0)
+    torch.testing.assert_close(scaled, found / 400)
 
 
 @pytest.mark.parametrize(("form", "is_noticed"), [("gram_sum", False), ("chunked_max", True)])

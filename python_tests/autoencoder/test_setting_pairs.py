@@ -109,11 +109,12 @@ def guided_terms(sae, acts, columns):
         terms["temporal_loss"] = config.temporal_smoothness_coeff * changes.mean()
     split, how = config.group_split, config.correlation_pairs
     low, high = acts[:, :split], acts[:, split:]
+    width = config.target_width if config.loss_fn == "mse" else 1
     if config.independence_coeff:
-        loss = correlation_sum(low, low, how, same=True)
+        loss = correlation_sum(low, low, how, same=True, width=width)
         terms["independence_loss"] = config.independence_coeff * loss
     if config.orthogonality_coeff:
-        loss = correlation_sum(low, high, how, same=False)
+        loss = correlation_sum(low, high, how, same=False, width=width)
         terms["orthogonality_loss"] = config.orthogonality_coeff * loss
     return terms
 

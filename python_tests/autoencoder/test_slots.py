@@ -57,8 +57,8 @@ def make_labels():
     return {"relations": relations, "answers": answers}
 
 
-def correlation_sum(first, second, pairs, same):
-    """Σ ρ² over pairs of columns, or its mean over pairs of those that vary."""
+def correlation_sum(first, second, pairs, same, width=1):
+    """Σ ρ² over pairs of columns, its mean over pairs of those that vary, or per latent of them."""
 
     def unit(h):
         centred = h - h.mean(0)
@@ -70,6 +70,9 @@ def correlation_sum(first, second, pairs, same):
     squares = (a.t() @ b).square()
     total = squares.sum() - (squares.diagonal().sum() if same else 0)
     count = n_first * (n_first - 1) if same else n_first * n_second
+    if pairs == "scaled":
+        fewer, more = sorted((n_first, n_second))
+        return total * width / (max(fewer, 1) * max(more / (len(first) - 1), 1))
     return total if pairs == "sum" else total / max(count, 1)
 
 
@@ -99,9 +102,9 @@ def plain_terms(sae, x, relations, answers):
         "l1_loss": config.l1_penalty_coeff * (acts * norms)[:, :free].sum(1).mean(),
         "alignment_loss": config.alignment_coeff * torch.stack(distances).mean(),
         "independence_loss": config.independence_coeff
-        * correlation_sum(h[:, :free], h[:, :free], pairs, same=True),
+        * correlation_sum(h[:, :free], h[:, :free], pairs, same=True, width=x.shape[1]),
         "orthogonality_loss": config.orthogonality_coeff
-        * correlation_sum(h[:, :free], h[:, free:], pairs, same=False),
+        * correlation_sum(h[:, :free], h[:, free:], pairs, same=False, width=x.shape[1]),
     }
     if surprises:
         terms["value_loss"] = config.value_loss_coeff * torch.stack(surprises).mean()

@@ -1,8 +1,10 @@
-"""Penalties on decoder rows that point the same way, as pure functions, in three forms.
+"""Penalties on decoder rows that point the same way, as pure functions, in four forms.
 
 gram_sum is Σ_{i≠j} (ŵ_i·ŵ_j)². It grows with F²: about F (F − 1) / D for random rows, never below
-F (F − D) / D, however well they are trained. gram_mean is that per pair of latents. Neither notices
-two equal rows among many; chunked_max does, which penalises a row's nearest other one only (OrtSAE,
+F (F − D) / D, however well they are trained. gram_mean is that per pair of latents, 1 / D for
+random rows, and too small for a weight of 0.1 to act beside an error of D. gram_scaled is gram_sum
+per latent, in units of a 16th of the reconstruction error of the mean. None of these notices two
+equal rows among many; chunked_max does, which penalises a row's nearest other one only (OrtSAE,
 arXiv:2509.22033).
 """
 
@@ -17,6 +19,10 @@ from sae_fast.ops.full_precision import matmul
 
 _SHORTEST = 1e-12
 _MASK = 0xFFFF_FFFF
+# With a weight of 0.1, 160 steps on MiniLM and F / D of 8 and 2 it takes 49 and 41 % of the mean
+# squared cosine, for 0.8 % more held-out error and 1.7 % less. A whole unit takes 55 and 77 %, for
+# 1.7 and 4.5 % more.
+_SCALED_SHARE = 1 / 16
 
 
 def decorrelation_loss(
@@ -24,20 +30,24 @@ def decorrelation_loss(
     form: str,
     draw: Tensor | None,  # 0-d int64
     chunk: int,
+    error_of_the_mean: float = 1.0,
 ) -> Tensor:
     """The penalty of a decoder, 0-d.
 
     Args:
         W_dec: decoder rows, of any length.
-        form: "gram_mean", "gram_sum" or "chunked_max".
+        form: "gram_scaled", "gram_mean", "gram_sum" or "chunked_max".
         draw: which of the random divisions into chunks chunked_max takes; the others take none.
         chunk: latents in a chunk, at least 2.
+        error_of_the_mean: reconstruction error that the mean has, the unit of gram_scaled.
     """
     if form == "chunked_max":
         assert draw is not None
         return chunked_max(W_dec, draw, chunk)
     d_sae = len(W_dec)
     total = ops.decorrelation(W_dec)
+    if form == "gram_scaled":
+        return total * (error_of_the_mean * _SCALED_SHARE / d_sae)
     return total if form == "gram_sum" else total / max(d_sae * (d_sae - 1), 1)
 
 

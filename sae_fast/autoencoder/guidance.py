@@ -77,9 +77,11 @@ class Guidance:
     ) -> dict[str, Tensor]:
         """The terms on pairs of latents, with their coefficients."""
         config = self.config
-        found = correlation_losses(dense, config.group_split, reduction=config.correlation_pairs)
+        how = config.correlation_pairs or "scaled"
+        found = correlation_losses(dense, config.group_split, reduction=how)
+        unit = config.error_of_the_mean if how == "scaled" else 1.0
         both = {"independence_loss": found.independence, "orthogonality_loss": found.orthogonality}
-        return {name: weight * both[name] for name, weight in self.correlations.items()}
+        return {name: weight * unit * both[name] for name, weight in self.correlations.items()}
 
     def rescale_(self, own: dict[str, Tensor], factor: Tensor) -> None:
         """Follow a change of the units that the code's values are in."""

@@ -512,7 +512,9 @@ class SparseAutoencoder(Measures):
         if config.decorrelation_coeff == 0:
             return self.W_dec.new_zeros(())
         form, chunk = config.decorrelation, config.decorrelation_chunk
-        penalty = decorrelation_loss(self.W_dec, form, self.decorrelation_draw, chunk)
+        assert form is not None
+        draw, unit = self.decorrelation_draw, config.error_of_the_mean
+        penalty = decorrelation_loss(self.W_dec, form, draw, chunk, unit)
         return config.decorrelation_coeff * penalty
 
     @torch.no_grad()

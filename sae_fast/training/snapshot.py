@@ -8,6 +8,7 @@ Biases id.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,13 @@ def sized_config(
             f"{checkpoint.path} is of a model with d_in = {before.d_in}, "
             f"these activations are {d_in} wide"
         )
-    config = config.with_d_in(d_in, d_out)
+    # Forms that are left open go on as they were, also where their default has changed since.
+    forms = {
+        name: getattr(before, name)
+        for name in ("decorrelation", "correlation_pairs")
+        if getattr(config, name) is None
+    }
+    config = replace(config, **forms).with_d_in(d_in, d_out)
     for name, value in config.to_dict().items():
         known = getattr(before, name)
         if name != "expansion_factor" and known != value:  # that one only says d_sae again
