@@ -31,7 +31,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     require_unicode(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", _CHECKSUM: _checksum(tensors)}
+    # One entry: the library writes several in an order that changes from file to file.
+    metadata = {_CHECKSUM: _checksum(tensors)}
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
