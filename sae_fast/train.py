@@ -153,7 +153,8 @@ def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) 
         given = _as_from_model(given, sources, from_model)
     directory = sources.checkpoint_dir or given["train"].get("checkpoint_dir")
     reference = sources.resume_from or given["train"].get("resume_from")
-    if reference is not None and from_model is None:
+    # What one training of a sweep has on its own is not what the others begin with.
+    if reference is not None and from_model is None and sources.sweep is None:
         before, found = _resumed_settings(reference, directory)
         given = {section: {**before[section], **given[section]} for section in given}
         given["train"]["checkpoint_dir"] = directory or found

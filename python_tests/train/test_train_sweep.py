@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,3 +106,15 @@ def test_a_directory_that_holds_another_sweep_is_not_written_over(
     assert main(command) == 0
     assert main(command) == 2
     assert "error: k_1: runs/k_1 already holds a run" in capsys.readouterr().err
+
+
+def test_a_sweep_of_architectures_goes_on_where_one_training_alone_has_saved() -> None:
+    _write([{"name": "topk", "k": 2}, {"name": "relu", "arch": "relu", "l1_penalty_coeff": 0.1}])
+    command = [*FLAGS, "--sweep", "sweep.json", "--max-steps", "4"]
+    assert main(command) == 0
+    shutil.rmtree("runs/relu")
+    for step in (2, 4):
+        shutil.rmtree(f"runs/topk/checkpoints/step-{step:08d}")
+    assert main([*command, "--resume-from", "latest"]) == 0
+    runs = json.loads(Path("runs/sweep.json").read_text())["runs"]
+    assert [summary["steps"] for summary in runs.values()] == [4, 4]

@@ -88,6 +88,13 @@ def test_a_refused_start_leaves_nothing(
     _trainer(activations, run).train()
 
 
+def test_a_refused_start_on_shards_leaves_nothing(shard_dir: Path, tmp_path: Path) -> None:
+    run = replace(RUN, shard_dir=str(shard_dir), checkpoint_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="start_from"):
+        Trainer(SAE, replace(run, start_from=str(tmp_path / "nowhere")), show_progress=False)
+    assert _names(tmp_path) == []
+
+
 def test_a_failed_first_checkpoint_leaves_nothing(
     activations: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +253,19 @@ def test_trainings_of_a_sweep_keep_a_checkpoint_in_common(shard_dir: Path, tmp_p
     for trainer in resumed.trainers.values():
         assert trainer.checkpoints is not None
         assert set(trainer.checkpoints.steps()) == {trainer.summary["best_step"], 8}
+
+
+def test_a_finished_run_that_is_resumed_names_its_checkpoint(
+    activations: torch.Tensor, tmp_path: Path
+) -> None:
+    """As after a kill between the last checkpoint and the results."""
+    _trainer(activations, tmp_path).train()
+    whole = json.loads((tmp_path / "training_history.json").read_text())["summary"]
+    (tmp_path / "training_history.json").unlink()
+    _trainer(activations, tmp_path, resume_from="latest").train()
+    again = json.loads((tmp_path / "training_history.json").read_text())["summary"]
+    assert again.keys() == whole.keys()
+    assert again["checkpoint"] == whole["checkpoint"]
 
 
 def test_a_refused_training_of_a_sweep_leaves_no_directory(shard_dir: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.activations.files import replacing
+from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.tensor_files import require_unicode
@@ -20,6 +21,8 @@ from sae_fast.training.metrics import Row
 from sae_fast.training.plot import plot_run
 
 LOCK = ".run.lock"
+CONFIG = "config.json"
+_WRITTEN_AT_START = (CONFIG, RECORD_NAME)
 # Written aside by a process that a kill ended.
 LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
 MODE_DIRECTORIES = {
@@ -40,7 +43,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints)
         self._lock = FileLock(path / LOCK)
-        self._made: list[Path] = []  # what this object has made, the last first
+        self._made: list[Path] = []  # what was not there before, the innermost first
 
     @property
     def metrics(self) -> Path:
@@ -65,7 +68,8 @@ class RunDirectory:
         require_unicode(self.path)
         directory = self.checkpoints.directory
         try:
-            missing = [path for path in (directory, *directory.parents) if not path.exists()]
+            own = [self.path / name for name in _WRITTEN_AT_START]
+            missing = [path for path in (*own, directory, *directory.parents) if not path.exists()]
             directory.mkdir(parents=True, exist_ok=True)
             self._made.extend(missing)
             try:
@@ -122,10 +126,7 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json whole or not at all."""
-        path = self.path / "config.json"
-        if not path.exists():
-            self._made.insert(0, path)
-        with replacing(path) as aside:
+        with replacing(self.path / CONFIG) as aside:
             config.save(aside)
 
     def write_results(self, config: RunConfig, rows: list[Row], summary: dict[str, Any]) -> None:

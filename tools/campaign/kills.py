@@ -1,11 +1,11 @@
 """Trainings killed at a call that changes a file, resumed, and compared with undisturbed ones.
 
 Every try trains one of `CONFIGURATIONS` in a forked child. The library made of kills.c counts its
-calls that change files and kills it at one of them, before the call or in the middle of a write;
-the next try of a configuration takes another call, so that all are struck in turn. The command with
-`--resume-from latest` then must end with the files of the undisturbed run, to the bit, whatever
-depends on the clock aside, and with no others. Some tries kill the resumed run too. Some raise
-SIGINT or SIGTERM instead, after which the run must end at a step with the documented code.
+calls that change files and kills it at one of them, before the call or in the middle of a write.
+The command with `--resume-from latest` then must end with the files of the undisturbed run, to the
+bit, and with no others; only what depends on the clock may differ. Some tries kill the resumed run
+too. Some raise SIGINT or SIGTERM instead, after which the run must end at a step with the
+documented code.
 """
 
 from __future__ import annotations
@@ -138,10 +138,9 @@ CONFIGURATIONS = {
 # What depends on the clock, and the sum over it.
 _TIMES = {
     *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction", "seconds"),
-    *("stalled_seconds", "digest", "resume_from"),
+    *("stalled_seconds", "scanned_at", "digest", "resume_from"),
 }
 _SIGNALS = {signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
-_STRIDE = 61  # between the calls that tries of a configuration strike, one after the other
 
 
 def _prepare(shared: Path) -> None:
@@ -207,10 +206,9 @@ def _refuse_link(*_: object, **__: object) -> None:
 
 def _attempt(attempt: Try) -> str:
     names = list(CONFIGURATIONS)
-    name, turn = names[attempt.number % len(names)], attempt.number // len(names)
+    name = names[attempt.number % len(names)]
     count = json.loads((attempt.shared / "counts.json").read_text())[name]
-    offset = attempt.random.randrange(count) if turn >= count else 0
-    call = 1 + (turn * _STRIDE + offset) % count
+    call = attempt.random.randint(1, count)
     go = partial(_train, CONFIGURATIONS[name], attempt.shared, attempt.folder)
     if attempt.random.random() < 0.2:
         number = attempt.random.choice(list(_SIGNALS))
@@ -261,7 +259,7 @@ def _compare(expected: Path, found: Path, *, checkpoints: bool = True) -> None:
             if os.readlink(one) != os.readlink(other):
                 raise Failed(f"{name} names {os.readlink(other)}, not {os.readlink(one)}")
         elif one.is_file() and _content(one) != _content(other):
-            raise Failed(f"{name} differs")
+            raise Failed(f"{name} differs{_first_difference(_content(one), _content(other))}")
 
 
 def _names(folder: Path) -> Iterator[str]:
@@ -292,6 +290,18 @@ def _content(path: Path) -> Any:
     if path.suffix == ".jsonl":
         return [_plain(json.loads(line)) for line in path.read_text().splitlines()]
     return path.read_bytes()
+
+
+def _first_difference(one: Any, other: Any) -> str:
+    """The place of the first difference between two values of JSON, and both values there."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        pairs = [(str(key), one[key], other[key]) for key in one]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(str(number), *pair) for number, pair in enumerate(zip(one, other, strict=True))]
+    else:
+        return "" if isinstance(one, bytes) else f": {one!r:.200} and {other!r:.200}"
+    place, one, other = next(pair for pair in pairs if pair[1] != pair[2])
+    return f", {place}{_first_difference(one, other)}"
 
 
 def _plain(value: Any) -> Any:
