@@ -40,7 +40,7 @@ def test_directory_holds_two_files_and_no_pickle(saved):
 
 
 def test_loaded_model_can_be_trained(saved):
-    loaded = SparseAutoencoder.from_pretrained(saved[1])
+    loaded = SparseAutoencoder.from_pretrained(saved[1], trainable=True)
     loaded.training_loss(make_batch(loaded)).total.backward()
     assert loaded.W_enc.grad is not None
 

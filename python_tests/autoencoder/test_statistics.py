@@ -171,6 +171,7 @@ def test_reconstruction_error_is_in_the_units_of_the_activations():
             "fvu": float(fvu),
             "explained_variance": 1 - float(fvu),
             "explained_variance_overall": 1 - float(error.square().mean() / flat.var()),
+            "relative_error": float(error.norm() / flat.norm()),
             "cosine": float(cosine),
         }
     )

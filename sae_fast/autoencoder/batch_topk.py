@@ -35,7 +35,7 @@ class BatchTopK(TopK):
     def buffers(self) -> dict[str, Tensor]:
         """`threshold`, and how many batches have set it; both 0-d."""
         return {
-            "threshold": torch.zeros(()),
+            "threshold": torch.zeros((), dtype=torch.float32),
             "threshold_updates": torch.zeros((), dtype=torch.int64),
         }
 
@@ -70,7 +70,7 @@ class BatchTopK(TopK):
         least = torch.where(values > 0, values, torch.inf).amin()
         found = torch.isfinite(least)
         updates.add_(found)
-        rate = (_FORGETTING / updates.clamp_min(1)).clamp(1 / _WINDOW, 1.0)
+        rate = (_FORGETTING / updates.clamp_min(1).float()).clamp(1 / _WINDOW, 1.0)
         threshold.add_(torch.where(found, rate * (least - threshold), 0.0))
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sae_fast import ops
+from sae_fast.autoencoder.losses import ratio
 
 # "mean": over pairs of latents that are not silent in the batch. "sum": the literal sum over pairs,
 # which grows with the square of the number of latents. "scaled": the sum per latent, of the smaller
@@ -54,7 +55,7 @@ def _per_latent(
 ) -> Tensor:
     """See `Reduction`: a sum over pairs of `first` and `second` latents per latent."""
     fewer, more = torch.minimum(first, second), torch.maximum(first, second)
-    return total / (fewer.clamp_min(1) * (more / directions).clamp_min(1))
+    return total / (fewer.clamp_min(1) * ratio(more, directions).clamp_min(1))
 
 
 def independence_loss(

@@ -23,7 +23,8 @@ class Gated(Thresholded):
 
     def parameters(self) -> dict[str, Tensor]:
         """`r_mag` and `b_mag`, [F]: at first the magnitude is the gate's."""
-        return {name: torch.zeros(self.config.d_sae) for name in ("r_mag", "b_mag")}
+        start = torch.zeros(self.config.d_sae, dtype=torch.float32)
+        return {name: start.clone() for name in ("r_mag", "b_mag")}
 
     def infer(
         self,

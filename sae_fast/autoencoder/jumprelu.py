@@ -37,7 +37,8 @@ class JumpReLU(Thresholded):
 
     def parameters(self) -> dict[str, Tensor]:
         """`threshold`, θ [F]."""
-        return {_THRESHOLD: torch.full((self.config.d_sae,), self.config.jumprelu_init_threshold)}
+        start = self.config.jumprelu_init_threshold
+        return {_THRESHOLD: torch.full((self.config.d_sae,), start, dtype=torch.float32)}
 
     def learning_rates(self) -> dict[str, float]:
         """That of the threshold."""

@@ -90,6 +90,14 @@ def one_by_variance(
     return torch.where(variance <= rounding, 0.0, variance.reciprocal())
 
 
+def ratio(
+    count: Tensor,  # whole numbers
+    of: int | Tensor,
+) -> Tensor:
+    """Divide whole numbers in float32, whatever torch's default dtype is."""
+    return count.float() / of
+
+
 def steady_sum(
     x: Tensor,  # any shape
 ) -> Tensor:

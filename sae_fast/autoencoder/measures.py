@@ -102,8 +102,9 @@ class Measures(Units):
 
         squared_error: Σ_d (x̂ − x)², averaged over tokens; mse: the same per number; fvu: Σ (x̂ − x)²
         by Σ (x − mean(x))² over all tokens; explained_variance: 1 − fvu;
-        explained_variance_overall: 1 − mse / x.var(), with one variance of all numbers; cosine: of
-        x and x̂, averaged over tokens.
+        explained_variance_overall: 1 − mse / x.var(), with one variance of all numbers;
+        relative_error: |x̂ − x| / |x|, the norms over all tokens; cosine: of x and x̂, averaged over
+        tokens.
         """
         return statistics.reconstruction_error(*self._rows_of_both(x, x_hat))
 

@@ -64,6 +64,7 @@ class SparseAutoencoder(Measures):
     tokens_since_fired: Tensor  # [F] int64
     decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
 
+    @torch.inference_mode(False)
     def __init__(self, config: SAEConfig | RunConfig):
         super().__init__()
         if isinstance(config, RunConfig):
@@ -77,13 +78,15 @@ class SparseAutoencoder(Measures):
         self.origin: dict[str, Any] = {}
         self.architecture = ARCHITECTURES[config.arch](config)
         self.guidance = Guidance(config)
-        self.W_enc = nn.Parameter(torch.empty(config.d_sae, config.d_in))
-        self.b_enc = nn.Parameter(torch.zeros(config.d_sae))
-        self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.target_width))
-        self.b_dec = nn.Parameter(torch.zeros(config.target_width))
-        self.register_buffer("activation_mean", torch.zeros(config.d_in))
-        self.register_buffer("activation_scale", torch.ones(()))
-        self.register_buffer("tokens_since_fired", torch.zeros(config.d_sae, dtype=torch.int64))
+        dtype = torch.float32  # whatever the default is: the kernels take no other
+        d_in, d_sae, width = config.d_in, config.d_sae, config.target_width
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, width, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(width, dtype=dtype))
+        self.register_buffer("activation_mean", torch.zeros(d_in, dtype=dtype))
+        self.register_buffer("activation_scale", torch.ones((), dtype=dtype))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         has_chunks = config.decorrelation == "chunked_max"
         draw = torch.zeros((), dtype=torch.int64) if has_chunks else None
         self.register_buffer("decorrelation_draw", draw)
@@ -92,7 +95,7 @@ class SparseAutoencoder(Measures):
         for name, start in (self.architecture.buffers() | transcoder_buffers(config)).items():
             self.register_buffer(name, start)
         subtracts_nothing = config.transcoder or not config.subtract_b_dec
-        no_bias = torch.zeros(config.d_in) if subtracts_nothing else None
+        no_bias = torch.zeros(d_in, dtype=dtype) if subtracts_nothing else None
         self.register_buffer("no_bias", no_bias, persistent=False)
         self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
@@ -269,7 +272,7 @@ class SparseAutoencoder(Measures):
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         total, components = self._weighted_sum(own, x, labels, starts, reconstruction_only)
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
-        components["l0"] = own.code.fires().sum() / own.code.n_rows
+        components["l0"] = losses.ratio(own.code.fires().sum(), own.code.n_rows)
         if self.config.transcoder:
             variance = variance + losses.total_variance(x.detach())
         return TrainingLoss(total, components, own.code, variance)
@@ -422,6 +425,7 @@ class SparseAutoencoder(Measures):
         self.architecture.rescale_(self.weights, factor)
         self.guidance.rescale_(self.weights.own, factor)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def fold_normalization(self) -> SparseAutoencoder:
         """The same function of raw activations, as a model without normalisation.
@@ -453,10 +457,18 @@ class SparseAutoencoder(Measures):
         write_model(directory, self.config, self.state_dict(), self.origin)
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
-        cls, directory: str | Path, device: str | torch.device = "cpu"
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        trainable: bool = False,
     ) -> SparseAutoencoder:
         """Read what `save` wrote, or a checkpoint of a training run.
+
+        The model is in evaluation mode and records no gradients of its parameters, so that calls
+        keep nothing but their results; with `trainable` it is ready to be trained.
 
         Raises FileNotFoundError or ValueError, one line naming the file and what is wrong with it.
         """
@@ -467,8 +479,8 @@ class SparseAutoencoder(Measures):
         tensors = read_tensors(directory, sae.state_dict(), device)
         sae.load_state_dict(tensors, assign=True)
         if sae.no_bias is not None:  # not in the file: all zeros
-            sae.no_bias = torch.zeros(config.d_in, device=device)
-        return sae
+            sae.no_bias = torch.zeros(config.d_in, dtype=torch.float32, device=device)
+        return sae.train(trainable).requires_grad_(trainable)
 
     def kept_copies(self, session: object = None) -> AbstractContextManager[None]:
         """Keep the weights in the kernels' format between calls inside this context.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae_fast import ops
-from sae_fast.autoencoder.losses import steady_sum
+from sae_fast.autoencoder.losses import ratio, steady_sum
 from sae_fast.config import SAEConfig
 from sae_fast.ops.full_precision import addmm
 
@@ -49,8 +49,8 @@ class Probe:
         """Start values: all predictions are equal."""
         outputs = self.config.probe_outputs
         return {
-            "W_probe": torch.zeros(self.config.d_sae, outputs),
-            "b_probe": torch.zeros(outputs),
+            "W_probe": torch.zeros(self.config.d_sae, outputs, dtype=torch.float32),
+            "b_probe": torch.zeros(outputs, dtype=torch.float32),
         }
 
     def loss(
@@ -91,7 +91,7 @@ def _classification(
     surprise = functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
     n_labelled = labelled.sum()
     right = ((logits.argmax(1) == labels) & labelled).sum()
-    return ProbeLoss(steady_sum(surprise) / n_labelled.clamp_min(1), right / n_labelled)
+    return ProbeLoss(steady_sum(surprise) / n_labelled.clamp_min(1), ratio(right, n_labelled))
 
 
 def _regression(

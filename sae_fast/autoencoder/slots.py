@@ -44,9 +44,9 @@ class Binding(NamedTuple):
 
     def accuracies(self, has_answers: bool) -> dict[str, Tensor]:
         """Shares that are right, NaN of nothing."""
-        found = {"slot_accuracy": self.slots_right / self.n_relations}
+        found = {"slot_accuracy": losses.ratio(self.slots_right, self.n_relations)}
         if has_answers:
-            found["value_accuracy"] = self.answers_right / self.n_answers
+            found["value_accuracy"] = losses.ratio(self.answers_right, self.n_answers)
         return found
 
 
@@ -82,15 +82,15 @@ class Slots(ReLU):
         assert self.config.value_hidden is not None
         assert self.config.n_answers is not None
         hidden, answers = self.config.value_hidden, self.config.n_answers
-        slopes = torch.full((hidden,), _HINGE_SLOPE)
+        slopes = torch.full((hidden,), _HINGE_SLOPE, dtype=torch.float32)
         slopes[1::2].neg_()
         # Named, because transformers leaves linspace out of what a device context covers.
-        hinges = torch.linspace(0, _SLOT_RANGE, hidden, device=slopes.device)
+        hinges = torch.linspace(0, _SLOT_RANGE, hidden, dtype=slopes.dtype, device=slopes.device)
         return {
             "W_value_in": slopes.repeat(self.n_relations, 1),
             "b_value_in": (-slopes * hinges).repeat(self.n_relations, 1),
-            "W_value_out": torch.zeros(self.n_relations, hidden, answers),
-            "b_value_out": torch.zeros(self.n_relations, answers),
+            "W_value_out": slopes.new_zeros(self.n_relations, hidden, answers),
+            "b_value_out": slopes.new_zeros(self.n_relations, answers),
         }
 
     def trained(self) -> tuple[str, ...] | None:

@@ -80,8 +80,8 @@ def activation_stats(
     n_active = active.sum()
     largest = values.amax() if values.numel() else values.new_zeros(())
     figures = {
-        "l0": n_active / n_tokens,
-        "activation_fraction": n_active / (n_tokens * d_sae),
+        "l0": losses.ratio(n_active, n_tokens),
+        "activation_fraction": losses.ratio(n_active, n_tokens * d_sae),
         "mean_activation": torch.where(active, values, 0.0).sum() / n_active.clamp_min(1),
         "max_activation": largest.clamp_min(0),
         "silent_fraction": 1 - fired.double().mean(),
@@ -105,6 +105,7 @@ def reconstruction_error(
         "fvu": fvu,
         "explained_variance": 1 - fvu,
         "explained_variance_overall": 1 - squared / x.numel() / wide.var(),
+        "relative_error": (squared / wide.square().sum()).sqrt(),
         "cosine": torch.cosine_similarity(wide, wide_hat, dim=1).mean(),
     }
     return _numbers(figures)

@@ -21,7 +21,10 @@ LARGEST_SCALE = 1000.0  # and the smallest is its reciprocal
 
 def start() -> dict[str, Tensor]:
     """The buffers: `sparsity_scale`, the factor, and what it remembers; both 0-d."""
-    return {SCALE: torch.ones(()), _INTEGRAL: torch.zeros(())}
+    return {
+        SCALE: torch.ones((), dtype=torch.float32),
+        _INTEGRAL: torch.zeros((), dtype=torch.float32),
+    }
 
 
 def steer_(

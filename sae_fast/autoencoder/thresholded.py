@@ -34,7 +34,7 @@ class Thresholded(Architecture):
 
     def buffers(self) -> dict[str, Tensor]:
         """`listed_per_token` of the last batch, 0-d, all at the start; those of a controller."""
-        listed = {LISTED: torch.tensor(float(self.config.d_sae))}
+        listed = {LISTED: torch.tensor(float(self.config.d_sae), dtype=torch.float32)}
         return listed | (target_l0.start() if self._is_controlled else {})
 
     @property
@@ -104,10 +104,10 @@ class Thresholded(Architecture):
     ) -> None:
         """Note how many entries were listed; lead the coefficient to the target."""
         n_tokens = observed[_TOKENS]
-        weights.own[LISTED].copy_(observed[LISTED] / n_tokens)
+        weights.own[LISTED].copy_(losses.ratio(observed[LISTED], n_tokens))
         if self.config.target_l0 is not None and self._is_controlled:
             is_on = torch.as_tensor(sparsity_weight, device=n_tokens.device) >= 1
-            rate, l0 = self.config.target_l0_rate, observed[_ACTIVE] / n_tokens
+            rate, l0 = self.config.target_l0_rate, losses.ratio(observed[_ACTIVE], n_tokens)
             target_l0.steer_(weights.own, l0, self.config.target_l0, rate, is_on)
 
     def warning(self, figures: dict[str, float]) -> str | None:

@@ -27,14 +27,17 @@ def transcoder_parameters(config: SAEConfig) -> dict[str, Tensor]:
     """Start values of `W_skip` [d_out, D], where there is one: the code has it all to explain."""
     if not config.skip_connection:
         return {}
-    return {SKIP: torch.zeros(config.d_out, config.d_in)}
+    return {SKIP: torch.zeros(config.d_out, config.d_in, dtype=torch.float32)}
 
 
 def transcoder_buffers(config: SAEConfig) -> dict[str, Tensor]:
     """The normalisation of the targets, as that of the activations is kept."""
     if not config.transcoder:
         return {}
-    return {"target_mean": torch.zeros(config.d_out), "target_scale": torch.ones(())}
+    return {
+        "target_mean": torch.zeros(config.d_out, dtype=torch.float32),
+        "target_scale": torch.ones((), dtype=torch.float32),
+    }
 
 
 @full_precision

@@ -391,7 +391,7 @@ class Trainer:
             else:
                 normalize_(self.sae, self.data)
         else:
-            self.sae = SparseAutoencoder.from_pretrained(checkpoint.path)
+            self.sae = SparseAutoencoder.from_pretrained(checkpoint.path, trainable=True)
             for tensor in (*self.sae.parameters(), *self.sae.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, aligned
         if self.data.origin:
