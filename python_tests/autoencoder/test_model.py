@@ -87,6 +87,31 @@ def test_dense_code_of_another_width_is_refused():
         make_sae().decode(torch.zeros(3, 12))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"normalize_activations": "none"},
+        {"arch": "relu", "k": None},
+        {"transcoder": True, "d_out": 7},
+    ],
+)
+def test_one_unit_of_a_code_value_adds_the_direction_of_its_latent(fields):
+    sae = make_sae(**fields).requires_grad_(False)
+    if sae.config.transcoder:
+        sae.set_target_normalization_(torch.linspace(-1, 1, 7), 0.2)
+    if sae.config.normalize_activations != "none":
+        set_some_normalization(sae)
+    h = sae.encode(make_batch(sae, 3)).dense()
+    before = sae.decode(h)
+    h[:, 11] += 1
+    added = sae.decode(h) - before
+    direction = sae.direction(11)
+    torch.testing.assert_close(added, direction.expand_as(added), rtol=1e-4, atol=1e-5)
+    assert torch.equal(sae.direction(torch.tensor([[11, 4]]))[0, 0], direction)
+    assert torch.equal(sae.fold_normalization().direction(11), sae.W_dec[11])
+
+
 @pytest.mark.parametrize("precision", ["screened", "bf16"])
 def test_weights_changed_through_data_are_those_of_the_next_call(precision):
     sae = make_sae()

@@ -163,7 +163,10 @@ class SparseAutoencoder(Measures):
         precision: str = "screened",
         dense_grad: bool = True,
     ) -> ops.SparseCode:
-        """The code of every activation, one row each; values in normalised units."""
+        """Return the code of every activation, one row each.
+
+        Values are in normalised units: one unit of latent j adds `direction(j)` to x_hat.
+        """
         rows = self.normalize(self._rows(x))
         return self.architecture.infer(self.weights, rows, Mode(precision, dense_grad))
 
@@ -176,8 +179,9 @@ class SparseAutoencoder(Measures):
     ) -> Tensor:
         """Reconstruct activations, in their own units, from a code: [N, D], or [..., D] if dense.
 
-        Of a transcoder what it predicts, with d_out columns; a skip connection also needs the `x`
-        that was encoded. A dense code leaves dense gradients in any case.
+        Values of the code are in the units that `encode` gives, see `direction`.
+        Of a transcoder the result is what it predicts, with d_out columns; a skip connection also
+        needs the `x` that was encoded. A dense code leaves dense gradients in any case.
         """
         if not isinstance(code, Tensor) and not self.config.use_relu:
             code = code.dense()  # every latent is in it
@@ -194,6 +198,18 @@ class SparseAutoencoder(Measures):
             rows = self.normalize(self._rows(x))
             x_hat = x_hat + skip(rows, self.get_parameter(SKIP), precision)
         return self.denormalize(x_hat).reshape(*shape, self.config.target_width)
+
+    def direction(
+        self,
+        latent: int | slice | Tensor,  # int64 or bool if a tensor
+    ) -> Tensor:
+        """Return what one unit of a latent's code value adds to x_hat, in the units of x: [D].
+
+        It is the latent's decoder row divided by the activations' scale. Of several latents the
+        shape is [..., D], of a transcoder D is d_out. To steer, add a multiple of it to x.
+        """
+        rows = self.W_dec[latent]
+        return rows if self.config.normalize_activations == "none" else rows / self.output_scale
 
     def forward(
         self,
