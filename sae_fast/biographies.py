@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.evaluation.biographies import files
 from sae_fast.evaluation.biographies.language_model import (
     LanguageModel,
@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out is None:
             raise ValueError("out must be given: --out DIR")
         _make(options, options.out)
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 

@@ -23,7 +23,7 @@ from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import HELDOUT, CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, made_with, open_capture
 from sae_fast.activations.capture.runner import CaptureRun, Result, check_space, needed_bytes
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse, refusal
 from sae_fast.flags import first_mistake
 from sae_fast.output_streams import run_command
 from sae_fast.training.signals import StopOnSignal, run_program
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"{one_line(error)}: a smaller --batch-size or --ctx-len needs less", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr)

@@ -13,6 +13,10 @@ import tyro
 from sae_fast.flags import first_mistake
 
 EXIT_BAD_INPUT = 2
+# How Python, torch and C++ say that the system gives no more.
+_NO_THREAD = "can't start new thread"
+_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+_LONGEST_REASON = 200
 
 Parsed = TypeVar("Parsed")
 
@@ -52,6 +56,24 @@ def parse(
             raise
         mistake = None if kinds is None else first_mistake(arguments, kinds)
         raise ValueError(mistake or _first_sentence(complaint.getvalue())) from None
+
+
+def refusal(error: Exception) -> str:
+    """Return the line with which a command ends; raise a fault of the program itself again.
+
+    Whatever is wrong with what was given is a ValueError or an OSError, with a line that says so.
+    """
+    if isinstance(error, ValueError | OSError):
+        return one_line(error)
+    text = str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+    ):
+        reason = f" ({' '.join(text.split())[:_LONGEST_REASON]})" if text else ""
+        return f"error: the memory that this process may have is used up{reason}"
+    if isinstance(error, RuntimeError) and _NO_THREAD in text:
+        return f"error: the system starts no more threads for this process ({text})"
+    raise error
 
 
 def one_line(error: Exception) -> str:

@@ -25,7 +25,7 @@ from sae_fast.activations.imports.conversion import Result, check_space
 from sae_fast.activations.imports.formats import find_files
 from sae_fast.activations.imports.source import Source, candidates, choose_key, inspect
 from sae_fast.activations.writer import ShardMetadata
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.convert_shards"
@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _announce(conversions)
         for conversion in conversions:
             _convert(conversion)
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on with the next shard", file=sys.stderr)

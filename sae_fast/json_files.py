@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import reprlib
 import stat
 from pathlib import Path
@@ -68,7 +69,8 @@ def read_regular(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     if not stat.S_ISREG(path.stat().st_mode):
         raise JSONError("is no regular file")
     with path.open("rb") as file:
-        content = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size  # room for max_bytes may be more than there is
+        content = file.read(min(size, max_bytes) + 1)
     if len(content) > max_bytes:
         raise JSONError(f"is larger than {max_bytes:,} bytes")
     return content

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.output_streams import run_command
 from sae_fast.tensor_files import require_unicode
 from sae_fast.training.history import read_history
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse(Options, Options(), arguments, PROGRAM)
         _check(options)
         paths = _draw_one(options.runs[0]) if options.out is None else [_draw_all(options)]
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     for path in paths:
         print(path)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sae_fast.command_line import EXIT_BAD_INPUT, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.dictionary_config import without_other_size
 from sae_fast.output_streams import run_command
@@ -185,9 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(_duration(arguments[1]))
         else:
             raise ValueError("usage: python -m sae_fast.presets [--measure NAME]")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
+        return EXIT_BAD_INPUT
     return 0
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.evaluation.biographies import files
 from sae_fast.evaluation.biographies.swap import SwapTable, swap_success
 from sae_fast.output_streams import run_command
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(table)
         if options.out is not None:
             _write(options.out, table)
-    except (ValueError, OSError) as error:
-        print(one_line(error), file=sys.stderr)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sae_fast.activations.capture.plan import DEFAULT_CONTEXT
 from sae_fast.activations.files import replacing
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse
+from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, field_types, read_settings
 from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
@@ -107,9 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             work.train()
             if isinstance(work, Sweep):
                 _write_sweep(directory, trainers)
-    except (ValueError, OSError) as error:
-        # Whatever is wrong with what was given is raised as one of these, with a line that says so.
-        print(one_line(error), file=sys.stderr)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:  # the second: no time for a checkpoint
         print(INTERRUPTED, end="", file=sys.stderr)
