@@ -1,6 +1,7 @@
 """Several disks at once, in the same order of rows; rows read past HDF5 as HDF5 reads them."""
 
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -11,7 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae_fast.activations import ActivationStream, ShardError, mix_shards, open_shards, write_shard
+from sae_fast.activations import (
+    ActivationStream,
+    HeldOut,
+    ShardError,
+    mix_shards,
+    open_shards,
+    write_shard,
+)
 from sae_fast.activations import disks as disks_module
 from sae_fast.activations.direct_rows import CodedRows, PlainRows
 from sae_fast.activations.shard import ShardFile, inspect_shard
@@ -238,6 +246,23 @@ def test_many_sets_and_threads_share_the_files_that_may_be_open(tmp_path, monkey
             links = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
             most = max(most, sum(link.startswith(f"{tmp_path}/") for link in links))
     assert 0 < most <= 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are told by /proc")
+def test_more_shards_than_files_may_be_open_are_read(tmp_path):
+    for shard in range(40):
+        write_shard(tmp_path / f"{shard:02d}.h5", torch.randn(16, 3), dtype="float32")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 24, limits[1]))
+    try:
+        shards = open_shards(tmp_path)
+        with ActivationStream(shards, batch_size=64, pool_rows=320) as stream:
+            for _ in range(30):
+                stream.next_batch()
+        assert len(HeldOut(shards, batch_size=64)) == len(list(HeldOut(shards, batch_size=64)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def write(path: Path, **how: object) -> np.ndarray:

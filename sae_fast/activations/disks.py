@@ -22,6 +22,8 @@ from sae_fast.activations.shard_set import ShardSet
 DECODING_THREADS = max(1, min(4, os.cpu_count() or 1))
 # Files that all threads together keep open, of the 1024 that a process may have in most systems.
 MOST_OPEN_FILES = 256
+# Of fewer, so many are left to checkpoints, metrics and the reading of held-out rows.
+SPARE_FILES = 16
 THREADS = "sae_fast-"  # how the names of the package's threads begin
 Task = Callable[[BlockReader], None]
 
@@ -43,8 +45,9 @@ class DiskThreads:
             for disk, count in n_threads.items()
         }
         self._n_threads = n_threads
-        readers = max(1, sum(n_threads.values())) * len(sets)
-        self._open_files = max(1, min(OPEN_FILES, MOST_OPEN_FILES // readers))
+        with_targets = sum(1 if shards.targets is None else 2 for shards in sets)
+        readers = max(1, sum(n_threads.values())) * with_targets
+        self._open_files = max(1, min(OPEN_FILES, _most_open_files() // readers))
         self._own = threading.local()  # of each thread its `readers`, by set
         self._readers: list[BlockReader] = []
 
@@ -87,6 +90,20 @@ class DiskThreads:
             thread.shutdown(cancel_futures=True)
         while self._readers:
             self._readers.pop().close()
+
+
+def _most_open_files() -> int:
+    """Files that may be kept open for the rows, of those that the system still allows."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = len(os.listdir("/proc/self/fd"))
+    except (ImportError, OSError):  # Windows, macOS
+        return MOST_OPEN_FILES
+    if limit == resource.RLIM_INFINITY:
+        return MOST_OPEN_FILES
+    return min(MOST_OPEN_FILES, limit - used - SPARE_FILES)
 
 
 def disk_of(path: Path) -> int:
