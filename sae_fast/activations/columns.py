@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.shard import Shard, ShardFile
+from sae_fast.activations.shard import OpenShard, Shard
 from sae_fast.activations.storage import Array
+from sae_fast.activations.tensor_shards import open_shard
 
 RowNumbers = npt.NDArray[np.int64]
 
@@ -91,7 +92,7 @@ def inspect_columns(
     _refuse_reserved(names)
     digest = hashlib.sha256()
     columns, starts = {}, None
-    with ShardFile(shard) as file:
+    with open_shard(shard) as file:
         for name in names:
             numbers = file.read_column(name, 0, shard.rows)
             try:
@@ -213,7 +214,7 @@ def _refuse_reserved(names: Iterable[str]) -> None:
         raise ValueError(f"columns: {STARTS!r} is the name of what whole_sequences gives")
 
 
-def _shard_starts(file: ShardFile, dropped: RowNumbers) -> RowNumbers:
+def _shard_starts(file: OpenShard, dropped: RowNumbers) -> RowNumbers:
     rows, tokens = file.shard.rows, file.shard.tokens
     columns = {name: file.read_column(name, 0, rows) for name in SEQUENCE_COLUMNS if file.has(name)}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 from sae_fast.activations.errors import ShardError, listed, one_line
 
 SUFFIXES = (".h5", ".hdf5")
+# Files of tensors that are read in place.
+TENSOR_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 # What sae_fast.convert_shards turns into shards.
 IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet")
 HELDOUT_PATTERN = "heldout*"
@@ -84,19 +87,21 @@ def reserve(path: Path, start: int, stop: int) -> None:
 def find_shards(
     shard_dir: str | Path, heldout: str | Path | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """Training and held-out shards, each sorted by path.
+    """Training and held-out shards, each sorted by path, files of tensors by the numbers in it.
 
-    `shard_dir` is a directory, or one file. Held-out shards are its files named heldout*, or, where
+    `shard_dir` is a directory, or one file. A directory without HDF5 files may hold files of
+    tensors instead, of one format. Held-out shards are its files named heldout*, or, where
     `heldout` is given, those of that directory or glob pattern; none is ever trained on. Where
     there are none, but files that can be converted, the error says by which command.
     """
     directory = Path(shard_dir)
     if directory.is_dir():
-        found = shards_in(directory)
+        found = shards_in(directory) or tensor_files_in(directory)
         if not found:
             _name_conversion(directory, list(directory.iterdir()))
     elif directory.is_file():
-        _name_conversion(directory, [directory])
+        if directory.suffix.lower() not in TENSOR_SUFFIXES:
+            _name_conversion(directory, [directory])
         found = [directory]
     else:
         raise ShardError(f"{directory}: no such directory or file of activation shards")
@@ -121,6 +126,29 @@ def shards_in(directory: Path) -> list[Path]:
         for path in directory.iterdir()
         if path.suffix in SUFFIXES and not path.name.startswith(".")
     )
+
+
+def tensor_files_in(directory: Path) -> list[Path]:
+    """Files of tensors of a directory, in the order of their numbers; ShardError for two formats.
+
+    .pt and .pth are one format.
+    """
+    found = [
+        path
+        for path in directory.iterdir()
+        if path.suffix.lower() in TENSOR_SUFFIXES and not path.name.startswith(".")
+    ]
+    suffixes = {path.suffix.lower().replace(".pth", ".pt") for path in found}
+    if len(suffixes) > 1:
+        raise ShardError(f"{directory}: holds {' and '.join(sorted(suffixes))} files, not one kind")
+    return sorted(found, key=natural_key)
+
+
+def natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sort numbers in names by their value: acts_2 comes before acts_10."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    key = [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+    return key, str(path)
 
 
 def _name_conversion(place: Path, files: list[Path]) -> None:
@@ -148,7 +176,7 @@ def folders_of_shards(directory: Path) -> list[Path]:
 def _matching(heldout: str) -> list[Path]:
     """Shards of a directory, or files that a glob pattern names."""
     if Path(heldout).is_dir():
-        found = shards_in(Path(heldout))
+        found = shards_in(Path(heldout)) or tensor_files_in(Path(heldout))
     else:
         found = sorted(Path(name) for name in glob.glob(heldout))
     if not found:

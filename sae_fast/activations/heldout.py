@@ -14,12 +14,13 @@ from sae_fast.activations.files import find_shards
 from sae_fast.activations.pool import iterate_blocks
 from sae_fast.activations.row_scan import RepeatedRows
 from sae_fast.activations.scanning import ScanRecord
-from sae_fast.activations.shard import DEFAULT_KEY, ShardFile
+from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
 from sae_fast.activations.shuffle import split_blocks
 from sae_fast.activations.source import Transform
 from sae_fast.activations.stream import checked_transform
 from sae_fast.activations.targets import TargetFiles
+from sae_fast.activations.tensor_shards import open_shard
 
 
 class HeldOut:
@@ -79,7 +80,7 @@ def read_labels(shards: ShardSet) -> dict[str, Tensor]:
     labels = [c.name for c in shards.columns.values() if c.name != STARTS and not c.width]
     parts: dict[str, list[Tensor]] = {name: [] for name in labels}
     for shard, dropped in zip(shards.shards, shards.dropped, strict=True):
-        with ShardFile(shard) as file:
+        with open_shard(shard) as file:
             for name, column in parts.items():
                 numbers = served(file.read_column(name, 0, shard.rows))
                 column.append(torch.from_numpy(np.delete(numbers, dropped)))

@@ -14,12 +14,13 @@ from torch import Tensor
 from sae_fast.activations.columns import STARTS, served
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.row_scan import nonfinite_error
-from sae_fast.activations.shard import ShardFile
+from sae_fast.activations.shard import OpenShard
 from sae_fast.activations.shard_set import ShardSet
 from sae_fast.activations.shuffle import Block, Indices
 from sae_fast.activations.source import Rows, Transform, take
 from sae_fast.activations.storage import Array, as_numpy, as_tensor, nonfinite_rows
 from sae_fast.activations.targets import TARGETS
+from sae_fast.activations.tensor_shards import open_shard
 
 OPEN_FILES = 64
 NO_COLUMNS: Mapping[str, Tensor] = MappingProxyType({})
@@ -31,7 +32,7 @@ class BlockReader:
     def __init__(self, shards: ShardSet, open_files: int = OPEN_FILES) -> None:
         self._shards = shards
         self._open_files = open_files
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._targets: BlockReader | None = None
         if shards.targets is not None:
             self._targets = BlockReader(shards.targets, open_files)
@@ -84,13 +85,13 @@ class BlockReader:
         begins[starts[first:last] - block.start] = True
         return begins
 
-    def _file(self, number: int) -> ShardFile:
+    def _file(self, number: int) -> OpenShard:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         if len(self._open) >= self._open_files:
             self._open.popitem(last=False)[1].close()
-        self._open[number] = ShardFile(self._shards.shards[number])
+        self._open[number] = open_shard(self._shards.shards[number])
         return self._open[number]
 
     def close(self) -> None:
@@ -179,7 +180,7 @@ def iterate_blocks(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
     """Served rows of each block as stored [n, D]; the memory is reused."""
     longest = max(block.stop - block.start for block in blocks)
     memory = torch.empty(longest, shards.d_in, dtype=shards.storage.torch_dtype)
-    reader = BlockReader(shards)
+    reader = BlockReader(shards, open_files=1)  # blocks come shard after shard
     try:
         for block in blocks:
             reader.read(block, memory[: block.kept])

@@ -27,8 +27,9 @@ from sae_fast.activations.row_scan import (
     repeated_error,
     repeated_limit,
 )
-from sae_fast.activations.shard import Shard, ShardFile, file_state, iterate_stored
+from sae_fast.activations.shard import OpenShard, Shard, file_state, iterate_stored
 from sae_fast.activations.storage import Array
+from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.json_files import read_json
 
 RECORD_NAME = "shards.json"
@@ -130,7 +131,7 @@ def _scan(shard: Shard, sha256: str | None, checksum: str | None, checks: Checks
         shard, skip_nonfinite=checks.skip_nonfinite, repeated_rows=checks.repeated_rows
     )
     digest = hashlib.sha256()
-    with ShardFile(shard) as file:
+    with open_shard(shard) as file:
         pieces = None if sha256 is None else file.walk(digest.update)
         if pieces is None:
             if sha256 is not None:  # only HDF5 finds the rows, and reads no more than these
@@ -165,7 +166,7 @@ def _refusal(scanner: RowScanner, start: int, rows: Array) -> ShardError | None:
     return None
 
 
-def _in_order(file: ShardFile, digest: Any) -> Iterator[tuple[int, Array]]:
+def _in_order(file: OpenShard, digest: Any) -> Iterator[tuple[int, Array]]:
     """All rows in order, with the number of the first of each piece, taken into the digest."""
     start = 0
     for rows in iterate_stored(file):

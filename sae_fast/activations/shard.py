@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -71,6 +72,42 @@ class Shard:
         if limit is not None:
             wanted = min(wanted, limit)
         return self.chunk_rows * max(1, wanted // self.chunk_rows)
+
+
+class OpenShard(Protocol):
+    """A shard held open for reading, whatever its format."""
+
+    shard: Shard
+
+    def read(self, start: int, stop: int, out: Array) -> None:
+        """Read rows start..stop into `out` [stop - start, D] (C-contiguous, the stored type)."""
+
+    def walk(self, note: Callable[[memoryview], object]) -> Iterator[tuple[int, Array]] | None:
+        """Read the file once, whole; None where it is not known where the rows lie."""
+
+    def expect(self, start: int, stop: int) -> None:
+        """Let the system fetch rows that will be read soon."""
+
+    def read_column(self, name: str, start: int, stop: int) -> Array:
+        """The numbers [stop - start] that an array of one number a row has for these rows."""
+
+    def has(self, name: str) -> bool:
+        """Whether the file has anything of this name."""
+
+    def contents(self) -> str:
+        """Names and shapes of what the file holds, for errors."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+    def __enter__(self) -> OpenShard: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 class ShardFile:
@@ -239,7 +276,7 @@ def file_state(status: os.stat_result) -> FileState:
     return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
-def iterate_stored(file: ShardFile) -> Iterator[Array]:
+def iterate_stored(file: OpenShard) -> Iterator[Array]:
     """All rows of a shard in order, in pieces [n, D] of the stored type; the memory is reused."""
     shard = file.shard
     step = shard.block_rows()

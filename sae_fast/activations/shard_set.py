@@ -26,9 +26,10 @@ from sae_fast.activations.row_scan import (
     outliers_of,
 )
 from sae_fast.activations.scanning import Checks, ScanRecord, scan_shard
-from sae_fast.activations.shard import DEFAULT_KEY, Shard, ShardFile, inspect_shard
+from sae_fast.activations.shard import DEFAULT_KEY, Shard
 from sae_fast.activations.storage import FLOAT32, Storage
 from sae_fast.activations.targets import TARGETS, TargetFiles, check_pair
+from sae_fast.activations.tensor_shards import describe_shard, open_shard
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def open_shards(
     if TARGETS in columns and targets is not None:
         raise ValueError(f"columns: {TARGETS!r} is the name of what targets are served as")
     checks = Checks(verify, skip_nonfinite, repeated_rows, record or ScanRecord())
-    shards = tuple(inspect_shard(path, key) for path in paths)
+    shards = tuple(describe_shard(path, key) for path in paths)
     dropped, is_zero = _check_rows(shards, shards, checks)
     paired = None
     if targets is not None:
@@ -169,7 +170,7 @@ def _open_targets(
 ) -> ShardSet:
     """The targets of shards, without those of rows that are left out."""
     option = "--target-key"
-    targets = tuple(inspect_shard(path, files.key, option) for path in files.paths)
+    targets = tuple(describe_shard(path, files.key, option) for path in files.paths)
     for pair in zip(shards, targets, strict=True):
         check_pair(*pair)
     elsewhere = tuple(
@@ -316,7 +317,7 @@ def _identity(shard: Shard, dropped: RowNumbers, columns: str) -> str:
     digest.update(columns.encode())
     digest.update(np.ascontiguousarray(dropped, "<i8").tobytes())
     row = np.empty((1, shard.d_in), shard.storage.numpy_dtype)
-    with ShardFile(shard) as file:
+    with open_shard(shard) as file:
         for number in (0, shard.rows - 1):
             file.read(number, number + 1, row)
             digest.update(row.tobytes())

@@ -14,7 +14,8 @@ import numpy as np
 
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import shards_in
-from sae_fast.activations.shard import Shard, ShardFile
+from sae_fast.activations.shard import Shard
+from sae_fast.activations.tensor_shards import open_shard
 
 # Name of the column that the targets are served as, [N, d_out].
 TARGETS = "targets"
@@ -76,7 +77,7 @@ def check_pair(shard: Shard, targets: Shard) -> None:
         )
     if shard.path == targets.path:
         return
-    with ShardFile(shard) as inputs, ShardFile(targets) as outputs:
+    with open_shard(shard) as inputs, open_shard(targets) as outputs:
         for name in _TOKEN_COLUMNS:
             if not (inputs.has(name) and outputs.has(name)):
                 continue

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections import Counter
 from pathlib import Path
 
 from sae_fast.activations.errors import ShardError, one_line
-from sae_fast.activations.files import IMPORTED_SUFFIXES, SUFFIXES
+from sae_fast.activations.files import IMPORTED_SUFFIXES, SUFFIXES, natural_key
 from sae_fast.activations.imports.arrays import Opener, shortened
 from sae_fast.activations.imports.arrow_files import open_arrow
 from sae_fast.activations.imports.numpy_files import open_npy, open_npz
@@ -59,7 +58,7 @@ def find_files(source: str | Path) -> list[Path]:
         raise ShardError(
             f"{source}: holds {there} files; convert one kind at a time, as in '{source}/*.pt'"
         )
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural_key)
 
 
 def _dataset_files(directory: Path) -> list[Path]:
@@ -103,10 +102,3 @@ def _what_instead(place: Path, candidates: list[Path]) -> str:
     if nested:
         return f"{expected} there, but in {', '.join(map(str, nested[:3]))}"
     return f"{expected} there" + ("" if candidates else ", the directory is empty")
-
-
-def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Numbers in names by their value: acts_2 comes before acts_10."""
-    parts = re.findall(r"\d+|\D+", path.name)
-    key = [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-    return key, str(path)
