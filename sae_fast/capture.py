@@ -23,6 +23,7 @@ from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import HELDOUT, CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, made_with, open_capture
 from sae_fast.activations.capture.runner import CaptureRun, Result, check_space, needed_bytes
+from sae_fast.activations.capture.storage_type import with_storage_type
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse, refusal
 from sae_fast.flags import first_mistake
 from sae_fast.output_streams import run_command
@@ -77,6 +78,7 @@ def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
     hooks = tuple(hook.name for hook in capture.hooked.hooks)
     with CaptureDirectory(config.out, hooks, rank, world_size) as directory:
         device = str(capture.model.device)
+        capture = with_storage_type(capture, directory)
         recipe = capture.recipe(world_size)
         directory.prepare(recipe, made_with(device))
         done = directory.progress()

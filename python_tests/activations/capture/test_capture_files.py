@@ -58,6 +58,8 @@ def test_shards_and_capture_json_say_where_they_come_from(inputs, whole):
     recipe = json.loads((whole / "capture.json").read_text())
     assert recipe["model"]["name"] == inputs[0]
     assert recipe["dataset"]["documents"] == 150
+    assert recipe["dataset"]["text_column"] == "text"
+    assert recipe["settings"]["dtype"] == "float16"
     assert recipe["settings"]["shuffle_seed"] == 42
     assert recipe["settings"]["ctx_len"] == 32
     assert {"torch", "transformers", "datasets", "device"} <= set(recipe["made_with"])
@@ -131,10 +133,10 @@ def test_an_overflow_of_float16_names_place_and_remedy(tmp_path, capsys):
     save_model(tmp_path / "big", "llama")
     network.save_pretrained(tmp_path / "big")
     inputs = [str(tmp_path / "big"), str(write_texts(tmp_path / "texts.jsonl"))]
-    assert capture(inputs, tmp_path / "out") == 2
+    assert capture(inputs, tmp_path / "out", "--dtype", "float16") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "residual.0: an activation at document " in error
-    assert "more than float16 holds (65,504): use --dtype bfloat16 or float32" in error
+    assert "more than float16 holds (65,504): capture again with --dtype bfloat16 or" in error
     assert not list((tmp_path / "out").rglob("*.h5"))
     assert capture(inputs, tmp_path / "wide", "--dtype", "bfloat16") == 0
 
@@ -150,3 +152,34 @@ def test_activations_that_are_not_finite_are_named(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "residual.2: the model's activations at document " in error
     assert error.endswith("are not finite")
+
+
+@pytest.mark.parametrize(("scale", "said"), [(1e7, "reaches"), (1e-7, "reach only")])
+def test_a_sample_that_float16_does_not_hold_is_stored_as_bfloat16(tmp_path, caplog, scale, said):
+    network = make_network("llama")
+    with torch.no_grad():
+        # One loud token, or all of them soft.
+        network.model.embed_tokens.weight[12 if scale > 1 else slice(None)] *= scale
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    save_model(tmp_path / "model", "llama")
+    network.save_pretrained(tmp_path / "model")
+    # Only the last document has that token.
+    texts = [text for text in make_texts(150) if text and "mat" not in text]
+    inputs = [
+        str(tmp_path / "model"),
+        str(write_texts(tmp_path / "t.jsonl", [*texts, "a sat mat"])),
+    ]
+    more = ("--shuffle-seed", "None", "--max-tokens", "None", "--heldout-tokens", "0")
+    assert capture(inputs, tmp_path / "out", *more) == 0
+    (line,) = [text for text in caplog.messages if text.startswith("storing bfloat16")]
+    assert said in line
+    assert (
+        json.loads((tmp_path / "out/capture.json").read_text())["settings"]["dtype"] == "bfloat16"
+    )
+    with h5py.File(tmp_path / "out/residual.0/shard_00000.h5") as file:
+        assert file.attrs["dtype"] == "bfloat16"
+    caplog.clear()
+    assert capture(inputs, tmp_path / "out", *more) == 0  # complete: nothing is sampled again
+    assert not caplog.messages

@@ -21,6 +21,7 @@ from sae_fast.activations.capture.plan import Capture, made_with
 from sae_fast.activations.capture.runner import CaptureRun, check_space, needed_bytes
 from sae_fast.activations.capture.sequences import Cursor
 from sae_fast.activations.capture.shard_series import ShardSeries, bring_to_host, shard_metadata
+from sae_fast.activations.capture.storage_type import with_storage_type
 
 
 class CachingHarvester(Harvester):
@@ -49,6 +50,7 @@ class CachingHarvester(Harvester):
             raise
 
     def _prepare(self, capture: Capture) -> None:
+        capture = with_storage_type(capture, self._directory)
         recipe = capture.recipe(1)
         self._directory.prepare(recipe, made_with(str(capture.model.device)))
         progress = self._directory.progress()

@@ -39,8 +39,9 @@ class CaptureConfig:
     """One document after another in a sequence; encoders have one document in each anyway."""
     exclude_special_tokens: bool = False
     """BOS, EOS, [CLS], [SEP] and the like are read by the model, but not stored."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """In which activations are stored."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    """In which activations are stored; auto: float16, or bfloat16 where a sample of them comes near
+    the ends of float16."""
     shard_tokens: int = 1 << 20
     """Rows of a shard; a capture that is killed goes on behind its last whole shard. [tokens]"""
     compression: Literal["none", "zstd", "blosc2", "gzip"] = "none"

@@ -105,6 +105,11 @@ class CaptureDirectory:
                 for stale in (self.path / hook).glob(f".{pattern}.*.tmp"):
                     stale.unlink()
 
+    def stored_type(self) -> str | None:
+        """The type of the capture that is there; None: there is none."""
+        found = self._recipe()
+        return None if found is None else found.get("settings", {}).get("dtype")
+
     def progress(self, rank: int | None = None) -> Progress:
         """How far a rank has come; raises ValueError where shards are missing that it has made."""
         rank = self.rank if rank is None else rank

@@ -26,6 +26,7 @@ from sae_fast.activations.capture.tokens import CHUNK, Tokenisation, special_tok
 from sae_fast.activations.storage import STORAGES
 from sae_fast.activations.writer import chunk_rows_of, padded_rows
 
+AUTO = "auto"  # as the type of storage, see storage_type.py
 DEFAULT_CONTEXT = 512
 # By so many documents or rows the tokens of a dataset are estimated.
 SAMPLED_DOCUMENTS, SAMPLED_ROWS = 512, 1 << 18

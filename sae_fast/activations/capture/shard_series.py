@@ -163,7 +163,9 @@ class ShardSeries:
         largest = float(source.abs().max())
         return (
             f"{name}: an activation at {place} is {largest:,.0f}, more than {self._dtype} holds "
-            f"({FLOAT16_MAX:,}): use --dtype bfloat16 or float32"
+            f"({FLOAT16_MAX:,}): capture again with --dtype bfloat16 or float32 and another --out; "
+            f"the {self.progress.shards} shards of {self._directory.path} are whole and hold the "
+            f"{self.progress.rows:,} rows before it"
         )
 
     def _close(self, progress: Progress) -> None:
