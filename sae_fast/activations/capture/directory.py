@@ -210,6 +210,12 @@ def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
     hooks = [sorted(hook["name"] for hook in recipe.get("hooks", ())) for recipe in (there, asked)]
     if hooks[0] != hooks[1]:
         return f"its hook points are {', '.join(hooks[0])}, asked for are {', '.join(hooks[1])}"
+    modules = [
+        {hook["name"]: hook["module"] for hook in recipe["hooks"]} for recipe in (there, asked)
+    ]
+    for name, module in modules[1].items():
+        if modules[0][name] != module:
+            return f"its {name} is the output of {modules[0][name]}, asked for is that of {module}"
     settings = there.get("settings", {})
     for name, value in asked["settings"].items():
         if settings.get(name) != value:

@@ -1,8 +1,9 @@
 """Hook points: the places of a transformers model whose activations are captured.
 
 `residual.L` is the residual stream after block L, counted from 0: the output of that block.
-`attn_out.L` and `mlp_out.L` are what its attention and its feed-forward part put out. Anything else
-is the path of a module, and means that module's output. `*` in a name stands for every block, or
+`attn_out.L` and `mlp_out.L` are what its attention and its feed-forward part add to that stream,
+which stream_check.py makes sure of. Anything else is the path of a module, and means that module's
+output. `*` in a name stands for every block, or
 for every name at that place of a path. Where the blocks are is read off the model's structure.
 """
 
@@ -112,7 +113,7 @@ def resolve_hooks(
             raise ValueError(
                 f"layers: {type(network).__name__} has blocks 0 to {count - 1}, got {layer}"
             )
-    known = _named_hooks(network, blocks)
+    known = named_hooks(network, blocks)
     chosen = [known[f"{RESIDUAL}.{layer}"] for layer in layers]
     for pattern in hook_points:
         found = _matching(pattern, known, network, blocks)
@@ -124,7 +125,7 @@ def resolve_hooks(
     return tuple({hook.name: hook for hook in chosen}.values())
 
 
-def _named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
+def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
     """All hook points that have a name of their own, by that name."""
     found = {}
     parts: tuple[tuple[str, Callable[[nn.Module], str | None]], ...] = (

@@ -21,7 +21,9 @@ from sae_fast.activations.capture.language_model import (
     LanguageModel,
     load_language_model,
 )
+from sae_fast.activations.capture.probe import probe_tokens
 from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
+from sae_fast.activations.capture.stream_check import checked_hooks
 from sae_fast.activations.capture.tokens import CHUNK, Tokenisation, special_tokens
 from sae_fast.activations.storage import STORAGES
 from sae_fast.activations.writer import chunk_rows_of, padded_rows
@@ -166,6 +168,9 @@ def open_capture(
         config.model, revision=config.revision, dtype=config.model_dtype, device=device
     )
     hooks = resolve_hooks(model.network, config.layers, config.hook_points, config.layer_stride)
+    some = probe_tokens(model.network, model.tokenizer, model.context)
+    if some is not None:
+        hooks = checked_hooks(model.network, hooks, some.to(model.device))
     hooked = HookedModel(model.network, hooks)
     sequences = SequenceConfig(
         _context(config, model),

@@ -1,0 +1,188 @@
+"""Whether attn_out and mlp_out are what a block adds to its residual stream, tried on a few tokens.
+
+The output of the module called attention or MLP is that in most models. Some normalise it first
+(Gemma 2, OLMo 2), some scale it (Granite), and some modules add the residual stream themselves
+(BLOOM). Two tensors s and t of the stream have to be found with s + output = t, or s + attention +
+MLP = t in a block that runs both beside each other; s and t are inputs of modules or the block's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_fast.activations.capture.hooks import (
+    ATTENTION,
+    FEED_FORWARD,
+    HookPoint,
+    find_blocks,
+    named_hooks,
+)
+from sae_fast.activations.capture.probe import as_evaluated, run_on_tokens
+
+RELATIVE = 1e-3  # beyond the rounding of the model's type, by which the stream is added up
+
+
+@dataclass
+class _Block:
+    """What flows through a block in one pass, [T, width] in float64.
+
+    Attributes:
+        stream: what the block is given, inputs of its modules, and last what it puts out.
+        outputs: what its modules put out, by path, in the order in which they ended.
+        eps: rounding of the model's type.
+    """
+
+    stream: list[Tensor] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    eps: float = 0.0
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the residual stream, [T, D]."""
+        return self.stream[-1].shape
+
+    def adds(self, added: Tensor, starts: Sequence[Tensor]) -> bool | None:
+        """Whether one of `starts` plus `added` is in the stream; None: rounding hides it."""
+        hidden = False
+        for start, end in itertools.product(starts, self.stream):
+            if start is end or not start.shape == end.shape == added.shape == self.shape:
+                continue
+            slack = RELATIVE * float(added.norm()) + 4 * self.eps * float(end.norm())
+            if float((end - start - added).norm()) <= slack:
+                if slack <= min(float(start.norm()), float(added.norm())) / 2:
+                    return True
+                hidden = True
+        return None if hidden else False
+
+
+def checked_hooks(
+    network: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor
+) -> tuple[HookPoint, ...]:
+    """Put in place of an attn_out or mlp_out the module whose output is added, where it is another.
+
+    Args:
+        network: the model.
+        hooks: hook points, of which those with other names are left as they are.
+        tokens: [1, T] int64, ordinary ones.
+
+    Raises:
+        ValueError: in one line, where no module puts out what is added.
+    """
+    blocks = find_blocks(network)
+    parts = {hook.layer for hook in hooks if _kind(hook) is not None}
+    known = named_hooks(network, blocks)
+    seen = {
+        layer: _look(network, blocks.modules[layer], f"{blocks.path}.{layer}", tokens)
+        for layer in sorted(layer for layer in parts if layer is not None)
+    }
+    return tuple(
+        hook if _kind(hook) is None else _checked(network, hook, known, seen[hook.layer or 0])
+        for hook in hooks
+    )
+
+
+def _kind(hook: HookPoint) -> str | None:
+    kind = hook.name.partition(".")[0]
+    return kind if kind in (ATTENTION, FEED_FORWARD) and hook.layer is not None else None
+
+
+def _checked(
+    network: nn.Module, hook: HookPoint, known: dict[str, HookPoint], block: _Block | None
+) -> HookPoint:
+    own = None if block is None else block.outputs.get(hook.module)
+    if block is None or own is None:  # what is wrong with it is said when it is captured
+        return hook
+    kind = _kind(hook)
+    starts = block.stream[:1] if kind == ATTENTION else block.stream
+    other = known.get(f"{FEED_FORWARD if kind == ATTENTION else ATTENTION}.{hook.layer}")
+    beside = None if other is None else block.outputs.get(other.module)
+    if block.adds(own, starts) is not False:
+        return hook
+    both = own + beside if beside is not None and beside.shape == own.shape else None
+    if both is not None and block.adds(both, block.stream[:1]) is not False:
+        return hook
+    for path in _candidates(hook.module, block):
+        if block.adds(block.outputs[path], starts):
+            return replace(hook, module=path)
+    raise ValueError(
+        f"{hook.name}: {type(network).__name__} does not add the output of {hook.module} to the "
+        f"residual stream{_scale(own, block, starts)}, and no module puts out what it adds; to "
+        f"capture that output as it is give --hook-points {hook.module}"
+    )
+
+
+def _candidates(path: str, block: _Block) -> Iterator[str]:
+    """Modules that ran in a module or behind it, the nearest first."""
+    paths = list(block.outputs)  # in the order in which they ended
+    place = paths.index(path)
+    inside = [other for other in paths[:place] if other.startswith(f"{path}.")]
+    yield from reversed(inside)
+    yield from paths[place + 1 :]
+
+
+def _scale(added: Tensor, block: _Block, starts: Sequence[Tensor]) -> str:
+    """By how much the output is multiplied, where that is the difference."""
+    for start, end in itertools.product(starts, block.stream):
+        if start is not end and start.shape == end.shape == added.shape == block.shape:
+            change = end - start
+            scale = float((change * added).sum() / added.square().sum())
+            if scale > 0 and float((change - scale * added).norm()) < RELATIVE * change.norm():
+                return f" (it adds {scale:.4g} times it)"
+    return ""
+
+
+def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _Block | None:
+    """One pass through a network, seen from inside of a block; None: it does not get there."""
+    found = _Block()
+
+    def rows_in(given: Iterable[Any]) -> Tensor | None:
+        for value in given:
+            if isinstance(value, Tensor) and value.shape[:-1] in (tokens.shape, tokens.shape[1:]):
+                found.eps = max(found.eps, torch.finfo(value.dtype).eps)
+                return value.detach().reshape(tokens.shape[1], -1).double().cpu()
+        return None
+
+    def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        rows = rows_in((*args, *kwargs.values()))
+        if rows is not None and not any(torch.equal(rows, other) for other in found.stream):
+            found.stream.append(rows)
+
+    def behind(module: nn.Module, _args: Any, output: Any) -> None:
+        rows = rows_in(output if isinstance(output, tuple | list) else (output,))
+        if module is block and rows is not None:
+            found.stream.append(rows)
+        elif rows is not None:
+            found.outputs.setdefault(paths[module], rows)
+        if module is block:
+            raise _Left
+
+    paths = {module: f"{path}.{name}" for name, module in block.named_modules()}
+    handles: list[Any] = [
+        handle
+        for module in paths
+        for handle in (
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(behind),
+        )
+    ]
+    try:
+        with as_evaluated(network):
+            run_on_tokens(network, tokens)
+    except _Left:
+        return found
+    except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):
+        return None  # it does not run on tokens alone
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+class _Left(Exception):
+    """Ends a forward pass behind the block."""
