@@ -1,6 +1,7 @@
 // CPU side of the decoder ops: check, allocate, call.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "ops/cpu.h"
@@ -57,6 +58,11 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct(const Tensor& values, const Tenso
   const Tensor residual = torch::stable::new_empty(x, {tokens, W_dec.size(1)}, W_dec.scalar_type());
   const Tensor squared_error = torch::stable::new_empty(x, {tokens});
   const Tensor residual_dot = torch::stable::new_empty(values, indices.sizes());
+  if (W_dec.size(1) == 0) {  // sums of nothing
+    std::fill_n(mutable_data<float>(squared_error), tokens, 0.0f);
+    std::fill_n(mutable_data<float>(residual_dot), code.entries(), 0.0f);
+    return {residual, squared_error, residual_dot};
+  }
   const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
                              W_dec.size(1)};
   const cpu::Reconstruction outputs{target.data<float>(), residual.mutable_data_ptr(),

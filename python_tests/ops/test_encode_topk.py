@@ -248,3 +248,12 @@ def test_inputs_need_not_be_contiguous(precision):
     assert torch.equal(code.values, expected.values)
     assert torch.equal(code.indices, expected.indices)
     assert torch.equal(code.aux.indices, expected.aux.indices)
+
+
+@pytest.mark.parametrize("precision", ["screened", "fp32", "bf16", "fp16"])
+def test_without_columns_a_code_is_that_of_the_bias(precision):
+    bias = torch.tensor([0.5, -1.0, 2.0, 0.5, 3.0])
+    arguments = torch.ones(9, 0), torch.ones(5, 0), bias, torch.ones(0)
+    code = ops.encode_topk(*arguments, 4, precision=precision)
+    assert code.indices.tolist() == 9 * [[4, 2, 0, 3]]
+    assert code.values.tolist() == 9 * [[3.0, 2.0, 0.5, 0.5]]

@@ -312,3 +312,23 @@ def test_sum_of_squared_rates_comes_with_the_rule_that_has_it(rule):
     message = f"update_scalars: lr_squares must be {must} where rule is {rule}"
     with pytest.raises(RuntimeError, match=re.escape(message)):
         ops.update_scalars(*arguments)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the reference takes the differences first")
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("rule", ["signum", "schedule_free_signum"])
+def test_a_gradient_of_exactly_zero_has_no_sign(rule):
+    problem, code = make_problem(64, 40, 50), make_code(64, 50, 5)
+    still = torch.tensor([7, 13])
+    x = problem.x.clone()
+    x[:, still] = problem.b_dec[still]
+    lists = in_latent_major(code, 50)
+    arguments = update_arguments(*lists, x, problem.b_dec, None, None, problem.W_dec, rule=rule)
+    arguments[place("fused_update_", "exp_avg")].zero_()
+    wide = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
+    ops.fused_update_(*arguments)
+    reference.fused_update_(*wide)
+    close(arguments[0][:, still], wide[0][:, still])

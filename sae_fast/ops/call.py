@@ -12,10 +12,10 @@ Sizes = tuple[int | None, ...]
 class Call:
     """The checks of one call: the op's name, and the tensor whose device the others share."""
 
-    def __init__(self, name: str, like: str, tensor: Tensor) -> None:
+    def __init__(self, name: str, like: str, tensor: Tensor | None) -> None:
         self.name = name
         self.like = like
-        self.device = tensor.device
+        self.device = None if tensor is None else tensor.device
 
     def require(self, condition: bool, must: str, got: str = "") -> None:
         """`must` says what must hold, `got` what was there."""
@@ -45,6 +45,23 @@ class Call:
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         wanted = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
         self.require(known, f"{name} must be {wanted}", str(tensor.dtype).removeprefix("torch."))
+
+    def usable(self, name: str, tensor: object) -> None:
+        """A tensor that torch can compute with: dense, its elements in its storage, not meta."""
+        given = type(tensor).__name__
+        self.require(isinstance(tensor, Tensor), f"{name} must be a tensor", given)
+        assert isinstance(tensor, Tensor)
+        is_dense = tensor.layout == torch.strided and not tensor.is_quantized
+        kind = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
+        self.require(is_dense, f"{name} must be a dense tensor", kind)
+        self.require(not tensor.is_meta, f"{name} must be on a device", "meta")
+        if tensor.numel() == 0:
+            return
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+        needed, size = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+        must = f"{name} must have a storage of at least {needed} bytes"
+        self.require(needed <= size, must, str(size))
 
     def same_shape(self, name: str, tensor: Tensor, like: str, other: Tensor) -> None:
         """The shape of `other`, which is named `like`."""

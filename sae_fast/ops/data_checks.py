@@ -17,6 +17,30 @@ def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int
     _check_range(op, "indices", indices, d_sae)
 
 
+def check_usable(op_name: str, **tensors: object) -> None:
+    """Check tensors that torch's own ops are to read before an op of ours sees them."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        Call(op_name, name, tensor if isinstance(tensor, Tensor) else None).usable(name, tensor)
+
+
+def check_code(
+    values: Tensor,  # [N, K], or [nnz] with offsets
+    indices: Tensor,
+    offsets: Tensor | None,  # [N + 1]
+    d_sae: int,
+) -> None:
+    """Check a code that a caller made, its numbers too where that need not wait for a device."""
+    rest = {} if offsets is None else {"offsets": offsets}
+    check_usable("SparseCode", values=values, indices=indices, **rest)
+    op = Call("SparseCode", "values", values)
+    op.require(isinstance(d_sae, int) and d_sae >= 1, "d_sae must be at least 1", str(d_sae))
+    op.code(values, indices, offsets)
+    if not indices.is_cuda:
+        check_data("SparseCode", indices, offsets, d_sae)
+
+
 def check_offsets(op_name: str, offsets: Tensor, entries: int) -> None:
     """Check offsets that partition so many entries."""
     _check_offsets(Call(op_name, "offsets", offsets), "offsets", offsets, entries)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_fast.ops.data_checks import check_usable
 from sae_fast.ops.decode import Reconstruction
 from sae_fast.ops.decode import reconstruct as reconstruct_sparse
 from sae_fast.ops.full_precision import addmm
@@ -99,6 +100,7 @@ def encode_dense(
 
     Without `relu` values are signed, and all latents but those of value 0 fire.
     """
+    check_usable("encode_dense", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     centred, weights = _rounded(x - b_dec, precision), _rounded(W_enc, precision)
     values = addmm(b_enc, centred, weights.t())
     if relu:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_fast.ops.data_checks import check_usable
 from sae_fast.ops.factors import FactorSink, RowFactor, latent_sums
 from sae_fast.ops.library import NATIVE, differentiable, dynamic_size, fake, refuse_backward
 from sae_fast.ops.reference import ROUNDED_DTYPES
@@ -178,6 +179,7 @@ def encode_threshold(
     Inside a row they ascend by index; NaN is kept. Not differentiable in `threshold`; otherwise
     arguments, gradients and errors as for `encode_topk`.
     """
+    check_usable("encode_threshold", W_enc=W_enc)
     options = (threshold, precision, *encoder_copy(W_enc, precision))
     op = torch.ops.sae_fast.encode_threshold.default
     sink = None if dense_grad else FactorSink("encode_threshold", "W_enc", W_enc)
@@ -236,6 +238,7 @@ def encode_selected(
 ) -> SparseCode:
     """An encoder with a code and its aux, and between them the code's offsets if it has any."""
     x, W_enc, *_ = tensors
+    check_usable(name, W_enc=W_enc, **({} if dead_mask is None else {"dead_mask": dead_mask}))
     if k_aux is None:
         k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
     options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))

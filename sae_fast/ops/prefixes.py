@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_fast.ops.call import MASTER, Call
+from sae_fast.ops.data_checks import check_usable
 from sae_fast.ops.factors import FactorSink, RowFactor
 from sae_fast.ops.rows import weighted_row_sum
 from sae_fast.ops.sparse_code import SparseCode
@@ -50,6 +52,13 @@ def reconstruct_prefixes(
 
     Raises RuntimeError naming the argument that does not fit.
     """
+    if not torch.compiler.is_compiling():
+        code.check()
+    op = Call("reconstruct_prefixes", "code", code.values)
+    op.tensor("W_dec", W_dec, (code.d_sae, None), MASTER)
+    op.tensor("b_dec", b_dec, (W_dec.size(1),), MASTER)
+    op.tensor("x", x, (code.n_rows, W_dec.size(1)), MASTER)
+    check_usable("reconstruct_prefixes", W_dec=W_dec, b_dec=b_dec, x=x)
     sizes = tuple(prefixes)
     ascending = list(sizes) == sorted({size for size in sizes if size > 0})
     if not (sizes and ascending and sizes[-1] == code.d_sae):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sae_fast.ops.data_checks import check_usable
 from sae_fast.ops.encode import encode_given, encode_selected
 from sae_fast.ops.reference_encoder import pre_activations, relu
 from sae_fast.ops.sparse_code import SparseCode
@@ -28,6 +29,7 @@ def encode_abs_topk(
     They are among the k largest and the k largest of the negated row, so this is `encode_topk`
     twice: exact, at twice its cost. Arguments, gradients and errors as for `encode_topk`.
     """
+    check_usable("encode_abs_topk", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
     return encode_selected("encode_abs_topk", _abs_topk, tensors, k, *options, signed=True)
 
@@ -87,6 +89,7 @@ def encode_groupmax(
     product of torch, in float32 whatever the precision; bf16 and fp16 round its factors. AuxK
     costs a second product where there are dead latents.
     """
+    check_usable("encode_groupmax", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     if k < 1 or len(W_enc) % k != 0:
         raise RuntimeError(f"encode_groupmax: k must divide d_sae = {len(W_enc)}, got {k}")
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
@@ -136,6 +139,7 @@ def encode_last(
     Raises:
         RuntimeError: where `count` is not in [0, F].
     """
+    check_usable("encode_last", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     if not 0 <= count <= len(W_enc):
         raise RuntimeError(f"encode_last: count must be 0 to d_sae = {len(W_enc)}, got {count}")
     options = (count, precision)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_fast.ops.data_checks import check_data, check_offsets
+from sae_fast.ops.data_checks import check_code, check_data, check_offsets
 
 
 class CodeKey:
@@ -114,8 +114,9 @@ class SparseCode:
 
     def dense(self) -> Tensor:
         """The whole matrix [N, d_sae]; differentiable."""
+        places = self._places().flatten()
         out = self.values.new_zeros(self.n_rows, self.d_sae)
-        place = (self.entry_rows(), self._places().flatten())
+        place = (self.entry_rows(), places)
         return out.index_put_(place, self.values.flatten(), accumulate=True)  # no second [N, F]
 
     def fires(self) -> Tensor:
@@ -124,11 +125,11 @@ class SparseCode:
 
     def l0(self) -> Tensor:
         """How many latents fire in each row, [N] int64."""
+        if not torch.compiler.is_compiling():
+            self.check()
         fires = self.fires()
         if self.offsets is None:
             return fires.sum(1)
-        if not self.offsets.is_cuda and not torch.compiler.is_compiling():
-            check_offsets("SparseCode", self.offsets, self.n_listed)
         counts = torch.cat([self.offsets.new_zeros(1), fires.cumsum(0)])
         return counts[self.offsets].diff()
 
@@ -185,6 +186,8 @@ class SparseCode:
         if self.offsets is not None and torch.compiler.is_compiling() and not self.offsets.is_cuda:
             checked: Tensor = _checked_entry_rows(self.offsets, self.indices.size(0))
             return checked
+        if not torch.compiler.is_compiling():
+            self.check()
         rows = torch.arange(self.n_rows, device=self.indices.device)
         if self.offsets is None:
             return rows.repeat_interleave(self.indices.size(1))
@@ -193,13 +196,19 @@ class SparseCode:
     def _places(self) -> Tensor:
         """The indices, after a check where that need not wait for a device: torch has none, or one
         that ends the process."""
-        if self.indices.is_cuda:
-            return self.indices
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            self.check()
+        elif not self.indices.is_cuda:
             checked: Tensor = _checked_indices(self.indices, self.offsets, self.d_sae)
             return checked
-        check_data("SparseCode", self.indices, self.offsets, self.d_sae)
         return self.indices
+
+    def check(self) -> None:
+        """Raise RuntimeError where values, indices and offsets do not fit together.
+
+        On a GPU their numbers are not looked at: that would wait for it.
+        """
+        check_code(self.values, self.indices, self.offsets, self.d_sae)
 
 
 class _Spread(torch.autograd.Function):

@@ -40,6 +40,11 @@ struct GradientTerms {
   DenseFactor factor;
   const float* extra_grad;    // [d_sae][d_in] or null
   const float* project_onto;  // [d_sae][d_in] or null: remove the part along this unit row
+  // Columns in which all of dense equals the shift. The sum is 0 there, where the difference of two
+  // sums leaves a rounding error, of which a rule by signs makes a whole step. Found by the
+  // kernels.
+  const int32_t* still_columns;
+  int64_t still_count;
 };
 // squared_norm of the whole gradient; sums [d_sae] of the coefficients.
 using GradientNorm = bool (*)(const GradientTerms&, const RowCache&, float* sums,

@@ -251,14 +251,16 @@ template <class Element>
 inline void multiply_panel(const Element* groups, int64_t rows, const Element* panel, int64_t steps,
                            Element* c) {
   const int64_t pass = steps_per_pass(steps, rows);
-  for (int64_t begin = 0; begin < steps; begin += pass) {
+  int64_t begin = 0;
+  do {  // of no steps too, which make zeros
     const int64_t count = steps - begin < pass ? steps - begin : pass;
     for (int64_t row = 0; row < rows; row += kGroup) {
       const int live = static_cast<int>(rows - row < kGroup ? rows - row : kGroup);
       const Element* a = groups + (row * steps) + begin * kGroup;
       multiply_group(live, a, panel + begin * kPanel, count, c + row * kPanel, begin != 0);
     }
-  }
+    begin += pass;
+  } while (begin < steps);
 }
 
 }  // namespace sae_fast::SAE_FAST_ISA

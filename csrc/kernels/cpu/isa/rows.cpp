@@ -59,13 +59,48 @@ void finish_gradient(const cpu::GradientTerms& terms, int64_t latent, float* row
   const int64_t d_in = terms.factor.d_in;
   const cpu::LatentMajor& lists = terms.lists;
   if (terms.factor.shift != nullptr) {
-    add_scaled(row, terms.factor.shift, -list_sum(lists, latent), d_in);
+    const float sum = list_sum(lists, latent);
+    add_scaled(row, terms.factor.shift, -sum, d_in);
+    if (std::isfinite(sum)) {
+      for (int64_t i = 0; i < terms.still_count; ++i) row[terms.still_columns[i]] = 0.0f;
+    }
   }
   if (terms.extra_grad != nullptr) add_scaled(row, terms.extra_grad + latent * d_in, 1.0f, d_in);
   if (terms.project_onto != nullptr) {
     const float* direction = terms.project_onto + latent * d_in;
     add_scaled(row, direction, -dot(row, direction, d_in), d_in);
   }
+}
+
+// Finds the columns where no token differs from the shift; one look at a token is nearly always
+// enough to see that there are none. False where `memory` could not be had.
+bool find_still_columns(cpu::GradientTerms& terms, Scratch& memory) {
+  const float* const shift = terms.factor.shift;
+  const int64_t d_in = terms.factor.d_in;
+  if (shift == nullptr || terms.factor.tokens == 0) return true;
+  if (!memory.reset(d_in * 4)) return false;
+  auto* const columns = memory.as<int32_t>();
+  int64_t count = 0;
+  for (int64_t i = 0; i < d_in; ++i) {
+    columns[count] = static_cast<int32_t>(i);
+    count += std::isfinite(shift[i]) ? 1 : 0;
+  }
+  with_element(terms.factor.type, [&](auto element) {
+    const auto* row = static_cast<const decltype(element)*>(terms.factor.dense);
+    for (int64_t token = 0; token < terms.factor.tokens && count > 0; ++token, row += d_in) {
+      int64_t kept = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t column = columns[i];
+        columns[kept] = column;
+        kept += to_float(row[column]) == shift[column] ? 1 : 0;
+      }
+      count = kept;
+    }
+    return true;
+  });
+  terms.still_columns = columns;
+  terms.still_count = count;
+  return true;
 }
 
 // The gradient of row `latent`, before the clip.
@@ -193,7 +228,9 @@ void refresh_copies(const cpu::PackedEncoder& encoder, int64_t first, int64_t en
 
 bool accumulate_rows(const cpu::LatentMajor& lists, const cpu::DenseFactor& factor, float* rows,
                      float* sums, const cpu::Parallel& parallel) {
-  const cpu::GradientTerms terms{lists, factor, nullptr, nullptr};
+  cpu::GradientTerms terms{};
+  terms.lists = lists;
+  terms.factor = factor;
   for_each_sixteen(lists.d_sae, parallel, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t latent = first; latent < end; ++latent) {
       gradient_row(terms, latent, rows + latent * factor.d_in);
@@ -203,8 +240,11 @@ bool accumulate_rows(const cpu::LatentMajor& lists, const cpu::DenseFactor& fact
   return true;
 }
 
-bool gradient_norm(const cpu::GradientTerms& terms, const cpu::RowCache& cache, float* sums,
+bool gradient_norm(const cpu::GradientTerms& given, const cpu::RowCache& cache, float* sums,
                    double* squared_norm, const cpu::Parallel& parallel) {
+  cpu::GradientTerms terms = given;
+  Scratch columns;
+  if (!find_still_columns(terms, columns)) return false;
   const int64_t d_in = terms.factor.d_in;
   const int64_t d_sae = terms.lists.d_sae;
   const LatentGroups groups(terms, parallel.threads());
@@ -247,7 +287,10 @@ bool gradient_norm(const cpu::GradientTerms& terms, const cpu::RowCache& cache, 
   return true;
 }
 
-bool fused_update(const cpu::RowUpdate& update, const cpu::Parallel& parallel) {
+bool fused_update(const cpu::RowUpdate& given, const cpu::Parallel& parallel) {
+  cpu::RowUpdate update = given;
+  Scratch columns;
+  if (!find_still_columns(update.gradient, columns)) return false;
   const int64_t d_in = update.gradient.factor.d_in;
   const int64_t row_bytes = (d_in * 4 + 63) / 64 * 64;
   const int64_t pack_bytes = (pack_scratch_bytes(update.encoder) + 63) / 64 * 64;
