@@ -1,6 +1,8 @@
 """The memory plan adds up, and refuses with numbers."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,33 @@ def test_a_gpu_too_small_is_told_apart_from_the_host(on_gpu: TrainConfig) -> Non
         plan.check()
     assert " in memory of cuda and " in plan.summary()
     assert " planned (largest: " in plan.summary()
+
+
+_MEASURED = """
+import torch
+from sae_fast import SAEConfig, TrainConfig, Trainer
+
+def status(name):
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+def make(d_sae):
+    train = TrainConfig(learning_rate=1e-3, batch_size=512, max_steps=2, fused=False)
+    return Trainer(SAEConfig(k=8, d_sae=d_sae), train, torch.randn(2048, 256), show_progress=False)
+
+make(512).train()
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+trainer = make(32_768)
+trainer.train()
+print(sum(trainer.memory_plan.parts.values()), status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_dense_gradients_with_an_optimiser_of_torch_stay_within_the_plan() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", _MEASURED], capture_output=True, text=True, check=True, timeout=240
+    )
+    planned, peak = map(int, ran.stdout.split())
+    assert 0.6 * planned < peak <= planned

@@ -48,6 +48,10 @@ _CACHE = "all activations, kept on the GPU"
 _CHUNKED_MAX_ARRAYS = 6  # of W_dec's size
 # Rows of W that one product of the decorrelation's gradient takes in.
 _GRAM_ROWS = 4096
+# What an optimiser of torch, and the projection before it, hold at once: on a GPU, where it takes
+# all parameters together, arrays of the size of all; on a CPU matrices of one size. Measured for
+# adam with 65,536 latents; sgd and signum take a matrix less.
+_TEMPORARIES = 2, 3
 _CGROUPS = (  # directory, limit, in use, reclaimable: of version 2 and of version 1
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
@@ -157,6 +161,9 @@ def plan_memory(
         parts["rounded copies (16 bit)"] = (encoder + decoder) * _HALF
     if not train.fused:
         parts["dense gradients"] = parameters * _FLOAT
+        parts["temporaries of torch's optimiser"] = _FLOAT * (
+            _TEMPORARIES[0] * parameters if on_gpu else _TEMPORARIES[1] * max(encoder, decoder)
+        )
     step = _step_parts(sae, train)
     parts |= step
     if sae.arch in _DENSE_MOMENTS:
