@@ -124,6 +124,23 @@ def test_nothing_is_judged_while_a_warm_up_lasts() -> None:
     assert _concluded(sae, run, l0=0.1, fvu=1.0) == []
 
 
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"])
+@pytest.mark.parametrize("loss_fn", ["mse", "fvu"])
+def test_equal_rows_are_told_and_leave_the_model_finite(
+    arch: Any, loss_fn: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    sae = SAEConfig(arch=arch, d_sae=32, loss_fn=loss_fn, normalize_activations="none")
+    rows = torch.zeros(300, 8)
+    run = replace(RUN, max_steps=3, log_every=1)
+    trainer = Trainer(sae, run, rows, heldout=rows[:50], show_progress=False)
+    with caplog.at_level(logging.WARNING, logger="sae_fast"):
+        trainer.train()
+    texts = [text.split(" is not defined")[0] for text in trainer.summary["warnings"]]
+    assert texts == ["fvu", "heldout_fvu"]
+    assert sum("is not defined" in record.message for record in caplog.records) == 2
+    assert all(tensor.isfinite().all() for tensor in trainer.sae.state_dict().values())
+
+
 def test_silence_is_counted_over_half_of_the_tokens_and_at_most_the_budget() -> None:
     assert silent_window(TOPK, 1000) == 500
     assert silent_window(replace(TOPK, dead_after_tokens=300), 1000) == 300

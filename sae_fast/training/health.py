@@ -8,6 +8,7 @@ names the flags that help.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -50,7 +51,8 @@ class RunHealth:
         self._told: set[str] = set()
 
     def watch(self, row: Row) -> None:
-        """Log a collapse that the last rows show, each kind once."""
+        """Log a collapse that the last rows show, each kind once; an undefined FVU at once."""
+        self._tell(_undefined(row), row["step"])
         if "l0" not in row:
             return
         self._recent.append(row)
@@ -64,10 +66,13 @@ class RunHealth:
         """Return the warnings that hold at the end of the rows of a run; log those not yet told."""
         last: Row = {}
         for row in rows:
-            last |= {name: value for name, value in row.items() if value is not None}
-        if not last or not self._is_judged(last["step"]):
+            last |= row
+        if not last:
             return []
-        found = self._collapse(last) | self._misses(last) | self._stagnation(rows)
+        found = _undefined(last)
+        last = {name: value for name, value in last.items() if value is not None}
+        if self._is_judged(last["step"]):
+            found |= self._collapse(last) | self._misses(last) | self._stagnation(rows)
         self._tell(found, last["step"])
         return list(found.values())
 
@@ -220,3 +225,16 @@ class RunHealth:
                 f"--l1-penalty-coeff (now {sae.l1_penalty_coeff:g})"
             )
         return f"{steps}, or {self._sparser()}"
+
+
+def _undefined(row: Row) -> dict[str, str]:
+    """That an FVU is not a number, because the rows that it is of are all equal."""
+    found = {}
+    for name, where in (("fvu", "of the last batch"), ("heldout_fvu", "held out")):
+        value = row.get(name, 0.0)
+        if value is None or not math.isfinite(value):
+            found[name] = (
+                f"{name} is not defined: all rows {where} are equal, so that there is no variance "
+                "to explain; look at the shards (--shard-dir, --heldout)"
+            )
+    return found
