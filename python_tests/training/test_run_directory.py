@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import CheckpointError, CheckpointStore, find_checkpoint
 from sae_fast.training.run_directory import claimed_run_directory, held
@@ -152,6 +153,7 @@ def test_without_links_latest_and_best_are_text(
     store = CheckpointStore(tmp_path / "straight" / "checkpoints", keep=1)
     assert (store.directory / "latest").read_text() == "step-00000008\n"
     assert store.named("best") == store.path_of(straight.summary["best_step"])
+    assert SparseAutoencoder.from_pretrained(store.directory / "latest").config.k == 2
     _trainer(activations, tmp_path / "run", max_steps=4).train()
     assert find_checkpoint(str(tmp_path / "run" / "checkpoints" / "best"), None) is not None
     resumed = _trainer(activations, tmp_path / "run", resume_from="latest")

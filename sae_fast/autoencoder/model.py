@@ -47,6 +47,7 @@ from sae_fast.autoencoder.transcoder import (
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.ops.full_precision import addmm
+from sae_fast.text_links import followed
 
 _UNIT = 1e-5  # how far the norm of a row may be from 1 and still be called 1
 
@@ -488,6 +489,7 @@ class SparseAutoencoder(Measures):
 
         Raises FileNotFoundError or ValueError, one line naming the file and what is wrong with it.
         """
+        directory = followed(directory)  # `latest` or `best` of a run
         config = read_config(directory)
         with torch.device("meta"):
             sae = cls(config)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,13 +25,13 @@ import torch
 
 from sae_fast.json_files import JSONError, is_integer, parse_json, read_regular, require
 from sae_fast.tensor_files import load_tensors, save_tensors, sha256_of
+from sae_fast.text_links import followed
 
 logger = logging.getLogger(__name__)
 
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _PREFIX = "step-"
-_LONGEST_NAME = 64  # bytes of a text file that is in place of a link
 # Written aside by a process that a kill ended.
 _LEFTOVERS = (".step-*", ".latest-*", ".best-*", ".probe-*")
 
@@ -160,18 +159,11 @@ class CheckpointStore:
         pointer = self.directory / name
         if pointer.is_symlink():
             target = self.directory / os.readlink(pointer)
-        elif pointer.is_dir():  # a copy made with links followed
-            target = self._original(pointer)
-        else:
-            try:
-                with pointer.open("rb") as file:
-                    text = file.read(_LONGEST_NAME).decode("ascii", errors="replace").strip()
-            except OSError:
-                return None
-            if not re.fullmatch(rf"{_PREFIX}\d+", text):
-                return None
-            target = self.directory / text
-        return target if target.exists() else None
+            return target if target.exists() else None
+        if pointer.is_dir():  # a copy made with links followed
+            return self._original(pointer)
+        target = followed(pointer)
+        return target if target.name.startswith(_PREFIX) else None
 
     def newest(self) -> Path | None:
         """The last checkpoint written here: what `latest` names, else the one of the last step."""
