@@ -258,16 +258,17 @@ def test_trainings_of_a_sweep_keep_a_checkpoint_in_common(shard_dir: Path, tmp_p
 
 
 def test_a_finished_run_that_is_resumed_names_its_checkpoint(
-    activations: torch.Tensor, tmp_path: Path
+    activations: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a kill between the last checkpoint and the results."""
     _trainer(activations, tmp_path).train()
     whole = json.loads((tmp_path / "training_history.json").read_text())["summary"]
     (tmp_path / "training_history.json").unlink()
-    _trainer(activations, tmp_path, resume_from="latest").train()
+    monkeypatch.chdir(tmp_path.parent)  # a path as it was given, not the real one
+    _trainer(activations, Path(tmp_path.name), resume_from=str(tmp_path)).train()
     again = json.loads((tmp_path / "training_history.json").read_text())["summary"]
     assert again.keys() == whole.keys()
-    assert again["checkpoint"] == whole["checkpoint"]
+    assert again["checkpoint"] == f"{tmp_path.name}/checkpoints/step-00000008"
 
 
 def test_a_refused_training_of_a_sweep_leaves_no_directory(shard_dir: Path, tmp_path: Path) -> None:

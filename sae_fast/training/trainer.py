@@ -413,7 +413,7 @@ class Trainer:
             restore_snapshot(self, checkpoint)
             if self._run is not None and self._run.owns(checkpoint):
                 self.saved_step = self.step
-                self.summary["checkpoint"] = str(checkpoint.path)
+                self.summary["checkpoint"] = str(self._run.checkpoints.path_of(self.step))
             logger.info("resumed from %s", checkpoint.path)
         settings = (self.scaler, config.precision, self.average, self._behind.rest)
         step = TrainingStep(self.sae, self.optimizer, *settings)
