@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,6 +23,25 @@ def code(request, default_device):
 
 def test_dense_holds_the_values_at_their_indices(code):
     assert torch.equal(sparse(code, 70).dense().double(), code.dense(70))
+
+
+def test_dense_makes_its_array_once():
+    """Measured as the growth of the highest memory use of a process."""
+    made = "SparseCode(torch.rand(256, 4), torch.zeros(256, 4, dtype=torch.int32), 2**18)"
+    script = f"""
+import torch
+from sae_fast.ops import SparseCode
+torch.set_num_threads(1)
+def highest():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+code = {made}
+before = highest()
+dense = code.dense()
+print((highest() - before) / dense.untyped_storage().nbytes())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert float(result.stdout) < 1.5, result.stderr
 
 
 def test_dense_is_differentiable(code):
