@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from plain_sae import left_gradients, make_batch, make_targets, plain_decorrelation
+from plain_sae import input_bias, left_gradients, make_batch, make_targets, plain_decorrelation
 from plain_sae import plain_acts as plain_topk_code
 from plain_sae import plain_terms as plain_topk_terms
 from plain_thresholded import go
@@ -37,8 +37,6 @@ NAMES = [name for name in field_names(SAEConfig) if name not in APART]
 VALUES = [settings for name in NAMES for settings in values_of(SAEConfig, name)]
 DEAD = (1, 3, 8, 9, 20, 21)
 K_ARCHITECTURES = ("topk", "batch_topk", "matryoshka")
-# Settings whose formulas are written out in plain PyTorch; others are tried for a finite loss.
-PLAIN = set(NAMES) - {"use_relu"}
 TOLERANCE = {"rtol": 2e-4, "atol": 5e-5}
 
 
@@ -71,7 +69,7 @@ def plain_code(sae, x):
     if sae.config.arch in K_ARCHITECTURES:
         return plain_topk_code(sae, x)
     if sae.config.arch == "slots":
-        return ((x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc).relu()
+        return ((x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc).relu()
     return plain_thresholded_code(sae, x)
 
 
@@ -137,7 +135,7 @@ def try_together(arch, settings):
     left = left_gradients(sae)
     if not all(value.isfinite().all() for value in [loss.total, *left.values()]):
         return f"not finite: {loss.components}"
-    if sae.config.is_end_to_end or not set(settings) <= PLAIN:
+    if sae.config.is_end_to_end:
         return None
     columns = {
         name: value.double() if value.is_floating_point() else value

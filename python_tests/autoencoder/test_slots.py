@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain_sae import left_gradients, make_batch
+from plain_sae import input_bias, left_gradients, make_batch
 from plain_thresholded import PATHS, make_thresholded
 
 from sae_fast import SAEConfig, SparseAutoencoder, ops
@@ -79,7 +79,7 @@ def correlation_sum(first, second, pairs, same, width=1):
 def plain_terms(sae, x, relations, answers):
     """All terms in plain dense PyTorch, token by token where that is plainest."""
     config, free = sae.config, sae.config.d_sae - sae.config.n_relations
-    pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     acts = pre_acts.relu()
     error = acts @ sae.W_dec + sae.b_dec - x
     norms = sae.W_dec.norm(dim=1) if config.decoder_norm == "free" else torch.ones_like(sae.b_enc)
@@ -195,7 +195,7 @@ def test_accuracies_count_labelled_tokens_only():
     labels = make_labels()
     components = sae.training_loss(x, **labels).components
     free = sae.config.d_sae - N_RELATIONS
-    scores = ((x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc)[:, free:]
+    scores = ((x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc)[:, free:]
     kept = labels["relations"] != -1
     expected = (scores.argmax(1) == labels["relations"])[kept].double().mean()
     assert float(components["slot_accuracy"]) == pytest.approx(float(expected))
@@ -337,7 +337,7 @@ def test_any_architecture_can_have_the_correlation_terms(arch, pairs):
     expected = 0.4 * independence.detach(), 0.7 * orthogonality.detach()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     loss.total.backward()
-    pre_acts = (x - sae.b_dec) @ sae.W_enc.t() + sae.b_enc
+    pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     h = torch.where(h > 0, pre_acts, 0.0)
     plain = 0.4 * correlation_sum(h[:, :25], h[:, :25], pairs, same=True)
     plain = plain + 0.7 * correlation_sum(h[:, :25], h[:, 25:], pairs, same=False)
