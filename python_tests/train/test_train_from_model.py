@@ -123,3 +123,36 @@ def test_log_to_wandb_true_works_as_written(
         assert run_on_model("--log_to_wandb", *words, "--run_name", str(number))[0] == 0
         logs = list(Path(f"output/{number}/residual.0/wandb").glob("offline-run-*/*.wandb"))
         assert len(logs) == 1
+
+
+@pytest.mark.parametrize("loss", ["mse", "ce"])
+def test_epoch_counts_passes_over_the_documents(
+    run_on_model: Run, inputs: tuple[str, str], loss: str
+) -> None:
+    texts = [json.loads(line)["text"] for line in Path(inputs[1]).read_text().splitlines()][:12]
+    Path("few.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokens = sum(1 + len(text.split()) for text in texts if text and text.strip())
+    flags = ["--ctx_len", "16", "--batch_size", "4", "--k", "4", "--d_sae", "32"]
+    flags += ["--max_tokens", "640", "--log_every", "1", "--heldout_tokens", "0"]
+    assert (
+        main([f"{inputs[0]}/gpt2", "few.jsonl", *flags, "--loss_fn", loss, "--run_name", "e"]) == 0
+    )
+    epochs = [row["epoch"] for row in metrics("output/e/residual.0") if "loss" in row]
+    assert len(epochs) == 10
+    assert epochs == sorted(epochs)
+    if loss == "mse":
+        assert epochs == pytest.approx([64 * step / tokens for step in range(1, 11)], abs=1e-9)
+    else:  # whole batches of sequences, the last of a pass shorter
+        assert 3 <= epochs[-1] <= 10
+        assert epochs[0] == pytest.approx(64 / tokens)
+
+
+def test_how_near_latents_come_to_each_other_is_logged_with_the_interval_of_wandb(
+    run_on_model: Run,
+) -> None:
+    flags = ("--wandb_log_frequency", "4", "--run_name", "r")
+    assert run_on_model(*flags)[0] == 0
+    rows = {row["step"]: row for row in metrics("output/r/residual.0")}
+    assert [step for step, row in rows.items() if "max_decoder_cosine" in row] == [4, 8, 10]
+    assert all("dead_fraction" in rows[step] for step in (4, 8, 10))
+    assert 0 < rows[10]["max_decoder_cosine"] < 1

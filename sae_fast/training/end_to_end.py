@@ -49,6 +49,7 @@ class SequenceStream:
         identity: what the rows depend on, told apart when a position is loaded.
         seed: of what is masked.
         masked_token: of a masked model whose loss is ce; None: nothing is masked.
+        rows_per_pass: how many all documents have, at least about; default: `max_tokens`.
     """
 
     columns: Mapping[str, Column] = {
@@ -64,8 +65,10 @@ class SequenceStream:
         identity: Mapping[str, Any],
         seed: int,
         masked_token: int | None = None,
+        rows_per_pass: int | None = None,
     ) -> None:
         self.rows_per_epoch = max_tokens
+        self._rows_per_pass = rows_per_pass or max_tokens
         self.tokens_served = 0
         self.stall_seconds = 0.0
         self._model = model
@@ -115,6 +118,10 @@ class SequenceStream:
             "cursor": asdict(self._cursor),
             "tokens": self.tokens_served,
         }
+
+    def passes_at(self, state: dict[str, Any]) -> float:
+        """Passes over the documents at a position."""
+        return float(state["epoch"]) + min(1.0, int(state["cursor"]["rows"]) / self._rows_per_pass)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or seed are others."""

@@ -225,6 +225,7 @@ def _shuffled(
         seed=first.order_seed,
         max_tokens=settings.max_tokens,
         identity=_identity(capture),
+        rows_per_pass=capture.estimated_rows()[0],
         whole_sequences=any(needs_sequences(config.sae) for config in configs.values()),
     )
     shared: SharedSource[HookRows] = SharedSource(stream, len(configs))
@@ -268,6 +269,7 @@ def _through_model(
         identity=_identity(capture),
         seed=next(iter(configs.values())).train.order_seed,
         masked_token=masked_token,
+        rows_per_pass=capture.estimated_rows()[0],
     )
     shared: SharedSource[HookRows] = SharedSource(stream, len(configs))
     heldout = [] if capture.heldout is None else [*map(stream.rows_of, capture.heldout.iterate())]

@@ -9,7 +9,10 @@ heldout_fvu, heldout_explained_variance and, by one variance of all numbers,
 heldout_explained_variance_overall, heldout_l0, heldout_dead_fraction; with fp16 loss_scale and
 skipped_steps; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0
 sparsity_coeff; with jumprelu sparsity_loss, pre_act_loss, mean_threshold; with loss_fn ce
-heldout_ce and that of the model by itself, heldout_ce_model, with kl heldout_kl.
+heldout_ce and that of the model by itself, heldout_ce_model, with kl heldout_kl; with
+wandb_log_every, at that interval, max_decoder_cosine, a latent's largest one, a mean over latents.
+Where a model reads documents epoch counts passes over these, by an estimate of their tokens where
+they are many.
 """
 
 import json

@@ -109,6 +109,7 @@ class ModelStream:
         seed: of the order.
         max_tokens: rows that will be taken; they count as one pass over the data.
         identity: what the rows depend on besides, told apart when a position is loaded.
+        rows_per_pass: how many all documents have, at least about; default: `max_tokens`.
         whole_sequences: sequences are shuffled, not rows, and the column STARTS says where each
             begins, as in `ActivationStream`.
     """
@@ -123,6 +124,7 @@ class ModelStream:
         seed: int,
         max_tokens: int,
         identity: Mapping[str, Any],
+        rows_per_pass: int | None = None,
         whole_sequences: bool = False,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("pool_rows", pool_rows)):
@@ -132,6 +134,7 @@ class ModelStream:
         self.batch_size = batch_size
         self.pool_rows = pool_rows
         self.rows_per_epoch = max_tokens
+        self._rows_per_pass = rows_per_pass or max_tokens
         self.stall_seconds = 0.0
         self.tokens_served = 0
         self.columns: dict[str, Column] = {STARTS: STARTS_COLUMN} if whole_sequences else {}
@@ -191,6 +194,11 @@ class ModelStream:
             "served": self._served,
             "tokens": self.tokens_served,
         }
+
+    def passes_at(self, state: dict[str, Any]) -> float:
+        """Passes over the documents at a position."""
+        rows = int(state["cursor"]["rows"]) + int(state["served"])
+        return float(state["epoch"]) + min(1.0, rows / self._rows_per_pass)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or order are others."""

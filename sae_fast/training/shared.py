@@ -245,6 +245,11 @@ class SharedReader(Generic[Item]):
         """Go on where `state` was taken; ValueError if the data is not the same."""
         self.number, self.sets = self._shared.find(state)
 
+    def passes_at(self, state: dict[str, Any]) -> float | None:
+        """Passes over the data at a position, where the source counts them."""
+        count = getattr(self._shared.source, "passes_at", None)
+        return None if count is None else float(count(state))
+
     def current_shards(self) -> list[Path]:
         """Shards that the rows last read may come from, where the source knows them."""
         shards: list[Path] = getattr(self._shared.source, "current_shards", list)()

@@ -23,6 +23,7 @@ from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.ops.native import build_info
+from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
 from sae_fast.training.checkpoint import (
@@ -263,8 +264,7 @@ class Trainer:
             best = self._best_rule.improved(self.best, self.step, {**metrics, **evaluation})
             improved, self.best = best is not None, best or self.best
         if row:
-            epoch = self.tokens / self.data.rows_per_epoch
-            row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
+            row = {"step": self.step, "tokens": self.tokens, "epoch": self._epoch(), **row}
             self._log.write(row)
             self._health.watch(row)
             if self._wandb is not None and (tell or look):
@@ -273,6 +273,12 @@ class Trainer:
             self.save_checkpoint(best=improved)
         self._stopwatch.resume()
         return row
+
+    def _epoch(self) -> float:
+        """Passes over the data: over documents where a model reads them, otherwise by rows."""
+        passes_at = getattr(self.source, "passes_at", None)
+        passes: float | None = passes_at and passes_at(self.batches.state_dict())
+        return self.tokens / self.data.rows_per_epoch if passes is None else passes
 
     def _is_due(self, interval: int) -> bool:
         """Whether this step is the end of an interval, of which 0 is the whole run."""
@@ -317,6 +323,9 @@ class Trainer:
             row["skipped_steps"] = int(self.scaler.skipped_steps)
         if self.data.skipped_rows:
             row["skipped_rows"] = self.data.skipped_rows
+        interval = self.train_config.wandb_log_every
+        if interval is not None and self._is_due(interval):
+            row["max_decoder_cosine"] = float(mean_largest_cosine(self.sae.W_dec))
         return row
 
     @property

@@ -171,3 +171,16 @@ def test_a_column_that_is_named_is_taken_beside_lists_and_told(tmp_path):
     path.write_text(json.dumps({"text": "a cat", "messages": MESSAGES}))
     assert load_documents(str(path)).column == "text"
     assert Documents(["a cat"]).column is None
+
+
+def test_the_configurations_of_a_dataset_are_named_where_one_has_to_be_chosen(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    entries = "".join(
+        f"- config_name: part_{name}\n  data_files: {name}.jsonl\n" for name in ("a", "b")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    with pytest.raises(ValueError, match="several configurations, part_a, part_b") as error:
+        load_documents(str(tmp_path))
+    assert "name one with --dataset-config" in str(error.value)
+    assert load_documents(str(tmp_path), config="part_b").read(0, 1)[1] == ["b"]

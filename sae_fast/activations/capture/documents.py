@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -241,6 +242,12 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # it wraps anything: parsers' errors, the network's, its own
         cause = error.__cause__ or error
+        names = re.search(r"available configs: \[(.*?)\]", str(cause), re.DOTALL)
+        if names is not None:
+            raise ValueError(
+                f"dataset: {name} has several configurations, {names[1].replace(chr(39), '')}: "
+                "name one with --dataset-config"
+            ) from error
         text = str(cause).strip().partition("\n")[0] or one_line(cause)
         raise ValueError(f"dataset: {name} cannot be read: {text}") from error
 

@@ -76,17 +76,21 @@ class Capture:
 
     def expected_rows(self) -> tuple[int, bool]:
         """Rows of each hook point without those held out, and whether that is an estimate."""
+        rows, is_estimate = self.estimated_rows()
+        limit = self.config.max_tokens
+        if limit is not None and rows >= limit:
+            return limit, False
+        return rows, is_estimate
+
+    def estimated_rows(self) -> tuple[int, bool]:
+        """Rows of all documents not held out, and whether they were estimated from the first."""
         batches = self.batches
         sample, count = 0, 0
         while count < min(SAMPLED_DOCUMENTS, batches.stop) and sample < SAMPLED_ROWS:
             end = min(count + CHUNK, batches.stop)
             sample += sum(_rows_by_document(batches, count, end))
             count = end
-        rows = sample * batches.stop // max(1, count)
-        limit = self.config.max_tokens
-        if limit is not None and rows >= limit:
-            return limit, False
-        return rows, count < batches.stop
+        return sample * batches.stop // max(1, count), count < batches.stop
 
     def recipe(self, world_size: int) -> dict[str, Any]:
         """Everything by which the same activations can be captured again."""
