@@ -208,6 +208,14 @@ def test_a_manifest_that_is_a_pipe_is_refused(tmp_path):
     assert "is no regular file" in message_of(tmp_path)
 
 
+def test_a_long_name_in_a_manifest_stays_one_short_line(tmp_path):
+    write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
+    write_manifest(tmp_path)
+    content = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(content.replace("a.h5", "x" * 5000))
+    assert "in manifest.json, but missing" in message_of(tmp_path)
+
+
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
     (tmp_path / "a.h5").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.h5"))

@@ -15,10 +15,15 @@ class ShardError(ValueError):
 def one_line(error: BaseException) -> str:
     """Text of `error` on a single line, for use inside a `ShardError` message."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
+    return shortened(text, LONGEST_REASON)
+
+
+def shortened(text: str, most: int) -> str:
+    """Cut a text that may be longer than a message can be."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def listed(names: Sequence[str], most: int) -> str:
     """Join the first `most` names, each shortened, for a message that has to stay one line."""
-    shown = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…" for name in names]
-    return ", ".join([*shown[:most], *(["…"] if len(names) > most else [])])
+    shown = [shortened(name, LONGEST_NAME) for name in names[:most]]
+    return ", ".join([*shown, *(["…"] if len(names) > most else [])])

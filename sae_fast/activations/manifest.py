@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.errors import ShardError, one_line
+from sae_fast.activations.errors import ShardError, one_line, shortened
 from sae_fast.activations.files import replacing, shards_in
 from sae_fast.activations.shard import DEFAULT_KEY, Shard, inspect_shard
 from sae_fast.json_files import parse_json, read_regular
@@ -21,6 +21,7 @@ from sae_fast.json_files import parse_json, read_regular
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
 HASH_READ_BYTES = 1 << 20
+LONGEST_NAME = 255  # characters of a file's name
 MAX_MANIFEST_BYTES = 64 << 20  # some 400,000 shards
 
 
@@ -72,7 +73,8 @@ def check_listing(directory: Path, manifest: Manifest) -> None:
     present = {path.name for path in shards_in(directory)}
     for name in sorted(manifest):
         if name not in present:
-            raise ShardError(f"{directory / name}: in {MANIFEST_NAME}, but missing")
+            shown = shortened(repr(name)[1:-1], LONGEST_NAME)
+            raise ShardError(f"{directory / shown}: in {MANIFEST_NAME}, but missing")
     for name in sorted(present - set(manifest)):
         raise ShardError(
             f"{directory / name}: not in {MANIFEST_NAME}; remove the file, or let "
