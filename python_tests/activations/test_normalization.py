@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import h5py
 import pytest
@@ -17,6 +18,10 @@ from sae_fast.activations import (
     open_shards,
     write_shard,
 )
+from sae_fast.activations import normalization as normalization_module
+from sae_fast.activations.normalization import sample_spans
+from sae_fast.activations.pool import BlockReader
+from sae_fast.activations.shuffle import Block
 
 
 def test_normalised_rows_have_mean_zero_and_mean_norm_sqrt_d(sample_dir):
@@ -113,3 +118,37 @@ def test_streams_and_held_out_rows_transform_alike():
     transform = Transform(torch.randn(3), 1.7)
     batch = TensorStream(rows, batch_size=10, transform=transform).next_batch()
     assert torch.equal(batch.sort(dim=0).values, ((rows - transform.mean) * 1.7).sort(dim=0).values)
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_the_sample_that_the_scan_keeps_gives_the_same_bits(tmp_path, monkeypatch, compression):
+    monkeypatch.setattr(normalization_module, "DEFAULT_MAX_ROWS", 1500)
+    for number, dtype in enumerate(("float16", "float32")):
+        rows = torch.randn(4000 - 300 * number, 5, generator=torch.Generator().manual_seed(number))
+        if number:
+            rows[77, 3] = torch.nan
+        with h5py.File(tmp_path / f"{number}.h5", "w") as file:
+            shape = {"chunks": (100, 5), "compression": compression}
+            file.create_dataset("activations", data=rows.numpy().astype(dtype), **shape)
+    read = open_shards(tmp_path, skip_nonfinite=True)
+    kept = open_shards(tmp_path, skip_nonfinite=True, sample=sample_spans)
+    expected = estimate_normalization(read, 1500)
+    blocks = count_blocks(monkeypatch)
+    result = estimate_normalization(kept, 1500)
+    assert torch.equal(result.mean, expected.mean)
+    assert result.scale == expected.scale
+    assert len(blocks) <= 2  # the one with the row that is left out, each time
+    kept.forget_kept()
+    assert estimate_normalization(kept, 1500).scale == expected.scale
+    assert len(blocks) > 2
+
+
+def count_blocks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    read, blocks = BlockReader.read, list[object]()
+
+    def counting(self: BlockReader, block: Block, *arguments: Any) -> None:
+        blocks.append(block)
+        read(self, block, *arguments)
+
+    monkeypatch.setattr(BlockReader, "read", counting)
+    return blocks

@@ -14,6 +14,7 @@ from sae_fast.activations.pool import iterate_blocks
 from sae_fast.activations.shard_set import ShardSet
 from sae_fast.activations.shuffle import Block, split_blocks, split_shard
 from sae_fast.activations.source import Transform
+from sae_fast.activations.storage import as_tensor
 from sae_fast.activations.tensor_stream import checked_rows
 
 DEFAULT_MAX_ROWS = 1 << 17
@@ -78,15 +79,44 @@ def _mixed_slabs(mix: ShardMix, max_rows: int | None) -> Slabs:
 
 
 def _shard_slabs(shards: ShardSet, max_rows: int | None) -> Slabs:
-    blocks = split_blocks(shards)
-    if max_rows is not None and shards.rows > max_rows:
-        blocks = _sample(shards, max_rows / shards.rows)
+    blocks = _chosen_blocks(shards, max_rows)
     # Each shard counts with all of its rows, however many of them its share of blocks holds.
     sampled = Counter[int]()
     for block in blocks:
         sampled[block.shard] += block.kept
     weights = [shards.served_rows(block.shard) / sampled[block.shard] for block in blocks]
-    return lambda: zip(iterate_blocks(shards, blocks), weights, strict=True)
+    return lambda: zip(_rows_of(shards, blocks), weights, strict=True)
+
+
+def sample_spans(shards: ShardSet) -> list[tuple[int, tuple[int, int]]]:
+    """Return the rows that `estimate_normalization` will look at: shards, and spans of each."""
+    blocks = _chosen_blocks(shards, DEFAULT_MAX_ROWS)
+    return [(block.shard, (block.start, block.stop)) for block in blocks]
+
+
+def _chosen_blocks(shards: ShardSet, max_rows: int | None) -> list[Block]:
+    if max_rows is not None and shards.rows > max_rows:
+        return _sample(shards, max_rows / shards.rows)
+    return split_blocks(shards)
+
+
+def _rows_of(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
+    """The served rows of each block, read unless they were kept; the memory is reused."""
+    known = [_kept_rows(shards, block) for block in blocks]
+    unknown = [block for block, rows in zip(blocks, known, strict=True) if rows is None]
+    read = iterate_blocks(shards, unknown)
+    for rows in known:
+        yield next(read) if rows is None else rows
+
+
+def _kept_rows(shards: ShardSet, block: Block) -> Tensor | None:
+    """A block as the scan has kept it; None: it was not kept, or some of its rows are dropped."""
+    if not shards.kept or block.kept < block.stop - block.start:
+        return None
+    rows = shards.kept[block.shard].find(block.start, block.stop)
+    if rows is None:
+        return None
+    return as_tensor(rows, shards.shards[block.shard].storage).to(shards.storage.torch_dtype)
 
 
 def _sample(shards: ShardSet, fraction: float) -> list[Block]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import replacing
+from sae_fast.activations.kept_rows import KeptRows
 from sae_fast.activations.manifest import file_sha256
 from sae_fast.activations.row_scan import (
     RepeatedRows,
@@ -110,8 +111,12 @@ def scan_shard(
     sha256: str | None,  # of the file, from its manifest
     checksum: str | None,  # of the rows, from the file's attributes
     checks: Checks,
+    kept: KeptRows | None = None,
 ) -> RowScan:
-    """Read a shard once, or remember that it was read; raises ShardError for what is refused."""
+    """Read a shard once, or remember that it was read; raises ShardError for what is refused.
+
+    Of the rows that are read `kept` keeps those that it wants.
+    """
     if not checks.verify:
         sha256 = checksum = None
     verified = checksum if sha256 is None else f"file:{sha256}"
@@ -120,12 +125,18 @@ def scan_shard(
         _require_allowed(shard, known, checks)
         return known
     scanned_at = time.time_ns()
-    scan = _scan(shard, sha256, checksum, checks)
+    scan = _scan(shard, sha256, checksum, checks, kept)
     checks.record.note(shard, verified, scanned_at, scan)
     return scan
 
 
-def _scan(shard: Shard, sha256: str | None, checksum: str | None, checks: Checks) -> RowScan:
+def _scan(
+    shard: Shard,
+    sha256: str | None,
+    checksum: str | None,
+    checks: Checks,
+    kept: KeptRows | None,
+) -> RowScan:
     """Scan a shard; a row is refused only where the checksum holds: else damage explains it."""
     scanner = RowScanner(
         shard, skip_nonfinite=checks.skip_nonfinite, repeated_rows=checks.repeated_rows
@@ -142,6 +153,8 @@ def _scan(shard: Shard, sha256: str | None, checksum: str | None, checks: Checks
         try:
             for start, rows in pieces:
                 refused = refused or _refusal(scanner, start, rows)
+                if kept is not None:
+                    kept.note(start, rows)
                 if refused is not None and sha256 is None and checksum is None:
                     raise refused
         except ShardError:  # rows that cannot be read

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +17,7 @@ import torch
 from sae_fast.activations.columns import Column, RowNumbers, ShardColumns, inspect_columns
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
+from sae_fast.activations.kept_rows import KEPT_BYTES, KeptRows, Span
 from sae_fast.activations.manifest import Manifest, check_entry, check_listing, read_manifest
 from sae_fast.activations.row_scan import (
     NO_ROWS,
@@ -34,6 +35,8 @@ from sae_fast.activations.tensor_shards import describe_shard, open_shard
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+# Chooses rows of a set: numbers of shards, each with a span of its rows.
+Sample = Callable[["ShardSet"], Iterable[tuple[int, Span]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class ShardSet:
     shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty where nobody asked for columns
     targets: ShardSet | None = None
     is_zero: bool = False  # whether the scan has found nothing but zeros
+    # Per shard the rows that the scan has kept of it; empty where none were asked for.
+    kept: tuple[KeptRows, ...] = field(default=(), compare=False)
 
     @property
     def d_in(self) -> int:
@@ -91,6 +96,11 @@ class ShardSet:
         """Ascending numbers of one shard's rows that begin a sequence, if these are to be whole."""
         return self.shard_columns[number].starts if self.shard_columns else None
 
+    def forget_kept(self) -> None:
+        """Free the rows that were kept."""
+        for part in self.kept:
+            part.clear()
+
     def identities(self) -> list[tuple[str, str]]:
         """File name of each shard, and a digest of what a resumed run relies on.
 
@@ -118,6 +128,7 @@ def open_shards(
     targets: TargetFiles | None = None,
     repeated_rows: RepeatedRows = "refuse",
     record: ScanRecord | None = None,
+    sample: Sample | None = None,
 ) -> ShardSet:
     """Check the training shards of a directory, or the given files, and describe them.
 
@@ -127,6 +138,7 @@ def open_shards(
     Rows that are zero or equal to the row before them are what is left of rows that were never
     written: where they are more than a hundredth of a shard, `repeated_rows` says whether they are
     refused, dropped or kept. A shard that `record` knows, and that has not changed, is not read.
+    Rows that `sample` chooses are kept from the reading, if they are not too many.
     `columns` names datasets of labels that are served beside the rows; `whole_sequences` asks for
     the rows of a sequence together, see columns.py. Both are read once here and checked. `targets`
     are served beside the rows too, checked as these are; a row is dropped with its target.
@@ -139,7 +151,8 @@ def open_shards(
         raise ValueError(f"columns: {TARGETS!r} is the name of what targets are served as")
     checks = Checks(verify, skip_nonfinite, repeated_rows, record or ScanRecord())
     shards = tuple(describe_shard(path, key) for path in paths)
-    dropped, is_zero = _check_rows(shards, shards, checks)
+    kept = () if sample is None else _kept_rows(shards, sample)
+    dropped, is_zero = _check_rows(shards, shards, checks, kept)
     paired = None
     if targets is not None:
         paired = _open_targets(shards, dropped, targets, checks)
@@ -147,7 +160,7 @@ def open_shards(
     found: tuple[ShardColumns, ...] = ()
     if columns or whole_sequences:
         found = _find_columns(shards, dropped, columns, whole_sequences)
-    result = ShardSet(shards, dropped, found, paired, is_zero)
+    result = ShardSet(shards, dropped, found, paired, is_zero, kept)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
@@ -155,6 +168,15 @@ def open_shards(
             "dropping %d rows that %s", result.nonfinite_rows, _what_is_dropped(repeated_rows)
         )
     return result
+
+
+def _kept_rows(shards: tuple[Shard, ...], sample: Sample) -> tuple[KeptRows, ...]:
+    """What is kept of each shard of the rows that a sample chooses if no row is dropped."""
+    spans: list[list[Span]] = [[] for _ in shards]
+    for number, span in sample(ShardSet(shards, tuple(NO_ROWS for _ in shards))):
+        spans[number].append(span)
+    kept = tuple(KeptRows(*pair) for pair in zip(shards, spans, strict=True))
+    return kept if sum(part.bytes for part in kept) <= KEPT_BYTES else ()
 
 
 def _what_is_dropped(repeated_rows: RepeatedRows) -> str:
@@ -185,6 +207,7 @@ def _check_rows(
     shards: tuple[Shard, ...],
     files: tuple[Shard, ...],  # those whose files have not been checked yet
     checks: Checks,
+    kept: tuple[KeptRows, ...] = (),
 ) -> tuple[tuple[RowNumbers, ...], bool]:
     """The checks of `open_shards`: the rows of each shard left out, and whether all are zero."""
     manifests = _check_manifests(files)
@@ -200,11 +223,12 @@ def _check_rows(
         total = sum(shard.file_bytes for shard in files)
         logger.info("verifying %d shards, %.2f GB", len(files), total / 1e9)
     unchecked = {shard.path for shard in files}
+    keeps = {id(shard): part for shard, part in zip(shards, kept, strict=False)}
 
     def scan(shard: Shard) -> RowScan:
         manifest = manifests.get(shard.path.parent) if shard.path in unchecked else None
         sha256 = None if manifest is None else manifest[shard.path.name].sha256
-        return scan_shard(shard, sha256, shard.checksum, checks)
+        return scan_shard(shard, sha256, shard.checksum, checks, keeps.get(id(shard)))
 
     scans = _for_each(shards, scan)
     _warn(shards, scans, checks)

@@ -96,7 +96,8 @@ class TrainingData:
             raise ValueError("keep_in_memory and device_cache are for shards, not for given data")
         self.scans = known_scans(config)
         if data is None:
-            self._shards = open_training_shards(config, [sae], self.scans)
+            is_scaled = sae.normalize_activations != "none" and config.resume_from is None
+            self._shards = open_training_shards(config, [sae], self.scans, sample=is_scaled)
         elif isinstance(data, SharedShards):
             self._shards, self._shared, self.scans = data
         elif isinstance(data, Tensor):
@@ -161,9 +162,13 @@ class TrainingData:
         """The mean of the rows, and the scale that brings their norm to sqrt(D)."""
         if self._given is not None:
             return estimate_normalization(torch.cat([x for x, _ in self._sampled()]))
-        known = self._shards if self._rows is None else self._rows
-        assert known is not None
-        return estimate_normalization(known)
+        if self._shards is not None:
+            result = estimate_normalization(self._shards)
+            for shards in self._shards.sets:
+                shards.forget_kept()
+            return result
+        assert self._rows is not None
+        return estimate_normalization(self._rows)
 
     def target_normalization(self) -> Transform:
         """The same of the targets."""

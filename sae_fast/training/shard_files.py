@@ -23,6 +23,7 @@ from sae_fast.activations import (
     mix_shards,
     open_shards,
 )
+from sae_fast.activations.normalization import sample_spans
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.guidance import label_columns, needs_sequences
@@ -33,11 +34,12 @@ _TARGET_SETTINGS = ("target_key", "target_shard_dir", "target_heldout")
 
 
 def open_training_shards(
-    config: TrainConfig, saes: Sequence[SAEConfig], record: ScanRecord
+    config: TrainConfig, saes: Sequence[SAEConfig], record: ScanRecord, *, sample: bool = False
 ) -> ShardMix:
     """The shards to train on, with the labels, sequences and targets that any model needs.
 
-    A shard that `record` knows is not read, and what reading finds is noted there.
+    A shard that `record` knows is not read, and what reading finds is noted there. With `sample`
+    the rows of a single set that its normalisation is estimated from are kept.
 
     Raises:
         ShardError: naming the shard that cannot be trained on, or not with the others.
@@ -63,6 +65,7 @@ def open_training_shards(
             targets=targets[0],
             repeated_rows=config.repeated_rows,
             record=record,
+            sample=sample_spans if sample and len(parts) == 1 else None,
         )
         if shards.is_zero:
             raise ShardError(f"{name}: all rows are zero, there is nothing to train on")
