@@ -11,7 +11,8 @@ WERROR := $(if $(CI),ON,OFF)
 
 export PATH := $(BIN):$(PATH)
 
-.PHONY: demo test build build-dev lint test-cpp test-address test-thread test-cuda test-python clean
+.PHONY: demo test build build-dev lint test-cpp test-address test-thread test-cuda test-python \
+  campaign clean
 
 demo: build
 	python -m sae_fast.train --config examples/demo.json
@@ -64,6 +65,12 @@ test-python: build-dev
 	test "$$SAE_FAST_NATIVE" = 0 || python tools/isa_symbols.py build/native
 	python -m sae_fast.info
 	python -m pytest
+
+# Thousands of random tries to break it, about an hour: TRIES=100 SEED=7 make campaign for others.
+campaign: build-dev
+	@failed=0; for name in $$(python tools/campaign --list); do \
+	  python tools/campaign $$name $(if $(TRIES),--tries $(TRIES)) --seed $(or $(SEED),0) || failed=1; \
+	done; exit $$failed
 
 clean:
 	rm -rf build $(VENV) sae_fast.egg-info sae_fast/_C*.so sae_fast/_reference_install.py

@@ -54,14 +54,14 @@ MASKED = {
 }
 
 
-def make_network(name, seed=0):
-    """A network with random weights, with its language-model head."""
+def make_network(name, seed=0, **settings):
+    """A network with random weights, with its language-model head; settings are of transformers."""
     import transformers
 
     kinds = (
         transformers.AutoModelForCausalLM if name in CAUSAL else transformers.AutoModelForMaskedLM
     )
-    config = transformers.AutoConfig.for_model(name, **{**CAUSAL, **MASKED}[name])
+    config = transformers.AutoConfig.for_model(name, **{**CAUSAL, **MASKED}[name] | settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = kinds.from_config(config).eval()
@@ -97,8 +97,8 @@ def make_tokenizer(causal, *, bos="<s>", eos="</s>"):
     )
 
 
-def save_model(directory, name, seed=0):
+def save_model(directory, name, seed=0, **settings):
     """Writes network and tokenizer as a user's folder of a model."""
-    make_network(name, seed).save_pretrained(directory)
+    make_network(name, seed, **settings).save_pretrained(directory)
     make_tokenizer(name in CAUSAL).save_pretrained(directory)
     return directory

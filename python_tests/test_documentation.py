@@ -1,0 +1,192 @@
+"""All that README.md and benchmarks/README.md show is run here, small, or listed with the reason.
+
+Commands run in one folder for each block, with the files and folders that they name; sizes that
+would take long are replaced, and flags added that make a training short.
+"""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from small_models import save_model
+from small_texts import make_texts
+
+from sae_fast import biographies, convert_shards, plot, swap, train
+from sae_fast.activations import write_shard
+from sae_fast.activations.capture.config import CaptureConfig
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.model_flags import _SYNONYMS
+from sae_fast.training import run_directory
+from sae_fast.training.from_model import FromModelConfig
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "README.md").exists():
+    pytest.skip("no checkout: the documents are not installed", allow_module_level=True)
+PAGES = ("README.md", "benchmarks/README.md")
+LONG = ("csrc/", "sae_fast/", "python_tests/", "benchmarks/  ", "examples/  ")  # lists of folders
+PROGRAMS = ("python", "pip", "make", "uv", "benchmarks/gpu.sh", "peers/")
+NETWORK = "it asks a package registry"
+# What cannot run here, by how a command begins.
+NOT_RUN = {
+    "make demo": "it builds the environment, with packages from a registry",
+    "make test": "it runs this very test",
+    "pip install": NETWORK,
+    "SAE_FAST_TORCH_ROOT=": NETWORK,
+    "python -m venv": NETWORK,
+    "peers/sparsify/bin/pip": NETWORK,
+    "python -m benchmarks.train_step --peer-python": "it needs the environment of a peer",
+    "SAE_FAST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2": "it takes minutes, see test_benchmark_commands",
+    "benchmarks/gpu.sh": "it builds for a GPU; test_gpu_script rehearses it",
+}
+# What makes a command small: parts of it, and what stands in their place.
+SMALLER = {
+    "--max-steps 160": "--max-steps 2 --batch-size 256",
+    "--heldout-rows 100000": "--heldout-rows 50",
+    "--max-tokens 1000000 --heldout-tokens 50000": "--heldout-tokens 100 --ctx-len 16",
+    "--run_name first": "--run_name first --max_tokens 320 --heldout_tokens 100 --ctx_len 16",
+    "gpt2/residual.5 --k 32": "gpt2/residual.5 --k 32 --batch-size 64 --max-steps 2",
+    "--target-shard-dir MLP_OUT --k 32": "--target-shard-dir MLP_OUT --k 32 --batch-size 64",
+    "--target-key mlp_out --k 32": "--target-key mlp_out --k 32 --batch-size 64",
+    "--reconstruction-epochs 50 --max-epochs 150": "--reconstruction-epochs 1 --max-epochs 2",
+    "--reconstruction-epochs 5 --max-epochs 40": "--reconstruction-epochs 1 --max-epochs 2",
+    "--out biographies": "--out biographies --entities 12 --templates 2 --heldout-fraction 0.2 "
+    "--heads 2 --blocks 2 --d-model 32 --steps 2",
+    "biographies/layer_0 --d-sae 2006 --batch-size 64": "biographies/layer_0 --d-sae 206 "
+    "--batch-size 8",
+}
+
+
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """The indented lines of a page, those that follow each other together, with \\ joined."""
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.S).replace("\\\n", " ")
+    found = re.findall(r"(?:^    \S.*\n)+", text, flags=re.M)
+    return [block for block in found if not block.strip().startswith(LONG)]
+
+
+def commands(block):
+    """The commands of a block, without their comments."""
+    lines = (line.split("    #")[0].split("  #")[0].strip() for line in block.splitlines())
+    return [" ".join(part.split()) for line in lines for part in line.split(" && ")]
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", text_of(page), flags=re.S)
+
+
+def reason_not_to_run(command):
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+
+
+RUNNABLE = [
+    (page, block)
+    for page in PAGES
+    for block in blocks(page)
+    if not all(map(reason_not_to_run, commands(block)))
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the commands name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)  # takes long
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def make_model():
+    save_model("openai-community/gpt2", "gpt2", n_layer=6)
+    lines = [f'{{"text": "{text.strip()}"}}' for text in make_texts(80) if text]
+    Path("texts.jsonl").write_text("\n".join(lines))
+
+
+def make_rows():
+    """What stands for SRC, DIR, MLP_IN and MLP_OUT."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 200, 16, generator=generator)
+    for name in ("SRC", "DIR", "MLP_IN", "MLP_OUT"):
+        Path(name).mkdir()
+    np.save("SRC/rows.npy", x.numpy())
+    write_shard("MLP_IN/a.h5", x)
+    write_shard("MLP_OUT/a.h5", y)
+    labels = torch.randint(-1, 3, (200,), generator=generator)
+    write_shard("DIR/a.h5", x, labels={"relation": labels, "answer": labels})
+    with h5py.File("DIR/a.h5", "a") as file:
+        file["mlp_out"] = y.numpy()
+
+
+def run(command, monkeypatch):
+    """Run a command, made small, in this process."""
+    for long, short in SMALLER.items():
+        command = command.replace(long, short)
+    program, dash_m, module, *flags = shlex.split(command)
+    assert (program, dash_m) == ("python", "-m")
+    monkeypatch.setattr(sys, "argv", [module, *flags])
+    assert importlib.import_module(module).main() in (0, None), command
+
+
+@pytest.mark.parametrize(("page", "block"), RUNNABLE)
+def test_commands_of_a_page_run(page, block, place, monkeypatch, capsys):
+    if "gpt2" in block:
+        make_model()
+    if re.search(r"\b(SRC|DIR|MLP_IN)\b", block):
+        make_rows()
+    for command in commands(block):
+        if not reason_not_to_run(command):
+            run(command, monkeypatch)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), [(page, code) for page in PAGES for code in snippets(page)]
+)
+def test_python_of_a_page_runs(page, code, place):
+    exec(compile(code, page, "exec"), {"__name__": "snippet"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_indented_line_is_a_command(page):
+    lines = [line for block in blocks(page) for line in commands(block)]
+    command = re.compile(rf"([A-Z_]+=\S+ |SAE_FAST_TORCH_ROOT=.* )*({'|'.join(PROGRAMS)})")
+    assert [line for line in lines if not command.match(line)] == []
+
+
+def known_flags():
+    """Flags of all commands by the names of their fields, and those that a script spells out."""
+    fields = [
+        *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, train.Options),
+        *(convert_shards.Options, plot.Options, biographies.Options, swap.Options),
+    ]
+    names = {item.name for config in fields for item in dataclasses.fields(config)}
+    names |= SAEConfig.aliases.keys() | TrainConfig.aliases.keys() | _SYNONYMS.keys()
+    scripts = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("benchmarks/*.sh")]
+    scripts += [*ROOT.glob("tools/**/*.py"), ROOT / "sae_fast/presets.py"]
+    spelt = "".join(script.read_text(encoding="utf-8") for script in scripts)
+    return names | {name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]*)", spelt)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_that_a_page_names_exists(page):
+    found = re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))
+    named = {name.replace("-", "_") for name in found}
+    known = known_flags() | {"help", "nproc_per_node", "no_deps"}  # of torchrun and pip
+    assert {name for name in named - known if name.removeprefix("no_") not in known} == set()
+
+
+def test_every_reason_not_to_run_is_of_a_command():
+    lines = [line for page in PAGES for block in blocks(page) for line in commands(block)]
+    assert [start for start in NOT_RUN if not any(line.startswith(start) for line in lines)] == []
