@@ -120,3 +120,14 @@ def test_model_is_trained_saved_and_read_back(tmp_path):
     loaded = SparseAutoencoder.from_pretrained(tmp_path)
     assert not loaded.config.subtract_b_dec
     assert torch.equal(loaded(x), sae(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("subtract_b_dec", {}), ("use_relu", {"arch": "relu"})]
+)
+def test_training_does_not_start_from_a_model_that_encodes_in_another_way(name, fields, tmp_path):
+    config = {"d_in": 12, "d_sae": 40, **fields}
+    SparseAutoencoder(SAEConfig(**config)).save(tmp_path)
+    run = TrainConfig(batch_size=100, max_steps=1, lr=1e-2, start_from=str(tmp_path))
+    with pytest.raises(ValueError, match=f"is of a model with {name} = True, this one has False"):
+        Trainer(SAEConfig(**config, **{name: False}), run, torch.randn(200, 12))
