@@ -17,6 +17,7 @@ EXIT_BAD_INPUT = 2
 _NO_THREAD = "can't start new thread"
 _NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
 _LONGEST_REASON = 200
+LONGEST_ERROR = 1500  # characters
 
 Parsed = TypeVar("Parsed")
 
@@ -77,8 +78,11 @@ def refusal(error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What is told of an error, on one line."""
-    return f"error: {' '.join(str(error).split())}"
+    """Return what is told of an error, on one line; of a very long one the begin and the end."""
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_ERROR:
+        text = f"{text[: LONGEST_ERROR - 300]} ... {text[-250:]}"
+    return f"error: {text}"
 
 
 def _first_sentence(box: str) -> str:

@@ -127,7 +127,8 @@ def checked_tensors(
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a regular file's bytes, in hex; raise OSError or ValueError."""
+    _require_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

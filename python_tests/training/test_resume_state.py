@@ -1,6 +1,7 @@
 """A resume state that is signed but inconsistent is refused, or passed over, before it is used."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -118,6 +119,17 @@ def test_inconsistent_values_are_passed_over_for_the_checkpoint_before(
     trainer = Trainer(SAE, resigned(edit), show_progress=False)
     assert trainer.step == 3
     assert f"trainer.json: {message}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sae.safetensors", "trainer.safetensors", "trainer.json"])
+def test_pipe_in_place_of_a_file_is_passed_over_without_waiting(
+    resigned: Callable[..., TrainConfig], name: str
+) -> None:
+    run = resigned()
+    path = Path(str(run.checkpoint_dir)) / "checkpoints" / "step-00000006" / name
+    path.unlink()
+    os.mkfifo(path)
+    assert Trainer(SAE, run, show_progress=False).step == 3
 
 
 def _with(name: str, value: torch.Tensor | None) -> Callable[[Tensors], object]:

@@ -253,6 +253,8 @@ def read_checkpoint(path: Path, check: StateCheck | None = None) -> Checkpoint:
             found = sha256_of(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
         if found != digest:
             raise CheckpointError(f"{path / name} is corrupted: its checksum does not match")
     try:

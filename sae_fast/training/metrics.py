@@ -88,6 +88,8 @@ class MetricsLog:
         """
         if self.path is None or not self.path.exists():
             return
+        if not self.path.is_file():  # a pipe would never end
+            raise JSONError(f"{self.path}: is no regular file")
         end, damage = 0, None
         with self.path.open("rb") as file:
             number = 0

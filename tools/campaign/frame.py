@@ -134,7 +134,8 @@ def _run_block(
         while not ended and done < len(numbers):
             ready = select.select([lines], [], [], campaign.seconds)[0]
             if not ready:
-                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child, signal.SIGKILL)  # with its children, which hold the pipe too
             message = lines.readline()
             ended = not message
             if not ended:

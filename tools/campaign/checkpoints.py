@@ -1,0 +1,481 @@
+"""Damage and edit models, checkpoints, configurations and logs, and give them to what reads them.
+
+Damage is flipped, lost and repeated bytes, headers that claim other types and sizes, and pipes and
+devices in place of files. Edits are valid JSON, and checkpoints signed anew, whose values do not
+fit each other. Every try ends with one line of error, or with what an undamaged file gives: a
+resumed run ends with the weights of the undisturbed one, to the bit, also where it had to fall back
+to an earlier checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  (here, not in each of the child processes)
+import torch
+from safetensors.torch import load_file, save_file
+
+from campaign.frame import Campaign, Ended, Failed, Try, leftovers, refusal, run_aside, success
+from sae_fast import SparseAutoencoder, plot, train
+from sae_fast.activations import ShardMetadata, write_shard
+from sae_fast.tensor_files import sha256_of
+from sae_fast.training import run_directory
+from sae_fast.training.checkpoint import _digest
+
+ROWS, D_IN = 400, 8
+ADDRESS_SPACE = 12 << 30
+LAST = 6  # steps of a run; it has checkpoints of steps 2, 4 and 6
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "topk": ("--k", "2"),
+    "batch": ("--arch", "batch_topk", "--k", "2", "--optimizer-states", "8bit"),
+    "jump": ("--arch", "jumprelu", "--average-decay", "0.9"),
+    "gated": ("--arch", "gated", "--amp", "fp16"),
+    "free": ("--k", "2", "--optimizer", "schedule_free_signum"),
+    "skip": ("--k", "2", "--transcoder", "--skip-connection", "--target-key", "targets"),
+}
+COMMON = (
+    *("--d-sae", "16", "--batch-size", "32", "--lr", "1e-2", "--checkpoint-every", "2"),
+    *("--log-every", "1", "--eval-every", "2", "--num-threads", "1", "--pool-rows", "150"),
+)
+# Raw JSON text, so that it can be what `json.dumps` would not write.
+VALUES = (
+    *("null", "true", "-1", "0", "1", "3", "0.5", "1e308", "1e-320", "-0.0", "1e999", "NaN"),
+    *("Infinity", "9" * 400, "18446744073709551615", "9223372036854775808", "4294967296"),
+    *('""', '"x"', '"latest"', '"../../etc/passwd"', '"\\ud800"', '"\\u0000"', f'"{"y" * 3000}"'),
+    *("[]", "{}", "[null]", "[1, 2]", '{"a": 1}', "[" * 10_000 + "]" * 10_000),
+)
+DTYPES = (
+    *("I32", "U8", "BOOL", "I64", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F64", "U16", "C64", "X"),
+)
+# Fields whose edit may give another valid run: nothing in the state contradicts it.
+FREE_EDITS = ("config", "random", "loss_scaler", "seconds", "stalled_seconds", "best", "versions")
+FREE_EDITS += ("wandb_id", "scheduler_state", "format_version")
+
+
+def prepare(shared: Path) -> None:
+    """Make shards, and a finished run, its model and what it ended with, of every variant."""
+    generator = torch.Generator().manual_seed(0)
+    for name, rows in (("train", ROWS), ("heldout", 64)):
+        x = torch.randn(rows, D_IN, generator=generator)
+        metadata = ShardMetadata(model="m", hook="residual.0", layer=0)
+        (shared / "shards").mkdir(exist_ok=True)
+        write_shard(shared / "shards" / f"{name}.h5", x, metadata=metadata)
+        _add_targets(shared / "shards" / f"{name}.h5", x)
+    for name, flags in VARIANTS.items():
+        _finish_run(shared, name, flags)
+    (shared / "config.json").write_text((shared / "topk" / "config.json").read_text())
+
+
+def _finish_run(shared: Path, name: str, flags: Sequence[str]) -> None:
+    """Keep what a run ends with, and the run without its last checkpoint."""
+    run = shared / name
+    success(run_aside(lambda: _train(shared, *flags, "--max-steps", LAST, run=run), seconds=120))
+    newest = run / "checkpoints" / "latest"
+    SparseAutoencoder.from_pretrained(newest).save(shared / f"{name}-model")
+    last = newest.resolve()
+    last.rename(shared / f"{name}-last")
+    newest.unlink()
+    newest.symlink_to("step-00000004")
+
+
+def _add_targets(path: Path, x: torch.Tensor) -> None:
+    import h5py
+
+    with h5py.File(path, "a") as file:
+        file["targets"] = (x[:, :4] * 2).half().numpy()
+
+
+def _train(shared: Path, *flags: object, run: Path, data: bool = True) -> int:
+    run_directory.plot_run = lambda rows, path, title: path  # type: ignore[attr-defined]
+    where = ["--shard-dir", str(shared / "shards")] if data else []
+    words = [*where, *COMMON, *map(str, flags), "--checkpoint-dir", str(run), "--no-wandb"]
+    return train.main(words)
+
+
+def attempt(this: Try) -> str:
+    """Damage or edit one file and read it."""
+    kinds = {
+        model: 10,
+        start: 3,
+        damaged_checkpoint: 5,
+        edited_checkpoint: 10,
+        configuration: 4,
+        sweep: 3,
+        log_of_a_resumed_run: 3,
+        plotted: 1,
+    }
+    kind = this.random.choices(list(kinds), list(kinds.values()))[0]
+    outcome = f"{kind.__name__}: {kind(this)}"
+    leftovers(this.folder, known=(".run.lock", ".lock"))
+    return outcome
+
+
+def model(this: Try) -> str:
+    """Load a model of which one file is damaged or edited."""
+    variant = this.random.choice(list(VARIANTS))
+    place = _copied(this, f"{variant}-model")
+    path = place / this.random.choice(["sae.safetensors", "sae.safetensors", "config.json"])
+    kind = _damage_tensors(this, path) if path.suffix != ".json" else _damage_json(this, path)
+    try:
+        loaded = SparseAutoencoder.from_pretrained(place)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        if "\n" in text or len(text) > 1000 or str(place) not in text:
+            raise Failed(f"{kind}: {type(error).__name__} {text[:2000]}") from None
+        return "refused"
+    before = SparseAutoencoder.from_pretrained(this.shared / f"{variant}-model")
+    for name, tensor in before.state_dict().items():
+        if not torch.equal(tensor, loaded.state_dict()[name]):
+            raise Failed(f"{kind}: loaded with another {name}")
+    with torch.no_grad():
+        x = torch.randn(5, D_IN)
+        if not bool(loaded(x).isfinite().all()):
+            raise Failed(f"{kind}: loaded, output not finite")
+    return "loaded"
+
+
+def start(this: Try) -> str:
+    """Start a training from such a model."""
+    variant = this.random.choice(list(VARIANTS))
+    place = _copied(this, f"{variant}-model")
+    path = place / this.random.choice(["sae.safetensors", "config.json"])
+    kind = _damage_tensors(this, path) if path.suffix != ".json" else _damage_json(this, path)
+    flags = (*VARIANTS[variant], "--max-steps", 1, "--start-from", place)
+    ended = _aside(lambda: _train(this.shared, *flags, run=this.folder / "run"))
+    return _verdict(kind, ended)
+
+
+def damaged_checkpoint(this: Try) -> str:
+    """Resume a run of which one file in the newest checkpoint is damaged."""
+    variant = this.random.choice(list(VARIANTS))
+    run = _copied(this, variant)
+    newest = run / "checkpoints" / "step-00000004"
+    path = this.random.choice(sorted(newest.iterdir()))
+    kind = _damage_json(this, path) if path.suffix == ".json" else _damage_tensors(this, path)
+    return _resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
+
+
+def edited_checkpoint(this: Try) -> str:
+    """Resume a run whose newest checkpoint has other values or tensors, and is signed anew."""
+    variant = this.random.choice(list(VARIANTS))
+    run = _copied(this, variant)
+    newest = run / "checkpoints" / "step-00000004"
+    state = json.loads((newest / "trainer.json").read_text())
+    del state["digest"]
+    exact = True
+    if this.random.random() < 0.7:
+        kind, text = _edited_json(this.random, state)
+        exact = not kind.startswith(FREE_EDITS)
+        try:
+            state = json.loads(text)
+            digest = _digest(state)
+        except (ValueError, RecursionError):
+            digest = "0" * 64
+        state = state if isinstance(state, dict) else {}
+        signed = text.rstrip()[:-1] + f', "digest": "{digest}"' + "}" if state else text
+        (newest / "trainer.json").write_text(signed, encoding="utf-8", errors="surrogatepass")
+    else:
+        kind, exact = _edit_tensors(this.random, newest / "trainer.safetensors")
+        names = ("sae.safetensors", "config.json", "trainer.safetensors")
+        state["sha256"] = {name: sha256_of(newest / name) for name in names}
+        (newest / "trainer.json").write_text(json.dumps({**state, "digest": _digest(state)}))
+    return _resumed(this, variant, run, kind, exact=exact)
+
+
+def configuration(this: Try) -> str:
+    """Train with a configuration file that is damaged or edited."""
+    path = this.folder / "config.json"
+    shutil.copy(this.shared / "config.json", path)
+    kind = _damage_json(this, path)
+    flags = ("--config", path, "--max-steps", 1)
+    ended = _aside(lambda: _train(this.shared, *flags, run=this.folder / "run"))
+    return _verdict(kind, ended)
+
+
+def sweep(this: Try) -> str:
+    """Train with a sweep file that is damaged or edited."""
+    path = this.folder / "sweep.json"
+    forms: Sequence[Any] = (
+        {"k": [2, 3], "seed": [0, 1]},
+        [{"name": "one", "k": 2}, {"name": "two", "d_sae": 24, "lr": 0.1}],
+    )
+    path.write_text(json.dumps(this.random.choice(forms)))
+    kind = _damage_json(this, path)
+    flags = ("--k", 2, "--sweep", path, "--max-steps", 1)
+    ended = _aside(lambda: _train(this.shared, *flags, run=this.folder / "run"))
+    return _verdict(kind, ended)
+
+
+def log_of_a_resumed_run(this: Try) -> str:
+    """Resume a run whose metrics.jsonl or config.json is damaged or edited."""
+    variant = this.random.choice(list(VARIANTS))
+    run = _copied(this, variant)
+    path = run / this.random.choice(["metrics.jsonl", "metrics.jsonl", "config.json"])
+    kind = _damage_lines(this, path) if path.suffix == ".jsonl" else _damage_json(this, path)
+    return _resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
+
+
+def plotted(this: Try) -> str:
+    """Draw the metrics of a run whose files are damaged or edited."""
+    run = _copied(this, this.random.choice(list(VARIANTS)))
+    path = run / this.random.choice(["metrics.jsonl", "training_history.json", "config.json"])
+    if path.name == "training_history.json":
+        (run / "metrics.jsonl").unlink()
+    kind = _damage_lines(this, path) if path.suffix == ".jsonl" else _damage_json(this, path)
+    ended = _aside(lambda: plot.main([str(run)]))
+    return _verdict(f"{path.name}, {kind}", ended)
+
+
+def _copied(this: Try, name: str) -> Path:
+    place = this.folder / name
+    shutil.copytree(this.shared / name, place, symlinks=True)
+    return place
+
+
+def _aside(work: Callable[[], int]) -> Ended:
+    return run_aside(work, limits={resource.RLIMIT_AS: ADDRESS_SPACE})
+
+
+def _verdict(kind: str, ended: Ended) -> str:
+    """Whether a command has refused a file or done its work; anything else is a failure."""
+    try:
+        if ended.code == 0:
+            success(ended)
+            return "worked"
+        refusal(ended)
+    except Failed as failure:
+        raise Failed(f"{kind}: {failure}") from None
+    return "refused"
+
+
+def _resumed(this: Try, variant: str, run: Path, kind: str, *, exact: bool) -> str:
+    """Resume to the end; `exact` asks for the weights of the undisturbed run."""
+    flags = ("--resume-from", "latest", "--max-steps", LAST)
+    ended = _aside(lambda: _train(this.shared, *VARIANTS[variant], *flags, run=run))
+    if _verdict(kind, ended) == "refused":
+        return "refused"
+    last = run / "checkpoints" / f"step-{LAST:08d}" / "sae.safetensors"
+    if not last.exists():
+        if exact:
+            raise Failed(f"{kind}: ended well without the last step, {ended}")
+        return "worked, edited"
+    found, expected = load_file(last), load_file(this.shared / f"{variant}-last" / last.name)
+    same = all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if exact and not same:
+        raise Failed(f"{kind}: trained on to other weights, {ended}")
+    if not all(bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise Failed(f"{kind}: trained on to weights that are not finite")
+    fell_back = "trying the checkpoint before it" in ended.err
+    return "fell back" if fell_back else "as undisturbed" if same else "worked, edited"
+
+
+def _damage_json(this: Try, path: Path) -> str:
+    if this.random.random() < 0.3:
+        return _damage_bytes(this, path)
+    kind, text = _edited_json(this.random, json.loads(path.read_text()))
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    return kind
+
+
+def _damage_lines(this: Try, path: Path) -> str:
+    if this.random.random() < 0.4:
+        return _damage_bytes(this, path)
+    lines = path.read_text().splitlines()
+    number = this.random.randrange(len(lines))
+    kind, lines[number] = _edited_json(this.random, json.loads(lines[number]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
+    return f"line {number}, {kind}"
+
+
+def _edited_json(generator: random.Random, content: Any) -> tuple[str, str]:
+    """A JSON text with one value changed, one key more or less, or one key twice; and which."""
+    mark = "@@value@@"
+    places = list(_places(content))
+    holder, key, name = generator.choice(places)
+    before, value = holder[key], generator.choice(VALUES)
+    action = generator.choice(["value"] * 6 + ["number", "remove", "add", "twice"])
+    if action == "number" and type(before) in (int, float):
+        value = json.dumps(generator.choice([before + 1, before - 1, -before, before * 2, 0]))
+    if action == "remove":
+        del holder[key]
+        return f"{name} removed", json.dumps(content, indent=1)
+    if action in ("add", "twice") and isinstance(holder, dict):
+        other = "nothing" if action == "add" else "@@twice@@"
+        holder[other] = mark
+        text = json.dumps(content, indent=1).replace(f'"{mark}"', value)
+        return f"{name}, {action}", text.replace('"@@twice@@"', json.dumps(key))
+    holder[key] = mark
+    text = json.dumps(content, indent=1).replace(f'"{mark}"', value)
+    return f"{name} = {value[:60]} (was {str(before)[:60]})", text
+
+
+def _places(content: Any, name: str = "") -> list[tuple[Any, Any, str]]:
+    """Holder, key and name of every value, at all depths; of long lists only the first ones."""
+    found = []
+    items = content.items() if isinstance(content, dict) else enumerate(content[:4])
+    for key, value in items:
+        path = f"{name}.{key}".lstrip(".")
+        found.append((content, key, path))
+        if isinstance(value, dict | list):
+            found += _places(value, path)
+    return found
+
+
+def _damage_bytes(this: Try, path: Path) -> str:
+    generator = this.random
+    content = bytearray(path.read_bytes())
+    action = generator.choice(["flip", "flip", "cut", "zero", "repeat", "insert", "special"])
+    at = generator.randrange(len(content))
+    if action == "flip":
+        for _ in range(generator.choice([1, 1, 4, 40])):
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    elif action == "cut":
+        del content[at:]
+    elif action == "zero":
+        content[at:] = bytes(len(content) - at)
+    elif action == "repeat":
+        content[at:at] = content[at : at + 64]
+    elif action == "insert":
+        content[at:at] = generator.choice(
+            [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"\n", b"9" * 400]
+        )
+    else:
+        return _replace_file(generator, path)
+    path.write_bytes(bytes(content))
+    return f"{action} at {at}"
+
+
+def _replace_file(generator: random.Random, path: Path) -> str:
+    kind = generator.choice(["empty", "missing", "pipe", "folder", "device", "loop"])
+    path.unlink()
+    if kind == "empty":
+        path.touch()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    return kind
+
+
+def _damage_tensors(this: Try, path: Path) -> str:
+    """Damage a safetensors file: anywhere, or in its header."""
+    generator = this.random
+    if generator.random() < 0.5:
+        return _damage_bytes(this, path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    if generator.random() < 0.3:
+        header.pop("__metadata__", None)  # a file of an older version has no checksum
+        data = bytearray(data)
+        place = generator.randrange(max(1, len(data) - 4)) & ~3
+        data[place : place + 4] = struct.pack("<I", generator.choice([0x7FC00000, 0xFF800000]))
+        kind = f"NaN or Inf at {place}"
+        if _is_integer_data(header, place):
+            kind = "no checksum"
+            data = content[8 + length :]
+    else:
+        kind = _edit_header(generator, header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    return kind
+
+
+def _is_integer_data(header: Mapping[str, Any], place: int) -> bool:
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            if begin <= place < end:
+                return str(entry["dtype"]) not in ("F32", "F64")
+    return False
+
+
+def _edit_header(generator: random.Random, header: dict[str, Any]) -> str:
+    names = [name for name in header if name != "__metadata__"]
+    name = generator.choice(names)
+    entry = header[name]
+    action = generator.choice(
+        ["dtype", "dtype", "shape", "offsets", "rename", "remove", "metadata"]
+    )
+    if action == "dtype":
+        kinds = [
+            "I32",
+            "U8",
+            "BOOL",
+            "I64",
+            "F8_E4M3",
+            "F8_E5M2",
+            "F16",
+            "BF16",
+            "F64",
+            "U16",
+            "C64",
+            "X",
+        ]
+        entry["dtype"] = generator.choice(kinds)
+    elif action == "shape":
+        entry["shape"] = generator.choice(
+            [[], [1], [0], [2**40], [2**63], [-1], [16, 16], entry["shape"][::-1]]
+        )
+    elif action == "offsets":
+        entry["data_offsets"][generator.randrange(2)] = generator.choice([0, 4, 2**40, 2**63, -1])
+    elif action == "rename":
+        header[generator.choice(["nothing", "W_enc ", "W_dec", "é" * 50])] = header.pop(name)
+    elif action == "remove":
+        del header[name]
+    else:
+        header["__metadata__"] = generator.choice(
+            [{}, {"crc32": "0"}, {"crc32": "x" * 5000}, {"a": "b"}]
+        )
+    return f"header of {name}: {action} {str(entry)[:100]}"
+
+
+def _edit_tensors(generator: random.Random, path: Path) -> tuple[str, bool]:
+    """Edit a file of tensors; what was done, and whether a reader can know that it is wrong."""
+    tensors = load_file(path)
+    name = generator.choice(sorted(tensors))
+    tensor = tensors[name]
+    action = generator.choice(["remove", "add", "dtype", "shape", "nan", "negative", "value"])
+    exact = True
+    if action == "remove":
+        del tensors[name]
+    elif action == "add":
+        tensors["optimizer.nothing"] = torch.zeros(3)
+    elif action == "dtype":
+        kinds = [torch.float16, torch.int32, torch.float64, torch.bool, torch.uint8, torch.int64]
+        tensors[name] = tensor.to(
+            generator.choice([kind for kind in kinds if kind != tensor.dtype])
+        )
+    elif action == "shape":
+        tensors[name] = torch.cat([tensor.flatten(), tensor.flatten()])
+    elif action == "nan" and tensor.is_floating_point():
+        tensors[name] = torch.full_like(
+            tensor, generator.choice([torch.nan, torch.inf, -torch.inf])
+        )
+    elif action == "negative" and tensor.dtype != torch.uint8:
+        tensors[name] = -1 - tensor.abs() if tensor.dtype != torch.bool else tensor
+        exact = name == "optimizer.step" or name.endswith(("exp_avg_sq", "_scale", "lr_squares"))
+    else:
+        tensors[name] = tensor + 1
+        exact = name == "optimizer.step"
+    # Averages may be left out all together: then they start anew.
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    return f"{name}: {action}", exact
+
+
+# The parser of flags keeps what it has read of the sources: once here, not in every child process.
+train.parse_arguments(["--k", "2"])
+CAMPAIGN = Campaign(attempt, tries=4000, short=30, prepare=prepare, seconds=60)
