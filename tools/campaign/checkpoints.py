@@ -57,8 +57,10 @@ DTYPES = (
     *("I32", "U8", "BOOL", "I64", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F64", "U16", "C64", "X"),
 )
 # Fields whose edit may give another valid run: nothing in the state contradicts it.
-FREE_EDITS = ("config", "random", "loss_scaler", "seconds", "stalled_seconds", "best", "versions")
-FREE_EDITS += ("wandb_id", "scheduler_state", "format_version")
+FREE_EDITS = (
+    *("config", "random", "loss_scaler", "seconds", "stalled_seconds", "best", "versions"),
+    *("wandb_id", "scheduler_state", "format_version"),
+)
 
 
 def prepare(shared: Path) -> None:
@@ -377,20 +379,19 @@ def _damage_tensors(this: Try, path: Path) -> str:
         return _damage_bytes(this, path)
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
     if generator.random() < 0.3:
         header.pop("__metadata__", None)  # a file of an older version has no checksum
-        data = bytearray(data)
         place = generator.randrange(max(1, len(data) - 4)) & ~3
         data[place : place + 4] = struct.pack("<I", generator.choice([0x7FC00000, 0xFF800000]))
         kind = f"NaN or Inf at {place}"
         if _is_integer_data(header, place):
             kind = "no checksum"
-            data = content[8 + length :]
+            data[:] = content[8 + length :]
     else:
         kind = _edit_header(generator, header)
     text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return kind
 
 
