@@ -23,21 +23,24 @@ _CHECKSUM = "crc32"
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with a checksum in its header; raise OSError where it cannot.
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; raise OSError where it cannot.
 
-    The library makes its files readable for the owner alone, so the mode that the system gives an
-    ordinary new file is put back.
+    Its header has `metadata`, by default a checksum that `load_tensors` compares. The library makes
+    its files readable for the owner alone, so the mode that the system gives an ordinary new file
+    is put back.
     """
     require_unicode(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # One entry: the library writes several in an order that changes from file to file.
-    metadata = {_CHECKSUM: _checksum(tensors)}
+    header = {_CHECKSUM: _checksum(tensors)} if metadata is None else dict(metadata)
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
     try:
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, header)
     except SafetensorError as error:  # what a full disk raises
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

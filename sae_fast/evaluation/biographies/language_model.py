@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_fast.evaluation.biographies.text import PADDING, START, Biographies, Sentence
+from sae_fast.tensor_files import checked_tensors, load_tensors, save_tensors
 
 MODEL_CONFIG, MODEL_TENSORS = "config.json", "model.safetensors"
 BATCH = 1024  # prompts, where nothing is trained
@@ -156,7 +155,7 @@ class LanguageModel:
         directory.mkdir(parents=True, exist_ok=True)
         self.network.config.to_json_file(directory / MODEL_CONFIG)
         tensors = {name: tensor.detach() for name, tensor in self.network.named_parameters()}
-        save_file(tensors, directory / MODEL_TENSORS, {"format": "pt"})
+        save_tensors(directory / MODEL_TENSORS, tensors, {"format": "pt"})
 
     @classmethod
     def load(cls, directory: Path, biographies: Biographies) -> LanguageModel:
@@ -171,14 +170,11 @@ class LanguageModel:
         except ValueError as error:
             raise ValueError(f"{directory / MODEL_CONFIG}: {error}") from None
         parameters = dict(network.named_parameters())  # those that are one tensor once
+        path = directory / MODEL_TENSORS
         try:
-            tensors = load_file(directory / MODEL_TENSORS)
-        except SafetensorError as error:
-            raise ValueError(f"{directory / MODEL_TENSORS}: {error}") from None
-        if {name: tensor.shape for name, tensor in tensors.items()} != {
-            name: parameter.shape for name, parameter in parameters.items()
-        }:
-            raise ValueError(f"{directory / MODEL_TENSORS}: not the tensors of {MODEL_CONFIG}")
+            tensors = checked_tensors(path, load_tensors(path), parameters)
+        except ValueError as error:
+            raise ValueError(f"{error}: not the tensors of {MODEL_CONFIG}") from None
         network.load_state_dict(tensors, strict=False)
         if config.vocab_size != len(biographies.vocabulary):
             raise ValueError(
