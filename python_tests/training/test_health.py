@@ -99,6 +99,11 @@ def test_a_row_with_good_figures_gives_no_warning() -> None:
         ),
         (TOPK, {"heldout_fvu": 1.3}, ("held-out FVU is 1.3, in training 0.3", "--heldout")),
         (
+            TOPK,
+            {"heldout_fvu": 0.01, "heldout_ordinary_fvu": 0.4},
+            ("held-out FVU is 0.01, and 0.4 without the 1 % of rows",),
+        ),
+        (
             SAEConfig(arch="relu", d_in=16, d_sae=64, target_l0=16),
             {"l0": 40.0},
             ("L0 is 40, and --target-l0 asks for 16", "raise --l1-penalty-coeff (now 5)"),

@@ -5,7 +5,7 @@ import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.heldout import evaluate
+from sae_fast.training.heldout import evaluate, largest_ordinary_norm
 
 
 def _one_latent_a_row() -> SparseAutoencoder:
@@ -38,3 +38,27 @@ def test_a_latent_that_fires_on_exactly_the_threshold_share_is_alive() -> None:
     dead = {rate: evaluate(sae, [rows], dead_rate=rate) for rate in (0.0, 0.0006, 0.0007, 0.0008)}
     shares = [measured["heldout_dead_fraction"] for measured in dead.values()]
     assert shares == [0.25, 0.25, 0.5, 0.75]
+
+
+def _with_loud_rows(share: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1000, 4, generator=generator)
+    rows[: int(share * 1000)] = torch.tensor([300.0, 0.0, 0.0, 0.0])
+    return rows[torch.randperm(1000, generator=generator)]
+
+
+def test_the_fvu_of_ordinary_rows_is_told_where_a_few_rows_decide_it() -> None:
+    rows, sae = _with_loud_rows(0.005), _one_latent_a_row()
+    limit = largest_ordinary_norm(rows.split(64))
+    measured = evaluate(sae, rows.split(64), ordinary_norm=limit)
+    kept = rows[rows.norm(dim=1).argsort()[:990]].double()
+    error = (sae(kept.float()).detach().double() - kept).square().sum()
+    expected = float(error / (kept - kept.mean(0)).square().sum())
+    assert measured["heldout_ordinary_fvu"] == pytest.approx(expected)
+    assert measured["heldout_fvu"] < 0.1 * expected
+
+
+def test_the_fvu_of_ordinary_rows_is_not_told_where_it_is_much_alike() -> None:
+    rows, sae = _with_loud_rows(0.0), _one_latent_a_row()
+    limit = largest_ordinary_norm(rows.split(64))
+    assert "heldout_ordinary_fvu" not in evaluate(sae, rows.split(64), ordinary_norm=limit)

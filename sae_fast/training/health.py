@@ -138,6 +138,13 @@ class RunHealth:
                 f"L0 is {l0:.3g}, and {flag} asks for {asked:g}; {self._towards(l0 > asked)}"
             )
         heldout, fvu = last.get("heldout_fvu"), last.get("fvu")
+        ordinary = last.get("heldout_ordinary_fvu")
+        if ordinary is not None and heldout is not None and ordinary > heldout:
+            found["outliers"] = (
+                f"held-out FVU is {heldout:.3g}, and {ordinary:.3g} without the 1 % of rows that "
+                "have the largest norms: a few rows decide mean, scale, loss and figures; leave "
+                "them out of the shards (first tokens: capture with --exclude-special-tokens)"
+            )
         fits = fvu is not None and fvu <= _NO_FIT
         if heldout is not None and heldout > _NO_FIT and fits and self._trains_reconstruction:
             found["heldout"] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.slots import Slots
+
+# Rows that may decide sums over all: 1 % with the largest norms. Without them the FVU is told where
+# it differs by this factor.
+_EXTREME_SHARE = 0.01
+_MUCH = 1.5
 
 
 @torch.no_grad()
@@ -52,6 +58,7 @@ def evaluate(
     batches: Iterable[Tensor],
     targets: Iterable[Tensor] | None = None,
     dead_rate: float = 0.0,
+    ordinary_norm: float | None = None,
 ) -> dict[str, float]:
     """Fraction of variance unexplained, L0 and the share of latents that hardly ever fire.
 
@@ -65,12 +72,12 @@ def evaluate(
         targets: of a transcoder those of each batch, [n, d_out].
         dead_rate: the share of rows below which a latent that fires counts as dead; one that fires
             on exactly this share does not.
+        ordinary_norm: what `largest_ordinary_norm` gives; the FVU of the rows up to it is added
+            where it is another one.
     """
     device = sae.W_enc.device
-    squared_error = torch.zeros((), dtype=torch.float64, device=device)
-    squared_norm = torch.zeros_like(squared_error)
-    active = torch.zeros_like(squared_error)
-    total = torch.zeros(sae.config.target_width, dtype=torch.float64, device=device)
+    sums, ordinary = (_Sums(sae.config.target_width, device) for _ in range(2))
+    active = torch.zeros((), dtype=torch.float64, device=device)
     fired = torch.zeros(sae.config.d_sae, dtype=torch.int64, device=device)  # on how many rows
     rows = 0
     pairs = zip(batches, repeat(None) if targets is None else targets, strict=targets is not None)
@@ -79,23 +86,66 @@ def evaluate(
             x = batch.to(device)
             y = x if target is None else target.to(device)
             code = sae.encode(x)
-            squared_error += (y - sae.decode(code, x)).double().square().sum()
-            squared_norm += y.double().square().sum()
-            total += y.sum(dim=0, dtype=torch.float64)
+            squared = (y - sae.decode(code, x)).double().square()
+            sums.add(y, squared)
+            if ordinary_norm is not None:
+                kept = torch.linalg.vector_norm(y.double(), dim=1) <= ordinary_norm
+                ordinary.add(y[kept], squared[kept])
             active += code.l0().sum()
             fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
             rows += len(x)
-    variance = squared_norm - total.square().sum() / rows
-    fvu = float(squared_error / variance)
-    numbers = rows * len(total)
-    overall = (squared_norm - total.sum().square() / numbers) / (numbers - 1)
+    fvu, found = sums.fvu(), {}
+    if ordinary_norm is not None and fvu > 0:
+        ratio = ordinary.fvu() / fvu
+        if ratio >= _MUCH or ratio <= 1 / _MUCH:
+            found["heldout_ordinary_fvu"] = ordinary.fvu()
     return {
         "heldout_fvu": fvu,
+        **found,
         "heldout_explained_variance": 1 - fvu,
-        "heldout_explained_variance_overall": float(1 - squared_error / numbers / overall),
+        "heldout_explained_variance_overall": sums.overall_explained_variance(),
         "heldout_l0": float(active / rows),
         "heldout_dead_fraction": float(_is_dead(fired, rows, dead_rate).double().mean()),
     }
+
+
+def largest_ordinary_norm(batches: Iterable[Tensor]) -> float:
+    """Return the norm up to which rows are ordinary: all but the 1 % that have the largest."""
+    norms = torch.cat([torch.linalg.vector_norm(batch.double(), dim=1).cpu() for batch in batches])
+    n_ordinary = len(norms) - math.ceil(_EXTREME_SHARE * len(norms))
+    return float(norms.sort().values[max(n_ordinary, 1) - 1])
+
+
+class _Sums:
+    """Sums over rows in float64, of which the variance and the error are made."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._squared_error = torch.zeros((), dtype=torch.float64, device=device)
+        self._squared_norm = torch.zeros_like(self._squared_error)
+        self._total = torch.zeros(width, dtype=torch.float64, device=device)
+        self._rows = 0
+
+    def add(
+        self,
+        y: Tensor,  # [n, D]
+        squared: Tensor,  # [n, D], errors
+    ) -> None:
+        """Add rows."""
+        self._squared_error += squared.sum()
+        self._squared_norm += y.double().square().sum()
+        self._total += y.sum(dim=0, dtype=torch.float64)
+        self._rows += len(y)
+
+    def fvu(self) -> float:
+        """Return Σ (ŷ − y)² / Σ (y − mean(y))²."""
+        variance = self._squared_norm - self._total.square().sum() / self._rows
+        return float(self._squared_error / variance)
+
+    def overall_explained_variance(self) -> float:
+        """Return 1 − mse / y.var(), with one variance of all numbers."""
+        numbers = self._rows * len(self._total)
+        overall = (self._squared_norm - self._total.sum().square() / numbers) / (numbers - 1)
+        return float(1 - self._squared_error / numbers / overall)
 
 
 def _is_dead(

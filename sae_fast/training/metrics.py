@@ -5,14 +5,14 @@ architectures have (multi_topk_loss), fvu, l0, explained_variance (1 - fvu), act
 dead_fraction, silent_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
 reader_stall_fraction; with a probe probe_loss and probe_accuracy or probe_r2, with temporal
 smoothness temporal_loss; at an evaluation gram_mean, the mean squared cosine of two decoder rows,
-heldout_fvu, heldout_explained_variance and, by one variance of all numbers,
-heldout_explained_variance_overall, heldout_l0, heldout_dead_fraction; with fp16 loss_scale and
-skipped_steps; with k_anneal_start k; with skip_nonfinite skipped_rows; with target_l0
-sparsity_coeff; with jumprelu sparsity_loss, pre_act_loss, mean_threshold; with loss_fn ce
-heldout_ce and that of the model by itself, heldout_ce_model, with kl heldout_kl; with
-wandb_log_every, at that interval, max_decoder_cosine, a latent's largest one, a mean over latents.
-Where a model reads documents epoch counts passes over these, by an estimate of their tokens where
-they are many.
+heldout_fvu, heldout_ordinary_fvu where 1 % of the rows make it another one,
+heldout_explained_variance and, by one variance of all numbers, heldout_explained_variance_overall,
+heldout_l0, heldout_dead_fraction; with fp16 loss_scale and skipped_steps; with k_anneal_start k;
+with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff; with jumprelu sparsity_loss,
+pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and that of the model by itself,
+heldout_ce_model, with kl heldout_kl; with wandb_log_every, at that interval, max_decoder_cosine, a
+latent's largest one, a mean over latents. Where a model reads documents epoch counts passes over
+these, by an estimate of their tokens where they are many.
 """
 
 import json

@@ -38,7 +38,7 @@ from sae_fast.training.end_to_end import Behind, checked_behind
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.guidance import check_heldout_labels, with_label_counts
 from sae_fast.training.health import RunHealth, silent_window
-from sae_fast.training.heldout import evaluate, evaluate_slots
+from sae_fast.training.heldout import evaluate, evaluate_slots, largest_ordinary_norm
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loop import run_steps
 from sae_fast.training.loss_scaler import LossScaler
@@ -117,6 +117,7 @@ class Trainer:
         rows = self.data.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
+        self._ordinary_norm: float | None = None
         self._health = RunHealth(self.sae_config, train_config, self.schedules)
         self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
         self.memory_plan = plan_memory(
@@ -294,13 +295,16 @@ class Trainer:
         if self.data.heldout is None:
             return measured
         rows = (self.data.heldout, self.data.heldout_targets)
-        dead_rate = self.train_config.dead_percentage_threshold
-        measured |= evaluate(sae, *rows, dead_rate)
+        if self._ordinary_norm is None:
+            outputs = rows[0] if rows[1] is None else rows[1]
+            self._ordinary_norm = largest_ordinary_norm(outputs)
+        rates = (self.train_config.dead_percentage_threshold, self._ordinary_norm)
+        measured |= evaluate(sae, *rows, *rates)
         measured |= self._behind.evaluate(sae)
         if self.sae_config.arch == "slots" and self.data.heldout_labels:
             measured |= evaluate_slots(sae, self.data.heldout, self.data.heldout_labels)
         if self.average is not None:
-            averaged = evaluate(self.average.model(), *rows, dead_rate)
+            averaged = evaluate(self.average.model(), *rows, *rates)
             measured |= {f"averaged_{name}": value for name, value in averaged.items()}
         return measured
 
