@@ -62,6 +62,8 @@ MODEL_VALUES = {
     "relation_labels": [{"relation_labels": "labels/other_relation"}],
     "answer_labels": [{"answer_labels": "labels/other_answer"}],
     "value_hidden": [{"value_hidden": 9}],
+    "alignment_after_relu": [{"alignment_after_relu": True}],
+    "slots_l1_mean": [{"slots_l1_mean": True}],
 }
 TRAIN_VALUES = {
     "grad_acc_steps": [{"grad_acc_steps": 2}],

@@ -61,6 +61,8 @@ _BELONG_TO: dict[str, tuple[str, ...]] = {
     "slot_target": ("slots",),
     "value_loss_coeff": ("slots",),
     "value_hidden": ("slots",),
+    "alignment_after_relu": ("slots",),
+    "slots_l1_mean": ("slots",),
 }
 _POSITIVE = (
     *("target_l0", "target_l0_rate", "decoder_init_norm"),
@@ -126,7 +128,7 @@ class DictionaryConfig(ConfigFile):
     l1_penalty_coeff: float | None = None
     """Weight of the sum of a token's code values, each times the norm of its decoder row, averaged
     over tokens; with gated of its gates, with slots of the free ones; default: 5 with relu and
-    gated, with loss_fn fvu that by d_in; 0.001 with slots; otherwise 0."""
+    gated, with loss_fn fvu that by d_in; d_in / 1000 with slots; otherwise 0."""
     sparsity_norm_p: float = 1.0
     """With relu the values in that sum are raised to this power, 0 to 1; 1: L1."""
     target_l0: float | None = None

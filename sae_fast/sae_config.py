@@ -14,7 +14,7 @@ from sae_fast.dictionary_config import DictionaryConfig
 
 RELATION_LABELS = "labels/relation"
 ANSWER_LABELS = "labels/answer"
-# Of arch slots, by mode: the terms that it trains, with their coefficients.
+# Of arch slots, by mode: the terms that it trains, with the paper's coefficients.
 _TRAINED = {"alignment_coeff": 1.0, "independence_coeff": 1e-2, "orthogonality_coeff": 1e-2}
 _SLOT_TERMS: dict[str, dict[str, float]] = {
     "joint": {**_TRAINED, "value_loss_coeff": 0.5},
@@ -22,6 +22,9 @@ _SLOT_TERMS: dict[str, dict[str, float]] = {
     "separate_value": {"value_loss_coeff": 0.5},
 }
 _COEFFICIENTS = (*_TRAINED, "value_loss_coeff")
+# The paper's weights are of a reconstruction error that is a mean over numbers. Here it is a sum:
+# these defaults are multiplied by the error of the mean, as the terms on correlations are already.
+_OF_MEAN_ERROR = ("alignment_coeff", "value_loss_coeff")
 # Terms that are not of slots; trained in every mode but separate_value.
 _OTHER_TERMS = (
     *("l1_penalty_coeff", "decorrelation_coeff"),
@@ -77,13 +80,19 @@ class SAEConfig(DictionaryConfig):
     """slots: dataset with the answer, -1: none; default: labels/answer."""
     alignment_coeff: float | None = None
     """slots: weight of the squared distance of the relation slots to slot_target times the one-hot
-    relation; default: 1."""
+    relation; default: the paper's 1, of a mean over numbers, times d_in; with loss_fn fvu 1."""
+    alignment_after_relu: bool = False
+    """slots: measure that distance after ReLU, as L_align is written, where a slot that is off gets
+    no gradient; default: before it."""
+    slots_l1_mean: bool = False
+    """slots: average the L1 penalty over the free slots, as L_sparse is written, in place of a sum
+    over them."""
     slot_target: float | None = None
     """slots: what the slot of a token's relation is to be, in units of E|x| / sqrt(d_in);
     default: 1."""
     value_loss_coeff: float | None = None
     """slots: weight of the cross-entropy of the answer, predicted from the relation's slot by a
-    head of its own; default: 0.5."""
+    head of its own; default: 0.5 times d_in; with loss_fn fvu and separate_value 0.5."""
     value_hidden: int | None = None
     """slots: width of a value head's hidden layer; default: 256. [numbers]"""
 
@@ -125,9 +134,12 @@ class SAEConfig(DictionaryConfig):
                 "slot_target": 1.0,
                 **_SLOT_TERMS[mode],
             }
+            if mode != "separate_value":  # where nothing else is trained
+                for name in set(_OF_MEAN_ERROR) & _SLOT_TERMS[mode].keys():
+                    defaults[name] = self.error_of_the_mean * _SLOT_TERMS[mode][name]
             if mode != "separate_activation":
                 defaults |= {"answer_labels": ANSWER_LABELS, "value_hidden": 256}
-        if self.d_in == 0:  # what a flag may yet change is not derived
+        if not self._has_widths:  # what a flag may yet change is not derived
             return
         for name, default in defaults.items():
             if getattr(self, name) is None:
@@ -185,7 +197,7 @@ class SAEConfig(DictionaryConfig):
     def _default_l1(self) -> float:
         if self.arch != "slots":
             return super()._default_l1
-        return 0.0 if self.slots_mode == "separate_value" else _SLOTS_L1
+        return 0.0 if self.slots_mode == "separate_value" else _SLOTS_L1 * self._variance
 
     @property
     def term_coefficients(self) -> dict[str, float]:

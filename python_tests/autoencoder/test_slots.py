@@ -28,6 +28,7 @@ CASES = {
     "joint": FIELDS,
     "free rows": {**FIELDS, "decoder_norm": "free", "decoder_init_norm": 0.5},
     "sums": {**FIELDS, "correlation_pairs": "sum"},
+    "literal": {**FIELDS, "alignment_after_relu": True, "slots_l1_mean": True},
     "separate_activation": {
         **{name: value for name, value in FIELDS.items() if name != "value_loss_coeff"},
         "slots_mode": "separate_activation",
@@ -89,7 +90,8 @@ def plain_terms(sae, x, relations, answers):
             continue
         wanted = torch.zeros_like(pre_acts[n, free:])
         wanted[relation] = config.slot_target
-        distances.append((pre_acts[n, free:] - wanted).square().sum())
+        slots = acts[n, free:] if config.alignment_after_relu else pre_acts[n, free:]
+        distances.append((slots - wanted).square().sum())
         if answer == -1 or not config.has_value_heads:
             continue
         slot = acts[n, free + relation] / config.slot_target
@@ -99,7 +101,9 @@ def plain_terms(sae, x, relations, answers):
     h, pairs = acts, config.correlation_pairs
     terms = {
         "recon_loss": error.square().sum(1).mean(),
-        "l1_loss": config.l1_penalty_coeff * (acts * norms)[:, :free].sum(1).mean(),
+        "l1_loss": config.l1_penalty_coeff
+        * (acts * norms)[:, :free].sum(1).mean()
+        / (free if config.slots_l1_mean else 1),
         "alignment_loss": config.alignment_coeff * torch.stack(distances).mean(),
         "independence_loss": config.independence_coeff
         * correlation_sum(h[:, :free], h[:, :free], pairs, same=True, width=x.shape[1]),
@@ -150,8 +154,9 @@ def test_gradient_of_one_term_equals_autograd(term, path, dense_grad):
     assert_gradients(sae, plain_terms(sae, x, **labels)[term])
 
 
-def test_coefficients_are_those_of_the_paper_by_default():
-    config = SAEConfig(arch="slots", d_in=8, n_relations=2)
+@pytest.mark.parametrize(("loss_fn", "error"), [("mse", 8.0), ("fvu", 1.0)])
+def test_coefficients_are_those_of_the_paper_for_a_mean_error_by_default(loss_fn, error):
+    config = SAEConfig(arch="slots", d_in=8, n_relations=2, loss_fn=loss_fn)
     coefficients = (
         config.reconstruction_coeff,
         config.l1_penalty_coeff,
@@ -160,7 +165,8 @@ def test_coefficients_are_those_of_the_paper_by_default():
         config.orthogonality_coeff,
         config.value_loss_coeff,
     )
-    assert coefficients == (1.0, 1e-3, 1.0, 1e-2, 1e-2, 0.5)
+    assert coefficients == (1.0, 1e-3 * error, error, 1e-2, 1e-2, 0.5 * error)
+    assert config.correlation_pairs == "scaled"  # which is in units of that error
     assert (config.slots_mode, config.decoder_norm) == ("joint", "unit")
 
 

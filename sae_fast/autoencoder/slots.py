@@ -7,9 +7,13 @@ token before ReLU, labelled with relation r and answer a:
     value      the cross-entropy of a, predicted from the activation f of r's slot by r's own head,
                W_value_out[r] ReLU(W_value_in[r] f / target + b_value_in[r]) + b_value_out[r]
 
-Alignment acts before ReLU, where a slot that is off can be told to come on. Independence among free
+Alignment acts before ReLU, where a slot that is off can be told to come on; alignment_after_relu
+has it as it is written. Independence among free
 slots and orthogonality between both kinds are terms that every architecture can have, see
 guidance.py. The L1 penalty is on the free slots.
+
+The paper's weights are of a reconstruction error that is a mean over numbers; here it is a sum over
+d_in, so the default weights are the paper's times d_in (with loss_fn fvu the paper's).
 """
 
 from __future__ import annotations
@@ -131,7 +135,8 @@ class Slots(ReLU):
                 dense_grad=mode.dense_grad,
             )
         if config.alignment_coeff:
-            distance = alignment_loss(scores, relations, config.slot_target or 1.0)
+            slots = scores.relu() if config.alignment_after_relu else scores
+            distance = alignment_loss(slots, relations, config.slot_target or 1.0)
             terms["alignment_loss"] = config.alignment_coeff * distance
         surprise, binding = self._judge(weights, scores, relations, answers)
         if surprise is not None:
@@ -202,6 +207,8 @@ class Slots(ReLU):
         if norms is None:
             norms = torch.ones_like(weights.b_enc)
         is_free = torch.arange(len(norms), device=norms.device) < len(norms) - self.n_relations
+        if self.config.slots_l1_mean:
+            norms = norms / self.config.group_split
         loss = losses.lp_loss(code, 1.0, norms * is_free)
         return self._coefficient(weights) * batch.sparsity_weight * loss
 

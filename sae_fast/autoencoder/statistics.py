@@ -58,6 +58,8 @@ def _lp_loss(config: SAEConfig, W_dec: Tensor, h: Code, values: Tensor, n_tokens
     if config.arch == "slots":
         is_free = torch.arange(config.d_sae, device=W_dec.device) < config.group_split
         weights = is_free.to(W_dec.dtype) if weights is None else weights * is_free
+        if config.slots_l1_mean:
+            weights = weights / config.group_split
     amounts = values.abs() if config.has_signed_codes else values
     if weights is not None:
         amounts = amounts * (h.spread(weights) if isinstance(h, ops.SparseCode) else weights)
