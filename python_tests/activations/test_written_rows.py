@@ -181,6 +181,31 @@ def test_a_chunk_shorter_than_its_fletcher_checksum_is_damage(tmp_path):
     assert "a chunk of 'activations' is stored as 2 bytes" in message_of(tmp_path)
 
 
+def test_a_heap_of_texts_that_never_ends_is_damage(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["activations"] = ROWS
+        file.attrs["model"] = "some"
+    content = path.read_bytes()
+    heap = content.index(b"GCOL")
+    free = heap + 16 + 16 + 8  # behind the one text
+    assert content[free : free + 2] == b"\0\0"
+    path.write_bytes(content[: free + 8] + bytes(8) + content[free + 16 :])
+    assert f"a heap of texts, at byte {heap}" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [b"\x11\x20\x1f\x00", b"\x10\x08\x00\x00\x08"])
+def test_a_type_that_hdf5_cannot_read_is_one_line(tmp_path, kind):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["activations"] = ROWS
+        file["label"] = np.arange(4000)
+    content = path.read_bytes()
+    place = content.index(kind)  # of the rows or of the label; its first byte has the version
+    path.write_bytes(content[:place] + b"\x71" + content[place + 1 :])
+    assert "bad version number for datatype message" in message_of(tmp_path, columns=["label"])
+
+
 def test_a_pipe_or_a_link_in_a_circle_is_named_and_not_waited_for(tmp_path):
     write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
     os.mkfifo(tmp_path / "b.h5")

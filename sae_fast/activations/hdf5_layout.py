@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sae_fast.activations.errors import ShardError, listed
+from sae_fast.activations.errors import ShardError, listed, one_line
 from sae_fast.activations.files import require_regular
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ def find_item(path: Path, file: h5py.File, name: str) -> Any:
             if hops > MAX_LINKS:
                 raise ShardError(f"{path}: {name!r} is a link that leads back to itself")
             _require_inside(path, home, link.filename, f"{name!r} is a link to")
-        group = None if link is None else group.get(part)
+        try:
+            group = None if link is None else group.get(part)
+        except KeyError as error:  # what h5py makes of a header that HDF5 cannot read
+            raise ShardError(f"{path}: damaged: {name!r}: {one_line(error)}") from error
     return group
 
 

@@ -21,6 +21,7 @@ from sae_fast.activations.compression import require_filters
 from sae_fast.activations.direct_rows import direct_rows, walk_file
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import require_regular
+from sae_fast.activations.hdf5_heaps import require_sound_heaps
 from sae_fast.activations.hdf5_layout import contents, find_item, require_written
 from sae_fast.activations.storage import BFLOAT16, FLOAT16, FLOAT32, STORAGES, Array, Storage
 
@@ -215,7 +216,7 @@ class ShardFile:
             yield
         except ShardError:
             raise
-        except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        except Exception as error:  # as in `_structure`
             raise ShardError(
                 f"{self.shard.path}: rows {start} to {stop - 1} cannot be read: {one_line(error)}"
             ) from error
@@ -243,6 +244,8 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
     `option` is the flag that names another key, for errors.
     """
     status = require_regular(path)
+    if status.st_size:
+        require_sound_heaps(path)
     with _structure(path) as file:
         dataset = _dataset(path, file, key, option)
         storage = _storage(path, key, dataset, file)
