@@ -221,13 +221,14 @@ def _attempt(attempt: Try) -> str:
         ended = go("--resume-from", "latest", call=again, half=attempt.random.random() < 0.5)
     try:
         success(ended)
-        if kills == 0:  # a run that was not struck any more
+        # Libraries keep files of their own, so that one run makes a few calls more than another.
+        if kills == 0 and call < 0.9 * count:
             raise Failed(f"call {call} of {count} was not reached")
         _compare(attempt.shared / name / "run", attempt.folder / "run")
         leftovers(attempt.folder)
     except Failed as failure:
         raise Failed(f"{name}, killed {kills} times, first at call {call}: {failure}") from None
-    return f"killed {'once' if kills == 1 else 'again'}: {name}"
+    return f"{('not struck', 'killed once')[kills] if kills < 2 else 'killed again'}: {name}"
 
 
 def _signalled(attempt: Try, go: Callable[..., Ended], call: int, number: signal.Signals) -> str:
