@@ -83,7 +83,7 @@ TRAIN_VALUES = {
     "max_epochs": [{"max_epochs": 2}],
     "seed": [{"seed": 3}],
     "shuffle_seed": [{"shuffle_seed": 3}],
-    "dead_percentage_threshold": [{"dead_percentage_threshold": 0.3}],
+    "dead_percentage_threshold": [{"dead_percentage_threshold": 0.5}],
     "num_threads": [{"num_threads": 1}],
     "pool_rows": [{"pool_rows": 64}],
     "skip_nonfinite": [{"skip_nonfinite": True}],
