@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from sae_fast.ops import SparseCode
+from sae_fast.ops import SparseCode, reconstruct_prefixes
 
 OUT_OF_RANGE = "SparseCode: indices must be in [0, 4), got "
 OFFSETS = "SparseCode: offsets must ascend from 0 to the number of entries, 8, got "
@@ -36,6 +36,25 @@ def test_offsets_that_do_not_partition_the_entries_are_refused(offsets):
     for use in (USES["dense"], SparseCode.entry_rows, SparseCode.l0):
         with pytest.raises(RuntimeError, match=re.escape(OFFSETS)):
             use(flat(offsets))
+
+
+def test_offsets_of_absurd_size_are_refused():
+    code = SparseCode(
+        torch.ones(8), torch.zeros(8, dtype=torch.int32), 4, torch.zeros(1).long().expand(2**50)
+    )
+    with pytest.raises(
+        RuntimeError, match=f"SparseCode: at most {2**31 - 1} rows, got {2**50 - 1}"
+    ):
+        code.l0()
+
+
+def test_prefixes_of_no_columns_have_gradients():
+    values = torch.ones(8, requires_grad=True)
+    code = SparseCode(values, torch.zeros(8, dtype=torch.int32), 4, torch.tensor([0, 3, 8]))
+    W_dec = torch.ones(4, 0, requires_grad=True)
+    result = reconstruct_prefixes(code, W_dec, torch.ones(0), torch.ones(2, 0), [2, 4])
+    result.squared_errors.sum().backward()
+    assert not values.grad.any()
 
 
 def test_spread_wants_a_number_for_every_latent():

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from sae_fast.ops.call import Call
 
+_MOST = 2**31 - 1  # entries and rows of a code: they are numbered in int32
+
 
 def check_data(op_name: str, indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     """What only the data can tell: offsets that partition the entries, indices of real latents."""
@@ -36,7 +38,9 @@ def check_code(
     check_usable("SparseCode", values=values, indices=indices, **rest)
     op = Call("SparseCode", "values", values)
     op.require(isinstance(d_sae, int) and d_sae >= 1, "d_sae must be at least 1", str(d_sae))
-    op.code(values, indices, offsets)
+    n_rows = op.code(values, indices, offsets)
+    op.require(n_rows <= _MOST, f"at most {_MOST} rows", str(n_rows))
+    op.require(indices.numel() <= _MOST, f"at most {_MOST} entries", str(indices.numel()))
     if not indices.is_cuda:
         check_data("SparseCode", indices, offsets, d_sae)
 

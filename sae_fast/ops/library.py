@@ -66,14 +66,10 @@ SCHEMAS = {
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 NATIVE = native.load() is not None
-# Dispatch keys of tensors without strides, or of other numbers than their dtype says.
+# Dispatch keys of tensors without strides, or with other numbers than their dtype says.
 _NOT_DENSE = (
-    "SparseCPU",
-    "SparseCsrCPU",
-    "QuantizedCPU",
-    "MkldnnCPU",
-    "SparseCUDA",
-    "SparseCsrCUDA",
+    *("SparseCPU", "SparseCsrCPU", "QuantizedCPU", "MkldnnCPU"),
+    *("SparseCUDA", "SparseCsrCUDA", "QuantizedCUDA"),
 )
 
 

@@ -122,7 +122,7 @@ class _ReconstructPrefixes(torch.autograd.Function):
         values, indices, offsets, gathered, residuals = ctx.saved_tensors
         needs_values, needs_weights, needs_bias, needs_x = ctx.needs_input_grad[:4]
         by_prefix = _gradient(residuals, grad_residual, grad_squared_errors)
-        dense = by_prefix.view(-1, by_prefix.size(2))
+        dense = by_prefix.flatten(0, 1)
         grad_values = grad_weights = grad_bias = None
         if needs_values:
             op = torch.ops.sae_fast.decode_backward.default
