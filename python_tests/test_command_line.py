@@ -23,6 +23,11 @@ def allocation_error():
         (OSError(28, "No space left"), "error: [Errno 28] No space left"),
         (MemoryError(), "error: the memory that this process may have is used up"),
         (
+            ImportError("x.so: failed to map segment from shared object"),
+            "error: the memory that this process may have is used up "
+            "(x.so: failed to map segment from shared object)",
+        ),
+        (
             RuntimeError("can't start new thread"),
             "error: the system starts no more threads for this process (can't start new thread)",
         ),

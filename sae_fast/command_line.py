@@ -15,7 +15,10 @@ from sae_fast.flags import first_mistake
 EXIT_BAD_INPUT = 2
 # How Python, torch and C++ say that the system gives no more.
 _NO_THREAD = "can't start new thread"
-_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+_NO_MEMORY = (
+    *("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory"),
+    "failed to map segment",  # of a library that is loaded when it is first used
+)
 _LONGEST_REASON = 200
 LONGEST_ERROR = 1500  # characters
 
@@ -68,7 +71,7 @@ def refusal(error: Exception) -> str:
         return one_line(error)
     text = str(error)
     if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+        isinstance(error, RuntimeError | ImportError) and any(words in text for words in _NO_MEMORY)
     ):
         reason = f" ({' '.join(text.split())[:_LONGEST_REASON]})" if text else ""
         return f"error: the memory that this process may have is used up{reason}"
