@@ -82,11 +82,14 @@ def attempt(this: Try) -> str:
         *(_npy, _npz, _directory, _safetensors, _strided, _pickled, _state, _table, _nested),
     )
     kind = this.random.choice(kinds)
-    source = kind(this)
-    out = this.folder / "out"
-    arguments = [str(source), str(out), *this.random.choice(([], [], ["--all-keys"]))]
+    more = this.random.choice(([], [], ["--all-keys"]))
     if this.random.random() < 0.2:
-        arguments += ["--dtype", this.random.choice(["float16", "bfloat16", "float32"])]
+        more = [*more, "--dtype", this.random.choice(["float16", "bfloat16", "float32"])]
+    # Aside: this process starts no thread of a library, whose locks the next child would copy.
+    made = run_aside(lambda: print(kind(this)), folder=this.folder)
+    success(made)
+    source, out = Path(made.out.splitlines()[-1]), this.folder / "out"
+    arguments = [str(source), str(out), *more]
     ended = run_aside(
         lambda: _converted(arguments),
         folder=this.folder,
