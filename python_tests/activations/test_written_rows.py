@@ -194,6 +194,17 @@ def test_a_heap_of_texts_that_never_ends_is_damage(tmp_path):
     assert f"a heap of texts, at byte {heap}" in message_of(tmp_path)
 
 
+def test_an_attribute_of_absurd_size_is_damage(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["activations"] = ROWS
+        file.attrs["many"] = np.arange(12345, dtype="i1")
+    content = path.read_bytes()
+    place = content.index((12345).to_bytes(8, "little"))
+    path.write_bytes(content[: place + 5] + b"\x04" + content[place + 6 :])
+    assert "damaged" in message_of(tmp_path)
+
+
 @pytest.mark.parametrize("kind", [b"\x11\x20\x1f\x00", b"\x10\x08\x00\x00\x08"])
 def test_a_type_that_hdf5_cannot_read_is_one_line(tmp_path, kind):
     path = tmp_path / "a.h5"

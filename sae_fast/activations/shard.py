@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 # uncompressed shard of 3 MiB chunks reads at 2.6 M rows/s of 768 bytes, with 1 MiB at 4.5 M rows/s.
 CHUNK_CACHE_BYTES = 1 << 20
 READ_BYTES = 2 << 20  # a read is about this long where the chunks allow it
+MAX_ATTRIBUTE = 1 << 20  # values of an attribute
 SPLIT_BYTES = 32 << 20  # an uncompressed chunk longer than this is read in parts
 
 
@@ -254,7 +255,7 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
             raise ShardError(f"{path}: dataset {key!r} is empty, shape {dataset.shape}")
         require_written(path, dataset)
         is_alone = dataset.file.filename == file.filename and not dataset.is_virtual
-        metadata = {name: _plain(value) for name, value in file.attrs.items()}
+        metadata = {name: _attribute(path, file, name) for name in file.attrs}
         _check_attributes(path, metadata, rows, d_in if key == DEFAULT_KEY else None)
         tokens = int(dataset.shape[1]) if dataset.ndim == 3 else 1
         return Shard(
@@ -339,8 +340,9 @@ def _dataset(path: Path, file: h5py.File, key: str, option: str) -> h5py.Dataset
 
 def _storage(path: Path, key: str, dataset: h5py.Dataset, file: h5py.File) -> Storage:
     dtype = dataset.dtype
-    named = dataset.attrs.get("dtype", file.attrs.get("dtype"))
-    if named is not None and str(_plain(named)) == BFLOAT16.name and dtype.str[1:] == "u2":
+    holder = dataset if "dtype" in dataset.attrs else file
+    named = _attribute(path, holder, "dtype") if "dtype" in holder.attrs else None
+    if str(named) == BFLOAT16.name and dtype.str[1:] == "u2":
         return BFLOAT16
     if dtype.kind == "f":
         storage = {2: FLOAT16, 4: FLOAT32, 8: FLOAT32}.get(dtype.itemsize)
@@ -385,6 +387,14 @@ def _chunk_rows(dataset: h5py.Dataset, tokens: int, row_bytes: int) -> int:
 def _is_compressed(dataset: h5py.Dataset) -> bool:
     """Whether a filter makes HDF5 decode a whole chunk to read any part of it."""
     return bool(dataset.id.get_create_plist().get_nfilters())
+
+
+def _attribute(path: Path, item: h5py.File | h5py.Dataset, name: str) -> Any:
+    """An attribute as a plain Python value; raises ShardError for one of absurd size."""
+    count = math.prod(item.attrs.get_id(name).shape or ())
+    if count > MAX_ATTRIBUTE:
+        raise ShardError(f"{path}: damaged: attribute {name[:80]!r} claims {count:,} values")
+    return _plain(item.attrs[name])
 
 
 def _plain(value: Any) -> Any:

@@ -443,4 +443,5 @@ CHANGES: tuple[Change, ...] = (
     *(never_written, large_chunks, elsewhere, elsewhere, odd_types, odd_files, in_manifest),
 )
 
-CAMPAIGN = Campaign(attempt=attempt, tries=4000, short=60)
+# A try waits for its own child first.
+CAMPAIGN = Campaign(attempt=attempt, tries=4000, short=60, seconds=60)
