@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from sae_fast.command_line import one_line
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.json_files import JSONError, parse_json, read_json, shown
 from sae_fast.training.metrics import MetricsLog
@@ -80,6 +81,16 @@ def test_configuration_refuses_numbers_without_an_end(number, tmp_path):
 def test_configuration_in_python_refuses_them_as_well():
     with pytest.raises(ValueError, match="l1_penalty_coeff must be a finite number"):
         SAEConfig(l1_penalty_coeff=10**400)
+
+
+def test_message_about_a_long_value_stays_short(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"d_in": 8, "k": 2, "answer_labels": "y" * 10_000}))
+    with pytest.raises(ValueError, match="answer_labels belongs to arch slots") as caught:
+        SAEConfig.load(path)
+    assert len(str(caught.value)) < 1500
+    line = one_line(ValueError("x\n" * 10**6))
+    assert line.startswith("error: x x") and len(line) < 2000
 
 
 def test_message_about_many_unknown_keys_stays_short(tmp_path):

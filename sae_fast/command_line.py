@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import tyro
 
 from sae_fast.flags import first_mistake
+from sae_fast.json_files import bounded
 
 EXIT_BAD_INPUT = 2
 # How Python, torch and C++ say that the system gives no more.
@@ -82,10 +83,7 @@ def refusal(error: Exception) -> str:
 
 def one_line(error: Exception) -> str:
     """Return what is told of an error, on one line; of a very long one the begin and the end."""
-    text = " ".join(str(error).split())
-    if len(text) > LONGEST_ERROR:
-        text = f"{text[: LONGEST_ERROR - 300]} ... {text[-250:]}"
-    return f"error: {text}"
+    return f"error: {bounded(' '.join(str(error).split()), LONGEST_ERROR)}"
 
 
 def _first_sentence(box: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sae_fast.json_files import JSONError, read_json, shown
+from sae_fast.json_files import JSONError, bounded, read_json, shown
 
 FORMAT_VERSION = 1
 _NAMED_KEYS = 5  # unknown ones in a message
@@ -61,7 +61,7 @@ class ConfigFile:
         except JSONError:
             raise
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {bounded(str(error))}") from None
 
     @classmethod
     def _read_sections(cls, values: dict[str, Any], **sections: type[ConfigFile]) -> dict[str, Any]:

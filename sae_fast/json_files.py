@@ -83,6 +83,11 @@ def shown(value: object) -> str:
     return _short.repr(value)
 
 
+def bounded(text: str, longest: int = 900) -> str:
+    """Return a message; of one that is longer the begin and the end."""
+    return text if len(text) <= longest else f"{text[: longest - 300]} ... {text[-250:]}"
+
+
 def require(condition: bool, field: str, expected: str, value: object) -> None:
     """Raise `JSONError` saying what a field must be, unless the condition holds."""
     if not condition:
