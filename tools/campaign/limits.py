@@ -1,0 +1,230 @@
+"""Commands that run out of something: descriptors, size of a file, threads, disk, permission.
+
+Each ends with 0, or with 2 and one line, leaves no temporary file, and goes on to the very weights
+of an undisturbed run once there is enough of everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import importlib
+import json
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import matplotlib.pyplot
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from campaign.frame import Campaign, Ended, Failed, Try, leftovers, refusal, run_aside, success
+from sae_fast.activations import write_shard
+
+D_IN = 8
+SMALL = (
+    *("--d-sae", "32", "--batch-size", "32", "--lr", "1e-2", "--log-every", "2"),
+    *("--eval-every", "4", "--checkpoint-every", "3", "--num-threads", "1"),
+)
+TRAIN = ("--k", "2", *SMALL, "--max-steps", "10")
+# By name: the command and its flags. All write to "out", and read "shared".
+COMMANDS = {
+    "train": ("train", "--shard-dir", "shared/shards", "--checkpoint-dir", "out/run", *TRAIN),
+    "train in memory": (
+        *("train", "--shard-dir", "shared/shards", "--checkpoint-dir", "out/run", *TRAIN),
+        "--keep-in-memory",
+    ),
+    "sweep": (
+        *("train", "--shard-dir", "shared/shards", "--checkpoint-dir", "out/run", *SMALL),
+        *("--max-steps", "10", "--sweep", "shared/sweep.json"),
+    ),
+    "convert": (
+        *("convert_shards", "shared/rows.npy", "out/run", "--shard-rows", "300"),
+        *("--heldout-rows", "100"),
+    ),
+    "plot": ("plot", "shared/train/run", "--out", "out/run.png"),
+}
+# Imported before anything is short: what fails before a command begins is Python's to tell.
+for _name in ("train", "convert_shards", "plot"):
+    importlib.import_module(f"sae_fast.{_name}")
+MIB = 1 << 20
+SIZE = 64 * MIB  # of the file system once there is room
+_MS_RDONLY, _MS_REMOUNT, _CLONE_NEWNS, _MNT_DETACH = 1, 32, 0x20000, 2
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def prepare(shared: Path) -> None:
+    """Shards, rows to convert, and what each command makes of them where nothing is short."""
+    (shared / "shards").mkdir()
+    for number, name in enumerate(("train_00", "train_01", "heldout_00")):
+        rows = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(number))
+        write_shard(shared / "shards" / f"{name}.h5", rows)
+    np.save(shared / "rows.npy", rows.repeat(3, 1).numpy())
+    (shared / "sweep.json").write_text(json.dumps({"k": [1, 2]}))
+    for name in ("train", "sweep", "convert"):
+        place = shared / name
+        place.mkdir()
+        (place / "shared").symlink_to(shared)
+        flags = [word.replace("out/run", "run") for word in COMMANDS[name]]
+        success(run_aside(functools.partial(_main, flags), folder=place, seconds=120))
+
+
+def attempt(given: Try) -> str:
+    """One command under one limit, and again without."""
+    name = given.random.choice([*COMMANDS])
+    kind = given.random.choice([*LIMITS])
+    try:
+        return _attempt(given, name, kind)
+    finally:
+        _libc.umount2(os.fsencode(given.folder / "out"), _MNT_DETACH)  # where one is mounted
+
+
+def _attempt(given: Try, name: str, kind: str) -> str:
+    (given.folder / "shared").symlink_to(given.shared)
+    out = given.folder / "out"
+    out.mkdir()
+    ended = LIMITS[kind](given, COMMANDS[name])
+    said = "went through"
+    if ended.code != 0:
+        said = "was refused"
+        refusal(ended)
+    else:
+        success(ended)
+    leftovers(out, KNOWN)
+    again = list(COMMANDS[name])
+    if again[0] == "train":
+        again += ["--resume-from", "latest"]
+    if ended.code != 0 or again[0] != "convert_shards":
+        success(_aside(given, again))
+    leftovers(out, KNOWN)
+    _compare(name, given)
+    return f"{name}, {kind}: {said}"
+
+
+# A lock ends with its process, and its file is taken over by the next run.
+KNOWN = (".run.lock",)
+
+
+def _compare(name: str, given: Try) -> None:
+    """Raise Failed where what was written is not what an undisturbed run writes."""
+    if name == "plot":
+        return
+    place = given.shared / name.split()[0]
+    pattern = "*.h5" if name == "convert" else "**/step-00000010/sae.safetensors"
+    names = sorted(str(path.relative_to(place)) for path in (place / "run").glob(pattern))
+    for file in names:
+        one, other = place / file, given.folder / "out" / file
+        if not other.exists():
+            raise Failed(f"{file} is missing")
+        if file.endswith(".h5"):
+            with h5py.File(one) as first, h5py.File(other) as second:
+                is_equal = np.array_equal(first["activations"], second["activations"])
+        else:  # the order of names in a header is no content
+            first, second = load_file(one), load_file(other)
+            is_equal = all(torch.equal(first[key], second[key]) for key in first | second)
+        if not is_equal:
+            raise Failed(f"{file} is another than without the limit")
+
+
+def _main(words: tuple[str, ...] | list[str]) -> int:
+    command, *flags = words
+    code: int = importlib.import_module(f"sae_fast.{command}").main(flags)
+    return code
+
+
+def _aside(
+    given: Try, words: tuple[str, ...] | list[str], prepare: Callable[[], object] | None = None
+) -> Ended:
+    def work() -> int:
+        if prepare is not None:
+            prepare()
+        return _main(words)
+
+    return run_aside(work, folder=given.folder, seconds=60)
+
+
+def _under(what: int, lowest: int, highest: int, used: Callable[[], int]) -> Callable[..., Ended]:
+    """A limit of a resource, in addition to what the process uses when it begins."""
+
+    def limited(given: Try, words: tuple[str, ...]) -> Ended:
+        more = given.random.randint(lowest, highest)
+
+        def restrict() -> None:
+            limit = used() + more
+            resource.setrlimit(what, (limit, limit))
+
+        return _aside(given, words, restrict)
+
+    return limited
+
+
+def _without_threads(given: Try, words: tuple[str, ...]) -> Ended:
+    """From some thread on the system starts no more."""
+    allowed = given.random.randint(0, 6)
+
+    def restrict() -> None:
+        start, started = threading.Thread.start, [0]
+
+        def refused(thread: threading.Thread) -> None:
+            started[0] += 1
+            if started[0] > allowed:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        threading.Thread.start = refused  # type: ignore[method-assign, assignment]
+
+    return _aside(given, words, restrict)
+
+
+def _on_small_disk(given: Try, words: tuple[str, ...]) -> Ended:
+    """The directory written to is on a file system that fills up."""
+    out = given.folder / "out"
+    if not _mounted(out, given.random.choice((16, 64, 128, 256, 512)) * 1024):
+        return _under(resource.RLIMIT_FSIZE, 0, 40_000, lambda: 0)(given, words)
+    ended = _aside(given, words)
+    _remount(out, 0)
+    return ended
+
+
+def _read_only(given: Try, words: tuple[str, ...]) -> Ended:
+    """The directory written to may only be read."""
+    out = given.folder / "out"
+    if not _mounted(out, SIZE):
+        return _under(resource.RLIMIT_FSIZE, 0, 0, lambda: 0)(given, words)
+    _remount(out, _MS_RDONLY)
+    ended = _aside(given, words)
+    _remount(out, 0)
+    return ended
+
+
+def _mounted(path: Path, size: int) -> bool:
+    """Mount a file system of so many bytes, which ends with this process; False: not allowed."""
+    if _libc.unshare(_CLONE_NEWNS) != 0:
+        return False
+    _libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)  # private, with all below
+    return bool(_libc.mount(b"none", os.fsencode(path), b"tmpfs", 0, f"size={size}".encode()) == 0)
+
+
+def _remount(path: Path, flags: int) -> None:
+    options = f"size={SIZE}".encode()
+    flags |= _MS_REMOUNT
+    if _libc.mount(b"none", os.fsencode(path), b"tmpfs", flags, options) != 0:
+        raise OSError(ctypes.get_errno(), errno.errorcode.get(ctypes.get_errno(), ""), str(path))
+
+
+LIMITS: dict[str, Callable[[Try, tuple[str, ...]], Ended]] = {
+    "descriptors": _under(
+        resource.RLIMIT_NOFILE, 0, 24, lambda: max(map(int, os.listdir("/proc/self/fd")))
+    ),
+    "file size": _under(resource.RLIMIT_FSIZE, 0, 60_000, lambda: 0),
+    "threads": _without_threads,
+    "small disk": _on_small_disk,
+    "read-only": _read_only,
+}
+CAMPAIGN = Campaign(attempt, tries=300, short=6, prepare=prepare, seconds=180, block=5)
+matplotlib.pyplot.switch_backend("agg")
