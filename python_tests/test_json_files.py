@@ -90,7 +90,8 @@ def test_message_about_a_long_value_stays_short(tmp_path):
         SAEConfig.load(path)
     assert len(str(caught.value)) < 1500
     line = one_line(ValueError("x\n" * 10**6))
-    assert line.startswith("error: x x") and len(line) < 2000
+    assert line.startswith("error: x x")
+    assert len(line) < 2000
 
 
 def test_message_about_many_unknown_keys_stays_short(tmp_path):
