@@ -66,7 +66,7 @@ test-python: build-dev
 	python -m sae_fast.info
 	python -m pytest
 
-# Thousands of random tries to break it, about an hour: TRIES=100 SEED=7 make campaign for others.
+# The long form of every campaign, one after the other: TRIES=100 SEED=7 make campaign for others.
 campaign: build-dev
 	@failed=0; for name in $$(python tools/campaign --list); do \
 	  python tools/campaign $$name $(if $(TRIES),--tries $(TRIES)) --seed $(or $(SEED),0) || failed=1; \
