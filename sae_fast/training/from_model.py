@@ -253,8 +253,6 @@ def _through_model(
     if settings.cache_dir is not None:
         raise ValueError("cache_dir needs loss_fn mse or fvu")
     for config in configs.values():
-        if config.train.pool_rows != TrainConfig.pool_rows:
-            raise ValueError("pool_rows needs loss_fn mse or fvu: whole sequences are not shuffled")
         if needs_sequences(config.sae):
             raise ValueError("temporal_smoothness_coeff needs loss_fn mse or fvu")
     masked_token = None
