@@ -194,6 +194,30 @@ def test_a_heap_of_texts_that_never_ends_is_damage(tmp_path):
     assert f"a heap of texts, at byte {heap}" in message_of(tmp_path)
 
 
+@pytest.mark.parametrize("values", ["some", ["some", "text"], ""])
+def test_texts_of_any_length_are_read(tmp_path, values):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["activations"] = ROWS
+        file.attrs["hook"] = values
+        parts = np.empty(1, object)
+        parts[0] = np.arange(3, dtype="i4")
+        file.attrs.create("parts", parts, dtype=h5py.vlen_dtype("i4"))
+    assert open_shards(tmp_path).shards[0].metadata["hook"] == values
+
+
+@pytest.mark.parametrize(("place", "value"), [(3, b"\xd9"), (4, b"\xff"), (-31, b"\x03")])
+def test_a_text_of_another_length_place_or_type_is_damage(tmp_path, place, value):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["activations"] = ROWS
+        file.attrs["model"] = "some"
+    content = path.read_bytes()
+    heap = content.index(b"GCOL")
+    text = content.index((4).to_bytes(4, "little") + heap.to_bytes(8, "little")) + place
+    path.write_bytes(content[:text] + value + content[text + 1 :])
+    assert "damaged" in message_of(tmp_path)
+
+
 def test_an_attribute_of_absurd_size_is_damage(tmp_path):
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as file:

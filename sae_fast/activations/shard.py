@@ -21,7 +21,7 @@ from sae_fast.activations.compression import require_filters
 from sae_fast.activations.direct_rows import direct_rows, walk_file
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import require_regular
-from sae_fast.activations.hdf5_heaps import require_sound_heaps
+from sae_fast.activations.hdf5_heaps import require_sound_heaps, require_sound_texts
 from sae_fast.activations.hdf5_layout import contents, find_item, require_written
 from sae_fast.activations.storage import BFLOAT16, FLOAT16, FLOAT32, STORAGES, Array, Storage
 
@@ -249,6 +249,7 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
         require_sound_heaps(path)
     with _structure(path) as file:
         dataset = _dataset(path, file, key, option)
+        _require_sound_attributes(path, file, dataset)
         storage = _storage(path, key, dataset, file)
         rows, d_in = math.prod(dataset.shape[:-1]), int(dataset.shape[-1])
         if rows == 0 or d_in == 0:
@@ -387,6 +388,17 @@ def _chunk_rows(dataset: h5py.Dataset, tokens: int, row_bytes: int) -> int:
 def _is_compressed(dataset: h5py.Dataset) -> bool:
     """Whether a filter makes HDF5 decode a whole chunk to read any part of it."""
     return bool(dataset.id.get_create_plist().get_nfilters())
+
+
+def _require_sound_attributes(path: Path, file: h5py.File, dataset: h5py.Dataset) -> None:
+    """Raise ShardError for attributes that HDF5 would not come through."""
+    from h5py import h5o
+
+    if file.userblock_size:
+        return
+    for item in (file["/"], dataset):
+        if item.file.filename == file.filename:
+            require_sound_texts(path, h5o.get_info(item.id).addr)
 
 
 def _attribute(path: Path, item: h5py.File | h5py.Dataset, name: str) -> Any:
