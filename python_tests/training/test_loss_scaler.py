@@ -56,3 +56,17 @@ def test_factor_is_one_tensor_and_the_scale_has_a_floor() -> None:
         "steps_since_overflow": 0,
         "skipped_steps": 40,
     }
+
+
+def test_scale_never_grows_to_infinity() -> None:
+    scaler = LossScaler(enabled=True)
+    scaler.scale.fill_(2.0**127)
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=1)
+    theirs.scale(torch.zeros(1))
+    theirs._per_optimizer_states[0]["found_inf_per_device"][torch.device("cpu")] = torch.zeros(1)
+    theirs.update()
+    for _ in range(GROWTH_INTERVAL):
+        scaler.update(NORM)
+    assert scaler.factor == theirs.get_scale() == 2.0**127
+    scaler.update(OVERFLOW)
+    assert scaler.factor == 2.0**126

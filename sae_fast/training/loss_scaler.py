@@ -46,7 +46,9 @@ class LossScaler:
         self.steps_since_overflow.mul_(~grows)
         self.skipped_steps.add_(~fits)
         smaller = (self.scale / 2).clamp_min(_SMALLEST_SCALE)
-        larger = torch.where(grows, self.scale * 2, self.scale)
+        doubled = self.scale * 2
+        # As in torch, never to infinity, from which halving does not lead back.
+        larger = torch.where(grows & doubled.isfinite(), doubled, self.scale)
         self.scale.copy_(torch.where(fits, larger, smaller))
 
     def state(self) -> dict[str, float]:
