@@ -1,5 +1,6 @@
 """The frame of the campaigns: what goes wrong in a try is counted as that try's failure."""
 
+import io
 import os
 import resource
 import signal
@@ -70,6 +71,12 @@ def test_a_failure_is_that_of_one_try(tmp_path, attempt, said):
     assert report.outcomes == {"fine": 3}
     assert list(report.failures) == [1, 4]
     assert all(said in failure for failure in report.failures.values())
+
+
+def test_failures_are_told_when_they_come(tmp_path):
+    log = io.StringIO()
+    run(Campaign(fail, 2, 2, block=1), range(2), 0, tmp_path, log)
+    assert log.getvalue() == "try 0 failed: a wrong number\ntry 1 failed: a wrong number\n"
 
 
 def test_a_try_that_hangs_is_ended(tmp_path):

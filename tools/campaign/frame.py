@@ -97,7 +97,10 @@ class Ended:
 def run(
     campaign: Campaign, numbers: Sequence[int], seed: int, root: Path, log: IO[str] | None = None
 ) -> Report:
-    """Make the tries with these numbers; `root` is an empty folder for their files."""
+    """Make the tries with these numbers; `root` is an empty folder for their files.
+
+    Failures are written to `log` as they come, and how far the campaign is every half minute.
+    """
     report, shared = Report(), root / "shared"
     shared.mkdir()
     prepare = campaign.prepare
@@ -110,7 +113,11 @@ def run(
         block, left = left[: campaign.block], left[campaign.block :]
         done = _run_block(campaign, block, seed, root, report)
         left = block[done:] + left
-        if log is not None and time.monotonic() - started > 30:
+        if log is None:
+            continue
+        for number in sorted(report.failures.keys() & set(block[:done])):
+            print(f"try {number} failed: {report.failures[number]}", file=log, flush=True)
+        if time.monotonic() - started > 30:
             started = time.monotonic()
             made = len(numbers) - len(left)
             print(f"{made:,} tries, {len(report.failures)} failed", file=log, flush=True)
