@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,9 +63,29 @@ def test_settings_that_contradict_are_refused(changes: dict[str, bool], message:
         replace(RUN, **changes)
 
 
-def test_given_data_are_in_memory_already(activations: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="keep_in_memory and device_cache are for shards"):
-        Trainer(SAE, replace(RUN, keep_in_memory=True), activations, show_progress=False)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"keep_in_memory": True},
+        {"shard_dir": "elsewhere"},
+        {"mix": ("one:1", "two:1")},
+        {"heldout": "heldout.h5"},
+        {"activations_key": "acts"},
+        {"repeated_rows": "drop"},
+    ],
+)
+def test_settings_of_shards_are_refused_beside_given_data(
+    activations: torch.Tensor, setting: dict[str, Any]
+) -> None:
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name} = .* is for shards, not for given data"):
+        Trainer(SAE, replace(RUN, **setting), activations, show_progress=False)
+
+
+def test_heldout_rows_are_given_once(activations: torch.Tensor, shard_dir: Path) -> None:
+    run = replace(RUN, shard_dir=str(shard_dir), heldout="heldout.h5")
+    with pytest.raises(ValueError, match="and a tensor: give one of the two"):
+        Trainer(SAE, run, heldout=activations, show_progress=False)
 
 
 @pytest.mark.cuda

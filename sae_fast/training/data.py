@@ -81,6 +81,8 @@ class TrainingData:
     ) -> None:
         if heldout_columns is not None and heldout is None:
             raise ValueError("heldout_columns go with heldout, and none is given")
+        if heldout is not None and config.heldout is not None:
+            raise ValueError(f"heldout = {config.heldout!r}, and a tensor: give one of the two")
         if columns is not None and not isinstance(data, Tensor):
             raise ValueError("columns go with a tensor of activations, and none is given")
         self._config = config
@@ -92,8 +94,8 @@ class TrainingData:
         self._given: ActivationSource | None = None
         self._shared: SharedSource[Rows] | None = None
         from_shards = data is None or isinstance(data, SharedShards)
-        if not from_shards and (config.keep_in_memory or config.device_cache):
-            raise ValueError("keep_in_memory and device_cache are for shards, not for given data")
+        if not from_shards:
+            _refuse_settings_of_shards(config)
         self.scans = known_scans(config)
         if data is None:
             is_scaled = sae.normalize_activations != "none" and config.resume_from is None
@@ -274,6 +276,20 @@ def _normalized(
     if transform is None:
         return batch
     return batch.sub_(transform.mean.to(batch.device)).mul_(transform.scale)
+
+
+# Which rows of which shards are read, and how: given data have none.
+_OF_SHARDS = (
+    *("shard_dir", "mix", "activations_key", "target_key", "target_shard_dir", "target_heldout"),
+    *("keep_in_memory", "device_cache", "repeated_rows", "heldout"),
+)
+
+
+def _refuse_settings_of_shards(config: TrainConfig) -> None:
+    """Raise ValueError naming a setting that given data would leave without effect."""
+    for name in _OF_SHARDS:
+        if (value := getattr(config, name)) != getattr(TrainConfig, name):
+            raise ValueError(f"{name} = {value!r} is for shards, not for given data")
 
 
 def _require_tensor(what: str, given: object) -> None:
