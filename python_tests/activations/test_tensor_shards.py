@@ -100,7 +100,7 @@ def test_what_conversion_would_leave_out_or_join_is_left_to_it(tmp_path):
     with pytest.raises(ShardError, match=r"a list of tensors; this makes shards of it"):
         open_shards(tmp_path)
     torch.save(rows_of(0, 10, 4), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ShardError, match=r"damaged, or of torch before 1.6"):
+    with pytest.raises(ShardError, match=r"is of torch before 1.6"):
         open_shards(tmp_path)
 
 
@@ -123,6 +123,16 @@ def test_a_file_that_cannot_be_trained_on_is_one_line(tmp_path):
     (tmp_path / "b.npy").unlink()
     (tmp_path / "a.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ShardError, match=r"a.pt: "):
+        open_shards(tmp_path)
+
+
+def test_an_archive_that_claims_to_span_disks_is_one_line(tmp_path):
+    save(tmp_path / "a.pt", rows_of(0, 10, 4))
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    disks = content.rindex(b"PK\x06\x07") + 16  # of the locator of the directory's end
+    content[disks] = 9
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ShardError, match=r"a.pt: cannot be read, damaged or cut short"):
         open_shards(tmp_path)
 
 

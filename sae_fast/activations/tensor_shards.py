@@ -46,9 +46,9 @@ def describe_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activati
     if not is_tensor_file(path):
         return inspect_shard(path, key, option)
     status = require_regular(path)
+    name = _name_of(path, key, option)  # which says what is wrong with a damaged archive
     if path.suffix.lower() in (".pt", ".pth") and not zipfile.is_zipfile(path):
-        raise ShardError(f"{path}: is damaged, or of torch before 1.6; {_conversion(path)}")
-    name = _name_of(path, key, option)
+        raise ShardError(f"{path}: is of torch before 1.6; {_conversion(path)}")
     whole = inspect([path], name)
     (source,), d_in = whole.files, whole.d_in
     if source.mask is not None or len(source.arrays) > 1:

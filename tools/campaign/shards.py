@@ -154,7 +154,8 @@ def _as_stored(path: Path, key: str) -> Array:
     if path.suffix == ".safetensors":
         return load_file(path)["activations"].float().numpy()
     if path.suffix == ".pt":
-        content = torch.load(path, weights_only=True)
+        # Mapped, as else a damaged record that is not trained on ends the reading.
+        content = torch.load(path, weights_only=True, mmap=True)
         (found,) = [part for part in content.values() if part.is_floating_point()]
         return np.asarray(found.double().float().numpy())
     with h5py.File(path) as file:
