@@ -61,6 +61,11 @@ def test_a_healthy_run_is_quiet(
     assert caplog.records == []
 
 
+def test_a_loss_that_rises_while_k_falls_is_no_warning(activations: torch.Tensor) -> None:
+    run = replace(RUN, k_anneal_start=48, k_anneal_steps=50)
+    assert _warnings(activations, TOPK, run) == []
+
+
 @pytest.mark.parametrize("name", ["make demo", "first SAE"])
 def test_the_commands_of_the_readme_are_quiet(name: str) -> None:
     if name == "make demo":

@@ -155,8 +155,13 @@ class RunHealth:
         return found
 
     def _stagnation(self, rows: Sequence[Row]) -> dict[str, str]:
-        """That the loss is as high at the end as when all its terms had their weights."""
-        if self._train.start_from is not None or self._is_led:
+        """That the loss is as high at the end as when all its terms had their weights.
+
+        Nothing is said where that was for less than half of the run: a loss rises while k falls,
+        and for some time after.
+        """
+        settles_late = self._settled_step > self._schedules.total_steps // 2
+        if self._train.start_from is not None or self._is_led or settles_late:
             return {}
         losses = [
             row["loss"]
