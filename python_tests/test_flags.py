@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config_file import field_names
+from sae_fast.flags import _NAMED_OTHERWISE
 from sae_fast.train import parse_arguments
 
 
@@ -18,6 +21,9 @@ from sae_fast.train import parse_arguments
             "unknown flag --spasity-penalty (did you mean --sparsity-penalty?",
         ),
         ("--qqqqqq=1", "unknown flag --qqqqqq"),
+        ("--output-dir x", "unknown flag --output-dir (did you mean --checkpoint-dir?)"),
+        ("--steps 5", "unknown flag --steps (did you mean --max-steps?)"),
+        ("--l1-coefficient 5", "(did you mean --l1-penalty-coeff?)"),
         ("--arch TopK", "--arch must be one of 'topk', 'batch_topk', "),
         ("--arch TopK", "got 'TopK' (did you mean 'topk'?)"),
         ("--slots-mode both", "'joint', 'separate_activation', 'separate_value', got 'both'"),
@@ -76,3 +82,9 @@ def test_a_terminal_without_box_characters_gets_the_same_lines():
     assert len(lines.splitlines()) == 2
     assert all(line.startswith("error: ") for line in lines.splitlines())
     assert "---" not in lines
+
+
+def test_names_of_other_trainers_lead_to_fields_that_there_are():
+    known = {*field_names(SAEConfig), *field_names(TrainConfig)}
+    assert set(_NAMED_OTHERWISE.values()) <= known
+    assert not _NAMED_OTHERWISE.keys() & known

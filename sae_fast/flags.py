@@ -20,6 +20,23 @@ _ELSEWHERE = {
     "model": "--preset NAME takes the settings for a well-known model; to train on the activations "
     "of one, MODEL DATASET come first, without a flag",
 }
+# By another trainer's name of a setting, the field that has its place here.
+_NAMED_OTHERWISE = {
+    **dict.fromkeys(("architecture", "sae_type"), "arch"),
+    **dict.fromkeys(("steps", "n_steps", "num_steps", "training_steps"), "max_steps"),
+    **dict.fromkeys(("dict_size", "d_hidden", "n_latents", "n_features", "latents"), "d_sae"),
+    **dict.fromkeys(
+        ("l1_coefficient", "l1_coeff", "l1", "sparsity_coefficient"), "l1_penalty_coeff"
+    ),
+    **dict.fromkeys(("output_dir", "out", "save_path", "checkpoint_path"), "checkpoint_dir"),
+    **dict.fromkeys(("data_dir", "data", "activations", "shards"), "shard_dir"),
+    **dict.fromkeys(("topk", "top_k", "activation_k"), "k"),
+    **dict.fromkeys(("wandb", "log_to_wandb", "use_wandb"), "wandb_project"),
+    **dict.fromkeys(("lr_scheduler", "lr_decay_steps", "scheduler"), "decay_fraction"),
+    "lr_warm_up_steps": "warmup_steps",
+    "epochs": "max_epochs",
+    "resume": "resume_from",
+}
 _SWITCH_WORDS = {"true": True, "false": False}
 
 
@@ -40,7 +57,10 @@ def first_mistake(arguments: Sequence[str], kinds: Mapping[str, Any]) -> str | N
         if name not in names:
             if name in _ELSEWHERE:
                 return f"unknown flag {flag}: {_ELSEWHERE[name]}"
+            here = _NAMED_OTHERWISE.get(name)
             near = difflib.get_close_matches(name, names, n=1)
+            if here is not None and here in names:
+                near = [here]
             return f"unknown flag {flag}{_hint(near, '--')}"
         mistake = _mistake_in(values, kinds[names[name]])
         if mistake is not None:

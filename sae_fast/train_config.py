@@ -313,8 +313,8 @@ class TrainConfig(ConfigFile):
         """Return one sentence on which numbers are computed in which precision, and why."""
         if self.amp == "off":
             return (
-                "precision: exact float32 (amp is off, the default: the fused ops are fast without "
-                "it; --amp bf16 halves what gathers read)"
+                "precision: exact float32 (amp is off, the default; --amp bf16 halves what gathers "
+                "read)"
             )
         name = {"bf16": "bfloat16", "fp16": "float16"}[self.amp]
         scaled = ", with loss scaling" if self.amp == "fp16" else ""

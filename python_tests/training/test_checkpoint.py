@@ -166,7 +166,7 @@ def test_find_checkpoint_understands_every_reference(store: CheckpointStore) -> 
     assert find_checkpoint(str(store.directory / "best"), None) == store.path_of(10).resolve()
     with pytest.raises(CheckpointError, match="no checkpoint"):
         find_checkpoint(str(run.parent / "elsewhere"), None)
-    with pytest.raises(CheckpointError, match="needs checkpoint_dir"):
+    with pytest.raises(CheckpointError, match="needs --checkpoint-dir RUN"):
         find_checkpoint("latest", None)
 
 

@@ -116,7 +116,7 @@ def test_a_row_with_good_figures_gives_no_warning() -> None:
         (
             SAEConfig(arch="jumprelu", d_in=16, d_sae=64, target_l0=16),
             {"l0": 5.0},
-            ("L0 is 5, and --target-l0 asks for 16", "--sparsity-penalty-coeff (now 16)"),
+            ("L0 is 5, and --target-l0 asks for 16", "raise --lr (now 0.01), which thresholds"),
         ),
     ],
 )

@@ -71,6 +71,15 @@ def reference_reason() -> str | None:
     return "installed with SAE_FAST_NATIVE=0"
 
 
+def describe_kernels() -> str:
+    """Return one line on the kernels in use."""
+    info = build_info()
+    if info["backend"] == "reference":
+        return f"kernels: pure-PyTorch reference, many times slower: {info['reason']}"
+    cuda = f", CUDA {info['cuda']}" if info["cuda"] else ""
+    return f"kernels: compiled, {info['instruction_set']}{cuda}"
+
+
 def build_info() -> dict[str, object]:
     """How the ops in use were built.
 

@@ -310,7 +310,9 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
     """
     if reference in ("latest", "best"):
         if run_directory is None:
-            raise CheckpointError(f"resume_from={reference} needs checkpoint_dir, the run it is of")
+            raise CheckpointError(
+                f"--resume-from {reference} needs --checkpoint-dir RUN; or give --resume-from RUN"
+            )
         store = CheckpointStore(run_directory / "checkpoints", keep=1)
         if reference == "latest":
             inner = [] if store.newest() is not None else _runs_in(run_directory)

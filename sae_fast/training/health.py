@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _FEWEST_STEPS = 20  # a shorter run says nothing about its settings
 _ROWS_IN_TURN = 3
 _NO_FIT = 0.95  # FVU from which a reconstruction explains next to nothing
+_OFF = 1.5  # FVU from which more of the same steps will not help
 _FAR_L0 = 1.5  # factor to either side of the L0 that was asked for
 _LARGE_SHARE = 0.5  # of latents that are silent
 _NO_FALL = 0.98  # of the first losses that the last ones must be below
@@ -110,7 +111,7 @@ class RunHealth:
             says = "no more than" if fvu >= 1 else "hardly more than"
             found["fvu"] = (
                 f"FVU is {fvu:.3g}: the reconstruction explains {says} the mean of the rows does; "
-                f"{self._sparser()}, or raise --max-steps (now {self._schedules.total_steps:,})"
+                f"{self._sparser()}{self._more_steps(fvu)}"
             )
         silent = row.get("silent_fraction")
         if silent is not None and silent > _LARGE_SHARE and sae.slots_mode != "separate_value":
@@ -202,6 +203,12 @@ class RunHealth:
             return None if sae.l1_penalty_coeff else float(sae.k)
         return sae.target_l0
 
+    def _more_steps(self, fvu: float) -> str:
+        """That a longer run may help, where a model has not yet left its start."""
+        if fvu > _OFF:
+            return ""
+        return f", or raise --max-steps (now {self._schedules.total_steps:,})"
+
     def _sparser(self) -> str:
         """How to get away from codes that are too sparse."""
         sae = self._sae
@@ -230,7 +237,9 @@ class RunHealth:
         sae, change = self._sae, "raise" if is_above else "lower"
         steps = f"raise --max-steps (now {self._schedules.total_steps:,})"
         if sae.arch == "jumprelu":
-            return f"{steps} or --sparsity-penalty-coeff (now {sae.sparsity_penalty_coeff:g})"
+            # Thresholds move by steps of the rate, whatever the penalty's weight.
+            rate = f"--lr (now {self._train.peak_learning_rate(sae.d_sae):.3g})"
+            return f"raise {rate}, which thresholds move with, or {steps}"
         if sae.l1_penalty_coeff:
             return (
                 f"{steps} or --target-l0-rate (now {sae.target_l0_rate:g}), or {change} "

@@ -22,7 +22,7 @@ from sae_fast.activations import ActivationSource
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.ops.native import build_info
+from sae_fast.ops.native import build_info, describe_kernels
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
@@ -164,6 +164,7 @@ class Trainer:
         if self._run is not None:
             self._run.hold()
         getattr(self.source, "start", lambda: None)()  # reads beside what comes first
+        logger.info("%s", describe_kernels())
         logger.info("%s", self.train_config.describe_precision())
         self._start_wandb()
         if self.saved_step < 0:

@@ -217,7 +217,8 @@ def _heldout_place(batches: TokenBatches, rows: int) -> int:
         stop = start
     raise ValueError(
         f"heldout_tokens must leave documents to train on, got {rows:,}: "
-        f"{batches.documents.name} has {found:,} tokens in {batches.stop:,} documents"
+        f"{batches.documents.name} has {found:,} tokens in {batches.stop:,} documents (fewer "
+        "held-out tokens, or 0 for none, leave some)"
     )
 
 
