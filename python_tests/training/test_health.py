@@ -61,6 +61,19 @@ def test_a_healthy_run_is_quiet(
     assert caplog.records == []
 
 
+def test_a_loss_whose_batches_differ_in_variance_is_no_warning() -> None:
+    health = RunHealth(TOPK, RUN, make_schedules(RUN, TOPK, 3000))
+    rows = [
+        {"step": 5, "tokens": 320, **FIGURES, "loss": 30.0, "fvu": 0.5},
+        {"step": 60, "tokens": 3840, **FIGURES, "loss": 31.0, "fvu": 0.3},
+    ]
+    assert health.conclude(rows) == []
+
+
+def test_relu_leaves_fewer_than_more_than_half_of_the_latents_without_a_warning() -> None:
+    assert _concluded(replace(TOPK, k=60), l0=33.0) == []
+
+
 def test_a_loss_that_rises_while_k_falls_is_no_warning(activations: torch.Tensor) -> None:
     run = replace(RUN, k_anneal_start=48, k_anneal_steps=50)
     assert _warnings(activations, TOPK, run) == []

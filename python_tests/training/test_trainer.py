@@ -322,3 +322,45 @@ def test_progress_lines_tell_what_matters(
     (line,) = [record.message for record in caplog.records if record.message.startswith("step")]
     for part in ("step 20: loss", "FVU", "L0", "silent so far", "stall", "tokens/s"):
         assert part in line
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_torch_changes_no_bit(
+    activations: torch.Tensor, heldout: torch.Tensor, dtype: torch.dtype
+) -> None:
+    def trained() -> dict[str, torch.Tensor]:
+        trainer = Trainer(SAE, RUN, activations, heldout=heldout, show_progress=False)
+        return trainer.train().state_dict()
+
+    expected = trained()
+    torch.set_default_dtype(dtype)
+    try:
+        found = trained()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_heldout_rows_that_there_are_none_of_are_refused(activations: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="heldout has no rows"):
+        Trainer(SAE, RUN, activations, heldout=activations[:0], show_progress=False)
+
+
+def test_fvu_of_one_row_a_step_is_refused(activations: torch.Tensor) -> None:
+    run = replace(RUN, batch_size=1)
+    with pytest.raises(ValueError, match="one row has no variance"):
+        Trainer(replace(SAE, loss_fn="fvu"), run, activations, show_progress=False)
+
+
+@pytest.mark.parametrize(("factor", "is_told"), [(1.0, False), (0.1, True), (10.0, True)])
+def test_rows_in_other_units_than_those_of_the_model_to_start_from_are_told(
+    activations: torch.Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    factor: float,
+    is_told: bool,
+) -> None:
+    Trainer(SAE, RUN, activations, show_progress=False).train().save(tmp_path)
+    run = replace(RUN, start_from=str(tmp_path))
+    Trainer(SAE, run, activations * factor, show_progress=False)
+    assert ("start_from: these rows have" in caplog.text) == is_told

@@ -69,7 +69,7 @@ class HeldOut:
                 return
 
     def _new_batch(self, left: int) -> Tensor:
-        return torch.empty(min(self.batch_size, left), self.d_in)
+        return torch.empty(min(self.batch_size, left), self.d_in, dtype=torch.float32)
 
 
 def read_labels(shards: ShardSet) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def empty_rows(
 ) -> Rows:
     """Room for a batch."""
     return Rows(
-        torch.empty(count, d_in, device=device, pin_memory=pin_memory),
+        torch.empty(count, d_in, dtype=torch.float32, device=device, pin_memory=pin_memory),
         {
             name: torch.empty(
                 count, *column.row_shape, dtype=column.dtype, device=device, pin_memory=pin_memory

@@ -184,6 +184,10 @@ class SparseAutoencoder(Measures):
         Of a transcoder the result is what it predicts, with d_out columns; a skip connection also
         needs the `x` that was encoded. A dense code leaves dense gradients in any case.
         """
+        if not isinstance(code, Tensor) and code.d_sae != self.config.d_sae:
+            raise ValueError(
+                f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
+            )
         if not isinstance(code, Tensor) and not self.config.use_relu:
             code = code.dense()  # every latent is in it
         if isinstance(code, Tensor):

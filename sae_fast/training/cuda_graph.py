@@ -95,7 +95,7 @@ class GraphedStep:
         self._recorder = recorder
         device = step.sae.W_enc.device
         self._rate = torch.zeros((), dtype=torch.float64, device=device)
-        self._sparsity_weight = torch.ones((), device=device)
+        self._sparsity_weight = torch.ones((), dtype=torch.float32, device=device)
         self._inputs: dict[tuple[torch.Size, ...], list[Rows]] = {}
         self._graphs: dict[Key, Callable[[], None]] = {}
         self._eager_steps: Counter[Key] = Counter()

@@ -198,6 +198,8 @@ class TrainingData:
             if heldout.shape[-1] != self.d_in:
                 width = heldout.shape[-1]
                 raise ValueError(f"heldout: rows are {width} wide, those to train on {self.d_in}")
+            if heldout.numel() == 0:
+                raise ValueError(f"heldout has no rows: shape {tuple(heldout.shape)}")
             rows = heldout.reshape(-1, self.d_in).float()
             for name, labels in self.heldout_labels.items():
                 if labels.shape != (len(rows),):

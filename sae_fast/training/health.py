@@ -133,7 +133,10 @@ class RunHealth:
         """What was asked for and is not there at the end: L0, and held-out rows explained."""
         found: dict[str, str] = {}
         l0, asked = last.get("heldout_l0", last.get("l0")), self._asked_l0
-        if l0 is not None and asked is not None and not asked / _FAR_L0 <= l0 <= asked * _FAR_L0:
+        # Of more than half of the latents ReLU leaves fewer than were selected.
+        is_half = self._sae.k is not None and self._sae.k > self._sae.d_sae / 2
+        lowest = 0 if is_half else (asked or 0) / _FAR_L0
+        if l0 is not None and asked is not None and not lowest <= l0 <= asked * _FAR_L0:
             flag = "--k" if self._sae.k is not None else "--target-l0"
             found["target"] = (
                 f"L0 is {l0:.3g}, and {flag} asks for {asked:g}; {self._towards(l0 > asked)}"
@@ -164,17 +167,14 @@ class RunHealth:
         settles_late = self._settled_step > self._schedules.total_steps // 2
         if self._train.start_from is not None or self._is_led or settles_late:
             return {}
-        losses = [
-            row["loss"]
-            for row in rows
-            if row.get("loss") is not None and row["step"] >= self._settled_step
-        ]
-        if len(losses) < 2:
+        ends = self._first_and_last(rows, "loss")
+        if ends is None or _has_fallen(*ends):
             return {}
-        count = max(1, len(losses) // _AFTER_WARM_UP)
-        first, last = sum(losses[:count]) / count, sum(losses[-count:]) / count
-        if last <= first - (1 - _NO_FALL) * abs(first):
+        # Of batches that differ in variance the loss follows the batch, and FVU does not.
+        fvu = self._first_and_last(rows, "fvu")
+        if fvu is not None and _has_fallen(*fvu):
             return {}
+        first, last = ends
         rate = self._train.peak_learning_rate(self._sae.d_sae)
         remedy = "lower" if last > first / _NO_FALL else "raise"
         text = (
@@ -183,6 +183,18 @@ class RunHealth:
             f"(now {self._schedules.total_steps:,})"
         )
         return {"loss": text}
+
+    def _first_and_last(self, rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+        """The means of a figure in the first and the last rows of what is judged of a run."""
+        values = [
+            row[name]
+            for row in rows
+            if row.get(name) is not None and row["step"] >= self._settled_step
+        ]
+        if len(values) < 2:
+            return None
+        count = max(1, len(values) // _AFTER_WARM_UP)
+        return sum(values[:count]) / count, sum(values[-count:]) / count
 
     @property
     def _trains_reconstruction(self) -> bool:
@@ -248,14 +260,19 @@ class RunHealth:
         return f"{steps}, or {self._sparser()}"
 
 
+def _has_fallen(first: float, last: float) -> bool:
+    return last <= first - (1 - _NO_FALL) * abs(first)
+
+
 def _undefined(row: Row) -> dict[str, str]:
-    """That an FVU is not a number, because the rows that it is of are all equal."""
+    """That an FVU is not a number, because the rows that it is of have no variance."""
     found = {}
     for name, where in (("fvu", "of the last batch"), ("heldout_fvu", "held out")):
         value = row.get(name, 0.0)
         if value is None or not math.isfinite(value):
             found[name] = (
-                f"{name} is not defined: all rows {where} are equal, so that there is no variance "
-                "to explain; look at the shards (--shard-dir, --heldout)"
+                f"{name} is not defined: the rows {where} are all equal, or one row only, so that "
+                "there is no variance to explain; look at the shards (--shard-dir, --heldout) and "
+                "at --batch-size"
             )
     return found

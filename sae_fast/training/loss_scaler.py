@@ -22,10 +22,10 @@ class LossScaler:
 
     def __init__(self, enabled: bool, device: torch.device | str = "cpu") -> None:
         self.enabled = enabled
-        self.scale = torch.full((), 2.0**16, device=device)
+        self.scale = torch.full((), 2.0**16, dtype=torch.float32, device=device)
         self.steps_since_overflow = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._one = torch.ones((), device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
 
     @property
     def factor(self) -> Tensor:

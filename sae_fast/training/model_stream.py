@@ -295,7 +295,7 @@ class ModelStream:
 
 def _gathered(pool: Tensor, chosen: Tensor) -> Tensor:
     """Rows [n, D] float32 of a pool."""
-    rows = torch.empty(len(chosen), pool.shape[1], device=pool.device)
+    rows = torch.empty(len(chosen), pool.shape[1], dtype=torch.float32, device=pool.device)
     return gather_rows_(rows, pool, chosen)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,10 @@ from sae_fast.training.batches import next_rows
 from sae_fast.training.checkpoint import CheckpointError, find_checkpoint
 from sae_fast.training.data import TrainingData
 
+logger = logging.getLogger(__name__)
+
 _COUNTERS = ("tokens_since_fired",)
+_OTHER_UNITS = 4.0  # factor of the variance
 
 
 def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:
@@ -109,6 +113,27 @@ def start_model(
             "--start-from-elsewhere starts from it on purpose"
         )
     return known
+
+
+def warn_of_other_units(sae: SparseAutoencoder, data: TrainingData) -> None:
+    """Warn where a model's mean and scale are far from what the rows have.
+
+    Plain tensors and files do not say of which model and hook they are.
+    """
+    if sae.config.normalize_activations == "none":
+        return
+    found = data.normalization()
+    variance = float(sae.activation_scale**2) / found.scale**2
+    moved = (found.mean.cpu() - sae.activation_mean.cpu()).square().sum()
+    offset = float(sae.activation_scale**2 * moved) / sae.config.d_in
+    if not 1 / _OTHER_UNITS <= variance <= _OTHER_UNITS or offset > 1:
+        logger.warning(
+            "start_from: these rows have %.3g times the variance of those that the model was "
+            "trained on, and a mean %.3g times their norm away; its mean and scale are kept: they "
+            "may be of another model, layer or hook",
+            variance,
+            math.sqrt(offset),
+        )
 
 
 @torch.no_grad()

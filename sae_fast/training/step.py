@@ -84,9 +84,9 @@ class TrainingStep:
         self._answers = sae.config.answer_labels or ""
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
-        self._poison = torch.zeros((), device=device)
+        self._poison = torch.zeros((), dtype=torch.float32, device=device)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # with the bad one, no more
-        self._metrics = torch.zeros(len(self._names), device=device)
+        self._metrics = torch.zeros(len(self._names), dtype=torch.float32, device=device)
 
     def run(
         self,

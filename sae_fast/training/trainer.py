@@ -56,7 +56,14 @@ from sae_fast.training.snapshot import (
     sized_config,
     take_snapshot,
 )
-from sae_fast.training.start import initialize_, normalize_, open_source, start_from_, start_model
+from sae_fast.training.start import (
+    initialize_,
+    normalize_,
+    open_source,
+    start_from_,
+    start_model,
+    warn_of_other_units,
+)
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.stopwatch import Stopwatch, Window
 from sae_fast.training.weight_average import WeightAverage
@@ -102,6 +109,7 @@ class Trainer:
         show_progress: bool = True,
     ) -> None:
         sae_config, train_config = _both_configs(sae_config, train_config)
+        _check_variance(sae_config, train_config)
         self._behind = checked_behind(behind, sae_config)
         self.train_config = train_config = in_mode_directory(sae_config, train_config)
         self.device = checked_device(train_config.device)
@@ -402,6 +410,7 @@ class Trainer:
             self.sae = SparseAutoencoder(self.sae_config)
             if (known := start_model(self.sae_config, config, self.data.origin)) is not None:
                 start_from_(self.sae, known)
+                warn_of_other_units(self.sae, self.data)
             else:
                 normalize_(self.sae, self.data)
         else:
@@ -485,3 +494,12 @@ def _both_configs(
     if training is None:
         raise ValueError("train_config is missing: give SAEConfig and TrainConfig, or a RunConfig")
     return model, training
+
+
+def _check_variance(sae: SAEConfig, train: TrainConfig) -> None:
+    """Raise ValueError where the loss is divided by a variance that there cannot be."""
+    if sae.loss_fn == "fvu" and train.batch_size * train.grad_acc_steps == 1:
+        raise ValueError(
+            "loss_fn fvu needs a batch_size (times grad_acc_steps) of at least 2, got 1: "
+            "one row has no variance"
+        )
