@@ -16,8 +16,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, field_types, read_settings
 from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
 from sae_fast.flags import plain_switches
+from sae_fast.json_files import read_json
 from sae_fast.model_flags import FromModelLine, flag_kinds, from_model_line
 from sae_fast.output_streams import run_command
 from sae_fast.presets import preset
@@ -43,11 +44,13 @@ from sae_fast.training.from_model import (
     open_from_model,
 )
 from sae_fast.training.run_directory import (
+    SWEEP,
     RunDirectory,
     claimed_run_directory,
     describe,
     free_name,
     held,
+    way_on_from_model,
 )
 from sae_fast.training.signals import EXIT_INTERRUPTED, INTERRUPTED, StopOnSignal, run_program
 from sae_fast.training.snapshot import check_snapshot
@@ -56,7 +59,6 @@ from sae_fast.training.trainer import Trainer
 
 EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
 PROGRAM = "python -m sae_fast.train"
-SWEEP = "sweep.json"
 
 logger = logging.getLogger(__name__)
 
@@ -257,9 +259,12 @@ def _resumed_settings(
     path = find_checkpoint(reference, None if directory is None else Path(directory))
     if path is None:
         return {"sae": {}, "train": {}}, None
+    run = path.parent.parent if path.parent.name == "checkpoints" else None
+    if (way := way_on_from_model(path)) is not None:
+        name = run if reference in ("latest", "best") else reference
+        raise ValueError(f"{name} is a run from a model: go on with it by {way}")
     settings = read_newest_state(path, check_snapshot)["config"]
     settings["train"].pop("resume_from", None)
-    run = path.parent.parent if path.parent.name == "checkpoints" else None
     return settings, None if run is None else str(run)
 
 
@@ -290,8 +295,9 @@ def _opened(
         options = replace(options, train=replace(options.train, checkpoint_dir=str(path)))
     directory = Path(str(options.train.checkpoint_dir))
     if line is not None:
-        stack.enter_context(held(directory))
-        return _opened_from_model(line, options, directory, stop), directory
+        with _named_by(line):
+            stack.enter_context(held(directory))
+            return _opened_from_model(line, options, directory, stop), directory
     base = RunConfig(sae=options.sae, train=options.train)
     configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
     layers = for_every_layer(configs, directory)
@@ -299,6 +305,18 @@ def _opened(
         return Trainer(base, stop=stop), directory
     stack.enter_context(held(directory))
     return Sweep(layers or configs, stop=stop), directory
+
+
+@contextmanager
+def _named_by(line: FromModelLine) -> Iterator[None]:
+    """Let refusals of a directory speak of the flag by which the command line has named it."""
+    try:
+        yield
+    except ValueError as error:
+        flag = "--checkpoint-dir"
+        if line.settings.run_name is None or flag not in str(error):
+            raise
+        raise ValueError(str(error).replace(flag, "--run_name")) from error
 
 
 def _opened_from_model(
@@ -329,6 +347,8 @@ def _with_preset(line: FromModelLine) -> FromModelLine:
 
 def _announce(trainers: Mapping[str, Trainer]) -> None:
     for name, trainer in trainers.items():
+        if trainer.was_complete:
+            continue
         sae, train = trainer.sae_config, trainer.train_config
         print(trainer.memory_plan)
         print(
@@ -346,13 +366,32 @@ def _prefix(name: str) -> str:
 def _write_sweep(directory: Path, trainers: Mapping[str, Trainer]) -> None:
     """What became of each training of a sweep."""
     runs = {name: trainer.summary for name, trainer in trainers.items()}
+    if all(trainer.was_complete for trainer in trainers.values()) and _has_sweep(directory, runs):
+        return
     text = json.dumps({"runs": runs}, indent=1) + "\n"
     with replacing(directory / SWEEP) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _has_sweep(directory: Path, runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether what became of these trainings has been written, after as many steps."""
+    try:
+        written = read_json(directory / SWEEP)["runs"]
+        steps = {name: summary["steps"] for name, summary in written.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return steps == {name: summary["steps"] for name, summary in runs.items()}
+
+
 def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
     summary = trainer.summary
+    if trainer.was_complete:
+        flag = f"--{trainer.schedules.limit.replace('_', '-')}"
+        print(
+            f"{_prefix(run)}nothing to do: all {trainer.step:,} steps are made; "
+            f"raise {flag} to go on"
+        )
+        return
     verb = "trained" if stopped_by is None else f"stopped by {stopped_by.name} after"
     rate = summary["tokens"] / max(summary["seconds"], 1e-9)
     print(

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _PREFIX = "step-"
+_MOST_NAMES = 6  # in a message
 # Written aside by a process that a kill ended.
 _LEFTOVERS = (".step-*", ".latest-*", ".best-*", ".probe-*")
 
@@ -315,7 +316,7 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
             )
         store = CheckpointStore(run_directory / "checkpoints", keep=1)
         if reference == "latest":
-            inner = [] if store.newest() is not None else _runs_in(run_directory)
+            inner = [] if store.newest() is not None else runs_in(run_directory)
             return _newest_of(inner[0]) if len(inner) == 1 else store.newest()
         best = store.named("best")
         if best is None:
@@ -328,10 +329,10 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
         newest = CheckpointStore(directory, keep=1).newest()
         if newest is not None:
             return newest
-    inner = _runs_in(path)
+    inner = runs_in(path)
     if len(inner) == 1:
         return _newest_of(inner[0])
-    names = " and ".join(run.name for run in inner)
+    names = listed([run.name for run in inner])
     several = f", but holds the runs {names}: name one of them" if inner else ""
     raise CheckpointError(
         f"resume_from: {reference} is no checkpoint and no run that has one{several}"
@@ -350,11 +351,26 @@ def _newest_of(run: Path) -> Path | None:
     return CheckpointStore(run / "checkpoints", keep=1).newest()
 
 
-def _runs_in(directory: Path) -> list[Path]:
-    """The runs with a checkpoint that a directory holds, by name."""
+def runs_in(directory: Path) -> list[Path]:
+    """Return the runs with a checkpoint that a directory holds, by name."""
     if not directory.is_dir():
         return []
-    return [path for path in sorted(directory.iterdir()) if _newest_of(path) is not None]
+    return [path for path in sorted(directory.iterdir()) if has_checkpoint(path)]
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Return whether a directory is that of a run with a checkpoint; False if it is unreadable."""
+    try:
+        return _newest_of(run) is not None
+    except OSError:
+        return False
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence has them, of many the first ones and how many more there are."""
+    if len(names) > _MOST_NAMES:
+        names = [*names[: _MOST_NAMES - 1], f"{len(names) - _MOST_NAMES + 1:,} more"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _write_state(directory: Path, state: dict[str, Any]) -> None:

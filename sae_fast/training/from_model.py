@@ -21,11 +21,14 @@ from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.json_files import is_integer
+from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
 from sae_fast.training.guidance import label_columns, needs_sequences
 from sae_fast.training.model_stream import HookRows, ModelStream
 from sae_fast.training.shared import SharedReader, SharedSource
 from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.snapshot import check_snapshot
 from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings
 from sae_fast.training.trainer import Trainer
 
@@ -221,7 +224,7 @@ def _shuffled(
         harvester,
         capture.widths,
         batch_size=first.batch_size,
-        pool_rows=min(first.pool_rows, settings.max_tokens),
+        pool_rows=_pool_rows(first, settings.max_tokens),
         seed=first.order_seed,
         max_tokens=settings.max_tokens,
         identity=_identity(capture),
@@ -237,6 +240,24 @@ def _shuffled(
         return Trainer(config.sae, config.train, reader, heldout=rows, show_progress=False)
 
     return make
+
+
+def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
+    """The rows that are shuffled together.
+
+    A run that goes on keeps its own number, on which the order of its rows depends, also where more
+    tokens than before would let it be larger. Another number that is asked for is not replaced.
+    """
+    pool_rows = min(config.pool_rows, max_tokens)
+    if config.resume_from is None or config.checkpoint_dir is None:
+        return pool_rows
+    path = find_checkpoint(config.resume_from, Path(config.checkpoint_dir))
+    if path is None:
+        return pool_rows
+    state = read_newest_state(path, check_snapshot)
+    before, used = state["config"]["train"].get("pool_rows"), state["source"].get("pool_rows")
+    is_open = config.pool_rows in (TrainConfig.pool_rows, before)
+    return used if is_open and is_integer(used) and used > 0 else pool_rows
 
 
 def _through_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,25 @@ from sae_fast.activations.files import replacing
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
+from sae_fast.json_files import read_json
 from sae_fast.tensor_files import require_unicode
-from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from sae_fast.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    find_checkpoint,
+    has_checkpoint,
+    listed,
+    read_newest_state,
+    runs_in,
+)
 from sae_fast.training.metrics import Row
 from sae_fast.training.plot import plot_run
 
 LOCK = ".run.lock"
 CONFIG = "config.json"
+HISTORY = "training_history.json"
+SWEEP = "sweep.json"
 _WRITTEN_AT_START = (CONFIG, RECORD_NAME)
 # Written aside by a process that a kill ended.
 LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
@@ -134,23 +146,41 @@ class RunDirectory:
         names = dict.fromkeys(name for row in rows for name in row)
         history = {name: [row.get(name) for row in rows] for name in names}
         content = {"config": config.to_dict(), "summary": summary, "history": history}
-        with replacing(self.path / "training_history.json") as aside:
+        with replacing(self.path / HISTORY) as aside:
             aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
         plot_run(rows, self.plot, run_title(run_name(self.path), config.sae))
+
+    def has_results(self, step: int, models: Iterable[str]) -> bool:
+        """Return whether the results of a run of so many steps are there, these models included.
+
+        The plot is the last one written: one older than the history is of a shorter run.
+        """
+        history = self.path / HISTORY
+        try:
+            is_whole = all((self.path / name / "sae.safetensors").exists() for name in models)
+            is_newer = self.plot.stat().st_mtime_ns >= history.stat().st_mtime_ns
+            return bool(is_whole and is_newer and read_json(history)["summary"]["steps"] == step)
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
 
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Keep other trainings out of the directory that holds the runs of one command.
 
-    Raises CheckpointError where another one uses it. The directory is made, and removed again if it
-    is empty at the end.
+    Raises CheckpointError where another one uses it, or it is itself that of a run. The directory
+    is made, and removed again if it is empty at the end.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / LOCK)
     try:
         lock.take()
+        if has_checkpoint(directory) and not runs_in(directory):
+            raise CheckpointError(
+                f"{directory} already holds a run, and several would be made in it: name another "
+                "--checkpoint-dir"
+            )
         _remove_leftovers(directory)
         yield
     except HeldError as error:
@@ -206,6 +236,60 @@ def _remove_empty(directories: list[Path]) -> None:
     for path in directories:
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
+    """Raise CheckpointError where the `checkpoint_dir` of one run is that of several others.
+
+    With arch slots the runs of its modes belong there.
+    """
+    if config.checkpoint_dir is None:
+        return
+    directory = Path(config.checkpoint_dir)
+    own = MODE_DIRECTORIES.values() if sae.arch == "slots" else ()
+    runs = [run for run in _all_runs_in(directory) if run.name not in own]
+    if not runs or has_checkpoint(directory):
+        return
+    names = listed([str(run.relative_to(directory)) for run in runs])
+    if (way := way_on_from_model(runs[0])) is not None:
+        way = f"they are of a model, go on by {way}"
+    raise CheckpointError(
+        f"{directory} holds the run{'s' if len(runs) > 1 else ''} {names}: "
+        f"{way or 'add --sweep FILE, or name one of them'}"
+    )
+
+
+def _all_runs_in(directory: Path) -> list[Path]:
+    """The runs in a directory, and those further inside that its summary of a sweep names."""
+    found = runs_in(directory)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        names = [name for name in read_json(directory / SWEEP)["runs"] if isinstance(name, str)]
+        inner = [path for name in names if (path := directory / name).is_relative_to(directory)]
+        found += [run for run in inner if run not in found and has_checkpoint(run)]
+    return found
+
+
+def way_on_from_model(run: Path) -> str | None:
+    """Return how a run that was trained straight from a model goes on; None for other runs.
+
+    Args:
+        run: its directory, or one of its checkpoints.
+    """
+    try:
+        path = find_checkpoint(str(run), None)
+        identity = {} if path is None else read_newest_state(path)["source"]["identity"]
+        hooks = [hook["name"] for hook in identity["hooks"]] if "model" in identity else []
+    except (CheckpointError, LookupError, TypeError):
+        return None
+    if path is None or not hooks:
+        return None
+    home = next((parent.parent for parent in path.resolve().parents if parent.name in hooks), None)
+    if home is None:
+        return "MODEL DATASET --run_name NAME --resume_from latest"
+    here = Path.cwd().resolve()
+    place = home.parent.relative_to(here) if home.is_relative_to(here) else home.parent
+    save_dir = "" if place == Path("output") else f"--save_dir {place} "
+    return f"MODEL DATASET {save_dir}--run_name {home.name} --resume_from latest"
 
 
 def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:

@@ -134,6 +134,11 @@ def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
     Raises:
         ValueError: when they allow none, naming the limit.
     """
+    return _first_limit(config, rows_per_epoch)[1]
+
+
+def _first_limit(config: TrainConfig, rows_per_epoch: int) -> tuple[str, int]:
+    """The setting that ends a run, and the optimiser steps that it allows."""
     tokens_per_step = config.batch_size * config.grad_acc_steps
     limits = {}
     if config.max_steps is not None:
@@ -152,7 +157,7 @@ def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
             f"{name} = {value:,}{data} leaves no full step of {tokens_per_step:,} tokens "
             f"(batch_size {config.batch_size:,} x grad_acc_steps {config.grad_acc_steps})"
         )
-    return limits[name]
+    return name, limits[name]
 
 
 class StepSettings(NamedTuple):
@@ -170,6 +175,7 @@ class Schedules:
 
     Attributes:
         total_steps: of the run.
+        limit: the setting that ends the run.
         rate: the learning rate.
         sparsity: the weight of the terms that make codes sparse.
         k: None where it stays what it is.
@@ -177,10 +183,20 @@ class Schedules:
     """
 
     total_steps: int
+    limit: str
     rate: Schedule
     sparsity: SparsitySchedule
     k: KSchedule | None
     reconstruction_steps: int
+
+    def check_made(self, steps: int, config: TrainConfig) -> None:
+        """Raise ValueError where a run has made more steps than `config` allows now."""
+        if steps > self.total_steps:
+            value = getattr(config, self.limit) or 1
+            allowed = "" if self.limit == "max_steps" else f", which allows {self.total_steps:,}"
+            raise ValueError(
+                f"the run has made {steps:,} steps, {self.limit} is {value:,}{allowed}"
+            )
 
     def at(self, step: int) -> StepSettings:
         """The settings of step `step`, counted from 0."""
@@ -195,7 +211,7 @@ def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> 
     Raises:
         ValueError: when the settings allow no step, or no fall of k.
     """
-    total_steps = count_steps(config, rows_per_epoch)
+    limit, total_steps = _first_limit(config, rows_per_epoch)
     tokens_per_step = config.batch_size * config.grad_acc_steps
     alone = int(rows_per_epoch * config.reconstruction_epochs) // tokens_per_step
     if alone >= total_steps:
@@ -205,6 +221,7 @@ def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> 
         )
     return Schedules(
         total_steps,
+        limit,
         make_schedule(config, sae.d_sae, total_steps),
         make_sparsity_schedule(config, total_steps, alone),
         make_k_schedule(config, sae, total_steps),

@@ -9,7 +9,7 @@ one that was not.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,18 @@ from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import MetricsLog, Row, WandbLog
 from sae_fast.training.optimizer import make_optimizer
 from sae_fast.training.random_state import seed_everything
-from sae_fast.training.run_directory import RunDirectory, in_mode_directory
+from sae_fast.training.run_directory import (
+    RunDirectory,
+    check_holds_no_runs,
+    in_mode_directory,
+)
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.schedule_free import ScheduleFreeWeights
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.snapshot import (
     check_snapshot,
     restore_snapshot,
+    saved_config,
     sized_config,
     take_snapshot,
 )
@@ -90,6 +95,10 @@ class Trainer:
         stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
         show_progress: whether to show a progress bar.
 
+    Attributes:
+        was_complete: True where all steps had been made when the run was resumed: then `train`
+            only writes those results that are missing.
+
     Raises:
         ValueError: when data, configuration, memory or directories do not allow the run; nothing
             has been written then.
@@ -111,6 +120,7 @@ class Trainer:
         sae_config, train_config = _both_configs(sae_config, train_config)
         _check_variance(sae_config, train_config)
         self._behind = checked_behind(behind, sae_config)
+        check_holds_no_runs(sae_config, train_config)
         self.train_config = train_config = in_mode_directory(sae_config, train_config)
         self.device = checked_device(train_config.device)
         if train_config.num_threads is not None:
@@ -125,6 +135,7 @@ class Trainer:
         rows = self.data.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
+        self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
         self._ordinary_norm: float | None = None
         self._health = RunHealth(self.sae_config, train_config, self.schedules)
         self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
@@ -171,10 +182,11 @@ class Trainer:
         """Gets ready for the first step."""
         if self._run is not None:
             self._run.hold()
-        getattr(self.source, "start", lambda: None)()  # reads beside what comes first
-        logger.info("%s", describe_kernels())
-        logger.info("%s", self.train_config.describe_precision())
-        self._start_wandb()
+        if not self.was_complete:
+            getattr(self.source, "start", lambda: None)()  # reads beside what comes first
+            logger.info("%s", describe_kernels())
+            logger.info("%s", self.train_config.describe_precision())
+            self._start_wandb()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
         self._stopwatch.resume()
@@ -391,11 +403,17 @@ class Trainer:
         config = self.train_config
         self._run: RunDirectory | None = None
         self._log = MetricsLog(None)
+        self.was_complete = False
+        self._recorded = self.config
         if config.checkpoint_dir is None:
             return
         self._run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
         self._run.prepare(checkpoint)
-        self._run.write_config(self.config)
+        if checkpoint is not None and self._run.owns(checkpoint):
+            self.was_complete = checkpoint.step == self.total_steps
+            if self.was_complete:  # its files tell how it was trained
+                self._recorded = saved_config(checkpoint)
+        self._run.write_config(self._recorded)
         self.data.scans.save(self._run.path / RECORD_NAME)
         self._log = MetricsLog(self._run.metrics)
         self._log.rewind(-1 if checkpoint is None else checkpoint.step)
@@ -475,12 +493,21 @@ class Trainer:
             self.summary |= {"best_step": self.best["step"]}
         if self._run is not None and self.step == self.total_steps:
             self.summary["plot"] = str(self._run.plot)
-            if self.average is not None:
-                self.average.model().save(self._run.path / "averaged")
-            if self.sae_config.arch == "slots":
-                self.model().save(self._run.path / "sae_final")
-            self._run.write_results(self.config, rows, self.summary)
+            self._write_results(self._run, rows)
         self._close_wandb()
+
+    def _write_results(self, run: RunDirectory, rows: list[Row]) -> None:
+        """Write what a complete run leaves, where it is not there already."""
+        models: dict[str, Callable[[], SparseAutoencoder]] = {}
+        if self.average is not None:
+            models["averaged"] = self.average.model
+        if self.sae_config.arch == "slots":
+            models["sae_final"] = self.model
+        if self.was_complete and run.has_results(self.step, models):
+            return
+        for name, model in models.items():
+            model().save(run.path / name)
+        run.write_results(self._recorded, rows, self.summary)
 
 
 def _both_configs(
