@@ -137,6 +137,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         num_threads=options.threads,
         exclude_special_tokens=True,
         shard_tokens=1 << 30,
+        dtype="float16",  # in which the stored numbers are compared
     )
     capture = open_capture(config)
     rounds = rounds_of(capture, options.tokens)

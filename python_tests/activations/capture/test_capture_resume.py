@@ -107,18 +107,18 @@ def made_shards(out):
 def test_a_signal_ends_behind_a_whole_shard_and_says_so(
     inputs, whole, tmp_path, monkeypatch, capsys
 ):
-    from sae_fast.activations.capture.language_model import HookedModel
+    from sae_fast.activations.capture import runner
 
-    run, calls = HookedModel._run, []
+    stored, calls = runner.bring_to_host, []
 
     def interrupting(*given):
         calls.append(1)
         if len(calls) == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run(*given)
+        return stored(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(HookedModel, "_run", interrupting)
+        patched.setattr(runner, "bring_to_host", interrupting)
         assert capture(inputs, tmp_path / "out") == 128 + signal.SIGTERM
     assert (
         "stopped: the same command goes on behind 800 and 100 held-out" in capsys.readouterr().out
