@@ -96,11 +96,11 @@ def test_train_names_the_command_for_every_format_and_for_a_single_file(tmp_path
 def test_train_does_not_name_it_where_there_are_shards_or_nothing_to_convert(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
     line = refusal(capsys, "--shard-dir", tmp_path, "--k", "2", command=train)
-    assert "no shards to train on (*.h5, *.hdf5)" in line
+    assert "no shards to train on (*.h5, *.hdf5, " in line
     (tmp_path / "acts.pt").write_bytes(b"")
     write_shard(tmp_path / "heldout_00.h5", rows(4, 2))
     line = refusal(capsys, "--shard-dir", tmp_path, "--k", "2", command=train)
-    assert "no shards to train on (*.h5, *.hdf5) besides 1 held-out ones" in line
+    assert "*.pth, *.npy, *.safetensors) besides 1 held-out ones" in line
 
 
 def test_a_pattern_chooses_files(source, tmp_path):

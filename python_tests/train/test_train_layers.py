@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from train_runs import Run, assert_same, metrics, refused
 
 from sae_fast.activations import write_shard
@@ -71,6 +73,40 @@ def test_held_out_rows_and_starts_of_layers_are_in_folders_of_their_names(run_sm
     Path("other").mkdir()
     result = run_small(*flags[:2], "--heldout", "other", "--checkpoint-dir", "third")
     refused(result, "heldout must have a folder mlp_out.1 too, got 'other'")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
+def test_layers_of_files_of_tensors_have_the_runs_of_layers_of_shards(
+    run_small: Run, suffix: str
+) -> None:
+    for number, (name, width) in enumerate(WIDTHS.items()):
+        folder = Path("tensors", name)
+        folder.mkdir(parents=True)
+        for part in ("shard_00000", "heldout_00"):
+            generator = torch.Generator().manual_seed(number)
+            save_rows(folder / f"{part}{suffix}", torch.randn(300, width, generator=generator))
+    assert run_small("--shard-dir", "captured", "--checkpoint-dir", "shards")[0] == 0
+    assert run_small("--shard-dir", "tensors", "--checkpoint-dir", "tensor_run")[0] == 0
+    for name in WIDTHS:
+        assert metrics(f"tensor_run/{name}") == metrics(f"shards/{name}")
+
+
+def save_rows(path: Path, rows: torch.Tensor) -> None:
+    """Write a file of tensors of the format that its name says."""
+    if path.suffix == ".npy":
+        np.save(path, rows.numpy())
+    elif path.suffix == ".safetensors":
+        save_file({"activations": rows}, path)
+    else:
+        torch.save(rows, path)
+
+
+def test_files_of_tensors_beside_layers_of_shards_are_no_layer(run_small: Run) -> None:
+    Path("captured/notes").mkdir()
+    for name in ("captured/means.pt", "captured/notes/means.npy", "captured/means.npy"):
+        save_rows(Path(name), torch.ones(3, 8))
+    assert run_small("--shard-dir", "captured", "--checkpoint-dir", "all")[0] == 0
+    assert list(json.loads(Path("all/sweep.json").read_text())["runs"]) == list(WIDTHS)
 
 
 def test_targets_of_several_layers_are_refused(run_small: Run) -> None:

@@ -115,7 +115,8 @@ def find_shards(
         inside = [folder.name for folder in folders_of_shards(directory)]
         hint = f"; there are some in {listed(inside, SHOWN_FOLDERS)}: name one of these"
         hint = hint if inside else ""
-        raise ShardError(f"{directory}: no shards to train on (*.h5, *.hdf5){aside}{hint}")
+        kinds = ", ".join(f"*{suffix}" for suffix in (*SUFFIXES, *TENSOR_SUFFIXES))
+        raise ShardError(f"{directory}: no shards to train on ({kinds}){aside}{hint}")
     return train, held
 
 
@@ -133,15 +134,19 @@ def tensor_files_in(directory: Path) -> list[Path]:
 
     .pt and .pth are one format.
     """
-    found = [
-        path
-        for path in directory.iterdir()
-        if path.suffix.lower() in TENSOR_SUFFIXES and not path.name.startswith(".")
-    ]
+    found = _tensor_files(directory)
     suffixes = {path.suffix.lower().replace(".pth", ".pt") for path in found}
     if len(suffixes) > 1:
         raise ShardError(f"{directory}: holds {' and '.join(sorted(suffixes))} files, not one kind")
     return sorted(found, key=natural_key)
+
+
+def _tensor_files(directory: Path) -> list[Path]:
+    return [
+        path
+        for path in directory.iterdir()
+        if path.suffix.lower() in TENSOR_SUFFIXES and not path.name.startswith(".")
+    ]
 
 
 def natural_key(path: Path) -> tuple[list[tuple[int, str]], str]:
@@ -163,14 +168,17 @@ def _name_conversion(place: Path, files: list[Path]) -> None:
 
 
 def folders_of_shards(directory: Path) -> list[Path]:
-    """Return the folders in a directory that hold shards, one a hook point in a capture, sorted."""
+    """Return the folders in a directory that hold shards, one a hook point in a capture, sorted.
+
+    Where none holds HDF5 files, folders with files of tensors are folders of shards.
+    """
     if not directory.is_dir():
         return []
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_dir() and not path.name.startswith(".") and shards_in(path)
+    folders = sorted(
+        path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
+    found = [path for path in folders if shards_in(path)]
+    return found or [path for path in folders if _tensor_files(path)]
 
 
 def _matching(heldout: str) -> list[Path]:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.files import folders_of_shards, shards_in
+from sae_fast.activations.files import folders_of_shards, shards_in, tensor_files_in
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, reject_unknown_keys
@@ -164,6 +164,9 @@ def for_every_layer(
     if place is None or not Path(place).is_dir() or shards_in(Path(place)):
         return None
     layers = folders_of_shards(Path(place))
+    # Files of tensors in it make it one itself, unless the folders in it hold HDF5 shards.
+    if not any(map(shards_in, layers)) and tensor_files_in(Path(place)):
+        return None
     found = {}
     for layer, (own, config) in itertools.product(layers, configs.items()):
         name = f"{layer.name}/{own}" if own else layer.name
