@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,10 +17,19 @@ from sae_fast.activations import HeldOut, ShardError, open_shards, write_manifes
 from sae_fast.activations.row_scan import RowScan, RowScanner, repeated_limit
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.activations.shard import Shard, ShardFile, inspect_shard
+from sae_fast.activations.storage import STORAGES, as_numpy
 
 
 def random_rows(count: int = 4000, d_in: int = 8) -> Tensor:
     return torch.randn(count, d_in, generator=torch.Generator().manual_seed(0))
+
+
+def write_plain(path: Path, rows: Tensor, dtype: str = "float32") -> None:
+    """Write rows as other tools do: neither checked nor with a checksum."""
+    with h5py.File(path, "w") as file:
+        stored = rows.to(STORAGES[dtype].torch_dtype)
+        file["activations"] = as_numpy(stored, STORAGES[dtype])
+        file.attrs["dtype"] = dtype
 
 
 def settle(record: ScanRecord) -> None:
@@ -102,6 +113,75 @@ def test_a_few_rows_that_decide_the_variance_are_told(tmp_path, caplog):
         open_shards(tmp_path)
     assert "0.25 % of the rows have norms above 10 times the median" in caplog.text
     assert "The largest is in b.h5" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_dropped_have_no_part_in_the_norms(tmp_path, caplog, dtype, bad):
+    rows = random_rows()
+    rows[7, 3] = bad
+    rows[100:200] = 1000
+    write_plain(tmp_path / "a.h5", rows, dtype)
+    options = {"skip_nonfinite": True, "repeated_rows": "drop"}
+    with caplog.at_level(logging.WARNING, "sae_fast"):
+        record = ScanRecord()
+        assert open_shards(tmp_path, record=record, **options).rows == 4000 - 100
+        settle(record)
+        open_shards(tmp_path, record=record, **options)
+    assert "dropping 100 rows" in caplog.text
+    # Of the equal rows the first is served, and has most of the sum of squares.
+    assert caplog.text.count("0.026 % of the rows have norms above 10 times the median") == 2
+    open_shards(tmp_path, record=record, skip_nonfinite=True, repeated_rows="keep")
+    assert "2.5 % of the rows have norms above 10 times the median" in caplog.text
+
+
+def test_repeated_rows_leave_the_norms_whatever_the_order_of_pieces(tmp_path):
+    rows = random_rows(100)
+    rows[30:40] = rows[60:63] = 50
+    write_shard(tmp_path / "a.h5", rows)
+    shard = inspect_shard(tmp_path / "a.h5")
+    for pieces in ([(0, 100)], [(36, 100), (0, 36)], [(i, i + 1) for i in range(99, -1, -1)]):
+        found = scanned(shard, pieces)
+        assert sum(found.repeated_norms.values()) == 11
+        assert found.served_norms("keep")[28] == 13  # of a norm of 50 sqrt(8), 2^(28.6 / 4)
+        assert found.served_norms("drop")[28] == 2
+
+
+def test_a_nonfinite_row_alone_gives_no_warning_of_large_norms(tmp_path, caplog):
+    rows = random_rows()
+    rows[7] = torch.nan
+    write_plain(tmp_path / "a.h5", rows)
+    with caplog.at_level(logging.WARNING, "sae_fast"):
+        assert open_shards(tmp_path, skip_nonfinite=True).rows == 3999
+    assert "dropping 1 rows" in caplog.text
+    assert "norms" not in caplog.text
+
+
+def test_norms_whose_squares_float32_cannot_hold_are_told_in_few_digits(tmp_path, caplog):
+    rows = random_rows()
+    rows[7] = 1e30
+    write_shard(tmp_path / "a.h5", rows)
+    with caplog.at_level(logging.WARNING, "sae_fast"):
+        assert open_shards(tmp_path).rows == 4000
+    assert re.search(r"up to \d\.\de\+(29|30) times, and hold 100 %", caplog.text)
+
+
+@pytest.mark.parametrize("d_in", [1, 3, 8])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_digest_is_of_all_rows_in_their_order(tmp_path, dtype, d_in):
+    rows = random_rows(100, d_in)
+    signs = torch.ones(100, d_in)
+    signs[50, d_in // 2] = -1
+    contents = {"a": rows, "b": rows.clone(), "c": rows.flip(0), "d": rows * signs}
+    digests = {}
+    for name, changed in contents.items():
+        write_shard(tmp_path / f"{name}.h5", changed, dtype=dtype, chunk_rows=8)
+        shard = inspect_shard(tmp_path / f"{name}.h5")
+        digests[name] = scanned(shard, [(0, 40), (40, 100)]).digest
+        assert digests[name] == scanned(shard, [(i, i + 1) for i in range(100)]).digest
+        assert digests[name] == scanned(shard, [(40, 100), (0, 40)]).digest
+    assert digests["a"] == digests["b"]
+    assert len(set(digests.values())) == 3
 
 
 @pytest.mark.parametrize("listed", [False, True])

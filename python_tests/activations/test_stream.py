@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from sae_fast.activations import (
     ActivationStream,
     ShardError,
+    TargetFiles,
     Transform,
     measure_rows_per_second,
     open_shards,
+    write_manifest,
     write_shard,
 )
 from sae_fast.activations.shard import ShardFile
@@ -241,6 +243,49 @@ def test_changed_shards_are_noticed_on_resume(make_shards):
     assert "train_01.h5 has other content" in message()
     (directory / "train_01.h5").rename(directory / "train_02.h5")
     assert "train_01.h5 is gone, train_02.h5 is new" in message()
+
+
+@pytest.mark.parametrize("has_targets", [False, True])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_changed_row_without_a_checksum_is_noticed_on_resume(tmp_path, listed, has_targets):
+    path = tmp_path / "a.h5"
+    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    names = ("activations", "outputs") if has_targets else ("activations",)
+
+    def write(row: int | None = None) -> None:
+        with h5py.File(path, "w") as file:
+            for name in names:
+                file[name] = rows
+            if row is not None:
+                file[names[-1]][row] = 1
+        if listed:
+            write_manifest(tmp_path)
+
+    def opened() -> ActivationStream:
+        targets = TargetFiles((path,), "outputs") if has_targets else None
+        return ActivationStream(open_shards(tmp_path, targets=targets), batch_size=8)
+
+    write()
+    with opened() as stream:
+        state = json.loads(json.dumps(stream.state_dict()))
+    write()  # with other times
+    with opened() as stream:
+        stream.load_state_dict(state)
+    write(row=100)
+    with opened() as stream:
+        with pytest.raises(ValueError, match=r"checkpoint: a\.h5 has other content$"):
+            stream.load_state_dict(state)
+        del state["contents"]  # as in positions of earlier releases
+        stream.load_state_dict(state)
+
+
+@pytest.mark.parametrize("contents", [None, "", ["x", "y"], [1], {}])
+def test_digests_of_contents_that_are_none_are_refused(make_shards, contents):
+    with (
+        ActivationStream(make_shards(30), batch_size=8) as stream,
+        pytest.raises(ValueError, match="data position: contents must be"),
+    ):
+        stream.load_state_dict({**stream.state_dict(), "contents": contents})
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("pool_rows", 11)])

@@ -92,6 +92,24 @@ def test_a_resumed_run_reads_no_shard_before_its_first_step(
     assert run("--resume-from", "run", "--max-steps", 6)[0] == 0
 
 
+def test_a_shard_without_a_checksum_that_changed_is_refused_on_resume(
+    run: Run, run_small: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "plain" / "a.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file["activations"] = torch.randn(600, D_IN).numpy()
+    flags = ("--shard-dir", path.parent, "--checkpoint-dir", "run", "--max-steps", 3)
+    assert run_small(*flags)[0] == 0
+    shutil.copyfile(path, path.with_name("copy"))
+    path.with_name("copy").replace(path)
+    assert run("--resume-from", "run", "--max-steps", 4)[0] == 0
+    with h5py.File(path, "r+") as file:
+        file["activations"][100] = 1
+    result = run("--resume-from", "run", "--max-steps", 5)
+    refused(result, "the shards are not those of the checkpoint: a.h5 has other content")
+
+
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The rows that Weights & Biases gets, offline."""

@@ -1,4 +1,4 @@
-"""What one look at every row of a shard finds: rows that cannot be trained on, and their norms.
+"""What one look at every row of a shard finds: bad rows, norms, and a digest of the content.
 
 Rows come in pieces in any order. Zero rows, and rows equal in every bit to the row before them, are
 what is left where rows were never written, or where padding was kept; a few of them are normal.
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from sae_fast.activations.errors import ShardError
+from sae_fast.activations.row_digest import RowDigest
 from sae_fast.activations.shard import DEFAULT_KEY, Shard
 from sae_fast.activations.storage import Array, as_tensor, nonfinite_rows
 
@@ -26,7 +27,7 @@ NO_ROWS: RowNumbers = np.empty(0, np.int64)
 # More repeated rows than this share of a shard, and than this number, are refused.
 REPEATED_SHARE = 0.01
 REPEATED_ROWS = 32
-SLAB_BYTES = 256 << 10  # of rows as stored: with their float32 copies they stay in the cache
+SLAB_BYTES = 512 << 10  # of rows as stored: with their float32 copies they stay in the cache
 BINS_PER_OCTAVE = 4  # of the norms
 MAX_BIN = 200 * BINS_PER_OCTAVE  # float32 ends at 2^128, and at 2^-149
 OUTLIER_RATIO = 10  # times the median norm
@@ -40,36 +41,49 @@ class RowScan:
     Attributes:
         nonfinite: ascending numbers of the rows with NaN or infinity.
         repeated: ascending numbers of the rows that are zero or equal to the row before them.
-        norms: how many rows there are by norm; bin b begins at 2^(b / BINS_PER_OCTAVE).
+        norms: how many finite rows there are by norm; bin b begins at 2^(b / BINS_PER_OCTAVE).
+        repeated_norms: the part of `norms` that the repeated rows have.
+        digest: of all rows as stored and in their order, see row_digest.py.
     """
 
     nonfinite: RowNumbers = field(default_factory=lambda: NO_ROWS)
     repeated: RowNumbers = field(default_factory=lambda: NO_ROWS)
     norms: Mapping[int, int] = field(default_factory=dict)
+    repeated_norms: Mapping[int, int] = field(default_factory=dict)
+    digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `json` can write; runs of row numbers are written as start and stop."""
         return {
             "nonfinite": _runs(self.nonfinite),
             "repeated": _runs(self.repeated),
-            "norms": {str(number): count for number, count in sorted(self.norms.items())},
+            "norms": _counts_as_json(self.norms),
+            "repeated_norms": _counts_as_json(self.repeated_norms),
+            "digest": self.digest,
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], rows: int) -> RowScan:
         """Read what `to_dict` wrote; raises ValueError, TypeError or KeyError for anything else."""
-        norms = {int(number): int(count) for number, count in values["norms"].items()}
-        return cls(_numbers(values["nonfinite"], rows), _numbers(values["repeated"], rows), norms)
+        norms, repeated_norms = (
+            {int(number): int(count) for number, count in values[name].items()}
+            for name in ("norms", "repeated_norms")
+        )
+        if not isinstance(digest := values["digest"], str):
+            raise TypeError(f"digest {digest!r}")
+        nonfinite, repeated = (_numbers(values[name], rows) for name in ("nonfinite", "repeated"))
+        return cls(nonfinite, repeated, norms, repeated_norms, digest)
 
     @property
     def is_zero(self) -> bool:
         """Whether every row is zero."""
         return self.norms.keys() == {-MAX_BIN} and len(self.repeated) == self.norms[-MAX_BIN]
 
-    @property
-    def largest_norm(self) -> int:
-        """Bin of the largest norm."""
-        return max(self.norms, default=-MAX_BIN)
+    def served_norms(self, repeated_rows: RepeatedRows) -> dict[int, int]:
+        """Return how many of the rows that are served there are by norm."""
+        left_out = self.repeated_norms if repeated_rows == "drop" else {}
+        served = {number: count - left_out.get(number, 0) for number, count in self.norms.items()}
+        return {number: count for number, count in served.items() if count > 0}
 
 
 @dataclass(frozen=True)
@@ -81,11 +95,14 @@ class Outliers:
     ratio: float  # largest norm by the median, to within a bin
 
 
-def outliers_of(scans: Sequence[RowScan]) -> Outliers | None:
-    """Find the outliers of several shards together; None where they decide nothing."""
+def outliers_of(norms: Sequence[Mapping[int, int]]) -> Outliers | None:
+    """Find the outliers among the rows of several shards; None where they decide nothing.
+
+    `norms` are the counts of each shard by norm, as in `RowScan`.
+    """
     counts: dict[int, int] = {}
-    for scan in scans:
-        for number, count in scan.norms.items():
+    for part in norms:
+        for number, count in part.items():
             counts[number] = counts.get(number, 0) + count
     total, passed, median = sum(counts.values()), 0, None
     for number in sorted(counts):
@@ -121,7 +138,8 @@ class RowScanner:
         self._nonfinite: list[RowNumbers] = []
         self._repeated: list[RowNumbers] = []
         self._n_repeated = 0
-        self._norms = np.zeros(2 * MAX_BIN + 1, np.int64)
+        self._norms, self._repeated_norms = np.zeros((2, 2 * MAX_BIN + 1), np.int64)
+        self._digest = RowDigest(shard.row_bytes)
         # By the number of the row behind or before them: rows at the ends of pieces whose
         # neighbours have not come yet.
         self._lasts: dict[int, Array] = {}
@@ -130,32 +148,46 @@ class RowScanner:
     def add(self, start: int, rows: Array) -> None:
         """Look at the rows [n, D], of which the first has the number `start`."""
         step = max(1, SLAB_BYTES // max(1, rows.shape[1] * rows.itemsize))
+        hashes = np.empty(len(rows), np.uint64)
         for first in range(0, len(rows), step):
-            self._add_slab(start + first, rows[first : first + step])
+            slab = rows[first : first + step]
+            self._digest.hash(slab, hashes[first : first + step])
+            self._add_slab(start + first, slab)
+        self._digest.add(start, hashes)
 
     def result(self) -> RowScan:
         """Return what was found."""
         nonfinite, repeated = _joined(self._nonfinite), _joined(self._repeated)
-        filled = np.flatnonzero(self._norms)
-        norms = {int(number) - MAX_BIN: int(self._norms[number]) for number in filled}
-        return RowScan(nonfinite, repeated, norms)
+        norms, repeated_norms = _counts(self._norms), _counts(self._repeated_norms)
+        return RowScan(nonfinite, repeated, norms, repeated_norms, self._digest.text())
 
     def _add_slab(self, start: int, rows: Array) -> None:
         shard = self._shard
-        norms = torch.linalg.vector_norm(as_tensor(rows, shard.storage).float(), dim=1).numpy()
+        x = as_tensor(rows, shard.storage)
+        norms = torch.linalg.vector_norm(x.float(), dim=1).numpy()
+        exact, is_finite = norms, np.ones(len(rows), bool)
         if not np.isfinite(norms).all():  # or finite numbers whose squares are not
             bad = nonfinite_rows(rows, shard.storage)
             if bad.size and not self._skip_nonfinite:
                 raise nonfinite_error(shard, start + int(bad[0]))
             self._nonfinite.append(bad + start)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            numbers = np.floor(BINS_PER_OCTAVE * np.log2(norms))
-        numbers = np.nan_to_num(numbers, nan=MAX_BIN, posinf=MAX_BIN, neginf=-MAX_BIN)
-        bins = numbers.astype(np.int64).clip(-MAX_BIN, MAX_BIN) + MAX_BIN
-        self._norms += np.bincount(bins, minlength=len(self._norms))
-        self._note_repeated(start, rows, norms)
+            is_finite[bad] = False
+            exact = torch.linalg.vector_norm(x.double(), dim=1).numpy()
+            exact[bad] = 0  # whose bins are not counted
+        with np.errstate(divide="ignore"):
+            numbers = np.floor(BINS_PER_OCTAVE * np.log2(exact))
+        bins = numbers.clip(-MAX_BIN, MAX_BIN).astype(np.int64) + MAX_BIN
+        _count(self._norms, bins if exact is norms else bins[is_finite])
+        repeated, is_next = self._note_repeated(start, rows, norms)
+        if repeated.any():
+            _count(self._repeated_norms, bins[repeated & is_finite])
+        if is_next and is_finite[-1]:
+            self._repeated_norms[bins[-1]] += 1
 
-    def _note_repeated(self, start: int, rows: Array, norms: Array) -> None:
+    def _note_repeated(
+        self, start: int, rows: Array, norms: Array
+    ) -> tuple[npt.NDArray[np.bool_], bool]:
+        """Note repeated rows; returns which of `rows` are, and whether the row after them is."""
         repeated = np.zeros(len(rows), bool)
         # Few rows have the two ends of the row before them, so few are compared whole.
         with np.errstate(invalid="ignore"):  # infinity less infinity
@@ -183,6 +215,7 @@ class RowScanner:
             self._n_repeated += len(found)
             if self._n_repeated > self._limit:
                 raise repeated_error(self._shard, _joined(self._repeated))
+        return repeated, bool(extra)
 
 
 def repeated_limit(rows: int) -> int:
@@ -209,6 +242,19 @@ def repeated_error(shard: Shard, repeated: RowNumbers) -> ShardError:
 
 def _of(shard: Shard) -> str:
     return "" if shard.key == DEFAULT_KEY else f" of {shard.key!r}"
+
+
+def _count(counts: RowNumbers, bins: RowNumbers) -> None:
+    """Add how often each bin is there."""
+    counts += np.bincount(bins, minlength=len(counts))
+
+
+def _counts(counts: RowNumbers) -> dict[int, int]:
+    return {int(place) - MAX_BIN: int(counts[place]) for place in np.flatnonzero(counts)}
+
+
+def _counts_as_json(norms: Mapping[int, int]) -> dict[str, int]:
+    return {str(number): count for number, count in sorted(norms.items())}
 
 
 def _joined(parts: list[RowNumbers]) -> RowNumbers:

@@ -34,7 +34,7 @@ from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.json_files import read_json
 
 RECORD_NAME = "shards.json"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 # A file that changes twice within a tick of the kernel's clock, 10 ms at most, may keep its times.
 TICK_NS = 20_000_000
 

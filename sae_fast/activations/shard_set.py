@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sae_fast.activations.files import find_shards
 from sae_fast.activations.kept_rows import KEPT_BYTES, KeptRows, Span
 from sae_fast.activations.manifest import Manifest, check_entry, check_listing, read_manifest
 from sae_fast.activations.row_scan import (
+    MAX_BIN,
     NO_ROWS,
     OUTLIER_RATIO,
     RepeatedRows,
@@ -52,6 +53,8 @@ class ShardSet:
     shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty where nobody asked for columns
     targets: ShardSet | None = None
     is_zero: bool = False  # whether the scan has found nothing but zeros
+    # Per shard the digest of its rows that the scan has taken, or nothing; empty without a scan.
+    digests: tuple[str, ...] = field(default=(), compare=False)
     # Per shard the rows that the scan has kept of it; empty where none were asked for.
     kept: tuple[KeptRows, ...] = field(default=(), compare=False)
 
@@ -104,8 +107,7 @@ class ShardSet:
     def identities(self) -> list[tuple[str, str]]:
         """File name of each shard, and a digest of what a resumed run relies on.
 
-        The first and last rows stand for the content, so that a shard captured again under the same
-        name and size is noticed without reading all of it.
+        The first and last rows stand for the content where no scan has read all of it.
         """
         digests = [part.digest for part in self.shard_columns] or [""] * len(self.shards)
         if self.targets is not None:
@@ -115,6 +117,22 @@ class ShardSet:
             (shard.path.name, _identity(shard, dropped, digest))
             for shard, dropped, digest in zip(self.shards, self.dropped, digests, strict=True)
         ]
+
+    def contents(self) -> list[str]:
+        """Digest of all rows of each shard, and of its targets; empty where one is not known."""
+        own = list(self.digests) or [""] * len(self.shards)
+        if self.targets is None:
+            return own
+        beside = self.targets.contents()
+        return [f"{x} {y}" if x and y else "" for x, y in zip(own, beside, strict=True)]
+
+
+class _Checked(NamedTuple):
+    """What the checks of shards have found."""
+
+    dropped: tuple[RowNumbers, ...]  # per shard, the rows left out
+    is_zero: bool
+    digests: tuple[str, ...]
 
 
 def open_shards(
@@ -152,7 +170,7 @@ def open_shards(
     checks = Checks(verify, skip_nonfinite, repeated_rows, record or ScanRecord())
     shards = tuple(describe_shard(path, key) for path in paths)
     kept = () if sample is None else _kept_rows(shards, sample)
-    dropped, is_zero = _check_rows(shards, shards, checks, kept)
+    dropped, is_zero, digests = _check_rows(shards, shards, checks, kept)
     paired = None
     if targets is not None:
         paired = _open_targets(shards, dropped, targets, checks)
@@ -160,7 +178,7 @@ def open_shards(
     found: tuple[ShardColumns, ...] = ()
     if columns or whole_sequences:
         found = _find_columns(shards, dropped, columns, whole_sequences)
-    result = ShardSet(shards, dropped, found, paired, is_zero, kept)
+    result = ShardSet(shards, dropped, found, paired, is_zero, digests, kept)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
@@ -198,9 +216,9 @@ def _open_targets(
     elsewhere = tuple(
         target for shard, target in zip(shards, targets, strict=True) if shard.path != target.path
     )
-    own, _ = _check_rows(targets, elsewhere, checks)
-    both = (np.union1d(*pair) for pair in zip(dropped, own, strict=True))
-    return ShardSet(targets, tuple(both))
+    own = _check_rows(targets, elsewhere, checks)
+    both = (np.union1d(*pair) for pair in zip(dropped, own.dropped, strict=True))
+    return ShardSet(targets, tuple(both), digests=own.digests)
 
 
 def _check_rows(
@@ -208,8 +226,8 @@ def _check_rows(
     files: tuple[Shard, ...],  # those whose files have not been checked yet
     checks: Checks,
     kept: tuple[KeptRows, ...] = (),
-) -> tuple[tuple[RowNumbers, ...], bool]:
-    """The checks of `open_shards`: the rows of each shard left out, and whether all are zero."""
+) -> _Checked:
+    """The checks of `open_shards`."""
     manifests = _check_manifests(files)
     for shard in shards[1:]:
         if shard.d_in != shards[0].d_in:
@@ -218,7 +236,7 @@ def _check_rows(
                 f"those of {shards[0].path} are {shards[0].d_in}"
             )
     if not checks.verify and not checks.skip_nonfinite:
-        return tuple(NO_ROWS for _ in shards), False
+        return _Checked(tuple(NO_ROWS for _ in shards), False, ())
     if checks.verify and files:
         total = sum(shard.file_bytes for shard in files)
         logger.info("verifying %d shards, %.2f GB", len(files), total / 1e9)
@@ -233,9 +251,10 @@ def _check_rows(
     scans = _for_each(shards, scan)
     _warn(shards, scans, checks)
     is_zero = all(found.is_zero for found in scans)
-    if checks.repeated_rows != "drop":
-        return tuple(found.nonfinite for found in scans), is_zero
-    return tuple(np.union1d(found.nonfinite, found.repeated) for found in scans), is_zero
+    dropped = tuple(found.nonfinite for found in scans)
+    if checks.repeated_rows == "drop":
+        dropped = tuple(np.union1d(found.nonfinite, found.repeated) for found in scans)
+    return _Checked(dropped, is_zero, tuple(found.digest for found in scans))
 
 
 def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -> None:
@@ -252,19 +271,19 @@ def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -
             len(scans[worst].repeated),
             shards[worst].path.name,
         )
-    if (found := outliers_of(scans)) is not None:
-        ratios = [scan.largest_norm for scan in scans]
-        worst = max(range(len(scans)), key=ratios.__getitem__)
+    norms = [found.served_norms(checks.repeated_rows) for found in scans]
+    if (outliers := outliers_of(norms)) is not None:
+        worst = max(range(len(norms)), key=lambda number: max(norms[number], default=-MAX_BIN))
         logger.warning(
-            "%s: %.2g %% of the rows have norms above %d times the median, up to %.0f times, and "
+            "%s: %.2g %% of the rows have norms above %d times the median, up to %s times, and "
             "hold %.3g %% of the sum of squares: they decide mean, scale, loss and FVU. The "
             "largest is in %s. Capture without the tokens that they belong to, such as the first "
             "of each text, for figures of ordinary rows",
             shards[0].path.parent,
-            100 * found.share,
+            100 * outliers.share,
             OUTLIER_RATIO,
-            found.ratio,
-            100 * found.energy,
+            f"{outliers.ratio:.0f}" if outliers.ratio < 1e6 else f"{outliers.ratio:.1e}",
+            100 * outliers.energy,
             shards[worst].path.name,
         )
 

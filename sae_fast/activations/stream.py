@@ -249,7 +249,11 @@ class ActivationStream:
         """
         if self._described is None:  # once: a position is taken at every step
             self._described = [
-                {"origin": origin_of(part), "shards": [list(item) for item in identities]}
+                {
+                    "origin": origin_of(part),
+                    "shards": [list(item) for item in identities],
+                    "contents": part.contents(),
+                }
                 for part, identities in zip(self._mix.sets, self._known_identities(), strict=True)
             ]
         state = {
@@ -285,6 +289,7 @@ class ActivationStream:
             known = saved_shards(before)
             check_origin(now, before.get("origin", {}))
             _check_same_shards(known, identities)
+            _check_same_contents(known, saved_contents(before, len(known)), now.contents())
             cursors.append(saved_cursor(before.get("cursor"), plan))
         self._halt()
         self._cursors = tuple(cursors)
@@ -344,6 +349,30 @@ def saved_shards(position: Any) -> list[tuple[str, str]]:
     return [(name, digest) for name, digest in pairs]
 
 
+def saved_contents(position: dict[str, Any], count: int) -> list[str]:
+    """Digests of the rows of each shard in a saved position; raise ValueError for anything else.
+
+    Positions of earlier releases have none, and a shard has "" where its digest was not known.
+    """
+    contents = position.get("contents", [""] * count)
+    if not isinstance(contents, list) or not all(isinstance(item, str) for item in contents):
+        raise ValueError("data position: contents must be a list of digests")
+    if len(contents) != count:
+        raise ValueError(f"data position: contents must be of {count} shards")
+    return contents
+
+
+def _check_same_contents(shards: list[tuple[str, str]], before: list[str], now: list[str]) -> None:
+    """Raise ValueError naming the shards with other rows, as far as both digests are known."""
+    _refuse_changes(
+        [
+            f"{name} has other content"
+            for (name, _), old, new in zip(shards, before, now, strict=True)
+            if old and new and old != new
+        ]
+    )
+
+
 def _check_same_shards(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> None:
     if before == now:
         return
@@ -352,6 +381,13 @@ def _check_same_shards(before: list[tuple[str, str]], now: list[tuple[str, str]]
         *(f"{name} is gone" for name in old if name not in new),
         *(f"{name} is new" for name in new if name not in old),
         *(f"{name} has other content" for name in new if old.get(name, new[name]) != new[name]),
-    ] or ["their order is another"]
+    ]
+    _refuse_changes(changes or ["their order is another"])
+
+
+def _refuse_changes(changes: list[str]) -> None:
+    """Raise ValueError where there are any."""
+    if not changes:
+        return
     listed = ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
     raise ValueError(f"the shards are not those of the checkpoint: {listed}")
