@@ -47,6 +47,8 @@ def make(device: torch.device, graph: bool, shard_dir: Path) -> Make:
     run = replace(RUN, shard_dir=str(shard_dir), device=str(device), cuda_graph=graph)
 
     def make_trainer(data: Any = None, *, sae: SAEConfig = SAE, **changes: Any) -> Trainer:
+        if data is not None:  # rows in memory take no settings of shards
+            changes = {"shard_dir": None, **changes}
         trainer = Trainer(sae, replace(run, **changes), data, show_progress=False)
         if device.type == "cpu":
             emulate_gpu(trainer, graph=graph and trainer.train_config.fused)
