@@ -263,8 +263,9 @@ def test_relation_slots_can_be_those_of_a_transcoder():
     found = sae.training_loss(x, targets, relations=relations).components
     scores = (x @ sae.W_enc.t() + sae.b_enc)[:, -3:]
     one_hot = torch.nn.functional.one_hot(relations, 3)
-    expected = (scores - one_hot).square().sum(1).mean().detach()
-    torch.testing.assert_close(found["alignment_loss"], expected, **TOLERANCE)
+    distance = (scores - one_hot).square().sum(1).mean().detach()
+    assert sae.config.alignment_coeff == D_OUT  # the error that it is weighed against
+    torch.testing.assert_close(found["alignment_loss"], D_OUT * distance, **TOLERANCE)
     error = (sae(x) - targets).square().sum(1).mean().detach()
     torch.testing.assert_close(found["recon_loss"], error, **TOLERANCE)
 
