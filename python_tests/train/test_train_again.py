@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from train_runs import Run, metrics, refused
+from train_runs import Run, assert_same, killed_at, metrics, refused
 
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import CheckpointError
@@ -161,19 +161,19 @@ def test_a_run_from_a_model_is_extended_with_the_pool_that_it_has(
     refused(run_on_model("--run_name", "r", "--pool_rows", "99", *longer), "pool_rows is 99")
 
 
-def test_a_longer_run_from_a_model_is_bit_equal_after_a_stop(run_on_model: Run) -> None:
+def test_an_extended_run_from_a_model_is_bit_equal_after_a_kill(run_on_model: Run) -> None:
     open_pool = ("--pool_rows", "65536")
     for name in ("one", "two"):
         assert run_on_model("--run_name", name, *open_pool, "--max_tokens", "320")[0] == 0
     longer = ("--max_tokens", "640", *LATEST, *open_pool)
     assert run_on_model("--run_name", "one", *longer)[0] == 0
-    assert run_on_model("--run_name", "two", *longer[:1], "512", *LATEST, *open_pool)[0] == 0
+    with killed_at(9):
+        assert run_on_model("--run_name", "two", *longer)[0] == 130
     assert run_on_model("--run_name", "two", *longer)[0] == 0
-    first, second = metrics("output/one/residual.0"), metrics("output/two/residual.0")
-    assert first[:3] == second[:3]
-    refused(
-        run_on_model("--run_name", "two", *open_pool, *LATEST, "--max_tokens", "320"), "10 steps"
-    )
+    assert metrics("output/one/residual.0") == metrics("output/two/residual.0")
+    assert_same("output/one/residual.0", "output/two/residual.0")
+    result = run_on_model("--run_name", "two", *open_pool, *LATEST, "--max_tokens", "320")
+    refused(result, "the run has made 10 steps, max_tokens is 320, which allows 5")
 
 
 def test_a_run_from_a_model_is_told_from_one_on_shards(run_on_model: Run, run: Run) -> None:
