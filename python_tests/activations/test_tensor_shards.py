@@ -21,6 +21,7 @@ from sae_fast.activations import (
     find_targets,
     open_heldout,
     open_shards,
+    write_shard,
 )
 
 
@@ -151,3 +152,13 @@ def test_the_position_of_a_stream_names_the_files(tmp_path):
         pytest.raises(ValueError, match=r"a.pt has other content"),
     ):
         changed.load_state_dict(state)
+
+
+def test_files_of_tensors_beside_shards_are_told(tmp_path, caplog):
+    write_shard(tmp_path / "a.h5", torch.randn(8, 4))
+    (tmp_path / "a.h5").rename(tmp_path / "A.H5")
+    torch.save(torch.randn(8, 4), tmp_path / "b.pt")
+    with caplog.at_level("WARNING", logger="sae_fast"):
+        train, _ = find_shards(tmp_path)
+    assert [path.name for path in train] == ["A.H5"]
+    assert f"{tmp_path}: b.pt not read, because it holds HDF5 shards" in caplog.text

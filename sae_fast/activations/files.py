@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import re
 import stat
@@ -13,6 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from sae_fast.activations.errors import ShardError, listed, one_line
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".h5", ".hdf5")
 # Files of tensors that are read in place.
@@ -96,7 +99,10 @@ def find_shards(
     """
     directory = Path(shard_dir)
     if directory.is_dir():
-        found = shards_in(directory) or tensor_files_in(directory)
+        if found := shards_in(directory):
+            warn_of_unread(directory, "it holds HDF5 shards")
+        else:
+            found = tensor_files_in(directory)
         if not found:
             _name_conversion(directory, list(directory.iterdir()))
     elif directory.is_file():
@@ -125,7 +131,7 @@ def shards_in(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.iterdir()
-        if path.suffix in SUFFIXES and not path.name.startswith(".")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
 
 
@@ -139,6 +145,13 @@ def tensor_files_in(directory: Path) -> list[Path]:
     if len(suffixes) > 1:
         raise ShardError(f"{directory}: holds {' and '.join(sorted(suffixes))} files, not one kind")
     return sorted(found, key=natural_key)
+
+
+def warn_of_unread(directory: Path, reason: str) -> None:
+    """Warn of files of tensors in a directory of which something else is trained on."""
+    if unread := _tensor_files(directory):
+        names = listed([path.name for path in unread], SHOWN_FOLDERS)
+        logger.warning("%s: %s not read, because %s", directory, names, reason)
 
 
 def _tensor_files(directory: Path) -> list[Path]:

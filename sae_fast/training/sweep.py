@@ -21,7 +21,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.files import folders_of_shards, shards_in, tensor_files_in
+from sae_fast.activations.files import (
+    folders_of_shards,
+    shards_in,
+    tensor_files_in,
+    warn_of_unread,
+)
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, reject_unknown_keys
@@ -167,6 +172,7 @@ def for_every_layer(
     # Files of tensors in it make it one itself, unless the folders in it hold HDF5 shards.
     if not any(map(shards_in, layers)) and tensor_files_in(Path(place)):
         return None
+    warn_of_unread(Path(place), "the folders in it hold shards")
     found = {}
     for layer, (own, config) in itertools.product(layers, configs.items()):
         name = f"{layer.name}/{own}" if own else layer.name
