@@ -44,6 +44,17 @@ def test_all_combinations_are_trained_and_summed_up(capsys: pytest.CaptureFixtur
     assert out.splitlines()[-1] == "sweep      runs/sweep.json"
 
 
+def test_a_sweep_killed_before_its_last_link_names_the_last_checkpoint() -> None:
+    _write({"k": [1, 2]})
+    flags = [*FLAGS, "--sweep", "sweep.json", "--max-steps", "6"]
+    assert main(flags) == 0
+    latest = Path("runs/k_2/checkpoints/latest")
+    latest.unlink()
+    latest.symlink_to("step-00000004")
+    assert main([*flags, "--resume-from", "latest"]) == 0
+    assert os.readlink(latest) == "step-00000006"
+
+
 def test_every_run_has_its_own_wandb_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODE": "offline", "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)

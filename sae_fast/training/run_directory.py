@@ -132,7 +132,8 @@ class RunDirectory:
             )
         self.checkpoints.prepare()
         _remove_leftovers(self.path)
-        if own is not None and own.path == self.checkpoints.path_of(own.step):
+        # Compared by name: the run may be named by another path to it.
+        if own is not None and own.path.name == self.checkpoints.path_of(own.step).name:
             best = own.state.get("best")
             self.checkpoints.rewind(own.step, None if best is None else best["step"])
 
