@@ -341,6 +341,13 @@ def test_the_default_type_of_torch_changes_no_bit(
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_a_caller_without_gradients_gets_a_trained_model(activations: torch.Tensor) -> None:
+    expected = _train(activations).sae.state_dict()
+    with torch.no_grad():
+        found = _train(activations).sae.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
 def test_heldout_rows_that_there_are_none_of_are_refused(activations: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="heldout has no rows"):
         Trainer(SAE, RUN, activations, heldout=activations[:0], show_progress=False)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import torch
+
 from sae_fast.training.checkpoint import newest_common_step
 from sae_fast.training.metrics import Row
 from sae_fast.training.progress import Progress
@@ -31,7 +33,8 @@ def run_steps(trainers: Sequence[Trainer], stop: StopOnSignal, *, show_progress:
             trainer.begin()
         tokens = sum(trainer.total_tokens for trainer in trainers)
         done = sum(trainer.tokens for trainer in trainers)
-        with closing(Progress(tokens, done, shown=show_progress)) as progress:
+        shown = closing(Progress(tokens, done, shown=show_progress))
+        with shown as progress, torch.enable_grad():  # whatever the caller has set
             while stop.received is None and _make_one_step_each(trainers, progress):
                 pass
         for trainer in trainers:
