@@ -99,7 +99,9 @@ def test_train_does_not_name_it_where_there_are_shards_or_nothing_to_convert(tmp
     assert "no shards to train on (*.h5, *.hdf5, " in line
     (tmp_path / "acts.pt").write_bytes(b"")
     write_shard(tmp_path / "heldout_00.h5", rows(4, 2))
-    line = refusal(capsys, "--shard-dir", tmp_path, "--k", "2", command=train)
+    assert train(["--shard-dir", str(tmp_path), "--k", "2"]) == 2
+    told, line = capsys.readouterr().err.splitlines()
+    assert "acts.pt not read, because it holds HDF5 shards" in told
     assert "*.pth, *.npy, *.safetensors) besides 1 held-out ones" in line
 
 

@@ -80,7 +80,7 @@ def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ("--d-in 4 --d-sae 3 --k 4", "k must be at most d_sae = 3, got 4"),
         ("--config missing.json", "missing.json"),
         ("--resume-from nowhere", "nowhere"),
-        ("--resume-from latest", "checkpoint_dir"),
+        ("--resume-from latest", "--checkpoint-dir RUN"),
         ("--probe-loss-coeff -1", "probe_loss_coeff"),
     ],
 )
