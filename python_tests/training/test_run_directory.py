@@ -126,8 +126,11 @@ def test_names_claimed_at_once_are_different(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_kill_are_removed(activations: torch.Tensor, tmp_path: Path) -> None:
-    _trainer(activations, tmp_path, max_steps=4).train()
+    settings = {"max_steps": 4, "average_decay": 0.5}
+    _trainer(activations, tmp_path, **settings).train()
     whole = _names(tmp_path)
+    for name in (".tmpAb1", ".sae.safetensors.partial"):
+        (tmp_path / "averaged" / name).touch()
     for name in (".history-1.json", ".config-1.json", ".training_history.json.1.tmp"):
         (tmp_path / name).touch()
     for name in (".latest-1", ".best-1"):
@@ -135,7 +138,7 @@ def test_leftovers_of_a_kill_are_removed(activations: torch.Tensor, tmp_path: Pa
     (tmp_path / "checkpoints" / ".probe-1").touch()
     (tmp_path / "checkpoints" / ".step-00000004-1").mkdir()
     (tmp_path / ".run.lock").touch()
-    _trainer(activations, tmp_path, max_steps=4, resume_from="latest").train()
+    _trainer(activations, tmp_path, **settings, resume_from="latest").train()
     assert _names(tmp_path) == whole
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,9 @@ SWEEP = "sweep.json"
 _WRITTEN_AT_START = (CONFIG, RECORD_NAME)
 # Written aside by a process that a kill ended.
 LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
+# Of a model, the second by the safetensors library.
+MODEL_LEFTOVERS = (".*.partial", ".tmp*")
+MODELS = ("averaged", "sae_final")  # directories in that of a run
 MODE_DIRECTORIES = {
     "joint": "joint",
     "separate_activation": "feature_activation",
@@ -228,8 +232,9 @@ def in_use(path: Path, holder: str) -> CheckpointError:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    for pattern in LEFTOVERS:
-        for leftover in directory.glob(pattern):
+    places = [(directory, LEFTOVERS), *((directory / name, MODEL_LEFTOVERS) for name in MODELS)]
+    for place, patterns in places:
+        for leftover in itertools.chain.from_iterable(map(place.glob, patterns)):
             leftover.unlink(missing_ok=True)
 
 
