@@ -53,6 +53,20 @@ MASKED = {
     },
 }
 
+# Sizes by the names that most configurations of transformers have for them.
+TRANSFORMER = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
+
 
 def make_network(name, seed=0, **settings):
     """A network with random weights, with its language-model head; settings are of transformers."""

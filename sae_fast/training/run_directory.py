@@ -40,7 +40,7 @@ _WRITTEN_AT_START = (CONFIG, RECORD_NAME)
 LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
 # Of a model, the second by the safetensors library.
 MODEL_LEFTOVERS = (".*.partial", ".tmp*")
-MODELS = ("averaged", "sae_final")  # directories in that of a run
+AVERAGED, FINAL = MODELS = ("averaged", "sae_final")  # directories in that of a run
 MODE_DIRECTORIES = {
     "joint": "joint",
     "separate_activation": "feature_activation",

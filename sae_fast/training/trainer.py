@@ -47,6 +47,8 @@ from sae_fast.training.metrics import MetricsLog, Row, WandbLog
 from sae_fast.training.optimizer import make_optimizer
 from sae_fast.training.random_state import seed_everything
 from sae_fast.training.run_directory import (
+    AVERAGED,
+    FINAL,
     RunDirectory,
     check_holds_no_runs,
     in_mode_directory,
@@ -500,9 +502,9 @@ class Trainer:
         """Write what a complete run leaves, where it is not there already."""
         models: dict[str, Callable[[], SparseAutoencoder]] = {}
         if self.average is not None:
-            models["averaged"] = self.average.model
+            models[AVERAGED] = self.average.model
         if self.sae_config.arch == "slots":
-            models["sae_final"] = self.model
+            models[FINAL] = self.model
         if self.was_complete and run.has_results(self.step, models):
             return
         for name, model in models.items():

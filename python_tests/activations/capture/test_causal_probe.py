@@ -3,24 +3,12 @@
 import pytest
 import torch
 import transformers
-from small_models import CAUSAL, MASKED, make_network, make_tokenizer
+from small_models import CAUSAL, MASKED, TRANSFORMER, make_network, make_tokenizer
 
 from sae_fast.activations.capture import find_blocks
 from sae_fast.activations.capture.language_model import load_language_model, loaded_language_model
 from sae_fast.activations.capture.probe import probe_tokens, sees_later_tokens
 
-SHAPE = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -32,13 +20,16 @@ VISION = {
 
 
 def llava():
-    text, vision = {**SHAPE, "model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}
+    text, vision = (
+        {**TRANSFORMER, "model_type": "llama"},
+        {**VISION, "model_type": "clip_vision_model"},
+    )
     config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=39)
     return transformers.LlavaForConditionalGeneration(config)
 
 
 def mistral3():
-    text = {**SHAPE, "model_type": "mistral", "head_dim": 16}
+    text = {**TRANSFORMER, "model_type": "mistral", "head_dim": 16}
     vision = {**VISION, "model_type": "pixtral"}
     config = transformers.Mistral3Config(
         text_config=text, vision_config=vision, image_token_index=39
@@ -50,7 +41,7 @@ def qwen_vl():
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**SHAPE, "rope_parameters": rope},
+        text_config={**TRANSFORMER, "rope_parameters": rope},
         vision_config={**vision, "out_hidden_size": 32},
         image_token_id=39,
         video_token_id=38,
@@ -60,7 +51,9 @@ def qwen_vl():
 
 
 def gemma_embedding():
-    config = transformers.Gemma3TextConfig(**SHAPE, head_dim=16, use_bidirectional_attention=True)
+    config = transformers.Gemma3TextConfig(
+        **TRANSFORMER, head_dim=16, use_bidirectional_attention=True
+    )
     return transformers.Gemma3TextModel(config)
 
 
@@ -72,7 +65,9 @@ def xlm():
 
 
 def mixtral():
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SHAPE, num_local_experts=4))
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**TRANSFORMER, num_local_experts=4)
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from small_models import CAUSAL, MASKED, make_network, make_tokenizer, save_model
+from small_models import CAUSAL, MASKED, TRANSFORMER, make_network, make_tokenizer, save_model
 
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.language_model import HookedModel
@@ -13,19 +13,7 @@ from sae_fast.activations.capture.probe import probe_tokens
 from sae_fast.activations.capture.stream_check import checked_hooks
 from sae_fast.capture import main
 
-SHAPE = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
+SHAPE = {**TRANSFORMER, "initializer_range": 0.2}
 HEADS = {"head_dim": 16}
 NAMES = ("residual.0", "residual.1", "attn_out.1", "mlp_out.1")
 
