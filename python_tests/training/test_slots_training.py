@@ -232,6 +232,39 @@ def test_a_resumed_run_is_bit_equal(shards, tmp_path):
     assert [row["loss"] for row in resumed.history] == [losses[step] for step in range(22, 31)]
 
 
+def test_a_sweep_of_slots_goes_on_to_the_same_bits(shards, tmp_path, capsys):
+    content = [{"name": "slots", "arch": "slots"}, {"name": "topk", "k": 4}]
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    flags = ("--shard-dir", shards, "--d-sae", 40, "--batch-size", 60, "--num-threads", 1)
+    flags += ("--lr", 1e-2, "--decay-fraction", 0, "--sweep", tmp_path / "sweep.json")
+    for name, parts in (("whole", (8,)), ("parts", (4, 8))):
+        directory = ("--checkpoint-dir", tmp_path / name)
+        for steps in parts:
+            resume = ("--resume-from", "latest") if steps > parts[0] else ()
+            code, _, err = run_command(capsys, *flags, *directory, "--max-steps", steps, *resume)
+            assert code == 0, err
+    for run in ("slots/joint", "topk"):
+        whole, parts = (
+            SparseAutoencoder.from_pretrained(tmp_path / name / run / "checkpoints" / "latest")
+            for name in ("whole", "parts")
+        )
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, parts.state_dict()[name]), name
+
+
+def test_a_directory_of_a_sweep_of_slots_takes_no_other_run(shards, tmp_path, capsys):
+    (tmp_path / "sweep.json").write_text('{"arch": ["slots"], "seed": [0, 1]}')
+    flags = ("--shard-dir", shards, "--checkpoint-dir", tmp_path / "runs", *SMALL)
+    assert run_command(capsys, *flags, "--sweep", tmp_path / "sweep.json")[0] == 0
+    for arch in ("slots", "topk"):
+        code, _, err = run_command(capsys, *flags, "--arch", arch)
+        assert code == 2
+        assert "holds the runs arch_slots-seed_0/joint and arch_slots-seed_1/joint" in err
+    code, _, err = run_command(capsys, "--resume-from", tmp_path / "runs")
+    assert code == 2
+    assert "holds the runs arch_slots-seed_0/joint and arch_slots-seed_1/joint" in err
+
+
 @pytest.mark.parametrize("states", ["bf16", "8bit"])
 def test_heads_alone_need_no_states_of_the_rows(shards, tmp_path, states):
     sae = SparseAutoencoder(

@@ -33,6 +33,12 @@ TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _PREFIX = "step-"
 _MOST_NAMES = 6  # in a message
+# Where a run of arch slots lies in its checkpoint_dir, by slots_mode.
+MODE_DIRECTORIES = {
+    "joint": "joint",
+    "separate_activation": "feature_activation",
+    "separate_value": "next_token_prediction",
+}
 # Written aside by a process that a kill ended.
 _LEFTOVERS = (".step-*", ".latest-*", ".best-*", ".probe-*")
 
@@ -332,7 +338,7 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
     inner = runs_in(path)
     if len(inner) == 1:
         return _newest_of(inner[0])
-    names = listed([run.name for run in inner])
+    names = listed([str(run.relative_to(path)) for run in inner])
     several = f", but holds the runs {names}: name one of them" if inner else ""
     raise CheckpointError(
         f"resume_from: {reference} is no checkpoint and no run that has one{several}"
@@ -352,10 +358,19 @@ def _newest_of(run: Path) -> Path | None:
 
 
 def runs_in(directory: Path) -> list[Path]:
-    """Return the runs with a checkpoint that a directory holds, by name."""
+    """Return the runs with a checkpoint that a directory holds, by name.
+
+    A run of arch slots lies in a directory of its mode, in a sweep within the training's own.
+    """
     if not directory.is_dir():
         return []
-    return [path for path in sorted(directory.iterdir()) if has_checkpoint(path)]
+    return [run for path in sorted(directory.iterdir()) for run in runs_at(path)]
+
+
+def runs_at(path: Path) -> list[Path]:
+    """Return `path` where it is a run with a checkpoint, and those in directories of a mode."""
+    places = (path, *(path / name for name in MODE_DIRECTORIES.values()))
+    return [place for place in places if has_checkpoint(place)]
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 from sae_fast.config import SAEConfig
 from sae_fast.json_files import JSONError, read_json
+from sae_fast.training.checkpoint import MODE_DIRECTORIES
 from sae_fast.training.metrics import MetricsLog, Row, check_row
-from sae_fast.training.run_directory import MODE_DIRECTORIES, run_name, run_title
+from sae_fast.training.run_directory import run_name, run_title
 
 METRICS = "metrics.jsonl"
 HISTORY = "training_history.json"

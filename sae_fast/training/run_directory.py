@@ -19,6 +19,7 @@ from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import read_json
 from sae_fast.tensor_files import require_unicode
 from sae_fast.training.checkpoint import (
+    MODE_DIRECTORIES,
     Checkpoint,
     CheckpointError,
     CheckpointStore,
@@ -26,6 +27,7 @@ from sae_fast.training.checkpoint import (
     has_checkpoint,
     listed,
     read_newest_state,
+    runs_at,
     runs_in,
 )
 from sae_fast.training.metrics import Row
@@ -41,11 +43,6 @@ LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
 # Of a model, the second by the safetensors library.
 MODEL_LEFTOVERS = (".*.partial", ".tmp*")
 AVERAGED, FINAL = MODELS = ("averaged", "sae_final")  # directories in that of a run
-MODE_DIRECTORIES = {
-    "joint": "joint",
-    "separate_activation": "feature_activation",
-    "separate_value": "next_token_prediction",
-}
 
 
 class RunDirectory:
@@ -253,7 +250,7 @@ def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
         return
     directory = Path(config.checkpoint_dir)
     own = MODE_DIRECTORIES.values() if sae.arch == "slots" else ()
-    runs = [run for run in _all_runs_in(directory) if run.name not in own]
+    runs = [run for run in _all_runs_in(directory) if str(run.relative_to(directory)) not in own]
     if not runs or has_checkpoint(directory):
         return
     names = listed([str(run.relative_to(directory)) for run in runs])
@@ -271,7 +268,7 @@ def _all_runs_in(directory: Path) -> list[Path]:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         names = [name for name in read_json(directory / SWEEP)["runs"] if isinstance(name, str)]
         inner = [path for name in names if (path := directory / name).is_relative_to(directory)]
-        found += [run for run in inner if run not in found and has_checkpoint(run)]
+        found += [run for path in inner for run in runs_at(path) if run not in found]
     return found
 
 

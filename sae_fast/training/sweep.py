@@ -34,6 +34,7 @@ from sae_fast.json_files import read_json, shown
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
 from sae_fast.training.loop import run_steps
+from sae_fast.training.run_directory import in_mode_directory
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
@@ -212,7 +213,8 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
                 "the trainings of a sweep go on together: resume_from must be 'latest', of "
                 f"checkpoint_dir, got {config.train.resume_from!r}"
             )
-        stores[name] = CheckpointStore(Path(config.train.checkpoint_dir) / "checkpoints", keep=1)
+        directory = in_mode_directory(config.sae, config.train).checkpoint_dir
+        stores[name] = CheckpointStore(Path(str(directory)) / "checkpoints", keep=1)
     common = newest_common_step(stores.values())
     if common is None:
         if any(step > 0 for store in stores.values() for step in store.steps()):
