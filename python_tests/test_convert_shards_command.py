@@ -255,7 +255,7 @@ def test_files_that_differ_are_refused(tmp_path, capsys, second, message):
     [
         ({"ids": torch.arange(5)}, "no activations in it, real numbers of 2 or 3 dimensions; it"),
         ({}, "it holds no array at all"),
-        ({"a": rows(4, 8), "b": rows(4, 8)}, "a ([4, 8] float32), b ([4, 8] float32); name the"),
+        ({"a": rows(4, 8), "b": rows(4, 8)}, "a ([4, 8] float32) and b ([4, 8] float32); name the"),
         (
             {"activations": rows(4, 3, 8), "input_ids": torch.ones(4, 2).int()},
             "input_ids must be whole numbers, one for each of 12 tokens, got ([4, 2] int32)",

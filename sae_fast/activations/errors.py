@@ -23,7 +23,15 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
-def listed(names: Sequence[str], most: int) -> str:
-    """Join the first `most` names, each shortened, for a message that has to stay one line."""
-    shown = [shortened(name, LONGEST_NAME) for name in names[:most]]
-    return ", ".join([*shown, *(["…"] if len(names) > most else [])])
+def listed(names: Sequence[str], most: int = 6, *, longest: int = LONGEST_NAME) -> str:
+    """Join names as a sentence has them, for a message that has to stay one line.
+
+    Args:
+        names: what is to be named; nothing gives an empty text.
+        most: how many are named; of more the first ones are, and how many more there are.
+        longest: characters at which a name is cut.
+    """
+    parts = [shortened(name, longest) for name in names[:most]]
+    if len(names) > most:
+        parts.append(f"{len(names) - most:,} more")
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))

@@ -78,7 +78,8 @@ def contents(file: h5py.File) -> str:
         return True if len(there) > SHOWN_NAMES else None
 
     file.visititems(note)
-    return listed(there, SHOWN_NAMES) or "no dataset at all"
+    more = " …" if len(there) > SHOWN_NAMES else ""
+    return listed(there[:SHOWN_NAMES], SHOWN_NAMES) + more or "no dataset at all"
 
 
 def require_written(path: Path, dataset: h5py.Dataset) -> None:

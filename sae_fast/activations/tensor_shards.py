@@ -20,8 +20,8 @@ from sae_fast.activations.imports.arrays import (
     WHOLE_FILE,
     Arrays,
     SourceArray,
+    contents_of,
     described,
-    listed,
     opened,
 )
 from sae_fast.activations.imports.formats import opener_of
@@ -135,7 +135,7 @@ class TensorShardFile:
 
     def contents(self) -> str:
         """Names and shapes of its arrays, for errors."""
-        return listed(self._arrays)
+        return contents_of(self._arrays)
 
     def close(self) -> None:
         """Close the file."""
@@ -162,7 +162,7 @@ def _name_of(path: Path, key: str, option: str) -> str:
             return WHOLE_FILE
         if key != DEFAULT_KEY:
             raise ShardError(
-                f"{path}: no array {key!r}; it holds {listed(arrays)} (name one with {option})"
+                f"{path}: no array {key!r}; it holds {contents_of(arrays)} (name one with {option})"
             )
     try:
         return choose_key([path], None)

@@ -16,13 +16,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from sae_fast.activations.errors import listed
 from sae_fast.json_files import JSONError, is_integer, parse_json, read_regular, require
 from sae_fast.tensor_files import load_tensors, save_tensors, sha256_of
 from sae_fast.text_links import followed
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 TENSORS = "trainer.safetensors"
 STATE = "trainer.json"
 _PREFIX = "step-"
-_MOST_NAMES = 6  # in a message
 # Where a run of arch slots lies in its checkpoint_dir, by slots_mode.
 MODE_DIRECTORIES = {
     "joint": "joint",
@@ -379,13 +379,6 @@ def has_checkpoint(run: Path) -> bool:
         return _newest_of(run) is not None
     except OSError:
         return False
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence has them, of many the first ones and how many more there are."""
-    if len(names) > _MOST_NAMES:
-        names = [*names[: _MOST_NAMES - 1], f"{len(names) - _MOST_NAMES + 1:,} more"]
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _write_state(directory: Path, state: dict[str, Any]) -> None:

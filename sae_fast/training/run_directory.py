@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sae_fast.activations.errors import listed
 from sae_fast.activations.files import replacing
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
@@ -25,7 +26,6 @@ from sae_fast.training.checkpoint import (
     CheckpointStore,
     find_checkpoint,
     has_checkpoint,
-    listed,
     read_newest_state,
     runs_at,
     runs_in,

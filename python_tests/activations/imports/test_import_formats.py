@@ -194,7 +194,7 @@ def test_arrays_of_objects_and_columns_first_in_an_archive_are_refused(tmp_path,
     assert "x.npy is stored column by column" in line
     np.savez(tmp_path / "c.npz", x=np.array([[{}]], object), y=np.ones(3, np.uint64))
     line = refusal(capsys, tmp_path / "c.npz", tmp_path / "out")
-    assert "it holds x ([1, 1] no numbers), y ([3] uint64)" in line
+    assert "it holds x ([1, 1] no numbers) and y ([3] uint64)" in line
 
 
 # ---- SAELens -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae_fast.activations.errors import ShardError, one_line
+from sae_fast.activations.errors import ShardError, listed, one_line, shortened
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE_FILE = ""  # name of the arrays of a file that has no names
@@ -72,22 +72,20 @@ def opened(path: Path, opener: Opener) -> Iterator[Arrays]:
 def described(name: str, arrays: list[SourceArray]) -> str:
     """A name with the shape and type under it, for errors."""
     if not arrays:
-        return f"{shortened(name)} (no array)"
+        return f"{short(name)} (no array)"
     first = arrays[0]
     kind = "no numbers" if first.dtype is None else str(first.dtype).removeprefix("torch.")
     several = f"{len(arrays)} arrays, the first " if len(arrays) > 1 else ""
-    shape = shortened(str(list(first.shape)))
-    return f"{shortened(name) + ' ' if name else ''}({several}{shape} {kind})"
+    shape = short(str(list(first.shape)))
+    return f"{short(name) + ' ' if name else ''}({several}{shape} {kind})"
 
 
-def listed(arrays: Arrays) -> str:
+def contents_of(arrays: Arrays) -> str:
     """What a file holds, for errors; of many arrays the first."""
-    names = list(arrays)[:SHOWN_ARRAYS]
-    more = f" and {len(arrays) - len(names):,} more" if len(arrays) > len(names) else ""
-    return ", ".join(described(name, arrays[name]) for name in names) + more or "no array at all"
+    names = [described(name, found) for name, found in arrays.items()]
+    return listed(names, SHOWN_ARRAYS, longest=3 * SHOWN_CHARACTERS) or "no array at all"
 
 
-def shortened(text: str) -> str:
-    """A name or number from a file, cut where it would fill the screen."""
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+def short(text: str) -> str:
+    """A name or number from a file on one line, cut where it would fill the screen."""
+    return shortened(" ".join(text.split()), SHOWN_CHARACTERS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import IMPORTED_SUFFIXES, SUFFIXES, natural_key
-from sae_fast.activations.imports.arrays import Opener, shortened
+from sae_fast.activations.imports.arrays import Opener, short
 from sae_fast.activations.imports.arrow_files import open_arrow
 from sae_fast.activations.imports.numpy_files import open_npy, open_npz
 from sae_fast.activations.imports.parquet_files import open_parquet
@@ -68,7 +68,7 @@ def _dataset_files(directory: Path) -> list[Path]:
         state = parse_json(read_regular(path))
         files = [_file_in(directory, item["filename"]) for item in state["_data_files"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        text = shortened(one_line(error))
+        text = short(one_line(error))
         raise ShardError(f"{path}: not the state of a saved dataset: {text}") from error
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise ShardError(
@@ -83,10 +83,10 @@ def _dataset_files(directory: Path) -> list[Path]:
 def _file_in(directory: Path, name: str) -> Path:
     """A file of a dataset; raises ValueError where it would not be one of the directory's own."""
     if name != Path(name).name or "\0" in name:
-        raise ValueError(f"it names {shortened(repr(name))}, which is no file beside it")
+        raise ValueError(f"it names {short(repr(name))}, which is no file beside it")
     path = directory / name
     if path.suffix.lower() not in OPENERS or (path.exists() and not path.is_file()):
-        raise ValueError(f"it names {shortened(repr(name))}, which is no file of activations")
+        raise ValueError(f"it names {short(repr(name))}, which is no file of activations")
     return path
 
 

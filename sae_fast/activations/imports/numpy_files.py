@@ -20,7 +20,7 @@ from sae_fast.activations.imports.arrays import (
     WHOLE_FILE,
     Arrays,
     SourceArray,
-    shortened,
+    short,
 )
 from sae_fast.activations.storage import Array
 
@@ -54,7 +54,7 @@ def open_npz(path: Path) -> Iterator[Arrays]:
         for member in archive.infolist():
             if member.filename.endswith(".npy"):
                 if member.compress_type not in COMPRESSIONS:
-                    raise ShardError(f"{path}: {shortened(member.filename)} is not of NumPy")
+                    raise ShardError(f"{path}: {short(member.filename)} is not of NumPy")
                 stream = stack.enter_context(archive.open(member))
                 name = member.filename.removesuffix(".npy")
                 found[name] = [_stream_array(path, member, stream)]
@@ -72,18 +72,18 @@ def _read_header(
         (2, 0): (4, np.lib.format.read_array_header_2_0),
     }
     if version not in known:
-        raise ShardError(f"{path}: {shortened(name)} has the unknown .npy version {version}")
+        raise ShardError(f"{path}: {short(name)} has the unknown .npy version {version}")
     size, parse = known[version]
     length = stream.read(size)
     count = int.from_bytes(length, "little")
     if count > HEADER_BYTES:
-        raise ShardError(f"{path}: {shortened(name)} has a header of {count:,} bytes")
+        raise ShardError(f"{path}: {short(name)} has a header of {count:,} bytes")
     shape, by_columns, dtype = parse(io.BytesIO(length + stream.read(count)))
     return shape, by_columns, dtype
 
 
 def _stream_array(path: Path, info: zipfile.ZipInfo, stream: IO[bytes]) -> SourceArray:
-    member = shortened(info.filename)
+    member = short(info.filename)
     stored = min(info.file_size, info.compress_size * LARGEST_COMPRESSION)
     shape, by_columns, dtype = _read_header(path, member, stream)
     if dtype.hasobject:

@@ -18,10 +18,10 @@ from sae_fast.activations.imports.arrays import (
     FLOATS,
     Arrays,
     SourceArray,
+    contents_of,
     described,
-    listed,
     opened,
-    shortened,
+    short,
 )
 from sae_fast.activations.imports.formats import opener_of
 from sae_fast.activations.shard import DEFAULT_KEY
@@ -114,7 +114,7 @@ def choose_key(paths: Sequence[Path], key: str | None) -> str:
     """The name of the activations; raises ShardError where it has to be given."""
     path = paths[0]
     with opened(path, opener_of(path)) as arrays:
-        there = listed(arrays)
+        there = contents_of(arrays)
         fitting = [name for name, found in arrays.items() if _fits(name, found)]
     if key is not None:
         return key
@@ -140,7 +140,7 @@ def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> Source:
         with opened(path, opener_of(path)) as arrays:
             if key not in arrays:
                 name = repr(key) if key else "array without a name"
-                raise ShardError(f"{path}: no {name}; it holds {listed(arrays)}")
+                raise ShardError(f"{path}: no {name}; it holds {contents_of(arrays)}")
             if width is None:
                 width = next((a.shape[-1] for a in arrays[key] if a.shape and a.shape[0]), None)
             layouts = tuple(_layout(path, array, width, d_in) for array in arrays[key])
@@ -161,7 +161,7 @@ def _layout(path: Path, array: SourceArray, width: int | None, asked: int | None
             f"got {place}"
         )
     if not array.is_backed:
-        claimed = shortened(f"{array.claimed:,}")
+        claimed = short(f"{array.claimed:,}")
         raise ShardError(
             f"{path}: activations {place} are {claimed} bytes, the file has at most "
             f"{array.stored:,} for them: it is damaged, repeats its numbers or is compressed "

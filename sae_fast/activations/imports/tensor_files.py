@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError, one_line
-from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, SourceArray, shortened
+from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, SourceArray, short
 
 MOST_OBJECTS = 100_000  # in a .pt file
 # Types as the header of a .safetensors file names them.
@@ -41,7 +41,7 @@ def open_torch(path: Path) -> Iterator[Arrays]:
         text = one_line(error)
         if "GLOBAL" not in text and "Unsupported" not in text:
             raise
-        what = shortened(text.partition("GLOBAL ")[2].split(" ")[0])
+        what = short(text.partition("GLOBAL ")[2].split(" ")[0])
         raise ShardError(
             f"{path}: holds Python objects beside tensors{f' ({what})' if what else ''}, and "
             "loading those would run their code; save the tensors alone, with torch.save"
@@ -55,7 +55,7 @@ def _records(path: Path) -> Counter[int]:
         members = archive.infolist()
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-            raise ShardError(f"{path}: {shortened(member.filename)} is compressed, not by torch")
+            raise ShardError(f"{path}: {short(member.filename)} is compressed, not by torch")
     if sum(member.file_size for member in members) > path.stat().st_size:
         raise ShardError(f"{path}: its records are larger than the file")
     return Counter(member.file_size for member in members)
@@ -114,7 +114,7 @@ class _Collection:
 
 
 def _of(name: str) -> str:
-    return f" at {shortened(repr(name))}" if name else ""
+    return f" at {short(repr(name))}" if name else ""
 
 
 @contextmanager
