@@ -221,3 +221,22 @@ def test_state_dict_round_trip_is_exact():
     other.load_state_dict(sae.state_dict())
     for name, tensor in sae.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sae, x: sae(x),
+        lambda sae, x: sae.encode(x),
+        lambda sae, x: sae.decode(sae.encode(torch.from_numpy(x)).dense().detach().numpy()),
+        lambda sae, x: sae.training_loss(x),
+        lambda sae, x: sae.get_reconstruction_error(x, x),
+    ],
+)
+def test_an_array_is_refused_in_a_line_that_names_the_remedy(call):
+    sae = make_sae()
+    x = make_batch(sae).numpy()
+    with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: torch\.from_numpy makes"):
+        call(sae, x)
+    with pytest.raises(TypeError, match=r"x must be a tensor, got list"):
+        sae.encode(x.tolist())

@@ -61,6 +61,12 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_one_layer_or_hook_point_stands_by_itself() -> None:
+    assert list(_train(layers=1)) == ["residual.1"]
+    assert list(_train(hook_points="mlp_out.2")) == ["mlp_out.2"]
+    assert list(_train(layers=1, init_seeds=3)) == ["residual.1"]
+
+
 def test_without_a_configuration_the_defaults_are_those_of_the_command() -> None:
     (sae,) = _train(config=None).values()
     assert (sae.config.k, sae.config.d_sae) == (192, 32 * 16)

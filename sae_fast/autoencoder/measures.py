@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import statistics
-from sae_fast.autoencoder.units import Units
+from sae_fast.autoencoder.units import Units, require_tensor
 
 
 class Measures(Units):
@@ -109,6 +109,8 @@ class Measures(Units):
         return statistics.reconstruction_error(*self._rows_of_both(x, x_hat))
 
     def _rows_of_both(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+        require_tensor(x, "x")
+        require_tensor(x_hat, "x_hat")
         if x.shape != x_hat.shape:
             shapes = tuple(x.shape), tuple(x_hat.shape)
             raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")

@@ -44,6 +44,7 @@ from sae_fast.autoencoder.transcoder import (
     transcoder_buffers,
     transcoder_parameters,
 )
+from sae_fast.autoencoder.units import require_tensor
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.ops.full_precision import addmm
@@ -184,7 +185,9 @@ class SparseAutoencoder(Measures):
         Of a transcoder the result is what it predicts, with d_out columns; a skip connection also
         needs the `x` that was encoded. A dense code leaves dense gradients in any case.
         """
-        if not isinstance(code, Tensor) and code.d_sae != self.config.d_sae:
+        if not isinstance(code, ops.Code):
+            require_tensor(code, "code")
+        elif code.d_sae != self.config.d_sae:
             raise ValueError(
                 f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
             )

@@ -8,6 +8,13 @@ from torch import Tensor, nn
 from sae_fast.config import SAEConfig
 
 
+def require_tensor(given: object, name: str) -> None:
+    """Raise TypeError for what is no tensor, such as an array of NumPy."""
+    if not isinstance(given, Tensor):
+        kind = type(given).__name__
+        raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")
+
+
 class Units(nn.Module):
     """Base of the model: the normalisation of its activations and, of a transcoder, its targets."""
 
@@ -103,7 +110,11 @@ class Units(nn.Module):
         return self._rows(x, name, "d_out")
 
     def _rows(self, x: Tensor, name: str = "x", width: str = "d_in") -> Tensor:
-        """`x` as a matrix of the parameters' dtype; raises ValueError unless it is that wide."""
+        """`x` as a matrix of the parameters' dtype; raises ValueError unless it is that wide.
+
+        Raises TypeError for what is no tensor.
+        """
+        require_tensor(x, name)
         columns: int = getattr(self.config, width)
         if x.ndim == 0 or x.shape[-1] != columns:
             raise ValueError(

@@ -53,8 +53,9 @@ def train_from_model(
             a training straight from a model.
         directory: where the runs are written, each in a folder of its name; None: nowhere.
         show_progress: whether to show a progress bar.
-        settings: of FromModelConfig, such as layers, hook_points, max_tokens, batch_size (in
-            sequences), ctx_len and heldout_tokens; seeds and max_tokens may be in `config` too.
+        settings: of FromModelConfig, such as layers, hook_points (of which one may stand by
+            itself), max_tokens, batch_size (in sequences), ctx_len and heldout_tokens; seeds and
+            max_tokens may be in `config` too.
 
     Raises:
         ValueError: in one line, naming what does not fit.
@@ -86,14 +87,19 @@ def _of(train: TrainConfig) -> dict[str, Any]:
 
 
 def _settings(settings: dict[str, Any]) -> FromModelConfig:
-    """The settings of the model and its text; lists become tuples."""
-    names = {item.name for item in fields(FromModelConfig)} - _OF_THE_COMMAND
-    reject_unknown_keys(settings, sorted(names))
+    """The settings of the model and its text; lists, and one value in place of them, are tuples."""
+    known = {item.name: item for item in fields(FromModelConfig)}
+    reject_unknown_keys(settings, sorted(known.keys() - _OF_THE_COMMAND))
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, (list, range)) else value
+        name: _several(value) if isinstance(known[name].default, tuple) else value
         for name, value in settings.items()
     }
     return FromModelConfig(**values)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    """Values as a tuple; a single one is a tuple of it."""
+    return tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
 
 
 def _documents(texts: Sequence[object], settings: FromModelConfig) -> Documents:
