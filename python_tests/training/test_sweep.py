@@ -65,6 +65,34 @@ def _assert_same(one: Trainer, other: Trainer) -> None:
     assert _rows(one) == _rows(other)
 
 
+def test_progress_lines_of_several_trainings_say_that_they_are_means(
+    tmp_path: Path, base: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    for values, words in (
+        ([2, 3], "step 24: mean of 2 trainings: loss "),
+        ([2], "step 24: loss "),
+    ):
+        caplog.clear()
+        train = replace(base.train, checkpoint_dir=None)
+        configs = _read(tmp_path, RunConfig(sae=base.sae, train=train), {"k": values})
+        with caplog.at_level("INFO", logger="sae_fast"):
+            Sweep(configs).train()
+        (line,) = [line for line in caplog.messages if line.startswith("step 24")]
+        assert line.startswith(words)
+
+
+def test_a_sweep_in_inference_mode_is_to_the_bit_what_it_is_outside(
+    tmp_path: Path, base: RunConfig
+) -> None:
+    train = replace(base.train, checkpoint_dir=None)
+    configs = _read(tmp_path, RunConfig(sae=base.sae, train=train), {"k": [2, 3]})
+    expected = Sweep(configs, show_progress=False).train()
+    with torch.inference_mode():
+        found = Sweep(configs, show_progress=False).train()
+    for name, model in expected.items():
+        assert all(map(torch.equal, model.state_dict().values(), found[name].state_dict().values()))
+
+
 def test_each_training_is_to_the_bit_what_it_is_alone(tmp_path: Path, base: RunConfig) -> None:
     configs = _read(tmp_path, base, DIFFERENT)
     sweep = Sweep(configs, show_progress=False)

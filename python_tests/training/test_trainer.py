@@ -324,6 +324,28 @@ def test_progress_lines_tell_what_matters(
         assert part in line
 
 
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "relu", "jumprelu", "gated"])
+@pytest.mark.parametrize("inside", ["made", "trained", "both"])
+def test_inference_mode_of_the_caller_changes_no_bit(
+    activations: torch.Tensor, heldout: torch.Tensor, arch: Any, inside: str
+) -> None:
+    def trained(*inference: bool) -> Trainer:
+        with torch.inference_mode(inference[0]):
+            rows, held = activations.clone(), heldout.clone()
+            sae = SAEConfig(arch=arch, d_sae=64, decorrelation_coeff=0.1)
+            run = replace(RUN, average_decay=0.9, eval_every=5)
+            trainer = Trainer(sae, run, rows, heldout=held, show_progress=False)
+        with torch.inference_mode(inference[1]):
+            trainer.train()
+        return trainer
+
+    expected = trained(False, False)
+    found = trained(inside != "trained", inside != "made")
+    assert all(map(torch.equal, _parameters(expected), _parameters(found)))
+    assert _losses(expected) == _losses(found)
+    assert not any(value.is_inference() for value in found.model().state_dict().values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_type_of_torch_changes_no_bit(
     activations: torch.Tensor, heldout: torch.Tensor, dtype: torch.dtype

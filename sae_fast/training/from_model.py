@@ -151,6 +151,7 @@ class FromModelConfig:
         )
 
 
+@torch.inference_mode(False)  # as in Trainer
 def open_from_model(
     model: str | LanguageModel,
     dataset: str | Documents,

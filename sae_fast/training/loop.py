@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sae_fast.training.trainer import Trainer
 
 
+@torch.inference_mode(False)
 def run_steps(trainers: Sequence[Trainer], stop: StopOnSignal, *, show_progress: bool) -> None:
     """Make all steps of all trainers, or those up to a signal, and finish their runs.
 
@@ -64,7 +65,7 @@ def _make_one_step_each(trainers: Sequence[Trainer], progress: Progress) -> bool
         prune_together(trainers)
     if rows:
         last = all(trainer.step == trainer.total_steps for trainer in left)
-        progress.show(rows[0] if len(rows) == 1 else _mean(rows), last=last)
+        progress.show(rows[0] if len(rows) == 1 else _mean(rows), last=last, runs=len(rows))
     return bool(left)
 
 

@@ -39,9 +39,11 @@ class Progress:
         """Counts one step's tokens."""
         self._bar.update(tokens)
 
-    def show(self, row: Row, *, last: bool = False) -> None:
-        """Shows the figures of a logged step."""
+    def show(self, row: Row, *, last: bool = False, runs: int = 1) -> None:
+        """Shows the figures of a logged step; those of several runs are their means."""
         text = _describe(row)
+        if runs > 1:
+            text = f"mean of {runs} trainings: {text}"
         self._bar.set_postfix_str(text, refresh=False)
         due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
         if self._shown and self._bar.disable and (due or last):

@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_fast.activations.files import (
     folders_of_shards,
     shards_in,
@@ -72,6 +74,7 @@ class Sweep:
         ValueError: naming the training whose data, configuration, memory or directory is wrong.
     """
 
+    @torch.inference_mode(False)  # as in Trainer
     def __init__(
         self,
         configs: Mapping[str, RunConfig],

@@ -106,6 +106,7 @@ class Trainer:
             has been written then.
     """
 
+    @torch.inference_mode(False)  # whatever the caller has set: what is made is trained
     def __init__(
         self,
         sae_config: SAEConfig | RunConfig,
