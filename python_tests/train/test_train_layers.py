@@ -11,6 +11,7 @@ from train_runs import Run, assert_same, metrics, refused
 
 from sae_fast.activations import write_shard
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
 
 WIDTHS = {"mlp_out.1": 12, "residual.0": 8, "residual.10": 8}
 
@@ -102,11 +103,23 @@ def save_rows(path: Path, rows: torch.Tensor) -> None:
 
 
 def test_files_of_tensors_beside_layers_of_shards_are_no_layer(run_small: Run) -> None:
-    Path("captured/notes").mkdir()
-    for name in ("captured/means.pt", "captured/notes/means.npy", "captured/means.npy"):
+    for name in ("captured/means.pt", "captured/means.npy"):
         save_rows(Path(name), torch.ones(3, 8))
-    assert run_small("--shard-dir", "captured", "--checkpoint-dir", "all")[0] == 0
+    # A model is no folder of activations.
+    model = SparseAutoencoder(SAEConfig(d_in=8, d_sae=16, k=2))
+    model.save("captured/model")
+    code, _, err = run_small("--shard-dir", "captured", "--checkpoint-dir", "all")
+    assert code == 0
     assert list(json.loads(Path("all/sweep.json").read_text())["runs"]) == list(WIDTHS)
+    assert "not read, because the folders in it hold shards" in err
+
+
+def test_layers_of_two_kinds_of_files_are_refused(run_small: Run) -> None:
+    for name in ("residual.3", "residual.4"):
+        Path("captured", name).mkdir()
+        save_rows(Path("captured", name, "rows.pt"), torch.ones(300, 8))
+    line = refused(run_small("--shard-dir", "captured"), "residual.3 and residual.4 with files of")
+    assert "beside mlp_out.1, residual.0 and residual.10 with HDF5 shards, not one kind" in line
 
 
 def test_targets_of_several_layers_are_refused(run_small: Run) -> None:

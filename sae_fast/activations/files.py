@@ -23,6 +23,7 @@ TENSOR_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 # What sae_fast.convert_shards turns into shards.
 IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet")
 HELDOUT_PATTERN = "heldout*"
+MODEL_CONFIG = "config.json"  # beside the tensors of a model, which are no activations
 SHOWN_FOLDERS = 10
 
 
@@ -185,13 +186,36 @@ def folders_of_shards(directory: Path) -> list[Path]:
 
     Where none holds HDF5 files, folders with files of tensors are folders of shards.
     """
+    of_shards, of_tensors = _folders_by_kind(directory)
+    return of_shards or of_tensors
+
+
+def require_one_kind(directory: Path) -> None:
+    """Raise ShardError where some folders hold HDF5 shards and others files of tensors."""
+    of_shards, of_tensors = _folders_by_kind(directory)
+    if of_shards and of_tensors:
+        names = listed([path.name for path in of_tensors], SHOWN_FOLDERS)
+        others = listed([path.name for path in of_shards], SHOWN_FOLDERS)
+        raise ShardError(
+            f"{directory}: {names} with files of tensors beside {others} with HDF5 shards, not "
+            "one kind: move them apart, or name one folder"
+        )
+
+
+def _folders_by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The folders with HDF5 shards, and the others with files of tensors; models are neither."""
     if not directory.is_dir():
-        return []
+        return [], []
     folders = sorted(
         path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
-    found = [path for path in folders if shards_in(path)]
-    return found or [path for path in folders if _tensor_files(path)]
+    of_shards = [path for path in folders if shards_in(path)]
+    of_tensors = [
+        path
+        for path in folders
+        if path not in of_shards and _tensor_files(path) and not (path / MODEL_CONFIG).exists()
+    ]
+    return of_shards, of_tensors
 
 
 def _matching(heldout: str) -> list[Path]:

@@ -25,6 +25,7 @@ import torch
 
 from sae_fast.activations.files import (
     folders_of_shards,
+    require_one_kind,
     shards_in,
     tensor_files_in,
     warn_of_unread,
@@ -167,7 +168,8 @@ def for_every_layer(
     A capture writes such a folder for each hook point. Names begin with the folder's, and each run
     has a directory of its name in `directory`. None: shard_dir is itself a folder of shards.
 
-    Raises ValueError naming a setting that holds one place for all layers.
+    Raises ValueError naming a setting that holds one place for all layers, or folders with files of
+    another kind.
     """
     place = next(iter(configs.values())).train.shard_dir
     if place is None or not Path(place).is_dir() or shards_in(Path(place)):
@@ -176,6 +178,7 @@ def for_every_layer(
     # Files of tensors in it make it one itself, unless the folders in it hold HDF5 shards.
     if not any(map(shards_in, layers)) and tensor_files_in(Path(place)):
         return None
+    require_one_kind(Path(place))
     warn_of_unread(Path(place), "the folders in it hold shards")
     found = {}
     for layer, (own, config) in itertools.product(layers, configs.items()):
