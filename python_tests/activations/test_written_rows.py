@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,6 +180,21 @@ def test_a_chunk_shorter_than_its_fletcher_checksum_is_damage(tmp_path):
     place = content.index(size.to_bytes(4, "little") + bytes(4))  # in the index of chunks
     path.write_bytes(content[:place] + (2).to_bytes(4, "little") + content[place + 4 :])
     assert "a chunk of 'activations' is stored as 2 bytes" in message_of(tmp_path)
+
+
+# The keys of the first row, column and byte that stand before a chunk and behind the last one.
+@pytest.mark.parametrize("key", [(3900, 0, 0), (3900, 8, 4), (2000, 0, 0)])
+@pytest.mark.parametrize("options", [{}, {"compression": "gzip"}, {"fletcher32": True}])
+def test_a_chunk_that_its_index_lists_and_does_not_lead_to_is_damage(tmp_path, options, key):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("activations", data=ROWS, chunks=(100, 8), **options)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<Q", content, content.index(struct.pack("<QQQ", *key)), key[0] - 100)
+    path.write_bytes(content)
+    with h5py.File(path) as file:
+        assert (file["activations"][:] == 0).all(axis=1).any()  # what HDF5 reads for it
+    assert "the index of 'activations' does not lead to the chunk" in message_of(tmp_path)
 
 
 def test_a_heap_of_texts_that_never_ends_is_damage(tmp_path):
