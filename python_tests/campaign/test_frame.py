@@ -35,6 +35,11 @@ def hang(_):
         time.sleep(1)
 
 
+def spin(_):
+    while True:
+        pass
+
+
 def leak(_):
     os.open("/dev/null", os.O_RDONLY)
     return "fine"
@@ -79,10 +84,21 @@ def test_failures_are_told_when_they_come(tmp_path):
     assert log.getvalue() == "try 0 failed: a wrong number\ntry 1 failed: a wrong number\n"
 
 
-def test_a_try_that_hangs_is_ended(tmp_path):
-    report = report_of(hang, tmp_path, tries=3, seconds=0.2)
+@pytest.mark.parametrize("endless", [hang, spin])
+def test_a_try_that_hangs_is_ended(tmp_path, endless):
+    report = report_of(endless, tmp_path, tries=3, seconds=0.1)
     assert report.outcomes == {"fine": 2}
-    assert report.failures == {1: "no end within 0.2 s"}
+    assert report.failures == {1: "no end within 0.1 s computed"}
+
+
+def test_a_process_that_the_machine_keeps_waiting_does_not_hang():
+    def wait():
+        time.sleep(3 * seconds)
+        return 5
+
+    seconds = 0.3
+    ended = run_aside(wait, seconds=seconds)
+    assert (ended.code, ended.hung) == (5, False)
 
 
 def test_a_try_has_the_random_numbers_of_its_number(tmp_path):
@@ -124,7 +140,8 @@ def test_a_command_aside_has_its_folder_limits_and_output(tmp_path):
     assert (ended.code, ended.signal, ended.hung) == (3, None, False)
     assert (ended.out, ended.err) == (f"{tmp_path} red\n", "40\n")
     assert run_aside(lambda: crash(None)).signal == signal.SIGKILL
-    assert run_aside(lambda: hang(None), seconds=0.2).hung
+    assert run_aside(lambda: hang(None), seconds=0.1).hung
+    assert run_aside(lambda: spin(None), seconds=0.1).hung
 
 
 def complain(code, *lines):

@@ -28,6 +28,10 @@ from pathlib import Path
 from typing import IO, Any
 
 LONGEST_LINE = 2000  # characters of an error that is to fit on a screen
+# A process hangs when it has computed for the seconds that it may take, or has been there for so
+# many times as long: how long a computation takes from its begin to its end says how busy the
+# machine is, and not whether it ends.
+PATIENCE = 20
 
 
 class Failed(Exception):
@@ -58,7 +62,7 @@ class Campaign:
         tries: how many make the long form.
         short: how many make the short form, some ten seconds.
         prepare: fills the folder shared by all tries, in a child process of its own.
-        seconds: how long one try may take.
+        seconds: how long one try may compute.
         block: tries that one child process makes, one after the other.
     """
 
@@ -139,7 +143,7 @@ def _run_block(
     with open(receiver, encoding="utf-8") as lines:
         # One message a try; waiting for its first byte is waiting for the try.
         while not ended and done < len(numbers):
-            ready = select.select([lines], [], [], campaign.seconds)[0]
+            ready = _is_ready(lines, child, campaign.seconds)
             if not ready:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child, signal.SIGKILL)  # with its children, which hold the pipe too
@@ -153,7 +157,7 @@ def _run_block(
                     report.failures[numbers[done]] = text
                 done += 1
             elif not ready:
-                report.failures[numbers[done]] = f"no end within {campaign.seconds:g} s"
+                report.failures[numbers[done]] = f"no end within {campaign.seconds:g} s computed"
     _, status = os.waitpid(child, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # processes that a try has left behind
@@ -217,7 +221,7 @@ def run_aside(
     Args:
         work: what to do; an integer that it returns is the exit code, as of a command's `main`.
         folder: the child's current directory.
-        seconds: after this time the child is killed.
+        seconds: after so many of computing, or PATIENCE times as many in all, it is killed.
         limits: of resources, as for `resource.setrlimit`.
         variables: of the environment, set in the child.
     """
@@ -236,7 +240,7 @@ def run_aside(
                 resource.setrlimit(what, (value, value))
             _leave(work)
         waiting = os.pidfd_open(child)
-        hung = not select.select([waiting], [], [], seconds)[0]
+        hung = not _is_ready(waiting, child, seconds)
         os.close(waiting)
         if hung:
             os.kill(child, signal.SIGKILL)
@@ -247,6 +251,23 @@ def run_aside(
             texts.append(file.read().decode(errors="replace"))
     number = -code if code < 0 else None
     return Ended(None if code < 0 else code, number, hung, texts[0], texts[1])
+
+
+def _is_ready(stream: IO[str] | int, child: int, seconds: float) -> bool:
+    """Wait until a stream can be read; False where the child that it comes from hangs."""
+    start, before = time.monotonic(), _computed(child)
+    while not select.select([stream], [], [], min(1.0, seconds))[0]:
+        spent, waited = _computed(child) - before, time.monotonic() - start
+        if spent > seconds or waited > PATIENCE * seconds:
+            return bool(select.select([stream], [], [], 0)[0])
+    return True
+
+
+def _computed(child: int) -> float:
+    """Seconds that a child, and the children it has waited for, have been on a processor."""
+    text = Path(f"/proc/{child}/stat").read_text(encoding="ascii", errors="replace")
+    ticks = text.rpartition(")")[2].split()[11:15]  # behind the name, which may hold spaces
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def refusal(ended: Ended) -> str:
