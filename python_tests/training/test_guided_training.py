@@ -288,10 +288,19 @@ def test_the_plan_counts_the_probe_and_the_pairs() -> None:
 class _Unlabelled:
     """A caller's source that knows no columns."""
 
-    d_in, rows_per_epoch = D_IN, 640
+    d_in, rows_per_epoch, tokens_served, stall_seconds = D_IN, 640, 0, 0.0
 
     def next_batch(self) -> torch.Tensor:
         return torch.zeros(64, D_IN)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from sae_fast.activations import (
     ActivationStream,
     Column,
     HeldOut,
-    LabelledSource,
     Rows,
     ShardMix,
     TensorStream,
@@ -28,7 +26,9 @@ from sae_fast.activations import (
 from sae_fast.activations.resident import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.batches import next_rows
 from sae_fast.training.device import checked_device
+from sae_fast.training.given_source import GivenSource
 from sae_fast.training.guidance import check_columns, label_columns, needs_sequences
 from sae_fast.training.shard_files import open_heldout_shards, open_training_shards
 from sae_fast.training.shared import SharedReader, SharedSource
@@ -108,11 +108,8 @@ class TrainingData:
             _require_tensor("data", data)
         else:
             self._given = data
-            served = getattr(data, "batch_size", config.batch_size)
-            if served != config.batch_size:
-                raise ValueError(
-                    f"batch_size must be {config.batch_size}, got a source that serves {served}"
-                )
+            if not isinstance(data, SharedReader):
+                GivenSource(data, config.batch_size)  # which checks it
         first: Any = self._given or (self._shared.source if self._shared else self.open(None))
         told = getattr(first, "origin", {}) if self._shards is None else full_origin(self._shards)
         self.origin: Mapping[str, Any] = told
@@ -158,7 +155,7 @@ class TrainingData:
         assert self._given is not None
         if isinstance(self._given, SharedReader):
             return self._given.transformed(transform, target_transform)
-        return _Given(self._given, transform, target_transform)
+        return GivenSource(self._given, config.batch_size, transform, target_transform)
 
     def normalization(self) -> Transform:
         """The mean of the rows, and the scale that brings their norm to sqrt(D)."""
@@ -183,9 +180,9 @@ class TrainingData:
 
     def _sampled(self) -> list[Rows]:
         """The first batches of the caller's source, which are served again."""
-        source = _Given(cast(ActivationSource, self._given), None)
+        source = self.open(None)
         position = source.state_dict()
-        sample = [source.next_rows() for _ in range(_SAMPLED_BATCHES)]
+        sample = [next_rows(source) for _ in range(_SAMPLED_BATCHES)]
         source.load_state_dict(position)
         return sample
 
@@ -234,50 +231,6 @@ class TrainingData:
                 f"got {tuple(targets.shape)}"
             )
         return targets.reshape(rows, self.d_out).float()
-
-
-class _Given:
-    """A caller's source with a transform applied to what it serves, and one to the targets."""
-
-    def __init__(
-        self,
-        source: ActivationSource,
-        transform: Transform | None,
-        target_transform: Transform | None = None,
-    ) -> None:
-        self._source = source
-        self._transform = transform
-        self._target_transform = target_transform
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def next_batch(self) -> Tensor:
-        """The source's next rows, normalised."""
-        return _normalized(self._source.next_batch(), self._transform)
-
-    def next_rows(self) -> Rows:
-        """The same with their columns, where the source has any."""
-        if not hasattr(self._source, "next_rows"):
-            return Rows(self.next_batch(), {})
-        x, columns = cast(LabelledSource, self._source).next_rows()
-        if self._target_transform is not None:
-            targets = _normalized(columns[TARGETS], self._target_transform)
-            columns = {**columns, TARGETS: targets}
-        return Rows(_normalized(x, self._transform), columns)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The source's position; a copy, as the source may go on before it is saved."""
-        return copy.deepcopy(self._source.state_dict())
-
-
-def _normalized(
-    batch: Tensor,  # [N, D], the caller's, who has no more use for it
-    transform: Transform | None,
-) -> Tensor:
-    if transform is None:
-        return batch
-    return batch.sub_(transform.mean.to(batch.device)).mul_(transform.scale)
 
 
 # Which rows of which shards are read, and how: given data have none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -121,13 +122,20 @@ def _count(name: str, count: int | None, labels: Column) -> int:
         raise ValueError(f"{where} holds real numbers; arch slots needs whole ones")
     if labels.maximum < 0:
         raise ValueError(f"{where}: no token has a label, all are -1")
-    needed = int(labels.maximum) + 1
+    needed = _largest(labels, where) + 1
     if count is not None and needed > count:
         raise ValueError(
             f"{where} has the label {needed - 1}, but {name} is {count}: "
             f"labels are 0 to {count - 1}"
         )
     return _counted(name, where, needed) if count is None else count
+
+
+def _largest(labels: Column, where: str) -> int:
+    """The largest label; raises ValueError where a caller's own source does not say it."""
+    if labels.maximum == math.inf:
+        raise ValueError(f"{where}: the source must say the largest label, Column(maximum=...)")
+    return int(labels.maximum)
 
 
 def _counted(name: str, where: str, needed: int) -> int:
@@ -154,7 +162,7 @@ def _with_probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> SAECon
             f"{where} holds real numbers; probe_task classification needs whole ones, "
             "regression (--probe-task) takes both"
         )
-    needed = int(labels.maximum) + 1
+    needed = _largest(labels, where) + 1
     if sae.probe_classes is not None and needed > sae.probe_classes:
         raise ValueError(
             f"{where} has the label {needed - 1}, but probe_classes is {sae.probe_classes}: "
