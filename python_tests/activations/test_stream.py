@@ -242,7 +242,7 @@ def test_changed_shards_are_noticed_on_resume(make_shards):
     write_shard(directory / "train_01.h5", torch.ones(30, 4), chunk_rows=8)
     assert "train_01.h5 has other content" in message()
     (directory / "train_01.h5").rename(directory / "train_02.h5")
-    assert "train_01.h5 is gone, train_02.h5 is new" in message()
+    assert "train_01.h5 is gone and train_02.h5 is new" in message()
 
 
 @pytest.mark.parametrize("has_targets", [False, True])

@@ -110,6 +110,35 @@ def test_a_shard_without_a_checksum_that_changed_is_refused_on_resume(
     refused(result, "the shards are not those of the checkpoint: a.h5 has other content")
 
 
+@pytest.mark.parametrize("where", ["beside", "apart"])
+def test_a_held_out_shard_that_changed_is_refused_on_resume(
+    run: Run, run_small: Run, shards: Path, where: str
+) -> None:
+    flags: tuple[object, ...] = ("--shard-dir", shards, "--checkpoint-dir", "run")
+    (held,) = shards.glob("heldout*")
+    if where == "apart":
+        held = held.rename(Path("aside.h5"))
+        flags += ("--heldout", held)
+    assert run_small(*flags, "--max-steps", 3)[0] == 0
+    assert run("--resume-from", "run", "--max-steps", 4)[0] == 0
+    with h5py.File(held, "r+") as file:
+        rows = file["activations"].shape[0]
+        file.attrs.pop("checksum", None)
+        file["activations"].attrs.pop("checksum", None)
+        file["activations"][rows // 2] = 1
+    words = f"the held-out shards are not those of the checkpoint: {held.name} has other content"
+    refused(run("--resume-from", "run", "--max-steps", 5), words)
+    other = held.rename(held.with_name("heldout_other.h5"))
+    changed = ("--heldout", other) if where == "apart" else ()
+    result = run("--resume-from", "run", "--max-steps", 5, *changed)
+    refused(result, f"{held.name} is gone and heldout_other.h5 is new")
+    other.unlink()
+    Path("none").mkdir()
+    assert run_small(*flags[:2], "--checkpoint-dir", "bare", "--max-steps", 3)[0] == 0
+    shutil.copy(next(shards.glob("*.h5")), shards / "heldout_9.h5")
+    assert run("--resume-from", "bare", "--max-steps", 5)[0] == 0  # there were none to compare with
+
+
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The rows that Weights & Biases gets, offline."""

@@ -170,6 +170,32 @@ def test_another_model_is_refused(
         Trainer(changed, run, show_progress=False)
 
 
+def test_other_held_out_rows_and_labels_are_refused(tmp_path: Path) -> None:
+    rows, held = torch.randn(640, 16), torch.randn(128, 16)
+    columns = {"relation": torch.arange(640) % 3}
+    labels = {"relation": torch.arange(128) % 3}
+    names = {"relation_labels": "relation", "slots_mode": "separate_activation"}
+    sae = SAEConfig(arch="slots", d_sae=64, **names)  # type: ignore[arg-type]
+    run = replace(RUN, checkpoint_dir=str(tmp_path), max_steps=3)
+
+    def trainer(held: torch.Tensor, labels: torch.Tensor, **changes: Any) -> Trainer:
+        return Trainer(
+            *(sae, replace(run, **changes), rows),
+            heldout=held,
+            columns=columns,
+            heldout_columns={"relation": labels},
+            show_progress=False,
+        )
+
+    trainer(held, labels["relation"]).train()
+    further = {"resume_from": str(tmp_path), "max_steps": 4}
+    trainer(held, labels["relation"], **further).train()
+    further["max_steps"] = 5
+    for other, own in ((held + 1, labels["relation"]), (held, labels["relation"].flip(0))):
+        with pytest.raises(CheckpointError, match="the held-out rows are not those of the check"):
+            trainer(other, own, **further)
+
+
 def test_other_data_and_another_width_are_refused(straight: Any, tmp_path: Path) -> None:
     straight(max_steps=2)
     for width, complaint in ((16, "does not fit this run: .*shards"), (12, "d_in = 16.* 12 wide")):

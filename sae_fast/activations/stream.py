@@ -24,6 +24,7 @@ from sae_fast.activations.reader import (
 from sae_fast.activations.resident import ResidentRows
 from sae_fast.activations.row_scan import RepeatedRows
 from sae_fast.activations.shard import DEFAULT_KEY
+from sae_fast.activations.shard_identity import check_same_shards, identity_of, saved_shards
 from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
 from sae_fast.activations.source import Rows, Transform, check_state
@@ -114,7 +115,7 @@ class ActivationStream:
         on_gpu = keep_on is not None and keep_on.type == "cuda"
         self._pin_memory = device is not None and device.type == "cuda" and not on_gpu
         self._kept: list[ResidentRows] = []
-        self._identities: list[list[tuple[str, str]]] | None = None
+        self._identities: list[dict[str, Any]] | None = None
         self._described: list[dict[str, Any]] | None = None
         self._shown: tuple[list[tuple[int, int]], list[Path]] | None = None
         self._cursors: Cursors = (Cursor(),) * len(self._plans)
@@ -249,12 +250,8 @@ class ActivationStream:
         """
         if self._described is None:  # once: a position is taken at every step
             self._described = [
-                {
-                    "origin": origin_of(part),
-                    "shards": [list(item) for item in identities],
-                    "contents": part.contents(),
-                }
-                for part, identities in zip(self._mix.sets, self._known_identities(), strict=True)
+                {"origin": origin_of(part), **identity}
+                for part, identity in zip(self._mix.sets, self._known_identities(), strict=True)
             ]
         state = {
             "version": STATE_VERSION,
@@ -283,13 +280,12 @@ class ActivationStream:
         if not isinstance(sets, list) or len(sets) != len(self._plans):
             raise ValueError(f"data position: must be of {len(self._plans)} sets of shards")
         cursors = []
-        for now, plan, identities, before in zip(
+        for now, plan, identity, before in zip(
             self._mix.sets, self._plans, self._known_identities(), sets, strict=True
         ):
-            known = saved_shards(before)
+            saved_shards(before)
             check_origin(now, before.get("origin", {}))
-            _check_same_shards(known, identities)
-            _check_same_contents(known, saved_contents(before, len(known)), now.contents())
+            check_same_shards(before, identity)
             cursors.append(saved_cursor(before.get("cursor"), plan))
         self._halt()
         self._cursors = tuple(cursors)
@@ -299,9 +295,9 @@ class ActivationStream:
         """What a position says of a mix: rows of each set in a period."""
         return {"mix": self._mix.counts} if len(self._mix.sets) > 1 else {}
 
-    def _known_identities(self) -> list[list[tuple[str, str]]]:
+    def _known_identities(self) -> list[dict[str, Any]]:
         if self._identities is None:
-            self._identities = [part.identities() for part in self._mix.sets]
+            self._identities = [identity_of(part) for part in self._mix.sets]
         return self._identities
 
     def close(self) -> None:
@@ -335,59 +331,3 @@ def checked_transform(transform: Transform | None, d_in: int) -> Transform | Non
 def placed(transform: Transform | None, device: torch.device | None) -> Transform | None:
     """A transform of rows that are on this device."""
     return transform and transform._replace(mean=transform.mean.to(device))
-
-
-def saved_shards(position: Any) -> list[tuple[str, str]]:
-    """Names and digests of the shards in a saved position; raise ValueError for anything else."""
-    if not isinstance(position, dict) or not isinstance(position.get("origin", {}), dict):
-        raise ValueError("data position: a set of shards must be a JSON object with its origin")
-    shards = position.get("shards")
-    pairs = [tuple(item) for item in shards if isinstance(item, list)] if shards else []
-    texts = all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
-    if not isinstance(shards, list) or len(pairs) != len(shards) or not texts:
-        raise ValueError("data position: shards must be a list of names with their digests")
-    return [(name, digest) for name, digest in pairs]
-
-
-def saved_contents(position: dict[str, Any], count: int) -> list[str]:
-    """Digests of the rows of each shard in a saved position; raise ValueError for anything else.
-
-    Positions of earlier releases have none, and a shard has "" where its digest was not known.
-    """
-    contents = position.get("contents", [""] * count)
-    if not isinstance(contents, list) or not all(isinstance(item, str) for item in contents):
-        raise ValueError("data position: contents must be a list of digests")
-    if len(contents) != count:
-        raise ValueError(f"data position: contents must be of {count} shards")
-    return contents
-
-
-def _check_same_contents(shards: list[tuple[str, str]], before: list[str], now: list[str]) -> None:
-    """Raise ValueError naming the shards with other rows, as far as both digests are known."""
-    _refuse_changes(
-        [
-            f"{name} has other content"
-            for (name, _), old, new in zip(shards, before, now, strict=True)
-            if old and new and old != new
-        ]
-    )
-
-
-def _check_same_shards(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> None:
-    if before == now:
-        return
-    old, new = dict(before), dict(now)
-    changes = [
-        *(f"{name} is gone" for name in old if name not in new),
-        *(f"{name} is new" for name in new if name not in old),
-        *(f"{name} has other content" for name in new if old.get(name, new[name]) != new[name]),
-    ]
-    _refuse_changes(changes or ["their order is another"])
-
-
-def _refuse_changes(changes: list[str]) -> None:
-    """Raise ValueError where there are any."""
-    if not changes:
-        return
-    listed = ", ".join(changes[:4]) + (f" and {len(changes) - 4} more" if len(changes) > 4 else "")
-    raise ValueError(f"the shards are not those of the checkpoint: {listed}")

@@ -172,16 +172,20 @@ class TensorStream:
     def _content(self) -> str:
         """Digest of shape, type and evenly spaced rows, and of the columns."""
         if self._digest is None:
-            digest = hashlib.sha256()
-            _add_sampled_rows(digest, self._rows)
-            for name, column in self._columns.items():
-                digest.update(name.encode())
-                if column.ndim == 2:
-                    _add_sampled_rows(digest, column)
-                else:
-                    digest.update(column.cpu().numpy().data)
-            self._digest = digest.hexdigest()[:16]
+            self._digest = digest_of({"": self._rows, **self._columns})
         return self._digest
+
+
+def digest_of(parts: Mapping[str, Tensor]) -> str:
+    """Return a digest of tensors by name: of matrices shape, type and evenly spaced rows."""
+    digest = hashlib.sha256()
+    for name, part in parts.items():
+        digest.update(name.encode())
+        if part.ndim == 2:
+            _add_sampled_rows(digest, part)
+        else:
+            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device = CPU) -> Tensor:

@@ -17,6 +17,7 @@ from sae_fast.activations import (
     HeldOut,
     Rows,
     ShardMix,
+    ShardSet,
     TensorStream,
     Transform,
     estimate_normalization,
@@ -25,6 +26,8 @@ from sae_fast.activations import (
 )
 from sae_fast.activations.resident import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
+from sae_fast.activations.shard_identity import check_same_shards, identity_of
+from sae_fast.activations.tensor_stream import digest_of
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.batches import next_rows
 from sae_fast.training.device import checked_device
@@ -128,6 +131,8 @@ class TrainingData:
         self.heldout_labels: Mapping[str, Tensor]
         self.heldout_targets: Iterable[Tensor] | None = None
         self.heldout_labels, targets = _split_targets("heldout_columns", heldout_columns, sae)
+        self._heldout_identity: dict[str, Any] | None = None
+        self._heldout_parts: ShardSet | dict[str, Tensor] = {}
         self.heldout = self._open_heldout(heldout, targets)
 
     def open(
@@ -186,6 +191,29 @@ class TrainingData:
         source.load_state_dict(position)
         return sample
 
+    @property
+    def heldout_identity(self) -> dict[str, Any] | None:
+        """What identifies the held-out rows, as JSON can write it, for a run that goes on.
+
+        None without such rows, and where they are a model's, which its own identity is of.
+        """
+        if self._heldout_identity is None and self._heldout_parts:
+            if isinstance(self._heldout_parts, ShardSet):
+                self._heldout_identity = identity_of(self._heldout_parts)
+            else:
+                self._heldout_identity = {"tensor": digest_of(self._heldout_parts)}
+        return self._heldout_identity
+
+    def check_heldout(self, before: dict[str, Any] | None) -> None:
+        """Raise ValueError where there are other held-out rows than `heldout_identity` was of."""
+        now = self.heldout_identity
+        if before is None or now is None:
+            return
+        if "shards" in before and "shards" in now:
+            check_same_shards(before, now, "the held-out shards")
+        elif before != now:
+            raise ValueError("the held-out rows are not those of the checkpoint")
+
     def _open_heldout(
         self, heldout: Tensor | None, targets: Tensor | None
     ) -> Iterable[Tensor] | None:
@@ -207,12 +235,17 @@ class TrainingData:
             if self._sae.transcoder:
                 targets = self._checked_heldout(targets, len(rows))
                 self.heldout_targets = torch.split(targets, config.batch_size)
+            if not isinstance(self._given, SharedReader):
+                self._heldout_parts = {"rows": rows, **self.heldout_labels}
+                if targets is not None:
+                    self._heldout_parts[TARGETS] = targets
             return torch.split(rows, config.batch_size)
         if self._shards is None:
             return None
         shards = open_heldout_shards(config, self._sae, self._shards, self.scans)
         if shards is None:
             return None
+        self._heldout_parts = shards
         self.heldout_labels = read_labels(shards)
         if shards.targets is not None:
             self.heldout_targets = HeldOut(shards.targets, batch_size=config.batch_size)

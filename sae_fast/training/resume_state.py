@@ -37,6 +37,8 @@ def check_values(step: int, state: Mapping[str, Any]) -> None:
     _check_config(state["config"])
     _check_scaler(step, state["loss_scaler"])
     require(isinstance(state["source"], dict), "source", "a JSON object", state["source"])
+    heldout = state.get("heldout")  # what older versions did not write
+    require(heldout is None or isinstance(heldout, dict), "heldout", "a JSON object", heldout)
     _check_scheduler(step, state.get("scheduler_state"))
     _check_best(step, state.get("best"))
     wandb_id = state.get("wandb_id")

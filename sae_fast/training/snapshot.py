@@ -61,6 +61,7 @@ def take_snapshot(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "best": trainer.best,
         "loss_scaler": trainer.scaler.state(),
         "source": trainer.batches.state_dict(),
+        "heldout": trainer.data.heldout_identity,
         "random": random_values(),
         "wandb_id": trainer.wandb_id,
     }
@@ -85,6 +86,7 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.optimizer.check_rule(optimizer)
         check_tensors(checkpoint.step, skipped, tensors, _own_tensors(trainer))
         trainer.batches.load_state_dict(state["source"])
+        trainer.data.check_heldout(state.get("heldout"))
         served = trainer.batches.rows_served()
         require(served in (None, state["tokens"]), "source", f"{state['tokens']} tokens on", served)
     except ValueError as error:

@@ -1,0 +1,82 @@
+"""Which shards a checkpoint is of, and whether those at hand are the same.
+
+They are told apart by the names of their files, by digests of what describes them and of their
+first and last rows and, as far as a scan has read them, by digests of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sae_fast.activations.errors import listed
+from sae_fast.activations.shard_set import ShardSet
+
+_NAMED = 4  # changes in a message
+
+
+def identity_of(shards: ShardSet) -> dict[str, Any]:
+    """Return what identifies a set of shards, as JSON can write it; reads two rows of each."""
+    return {
+        "shards": [list(item) for item in shards.identities()],
+        "contents": shards.contents(),
+    }
+
+
+def check_same_shards(
+    before: Mapping[str, Any], now: Mapping[str, Any], what: str = "the shards"
+) -> None:
+    """Raise ValueError, naming them, where a set of shards is not the one that it was.
+
+    Args:
+        before: what `identity_of` gave when the checkpoint was written, perhaps with other entries.
+        now: what it gives now.
+        what: the shards in the message, a plural.
+    """
+    known, found = saved_shards(before), [(name, digest) for name, digest in now["shards"]]
+    changes = _changes(known, found)
+    if known == found:
+        contents = zip(known, saved_contents(before, len(known)), now["contents"], strict=True)
+        changes = [
+            f"{name} has other content" for (name, _), x, y in contents if x and y and x != y
+        ]
+    if changes:
+        raise ValueError(f"{what} are not those of the checkpoint: {listed(changes, _NAMED)}")
+
+
+def saved_shards(position: Any) -> list[tuple[str, str]]:
+    """Names and digests of the shards in a saved position; raise ValueError for anything else."""
+    if not isinstance(position, dict) or not isinstance(position.get("origin", {}), dict):
+        raise ValueError("data position: a set of shards must be a JSON object with its origin")
+    shards = position.get("shards")
+    pairs = [tuple(item) for item in shards if isinstance(item, list)] if shards else []
+    texts = all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
+    if not isinstance(shards, list) or len(pairs) != len(shards) or not texts:
+        raise ValueError("data position: shards must be a list of names with their digests")
+    return [(name, digest) for name, digest in pairs]
+
+
+def saved_contents(position: Mapping[str, Any], count: int) -> list[str]:
+    """Digests of the rows of each shard in a saved position; raise ValueError for anything else.
+
+    Positions of earlier releases have none, and a shard has "" where its digest was not known.
+    """
+    contents = position.get("contents", [""] * count)
+    if not isinstance(contents, list) or not all(isinstance(item, str) for item in contents):
+        raise ValueError("data position: contents must be a list of digests")
+    if len(contents) != count:
+        raise ValueError(f"data position: contents must be of {count} shards")
+    return contents
+
+
+def _changes(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> list[str]:
+    """What differs between shards by name and digest; nothing where they are equal."""
+    if before == now:
+        return []
+    old, new = dict(before), dict(now)
+    changes = [
+        *(f"{name} is gone" for name in old if name not in new),
+        *(f"{name} is new" for name in new if name not in old),
+        *(f"{name} has other content" for name in new if old.get(name, new[name]) != new[name]),
+    ]
+    return changes or ["their order is another"]
