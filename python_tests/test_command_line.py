@@ -1,5 +1,6 @@
 """How the commands tell of an error in one line, and which errors are faults of the program."""
 
+import resource
 import tracemalloc
 
 import pytest
@@ -37,13 +38,24 @@ def test_what_is_short_or_wrong_is_one_line(error, line):
     assert refusal(error) == line
 
 
+NO_REASON = SystemError("<function f> returned NULL without setting an exception")
+
+
+def test_a_failure_without_a_reason_is_a_lack_of_memory_where_that_is_limited(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 30, resource.RLIM_INFINITY))
+    line = refusal(NO_REASON)
+    assert line.startswith("error: the memory that this process may have is used up (<function f>")
+
+
 def test_memory_that_torch_does_not_get_is_one_line():
     line = refusal(allocation_error())
     assert line.startswith("error: the memory that this process may have is used up (")
     assert "\n" not in line
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), TypeError("x"), KeyError(1)])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a kernel failed"), TypeError("x"), KeyError(1), NO_REASON]
+)
 def test_a_fault_of_the_program_is_raised_again(error):
     with pytest.raises(type(error)) as caught:
         refusal(error)

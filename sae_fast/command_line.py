@@ -20,6 +20,8 @@ _NO_MEMORY = (
     *("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory"),
     "failed to map segment",  # of a library that is loaded when it is first used
 )
+# Python's own words where C code fails and does not say why, as it does without memory.
+_NO_REASON = ("without exception set", "without setting an exception")
 _LONGEST_REASON = 200
 LONGEST_ERROR = 1500  # characters
 
@@ -71,14 +73,25 @@ def refusal(error: Exception) -> str:
     if isinstance(error, ValueError | OSError):
         return one_line(error)
     text = str(error)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | ImportError) and any(words in text for words in _NO_MEMORY)
-    ):
+    if _is_for_want_of_memory(error):
         reason = f" ({' '.join(text.split())[:_LONGEST_REASON]})" if text else ""
         return f"error: the memory that this process may have is used up{reason}"
     if isinstance(error, RuntimeError) and _NO_THREAD in text:
         return f"error: the system starts no more threads for this process ({text})"
     raise error
+
+
+def _is_for_want_of_memory(error: Exception) -> bool:
+    text = str(error)
+    if isinstance(error, SystemError):
+        import resource  # which Windows lacks
+
+        kinds = resource.RLIMIT_AS, resource.RLIMIT_DATA
+        is_limited = any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)
+        return is_limited and any(words in text for words in _NO_REASON)
+    if isinstance(error, RuntimeError | ImportError):
+        return any(words in text for words in _NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def one_line(error: Exception) -> str:

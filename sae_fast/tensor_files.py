@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_fast.memory import LIBRARY_BYTES, require_memory
+
 _CHECKSUM = "crc32"
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -36,6 +38,8 @@ def save_tensors(
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     # One entry: the library writes several in an order that changes from file to file.
     header = {_CHECKSUM: _checksum(tensors)} if metadata is None else dict(metadata)
+    copied = sum(tensor.nbytes for tensor in tensors.values())
+    require_memory(copied + LIBRARY_BYTES)
     path.unlink(missing_ok=True)
     with path.open("xb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -53,6 +57,7 @@ def save_tensors(
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Read a safetensors file; raise ValueError, naming it, where its content is damaged."""
     _require_regular(path)
+    require_memory()
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -70,6 +75,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 def has_checksum(path: Path) -> bool:
     """True where `load_tensors` can tell damaged content."""
+    require_memory()
     try:
         with safe_open(path, framework="pt") as file:
             return _CHECKSUM in (file.metadata() or {})
@@ -80,6 +86,7 @@ def has_checksum(path: Path) -> bool:
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a file by their names, from its header alone; raise ValueError."""
     _require_regular(path)
+    require_memory()
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

@@ -135,6 +135,25 @@ def test_a_full_disk_at_any_point_leaves_the_previous_one(
     assert [path.name for path in store.directory.glob(".*")] == []
 
 
+@pytest.mark.parametrize("failing", ["_write_state", "_point"])
+def test_memory_that_runs_out_leaves_the_previous_one_and_nothing_else(
+    store: CheckpointStore, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(store, 10, best=True)
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    if failing == "_point":  # fails within it, with the new name beside the old one
+        monkeypatch.setattr(os, "replace", out_of_memory)
+    else:
+        monkeypatch.setattr(module, failing, out_of_memory)
+    with pytest.raises(MemoryError):
+        store.save(20, _save_model, {}, {})
+    assert store.newest() == store.path_of(10)
+    assert [path.name for path in store.directory.glob(".*")] == []
+
+
 @pytest.mark.parametrize("limit", [0, 100, 4096, 5000, 70_000])
 def test_a_write_that_fails_at_byte_n_leaves_the_previous_one(
     store: CheckpointStore, limit: int

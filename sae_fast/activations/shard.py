@@ -24,6 +24,7 @@ from sae_fast.activations.files import require_regular
 from sae_fast.activations.hdf5_heaps import require_sound_heaps, require_sound_texts
 from sae_fast.activations.hdf5_layout import contents, find_item, require_written
 from sae_fast.activations.storage import BFLOAT16, FLOAT16, FLOAT32, STORAGES, Array, Storage
+from sae_fast.memory import require_memory
 
 if TYPE_CHECKING:
     import h5py
@@ -296,6 +297,7 @@ def iterate_stored(file: OpenShard) -> Iterator[Array]:
 def _open(path: Path) -> h5py.File:
     import h5py
 
+    require_memory()
     try:
         return h5py.File(path, "r", rdcc_nbytes=CHUNK_CACHE_BYTES, locking="best-effort")
     except FileNotFoundError as error:

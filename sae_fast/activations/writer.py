@@ -26,6 +26,7 @@ from sae_fast.activations.storage import (
     nonfinite_rows,
     storage_of,
 )
+from sae_fast.memory import require_memory
 
 if TYPE_CHECKING:
     import h5py
@@ -114,6 +115,7 @@ class ShardWriter:
             self._temporary = stack.enter_context(replacing(self.path))
             # HDF5 2.0 crashes at exit if a write has failed, so space is set aside before each.
             reserve(self._temporary, 0, BESIDE_BYTES)
+            require_memory()
             self._file = h5py.File(self._temporary, "w")
             self._stack = stack.pop_all()
         self._reserved = 0
@@ -204,6 +206,7 @@ class ShardWriter:
         if count == 0:
             return
         self._reserve(count)
+        require_memory()
         for name, parts in self._pending.items():
             column = np.concatenate(parts)
             # A shard shorter than one chunk gets a chunk of its own size, not one padded on disk.

@@ -137,9 +137,11 @@ class CheckpointStore:
             self._point("latest", final)
             if best:
                 self._point("best", final)
-        except OSError as error:
+        except BaseException as error:  # memory can be used up too
             shutil.rmtree(aside, ignore_errors=True)
-            raise CheckpointError(self._complaint(final, error)) from error
+            if isinstance(error, OSError):
+                raise CheckpointError(self._complaint(final, error)) from error
+            raise
         if prune:
             self.prune(step)
         return final
@@ -217,9 +219,12 @@ class CheckpointStore:
                     self.directory,
                     error.strerror,
                 )
-        if pointer.is_dir() and not pointer.is_symlink():
-            self._remove(pointer)
-        os.replace(aside, pointer)
+        try:
+            if pointer.is_dir() and not pointer.is_symlink():
+                self._remove(pointer)
+            os.replace(aside, pointer)
+        finally:
+            aside.unlink(missing_ok=True)
         _fsync(self.directory)
 
     def _remove(self, path: Path) -> None:

@@ -49,8 +49,9 @@ def out_of_memory(
     """The error of a run that has filled the memory."""
     told = [str(link) for link in _chain(error) if isinstance(link, torch.OutOfMemoryError)]
     reason = (told or [str(error)])[0].partition("\n")[0].partition(". ")[0].rstrip(".")
+    told_by = f" ({reason})" if reason else ""
     return TrainingError(
-        f"step {step}: out of memory ({reason}); {plan.summary()}; lower batch_size, "
+        f"step {step}: out of memory{told_by}; {plan.summary()}; lower batch_size, "
         f"expansion_factor or d_sae, or pool_rows where the host's memory is full"
         f"{_intact(newest_checkpoint)}"
     )

@@ -1,18 +1,23 @@
-"""Commands that run out of something: descriptors, size of a file, threads, disk, permission.
+"""Commands that run out of something: memory, descriptors, file size, threads, disk, permission.
 
 Each ends with 0, or with 2 and one line, leaves no temporary file, and goes on to the very weights
-of an undisturbed run once there is enough of everything.
+of an undisturbed run once there is enough of everything. Where a library ends the process because
+it got no memory, `LIBRARIES` knows which one by its words; that is counted apart, and what it has
+left is cleared away by the run after it, as after a kill.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import functools
 import importlib
 import json
 import os
+import re
 import resource
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -89,13 +94,17 @@ def _attempt(given: Try, name: str, kind: str) -> str:
     out = given.folder / "out"
     out.mkdir()
     ended = LIMITS[kind](given, COMMANDS[name])
-    said = "went through"
-    if ended.code != 0:
+    library = _library_that_ended(ended) if kind in MEMORY else None
+    if library is not None:
+        said = f"ended by {library}"
+    elif ended.code != 0:
         said = "was refused"
         refusal(ended)
     else:
+        said = "went through"
         success(ended)
-    leftovers(out, KNOWN)
+    if library is None:
+        leftovers(out, KNOWN)
     again = list(COMMANDS[name])
     if again[0] == "train":
         again += ["--resume-from", "latest"]
@@ -108,6 +117,32 @@ def _attempt(given: Try, name: str, kind: str) -> str:
 
 # A lock ends with its process, and its file is taken over by the next run.
 KNOWN = (".run.lock",)
+
+# Libraries that end a process, or leave it waiting, when they get no memory: by signal, None for a
+# process that hangs, and their words at the end of stderr. Only memory limits bring them about.
+_FIRST_FRAME = r"Fatal Python error: {}\n\n(Current t|T)hread \w+ \(most recent call first\):\n"
+LIBRARIES: dict[str, tuple[signal.Signals | None, str]] = {
+    # Allocates without a way to tell that it cannot: safetensors, tokenizers.
+    "Rust": (signal.SIGABRT, r"^memory allocation of \d+ bytes failed$"),
+    # The first use of a thread_local with a destructor in a new thread, of torch for one.
+    "glibc": (signal.SIGABRT, r"^Fatal glibc error: failed to register TLS destructor: out of m"),
+    # Dereferences null where the cache of a file is refused (H5AC_create in 2.0) and the like.
+    "HDF5": (
+        signal.SIGSEGV,
+        _FIRST_FRAME.format("Segmentation fault") + r'  File "[^"]*/h5py/[^"]*", line \d+',
+    ),
+    # Thread.start waits for ever for a thread that ended for want of memory before it said so.
+    "Thread.start of Python": (None, r"^Exception ignored in thread started by: .*\nMemoryError"),
+}
+
+
+def _library_that_ended(ended: Ended) -> str | None:
+    """Which of LIBRARIES has ended a process; None: it ended by itself, or by a fault of ours."""
+    for name, (number, words) in LIBRARIES.items():
+        is_so = ended.hung if number is None else ended.signal == number
+        if is_so and re.search(words, ended.err, re.MULTILINE):
+            return name
+    return None
 
 
 def _compare(name: str, given: Try) -> None:
@@ -141,11 +176,13 @@ def _aside(
     given: Try, words: tuple[str, ...] | list[str], prepare: Callable[[], object] | None = None
 ) -> Ended:
     def work() -> int:
+        faulthandler.enable()  # tells where a signal has come from
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if prepare is not None:
             prepare()
         return _main(words)
 
-    return run_aside(work, folder=given.folder, seconds=60)
+    return run_aside(work, folder=given.folder, seconds=20)
 
 
 def _under(what: int, lowest: int, highest: int, used: Callable[[], int]) -> Callable[..., Ended]:
@@ -217,6 +254,16 @@ def _remount(path: Path, flags: int) -> None:
         raise OSError(ctypes.get_errno(), errno.errorcode.get(ctypes.get_errno(), ""), str(path))
 
 
+def _pages(place: int) -> int:
+    """Bytes of this process by /proc/self/statm: 0 all that is mapped, 5 what is private."""
+    number = Path("/proc/self/statm").read_text(encoding="ascii").split()[place]
+    return int(number) * resource.getpagesize()
+
+
+MEMORY: dict[str, Callable[[Try, tuple[str, ...]], Ended]] = {
+    "address space": _under(resource.RLIMIT_AS, 0, 64 * MIB, functools.partial(_pages, 0)),
+    "data": _under(resource.RLIMIT_DATA, 0, 64 * MIB, functools.partial(_pages, 5)),
+}
 LIMITS: dict[str, Callable[[Try, tuple[str, ...]], Ended]] = {
     "descriptors": _under(
         resource.RLIMIT_NOFILE, 0, 24, lambda: max(map(int, os.listdir("/proc/self/fd")))
@@ -225,6 +272,7 @@ LIMITS: dict[str, Callable[[Try, tuple[str, ...]], Ended]] = {
     "threads": _without_threads,
     "small disk": _on_small_disk,
     "read-only": _read_only,
+    **MEMORY,
 }
 CAMPAIGN = Campaign(attempt, tries=300, short=6, prepare=prepare, seconds=180, block=5)
 matplotlib.pyplot.switch_backend("agg")

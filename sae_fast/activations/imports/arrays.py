@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError, listed, one_line, shortened
+from sae_fast.memory import require_memory
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE_FILE = ""  # name of the arrays of a file that has no names
@@ -57,6 +58,7 @@ Opener = Callable[[Path], AbstractContextManager[Arrays]]
 @contextmanager
 def opened(path: Path, opener: Opener) -> Iterator[Arrays]:
     """The arrays of a file; whatever its reader raises becomes a ShardError naming the file."""
+    require_memory()
     try:
         with opener(path) as arrays:
             yield arrays
