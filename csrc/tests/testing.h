@@ -120,6 +120,18 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
+// Bit for bit, except that any NaN equals any other: which of two a sum passes on is the compiler's
+// choice.
+inline bool same_bits_or_nan(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(float)) != 0 && !(std::isnan(a[i]) && std::isnan(b[i]))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // A sparse code with its storage: k entries a token, or rows of any length with offsets.
 struct CodeProblem {
   CodeProblem(Random& random, int64_t tokens, int64_t k, int64_t d_sae, bool with_offsets)

@@ -3,7 +3,7 @@
 #include "kernels/cpu/isa/decode.h"
 
 #include "kernels/cpu/isa/gather.h"
-#include "kernels/cpu/isa/slab.h"
+#include "kernels/cpu/isa/token_strips.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -80,40 +80,26 @@ bool reconstruct_as(const cpu::Code& code, const cpu::Decoder& decoder,
   return true;
 }
 
-// The same, slab by slab over blocks of tokens.
-template <class T>
-bool reconstruct_in_slabs(const cpu::Code& code, const cpu::Decoder& decoder,
-                          const cpu::Reconstruction& to, const cpu::Parallel& parallel) {
-  constexpr int64_t kSlabTokens = int64_t{512} * 1024 / (kSlab * 4);  // half of a 1 MB L2
-  const int64_t share = (code.tokens + parallel.threads() - 1) / parallel.threads();
-  const int64_t rows = share < kSlabTokens ? share : kSlabTokens;
-  const int64_t blocks = (code.tokens + rows - 1) / rows;
-  int64_t most = 0;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t end = (block + 1) * rows < code.tokens ? (block + 1) * rows : code.tokens;
-    const int64_t entries = code.begin(end) - code.begin(block * rows);
-    most = entries > most ? entries : most;
-  }
-  using Worker = SlabReconstruction<T>;
-  const int64_t bytes = (Worker::bytes(rows, decoder.d_sae, most) + 63) / 64 * 64;
-  Scratch scratch(parallel.threads() * bytes);
-  if (!scratch) return false;
-  int64_t next = 0;
-  parallel.for_each(parallel.threads(), [&](int64_t thread) {
-    Worker worker(code, decoder, decoder.d_sae, to, scratch.as<char>(thread * bytes), rows);
-    for (;;) {
-      const int64_t first = __atomic_fetch_add(&next, rows, __ATOMIC_RELAXED);
-      if (first >= code.tokens) return;
-      worker.run(first, first + rows < code.tokens ? first + rows : code.tokens);
-    }
+template <TokenWork kWork>
+bool in_strips(const cpu::Code& code, const cpu::Decoder& decoder, const TokenRows& to,
+               const cpu::Parallel& parallel) {
+  const StripPlan plan(decoder.d_sae, decoder.d_in);
+  return with_element(decoder.type, [&](auto element) {
+    return with_strip_width(plan, [&](auto width) {
+      return TokenStrips<kWork, decltype(width)::value, decltype(element)>(code, decoder, to, plan)
+          .run(parallel);
+    });
   });
-  return true;
 }
 
 }  // namespace
 
 bool decode(const cpu::Code& code, const cpu::Decoder& decoder, float* x_hat,
             const cpu::Parallel& parallel) {
+  if (strips_pay(TokenWork::kDecode, code, decoder)) {
+    return in_strips<TokenWork::kDecode>(code, decoder, {nullptr, x_hat, nullptr, nullptr},
+                                         parallel);
+  }
   return with_element(decoder.type, [&](auto element) {
     for_each_token(code.tokens, parallel, [&](int64_t token) {
       decode_token<decltype(element)>(code, decoder, token, x_hat + token * decoder.d_in);
@@ -124,6 +110,10 @@ bool decode(const cpu::Code& code, const cpu::Decoder& decoder, float* x_hat,
 
 bool decode_backward(const cpu::Code& code, const cpu::Decoder& decoder, const float* grad,
                      float* grad_values, const cpu::Parallel& parallel) {
+  if (strips_pay(TokenWork::kDecodeBackward, code, decoder)) {
+    return in_strips<TokenWork::kDecodeBackward>(code, decoder,
+                                                 {grad, nullptr, nullptr, grad_values}, parallel);
+  }
   return with_element(decoder.type, [&](auto element) {
     for_each_token(code.tokens, parallel, [&](int64_t token) {
       entry_dots<decltype(element)>(code, decoder, token, grad + token * decoder.d_in, grad_values);
@@ -135,11 +125,15 @@ bool decode_backward(const cpu::Code& code, const cpu::Decoder& decoder, const f
 bool reconstruct(const cpu::Code& code, const cpu::Decoder& decoder,
                  const cpu::Reconstruction& reconstruction, const cpu::Parallel& parallel) {
   if (code.tokens == 0) return true;
-  const bool in_slabs = slabs_pay(code.begin(code.tokens), decoder.d_sae);
+  if (strips_pay(TokenWork::kReconstruct, code, decoder)) {
+    return in_strips<TokenWork::kReconstruct>(
+        code, decoder,
+        {reconstruction.x, reconstruction.residual, reconstruction.squared_error,
+         reconstruction.residual_dot},
+        parallel);
+  }
   return with_element(decoder.type, [&](auto element) {
-    using T = decltype(element);
-    return in_slabs ? reconstruct_in_slabs<T>(code, decoder, reconstruction, parallel)
-                    : reconstruct_as<T>(code, decoder, reconstruction, parallel);
+    return reconstruct_as<decltype(element)>(code, decoder, reconstruction, parallel);
   });
 }
 
