@@ -1,9 +1,11 @@
-// Row kernels at one instruction set: the gradient of one weight row at a time, built from the
-// factors in registers and used at once, so that no gradient of the size of the weights exists.
-// A row belongs to one thread and its sums run in entry order: bits do not depend on the threads.
+// Row kernels at one instruction set: gradients of weight rows, built from their factors and used
+// at once, so that no gradient of the size of the weights need exist. Their sums run in entry
+// order, in strips as in whole rows, and what is added up of several rows is added in the order of
+// the rows: bits do not depend on the threads.
 #include "kernels/cpu/isa/rows.h"
 
 #include "kernels/cpu/isa/gather.h"
+#include "kernels/cpu/isa/latent_strips.h"
 #include "kernels/cpu/isa/pack.h"
 #include "kernels/cpu/isa/update_rule.h"
 
@@ -43,18 +45,17 @@ void add_scaled(float* to, const float* from, float scale, int64_t size) {
   for (; i < size; ++i) to[i] += scale * from[i];
 }
 
-// row = start + the sum over entries [begin, end) of the lists; `start` may be null: zeros.
-void add_entries(const cpu::GradientTerms& terms, int64_t begin, int64_t end, const float* start,
-                 float* row) {
+// row = the sum over entries [begin, end) of the lists.
+void add_entries(const cpu::GradientTerms& terms, int64_t begin, int64_t end, float* row) {
   const cpu::LatentMajor& lists = terms.lists;
   with_element(terms.factor.type, [&](auto element) {
     gather_sum(static_cast<const decltype(element)*>(terms.factor.dense), terms.factor.d_in,
-               lists.rows + begin, lists.coefficients + begin, end - begin, start, row);
+               lists.rows + begin, lists.coefficients + begin, end - begin, nullptr, row);
     return true;
   });
 }
 
-// What belongs to a row's gradient beside the sum over its entries.
+// What belongs to a row's gradient beside the sum over its entries and the projection.
 void finish_gradient(const cpu::GradientTerms& terms, int64_t latent, float* row) {
   const int64_t d_in = terms.factor.d_in;
   const cpu::LatentMajor& lists = terms.lists;
@@ -66,10 +67,14 @@ void finish_gradient(const cpu::GradientTerms& terms, int64_t latent, float* row
     }
   }
   if (terms.extra_grad != nullptr) add_scaled(row, terms.extra_grad + latent * d_in, 1.0f, d_in);
-  if (terms.project_onto != nullptr) {
-    const float* direction = terms.project_onto + latent * d_in;
-    add_scaled(row, direction, -dot(row, direction, d_in), d_in);
-  }
+}
+
+// Removes the part of a row's gradient along the direction of the row, where there is one.
+void project(const cpu::GradientTerms& terms, int64_t latent, float* row) {
+  if (terms.project_onto == nullptr) return;
+  const int64_t d_in = terms.factor.d_in;
+  const float* direction = terms.project_onto + latent * d_in;
+  add_scaled(row, direction, -dot(row, direction, d_in), d_in);
 }
 
 // Finds the columns where no token differs from the shift; one look at a token is nearly always
@@ -106,84 +111,15 @@ bool find_still_columns(cpu::GradientTerms& terms, Scratch& memory) {
 // The gradient of row `latent`, before the clip.
 void gradient_row(const cpu::GradientTerms& terms, int64_t latent, float* row) {
   const int64_t begin = terms.lists.offsets[latent];
-  add_entries(terms, begin, terms.lists.offsets[latent + 1], nullptr, row);
+  add_entries(terms, begin, terms.lists.offsets[latent + 1], row);
   finish_gradient(terms, latent, row);
+  project(terms, latent, row);
 }
 
 bool has_gradient(const cpu::GradientTerms& terms, int64_t latent) {
   return terms.extra_grad != nullptr ||
          terms.lists.offsets[latent] != terms.lists.offsets[latent + 1];
 }
-
-// Consecutive latents whose gradients are summed together: with their rows in L2, the dense side is
-// read through once, token block by token block, where one latent after the other would fetch a
-// distant row for every entry. Every row's sum still runs in entry order.
-class LatentGroups {
- public:
-  LatentGroups(const cpu::GradientTerms& terms, int threads) : terms_(terms) {
-    const bool floats = terms.factor.type == cpu::Rows::kFloat;
-    const int64_t row_bytes = terms.factor.d_in * 4 + 1;
-    // Of 16-bit rows half as much would be fetched, while as many sums are read back and stored.
-    most_latents_ = floats && row_bytes < kRowBytes ? kRowBytes / row_bytes : 1;
-    most_entries_ = terms.lists.offsets[terms.lists.d_sae] / (4 * int64_t{threads}) + 1;
-    block_ = kBlockBytes / row_bytes + 1;
-  }
-
-  int64_t most_latents() const { return most_latents_; }
-
-  // The end of the group that starts at `first`.
-  int64_t end(int64_t first) const {
-    const int64_t* offsets = terms_.lists.offsets;
-    int64_t last = first + 1;
-    while (last < terms_.lists.d_sae && last - first < most_latents_ &&
-           offsets[last + 1] - offsets[first] <= most_entries_) {
-      ++last;
-    }
-    return last;
-  }
-
-  // rows[i] [d_in]: the gradient of latent first + i, before the clip, where it has one. `next` is
-  // scratch for last - first numbers.
-  void gradients(int64_t first, int64_t last, float* const* rows, int64_t* next) const {
-    const int64_t* offsets = terms_.lists.offsets;
-    // Reading all tokens for the group is to cost less than fetching a row for every entry.
-    const int64_t worthwhile = 2 * terms_.factor.tokens;
-    const bool together = last - first > 1 && offsets[last] - offsets[first] > worthwhile;
-    if (together) sum(first, last, rows, next);
-    for (int64_t latent = first; latent < last; ++latent) {
-      if (!has_gradient(terms_, latent)) continue;
-      if (together && offsets[latent] != offsets[latent + 1]) {
-        finish_gradient(terms_, latent, rows[latent - first]);
-      } else {
-        gradient_row(terms_, latent, rows[latent - first]);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kRowBytes = 384 << 10;    // of a group's gradients
-  static constexpr int64_t kBlockBytes = 192 << 10;  // of a block of tokens
-
-  // The sums over the entries of latents that have any.
-  void sum(int64_t first, int64_t last, float* const* rows, int64_t* next) const {
-    const cpu::LatentMajor& lists = terms_.lists;
-    for (int64_t i = 0; i < last - first; ++i) next[i] = lists.offsets[first + i];
-    for (int64_t token = 0; token < terms_.factor.tokens; token += block_) {
-      for (int64_t i = 0; i < last - first; ++i) {
-        const int64_t begin = next[i];
-        const int64_t stop = lists.offsets[first + i + 1];
-        int64_t end = begin;
-        while (end < stop && lists.rows[end] < token + block_) ++end;
-        const bool fresh = begin == lists.offsets[first + i];
-        if (end > begin) add_entries(terms_, begin, end, fresh ? nullptr : rows[i], rows[i]);
-        next[i] = end;
-      }
-    }
-  }
-
-  const cpu::GradientTerms& terms_;
-  int64_t most_latents_, most_entries_, block_;
-};
 
 // Divides a row by max(|row|, 1e-12), which it returns.
 float normalize_row(float* row, int64_t d_in) {
@@ -231,13 +167,16 @@ bool accumulate_rows(const cpu::LatentMajor& lists, const cpu::DenseFactor& fact
   cpu::GradientTerms terms{};
   terms.lists = lists;
   terms.factor = factor;
+  const bool in_strips = strips_pay(terms);
   for_each_sixteen(lists.d_sae, parallel, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t latent = first; latent < end; ++latent) {
-      gradient_row(terms, latent, rows + latent * factor.d_in);
+      if (!in_strips) gradient_row(terms, latent, rows + latent * factor.d_in);
       sums[latent] = list_sum(lists, latent);
     }
   });
-  return true;
+  if (!in_strips) return true;
+  const StripPlan plan(factor.tokens, factor.d_in);
+  return gradients_in_strips(terms, plan, sums, {rows, nullptr}, nullptr, false, parallel);
 }
 
 bool gradient_norm(const cpu::GradientTerms& given, const cpu::RowCache& cache, float* sums,
@@ -247,39 +186,42 @@ bool gradient_norm(const cpu::GradientTerms& given, const cpu::RowCache& cache, 
   if (!find_still_columns(terms, columns)) return false;
   const int64_t d_in = terms.factor.d_in;
   const int64_t d_sae = terms.lists.d_sae;
-  const LatentGroups groups(terms, parallel.threads());
-  const int64_t most = groups.most_latents();
-  Scratch rows(parallel.threads() * most * d_in * 4);
-  Scratch lists(parallel.threads() * most * 16);  // a pointer and a number for each row
+  const StripPlan plan(terms.factor.tokens, d_in);
+  const bool in_strips = strips_pay(terms);
+  Scratch spare(parallel.threads() * d_in * 4);
   Scratch norms(d_sae * 8);
-  Scratch starts((d_sae + 1) * 8);
-  if (!rows || !lists || !norms || !starts) return false;
+  Scratch squares(in_strips ? plan.strips * d_sae * 4 : 0);
+  if (!spare || !norms || !squares) return false;
+  for_each_sixteen(d_sae, parallel, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t latent = first; latent < end; ++latent) {
+      sums[latent] = list_sum(terms.lists, latent);
+    }
+  });
+  const GradientRows kept{cache.rows, cache.slots};
+  const bool projects = terms.project_onto != nullptr;
+  if (in_strips &&
+      !gradients_in_strips(terms, plan, sums, kept, squares.as<float>(), projects, parallel)) {
+    return false;
+  }
   auto* const norm = norms.as<double>();
-  auto* const start = starts.as<int64_t>();
-  int64_t count = 0;
-  for (int64_t first = 0; first < d_sae; first = groups.end(first)) start[count++] = first;
-  start[count] = d_sae;
-  int64_t next = 0;
-  parallel.for_each(parallel.threads(), [&](int64_t thread) {
-    float* const spare = rows.as<float>() + thread * most * d_in;
-    auto** const places = lists.as<float*>(thread * most * 16);
-    auto* const cursors = lists.as<int64_t>(thread * most * 16 + most * 8);
-    for (;;) {
-      const int64_t group = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (group >= count) return;
-      const int64_t first = start[group];
-      const int64_t last = start[group + 1];
-      for (int64_t latent = first; latent < last; ++latent) {
-        const int32_t slot = cache.slots[latent];
-        const int64_t place = latent - first;
-        places[place] = slot >= 0 ? cache.rows + slot * d_in : spare + place * d_in;
+  for_each_sixteen(d_sae, parallel, [&](int64_t thread, int64_t first, int64_t end) {
+    for (int64_t latent = first; latent < end; ++latent) {
+      norm[latent] = 0.0;
+      if (!has_gradient(terms, latent)) continue;
+      if (in_strips && !projects) {
+        for (int64_t strip = 0; strip < plan.strips; ++strip) {
+          norm[latent] += squares.as<float>()[strip * d_sae + latent];
+        }
+        continue;
       }
-      groups.gradients(first, last, places, cursors);
-      for (int64_t latent = first; latent < last; ++latent) {
-        const float* const row = places[latent - first];
-        sums[latent] = list_sum(terms.lists, latent);
-        norm[latent] = has_gradient(terms, latent) ? static_cast<double>(dot(row, row, d_in)) : 0.0;
+      float* row = kept.at(latent, d_in);
+      if (in_strips && row != nullptr) {
+        project(terms, latent, row);
+      } else {
+        if (row == nullptr) row = spare.as<float>() + thread * d_in;
+        gradient_row(terms, latent, row);
       }
+      norm[latent] = static_cast<double>(dot(row, row, d_in));
     }
   });
   *squared_norm = 0.0;
