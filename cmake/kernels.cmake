@@ -9,9 +9,26 @@ set(isa_flags_avx2 -mavx2 -mfma -mf16c)
 set(isa_flags_avx512 ${isa_flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 set(isa_flags_avx512vnni ${isa_flags_avx512} -mavx512vnni)
 
+set(isa_flags_amx ${isa_flags_avx512vnni} -mavx512bf16 -mavx512vbmi2)
+set(isa_flags_amx_emulated ${isa_flags_avx2})
+set(isa_definitions_amx SAE_FAST_TILES)
+set(isa_definitions_amx_emulated SAE_FAST_TILES SAE_FAST_EMULATE_TILES)
+
 set(ISA_LEVELS portable)
+set(dispatch_definitions "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   list(APPEND ISA_LEVELS avx2 avx512 avx512vnni)
+  include(CheckCXXSourceCompiles)  # the assembler may be older than the compiler
+  check_cxx_source_compiles("int main() { asm volatile(\"tdpbf16ps %tmm2, %tmm1, %tmm0\"); }"
+    SAE_FAST_HAS_TILE_INSTRUCTIONS)
+  if(SAE_FAST_HAS_TILE_INSTRUCTIONS AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+    list(APPEND ISA_LEVELS amx)
+    list(APPEND dispatch_definitions SAE_FAST_WITH_AMX)
+  endif()
+  if(SAE_FAST_TESTS)  # the kernels of level amx on tiles in memory, for any processor with AVX2
+    list(APPEND ISA_LEVELS amx_emulated)
+    list(APPEND dispatch_definitions SAE_FAST_WITH_EMULATED_AMX)
+  endif()
 endif()
 
 # Contraction is an accuracy gain and a speed gain; -ffast-math would break NaN and infinities.
@@ -24,11 +41,12 @@ target_compile_options(kernel_flags INTERFACE -ffp-contract=fast -fno-trapping-m
 
 add_library(kernels OBJECT ${KERNEL_SOURCES})
 target_link_libraries(kernels PRIVATE kernel_flags)
+target_compile_definitions(kernels PRIVATE ${dispatch_definitions})
 set(KERNEL_TARGETS kernels)
 foreach(level IN LISTS ISA_LEVELS)
   add_library(kernels_${level} OBJECT ${ISA_SOURCES})
   target_link_libraries(kernels_${level} PRIVATE kernel_flags)
   target_compile_options(kernels_${level} PRIVATE ${isa_flags_${level}})
-  target_compile_definitions(kernels_${level} PRIVATE SAE_FAST_ISA=${level})
+  target_compile_definitions(kernels_${level} PRIVATE SAE_FAST_ISA=${level} ${isa_definitions_${level}})
   list(APPEND KERNEL_TARGETS kernels_${level})
 endforeach()

@@ -15,6 +15,24 @@ add_executable(kernels_test ${TEST_SOURCES})
 # A constructor's arguments are named as the members they fill.
 set_source_files_properties(${TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -Wno-shadow)
 target_link_libraries(kernels_test PRIVATE build_flags ${KERNEL_TARGETS} Threads::Threads)
+if("amx_emulated" IN_LIST ISA_LEVELS)
+  target_sources(kernels_test PRIVATE csrc/tests/tiles_test.cpp)
+  set_source_files_properties(csrc/tests/tiles_test.cpp PROPERTIES COMPILE_OPTIONS
+    "-Wno-shadow;-ffp-contract=fast;-mfma" COMPILE_DEFINITIONS
+    "SAE_FAST_ISA=tiles_test;SAE_FAST_TILES;SAE_FAST_EMULATE_TILES")
+  target_compile_definitions(kernels_test PRIVATE ${dispatch_definitions})
+  add_library(tile_case_emulated OBJECT csrc/tests/tile_case.cpp)
+  target_compile_definitions(tile_case_emulated PRIVATE
+    SAE_FAST_ISA=tile_case_emulated SAE_FAST_EMULATE_TILES)
+  target_link_libraries(tile_case_emulated PRIVATE build_flags)
+  target_link_libraries(kernels_test PRIVATE tile_case_emulated)
+  if("amx" IN_LIST ISA_LEVELS)
+    add_library(tile_case_hardware OBJECT csrc/tests/tile_case.cpp)
+    target_compile_definitions(tile_case_hardware PRIVATE SAE_FAST_ISA=tile_case_hardware)
+    target_link_libraries(tile_case_hardware PRIVATE build_flags)
+    target_link_libraries(kernels_test PRIVATE tile_case_hardware)
+  endif()
+endif()
 set(problems 60)
 if(SAE_FAST_SANITIZE MATCHES thread)
   set(problems 20)  # every problem has the same threads, and each costs several times more

@@ -69,4 +69,6 @@ PYBIND11_MODULE(_C, m) {
         "Name of the instruction set that the CPU kernels use.");
   m.def("available_instruction_sets", &sae_fast::cpu::available_instruction_sets,
         "Names of the instruction sets that were compiled in and that this CPU has.");
+  m.def("refused_instruction_set", &sae_fast::cpu::refused_instruction_set,
+        "An instruction set that this CPU has and the operating system refuses, with the reason.");
 }

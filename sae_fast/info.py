@@ -43,13 +43,15 @@ def _kernel_lines(info: dict[str, object]) -> list[tuple[str, str]]:
     cuda = f"none: {info['why_no_cuda']}"
     if info["cuda"]:
         cuda = f"CUDA {info['cuda']}, architectures {_words(info['cuda_architectures'])}"
-    return [
+    lines = [
         ("kernels", f"compiled by {info['compiler']} against torch {info['torch']}"),
         ("instruction set", f"{info['instruction_set']} (SAE_FAST_ISA chooses another)"),
         ("  this CPU has", _words(info["available_instruction_sets"])),
         ("  compiled in", _words(info["instruction_sets"])),
-        ("CUDA kernels", cuda),
     ]
+    if info["refused_instruction_set"]:
+        lines.append(("  refused", str(info["refused_instruction_set"])))
+    return [*lines, ("CUDA kernels", cuda)]
 
 
 def _words(names: object) -> str:

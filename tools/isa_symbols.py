@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LEVELS = ("avx2", "avx512", "avx512vnni")  # portable code runs everywhere
+LEVELS = ("avx2", "avx512", "avx512vnni", "amx")  # portable code runs everywhere
 
 
 def foreign_symbols(objects: list[Path], level: str) -> list[str]:

@@ -231,7 +231,7 @@ cpu::PackedEncoder packed_encoder(const Tensor& W_enc, const std::string& precis
                                   const Tensor& packed, const Tensor& stats,
                                   const Tensor& rounded) {
   cpu::PackedEncoder encoder{};
-  encoder.screen = precision == "fp32" ? cpu::Screen::kFloat : cpu::Screen::kInt16;
+  encoder.screen = precision == "fp32" ? cpu::Screen::kFloat : cpu::Screen::kNarrow;
   encoder.rows = scoring_type(precision);
   encoder.packed = packed.mutable_data_ptr();
   encoder.stats = mutable_data<float>(stats);
@@ -252,7 +252,8 @@ void check_packed(const char* op, const Tensor& W_enc, const std::string& precis
   if (precision == "fp32") {
     check_float(op, "packed", packed, {panels, W_enc.size(1), cpu::kPanelLatents});
   } else {
-    check_shape(op, "packed", packed, {panels, (W_enc.size(1) + 1) / 2, cpu::kPanelLatents, 2});
+    const int64_t steps = cpu::packed_steps(cpu::Screen::kNarrow, W_enc.size(1));
+    check_shape(op, "packed", packed, {panels, steps, cpu::kPanelLatents, 2});
     check_dtype(op, "packed", packed, ScalarType::Short);
   }
   check_float(op, "stats", stats, {4, panels * cpu::kPanelLatents});
@@ -276,8 +277,10 @@ std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::
   const Tensor packed =
       precision == "fp32"
           ? torch::stable::new_empty(W_enc, {panels, d_in, cpu::kPanelLatents})
-          : torch::stable::new_empty(W_enc, {panels, (d_in + 1) / 2, cpu::kPanelLatents, 2},
-                                     ScalarType::Short);
+          : torch::stable::new_empty(
+                W_enc,
+                {panels, cpu::packed_steps(cpu::Screen::kNarrow, d_in), cpu::kPanelLatents, 2},
+                ScalarType::Short);
   const Tensor stats = torch::stable::new_empty(W_enc, {4, panels * cpu::kPanelLatents});
   const bool rounds = scoring_type(precision) != cpu::Rows::kFloat;
   const Tensor rounded = torch::stable::new_empty(

@@ -4,9 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sae_fast, m) {
-  // The encoder as the product reads it: int16 panels (float panels for precision "fp32"), per
-  // latent scale and error bounds, and W_enc rounded for "bf16" and "fp16". Opaque to callers:
-  //   packed  int16 [ceil(F/64), ceil(D/2), 64, 2] or float32 [ceil(F/64), D, 64]
+  // The encoder as the product reads it: panels of two bytes an entry, 16-bit integers or bfloat16
+  // tiles (float panels for precision "fp32"), per latent scale and error bounds, and W_enc rounded
+  // for "bf16" and "fp16". Opaque to callers:
+  //   packed  int16 [ceil(F/64), 16 ceil(D/32), 64, 2] or float32 [ceil(F/64), D, 64]
   //   stats   [4, 64 * ceil(F/64)]
   //   rounded [F, D] bfloat16 or float16, else [0, D]
   // On CUDA, where "screened" and "fp32" are one path, packed is [0], stats [2, F] bounds each

@@ -304,13 +304,16 @@ void test_threshold(Random& random, const Encoder& encoder) {
 
 void test_encode(uint64_t seed) {
   Random random(seed);
-  const Shape shape{random.integer(0, 40), random.integer(1, 70), random.integer(1, 300)};
+  // Some with several groups of tokens, strips of columns and panels of latents.
+  const bool large = seed % 10 == 4;
+  const Shape shape{random.integer(0, large ? 150 : 40), random.integer(1, large ? 300 : 70),
+                    random.integer(1, large ? 500 : 300)};
   const Numbers kinds[] = {Numbers::kIntegers, Numbers::kIntegersAndSpecials, Numbers::kNormal};
   const auto numbers = kinds[seed % 3];
   for (const auto& [screen, rows] : {std::pair{cpu::Screen::kFloat, cpu::Rows::kFloat},
-                                     std::pair{cpu::Screen::kInt16, cpu::Rows::kFloat},
-                                     std::pair{cpu::Screen::kInt16, cpu::Rows::kBFloat16},
-                                     std::pair{cpu::Screen::kInt16, cpu::Rows::kFloat16}}) {
+                                     std::pair{cpu::Screen::kNarrow, cpu::Rows::kFloat},
+                                     std::pair{cpu::Screen::kNarrow, cpu::Rows::kBFloat16},
+                                     std::pair{cpu::Screen::kNarrow, cpu::Rows::kFloat16}}) {
     const Encoder encoder(random, shape, numbers, screen, rows);
     test_topk(random, encoder);
     test_batch_topk(random, encoder);

@@ -289,9 +289,9 @@ void check_step(UpdateRule rule, const Gradient& gradient, const State& before,
 
 void test_update(Random& random, const Gradient& gradient, Cache& cache, Cache& no_cache) {
   const std::pair<cpu::Screen, cpu::Rows> kinds[] = {{cpu::Screen::kFloat, cpu::Rows::kFloat},
-                                                     {cpu::Screen::kInt16, cpu::Rows::kFloat},
-                                                     {cpu::Screen::kInt16, cpu::Rows::kBFloat16},
-                                                     {cpu::Screen::kInt16, cpu::Rows::kFloat16}};
+                                                     {cpu::Screen::kNarrow, cpu::Rows::kFloat},
+                                                     {cpu::Screen::kNarrow, cpu::Rows::kBFloat16},
+                                                     {cpu::Screen::kNarrow, cpu::Rows::kFloat16}};
   const auto [screen, rows] = kinds[random.integer(0, 3)];
   const UpdateRule rule = any_rule(random);
   const State before(random, gradient, screen, rows);

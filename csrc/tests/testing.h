@@ -161,6 +161,7 @@ struct CodeProblem {
 
 // Each defined in a file of its name.
 void test_encode(uint64_t seed);
+void test_tiles(uint64_t seed);
 void test_decode(uint64_t seed);
 void test_gather_rows(uint64_t seed);
 void test_moments(uint64_t seed);

@@ -176,6 +176,30 @@ def test_screened_and_fp32_give_the_same_bits(n, d_in, d_sae, k):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_token_is_coded_alike_in_every_batch(precision):
+    problem = make_problem(700, 160, 1000)
+    whole = encode(problem, 24, precision=precision)
+    for first, end in ((0, 1), (3, 40), (250, 700)):
+        part = encode(problem._replace(x=problem.x[first:end]), 24, precision=precision)
+        assert torch.equal(part.indices, whole.indices[first:end])
+        assert torch.equal(part.values, whole.values[first:end])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_of_torch_in_between_change_nothing(precision):
+    # The library behind them shapes the processor's tile registers for itself.
+    problem = make_problem(80, 64, 300)
+    matrix = torch.randn(96, 96, dtype=torch.bfloat16, device=problem.x.device)
+    product = matrix @ matrix
+    code = encode(problem, 8, precision=precision)
+    for _ in range(3):
+        assert torch.equal(matrix @ matrix, product)
+        again = encode(problem, 8, precision=precision)
+        assert torch.equal(again.indices, code.indices)
+        assert torch.equal(again.values, code.values)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "dead",
     [

@@ -88,6 +88,34 @@ def test_an_unknown_instruction_set_is_an_error_that_lists_the_others():
     assert last_line(done).endswith(" on this processor, got sse9")
 
 
+# Linux refuses the tile registers to a process with a signal stack too small to save them.
+SMALL_SIGNAL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, 4096)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+import sae_fast
+from sae_fast import info
+print(sae_fast.build_info()["instruction_set"])
+print(info.describe())
+"""
+
+
+@pytest.mark.skipif(
+    "amx" not in sae_fast.build_info().get("available_instruction_sets", ()),
+    reason="this processor has no AMX, or the module was built without it",
+)
+def test_another_instruction_set_is_used_where_the_operating_system_refuses_tiles():
+    environment = {name: value for name, value in os.environ.items() if name != "SAE_FAST_ISA"}
+    code = [sys.executable, "-c", SMALL_SIGNAL_STACK]
+    done = subprocess.run(code, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "avx512vnni"
+    assert "amx: the operating system does not hand out the tile registers (No space" in done.stdout
+
+
 @pytest.mark.parametrize("command", ["train", "info"])
 def test_a_command_refuses_a_wrong_variable_in_one_line(command):
     environment = {**os.environ, "SAE_FAST_NATIVE": "x", "PYTHONPATH": str(PACKAGE.parent)}

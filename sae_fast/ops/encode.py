@@ -33,7 +33,8 @@ def _(W_enc: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     if precision == "fp32":
         packed = W_enc.new_empty(panels, d_in, _PANEL)
     else:
-        packed = W_enc.new_empty(panels, (d_in + 1) // 2, _PANEL, 2, dtype=torch.int16)
+        steps = (d_in + 31) // 32 * 16
+        packed = W_enc.new_empty(panels, steps, _PANEL, 2, dtype=torch.int16)
     dtype = ROUNDED_DTYPES.get(precision)
     rows = d_sae if dtype is not None else 0
     rounded = W_enc.new_empty(rows, d_in, dtype=dtype or torch.float32)

@@ -84,8 +84,10 @@ def build_info() -> dict[str, object]:
     """How the ops in use were built.
 
     `backend` is "native" or "reference". A native build adds `compiler`, `torch` (compiled
-    against), `instruction_sets` (compiled in), `instruction_set` (in use), `cuda` (version, or
-    empty), `cuda_architectures` and `why_no_cuda`; the reference adds `reason`.
+    against), `instruction_sets` (compiled in), `instruction_set` (in use),
+    `refused_instruction_set` (one that this CPU has and the operating system refuses, with the
+    reason, or empty), `cuda` (version, or empty), `cuda_architectures` and `why_no_cuda`; the
+    reference adds `reason`.
     """
     module = load()
     if module is None:
@@ -95,6 +97,7 @@ def build_info() -> dict[str, object]:
         **module.build_info(),
         "instruction_set": module.instruction_set(),
         "available_instruction_sets": module.available_instruction_sets(),
+        "refused_instruction_set": module.refused_instruction_set(),
     }
 
 

@@ -1,7 +1,15 @@
 #include "kernels/cpu/dispatch.h"
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sae_fast {
 
@@ -18,10 +26,45 @@ const cpu::Kernels& kernel_table();
 namespace avx512vnni {
 const cpu::Kernels& kernel_table();
 }
+#if defined(SAE_FAST_WITH_AMX)
+namespace amx {
+const cpu::Kernels& kernel_table();
+}
+#endif
+#if defined(SAE_FAST_WITH_EMULATED_AMX)
+namespace amx_emulated {
+const cpu::Kernels& kernel_table();
+}
+#endif
 #endif
 
 namespace cpu {
 namespace {
+
+#if defined(SAE_FAST_WITH_AMX)
+bool has_bfloat16_tiles() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of EDX
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  return (edx & kBFloat16) != 0 && (edx & kTiles) != 0;
+}
+
+// Linux hands out the 8 KB of tile registers on request, once a process: 0, or the error. It
+// refuses before version 5.16, in some sandboxes, and where a thread has a small signal stack.
+int request_tiles() {
+#if defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? 0 : errno;
+#else
+  return ENOSYS;
+#endif
+}
+
+int tile_permission() {
+  static const int error = request_tiles();
+  return error;
+}
+#endif
 
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> tables = {&portable::kernel_table()};
@@ -31,13 +74,20 @@ std::vector<const Kernels*> available() {
       !__builtin_cpu_supports("f16c")) {
     return tables;
   }
+#if defined(SAE_FAST_WITH_EMULATED_AMX)
+  tables.push_back(&amx_emulated::kernel_table());
+#endif
   tables.push_back(&avx2::kernel_table());
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return tables;
   }
   tables.push_back(&avx512::kernel_table());
-  if (__builtin_cpu_supports("avx512vnni")) tables.push_back(&avx512vnni::kernel_table());
+  if (!__builtin_cpu_supports("avx512vnni")) return tables;
+  tables.push_back(&avx512vnni::kernel_table());
+#if defined(SAE_FAST_WITH_AMX)
+  if (has_bfloat16_tiles() && tile_permission() == 0) tables.push_back(&amx::kernel_table());
+#endif
 #endif
   return tables;
 }
@@ -64,6 +114,16 @@ const Kernels& kernels() {
 }
 
 std::string instruction_set_name() { return kernels().instruction_set; }
+
+std::string refused_instruction_set() {
+#if defined(SAE_FAST_WITH_AMX)
+  if (has_bfloat16_tiles() && tile_permission() != 0) {
+    return std::string("amx: the operating system does not hand out the tile registers (") +
+           std::strerror(tile_permission()) + ")";
+  }
+#endif
+  return "";
+}
 
 std::vector<std::string> available_instruction_sets() {
   std::vector<std::string> names;

@@ -15,5 +15,7 @@ const Kernels& kernels();
 std::string instruction_set_name();
 // Levels compiled in that this processor can run, slowest first.
 std::vector<std::string> available_instruction_sets();
+// A level that the processor has and the operating system refuses, with the reason; else empty.
+std::string refused_instruction_set();
 
 }  // namespace sae_fast::cpu

@@ -7,24 +7,31 @@
 
 namespace sae_fast::cpu {
 
-// Which product finds the candidates, and which rows score them.
-enum class Screen { kInt16, kFloat };
+// Which product finds the candidates, and which rows score them. kNarrow: that of the instruction
+// set on two bytes an operand, 16-bit integers or bfloat16 tiles.
+enum class Screen { kNarrow, kFloat };
 enum class Rows { kFloat, kBFloat16, kFloat16 };
 
 constexpr int64_t kPanelLatents = 64;
 
 inline int64_t panels(int64_t d_sae) { return (d_sae + kPanelLatents - 1) / kPanelLatents; }
 
-// Elements of the packed encoder: int16 pairs or floats, both 4 bytes, in [panel][step][latent].
+// Elements of 4 bytes that a latent takes in a panel: pairs of columns or floats. Pairs of whole
+// tiles of 32 columns, on every instruction set alike.
+inline int64_t packed_steps(Screen screen, int64_t d_in) {
+  return screen == Screen::kNarrow ? (d_in + 31) / 32 * 16 : d_in;
+}
+
+// Elements of the packed encoder, panel after panel.
 inline int64_t packed_elements(Screen screen, int64_t d_in, int64_t d_sae) {
-  return panels(d_sae) * kPanelLatents * (screen == Screen::kInt16 ? (d_in + 1) / 2 : d_in);
+  return panels(d_sae) * kPanelLatents * packed_steps(screen, d_in);
 }
 
 // The encoder as the product reads it. Row j of stats: scale, bound on |w|, bound on |w - packed|.
 struct PackedEncoder {
   Screen screen;
   Rows rows;
-  void* packed;        // packed_elements() elements of 4 bytes
+  void* packed;        // packed_elements() elements of 4 bytes, laid out as the product reads them
   float* stats;        // [4][panels * 64]; the last row is kept free
   const float* W_enc;  // [d_sae][d_in]
   void* rounded;       // [d_sae][d_in] bfloat16 or float16; null for Rows::kFloat

@@ -136,19 +136,19 @@ class FloorSample {
     const int64_t d_in = problem.encoder.d_in;
     const int64_t panels = cpu::panels(problem.encoder.d_sae);
     rows_ = problem.tokens < kMostRows ? problem.tokens : kMostRows;
-    const int64_t slots = (rows_ + kGroup - 1) / kGroup * kGroup;
-    if (!block_memory_.reset(TokenBlock<Product, T>::bytes(slots, d_in)) ||
-        !key_memory_.reset(rows_ * panels * kPanel * 4) || !histogram_.allocate()) {
+    const int64_t slots = (rows_ + Product::kGroup - 1) / Product::kGroup * Product::kGroup;
+    TokenBlock<Product, T> block;
+    if (!block.allocate(slots, slots, d_in) || !key_memory_.reset(rows_ * panels * kPanel * 4) ||
+        !histogram_.allocate()) {
       return false;
     }
-    TokenBlock<Product, T> block;
-    block.place(block_memory_.as<char>(), slots, d_in);
     for (int64_t row = 0; row < rows_; ++row) {
       block.set(row, problem.x + row * problem.tokens / rows_ * d_in, problem.b_dec);
       block.pack(row, row, bounds);
     }
+    typename Product::Registers registers;
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const auto* sums = block.multiply(rows_, problem.encoder, panel);
+      const auto* sums = block.multiply(registers, rows_, problem.encoder, panel);
       for (int64_t row = 0; row < rows_; ++row) add(problem, bounds, block, panel, row, sums);
     }
     return true;
@@ -173,8 +173,8 @@ class FloorSample {
            const TokenBlock<Product, T>& block, int64_t panel, int64_t row, const Sum* sums) {
     if (!(block.error(row) < INFINITY)) return;
     const int64_t first = panel * kPanel;
-    const PanelScores scores = panel_scores(sums + row * kPanel, problem.encoder.stats + first,
-                                            block.scale(row), bounds.bias + first);
+    const PanelScores scores = panel_scores<Product>(sums, row, problem.encoder.stats + first,
+                                                     block.scale(row), bounds.bias + first);
     float values[kPanel];
     std::memcpy(values, scores.value, sizeof values);
     for (const float value : values) {  // NaN, a latent that is not screened, is not above 0
@@ -182,7 +182,7 @@ class FloorSample {
     }
   }
 
-  Scratch block_memory_, key_memory_;
+  Scratch key_memory_;
   KeyHistogram histogram_;
   int64_t rows_ = 0, count_ = 0;
 };

@@ -7,12 +7,11 @@
 // rounding of the two operands alone, about 1e-4 of |x||w|: ten times less than bfloat16 loses.
 #pragma once
 
-#include "kernels/cpu/isa/simd.h"
+#include "kernels/cpu/isa/transpose.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 
 constexpr int kPanel = 64;  // latents side by side in a packed panel
-constexpr int kGroup = 6;   // rows of x that a micro-kernel multiplies with a panel at once
 
 // What a packed row stands for: scale * integers. norm and error are upper bounds on |row| and on
 // |row - scale * integers|; both are infinite where the row is not finite.
@@ -20,19 +19,6 @@ struct RowStats {
   float scale;
   float norm;
   float error;
-};
-
-// Element types of the two products: int16 pairs (two columns side by side) and float.
-struct Int16Product {
-  using Element = int32_t;  // two int16 columns
-  using Sum = int32_t;
-  static int64_t steps(int64_t d_in) { return (d_in + 1) / 2; }
-};
-
-struct FloatProduct {
-  using Element = float;
-  using Sum = float;
-  static int64_t steps(int64_t d_in) { return d_in; }
 };
 
 // Upper bound on |row|: rounding of the sum of squares, and squares that underflow, included.
@@ -58,10 +44,10 @@ inline float max_abs(const float* row, int64_t d_in) {
   return reduce_max(best);
 }
 
-// Quantises a row to steps(d_in) pairs of int16; the pad is zero.
+// Quantises a row to pairs of int16, the last of which is padded with zero.
 inline RowStats quantize_row(const float* row, int64_t d_in, int32_t* pairs) {
   auto* to = reinterpret_cast<int16_t*>(pairs);
-  const int64_t padded = 2 * Int16Product::steps(d_in);
+  const int64_t padded = (d_in + 1) / 2 * 2;
   const float norm = norm_bound(row, d_in);
   const double half_root = 0.5 * std::sqrt(static_cast<double>(d_in));
   const double limit = 46340.0 - half_root - 1.0;  // 46340² < 2^31
@@ -93,6 +79,8 @@ inline RowStats quantize_row(const float* row, int64_t d_in, int32_t* pairs) {
   const double inflate = 1.0 + (static_cast<double>(d_in) / 16 + 32.0) * 0x1p-24;
   return {step, norm, static_cast<float>(std::sqrt(error) * inflate + norm * 0x1p-22 + 1e-19)};
 }
+
+constexpr int kGroup = 6;  // rows of x that a micro-kernel multiplies with a panel at once
 
 // C[row][kPanel] (+)= A · B over `steps`: A packed [steps][kGroup], B packed [steps][kPanel].
 template <int kRows>
@@ -262,5 +250,72 @@ inline void multiply_panel(const Element* groups, int64_t rows, const Element* p
     begin += pass;
   } while (begin < steps);
 }
+
+// What a product is made of: the elements of packed rows and of sums, and the functions that pack
+// rows of x and multiply a block of them with a panel. `Registers` stands for what the processor
+// must be told before and after.
+struct NoRegisters {
+  NoRegisters() {}  // not trivial: an object of it is no unused variable
+};
+
+// What the micro-kernels above share: a product in groups of kGroup rows.
+template <class ElementType>
+struct GroupedProduct {
+  using Element = ElementType;
+  using Sum = ElementType;
+  using Registers = NoRegisters;
+  static constexpr int kGroup = SAE_FAST_ISA::kGroup;
+
+  // Puts a packed row to its position among the rows of a block.
+  static void place(const Element* row, int64_t steps, int64_t position, Element* groups) {
+    Element* to = groups + (position / kGroup) * kGroup * steps + position % kGroup;
+    for (int64_t step = 0; step < steps; ++step) to[step * kGroup] = row[step];
+  }
+
+  // Puts 16 packed rows of `steps` to latents [first, first + 16) of a panel of `panel_steps`.
+  static void place_latents(const int32_t* rows, int64_t panel_steps, int64_t steps, int64_t first,
+                            int32_t* panel) {
+    write_columns(rows, steps, panel + first, kPanel);
+    for (int64_t step = steps; step < panel_steps; ++step) {  // not read, but defined
+      std::memset(panel + step * kPanel + first, 0, 16 * sizeof(int32_t));
+    }
+  }
+
+  // Rows in a block at most: 16-bit ones that stay in a 1 MB L2 beside a panel, up to where
+  // measured gains end.
+  static int64_t most_rows(int64_t d_in) {
+    const int64_t rows = int64_t{640} * 1024 / (2 * d_in + 1) - kPanel;
+    return rows < 96 ? 96 : (rows > 240 ? 240 : rows);
+  }
+
+  // Where the sums of a row of a block stand, from a latent of the panel on.
+  static const Element* sums_at(const Element* sums, int64_t row, int64_t latent) {
+    return sums + row * kPanel + latent;
+  }
+
+  static void multiply(NoRegisters&, const Element* groups, int64_t rows, const Element* panel,
+                       int64_t steps, Element* sums) {
+    multiply_panel(groups, rows, panel, steps, sums);
+  }
+};
+
+struct Int16Product : GroupedProduct<int32_t> {  // elements are two int16 columns
+  static constexpr bool kScaled = true;
+  static int64_t steps(int64_t d_in) { return (d_in + 1) / 2; }
+  static double roundings(int64_t) { return 0.0; }  // integers
+  static RowStats round(const float* row, int64_t d_in, int32_t* pairs) {
+    return quantize_row(row, d_in, pairs);
+  }
+};
+
+struct FloatProduct : GroupedProduct<float> {
+  static constexpr bool kScaled = false;
+  static int64_t steps(int64_t d_in) { return d_in; }
+  static double roundings(int64_t d_in) { return 1.01 * static_cast<double>(d_in); }
+  static RowStats round(const float* row, int64_t d_in, float* to) {
+    std::memcpy(to, row, static_cast<size_t>(d_in) * sizeof(float));
+    return {1.0f, norm_bound(row, d_in), 0.0f};
+  }
+};
 
 }  // namespace sae_fast::SAE_FAST_ISA

@@ -7,7 +7,8 @@
 #pragma once
 
 #include "kernels/cpu/encode.h"
-#include "kernels/cpu/isa/product.h"
+#include "kernels/cpu/isa/narrow_product.h"
+#include "kernels/cpu/isa/pair_scores.h"
 #include "kernels/cpu/isa/select.h"
 
 namespace sae_fast::SAE_FAST_ISA {
@@ -57,10 +58,11 @@ class LatentBounds {
 
   // The bound for a token: |exact score - approximate score| <= this. Infinite, so that the token
   // goes to the exact path, where float arithmetic could overflow.
-  float score_error(const RowStats& x, int64_t d_in, bool integers) const {
+  template <class Product>
+  float score_error(const RowStats& x, int64_t d_in) const {
     if (!(x.norm < 1e18f) || !(static_cast<double>(x.norm) * norm < 1e37)) return INFINITY;
     const double product = static_cast<double>(x.norm) * norm;
-    const double roundings = dot_roundings(d_in) + 8.0 + (integers ? 0.0 : 1.01 * d_in);
+    const double roundings = score_roundings(d_in) + Product::roundings(d_in) + 8.0;
     double bound = static_cast<double>(x.error) * norm;
     bound += (static_cast<double>(x.norm) + x.error) * error;
     bound += product * roundings * 0x1p-24 + 4.0 * bias_magnitude * 0x1p-24;
@@ -110,15 +112,16 @@ inline Vec to_vec(const int32_t* sums) {
 
 inline Vec to_vec(const float* sums) { return load(sums); }
 
-// Approximate pre-activations of one token in one panel.
-template <class Sum>
-inline PanelScores panel_scores(const Sum* sums, const float* scales, float x_scale,
-                                const float* bias) {
+// Approximate pre-activations of one row of a block in one panel.
+template <class Product>
+inline PanelScores panel_scores(const typename Product::Sum* sums, int64_t row, const float* scales,
+                                float x_scale, const float* bias) {
   PanelScores scores;
   SAE_FAST_UNROLL
   for (int v = 0; v < kVectorsPerPanel; ++v) {
-    const Vec scale = load(scales + v * kLanes) * broadcast(x_scale);
-    scores.value[v] = to_vec(sums + v * kLanes) * scale + load(bias + v * kLanes);
+    Vec score = to_vec(Product::sums_at(sums, row, v * kLanes));
+    if constexpr (Product::kScaled) score *= load(scales + v * kLanes) * broadcast(x_scale);
+    scores.value[v] = score + load(bias + v * kLanes);
   }
   return scores;
 }
@@ -186,23 +189,30 @@ template <class Product, class T>
 class TokenBlock {
  public:
   using Element = typename Product::Element;
+  using Sum = typename Product::Sum;
 
-  static int64_t bytes(int64_t rows, int64_t d_in) {
-    const int64_t steps = Product::steps(d_in);
-    return rows * (d_in * 4 + steps * 4 + kPanel * 4 + 64) + steps * 4 + 4 * 64;
-  }
-
-  void place(char* memory, int64_t rows, int64_t d_in) {
+  // Room for `rows` tokens, of which `positions`, a multiple of the product's group, are multiplied
+  // at once.
+  bool allocate(int64_t rows, int64_t positions, int64_t d_in) {
     d_in_ = d_in;
     steps_ = Product::steps(d_in);
-    x_ = reinterpret_cast<float*>(memory);
-    groups_ = reinterpret_cast<Element*>(x_ + rows * d_in);
-    sums_ = reinterpret_cast<Element*>(groups_ + rows * steps_);
-    row_ = sums_ + rows * kPanel;
-    scales_ = reinterpret_cast<float*>(row_ + steps_);
+    const int64_t group_bytes = (positions + 1) * steps_ * static_cast<int64_t>(sizeof(Element));
+    if (!x_memory_.reset(rows * (d_in + 3) * 4) || !group_memory_.reset(group_bytes) ||
+        !sum_memory_.reset(positions * kPanel * static_cast<int64_t>(sizeof(Sum)))) {
+      return false;
+    }
+    x_ = x_memory_.as<float>();
+    scales_ = x_ + rows * d_in;
     errors_ = scales_ + rows;
     norms_ = errors_ + rows;
+    groups_ = group_memory_.as<Element>();
+    row_ = groups_ + positions * steps_;
+    std::memset(groups_, 0, static_cast<size_t>(group_bytes));  // a group need not be full
+    sums_ = sum_memory_.as<Sum>();
+    return true;
   }
+
+  const float* rows() const { return x_; }
 
   // Centres a token and rounds it to the scoring type.
   void set(int64_t row, const float* x, const float* b_dec) {
@@ -212,29 +222,29 @@ class TokenBlock {
 
   // Packs block row `row` as the `position`-th row of the product.
   void pack(int64_t row, int64_t position, const LatentBounds& bounds) {
-    constexpr bool kIntegers = std::is_same_v<Product, Int16Product>;
-    RowStats stats;
-    if constexpr (kIntegers) {
-      stats = quantize_row(x_ + row * d_in_, d_in_, row_);
-    } else {
-      stats = {1.0f, norm_bound(x_ + row * d_in_, d_in_), 0.0f};
-      std::memcpy(row_, x_ + row * d_in_, static_cast<size_t>(d_in_) * sizeof(float));
-    }
-    Element* to = groups_ + (position / kGroup) * kGroup * steps_ + position % kGroup;
-    for (int64_t step = 0; step < steps_; ++step) to[step * kGroup] = row_[step];
+    const RowStats stats = Product::round(x_ + row * d_in_, d_in_, row_);
+    Product::place(row_, steps_, position, groups_);
     scales_[row] = stats.scale;
     norms_[row] = stats.norm;
-    errors_[row] = bounds.score_error(stats, d_in_, kIntegers);
+    errors_[row] = bounds.template score_error<Product>(stats, d_in_);
+    if (kSumsAreScores<Product, T> && errors_[row] < INFINITY) errors_[row] = 0.0f;
   }
 
-  const Element* multiply(int64_t rows, const cpu::PackedEncoder& encoder, int64_t panel) const {
-    const auto* packed = static_cast<const Element*>(encoder.packed) + panel * steps_ * kPanel;
-    multiply_panel(groups_, rows, packed, steps_, sums_);
+  const Sum* multiply(typename Product::Registers& registers, int64_t rows,
+                      const cpu::PackedEncoder& encoder, int64_t panel) const {
+    const int64_t stride = cpu::packed_steps(encoder.screen, d_in_) * kPanel;
+    const auto* packed = static_cast<const Element*>(encoder.packed) + panel * stride;
+    Product::multiply(registers, groups_, rows, packed, steps_, sums_);
     return sums_;
   }
 
   float score(int64_t row, const T* latent, float bias) const {
-    return dot(x_ + row * d_in_, latent, d_in_) + bias;
+    return dot_in_strips(x_ + row * d_in_, latent, d_in_) + bias;
+  }
+
+  // Whether a candidate, the approximate score of which is known, is still to be scored.
+  bool is_approximate(int64_t row, float screening_bias) const {
+    return !kSumsAreScores<Product, T> || !(errors_[row] < INFINITY) || std::isnan(screening_bias);
   }
 
   float scale(int64_t row) const { return scales_[row]; }
@@ -244,12 +254,13 @@ class TokenBlock {
  private:
   int64_t d_in_ = 0, steps_ = 0;
   float* x_ = nullptr;         // [rows][d_in] centred tokens
-  Element* groups_ = nullptr;  // [rows / kGroup][steps][kGroup]
-  Element* sums_ = nullptr;    // [rows][kPanel]
+  Element* groups_ = nullptr;  // positions * steps elements, as the product reads them
+  Sum* sums_ = nullptr;        // positions * kPanel
   Element* row_ = nullptr;     // [steps]
   float* scales_ = nullptr;    // [rows] of the quantised token
   float* errors_ = nullptr;    // [rows] score_error
   float* norms_ = nullptr;     // [rows] bound on |x|
+  Scratch x_memory_, group_memory_, sum_memory_;
 };
 
 template <class T>
@@ -261,17 +272,30 @@ inline const T* scoring_rows(const cpu::PackedEncoder& encoder) {
   }
 }
 
-// Rows in a block: as many 16-bit tokens as stay in a 1 MB L2 beside a panel, up to where measured
-// gains end; a share for every thread; and no more than `bytes_per_row` of candidates allow. A
-// multiple of kGroup.
-inline int64_t block_rows(int64_t tokens, int64_t d_in, int64_t bytes_per_row, int threads) {
-  int64_t rows = int64_t{640} * 1024 / (2 * d_in + 1) - kPanel;
-  rows = rows < 96 ? 96 : (rows > 240 ? 240 : rows);
+// Rows that go through the product at once: what suits it, and a share for every thread; in whole
+// groups.
+template <class Product>
+inline int64_t product_rows(int64_t tokens, int64_t d_in, int threads) {
+  constexpr int64_t kUnit = Product::kGroup;
+  const int64_t most = Product::most_rows(d_in);
   const int64_t share = (tokens + threads - 1) / threads;
-  rows = rows < share ? rows : share;
+  const int64_t rows = most < share ? most : share;
+  return rows < kUnit ? kUnit : (rows + kUnit - 1) / kUnit * kUnit;
+}
+
+// Rows in a block, whose candidates are scored together: the more, the fewer times all encoder rows
+// are read; as many as leave two blocks a thread where they can, whose strips of columns stay in
+// L2, and whose candidates, of `bytes_per_row`, do not need too much memory. A multiple of `unit`
+// if that is possible.
+inline int64_t block_rows(int64_t tokens, int64_t unit, int64_t bytes_per_row, int threads) {
+  constexpr int64_t kMostRows = 1024;
+  const int64_t half_share = (tokens + 2 * threads - 1) / (2 * int64_t{threads});
   const int64_t held = (int64_t{32} << 20) / (bytes_per_row + 1);
+  int64_t rows = half_share < kMostRows ? half_share : kMostRows;
   rows = rows < held ? rows : held;
-  return rows < kGroup ? kGroup : (rows + kGroup - 1) / kGroup * kGroup;
+  if (rows >= unit) return rows / unit * unit;
+  const int64_t least = unit < held ? unit : held;
+  return least > 1 ? least : 1;
 }
 
 }  // namespace sae_fast::SAE_FAST_ISA

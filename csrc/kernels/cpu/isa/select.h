@@ -146,14 +146,23 @@ inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }  // a Na
 inline void rank_best(const float* values, const int32_t* indices, int32_t* keys, int64_t count,
                       int64_t k, float* out_values, int32_t* out_indices) {
   const int64_t padded = (count + 15) / 16 * 16;
-  for (int64_t j = count; j < padded; ++j) keys[j] = INT32_MIN;  // before nobody
+  for (int64_t j = count; j < padded; ++j) keys[j] = INT32_MIN;  // sorts last
   for (int64_t i = 0; i < count; ++i) {
     int32_t above = 0;
     int32_t reached = 0;
+#if defined(__AVX512F__)
+    const __m512i key = _mm512_set1_epi32(keys[i]);
+    for (int64_t j = 0; j < padded; j += 16) {
+      const __m512i others = _mm512_loadu_si512(keys + j);
+      above += __builtin_popcount(_mm512_cmpgt_epi32_mask(others, key));
+      reached += __builtin_popcount(_mm512_cmpge_epi32_mask(others, key));
+    }
+#else
     for (int64_t j = 0; j < padded; ++j) {
       above += keys[j] > keys[i] ? 1 : 0;
       reached += keys[j] >= keys[i] ? 1 : 0;
     }
+#endif
     int64_t rank = above;
     if (reached - above > 1) {  // equal keys rank by position
       for (int64_t j = 0; j < i; ++j) rank += keys[j] == keys[i] ? 1 : 0;

@@ -14,6 +14,10 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels/common/half.h"
 
 #define SAE_FAST_UNROLL _Pragma("GCC unroll 32")
@@ -148,8 +152,7 @@ inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t offset = 0; offset < bytes; offset += 64) prefetch(line + offset);
 }
 
-// <a, b> in float: four running vectors, then one tree. Every exact score is this sum, whichever
-// path asks for it, which is what makes the paths agree to the bit.
+// <a, b> in float: four running vectors, then one tree.
 template <class T>
 inline float dot(const float* a, const T* b, int64_t size) {
   Vec sum[4] = {};
@@ -165,11 +168,6 @@ inline float dot(const float* a, const T* b, int64_t size) {
   return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// Longest chain of roundings in dot(): the bound on its error is this times 2^-24 times |a| |b|.
-inline double dot_roundings(int64_t size) {
-  return static_cast<double>(size) / (4 * kLanes) + 16.0;
-}
-
 // Aligned scratch memory with RAII, in place of std::vector: a standard container instantiated
 // here would be compiled with this level's instructions and could be merged with the baseline's.
 class Scratch {
@@ -183,8 +181,14 @@ class Scratch {
   // False where the memory is not to be had.
   bool reset(int64_t bytes) {
     std::free(memory_);
-    const size_t rounded = (static_cast<size_t>(bytes > 0 ? bytes : 1) + 63) / 64 * 64;
-    memory_ = std::aligned_alloc(64, rounded);
+    const size_t wanted = static_cast<size_t>(bytes > 0 ? bytes : 1);
+    // In large pages where it fills some: every token and every latent is on a page of its own.
+    const size_t alignment = wanted >= kLargePage ? kLargePage : 64;
+    const size_t rounded = (wanted + alignment - 1) / alignment * alignment;
+    memory_ = std::aligned_alloc(alignment, rounded);
+#if defined(MADV_HUGEPAGE)
+    if (memory_ != nullptr && alignment == kLargePage) madvise(memory_, rounded, MADV_HUGEPAGE);
+#endif
     return memory_ != nullptr;
   }
 
@@ -196,6 +200,8 @@ class Scratch {
   explicit operator bool() const { return memory_ != nullptr; }
 
  private:
+  static constexpr size_t kLargePage = size_t{2} << 20;
+
   void* memory_ = nullptr;
 };
 

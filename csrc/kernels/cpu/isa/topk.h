@@ -16,9 +16,13 @@ class ThresholdGuess {
     sum_ += ratio;
     squares_ += ratio * ratio;
   }
+  static constexpr int64_t kFewest = 64;  // tokens that a guess takes
+
+  bool ready() const { return count_ >= kFewest; }
+
   // Per unit of |x|; minus infinity while there is too little to go by.
   float value() const {
-    if (count_ < 64) return -INFINITY;
+    if (!ready()) return -INFINITY;
     const double mean = sum_ / static_cast<double>(count_);
     const double variance = squares_ / static_cast<double>(count_) - mean * mean;
     const double deviation = std::sqrt(variance > 0.0 ? variance : 0.0);
@@ -36,9 +40,10 @@ class ThresholdGuess {
 template <class Product, class T>
 class TopKWorker {
  public:
+  // Blocks of up to `rows` tokens, of which `positions` go through the product at once.
   TopKWorker(const cpu::TopKProblem& problem, const LatentBounds& bounds, int64_t rows,
-             BatchFloor* floor)
-      : problem_(problem), bounds_(bounds), rows_(rows), floor_(floor) {
+             int64_t positions, BatchFloor* floor)
+      : problem_(problem), bounds_(bounds), rows_(rows), positions_(positions), floor_(floor) {
     const int64_t d_sae = problem.encoder.d_sae;
     main_.k = floor == nullptr ? problem.k : INT64_MAX;  // a token may have any number of the best
     main_.capacity = main_capacity(problem, floor != nullptr) + bounds.special_count;
@@ -54,7 +59,7 @@ class TopKWorker {
     if (problem.k_aux > 0) {
       entries += CandidateRows::capacity_for(problem.k_aux, d_sae) + bounds.special_count;
     }
-    return entries * static_cast<int64_t>(8 + sizeof(Pair));
+    return entries * (8 + 16);  // a candidate and a pair
   }
 
   bool allocate() {
@@ -64,18 +69,14 @@ class TopKWorker {
     const int64_t pairs = rows_ * (main_.capacity + (wants_aux() ? aux_.capacity : 0));
     int64_t widest = main_.capacity > aux_.capacity ? main_.capacity : aux_.capacity;
     widest = (widest > d_sae ? widest : d_sae) + 16;
-    if (!block_memory_.reset(TokenBlock<Product, T>::bytes(rows_, problem_.encoder.d_in)) ||
+    if (!block_.allocate(rows_, positions_, problem_.encoder.d_in) ||
         !main_memory_.reset(main_bytes) || !aux_memory_.reset(aux_bytes) ||
-        !pair_memory_.reset(pairs * static_cast<int64_t>(sizeof(Pair))) ||
-        !offset_memory_.reset((d_sae + 1) * 4) || !active_memory_.reset(rows_ * 4) ||
-        !wide_memory_.reset(widest * 28)) {
+        !pairs_.allocate(rows_, problem_.encoder.d_in, d_sae, pairs) ||
+        !active_memory_.reset(positions_ * 4) || !wide_memory_.reset(widest * 28)) {
       return false;
     }
-    block_.place(block_memory_.as<char>(), rows_, problem_.encoder.d_in);
     main_.place(main_memory_.as<char>(), rows_);
     if (wants_aux()) aux_.place(aux_memory_.as<char>(), rows_);
-    pairs_ = pair_memory_.as<Pair>();
-    offsets_ = offset_memory_.as<int32_t>();
     active_ = active_memory_.as<int32_t>();
     order_ = wide_memory_.as<uint64_t>();
     scores_ = wide_memory_.as<float>(widest * 16);
@@ -91,43 +92,35 @@ class TopKWorker {
   void run(int64_t first, int64_t count) {
     first_ = first;
     count_ = count;
-    const float guess = guess_.value();
-    for (int64_t row = 0; row < count; ++row) {
-      block_.set(row, problem_.x + (first + row) * problem_.encoder.d_in, problem_.b_dec);
-      block_.pack(row, row, bounds_);
-      active_[row] = static_cast<int32_t>(row);
-      const float error = block_.error(row);
-      const float wanted =
-          floor_ == nullptr ? guess * block_.norm(row) - 2.0f * error : floor_->value() - error;
-      start(row, error < INFINITY ? wanted : -INFINITY);
+    for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+      // Without a guess everything is a candidate: no more tokens than it takes to have one.
+      const bool guessing = floor_ != nullptr || guess_.ready();
+      const int64_t most = guessing ? positions_ : ThresholdGuess::kFewest;
+      const int64_t rows = most < positions_ ? most : positions_;
+      end = count - begin < rows ? count : begin + rows;
+      find_candidates(begin, end);
     }
-    screen(count);
-    screen_again();
-    for (int64_t row = 0; row < count; ++row) settle(row);
     score_pairs();
     for (int64_t row = 0; row < count; ++row) finish(row);
   }
 
   // The product alone, for benchmarks.
   void run_product(int64_t first, int64_t count) {
-    for (int64_t row = 0; row < count; ++row) {
-      block_.set(row, problem_.x + (first + row) * problem_.encoder.d_in, problem_.b_dec);
-      block_.pack(row, row, bounds_);
-    }
-    for (int64_t panel = 0; panel < cpu::panels(problem_.encoder.d_sae); ++panel) {
-      const auto* sums = block_.multiply(count, problem_.encoder, panel);
-      asm volatile("" : : "r"(sums) : "memory");  // keeps a product nobody reads
+    for (int64_t begin = 0; begin < count; begin += positions_) {
+      const int64_t rows = count - begin < positions_ ? count - begin : positions_;
+      for (int64_t row = begin; row < begin + rows; ++row) {
+        block_.set(row, problem_.x + (first + row) * problem_.encoder.d_in, problem_.b_dec);
+        block_.pack(row, row - begin, bounds_);
+      }
+      typename Product::Registers registers;
+      for (int64_t panel = 0; panel < cpu::panels(problem_.encoder.d_sae); ++panel) {
+        const auto* sums = block_.multiply(registers, rows, problem_.encoder, panel);
+        asm volatile("" : : "r"(sums) : "memory");  // keeps a product that is not read
+      }
     }
   }
 
  private:
-  // A candidate to be scored: the row of its token, and where its score goes: an offset into the
-  // values of the main candidates, or the complement of one into those of the dead latents.
-  struct Pair {
-    int32_t row;
-    int32_t offset;
-  };
-
   // For the batch: a token with more candidates than this is scored whole.
   static int64_t main_capacity(const cpu::TopKProblem& problem, bool batch) {
     constexpr int64_t kUsualInBatch = 4096;
@@ -137,6 +130,23 @@ class TopKWorker {
   }
 
   bool wants_aux() const { return aux_.k > 0; }
+
+  // Leaves what can be among the best of rows [begin, end), at most `positions_`.
+  void find_candidates(int64_t begin, int64_t end) {
+    const float guess = guess_.value();
+    for (int64_t row = begin; row < end; ++row) {
+      block_.set(row, problem_.x + (first_ + row) * problem_.encoder.d_in, problem_.b_dec);
+      block_.pack(row, row - begin, bounds_);
+      active_[row - begin] = static_cast<int32_t>(row);
+      const float error = block_.error(row);
+      const float wanted =
+          floor_ == nullptr ? guess * block_.norm(row) - 2.0f * error : floor_->value() - error;
+      start(row, error < INFINITY ? wanted : -INFINITY);
+    }
+    screen(end - begin);
+    screen_again(begin, end);
+    for (int64_t row = begin; row < end; ++row) settle(row);
+  }
 
   void start(int64_t row, float threshold) {
     // A row whose scores could overflow takes no part in screening.
@@ -153,14 +163,15 @@ class TopKWorker {
   void screen(int64_t live) {
     const int64_t d_sae = problem_.encoder.d_sae;
     const float* scales = problem_.encoder.stats;
+    typename Product::Registers registers;
     for (int64_t panel = 0; panel < cpu::panels(d_sae); ++panel) {
-      const auto* sums = block_.multiply(live, problem_.encoder, panel);
+      const auto* sums = block_.multiply(registers, live, problem_.encoder, panel);
       const uint64_t dead = wants_aux() ? bounds_.dead[panel] : 0;
       const auto first = static_cast<int32_t>(panel * kPanel);
       for (int64_t position = 0; position < live; ++position) {
         const int64_t row = active_[position];
-        const PanelScores scores = panel_scores(sums + position * kPanel, scales + first,
-                                                block_.scale(row), bounds_.bias + first);
+        const PanelScores scores = panel_scores<Product>(sums, position, scales + first,
+                                                         block_.scale(row), bounds_.bias + first);
         keep(main_, row, scores, at_least(scores, main_.thresholds[row]), first);
         if (dead != 0) {
           keep(aux_, row, scores, at_least(scores, aux_.thresholds[row]) & dead, first);
@@ -187,9 +198,9 @@ class TopKWorker {
   }
 
   // Rows whose guess was too high go through the product once more, without one.
-  void screen_again() {
+  void screen_again(int64_t begin, int64_t end) {
     int64_t live = 0;
-    for (int64_t row = 0; row < count_; ++row) {
+    for (int64_t row = begin; row < end; ++row) {
       if (verified(row)) continue;
       start(row, -INFINITY);
       block_.pack(row, live, bounds_);
@@ -223,40 +234,34 @@ class TopKWorker {
     return (bounds_.dead[latent / kPanel] >> (latent % kPanel) & 1) != 0;
   }
 
+  // Without its value, which is still to be scored.
   static void insert(const CandidateRows& to, int64_t row, int32_t latent) {
     int32_t* indices = to.row_indices(row);
+    float* values = to.row_values(row);
     int32_t at = to.counts[row]++;
-    for (; at > 0 && indices[at - 1] > latent; --at) indices[at] = indices[at - 1];
+    for (; at > 0 && indices[at - 1] > latent; --at) {
+      indices[at] = indices[at - 1];
+      values[at] = values[at - 1];
+    }
     indices[at] = latent;
   }
 
-  // Exact scores of all candidates of the block, latent by latent: each encoder row is fetched once
-  // for all tokens that want it, and the tokens themselves stay in L2.
+  // Exact scores of the candidates of the block.
   void score_pairs() {
-    const int64_t d_sae = problem_.encoder.d_sae;
-    const int64_t d_in = problem_.encoder.d_in;
-    std::memset(offsets_, 0, static_cast<size_t>(d_sae + 1) * sizeof(int32_t));
-    each_candidate([this](int32_t latent, int32_t, int32_t) { ++offsets_[latent + 1]; });
-    for (int64_t j = 0; j < d_sae; ++j) offsets_[j + 1] += offsets_[j];
-    each_candidate([this](int32_t latent, int32_t row, int32_t offset) {
-      pairs_[offsets_[latent]++] = {row, offset};
-    });
-    const T* rows = scoring_rows<T>(problem_.encoder);
-    int32_t pair = 0;
-    for (int64_t j = 0; j < d_sae; ++j) {
-      constexpr int64_t kAhead = 2;
-      if (j + kAhead < d_sae && offsets_[j + kAhead] != offsets_[j + kAhead - 1]) {
-        prefetch_row(rows + (j + kAhead) * d_in, d_in * static_cast<int64_t>(sizeof(T)));
-      }
-      for (; pair < offsets_[j]; ++pair) {
-        const float score = block_.score(pairs_[pair].row, rows + j * d_in, problem_.b_enc[j]);
-        const int32_t offset = pairs_[pair].offset;
-        (offset >= 0 ? main_.values[offset] : aux_.values[~offset]) = score;
-      }
-    }
+    pairs_.start();
+    each_candidate([this](int32_t latent, int32_t, int32_t) { pairs_.count(latent); });
+    pairs_.begin_adding();
+    each_candidate(
+        [this](int32_t latent, int32_t row, int32_t offset) { pairs_.add(latent, row, offset); });
+    pairs_.score(block_.rows(), count_, scoring_rows<T>(problem_.encoder), problem_.b_enc,
+                 [this](int32_t offset, float score) {
+                   (offset >= 0 ? main_.values[offset] : aux_.values[~offset]) = score;
+                 });
   }
 
-  // Calls function(latent, row, offset of the value) for every candidate of the block.
+  // Calls function(latent, row, offset) for every candidate of the block that is still to be
+  // scored: where its score goes, an offset into the values of the main candidates, or the
+  // complement of one into those of the dead latents.
   template <class Function>
   void each_candidate(Function&& function) {
     for (int64_t row = 0; row < count_; ++row) {
@@ -271,10 +276,14 @@ class TopKWorker {
   }
 
   template <class Function>
-  static void each_candidate(const CandidateRows& from, int64_t row, Function&& function) {
+  void each_candidate(const CandidateRows& from, int64_t row, Function&& function) {
     if (from.failed[row] != 0) return;
+    if (bounds_.special_count == 0 && kSumsAreScores<Product, T>) return;
     const auto first = static_cast<int32_t>(row * from.capacity);  // block_rows keeps it in int32
-    for (int32_t i = 0; i < from.counts[row]; ++i) function(from.row_indices(row)[i], first + i);
+    for (int32_t i = 0; i < from.counts[row]; ++i) {
+      const int32_t latent = from.row_indices(row)[i];
+      if (block_.is_approximate(row, bounds_.bias[latent])) function(latent, first + i);
+    }
   }
 
   void finish(int64_t row) {
@@ -324,32 +333,39 @@ class TopKWorker {
 
   int64_t score_all(int64_t row, bool dead_only) {
     const T* rows = scoring_rows<T>(problem_.encoder);
+    typename Product::Registers registers;
+    if (kSumsAreScores<Product, T>) block_.pack(row, 0, bounds_);
+    const typename Product::Sum* sums = nullptr;
     int64_t count = 0;
     for (int32_t j = 0; j < problem_.encoder.d_sae; ++j) {
+      if (kSumsAreScores<Product, T> && j % kPanel == 0) {
+        sums = block_.multiply(registers, 1, problem_.encoder, j / kPanel);
+      }
       if (dead_only && !is_dead(j)) continue;
       all_[count] = j;
-      scores_[count++] = block_.score(row, rows + j * problem_.encoder.d_in, problem_.b_enc[j]);
+      scores_[count++] =
+          block_.is_approximate(row, bounds_.bias[j])
+              ? block_.score(row, rows + j * problem_.encoder.d_in, problem_.b_enc[j])
+              : static_cast<float>(*Product::sums_at(sums, 0, j % kPanel)) + problem_.b_enc[j];
     }
     return count;
   }
 
   const cpu::TopKProblem& problem_;
   const LatentBounds& bounds_;
-  int64_t rows_, first_ = 0, count_ = 0;
+  int64_t rows_, positions_, first_ = 0, count_ = 0;
   BatchFloor* floor_;
   BatchCandidates found_;
   ThresholdGuess guess_;
   TokenBlock<Product, T> block_;
   CandidateRows main_, aux_;
-  Pair* pairs_ = nullptr;       // [rows * capacities]
-  int32_t* offsets_ = nullptr;  // [d_sae + 1]
-  int32_t* active_ = nullptr;   // [rows] block row of each row of the product
-  uint64_t* order_ = nullptr;   // scratch of select_best
-  float* scores_ = nullptr;     // [d_sae] of the exact path
-  int32_t* keys_ = nullptr;     // scratch of selections
-  int32_t* all_ = nullptr;      // [d_sae] of the exact path
-  Scratch block_memory_, main_memory_, aux_memory_, pair_memory_, offset_memory_, active_memory_,
-      wide_memory_;
+  PairScores<T> pairs_;
+  int32_t* active_ = nullptr;  // [positions] block row of each row of the product
+  uint64_t* order_ = nullptr;  // scratch of select_best
+  float* scores_ = nullptr;    // [d_sae] of the exact path
+  int32_t* keys_ = nullptr;    // scratch of selections
+  int32_t* all_ = nullptr;     // [d_sae] of the exact path
+  Scratch main_memory_, aux_memory_, active_memory_, wide_memory_;
 };
 
 }  // namespace sae_fast::SAE_FAST_ISA

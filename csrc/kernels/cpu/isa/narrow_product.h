@@ -1,0 +1,22 @@
+// The product on two bytes an operand that screens candidates at this instruction set.
+#pragma once
+
+#include "kernels/cpu/isa/product.h"
+#include "kernels/cpu/isa/tile_product.h"
+
+namespace sae_fast::SAE_FAST_ISA {
+
+#if defined(SAE_FAST_TILES)
+using NarrowProduct = TileProduct;
+#else
+using NarrowProduct = Int16Product;
+#endif
+
+// Whether the sums of a product are the scores, so that nothing is scored again: those of tiles,
+// where the rows to be scored with are bfloat16 as the tiles are. The order of such a sum depends
+// on d_in alone. Tokens and latents that are not screened are still scored in strips.
+template <class Product, class T>
+constexpr bool kSumsAreScores =
+    std::is_same_v<Product, NarrowProduct> && !Product::kScaled && std::is_same_v<T, BFloat16>;
+
+}  // namespace sae_fast::SAE_FAST_ISA

@@ -1,0 +1,170 @@
+// The encoder's product X Wᵀ on AMX: bfloat16 operands, float32 sums, packed as the tiles are read.
+//
+// A k-step is 32 columns: 64 bytes of a row. Tokens stand in groups of 32, latents in halves of a
+// panel, 32 too, each k-step of which is two tiles: [group][k-step][2][1 KB]. A tile of tokens
+// holds 16 rows; a tile of latents holds 16 latents side by side, a pair of columns of each in a
+// row.
+#pragma once
+
+#if defined(SAE_FAST_TILES)
+
+#include "kernels/cpu/isa/product.h"
+#include "kernels/cpu/isa/tiles.h"
+
+namespace sae_fast::SAE_FAST_ISA {
+
+// Rounds a row to steps(d_in) pairs of bfloat16, of which the pad is zero. Subnormal results, which
+// tiles take for zero, are far below the slack of the error.
+inline RowStats round_row_to_pairs(const float* row, int64_t d_in, int64_t steps, int32_t* pairs) {
+  auto* to = reinterpret_cast<uint16_t*>(pairs);
+  const float norm = norm_bound(row, d_in);
+  if (!(norm < 1e18f)) {
+    std::memset(pairs, 0, static_cast<size_t>(steps) * sizeof(int32_t));
+    return {0.0f, norm, norm};
+  }
+  Vec squares = {};
+  const auto round = [&](Vec value, uint16_t* out, int64_t count) {
+    const auto bits = (VecInt)value;
+    const VecInt rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & static_cast<int32_t>(0xffff0000);
+    const Vec lost = value - (Vec)rounded;  // exact
+    squares += lost * lost;
+    for (int lane = 0; lane < count; ++lane) {
+      out[lane] = static_cast<uint16_t>(static_cast<uint32_t>(rounded[lane]) >> 16);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= d_in; i += kLanes) round(load(row + i), to + i, kLanes);
+  if (i < d_in) round(load_tail(row + i, d_in - i), to + i, d_in - i);
+  for (i = d_in; i < 2 * steps; ++i) to[i] = 0;
+  const double error = std::sqrt(static_cast<double>(reduce_add(squares)));
+  const double inflate = 1.0 + (static_cast<double>(d_in) / kLanes + 32.0) * 0x1p-24;
+  return {1.0f, norm, static_cast<float>(error * inflate + 1e-19)};
+}
+
+struct TileProduct {
+  using Element = int32_t;  // two columns of bfloat16
+  using Sum = float;
+  using Registers = Tiles;
+  static constexpr int kGroup = 32;  // rows that are multiplied together
+  static constexpr bool kScaled = false;
+
+  static constexpr int64_t kStepElements = 16;                   // of a row
+  static constexpr int64_t kGroupStep = kGroup * kStepElements;  // of a group
+  static constexpr int64_t kTileElements = kTileRows * kStepElements;
+
+  static int64_t steps(int64_t d_in) { return (d_in + 31) / 32 * kStepElements; }
+
+  // Roundings of a sum. A k-step adds 16 products, exact in float32, to each of two chains that
+  // start at zero (15 roundings), joins them (1), and adds them to the tile: 1 for every k-step.
+  // The products are those of rounded rows, whose norms are up to 1/256 larger.
+  static double roundings(int64_t d_in) {
+    return 1.01 * (static_cast<double>(steps(d_in) / kStepElements) + 16.0);
+  }
+
+  static RowStats round(const float* row, int64_t d_in, int32_t* pairs) {
+    return round_row_to_pairs(row, d_in, steps(d_in), pairs);
+  }
+
+  static void place(const int32_t* row, int64_t steps, int64_t position, int32_t* groups) {
+    int32_t* to = groups + position / kGroup * kGroup * steps +
+                  position % kGroup / kTileRows * kTileElements +
+                  position % kTileRows * kStepElements;
+    for (int64_t step = 0; step < steps; step += kStepElements, to += kGroupStep) {
+      std::memcpy(to, row + step, kTileRowBytes);
+    }
+  }
+
+  static void place_latents(const int32_t* rows, int64_t, int64_t steps, int64_t first,
+                            int32_t* panel) {
+    int32_t* to =
+        panel + first / kGroup * kGroup * steps + first % kGroup / kTileRows * kTileElements;
+    for (int64_t step = 0; step < steps; step += kStepElements, to += kGroupStep) {
+#if defined(__AVX512F__)
+      transpose_16(rows + step, steps, to, kStepElements);
+#else
+      for (int64_t row = 0; row < kTileRows; ++row) {
+        for (int64_t i = 0; i < kStepElements; ++i) {
+          to[i * kStepElements + row] = rows[row * steps + step + i];
+        }
+      }
+#endif
+    }
+  }
+
+  // Rows in a block: as many as stay in a 2 MB L2, since every block reads all latents from L3.
+  static int64_t most_rows(int64_t d_in) { return d_in <= 512 ? 1024 : (d_in <= 1024 ? 512 : 256); }
+
+  // Sums of a group and half a panel are four tiles: [group][half][row / 16][latent / 16][16][16].
+  static constexpr int64_t kBlockSums = kGroup * kGroup;
+
+  static const float* sums_at(const float* sums, int64_t row, int64_t latent) {
+    return sums + row / kGroup * (kPanel / kGroup) * kBlockSums + latent / kGroup * kBlockSums +
+           row % kGroup / kTileRows * (2 * kTileElements) +
+           latent % kGroup / kTileRows * kTileElements + row % kTileRows * kTileRows +
+           latent % kTileRows;
+  }
+
+  // Rows of x, packed in groups, times one panel.
+  static void multiply(Tiles& tiles, const int32_t* groups, int64_t rows, const int32_t* panel,
+                       int64_t steps, float* sums) {
+    // A part of half a panel stays in L1 while all tokens pass.
+    constexpr int64_t kMostPart = 16;
+    const int64_t k_steps = steps / kStepElements;
+    const int64_t parts = k_steps > 0 ? (k_steps + kMostPart - 1) / kMostPart : 1;
+    const int64_t blocks = (rows + kGroup - 1) / kGroup * parts;
+    const int64_t share = k_steps <= kMostAhead ? (kGroup * steps / blocks + 15) / 16 * 16 : 0;
+    for (int64_t half = 0; half < kPanel / kGroup; ++half) {
+      const int32_t* latents = panel + half * kGroup * steps;
+      const int32_t* next = latents + kGroup * steps;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t begin = k_steps * part / parts;
+        const int64_t count = k_steps * (part + 1) / parts - begin;
+        for (int64_t row = 0; row < rows; row += kGroup, next += share) {
+          for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(next + i, 0, 2);
+          multiply_block(tiles, groups + row * steps + begin * kGroupStep,
+                         latents + begin * kGroupStep, count,
+                         sums + (row / kGroup * (kPanel / kGroup) + half) * kBlockSums, part != 0);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kMostAhead = 32;  // of longer rows the line buffers are full as it is
+
+  // 32 rows by 32 latents: two tiles of each side feed four of sums, one load a multiplication.
+  static void multiply_block(Tiles& tiles, const int32_t* rows, const int32_t* latents,
+                             int64_t k_steps, float* sums, bool accumulate) {
+    if (accumulate) {
+      tiles.load<0>(sums);
+      tiles.load<1>(sums + kTileElements);
+      tiles.load<2>(sums + 2 * kTileElements);
+      tiles.load<3>(sums + 3 * kTileElements);
+    } else {
+      tiles.zero<0>();
+      tiles.zero<1>();
+      tiles.zero<2>();
+      tiles.zero<3>();
+    }
+    for (int64_t step = 0; step < k_steps; ++step) {
+      tiles.load<6>(latents);
+      tiles.load_streamed<4>(rows);
+      tiles.multiply_bfloat16<0, 4, 6>();
+      tiles.load<7>(latents + kTileElements);
+      tiles.multiply_bfloat16<1, 4, 7>();
+      tiles.load_streamed<5>(rows + kTileElements);
+      tiles.multiply_bfloat16<2, 5, 6>();
+      tiles.multiply_bfloat16<3, 5, 7>();
+      rows += kGroupStep;
+      latents += kGroupStep;
+    }
+    tiles.store<0>(sums);
+    tiles.store<1>(sums + kTileElements);
+    tiles.store<2>(sums + 2 * kTileElements);
+    tiles.store<3>(sums + 3 * kTileElements);
+  }
+};
+
+}  // namespace sae_fast::SAE_FAST_ISA
+
+#endif
