@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import random
@@ -303,6 +304,7 @@ def _fork() -> int:
     if child == 0:
         # The parent's temporary folders are its own to remove, not its child's at exit.
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+        gc.freeze()  # what the parent has made need not be looked through, nor be copied for it
     return child
 
 

@@ -29,6 +29,7 @@ import torch
 
 from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside, success
 from sae_fast import convert_shards
+from sae_fast.command_line import parse
 
 ADDRESS_SPACE = 3 << 30  # beyond what the libraries take by being there
 LEAK = 77
@@ -425,4 +426,6 @@ def _others(shared: Path) -> Sequence[Path]:
     return [path for path in sorted(shared.iterdir()) if path.is_file()]
 
 
+# The parser of flags keeps what it has read of the sources: once here, not in every child process.
+parse(convert_shards.Options, convert_shards.Options(), ["a", "b"], convert_shards.PROGRAM)
 CAMPAIGN = Campaign(attempt, tries=3000, short=40, prepare=prepare)

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 
 from campaign.frame import Campaign, Ended, Failed, Try, leftovers, refusal, run_aside, success
+from sae_fast import train
 from sae_fast.activations import write_shard
 
 D_IN = 8
@@ -57,6 +58,8 @@ COMMANDS = {
 # Imported before anything is short: what fails before a command begins is Python's to tell.
 for _name in ("train", "convert_shards", "plot"):
     importlib.import_module(f"sae_fast.{_name}")
+# The parser of flags keeps what it has read of the sources: once here, not in every child process.
+train.parse_arguments(["--k", "2"])
 MIB = 1 << 20
 SIZE = 64 * MIB  # of the file system once there is room
 _MS_RDONLY, _MS_REMOUNT, _CLONE_NEWNS, _MNT_DETACH = 1, 32, 0x20000, 2

@@ -87,7 +87,6 @@ def _train(
     # Drawing takes longer than training here.
     vars(run_directory)["plot_run"] = lambda rows, path, title: path
     torch.set_num_threads(1)
-    gc.freeze()  # what the parent has made need not be looked through
     before = len(os.listdir("/proc/self/fd"))
     code = train(directory)
     gc.collect()
