@@ -11,9 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from converting import command, random_rows, refusal, stored
+
+from sae_fast.activations.imports import arrow_files, numpy_files, parquet_files, tensor_files
+from sae_fast.activations.imports.blocks import read_blocks
+from sae_fast.activations.imports.plan import plan_shards
+from sae_fast.activations.imports.source import inspect
 
 ROOT = Path(__file__).parents[3]
 BATCHES = [random_rows(6, 5, 8, seed=number) for number in range(12)]
@@ -195,6 +201,47 @@ def test_arrays_of_objects_and_columns_first_in_an_archive_are_refused(tmp_path,
     np.savez(tmp_path / "c.npz", x=np.array([[{}]], object), y=np.ones(3, np.uint64))
     line = refusal(capsys, tmp_path / "c.npz", tmp_path / "out")
     assert "it holds x ([1, 1] no numbers) and y ([3] uint64)" in line
+
+
+# Else the time that --all-keys takes would grow with the square, or the cube, of their number.
+@pytest.mark.parametrize(
+    ("name", "looks"),
+    [
+        ("a.npz", (numpy_files, "_stream_array")),
+        ("a.safetensors", (tensor_files, "_slice_array")),
+        ("a.arrow", (arrow_files, "_array_of")),
+        ("a.parquet", (parquet_files, "column_array")),
+    ],
+)
+def test_of_many_arrays_only_those_that_are_asked_for_are_looked_at(
+    tmp_path, monkeypatch, name, looks
+):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    arrays = {f"x{number}": random_rows(5, 3, seed=number).numpy() for number in range(20)}
+    arrays["token_ids"] = np.arange(5)
+    path = tmp_path / name
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    elif path.suffix == ".safetensors":
+        safetensors.numpy.save_file(arrays, path)
+    else:
+        table = pa.table({name: pa.array(array.tolist()) for name, array in arrays.items()})
+        if path.suffix == ".parquet":
+            parquet.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(str(path), table.schema) as sink:
+                sink.write_table(table)
+    module, function = looks
+    look, looked = getattr(module, function), []
+    monkeypatch.setattr(module, function, lambda *given: looked.append(1) or look(*given))
+    source = inspect([path], "x7")
+    assert (source.rows, source.d_in, source.columns) == (5, 3, ("token_ids",))
+    assert len(looked) == 2
+    (block,) = read_blocks(source, plan_shards(source, 5, 0)[0].spans, source.storage, False)
+    assert np.array_equal(block.source.numpy(), arrays["x7"])
+    assert len(looked) == 4
 
 
 # ---- SAELens -----------------------------------------------------------------------------------

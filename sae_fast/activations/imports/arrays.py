@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,39 @@ class SourceArray:
 
 
 Arrays = Mapping[str, list[SourceArray]]  # by name; several where a name holds a list of arrays
+
+
+class LazyArrays(Arrays):
+    """The arrays of a file whose names are known, each looked at when it is first asked for.
+
+    A file of many arrays is opened for each of them, so that looking at all of them every time
+    would take a time that grows with the square of their number.
+
+    Args:
+        names: of the arrays, in order.
+        look: gives the one of a name; what it raises is an error of the file.
+    """
+
+    def __init__(self, names: Iterable[str], look: Callable[[str], SourceArray]) -> None:
+        self._found: dict[str, list[SourceArray] | None] = dict.fromkeys(names)
+        self._look = look
+
+    def __getitem__(self, name: str) -> list[SourceArray]:
+        found = self._found[name]
+        if found is None:
+            found = self._found[name] = [self._look(name)]
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
 Opener = Callable[[Path], AbstractContextManager[Arrays]]
 
 

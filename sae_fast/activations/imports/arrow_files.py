@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.imports.arrays import Arrays, SourceArray
+from sae_fast.activations.imports.arrays import Arrays, LazyArrays, SourceArray
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def open_arrow(path: Path) -> Iterator[Arrays]:
             table = pyarrow.ipc.open_stream(source).read_all()
         except pyarrow.ArrowInvalid:  # the other of Arrow's two formats, with an index at its end
             table = pyarrow.ipc.open_file(source).read_all()
-        yield {name: [_array_of(path, name, table.column(name))] for name in table.column_names}
+        yield LazyArrays(table.column_names, lambda name: _array_of(path, name, table.column(name)))
 
 
 def import_pyarrow(path: Path) -> Any:

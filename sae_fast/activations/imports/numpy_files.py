@@ -19,6 +19,7 @@ from sae_fast.activations.imports.arrays import (
     LARGEST_COMPRESSION,
     WHOLE_FILE,
     Arrays,
+    LazyArrays,
     SourceArray,
     short,
 )
@@ -50,15 +51,19 @@ def open_npz(path: Path) -> Iterator[Arrays]:
     """The arrays of a .npz archive."""
     with ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(path))
-        found = {}
-        for member in archive.infolist():
-            if member.filename.endswith(".npy"):
-                if member.compress_type not in COMPRESSIONS:
-                    raise ShardError(f"{path}: {short(member.filename)} is not of NumPy")
-                stream = stack.enter_context(archive.open(member))
-                name = member.filename.removesuffix(".npy")
-                found[name] = [_stream_array(path, member, stream)]
-        yield found
+        members = {
+            member.filename.removesuffix(".npy"): member
+            for member in archive.infolist()
+            if member.filename.endswith(".npy")
+        }
+
+        def look(name: str) -> SourceArray:
+            member = members[name]
+            if member.compress_type not in COMPRESSIONS:
+                raise ShardError(f"{path}: {short(member.filename)} is not of NumPy")
+            return _stream_array(path, member, stack.enter_context(archive.open(member)))
+
+        yield LazyArrays(members, look)
 
 
 def _read_header(

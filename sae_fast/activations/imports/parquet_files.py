@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.imports.arrays import LARGEST_COMPRESSION, Arrays
+from sae_fast.activations.imports.arrays import LARGEST_COMPRESSION, Arrays, LazyArrays, SourceArray
 from sae_fast.activations.imports.arrow_files import column_array, import_pyarrow
 
 
@@ -23,15 +23,14 @@ def open_parquet(path: Path) -> Iterator[Arrays]:
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path, memory_map=True) as file:
-        columns = {name: _Column(file, name) for name in file.schema_arrow.names}
-        yield {
-            name: [
-                column_array(
-                    path, name, len(column), column.first(), column.chunks, column.stored_bytes()
-                )
-            ]
-            for name, column in columns.items()
-        }
+
+        def look(name: str) -> SourceArray:
+            column = _Column(file, name)
+            return column_array(
+                path, name, len(column), column.first(), column.chunks, column.stored_bytes()
+            )
+
+        yield LazyArrays(file.schema_arrow.names, look)
 
 
 class _Column:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError, one_line
-from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, SourceArray, short
+from sae_fast.activations.imports.arrays import WHOLE_FILE, Arrays, LazyArrays, SourceArray, short
 
 MOST_OBJECTS = 100_000  # in a .pt file
 # Types as the header of a .safetensors file names them.
@@ -122,7 +122,7 @@ def open_safetensors(path: Path) -> Iterator[Arrays]:
     """The tensors of a .safetensors file."""
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
         size = path.stat().st_size
-        yield {name: [_slice_array(file.get_slice(name), size)] for name in file.keys()}  # noqa: SIM118
+        yield LazyArrays(file.keys(), lambda name: _slice_array(file.get_slice(name), size))
 
 
 def _slice_array(piece: Any, size: int) -> SourceArray:
