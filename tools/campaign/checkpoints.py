@@ -479,4 +479,4 @@ def _edit_tensors(generator: random.Random, path: Path) -> tuple[str, bool]:
 
 # The parser of flags keeps what it has read of the sources: once here, not in every child process.
 train.parse_arguments(["--k", "2"])
-CAMPAIGN = Campaign(attempt, tries=4000, short=30, prepare=prepare, seconds=60)
+CAMPAIGN = Campaign(attempt, tries=2000, short=30, prepare=prepare, seconds=60)

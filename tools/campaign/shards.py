@@ -444,4 +444,4 @@ CHANGES: tuple[Change, ...] = (
 )
 
 # A try waits for its own child first.
-CAMPAIGN = Campaign(attempt=attempt, tries=4000, short=60, seconds=60)
+CAMPAIGN = Campaign(attempt=attempt, tries=5000, short=60, seconds=60)
