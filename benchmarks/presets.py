@@ -7,6 +7,10 @@ the peak above that process's state after a tiny training, which loads what ever
 time of a whole training is that of as many tokens as such a model is usually trained on, at the
 rate of these steps. ReLU codes have half of all latents active in them, and get faster as they get
 sparse.
+
+Times marked * were taken while other programs kept more than 15 % of a CPU busy: they are longer
+than on a machine with nothing else to do. `--keep FILE` measures some presets again and takes the
+others from the JSON of an earlier run.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.support import timing
 from benchmarks.support.heats import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.memory import PeakMemory
@@ -37,7 +42,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     Trainer(SAEConfig(k=4), tiny, data=torch.randn(64, 32), show_progress=False).train()
     memory = PeakMemory()
     trainer = first_steps(name, steps + 1)
-    trainer.train()
+    sample = timing.measure(trainer.train)
     peak = memory.above()
     times = [float(row["time_per_step_ms"]) / 1e3 for row in trainer.history[1:]]
     seconds = sorted(times)[len(times) // 2]
@@ -50,6 +55,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
         "planned_bytes": sum(trainer.memory_plan.parts.values()),
         "peak_bytes": peak,
         "seconds": times,
+        "others": sample.others,
         "tokens_per_second": trainer.train_config.batch_size / seconds,
         "losses": [float(row["loss"]) for row in trainer.history],
         "tokens": preset(name).tokens,
@@ -77,12 +83,34 @@ def report(result: dict[str, Any]) -> str:
         rate = found["tokens_per_second"]
         sizes = [f"{found[key]:,}" for key in ("d_in", "d_sae", "batch_size")]
         memory = [f"{found[key] / _GIB:.2f}" for key in ("planned_bytes", "peak_bytes")]
-        times = [f"{found['batch_size'] / rate:.3g}", f"{rate:,.0f}", f"{found['tokens']:,}"]
-        hours = f"{found['tokens'] / rate / 3600:,.1f}"
-        body.append([name, found["arch"], *sizes, *memory, *times, hours])
-    about = (__doc__ or "").split("\n\n")[2].strip()
-    parts = ["# What the presets need", "", about, "", markdown_table(headings, body), ""]
-    return "\n".join([*parts, machine_line(result["machine"]), "", f"`{result['command']}`"])
+        mark = "" if found.get("others", 0.0) < timing.QUIET_SHARE else " *"
+        times = [f"{found['batch_size'] / rate:.3g}{mark}", f"{rate:,.0f}{mark}"]
+        hours = f"{found['tokens'] / rate / 3600:,.1f}{mark}"
+        body.append([name, found["arch"], *sizes, *memory, *times, f"{found['tokens']:,}", hours])
+    about = (__doc__ or "").strip().split("\n\n")[2:]
+    parts = ["# What the presets need", *about, markdown_table(headings, body)]
+    for runs, names in _by_run(result).items():
+        machine, command = json.loads(runs)
+        of = "" if len(names) == len(result["presets"]) else f"{', '.join(names)}: "
+        parts += [f"{of}{machine_line(machine)}", f"`{command}`"]
+    return "\n\n".join(parts)
+
+
+def _by_run(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of presets by machine and command, as JSON, that their numbers came from."""
+    runs: dict[str, list[str]] = {}
+    for name, found in result["presets"].items():
+        run = [found.get(key, result[key]) for key in ("machine", "command")]
+        runs.setdefault(json.dumps(run), []).append(name)
+    return runs
+
+
+def kept(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """The presets of an earlier result, with machine and command, and those measured now."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    origin = {"machine": before["machine"], "command": before["command"]}
+    earlier = {name: {**origin, **found} for name, found in before["presets"].items()}
+    return {**earlier, **measured}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,6 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--presets", default=",".join(PRESETS), help="separated by commas")
     parser.add_argument("--steps", type=int, default=MEASURED_STEPS, help="timed, after one more")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="JSON of an earlier run, for other presets")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--inside", action="store_true", help="measure in this process")
@@ -112,7 +141,8 @@ def main() -> None:
     for name in options.presets.split(","):
         found[name] = measure_apart(name, options)
         say(f"  {name}: {found[name]['tokens_per_second']:,.0f} tokens/s")
-    result = {"presets": found, "machine": describe_machine()}
+    presets = found if options.keep is None else kept(options.keep, found)
+    result = {"presets": presets, "machine": describe_machine()}
     result["command"] = command_line("benchmarks.presets")
     table = report(result)
     publish(result, table, options.json, options.markdown)

@@ -2,6 +2,10 @@
 
 The command lists them with the memory that each needs; `--measure NAME` makes a few steps of one on
 random activations and tells from them how long its training takes on this machine.
+
+Where the numbers of modular_addition come from: learning_rate 3e-4 and batch_size 4096 were
+specified with the preset. d_sae, k and tokens were chosen here, and the warm-up, of which no number
+was recorded, is the default of every training, 5 % of the run.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +166,15 @@ def test_presets_tells_memory_and_time_of_each(run, tmp_path):
         assert found["tokens_per_second"] > 0
         assert 0 < found["peak_bytes"] < 2 * found["planned_bytes"]
         assert len(found["losses"]) == 2
+        assert found["others"] >= 0
     assert len(rows_of(table)) == 1 + 2
+    earlier = shutil.copy(tmp_path / "result.json", tmp_path / "earlier.json")
+    again, table = run("presets", "--presets", "minilm", "--steps", "2", "--keep", str(earlier))
+    assert list(again["presets"]) == names
+    assert again["presets"]["modular_addition"]["command"] == result["command"]
+    assert len(again["presets"]["minilm"]["losses"]) == 3
+    assert len(rows_of(table)) == 1 + 2
+    assert "\n\nmodular_addition: " in table
 
 
 def test_presets_refuses_a_name_that_is_none(tmp_path):
