@@ -128,7 +128,8 @@ class DictionaryConfig(ConfigFile):
     l1_penalty_coeff: float | None = None
     """Weight of the sum of a token's code values, each times the norm of its decoder row, averaged
     over tokens; with gated of its gates, with slots of the free ones; default: 5 with relu and
-    gated, with loss_fn fvu that by d_in; d_in / 1000 with slots; otherwise 0."""
+    gated, 0.1 sqrt(d_in) with slots, d_in / 1000 with slots_l1_mean, each divided by d_in with
+    loss_fn fvu; otherwise 0."""
     sparsity_norm_p: float = 1.0
     """With relu the values in that sum are raised to this power, 0 to 1; 1: L1."""
     target_l0: float | None = None

@@ -155,8 +155,10 @@ def test_gradient_of_one_term_equals_autograd(term, path, dense_grad):
 
 
 @pytest.mark.parametrize(("loss_fn", "error"), [("mse", 8.0), ("fvu", 1.0)])
-def test_coefficients_are_those_of_the_paper_for_a_mean_error_by_default(loss_fn, error):
-    config = SAEConfig(arch="slots", d_in=8, n_relations=2, loss_fn=loss_fn)
+def test_literal_forms_have_the_weights_of_the_paper_for_a_mean_error(loss_fn, error):
+    literal = {"slots_l1_mean": True, "alignment_after_relu": True}
+    config = SAEConfig(arch="slots", d_in=8, n_relations=2, loss_fn=loss_fn, **literal)
+    assert config.slot_target == 1.0
     coefficients = (
         config.reconstruction_coeff,
         config.l1_penalty_coeff,
@@ -165,9 +167,21 @@ def test_coefficients_are_those_of_the_paper_for_a_mean_error_by_default(loss_fn
         config.orthogonality_coeff,
         config.value_loss_coeff,
     )
-    assert coefficients == (1.0, 1e-3 * error, error, 1e-2, 1e-2, 0.5 * error)
+    assert coefficients == (1.0, 1e-3 * error, error, 1e-2, 1e-2, 0.1 * error)
     assert config.correlation_pairs == "scaled"  # which is in units of that error
     assert (config.slots_mode, config.decoder_norm) == ("joint", "unit")
+
+
+@pytest.mark.parametrize("d_in", [16, 64])
+@pytest.mark.parametrize("loss_fn", ["mse", "fvu"])
+def test_default_weights_of_l1_and_alignment_are_in_units_of_the_typical_norm(loss_fn, d_in):
+    config = SAEConfig(arch="slots", d_in=d_in, n_relations=2, loss_fn=loss_fn)
+    error, norm = (d_in if loss_fn == "mse" else 1), d_in**0.5
+    assert config.l1_penalty_coeff == pytest.approx(0.1 * error / norm)
+    assert config.slot_target == pytest.approx(norm / 2)
+    assert config.alignment_coeff == pytest.approx(error / (norm / 2) ** 2)
+    given = SAEConfig(arch="slots", d_in=d_in, n_relations=2, loss_fn=loss_fn, slot_target=2.0)
+    assert given.alignment_coeff == pytest.approx(error / 4)
 
 
 def test_separate_value_leaves_gradients_on_the_heads_alone():

@@ -232,6 +232,22 @@ def test_biographies_writes_accuracies_by_mode_and_swaps_by_layer(run, tmp_path)
 
 
 @pytest.mark.slow
+def test_slots_weights_swaps_by_row_with_the_weights_that_it_had(run):
+    data = ["--entities", "12", "--answers", "4", "--language-model-steps", "40", "--layer", "0"]
+    slots = ["--free-slots", "26", "--reconstruction-epochs", "1", "--epochs", "2"]
+    sizes = ["--blocks", "2", "--d-model", "16", "--batch-size", "60", "--strengths", "1", "3"]
+    result, table = run("slots_weights", *data, *slots, *sizes, "--l1-shares", "0.5")
+    rows = result["rows"]
+    assert list(rows)[-3:] == ["L1 0.5", "target 0.25", "default"]
+    assert rows["L1 0.5"]["l1_share"] == pytest.approx(0.5)
+    written = rows["as written"]
+    assert written["l1_share"] == pytest.approx(1e-3 * 16 / 26 / 4)
+    assert (written["alignment_share"], written["target_share"]) == (1.0, 0.25)
+    assert [row["strength"] for row in written["swaps"]["strengths"]] == [1.0, 3.0]
+    assert len(rows_of(table)) == 1 + len(rows)
+
+
+@pytest.mark.slow
 def test_from_model_compares_both_ways_layer_by_layer_and_seed_by_seed(run, tmp_path):
     model = save_model(tmp_path / "model", "gpt2")
     sizes = ["--ctx-len", "32", "--batch-size", "4", "--tokens", "6400", "--pool-rows", "1024"]

@@ -92,6 +92,17 @@ def test_slots_and_heads_learn_their_labels(shards, tmp_path):
     assert all(torch.equal(t, final.state_dict()[n]) for n, t in trainer.sae.state_dict().items())
 
 
+def test_sparsity_and_alignment_bind_with_their_default_weights(shards):
+    found = [
+        train(shards, slots(**fields), max_steps=300, log_every=100).history[-1]
+        for fields in ({}, {"slots_l1_mean": True})
+    ]
+    bound, literal = found
+    assert bound["heldout_l0"] < 0.5 * literal["heldout_l0"]
+    assert bound["heldout_fvu"] < 0.1
+    assert bound["heldout_slot_accuracy"] > 0.99
+
+
 def test_accuracy_on_held_out_rows_is_that_of_the_model(shards):
     trainer = train(shards)
     x, relations, answers = labelled(2, 600)

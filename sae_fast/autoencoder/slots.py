@@ -8,12 +8,18 @@ token before ReLU, labelled with relation r and answer a:
                W_value_out[r] ReLU(W_value_in[r] f / target + b_value_in[r]) + b_value_out[r]
 
 Alignment acts before ReLU, where a slot that is off can be told to come on; alignment_after_relu
-has it as it is written. Independence among free
-slots and orthogonality between both kinds are terms that every architecture can have, see
-guidance.py. The L1 penalty is on the free slots.
+has it as it is written. Independence among free slots and orthogonality between both kinds are
+terms that every architecture can have, see guidance.py. The L1 penalty is on the free slots.
 
-The paper's weights are of a reconstruction error that is a mean over numbers; here it is a sum over
-d_in, so the default weights are the paper's times d_in (with loss_fn fvu the paper's).
+The default weights are in units of the data, so that they act at every width. With E the
+reconstruction error of the mean (d_in, with loss_fn fvu 1) and s = sqrt(d_in) the typical norm:
+
+    L1         0.1 E / s, of the sum over the free slots
+    alignment  E / target², with target s / 2, half an activation: a swap moves what is decoded
+    value      0.1 E
+
+The paper's, for an error that is a mean over numbers, are 1e-3 of the mean over slots, 1 with
+target 1 and 0.5. slots_l1_mean and alignment_after_relu have the first two as defaults.
 """
 
 from __future__ import annotations
