@@ -20,6 +20,7 @@ from sae_fast.activations import (
     write_manifest,
     write_shard,
 )
+from sae_fast.activations import shard as shard_module
 
 ROWS = np.random.default_rng(0).standard_normal((4000, 8)).astype(np.float32)
 
@@ -317,3 +318,20 @@ def test_shards_with_a_manifest_are_read_once(tmp_path, compression):
     shards = open_shards(tmp_path)
     assert size <= read_bytes() - before < 1.1 * size
     assert torch.equal(torch.cat(list(HeldOut(shards, batch_size=4000))), rows)
+
+
+@pytest.mark.parametrize("opens", [1, 2])
+def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch, opens):
+    write_shard(tmp_path / "a.h5", torch.from_numpy(ROWS))
+    find, found = shard_module.find_item, []
+
+    def out_of_memory(*given: object) -> object:
+        found.append(1)
+        if len(found) == opens:  # when it is inspected, or when its rows are read
+            raise MemoryError
+        return find(*given)
+
+    monkeypatch.setattr(shard_module, "find_item", out_of_memory)
+    assert message_of(tmp_path).endswith(
+        "a.h5: reading it takes more memory than this process may have"
+    )

@@ -12,6 +12,11 @@ class ShardError(ValueError):
     """A shard is missing, damaged, foreign or unfit; the message is one line naming it."""
 
 
+def takes_too_much(path: object) -> ShardError:
+    """Return the error of a file that memory runs out in the reading of, damaged or not."""
+    return ShardError(f"{path}: reading it takes more memory than this process may have")
+
+
 def one_line(error: BaseException) -> str:
     """Text of `error` on a single line, for use inside a `ShardError` message."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ import numpy as np
 
 from sae_fast.activations.compression import require_filters
 from sae_fast.activations.direct_rows import direct_rows, walk_file
-from sae_fast.activations.errors import ShardError, one_line
+from sae_fast.activations.errors import ShardError, one_line, takes_too_much
 from sae_fast.activations.files import require_regular
 from sae_fast.activations.hdf5_heaps import require_sound_heaps, require_sound_texts
 from sae_fast.activations.hdf5_layout import contents, find_item, require_written
@@ -129,6 +129,9 @@ class ShardFile:
         except ShardError:
             self.close()
             raise
+        except MemoryError as error:
+            self.close()
+            raise takes_too_much(shard.path) from error
         except Exception as error:  # as in `_structure`
             self.close()
             raise ShardError(f"{shard.path}: changed since it was checked") from error
@@ -319,6 +322,8 @@ def _structure(path: Path) -> Iterator[h5py.File]:
         yield file
     except ShardError:
         raise
+    except MemoryError as error:
+        raise takes_too_much(path) from error
     except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, TypeError, ValueError
         raise ShardError(f"{path}: damaged HDF5 structure: {one_line(error)}") from error
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae_fast.activations.errors import ShardError, listed, one_line, shortened
+from sae_fast.activations.errors import ShardError, listed, one_line, shortened, takes_too_much
 from sae_fast.memory import require_memory
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,6 +97,8 @@ def opened(path: Path, opener: Opener) -> Iterator[Arrays]:
             yield arrays
     except (ShardError, KeyboardInterrupt):
         raise
+    except MemoryError as error:
+        raise takes_too_much(path) from error
     except FileNotFoundError as error:
         raise ShardError(f"{path}: no such file") from error
     except Exception as error:  # each library has its own for a damaged file
