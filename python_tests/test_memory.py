@@ -64,6 +64,13 @@ USES = {
 
 
 @pytest.mark.parametrize("kind", LIMITS)
+def test_tensors_are_written_without_a_copy_of_them(tmp_path, kind):
+    large = {"x": torch.zeros(32 * MIB)}  # 128 MiB
+    more = LIBRARY_BYTES + 24 * MIB
+    assert code_of_child(lambda: save_tensors(tmp_path / "a", large, {}), kind, more) == 0
+
+
+@pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize("use", USES)
 def test_little_memory_is_an_error_and_no_signal(files, use, kind):
     codes = {code_of_child(lambda: USES[use](files), kind, n * MIB // 4) for n in range(12)}
