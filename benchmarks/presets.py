@@ -8,9 +8,8 @@ time of a whole training is that of as many tokens as such a model is usually tr
 rate of these steps. ReLU codes have half of all latents active in them, and get faster as they get
 sparse.
 
-Times marked * were taken while other programs kept more than 15 % of a CPU busy: they are longer
-than on a machine with nothing else to do. `--keep FILE` measures some presets again and takes the
-others from the JSON of an earlier run.
+Times are left out where other programs kept more than 15 % of a CPU busy meanwhile. `--keep FILE`
+measures some presets again and takes the others from the JSON of an earlier run.
 """
 
 from __future__ import annotations
@@ -83,10 +82,11 @@ def report(result: dict[str, Any]) -> str:
         rate = found["tokens_per_second"]
         sizes = [f"{found[key]:,}" for key in ("d_in", "d_sae", "batch_size")]
         memory = [f"{found[key] / _GIB:.2f}" for key in ("planned_bytes", "peak_bytes")]
-        mark = "" if found.get("others", 0.0) < timing.QUIET_SHARE else " *"
-        times = [f"{found['batch_size'] / rate:.3g}{mark}", f"{rate:,.0f}{mark}"]
-        hours = f"{found['tokens'] / rate / 3600:,.1f}{mark}"
-        body.append([name, found["arch"], *sizes, *memory, *times, f"{found['tokens']:,}", hours])
+        step, hours = found["batch_size"] / rate, found["tokens"] / rate / 3600
+        times = [f"{step:.3g}", f"{rate:,.0f}", f"{found['tokens']:,}", f"{hours:,.1f}"]
+        if found.get("others", 0.0) >= timing.QUIET_SHARE:
+            times = ["-", "-", times[2], "-"]
+        body.append([name, found["arch"], *sizes, *memory, *times])
     about = (__doc__ or "").strip().split("\n\n")[2:]
     parts = ["# What the presets need", *about, markdown_table(headings, body)]
     for runs, names in _by_run(result).items():
