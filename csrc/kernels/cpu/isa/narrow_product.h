@@ -2,14 +2,19 @@
 #pragma once
 
 #include "kernels/cpu/isa/product.h"
+#include "kernels/cpu/isa/tile_filter.h"
 #include "kernels/cpu/isa/tile_product.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 
 #if defined(SAE_FAST_TILES)
 using NarrowProduct = TileProduct;
+template <class Product>
+constexpr bool kFiltersSums = std::is_same_v<Product, TileProduct>;  // has multiply_and_filter
 #else
 using NarrowProduct = Int16Product;
+template <class Product>
+constexpr bool kFiltersSums = false;
 #endif
 
 // Whether the sums of a product are the scores, so that nothing is scored again: those of tiles,

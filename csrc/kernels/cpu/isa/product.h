@@ -288,6 +288,9 @@ struct GroupedProduct {
     return rows < 96 ? 96 : (rows > 240 ? 240 : rows);
   }
 
+  // Sums that `positions` rows need room for.
+  static int64_t most_sums(int64_t positions) { return positions * kPanel; }
+
   // Where the sums of a row of a block stand, from a latent of the panel on.
   static const Element* sums_at(const Element* sums, int64_t row, int64_t latent) {
     return sums + row * kPanel + latent;

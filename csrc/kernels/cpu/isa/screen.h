@@ -198,7 +198,7 @@ class TokenBlock {
     steps_ = Product::steps(d_in);
     const int64_t group_bytes = (positions + 1) * steps_ * static_cast<int64_t>(sizeof(Element));
     if (!x_memory_.reset(rows * (d_in + 3) * 4) || !group_memory_.reset(group_bytes) ||
-        !sum_memory_.reset(positions * kPanel * static_cast<int64_t>(sizeof(Sum)))) {
+        !sum_memory_.reset(Product::most_sums(positions) * static_cast<int64_t>(sizeof(Sum)))) {
       return false;
     }
     x_ = x_memory_.as<float>();
@@ -238,6 +238,15 @@ class TokenBlock {
     return sums_;
   }
 
+  // All panels, through a filter of the product.
+  template <class Filter>
+  void multiply_and_filter(typename Product::Registers& registers, int64_t rows,
+                           const cpu::PackedEncoder& encoder, const float* bias, Filter& filter) {
+    Product::multiply_and_filter(registers, groups_, rows,
+                                 static_cast<const Element*>(encoder.packed),
+                                 cpu::panels(encoder.d_sae), steps_, bias, sums_, filter);
+  }
+
   float score(int64_t row, const T* latent, float bias) const {
     return dot_in_strips(x_ + row * d_in_, latent, d_in_) + bias;
   }
@@ -255,7 +264,7 @@ class TokenBlock {
   int64_t d_in_ = 0, steps_ = 0;
   float* x_ = nullptr;         // [rows][d_in] centred tokens
   Element* groups_ = nullptr;  // positions * steps elements, as the product reads them
-  Sum* sums_ = nullptr;        // positions * kPanel
+  Sum* sums_ = nullptr;        // as many as the product needs for its positions
   Element* row_ = nullptr;     // [steps]
   float* scales_ = nullptr;    // [rows] of the quantised token
   float* errors_ = nullptr;    // [rows] score_error

@@ -97,6 +97,11 @@ struct TileProduct {
   // Sums of a group and half a panel are four tiles: [group][half][row / 16][latent / 16][16][16].
   static constexpr int64_t kBlockSums = kGroup * kGroup;
 
+  // Both ways to multiply: a panel's sums of all rows, or half of them and two blocks more.
+  static int64_t most_sums(int64_t positions) {
+    return (positions / kGroup * kHalves + 1) * kBlockSums;
+  }
+
   static const float* sums_at(const float* sums, int64_t row, int64_t latent) {
     return sums + row / kGroup * (kPanel / kGroup) * kBlockSums + latent / kGroup * kBlockSums +
            row % kGroup / kTileRows * (2 * kTileElements) +
@@ -107,39 +112,83 @@ struct TileProduct {
   // Rows of x, packed in groups, times one panel.
   static void multiply(Tiles& tiles, const int32_t* groups, int64_t rows, const int32_t* panel,
                        int64_t steps, float* sums) {
-    // A part of half a panel stays in L1 while all tokens pass.
-    constexpr int64_t kMostPart = 16;
+    for (int64_t half = 0; half < kHalves; ++half) {
+      const auto block_of = [&](int64_t row) {
+        return sums + (row / kGroup * kHalves + half) * kBlockSums;
+      };
+      multiply_half(
+          tiles, groups, rows, panel + half * kGroup * steps, steps, block_of, block_of, [] {},
+          [](int64_t, const float*) {});
+    }
+  }
+
+  // All panels, the sums of which go through the filter and nowhere else: bias [64 * panels] is
+  // that of the latents, `sums` has room for most_sums(rows).
+  template <class Filter>
+  static void multiply_and_filter(Tiles& tiles, const int32_t* groups, int64_t rows,
+                                  const int32_t* packed, int64_t panels, int64_t steps,
+                                  const float* bias, float* sums, Filter& filter) {
+    const int64_t fewest_steps = steps / kStepElements / parts_of(steps);
+    const auto rows_a_step = static_cast<int32_t>(
+        fewest_steps > 0 ? (kGroup + fewest_steps - 1) / fewest_steps : kGroup);
+    int64_t made = 0;  // blocks; two places, so that one is filtered while the next is made
+    for (int64_t half = 0; half < panels * kHalves; ++half) {
+      multiply_half(
+          tiles, groups, rows, packed + half * kGroup * steps, steps,
+          [&](int64_t row) { return sums + (2 + row / kGroup) * kBlockSums; },
+          [&](int64_t) { return sums + made++ % 2 * kBlockSums; },
+          [&] { filter.step(rows_a_step); },
+          [&](int64_t row, const float* block) { filter.begin(block, row, bias + half * kGroup); });
+    }
+    filter.finish();
+  }
+
+ private:
+  static constexpr int64_t kHalves = kPanel / kGroup;
+
+  // A part of half a panel stays in L1 while all tokens pass.
+  static int64_t parts_of(int64_t steps) {
+    constexpr int64_t kMostPart = 16 * kStepElements;
+    return steps > 0 ? (steps + kMostPart - 1) / kMostPart : 1;
+  }
+
+  // Groups of rows times 32 latents, part by part of the columns. partial(row) is where the sums of
+  // a group wait for the next part, final(row) where the last part leaves them, work() is called
+  // after every k-step and done(row, block) after every block.
+  template <class Partial, class Final, class Work, class Done>
+  static void multiply_half(Tiles& tiles, const int32_t* groups, int64_t rows,
+                            const int32_t* latents, int64_t steps, Partial&& partial, Final&& final,
+                            Work&& work, Done&& done) {
+    constexpr int64_t kMostAhead = 32;  // of longer rows the line buffers are full as it is
     const int64_t k_steps = steps / kStepElements;
-    const int64_t parts = k_steps > 0 ? (k_steps + kMostPart - 1) / kMostPart : 1;
+    const int64_t parts = parts_of(steps);
     const int64_t blocks = (rows + kGroup - 1) / kGroup * parts;
     const int64_t share = k_steps <= kMostAhead ? (kGroup * steps / blocks + 15) / 16 * 16 : 0;
-    for (int64_t half = 0; half < kPanel / kGroup; ++half) {
-      const int32_t* latents = panel + half * kGroup * steps;
-      const int32_t* next = latents + kGroup * steps;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t begin = k_steps * part / parts;
-        const int64_t count = k_steps * (part + 1) / parts - begin;
-        for (int64_t row = 0; row < rows; row += kGroup, next += share) {
-          for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(next + i, 0, 2);
-          multiply_block(tiles, groups + row * steps + begin * kGroupStep,
-                         latents + begin * kGroupStep, count,
-                         sums + (row / kGroup * (kPanel / kGroup) + half) * kBlockSums, part != 0);
-        }
+    const int32_t* next = latents + kGroup * steps;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = k_steps * part / parts;
+      const int64_t count = k_steps * (part + 1) / parts - begin;
+      for (int64_t row = 0; row < rows; row += kGroup, next += share) {
+        for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(next + i, 0, 2);
+        const bool is_last = part + 1 == parts;
+        const float* from = part > 0 ? partial(row) : nullptr;
+        float* to = is_last ? final(row) : partial(row);
+        multiply_block(tiles, groups + row * steps + begin * kGroupStep,
+                       latents + begin * kGroupStep, count, from, to, work);
+        if (is_last) done(row, to);
       }
     }
   }
 
- private:
-  static constexpr int64_t kMostAhead = 32;  // of longer rows the line buffers are full as it is
-
   // 32 rows by 32 latents: two tiles of each side feed four of sums, one load a multiplication.
+  template <class Work>
   static void multiply_block(Tiles& tiles, const int32_t* rows, const int32_t* latents,
-                             int64_t k_steps, float* sums, bool accumulate) {
-    if (accumulate) {
-      tiles.load<0>(sums);
-      tiles.load<1>(sums + kTileElements);
-      tiles.load<2>(sums + 2 * kTileElements);
-      tiles.load<3>(sums + 3 * kTileElements);
+                             int64_t k_steps, const float* from, float* to, Work&& work) {
+    if (from != nullptr) {
+      tiles.load<0>(from);
+      tiles.load<1>(from + kTileElements);
+      tiles.load<2>(from + 2 * kTileElements);
+      tiles.load<3>(from + 3 * kTileElements);
     } else {
       tiles.zero<0>();
       tiles.zero<1>();
@@ -157,11 +206,12 @@ struct TileProduct {
       tiles.multiply_bfloat16<3, 5, 7>();
       rows += kGroupStep;
       latents += kGroupStep;
+      work();
     }
-    tiles.store<0>(sums);
-    tiles.store<1>(sums + kTileElements);
-    tiles.store<2>(sums + 2 * kTileElements);
-    tiles.store<3>(sums + 3 * kTileElements);
+    tiles.store<0>(to);
+    tiles.store<1>(to + kTileElements);
+    tiles.store<2>(to + 2 * kTileElements);
+    tiles.store<3>(to + 3 * kTileElements);
   }
 };
 

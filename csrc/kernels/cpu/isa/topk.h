@@ -72,7 +72,8 @@ class TopKWorker {
     if (!block_.allocate(rows_, positions_, problem_.encoder.d_in) ||
         !main_memory_.reset(main_bytes) || !aux_memory_.reset(aux_bytes) ||
         !pairs_.allocate(rows_, problem_.encoder.d_in, d_sae, pairs) ||
-        !active_memory_.reset(positions_ * 4) || !wide_memory_.reset(widest * 28)) {
+        !active_memory_.reset(positions_ * 4) || !wide_memory_.reset(widest * 28) ||
+        !allocate_log()) {
       return false;
     }
     main_.place(main_memory_.as<char>(), rows_);
@@ -131,6 +132,24 @@ class TopKWorker {
 
   bool wants_aux() const { return aux_.k > 0; }
 
+  // Room for the usual numbers of candidates; with more the log is emptied more often.
+  bool allocate_log() {
+    if constexpr (kFiltersSums<Product>) {
+      const int64_t usual = positions_ * (4 * problem_.k + 128);
+      const int64_t entries = CandidateLog::kBlockPlaces + (usual < (1 << 20) ? usual : 1 << 20);
+      const int64_t padded = entries + CandidateLog::kPad;
+      const int64_t blocks = cpu::panels(problem_.encoder.d_sae) * (kPanel / Product::kGroup) *
+                             (positions_ / Product::kGroup);
+      if (!log_memory_.reset(padded * 6 + (blocks + 1) * 4 + positions_ * 4 + 192)) return false;
+      log_.capacity = static_cast<int32_t>(entries);
+      log_.values = log_memory_.as<float>();
+      log_.ends = reinterpret_cast<int32_t*>(log_.values + padded);
+      bounds_of_positions_ = reinterpret_cast<float*>(log_.ends + blocks + 1);
+      log_.places = reinterpret_cast<uint16_t*>(bounds_of_positions_ + positions_);
+    }
+    return true;
+  }
+
   // Leaves what can be among the best of rows [begin, end), at most `positions_`.
   void find_candidates(int64_t begin, int64_t end) {
     const float guess = guess_.value();
@@ -161,6 +180,9 @@ class TopKWorker {
 
   // Multiplies the `live` active rows with every panel and keeps what passes their thresholds.
   void screen(int64_t live) {
+    if constexpr (kFiltersSums<Product>) {
+      if (!wants_aux()) return screen_in_filter(live);
+    }
     const int64_t d_sae = problem_.encoder.d_sae;
     const float* scales = problem_.encoder.stats;
     typename Product::Registers registers;
@@ -178,6 +200,47 @@ class TopKWorker {
         }
       }
     }
+  }
+
+  void screen_in_filter(int64_t live) {
+    refresh_bounds(live);
+    log_.first_block = log_.blocks = 0;
+    log_.clear();
+    const auto flush = [this, live] {
+      sort_log(live);
+      refresh_bounds(live);
+    };
+    TileFilter<decltype(flush)> filter(bounds_of_positions_, log_, flush);
+    typename Product::Registers registers;
+    block_.multiply_and_filter(registers, live, problem_.encoder, bounds_.bias, filter);
+    sort_log(live);
+  }
+
+  void refresh_bounds(int64_t live) {
+    for (int64_t position = 0; position < positions_; ++position) {
+      bounds_of_positions_[position] =
+          position < live ? main_.thresholds[active_[position]] : INFINITY;
+    }
+  }
+
+  // Moves the log to the lists of its rows, group of rows by group, by ascending latent in each.
+  void sort_log(int64_t live) {
+    constexpr int64_t kSide = Product::kGroup;
+    const int64_t groups = (live + kSide - 1) / kSide;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = (group - log_.first_block % groups + groups) % groups;
+      for (int64_t block = begin; block < log_.blocks; block += groups) {
+        const int64_t half = (log_.first_block + block) / groups;
+        for (int32_t i = log_.ends[block]; i < log_.ends[block + 1]; ++i) {
+          const int64_t row = active_[group * kSide + log_.places[i] / kSide];
+          const int32_t at = main_.counts[row]++;
+          main_.row_values(row)[at] = log_.values[i];
+          main_.row_indices(row)[at] = static_cast<int32_t>(half * kSide + log_.places[i] % kSide);
+          main_.shrink_if_full(row, 2.0f * block_.error(row), keys_);
+        }
+      }
+    }
+    log_.clear();
   }
 
   void keep(const CandidateRows& to, int64_t row, const PanelScores& scores, uint64_t bits,
@@ -365,7 +428,9 @@ class TopKWorker {
   float* scores_ = nullptr;    // [d_sae] of the exact path
   int32_t* keys_ = nullptr;    // scratch of selections
   int32_t* all_ = nullptr;     // [d_sae] of the exact path
-  Scratch main_memory_, aux_memory_, active_memory_, wide_memory_;
+  CandidateLog log_;
+  float* bounds_of_positions_ = nullptr;  // [positions] thresholds, infinity where there is no row
+  Scratch main_memory_, aux_memory_, active_memory_, wide_memory_, log_memory_;
 };
 
 }  // namespace sae_fast::SAE_FAST_ISA
