@@ -15,6 +15,7 @@ if not (TOOLS / "campaign").exists():
     pytest.skip("no checkout: the campaigns are not installed", allow_module_level=True)
 sys.path.insert(0, str(TOOLS))
 
+from campaign import frame  # noqa: E402
 from campaign.frame import (  # noqa: E402
     Campaign,
     Failed,
@@ -99,6 +100,32 @@ def test_a_process_that_the_machine_keeps_waiting_does_not_hang():
     seconds = 0.3
     ended = run_aside(wait, seconds=seconds)
     assert (ended.code, ended.hung) == (5, False)
+
+
+def test_a_process_that_waits_for_a_processor_does_not_hang(monkeypatch):
+    def wait():
+        time.sleep(1)
+        return 5
+
+    monkeypatch.setattr(frame, "_kept_waiting", lambda child: {child: time.monotonic()})
+    ended = run_aside(wait, seconds=0.01)
+    assert (ended.code, ended.hung) == (5, False)
+    monkeypatch.undo()
+    assert run_aside(wait, seconds=0.01).hung
+
+
+def test_threads_that_share_a_processor_wait_for_it():
+    def share():
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        children = [os.fork() or spin(None) for _ in range(2)]
+        while not all(sum(frame._kept_waiting(child).values()) > 0 for child in children):
+            time.sleep(0.01)
+        whole = frame._kept_waiting(os.getpid())
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        return 0 if set(children) < set(whole) else 1
+
+    assert run_aside(share).code == 0
 
 
 def test_a_try_has_the_random_numbers_of_its_number(tmp_path):

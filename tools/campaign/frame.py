@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import IO, Any
 
 LONGEST_LINE = 2000  # characters of an error that is to fit on a screen
-# A process hangs when it has computed for the seconds that it may take, or has been there for so
-# many times as long: how long a computation takes from its begin to its end says how busy the
-# machine is, and not whether it ends.
+# A process hangs when it has computed for the seconds that it may take, or has neither computed nor
+# waited for a processor for so many times as long: how long a computation takes from its begin to
+# its end says how busy the machine is, and not whether it ends.
 PATIENCE = 20
 
 
@@ -222,7 +222,8 @@ def run_aside(
     Args:
         work: what to do; an integer that it returns is the exit code, as of a command's `main`.
         folder: the child's current directory.
-        seconds: after so many of computing, or PATIENCE times as many in all, it is killed.
+        seconds: after so many of computing, or PATIENCE times as many of neither computing nor
+            waiting for a processor, it is killed.
         limits: of resources, as for `resource.setrlimit`.
         variables: of the environment, set in the child.
     """
@@ -257,9 +258,13 @@ def run_aside(
 def _is_ready(stream: IO[str] | int, child: int, seconds: float) -> bool:
     """Wait until a stream can be read; False where the child that it comes from hangs."""
     start, before = time.monotonic(), _computed(child)
+    first = _kept_waiting(child)
+    last = dict(first)
     while not select.select([stream], [], [], min(1.0, seconds))[0]:
-        spent, waited = _computed(child) - before, time.monotonic() - start
-        if spent > seconds or waited > PATIENCE * seconds:
+        last |= _kept_waiting(child)  # that of threads which have ended stays
+        kept = sum(last.values()) - sum(first.values())
+        idle = time.monotonic() - start - kept
+        if _computed(child) - before > seconds or idle > PATIENCE * seconds:
             return bool(select.select([stream], [], [], 0)[0])
     return True
 
@@ -269,6 +274,19 @@ def _computed(child: int) -> float:
     text = Path(f"/proc/{child}/stat").read_text(encoding="ascii", errors="replace")
     ticks = text.rpartition(")")[2].split()[11:15]  # behind the name, which may hold spaces
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def _kept_waiting(child: int) -> dict[int, float]:
+    """Seconds that each thread of a child, and of its children, has waited for a processor."""
+    found: dict[int, float] = {}
+    left = [child]
+    while left:
+        for task in Path(f"/proc/{left.pop()}/task").glob("*"):
+            with contextlib.suppress(OSError):  # it has ended since
+                left += map(int, (task / "children").read_text(encoding="ascii").split())
+                statistics = (task / "schedstat").read_text(encoding="ascii").split()
+                found[int(task.name)] = int(statistics[1]) / 1e9
+    return found
 
 
 def refusal(ended: Ended) -> str:
