@@ -79,8 +79,8 @@ struct DecodeShape {
 // Few entries a latent, which are decoded row by row; many, in strips; and now and then so many
 // latents that strips are narrow, or that they are cut into ranges as well.
 DecodeShape any_shape(Random& random, uint64_t seed) {
-  if (seed % 20 == 5) return {120, 300, random.integer(1, 70), random.integer(3400, 4000)};
-  if (seed % 20 == 15) return {500, 400, random.integer(1, 40), random.integer(6700, 7000)};
+  if (seed % 20 == 5) return {200, 400, random.integer(1, 70), random.integer(4200, 4800)};
+  if (seed % 20 == 15) return {500, 900, random.integer(1, 40), random.integer(8300, 8600)};
   const int64_t d_sae = random.integer(1, random.integer(0, 1) == 1 ? 20 : 200);
   return {random.integer(0, 100), random.integer(1, 30), random.integer(1, 200), d_sae};
 }

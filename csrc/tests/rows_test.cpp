@@ -17,7 +17,7 @@ struct Shape {
 // Few entries a token, which are gathered row by row; many, in strips; and now and then so many
 // tokens that strips of them are cut into ranges.
 Shape any_shape(Random& random, uint64_t seed) {
-  if (seed % 20 == 10) return {random.integer(6700, 7000), random.integer(1, 40), 30, 20};
+  if (seed % 20 == 10) return {random.integer(8300, 8600), random.integer(1, 40), 30, 20};
   const int64_t most_entries = random.integer(0, 1) == 1 ? 8 : 40;
   return {random.integer(0, 60), random.integer(1, 150), random.integer(1, 150), most_entries};
 }
