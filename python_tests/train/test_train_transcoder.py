@@ -150,7 +150,7 @@ BAD: dict[str, tuple[tuple[str, ...], Callable[[Path], None] | None, str]] = {
     "no such key": (
         ("--transcoder", "--target-key", "outs"),
         None,
-        "no dataset 'outs'; it holds activations (300, 8), token_ids (300,) (name one with --targ",
+        "no dataset 'outs'; it holds activations (300, 8) and token_ids (300,) (name one with -",
     ),
     "no such directory": (
         ("--transcoder", "--target-shard-dir", "z"),
