@@ -315,11 +315,11 @@ BAD_TRAIN_VALUES = [
     ),
     (
         {"optimizer": "schedule_free_signum", "betas": (0.8, 0.9)},
-        "betas and eps need optimizer = 'adam' or 'adamw'",
+        r"betas = .0.8, 0.9. needs optimizer = 'adam' or 'adamw'",
     ),
     ({"optimizer": "sgd", "momentum": 1}, "momentum must be from 0 to below 1, got 1"),
-    ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "betas and eps need optimizer = 'adam' or 'adamw'"),
-    ({"optimizer": "signum", "eps": 1e-6}, "betas and eps need optimizer = 'adam' or 'adamw'"),
+    ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "betas = .* needs optimizer = 'adam' or 'adamw'"),
+    ({"optimizer": "signum", "eps": 1e-6}, "eps = 1e-06 needs optimizer = 'adam' or 'adamw'"),
     ({"grad_clip": -1}, "grad_clip must be at least 0"),
     ({"amp": "int8"}, "amp must be one of 'off', 'bf16', 'fp16', got 'int8'"),
     ({"seed": -1}, "seed must be at least 0"),
@@ -339,11 +339,99 @@ def test_bad_training_value_names_field_and_value(values, message):
         TrainConfig(**values)
 
 
-def test_weight_decay_of_a_file_that_names_no_optimizer_is_that_of_adamw():
-    assert TrainConfig.from_dict({"weight_decay": 0.1}).optimizer == "adamw"
-    assert TrainConfig.from_dict({"weight_decay": 0.0}).optimizer == "adam"
-    with pytest.raises(ValueError, match="needs optimizer = 'adamw'"):
-        TrainConfig.from_dict({"weight_decay": 0.1, "optimizer": "adam"})
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "adam"}])
+@pytest.mark.parametrize("make", [TrainConfig.from_dict, lambda values: TrainConfig(**values)])
+def test_weight_decay_needs_an_optimizer_that_has_it_in_files_and_keywords(optimizer, make):
+    with pytest.raises(ValueError, match=r"weight_decay = 0\.1 needs optimizer = 'adamw'"):
+        make({"weight_decay": 0.1, **optimizer})
+
+
+def test_weight_decay_of_a_run_from_before_there_was_a_choice_is_that_of_adamw():
+    assert TrainConfig.from_saved({"weight_decay": 0.1}).optimizer == "adamw"
+    assert TrainConfig.from_saved({"weight_decay": 0.0}).optimizer == "adam"
+
+
+IDLE = [
+    ({"multi_topk_coeff": 0.4}, "multi_topk_coeff = 0.4 needs multi_topk"),
+    ({"multi_topk": True, "multi_topk_coeff": 0}, "multi_topk = True needs a multi_topk_coeff abo"),
+    ({"arch": "relu", "target_l0_rate": 0.1}, "target_l0_rate = 0.1 needs target_l0"),
+    (
+        {"arch": "relu", "l1_penalty_coeff": 0, "sparsity_norm_p": 0.5},
+        "sparsity_norm_p = 0.5 needs an l1_penalty_coeff above 0",
+    ),
+    ({"decorrelation": "gram_mean"}, "decorrelation = 'gram_mean' needs a decorrelation_coeff"),
+    ({"decorrelation_chunk": 9}, "decorrelation_chunk = 9 needs decorrelation = 'chunked_max'"),
+    (
+        {"decorrelation_chunk": 9, "decorrelation_coeff": 1, "decorrelation": "gram_sum"},
+        "decorrelation_chunk = 9 needs decorrelation = 'chunked_max'",
+    ),
+    ({"correlation_pairs": "sum"}, "correlation_pairs = 'sum' needs an independence_coeff or"),
+    ({"probe_task": "regression"}, "probe_task = 'regression' needs a probe_loss_coeff above 0"),
+    ({"probe_classes": 3}, "probe_classes = 3 needs a probe_loss_coeff above 0"),
+    ({"aux_k": 3, "aux_k_coeff": 0}, "aux_k = 3 needs an aux_k_coeff above 0"),
+    (
+        {"arch": "jumprelu", "jumprelu_tanh_scale": 2.0},
+        "jumprelu_tanh_scale = 2.0 needs sparsity_penalty = 'tanh'",
+    ),
+    (
+        {"arch": "jumprelu", "sparsity_penalty": "l0", "sparsity_penalty_coeff": 0},
+        "sparsity_penalty = 'l0' needs a sparsity_penalty_coeff above 0",
+    ),
+    (
+        {"arch": "jumprelu", "target_l0": 3, "sparsity_penalty_coeff": 0},
+        "target_l0 = 3.0 needs a sparsity_penalty_coeff above 0",
+    ),
+    (
+        {"arch": "slots", "slots_mode": "separate_activation", "value_hidden": 9},
+        "value_hidden = 9 needs slots_mode = 'joint' or 'separate_value'",
+    ),
+    (
+        {"arch": "slots", "slots_mode": "separate_value", "alignment_after_relu": True},
+        "alignment_after_relu = True needs an alignment_coeff above 0",
+    ),
+    (
+        {"arch": "slots", "slots_mode": "separate_value", "reconstruction_coeff": 2.0},
+        "reconstruction_coeff = 2.0 needs slots_mode = 'joint' or 'separate_activation'",
+    ),
+    ({"pin": True}, "pin = True needs keep_in_memory"),
+    ({"start_from_elsewhere": True}, "start_from_elsewhere = True needs start_from"),
+]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"d_in": 16}, {"d_in": 16, "d_sae": 64}])
+@pytest.mark.parametrize(("given", "message"), IDLE)
+def test_a_setting_without_effect_is_refused_with_what_it_needs(given, message, sizes):
+    for make in (lambda values: RunConfig(**values), RunConfig.from_dict):
+        with pytest.raises(ValueError, match=message):
+            make({**sizes, **given})
+
+
+@pytest.mark.parametrize(("given", "message"), IDLE)
+def test_a_saved_configuration_is_read_without_what_has_no_effect(given, message):
+    name = message.partition(" ")[0]
+    config = RunConfig.from_saved({"d_in": 16, **given})
+    assert getattr(config, name) != given[name]
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("mode", [None, "joint", "separate_activation", "separate_value"])
+@pytest.mark.parametrize("sizes", [{}, {"d_in": 16}, {"d_in": 2, "d_sae": 5}])
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"])
+def test_what_is_filled_in_is_read_again_also_where_sizes_are_open(arch, sizes, mode):
+    changes = {"arch": arch} if mode is None else {"arch": "slots", "slots_mode": mode}
+    for off in ({}, {"decorrelation_coeff": 0.0}, {"l1_penalty_coeff": 0.0}):
+        if arch == "jumprelu" and mode is None:
+            off = {"sparsity_penalty_coeff": 0.0} if off else {}
+        config = RunConfig(**sizes, **changes, **off)
+        values = config.to_dict()
+        assert RunConfig.from_dict(values) == config
+        values["sae"]["d_in"] = 0  # as a run that is resumed leaves it to the data
+        RunConfig.from_dict(values)
+
+
+def test_switching_off_what_there_is_not_is_no_mistake():
+    RunConfig(no_wandb=True, cuda_graph=False, aux_k_coeff=0.0, multi_topk_coeff=0.0, pin=False)
+    RunConfig(arch="relu", aux_k_coeff=0.0, probe_loss_coeff=0.0, weight_decay=0.0)
 
 
 @pytest.mark.parametrize(

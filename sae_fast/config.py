@@ -65,7 +65,18 @@ class RunConfig(ConfigFile):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Make the configuration from JSON values; raises ValueError naming unknown keys."""
-        return cls(**cls._read_sections(values, **_SECTIONS))
+        parts = cls._split_sections(values, **_SECTIONS)
+        return cls(
+            sae=SAEConfig.from_dict(parts["sae"]), train=TrainConfig.from_dict(parts["train"])
+        )
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any]) -> RunConfig:
+        """Make the configuration of a run from what was saved with it, see `ConfigFile`."""
+        parts = cls._split_sections(values, **_SECTIONS)
+        return cls(
+            sae=SAEConfig.from_saved(parts["sae"]), train=TrainConfig.from_saved(parts["train"])
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from sae_fast.effects import Effect, IdleSettingError, check_effects
 from sae_fast.json_files import JSONError, bounded, read_json, shown
 
 FORMAT_VERSION = 1
@@ -32,6 +33,7 @@ class ConfigFile:
 
     section: ClassVar[str] = ""
     aliases: ClassVar[dict[str, str]] = {}
+    effects: ClassVar[Mapping[str, Effect]] = {}  # see effects.py
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; nested configurations as nested dictionaries."""
@@ -50,34 +52,52 @@ class ConfigFile:
         Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls: type[Config], path: str | Path) -> Config:
-        """Read a JSON file; raises ValueError naming the file and what in it is wrong."""
+    def from_saved(cls: type[Config], values: dict[str, Any]) -> Config:
+        """Make the configuration of a run or model from what was saved with it.
+
+        Settings that have no effect are left out: versions before they were refused wrote them.
+        """
+        values = dict(values)
+        while True:
+            try:
+                return cls.from_dict(values)
+            except IdleSettingError as error:
+                del values[error.name]
+
+    @classmethod
+    def load(cls: type[Config], path: str | Path, *, saved: bool = False) -> Config:
+        """Read a JSON file; raises ValueError naming the file and what in it is wrong.
+
+        `saved` says that it was saved with a model or run, see `from_saved`.
+        """
         try:
             values = read_settings(path)
             if cls.section and cls.section in values:
                 reject_unknown_keys(values, SECTIONS)
                 values = _section(values, cls.section)
-            return cls.from_dict(values)
+            return cls.from_saved(values) if saved else cls.from_dict(values)
         except JSONError:
             raise
         except ValueError as error:
             raise ValueError(f"{path}: {bounded(str(error))}") from None
 
     @classmethod
-    def _read_sections(cls, values: dict[str, Any], **sections: type[ConfigFile]) -> dict[str, Any]:
-        """The configuration of each section, from nested or flat values."""
+    def _split_sections(
+        cls, values: dict[str, Any], **sections: type[ConfigFile]
+    ) -> dict[str, dict[str, Any]]:
+        """The values of each section, from nested or flat values."""
         if any(name in values for name in sections):
             reject_unknown_keys(values, list(sections))
-            return {
-                name: config.from_dict(_section(values, name) if name in values else {})
-                for name, config in sections.items()
-            }
-        flat = by_section(values, sections)
-        return {name: config.from_dict(flat[name]) for name, config in sections.items()}
+            return {name: _section(values, name) if name in values else {} for name in sections}
+        return by_section(values, sections)
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
+
+    def _check_effects(self) -> None:
+        """Raise IdleSettingError for a given setting that has no effect beside the others."""
+        check_effects(self, self.effects)
 
     def _check_types(self) -> None:
         """Check fields against their annotations; 1 becomes 1.0 and a list a tuple, where asked."""

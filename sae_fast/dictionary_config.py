@@ -319,10 +319,6 @@ class DictionaryConfig(ConfigFile):
             value = getattr(self, name)
             self._require(name, value is None or value >= 0, "at least 0")
         self._require("decorrelation_chunk", self.decorrelation_chunk >= 2, "at least 2")
-        if self.decorrelation in ("gram_sum", "chunked_max") and self.decorrelation_coeff == 0:
-            raise ValueError(
-                f"decorrelation = {self.decorrelation!r} needs a decorrelation_coeff above 0"
-            )
         if self.aux_k is not None:
             self._require(
                 "aux_k", self.aux_k >= 1, "at least 1 (aux_k_coeff = 0 switches AuxK off)"

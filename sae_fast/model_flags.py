@@ -39,6 +39,8 @@ _SYNONYMS = {
     "wandb_log_every": DECIDED_BY["wandb_log_every"],
 }
 
+ADAM_DECAYS = "optimizer adam with a weight decay is adamw, decoupled from the gradient"
+
 _Flags = list[tuple[str, list[str]]]  # as written, and the values of each
 
 
@@ -120,7 +122,7 @@ def _as_known_here(flags: _Flags) -> _Flags:
         flags = [(flag, words) for flag, words in flags if _field(flag) != "expansion_factor"]
     decay = (values.get("weight_decay") or ["0"])[0]
     if values.get("optimizer") == ["adam"] and decay.strip("0.") != "":
-        logger.info("optimizer adam with a weight decay is adamw: decoupled from the gradient")
+        logger.info("weight_decay: %s", ADAM_DECAYS)
         is_adam = ("optimizer", ["adam"])
         return [
             (flag, ["adamw"] if (_field(flag), words) == is_adam else words)

@@ -7,11 +7,13 @@ are in dictionary_config.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sae_fast.config_file import with_aliases
 from sae_fast.dictionary_config import DictionaryConfig
+from sae_fast.effects import MODEL, Effect
 
 RELATION_LABELS = "labels/relation"
 ANSWER_LABELS = "labels/answer"
@@ -49,6 +51,7 @@ class SAEConfig(DictionaryConfig):
     """
 
     section: ClassVar[str] = "sae"
+    effects: ClassVar[Mapping[str, Effect]] = MODEL
 
     probe_loss_coeff: float = 0.0
     """Weight of the loss of a linear probe that predicts probe_labels from the code."""
@@ -113,13 +116,10 @@ class SAEConfig(DictionaryConfig):
         self._complete_slots()
         self._check_slots()
         self._check_correlation()
+        self._check_effects()
 
     def _check_probe(self) -> None:
         self._require("probe_labels", self.probe_labels != "", "a name, not an empty string")
-        if self.probe_labels is not None and self.probe_loss_coeff == 0:
-            raise ValueError(
-                f"probe_labels = {self.probe_labels!r} needs a probe_loss_coeff above 0"
-            )
         if self.probe_classes is None:
             return
         self._require("probe_classes", self.probe_classes >= 2, "at least 2")
@@ -198,11 +198,6 @@ class SAEConfig(DictionaryConfig):
         inside = split >= 1 and (self.d_sae == 0 or split < self.d_sae)
         must = f"at least 1 and below d_sae = {self.d_sae}" if self.d_sae else "at least 1"
         self._require("correlation_split", inside, must)
-        if not (self.independence_coeff or self.orthogonality_coeff):
-            raise ValueError(
-                "correlation_split needs an independence_coeff or orthogonality_coeff above 0, "
-                f"got {split}"
-            )
 
     @property
     def _default_l1(self) -> float:

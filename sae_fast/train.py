@@ -30,9 +30,10 @@ from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config_file import field_names, field_types, read_settings
 from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
+from sae_fast.effects import unchecked
 from sae_fast.flags import plain_switches
 from sae_fast.json_files import read_json
-from sae_fast.model_flags import FromModelLine, flag_kinds, from_model_line
+from sae_fast.model_flags import ADAM_DECAYS, FromModelLine, flag_kinds, from_model_line
 from sae_fast.output_streams import run_command
 from sae_fast.presets import preset
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
@@ -90,6 +91,7 @@ class _Sources:
     d_sae: int | None = None
     expansion_factor: float | None = None
     arch: str | None = None
+    optimizer: str | None = None
     weight_decay: float | None = None
 
 
@@ -145,7 +147,8 @@ def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) 
     arguments = _canonical(arguments)
     kinds = _flag_kinds() | ({} if from_model is None else flag_kinds())
     sources = parse(_Sources, _Sources(), arguments, PROGRAM, partial=True, kinds=kinds)
-    given = _settings_in(sources.config)
+    with unchecked():  # flags may yet give what a setting needs
+        given = _settings_in(sources.config)
     if sources.preset is not None:
         chosen = preset(sources.preset)
         weaker = without_other_size(chosen.sae, given["sae"])
@@ -162,7 +165,8 @@ def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) 
     given["sae"] = without_other_size(given["sae"], vars(sources))
     # Without d_in nothing is derived from the given settings that a flag may yet change.
     d_in = given["sae"].pop("d_in", 0)
-    base = RunConfig.from_dict(given)
+    with unchecked():
+        base = RunConfig.from_dict(given)
     defaults = Options(sources.preset, sources.config, sources.sweep, base.sae, base.train)
     options = parse(Options, defaults, arguments, PROGRAM, kinds=kinds)
     sae, train = options.sae, options.train
@@ -194,7 +198,8 @@ def _as_from_model(
     train = {name: value for name, value in given["train"].items() if value is not None}
     train |= {"batch_size": own["batch_size"], **on_line}
     own |= TRAIN_DEFAULTS
-    if sources.weight_decay:
+    if sources.weight_decay and not (sources.optimizer or "optimizer" in train):
+        logger.info("weight_decay: %s", ADAM_DECAYS)
         own["optimizer"] = "adamw"
     if settings.run_name is not None:
         if sources.checkpoint_dir is not None:
@@ -263,8 +268,9 @@ def _resumed_settings(
     if (way := way_on_from_model(path)) is not None:
         name = run if reference in ("latest", "best") else reference
         raise ValueError(f"{name} is a run from a model: go on with it by {way}")
-    settings = read_newest_state(path, check_snapshot)["config"]
-    settings["train"].pop("resume_from", None)
+    saved = RunConfig.from_saved(read_newest_state(path, check_snapshot)["config"])
+    settings = saved.to_dict()
+    del settings["train"]["resume_from"]
     return settings, None if run is None else str(run)
 
 

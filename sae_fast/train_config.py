@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 from sae_fast.config_file import ConfigFile, with_aliases
+from sae_fast.effects import TRAINING, Effect
 
 _NAMES = (
     *("shard_dir", "activations_key", "heldout", "device"),
@@ -38,6 +40,7 @@ class TrainConfig(ConfigFile):
     """The training run: data, optimiser, schedule, precision, logging and checkpoints."""
 
     section: ClassVar[str] = "train"
+    effects: ClassVar[Mapping[str, Effect]] = TRAINING
 
     shard_dir: str | None = None
     """Directory of HDF5 shards with the activations to train on; one that holds a folder of shards
@@ -175,8 +178,6 @@ class TrainConfig(ConfigFile):
         for name in _COUNTS:
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
-        if self.k_anneal_steps is not None and self.k_anneal_start is None:
-            raise ValueError(f"k_anneal_steps = {self.k_anneal_steps} needs k_anneal_start")
         for name in ("eps", "learning_rate"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "greater than 0")
@@ -197,35 +198,21 @@ class TrainConfig(ConfigFile):
         self._require("average_decay", 0 <= self.average_decay < 1, "from 0 to below 1")
         betas_hold = all(0 <= beta < 1 for beta in self.betas)
         self._require("betas", betas_hold, "two numbers from 0 to below 1")
+        self._check_effects()
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """As `ConfigFile.from_dict`; values that name no optimizer may have a weight decay.
+    def from_saved(cls, values: dict[str, Any]) -> TrainConfig:
+        """As `ConfigFile.from_saved`; values that name no optimizer may have a weight decay.
 
         They were written before there was a choice, when adam's was that of adamw.
         """
         if "optimizer" not in values and values.get("weight_decay"):
             values = {**values, "optimizer": "adamw"}
-        return super().from_dict(values)
+        return super().from_saved(values)
 
     def _check_optimizer(self) -> None:
         momentum = self.momentum
         self._require("momentum", momentum is None or 0 <= momentum < 1, "from 0 to below 1")
-        if self.optimizer in ("adam", "adamw"):
-            if momentum is not None:
-                raise ValueError(
-                    f"momentum = {momentum} needs optimizer = 'sgd', 'signum' or "
-                    f"'schedule_free_signum'; that of {self.optimizer!r} is in betas"
-                )
-        elif self.betas != TrainConfig.betas or self.eps != TrainConfig.eps:
-            raise ValueError(
-                f"betas and eps need optimizer = 'adam' or 'adamw'; {self.optimizer!r} has momentum"
-            )
-        if self.optimizer == "adam" and self.weight_decay > 0:
-            raise ValueError(
-                f"weight_decay = {self.weight_decay} needs optimizer = 'adamw', which decouples it "
-                "from the gradient, or 'sgd' or 'signum'; 'adam' has none"
-            )
         if self.optimizer == "schedule_free_signum":
             self._check_schedule_free()
 
@@ -261,8 +248,6 @@ class TrainConfig(ConfigFile):
                 )
 
     def _check_cache(self) -> None:
-        if self.pin and not self.keep_in_memory:
-            raise ValueError("pin needs keep_in_memory, whose rows it locks")
         if not self.device_cache:
             return
         if self.keep_in_memory:

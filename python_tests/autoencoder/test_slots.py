@@ -24,13 +24,14 @@ FIELDS = {
     "value_loss_coeff": 0.7,
     "slot_target": 1.5,
 }
+OF_VALUES = ("n_answers", "value_hidden", "value_loss_coeff")
 CASES = {
     "joint": FIELDS,
     "free rows": {**FIELDS, "decoder_norm": "free", "decoder_init_norm": 0.5},
     "sums": {**FIELDS, "correlation_pairs": "sum"},
     "literal": {**FIELDS, "alignment_after_relu": True, "slots_l1_mean": True},
     "separate_activation": {
-        **{name: value for name, value in FIELDS.items() if name != "value_loss_coeff"},
+        **{name: value for name, value in FIELDS.items() if name not in OF_VALUES},
         "slots_mode": "separate_activation",
     },
 }
@@ -371,7 +372,7 @@ def test_any_architecture_can_have_the_correlation_terms(arch, pairs):
     ("fields", "message"),
     [
         ({"orthogonality_coeff": 0.1}, "orthogonality_coeff = 0.1 needs correlation_split"),
-        ({"correlation_split": 3}, "correlation_split needs an independence_coeff"),
+        ({"correlation_split": 3}, "correlation_split = 3 needs an independence_coeff"),
         ({"correlation_split": 0, "independence_coeff": 1.0}, "correlation_split must be at least"),
         ({"correlation_split": 64, "independence_coeff": 1.0}, "below d_sae = 64, got 64"),
         ({"independence_coeff": -1.0}, "independence_coeff must be at least 0"),

@@ -50,7 +50,8 @@ def run_on_model(run: Run, inputs: tuple[str, str]) -> Run:
     """Runs it on one of the models and the documents."""
 
     def command(*flags: str, model: str = "gpt2") -> Printed:
-        return run(f"{inputs[0]}/{model}", inputs[1], *SMALL_FROM_MODEL, *flags)
+        pool = () if {"ce", "kl"} & set(flags) else ("--pool_rows", "150")
+        return run(f"{inputs[0]}/{model}", inputs[1], *SMALL_FROM_MODEL, *pool, *flags)
 
     return command
 

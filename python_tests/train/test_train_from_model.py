@@ -42,7 +42,7 @@ def test_defaults_are_those_that_users_of_such_trainers_know(
         raise ValueError("enough")
 
     monkeypatch.setattr("sae_fast.training.sweep.run_steps", no_steps)
-    assert main([f"{inputs[0]}/gpt2", inputs[1], "--d-sae", "512", "--heldout-tokens", "0"]) == 2
+    assert main([f"{inputs[0]}/gpt2", inputs[1], "--d-sae", "512", "--heldout-tokens", "64"]) == 2
     (trainer,) = made
     sae, train = trainer.sae_config, trainer.train_config
     assert (sae.arch, sae.k, sae.d_sae, sae.loss_fn) == ("topk", 192, 512, "mse")

@@ -85,7 +85,8 @@ def test_settings_that_are_taken_reach_every_training(
 ) -> None:
     flags = [word for name, value in TAKEN.items() for word in spelt(name, value)]
     sizes = ["--k", "4", "--d_sae", "32", "--ctx_len", "16", "--max_tokens", "640"]
-    layers = ["--layers", "0", "1", "--heldout_tokens", "0"]
+    sizes += ["--l1_penalty_coeff", "0.1"]  # which the warm-up of penalties is of
+    layers = ["--layers", "0", "1", "--heldout_tokens", "64"]
     assert main([f"{inputs[0]}/gpt2", inputs[1], *flags, *sizes, *layers]) == 2
     assert len(opened) == 2
     for trainer, hook in zip(opened, ("residual.0", "residual.1"), strict=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import VOCABULARY, WORDS, make_network, make_tokenizer
-from train_runs import Run, assert_same, killed_at, metrics
+from train_runs import Run, assert_same, killed_at, metrics, refused
 
 from sae_fast.train import main
 
@@ -78,3 +78,8 @@ def test_a_model_without_a_head_has_no_cross_entropy(
     assert "error: loss_fn ce needs a model that predicts tokens: BertModel" in (
         capsys.readouterr().err
     )
+
+
+def test_a_shuffle_pool_is_refused_where_no_rows_are_shuffled(run_on_model: Run) -> None:
+    line = refused(run_on_model("--loss_fn", "kl", "--pool_rows", "70"), "pool_rows = 70 needs")
+    assert "loss_fn mse or fvu, where rows are shuffled" in line

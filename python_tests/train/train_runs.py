@@ -20,7 +20,7 @@ SMALL = (
 )
 SMALL_FROM_MODEL = (
     *("--ctx_len", "16", "--batch_size", "4", "--max_tokens", "640", "--k", "4"),
-    *("--expansion_factor", "2", "--heldout_tokens", "100", "--pool_rows", "150"),
+    *("--expansion_factor", "2", "--heldout_tokens", "100"),
     *("--save_every", "4", "--log_every", "2", "--eval_every", "5", "--num_threads", "1"),
 )
 TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")

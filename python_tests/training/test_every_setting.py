@@ -43,9 +43,20 @@ UNCHANGED = {
     "dead_after_tokens=60": ("relu", "gated", "slots"),  # they do nothing about dead latents
     "sparsity_penalty=l0_target": ("jumprelu",),  # the default, written out
     "decoder_norm=unit": ("jumprelu", "gated", "slots"),  # likewise
+    "decoder_norm=free": ("relu",),  # likewise
     "slots_mode=joint": ("slots",),  # likewise
-    # There is no term but the reconstruction.
-    "sparsity_warmup_steps=2": ("topk", "batch_topk", "matryoshka"),
+}
+# Other forms of an architecture, in which other settings have an effect.
+FORMS = {
+    **{arch: {} for arch in ARCHITECTURES},
+    "jumprelu, tanh": {"sparsity_penalty": "tanh"},
+    "slots, latents": {
+        "slots_mode": "separate_activation",
+        "n_answers": None,
+        "value_hidden": None,
+    },
+    "relu, unpenalised": {"l1_penalty_coeff": 0.0},
+    "topk, without AuxK": {"aux_k_coeff": 0.0},
 }
 TRAIN = [name for name in field_names(TrainConfig) if name not in ELSEWHERE]
 
@@ -93,6 +104,17 @@ def trained(fields, settings):
     return state, rows
 
 
+def few_of(form):
+    """Settings of a form of an architecture, over those of its small model."""
+    return {**FEW.get(form.partition(",")[0], {}), **FORMS[form]}
+
+
+def alone(config, name):
+    """A setting's values without what they need beside."""
+    several = (settings for settings in values_of(config, name) if len(settings) > 1)
+    return [{name: settings[name]} for settings in several if name in settings]
+
+
 def changes(one, other):
     """Whether two trainings differ in a weight or in what they have logged."""
     (state, rows), (others, other_rows) = one, other
@@ -101,12 +123,13 @@ def changes(one, other):
     return not all(torch.equal(state[name], others[name]) for name in state)
 
 
-def tried(arch, settings, base):
+def tried(form, settings, base):
     """What is wrong with settings in a training, in a line; None: nothing is."""
+    arch = form.partition(",")[0]
     of_model = {name: value for name, value in settings.items() if name in field_names(SAEConfig)}
     of_training = {name: value for name, value in settings.items() if name not in of_model}
     try:
-        result = trained(over_base(arch, {**FEW.get(arch, {}), **of_model}), of_training)
+        result = trained(over_base(arch, {**few_of(form), **of_model}), of_training)
     except ValueError as error:
         words = [str(word) for pair in settings.items() for word in pair]
         return None if any(word in str(error) for word in words) else f"names none: {error}"
@@ -120,12 +143,15 @@ def tried(arch, settings, base):
     return "changes something now" if is_listed else "changes nothing"
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_setting_is_refused_by_name_or_changes_the_training(arch):
-    base = trained(over_base(arch, FEW.get(arch, {})), {})
+@pytest.mark.parametrize("form", FORMS)
+def test_every_setting_is_refused_by_name_or_changes_the_training(form):
+    base = trained(over_base(form.partition(",")[0], few_of(form)), {})
     found = []
     for config, names in ((SAEConfig, MODEL), (TrainConfig, TRAIN)):
-        for settings in (one for name in names for one in values_of(config, name)):
-            if said := tried(arch, settings, base):
-                found.append(f"{settings}: {said}")
+        for name in names:
+            if form not in ARCHITECTURES and name in FORMS[form]:
+                continue
+            for settings in [*values_of(config, name), *alone(config, name)]:
+                if said := tried(form, settings, base):
+                    found.append(f"{settings}: {said}")
     assert "\n".join(found) == ""

@@ -50,7 +50,7 @@ def test_rows_that_do_not_fit_are_refused_with_the_flag(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pin": True}, "pin needs keep_in_memory"),
+        ({"pin": True}, "pin = True needs keep_in_memory"),
         ({"device_cache": True}, "device_cache needs a GPU, got device = 'cpu'"),
         (
             {"device_cache": True, "keep_in_memory": True, "device": "cuda"},

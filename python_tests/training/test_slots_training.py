@@ -204,7 +204,8 @@ def test_the_first_stage_has_reconstruction_alone(shards):
 @pytest.mark.parametrize("fused", [True, False])
 def test_separate_value_trains_the_heads_of_a_given_model_alone(shards, tmp_path, fused):
     first = train(
-        shards, slots(slots_mode="separate_activation"), checkpoint_dir=str(tmp_path / "runs")
+        *(shards, slots(slots_mode="separate_activation", value_hidden=None)),
+        checkpoint_dir=str(tmp_path / "runs"),
     )
     assert not hasattr(first.sae, "W_value_in")
     run = tmp_path / "runs"

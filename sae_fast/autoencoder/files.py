@@ -60,7 +60,7 @@ def read_config(directory: str | Path) -> SAEConfig:
     if not all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE)):
         raise explain_missing(directory)
     _check_sums(directory)
-    config = SAEConfig.load(directory / CONFIG_FILE)
+    config = SAEConfig.load(directory / CONFIG_FILE, saved=True)
     if not config.is_complete:
         raise ValueError(f"{directory / CONFIG_FILE}: d_in must be given for a saved model, got 0")
     _check_sizes(directory, config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from sae_fast.activations import (
 )
 from sae_fast.activations.resident import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
+from sae_fast.activations.shard import Shard
 from sae_fast.activations.shard_identity import check_same_shards, identity_of
+from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.activations.tensor_stream import digest_of
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.batches import next_rows
@@ -192,6 +194,21 @@ class TrainingData:
         return sample
 
     @property
+    def kind(self) -> Literal["shards", "tensor", "source", "model"]:
+        """Where the rows come from; "source": a caller's own, "model": its forward passes."""
+        if self._shards is not None:
+            return "shards"
+        if self._rows is not None:
+            return "tensor"
+        return "model" if isinstance(self._given, SharedReader) else "source"
+
+    def has_names(self, *, of_targets: bool = False) -> bool:
+        """Whether any file has a name for what it holds, as a bare tensor or array has not."""
+        sets = [] if self._shards is None else self._shards.sets
+        known = [part.targets if of_targets else part for part in sets]
+        return any(_is_named(shard) for part in known if part for shard in part.shards)
+
+    @property
     def heldout_identity(self) -> dict[str, Any] | None:
         """What identifies the held-out rows, as JSON can write it, for a run that goes on.
 
@@ -284,6 +301,11 @@ def _require_tensor(what: str, given: object) -> None:
     if not isinstance(given, Tensor):
         kind = type(given).__name__
         raise ValueError(f"{what} must be a tensor (see torch.as_tensor), got {kind}")
+
+
+def _is_named(shard: Shard) -> bool:
+    with open_shard(shard) as file:
+        return file.has(shard.key)
 
 
 def _split_targets(

@@ -21,6 +21,7 @@ from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.effects import FROM_MODEL, check_effects
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
@@ -35,6 +36,7 @@ from sae_fast.training.trainer import Trainer
 # Where the field's trainers of this kind differ from a training on shards.
 SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
 TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
+_DEAD_SHARE = TRAIN_DEFAULTS["dead_percentage_threshold"]
 DEFAULT_K = 192
 
 # Which fields of TrainConfig mean something here. Every field is in one of these three places or is
@@ -135,6 +137,7 @@ class FromModelConfig:
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             given = " ".join(map(str, self.init_seeds)) or "none"
             raise ValueError(f"init_seeds must be different numbers, got {given}")
+        check_effects(self, FROM_MODEL)
 
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
         """What is asked of the model."""
@@ -186,10 +189,12 @@ def open_from_model(
         torch.set_num_threads(first.num_threads)
     capture = _open_capture(model, dataset, settings, first.device)
     tokens = capture.batches.config
-    own = {
+    own: dict[str, Any] = {
         "batch_size": tokens.batch_size * tokens.ctx_len,
         "checkpoint_dir": directory and str(directory),
     }
+    if capture.heldout is None and first.dead_percentage_threshold == _DEAD_SHARE:
+        own["dead_percentage_threshold"] = 0.0  # the default, of rows that there are not
     every = _for_every_hook(capture, settings.init_seeds, configs, own)
     saes = [config.sae for config in configs.values()]
     is_end_to_end = any(sae.is_end_to_end for sae in saes)

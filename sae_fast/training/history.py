@@ -54,7 +54,7 @@ def read_history(run: Path) -> History:
     is_own = path.name in (METRICS, HISTORY)
     name = run_name(path.parent) if is_own else path.stem
     try:
-        title = run_title(name, SAEConfig.from_dict(settings["sae"]))
+        title = run_title(name, SAEConfig.from_saved(settings["sae"]))
     except (ValueError, KeyError, TypeError):  # of another version: so is a title, no more
         title = name
     return History(path.parent, path.parent if is_own else path, rows, title)

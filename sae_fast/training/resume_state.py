@@ -116,7 +116,7 @@ def _check_config(config: Any) -> None:
     both = isinstance(config, dict) and {"sae", "train"} <= config.keys()
     require(both, "config", "settings of a model and its training", config)
     try:
-        RunConfig.from_dict(config)
+        RunConfig.from_saved(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"config: {error}") from None
 

@@ -144,7 +144,7 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
     if version != FORMAT_VERSION:
         known = f"this version reads {FORMAT_VERSION}"
         raise CheckpointError(f"{checkpoint.path}: format version {version}, {known}")
-    return RunConfig.from_dict(checkpoint.state["config"])
+    return RunConfig.from_saved(checkpoint.state["config"])
 
 
 def sized_config(

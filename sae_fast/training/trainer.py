@@ -22,6 +22,7 @@ from sae_fast.activations import ActivationSource
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.effects import Run, check_run_effects
 from sae_fast.ops.native import build_info, describe_kernels
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
@@ -139,6 +140,8 @@ class Trainer:
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
+        before = None if checkpoint is None else saved_config(checkpoint)
+        check_run_effects(self._run_effects(), before)
         self._ordinary_norm: float | None = None
         self._health = RunHealth(self.sae_config, train_config, self.schedules)
         self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
@@ -168,6 +171,17 @@ class Trainer:
         with self._explained_memory(), self._refusing_start():
             self._open_run_directory(checkpoint)
             self._make_model(checkpoint)
+
+    def _run_effects(self) -> Run:
+        """What the settings act on."""
+        return Run(
+            *(self.sae_config, self.train_config),
+            data=self.data.kind,
+            has_heldout=self.data.heldout is not None,
+            has_names=self.data.has_names,
+            has_target_names=lambda: self.data.has_names(of_targets=True),
+            total_steps=self.total_steps,
+        )
 
     def train(self) -> SparseAutoencoder:
         """Trains to the end, or until a signal; returns the model (see `model`).
