@@ -50,7 +50,7 @@ inline float dot_in_strips(const float* x, const T* w, int64_t size) {
 }
 
 // Lane i of the result is reduce_add of vector i, bit for bit: the same additions, kLanes at once.
-inline Vec reduce_add_each(const Vec* vectors) {
+[[gnu::always_inline]] inline Vec reduce_add_each(const Vec* vectors) {
 #if defined(__AVX512F__)
   __m512 half[8], quarter[4], pairs[2];
   // Output lane 4 t + u is input t + 4 u, hence the order in which they are taken.
@@ -107,10 +107,9 @@ class PairScores {
       return false;
     }
     strip_ = strip_memory_.as<float>();
-    rows_ = pair_memory_.as<int32_t>();
-    latents_ = rows_ + padded;
-    places_ = latents_ + padded;
-    scores_ = reinterpret_cast<float*>(places_ + padded);
+    pairs_ = pair_memory_.as<Pair>();
+    latents_ = reinterpret_cast<int32_t*>(pairs_ + padded);
+    scores_ = reinterpret_cast<float*>(latents_ + padded);
     offsets_ = latent_memory_.as<int32_t>();
     distinct_ = offsets_ + d_sae + 1;
     return true;
@@ -126,25 +125,26 @@ class PairScores {
       distinct_count_ += offsets_[j + 1] != 0 ? 1 : 0;
       offsets_[j + 1] += offsets_[j];
     }
-    pairs_ = offsets_[d_sae_];
+    count_ = offsets_[d_sae_];
   }
   // A pair whose score goes to `place`.
   void add(int32_t latent, int32_t row, int32_t place) {
-    const int32_t at = offsets_[latent]++;
-    rows_[at] = row;
-    latents_[at] = latent;
-    places_[at] = place;
+    pairs_[offsets_[latent]++] = {row, place};
   }
 
   // Calls write(place, score) for every pair. x [rows][d_in], W [d_sae][d_in], bias [d_sae].
   template <class Write>
   void score(const float* x, int64_t rows, const T* W, const float* bias, Write&& write) {
-    if (pairs_ == 0) return;
-    for (int64_t i = pairs_; i % kLanes != 0; ++i) {
-      rows_[i] = rows_[pairs_ - 1];
-      latents_[i] = latents_[pairs_ - 1];
+    if (count_ == 0) return;
+    int64_t at = 0;
+    for (int64_t number = 0; number < distinct_count_; ++number) {
+      for (; at < offsets_[distinct_[number]]; ++at) latents_[at] = distinct_[number];
     }
-    std::memset(scores_, 0, static_cast<size_t>(pairs_ + kLanes) * sizeof(float));
+    for (; at % kLanes != 0; ++at) {  // whole vectors of pairs
+      pairs_[at] = pairs_[count_ - 1];
+      latents_[at] = latents_[count_ - 1];
+    }
+    std::memset(scores_, 0, static_cast<size_t>(at) * sizeof(float));
     for (int64_t column = 0; column < d_in_; column += kStripColumns) {
       const int64_t width = d_in_ - column;
       copy_strip(x + column, rows, width < kStripColumns ? width : kStripColumns);
@@ -157,10 +157,15 @@ class PairScores {
         });
       }
     }
-    for (int64_t i = 0; i < pairs_; ++i) write(places_[i], scores_[i] + bias[latents_[i]]);
+    for (int64_t i = 0; i < count_; ++i) write(pairs_[i].place, scores_[i] + bias[latents_[i]]);
   }
 
  private:
+  struct Pair {
+    int32_t row;
+    int32_t place;
+  };
+
   // `x` and `W` are at the strip's first column.
   void copy_strip(const float* x, int64_t rows, int64_t width) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -174,7 +179,7 @@ class PairScores {
     constexpr int64_t kAhead = 256;  // pairs whose encoder rows are fetched before they are needed
     const int64_t row_bytes = width * static_cast<int64_t>(sizeof(T));
     int64_t ahead = 0;  // number of the next latent to fetch
-    for (int64_t i = 0; i < pairs_; i += kLanes) {
+    for (int64_t i = 0; i < count_; i += kLanes) {
       for (; ahead < distinct_count_ && first_pair(ahead) < i + kAhead; ++ahead) {
         const char* line = reinterpret_cast<const char*>(W + distinct_[ahead] * d_in_);
         for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
@@ -182,7 +187,7 @@ class PairScores {
       Vec sums[kLanes];
       SAE_FAST_UNROLL
       for (int lane = 0; lane < kLanes; ++lane) {
-        sums[lane] = multiply(strip_ + int64_t{rows_[i + lane]} * kStripColumns,
+        sums[lane] = multiply(strip_ + int64_t{pairs_[i + lane].row} * kStripColumns,
                               W + latents_[i + lane] * d_in_);
       }
       store(scores_ + i, load(scores_ + i) + reduce_add_each(sums));
@@ -195,11 +200,10 @@ class PairScores {
   }
 
   int64_t d_in_ = 0, d_sae_ = 0;
-  int64_t pairs_ = 0, distinct_count_ = 0;
+  int64_t count_ = 0, distinct_count_ = 0;
   float* strip_ = nullptr;       // [rows][kStripColumns]
-  int32_t* rows_ = nullptr;      // of each pair, latent by latent
+  Pair* pairs_ = nullptr;        // latent by latent
   int32_t* latents_ = nullptr;   // of each pair
-  int32_t* places_ = nullptr;    // of each pair's score
   float* scores_ = nullptr;      // of each pair
   int32_t* offsets_ = nullptr;   // [d_sae + 1] of the latents among the pairs
   int32_t* distinct_ = nullptr;  // latents that have pairs
