@@ -341,6 +341,18 @@ def test_bad_input_is_one_line(shards, tmp_path, capsys, flags, message):
     assert re.search(message, errors[0]), err
 
 
+def test_heads_alone_are_not_trained_on_slots_of_another_target(shards, tmp_path, capsys):
+    mode = {"slots_mode": "separate_activation", "slot_target": 1.0}
+    latents = SAEConfig(arch="slots", d_sae=40, **mode)
+    train(shards, latents, max_steps=2, checkpoint_dir=str(tmp_path))
+    flags = ("--arch", "slots", "--slots-mode", "separate_value", "--shard-dir", shards, *SMALL)
+    start = ("--start-from", tmp_path / "feature_activation", "--checkpoint-dir", tmp_path)
+    code, _, err = run_command(capsys, *flags, *start)
+    assert code == 2
+    assert "is of a model with slot_target = 1.0, this one has 2.0" in err
+    assert run_command(capsys, *flags, *start, "--slot-target", 1)[0] == 0
+
+
 def test_a_model_of_other_sizes_is_no_start(shards, tmp_path, capsys):
     train(shards, slots(d_sae=30), checkpoint_dir=str(tmp_path))
     start = ("--start-from", tmp_path / "joint")

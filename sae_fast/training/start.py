@@ -100,6 +100,8 @@ def start_model(
     for name in (
         *("arch", "d_in", "d_sae", "normalize_activations", "n_relations"),
         *("transcoder", "d_out", "skip_connection", "subtract_b_dec", "use_relu"),
+        # The heads read slots in units of the target that these were trained to.
+        *(("slot_target",) if sae.slots_mode == "separate_value" else ()),
     ):
         before, now = getattr(known.config, name), getattr(sae, name)
         if before != now:
