@@ -132,51 +132,6 @@ inline void add_from_strip(const float* strip, int64_t first_row, const int32_t*
   row = sum;
 }
 
-// Lane l of the result: the sum over the lanes of sums[l]. One tree for all of them takes three
-// shuffles a sum, where reduce_add takes ten.
-inline Vec reduce_lanes(const Vec* sums) {
-#if defined(__AVX512F__)
-  __m512 v[8];
-  SAE_FAST_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const auto a = (__m512)sums[2 * i], b = (__m512)sums[2 * i + 1];
-    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  }
-  SAE_FAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const auto a = (__m512d)v[2 * i], b = (__m512d)v[2 * i + 1];
-    v[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
-  }
-  SAE_FAST_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
-                         _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
-  }
-  return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88),
-                            _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
-#elif defined(__AVX2__)
-  __m256 v[4];
-  SAE_FAST_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const auto a = (__m256)sums[2 * i], b = (__m256)sums[2 * i + 1];
-    v[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-  }
-  SAE_FAST_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const auto a = (__m256d)v[2 * i], b = (__m256d)v[2 * i + 1];
-    v[i] = _mm256_add_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
-  }
-  return (Vec)_mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20),
-                            _mm256_permute2f128_ps(v[0], v[1], 0x31));
-#else
-  Vec part[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    part[lane] = Vec{sums[0][lane], sums[1][lane], sums[2][lane], sums[3][lane]};
-  }
-  return (part[0] + part[2]) + (part[1] + part[3]);
-#endif
-}
-
 // <row, row `index` of the strip> before the sum over lanes.
 template <int kVectors>
 inline Vec dot_lanes(const float* strip, int64_t index, const StripRow<kVectors>& row) {
@@ -198,7 +153,7 @@ inline void dots_with_strip(const float* strip, int64_t first_row, const int32_t
     for (int lane = 0; lane < kLanes; ++lane) {
       sums[lane] = dot_lanes(strip, indices[i + lane] - first_row, row);
     }
-    const Vec result = reduce_lanes(sums);
+    const Vec result = reduce_add_each(sums);
     store(dots + i, fresh ? result : load(dots + i) + result);
   }
   const int64_t rest = count - i;
@@ -206,7 +161,7 @@ inline void dots_with_strip(const float* strip, int64_t first_row, const int32_t
   for (int lane = 0; lane < kLanes; ++lane) {
     sums[lane] = lane < rest ? dot_lanes(strip, indices[i + lane] - first_row, row) : Vec{};
   }
-  const Vec result = reduce_lanes(sums);
+  const Vec result = reduce_add_each(sums);
   store_tail(dots + i, fresh ? result : load_tail(dots + i, rest) + result, rest);
 }
 
