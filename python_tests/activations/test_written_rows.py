@@ -335,3 +335,16 @@ def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch, opens):
     assert message_of(tmp_path).endswith(
         "a.h5: reading it takes more memory than this process may have"
     )
+
+
+def test_a_shuffle_of_another_size_than_the_numbers_is_damage(tmp_path):
+    path = tmp_path / "0.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("activations", data=ROWS, chunks=(100, 8), compression=1, shuffle=True)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"shuffle\0") + 8
+    assert content[place] == 4
+    content[place] = 5
+    path.write_bytes(content)
+    message = message_of(tmp_path)
+    assert "'activations' has numbers of 4 bytes, and a shuffle of 5 bytes" in message

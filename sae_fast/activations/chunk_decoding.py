@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae_fast.activations.hdf5_layout import SHUFFLE
 from sae_fast.activations.storage import Array
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _SLAB = 1 << 17  # numbers
-_DEFLATE, _SHUFFLE, _ZSTD = 1, 2, 32015  # numbers of HDF5's filters
+_DEFLATE, _ZSTD = 1, 32015  # numbers of HDF5's filters
 
 Inflate = Callable[[Array, int], Array]  # bytes [stored], size -> bytes [size]; raises OSError
 
@@ -56,7 +57,7 @@ def chunk_decoder(dataset: h5py.Dataset) -> ChunkDecoder | None:
     """What decodes a dataset's chunks; None: only HDF5 can."""
     properties = dataset.id.get_create_plist()
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
-    shuffled = filters[:1] == [_SHUFFLE]
+    shuffled = filters[:1] == [SHUFFLE]
     inflate: Inflate | None = None
     if filters[shuffled:] == [_DEFLATE]:
         inflate = _inflate_gzip

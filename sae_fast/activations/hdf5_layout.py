@@ -28,6 +28,7 @@ MAX_LINKS = 16  # soft links that are followed for one name, as HDF5 itself foll
 # HDF5 and zlib decode a compressed chunk whole for any row of it, at some 0.3 GB/s.
 MAX_DECODED_BYTES = 1 << 30
 SHOWN_NAMES = 20
+SHUFFLE = 2  # number of HDF5's filter that sorts the bytes of a chunk's numbers by their place
 FLETCHER = 3  # number of HDF5's filter that appends a checksum of 4 bytes to a chunk
 
 
@@ -129,9 +130,17 @@ def _require_chunks(path: Path, dataset: h5py.Dataset, name: str, file_bytes: in
         )
     if present > expected:
         raise ShardError(f"{path}: damaged: {name} has {expected:,} chunks, its index {present:,}")
-    n_filters = dataset.id.get_create_plist().get_nfilters()
-    chunk_bytes = math.prod(int(chunk) for chunk in dataset.chunks)
-    chunk_bytes *= dataset.id.get_type().get_size()
+    properties = dataset.id.get_create_plist()
+    n_filters = properties.get_nfilters()
+    number_bytes = dataset.id.get_type().get_size()
+    chunk_bytes = math.prod(int(chunk) for chunk in dataset.chunks) * number_bytes
+    for code, _, values, _ in map(properties.get_filter, range(n_filters)):
+        # HDF5 would put the bytes of numbers together wrongly, and say nothing.
+        if code == SHUFFLE and tuple(values[:1]) != (number_bytes,):
+            raise ShardError(
+                f"{path}: damaged: {name} has numbers of {number_bytes} bytes, and a shuffle of "
+                f"{', '.join(map(str, values)) or 'no'} bytes"
+            )
     if n_filters and chunk_bytes > MAX_DECODED_BYTES:
         raise ShardError(
             f"{path}: {name} has compressed chunks of {chunk_bytes:,} bytes, which any read "
