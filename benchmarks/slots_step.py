@@ -43,7 +43,12 @@ _MATRICES = 6  # F x F floats alive at once in PyTorch's literal form, as found 
 def make_model(n_slots: int, device: torch.device) -> SparseAutoencoder:
     """The model that all contestants start from."""
     config = SAEConfig(
-        arch="slots", d_in=D_IN, d_sae=n_slots, n_relations=N_RELATIONS, n_answers=N_ANSWERS
+        arch="slots",
+        d_in=D_IN,
+        d_sae=n_slots,
+        n_relations=N_RELATIONS,
+        n_answers=N_ANSWERS,
+        correlation_pairs="mean",
     )
     sae = SparseAutoencoder(config)
     sae.initialize_(torch.Generator().manual_seed(0))

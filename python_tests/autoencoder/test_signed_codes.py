@@ -34,7 +34,8 @@ def make(case, dtype=DTYPE, **more):
 @pytest.mark.parametrize("term", [None, "recon_loss", "l1_loss"])
 @pytest.mark.parametrize("case", CASES)
 def test_terms_and_gradients_equal_plain_pytorch(case, term, dense_grad):
-    alone = {"recon_loss": {"l1_penalty_coeff": 0.0}, "l1_loss": {"reconstruction_coeff": 0.0}}
+    without_sparsity = {"l1_penalty_coeff": 0.0, "sparsity_norm_p": 1.0}
+    alone = {"recon_loss": without_sparsity, "l1_loss": {"reconstruction_coeff": 0.0}}
     sae = make(case, **alone.get(term, {}))
     x = make_batch(sae)
     loss = sae.training_loss(x, dense_grad=dense_grad)

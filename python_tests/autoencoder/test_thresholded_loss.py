@@ -60,7 +60,7 @@ TERMS = [
 ALONE = {
     "l1_loss": {},
     "sparsity_loss": {"pre_act_loss_coeff": 0.0},
-    "pre_act_loss": {"sparsity_penalty_coeff": 0.0},
+    "pre_act_loss": {"sparsity_penalty_coeff": 0.0, "target_l0": None},
 }
 
 

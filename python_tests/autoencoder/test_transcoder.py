@@ -262,10 +262,13 @@ def test_relation_slots_can_be_those_of_a_transcoder():
     relations = torch.arange(len(x)) % 3
     found = sae.training_loss(x, targets, relations=relations).components
     scores = (x @ sae.W_enc.t() + sae.b_enc)[:, -3:]
-    one_hot = torch.nn.functional.one_hot(relations, 3)
-    distance = (scores - one_hot).square().sum(1).mean().detach()
-    assert sae.config.alignment_coeff == D_OUT  # the error that it is weighed against
-    torch.testing.assert_close(found["alignment_loss"], D_OUT * distance, **TOLERANCE)
+    target = D_OUT**0.5 / 2
+    wanted = target * torch.nn.functional.one_hot(relations, 3)
+    distance = (scores - wanted).square().sum(1).mean().detach()
+    assert sae.config.slot_target == pytest.approx(target)
+    # That the error of the mean is weighed against, for a slot that is off by the target.
+    assert sae.config.alignment_coeff == pytest.approx(D_OUT / target**2)
+    torch.testing.assert_close(found["alignment_loss"], 4 * distance, **TOLERANCE)
     error = (sae(x) - targets).square().sum(1).mean().detach()
     torch.testing.assert_close(found["recon_loss"], error, **TOLERANCE)
 

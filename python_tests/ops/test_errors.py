@@ -50,6 +50,26 @@ def test_wrong_argument_is_named(op, changes, message):
         call(op, changes)
 
 
+def needed_tensors():
+    for op, given in ARGUMENTS.items():
+        if sum(isinstance(value, Tensor) for value in given.values()) == 1:
+            continue  # without it nothing says that only shapes are wanted
+        for argument in getattr(torch.ops.sae_fast, op).default._schema.arguments:
+            if str(argument.type) == "Tensor":
+                yield op, argument.name
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # torch lets None pass for a tensor
+@pytest.mark.parametrize(("op", "name"), list(needed_tensors()))
+def test_none_for_a_tensor_is_an_error_where_only_shapes_are_computed(op, name):
+    arguments = {
+        key: value.to("meta") if isinstance(value, Tensor) else value
+        for key, value in (ARGUMENTS[op] | {name: None}).items()
+    }
+    with pytest.raises(RuntimeError, match=f"{op}: {name} must be a tensor, got None"):
+        getattr(ops, op)(*arguments.values())
+
+
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)  # fake tensors
 @pytest.mark.parametrize(
     ("op", "changes", "message"), table(SHAPES) + table(DTYPES) + table(RANGES)

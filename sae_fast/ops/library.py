@@ -78,8 +78,17 @@ def fake(name: str) -> Callable[[_Kernel], _Kernel]:
 
     def register(shapes: _Kernel) -> _Kernel:
         check = getattr(checks, name)
+        schema = getattr(torch.ops.sae_fast, name).default._schema
+        needed = [
+            (number, argument.name)
+            for number, argument in enumerate(schema.arguments)
+            if str(argument.type) == "Tensor"
+        ]
 
         def kernel(*arguments: Any) -> Any:
+            for number, argument in needed:  # torch lets None pass for a tensor
+                if arguments[number] is None:
+                    raise RuntimeError(f"{name}: {argument} must be a tensor, got None")
             check(*arguments)
             return shapes(*arguments)
 
