@@ -108,9 +108,9 @@ def test_a_process_that_waits_for_a_processor_does_not_hang(monkeypatch):
         return 5
 
     monkeypatch.setattr(frame, "_kept_waiting", lambda child: {child: time.monotonic()})
-    ended = run_aside(wait, seconds=0.01)
+    ended = run_aside(wait, seconds=2)
     assert (ended.code, ended.hung) == (5, False)
-    monkeypatch.undo()
+    monkeypatch.setattr(frame, "_kept_waiting", lambda child: {child: 0.0})
     assert run_aside(wait, seconds=0.01).hung
 
 
