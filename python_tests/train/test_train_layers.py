@@ -1,6 +1,7 @@
 """`--shard-dir` on a folder that holds one of shards for each layer, as a capture writes it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,19 @@ from sae_fast.config import SAEConfig
 WIDTHS = {"mlp_out.1": 12, "residual.0": 8, "residual.10": 8}
 
 
-@pytest.fixture(autouse=True)
-def _layers() -> None:
-    """Rows of three hook points, in two widths, with held-out ones."""
+def write_layers(parent: str, suffix: str, write: Callable[[Path, torch.Tensor], object]) -> None:
     for number, (name, width) in enumerate(WIDTHS.items()):
-        folder = Path("captured", name)
+        folder = Path(parent, name)
         folder.mkdir(parents=True)
         for part in ("shard_00000", "heldout_00"):
             generator = torch.Generator().manual_seed(number)
-            write_shard(folder / f"{part}.h5", torch.randn(300, width, generator=generator))
+            write(folder / f"{part}{suffix}", torch.randn(300, width, generator=generator))
+
+
+@pytest.fixture(autouse=True)
+def _layers() -> None:
+    """Rows of three hook points, in two widths, with held-out ones."""
+    write_layers("captured", ".h5", write_shard)
     Path("captured", "capture.json").write_text("{}")
 
 
@@ -80,12 +85,7 @@ def test_held_out_rows_and_starts_of_layers_are_in_folders_of_their_names(run_sm
 def test_layers_of_files_of_tensors_have_the_runs_of_layers_of_shards(
     run_small: Run, suffix: str
 ) -> None:
-    for number, (name, width) in enumerate(WIDTHS.items()):
-        folder = Path("tensors", name)
-        folder.mkdir(parents=True)
-        for part in ("shard_00000", "heldout_00"):
-            generator = torch.Generator().manual_seed(number)
-            save_rows(folder / f"{part}{suffix}", torch.randn(300, width, generator=generator))
+    write_layers("tensors", suffix, save_rows)
     assert run_small("--shard-dir", "captured", "--checkpoint-dir", "shards")[0] == 0
     assert run_small("--shard-dir", "tensors", "--checkpoint-dir", "tensor_run")[0] == 0
     for name in WIDTHS:

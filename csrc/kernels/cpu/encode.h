@@ -7,8 +7,8 @@
 
 namespace sae_fast::cpu {
 
-// Which product finds the candidates, and which rows score them. kNarrow: that of the instruction
-// set on two bytes an operand, 16-bit integers or bfloat16 tiles.
+// Which product finds the candidates, and which rows score them. kNarrow takes operands of two
+// bytes: bfloat16 tiles at level amx, 16-bit integers at all other levels.
 enum class Screen { kNarrow, kFloat };
 enum class Rows { kFloat, kBFloat16, kFloat16 };
 

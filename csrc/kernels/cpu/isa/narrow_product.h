@@ -17,9 +17,10 @@ template <class Product>
 constexpr bool kFiltersSums = false;
 #endif
 
-// Whether the sums of a product are the scores, so that nothing is scored again: those of tiles,
-// where the rows to be scored with are bfloat16 as the tiles are. The order of such a sum depends
-// on d_in alone. Tokens and latents that are not screened are still scored in strips.
+// Whether a product's sums are the scores, so that candidates need no second scoring. True for
+// tiles when scores are defined on bfloat16 rows, which tiles represent exactly; the order of a
+// tile's sum depends on d_in alone. Tokens and latents excluded from screening are scored in
+// strips.
 template <class Product, class T>
 constexpr bool kSumsAreScores =
     std::is_same_v<Product, NarrowProduct> && !Product::kScaled && std::is_same_v<T, BFloat16>;

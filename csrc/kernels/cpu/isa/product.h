@@ -275,7 +275,7 @@ struct GroupedProduct {
   // Puts 16 packed rows of `steps` to latents [first, first + 16) of a panel of `panel_steps`.
   static void place_latents(const int32_t* rows, int64_t panel_steps, int64_t steps, int64_t first,
                             int32_t* panel) {
-    write_columns(rows, steps, panel + first, kPanel);
+    write_columns(rows, steps, steps, panel + first, kPanel);
     for (int64_t step = steps; step < panel_steps; ++step) {  // not read, but defined
       std::memset(panel + step * kPanel + first, 0, 16 * sizeof(int32_t));
     }

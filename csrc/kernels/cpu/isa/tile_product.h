@@ -56,7 +56,7 @@ struct TileProduct {
 
   // Roundings of a sum. A k-step adds 16 products, exact in float32, to each of two chains that
   // start at zero (15 roundings), joins them (1), and adds them to the tile: 1 for every k-step.
-  // The products are those of rounded rows, whose norms are up to 1/256 larger.
+  // The factor 1.01 covers the rounded rows' norms, which are up to 1/256 larger.
   static double roundings(int64_t d_in) {
     return 1.01 * (static_cast<double>(steps(d_in) / kStepElements) + 16.0);
   }
@@ -79,15 +79,7 @@ struct TileProduct {
     int32_t* to =
         panel + first / kGroup * kGroup * steps + first % kGroup / kTileRows * kTileElements;
     for (int64_t step = 0; step < steps; step += kStepElements, to += kGroupStep) {
-#if defined(__AVX512F__)
-      transpose_16(rows + step, steps, to, kStepElements);
-#else
-      for (int64_t row = 0; row < kTileRows; ++row) {
-        for (int64_t i = 0; i < kStepElements; ++i) {
-          to[i * kStepElements + row] = rows[row * steps + step + i];
-        }
-      }
-#endif
+      write_columns(rows + step, steps, kStepElements, to, kStepElements);
     }
   }
 
@@ -122,8 +114,8 @@ struct TileProduct {
     }
   }
 
-  // All panels, the sums of which go through the filter and nowhere else: bias [64 * panels] is
-  // that of the latents, `sums` has room for most_sums(rows).
+  // Multiplies with all panels and passes every block of sums to the filter. `bias` [64 * panels]
+  // holds the latents' biases; `sums` is scratch for most_sums(rows) floats.
   template <class Filter>
   static void multiply_and_filter(Tiles& tiles, const int32_t* groups, int64_t rows,
                                   const int32_t* packed, int64_t panels, int64_t steps,

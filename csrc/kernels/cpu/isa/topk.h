@@ -322,9 +322,8 @@ class TopKWorker {
                  });
   }
 
-  // Calls function(latent, row, offset) for every candidate of the block that is still to be
-  // scored: where its score goes, an offset into the values of the main candidates, or the
-  // complement of one into those of the dead latents.
+  // Calls function(latent, row, offset) for every candidate of the block that still needs a score.
+  // The score goes to main_.values[offset], or to aux_.values[~offset] if offset is negative.
   template <class Function>
   void each_candidate(Function&& function) {
     for (int64_t row = 0; row < count_; ++row) {

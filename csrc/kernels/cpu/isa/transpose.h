@@ -6,7 +6,7 @@
 namespace sae_fast::SAE_FAST_ISA {
 
 #if defined(__AVX512F__)
-// Transposes 16 x 16 integers; `stride` is that of the rows, `to_stride` that of the result.
+// Transposes 16 x 16 integers from rows `stride` apart to rows `to_stride` apart.
 inline void transpose_16(const int32_t* rows, int64_t stride, int32_t* to, int64_t to_stride) {
   __m512i r[16], t[16];
   SAE_FAST_UNROLL
@@ -42,17 +42,18 @@ inline void transpose_16(const int32_t* rows, int64_t stride, int32_t* to, int64
 }
 #endif
 
-// Writes 16 rows of `steps` 4-byte elements as 16 columns: element `step` of row `row` goes to
-// to[step * stride + row].
-inline void write_columns(const int32_t* rows, int64_t steps, int32_t* to, int64_t stride) {
+// Writes the first `steps` 4-byte elements of 16 rows, `row_stride` apart, as 16 columns: element
+// `step` of row `row` goes to to[step * stride + row].
+inline void write_columns(const int32_t* rows, int64_t row_stride, int64_t steps, int32_t* to,
+                          int64_t stride) {
   int64_t step = 0;
 #if defined(__AVX512F__)
   for (; step + 16 <= steps; step += 16) {
-    transpose_16(rows + step, steps, to + step * stride, stride);
+    transpose_16(rows + step, row_stride, to + step * stride, stride);
   }
 #endif
   for (; step < steps; ++step) {
-    for (int64_t row = 0; row < 16; ++row) to[step * stride + row] = rows[row * steps + step];
+    for (int64_t row = 0; row < 16; ++row) to[step * stride + row] = rows[row * row_stride + step];
   }
 }
 
