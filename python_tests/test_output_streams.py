@@ -98,3 +98,36 @@ def test_report_whose_reader_has_gone_is_quiet():
     done = _run(["-m", "sae_fast.info"], gone, subprocess.PIPE)
     os.close(gone)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+IGNORING = """
+import sys
+from sae_fast.command_line import refusal
+from sae_fast.output_streams import run_command
+class Ignored:
+    def __init__(self, error): self.error = error
+    def __del__(self): raise self.error
+def main():
+    Ignored(KeyError("a fault"))
+    for error in sys.argv[1:]:
+        Ignored(MemoryError())
+    try:
+        raise RuntimeError("a font cannot be opened")
+    except RuntimeError as error:
+        print(refusal(error), file=sys.stderr)
+    return 2
+sys.exit(run_command(main))
+"""
+
+
+def test_an_error_after_an_ignored_lack_of_memory_is_the_one_line():
+    done = _run(["-c", IGNORING, "memory"], stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert "KeyError: 'a fault'" in done.stderr  # ignored too, and a fault
+    assert "MemoryError" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: the memory that this process may have is used up (a font cannot be opened)"
+    )
+    without = _run(["-c", IGNORING], stderr=subprocess.PIPE)
+    assert without.returncode == 1
+    assert without.stderr.splitlines()[-1] == "RuntimeError: a font cannot be opened"

@@ -12,6 +12,7 @@ import tyro
 
 from sae_fast.flags import first_mistake
 from sae_fast.json_files import bounded
+from sae_fast.output_streams import memory_was_short
 
 EXIT_BAD_INPUT = 2
 # How Python, torch and C++ say that the system gives no more.
@@ -23,6 +24,9 @@ _NO_MEMORY = (
 # Python's own words where C code fails and does not say why, as it does without memory.
 _NO_REASON = ("without exception set", "without setting an exception")
 _LONGEST_REASON = 200
+# Memory that is given back before a line about the want of it is made; more than an allocator
+# keeps, so that the system gets it.
+_reserve = [bytearray(1 << 20)]
 LONGEST_ERROR = 1500  # characters
 
 Parsed = TypeVar("Parsed")
@@ -70,6 +74,7 @@ def refusal(error: Exception) -> str:
 
     Whatever is wrong with what was given is a ValueError or an OSError, with a line that says so.
     """
+    _reserve.clear()
     if isinstance(error, ValueError | OSError):
         return one_line(error)
     text = str(error)
@@ -90,7 +95,7 @@ def _is_for_want_of_memory(error: Exception) -> bool:
         is_limited = any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)
         return is_limited and any(words in text for words in _NO_REASON)
     if isinstance(error, RuntimeError | ImportError):
-        return any(words in text for words in _NO_MEMORY)
+        return memory_was_short() or any(words in text for words in _NO_MEMORY)
     return isinstance(error, MemoryError)
 
 

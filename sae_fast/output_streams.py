@@ -2,6 +2,10 @@
 
 A reader that has gone, as that of `… | head` has, ends a Python program with a BrokenPipeError at
 the next print; a stream that was closed from the start is None, which progress bars do not expect.
+
+Without memory, Python writes a traceback for each exception that it has to ignore: in a destructor,
+or in C code that calls back, as a font library does. A command says in one line that it has no
+memory, so these are left out; `memory_was_short` tells that there have been any.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 _DESCRIPTORS = {"stdout": 1, "stderr": 2}
 # Nothing reads the stream any more: no fault of what is written to it.
@@ -28,7 +33,8 @@ def run_command(main: Callable[[], int]) -> int:
     """
     files = {name: _replace_stream(name, number) for name, number in _DESCRIPTORS.items()}
     try:
-        code = main()
+        with _without_ignored_memory_errors():
+            code = main()
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -37,6 +43,33 @@ def run_command(main: Callable[[], int]) -> int:
             print(f"error: {name}: {file.error.strerror}; output was lost", file=sys.stderr)
             code = code or EXIT_OUTPUT_LOST
     return code
+
+
+def memory_was_short() -> bool:
+    """Return whether a MemoryError was ignored in this process while a command ran."""
+    return _SHORT.is_set()
+
+
+_SHORT = threading.Event()
+
+
+@contextlib.contextmanager
+def _without_ignored_memory_errors() -> Iterator[None]:
+    before = sys.unraisablehook
+
+    def report(ignored: sys.UnraisableHookArgs) -> None:
+        is_short = issubclass(ignored.exc_type, MemoryError)
+        if is_short:
+            _SHORT.set()
+        # Nothing else says that a thread has ended.
+        if not is_short or "thread" in (ignored.err_msg or ""):
+            before(ignored)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class _LastingFile(io.RawIOBase):

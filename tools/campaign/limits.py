@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from campaign.frame import Campaign, Ended, Failed, Try, leftovers, refusal, run_aside, success
 from sae_fast import train
 from sae_fast.activations import write_shard
+from sae_fast.output_streams import run_command
 
 D_IN = 8
 SMALL = (
@@ -171,8 +172,8 @@ def _compare(name: str, given: Try) -> None:
 
 def _main(words: tuple[str, ...] | list[str]) -> int:
     command, *flags = words
-    code: int = importlib.import_module(f"sae_fast.{command}").main(flags)
-    return code
+    main = importlib.import_module(f"sae_fast.{command}").main
+    return run_command(lambda: main(flags))
 
 
 def _aside(

@@ -151,7 +151,7 @@ def _as_stored(path: Path, key: str) -> Array:
     if path.suffix == ".npy":
         return np.asarray(np.load(path))
     if path.suffix == ".safetensors":
-        return load_file(path)["activations"].float().numpy()
+        return load_file(path)[key].float().numpy()
     if path.suffix == ".pt":
         # Mapped, as else a damaged record that is not trained on ends the reading.
         content = torch.load(path, weights_only=True, mmap=True)
