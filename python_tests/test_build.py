@@ -55,8 +55,8 @@ def clean_environment(monkeypatch):
 
 
 def test_an_old_setuptools_is_refused_with_the_remedy():
-    backend.refuse_old_setuptools("70.1.0")
-    with pytest.raises(SystemExit, match=r"setuptools 70\.1 or newer .* found 65\.5\.0: run `pip"):
+    backend.refuse_old_setuptools("77.0.1")
+    with pytest.raises(SystemExit, match=r"setuptools 77\.0 or newer .* found 65\.5\.0: run `pip"):
         backend.refuse_old_setuptools("65.5.0")
 
 

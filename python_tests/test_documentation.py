@@ -1,4 +1,4 @@
-"""All that README.md and benchmarks/README.md show is run here, small, or listed with the reason.
+"""What README.md, benchmarks/README.md and CONTRIBUTING.md show is run here, small, or listed.
 
 Commands run in one folder for each block, with the files and folders that they name; sizes that
 would take long are replaced, and flags added that make a training short.
@@ -29,14 +29,20 @@ from sae_fast.training.from_model import FromModelConfig
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "README.md").exists():
     pytest.skip("no checkout: the documents are not installed", allow_module_level=True)
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "CONTRIBUTING.md")
 LONG = ("csrc/", "sae_fast/", "python_tests/", "benchmarks/  ", "examples/  ")  # lists of folders
 PROGRAMS = ("python", "pip", "make", "uv", "benchmarks/gpu.sh", "peers/")
+PROGRAMS += ("source", "cmake", "pre-commit")
 NETWORK = "it asks a package registry"
 # What cannot run here, by how a command begins.
 NOT_RUN = {
     "make demo": "it builds the environment, with packages from a registry",
     "make test": "it runs this very test",
+    "make build-dev": "it builds the environment, with packages from a registry",
+    "source": "the environment of these tests is active already",
+    "cmake --build": "it compiles for minutes",
+    "python -m pytest": "it runs tests in a test",
+    "pre-commit install": "it changes the checkout's hooks",
     "pip install": NETWORK,
     "SAE_FAST_TORCH_ROOT=": NETWORK,
     "python -m venv": NETWORK,

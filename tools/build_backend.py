@@ -19,7 +19,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (every hook not defined below is setuptools')
 
 OLDEST_TORCH = (2, 11)  # as TORCH_TARGET_VERSION in CMakeLists.txt
-OLDEST_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
+OLDEST_SETUPTOOLS = (77, 0)  # the first that reads `license = "MIT"`; as in pyproject.toml
 BUILD_TOOLS = ["pybind11>=2.13", "cmake>=3.26", "ninja"]
 _PROBE = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
 
