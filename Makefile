@@ -2,14 +2,16 @@
 #
 #   PYTHON=python3.12 make demo      with another Python, 3.10 or newer
 #   SAE_FAST_NATIVE=0 make demo      without a compiler: the pure-PyTorch reference
+#   make demo TORCH=2.11.0           with another torch: a version, a requirement, arguments of pip
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV)/bin)
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
 WERROR := $(if $(CI),ON,OFF)
 
 export PATH := $(BIN):$(PATH)
+export TORCH
 
 .PHONY: demo test build build-dev lint test-cpp test-address test-thread test-cuda test-python \
   campaign clean
@@ -19,14 +21,21 @@ demo: build
 
 test: lint test-cpp test-cuda test-python
 
+# A torch that is asked for and is not the one of the environment takes its place.
+ifneq ($(TORCH),)
+ifneq ($(TORCH),$(shell cat $(VENV)/made 2>/dev/null))
+.PHONY: $(VENV)/made
+endif
+endif
+
 # torch comes first, so that the build finds the one it will run with.
 $(VENV)/made: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "sae_fast needs Python 3.10 or newer: PYTHON=python3.12 make ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
+	$(BIN)/python tools/install_torch.py
 	$(INSTALL) setuptools pybind11 cmake ninja
-	touch $@
+	printf '%s\n' "$$TORCH" > $@
 
 # The build folder is kept, so that only what changed is compiled again.
 INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \

@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "sae_fast"
 sys.path.insert(0, str(ROOT / "tools"))
-from build_backend import native_wanted, torch_root  # noqa: E402
+from build_backend import NO_TORCH, native_wanted, torch_root  # noqa: E402
 from toolchain import NO_COMPILER, find_compiler, find_nvcc, why_no_cuda  # noqa: E402
 
 MARKER = "_reference_install.py"
@@ -54,7 +54,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
         if torch is None:
-            sys.exit("sae_fast: no torch 2.11 or newer in this environment")
+            sys.exit(NO_TORCH)
         if find_compiler() is None:
             sys.exit(NO_COMPILER)
         nvcc, choice = find_nvcc(), os.environ.get("SAE_FAST_CUDA", "auto")

@@ -1,12 +1,15 @@
 """tools/ and setup.py: which torch and compilers a build takes, what it says when it cannot."""
 
+import http.server
 import importlib.util
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import zipfile
 from pathlib import Path
 
@@ -30,6 +33,7 @@ def load_tool(name):
 backend = load_tool("build_backend")
 toolchain = load_tool("toolchain")
 cuda_resources = load_tool("cuda_resources")
+install_torch = load_tool("install_torch")
 isa_symbols = load_tool("isa_symbols")
 
 
@@ -101,13 +105,23 @@ def nothing_else_required(monkeypatch):
 
 
 @pytest.mark.usefixtures("clean_environment", "nothing_else_required")
-def test_torch_is_required_only_where_there_is_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "torch_root", lambda: None)
-    assert "torch>=2.11" in backend.get_requires_for_build_wheel()
+def test_the_build_tools_are_required_and_torch_never_is(tmp_path, monkeypatch):
     monkeypatch.setattr(backend, "torch_root", lambda: tmp_path)
-    requirements = backend.get_requires_for_build_editable()
-    assert not any(name.startswith("torch") for name in requirements)
-    assert any(name.startswith("pybind11") for name in requirements)
+    assert backend.get_requires_for_build_editable() == backend.BUILD_TOOLS
+    assert backend.get_requires_for_build_wheel() == backend.BUILD_TOOLS
+
+
+@pytest.mark.usefixtures("clean_environment", "nothing_else_required")
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_without_torch_the_first_hook_stops_in_one_line_that_helps(kind, monkeypatch):
+    monkeypatch.setattr(backend, "torch_root", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        getattr(backend, f"get_requires_for_build_{kind}")()
+    line = stopped.value.code
+    assert "\n" not in line
+    assert "none of version 2.11 or newer: install it first (`pip install torch`" in line
+    assert "SAE_FAST_TORCH_ROOT" in line
+    assert "SAE_FAST_NATIVE=0" in line
 
 
 @pytest.mark.usefixtures("clean_environment", "nothing_else_required")
@@ -122,6 +136,86 @@ def test_a_wrong_value_of_SAE_FAST_NATIVE_is_refused(monkeypatch):
     monkeypatch.setenv("SAE_FAST_NATIVE", "off")
     with pytest.raises(SystemExit, match="SAE_FAST_NATIVE must be 0 or 1, got 'off'"):
         backend.native_wanted()
+
+
+# The torch of the Makefile
+
+
+@pytest.mark.parametrize(
+    ("choice", "arguments"),
+    [
+        ("", ["torch"]),
+        ("2.11.0", ["torch==2.11.0"]),
+        ("torch<2.13", ["torch<2.13"]),
+        ("2.12.0 --extra-index-url URL", ["torch==2.12.0", "--extra-index-url", "URL"]),
+    ],
+)
+def test_TORCH_is_a_version_a_requirement_or_arguments_of_pip(choice, arguments):
+    assert install_torch.wanted(choice) == arguments
+
+
+def test_pins_that_contradict_a_chosen_torch_are_left_out():
+    def names(text):
+        return {line.partition("==")[0] for line in text.splitlines()}
+
+    all_pins = names(install_torch.pins(""))
+    assert {"torch", "setuptools", "numpy"} <= all_pins
+    assert all_pins - names(install_torch.pins("2.11.0")) == {"torch", "setuptools"}
+
+
+@pytest.fixture
+def listener():
+    """A port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+def test_an_index_that_refuses_or_does_not_answer_is_given_up(listener, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    silent = f"http://127.0.0.1:{listener}"
+    assert install_torch.why_unreachable(silent, deadline=0.1) is not None
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    assert "refused" in install_torch.why_unreachable(f"http://127.0.0.1:{closed}")
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.send_response(200 if self.path == "/cpu/torch/" else 404)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_an_index_that_has_torch_is_taken(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.HTTPServer(("127.0.0.1", 0), Index) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert install_torch.why_unreachable(f"{url}/cpu") is None
+        assert "Not Found" in install_torch.why_unreachable(f"{url}/other")
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "driver", "unreachable", "options", "said"),
+    [
+        (["torch"], False, None, ["--extra-index-url", install_torch.CPU_INDEX], 0),
+        (["torch==2.11.0"], False, None, ["--extra-index-url", install_torch.CPU_INDEX], 0),
+        (["torch"], False, "no route", [], 1),
+        (["torch"], True, None, [], 0),
+        (["torch", "--index-url", "URL"], False, None, [], 0),
+    ],
+)
+def test_the_cpu_index_is_for_machines_without_a_driver(
+    arguments, driver, unreachable, options, said, monkeypatch, capsys
+):
+    monkeypatch.setattr(install_torch.sys, "platform", "linux")
+    monkeypatch.setattr(install_torch, "has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(install_torch, "why_unreachable", lambda url: unreachable)
+    assert install_torch.index_arguments(arguments) == options
+    assert capsys.readouterr().out.count("\n") == said
 
 
 # CUDA

@@ -2,8 +2,7 @@
 
 pip builds in an isolated environment. A `torch` among the build requirements would be a second
 download of several GB, and possibly another version than the one the extension will run with.
-So the target environment's torch is used where there is one; only where there is none is one
-required.
+So the target environment's torch is used, and where there is none the build says how to get one.
 """
 
 from __future__ import annotations
@@ -21,6 +20,13 @@ from setuptools.build_meta import *  # noqa: F403  (every hook not defined below
 OLDEST_TORCH = (2, 11)  # as TORCH_TARGET_VERSION in CMakeLists.txt
 OLDEST_SETUPTOOLS = (77, 0)  # the first that reads `license = "MIT"`; as in pyproject.toml
 BUILD_TOOLS = ["pybind11>=2.13", "cmake>=3.26", "ninja"]
+NO_TORCH = (
+    "sae_fast: the kernels are compiled against torch, and this environment has none of version "
+    f"{'.'.join(map(str, OLDEST_TORCH))} or newer: install it first (`pip install torch`; for a "
+    "machine without a GPU `pip install torch --index-url https://download.pytorch.org/whl/cpu`), "
+    "or name the folder of one in SAE_FAST_TORCH_ROOT (uv and `python -m build` hide it), or set "
+    "SAE_FAST_NATIVE=0 for the pure-PyTorch reference, which is many times slower"
+)
 _PROBE = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
 
 
@@ -64,17 +70,19 @@ def torch_root() -> Path | None:
     return None
 
 
-def _with_build_tools(requirements: list[str]) -> list[str]:
+def _build_tools() -> list[str]:
+    """Return what a compiled build needs beside setuptools; stop where there is no torch."""
     if not native_wanted():
-        return requirements
-    oldest = ".".join(map(str, OLDEST_TORCH))
-    torch = [] if torch_root() else [f"torch>={oldest}"]
-    return [*requirements, *BUILD_TOOLS, *torch]
+        return []
+    if torch_root() is None:
+        # Here, because later pip has downloaded all that the package depends on.
+        sys.exit(NO_TORCH)
+    return BUILD_TOOLS
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, object] | None = None) -> list[str]:
-    return _with_build_tools(build_meta.get_requires_for_build_wheel(config_settings))
+    return [*_build_tools(), *build_meta.get_requires_for_build_wheel(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings: dict[str, object] | None = None) -> list[str]:
-    return _with_build_tools(build_meta.get_requires_for_build_editable(config_settings))
+    return [*_build_tools(), *build_meta.get_requires_for_build_editable(config_settings)]
