@@ -49,11 +49,9 @@ def saved_shards(position: Any) -> list[tuple[str, str]]:
     if not isinstance(position, dict) or not isinstance(position.get("origin", {}), dict):
         raise ValueError("data position: a set of shards must be a JSON object with its origin")
     shards = position.get("shards")
-    pairs = [tuple(item) for item in shards if isinstance(item, list)] if shards else []
-    texts = all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs)
-    if not isinstance(shards, list) or len(pairs) != len(shards) or not texts:
+    if not isinstance(shards, list) or not all(map(_is_pair_of_texts, shards)):
         raise ValueError("data position: shards must be a list of names with their digests")
-    return [(name, digest) for name, digest in pairs]
+    return [(name, digest) for name, digest in shards]
 
 
 def saved_contents(position: Mapping[str, Any], count: int) -> list[str]:
@@ -67,6 +65,12 @@ def saved_contents(position: Mapping[str, Any], count: int) -> list[str]:
     if len(contents) != count:
         raise ValueError(f"data position: contents must be of {count} shards")
     return contents
+
+
+def _is_pair_of_texts(item: object) -> bool:
+    if not isinstance(item, list) or len(item) != 2:
+        return False
+    return all(isinstance(part, str) for part in item)
 
 
 def _changes(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> list[str]:

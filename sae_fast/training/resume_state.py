@@ -20,6 +20,8 @@ from sae_fast.tensor_files import is_finite
 _OPTIONAL = ("average.", "rng.cuda.")
 _WORDS = 624  # in the state of a Mersenne twister
 
+_LARGEST = torch.finfo(torch.float32).max
+
 _COUNT = "a whole number of at least 0"
 _AMOUNT = "a number of at least 0"
 
@@ -125,7 +127,7 @@ def _check_scaler(step: int, scaler: Any) -> None:
     require(isinstance(scaler, dict), "loss_scaler", "a JSON object", scaler)
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
         "enabled": (lambda value: isinstance(value, bool), "true or false"),
-        "scale": (lambda value: is_number(value) and value > 0, "greater than 0"),
+        "scale": (lambda value: is_number(value) and 0 < value <= _LARGEST, "in float32, above 0"),
         "steps_since_overflow": (lambda value: is_integer(value, 0, step), f"at most {step}"),
         "skipped_steps": (lambda value: is_integer(value, 0, step), f"at most {step}"),
     }
@@ -153,8 +155,7 @@ def _check_best(step: int, best: Any) -> None:
     require(isinstance(best, dict), "best", "a JSON object or null", best)
     require(is_integer(best.get("step"), 0, step), "best.step", f"at most {step}", best.get("step"))
     for name, value in best.items():
-        fits = isinstance(value, str) or is_number(value)
-        require(fits, f"best.{name[:40]}", "a number or a string", value)
+        require(is_number(value), f"best.{name[:40]}", "a number", value)
 
 
 def _check_tensor(name: str, tensor: Tensor, like: Tensor) -> None:

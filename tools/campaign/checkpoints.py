@@ -63,8 +63,8 @@ FREE_EDITS = (
 )
 
 
-def prepare(shared: Path) -> None:
-    """Make shards, and a finished run, its model and what it ended with, of every variant."""
+def prepare(shared: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
+    """Make shards, and a finished run, its model and what it ended with, of each variant."""
     generator = torch.Generator().manual_seed(0)
     for name, rows in (("train", ROWS), ("heldout", 64)):
         x = torch.randn(rows, D_IN, generator=generator)
@@ -72,9 +72,9 @@ def prepare(shared: Path) -> None:
         (shared / "shards").mkdir(exist_ok=True)
         write_shard(shared / "shards" / f"{name}.h5", x, metadata=metadata)
         _add_targets(shared / "shards" / f"{name}.h5", x)
-    for name, flags in VARIANTS.items():
-        _finish_run(shared, name, flags)
-    (shared / "config.json").write_text((shared / "topk" / "config.json").read_text())
+    for name in variants:
+        _finish_run(shared, name, VARIANTS[name])
+    (shared / "config.json").write_text((shared / variants[0] / "config.json").read_text())
 
 
 def _finish_run(shared: Path, name: str, flags: Sequence[str]) -> None:
@@ -124,7 +124,7 @@ def attempt(this: Try) -> str:
 def model(this: Try) -> str:
     """Load a model of which one file is damaged or edited."""
     variant = this.random.choice(list(VARIANTS))
-    place = _copied(this, f"{variant}-model")
+    place = copied(this, f"{variant}-model")
     path = place / this.random.choice(["sae.safetensors", "sae.safetensors", "config.json"])
     kind = _damage_tensors(this, path) if path.suffix != ".json" else _damage_json(this, path)
     try:
@@ -148,7 +148,7 @@ def model(this: Try) -> str:
 def start(this: Try) -> str:
     """Start a training from such a model."""
     variant = this.random.choice(list(VARIANTS))
-    place = _copied(this, f"{variant}-model")
+    place = copied(this, f"{variant}-model")
     path = place / this.random.choice(["sae.safetensors", "config.json"])
     kind = _damage_tensors(this, path) if path.suffix != ".json" else _damage_json(this, path)
     flags = (*VARIANTS[variant], "--max-steps", 1, "--start-from", place)
@@ -159,17 +159,17 @@ def start(this: Try) -> str:
 def damaged_checkpoint(this: Try) -> str:
     """Resume a run of which one file in the newest checkpoint is damaged."""
     variant = this.random.choice(list(VARIANTS))
-    run = _copied(this, variant)
+    run = copied(this, variant)
     newest = run / "checkpoints" / "step-00000004"
     path = this.random.choice(sorted(newest.iterdir()))
     kind = _damage_json(this, path) if path.suffix == ".json" else _damage_tensors(this, path)
-    return _resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
+    return resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
 
 
 def edited_checkpoint(this: Try) -> str:
     """Resume a run whose newest checkpoint has other values or tensors, and is signed anew."""
     variant = this.random.choice(list(VARIANTS))
-    run = _copied(this, variant)
+    run = copied(this, variant)
     newest = run / "checkpoints" / "step-00000004"
     state = json.loads((newest / "trainer.json").read_text())
     del state["digest"]
@@ -177,20 +177,26 @@ def edited_checkpoint(this: Try) -> str:
     if this.random.random() < 0.7:
         kind, text = _edited_json(this.random, state)
         exact = not kind.startswith(FREE_EDITS)
-        try:
-            state = json.loads(text)
-            digest = _digest(state)
-        except (ValueError, RecursionError):
-            digest = "0" * 64
-        state = state if isinstance(state, dict) else {}
-        signed = text.rstrip()[:-1] + f', "digest": "{digest}"' + "}" if state else text
-        (newest / "trainer.json").write_text(signed, encoding="utf-8", errors="surrogatepass")
+        write_signed(newest / "trainer.json", text)
     else:
         kind, exact = _edit_tensors(this.random, newest / "trainer.safetensors")
         names = ("sae.safetensors", "config.json", "trainer.safetensors")
         state["sha256"] = {name: sha256_of(newest / name) for name in names}
         (newest / "trainer.json").write_text(json.dumps({**state, "digest": _digest(state)}))
-    return _resumed(this, variant, run, kind, exact=exact)
+    return resumed(this, variant, run, kind, exact=exact)
+
+
+def write_signed(path: Path, text: str) -> None:
+    """Write a trainer.json with the digest of its content, where it is an object of JSON."""
+    is_object = True
+    try:
+        state = json.loads(text)
+        is_object = isinstance(state, dict) and bool(state)
+        digest = _digest(state) if is_object else ""
+    except (ValueError, RecursionError):
+        digest = "0" * 64
+    signed = text.rstrip()[:-1] + f', "digest": "{digest}"' + "}" if is_object else text
+    path.write_text(signed, encoding="utf-8", errors="surrogatepass")
 
 
 def configuration(this: Try) -> str:
@@ -220,15 +226,15 @@ def sweep(this: Try) -> str:
 def log_of_a_resumed_run(this: Try) -> str:
     """Resume a run whose metrics.jsonl or config.json is damaged or edited."""
     variant = this.random.choice(list(VARIANTS))
-    run = _copied(this, variant)
+    run = copied(this, variant)
     path = run / this.random.choice(["metrics.jsonl", "metrics.jsonl", "config.json"])
     kind = _damage_lines(this, path) if path.suffix == ".jsonl" else _damage_json(this, path)
-    return _resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
+    return resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
 
 
 def plotted(this: Try) -> str:
     """Draw the metrics of a run whose files are damaged or edited."""
-    run = _copied(this, this.random.choice(list(VARIANTS)))
+    run = copied(this, this.random.choice(list(VARIANTS)))
     path = run / this.random.choice(["metrics.jsonl", "training_history.json", "config.json"])
     if path.name == "training_history.json":
         (run / "metrics.jsonl").unlink()
@@ -237,7 +243,7 @@ def plotted(this: Try) -> str:
     return _verdict(f"{path.name}, {kind}", ended)
 
 
-def _copied(this: Try, name: str) -> Path:
+def copied(this: Try, name: str) -> Path:
     place = this.folder / name
     shutil.copytree(this.shared / name, place, symlinks=True)
     return place
@@ -259,7 +265,7 @@ def _verdict(kind: str, ended: Ended) -> str:
     return "refused"
 
 
-def _resumed(this: Try, variant: str, run: Path, kind: str, *, exact: bool) -> str:
+def resumed(this: Try, variant: str, run: Path, kind: str, *, exact: bool) -> str:
     """Resume to the end; `exact` asks for the weights of the undisturbed run."""
     flags = ("--resume-from", "latest", "--max-steps", LAST)
     ended = _aside(lambda: _train(this.shared, *VARIANTS[variant], *flags, run=run))
@@ -301,8 +307,7 @@ def _damage_lines(this: Try, path: Path) -> str:
 def _edited_json(generator: random.Random, content: Any) -> tuple[str, str]:
     """A JSON text with one value changed, one key more or less, or one key twice; and which."""
     mark = "@@value@@"
-    places = list(_places(content))
-    holder, key, name = generator.choice(places)
+    holder, key, name = generator.choice(places(content))
     before, value = holder[key], generator.choice(VALUES)
     action = generator.choice(["value"] * 6 + ["number", "remove", "add", "twice"])
     if action == "number" and type(before) in (int, float):
@@ -320,7 +325,7 @@ def _edited_json(generator: random.Random, content: Any) -> tuple[str, str]:
     return f"{name} = {value[:60]} (was {str(before)[:60]})", text
 
 
-def _places(content: Any, name: str = "") -> list[tuple[Any, Any, str]]:
+def places(content: Any, name: str = "") -> list[tuple[Any, Any, str]]:
     """Holder, key and name of every value, at all depths; of long lists only the first ones."""
     found = []
     items = content.items() if isinstance(content, dict) else enumerate(content[:4])
@@ -328,7 +333,7 @@ def _places(content: Any, name: str = "") -> list[tuple[Any, Any, str]]:
         path = f"{name}.{key}".lstrip(".")
         found.append((content, key, path))
         if isinstance(value, dict | list):
-            found += _places(value, path)
+            found += places(value, path)
     return found
 
 
