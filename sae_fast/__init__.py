@@ -2,7 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sae_fast.ops.native import build_info
+from sae_fast.import_errors import require_torch
+
+require_torch()  # before anything that imports it
+
+from sae_fast.ops.native import build_info  # noqa: E402
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder

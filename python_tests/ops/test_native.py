@@ -50,6 +50,40 @@ def test_without_a_module_the_import_fails_and_names_the_remedy(installation):
     assert "SAE_FAST_NATIVE=0" in line
 
 
+def run_commands(installation, interpreter=(sys.executable,)):
+    """Ends of all commands of the package, run beside each other: exit code, stdout, stderr."""
+    files = installation.glob("*.py")
+    names = [path.stem for path in files if "__main__" in path.read_text(encoding="utf-8")]
+    assert {"train", "capture", "convert_shards", "plot", "info", "presets"} <= set(names)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SAE_FAST_")}
+    environment["PYTHONPATH"] = str(installation.parent)
+    running = [
+        subprocess.Popen(
+            [*interpreter, "-m", f"sae_fast.{name}"], cwd=installation.parent, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for name in names
+    ]  # fmt: skip
+    ends = [process.communicate() for process in running]
+    return [(process.returncode, *end) for process, end in zip(running, ends, strict=True)]
+
+
+@pytest.mark.slow
+def test_without_a_module_every_command_ends_in_one_line(installation):
+    for code, output, errors in run_commands(installation):
+        assert (code, output) == (2, "")
+        assert errors.startswith("error: sae_fast has no compiled module for Python ")
+        assert errors.count("\n") == 1
+
+
+def test_without_torch_every_command_ends_in_one_line(installation):
+    # -S hides the installed packages, so that this is the Python of a bare machine.
+    for code, output, errors in run_commands(installation, (sys.executable, "-S")):
+        assert (code, output) == (2, "")
+        assert errors.startswith("error: sae_fast needs torch, which ")
+        assert errors.count("\n") == 1
+
+
 def test_a_damaged_module_is_told_as_such(installation):
     (installation / MODULE).write_bytes(b"\0sae_fast built with torch 2.12.0+cpu\0")
     line = last_line(import_from(installation))

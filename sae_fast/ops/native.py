@@ -9,12 +9,13 @@ import importlib
 import os
 import platform
 import re
-import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import torch  # loads libtorch, which _C links to
+
+from sae_fast.import_errors import refuse
 
 _REBUILD = "run `pip install .` in a checkout of sae_fast"
 _VERSION = re.compile(r"cpython-(\d)(\d+)")  # in the name of a module
@@ -31,10 +32,7 @@ def load() -> ModuleType | None:
     try:
         return _load()
     except ImportError as error:
-        if _is_own_command():
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        raise
+        refuse(error)
 
 
 def _load() -> ModuleType | None:
@@ -103,13 +101,6 @@ def build_info() -> dict[str, object]:
 
 def _is_reference_install() -> bool:
     return _find("_reference_install") is not None
-
-
-def _is_own_command() -> bool:
-    """Tell if this process is `python -m sae_fast...`: its end is a line and an exit code."""
-    arguments = sys.orig_argv
-    places = [place for place, word in enumerate(arguments[:-1]) if word == "-m"]
-    return bool(places) and arguments[places[0] + 1].partition(".")[0] == "sae_fast"
 
 
 def _why_not(error: str, module: Path) -> str:
