@@ -42,7 +42,7 @@ INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \
   CMAKE_ARGS="$(CMAKE_ARGS) -DSAE_FAST_WERROR=$(WERROR)" $(INSTALL) --no-build-isolation
 
 build: $(VENV)/made
-	$(INSTALL_HERE) -e .
+	$(INSTALL_HERE) -e ".[wandb]"
 
 build-dev: $(VENV)/made
 	$(INSTALL_HERE) -e ".[dev]"

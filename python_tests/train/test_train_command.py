@@ -192,7 +192,7 @@ def test_no_wandb_wins_over_a_project(
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
     arguments = ("--shard-dir", shards, "--wandb-project", "tests")
     assert run_small(*arguments, "--no-wandb")[0] == 0
-    refused(run_small(*arguments), "wandb_project", "--no-wandb")
+    refused(run_small(*arguments), "pip install 'sae_fast[wandb]'", "--no-wandb")
 
 
 @pytest.fixture

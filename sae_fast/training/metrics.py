@@ -130,7 +130,7 @@ class WandbLog:
         try:
             import wandb
         except ImportError as error:
-            remedy = "install it (pip install wandb) or pass --no-wandb"
+            remedy = "install it (pip install 'sae_fast[wandb]') or pass --no-wandb"
             raise ValueError(f"wandb_project = {project!r} needs wandb: {remedy}") from error
         try:
             self._run = wandb.init(
