@@ -13,8 +13,8 @@ WERROR := $(if $(CI),ON,OFF)
 export PATH := $(BIN):$(PATH)
 export TORCH
 
-.PHONY: demo test build build-dev lint test-cpp test-address test-thread test-cuda test-python \
-  campaign clean
+.PHONY: demo test build build-dev lint tidy test-cpp test-address test-thread test-cuda \
+  test-python campaign clean
 
 demo: build
 	python -m sae_fast.train --config examples/demo.json
@@ -52,6 +52,11 @@ lint: build-dev
 	ruff format --check .
 	clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	mypy
+
+# The C++ sources that differ from BASE, and those that include a header that does; ALL=1: all.
+tidy: build-dev
+	$(INSTALL) clang-tidy
+	python tools/tidy.py --base $(or $(BASE),main) $(if $(ALL),--all)
 
 # The kernels without Python, since the sanitizers know neither torch nor its thread pool.
 SANITIZE_address := address,undefined

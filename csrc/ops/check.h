@@ -174,8 +174,8 @@ inline void check_apart(const char* op, std::initializer_list<NamedTensor> writt
     SAE_FAST_CHECK(apart, op, ": ", one.name, " is changed in place and must share no memory with ",
                    other.name);
   };
-  for (auto one = written.begin(); one != written.end(); ++one) {
-    for (auto other = one + 1; other != written.end(); ++other) check(*one, *other);
+  for (const auto* one = written.begin(); one != written.end(); ++one) {
+    for (const auto* other = one + 1; other != written.end(); ++other) check(*one, *other);
     for (const NamedTensor& other : read) check(*one, other);
   }
 }

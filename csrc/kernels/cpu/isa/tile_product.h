@@ -58,7 +58,8 @@ struct TileProduct {
   // start at zero (15 roundings), joins them (1), and adds them to the tile: 1 for every k-step.
   // The factor 1.01 covers the rounded rows' norms, which are up to 1/256 larger.
   static double roundings(int64_t d_in) {
-    return 1.01 * (static_cast<double>(steps(d_in) / kStepElements) + 16.0);
+    const int64_t k_steps = steps(d_in) / kStepElements;
+    return 1.01 * (static_cast<double>(k_steps) + 16.0);
   }
 
   static RowStats round(const float* row, int64_t d_in, int32_t* pairs) {
