@@ -8,6 +8,10 @@ if(SAE_FAST_CUDA_CHECK AND NOT SAE_FAST_CUDA)
 endif()
 include(cmake/cuda_architectures.cmake)  # sets CMAKE_CUDA_ARCHITECTURES
 enable_language(CUDA)
+if(CMAKE_CUDA_ARCHITECTURES STREQUAL "all-major")
+  cmake_host_system_information(RESULT cores QUERY NUMBER_OF_LOGICAL_CORES)
+  announce_architectures("${CMAKE_CUDA_ARCHITECTURES_ALL_MAJOR}" ${cores})
+endif()
 find_package(CUDAToolkit REQUIRED)
 
 add_library(cuda_kernels OBJECT ${CUDA_KERNEL_SOURCES})

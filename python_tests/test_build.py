@@ -414,11 +414,25 @@ def test_an_unknown_architecture_is_refused(tmp_path):
     assert "got Amper" in said
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+def test_a_long_cuda_build_says_what_it_compiles_and_how_to_leave_it_out(tmp_path):
+    call = 'announce_architectures("75-real;80-real;90-real;120" 2)'
+    said = " ".join(run_cmake_script(call, "9.0", tmp_path).split())
+    assert said.startswith("sae_fast: no GPU was found, so the CUDA kernels are compiled for all")
+    assert "(75 80 90 120), about 7 minutes on 2 cores" in said
+    assert "SAE_FAST_CUDA=0 to leave CUDA out" in said
+
+
 def architectures_for(wanted, folder):
     """What CMake makes of the variable, or its complaint."""
+    return run_cmake_script('message("${CMAKE_CUDA_ARCHITECTURES}")', wanted, folder)
+
+
+def run_cmake_script(last_line, wanted, folder):
+    """What a line after the file with the architectures prints, with TORCH_CUDA_ARCH_LIST set."""
     file = ROOT / "cmake" / "cuda_architectures.cmake"
     script = folder / "show.cmake"
-    script.write_text(f'include("{file}")\nmessage("${{CMAKE_CUDA_ARCHITECTURES}}")\n')
+    script.write_text(f'include("{file}")\n{last_line}\n')
     environment = {**PLAIN, "TORCH_CUDA_ARCH_LIST": wanted}
     environment.pop("CUDAARCHS", None)
     line = ["cmake", "-P", str(script)]
