@@ -8,6 +8,7 @@ set(TEST_SOURCES
   csrc/tests/correlation_test.cpp
   csrc/tests/encode_test.cpp
   csrc/tests/decode_test.cpp
+  csrc/tests/dense_product_test.cpp
   csrc/tests/gather_rows_test.cpp
   csrc/tests/moments_test.cpp
   csrc/tests/rows_test.cpp)

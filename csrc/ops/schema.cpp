@@ -1,6 +1,7 @@
 // The one list of operators. The comment above each schema is its contract: N tokens, D = d_in,
 // F = d_sae, K = k; rows of both weight matrices are latents; indices are int32; everything else is
-// float32 unless said. Every op is deterministic and independent of the number of threads.
+// float32 unless said. Every op is deterministic and, but for dense_product, independent of
+// the number of threads.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sae_fast, m) {
@@ -134,6 +135,13 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   m.def(
       "gather_rows_(Tensor(a!) out, Tensor? places, Tensor source, Tensor rows, Tensor? mean, "
       "float scale) -> ()");
+
+  // left [M, K] times right [K, P], [M, P]: "screened" and "fp32" alike in float32 precision,
+  // "bf16" and "fp16" with both rounded first. Torch's product, which follows the number of
+  // threads; but on CPUs with AMX bfloat16 tiles, or for float32 8-bit integers, see
+  // isa/sliced_tiles.h, so that an error is in proportion to the largest numbers of a row of left
+  // and a column of right.
+  m.def("dense_product(Tensor left, Tensor right, str precision) -> Tensor product");
 
   // Sum over i != j of (ŵ_i·ŵ_j)², ŵ unit rows, by the D x D Gram matrix; loss [] and its gradient.
   m.def("decorrelation(Tensor W) -> (Tensor loss, Tensor grad)");

@@ -21,6 +21,7 @@ int main(int argc, char** argv) {
     sae_fast::testing::test_tiles(static_cast<uint64_t>(seed));
 #endif
     sae_fast::testing::test_decode(static_cast<uint64_t>(seed));
+    sae_fast::testing::test_dense_product(static_cast<uint64_t>(seed));
     sae_fast::testing::test_gather_rows(static_cast<uint64_t>(seed));
     sae_fast::testing::test_moments(static_cast<uint64_t>(seed));
     sae_fast::testing::test_rows(static_cast<uint64_t>(seed));

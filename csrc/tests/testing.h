@@ -163,6 +163,7 @@ struct CodeProblem {
 void test_encode(uint64_t seed);
 void test_tiles(uint64_t seed);
 void test_decode(uint64_t seed);
+void test_dense_product(uint64_t seed);
 void test_gather_rows(uint64_t seed);
 void test_moments(uint64_t seed);
 void test_rows(uint64_t seed);

@@ -12,4 +12,8 @@ using MultiplyTile = void (*)(const uint16_t* left, const uint16_t* right, float
 void multiply_tile_emulated(const uint16_t* left, const uint16_t* right, float* sums);
 void multiply_tile_on_hardware(const uint16_t* left, const uint16_t* right, float* sums);
 
+// sums [16][16] += left [16][64] · right, four columns of each of 16 rows in a row; signed bytes.
+void multiply_bytes_emulated(const int8_t* left, const int8_t* right, int32_t* sums);
+void multiply_bytes_on_hardware(const int8_t* left, const int8_t* right, int32_t* sums);
+
 }  // namespace sae_fast::testing

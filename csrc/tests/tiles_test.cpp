@@ -23,6 +23,22 @@ uint16_t operand(Random& random, int64_t kind) {
   return round_to_bfloat16(random.number(Numbers::kNormal) * scales[kind]).bits;
 }
 
+void test_byte_emulation(Random& random) {
+  alignas(64) int8_t left[1024], right[1024];
+  alignas(64) int32_t emulated[256], hardware[256];
+  for (int8_t& value : left) value = static_cast<int8_t>(random.integer(-128, 127));
+  for (int8_t& value : right) value = static_cast<int8_t>(random.integer(-128, 127));
+  for (int i = 0; i < 256; ++i) {
+    emulated[i] = hardware[i] = static_cast<int32_t>(random.integer(INT32_MIN, INT32_MAX));
+  }
+  multiply_bytes_emulated(left, right, emulated);
+  multiply_bytes_on_hardware(left, right, hardware);
+  for (int i = 0; i < 256; ++i) {
+    check(emulated[i] == hardware[i], "sum %d of bytes: %d emulated, %d of the processor", i,
+          emulated[i], hardware[i]);
+  }
+}
+
 void test_emulation(Random& random) {
   alignas(64) uint16_t left[512], right[512];
   alignas(64) float emulated[256], hardware[256];
@@ -44,6 +60,7 @@ void test_emulation(Random& random) {
             right_kind, emulated[i], hardware[i]);
     }
   }
+  test_byte_emulation(random);
 }
 #endif
 

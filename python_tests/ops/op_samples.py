@@ -134,6 +134,10 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "encode_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "encode_batch_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "decorrelation", "", (problem.W_dec,)
+    for precision in PRECISIONS:
+        yield "dense_product", precision, (problem.x, problem.W_enc.t(), precision)
+    wide = make_problem(33, 300, 17)
+    yield "dense_product", "deep", (wide.x, wide.W_enc.t(), "screened")
     h = make_codes(n, d_sae, active=0.2)
     for case, split, grads in (("one group", 70, (1, 0)), ("two groups", 40, (1, 1))):
         outputs = ops.code_correlation(h, split)

@@ -53,6 +53,9 @@ def call_shape(n: int, d_in: int, d_sae: int, k: int) -> None:
     ops.normalize_rows_(problem.W_enc.clone())
     call_gather(problem)
     ops.decorrelation(problem.W_dec)
+    for precision in PRECISIONS:
+        ops.dense_product(problem.x, problem.W_enc.t(), precision)
+        ops.dense_product(problem.W_enc, problem.W_dec.t(), precision)
     call_correlation(make_codes(n, d_sae, active=0.3), d_sae // 2)
 
 

@@ -16,6 +16,7 @@ from op_samples import (
 
 from sae_fast import ops as public
 from sae_fast.ops.library import NATIVE
+from sae_fast.ops.native import build_info
 from sae_fast.ops.rows import weighted_row_sum
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
@@ -82,6 +83,15 @@ def correlation(n, d_sae, active):
     return *outputs, ops.code_correlation_backward(one, one, h, split, *outputs[3:])
 
 
+def dense_products(precision):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(s, generator=generator) for s in ((70, 1700), (1700, 900)))
+    return lambda: (
+        ops.dense_product(left, right, precision),
+        ops.dense_product(left.t(), left, precision),
+    )
+
+
 CALLS = {
     **{f"encode_topk {p}": encode_topk(p) for p in ("screened", "fp32", "bf16", "fp16")},
     **{f"encode_batch_topk {p}": encode_batch_topk(p) for p in ("screened", "bf16")},
@@ -112,6 +122,11 @@ def same_bits(first, second):
     )
 
 
+# On other processors they are torch's.
+TILE_CALLS = {f"dense_product {p}": dense_products(p) for p in ("screened", "bf16")}
+THREADS = CALLS | (TILE_CALLS if build_info().get("instruction_set") == "amx" else {})
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_result_is_the_same_on_every_run(call):
     first = call()
@@ -128,7 +143,7 @@ def restored_threads():
 @pytest.mark.skipif(not NATIVE, reason="the reference leaves products to torch, which splits sums")
 @pytest.mark.usefixtures("restored_threads")
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("call", THREADS.values(), ids=THREADS)
 def test_result_does_not_depend_on_the_number_of_threads(call):
     results = []
     for threads in (1, 2, 3, 7):

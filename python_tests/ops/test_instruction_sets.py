@@ -25,7 +25,11 @@ for n, d_in, d_sae, k in ((600, 96, 1000, 24), (130, 200, 3000, 300), (40, 33, 5
     threshold = torch.full((d_sae,), 12.0)
     code = ops.encode_threshold(x, W, b_enc, b_dec, threshold, precision="screened")
     codes.append((code.values, code.indices))
-torch.save((sae_fast.build_info()["instruction_set"], codes), sys.argv[1])
+products = []
+for m, depth, p in ((40, 300, 70), (33, 1700, 20), (5, 60, 7)):
+    left, right = torch.randn(m, depth), torch.randn(depth, p)
+    products += [ops.dense_product(left, right, p) for p in ("screened", "bf16", "fp16")]
+torch.save((sae_fast.build_info()["instruction_set"], codes, products), sys.argv[1])
 """
 
 
@@ -40,9 +44,9 @@ def codes_of(tmp_path_factory):
             command = [sys.executable, "-c", CODES, str(path)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-        used, made = torch.load(path)
+        used, made, products = torch.load(path)
         assert used == level
-        return made
+        return made, products
 
     return codes
 
@@ -51,8 +55,17 @@ def codes_of(tmp_path_factory):
 @pytest.mark.parametrize("level", AVAILABLE[1:])
 def test_codes_are_those_of_the_portable_kernels(codes_of, level):
     for (values, indices), (wanted, wanted_indices) in zip(
-        codes_of(level), codes_of("portable"), strict=True
+        codes_of(level)[0], codes_of("portable")[0], strict=True
     ):
         torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)
         # Latents change places where the rounding of their equal values decides, and only there.
         assert (indices != wanted_indices).sum() <= 2e-4 * indices.numel()
+
+
+@pytest.mark.skipif(len(AVAILABLE) < 2, reason="one instruction set at most")
+@pytest.mark.parametrize("level", AVAILABLE[1:])
+def test_dense_products_are_those_of_the_portable_kernels(codes_of, level):
+    products = zip(codes_of(level)[1], codes_of("portable")[1], strict=True)
+    for product, wanted in products:
+        # Of up to 1700 pairs of normal numbers: |a||b| is 1700, of which 2^-24 is 1e-4.
+        torch.testing.assert_close(product, wanted, rtol=0, atol=2e-4)

@@ -15,6 +15,7 @@ DIFFERENTIABLE = (
 )
 WITHOUT_DERIVATIVE = (
     *("pack_encoder", "decode_backward", "accumulate_rows", "code_correlation_backward"),
+    "dense_product",
 )
 
 

@@ -73,6 +73,7 @@ ARGUMENTS = {
     },
     "normalize_rows_": {"W": PROBLEM.W_enc.clone()},
     "decorrelation": {"W": PROBLEM.W_enc},
+    "dense_product": {"left": PROBLEM.x, "right": PROBLEM.W_enc.t(), "precision": "fp32"},
     "code_correlation": {"h": H, "split": 12},
     "code_correlation_backward": {
         **{"grad_within": torch.tensor(1.0), "grad_between": torch.tensor(1.0), "h": H},
@@ -170,6 +171,10 @@ SHAPES = {
     ],
     "normalize_rows_": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
     "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
+    "dense_product": [
+        ("left", torch.zeros(6), "left must have shape [*, *], got [6]"),
+        ("right", torch.zeros(5, 20), "right must have shape [6, *], got [5, 20]"),
+    ],
     "code_correlation": [("h", torch.zeros(6), "h must have shape [*, *], got [6]")],
     "code_correlation_backward": [
         ("h", torch.zeros(4, 19), "means must have shape [19], got [20]"),
@@ -248,6 +253,10 @@ DTYPES = {
     ],
     "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
     "decorrelation": [("W", HALF, "W must be float32, got float16")],
+    "dense_product": [
+        ("left", HALF, "left must be float32, got float16"),
+        ("right", PROBLEM.W_enc.t().half(), "right must be float32, got float16"),
+    ],
     "code_correlation": [("h", H.half(), "h must be float32, got float16")],
     "code_correlation_backward": [
         ("means", CORRELATION[3].float(), "means must be float64, got float32"),
@@ -275,6 +284,7 @@ RANGES = {
     ],
     "encode_threshold": [("precision", "int8", PRECISION)],
     "accumulate_rows": [("d_sae", 0, "d_sae must be at least 1, got 0")],
+    "dense_product": [("precision", "int8", PRECISION)],
     "latent_major": [("d_sae", 0, "d_sae must be at least 1, got 0")],
     "gather_rows_": [
         ("out", torch.zeros(6, 3).t(), "out is changed in place and must be contiguous"),

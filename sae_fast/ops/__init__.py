@@ -8,6 +8,7 @@ from sae_fast.ops.correlation import CodeCorrelation, code_correlation
 from sae_fast.ops.decode import Reconstruction, decode
 from sae_fast.ops.decorrelation import decorrelation
 from sae_fast.ops.dense_code import Code, DenseCode, encode_dense, reconstruct
+from sae_fast.ops.dense_product import dense_product
 from sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from sae_fast.ops.factors import RowFactor
 from sae_fast.ops.gather_rows import gather_rows_
@@ -38,6 +39,7 @@ __all__ = [
     "code_correlation",
     "decode",
     "decorrelation",
+    "dense_product",
     "drop_copies",
     "encode_abs_topk",
     "encode_batch_topk",

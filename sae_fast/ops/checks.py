@@ -221,6 +221,13 @@ def normalize_rows_(W: Tensor) -> None:  # noqa: D103
     op.in_place("W", W)
 
 
+def dense_product(left: Tensor, right: Tensor, precision: str) -> None:  # noqa: D103
+    op = Call("dense_product", "left", left)
+    op.tensor("left", left, (None, None), MASTER)
+    op.tensor("right", right, (left.size(1), None), MASTER)
+    op.precision(precision)
+
+
 def decorrelation(W: Tensor) -> None:  # noqa: D103
     op = Call("decorrelation", "W", W)
     op.tensor("W", W, (None, None), MASTER)

@@ -1,21 +1,23 @@
 """DenseCode: every latent of every token, while so many are active that listing them is slower.
 
-Made of torch's matrix products, whose rounding depends on the number of threads, and with ordinary
-autograd: gradients are dense. It has what training needs of a SparseCode, under the same names.
+Made of dense products with dense gradients; where these are torch's, their rounding depends on the
+number of threads. It has what training needs of a SparseCode, under the same names.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae_fast.ops.data_checks import check_usable
 from sae_fast.ops.decode import Reconstruction
 from sae_fast.ops.decode import reconstruct as reconstruct_sparse
-from sae_fast.ops.full_precision import addmm
-from sae_fast.ops.reference import ROUNDED_DTYPES
+from sae_fast.ops.dense_product import dense_product
+from sae_fast.ops.rows import weighted_row_sum
 from sae_fast.ops.sparse_code import SparseCode
 
 
@@ -101,10 +103,9 @@ def encode_dense(
     Without `relu` values are signed, and all latents but those of value 0 fire.
     """
     check_usable("encode_dense", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
-    centred, weights = _rounded(x - b_dec, precision), _rounded(W_enc, precision)
-    values = addmm(b_enc, centred, weights.t())
-    if relu:
-        values = values.relu_()
+    values: Tensor = _EncodeDense.apply(  # type: ignore[no-untyped-call]
+        x, W_enc, b_enc, b_dec, precision, relu
+    )
     return DenseCode(values, torch.count_nonzero(values.detach()), precision, signed=not relu)
 
 
@@ -119,14 +120,86 @@ def reconstruct(
     """`reconstruct` of either kind of code; a DenseCode leaves dense gradients in any case."""
     if isinstance(code, SparseCode):
         return reconstruct_sparse(code, W_dec, b_dec, x, dense_grad=dense_grad)
-    target = -x if b_dec is None else b_dec - x
-    residual = addmm(target, code.values, _rounded(W_dec, code.precision))
-    return Reconstruction(residual, residual.square().sum(1))
+    return Reconstruction(
+        *_ReconstructDense.apply(  # type: ignore[no-untyped-call]
+            code.values, W_dec, b_dec, x, code.precision
+        )
+    )
 
 
-def _rounded(x: Tensor, precision: str) -> Tensor:
-    """`x` with the numbers of a low precision, in its own dtype; the gradient is not rounded."""
-    dtype = ROUNDED_DTYPES.get(precision)
-    if dtype is None:
-        return x
-    return x + (x.detach().to(dtype).to(x.dtype) - x.detach())
+class _EncodeDense(torch.autograd.Function):
+    """See `encode_dense`: one product forward, and for W_enc one backward.
+
+    The gradient of b_dec is −W_encᵀ times the sum of those of the pre-activations over tokens, with
+    the sum taken first: the gradient of every x, a third product, is made only where it is needed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        precision: str,
+        relu: bool,
+    ) -> Tensor:
+        values = dense_product(x - b_dec, W_enc.t(), precision).add_(b_enc)
+        if relu:
+            values.relu_()
+        ctx.precision, ctx.relu = precision, relu
+        ctx.save_for_backward(x, W_enc, b_dec, *((values,) if relu else ()))
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, b_dec, *values = ctx.saved_tensors
+        needs_x, needs_weights, needs_bias, needs_b_dec = ctx.needs_input_grad[:4]
+        if ctx.relu:
+            grad = torch.ops.aten.threshold_backward(grad, values[0], 0)
+        sums = grad.sum(0)
+        grad_x = grad_weights = grad_b_dec = None
+        if needs_weights:
+            grad_weights = dense_product(grad.t(), x - b_dec, ctx.precision)
+        if needs_b_dec:
+            grad_b_dec = -weighted_row_sum(sums, W_enc)
+        if needs_x:
+            grad_x = dense_product(grad, W_enc, ctx.precision)
+        return grad_x, grad_weights, sums if needs_bias else None, grad_b_dec, None, None
+
+
+class _ReconstructDense(torch.autograd.Function):
+    """See `reconstruct`, of a DenseCode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, x: Tensor, precision: str
+    ) -> tuple[Tensor, Tensor]:
+        residual = dense_product(values, W_dec, precision)
+        residual += -x if b_dec is None else b_dec - x
+        ctx.precision = precision
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(values, W_dec, residual)
+        return residual, residual.square().sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_residual: Tensor | None, grad_squared_error: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        values, W_dec, residual = ctx.saved_tensors
+        needs_values, needs_weights, needs_bias, needs_x = ctx.needs_input_grad[:4]
+        grad = grad_residual
+        if grad_squared_error is not None:
+            scaled = 2 * grad_squared_error[:, None] * residual
+            grad = scaled if grad is None else grad + scaled
+        if grad is None:
+            return (None,) * 5
+        grad_values = grad_weights = None
+        if needs_values:
+            grad_values = dense_product(grad, W_dec.t(), ctx.precision)
+        if needs_weights:
+            grad_weights = dense_product(values.t(), grad, ctx.precision)
+        grad_bias = grad.sum(0) if needs_bias else None
+        return grad_values, grad_weights, grad_bias, -grad if needs_x else None, None

@@ -33,6 +33,7 @@ __all__ = [
     "decode",
     "decode_backward",
     "decorrelation",
+    "dense_product",
     "encode_batch_topk",
     "encode_threshold",
     "encode_topk",
@@ -274,6 +275,16 @@ def normalize_rows_(W: Tensor) -> None:  # [F, D]
 def _row_norms(W: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(W, dim=1, keepdim=True)
     return norms.clamp_min(_SMALLEST_NORM)
+
+
+def dense_product(
+    left: Tensor,  # [M, K]
+    right: Tensor,  # [K, P]
+    precision: str,
+) -> Tensor:
+    """left · right, [M, P], of both rounded to the dtype of the precision."""
+    dtype = ROUNDED_DTYPES.get(precision, left.dtype)
+    return left.to(dtype).to(left.dtype) @ right.to(dtype).to(left.dtype)
 
 
 def decorrelation(W: Tensor) -> tuple[Tensor, Tensor]:  # [F, D]

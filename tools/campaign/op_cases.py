@@ -304,6 +304,12 @@ def _decorrelation(draw: Draw) -> Arguments:
     return {"W": draw.floats(d_sae, d_in)}
 
 
+def _dense_product(draw: Draw) -> Arguments:
+    rows, depth, columns = draw.shape()
+    left, right = draw.floats(rows, depth), draw.floats(depth, columns)
+    return {"left": left, "right": right, "precision": draw.chance.choice(PRECISIONS)}
+
+
 def _gather_rows(draw: Draw) -> Arguments:
     chance = draw.chance
     m, d_in, stored = draw.size(), draw.size(), max(1, draw.size())
@@ -360,6 +366,7 @@ RIGHT: dict[str, Callable[[Draw], Arguments]] = {
     "normalize_rows_": _normalize_rows,
     "gather_rows_": _gather_rows,
     "decorrelation": _decorrelation,
+    "dense_product": _dense_product,
     "code_correlation": _code_correlation,
     "code_correlation_backward": _code_correlation_backward,
 }

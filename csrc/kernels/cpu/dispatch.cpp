@@ -42,11 +42,11 @@ namespace cpu {
 namespace {
 
 #if defined(SAE_FAST_WITH_AMX)
-bool has_bfloat16_tiles() {
-  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;  // of EDX
+bool has_tiles() {
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;  // of EDX
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  return (edx & kBFloat16) != 0 && (edx & kTiles) != 0;
+  return (edx & kBFloat16) != 0 && (edx & kTiles) != 0 && (edx & kInt8) != 0;
 }
 
 // Linux hands out the 8 KB of tile registers on request, once a process: 0, or the error. It
@@ -86,7 +86,7 @@ std::vector<const Kernels*> available() {
   if (!__builtin_cpu_supports("avx512vnni")) return tables;
   tables.push_back(&avx512vnni::kernel_table());
 #if defined(SAE_FAST_WITH_AMX)
-  if (has_bfloat16_tiles() && tile_permission() == 0) tables.push_back(&amx::kernel_table());
+  if (has_tiles() && tile_permission() == 0) tables.push_back(&amx::kernel_table());
 #endif
 #endif
   return tables;
@@ -117,7 +117,7 @@ std::string instruction_set_name() { return kernels().instruction_set; }
 
 std::string refused_instruction_set() {
 #if defined(SAE_FAST_WITH_AMX)
-  if (has_bfloat16_tiles() && tile_permission() != 0) {
+  if (has_tiles() && tile_permission() != 0) {
     return std::string("amx: the operating system does not hand out the tile registers (") +
            std::strerror(tile_permission()) + ")";
   }

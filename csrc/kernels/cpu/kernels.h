@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/correlation.h"
 #include "kernels/cpu/decode.h"
+#include "kernels/cpu/dense_product.h"
 #include "kernels/cpu/encode.h"
 #include "kernels/cpu/gather_rows.h"
 #include "kernels/cpu/rows.h"
@@ -26,6 +27,7 @@ struct Kernels {
   NormalizeRows normalize_rows;
   GatherRows gather_rows;
   Decorrelation decorrelation;
+  DenseProduct dense_product;
   CodeCorrelation code_correlation;
   CodeCorrelationBackward code_correlation_backward;
 };

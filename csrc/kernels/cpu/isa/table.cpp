@@ -1,6 +1,7 @@
 // This instruction set's table of kernels.
 #include "kernels/cpu/isa/correlation.h"
 #include "kernels/cpu/isa/decode.h"
+#include "kernels/cpu/isa/dense_product.h"
 #include "kernels/cpu/isa/encode.h"
 #include "kernels/cpu/isa/gather_rows.h"
 #include "kernels/cpu/isa/rows.h"
@@ -30,6 +31,7 @@ const cpu::Kernels& kernel_table() {
                                           normalize_rows,
                                           gather_rows,
                                           decorrelation,
+                                          dense_product,
                                           code_correlation,
                                           code_correlation_backward};
   return kTable;

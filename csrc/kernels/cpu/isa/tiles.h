@@ -1,6 +1,6 @@
-// The tile operations of AMX that the encoder's product uses: eight registers of 16 rows of 64
-// bytes. On hardware, or with SAE_FAST_EMULATE_TILES in memory, bit for bit the same, so that every
-// processor can test the kernels that are written on them.
+// The tile operations of AMX that the products use: eight registers of 16 rows of 64 bytes. On
+// hardware, or with SAE_FAST_EMULATE_TILES in memory, bit for bit the same, so that every processor
+// can test the kernels that are written on them.
 #pragma once
 
 #include <cmath>
@@ -60,6 +60,23 @@ class Tiles {
           }
         }
         sums[m][n] = flush(flush(sums[m][n]) + flush(chain[0] + chain[1]));
+      }
+    }
+    std::memcpy(tile_[kSums], sums, sizeof sums);
+  }
+  // TDPBSSD: sums of products of signed bytes, which wrap round.
+  template <int kSums, int kLeft, int kRight>
+  void multiply_int8() {
+    uint32_t sums[kTileRows][kTileRows];
+    int8_t left[kTileRows][kTileRowBytes], right[kTileRows][kTileRowBytes];
+    std::memcpy(sums, tile_[kSums], sizeof sums);
+    std::memcpy(left, tile_[kLeft], sizeof left);
+    std::memcpy(right, tile_[kRight], sizeof right);
+    for (int m = 0; m < kTileRows; ++m) {
+      for (int n = 0; n < kTileRows; ++n) {
+        int32_t sum = 0;
+        for (int k = 0; k < kTileRowBytes; ++k) sum += left[m][k] * right[k / 4][4 * n + k % 4];
+        sums[m][n] += static_cast<uint32_t>(sum);
       }
     }
     std::memcpy(tile_[kSums], sums, sizeof sums);
@@ -126,6 +143,10 @@ class Tiles {
   template <int kSums, int kLeft, int kRight>
   void multiply_bfloat16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kLeft), "i"(kRight));
+  }
+  template <int kSums, int kLeft, int kRight>
+  void multiply_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kLeft), "i"(kRight));
   }
 
  private:

@@ -1,0 +1,59 @@
+// CPU side of dense_product: check, allocate, call; torch's product where there are no tiles.
+#include "ops/dense_product.h"
+
+#include "ops/cpu.h"
+
+namespace sae_fast::ops {
+namespace {
+
+// A matrix whose rows or columns are contiguous, and a contiguous copy where neither are.
+class OperandInput {
+ public:
+  explicit OperandInput(const Tensor& tensor)
+      : tensor_(has_unit_stride(tensor) ? tensor : torch::stable::contiguous(tensor)) {}
+
+  const float* data() const { return static_cast<const float*>(tensor_.const_data_ptr()); }
+  int64_t stride(int64_t dimension) const { return tensor_.stride(dimension); }
+
+ private:
+  // In a dimension of one element any stride may stand; overlapping rows are copied.
+  static bool has_unit_stride(const Tensor& tensor) {
+    const auto fits = [&](int64_t inner, int64_t outer) {
+      return tensor.stride(inner) == 1 && tensor.stride(outer) >= tensor.size(inner);
+    };
+    return fits(1, 0) || fits(0, 1);
+  }
+
+  Tensor tensor_;
+};
+
+// The depth from which float32 products are made of integers: below it the largest number of a row
+// is too much of the row for them to be as exact as float32's own sum.
+constexpr int64_t kLeastDepth = 256;
+
+Tensor dense_product(const Tensor& left, const Tensor& right, const std::string& precision) {
+  constexpr const char* kOp = "dense_product";
+  check_dense_product(kOp, left, right, precision);
+  const bool rounds = precision == "bf16";  // in the tiles
+  if (!rounds && left.size(1) < kLeastDepth) return product_by_torch(left, right, precision);
+  const std::string ahead = rounds ? "fp32" : precision;
+  const OperandInput rows(rounded_operand(left, ahead)), columns(rounded_operand(right, ahead));
+  const Tensor product = torch::stable::new_empty(left, {left.size(0), right.size(1)});
+  const cpu::DenseProblem problem = {{rows.data(), rows.stride(0), rows.stride(1)},
+                                     {columns.data(), columns.stride(1), columns.stride(0)},
+                                     left.size(0),
+                                     right.size(1),
+                                     left.size(1),
+                                     rounds,
+                                     mutable_data<float>(product)};
+  const cpu::DenseResult result = cpu::kernels().dense_product(problem, parallel());
+  check_memory(kOp, result != cpu::DenseResult::kNoMemory);
+  return result == cpu::DenseResult::kDone ? product : product_by_torch(left, right, precision);
+}
+
+}  // namespace
+}  // namespace sae_fast::ops
+
+STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
+  SAE_FAST_IMPL(m, "dense_product", &sae_fast::ops::dense_product);
+}
