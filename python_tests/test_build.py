@@ -35,6 +35,7 @@ toolchain = load_tool("toolchain")
 cuda_resources = load_tool("cuda_resources")
 install_torch = load_tool("install_torch")
 isa_symbols = load_tool("isa_symbols")
+tidy = load_tool("tidy")
 
 
 def make_torch(folder, version, cuda="None"):
@@ -383,6 +384,15 @@ def test_a_symbol_outside_its_instruction_sets_namespace_is_found(tmp_path):
     subprocess.run(["c++", "-std=c++17", "-c", source, "-o", built], check=True)
     (found,) = isa_symbols.foreign_symbols([built], "avx2")
     assert "shared" in found
+
+
+def test_a_changed_header_concerns_the_sources_that_include_it(tmp_path):
+    source, header, inner = (tmp_path / "csrc" / name for name in ("a.cpp", "b.h", "c/d.h"))
+    inner.parent.mkdir(parents=True)
+    source.write_text('#include <vector>\n#include "b.h"\n')
+    header.write_text('#include "c/d.h"\n#include "of_torch.h"\n')
+    inner.write_text('#include "b.h"\n')
+    assert tidy.included(source, tmp_path) == {source, header, inner}
 
 
 def test_every_folder_of_modules_is_a_package():
