@@ -29,7 +29,8 @@ from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.memory import PeakMemory
 from benchmarks.support.tables import machine_line, markdown_table, publish
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.presets import MEASURED_STEPS, PRESETS, first_steps, preset
+from sae_fast.config.presets import PRESETS, preset
+from sae_fast.presets import MEASURED_STEPS, first_steps
 from sae_fast.training.trainer import Trainer
 
 _GIB = 2**30

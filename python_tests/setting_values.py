@@ -9,7 +9,7 @@ import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.config_file import field_types
+from sae_fast.config.fields import field_types
 
 ARCHITECTURES = typing.get_args(field_types(SAEConfig)["arch"])
 D_IN, D_SAE, D_OUT, N_TOKENS = 12, 40, 7, 30

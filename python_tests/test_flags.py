@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.config_file import field_names
+from sae_fast.config.fields import field_names
 from sae_fast.flags import _NAMED_OTHERWISE
 from sae_fast.train import parse_arguments
 

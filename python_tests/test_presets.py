@@ -9,15 +9,14 @@ import torch
 
 import sae_fast.config
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.presets import (
+from sae_fast.config.presets import (
     PRESETS,
     gpt2_medium_sae_config,
     gpt2_sae_config,
-    main,
-    measured_tokens_per_second,
     preset,
     pythia_1_4b_sae_config,
 )
+from sae_fast.presets import main, measured_tokens_per_second
 from sae_fast.train import main as train
 from sae_fast.train import parse_arguments
 from sae_fast.training.schedule import make_schedules

@@ -10,8 +10,14 @@ from sae_fast.ops.native import build_info  # noqa: E402
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder
-    from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-    from sae_fast.presets import gpt2_medium_sae_config, gpt2_sae_config, pythia_1_4b_sae_config
+    from sae_fast.config import (
+        RunConfig,
+        SAEConfig,
+        TrainConfig,
+        gpt2_medium_sae_config,
+        gpt2_sae_config,
+        pythia_1_4b_sae_config,
+    )
     from sae_fast.training.loaded_model import train_from_model
     from sae_fast.training.sweep import Sweep, read_sweep
     from sae_fast.training.trainer import Trainer
@@ -42,9 +48,9 @@ _HOMES = {
     "SparseAutoencoder": "sae_fast.autoencoder",
     "Sweep": "sae_fast.training.sweep",
     "Trainer": "sae_fast.training.trainer",
-    "gpt2_medium_sae_config": "sae_fast.presets",
-    "gpt2_sae_config": "sae_fast.presets",
-    "pythia_1_4b_sae_config": "sae_fast.presets",
+    "gpt2_medium_sae_config": "sae_fast.config",
+    "gpt2_sae_config": "sae_fast.config",
+    "pythia_1_4b_sae_config": "sae_fast.config",
     "read_sweep": "sae_fast.training.sweep",
     "train_from_model": "sae_fast.training.loaded_model",
 }

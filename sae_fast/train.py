@@ -28,14 +28,14 @@ from sae_fast.activations.capture.plan import DEFAULT_CONTEXT
 from sae_fast.activations.files import replacing
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config_file import field_names, field_types, read_settings
-from sae_fast.dictionary_config import K_ARCHITECTURES, without_other_size
-from sae_fast.effects import unchecked
+from sae_fast.config.dictionary import K_ARCHITECTURES, without_other_size
+from sae_fast.config.effects import unchecked
+from sae_fast.config.fields import field_names, field_types, read_settings
+from sae_fast.config.presets import preset
 from sae_fast.flags import plain_switches
 from sae_fast.json_files import read_json
 from sae_fast.model_flags import ADAM_DECAYS, FromModelLine, flag_kinds, from_model_line
 from sae_fast.output_streams import run_command
-from sae_fast.presets import preset
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.from_model import (
     DECIDED_BY,

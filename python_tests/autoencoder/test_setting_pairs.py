@@ -29,7 +29,7 @@ from test_slots import plain_terms as plain_slots_terms
 from torch.nn import functional
 
 from sae_fast.config import SAEConfig
-from sae_fast.config_file import field_names
+from sae_fast.config.fields import field_names
 
 # Sizes, the architecture itself, and what starts a training and not a loss.
 APART = {"arch", "d_in", "d_sae", "dead_after_tokens", "normalize_activations", "b_dec_init"}

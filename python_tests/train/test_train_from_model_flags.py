@@ -8,7 +8,7 @@ import pytest
 from train_runs import Run, refused
 
 from sae_fast.config import RunConfig, TrainConfig
-from sae_fast.config_file import field_names
+from sae_fast.config.fields import field_names
 from sae_fast.train import main
 from sae_fast.training.from_model import DECIDED_BY, SHARDS_ONLY
 from sae_fast.training.trainer import Trainer

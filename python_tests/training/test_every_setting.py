@@ -15,7 +15,7 @@ from setting_values import (
 )
 
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.config_file import field_names
+from sae_fast.config.fields import field_names
 from sae_fast.training.trainer import Trainer
 
 ROWS, HELD = 160, 64

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from sae_fast import effects
 from sae_fast.activations import TensorStream, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig, effects
 from sae_fast.train import main, parse_arguments
 from sae_fast.training import trainer as trainer_file
 from sae_fast.training.trainer import Trainer

@@ -12,7 +12,7 @@ import torch
 
 from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.presets import preset
+from sae_fast.config.presets import preset
 from sae_fast.training.memory_plan import MemoryPlan, available_memory, plan_memory
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"

@@ -13,7 +13,7 @@ from planted import D_IN
 from sae_fast.activations import write_shard
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.presets import preset
+from sae_fast.config.presets import preset
 from sae_fast.train import main
 from sae_fast.training import run_directory
 from sae_fast.training.memory_plan import plan_memory

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from sae_fast.config import SAEConfig
-from sae_fast.dictionary_config import K_ARCHITECTURES
+from sae_fast.config.dictionary import K_ARCHITECTURES
 from sae_fast.training.schedule import Schedules
 
 _HELDOUT_LOSSES = {"ce": "heldout_ce", "kl": "heldout_kl"}

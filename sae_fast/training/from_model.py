@@ -21,7 +21,7 @@ from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.effects import FROM_MODEL, check_effects
+from sae_fast.config.effects import FROM_MODEL, check_effects
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream

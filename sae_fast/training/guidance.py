@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_fast.activations import STARTS, TARGETS, Column
 from sae_fast.config import SAEConfig
-from sae_fast.sae_config import ANSWER_LABELS, RELATION_LABELS
+from sae_fast.config.sae import ANSWER_LABELS, RELATION_LABELS
 
 _SETTINGS = {"n_relations": "relation_labels", "n_answers": "answer_labels"}
 _MAX_COUNTED = 1 << 20  # kinds of labels; a label beyond is a mistake, or their number is given

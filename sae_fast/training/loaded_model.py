@@ -14,7 +14,7 @@ from sae_fast.activations.capture import Documents
 from sae_fast.activations.capture.language_model import loaded_language_model
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, TrainConfig
-from sae_fast.config_file import reject_unknown_keys
+from sae_fast.config.fields import reject_unknown_keys
 from sae_fast.training.from_model import (
     DEFAULT_K,
     SAE_DEFAULTS,

@@ -32,7 +32,7 @@ from sae_fast.activations.files import (
 )
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config_file import field_names, reject_unknown_keys
+from sae_fast.config.fields import field_names, reject_unknown_keys
 from sae_fast.json_files import read_json, shown
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards

@@ -22,7 +22,7 @@ from sae_fast.activations import ActivationSource
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.effects import Run, check_run_effects
+from sae_fast.config.effects import Run, check_run_effects
 from sae_fast.ops.native import build_info, describe_kernels
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches

@@ -1,29 +1,13 @@
-"""Configuration of a model (`SAEConfig`), of its training (`TrainConfig`), of both (`RunConfig`).
-
-Field names are the flags of the command line and the keys of the JSON files. The text under a field
-is its help; its unit stands in brackets.
-"""
+"""Configuration of a model and of its training together: `RunConfig`, the config.json of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sae_fast.config_file import ConfigFile, by_section, field_names
-from sae_fast.sae_config import SAEConfig
-from sae_fast.train_config import TrainConfig
-
-if TYPE_CHECKING:
-    from sae_fast.presets import gpt2_medium_sae_config, gpt2_sae_config, pythia_1_4b_sae_config
-
-__all__ = [
-    "RunConfig",
-    "SAEConfig",
-    "TrainConfig",
-    "gpt2_medium_sae_config",
-    "gpt2_sae_config",
-    "pythia_1_4b_sae_config",
-]
+from sae_fast.config.fields import ConfigFile, by_section, field_names
+from sae_fast.config.sae import SAEConfig
+from sae_fast.config.train import TrainConfig
 
 _SECTIONS: dict[str, type[SAEConfig] | type[TrainConfig]] = {"sae": SAEConfig, "train": TrainConfig}
 
@@ -77,11 +61,3 @@ class RunConfig(ConfigFile):
         return cls(
             sae=SAEConfig.from_saved(parts["sae"]), train=TrainConfig.from_saved(parts["train"])
         )
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sae_fast import presets  # which make configurations
-
-    return getattr(presets, name)

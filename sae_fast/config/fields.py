@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sae_fast.effects import Effect, IdleSettingError, check_effects
+from sae_fast.config.effects import Effect, IdleSettingError, check_effects
 from sae_fast.json_files import JSONError, bounded, read_json, shown
 
 FORMAT_VERSION = 1

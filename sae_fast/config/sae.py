@@ -1,7 +1,7 @@
 """`SAEConfig`: what a model is and what it is trained for. Part of sae_fast.config.
 
 Here are the settings of terms that need labels, sequences or pairs of latents; those of all others
-are in dictionary_config.py.
+are in dictionary.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sae_fast.config_file import with_aliases
-from sae_fast.dictionary_config import DictionaryConfig
-from sae_fast.effects import MODEL, Effect
+from sae_fast.config.dictionary import DictionaryConfig
+from sae_fast.config.effects import MODEL, Effect
+from sae_fast.config.fields import with_aliases
 
 RELATION_LABELS = "labels/relation"
 ANSWER_LABELS = "labels/answer"

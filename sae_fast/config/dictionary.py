@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from sae_fast.config_file import ConfigFile
+from sae_fast.config.fields import ConfigFile
 
 DEFAULT_EXPANSION_FACTOR = 8
 DEFAULT_K = 32

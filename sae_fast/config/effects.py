@@ -3,7 +3,7 @@
 A setting that was given and can change nothing beside the others is refused, in a line that names
 what it needs. Given is what differs from the default and is not filled in by the program; 0, false
 and null switch something off, which needs nothing. (Which architectures have a setting at all is in
-dictionary_config.py.)
+dictionary.py.)
 
 Some settings need more than the other settings, a directory or held-out rows: `RUN` has these, and
 the trainer checks them when it knows its data.
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from sae_fast.json_files import shown
 
 if TYPE_CHECKING:
-    from sae_fast.config import RunConfig
-    from sae_fast.sae_config import SAEConfig
-    from sae_fast.train_config import TrainConfig
+    from sae_fast.config.run import RunConfig
+    from sae_fast.config.sae import SAEConfig
+    from sae_fast.config.train import TrainConfig
 
 
 _ROOM = 1 << 20

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from sae_fast.config_file import ConfigFile, with_aliases
-from sae_fast.effects import TRAINING, Effect
+from sae_fast.config.effects import TRAINING, Effect
+from sae_fast.config.fields import ConfigFile, with_aliases
 
 _NAMES = (
     *("shard_dir", "activations_key", "heldout", "device"),
