@@ -10,7 +10,10 @@ import sae_fast
 PACKAGE = Path(sae_fast.__file__).parent
 # From the ground up. A module imports from its own layer and from those before it.
 LAYERS = (
-    ("json_files", "tensor_files", "text_links", "directory_lock", "memory", "output_streams"),
+    (
+        *("import_errors", "json_files", "tensor_files", "text_links"),
+        *("directory_lock", "memory", "output_streams"),
+    ),
     ("config",),
     ("ops",),
     ("activations",),

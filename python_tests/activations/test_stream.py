@@ -417,3 +417,21 @@ def test_batches_for_a_gpu_come_in_page_locked_memory(tmp_path):
     write_shard(tmp_path / "a.h5", torch.randn(100, 4))
     with ActivationStream(tmp_path, batch_size=20, device=torch.device("cuda", 0)) as stream:
         assert all(stream.next_batch().is_pinned() for _ in range(12))
+
+
+@pytest.mark.parametrize("kind", ["no memory", "no line"])
+def test_a_reader_that_could_not_begin_is_told_where_its_rows_are_waited_for(
+    make_shards, monkeypatch, kind
+):
+    run = threading.Thread.run
+
+    def fails(thread):
+        if not thread.name.endswith("reader"):
+            return run(thread)
+        if kind == "no memory":
+            raise MemoryError
+        return None
+
+    monkeypatch.setattr(threading.Thread, "run", fails)
+    with pytest.raises(MemoryError, match="the thread that reads has ended"):
+        take(ActivationStream(open_shards(make_shards(20)), batch_size=4), 1)

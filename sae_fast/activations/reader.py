@@ -24,6 +24,7 @@ from sae_fast.activations.source import Rows, empty_rows
 from sae_fast.activations.supply import Cursor, Stopped, Supply, Transforms
 
 PREFETCHED_BATCHES = 4
+_PATIENCE = 1.0  # seconds between two looks at whether the thread is alive
 Cursors = tuple[Cursor, ...]  # of each set of a mix
 
 
@@ -94,6 +95,14 @@ class BatchMaker:
         self.disks.close()
 
 
+class _Thread(threading.Thread):
+    """Ends without a traceback where Python has no memory to begin; `BatchReader` notices."""
+
+    def run(self) -> None:
+        with suppress(MemoryError):
+            super().run()
+
+
 class BatchReader:
     """Hands over the batches of a maker in order, which a background thread has made ahead."""
 
@@ -104,22 +113,32 @@ class BatchReader:
         )
         self._stopping = maker.stopping
         self._single_threaded = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"{THREADS}reader", daemon=True)
+        self._thread = _Thread(target=self._run, name=f"{THREADS}reader", daemon=True)
         threads = torch.get_num_threads()
         maker.disks.start()
         self._thread.start()
-        self._single_threaded.wait()
+        while not self._single_threaded.wait(_PATIENCE):
+            self._check_alive()
         # The reader's set_num_threads(1) holds for its own thread, but would also become the
         # default of threads that are yet to start.
         torch.set_num_threads(threads)
 
     def get(self) -> tuple[Rows, Cursors]:
         """Wait for the next batch; raises what stopped the reader."""
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=_PATIENCE)
+                break
+            except queue.Empty:
+                self._check_alive()
         if isinstance(item, BaseException):
             self._queue.put(item)  # for whoever asks again
             raise item
         return item
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive() and self._queue.empty():
+            raise MemoryError("the thread that reads has ended")
 
     @property
     def ready(self) -> bool:
