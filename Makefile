@@ -75,10 +75,12 @@ test-cuda: $(VENV)/made
 	  then python tools/cuda_resources.py; \
 	  else echo "no nvcc here: the CUDA sources were not compiled"; fi
 
+# A file of tests runs in one process, of which there are as many as cores. Threads of OpenMP that
+# wait would else keep the cores from the other processes.
 test-python: build-dev
 	test "$$SAE_FAST_NATIVE" = 0 || python tools/isa_symbols.py build/native
 	python -m sae_fast.info
-	python -m pytest
+	OMP_WAIT_POLICY=passive python -m pytest -n auto --maxprocesses=8 --dist loadfile --durations=10
 
 # The long form of every campaign, one after the other: TRIES=100 SEED=7 make campaign for others.
 campaign: build-dev
