@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.support.kernel_correlation_cases import correlation_cases
+from benchmarks.support.kernel_dense_cases import dense_cases
 from benchmarks.support.kernel_setting import TOLERANCE, Case, Setting
 from benchmarks.support.kernel_update_cases import gradient_cases, weight_cases
 
@@ -25,6 +26,7 @@ def all_cases(setting: Setting) -> Iterator[Case]:
     """Every case of a size, built one at a time so that memory is freed between them."""
     yield from encode_cases(setting)
     yield from decode_cases(setting)
+    yield from dense_cases(setting)
     yield from gradient_cases(setting)
     yield from weight_cases(setting)
     yield from correlation_cases(setting)

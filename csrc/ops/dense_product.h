@@ -11,9 +11,10 @@
 namespace sae_fast::ops {
 
 inline void check_dense_product(const char* op, const Tensor& left, const Tensor& right,
-                                const std::string& precision) {
+                                const OptionalTensor& bias, const std::string& precision) {
   check_float(op, "left", left, {kAnySize, kAnySize});
   check_float(op, "right", right, {left.size(1), kAnySize});
+  if (bias.has_value()) check_float(op, "bias", *bias, {right.size(1)});
   check_precision(op, precision);
 }
 

@@ -31,24 +31,33 @@ class OperandInput {
 // is too much of the row for them to be as exact as float32's own sum.
 constexpr int64_t kLeastDepth = 256;
 
-Tensor dense_product(const Tensor& left, const Tensor& right, const std::string& precision) {
+Tensor dense_product(const Tensor& left, const Tensor& right, const OptionalTensor& bias, bool relu,
+                     const std::string& precision) {
   constexpr const char* kOp = "dense_product";
-  check_dense_product(kOp, left, right, precision);
-  const bool rounds = precision == "bf16";  // in the tiles
-  if (!rounds && left.size(1) < kLeastDepth) return product_by_torch(left, right, precision);
-  const std::string ahead = rounds ? "fp32" : precision;
-  const OperandInput rows(rounded_operand(left, ahead)), columns(rounded_operand(right, ahead));
-  const Tensor product = torch::stable::new_empty(left, {left.size(0), right.size(1)});
-  const cpu::DenseProblem problem = {{rows.data(), rows.stride(0), rows.stride(1)},
-                                     {columns.data(), columns.stride(1), columns.stride(0)},
-                                     left.size(0),
-                                     right.size(1),
-                                     left.size(1),
-                                     rounds,
-                                     mutable_data<float>(product)};
-  const cpu::DenseResult result = cpu::kernels().dense_product(problem, parallel());
-  check_memory(kOp, result != cpu::DenseResult::kNoMemory);
-  return result == cpu::DenseResult::kDone ? product : product_by_torch(left, right, precision);
+  check_dense_product(kOp, left, right, bias, precision);
+  const Input biases(bias);
+  cpu::DenseProblem problem{};
+  problem.rows = left.size(0);
+  problem.columns = right.size(1);
+  problem.depth = left.size(1);
+  problem.rounded = precision == "bf16";  // in the tiles
+  problem.bias = biases.data<float>();
+  problem.relu = relu;
+  if (problem.rounded || problem.depth >= kLeastDepth) {
+    const std::string ahead = problem.rounded ? "fp32" : precision;
+    const OperandInput rows(rounded_operand(left, ahead)), columns(rounded_operand(right, ahead));
+    const Tensor product = torch::stable::new_empty(left, {problem.rows, problem.columns});
+    problem.left = {rows.data(), rows.stride(0), rows.stride(1)};
+    problem.right = {columns.data(), columns.stride(1), columns.stride(0)};
+    problem.product = mutable_data<float>(product);
+    const cpu::DenseResult result = cpu::kernels().dense_product(problem, parallel());
+    check_memory(kOp, result != cpu::DenseResult::kNoMemory);
+    if (result == cpu::DenseResult::kDone) return product;
+  }
+  const Tensor product = torch::stable::contiguous(product_by_torch(left, right, precision));
+  problem.product = mutable_data<float>(product);
+  cpu::kernels().finish_product(problem, parallel());
+  return product;
 }
 
 }  // namespace

@@ -136,12 +136,14 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "gather_rows_(Tensor(a!) out, Tensor? places, Tensor source, Tensor rows, Tensor? mean, "
       "float scale) -> ()");
 
-  // left [M, K] times right [K, P], [M, P]: "screened" and "fp32" alike in float32 precision,
-  // "bf16" and "fp16" with both rounded first. Torch's product, which follows the number of
-  // threads; but on CPUs with AMX bfloat16 tiles, or for float32 8-bit integers, see
-  // isa/sliced_tiles.h, so that an error is in proportion to the largest numbers of a row of left
-  // and a column of right.
-  m.def("dense_product(Tensor left, Tensor right, str precision) -> Tensor product");
+  // left [M, K] times right [K, P] plus bias [P], and of that ReLU, [M, P]: "screened" and "fp32"
+  // alike in float32 precision, "bf16" and "fp16" with both rounded first. Torch's product, which
+  // follows the number of threads; but on CPUs with AMX bfloat16 tiles, or for float32 8-bit
+  // integers, see isa/sliced_tiles.h, so that an error is in proportion to the largest numbers of a
+  // row of left and a column of right.
+  m.def(
+      "dense_product(Tensor left, Tensor right, Tensor? bias, bool relu, str precision) -> "
+      "Tensor product");
 
   // Sum over i != j of (ŵ_i·ŵ_j)², ŵ unit rows, by the D x D Gram matrix; loss [] and its gradient.
   m.def("decorrelation(Tensor W) -> (Tensor loss, Tensor grad)");

@@ -62,15 +62,31 @@ double bound(const Dense& left, const Dense& right, int64_t m, int64_t n, bool r
   return 0x1p-24 * (6.2 * depth * most_left * most_right + 12.0 * absolute) + 1e-44;
 }
 
-void check_product(const Dense& left, const Dense& right, bool rounded) {
-  const auto size = static_cast<size_t>(left.rows * right.rows);
+cpu::DenseProblem problem_of(const Dense& left, const Dense& right, bool rounded,
+                             const std::vector<float>& bias, bool relu,
+                             std::vector<float>& product) {
+  product.assign(static_cast<size_t>(left.rows * right.rows), NAN);
+  cpu::DenseProblem problem{};
+  problem.left = left.operand();
+  problem.right = right.operand();
+  problem.rows = left.rows;
+  problem.columns = right.rows;
+  problem.depth = left.depth;
+  problem.rounded = rounded;
+  problem.bias = bias.empty() ? nullptr : bias.data();
+  problem.relu = relu;
+  problem.product = product.data();
+  return problem;
+}
+
+void check_product(Random& random, const Dense& left, const Dense& right, bool rounded) {
+  const bool relu = random.integer(0, 1) == 0;
+  const std::vector<float> bias =
+      random.numbers(random.integer(0, 1) * right.rows, Numbers::kNormal);
   std::vector<float> results[2];
   const cpu::Parallel parallels[] = {one_thread(), four_threads()};
   for (int i = 0; i < 2; ++i) {
-    results[i].assign(size, NAN);
-    const cpu::DenseProblem problem = {left.operand(),   right.operand(), left.rows,
-                                       right.rows,       left.depth,      rounded,
-                                       results[i].data()};
+    const cpu::DenseProblem problem = problem_of(left, right, rounded, bias, relu, results[i]);
     if (cpu::kernels().dense_product(problem, parallels[i]) != cpu::DenseResult::kDone) return;
   }
   check(same_bits(results[0], results[1]), "dense_product: threads change the result");
@@ -82,8 +98,12 @@ void check_product(const Dense& left, const Dense& right, bool rounded) {
         const auto type = rounded ? cpu::Rows::kBFloat16 : cpu::Rows::kFloat;
         expected += static_cast<double>(testing::rounded(a, type)) * testing::rounded(b, type);
       }
+      const double shift = bias.empty() ? 0.0 : bias[static_cast<size_t>(n)];
+      expected += shift;
+      if (relu) expected = std::max(expected, 0.0);
       const double got = results[0][static_cast<size_t>(m * right.rows + n)];
-      check(std::fabs(got - expected) <= bound(left, right, m, n, rounded),
+      check(std::fabs(got - expected) <=
+                bound(left, right, m, n, rounded) + 0x1p-24 * (std::fabs(shift) + std::fabs(got)),
             "dense_product %ld x %ld x %ld, rounded %d: %g at %ld, %ld, expected %g", left.rows,
             left.depth, right.rows, rounded, got, m, n, expected);
     }
@@ -99,10 +119,9 @@ bool has_tiles() {
 void check_refusals(Random& random) {
   Dense left(random, random.integer(1, 40), random.integer(1, 200), 0);
   const Dense right(random, random.integer(1, 40), left.depth, 0);
-  std::vector<float> product(static_cast<size_t>(left.rows * right.rows));
+  std::vector<float> product;
   const auto result = [&](bool rounded) {
-    const cpu::DenseProblem problem = {left.operand(), right.operand(), left.rows,     right.rows,
-                                       left.depth,     rounded,         product.data()};
+    const cpu::DenseProblem problem = problem_of(left, right, rounded, {}, false, product);
     return cpu::kernels().dense_product(problem, four_threads());
   };
   if (!has_tiles()) {
@@ -122,10 +141,33 @@ void check_refusals(Random& random) {
         product[static_cast<size_t>(row * right.rows)]);
 }
 
+// Bias and ReLU of a product that others have made.
+void check_finish(Random& random) {
+  const Dense left(random, random.integer(1, 9), 1, 0), right(random, random.integer(1, 70), 1, 0);
+  const std::vector<float> none, bias = random.numbers(right.rows, Numbers::kIntegers);
+  std::vector<float> product;
+  for (const bool has_bias : {false, true}) {
+    for (const bool relu : {false, true}) {
+      const cpu::DenseProblem problem =
+          problem_of(left, right, false, has_bias ? bias : none, relu, product);
+      const std::vector<float> made =
+          random.numbers(static_cast<int64_t>(product.size()), Numbers::kIntegersAndSpecials);
+      product = made;
+      cpu::kernels().finish_product(problem, four_threads());
+      for (size_t i = 0; i < made.size(); ++i) {
+        const float sum = made[i] + (has_bias ? bias[i % bias.size()] : 0.0f);
+        check(same(product[i], relu && sum < 0.0f ? 0.0f : sum), "finish_product: %g of %g",
+              product[i], made[i]);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void test_dense_product(uint64_t seed) {
   Random random(seed);
+  check_finish(random);
   check_refusals(random);
   if (!has_tiles()) return;
   // Now and then several passes, and blocks of columns.
@@ -135,8 +177,8 @@ void test_dense_product(uint64_t seed) {
       random.integer(0, 9) == 0 ? random.integer(500, 1100) : random.integer(1, 70);
   const Dense left(random, random.integer(1, 70), depth, random.integer(0, 5));
   const Dense right(random, columns, depth, random.integer(0, 5));
-  check_product(left, right, false);
-  check_product(left, right, true);
+  check_product(random, left, right, false);
+  check_product(random, left, right, true);
 }
 
 }  // namespace sae_fast::testing

@@ -97,6 +97,7 @@ def test_kernels_writes_a_row_for_every_op_and_the_reader(run, tmp_path):
         *("(W_dec, bf16 states)", "(W_dec, 8bit states)", "(W_dec, sgd)", "(W_dec, signum)"),
         "(W_dec, schedule_free_signum)",
         *("normalize_rows_", "decorrelation", "code_correlation", "gather_rows_"),
+        *("dense_product float32 (encoder)", "dense_product bf16 (gradient of W_dec)"),
     ):
         assert op in names
     assert result["reader"]["rows_per_second_reader"] > 0

@@ -135,9 +135,10 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "encode_batch_topk", "dead", (*problem.encoder, 5, "screened", dead, 4, *NO_COPY)
     yield "decorrelation", "", (problem.W_dec,)
     for precision in PRECISIONS:
-        yield "dense_product", precision, (problem.x, problem.W_enc.t(), precision)
+        operands = problem.x, problem.W_enc.t()
+        yield "dense_product", precision, (*operands, problem.b_enc, True, precision)
     wide = make_problem(33, 300, 17)
-    yield "dense_product", "deep", (wide.x, wide.W_enc.t(), "screened")
+    yield "dense_product", "deep", (wide.x, wide.W_enc.t(), None, False, "screened")
     h = make_codes(n, d_sae, active=0.2)
     for case, split, grads in (("one group", 70, (1, 0)), ("two groups", 40, (1, 1))):
         outputs = ops.code_correlation(h, split)

@@ -54,8 +54,8 @@ def call_shape(n: int, d_in: int, d_sae: int, k: int) -> None:
     call_gather(problem)
     ops.decorrelation(problem.W_dec)
     for precision in PRECISIONS:
-        ops.dense_product(problem.x, problem.W_enc.t(), precision)
-        ops.dense_product(problem.W_enc, problem.W_dec.t(), precision)
+        ops.dense_product(problem.x, problem.W_enc.t(), problem.b_enc, True, precision)
+        ops.dense_product(problem.x.t(), problem.x, None, False, precision)
     call_correlation(make_codes(n, d_sae, active=0.3), d_sae // 2)
 
 

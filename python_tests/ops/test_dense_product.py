@@ -6,6 +6,7 @@ from op_samples import LOW, PRECISIONS
 
 from sae_fast import ops
 from sae_fast.ops import native
+from sae_fast.ops.dense_product import linear
 
 DTYPE = torch.float32 if native.load() is not None else torch.float64
 UNIT = 2.0**-24
@@ -46,6 +47,18 @@ def test_product_is_that_of_float64(shape, precision, kind):
     if kind == "zeros":
         assert not product[0].any()
         assert not product[:, 0].any()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bias_and_relu_come_after_the_product(shape, precision):
+    left, right = make_operands(*shape)
+    bias = torch.linspace(-1, 1, shape[2])
+    product = ops.dense_product(left, right, precision)
+    for relu in (False, True):
+        found = ops.dense_product(left, right, precision, bias=bias, relu=relu)
+        assert torch.equal(found, (product + bias).relu() if relu else product + bias)
+    assert torch.equal(ops.dense_product(left, right, precision, relu=True), product.relu())
 
 
 @pytest.mark.parametrize("precision", ["screened", "bf16"])
@@ -101,6 +114,21 @@ def gradients(x, W_enc, b_enc, W_dec, b_dec, precision=None):
     return [leaf.grad for leaf in leaves]
 
 
+@pytest.mark.parametrize("precision", ["screened", "bf16"])
+def test_linear_and_its_gradients_are_those_of_float64(precision):
+    generator = torch.Generator().manual_seed(2)
+    given = [
+        torch.randn(shape, generator=generator).to(DTYPE).requires_grad_()
+        for shape in ((300, 270), (40, 270), (40,))
+    ]
+    wide = [tensor.detach().double().requires_grad_() for tensor in given]
+    linear(*given, precision=precision).sin().sum().backward()
+    torch.nn.functional.linear(*wide).sin().sum().backward()
+    most = 1e-5 if precision == "screened" else 5e-2
+    for one, other in zip(given, wide, strict=True):
+        assert float((one.grad - other.grad).norm() / other.grad.norm()) < most
+
+
 def make_sae(n=300, d_in=270, d_sae=320):
     generator = torch.Generator().manual_seed(1)
     shapes = (n, d_in), (d_sae, d_in), (d_sae,), (d_sae, d_in), (d_in,)
@@ -127,7 +155,7 @@ def test_gradient_of_what_needs_none_is_not_made(monkeypatch):
     made = []
     product = ops.dense_code.dense_product
     monkeypatch.setattr(
-        ops.dense_code, "dense_product", lambda *a: made.append(a[0].shape) or product(*a)
+        ops.dense_code, "dense_product", lambda *a, **k: made.append(a[0].shape) or product(*a, **k)
     )
     x, W_enc, b_enc, W_dec, b_dec = (p.to(DTYPE) for p in make_sae(20, 12, 30))
     for parameter in (W_enc, b_enc, W_dec, b_dec):

@@ -87,8 +87,8 @@ def dense_products(precision):
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(s, generator=generator) for s in ((70, 1700), (1700, 900)))
     return lambda: (
-        ops.dense_product(left, right, precision),
-        ops.dense_product(left.t(), left, precision),
+        ops.dense_product(left, right, right[0], True, precision),
+        ops.dense_product(left.t(), left, None, False, precision),
     )
 
 

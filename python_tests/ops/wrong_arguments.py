@@ -73,7 +73,10 @@ ARGUMENTS = {
     },
     "normalize_rows_": {"W": PROBLEM.W_enc.clone()},
     "decorrelation": {"W": PROBLEM.W_enc},
-    "dense_product": {"left": PROBLEM.x, "right": PROBLEM.W_enc.t(), "precision": "fp32"},
+    "dense_product": {
+        **{"left": PROBLEM.x, "right": PROBLEM.W_enc.t(), "bias": PROBLEM.b_enc},
+        **{"relu": True, "precision": "fp32"},
+    },
     "code_correlation": {"h": H, "split": 12},
     "code_correlation_backward": {
         **{"grad_within": torch.tensor(1.0), "grad_between": torch.tensor(1.0), "h": H},
@@ -174,6 +177,7 @@ SHAPES = {
     "dense_product": [
         ("left", torch.zeros(6), "left must have shape [*, *], got [6]"),
         ("right", torch.zeros(5, 20), "right must have shape [6, *], got [5, 20]"),
+        ("bias", torch.zeros(6), "bias must have shape [20], got [6]"),
     ],
     "code_correlation": [("h", torch.zeros(6), "h must have shape [*, *], got [6]")],
     "code_correlation_backward": [
@@ -256,6 +260,7 @@ DTYPES = {
     "dense_product": [
         ("left", HALF, "left must be float32, got float16"),
         ("right", PROBLEM.W_enc.t().half(), "right must be float32, got float16"),
+        ("bias", PROBLEM.b_enc.half(), "bias must be float32, got float16"),
     ],
     "code_correlation": [("h", H.half(), "h must be float32, got float16")],
     "code_correlation_backward": [

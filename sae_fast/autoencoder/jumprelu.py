@@ -24,7 +24,7 @@ from sae_fast.autoencoder.architecture import (
 )
 from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.autoencoder.thresholded import Thresholded
-from sae_fast.ops.full_precision import addmm
+from sae_fast.ops.dense_product import linear
 
 _THRESHOLD = "threshold"
 
@@ -130,7 +130,7 @@ class JumpReLU(Thresholded):
             return batch.x.new_zeros(())
         dead = batch.dead_mask.nonzero().flatten()
         W_enc, b_enc = weights.W_enc[dead], weights.b_enc[dead]
-        pre_acts = addmm(b_enc, batch.x - weights.input_bias.detach(), W_enc.t())
+        pre_acts = linear(batch.x - weights.input_bias.detach(), W_enc, b_enc)
         missing = (weights.own[_THRESHOLD][dead] - pre_acts).relu()
         if not self.unit_norm:
             missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)

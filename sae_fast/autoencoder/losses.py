@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.ops.full_precision import matmul
 
 _LP_SHIFT = 1e-3
 _BLOCK = 4096  # entries that one thread sums; torch divides sums from 32,768 on
@@ -54,7 +53,8 @@ def lp_loss(
     """
     magnitudes = code.values.abs() if code.signed else code.values
     if isinstance(code, ops.DenseCode) and row_norms is not None and p == 1:
-        return steady_sum(matmul(magnitudes, row_norms)) / code.n_rows  # no second [N, F]
+        # Sums over tokens first: neither this nor its gradient is a second [N, F].
+        return steady_sum(magnitudes.sum(0) * row_norms) / code.n_rows
     amounts = magnitudes if row_norms is None else magnitudes * code.spread(row_norms)
     return steady_sum(lp_amounts(amounts, p)) / code.n_rows
 

@@ -296,7 +296,7 @@ class SparseAutoencoder(Measures):
         own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
         total, components = self._weighted_sum(own, x, labels, starts, reconstruction_only)
         components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
-        components["l0"] = losses.ratio(own.code.fires().sum(), own.code.n_rows)
+        components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)
         if self.config.transcoder:
             variance = variance + losses.total_variance(x.detach())
         return TrainingLoss(total, components, own.code, variance)

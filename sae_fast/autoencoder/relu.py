@@ -47,8 +47,10 @@ class ReLU(Thresholded):
             code = self.list_above(weights, batch, mode)
         else:
             code = self._signed(weights, batch.x, mode)
-        modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
+        # Before the reconstruction, so that backward comes to the reconstruction first: to its
+        # gradient of a dense code the penalty's is added in place, and not the other way round.
         l1_loss = self.l1_loss(weights, code, batch, self.config.sparsity_norm_p)
+        modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
         return ArchitectureLoss(
             code,
             modelled.squared_error,

@@ -96,7 +96,7 @@ class Thresholded(Architecture):
             LISTED: torch.as_tensor(code.n_listed, device=device),
         }
         if self._is_controlled:
-            counts[_ACTIVE] = (code.values.detach() > 0).sum()
+            counts[_ACTIVE] = code.n_active()
         return counts
 
     def steer_(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.config import SAEConfig
+from sae_fast.ops.dense_product import linear
 from sae_fast.ops.full_precision import full_precision
 from sae_fast.ops.reference import ROUNDED_DTYPES
 
@@ -40,16 +41,20 @@ def transcoder_buffers(config: SAEConfig) -> dict[str, Tensor]:
     }
 
 
-@full_precision
 def skip(
     x: Tensor,  # [N, D]
     W_skip: Tensor,  # [d_out, D]
     precision: str = "screened",
 ) -> Tensor:
-    """x W_skipᵀ, [N, d_out]; with bf16 and fp16 from a product of that type."""
-    dtype = ROUNDED_DTYPES.get(precision)
-    if dtype is None:
-        return x @ W_skip.t()
+    """x W_skipᵀ, [N, d_out]; with bf16 and fp16 from operands of that type."""
+    if x.is_cuda and precision in ROUNDED_DTYPES:  # whose products its tensor cores make
+        return _low_product(x, W_skip, precision)
+    return linear(x, W_skip, precision=precision)
+
+
+@full_precision
+def _low_product(x: Tensor, W_skip: Tensor, precision: str) -> Tensor:
+    dtype = ROUNDED_DTYPES[precision]
     return (x.to(dtype) @ W_skip.to(dtype).t()).to(x.dtype)
 
 

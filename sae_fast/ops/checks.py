@@ -221,10 +221,14 @@ def normalize_rows_(W: Tensor) -> None:  # noqa: D103
     op.in_place("W", W)
 
 
-def dense_product(left: Tensor, right: Tensor, precision: str) -> None:  # noqa: D103
+def dense_product(  # noqa: D103
+    left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, precision: str
+) -> None:
     op = Call("dense_product", "left", left)
     op.tensor("left", left, (None, None), MASTER)
     op.tensor("right", right, (left.size(1), None), MASTER)
+    if bias is not None:
+        op.tensor("bias", bias, (right.size(1),), MASTER)
     op.precision(precision)
 
 

@@ -30,12 +30,14 @@ class DenseCode:
         n_listed: 0-d, how many entries a SparseCode in its place would list.
         precision: of the encoder that made it.
         signed: whether values may be negative, for want of a ReLU.
+        counted: 0-d, how many entries are of latents that fire, where that is known.
     """
 
     values: Tensor
     n_listed: Tensor
     precision: str = "fp32"
     signed: bool = False
+    counted: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -59,9 +61,17 @@ class DenseCode:
         """How many latents fire in each row, [N] int64."""
         return self.fires().sum(1)
 
+    def n_active(self) -> Tensor:
+        """Return how many entries are of latents that fire, 0-d int64."""
+        if self.counted is not None:
+            return self.counted
+        return torch.count_nonzero(self.fires())  # of bool; of float32 it takes 4 times as long
+
     def fired(self) -> Tensor:
         """Which latents fire in any row, [d_sae] bool."""
-        return self.fires().any(0)
+        if self.signed or self.n_rows == 0:
+            return self.fires().any(0)
+        return self.values.detach().amax(0) > 0  # without an array [N, d_sae]
 
     def with_values(
         self,
@@ -106,7 +116,9 @@ def encode_dense(
     values: Tensor = _EncodeDense.apply(  # type: ignore[no-untyped-call]
         x, W_enc, b_enc, b_dec, precision, relu
     )
-    return DenseCode(values, torch.count_nonzero(values.detach()), precision, signed=not relu)
+    detached = values.detach()
+    active = torch.count_nonzero(detached > 0 if relu else detached != 0)
+    return DenseCode(values, active, precision, not relu, active)
 
 
 def reconstruct(
@@ -144,9 +156,7 @@ class _EncodeDense(torch.autograd.Function):
         precision: str,
         relu: bool,
     ) -> Tensor:
-        values = dense_product(x - b_dec, W_enc.t(), precision).add_(b_enc)
-        if relu:
-            values.relu_()
+        values = dense_product(x - b_dec, W_enc.t(), precision, bias=b_enc, relu=relu)
         ctx.precision, ctx.relu = precision, relu
         ctx.save_for_backward(x, W_enc, b_dec, *((values,) if relu else ()))
         return values

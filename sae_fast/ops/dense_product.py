@@ -1,7 +1,10 @@
 """Products of dense matrices, for steps while so many latents are active that codes are dense."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sae_fast.ops.full_precision import without_autocast
 from sae_fast.ops.library import fake, refuse_backward
@@ -11,8 +14,11 @@ def dense_product(
     left: Tensor,  # [M, K]
     right: Tensor,  # [K, P]
     precision: str = "screened",
+    *,
+    bias: Tensor | None = None,  # [P]
+    relu: bool = False,
 ) -> Tensor:
-    """Return left · right, [M, P] float32; not differentiable.
+    """Return left · right + bias, and of that ReLU: [M, P] float32, not differentiable.
 
     It is torch's product, but on CPUs with AMX one of its tiles: of bfloat16 with precision "bf16",
     else of 8-bit integers that stand for 24 bits of every number, relative to the largest number of
@@ -24,22 +30,57 @@ def dense_product(
         right: likewise.
         precision: "screened" and "fp32" give float32 precision; "bf16" and "fp16" round both
             matrices to that dtype and sum in float32.
+        bias: what is added to every row; None: nothing.
+        relu: whether negative numbers become 0.
 
     Raises RuntimeError naming the argument that does not fit.
     """
-    product: Tensor = _product(left, right, precision)
+    product: Tensor = _product(left, right, bias, relu, precision)
     return product
 
 
 @without_autocast
-def _product(left: Tensor, right: Tensor, precision: str) -> Tensor:
-    product: Tensor = torch.ops.sae_fast.dense_product.default(left, right, precision)
+def _product(
+    left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, precision: str
+) -> Tensor:
+    op = torch.ops.sae_fast.dense_product.default
+    product: Tensor = op(left, right, bias, relu, precision)
     return product
 
 
 @fake("dense_product")
-def _(left: Tensor, right: Tensor, precision: str) -> Tensor:
+def _(left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, precision: str) -> Tensor:
     return left.new_empty(left.size(0), right.size(1))
 
 
 refuse_backward("dense_product")
+
+
+def linear(
+    x: Tensor,  # [N, D]
+    W: Tensor,  # [P, D]
+    bias: Tensor | None = None,  # [P]
+    precision: str = "screened",
+) -> Tensor:
+    """Return x Wᵀ + bias, [N, P], made by `dense_product`, and so its gradients; differentiable."""
+    result: Tensor = _Linear.apply(x, W, bias, precision)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    """See `linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, precision: str) -> Tensor:
+        ctx.precision = precision
+        ctx.save_for_backward(x, W)
+        return dense_product(x, W.t(), precision, bias=bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W = ctx.saved_tensors
+        needs_x, needs_weights, needs_bias = ctx.needs_input_grad[:3]
+        grad_x = dense_product(grad, W, ctx.precision) if needs_x else None
+        grad_weights = dense_product(grad.t(), x, ctx.precision) if needs_weights else None
+        return grad_x, grad_weights, grad.sum(0) if needs_bias else None, None

@@ -57,7 +57,8 @@ SCHEMAS = {
     "normalize_rows_": "(Tensor(a!) W) -> ()",
     "gather_rows_": "(Tensor(a!) out, Tensor? places, Tensor source, Tensor rows, Tensor? mean,"
     " float scale) -> ()",
-    "dense_product": "(Tensor left, Tensor right, str precision) -> Tensor product",
+    "dense_product": "(Tensor left, Tensor right, Tensor? bias, bool relu, str precision)"
+    " -> Tensor product",
     "decorrelation": "(Tensor W) -> (Tensor loss, Tensor grad)",
     "code_correlation": "(Tensor h, int split) -> (Tensor within, Tensor between,"
     " Tensor n_active, Tensor means, Tensor inverse_norms, Tensor gram)",

@@ -280,11 +280,16 @@ def _row_norms(W: Tensor) -> Tensor:
 def dense_product(
     left: Tensor,  # [M, K]
     right: Tensor,  # [K, P]
+    bias: Tensor | None,  # [P]
+    relu: bool,
     precision: str,
 ) -> Tensor:
-    """left · right, [M, P], of both rounded to the dtype of the precision."""
+    """left · right + bias, [M, P], and of that ReLU; both are rounded to the precision's dtype."""
     dtype = ROUNDED_DTYPES.get(precision, left.dtype)
-    return left.to(dtype).to(left.dtype) @ right.to(dtype).to(left.dtype)
+    product = left.to(dtype).to(left.dtype) @ right.to(dtype).to(left.dtype)
+    if bias is not None:
+        product += bias
+    return product.relu_() if relu else product
 
 
 def decorrelation(W: Tensor) -> tuple[Tensor, Tensor]:  # [F, D]

@@ -1,11 +1,14 @@
 """Other choices of a token's latents, made of existing ops: abs_topk, groupmax, and given ones."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from sae_fast.ops.data_checks import check_usable
+from sae_fast.ops.dense_product import dense_product
 from sae_fast.ops.encode import encode_given, encode_selected
-from sae_fast.ops.reference_encoder import pre_activations, relu
+from sae_fast.ops.reference_encoder import chunks, relu
 from sae_fast.ops.sparse_code import SparseCode
 
 
@@ -85,9 +88,8 @@ def encode_groupmax(
     An index stays listed where ReLU made its value 0. `aux`, arguments, gradients and errors as for
     `encode_topk`.
 
-    Not fused: the pre-activations of some tokens at a time, 16 MiB of float32, come from a matrix
-    product of torch, in float32 whatever the precision; bf16 and fp16 round its factors. AuxK
-    costs a second product where there are dead latents.
+    Not fused: the pre-activations of some tokens at a time, 16 MiB of float32, come from
+    `dense_product`. AuxK costs a second product where there are dead latents.
     """
     check_usable("encode_groupmax", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     if k < 1 or len(W_enc) % k != 0:
@@ -115,7 +117,7 @@ def _groupmax(
     aux_shape = (x.size(0), k_aux)
     values, indices = x.new_empty(x.size(0), k), x.new_empty(x.size(0), k, dtype=torch.int32)
     starts = torch.arange(0, len(W_enc), width, dtype=torch.int32, device=x.device)
-    for rows, pre_acts in pre_activations(x, W_enc, b_enc, b_dec, precision):
+    for rows, pre_acts in _pre_activations(x, W_enc, b_enc, b_dec, precision):
         largest, place = pre_acts.view(-1, k, width).max(dim=2)
         values[rows], indices[rows] = relu(largest), starts + place.int()
     return values, indices, aux_values.view(aux_shape), aux_indices.view(aux_shape)
@@ -133,8 +135,8 @@ def encode_last(
 ) -> Tensor:
     """The pre-activations [N, count] of the last latents, with their sign: no ReLU.
 
-    A matrix product of torch, in float32; bf16 and fp16 round its factors. Gradients as for
-    `encode_topk`; none comes from an entry that is exactly 0.
+    Made by `dense_product`. Gradients as for `encode_topk`; none comes from an entry that is
+    exactly 0.
 
     Raises:
         RuntimeError: where `count` is not in [0, F].
@@ -153,8 +155,16 @@ def _last(
     d_sae, n_tokens = len(W_enc), len(x)
     first = d_sae - count
     values = x.new_empty(n_tokens, count)
-    for rows, pre_acts in pre_activations(x, W_enc[first:], b_enc[first:], b_dec, precision):
+    for rows, pre_acts in _pre_activations(x, W_enc[first:], b_enc[first:], b_dec, precision):
         values[rows] = pre_acts
     latents = torch.arange(first, d_sae, dtype=torch.int32, device=x.device)
     indices = latents.expand(n_tokens, count).contiguous()
     return values, indices, x.new_empty(n_tokens, 0), indices.new_empty(n_tokens, 0)
+
+
+def _pre_activations(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, precision: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """(x − b_dec) W_encᵀ + b_enc, some rows at a time."""
+    for rows in chunks(x.size(0), W_enc.size(0)):
+        yield rows, dense_product(x[rows] - b_dec, W_enc.t(), precision, bias=b_enc)

@@ -123,6 +123,10 @@ class SparseCode:
         """Which entries are of latents that fire, bool in the shape of values; NaN does not."""
         return self.values.abs() > 0 if self.signed else self.values > 0
 
+    def n_active(self) -> Tensor:
+        """Return how many entries are of latents that fire, 0-d int64."""
+        return self.fires().sum()
+
     def l0(self) -> Tensor:
         """How many latents fire in each row, [N] int64."""
         if not torch.compiler.is_compiling():

@@ -307,7 +307,8 @@ def _decorrelation(draw: Draw) -> Arguments:
 def _dense_product(draw: Draw) -> Arguments:
     rows, depth, columns = draw.shape()
     left, right = draw.floats(rows, depth), draw.floats(depth, columns)
-    return {"left": left, "right": right, "precision": draw.chance.choice(PRECISIONS)}
+    options = {"relu": draw.chance.random() < 0.5, "precision": draw.chance.choice(PRECISIONS)}
+    return {"left": left, "right": right, "bias": draw.maybe(draw.floats(columns)), **options}
 
 
 def _gather_rows(draw: Draw) -> Arguments:

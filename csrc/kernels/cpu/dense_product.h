@@ -14,12 +14,14 @@ struct Operand {
   int64_t row_stride, depth_stride;
 };
 
-// product [rows, columns] = left [rows, depth] · right [columns, depth]ᵀ. With `rounded` the
-// operands are rounded to bfloat16, else the product is float32's.
+// product [rows, columns] = left [rows, depth] · right [columns, depth]ᵀ + bias, and of that ReLU.
+// With `rounded` the operands are rounded to bfloat16, else the product is float32's.
 struct DenseProblem {
   Operand left, right;
   int64_t rows, columns, depth;
   bool rounded;
+  const float* bias;  // [columns], or null for 0
+  bool relu;
   float* product;
 };
 
@@ -28,5 +30,8 @@ struct DenseProblem {
 enum class DenseResult { kDone, kUnsuited, kNoMemory };
 
 using DenseProduct = DenseResult (*)(const DenseProblem& problem, const Parallel& parallel);
+
+// Bias and ReLU for a product that was made elsewhere.
+using FinishProduct = void (*)(const DenseProblem& problem, const Parallel& parallel);
 
 }  // namespace sae_fast::cpu

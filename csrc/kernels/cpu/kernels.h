@@ -28,6 +28,7 @@ struct Kernels {
   GatherRows gather_rows;
   Decorrelation decorrelation;
   DenseProduct dense_product;
+  FinishProduct finish_product;
   CodeCorrelation code_correlation;
   CodeCorrelationBackward code_correlation_backward;
 };

@@ -7,15 +7,45 @@
 // depth alone.
 #include "kernels/cpu/isa/dense_product.h"
 
+#include "kernels/cpu/isa/simd.h"
 #include "kernels/cpu/isa/sliced_tiles.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
 
+// ReLU as torch has it: NaN stays.
+inline Vec relu(Vec value) { return value < 0.0f ? Vec{} : value; }
+
+inline Vec load_part(const float* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_tail(from, count);
+}
+
+inline void store_part(float* to, Vec value, int64_t count) {
+  if (count >= kLanes) {
+    store(to, value);
+  } else {
+    store_tail(to, value, count);
+  }
+}
+
 #if defined(SAE_FAST_TILES)
 
 constexpr int64_t kMostRows = 4096;    // packed at once
 constexpr int64_t kMostColumns = 512;  // in a block: less than 1.2 MB of a 2 MB L2
+
+// Asks for large pages for memory of this size that is not yet used: each small page of it would
+// cost a fault, and every row of a wide product a page of its own.
+void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kWorthwhile = uintptr_t{4} << 20;
+  const auto start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (start + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (end >= begin + kWorthwhile) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -33,6 +63,7 @@ class Product {
   }
 
   cpu::DenseResult run() {
+    advise_large_pages(problem_.product, problem_.rows * problem_.columns * int64_t{sizeof(float)});
     const int64_t rows = ceil_div(smaller(problem_.rows, kMostRows), kBlock) * kBlock;
     const int64_t row_bytes = steps_ * Format::kStepBytes / kStripRows;
     // Packed rows and their scales: of the left operand, and of each thread's part of the right.
@@ -112,17 +143,18 @@ class Product {
       const char* left = left_.as<char>() + row / kStripRows * strip_bytes();
       for (int64_t column = 0; column < columns; column += kBlock, ++made) {
         Format::multiply(tiles, left, packed + column / kStripRows * strip_bytes(), steps_,
-                         sums[made % 2], [&] { pass_on(waiting, rows_a_step, begin > 0); });
+                         sums[made % 2], [&] { pass_on(waiting, rows_a_step, begin); });
         waiting = {sums[made % 2],
                    problem_.product + (first_row + row) * problem_.columns + first_column + column,
                    left_scales_.as<float>() + row,
                    scales + column,
+                   first_column + column,
                    smaller(rows - row, kBlock),
                    smaller(columns - column, kBlock),
                    0};
       }
     }
-    pass_on(waiting, kBlock, begin > 0);
+    pass_on(waiting, kBlock, begin);
   }
 
   using Sum = std::conditional_t<Format::kScaled, int32_t, float>;
@@ -132,11 +164,14 @@ class Product {
     const Sum* sums = nullptr;
     float* product = nullptr;
     const float *left_scales = nullptr, *right_scales = nullptr;
-    int64_t rows = 0, columns = 0, done = 0;
+    int64_t first_column = 0, rows = 0, columns = 0, done = 0;
   };
 
-  // Adds some rows to the product, or writes them where they are its first part.
-  void pass_on(Block& block, int64_t count, bool adds) const {
+  // Adds some rows of the pass from `begin` to the product, or writes them where it is the first.
+  // The last pass has bias and ReLU.
+  void pass_on(Block& block, int64_t count, int64_t begin) const {
+    const bool is_last = begin + steps_ * Format::kStepDepth >= problem_.depth;
+    const float* bias = is_last && problem_.bias != nullptr ? problem_.bias : nullptr;
     const int64_t end = smaller(block.done + count, block.rows);
     for (; block.done < end; ++block.done) {
       float* to = block.product + block.done * problem_.columns;
@@ -145,12 +180,10 @@ class Product {
         const float left_scale = Format::kScaled ? block.left_scales[block.done] : 0.0f;
         Vec value = Format::product(block.sums, block.done, n, left_scale, right_scale);
         const int64_t left = block.columns - n;
-        if (adds) value += load_some(to + n, left);
-        if (left >= kLanes) {
-          store(to + n, value);
-        } else {
-          store_tail(to + n, value, left);
-        }
+        if (begin > 0) value += load_part(to + n, left);
+        if (bias != nullptr) value += load_part(bias + block.first_column + n, left);
+        if (is_last && problem_.relu) value = relu(value);
+        store_part(to + n, value, left);
       }
     }
   }
@@ -176,6 +209,19 @@ cpu::DenseResult dense_product(const cpu::DenseProblem& problem, const cpu::Para
   (void)problem, (void)parallel;
   return cpu::DenseResult::kUnsuited;
 #endif
+}
+
+void finish_product(const cpu::DenseProblem& problem, const cpu::Parallel& parallel) {
+  if (problem.bias == nullptr && !problem.relu) return;
+  parallel.for_each(problem.rows, [&](int64_t row) {
+    float* to = problem.product + row * problem.columns;
+    for (int64_t n = 0; n < problem.columns; n += kLanes) {
+      const int64_t left = problem.columns - n;
+      Vec value = load_part(to + n, left);
+      if (problem.bias != nullptr) value += load_part(problem.bias + n, left);
+      store_part(to + n, problem.relu ? relu(value) : value, left);
+    }
+  });
 }
 
 }  // namespace sae_fast::SAE_FAST_ISA

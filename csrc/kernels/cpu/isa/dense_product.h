@@ -6,5 +6,6 @@
 namespace sae_fast::SAE_FAST_ISA {
 
 cpu::DenseResult dense_product(const cpu::DenseProblem& problem, const cpu::Parallel& parallel);
+void finish_product(const cpu::DenseProblem& problem, const cpu::Parallel& parallel);
 
 }  // namespace sae_fast::SAE_FAST_ISA

@@ -32,6 +32,7 @@ const cpu::Kernels& kernel_table() {
                                           gather_rows,
                                           decorrelation,
                                           dense_product,
+                                          finish_product,
                                           code_correlation,
                                           code_correlation_backward};
   return kTable;
