@@ -118,6 +118,15 @@ def test_dense_switch_times_both_ways_of_every_architecture(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_dense_step_times_every_contestant_from_one_loss(run, tmp_path):
+    result, table = run("dense_step", "--sizes", SIZE, "--rounds", "3")
+    (rows,) = result["sizes"].values()
+    assert [row["name"] for row in rows] == ["sae_fast", "sae_fast_bf16", "eager", "eager_bf16"]
+    assert all(row["seconds"] > 0 and row["over_sae_fast"] > 0 for row in rows)
+    assert len(rows_of(table)) == 1 + len(rows)
+
+
+@pytest.mark.slow
 def test_compression_measures_sizes_and_speeds_of_every_kind(run, tmp_path):
     rows = torch.tensor([1, 2], dtype=torch.float16).repeat(2048)  # no row is that before it
     write_shard(tmp_path / "train_00.h5", rows[:, None].repeat(1, 64))
