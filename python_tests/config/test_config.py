@@ -172,6 +172,11 @@ BAD_SAE_VALUES = [
     ({"d_sae": -5}, "d_sae must be at least 1"),
     ({"expansion_factor": 0}, "expansion_factor must be greater than 0, got 0"),
     (
+        {"d_in": 16, "expansion_factor": 1e308},
+        r"expansion_factor must be a factor of d_in to latents, got 1e\+308",
+    ),
+    ({"dead_after_tokens": 2**63}, "dead_after_tokens must be at most 9223372036854775807, got"),
+    (
         {"expansion_factor": float("nan")},
         "expansion_factor must be a finite number or null, got nan",
     ),
@@ -327,6 +332,7 @@ BAD_TRAIN_VALUES = [
     ({"log_every": 0}, "log_every must be at least 1"),
     ({"eval_every": -1}, "eval_every must be at least 0"),
     ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
+    ({"seed": 10**400}, "seed must be at most 9223372036854775807, got a number of 1329 bits"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
     ({"num_threads": 0}, "num_threads must be at least 1"),
     ({"no_wandb": 1}, "no_wandb must be true or false, got 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -289,7 +290,9 @@ class DictionaryConfig(ConfigFile):
 
     def _complete_d_sae(self) -> None:
         factor = self.expansion_factor
-        derived = round(self.d_in * (DEFAULT_EXPANSION_FACTOR if factor is None else factor))
+        latents = self.d_in * (DEFAULT_EXPANSION_FACTOR if factor is None else factor)
+        self._require("expansion_factor", math.isfinite(latents), "a factor of d_in to latents")
+        derived = round(latents)
         if self.d_sae == 0:
             self._require(
                 "expansion_factor", derived >= 1, f"large enough for a latent at d_in = {self.d_in}"

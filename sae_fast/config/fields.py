@@ -105,7 +105,9 @@ class ConfigFile:
             value = getattr(self, name)
             converted = convert(value, annotation)
             if converted is MISMATCH:
-                raise ValueError(f"{name} must be {describe(annotation)}, got {shown(value)}")
+                is_large = isinstance(value, int) and abs(value) > LARGEST
+                expected = f"at most {LARGEST}" if is_large else describe(annotation)
+                raise ValueError(f"{name} must be {expected}, got {shown(value)}")
             object.__setattr__(self, name, converted)
 
 
@@ -215,6 +217,7 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 MISMATCH = object()
+LARGEST = 2**63 - 1  # whole number of a setting, which torch and HDF5 can take
 
 
 def convert(value: Any, annotation: Any) -> Any:
@@ -242,8 +245,10 @@ def convert(value: Any, annotation: Any) -> Any:
         except OverflowError:  # an integer of hundreds of digits
             return MISMATCH
         return number if math.isfinite(number) else MISMATCH
-    if annotation is int and isinstance(value, bool):
+    if annotation is int and (isinstance(value, bool) or not isinstance(value, int)):
         return MISMATCH
+    if annotation is int:
+        return value if abs(value) <= LARGEST else MISMATCH
     return value if isinstance(value, annotation) else MISMATCH
 
 

@@ -213,7 +213,8 @@ def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> 
     """
     limit, total_steps = _first_limit(config, rows_per_epoch)
     tokens_per_step = config.batch_size * config.grad_acc_steps
-    alone = int(rows_per_epoch * config.reconstruction_epochs) // tokens_per_step
+    rows_alone = min(rows_per_epoch * config.reconstruction_epochs, 2.0**62)
+    alone = int(rows_alone) // tokens_per_step
     if alone >= total_steps:
         logger.warning(
             "reconstruction_epochs = %g are %d steps, and the run has %d: no other term is trained",
