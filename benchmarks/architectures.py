@@ -35,8 +35,8 @@ from benchmarks.support.tables import (
 from benchmarks.support.timing import interleave, measure, median_ratio, summarize
 from sae_fast.activations import Rows
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.loss_scaler import LossScaler
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.loss_scaler import LossScaler
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer
 

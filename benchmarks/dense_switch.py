@@ -32,7 +32,7 @@ from benchmarks.support.timing import interleave, measure, median_ratio, quiet_r
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.thresholded import LISTED
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 ARCHITECTURES = ("relu", "jumprelu", "gated")
 SHARES = (0.01, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4)

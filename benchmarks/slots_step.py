@@ -32,7 +32,7 @@ from benchmarks.support.tables import (
 )
 from benchmarks.support.timing import interleave, measure, median_ratio, quiet_rounds, summarize
 from sae_fast import SAEConfig, SparseAutoencoder
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 N_TOKENS, D_IN, N_RELATIONS, N_ANSWERS = 64, 768, 6, 100
 RATE, DECAY = 1e-3, 0.01

@@ -18,6 +18,7 @@ LAYERS = (
     ("ops",),
     ("activations",),
     ("autoencoder",),
+    ("report",),
     ("training",),
     ("evaluation",),
     ("command_line", "flags", "model_flags"),

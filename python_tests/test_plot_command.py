@@ -13,9 +13,9 @@ from PIL import Image
 from sae_fast import plot as command
 from sae_fast.activations import write_shard
 from sae_fast.plot import main
+from sae_fast.report.panels import Panel, loss_terms, overview
 from sae_fast.train import main as train
 from sae_fast.training import run_directory
-from sae_fast.training.panels import Panel, loss_terms, overview
 
 ROWS, D_IN = 200, 8
 BASE = (

@@ -16,10 +16,10 @@ import tyro
 
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.output_streams import run_command
+from sae_fast.report.panels import loss_terms, overview
+from sae_fast.report.plot import draw, plot_run
 from sae_fast.tensor_files import require_unicode
 from sae_fast.training.history import read_history
-from sae_fast.training.panels import loss_terms, overview
-from sae_fast.training.plot import draw, plot_run
 
 PROGRAM = "python -m sae_fast.plot"
 KINDS = (".png", ".pdf", ".svg")

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.support.problem import Weights
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 
 class SaeFastTrainer:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.support.kernel_setting import Case, Setting
 from sae_fast.ops.moments import moment_blocks
-from sae_fast.training.optimizer import STATE_DTYPES
-from sae_fast.training.signum import ScheduleFreeSignum, Signum
+from sae_fast.training.optimizer.row_optimizer import STATE_DTYPES
+from sae_fast.training.optimizer.signum import ScheduleFreeSignum, Signum
 
 # Such that a step moves the weights by more than their rounding.
 LEARNING_RATES = {"adam": 1e-3, "sgd": 1.0, "signum": 1e-3, "schedule_free_signum": 1e-3}

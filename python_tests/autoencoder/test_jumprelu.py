@@ -7,7 +7,7 @@ from plain_thresholded import PATHS, go, make_thresholded
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 THETA, WIDTH = 1.0, 0.5
 CASES = [(0.5, False), (0.875, True), (1.125, True), (1.5, False)]  # pre-activation, inside

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 SHAPES = [  # N, D, F, k
     (0, 8, 64, 4),

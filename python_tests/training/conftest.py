@@ -37,7 +37,7 @@ def shard_dir(
 
 @pytest.fixture(autouse=True)
 def _cheap_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than training here; test_plot.py draws."""
+    """Drawing takes longer than training here; report/test_plot.py draws."""
     monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
 
 

@@ -16,8 +16,8 @@ from sae_fast.ops import native
 from sae_fast.ops.working_copies import encoder_copy
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep, GraphRecorder
 from sae_fast.training.heldout import evaluate
-from sae_fast.training.loss_scaler import LossScaler
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.loss_scaler import LossScaler
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 from sae_fast.training.step import TrainingStep
 
 STEPS = 12

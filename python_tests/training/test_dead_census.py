@@ -4,7 +4,7 @@ import pytest
 import torch
 from plain_sae import make_sae
 
-from sae_fast.training.dead_census import DeadCensus
+from sae_fast.training.launcher import DeadCensus
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from sae_fast.activations.capture import HookedModel, resolve_hooks
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.training.end_to_end import KEPT, LABELS, MASK, TOKENS, RestOfModel, SequenceStream
-from sae_fast.training.optimizer import make_optimizer
+from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.trainer import Trainer
 
 MASK_TOKEN = VOCABULARY["[MASK]"]

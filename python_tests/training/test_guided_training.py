@@ -18,9 +18,9 @@ from sae_fast.autoencoder.model import ARCHITECTURES
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep
-from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import RowOptimizer
+from sae_fast.training.optimizer.loss_scaler import LossScaler
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer

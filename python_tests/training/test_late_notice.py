@@ -18,7 +18,7 @@ from test_cuda_graph import EmulatedRecorder
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training import launcher
 from sae_fast.training.cuda_graph import GraphedStep
-from sae_fast.training.dead_census import DeadCensus
+from sae_fast.training.launcher import DeadCensus
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer, TrainingError
 

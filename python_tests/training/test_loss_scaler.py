@@ -2,7 +2,7 @@
 
 import torch
 
-from sae_fast.training.loss_scaler import GROWTH_INTERVAL, LossScaler
+from sae_fast.training.optimizer.loss_scaler import GROWTH_INTERVAL, LossScaler
 
 NORM, OVERFLOW = torch.tensor(1.0), torch.tensor(torch.inf)
 

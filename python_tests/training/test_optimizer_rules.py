@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import (
+from sae_fast.training.optimizer.row_optimizer import (
     STATE_DTYPES,
     DenseOptimizer,
     RowOptimizer,
     SparseOptimizer,
     make_optimizer,
 )
-from sae_fast.training.signum import Signum
+from sae_fast.training.optimizer.signum import Signum
 from sae_fast.training.trainer import Trainer
 
 ONE_MOMENT = ("sgd", "signum", "schedule_free_signum")

@@ -13,7 +13,12 @@ from plain_sae import PARAMETERS, make_batch, make_sae
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import STATE_DTYPES, DenseOptimizer, RowOptimizer, make_optimizer
+from sae_fast.training.optimizer.row_optimizer import (
+    STATE_DTYPES,
+    DenseOptimizer,
+    RowOptimizer,
+    make_optimizer,
+)
 from sae_fast.training.trainer import Trainer
 
 LOW = ("bf16", "8bit")

@@ -5,7 +5,7 @@ import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import DenseOptimizer, RowOptimizer
 
 D_IN, N_FEATURES, ACTIVE = 32, 48, 3
 

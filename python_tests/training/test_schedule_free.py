@@ -16,10 +16,10 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.train import main
 from sae_fast.training.heldout import evaluate
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import DenseOptimizer, RowOptimizer
+from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
+from sae_fast.training.optimizer.signum import ScheduleFreeSignum
 from sae_fast.training.schedule import make_schedule
-from sae_fast.training.schedule_free import ScheduleFreeWeights
-from sae_fast.training.signum import ScheduleFreeSignum
 from sae_fast.training.trainer import Trainer
 
 RULE: Any = "schedule_free_signum"

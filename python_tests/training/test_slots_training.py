@@ -17,7 +17,7 @@ from sae_fast.config.presets import preset
 from sae_fast.train import main
 from sae_fast.training import run_directory
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.optimizer import make_optimizer
+from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.trainer import Trainer
 
 N_RELATIONS, N_ANSWERS, ROWS = 3, 4, 1200

@@ -18,7 +18,11 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops import DenseCode
 from sae_fast.training import launcher
 from sae_fast.training.launcher import Launcher
-from sae_fast.training.optimizer import DenseOptimizer, RowOptimizer, SparseOptimizer
+from sae_fast.training.optimizer.row_optimizer import (
+    DenseOptimizer,
+    RowOptimizer,
+    SparseOptimizer,
+)
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer
 

@@ -34,7 +34,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.batches import next_rows
 from sae_fast.training.device import checked_device
 from sae_fast.training.given_source import GivenSource
-from sae_fast.training.guidance import check_columns, label_columns, needs_sequences
+from sae_fast.training.labels import check_columns, label_columns, needs_sequences
 from sae_fast.training.shard_files import open_heldout_shards, open_training_shards
 from sae_fast.training.shared import SharedReader, SharedSource
 

@@ -25,7 +25,7 @@ from sae_fast.config.effects import FROM_MODEL, check_effects
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
-from sae_fast.training.guidance import label_columns, needs_sequences
+from sae_fast.training.labels import label_columns, needs_sequences
 from sae_fast.training.model_stream import HookRows, ModelStream
 from sae_fast.training.shared import SharedReader, SharedSource
 from sae_fast.training.signals import StopOnSignal

@@ -1,9 +1,13 @@
-"""The progress bar of a run, and its plain lines where there is no terminal."""
+"""The progress bar of a run, its lines where there is no terminal, and how long steps take."""
+
+from __future__ import annotations
 
 import logging
 import sys
 import time
+from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
 from sae_fast.training.metrics import Row
@@ -11,6 +15,38 @@ from sae_fast.training.metrics import Row
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass
+class Window:
+    """The steps since the last row of metrics."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    stalled: float = 0.0
+
+
+class Stopwatch:
+    """Time between `resume` and `pause`.
+
+    Both are called when the device has nothing left to do: on a GPU a step that was launched has
+    not been made yet.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._resumed: float | None = None
+
+    def resume(self) -> None:
+        """Starts, or goes on."""
+        self._resumed = time.perf_counter()
+
+    def pause(self) -> float:
+        """Waits for the device; returns the seconds since `resume`, 0 when paused already."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        resumed, self._resumed = self._resumed, None
+        return 0.0 if resumed is None else time.perf_counter() - resumed
 
 
 class Progress:

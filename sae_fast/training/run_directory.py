@@ -18,6 +18,7 @@ from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import read_json
+from sae_fast.report.plot import plot_run
 from sae_fast.tensor_files import require_unicode
 from sae_fast.training.checkpoint import (
     MODE_DIRECTORIES,
@@ -31,7 +32,6 @@ from sae_fast.training.checkpoint import (
     runs_in,
 )
 from sae_fast.training.metrics import Row
-from sae_fast.training.plot import plot_run
 
 LOCK = ".run.lock"
 CONFIG = "config.json"

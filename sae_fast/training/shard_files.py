@@ -26,7 +26,7 @@ from sae_fast.activations import (
 from sae_fast.activations.normalization import sample_spans
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.guidance import label_columns, needs_sequences
+from sae_fast.training.labels import label_columns, needs_sequences
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from sae_fast.autoencoder.architecture import WholeStep
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.ops import Code
 from sae_fast.training.end_to_end import RestOfModel
-from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.metrics import fetch
-from sae_fast.training.optimizer import SparseOptimizer
-from sae_fast.training.weight_average import WeightAverage
+from sae_fast.training.optimizer.loss_scaler import LossScaler
+from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
+from sae_fast.training.optimizer.weight_average import WeightAverage
 
 LOSS = "loss"
 GRAD_NORM = "grad_norm"

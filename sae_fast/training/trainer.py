@@ -37,15 +37,18 @@ from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.end_to_end import Behind, checked_behind
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
-from sae_fast.training.guidance import check_heldout_labels, with_label_counts
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import evaluate, evaluate_slots, largest_ordinary_norm
+from sae_fast.training.labels import check_heldout_labels, with_label_counts
 from sae_fast.training.launcher import Launcher
 from sae_fast.training.loop import run_steps
-from sae_fast.training.loss_scaler import LossScaler
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import MetricsLog, Row, WandbLog
-from sae_fast.training.optimizer import make_optimizer
+from sae_fast.training.optimizer.loss_scaler import LossScaler
+from sae_fast.training.optimizer.row_optimizer import make_optimizer
+from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
+from sae_fast.training.optimizer.weight_average import WeightAverage
+from sae_fast.training.progress import Stopwatch, Window
 from sae_fast.training.random_state import seed_everything
 from sae_fast.training.run_directory import (
     AVERAGED,
@@ -55,7 +58,6 @@ from sae_fast.training.run_directory import (
     in_mode_directory,
 )
 from sae_fast.training.schedule import make_schedules
-from sae_fast.training.schedule_free import ScheduleFreeWeights
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.snapshot import (
     check_snapshot,
@@ -73,8 +75,6 @@ from sae_fast.training.start import (
     warn_of_other_units,
 )
 from sae_fast.training.step import TrainingStep
-from sae_fast.training.stopwatch import Stopwatch, Window
-from sae_fast.training.weight_average import WeightAverage
 
 __all__ = ["Trainer", "TrainingError"]
 

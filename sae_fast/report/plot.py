@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_fast.training.metrics import Row
-from sae_fast.training.panels import HELD_OUT, Curve, Panel, overview
+from sae_fast.report.panels import HELD_OUT, Curve, Panel, Row, overview
 
 _PANEL = (4.2, 3.1)  # inches
 _PADDING = 0.08

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.training.optimizer import SparseOptimizer
+from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
 
 _PREFIX = "trained."
 

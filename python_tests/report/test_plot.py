@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from sae_fast.report.panels import loss_terms, overview
+from sae_fast.report.plot import draw, plot_run
 from sae_fast.training.metrics import Row
-from sae_fast.training.panels import loss_terms, overview
-from sae_fast.training.plot import draw, plot_run
 
 _FULL = [
     {"step": step, "tokens": 100_000 * step, "loss": 90.0 / step, "recon_loss": 80.0 / step}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from sae_fast.training.metrics import Row
+Row = dict[str, Any]  # of metrics.jsonl
 
 HELD_OUT = "held out"
 _HELD_OUT = "heldout_"

@@ -1,0 +1,1 @@
+"""Optimisers of a sparse autoencoder, the averages of its weights, and the scale of fp16 losses."""
