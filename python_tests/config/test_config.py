@@ -332,7 +332,7 @@ BAD_TRAIN_VALUES = [
     ({"log_every": 0}, "log_every must be at least 1"),
     ({"eval_every": -1}, "eval_every must be at least 0"),
     ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
-    ({"seed": 10**400}, "seed must be at most 9223372036854775807, got a number of 1329 bits"),
+    ({"seed": 10**400}, "seed must be at most 9223372036854775807, got a number of 1,329 bits"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
     ({"num_threads": 0}, "num_threads must be at least 1"),
     ({"no_wandb": 1}, "no_wandb must be true or false, got 1"),

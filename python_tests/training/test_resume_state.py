@@ -73,6 +73,14 @@ def test_state_that_was_only_signed_again_goes_on(resigned: Callable[..., TrainC
     assert trainer.step == 6
 
 
+@pytest.mark.parametrize("name", ["best", "wandb_id"])
+def test_state_without_what_a_run_need_not_have_goes_on(
+    resigned: Callable[..., TrainConfig], name: str
+) -> None:
+    trainer = Trainer(SAE, resigned(lambda state: state.pop(name)), show_progress=False)
+    assert trainer.step == 6
+
+
 def _set(*path: Any, to: Any) -> Callable[[State], object]:
     def edit(state: State) -> None:
         for name in path[:-1]:

@@ -101,8 +101,8 @@ def restore_snapshot(trainer: Trainer, checkpoint: Checkpoint) -> None:
     trainer.tokens = int(state["tokens"])
     trainer.seconds = float(state["seconds"])
     trainer.stalled_seconds = float(state["stalled_seconds"])
-    trainer.best = state["best"]
-    trainer.wandb_id = state["wandb_id"]
+    trainer.best = state.get("best")
+    trainer.wandb_id = state.get("wandb_id")
     restore_random(tensors, state["random"])
     harmless = set(_HARMLESS)
     # Dense codes, and a skip connection: torch's products follow the threads.

@@ -1,4 +1,6 @@
-"""Give each value of a checkpoint's trainer.json each kind of value, sign it, and resume the run.
+"""Give each value of a checkpoint's trainer.json each kind of value, or leave it out, and resume.
+
+The edited file is signed, so that its sum does not tell of the edit.
 
 Edits by chance, which `checkpoints` makes, need many thousand tries before each value has met each
 kind. Here the number of a try says which value and which kind, so that the long form has all.
@@ -14,10 +16,10 @@ from campaign import checkpoints
 from campaign.frame import Campaign, Try
 
 _VARIANT = "gated"  # by --amp fp16, so that the state of the loss scaler is in use
-# As raw JSON text.
+# As raw JSON text; the empty one leaves the value out.
 _KINDS = (
     *("null", "true", "-1", "0.5", "1e308", "9" * 400, '"x"', "[]", "{}", "[null]", "[1, 2]"),
-    *('[["a", 1]]', '{"a": 1}'),
+    *('[["a", 1]]', '{"a": 1}', ""),
 )
 _MARK = "@@value@@"
 
@@ -41,7 +43,10 @@ def attempt(this: Try) -> str:
     state = _state(run)
     (place,) = [place for place in checkpoints.places(state) if place[2] == name]
     holder, key, _ = place
-    holder[key] = _MARK
+    if kind:
+        holder[key] = _MARK
+    else:
+        del holder[key]
     text = json.dumps(state).replace(f'"{_MARK}"', kind)
     checkpoints.write_signed(_path(run), text)
     exact = not name.startswith(checkpoints.FREE_EDITS)
@@ -58,4 +63,4 @@ def _state(run: Path) -> dict[str, object]:
     return state
 
 
-CAMPAIGN = Campaign(attempt, tries=1000, short=16, prepare=prepare, seconds=30)
+CAMPAIGN = Campaign(attempt, tries=1100, short=16, prepare=prepare, seconds=30)
