@@ -105,7 +105,8 @@ class ConfigFile:
             value = getattr(self, name)
             converted = convert(value, annotation)
             if converted is MISMATCH:
-                is_large = isinstance(value, int) and abs(value) > LARGEST
+                is_whole = type(convert(1, annotation)) is int
+                is_large = is_whole and isinstance(value, int) and abs(value) > LARGEST
                 expected = f"at most {LARGEST}" if is_large else describe(annotation)
                 raise ValueError(f"{name} must be {expected}, got {shown(value)}")
             object.__setattr__(self, name, converted)
