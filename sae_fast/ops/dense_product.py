@@ -26,8 +26,8 @@ def dense_product(
     number of threads.
 
     Args:
-        left: rows, or columns, are read faster where they are contiguous.
-        right: likewise.
+        left: read in place where its rows or its columns are contiguous, else from a copy.
+        right: read in place where its rows or its columns are contiguous, else from a copy.
         precision: "screened" and "fp32" give float32 precision; "bf16" and "fp16" round both
             matrices to that dtype and sum in float32.
         bias: what is added to every row; None: nothing.

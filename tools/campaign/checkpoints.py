@@ -170,20 +170,26 @@ def edited_checkpoint(this: Try) -> str:
     """Resume a run whose newest checkpoint has other values or tensors, and is signed anew."""
     variant = this.random.choice(list(VARIANTS))
     run = copied(this, variant)
-    newest = run / "checkpoints" / "step-00000004"
-    state = json.loads((newest / "trainer.json").read_text())
-    del state["digest"]
+    path, state = newest_state(run)
     exact = True
     if this.random.random() < 0.7:
         kind, text = _edited_json(this.random, state)
         exact = not kind.startswith(FREE_EDITS)
-        write_signed(newest / "trainer.json", text)
     else:
-        kind, exact = _edit_tensors(this.random, newest / "trainer.safetensors")
+        kind, exact = _edit_tensors(this.random, path.with_name("trainer.safetensors"))
         names = ("sae.safetensors", "config.json", "trainer.safetensors")
-        state["sha256"] = {name: sha256_of(newest / name) for name in names}
-        (newest / "trainer.json").write_text(json.dumps({**state, "digest": _digest(state)}))
+        state["sha256"] = {name: sha256_of(path.with_name(name)) for name in names}
+        text = json.dumps(state)
+    write_signed(path, text)
     return resumed(this, variant, run, kind, exact=exact)
+
+
+def newest_state(run: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the trainer.json of a run's newest checkpoint, and what it holds beside its digest."""
+    path = run / "checkpoints" / "step-00000004" / "trainer.json"
+    state: dict[str, Any] = json.loads(path.read_text())
+    del state["digest"]
+    return path, state
 
 
 def write_signed(path: Path, text: str) -> None:

@@ -27,7 +27,8 @@ _MARK = "@@value@@"
 def prepare(shared: Path) -> None:
     """Make the shards and a run, and list what is edited in which order."""
     checkpoints.prepare(shared, (_VARIANT,))
-    names = [name for _, _, name in checkpoints.places(_state(shared / _VARIANT))]
+    _, state = checkpoints.newest_state(shared / _VARIANT)
+    names = [name for _, _, name in checkpoints.places(state)]
     # The settings are read as a configuration file is, which `checkpoints` edits.
     names = [name for name in names if not name.startswith("config.")]
     pairs = [(name, kind) for name in names for kind in _KINDS]
@@ -40,7 +41,7 @@ def attempt(this: Try) -> str:
     pairs = json.loads((this.shared / "pairs.json").read_text())
     name, kind = pairs[this.number % len(pairs)]
     run = checkpoints.copied(this, _VARIANT)
-    state = _state(run)
+    path, state = checkpoints.newest_state(run)
     (place,) = [place for place in checkpoints.places(state) if place[2] == name]
     holder, key, _ = place
     if kind:
@@ -48,19 +49,9 @@ def attempt(this: Try) -> str:
     else:
         del holder[key]
     text = json.dumps(state).replace(f'"{_MARK}"', kind)
-    checkpoints.write_signed(_path(run), text)
+    checkpoints.write_signed(path, text)
     exact = not name.startswith(checkpoints.FREE_EDITS)
     return checkpoints.resumed(this, _VARIANT, run, f"{name} = {kind[:60]}", exact=exact)
-
-
-def _path(run: Path) -> Path:
-    return run / "checkpoints" / "step-00000004" / "trainer.json"
-
-
-def _state(run: Path) -> dict[str, object]:
-    state: dict[str, object] = json.loads(_path(run).read_text())
-    del state["digest"]
-    return state
 
 
 CAMPAIGN = Campaign(attempt, tries=1100, short=16, prepare=prepare, seconds=30)

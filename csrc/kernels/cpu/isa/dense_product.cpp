@@ -159,7 +159,7 @@ class Product {
 
   using Sum = std::conditional_t<Format::kScaled, int32_t, float>;
 
-  // Sums that wait to become part of the product: those of `rows` rows, of which `done` are.
+  // Sums of `rows` rows; the first `done` rows are part of the product already.
   struct Block {
     const Sum* sums = nullptr;
     float* product = nullptr;
@@ -171,7 +171,7 @@ class Product {
   // The last pass has bias and ReLU.
   void pass_on(Block& block, int64_t count, int64_t begin) const {
     const bool is_last = begin + steps_ * Format::kStepDepth >= problem_.depth;
-    const float* bias = is_last && problem_.bias != nullptr ? problem_.bias : nullptr;
+    const float* bias = is_last ? problem_.bias : nullptr;
     const int64_t end = smaller(block.done + count, block.rows);
     for (; block.done < end; ++block.done) {
       float* to = block.product + block.done * problem_.columns;

@@ -12,11 +12,12 @@
 // slices the six of the highest weight are made; their integer sums are exact.
 //
 // What is lost of a pair of parts of length d, with u = 2^-24 and |x|, |w| their largest numbers:
-// 2.1 u |x| of every number of x by its scaling and rounding, likewise of w, and by the products
-// that are left out, 2^8 (s_1 s'_2 + s_2 s'_1) + s_2 s'_2 < 2^23.01, another 2.1 u |x||w| of every
-// product: at most 6.3 u d |x||w|, and typically u sqrt(d) |x||w| / 2, since all of it has either
-// sign. Float32's own sum typically loses u sqrt(d) times the product of the root mean squares,
-// which is the same where the largest of 768 numbers is 3.5 times their root mean square.
+// scaling and rounding change a number of x by up to 2.1 u |x|, a number of w by up to 2.1 u |w|;
+// leaving out 2^8 (s_1 s'_2 + s_2 s'_1) + s_2 s'_2 < 2^23.01 changes a product of two numbers by up
+// to 2.1 u |x||w|. The sum loses at most 6.3 u d |x||w|, typically u sqrt(d) |x||w| / 2, because
+// the errors have either sign. A float32 sum typically loses u sqrt(d) times the product of the
+// root mean squares, which is the same where the largest of 768 numbers is 3.5 times their root
+// mean square.
 //
 // BFloat16Pairs is the product of operands rounded to bfloat16, summed in float32.
 #pragma once
