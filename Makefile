@@ -50,6 +50,7 @@ build-dev: $(VENV)/made
 lint: build-dev
 	ruff check .
 	ruff format --check .
+	python tools/prose.py
 	clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	mypy
 

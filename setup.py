@@ -80,7 +80,7 @@ class CMakeBuild(build_ext):
             replace_file(built, PACKAGE / module.name)
 
     def run_cmake(self, options: list[str]) -> Path:
-        """Configures and builds; returns the build folder, which has the module."""
+        """Configure and build; return the build folder, which has the module."""
         import pybind11  # a build requirement, so absent where nothing is built
 
         build = Path(os.environ.get("SAE_FAST_BUILD_DIR", f"{self.build_temp}/cmake")).resolve()
