@@ -1,12 +1,12 @@
-"""Trains every architecture at several sparsities and seeds, and compares what they reach.
+"""Train every architecture at several sparsities and seeds, and compare the results.
 
     python -m benchmarks.architectures --shard-dir examples/activations
 
-On activations: held-out FVU against held-out L0, the share of latents silent there, and a plot;
-then the time of a step of what was trained, beside one of the same architecture in plain dense
-PyTorch from the same weights. On data made from a known sparse dictionary (`--planted`): how well
-the decoder's rows match it (MCC). All train on the same rows with the same settings beside the
-architecture's own.
+On activations it measures held-out FVU and L0, with a plot, and the share of latents that are
+silent on the held-out rows; then the time of a step of the trained model, beside a step of the
+architecture in plain dense PyTorch from the same weights. On data made from a known sparse
+dictionary (`--planted`) it measures how well the decoder's rows match the dictionary (MCC). All
+architectures train on the same rows; only the settings of the architecture differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.dense_architectures import DenseArchitecture
-from benchmarks.support.heats import say
+from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.planted import Planted, matched_cosine
 from benchmarks.support.tables import (
@@ -43,12 +43,12 @@ from sae_fast.training.trainer import Trainer
 _TARGETS = (16, 32, 64)
 _WITH_K = ("topk", "batch_topk", "matryoshka")
 _WITH_TARGET = ("relu", "jumprelu", "gated")
-# By architecture, what makes its codes sparse: three settings, from sparse to dense.
+# By architecture, three settings of its sparsity, from sparse to dense.
 RECIPES: dict[str, Sequence[dict[str, Any]]] = {
     **{arch: [{"k": k} for k in _TARGETS] for arch in _WITH_K},
     **{arch: [{"target_l0": l0} for l0 in _TARGETS] for arch in _WITH_TARGET},
 }
-# What gets near its target within some hundred steps; the defaults are for far longer trainings.
+# These come near the target L0 within some hundred steps; the defaults suit longer trainings.
 QUICK: dict[str, dict[str, Any]] = {
     "relu": {"l1_penalty_coeff": 1.5, "target_l0_rate": 0.02},
     "jumprelu": {"sparsity_penalty_coeff": 30.0, "jumprelu_threshold_lr": 10.0},
@@ -58,7 +58,7 @@ QUICK: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Reached:
-    """What one training reached; `mcc` on planted data only."""
+    """The results of one training; `mcc` only for planted data."""
 
     arch: str
     setting: str
@@ -71,7 +71,7 @@ class Reached:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of a trained model, and of the same in dense PyTorch."""
+    """Times of a step of a trained model in sae_fast and in dense PyTorch."""
 
     arch: str
     setting: str
@@ -84,7 +84,7 @@ class StepTime:
 def train(
     arch: str, fields: dict[str, Any], seed: int, options: argparse.Namespace, planted: bool
 ) -> tuple[Reached, Trainer]:
-    """One training, on shards or on planted data, and its trainer."""
+    """Train one model on shards or on planted data; return its results and its trainer."""
     setting = ", ".join(f"{name} {value:g}" for name, value in fields.items())
     training = TrainConfig(
         shard_dir=None if planted else str(options.shard_dir),
@@ -121,9 +121,9 @@ def train(
 
 
 def time_steps(trained: Reached, trainer: Trainer, rounds: int) -> StepTime:
-    """Interleaved steps from what was trained, on a batch of held-out rows.
+    """Time steps of a trained model and of dense PyTorch, interleaved, on a held-out batch.
 
-    Raises ValueError where the two do not begin with the same loss.
+    Raises ValueError if their first losses differ.
     """
     assert trainer.data.heldout is not None
     heldout = torch.cat(list(trainer.data.heldout))
@@ -148,7 +148,7 @@ def time_steps(trained: Reached, trainer: Trainer, rounds: int) -> StepTime:
 
 
 def table(runs: Sequence[Reached]) -> str:
-    """One row for each architecture and setting: means over seeds, with the range."""
+    """Return a table with a row per architecture and setting: means over seeds, with the range."""
     with_mcc = any(run.mcc is not None for run in runs)
     headings = ["architecture", "setting", "held-out L0", "held-out FVU", "silent on held-out"]
     headings += ["MCC"] if with_mcc else []
@@ -169,7 +169,7 @@ def table(runs: Sequence[Reached]) -> str:
 
 
 def time_table(times: Sequence[StepTime]) -> str:
-    """One row for each architecture and setting."""
+    """Return a table of step times with a row per architecture and setting."""
     headings = ["architecture", "setting", "L0", "sae_fast, ms", "dense PyTorch, ms", "ratio"]
     rows = [
         [
@@ -191,7 +191,7 @@ def _mean_and_range(values: Sequence[float], digits: int) -> str:
 
 
 def draw(runs: Sequence[Reached], path: Path, title: str) -> None:
-    """FVU against L0, one curve an architecture through the means, one point a run."""
+    """Plot FVU against L0: a curve per architecture through the means, and a point per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -231,8 +231,8 @@ def _means(runs: Sequence[Reached]) -> list[tuple[float, float]]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
-    parts = ["# What each architecture reaches"]
+    """Return the tables as Markdown."""
+    parts = ["# Architectures compared"]
     for kind, about in results["about"].items():
         runs = [Reached(**run) for run in results[kind]]
         parts += [f"## {kind.capitalize()}", about, table(runs)]
@@ -244,9 +244,11 @@ def report(results: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.architectures")
-    parser.add_argument("--shard-dir", type=Path, help="shards and heldout*.h5; none: planted only")
+    parser.add_argument(
+        "--shard-dir", type=Path, help="shards and heldout*.h5; without it: only --planted"
+    )
     parser.add_argument("--archs", default=",".join(RECIPES), help="separated by commas")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=400)
@@ -256,7 +258,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dead-after-tokens", type=int, default=200_000)
     parser.add_argument("--planted", action="store_true", help="also recover a known dictionary")
     parser.add_argument("--planted-rows", type=int, default=65_536)
-    parser.add_argument("--rounds", type=int, default=7, help="of timed steps; 0: none")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timed steps; 0: no timing")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
@@ -281,7 +283,7 @@ def main() -> None:
     if options.shard_dir is not None:
         about["activations"] = f"{options.shard_dir.name}, {len(seeds)} seeds: {common}."
     if options.planted:
-        about["planted"] = f"{Planted.about()}; {len(seeds)} seeds, trained alike."
+        about["planted"] = f"{Planted.about()}; {len(seeds)} seeds, all with equal steps and rates."
     results: dict[str, Any] = {"about": about, "times": []}
     for kind in about:
         say(kind)

@@ -1,21 +1,23 @@
-"""What supervised slots learn from biographies: relations, answers, and swaps of relations.
+"""Train supervised slots on biographies; measure relations, answers, and swaps of relations.
 
     python -m benchmarks.biographies --json benchmarks/results/biographies.json
 
-Made-up people with six facts each, and a small GPT-2 that knows them, as `sae_fast.biographies`
-makes them. On the sentences of most people slots are trained jointly, for each layer; on the layer
-whose answers a linear probe reads best also latents and value heads one after the other. All
-figures are of the other people, known to the language model and never shown to the autoencoder.
+The data are invented people with six facts each, and a small GPT-2 that has learned the facts, both
+made by `sae_fast.biographies`. Slots are trained jointly on the sentences of most people, once for
+each layer. On the layer from which a linear probe reads answers best, latents and value heads are
+also trained one after the other. All figures are measured on the held-out people, which the
+language model knows and the autoencoder has never seen.
 
 A value head reads an answer from one number, the strength of its slot, which is linear in the
-activation. *Spread* tells whether that can be: how far, as a root mean square, a held-out
-activation is from its answer's place, when a linear map has the answers of a relation in a line, in
-half distances between neighbours. 95 % are on the right side of normal deviations up to 0.51.
+activation. *Spread* shows whether this is possible: a linear map is fitted that places the answers
+of a relation on a line, at equal distances, and the spread is the root mean square distance of
+held-out activations from their answer's place, in units of half the distance between neighbours. If
+the deviations are normal, 95 % of them stay on the right side up to a spread of 0.51.
 
-A swap sets the slot of the relation asked to 0 and another's to a strength, in units of what it
-typically is. It succeeds when the language model then gives this person's answer to the other
-question (in brackets: any answer to it). The ceiling of this is a patch: the activation of the
-other question in the same phrasing.
+A swap sets the slot of the relation in the question to 0 and the slot of another relation to a
+strength, in units of its typical strength. It succeeds if the language model then gives this
+person's answer to the other question (in brackets: any answer to it). Its upper limit is a patch,
+which inserts the activation of the other question in the same phrasing.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ FIGURES = ("slot_accuracy", "value_accuracy", "fvu", "l0")
 def make_data(
     options: argparse.Namespace, answers: int, directory: Path
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """The language model, and what was measured when it was made; a directory of them is reused."""
+    """Return the language model and the figures of its making; make both if they do not exist."""
     if not (directory / files.BIOGRAPHIES).exists():
         sizes = {
             "--entities": options.entities,
@@ -63,10 +65,11 @@ def make_data(
 
 
 def spread_of_answers(model: LanguageModel, layer: int) -> float:
-    """How far from its place on a line an activation lies, in half distances between neighbours.
+    """Return the root mean square distance of held-out activations from their answers' places.
 
-    For each relation the linear map is fitted (ridge, on the people who are not held out) that
-    sends answer a to the number a. Of normal deviations 95 % stay on the right side up to 0.51.
+    For each relation a linear map is fitted (ridge, on the people that are not held out) that sends
+    the activation of answer a to the number a. The unit is half the distance between neighbours: if
+    the deviations are normal, 95 % of them stay on the right side up to 0.51.
     """
     sides = []
     for heldout in (False, True):
@@ -90,17 +93,20 @@ def spread_of_answers(model: LanguageModel, layer: int) -> float:
 class Training:
     """Trainings of slots.
 
-    The coefficients are not the defaults. A reconstruction summed over 128 dimensions leaves value
-    heads and alignment little say; the free slots' penalty makes them leave relations to the slots;
-    and a target near the norm of what a relation adds to an activation lets a swap at strength 1 be
-    felt.
+    The coefficients are not the defaults. Beside a reconstruction error summed over 128 dimensions,
+    value heads and alignment need larger weights. The penalty keeps the free slots from taking over
+    relations. With a target near the norm that a relation adds to an activation, a swap at strength
+    1 has an effect.
     """
 
     def __init__(self, options: argparse.Namespace, data: Path, runs: Path) -> None:
         self.options, self.data, self.runs = options, data, runs
 
     def run(self, layer: int, mode: str) -> tuple[SparseAutoencoder, dict[str, Any]]:
-        """One mode on one layer; separate_value comes after separate_activation."""
+        """Train one mode on one layer; return the model and its figures.
+
+        separate_value starts from the model of separate_activation, which must be trained before.
+        """
         runs = self.runs / f"layer_{layer}"
         config = self._train_config(layer, mode, runs)
         trainer = Trainer(self._sae_config(mode), config, show_progress=False)
@@ -146,7 +152,7 @@ class Training:
 
 
 def measure(options: argparse.Namespace, answers: int, directory: Path) -> dict[str, Any]:
-    """Data of so many answers a relation, trainings and swaps."""
+    """Make data with `answers` answers a relation, train, and swap slots; return the figures."""
     begin = time.monotonic()
     data = (options.data or directory) / f"answers_{answers}"
     model, measured = make_data(options, answers, data)
@@ -179,7 +185,7 @@ def measure(options: argparse.Namespace, answers: int, directory: Path) -> dict[
 
 
 def accuracy_table(data: dict[str, Any]) -> str:
-    """Probes and slots by answers, layer and mode."""
+    """Return the table of probes and slots by answers, layer and mode."""
     headings = ["answers", "layer", "mode", "probe, relation", "probe, answer", "spread"]
     headings += ["slot accuracy", "value accuracy", "FVU", "L0", "steps"]
     rows = []
@@ -198,7 +204,7 @@ def accuracy_table(data: dict[str, Any]) -> str:
 
 
 def swap_table(data: dict[str, Any], strengths: list[float]) -> str:
-    """Answers with something else in the place of the activation, by answers and layer."""
+    """Return the table of answers given after replacing the activation, by answers and layer."""
     headings = ["answers", "layer", "nothing replaced", "reconstruction", "patch"]
     headings += [f"swap at {strength:g}" for strength in strengths]
     rows = []
@@ -216,7 +222,7 @@ def swap_table(data: dict[str, Any], strengths: list[float]) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the explanations and the tables as Markdown."""
     parts = ["# Slots on biographies", *(__doc__ or "").strip().split("\n\n")[2:]]
     for answers, found in result["data"].items():
         model = found["language_model"]
@@ -232,17 +238,21 @@ def report(result: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.biographies")
-    parser.add_argument("--data", type=Path, help="keep biographies here, and use those there are")
+    parser.add_argument(
+        "--data", type=Path, help="folder for the biographies; existing ones are used"
+    )
     parser.add_argument("--entities", type=int, default=300)
-    parser.add_argument("--answers", type=int, nargs="+", default=[16, 4], help="of a relation")
+    parser.add_argument(
+        "--answers", type=int, nargs="+", default=[16, 4], help="answers of a relation"
+    )
     parser.add_argument("--language-model-steps", type=int, default=4000)
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--free-slots", type=int, default=2000)
     parser.add_argument("--reconstruction-epochs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=35, help="after them, with all terms")
+    parser.add_argument("--epochs", type=int, default=35, help="further epochs, with all terms")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--l1-penalty-coeff", type=float, default=0.3)

@@ -1,12 +1,12 @@
-"""How fast activations are captured, against the forward pass alone, and whether they agree.
+"""Time the capture of activations beside the forward pass alone, and check the stored numbers.
 
     python -m benchmarks.capture --model MODEL --json benchmarks/results/capture.json
 
-English text (the documentation strings of Python's standard library) goes through a model; two
-layers are captured into float16 shards. Round by round, on the same batches: the whole forward
-pass, the forward pass that ends behind the second layer, and the capture, from text to shards on
-disk (tokenised ahead of the model, written behind it, flushed at the end of each round). Then every
-stored number is compared with the hidden states that the model itself gives.
+English text (the documentation strings of Python's standard library) goes through a model, and two
+layers are captured into float16 shards. In each round three things are timed on the same batches:
+the whole forward pass, the forward pass that ends after the second layer, and the capture from text
+to shards on disk, which tokenises ahead of the model, writes in the background and flushes at the
+end of each round. Then every stored number is compared with the model's own hidden states.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Round = list[TokenBatch]
 
 
 def rounds_of(capture: Capture, tokens: int) -> list[Round]:
-    """Batches with so many rows in all, some to a round."""
+    """Return rounds of ROUND batches each, with at least `tokens` rows in all."""
     found: list[Round] = []
     for batch in capture.batches.iterate():
         if batch.cursor.batch % ROUND == 0:
@@ -57,8 +57,8 @@ def rounds_of(capture: Capture, tokens: int) -> list[Round]:
     return found
 
 
-class Contestants:
-    """What is timed; each call is the next round of one of them."""
+class Passes:
+    """The three things that are timed; each sample takes the next round of one of them."""
 
     def __init__(
         self,
@@ -75,24 +75,24 @@ class Contestants:
         }
 
     def sample(self, name: str) -> Sample:
-        """Time the next round of a contestant."""
+        """Time the next round of one of the passes."""
         index = next(self._places[name])
         calls = {WHOLE: self.whole, ENDED: self.ended, CAPTURED: self.captured}
         return measure(lambda: calls[name](index))
 
     @torch.no_grad()
     def whole(self, index: int) -> None:
-        """The model as anybody would call it."""
+        """Run the model's own forward pass on a round."""
         for batch in self._rounds[index]:
             hidden_states(self._capture, batch, wanted=False)
 
     def ended(self, index: int) -> None:
-        """The same with hooks, to the last of them."""
+        """Run the forward pass with hooks, which ends after the last hook."""
         for batch in self._rounds[index]:
             self._capture.hooked.activations(batch.tokens, batch.mask)
 
     def captured(self, index: int) -> None:
-        """From text to a shard of each hook point."""
+        """Capture a round, from text to a shard of each hook point."""
         batches = self._rounds[index]
         progress = Progress(part=TRAIN, shards=index, cursor=batches[0].cursor)
         self._run.part(self._capture.batches, batches[-1].following.rows, progress)
@@ -100,14 +100,14 @@ class Contestants:
 
 @torch.no_grad()
 def hidden_states(capture: Capture, batch: TokenBatch, *, wanted: bool = True) -> Any:
-    """What the model itself gives for a batch."""
+    """Return the model's own output for a batch, with hidden states if `wanted`."""
     mask = None if batch.mask is None else batch.mask.long()
     network = capture.model.network
     return network(batch.tokens, attention_mask=mask, output_hidden_states=wanted)
 
 
 def compare(capture: Capture, out: Path, rounds: list[Round]) -> dict[str, dict[str, int]]:
-    """Stored numbers, and those that are not the model's own hidden state in the stored type."""
+    """Count stored numbers, and those whose bits differ from the model's own hidden states."""
     found = {hook.name: {"numbers": 0, "different": 0} for hook in capture.hooked.hooks}
     for index, batches in enumerate(rounds):
         states: dict[str, list[Tensor]] = {name: [] for name in found}
@@ -145,10 +145,10 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with CaptureDirectory(folder / "out", hooks) as directory:
         recipe = capture.recipe(1)
         directory.prepare(recipe, made_with("cpu"))
-        contestants = Contestants(capture, directory, recipe, rounds)
-        contestants.ended(0)  # warm
+        passes = Passes(capture, directory, recipe, rounds)
+        passes.ended(0)  # warms up
         samples = interleave(
-            {name: lambda n=name: contestants.sample(n) for name in (WHOLE, ENDED, CAPTURED)},  # type: ignore[misc]
+            {name: lambda n=name: passes.sample(n) for name in (WHOLE, ENDED, CAPTURED)},  # type: ignore[misc]
             len(rounds),
         )
     rows = [batches[-1].following.rows - batches[0].cursor.rows for batches in rounds]
@@ -177,7 +177,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the explanations and the tables as Markdown."""
     times = [
         [
             name,
@@ -192,9 +192,9 @@ def report(result: dict[str, Any]) -> str:
     headings = [
         "",
         "tokens/s",
-        "of the whole pass",
-        "of the ended pass",
-        "CPU time",
+        "speed / whole pass",
+        "speed / ended pass",
+        "CPU time / whole pass",
         "quiet rounds",
     ]
     compared = [
@@ -204,18 +204,21 @@ def report(result: dict[str, Any]) -> str:
     head = (
         f"{result['tokens']:,} tokens of {result['documents']:,} documents, layers "
         f"{' and '.join(map(str, result['layers']))} of {result['model']}, {result['batch_size']} "
-        f"sequences a batch, {percent(result['padding'])} of their places padding and special "
-        "tokens, which are not stored. Speeds relative to the passes are medians over the rounds; "
-        "CPU time, which other programs change little, is all of it over that of the whole pass."
+        f"sequences a batch; {percent(result['padding'])} of the positions are padding and special "
+        "tokens, which are not stored. Speeds relative to the passes are medians over the rounds. "
+        "CPU time, which other programs change little, is the total relative to the whole pass."
     )
     parts = ["# Capturing activations", "", __doc__.split("\n\n")[2].strip(), "", head, ""]
     parts += [markdown_table(headings, times), ""]
-    parts += [markdown_table(["stored", "numbers", "not the hidden state's bits"], compared), ""]
+    parts += [
+        markdown_table(["stored", "numbers", "different from the hidden state"], compared),
+        "",
+    ]
     return "\n".join([*parts, machine_line(result["machine"]), "", f"`{result['command']}`"])
 
 
 def find_model(name: str | None) -> str:
-    """The folder of a model: as given, or that of the package with MiniLM."""
+    """Return the folder of a model: the given name, or the package with MiniLM."""
     if name is not None:
         return name
     package = importlib.util.find_spec(MINILM)
@@ -227,7 +230,7 @@ def find_model(name: str | None) -> str:
 def main() -> None:
     """Run, print the tables, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.capture")
-    parser.add_argument("--model", help=f"a transformers model; default: that of {MINILM}")
+    parser.add_argument("--model", help=f"a transformers model; default: the model in {MINILM}")
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 5])
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--batch-size", type=int, default=32)

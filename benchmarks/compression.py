@@ -1,10 +1,10 @@
-"""What each compression of shards saves, and how fast it is written and read.
+"""Measure the size and the speed of writing and reading shards, by compression.
 
     python -m benchmarks.compression --shard-dir DIR --json results/compression.json
 
 The rows of a directory are written as one shard of each kind by `ShardWriter` (checksum, flush to
 disk and rename included) and read in whole blocks from the page cache, as training reads them. One
-thread works; rates are of the rows before compression.
+thread is used; rates count the bytes of the rows before compression.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from sae_fast.activations.storage import BFLOAT16, FLOAT16
 
 
 def read_through(path: Path) -> None:
-    """All rows of a shard, in blocks."""
+    """Read all rows of a shard, in blocks."""
     with ShardFile(inspect_shard(path)) as file:
         for _ in iterate_stored(file):
             pass
 
 
 def compare(rows: Tensor, rounds: int) -> dict[str, dict[str, Any]]:  # rows [N, D]
-    """Every compression of these rows, interleaved."""
+    """Write and read the rows with every compression, interleaved; return sizes and rates."""
     samplers = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{name}.h5" for name in COMPRESSIONS}
@@ -65,7 +65,7 @@ def compare(rows: Tensor, rounds: int) -> dict[str, dict[str, Any]]:  # rows [N,
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the explanations and the tables as Markdown."""
     parts = ["# Compression of shards", "", __doc__.split("\n\n")[2].strip(), "", result["rows"]]
     for dtype, found in result["dtypes"].items():
         body = [
@@ -79,7 +79,7 @@ def report(result: dict[str, Any]) -> str:
             ]
             for name, one in found.items()
         ]
-        headings = [dtype, "size", "write MB/s", "read MB/s", "reads / gzip", "quiet rounds"]
+        headings = [dtype, "size", "write MB/s", "read MB/s", "read speed / gzip", "quiet rounds"]
         parts += ["", markdown_table(headings, body)]
     parts += ["", machine_line(result["machine"]), "", f"`{result['command']}`"]
     return "\n".join(parts)

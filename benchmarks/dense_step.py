@@ -1,10 +1,11 @@
-"""How long a step takes while half of the latents are active, against dense PyTorch.
+"""Time a step with half of the latents active, beside dense PyTorch.
 
     python -m benchmarks.dense_step --json results/dense_step.json
 
-A whole step of relu (loss, backward, clip, Adam) from the start of a training, where about half of
-all latents are active and the step works on all of them: by this project in both precisions, and by
-plain PyTorch in float32 and in bfloat16 autocast. The loss of each on the first batch is compared.
+A whole step of relu (loss, backward, clip, Adam) is timed at the start of a training, when about
+half of all latents are active and the step works on all latents: with sae_fast in both precisions,
+and with plain PyTorch in float32 and in bfloat16 autocast. Their losses on the first batch must be
+equal.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RATE = 1e-4
 
 
 def make_steps(size: Size, x: Tensor) -> dict[str, Callable[[], float]]:
-    """A step of each contestant, which returns its loss."""
+    """Return a function per implementation that takes a step and returns its loss."""
     steps: dict[str, Callable[[], float]] = {}
     for name, precision in (("sae_fast", "screened"), ("sae_fast_bf16", "bf16")):
         steps[name] = partial(_own_step, Step("relu", size, x), precision)
@@ -64,7 +65,7 @@ def _dense_step(theirs: DenseArchitecture, x: Tensor, is_autocast: bool) -> floa
 
 
 def time_size(size: Size, rounds: int) -> list[dict[str, Any]]:
-    """Every contestant at one size, interleaved."""
+    """Time every implementation at one size, interleaved; return the rows of the table."""
     steps = make_steps(size, make_activations(size, 1))
     losses = {name: step() for name, step in steps.items()}
     for name, loss in losses.items():
@@ -89,9 +90,16 @@ def time_size(size: Size, rounds: int) -> list[dict[str, Any]]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the explanation and the tables as Markdown."""
     parts = ["# A step while half of the latents are active", "", __doc__.split("\n\n")[2].strip()]
-    headings = ["step of relu", "ms", "/ sae_fast", "CPU ms", "least CPU ms", "quiet rounds"]
+    headings = [
+        "step of relu",
+        "ms",
+        "relative to sae_fast",
+        "CPU ms",
+        "least CPU ms",
+        "quiet rounds",
+    ]
     for name, rows in result["sizes"].items():
         body = [
             [

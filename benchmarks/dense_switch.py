@@ -1,10 +1,10 @@
-"""From which share of active latents a step is faster on all of them than on the listed ones.
+"""Find the share of active latents from which a step on all latents is faster than on lists.
 
     python -m benchmarks.dense_switch --json results/dense_switch.json
 
-A whole step of relu, jumprelu and gated (loss, backward, update with learning rate 0) is timed both
-ways at several shares, set by the encoder's bias. `DENSE_FROM` in autoencoder/thresholded.py comes
-from where the curves cross.
+A whole step of relu, jumprelu and gated (loss, backward, update with learning rate 0) is timed on
+lists of the active latents and on all latents, at several shares of active latents, which the
+encoder's bias sets. `DENSE_FROM` in autoencoder/thresholded.py is chosen where the curves cross.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PATHS = ("sparse", "dense")
 
 
 class Step:
-    """A step of a model in which a given share of all latents is listed."""
+    """A training step of a model in which a given share of all latents is listed."""
 
     def __init__(self, arch: str, size: Size, x: Tensor) -> None:
         config = SAEConfig(arch=arch, d_in=size.d_in, d_sae=size.d_sae)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ class Step:
         self.sae.b_enc.fill_(-float(reached.topk(count).values[-1]))
 
     def take(self, path: str) -> None:
-        """One step, to its end."""
+        """Take one step on the path "sparse" or "dense", and wait until the device has finished."""
         listed = 0.0 if path == "sparse" else float(self.sae.config.d_sae)
         self.sae.get_buffer(LISTED).fill_(listed)
         with self.sae.kept_copies(session=self.optimizer):
@@ -80,7 +80,7 @@ class Step:
 
 
 def time_share(step: Step, share: float, rounds: int) -> dict[str, Any]:
-    """Both ways at one share, interleaved."""
+    """Time both paths at one share of listed latents, interleaved; return the row of the table."""
     step.list_share(share)
     samplers = {path: lambda path=path: measure(lambda: step.take(path)) for path in PATHS}
     for path in PATHS:
@@ -95,7 +95,7 @@ def time_share(step: Step, share: float, rounds: int) -> dict[str, Any]:
 
 
 def crossing(rows: list[dict[str, Any]]) -> float | None:
-    """The share at which both take equally long, interpolated; None where it is not among them."""
+    """Return the interpolated share at which both paths take equally long; None if none does."""
     for below, above in itertools.pairwise(rows):
         low, high = (math.log(row["sparse_over_dense"]) for row in (below, above))
         if low < 0 <= high:
@@ -105,7 +105,7 @@ def crossing(rows: list[dict[str, Any]]) -> float | None:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the explanations and the tables as Markdown."""
     parts = ["# Steps on all latents, and on the listed ones", "", __doc__.split("\n\n")[2].strip()]
     for name, architectures in result["sizes"].items():
         parts += ["", f"## {name}", ""]

@@ -1,12 +1,12 @@
-"""Whether training straight from a model gives what training on captured shards gives.
+"""Compare training straight from a model with training on captured shards.
 
     python -m benchmarks.from_model --json benchmarks/results/from_model.json
 
-The same text (the documentation strings of Python's standard library), the same layers of a real
-model, as many tokens and steps, the same held-out documents. Once the activations are captured into
-float16 shards and trained on from there, once they go from the model into the pool. The order of
-rows differs, as windows of text follow each other in the second way. Reported is the held-out
-fraction of variance unexplained of both, for several seeds.
+Both trainings have the same text (the documentation strings of Python's standard library), layers
+of a real model, held-out documents and numbers of tokens and steps. One reads the activations from
+float16 shards into which they were captured; the other takes them from the model into the pool. The
+order of rows differs, because the second way shuffles consecutive windows of text. The table shows
+the held-out fraction of variance unexplained (FVU) of both, for several seeds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FROM_SHARDS, FROM_MODEL = "from shards", "straight from the model"
 
 
 def configuration(options: argparse.Namespace) -> RunConfig:
-    """The training, but for where its activations come from."""
+    """Return the training's configuration without the source of the activations."""
     sae = SAEConfig(k=options.k, expansion_factor=options.expansion_factor)
     train = TrainConfig(
         batch_size=options.batch_size * options.ctx_len,
@@ -49,7 +49,7 @@ def configuration(options: argparse.Namespace) -> RunConfig:
 
 
 def train_from_shards(options: argparse.Namespace, texts: Path, folder: Path) -> dict[str, Any]:
-    """Capture, then a sweep over the seeds for each layer."""
+    """Capture shards, then train a sweep over the seeds for each layer; return the FVUs."""
     words = {
         "--max-tokens": options.tokens,
         "--heldout-tokens": options.heldout_tokens,
@@ -75,7 +75,7 @@ def train_from_shards(options: argparse.Namespace, texts: Path, folder: Path) ->
 
 
 def train_from_model(options: argparse.Namespace, texts: Path) -> dict[str, Any]:
-    """All layers and seeds from the same forward passes."""
+    """Train all layers and seeds from the same forward passes; return the FVUs."""
     settings = FromModelConfig(
         layers=tuple(options.layers),
         max_tokens=options.tokens,
@@ -90,7 +90,7 @@ def train_from_model(options: argparse.Namespace, texts: Path) -> dict[str, Any]
 
 
 def results(sweep: Sweep, prefix: str) -> dict[str, float]:
-    """The held-out FVU of every training of a sweep."""
+    """Train a sweep; return the held-out FVU of each training by its name after `prefix`."""
     sweep.train()
     return {
         f"{prefix}{name}": trainer.summary["final_heldout_fvu"]
@@ -99,7 +99,7 @@ def results(sweep: Sweep, prefix: str) -> dict[str, float]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table."""
+    """Return the explanation and the table as Markdown."""
     one, other = result[FROM_SHARDS]["fvu"], result[FROM_MODEL]["fvu"]
     rows = [
         [name, f"{one[name]:.4f}", f"{other[name]:.4f}", f"{other[name] / one[name] - 1:+.2%}"]
@@ -127,14 +127,14 @@ def report(result: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.from_model")
     parser.add_argument("--model", help=f"default: the weights in the package {MINILM}")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--heldout-tokens", type=int, default=16_384)
     parser.add_argument("--ctx-len", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences in a batch")
     parser.add_argument("--pool-rows", type=int, default=65_536)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--expansion-factor", type=float, default=8)

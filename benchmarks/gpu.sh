@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in one command of at most nine minutes: builds in place, runs
-# the tests on CUDA, the sanitizers, the benchmarks and a profile, and leaves it all in one folder.
+# All checks that need a GPU, in one command of at most nine minutes: it builds in place, runs the
+# tests on CUDA, the sanitizers, the benchmarks and a profile, and writes all results to one folder.
 #
 #   benchmarks/gpu.sh --out gpu_results
 #   benchmarks/gpu.sh --only tests --only bench --sizes G1,G2
@@ -11,16 +11,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 64
 usage() {
   cat <<'TEXT'
 usage: benchmarks/gpu.sh [options]
-  --out DIR       where results go (default gpu_results): summary.md, tables.md, log.txt, tests.xml,
-                  train_step.json, kernels.json, quality.json, profile.json
-  --only PART     tests, sanitizer, bench or profile; several times for several (default: all)
+  --out DIR       folder of results (default gpu_results): summary.md, tables.md, log.txt,
+                  tests.xml, train_step.json, kernels.json, quality.json, profile.json
+  --only PART     tests, sanitizer, bench or profile; can be given several times (default: all)
   --sizes LIST    sizes of the benchmark (default G1,G2,G3)
-  --seconds N     for everything together (default 540)
-  --no-build      take the module that is there
-  --device cpu    a rehearsal without a GPU: tiny sizes, a few tests, no tool of CUDA
+  --seconds N     time limit of all parts together (default 540)
+  --no-build      use the module that is already built
+  --device cpu    try the script without a GPU: tiny sizes, a few tests, no CUDA tools
   PYTHON=…        the interpreter (default python3), which needs torch
-The exit code is the sum of what failed: build 1, tests 2, sanitizer 4, bench 8, profile 16;
-64 stands for wrong arguments.
+The exit code is the sum over the parts that failed: build 1, tests 2, sanitizer 4, bench 8,
+profile 16; it is 64 for wrong arguments.
 TEXT
 }
 
@@ -76,7 +76,7 @@ tables=$work/tables # one Markdown file each, in the order of their names
 mkdir "$tables"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
-# A part's share of the time, in seconds of the default; what one leaves over, the later ones get.
+# A part's share of the time, in seconds of the default; time left over is given to the later parts.
 declare -A share=([build]=130 [tests]=115 [sanitizer]=90 [bench]=145 [profile]=60)
 declare -A code=([build]=1 [tests]=2 [sanitizer]=4 [bench]=8 [profile]=16)
 parts=()
@@ -85,8 +85,8 @@ for name in tests sanitizer bench profile; do # in this order, whatever the orde
   [[ " ${chosen[*]} " == *" $name "* ]] && parts+=("$name")
 done
 start=$SECONDS
-deadline=0   # of the running part
-failed=0     # commands of the running part
+deadline=0   # the running part's, on the clock of SECONDS
+failed=0     # how many commands of the running part have failed
 exit_code=0
 results=()
 
@@ -94,8 +94,8 @@ say() { echo "$*" | tee -a "$log"; }
 
 left() { echo $((deadline - SECONDS)); }
 
-# Runs a command in what is left of its part's time, or in `portion` percent of that. An interrupt
-# lets Python write what it has.
+# Runs a command within the rest of its part's time, or within `portion` percent of the rest. A late
+# command is ended by an interrupt, which lets Python write the results so far.
 within() {
   local remaining status
   remaining=$(($(left) * ${portion:-100} / 100))
@@ -126,7 +126,7 @@ needs() {
 keep_results() {
   local file
   {
-    echo "# What gpu.sh found"
+    echo "# Results of gpu.sh"
     echo
     cat "$work/machine.md"
     echo
@@ -170,7 +170,7 @@ part_build() {
     return
   fi
   architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-  [[ $architecture != 9.0 ]] || architecture=9.0a # wgmma and its like
+  [[ $architecture != 9.0 ]] || architecture=9.0a # for wgmma
   export TORCH_CUDA_ARCH_LIST=$architecture
   export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
   needs nvcc || return
@@ -178,7 +178,7 @@ part_build() {
   if ! SAE_FAST_CUDA=1 SAE_FAST_BUILD_DIR=build/gpu \
     within "$PYTHON" -m pip install "${options[@]}" -e .; then
     failed=0
-    say "gpu.sh: pip could not; CMake alone then"
+    say "gpu.sh: pip could not build; trying CMake alone"
     within cmake -S . -B build/gpu_cmake -G Ninja --log-level=WARNING -DSAE_FAST_CUDA=ON \
       -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DCMAKE_CUDA_COMPILER="$(command -v nvcc)" &&
       within cmake --build build/gpu_cmake
@@ -197,7 +197,7 @@ part_tests() {
     portion=75 within "$PYTHON" -m pytest "${options[@]}" -m cuda \
       python_tests/ops python_tests/autoencoder python_tests/activations python_tests/training
   fi
-  # Latents die and are revived on the way, so that AuxK is compared too.
+  # Latents die and are revived during these trainings, so that AuxK is compared too.
   within "$PYTHON" -m benchmarks.quality --shard-dir examples/activations --seeds 0 --epochs 10 \
     --lr 3e-3 --dead-after-tokens 30000 --device cpu "$device" --repeat --no-reference \
     --fvu-tolerance 0.01 --threads 8 \
@@ -223,13 +223,13 @@ part_bench() {
   IFS=, read -ra names <<<"$sizes"
   for size in "${names[@]}"; do
     number=$((number + 1))
-    # Two thirds of an equal share: the limit is looked at between contestants.
+    # Two thirds of an equal share, because the limit is checked only between implementations.
     portion=$((100 / (${#names[@]} - number + 2) + 10)) \
       within "$PYTHON" -m benchmarks.train_step --device "$device" --sizes "$size" --merge \
       --seconds $(($(left) * 2 / 3 / (${#names[@]} - number + 2))) \
       --json "$out/train_step.json" --markdown "$tables/1_train_step.md" --memory-steps 0
   done
-  names=("${names[@]:0:2}") # the ops of the two smallest tell enough
+  names=("${names[@]:0:2}") # the two smallest sizes suffice for the ops
   within "$PYTHON" -m benchmarks.kernels --device "$device" --sizes "$(IFS=,; echo "${names[*]}")" \
     --rounds 5 --seconds $(($(left) * 2 / 3)) --no-reader \
     --json "$out/kernels.json" --markdown "$tables/2_kernels.md"
@@ -268,7 +268,7 @@ print('Python', platform.python_version() + ', torch', torch.__version__)")"
   echo "- $(nvcc --version 2>/dev/null | tail -n 1 || echo "no nvcc")"
 }
 
-# Packages that the parts import; a machine without network gets the missing ones as wheels.
+# Packages that the parts import; a machine without network needs the missing ones as wheels.
 missing=$("$PYTHON" - <<'PYTHON'
 from importlib.util import find_spec
 needed = "torch numpy h5py safetensors tqdm pytest hypothesis pybind11 setuptools".split()
@@ -278,7 +278,7 @@ PYTHON
 [[ -z $missing ]] || refuse "$PYTHON lacks: $missing; bring their wheels and install them first"
 if [[ $device == cuda ]]; then
   "$PYTHON" -c "import torch; exit(0 if torch.cuda.is_available() else 1)" ||
-    refuse "torch finds no CUDA device; --device cpu is a rehearsal without one"
+    refuse "torch finds no CUDA device; --device cpu tries the script without one"
 fi
 
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin

@@ -1,4 +1,4 @@
-"""Times each op of sae_fast against its PyTorch equivalent and against the floor of its work.
+"""Time each op of sae_fast beside its PyTorch equivalent and the floor of its work.
 
 python -m benchmarks.kernels --sizes S2 --markdown results/kernels.md
 python -m benchmarks.kernels --device cuda --sizes G1,G2
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.support.cuda_rates import device_section, measure_device
 from benchmarks.support.floors import Rates, bare_product_seconds, measure_rates
-from benchmarks.support.heats import say
+from benchmarks.support.groups import say
 from benchmarks.support.kernel_cases import all_cases
 from benchmarks.support.kernel_setting import Case, Setting
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
@@ -49,7 +49,7 @@ PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 
 
 def time_case(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Check an op against PyTorch, then time both in turn, on a GPU with nothing in its L2."""
+    """Check an op against PyTorch, then time both in turn, on a GPU with a cold L2 cache."""
     case.check()
 
     def sampler(call: Callable[[], object]) -> Callable[[], Sample]:
@@ -83,7 +83,7 @@ def time_case(case: Case, rounds: int, device: torch.device) -> dict[str, Any]:
 def run_size(
     size: Size, rounds: int, device: torch.device, deadline: float = math.inf
 ) -> dict[str, Any]:
-    """All ops at one size; after the deadline the rest is left out."""
+    """Measure all ops at one size; return its JSON entry, without the ops after the deadline."""
     say(size.describe())
     start = time.perf_counter()
     rates = measure_rates(size, "fp32", device)
@@ -94,15 +94,15 @@ def run_size(
         seconds = {name: seconds for name, (seconds, _) in products.items()}
         setting = Setting(size, rates, seconds, device)
     rows, failures = [], []
-    # What the cases make is made on the GPU; on a CPU the context would only cost time.
+    # The cases create tensors on the device; on a CPU the context would only cost time.
     with nullcontext() if device.type == "cpu" else device:
         for case in all_cases(setting):
             if time.monotonic() > deadline:
-                failures.append(f"{case.name} and what follows: no time left")
+                failures.append(f"{case.name} and the following ops: no time left")
                 break
             try:
                 rows.append(time_case(case, rounds, device))
-            except RuntimeError as error:  # out of memory, or another result than PyTorch's
+            except RuntimeError as error:  # out of memory, or a result that differs from PyTorch's
                 failures.append(f"{case.name}: {str(error).splitlines()[0]}")
                 say(f"  {failures[-1]}")
     say(f"  took {time.perf_counter() - start:.0f} s")
@@ -119,7 +119,7 @@ def run_size(
 
 
 def size_section(result: Mapping[str, Any]) -> list[str]:
-    """The tables of one size."""
+    """Return the heading, tables and explanations of one size."""
     size, rates = Size(**result["size"]), Rates(**result["rates"])
     headings = [
         *("op", "ms", "min", "PyTorch ms", "PyTorch / ours", "floor ms", "time / floor"),
@@ -158,13 +158,13 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """All tables, as Markdown."""
+    """Return all tables as Markdown."""
     parts = [
         "# The ops, one by one",
         "Times are medians of interleaved rounds in milliseconds. The floor counts only the work "
         "named below each table, at rates measured in the same run; for the selection it is the "
-        "bare product, so `time / floor` is what selecting costs on top of it. On a GPU nothing is "
-        "in the L2 when a call begins.",
+        "bare product, so `time / floor` shows the cost of selecting on top of it. On a GPU the L2 "
+        "cache is cold when a call begins.",
     ]
     for result in results["sizes"].values():
         parts += size_section(result)
@@ -177,7 +177,7 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.kernels")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
@@ -186,9 +186,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="nothing new begins after them"
+        "--seconds", type=float, default=math.inf, help="time limit; no op is started after it"
     )
-    parser.add_argument("--no-reader", action="store_true", help="leave the data reader out")
+    parser.add_argument("--no-reader", action="store_true", help="do not measure the data reader")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     return parser.parse_args()
@@ -209,7 +209,7 @@ def main() -> None:
     }
 
     def keep() -> None:
-        """After every size: a long run that is cut short keeps what it has."""
+        """Write the results so far, so that a long run that is cut short keeps them."""
         if options.json:
             write_json(options.json, results)
         if options.markdown:

@@ -1,15 +1,15 @@
-"""What every preset needs on this machine: memory, as planned and as used, and time.
+"""Measure the memory, planned and used, and the time that every preset needs on this machine.
 
     python -m benchmarks.presets --json benchmarks/results/presets.json
 
-Each preset makes a few steps at its full size on random rows, in a process of its own. Memory is
-the peak above that process's state after a tiny training, which loads what every run loads. The
-time of a whole training is that of as many tokens as such a model is usually trained on, at the
-rate of these steps. ReLU codes have half of all latents active in them, and get faster as they get
-sparse.
+Each preset takes a few steps at its full size on random rows, in a process of its own. Memory is
+the peak above that process's state after a tiny training, which loads the libraries that every
+training loads. The time of a whole training assumes the rate of these steps and the number of
+tokens that such a model is usually trained on. In the measured steps ReLU codes have half of all
+latents active; they become faster as they become sparse.
 
-Times are left out where other programs kept more than 15 % of a CPU busy meanwhile. `--keep FILE`
-measures some presets again and takes the others from the JSON of an earlier run.
+Times are left out if other programs kept more than 15 % of a CPU busy during the measurement.
+`--keep FILE` measures some presets again and takes the others from the JSON of an earlier run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.support import timing
-from benchmarks.support.heats import say
+from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.memory import PeakMemory
 from benchmarks.support.tables import machine_line, markdown_table, publish
@@ -37,7 +37,7 @@ _GIB = 2**30
 
 
 def measure(name: str, steps: int) -> dict[str, Any]:
-    """Some steps of one preset, in this process."""
+    """Take some steps of one preset in this process; return its figures."""
     tiny = TrainConfig(batch_size=64, max_steps=2, eval_every=0, checkpoint_every=0)
     Trainer(SAEConfig(k=4), tiny, data=torch.randn(64, 32), show_progress=False).train()
     memory = PeakMemory()
@@ -63,7 +63,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
 
 def measure_apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The same in a new process, so that nothing of the others' memory is left."""
+    """Measure a preset in a new process, so that no memory of another preset is counted."""
     flags = ["--inside", "--presets", name, "--steps", str(options.steps)]
     command = [sys.executable, "-m", "benchmarks.presets", *flags]
     command += ["--threads", str(options.threads)]
@@ -75,9 +75,9 @@ def measure_apart(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table."""
+    """Return the explanations and the table as Markdown."""
     headings = ["preset", "architecture", "d_in", "d_sae", "tokens a step"]
-    headings += ["planned GiB", "peak GiB", "s a step", "tokens/s", "tokens", "hours for all"]
+    headings += ["planned GiB", "peak GiB", "s a step", "tokens/s", "tokens", "hours"]
     body = []
     for name, found in result["presets"].items():
         rate = found["tokens_per_second"]
@@ -89,7 +89,7 @@ def report(result: dict[str, Any]) -> str:
             times = ["-", "-", times[2], "-"]
         body.append([name, found["arch"], *sizes, *memory, *times])
     about = (__doc__ or "").strip().split("\n\n")[2:]
-    parts = ["# What the presets need", *about, markdown_table(headings, body)]
+    parts = ["# Memory and time of the presets", *about, markdown_table(headings, body)]
     for runs, names in _by_run(result).items():
         machine, command = json.loads(runs)
         of = "" if len(names) == len(result["presets"]) else f"{', '.join(names)}: "
@@ -98,7 +98,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def _by_run(result: dict[str, Any]) -> dict[str, list[str]]:
-    """Names of presets by machine and command, as JSON, that their numbers came from."""
+    """Return the names of presets by the machine and command of their numbers, as JSON."""
     runs: dict[str, list[str]] = {}
     for name, found in result["presets"].items():
         run = [found.get(key, result[key]) for key in ("machine", "command")]
@@ -107,7 +107,7 @@ def _by_run(result: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def kept(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
-    """The presets of an earlier result, with machine and command, and those measured now."""
+    """Return the presets of an earlier result, with machine and command, updated by new ones."""
     before = json.loads(path.read_text(encoding="utf-8"))
     origin = {"machine": before["machine"], "command": before["command"]}
     earlier = {name: {**origin, **found} for name, found in before["presets"].items()}
@@ -115,12 +115,14 @@ def kept(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.presets")
     parser.add_argument("--presets", default=",".join(PRESETS), help="separated by commas")
-    parser.add_argument("--steps", type=int, default=MEASURED_STEPS, help="timed, after one more")
+    parser.add_argument(
+        "--steps", type=int, default=MEASURED_STEPS, help="timed steps, after one untimed"
+    )
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--keep", type=Path, help="JSON of an earlier run, for other presets")
+    parser.add_argument("--keep", type=Path, help="JSON of an earlier run, for the other presets")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--inside", action="store_true", help="measure in this process")

@@ -1,12 +1,12 @@
-"""Which kernels a training step spends its time in, and how near the hardware's limits they are.
+"""Find the slowest kernels of a training step, and measure them with ncu.
 
     python -m benchmarks.profile_step slowest --size G1 --json slowest.json
     ncu … python -m benchmarks.profile_step run --size G1
     python -m benchmarks.profile_step summary --csv ncu.csv --slowest slowest.json
 
-`slowest` lets torch.profiler add up the time of every kernel over some steps and prints a pattern
-for `ncu --kernel-name` that matches the worst; `run` takes the few steps that ncu is to look at,
-between cudaProfilerStart and cudaProfilerStop; `summary` makes a table of what ncu wrote.
+`slowest` adds up the time of every kernel over some steps with torch.profiler and prints a pattern
+for `ncu --kernel-name` that matches the slowest ones; `run` takes the few steps that ncu measures,
+between cudaProfilerStart and cudaProfilerStop; `summary` makes a table from ncu's output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCHES = 2
 
 
 class Steps:
-    """A model in training, warmed up."""
+    """The training steps of a model, after some untimed ones."""
 
     def __init__(self, size: Size, precision: str, device: torch.device) -> None:
         weights = make_weights(size, device=device)
@@ -47,7 +47,7 @@ class Steps:
         self.take(WARMUP_STEPS)
 
     def take(self, count: int) -> None:
-        """Some steps, to their end."""
+        """Take `count` steps and wait until the device has finished."""
         for step in range(count):
             first = step % BATCHES * self.size.n_tokens
             self.trainer.step(self.x[first : first + self.size.n_tokens])
@@ -56,7 +56,7 @@ class Steps:
 
 
 def kernel_times(steps: Steps, count: int) -> list[dict[str, Any]]:
-    """Every kernel with its launches and microseconds a step, the slowest first."""
+    """Profile steps; return each kernel's launches and microseconds a step, the slowest first."""
     on_cuda = steps.x.is_cuda
     activity = torch.profiler.ProfilerActivity
     wanted = [activity.CUDA] if on_cuda else [activity.CPU]
@@ -75,11 +75,11 @@ def kernel_times(steps: Steps, count: int) -> list[dict[str, Any]]:
 
 
 def slowest(options: argparse.Namespace) -> str:
-    """The table of kernels; writes them and the pattern for ncu."""
+    """Profile a step and write the kernels and the pattern for ncu as JSON; return the table."""
     steps = Steps(parse_size(options.size), options.precision, device_or_exit(options.device))
     kernels = kernel_times(steps, options.steps)
     total = sum(row["microseconds"] for row in kernels)
-    # Copies and fills are no kernels that ncu could stop at.
+    # Copies and fills are not kernels, and ncu cannot select them.
     names = [row["kernel"] for row in kernels if not row["kernel"].startswith(("Memcpy", "Memset"))]
     pattern = "^(" + "|".join(names[: options.count]) + ")$"
     write_json(options.json, {"size": options.size, "kernels": kernels, "pattern": pattern})
@@ -98,7 +98,7 @@ def slowest(options: argparse.Namespace) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """The steps that ncu is to look at."""
+    """Take the steps that ncu measures."""
     steps = Steps(parse_size(options.size), options.precision, device_or_exit(options.device))
     if steps.x.is_cuda:
         torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
@@ -108,14 +108,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def summary(options: argparse.Namespace) -> str:
-    """The table of what ncu measured, in the order of the profile."""
+    """Return the table of ncu's metrics, in the order of the profile."""
     order = [row["kernel"] for row in json.loads(options.slowest.read_text())["kernels"]]
     launches = read_launches(options.csv.read_text())
     return "# The slowest kernels under ncu\n\n" + summary_table(launches, order)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.profile_step")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("slowest", "run"):
@@ -129,8 +129,8 @@ def parse_arguments() -> argparse.Namespace:
             command.add_argument("--json", type=Path, required=True)
             command.add_argument("--markdown", type=Path)
     command = commands.add_parser("summary")
-    command.add_argument("--csv", type=Path, required=True, help="what ncu --csv --page raw wrote")
-    command.add_argument("--slowest", type=Path, required=True, help="what `slowest` wrote")
+    command.add_argument("--csv", type=Path, required=True, help="output of ncu --csv --page raw")
+    command.add_argument("--slowest", type=Path, required=True, help="the JSON file of `slowest`")
     command.add_argument("--markdown", type=Path)
     commands.add_parser("metrics", help="print the list for ncu --metrics")
     return parser.parse_args()

@@ -1,12 +1,12 @@
-"""Trains the same autoencoder with sae_fast and with plain PyTorch, and compares what comes out.
+"""Train one autoencoder with sae_fast and with plain PyTorch, and compare the results.
 
     python -m benchmarks.quality --shard-dir DIR --markdown results/quality.md
     python -m benchmarks.quality --shard-dir DIR --device cpu cuda --repeat --fvu-tolerance 0.01
 
 Both start from the same weights and see the same rows in the same order, with the same learning
-rate at every step; both are judged by the same plain PyTorch code on the held-out shards, on the
-CPU. With several devices, or with --repeat, runs of the same training are also compared: a repeated
-one must end with the same bits, and another device's near the first's.
+rate at every step; both are evaluated by the same plain PyTorch code on the held-out shards, on the
+CPU. With several devices, or with --repeat, runs of one training are also compared: a repeated run
+must end with the same bits, and the FVU on another device must be near the first device's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines.tuned import TunedTrainer
-from benchmarks.support.heats import say
+from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Weights
 from benchmarks.support.tables import machine_line, markdown_table, write_json, write_text
@@ -39,7 +39,7 @@ REFERENCE = "PyTorch reference"
 
 @dataclass(frozen=True)
 class Quality:
-    """What one training run reached."""
+    """The results of one training."""
 
     trainer: str
     seed: int
@@ -48,11 +48,11 @@ class Quality:
     l0: float
     final_loss: float
     seconds: float
-    digest: str = ""  # of the parameters
+    digest: str = ""  # hash of the parameters
 
 
 def train_all(options: argparse.Namespace, seed: int) -> list[Quality]:
-    """One seed: the reference, then sae_fast in each precision on each device."""
+    """Train one seed: the reference, then sae_fast in each precision on each device."""
     results = []
     if not options.no_reference:
         results.append(train_reference(make_trainer(options, seed, "off", "cpu"), seed))
@@ -63,7 +63,7 @@ def train_all(options: argparse.Namespace, seed: int) -> list[Quality]:
 
 
 def train_ours(options: argparse.Namespace, seed: int, amp: str, device: str) -> list[Quality]:
-    """sae_fast in one precision on one device, and with --repeat once more."""
+    """Train sae_fast in one precision on one device, with --repeat twice; return the results."""
     name = "sae_fast" if amp == "off" else f"sae_fast --amp {amp}"
     name += "" if device == "cpu" else f" --device {device}"
     results = []
@@ -75,17 +75,17 @@ def train_ours(options: argparse.Namespace, seed: int, amp: str, device: str) ->
         weights = weights_of(sae)
         final = float(trainer.summary["final_loss"])
         shown = name + (", again" if again else "")
-        results.append(judge(shown, seed, weights, trainer, final, seconds))
+        results.append(assess(shown, seed, weights, trainer, final, seconds))
     return results
 
 
 def weights_of(sae: SparseAutoencoder) -> Weights:
-    """The parameters, on the CPU."""
+    """Return the parameters, on the CPU."""
     return Weights(*(sae.get_parameter(name).detach().cpu() for name in Weights.__annotations__))
 
 
 def make_trainer(options: argparse.Namespace, seed: int, amp: Any, device: str) -> Trainer:
-    """sae_fast's trainer as a user makes it; nothing is written to disk."""
+    """Return sae_fast's trainer as a user would create it, without any files written."""
     model = SAEConfig(
         expansion_factor=options.expansion_factor,
         k=options.k,
@@ -106,7 +106,7 @@ def make_trainer(options: argparse.Namespace, seed: int, amp: Any, device: str) 
 
 
 def train_reference(trainer: Trainer, seed: int) -> Quality:
-    """Plain PyTorch from the weights, rows and schedule that `trainer` is about to use."""
+    """Train plain PyTorch with the weights, rows and schedule that `trainer` would use."""
     size, weights = trainer.sae_config, weights_of(trainer.sae)
     reference = TunedTrainer(weights, size.k, 0.0, dead_after_tokens=size.dead_after_tokens)
     source = trainer.data.open(transform_of(trainer))
@@ -118,18 +118,18 @@ def train_reference(trainer: Trainer, seed: int) -> Quality:
     seconds = time.perf_counter() - start
     source.close()
     trained = Weights(*(parameter.detach() for parameter in reference.parameters))
-    return judge(REFERENCE, seed, trained, trainer, float(loss), seconds)
+    return assess(REFERENCE, seed, trained, trainer, float(loss), seconds)
 
 
 def transform_of(trainer: Trainer) -> Transform:
-    """The normalisation the model was given."""
+    """Return the normalisation of the model's input."""
     return Transform(trainer.sae.activation_mean.cpu(), float(trainer.sae.activation_scale))
 
 
-def judge(
+def assess(
     name: str, seed: int, weights: Weights, trainer: Trainer, final_loss: float, seconds: float
 ) -> Quality:
-    """Held-out FVU, dead latents and L0 by plain PyTorch."""
+    """Measure held-out FVU, dead latents and L0 in plain PyTorch; return all results of a run."""
     heldout = trainer.data.heldout
     if heldout is None:
         raise ValueError(f"no held-out shards in {trainer.train_config.shard_dir}")
@@ -139,7 +139,7 @@ def judge(
 
 
 def digest(weights: Weights) -> str:
-    """A hash of all bits of the parameters."""
+    """Return a hash of all bits of the parameters."""
     bits = hashlib.sha256()
     for tensor in vars(weights).values():
         bits.update(tensor.contiguous().numpy().tobytes())
@@ -150,15 +150,15 @@ def digest(weights: Weights) -> str:
 def evaluate(
     weights: Weights, k: int, batches: Iterable[Tensor], transform: Transform
 ) -> tuple[float, float, float]:
-    """Σ|x − x̂|² / Σ|x − mean(x)|² over all rows, the share of silent latents, and L0."""
-    judge_of = TunedTrainer(weights, k, 0.0)
+    """Return FVU = Σ|x − x̂|² / Σ|x − mean(x)|², the share of silent latents, and L0."""
+    model = TunedTrainer(weights, k, 0.0)
     on_cpu = (batch.cpu() for batch in batches)
     rows = torch.cat([(batch - transform.mean) * transform.scale for batch in on_cpu])
     error, active = 0.0, 0
     fired = torch.zeros(len(weights.b_enc), dtype=torch.bool)
     for x in torch.split(rows, 4096):
-        values, indices = judge_of.select(x)
-        x_hat = judge_of.decode(values, indices) + weights.b_dec
+        values, indices = model.select(x)
+        x_hat = model.decode(values, indices) + weights.b_dec
         error += float((x - x_hat).double().square().sum())
         active += int((values > 0).sum())
         fired[indices[values > 0]] = True
@@ -167,10 +167,10 @@ def evaluate(
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table, as Markdown."""
+    """Return the explanation and the table as Markdown."""
     runs = [Quality(**run) for run in results["runs"]]
     names = list(dict.fromkeys(run.trainer for run in runs))
-    # The first trainer is the one to compare with: plain PyTorch unless it was left out.
+    # The others are compared with the first trainer: plain PyTorch unless it was left out.
     reference = {run.seed: run.fvu for run in runs if run.trainer == names[0]}
     headings = [
         *("trainer", "seed", "held-out FVU", "vs reference", "dead on held-out", "L0"),
@@ -195,10 +195,10 @@ def report(results: dict[str, Any]) -> str:
         )
     return "\n\n".join(
         [
-            "# What the training reaches",
-            f"{results['data']}: {results['setting']}. The same first weights, rows in the same "
-            "order and learning rates for both; judged by the same plain PyTorch code on the "
-            "held-out shards. FVU is the share of the variance that the reconstruction misses.",
+            "# Quality of trained autoencoders",
+            f"{results['data']}: {results['setting']}. All runs of a seed have the same first "
+            "weights, order of rows and learning rates, and are evaluated by the same plain "
+            "PyTorch code on the held-out shards. FVU is the fraction of variance unexplained.",
             markdown_table(headings, rows),
             *results["wrong"],
             f"{machine_line(results['machine'])}\n`{results['command']}`",
@@ -207,7 +207,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _row(run: Quality, reference: float) -> list[str]:
-    """A run's line of the table; `reference` is the FVU to compare with."""
+    """Return a run's row of the table; `reference` is the FVU it is compared with."""
     return [
         run.trainer,
         str(run.seed),
@@ -222,7 +222,10 @@ def _row(run: Quality, reference: float) -> list[str]:
 
 
 def what_is_wrong(runs: list[Quality], tolerance: float | None) -> list[str]:
-    """Repeated runs that ended otherwise, and FVUs further than `tolerance` from the first's."""
+    """Return a sentence per repeated run with other bits and per FVU outside the tolerance.
+
+    The tolerance is relative to the first run of the seed.
+    """
     wrong = []
     first: dict[int, Quality] = {}
     by_name = {(run.trainer, run.seed): run for run in runs}
@@ -241,10 +244,10 @@ def what_is_wrong(runs: list[Quality], tolerance: float | None) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.quality")
     parser.add_argument("--shard-dir", type=Path, required=True, help="shards and heldout*.h5")
-    parser.add_argument("--name", help="what the table calls the data; default: the folder's name")
+    parser.add_argument("--name", help="name of the data in the table; default: the folder's name")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--expansion-factor", type=float, default=8.0)
@@ -254,10 +257,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dead-after-tokens", type=int, default=10_000_000)
     parser.add_argument("--amp", nargs="*", default=[], help="also train with --amp bf16 or fp16")
     parser.add_argument("--device", nargs="+", default=["cpu"], help="cpu, cuda or both")
-    parser.add_argument("--repeat", action="store_true", help="train twice, expect the same bits")
-    parser.add_argument("--no-reference", action="store_true", help="leave plain PyTorch out")
+    parser.add_argument("--repeat", action="store_true", help="train twice and expect equal bits")
     parser.add_argument(
-        "--fvu-tolerance", type=float, help="fail where an FVU is relatively further from the first"
+        "--no-reference", action="store_true", help="do not train with plain PyTorch"
+    )
+    parser.add_argument(
+        "--fvu-tolerance",
+        type=float,
+        help="fail if an FVU differs from the first by a larger share",
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the numbers here")

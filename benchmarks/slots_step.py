@@ -1,12 +1,12 @@
-"""A step of arch slots, against PyTorch's of the same formula.
+"""Time a step of arch slots beside two forms of its formula in PyTorch.
 
     python -m benchmarks.slots_step --json benchmarks/results/slots_step.json
 
-A whole step (codes, all six terms, backward, AdamW, unit decoder rows) at several numbers of slots,
-64 tokens of width 768, six of the slots bound to relations. PyTorch's step is written twice: with
-the F x F matrix of correlations, as the formula reads, and with the same sums over N x N matrices
-of tokens. All start from the same parameters; their first losses must be equal. Memory is the peak
-of two steps, parameters and optimiser states included.
+A whole step (codes, all six terms, backward, AdamW, unit decoder rows) is timed at several numbers
+of slots, on 64 tokens of width 768, with six of the slots bound to relations. PyTorch's step has
+two forms: with the F x F matrix of correlations, as in the formula, and with equal sums over N x N
+matrices of tokens. All start from the same parameters, and their first losses must be equal. Memory
+is the peak of two steps, parameters and optimiser states included.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 N_TOKENS, D_IN, N_RELATIONS, N_ANSWERS = 64, 768, 6, 100
 RATE, DECAY = 1e-3, 0.01
 LOSS_TOLERANCE = 2e-3
-_MATRICES = 6  # F x F floats alive at once in PyTorch's literal form, as found by trying
+_MATRICES = 6  # F x F float32 matrices that PyTorch's literal form holds at once, as measured
 
 
 def make_model(n_slots: int, device: torch.device) -> SparseAutoencoder:
-    """The model that all contestants start from."""
+    """Return a copy of the model that all implementations start from."""
     config = SAEConfig(
         arch="slots",
         d_in=D_IN,
@@ -56,7 +56,7 @@ def make_model(n_slots: int, device: torch.device) -> SparseAutoencoder:
 
 
 def make_batch(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, relations and answers."""
+    """Return rows [N, D], relations [N] and answers [N]."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N_TOKENS, D_IN, generator=generator)
     relations = torch.randint(N_RELATIONS, (N_TOKENS,), generator=generator)
@@ -65,7 +65,7 @@ def make_batch(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Ours:
-    """The step as the trainer makes it."""
+    """sae_fast's step, made of the calls that its trainer makes."""
 
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self.sae = make_model(n_slots, device)
@@ -74,7 +74,7 @@ class Ours:
         self.labels = dict(zip(("relations", "answers"), labels, strict=True))
 
     def step(self) -> float:
-        """One step; returns its loss."""
+        """Take one step; return its loss."""
         with self.sae.kept_copies(session=self.optimizer):
             loss = self.sae.training_loss(self.x, dense_grad=False, **self.labels)
             loss.total.backward()  # type: ignore[no-untyped-call]
@@ -86,7 +86,7 @@ class Ours:
 
 
 class PlainStep:
-    """The same in PyTorch, with a given form of the correlation terms."""
+    """The step in PyTorch, with a given form of the correlation terms."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class PlainStep:
         self.correlations = correlations
 
     def loss(self) -> Tensor:
-        """All six terms with their coefficients."""
+        """Return the sum of all six terms with their coefficients."""
         own, config, free = self.parameters, self.config, self.config.d_sae - N_RELATIONS
         pre_acts = (self.x - own["b_dec"]) @ own["W_enc"].t() + own["b_enc"]
         acts = pre_acts.relu()
@@ -125,7 +125,7 @@ class PlainStep:
         )
 
     def step(self) -> float:
-        """One step; returns its loss."""
+        """Take one step; return its loss."""
         loss = self.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         W_dec = self.parameters["W_dec"]
@@ -140,14 +140,17 @@ class PlainStep:
 
 
 def _units(acts: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns less their means at unit length, 0 where silent; and which are not."""
+    """Return centred columns of unit length, and which columns vary; the others are 0."""
     centred = acts - acts.mean(0)
     norms = centred.norm(dim=0)
     return centred / norms.clamp_min(1e-12), norms > 1e-6
 
 
 def by_latents(acts: Tensor, free: int) -> tuple[Tensor, Tensor]:
-    """Means of squared correlations over pairs, from the matrix of all pairs of latents."""
+    """Return mean squared correlations within the free slots and between free and bound slots.
+
+    They are computed from the matrix of all pairs of latents.
+    """
     units, varies = _units(acts)
     n_free, n_bound = varies[:free].sum(), varies[free:].sum()
     squares = (units[:, :free].t() @ units[:, :free]).square()
@@ -157,7 +160,7 @@ def by_latents(acts: Tensor, free: int) -> tuple[Tensor, Tensor]:
 
 
 def by_tokens(acts: Tensor, free: int) -> tuple[Tensor, Tensor]:
-    """The same from matrices of all pairs of tokens."""
+    """Return the means of `by_latents`, computed from matrices of all pairs of tokens."""
     units, varies = _units(acts)
     n_free, n_bound = varies[:free].sum(), varies[free:].sum()
     first, second = units[:, :free] @ units[:, :free].t(), units[:, free:] @ units[:, free:].t()
@@ -165,8 +168,10 @@ def by_tokens(acts: Tensor, free: int) -> tuple[Tensor, Tensor]:
     return within / (n_free * (n_free - 1)), (first * second).sum() / (n_free * n_bound)
 
 
-def contestants(n_slots: int, device: torch.device) -> dict[str, Callable[[], Ours | PlainStep]]:
-    """Who can take part: the literal form only where its matrices fit in memory."""
+def implementations(
+    n_slots: int, device: torch.device
+) -> dict[str, Callable[[], Ours | PlainStep]]:
+    """Return the implementations by name; the F x F form only if its matrices fit in memory."""
     makers: dict[str, Callable[[], Ours | PlainStep]] = {
         "sae_fast": lambda: Ours(n_slots, device),
         "PyTorch, N x N": lambda: PlainStep(n_slots, device, by_tokens),
@@ -177,24 +182,24 @@ def contestants(n_slots: int, device: torch.device) -> dict[str, Callable[[], Ou
 
 
 def run_size(n_slots: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Memory one by one, then times interleaved."""
-    makers = contestants(n_slots, device)
+    """Measure the memory of each implementation, then their times, interleaved."""
+    makers = implementations(n_slots, device)
     memory, first = {}, {}
     for name, make in makers.items():
         gc.collect()
         peak = peak_since_now(device)
-        contestant = make()
-        first[name] = contestant.step()
-        contestant.step()
+        implementation = make()
+        first[name] = implementation.step()
+        implementation.step()
         memory[name] = peak.above()
-        del contestant
+        del implementation
     for name, loss in first.items():
         if abs(loss / first["sae_fast"] - 1) > LOSS_TOLERANCE:
             raise RuntimeError(f"{name}: first loss {loss:.6g}, sae_fast's {first['sae_fast']:.6g}")
     gc.collect()
     made = {name: make() for name, make in makers.items()}
-    for contestant in made.values():
-        contestant.step()
+    for implementation in made.values():
+        implementation.step()
     samplers = {name: lambda c=c: measure(c.step, device) for name, c in made.items()}
     samples = interleave(samplers, rounds)
     quiet = len(quiet_rounds(list(samples.values())))
@@ -213,7 +218,7 @@ def run_size(n_slots: int, rounds: int, device: torch.device) -> dict[str, Any]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table."""
+    """Return the explanation and the table as Markdown."""
     names = ["sae_fast", "PyTorch, N x N", "PyTorch, F x F"]
     body = []
     for n_slots, found in result["sizes"].items():
@@ -224,7 +229,7 @@ def report(result: dict[str, Any]) -> str:
             spread = f"{milliseconds(row['minimum'])} to {milliseconds(row['maximum'])}"
             times = [milliseconds(row["seconds"]), spread, ratio(row["over_sae_fast"])]
             body.append([f"{int(n_slots):,}", name, *times, f"{row['peak_bytes'] / 2**30:.2f}"])
-    headings = ["slots", "step", "ms", "from, to", "times sae_fast", "peak GiB"]
+    headings = ["slots", "step", "ms", "min to max", "relative to sae_fast", "peak GiB"]
     about = (__doc__ or "").split("\n\n")[2].strip()
     parts = ["# Steps of arch slots", "", about, "", markdown_table(headings, body), ""]
     return "\n".join([*parts, machine_line(result["machine"]), "", f"`{result['command']}`"])

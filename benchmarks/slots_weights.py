@@ -1,22 +1,24 @@
-"""What the default weights of supervised slots do: how sparse codes are, and whether swaps succeed.
+"""Measure how the default weights of supervised slots affect sparsity and swaps of relations.
 
     python -m benchmarks.slots_weights --json benchmarks/results/slots_weights.json
 
-Slots are trained jointly on biographies, once for each row, all from the same start. L1 and target
-are in units of √d_in, the norm of normalised activations, alignment and values in units of d_in,
-the reconstruction error of the mean; alignment has its default weight, d_in divided by the square
-of the target. *As written* has the paper's weights, with L_sparse as a mean over slots and L_align
-after ReLU (`--slots-l1-mean --alignment-after-relu`); *summed over slots* has them too, with L1 as
-a sum and alignment before ReLU. A row named after one weight has the defaults for all others. All
-figures are of people whom the autoencoder has never seen.
+Slots are trained jointly on biographies, once for each row, always from the same first weights. L1
+and target are given in units of √d_in, the norm of normalised activations; alignment and values in
+units of d_in, the error of reconstructing every activation by the mean. Alignment has its default
+weight, d_in divided by the square of the target. *As written* has the paper's weights, with
+L_sparse as a mean over slots and L_align after ReLU (`--slots-l1-mean --alignment-after-relu`);
+*summed over slots* has the paper's weights with L1 as a sum and alignment before ReLU. A row named
+after one weight has the defaults for all others. All figures are measured on people that the
+autoencoder has never seen.
 
-L0 and FVU are of the whole code. *Slots right* is the share of sentences whose relation has the
-largest slot, *values right* the share of answers that the value heads give, *reconstruction* the
-share that the language model still answers right with the reconstruction in place. A swap sets the
-slot of the relation asked to 0 and another's to a strength, in units of what it typically is. It
-succeeds when the language model then gives this person's answer to the other question (in brackets:
-any answer to it). The ceiling of this is a patch: the activation of the other question in the same
-phrasing. A random answer is right once in as many times as a relation has answers.
+L0 and FVU include all slots. *Slots right* is the share of sentences whose relation has the largest
+slot; *values right* the share of answers that the value heads give; *reconstruction* the share of
+questions that the language model still answers correctly from the reconstruction. A swap sets the
+slot of the relation in the question to 0 and the slot of another relation to a strength, in units
+of its typical strength. It succeeds if the language model then gives this person's answer to the
+other question (in brackets: any answer to it). Its upper limit is a patch, which inserts the
+activation of the other question in the same phrasing. The probability of a right
+answer by chance is the inverse of the number of answers.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ DEFAULT = "default"
 
 
 def settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """By name of the row, what a training sets beside the sizes."""
+    """Return the settings of each training beside the sizes, by the name of its row."""
     norm = math.sqrt(options.d_model)
     values = {"value_loss_coeff": 0.5 * options.d_model}
     summed = {**values, "l1_penalty_coeff": 1e-3 * options.d_model}
@@ -59,7 +61,7 @@ def settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def train(options: argparse.Namespace, data: Path, row: dict[str, Any]) -> Trainer:
-    """Train slots with the settings of one row."""
+    """Train slots with the settings of one row; return the trainer."""
     sae = SAEConfig(arch="slots", d_sae=options.free_slots + len(RELATIONS), **row)
     config = TrainConfig(
         shard_dir=str(files.layer_directory(data, options.layer)),
@@ -82,7 +84,7 @@ def train(options: argparse.Namespace, data: Path, row: dict[str, Any]) -> Train
 def measure(
     options: argparse.Namespace, data: Path, model: LanguageModel, row: dict[str, Any]
 ) -> dict[str, Any]:
-    """Train one row and swap its slots."""
+    """Train one row and swap its slots; return the figures."""
     trainer = train(options, data, row)
     sae, last = trainer.model(), trainer.history[-1]
     found: dict[str, Any] = {name: last[f"heldout_{name}"] for name in FIGURES}
@@ -93,7 +95,7 @@ def measure(
 
 
 def weights(sae: SparseAutoencoder) -> dict[str, float]:
-    """The weights that a model was trained with, of L1 that of a sum over slots."""
+    """Return the weights that a model was trained with, L1 as the weight of a sum over slots."""
     config = sae.config
     l1 = config.l1_penalty_coeff or 0.0
     if config.slots_l1_mean:
@@ -107,7 +109,7 @@ def weights(sae: SparseAutoencoder) -> dict[str, float]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The table."""
+    """Return the explanations and the table as Markdown."""
     headings = ["weights", "L1", "alignment", "values", "target", "L0", "FVU"]
     headings += ["slots right", "values right", "reconstruction"]
     headings += [f"swap at {strength:g}" for strength in result["strengths"]]
@@ -137,18 +139,20 @@ def report(result: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.slots_weights")
-    parser.add_argument("--data", type=Path, help="keep biographies here, and use those there are")
+    parser.add_argument(
+        "--data", type=Path, help="folder for the biographies; existing ones are used"
+    )
     parser.add_argument("--entities", type=int, default=150)
-    parser.add_argument("--answers", type=int, default=8, help="of a relation")
+    parser.add_argument("--answers", type=int, default=8, help="answers of a relation")
     parser.add_argument("--language-model-steps", type=int, default=1500)
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--d-model", type=int, default=64)
     parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--free-slots", type=int, default=500)
     parser.add_argument("--reconstruction-epochs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=10, help="after them, with all terms")
+    parser.add_argument("--epochs", type=int, default=10, help="further epochs, with all terms")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--l1-shares", type=float, nargs="*", default=[0.05, 0.2])

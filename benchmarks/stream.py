@@ -1,12 +1,12 @@
-"""How fast shards are streamed against reading their files, and how well they are shuffled.
+"""Measure the rate of streaming shards beside reading their files, and the shuffle's quality.
 
     python -m benchmarks.stream --shard-dir DIR --json results/stream.json
 
-Files are written for the measurement, put out of the page cache (`posix_fadvise`, DONTNEED) and
+Files are written for the measurement, removed from the page cache (`posix_fadvise`, DONTNEED) and
 read from end to end, with plain reads of 4 MiB and by the stream, which also checks, shuffles and
-widens the rows. Rates are of the whole: the first window, which must be full before a row is
-served, counts. The shuffles are measured on whole epochs: on the rows of a directory, and on made
-documents of 512 tokens in shards whose chunks are those of rows of width 768.
+widens the rows. The time includes the first window, which must be full before a row is served. The
+shuffle is measured on whole epochs: on the rows of a directory, and on generated documents of 512
+tokens, in shards with as many rows in a chunk as shards of width 768 have.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from sae_fast.activations.shuffle_quality import NEAR_TOKENS, measure_shuffle
 BATCH = 4096
 READ_BYTES = 4 << 20
 D_IN = 768
-CHUNK_ROWS = 2730  # of ShardWriter for rows of that width in float16
+CHUNK_ROWS = 2730  # ShardWriter's chunk of float16 rows of width D_IN
 DOCUMENT_TOKENS = 512
 COLUMNS = ("doc_id", "position")
 
 
 def forget(paths: list[Path]) -> None:
-    """Put files out of the page cache."""
+    """Remove files from the page cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -53,7 +53,7 @@ def forget(paths: list[Path]) -> None:
 
 
 def read_plainly(paths: list[Path]) -> None:
-    """All bytes of the files, one after the other."""
+    """Read all bytes of the files, one file after the other."""
     buffer = bytearray(READ_BYTES)
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -62,14 +62,14 @@ def read_plainly(paths: list[Path]) -> None:
 
 
 def stream_through(shards: ShardSet, pool_rows: int) -> None:
-    """One epoch of a stream."""
+    """Read one epoch from a stream."""
     with ActivationStream(shards, batch_size=BATCH, pool_rows=pool_rows) as stream:
         while stream.tokens_served < shards.rows:
             stream.next_batch()
 
 
 def time_streams(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Rates of every compression, from the disk and from the page cache."""
+    """Measure the rates of every compression, from the disk and from the page cache."""
     found = {}
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
@@ -110,7 +110,7 @@ def _prepared(prepare: Any, sample: Any) -> Any:
 
 
 def made_documents(directory: Path, rows: int) -> ShardSet:
-    """Documents of which each row is the document's own number and noise, in four shards."""
+    """Write four shards of documents whose rows are a vector of the document plus noise."""
     rng = np.random.default_rng(0)
     for number in range(4):
         first, count = rows * number // 4, rows // 4
@@ -125,7 +125,7 @@ def made_documents(directory: Path, rows: int) -> ShardSet:
 
 
 def measure_pools(shards: ShardSet, batch_size: int, pools: list[int], epochs: int) -> list[Any]:
-    """The quality of the shuffle with each size of the pool."""
+    """Measure the quality of the shuffle with each size of the pool."""
     found = []
     for pool_rows in pools:
         with ActivationStream(
@@ -137,7 +137,7 @@ def measure_pools(shards: ShardSet, batch_size: int, pools: list[int], epochs: i
 
 
 def measure_shuffles(options: argparse.Namespace) -> dict[str, list[Any]]:
-    """The quality of the shuffle of a directory and of made documents."""
+    """Measure the quality of the shuffle on a directory and on generated documents."""
     found = {}
     if options.shard_dir is not None:
         shards = open_shards(options.shard_dir, columns=COLUMNS)
@@ -153,7 +153,7 @@ def measure_shuffles(options: argparse.Namespace) -> dict[str, list[Any]]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return the explanations and the tables as Markdown."""
     paragraphs = (__doc__ or "").split("\n\n")
     parts = ["# The stream", "", paragraphs[2].strip(), "", "## Reading", ""]
     parts += [f"{result['rows']:,} rows of {D_IN} in float16, pool of {result['pool_rows']:,}.", ""]
@@ -168,12 +168,14 @@ def report(result: dict[str, Any]) -> str:
         ]
         for name, one in result["reading"].items()
     ]
-    headings = ["files from", "bytes/row", "plain rows/s", "stream rows/s", "share", "quiet"]
+    headings = ["files from", "bytes/row", "plain rows/s", "stream rows/s", "stream / plain"]
+    headings.append("quiet rounds")
     parts += [markdown_table(headings, body), "", "## Shuffling", ""]
     parts += [
-        "Relative to a full shuffle: pairs of rows of one document in a batch, pairs at most "
-        f"{NEAR_TOKENS} tokens apart in it, and the variance of the batches' means; and how many "
-        "other rows of its own document a row meets in its batch."
+        "Three numbers are relative to a full shuffle: in a batch, the pairs of rows of one "
+        f"document and the pairs that are also at most {NEAR_TOKENS} tokens apart; and the "
+        "variance of the batches' means. *Companions* are the other rows of its document that a "
+        "row meets in its batch."
     ]
     headings = ["pool rows", "batch", "same document", "near", "variance of means", "companions"]
     for name, pools in result["shuffling"].items():
@@ -198,11 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.stream")
     parser.add_argument("--shard-dir", type=Path, help="activations with doc_id and position")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the files to read")
-    parser.add_argument("--made-rows", type=int, default=1 << 20, help="rows of made documents")
+    parser.add_argument(
+        "--made-rows", type=int, default=1 << 20, help="rows of generated documents"
+    )
     parser.add_argument("--pool-rows", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compressions", nargs="+", default=("none", "zstd"), choices=COMPRESSIONS)
-    parser.add_argument("--scratch", type=Path, help="where files are written; default: /tmp")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files; default: /tmp")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")

@@ -1,4 +1,4 @@
-"""Times one whole training step of sae_fast against PyTorch and the packaged trainers.
+"""Time one whole training step of sae_fast beside PyTorch and the packaged trainers.
 
 python -m benchmarks.train_step --sizes S1,S2 --rounds 9 --json results/train_step.json
 python -m benchmarks.train_step --device cuda --sizes G1,G2,G3
@@ -16,81 +16,84 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import (
+from benchmarks.implementations import (
     BASELINES,
     DEFAULT_OURS,
     DEFAULT_PEERS,
     OURS_ON_CUDA,
     PEER_MODULES,
     UNPACKAGED,
-    choose_contestants,
+    choose_implementations,
 )
 from benchmarks.support.floors import measure_rates, step_floor
-from benchmarks.support.heats import Field, measure_memory, run_heats, say
+from benchmarks.support.groups import Comparison, measure_memory, run_groups, say
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import DEFAULT_SIZES, Size, parse_size
 from benchmarks.support.step_report import read_results, report, size_result
 from benchmarks.support.tables import write_json, write_text
 
 
-def run_size(size: Size, entrants: Field, memory_steps: int) -> dict[str, Any]:
-    """Everything about one size, as it goes into the JSON file."""
+def run_size(size: Size, comparison: Comparison, memory_steps: int) -> dict[str, Any]:
+    """Measure one size; return its entry of the JSON file."""
     say(size.describe())
     memory: dict[str, int] = {}
-    if memory_steps and entrants.device.type == "cpu":  # on a GPU torch tells in passing
-        for name in [*entrants.ours, *entrants.local]:
-            memory[name] = measure_memory(name, size, entrants.threads, memory_steps)
+    if memory_steps and comparison.device.type == "cpu":  # on a GPU torch counts it meanwhile
+        for name in [*comparison.ours, *comparison.local]:
+            memory[name] = measure_memory(name, size, comparison.threads, memory_steps)
             say(f"    {name}: peak memory {memory[name] / 2**20:.0f} MiB above the start")
     rates = {
-        precision: measure_rates(size, precision, entrants.device)
+        precision: measure_rates(size, precision, comparison.device)
         for precision in ("screened", "bf16")
     }
     floors = {precision: step_floor(size, precision, rates[precision]) for precision in rates}
-    outcomes = run_heats(entrants)
+    outcomes = run_groups(comparison)
     for name, peak in memory.items():
         outcomes[name].peak_bytes = peak
     return size_result(size, outcomes, rates, floors)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.train_step")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--sizes", help="S1…S4, G1…G3 or NxDxFxK, comma-separated; default: all for the device"
     )
-    everybody = ", ".join([*BASELINES, *PEER_MODULES, *UNPACKAGED])
-    parser.add_argument("--peers", help=f"who to compare with, comma-separated, of {everybody}")
-    parser.add_argument("--ours", help=f"which of {', '.join(OURS_ON_CUDA)}")
+    known = ", ".join([*BASELINES, *PEER_MODULES, *UNPACKAGED])
+    parser.add_argument("--peers", help=f"implementations, comma-separated, from {known}")
+    parser.add_argument("--ours", help=f"modes, comma-separated, from {', '.join(OURS_ON_CUDA)}")
     parser.add_argument(
         "--peer-python",
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="interpreter that has a peer, when it is not this one",
+        help="interpreter with the peer installed; default: this one",
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed samples of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--seconds",
         type=float,
         default=math.inf,
-        help="a size's limit: nothing new begins after it",
+        help="time limit of a size; no implementation or round is started after it",
     )
     parser.add_argument(
-        "--memory-steps", type=int, default=2, help="steps of the memory measurement; 0: none"
+        "--memory-steps",
+        type=int,
+        default=2,
+        help="steps of the memory measurement; 0: no measurement",
     )
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument(
-        "--merge", action="store_true", help="keep the sizes already in --json that are not run now"
+        "--merge", action="store_true", help="keep the other sizes that are already in --json"
     )
     return parser.parse_args()
 
 
 def names_in(text: str | None, default: Sequence[str]) -> list[str]:
-    """A comma-separated option."""
+    """Split a comma-separated option; return the default if it was not given."""
     return list(default) if text is None else [name for name in text.split(",") if name]
 
 
@@ -103,20 +106,20 @@ def main() -> None:
     ours = names_in(options.ours, DEFAULT_OURS[device.type])
     peer_names = names_in(options.peers, DEFAULT_PEERS[device.type])
     interpreters = dict(item.split("=", 1) for item in options.peer_python)
-    local, peers, missing = choose_contestants(peer_names, interpreters)
+    local, peers, missing = choose_implementations(peer_names, interpreters)
     results = read_results(options.json) if options.merge else {}
     failed = False
     for size in map(parse_size, names_in(options.sizes, DEFAULT_SIZES[device.type])):
         limits = (options.rounds, options.warmup, options.threads)
         deadline = time.monotonic() + options.seconds
-        entrants = Field(size, ours, local, peers, *limits, device, deadline)
-        result = run_size(size, entrants, options.memory_steps)
+        comparison = Comparison(size, ours, local, peers, *limits, device, deadline)
+        result = run_size(size, comparison, options.memory_steps)
         failed |= any("failure" in result["contestants"][name] for name in ours)
         result["machine"] = describe_machine(device)
         result["command"] = command_line("benchmarks.train_step")
         result["missing"] = missing
         results[size.name] = result
-        # After every size: a long run that is cut short keeps what it has.
+        # Written after every size, so that a run that is cut short keeps its results.
         if options.json:
             write_json(options.json, {"sizes": results})
         if options.markdown:

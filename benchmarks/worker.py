@@ -1,10 +1,10 @@
-"""A process that trains with one contestant's own loop, one step whenever the parent says so.
+"""Train with one implementation's own loop in this process, as many steps as the parent asks for.
 
-Started as `python -m benchmarks.worker` by `support/peer_process.py`, in the interpreter of the
-contestant, which need not have sae_fast. Standard input brings one JSON line, the job, and then a
-line `go N` for every sample, of N steps; standard output answers with one JSON line each. A step
-lasts from the moment the contestant is handed a batch to the moment it asks for the next, and on a
-GPU the last of a sample until the device has finished.
+`support/peer_process.py` starts it as `python -m benchmarks.worker`, in the implementation's
+interpreter, which need not have sae_fast. Standard input carries one JSON line, the job, and then
+one line `go N` for every sample of N steps; each is answered by one JSON line on standard output. A
+step lasts from the moment the implementation receives a batch to the moment it asks for the next
+one; on a GPU the last step of a sample lasts until the device has finished.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from benchmarks.support.problem import (
 )
 from benchmarks.support.timing import machine_busy_seconds
 
-# More steps than any run takes: the parent ends the loop, never the contestant.
+# More steps than any run takes, so that it is always the parent that ends the loop.
 STEPS = 100_000
 
 
 class TrainingOver(BaseException):
-    """Leaves a contestant's loop; a BaseException so that no loop catches it."""
+    """Ends an implementation's loop; a BaseException, so that no loop catches it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, the same for every contestant."""
+    """Model size, data and first weights of a training, equal for all implementations."""
 
-    contestant: str
+    implementation: str
     size: Size
     n_batches: int
     device: torch.device = CPU
@@ -55,60 +55,63 @@ class Job:
 
     @property
     def autocast(self) -> bool:
-        """Whether bf16 was asked for."""
-        return self.contestant.endswith("_bf16")
+        """Whether to train in bf16 autocast."""
+        return self.implementation.endswith("_bf16")
 
     @property
     def learning_rate(self) -> float:
-        """The same for all."""
+        """The learning rate that sae_fast's trainer uses by default at this size."""
         return learning_rate(self.size)
 
     @cached_property
     def activations(self) -> Tensor:
-        """All rows."""
+        """The rows of all batches, [n_batches * N, D]."""
         return make_activations(self.size, self.n_batches, device=self.device)
 
     @cached_property
     def weights(self) -> Weights:
-        """Where training starts."""
+        """The weights before the first step."""
         return make_weights(self.size, device=self.device)
 
     def first_row(self, step: int) -> int:
-        """Where the batch of a step begins."""
+        """Return the index of the first row of a step's batch."""
         return step % self.n_batches * self.size.n_tokens
 
     def batch(self, step: int) -> Tensor:
-        """The batch of a step.  # [N, D]"""
+        """Return the batch [N, D] of a step."""
         first = self.first_row(step)
         return self.activations[first : first + self.size.n_tokens]
 
 
-class Turns:
-    """Hands batches out in turn with other processes, and reports how long each step took."""
+class WorkerProtocol:
+    """The worker's side of the exchange: gives out batches on request and reports the times."""
 
     def __init__(
-        self, requests: TextIO, answers: TextIO, contestant: str, device: torch.device = CPU
+        self, requests: TextIO, answers: TextIO, implementation: str, device: torch.device = CPU
     ) -> None:
         self.requests = requests
         self.answers = answers
-        self.contestant = contestant
+        self.implementation = implementation
         self.device = device
         self.memory = peak_since_now(device)
         self.started: tuple[float, float, float] | None = None
-        self.asked = self.left = 0  # steps of this sample
+        self.asked = self.left = 0  # steps in this sample, and how many of them are left
 
     def before_model(self) -> None:
-        """Called when data and libraries are loaded and the model is not yet built."""
+        """Start to count memory; call it when data and libraries are loaded, before the model."""
         self.memory = peak_since_now(self.device)
 
     def ready(self, loss: float) -> None:
-        """Called when the model is built; `loss` is its squared error on the first batch."""
-        name = DISTRIBUTIONS.get(self.contestant.removesuffix("_bf16"), "sae_fast")
+        """Report that the model is built; `loss` is its squared error on the first batch."""
+        name = DISTRIBUTIONS.get(self.implementation.removesuffix("_bf16"), "sae_fast")
         versions = {name: distribution_version(name), "torch": torch.__version__}
         self.answer({"loss": loss, "versions": versions})
 
     def wait(self) -> None:
-        """Report the sample that ends here, if one does, and block until the parent says go."""
+        """Count a step; after a sample's last one report the sample and wait for the next request.
+
+        Raises TrainingOver when the parent sends no further request.
+        """
         if self.left > 0:
             self.left -= 1
             return
@@ -124,11 +127,11 @@ class Turns:
         self.started = (time.perf_counter(), time.process_time(), machine_busy_seconds())
 
     def report(self, start: float, cpu_start: float, busy_start: float) -> None:
-        """The mean step of the sample that began then."""
+        """Send the mean step of the sample that began at these times."""
         seconds = time.perf_counter() - start
         cpu = time.process_time() - cpu_start
         busy = machine_busy_seconds() - busy_start
-        # A GPU does not care who uses the CPU.
+        # Other programs on the CPU do not slow a GPU down.
         others = max(0.0, busy - cpu) / seconds if self.device.type == "cpu" else 0.0
         self.answer(
             {
@@ -140,19 +143,19 @@ class Turns:
         )
 
     def batches(self, job: Job) -> Iterator[Tensor]:
-        """Batches for a loop that takes an iterator."""
+        """Yield the batches [N, D], for a loop that takes an iterator."""
         for step in range(job.steps):
             self.wait()
             yield job.batch(step)
 
     def answer(self, content: dict[str, Any]) -> None:
-        """One line to the parent."""
+        """Send one JSON line to the parent."""
         self.answers.write(json.dumps(content) + "\n")
         self.answers.flush()
 
 
 def load_torch(device: torch.device) -> None:
-    """Make torch load what it loads at first use, so that no contestant is charged for it."""
+    """Make torch load its libraries now, so that no implementation's memory includes them."""
     weight = torch.nn.Parameter(torch.ones(64, 64, device=device))
     optimizer = torch.optim.Adam([weight])
     (weight @ weight).sum().backward()  # type: ignore[no-untyped-call]
@@ -160,20 +163,20 @@ def load_torch(device: torch.device) -> None:
 
 
 def main() -> None:
-    """Serve one parent until it closes the pipe."""
-    # Libraries print; the real standard output is kept for answers alone.
+    """Serve one parent process until it closes the pipe."""
+    # Libraries may print; the original standard output carries only answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     device = torch.device(request["device"])
-    job = Job(request["contestant"], Size(**request["size"]), request["n_batches"], device)
+    job = Job(request["implementation"], Size(**request["size"]), request["n_batches"], device)
     adapter = importlib.import_module(request["adapter"])
-    _ = job.activations, job.weights  # made before memory is counted
+    _ = job.activations, job.weights  # created before memory is counted
     load_torch(device)
     try:
-        adapter.train(job, Turns(sys.stdin, answers, job.contestant, device))
+        adapter.train(job, WorkerProtocol(sys.stdin, answers, job.implementation, device))
     except TrainingOver:
         return
 

@@ -1,7 +1,7 @@
-"""One training step of every architecture in plain dense PyTorch, as the field's trainers write it.
+"""One training step of every architecture in plain dense PyTorch, as packaged trainers write it.
 
-The [N, F] pre-activations, a dense code, dense products and gradients. What is around the loss
-(projection, clip, Adam, unit rows, counters of silent tokens) is the same for all.
+Pre-activations, code, products and gradients are dense. All architectures share the parts around
+the loss: projection, clip, Adam, unit rows and counters of silent tokens.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class DenseArchitecture:
     """Trains a copy of a model's weights with the dense form of its architecture.
 
     Args:
-        sae: where the weights start.
-        lr: of Adam.
+        sae: the model whose weights are copied.
+        lr: Adam's learning rate.
     """
 
     def __init__(self, sae: SparseAutoencoder, lr: float) -> None:
         self.config = sae.config
         self.unit_norm = sae.architecture.unit_norm
         self.p = {name: nn.Parameter(p.detach().clone()) for name, p in sae.named_parameters()}
-        # Where a controller leads the penalty's coefficient, a factor that it has found.
+        # A controller of L0 has multiplied the penalty's coefficient by this factor.
         scale = dict(sae.named_buffers()).get("sparsity_scale", torch.ones(()))
         self.l1_coeff = (sae.config.l1_penalty_coeff or 0.0) * float(scale)
         self.tokens_since_fired = torch.zeros(sae.config.d_sae, dtype=torch.int64)
@@ -37,7 +37,7 @@ class DenseArchitecture:
         self.loss: Callable[[Tensor], tuple[Tensor, Tensor]] = getattr(self, f"_{sae.config.arch}")
 
     def step(self, x: Tensor) -> Tensor:
-        """One whole training step on x [N, D]; returns the loss."""
+        """Take one whole training step on x [N, D]; return the loss."""
         loss, code = self.loss(x)
         loss.backward()  # type: ignore[no-untyped-call]
         W_dec = self.p["W_dec"]
@@ -62,7 +62,7 @@ class DenseArchitecture:
         return (x - x_hat).square().sum(1).mean()
 
     def _weighted(self, code: Tensor) -> Tensor:
-        """The code times the norms of the decoder's rows where these are free."""
+        """Return the code times the decoder rows' norms, unless these are fixed at 1."""
         return code if self.unit_norm else code * self.p["W_dec"].norm(dim=1)
 
     def _topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class _Jump(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1[π > θ] likewise."""
+    """1[π > θ] with the rectangle's estimate of the gradient of θ."""
 
     @staticmethod
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

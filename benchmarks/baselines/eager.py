@@ -1,6 +1,6 @@
-"""One TopK training step in ordinary PyTorch, as the field's trainers write it.
+"""One TopK training step in ordinary PyTorch, as the packaged trainers write it.
 
-Dense encode, topk, scatter, dense decode. It does what sae_fast's step does, in the same order:
+Dense encode, topk, scatter, dense decode. It has the parts of sae_fast's step in the same order:
 reconstruction loss, AuxK over dead latents (none before 10 M silent tokens), backward, projection
 off the decoder rows, clip by the global norm, Adam, unit decoder rows, counters of silent tokens.
 """
@@ -46,25 +46,28 @@ class EagerTrainer:
         self.dead_after_tokens = dead_after_tokens
         self.tokens_seen = 0
         self.tokens_since_fired = torch.zeros_like(self.b_enc, dtype=torch.int64)
-        # fused=None is what a user gets who says nothing: on a CPU, a loop over the parameters.
+        # fused=None is PyTorch's default: on a CPU, a loop over the parameters.
         fused = True if self.fused_adam or self.device.type == "cuda" else None
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=fused)
         self.objective: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
         self.objective = torch.compile(self.compute_loss) if compiled else self.compute_loss
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest of (x − b_dec) W_encᵀ + b_enc after ReLU, and their indices.  # [N, K]"""
+        """Select the k largest of (x − b_dec) W_encᵀ + b_enc after ReLU; return values, indices."""
         pre_acts = F.linear(x - self.b_dec, self.W_enc, self.b_enc)
         values, indices = torch.relu(pre_acts).topk(self.k, dim=-1, sorted=False)
         return values, indices
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Σ value · W_dec[index], without b_dec.  # [N, D]"""
+        """Return Σ value · W_dec[index], without b_dec, [N, D]."""
         dense = values.new_zeros(len(values), len(self.W_dec))
         return dense.scatter(-1, indices, values) @ self.W_dec
 
     def compute_loss(self, x: Tensor, dead: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss to minimise, and the selected code."""
+        """Return the loss to minimise and the selected values and indices [N, K].
+
+        `dead` [F] marks the dead latents; None leaves AuxK out.
+        """
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             values, indices = self.select(x)
             residual = x - (self.decode(values, indices) + self.b_dec)  # [N, D]
@@ -74,10 +77,13 @@ class EagerTrainer:
         return loss, values, indices
 
     def aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
-        """How badly the strongest dead latents model the residual, as a share of its variance."""
+        """Return AuxK: the error of the strongest dead latents' model of the residual.
+
+        It is relative to the residual's variance.
+        """
         chosen = dead.nonzero().flatten()
         full_k_aux, n_dead = max(residual.shape[1] // 2, 1), len(chosen)
-        centred = x - self.b_dec.detach()  # dead latents must not move what all latents share
+        centred = x - self.b_dec.detach()  # dead latents must not move b_dec
         pre_acts = F.linear(centred, self.W_enc[chosen], self.b_enc[chosen])
         values, places = pre_acts.topk(min(full_k_aux, n_dead), dim=-1, sorted=False)
         indices = chosen[places]
@@ -87,7 +93,7 @@ class EagerTrainer:
         return torch.nan_to_num(share * error.square().sum(-1).mean() / variance)
 
     def step(self, x: Tensor) -> Tensor:
-        """One whole training step on x [N, D]; returns the loss."""
+        """Take one whole training step on x [N, D]; return the loss."""
         loss, values, indices = self.objective(x, self.dead_latents())
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -100,14 +106,17 @@ class EagerTrainer:
         return loss.detach()
 
     def dead_latents(self) -> Tensor | None:
-        """Which latents are dead, or None; a GPU is not waited for before any can be."""
+        """Return a mask [F] of the dead latents, None without any.
+
+        A GPU is not synchronised before the first latent can be dead.
+        """
         if self.tokens_seen < self.dead_after_tokens:
             return None
         dead = self.tokens_since_fired >= self.dead_after_tokens
         return dead if bool(dead.any()) else None
 
     def count_fired(self, values: Tensor, indices: Tensor) -> None:
-        """Count the silent tokens of every latent, without waiting for a GPU."""
+        """Count the silent tokens of every latent, without synchronising a GPU."""
         self.tokens_seen += len(values)
         self.tokens_since_fired += len(values)
         fired = torch.zeros_like(self.tokens_since_fired)

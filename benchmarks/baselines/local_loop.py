@@ -1,17 +1,17 @@
-"""The plain loop that trains a local contestant in a process of its own, to measure its memory."""
+"""The loop that trains a local implementation in its own process, to measure its memory."""
 
 from __future__ import annotations
 
-from benchmarks.contestants import OURS_ON_CUDA, make_local
-from benchmarks.worker import Job, Turns
+from benchmarks.implementations import OURS_ON_CUDA, make_local
+from benchmarks.worker import Job, WorkerProtocol
 
 
-def train(job: Job, turns: Turns) -> None:
-    """Step on the job's batches; the first loss is not needed here."""
-    if job.contestant in OURS_ON_CUDA:
+def train(job: Job, protocol: WorkerProtocol) -> None:
+    """Train on the job's batches; report NaN for the first loss, which is compared elsewhere."""
+    if job.implementation in OURS_ON_CUDA:
         from benchmarks.baselines import sae_fast_trainer  # noqa: F401 (import before counting)
-    turns.before_model()
-    trainer = make_local(job.contestant, job.weights, job.size.k, job.learning_rate)
-    turns.ready(float("nan"))
-    for x in turns.batches(job):
+    protocol.before_model()
+    trainer = make_local(job.implementation, job.weights, job.size.k, job.learning_rate)
+    protocol.ready(float("nan"))
+    for x in protocol.batches(job):
         trainer.step(x)

@@ -8,22 +8,22 @@ import torch
 from dictionary_learning.trainers.top_k import TopKTrainer
 from dictionary_learning.training import trainSAE
 
-from benchmarks.worker import Job, Turns
+from benchmarks.worker import Job, WorkerProtocol
 
 
-def train(job: Job, turns: Turns) -> None:
+def train(job: Job, protocol: WorkerProtocol) -> None:
     """Run dictionary_learning's loop on the job's batches."""
     size = job.size
 
     def build(**settings: Any) -> TopKTrainer:
-        turns.before_model()
+        protocol.before_model()
         trainer = TopKTrainer(**settings)
         with torch.no_grad():
             trainer.ae.encoder.weight.copy_(job.weights.W_enc)
             trainer.ae.decoder.weight.copy_(job.weights.W_dec.T)
             x = job.batch(0)
             loss = (trainer.ae(x) - x).square().sum(-1).mean()
-        turns.ready(float(loss))
+        protocol.ready(float(loss))
         return trainer
 
     settings = {
@@ -38,4 +38,4 @@ def train(job: Job, turns: Turns) -> None:
         "lm_name": "none",
         "device": str(job.device),
     }
-    trainSAE(turns.batches(job), [settings], steps=job.steps, device=str(job.device))
+    trainSAE(protocol.batches(job), [settings], steps=job.steps, device=str(job.device))

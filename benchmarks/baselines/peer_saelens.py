@@ -7,10 +7,10 @@ from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
-from benchmarks.worker import Job, Turns
+from benchmarks.worker import Job, WorkerProtocol
 
 
-def train(job: Job, turns: Turns) -> None:
+def train(job: Job, protocol: WorkerProtocol) -> None:
     """Run SAELens's trainer, with its defaults, on the job's batches."""
     size, weights = job.size, job.weights
     config = SAETrainerConfig(
@@ -22,7 +22,7 @@ def train(job: Job, turns: Turns) -> None:
         device=str(job.device),
         logger=LoggingConfig(log_to_wandb=False),
     )
-    turns.before_model()
+    protocol.before_model()
     shape = {"d_in": size.d_in, "d_sae": size.d_sae, "k": size.k}
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(**shape, device=str(job.device)))
     with torch.no_grad():
@@ -30,6 +30,6 @@ def train(job: Job, turns: Turns) -> None:
         sae.W_dec.copy_(weights.W_dec)
         x = job.batch(0)
         loss = (sae(x) - x).square().sum(-1).mean()
-    trainer = SAETrainer(config, sae, data_provider=turns.batches(job))
-    turns.ready(float(loss))
+    trainer = SAETrainer(config, sae, data_provider=protocol.batches(job))
+    protocol.ready(float(loss))
     trainer.fit()

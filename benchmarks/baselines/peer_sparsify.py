@@ -1,7 +1,7 @@
 """EleutherAI sparsify, trained by its own `Trainer.fit()`.
 
-It trains on a language model's hidden states and has no entry for stored activations, so its
-"model" here is one layer that looks rows up in an array; the rest of the step is its own.
+It trains on a language model's hidden states and accepts no stored activations. Its "model" here is
+one layer that looks rows up in an array; all else in the step is sparsify's own code.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from sparsify import SaeConfig, TrainConfig, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from benchmarks.worker import Job, Turns
+from benchmarks.worker import Job, WorkerProtocol
 
 
 class RowTable(nn.Module):
-    """A stand-in for a transformer: its only layer turns token ids into stored activations."""
+    """A replacement of the transformer: its only layer maps token ids to stored activations."""
 
     def __init__(self, activations: Tensor) -> None:
         super().__init__()
@@ -26,43 +26,43 @@ class RowTable(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """Where sparsify looks for hook points."""
+        """The module in which sparsify looks for hook points."""
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Activations of the given row numbers."""
+        """Return the activations of the given row numbers."""
         return self.rows(input_ids)
 
 
 class Lookup(nn.Module):
-    """Row numbers to rows."""
+    """A layer that maps row numbers to rows of stored activations."""
 
     def __init__(self, activations: Tensor) -> None:
         super().__init__()
         self.activations = activations
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Activations of the given row numbers."""
+        """Return the activations of the given row numbers."""
         return self.activations[input_ids]
 
 
-class TurnDataset(Dataset[dict[str, Tensor]]):
-    """One item a step: the row numbers of a batch, handed out when it is this peer's turn."""
+class RequestedBatches(Dataset[dict[str, Tensor]]):
+    """One item a step: the row numbers of a batch, given out when the parent requests a step."""
 
-    def __init__(self, job: Job, turns: Turns) -> None:
+    def __init__(self, job: Job, protocol: WorkerProtocol) -> None:
         self.job = job
-        self.turns = turns
+        self.protocol = protocol
 
     def __len__(self) -> int:
         return self.job.steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
-        self.turns.wait()
+        self.protocol.wait()
         first = self.job.first_row(step)
         return {"input_ids": torch.arange(first, first + self.job.size.n_tokens)}
 
 
-def train(job: Job, turns: Turns) -> None:
+def train(job: Job, protocol: WorkerProtocol) -> None:
     """Run sparsify's trainer with torch's Adam on the job's batches."""
     size, weights = job.size, job.weights
     config = TrainConfig(
@@ -75,8 +75,8 @@ def train(job: Job, turns: Turns) -> None:
         save_every=job.steps * 2,
         log_to_wandb=False,
     )
-    turns.before_model()
-    trainer = Trainer(config, TurnDataset(job, turns), RowTable(job.activations))
+    protocol.before_model()
+    trainer = Trainer(config, RequestedBatches(job, protocol), RowTable(job.activations))
     coder = trainer.saes["rows"]
     with torch.no_grad():
         coder.encoder.weight.copy_(weights.W_enc)
@@ -84,5 +84,5 @@ def train(job: Job, turns: Turns) -> None:
         # Makes the reported fraction a plain sum of squares.
         unit = torch.ones((), device=job.device)
         loss = coder(job.batch(0), total_variance=unit).fvu / size.n_tokens
-    turns.ready(float(loss))
+    protocol.ready(float(loss))
     trainer.fit()

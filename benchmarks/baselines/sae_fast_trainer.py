@@ -1,4 +1,4 @@
-"""One training step of sae_fast, made of the calls its own trainer makes."""
+"""One training step of sae_fast, made of the calls that its own trainer makes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 
 class SaeFastTrainer:
-    """Same interface as the baselines."""
+    """Trains a TopK autoencoder with sae_fast; it has the interface of the baselines."""
 
     def __init__(self, weights: Weights, k: int, lr: float, *, precision: str = "screened") -> None:
         d_sae, d_in = weights.W_enc.shape
@@ -25,7 +25,7 @@ class SaeFastTrainer:
         self.sae.load_state_dict(vars(weights), strict=False)
         self.precision = precision
         self.learning_rate: float | Tensor = lr
-        # The trainer knows from its last log row that nobody can be dead yet, and on a GPU says so.
+        # On a GPU the trainer passes k_aux=0 while, by its last log row, no latent can be dead yet.
         self.options: dict[str, Any] = {}
         if device.type == "cuda":
             self.learning_rate = torch.tensor(lr, dtype=torch.float64, device=device)
@@ -34,7 +34,7 @@ class SaeFastTrainer:
         self._copy_session = object()
 
     def step(self, x: Tensor) -> Tensor:
-        """One whole training step on x [N, D]; returns the loss."""
+        """Take one whole training step on x [N, D]; return the loss."""
         with self.sae.kept_copies(session=self._copy_session):
             return self._step(x)
 
@@ -48,7 +48,7 @@ class SaeFastTrainer:
 
 
 class CapturedTrainer:
-    """The same step, captured in a CUDA graph at its second call and replayed from then on."""
+    """A SaeFastTrainer whose step is captured in a CUDA graph at its second call, then replayed."""
 
     def __init__(self, trainer: SaeFastTrainer) -> None:
         self.trainer = trainer
@@ -57,8 +57,8 @@ class CapturedTrainer:
         self.loss: Tensor | None = None
 
     def step(self, x: Tensor) -> Tensor:
-        """One whole training step on x [N, D]; returns the loss."""
-        if self.x is None:  # the first step makes what is made once
+        """Take one whole training step on x [N, D]; return the loss."""
+        if self.x is None:  # the first step creates the tensors that later steps reuse
             self.x = x.clone()
             return self.trainer.step(self.x)
         self.x.copy_(x)

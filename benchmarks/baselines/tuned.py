@@ -1,8 +1,8 @@
-"""The same step with what a careful PyTorch user changes: gathers and fused Adam.
+"""The step of eager.py with faster PyTorch: gathers instead of dense products, and fused Adam.
 
 `TunedTrainer` decodes with embedding_bag instead of a dense product. `GatherTrainer` also keeps the
-encoder's backward sparse, the way sparsify does on a CPU: fewer operations, but an (N·k, d_in)
-temporary, so which of the two is faster depends on the size.
+encoder's backward sparse, as sparsify does on a CPU: it needs fewer operations but a temporary
+[N·k, d_in], so that the size decides which of the two is faster.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from benchmarks.baselines.eager import EagerTrainer
 
 
 class TunedTrainer(EagerTrainer):
-    """embedding_bag decode, Adam(fused=True)."""
+    """An EagerTrainer that decodes with embedding_bag and uses Adam(fused=True)."""
 
     fused_adam = True
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Σ value · W_dec[index] over the active rows only.  # [N, D]"""
+        """Return Σ value · W_dec[index] over the active rows only, [N, D]."""
         weights = values.to(self.W_dec.dtype)
         return F.embedding_bag(indices, self.W_dec, per_sample_weights=weights, mode="sum")
 
 
 class GatherTrainer(TunedTrainer):
-    """As TunedTrainer, with an encoder whose backward touches only the selected latents."""
+    """A TunedTrainer with an encoder whose backward touches only the selected latents."""
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest pre-activations; gradients flow through them alone."""
+        """Select the k largest pre-activations; gradients flow only through them."""
         values, indices = SparseEncoder.apply(  # type: ignore[no-untyped-call]
             x - self.b_dec, self.W_enc, self.b_enc, self.k
         )
@@ -39,11 +39,11 @@ class GatherTrainer(TunedTrainer):
 
 
 class SparseEncoder(torch.autograd.Function):
-    """linear, ReLU, topk; the backward adds up the selected rows instead of two dense products."""
+    """linear, ReLU, topk; the backward adds up selected rows instead of two dense products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values [N, K] and indices [N, K]."""
+        """Return values [N, K] and indices [N, K]."""
         values, indices = torch.relu(F.linear(x, W_enc, b_enc)).topk(k, dim=-1, sorted=False)
         ctx.save_for_backward(x, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
@@ -51,7 +51,7 @@ class SparseEncoder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """Gradients of x, W_enc and b_enc from the gradient of the values."""
+        """Return the gradients of x, W_enc and b_enc from the gradient of the values."""
         x, W_enc, values, indices = ctx.saved_tensors
         grad_values = (grads[0] * (values > 0)).to(W_enc.dtype)
         grad_x = F.embedding_bag(indices, W_enc, per_sample_weights=grad_values, mode="sum")

@@ -1,8 +1,8 @@
-"""Ceilings of a CUDA device, measured: products in column chunks, gathers, copies, sorts, overlap.
+"""The highest rates of a CUDA device: products in chunks, gathers, copies, sorts and overlap.
 
-The products are the library's with 16-bit operands and float32 results: all of x against a chunk of
-latents at a time, into one buffer that is used again, so that W_enc is read once and the results
-never leave the L2.
+The products are torch.mm with 16-bit operands and float32 results. Each call multiplies all of x
+with a chunk of latents, into one buffer that every chunk reuses, so that W_enc is read once and the
+results stay in the L2.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def chunked_product(
     W_enc: Tensor,  # [F, D], of the same dtype
     columns: int,
 ) -> Callable[[], None]:
-    """A call that multiplies x with all of W_enc, `columns` latents at a time, into one buffer."""
+    """Return a call that multiplies x with all of W_enc, `columns` latents at a time."""
     n_tokens, columns = len(x), min(columns, len(W_enc))
     space = torch.empty(n_tokens * columns, device=x.device)
     pieces = [(part.t(), space[: n_tokens * len(part)]) for part in W_enc.split(columns)]  # type: ignore[no-untyped-call]
@@ -45,18 +45,18 @@ def chunked_product(
 
 
 def product_dtype(precision: str) -> torch.dtype:
-    """What the product of an encoder mode multiplies on a GPU."""
+    """Return the dtype of the operands in an encoder mode's product on a GPU."""
     return torch.float16 if precision == "fp16" else torch.bfloat16
 
 
 def product_operands(size: Size, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Random numbers: a GPU multiplies zeros faster."""
+    """Return random x [N, D] and W_enc [F, D]; a GPU would multiply zeros faster."""
     shapes = [(size.n_tokens, size.d_in), (size.d_sae, size.d_in)]
     return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
 
 
 def product_seconds(size: Size, dtype: torch.dtype, device: torch.device) -> dict[int, float]:
-    """Seconds of the whole product [N, F] by the number of columns in a chunk."""
+    """Time the whole product [N, F]; return its seconds by the number of columns in a chunk."""
     x, W_enc = product_operands(size, dtype, device)
     fitting = [c for c in CHUNKS if c <= size.d_sae and 4 * c * size.n_tokens <= LARGEST_BUFFER]
     return {
@@ -66,7 +66,7 @@ def product_seconds(size: Size, dtype: torch.dtype, device: torch.device) -> dic
 
 
 def best_product(size: Size, precision: str, device: torch.device) -> tuple[float, str]:
-    """The shortest time of the product at this size, and how it was reached."""
+    """Return the shortest time of the product at this size in seconds, and how it was reached."""
     dtype = product_dtype(precision)
     seconds = product_seconds(size, dtype, device)
     columns = min(seconds, key=lambda chunk: seconds[chunk])
@@ -75,7 +75,10 @@ def best_product(size: Size, precision: str, device: torch.device) -> tuple[floa
 
 
 def measure_device(size: Size, device: torch.device) -> dict[str, Any]:
-    """What decides between designs at a size, as rates: operations, bytes or elements a second."""
+    """Measure the rates that decide between designs of kernels at a size, for JSON.
+
+    Rates are operations, bytes or elements a second.
+    """
     flops = size.product_flops
     products = product_seconds(size, torch.bfloat16, device)
     return {
@@ -89,14 +92,14 @@ def measure_device(size: Size, device: torch.device) -> dict[str, Any]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written a second by a copy far larger than the L2."""
+    """Measure a copy far larger than the L2, in bytes read and written a second."""
     source = torch.rand(512 * MEBI, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device=device)
 
 
 def gather_rates(device: torch.device) -> dict[str, float]:
-    """Bytes a second of our decode over random rows, by the row's size and the table's."""
+    """Measure sae_fast's decode on random rows, in bytes a second by row and table size."""
     rates = {}
     for place, table_bytes in TABLES.items():
         for row_bytes in ROW_BYTES:
@@ -112,7 +115,7 @@ def gather_rates(device: torch.device) -> dict[str, float]:
 
 
 def top_k_rates(size: Size, device: torch.device) -> dict[str, float]:
-    """Elements a second of torch.topk over rows of d_sae elements."""
+    """Measure torch.topk on rows of d_sae elements, in elements a second by dtype."""
     rows = min(size.n_tokens, 2**28 // size.d_sae)
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -123,7 +126,7 @@ def top_k_rates(size: Size, device: torch.device) -> dict[str, float]:
 
 
 def sort_seconds(size: Size, device: torch.device) -> float:
-    """Our latent_major of one batch's code, from a cold cache."""
+    """Time sae_fast's latent_major on one batch's code with a cold cache; return seconds."""
     shape = (size.n_tokens, size.k)
     indices = torch.randint(size.d_sae, shape, device=device, dtype=torch.int32)
     values = torch.rand(shape, device=device) + 0.1
@@ -136,7 +139,7 @@ def sort_seconds(size: Size, device: torch.device) -> float:
 
 
 def overlap(size: Size, device: torch.device) -> dict[str, float]:
-    """Seconds of a bf16 product, of a pass of Adam over W_dec, and of both on two streams."""
+    """Time a bf16 product, a pass of Adam over W_dec, and both on two streams, in seconds."""
     x, W_enc = product_operands(size, torch.bfloat16, device)
     product = chunked_product(x, W_enc, min(2048, size.d_sae))
     parameter = torch.nn.Parameter(torch.rand(size.d_sae, size.d_in, device=device))
@@ -156,7 +159,7 @@ def overlap(size: Size, device: torch.device) -> dict[str, float]:
 
 
 def device_section(name: str, rates: Mapping[str, Any]) -> list[str]:
-    """The table of one size."""
+    """Return the heading and the table of one size."""
     rows = [
         *(
             [f"bf16 product, {columns} columns a chunk", f"{rate / 1e12:.0f} TFLOP/s"]

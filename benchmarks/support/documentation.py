@@ -1,4 +1,4 @@
-"""English text that is on every machine: the documentation strings of Python's standard library."""
+"""English text found on every machine: the documentation strings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-SHORTEST = 40  # characters of a documentation string that is taken
+SHORTEST = 40  # least number of characters in a documentation string that is used
 _OTHERS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
 def documentation_strings() -> list[str]:
-    """All of them, file by file, each once."""
+    """Return the standard library's documentation strings, file by file, each once."""
     found: dict[str, None] = {}
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
@@ -28,7 +28,7 @@ def documentation_strings() -> list[str]:
 
 
 def write_documentation(path: Path) -> int:
-    """Write them as a JSONL file with the column text; gives how many there are."""
+    """Write the documentation strings to a JSONL file, in the column text; return their number."""
     texts = documentation_strings()
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return len(texts)
@@ -37,7 +37,7 @@ def write_documentation(path: Path) -> int:
 def _strings_in(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old escapes in some modules
+            warnings.simplefilter("ignore")  # some modules contain outdated escapes
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
@@ -49,7 +49,7 @@ def _strings_in(path: Path) -> Iterator[str]:
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """As ast.walk, but not into expressions, which are most of a tree and document nothing."""
+    """Yield a tree's nodes without expressions, which are most of it and hold no docstrings."""
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
         node = waiting.popleft()

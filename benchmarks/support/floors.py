@@ -1,4 +1,4 @@
-"""How fast a step could be: the rates of this machine, measured now, and what a step must do.
+"""A lower bound of a step's time: the work it cannot avoid, at rates measured on this machine.
 
 floor = product + gathers + optimiser
   product    2·N·D·F operations at the rate of the encoder's own micro-kernel
@@ -7,10 +7,10 @@ floor = product + gathers + optimiser
              `screened` N·K rows of W_enc once (fp32 re-scoring of the winners)
   optimiser  weights and both moments read and written (24 bytes a parameter) and the
              low-precision copies written (2 bytes an entry of each copied matrix)
-The gather rate is that of the faster of PyTorch's decode and ours, which has nothing else to do.
-Rows are fp32, in bf16 mode 2 bytes an entry. Nothing else a step does is counted: not selection,
-loss, sorting by latent, norms or biases. On a GPU the product is the library's in 16 bits with
-float32 results (cuda_rates.py); parts that could run beside each other are added up all the same.
+The gather rate is measured on the faster of PyTorch's decode and sae_fast's, which do little else.
+Rows are fp32, in bf16 mode 2 bytes an entry. The floor leaves out everything else in a step:
+selection, loss, sorting by latent, norms and biases. On a GPU the product is torch.mm in 16 bits
+with float32 results (cuda_rates.py); parts that could run beside each other are added up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOW_PRECISION = ("bf16", "fp16")
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured ceilings at one size: operations or bytes a second."""
+    """The highest rates measured at one size: operations or bytes a second."""
 
     product: float
     product_source: str
@@ -42,7 +42,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds that each part of a step takes at best."""
+    """The least seconds that each part of a step can take."""
 
     product: float
     gathers: float
@@ -50,16 +50,16 @@ class Floor:
 
     @property
     def total(self) -> float:
-        """All parts one after the other."""
+        """Seconds of all parts, one after the other."""
         return self.product + self.gathers + self.optimizer
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """Return the parts and their total, for JSON."""
         return {**asdict(self), "total": self.total}
 
 
 def step_floor(size: Size, precision: str, rates: Rates) -> Floor:
-    """The formula at the head of this file."""
+    """Return the floor of a step by the formula in this file's docstring."""
     row_bytes = size.d_in * (2 if precision in LOW_PRECISION else 4)
     latents = size.entries * row_bytes
     if precision == "screened":
@@ -74,7 +74,7 @@ def step_floor(size: Size, precision: str, rates: Rates) -> Floor:
 
 
 def measure_rates(size: Size, precision: str, device: torch.device = CPU) -> Rates:
-    """Measure every rate that the floor of a size needs; a second or so."""
+    """Measure every rate that the floor of a size needs; this takes about a second."""
     product, source = product_rate(size, precision, device)
     latents, tokens = gather_rates(size, precision, device)
     rates = Rates(product, source, latents, tokens, stream_rate(size, device))
@@ -84,7 +84,7 @@ def measure_rates(size: Size, precision: str, device: torch.device = CPU) -> Rat
 
 
 def product_rate(size: Size, precision: str, device: torch.device = CPU) -> tuple[float, str]:
-    """Operations a second of the dense product, and whose product it was."""
+    """Measure the dense product; return its operations a second and the code that ran it."""
     seconds, source = bare_product_seconds(size, precision, device)
     return size.product_flops / seconds, source
 
@@ -92,7 +92,10 @@ def product_rate(size: Size, precision: str, device: torch.device = CPU) -> tupl
 def bare_product_seconds(
     size: Size, precision: str, device: torch.device = CPU
 ) -> tuple[float, str]:
-    """The encoder's product alone, nothing selected or stored: its best time, and whose it was."""
+    """Time the encoder's product alone, without selecting or storing anything.
+
+    Returns the shortest time in seconds, and the code that reached it.
+    """
     if device.type == "cuda":
         return cuda_rates.best_product(size, precision, device)
     if has_native_product():
@@ -101,7 +104,7 @@ def bare_product_seconds(
         product = torch.ops.sae_fast_benchmark.encoder_product
         seconds = best_seconds(lambda: product(x, W_enc, precision, *packed))
         return seconds, "sae_fast's own"
-    # Blocks that stay in cache: what PyTorch could reach if it did not store pre-activations.
+    # Blocks that stay in the cache: the rate that PyTorch could reach without storing results.
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     rows, latents = min(size.n_tokens, 512), min(size.d_sae, 4096)
     x_block = torch.randn(rows, size.d_in).to(dtype)
@@ -113,16 +116,16 @@ def bare_product_seconds(
 
 
 def has_native_product() -> bool:
-    """Whether the compiled module offers its product to benchmarks."""
+    """Return whether the compiled module registers its product for benchmarks."""
     return has_native_ops() and hasattr(torch.ops.sae_fast_benchmark, "encoder_product")
 
 
 def gather_rates(
     size: Size, precision: str = "fp32", device: torch.device = CPU
 ) -> tuple[float, float]:
-    """Bytes a second of gathering random rows from the decoder and from a batch.
+    """Measure gathers of random rows, from the decoder and from a batch, in bytes a second.
 
-    On a CPU of fp32 rows in every mode; on a GPU of the mode's own, which may fit into its L2.
+    Rows are fp32, on a GPU in a 16-bit mode of that dtype, because these may fit into its L2.
     """
     low = device.type == "cuda" and precision in LOW_PRECISION
     dtype = cuda_rates.product_dtype(precision) if low else torch.float32
@@ -153,7 +156,7 @@ def gather_rates(
 
 
 def stream_rate(size: Size, device: torch.device = CPU) -> float:
-    """Bytes a second of reading and writing arrays as large as this size's parameters."""
+    """Measure reading and writing arrays as large as the parameters, in bytes a second."""
     count = size.parameters
     a, b, out = (torch.rand(count, device=device) for _ in range(3))
     seconds = best_seconds(lambda: torch.add(a, b, alpha=2.0, out=out), device=device)
@@ -165,7 +168,7 @@ def stream_rate(size: Size, device: torch.device = CPU) -> float:
 
 
 def has_native_ops() -> bool:
-    """Whether sae_fast's compiled kernels are loaded."""
+    """Return whether sae_fast's compiled kernels can be loaded."""
     try:
         from sae_fast import _C  # noqa: F401
     except ImportError:

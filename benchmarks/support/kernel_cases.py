@@ -1,6 +1,6 @@
-"""Each op of torch.ops.sae_fast beside the PyTorch that does the same, and the floor of its work.
+"""Cases of `kernels.py`: each op beside equivalent PyTorch code, with the floor of its work.
 
-N tokens, D = d_in, F = d_sae, K = k. Results are compared before anything is timed.
+N tokens, D = d_in, F = d_sae, K = k. The two results are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PRODUCT = "bare product of the same precision"
 
 
 def all_cases(setting: Setting) -> Iterator[Case]:
-    """Every case of a size, built one at a time so that memory is freed between them."""
+    """Yield every case of a size, built one at a time so that memory is freed between them."""
     yield from encode_cases(setting)
     yield from decode_cases(setting)
     yield from dense_cases(setting)
@@ -34,7 +34,7 @@ def all_cases(setting: Setting) -> Iterator[Case]:
 
 
 def encode_cases(s: Setting) -> Iterator[Case]:
-    """Selection in every precision, with AuxK's second list, and by threshold."""
+    """Yield the cases of selection: in every precision, with AuxK's list, and by threshold."""
     for precision in ("screened", "fp32", "bf16", "fp16"):
         yield top_k_case(s, precision)
     yield dead_mask_case(s)
@@ -42,7 +42,7 @@ def encode_cases(s: Setting) -> Iterator[Case]:
 
 
 def top_k_case(s: Setting, precision: str) -> Case:
-    """linear, ReLU and topk in one."""
+    """Return the case of encode_topk, against linear, ReLU and topk in PyTorch."""
     dtype = DTYPES.get(precision)
 
     def select() -> Tensor:
@@ -64,7 +64,7 @@ def top_k_case(s: Setting, precision: str) -> Case:
 
 
 def dead_mask_case(s: Setting) -> Case:
-    """Two selections from one product, as AuxK needs them."""
+    """Return the case of two selections from one product, as AuxK needs them."""
     dead = torch.arange(s.size.d_sae) % 2 == 1
     k_aux = max(1, min(s.size.d_in // 2, s.size.d_sae // 2))
 
@@ -85,7 +85,7 @@ def dead_mask_case(s: Setting) -> Case:
 
 
 def threshold_case(s: Setting) -> Case:
-    """All entries above a threshold that leaves about k a row."""
+    """Return the case of selecting all entries above a threshold, about k in a row."""
     w = s.weights
     threshold = s.code[0][:, -1].median().expand(s.size.d_sae).contiguous()
 
@@ -112,7 +112,7 @@ def threshold_case(s: Setting) -> Case:
 
 
 def decode_cases(s: Setting) -> Iterator[Case]:
-    """Decode, its backward, and both in one pass."""
+    """Yield the cases of decode, its backward, and both in one pass."""
     w, (values, indices), size = s.weights, s.code, s.size
     grad = s.x.flip(0).contiguous()
     leaf = values.clone().requires_grad_()
@@ -146,7 +146,7 @@ def decode_cases(s: Setting) -> Iterator[Case]:
 
 
 def reconstruct_case(s: Setting) -> Case:
-    """Everything a squared error needs, forward and backward, from one pass over the rows."""
+    """Return the case of a squared error and its gradient from one pass over the rows."""
     w, (values, indices), size = s.weights, s.code, s.size
 
     def torch_reconstruct() -> Tensor:
@@ -173,7 +173,7 @@ def reconstruct_case(s: Setting) -> Case:
 
 
 def batch_cases(s: Setting) -> Iterator[Case]:
-    """A batch out of a shuffle pool of float16 rows."""
+    """Yield the case of gathering a batch from a shuffle pool of float16 rows."""
     n_tokens, d_in = s.x.shape
     pool = s.x.half().repeat(POOL_BATCHES, 1)
     generator = torch.Generator().manual_seed(4)

@@ -1,4 +1,4 @@
-"""Cases of `kernels.py` that concern latents' activations over a batch: their correlations."""
+"""Cases of `kernels.py`: the correlations of latents' activations over a batch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from torch import Tensor
 
 from benchmarks.support.kernel_setting import Case, Setting
 
-SLOTS, RELATIONS, BATCH, TOP_K = 100_006, 6, 64, 32  # of supervised slots, the largest use
+SLOTS, RELATIONS, BATCH, TOP_K = 100_006, 6, 64, 32  # the largest training of supervised slots
 MOST_TOKENS = 512
 
 
 def correlation_cases(s: Setting) -> Iterator[Case]:
-    """The dictionary's latents against PyTorch over all pairs, where they fit, and over tokens."""
+    """Yield the cases of code_correlation: for the size's latents and for supervised slots.
+
+    PyTorch goes over tokens, and for the size's latents also over all pairs of latents if their
+    matrices fit in memory.
+    """
     n_tokens, d_sae = min(s.size.n_tokens, MOST_TOKENS), s.size.d_sae
     largest = (2 if s.device.type == "cpu" else 8) * 2**30
-    if 4 * 4 * d_sae**2 <= largest:  # the pairs, their squares, both gradients
+    if 4 * 4 * d_sae**2 <= largest:  # float32: the pairs, their squares, the gradients of both
         yield correlation_case(s, (n_tokens, d_sae, d_sae // 2), PAIRS)
     yield correlation_case(s, (n_tokens, d_sae, d_sae // 2), TOKENS)
     slots = (BATCH, SLOTS, SLOTS - RELATIONS)
@@ -27,11 +31,11 @@ def correlation_cases(s: Setting) -> Iterator[Case]:
 
 def correlation_case(
     s: Setting,
-    shape: tuple[int, int, int],  # N, F and where the second group of latents begins
+    shape: tuple[int, int, int],  # N, F and the first latent of the second group
     form: Form,
-    active: int | None = None,  # latents a token, by default half of all
+    active: int | None = None,  # active latents a token, by default half of all
 ) -> Case:
-    """Both sums and the gradient of their total."""
+    """Return the case of both sums and the gradient of their total."""
     n_tokens, d_sae, split = shape
     name, of_unit = form
     generator = torch.Generator(s.device).manual_seed(4)
@@ -63,7 +67,7 @@ def correlation_case(
         ours,
         theirs,
         flops / rate + 4 * 3 * h.numel() / s.rates.stream,
-        "3·N²·F operations at the rate of the fp32 product, F of them active, "
+        "3·N²·F operations at the rate of the fp32 product with F active latents, "
         "codes read twice, gradient written",
         lambda: (ours(), theirs()),
     )
@@ -73,7 +77,7 @@ def over_pairs(
     unit: Tensor,  # [N, F]
     split: int,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, an F×F matrix."""
+    """Return both sums by their definition, from an F×F matrix."""
     squares = (unit.t() @ unit).square()
     return squares[:split, :split].sum(), squares[:split, split:].sum()
 
@@ -82,7 +86,7 @@ def over_tokens(
     unit: Tensor,  # [N, F]
     split: int,
 ) -> tuple[Tensor, Tensor]:
-    """By the N×N Gram matrices, as our op."""
+    """Return both sums from N×N Gram matrices, as sae_fast's op computes them."""
     first, second = (part @ part.t() for part in (unit[:, :split], unit[:, split:]))
     return first.square().sum(), (first * second).sum()
 

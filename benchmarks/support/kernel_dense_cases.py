@@ -14,7 +14,10 @@ LOW_PRECISION_TOLERANCE = 3e-2  # PyTorch rounds the sums themselves to bfloat16
 
 
 def dense_cases(s: Setting) -> Iterator[Case]:
-    """The encoder with ReLU, the decoder and the gradient of a weight matrix; half are active."""
+    """Yield the cases of dense_product: encoder with ReLU, decoder and a weight gradient.
+
+    Half of the latents are active.
+    """
     w = s.weights
     code = torch.relu(s.pre_acts(None))
     centred = s.x - w.b_dec
@@ -49,8 +52,11 @@ def _case(
     if is_low:
         floor = s.products["bf16"]
     elif build_info().get("instruction_set") == "amx":
-        # Six products of bytes, at twice the rate of bfloat16.
-        floor, floor_of = 3 * s.products["bf16"], "six products of bytes, three times that of bf16"
+        # AMX computes a float32 product as six products of bytes, at twice the rate of bfloat16.
+        floor, floor_of = (
+            3 * s.products["bf16"],
+            "six products of bytes, three times the bf16 product",
+        )
     tolerance = LOW_PRECISION_TOLERANCE if is_low else TOLERANCE
     return Case(
         f"dense_product {precision} ({name})", ours, theirs, floor, floor_of, compare, tolerance

@@ -1,4 +1,4 @@
-"""What a case of `kernels.py` is made of: two calls that must agree, a floor, and their inputs."""
+"""The parts of a case of `kernels.py`: two calls that must agree, a floor, and their inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one size. `compare` gives the two results, which must agree."""
+    """One op at one size; `compare` returns the two results, which must agree."""
 
     name: str
     ours: Callable[[], object]
@@ -28,10 +28,10 @@ class Case:
     floor_of: str
     compare: Callable[[], tuple[Tensor, Tensor]]
     tolerance: float = TOLERANCE
-    floor_call: Callable[[], object] | None = None  # times the floor in the same rounds instead
+    floor_call: Callable[[], object] | None = None  # if given, timed in the rounds as the floor
 
     def check(self) -> None:
-        """Raise if the two do not compute the same; errors are relative to the largest entry."""
+        """Raise RuntimeError if the results differ by over `tolerance` of the largest entry."""
         ours, expected = (result.float() for result in self.compare())
         scale = float(expected.abs().max()) or 1.0
         error = float((ours - expected).abs().max()) / scale
@@ -40,7 +40,7 @@ class Case:
 
 
 class Setting:
-    """Inputs of one size, as they occur in a training step."""
+    """The inputs of one size, as they occur in a training step."""
 
     def __init__(
         self, size: Size, rates: Rates, products: dict[str, float], device: torch.device = CPU
@@ -57,14 +57,14 @@ class Setting:
 
     @cached_property
     def code(self) -> tuple[Tensor, Tensor]:
-        """Values and indices [N, K] of the exact selection."""
+        """The values and indices [N, K] of the exact selection."""
         values, indices, _, _ = self.encode("fp32")
         return values, indices
 
     def encode(
         self, precision: str, dead: Tensor | None = None, k_aux: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Our selection with a packed encoder, as training has it."""
+        """Call encode_topk with a packed encoder, as training does; return its four results."""
         w = self.weights
         packed = self.packed(precision)
         result: tuple[Tensor, Tensor, Tensor, Tensor] = self.ops.encode_topk(
@@ -73,7 +73,7 @@ class Setting:
         return result
 
     def pre_acts(self, dtype: torch.dtype | None) -> Tensor:
-        """PyTorch's pre-activations [N, F], in float32 or rounded as autocast rounds."""
+        """Return PyTorch's pre-activations [N, F], in float32 or rounded as by autocast."""
         w = self.weights
         if dtype is None:
             return F.linear(self.x - w.b_dec, w.W_enc, w.b_enc)
@@ -81,9 +81,9 @@ class Setting:
         return F.linear(x, w.W_enc.to(dtype), w.b_enc.to(dtype))
 
     def bare_product(self, precision: str) -> Callable[[], object] | None:
-        """A call of our product with nothing selected, where the compiled module has one.
+        """Return a call of the encoder's product alone, or None if the module registers none.
 
-        On a GPU that is the library's, in the chunks that were fastest at this size.
+        On a GPU it is torch.mm, in the chunks that are fastest at this size.
         """
         if self.device.type == "cuda":
             return self.library_product(product_dtype(precision))
@@ -93,13 +93,13 @@ class Setting:
         return lambda: product(self.x, self.weights.W_enc, precision, *packed)
 
     def library_product(self, dtype: torch.dtype) -> Callable[[], object]:
-        """torch.mm in 16 bits, float32 results."""
+        """Return a call of torch.mm with 16-bit operands and float32 results."""
         x = (self.x - self.weights.b_dec).to(dtype)
         return chunked_product(x, self.weights.W_enc.to(dtype), self.columns[str(dtype)])
 
     @cached_property
     def columns(self) -> dict[str, int]:
-        """The chunk that makes the product fastest, by dtype."""
+        """The number of columns in the fastest chunk of the product, by dtype."""
         fastest = {}
         for dtype in (torch.bfloat16, torch.float16):
             seconds = product_seconds(self.size, dtype, self.device)
@@ -107,7 +107,7 @@ class Setting:
         return fastest
 
     def packed(self, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoder's working copy, made once."""
+        """Return the encoder's working copy in a precision, which is made once."""
         if precision not in self._packed:
             self._packed[precision] = self.ops.pack_encoder(self.weights.W_enc, precision)
         return self._packed[precision]
@@ -117,6 +117,6 @@ class Setting:
         return {}
 
     def gather_floor(self, passes: int, written: int = 0) -> float:
-        """Seconds to gather N·K rows of W_dec `passes` times and write `written` floats."""
+        """Return the seconds to gather N·K rows of W_dec `passes` times and write some floats."""
         gathered = passes * self.size.entries * self.size.d_in * 4 / self.rates.gather_latents
         return gathered + 4 * written / self.rates.stream

@@ -1,4 +1,4 @@
-"""Cases of `kernels.py` that concern weights: their gradients, their update, their geometry."""
+"""Cases of `kernels.py`: weight gradients, the optimiser's update and the geometry of weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sae_fast.ops.moments import moment_blocks
 from sae_fast.training.optimizer.row_optimizer import STATE_DTYPES
 from sae_fast.training.optimizer.signum import ScheduleFreeSignum, Signum
 
-# Such that a step moves the weights by more than their rounding.
+# With these a step moves the weights by more than their rounding.
 LEARNING_RATES = {"adam": 1e-3, "sgd": 1.0, "signum": 1e-3, "schedule_free_signum": 1e-3}
 BETAS, EPS, CLIP = (0.9, 0.999), 1e-8, 1.0
 
 
 def gradient_cases(s: Setting) -> Iterator[Case]:
-    """Weight gradients: by rows, and never stored but applied."""
+    """Yield the cases of weight gradients: stored by rows, and applied without being stored."""
     w, (values, indices) = s.weights, s.code
     size = s.size
     leaf = w.W_dec.clone().requires_grad_()
@@ -74,9 +74,9 @@ def update_case(
     rule: str,
     states: str,
 ) -> Case:
-    """Norm, clip, projection, step, unit rows of W_dec: ours in two passes without a gradient.
+    """Return the case of updating W_dec: norm, clip, projection, step and unit rows.
 
-    PyTorch's moments are float32 whatever ours are.
+    sae_fast does it in two passes without storing a gradient. PyTorch's moments are always float32.
     """
     size, W_dec = s.size, s.weights.W_dec
     latent_offsets, entries, tokens = order()
@@ -131,13 +131,13 @@ def update_case(
             update(*fresh()) - W_dec,
             torch_update(torch_rows(), *torch_fresh()) - W_dec,
         ),
-        # A first step of ±lr: where a gradient cancels to 0 it may come out on either side.
+        # The first step is ±lr; where a gradient cancels to 0, the two may differ in sign.
         tolerance=1e-3 if rule == "sgd" else 2.1,
     )
 
 
 def torch_optimizer(rule: str, W: torch.nn.Parameter) -> torch.optim.Optimizer:
-    """The fastest that PyTorch has of the rule."""
+    """Return PyTorch's fastest optimiser of a rule."""
     rate = LEARNING_RATES[rule]
     if rule == "sgd":
         return torch.optim.SGD([W], lr=rate, momentum=BETAS[0], fused=True)
@@ -150,7 +150,7 @@ def torch_optimizer(rule: str, W: torch.nn.Parameter) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def torch_update(grad: Tensor, W: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
-    """The same in PyTorch, from the dense gradient."""
+    """Apply projection, clip, step and unit rows in PyTorch, from a dense gradient; return W."""
     grad -= (grad * W).sum(1, keepdim=True) * W
     W.grad = grad
     torch.nn.utils.clip_grad_norm_([W], CLIP)
@@ -160,7 +160,7 @@ def torch_update(grad: Tensor, W: torch.nn.Parameter, optimizer: torch.optim.Opt
 
 
 def weight_cases(s: Setting) -> Iterator[Case]:
-    """Work on a weight matrix alone."""
+    """Yield the cases that work on a weight matrix alone: unit rows and decorrelation."""
     W = s.weights.W_dec * 1.5
     ours, theirs = W.clone(), W.clone()
 
@@ -181,7 +181,7 @@ def weight_cases(s: Setting) -> Iterator[Case]:
         lambda: (normalize(W.clone()), torch_normalize(W.clone())),
     )
     largest = (2 if s.device.type == "cpu" else 8) * 2**30
-    if 4 * s.size.d_sae**2 > largest:  # an array of the naive form
+    if 4 * s.size.d_sae**2 > largest:  # bytes of one F×F array of the naive form
         return
 
     def naive() -> Tensor:

@@ -1,4 +1,4 @@
-"""Which machine, which versions and which command a table came from."""
+"""The machine, the versions and the command behind a table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DISTRIBUTIONS = {
 
 
 def device_or_exit(name: str) -> torch.device:
-    """The device of that name; where there is none the program ends with one line."""
+    """Return the device of that name; exit with a one-line error if there is none."""
     from sae_fast.training.device import checked_device
 
     try:
@@ -37,7 +37,7 @@ def device_or_exit(name: str) -> torch.device:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """Return the processor's name as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -48,7 +48,7 @@ def cpu_name() -> str:
 
 
 def instruction_set() -> str:
-    """The instruction set sae_fast's kernels use here."""
+    """Return the name of the instruction set that sae_fast's kernels use here."""
     try:
         from sae_fast import _C
     except ImportError:
@@ -57,7 +57,7 @@ def instruction_set() -> str:
 
 
 def describe_machine(device: torch.device = CPU) -> dict[str, str | int]:
-    """Facts that a table needs beside its numbers."""
+    """Return the machine's facts and the versions, which are stored with the numbers."""
     import sae_fast  # here, because the peers' interpreters import this file without it
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -77,7 +77,7 @@ def describe_machine(device: torch.device = CPU) -> dict[str, str | int]:
 
 
 def describe_gpu(device: torch.device) -> dict[str, str | int]:
-    """The GPU, its driver and its clocks now, as nvidia-smi gives them."""
+    """Return the GPU, its driver and its current clocks, as nvidia-smi reports them."""
     properties = torch.cuda.get_device_properties(device)
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
@@ -99,7 +99,7 @@ def describe_gpu(device: torch.device) -> dict[str, str | int]:
 
 
 def distribution_version(name: str) -> str:
-    """Version of an installed distribution, or a word that it is not there."""
+    """Return the version of an installed distribution, or "not installed"."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -107,14 +107,14 @@ def distribution_version(name: str) -> str:
 
 
 def command_line(module: str) -> str:
-    """The command of this run, without the paths of this machine."""
+    """Return the command of this run, with paths shortened to their last part."""
     variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     arguments = [shorten(argument) for argument in sys.argv[1:]]
     return shlex.join([*variables, "python", "-m", module, *arguments])
 
 
 def shorten(argument: str) -> str:
-    """Keep the last part of a path; NAME=PATH keeps its name."""
+    """Return an argument with an absolute path cut to its last part; NAME=PATH keeps NAME."""
     name, separator, path = argument.rpartition("=")
     if not os.path.isabs(path):
         return argument

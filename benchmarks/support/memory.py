@@ -1,6 +1,6 @@
 """Peak memory of a process since a chosen moment: resident, or allocated on a CUDA device.
 
-Resident memory is Linux's; elsewhere it is counted since the start of the process.
+Linux reports the peak since that moment; other systems only since the start of the process.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class Peak(Protocol):
-    """A moment to count from."""
+    """A moment since which memory is counted."""
 
     def above(self) -> int:
-        """Bytes between the state at the start and the highest state since."""
+        """Return the bytes between the state at the start and the highest state since then."""
 
 
 def peak_since_now(device: torch.device) -> Peak:
-    """Starts to count, on the device that holds the tensors."""
+    """Start to count memory on the device that holds the tensors."""
     return PeakMemory() if device.type == "cpu" else CudaPeakMemory(device)
 
 
 class CudaPeakMemory:
-    """Remembers what torch has allocated on the device now; what it only caches does not count."""
+    """The growth of torch's allocated memory on a device from now on, without cached memory."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -42,12 +42,12 @@ class CudaPeakMemory:
         self.start = torch.cuda.memory_allocated(device)
 
     def above(self) -> int:
-        """Bytes between the state at the start and the highest state since."""
+        """Return the bytes between the state at the start and the highest state since then."""
         return max(0, torch.cuda.max_memory_allocated(self.device) - self.start)
 
 
 class PeakMemory:
-    """Remembers the resident memory now; `above()` tells how far the peak rose since."""
+    """The growth of this process's resident memory from now on."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -56,12 +56,12 @@ class PeakMemory:
         self.start = peak_bytes()
 
     def above(self) -> int:
-        """Bytes between the state at the start and the highest state since."""
+        """Return the bytes between the state at the start and the highest state since then."""
         return max(0, peak_bytes() - self.start)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that new processes can have, on a CPU without pushing others out."""
+    """Return the bytes that new processes can use; on a CPU without making others swap."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -73,7 +73,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def peak_bytes() -> int:
-    """The highest resident memory since the last reset."""
+    """Return the highest resident memory since the last reset, in bytes."""
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

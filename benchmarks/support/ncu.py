@@ -1,4 +1,4 @@
-"""Reads what `ncu --csv --page raw` writes, and the names of kernels."""
+"""Read the output of `ncu --csv --page raw`, and shorten the names of kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.support.tables import markdown_table
 
-# By name as ncu knows it: the heading of its column.
+# ncu's name of a metric: the heading of its column.
 METRICS = {
     "gpu__time_duration.sum": "µs",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
@@ -35,11 +35,14 @@ class Launch:
 
 
 def base_name(name: str) -> str:
-    """`void a::(anonymous namespace)::f<float, 4>(int*)` is f, as in ncu's --kernel-name."""
+    """Return a kernel's name without types, namespaces and arguments, as in ncu's --kernel-name.
+
+    The name of `void a::(anonymous namespace)::f<float, 4>(int*)` is `f`.
+    """
     if name.startswith(("Memcpy", "Memset")):
         return name
     name = name.replace("(anonymous namespace)", "").removeprefix("void ")
-    # Template arguments contain each other and parentheses; what is outside of all is the name.
+    # Template arguments nest and contain parentheses; the name is the text outside of all.
     depth = 0
     outside: list[str] = []
     for letter in name:
@@ -52,14 +55,14 @@ def base_name(name: str) -> str:
         if letter in ">)":
             depth -= 1
         if letter == "(" and depth == 1:
-            break  # the arguments
+            break  # the function's arguments follow
     bare = "".join(outside).strip()
     return re.split(r"::|\s", bare)[-1] or name
 
 
 def read_launches(text: str) -> list[Launch]:
-    """The launches in a raw page; raises ValueError where there is none."""
-    # The program's own output, and ncu's messages begin with ==, come before the table.
+    """Return the launches in a raw page; raise ValueError if there are none."""
+    # The program's own output and ncu's messages, which begin with ==, come before the table.
     lines = text.splitlines()
     heads = [number for number, line in enumerate(lines) if line.startswith('"ID",')]
     if not heads:
@@ -79,12 +82,12 @@ def read_launches(text: str) -> list[Launch]:
 
 
 def number(text: str, unit: str) -> float:
-    """A value of the page; times as microseconds, whatever unit ncu chose."""
+    """Return a value of the page; times become microseconds, because ncu chooses their unit."""
     return float(text.replace(",", "")) * MICROSECONDS.get(unit, 1.0)
 
 
 def summary_table(launches: Sequence[Launch], order: Sequence[str]) -> str:
-    """Medians over the launches of each kernel, in the order given."""
+    """Return a table of medians over each kernel's launches, first the kernels in `order`."""
     names = dict.fromkeys([name for name in order if any(name == x.kernel for x in launches)])
     names |= dict.fromkeys(launch.kernel for launch in launches)
     rows = []

@@ -1,4 +1,4 @@
-"""The parent's side of `benchmarks/worker.py`: a contestant in a process of its own."""
+"""The parent's side of `benchmarks/worker.py`: an implementation in a process of its own."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class PeerProcess:
-    """Trains one contestant step by step; use as a context manager."""
+    """A process that trains one implementation step by step; a context manager."""
 
     def __init__(
         self,
-        contestant: str,
+        implementation: str,
         adapter: str,
         python: str,
         size: Size,
@@ -31,7 +31,7 @@ class PeerProcess:
         threads: int,
         device: torch.device = CPU,
     ) -> None:
-        self.contestant = contestant
+        self.implementation = implementation
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -49,7 +49,7 @@ class PeerProcess:
         )
         self.peak_bytes = 0
         job = {
-            "contestant": contestant,
+            "implementation": implementation,
             "adapter": adapter,
             "size": asdict(size),
             "n_batches": n_batches,
@@ -61,13 +61,13 @@ class PeerProcess:
         self.versions: dict[str, str] = answer["versions"]
 
     def step(self, count: int = 1) -> Sample:
-        """Let it take some steps; the sample is their mean."""
+        """Let the process take `count` steps; return their mean as a sample."""
         answer = self.ask(f"go {count}")
         self.peak_bytes = answer["peak_bytes"]
         return Sample(answer["seconds"], answer["cpu_seconds"], answer["others"])
 
     def ask(self, line: str) -> dict[str, Any]:
-        """Send a line, wait for the answer."""
+        """Send a line and return the answer; raise RuntimeError if the process has ended."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -77,18 +77,18 @@ class PeerProcess:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise RuntimeError(f"{self.contestant} stopped: {self.last_words()}")
+            raise RuntimeError(f"{self.implementation} stopped: {self.end_of_errors()}")
         content: dict[str, Any] = json.loads(answer)
         return content
 
-    def last_words(self) -> str:
-        """The end of what it wrote to standard error."""
+    def end_of_errors(self) -> str:
+        """Return the last eight lines that the process wrote to standard error."""
         self.process.wait()
         self.errors.seek(0)
         return "\n".join(self.errors.read().strip().splitlines()[-8:]) or "no message"
 
     def close(self) -> None:
-        """End the process."""
+        """Close the pipe, wait for the process and kill it if it does not end."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:

@@ -1,8 +1,7 @@
-"""Activations made from a known sparse dictionary, and how much of it a decoder has found.
+"""Activations made from a known sparse dictionary, and a score of how well a decoder finds it.
 
-Features are random unit vectors, more than there are dimensions. Each is active at random with its
-own probability, which falls off as a power of its rank, with an amount of 1 + U(0, 1); a little
-noise is added.
+Features are random unit vectors, more than there are dimensions. Each is active at random, with a
+probability that falls as a power of its rank and an amount of 1 + U(0, 1); a little noise is added.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ class Planted:
     """A dictionary and the rows drawn from it.
 
     Args:
-        seed: of dictionary and rows.
+        seed: seed of the dictionary and the rows.
     """
 
     d_in = 64
     n_features = 256
-    active = 8  # features a row, on average
-    falloff = 0.5  # power of the rank by which probabilities fall
+    active = 8  # average number of active features in a row
+    falloff = 0.5  # probabilities are proportional to rank ** -falloff
     noise = 0.02
 
     def __init__(self, seed: int) -> None:
@@ -36,7 +35,7 @@ class Planted:
         self._probabilities = probabilities * (self.active / probabilities.sum())
 
     def draw(self, n_rows: int) -> Tensor:
-        """Rows [n, D] of expected norm about √D, as normalised activations have it."""
+        """Draw rows [n_rows, D] with an expected norm of about √D, like normalised activations."""
         chance = torch.rand(n_rows, self.n_features, generator=self._generator)
         amounts = 1 + torch.rand(n_rows, self.n_features, generator=self._generator)
         amounts *= chance < self._probabilities
@@ -46,10 +45,11 @@ class Planted:
 
     @classmethod
     def about(cls) -> str:
-        """What the data is, for a table."""
+        """Return a description of the data for a table."""
         return (
-            f"{cls.n_features} planted features in {cls.d_in} dimensions, {cls.active} active in "
-            f"a row on average, probabilities falling as rank^-{cls.falloff:g}, as many latents"
+            f"{cls.n_features} planted features in {cls.d_in} dimensions, on average {cls.active} "
+            f"active in a row, with probabilities proportional to rank^-{cls.falloff:g}; one "
+            "latent per feature"
         )
 
 
@@ -57,7 +57,7 @@ def matched_cosine(
     decoder: Tensor,  # [F, D]
     features: Tensor,  # [G, D], unit rows
 ) -> float:
-    """MCC: the mean |cosine| of features and decoder rows in the best matching of the two."""
+    """Return the MCC: the mean |cosine| of features and decoder rows in their best matching."""
     from scipy.optimize import linear_sum_assignment
 
     cosines = (features @ F.normalize(decoder, dim=1).t()).abs()

@@ -1,7 +1,7 @@
-"""The size of a benchmark, its activations and the parameters every contestant starts from.
+"""The sizes of the benchmarks, their activations and the weights before the first step.
 
-N tokens a step, D = d_in, F = d_sae, K = k. Activations come scaled as a trainer hands them to the
-step: mean 0, E‖x‖ = √D.
+N tokens a step, D = d_in, F = d_sae, K = k. Activations are scaled as the trainer scales them: mean
+0, E‖x‖ = √D.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Size:
 
     @property
     def product_flops(self) -> float:
-        """Operations of the one dense product a step needs, x @ W_enc.T."""
+        """Operations of x @ W_enc.T, the only dense product that a step needs."""
         return 2.0 * self.n_tokens * self.d_in * self.d_sae
 
     @property
@@ -53,13 +53,13 @@ class Size:
         return self.n_tokens * self.k
 
     def describe(self) -> str:
-        """The size as a reader of a table wants it."""
+        """Return the size as a heading of a table shows it."""
         return f"{self.name} (N={self.n_tokens}, d_in={self.d_in}, d_sae={self.d_sae}, k={self.k})"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Initial parameters, tied and with unit rows as the trainer starts them."""
+    """Parameters before the first step: tied, with unit rows, as the trainer initialises them."""
 
     W_enc: Tensor  # [F, D]
     b_enc: Tensor  # [F]
@@ -68,7 +68,7 @@ class Weights:
 
 
 def parse_size(text: str) -> Size:
-    """Read `S2` or `64x32x128x4` (N x d_in x d_sae x k)."""
+    """Parse `S2` or `64x32x128x4` (N x d_in x d_sae x k); raise ValueError for other text."""
     if text in NAMED_SIZES:
         return Size(text, *NAMED_SIZES[text])
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
@@ -79,7 +79,10 @@ def parse_size(text: str) -> Size:
 
 
 def make_weights(size: Size, seed: int = 1, device: torch.device = CPU) -> Weights:
-    """Random unit decoder rows, the encoder equal to them, zero biases; other on each device."""
+    """Return random unit decoder rows, an equal encoder and zero biases.
+
+    The random numbers of a CPU and of a GPU differ.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     with device:
         rows = F.normalize(torch.randn(size.d_sae, size.d_in, generator=generator), dim=1)
@@ -87,9 +90,10 @@ def make_weights(size: Size, seed: int = 1, device: torch.device = CPU) -> Weigh
 
 
 def make_activations(size: Size, batches: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
-    """Sparse mixtures of features with Zipf frequencies, plus noise.  # [batches * N, D]
+    """Return sparse mixtures of features with Zipf frequencies, plus noise, [batches * N, D].
 
-    Heavy-tailed latents are what makes the latent-major half of a step hard to balance.
+    With frequent and rare latents the work of the latent-major ops is hard to balance, as in real
+    activations.
     """
     generator = torch.Generator(device).manual_seed(seed)
     rows, active = batches * size.n_tokens, 40
@@ -109,5 +113,5 @@ def make_activations(size: Size, batches: int, seed: int = 0, device: torch.devi
 
 
 def learning_rate(size: Size) -> float:
-    """The trainer's default."""
+    """Return the trainer's default learning rate at this size."""
     return 2e-4 / math.sqrt(size.d_sae / 2**14)

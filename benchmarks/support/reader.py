@@ -1,4 +1,4 @@
-"""Whether reading keeps up with training: rows a second read from the page cache and trained."""
+"""The rate of reading shards from the page cache beside the rate of training, in rows a second."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.baselines.sae_fast_trainer import SaeFastTrainer
-from benchmarks.support.heats import say
+from benchmarks.support.groups import say
 from benchmarks.support.problem import Size, learning_rate, make_activations, make_weights
 from benchmarks.support.tables import markdown_table, percent
 from sae_fast.activations import ActivationStream, ShardWriter
@@ -21,7 +21,7 @@ TRAINED_STEPS = 30
 
 
 def measure_reader(size: Size) -> dict[str, Any]:
-    """Rows a second that the stream serves alone and that training takes, and how long it waits."""
+    """Measure the stream alone and a training fed by it; return both rates and the share waited."""
     say(f"reader at {size.describe()}")
     with tempfile.TemporaryDirectory() as folder:
         activations = make_activations(size, 16)
@@ -40,9 +40,9 @@ def measure_reader(size: Size) -> dict[str, Any]:
 
 
 def read_alone(folder: str, size: Size) -> float:
-    """Rows a second when nothing is done with them; files are in the page cache."""
+    """Return the rows a second of the stream alone; the files are in the page cache."""
     with ActivationStream(folder, batch_size=size.n_tokens, seed=0) as stream:
-        for _ in range(READ_BATCHES // 4):  # the first windows, and the batches kept ready
+        for _ in range(READ_BATCHES // 4):  # fills the first windows and the prefetched batches
             stream.next_batch()
         start = time.perf_counter()
         for _ in range(READ_BATCHES):
@@ -51,7 +51,7 @@ def read_alone(folder: str, size: Size) -> float:
 
 
 def read_and_train(folder: str, size: Size) -> tuple[float, float]:
-    """Rows a second of training from the stream, and the share of time it waited for rows."""
+    """Return the rows a second of training from the stream, and the share of time spent waiting."""
     trainer = SaeFastTrainer(make_weights(size), size.k, learning_rate(size))
     with ActivationStream(folder, batch_size=size.n_tokens, seed=0) as stream:
         for _ in range(3):
@@ -64,7 +64,7 @@ def read_and_train(folder: str, size: Size) -> tuple[float, float]:
 
 
 def reader_section(reader: dict[str, Any]) -> list[str]:
-    """The reader's table."""
+    """Return the heading, explanation and table of the reader."""
     served, trained = reader["rows_per_second_reader"], reader["rows_per_second_training"]
     headings = ["size", "reader rows/s", "training rows/s", "reader / training", "stall"]
     row = [

@@ -1,6 +1,6 @@
-"""Results of `train_step.py`: what is stored for a size, and the tables made from it.
+"""The results of `train_step.py`: the JSON entry of a size, and the tables made from it.
 
-On a GPU sae_fast stands for its CUDA graph wherever that ran.
+On a GPU the tables take sae_fast's times from its CUDA graph if that was measured.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import PRECISIONS, describe
+from benchmarks.implementations import PRECISIONS, describe
 from benchmarks.support.floors import FORMULA, Floor, Rates
-from benchmarks.support.heats import Outcome
+from benchmarks.support.groups import Outcome
 from benchmarks.support.problem import Size
 from benchmarks.support.tables import machine_line, markdown_table, milliseconds, percent, ratio
 from benchmarks.support.timing import median_ratio, summarize
@@ -25,19 +25,19 @@ def size_result(
     rates: Mapping[str, Rates],
     floors: Mapping[str, Floor],
 ) -> dict[str, Any]:
-    """Everything measured at one size."""
-    contestants: dict[str, dict[str, Any]] = {}
+    """Return the measurements of one size as they are stored in JSON."""
+    implementations: dict[str, dict[str, Any]] = {}
     for name, outcome in outcomes.items():
         if not outcome.samples:
-            contestants[name] = {"failure": outcome.failure or "not measured"}
+            implementations[name] = {"failure": outcome.failure or "not measured"}
             continue
         summary = summarize(outcome.samples)
-        contestants[name] = {
+        implementations[name] = {
             **asdict(summary),
             "tokens_per_second": size.n_tokens / summary.median,
             "ratios": {
-                own: median_ratio(outcome.samples, series)
-                for own, series in outcome.rivals.items()
+                mode: median_ratio(outcome.samples, series)
+                for mode, series in outcome.sae_fast_samples.items()
                 if series
             },
             "loss_at_step_0": outcome.first_loss,
@@ -48,20 +48,20 @@ def size_result(
         }
     return {
         "size": asdict(size),
-        "contestants": contestants,
+        "contestants": implementations,
         "rates": {precision: asdict(rate) for precision, rate in rates.items()},
         "floors": {precision: floor.as_dict() for precision, floor in floors.items()},
     }
 
 
 def share_of_floor(name: str, median: float, floors: Mapping[str, Floor]) -> float | None:
-    """Floor / time, for sae_fast's own steps."""
+    """Return floor / median time for a mode of sae_fast, None for another implementation."""
     precision = PRECISIONS.get(name)
     return None if precision is None else floors[precision].total / median
 
 
 def read_results(path: Path | None) -> dict[str, Any]:
-    """The sizes of an earlier run."""
+    """Return the sizes in the JSON file of an earlier run; none if there is no such file."""
     if path is None or not path.exists():
         return {}
     sizes: dict[str, Any] = json.loads(path.read_text())["sizes"]
@@ -69,15 +69,15 @@ def read_results(path: Path | None) -> dict[str, Any]:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """All tables, as Markdown."""
+    """Return all tables as Markdown."""
     parts = [
         "# One training step",
         "Select, decode, loss, AuxK bookkeeping, backward, projection, clip, Adam, unit norm, dead "
-        "counters; the same rows, weights, k and clip for all. Times are milliseconds over "
-        "interleaved rounds; a ratio is the median over rounds of (its time / sae_fast's time in "
-        "that round), so above 1 sae_fast is faster. Memory is the peak of a step above the state "
-        "before the model is built, parameters and optimiser included: resident memory in a "
-        "process of its own, on a GPU what torch has allocated.",
+        "counters; all implementations have the same rows, weights, k and clip. Times are "
+        "milliseconds over interleaved rounds; a ratio is the median over rounds of (its time / "
+        "sae_fast's time in that round), so above 1 sae_fast is faster. Memory is the peak of a "
+        "step above the state before the model is built, parameters and optimiser included: "
+        "resident memory in a process of its own, on a GPU the memory that torch has allocated.",
         "## Summary",
     ]
     on_cpu = {name: result for name, result in results.items() if not on_gpu(result)}
@@ -90,7 +90,7 @@ def report(results: Mapping[str, Any]) -> str:
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
-    """One line a size: the ratios that matter and the share of the floor."""
+    """Return the summary for a CPU: per size the main ratios and the share of the floor."""
     headings = [
         "size",
         "default vs eager fp32",
@@ -102,17 +102,17 @@ def summary_table(results: Mapping[str, Any]) -> str:
     ]
     rows = []
     for name, result in results.items():
-        contestants = result["contestants"]
+        implementations = result["contestants"]
         modes = ("sae_fast", "sae_fast_bf16")
-        shares = [contestants.get(own, {}).get("share_of_floor") for own in modes]
+        shares = [implementations.get(own, {}).get("share_of_floor") for own in modes]
         rows.append(
             [
                 name,
-                ratio(ratio_to(contestants, ["eager"], "sae_fast")),
-                ratio(ratio_to(contestants, ["tuned", "gather"], "sae_fast")),
-                ratio(ratio_to(contestants, ["eager"], "sae_fast_bf16")),
-                ratio(ratio_to(contestants, ["tuned_bf16", "gather_bf16"], "sae_fast_bf16")),
-                ratio(ratio_to(contestants, ["sparsify"], "sae_fast")),
+                ratio(ratio_to(implementations, ["eager"], "sae_fast")),
+                ratio(ratio_to(implementations, ["tuned", "gather"], "sae_fast")),
+                ratio(ratio_to(implementations, ["eager"], "sae_fast_bf16")),
+                ratio(ratio_to(implementations, ["tuned_bf16", "gather_bf16"], "sae_fast_bf16")),
+                ratio(ratio_to(implementations, ["sparsify"], "sae_fast")),
                 " / ".join(percent(share) for share in shares),
             ]
         )
@@ -121,29 +121,29 @@ def summary_table(results: Mapping[str, Any]) -> str:
 
 
 def on_gpu(result: Mapping[str, Any]) -> bool:
-    """Whether a size was measured on a GPU."""
+    """Return whether a size was measured on a GPU."""
     return "gpu" in result["machine"]
 
 
-def standing(contestants: Mapping[str, Any], name: str) -> str:
-    """sae_fast in a mode: its CUDA graph where that ran."""
+def graph_if_measured(implementations: Mapping[str, Any], name: str) -> str:
+    """Return the name of a mode's CUDA graph if that was measured, otherwise `name`."""
     graph = name.replace("sae_fast", "sae_fast_graph")
-    return graph if "median" in contestants.get(graph, {}) else name
+    return graph if "median" in implementations.get(graph, {}) else name
 
 
 def cuda_summary_table(results: Mapping[str, Any]) -> str:
-    """One line a size and mode: time, the ratios that matter, memory, the share of the floor."""
+    """Return the summary for a GPU: per size and mode time, ratios, memory, share of the floor."""
     headings = [
         *("size", "mode", "ms", "vs eager bf16 autocast", "vs gather bf16 autocast"),
         *("vs sparsify", "vs eager fp32", "peak GiB", "share of floor"),
     ]
-    rivals = ("eager_bf16", "gather_bf16", "sparsify", "eager")
+    others = ("eager_bf16", "gather_bf16", "sparsify", "eager")
     rows = []
     for name, result in results.items():
-        contestants = result["contestants"]
+        implementations = result["contestants"]
         for mode in ("sae_fast", "sae_fast_bf16"):
-            own = standing(contestants, mode)
-            data = contestants.get(own, {})
+            own = graph_if_measured(implementations, mode)
+            data = implementations.get(own, {})
             if "median" not in data:
                 continue
             peak = data["peak_bytes_above_start"]
@@ -152,7 +152,7 @@ def cuda_summary_table(results: Mapping[str, Any]) -> str:
                     name,
                     describe(own, "cuda"),
                     milliseconds(data["median"]),
-                    *(ratio(ratio_to(contestants, [rival], own)) for rival in rivals),
+                    *(ratio(ratio_to(implementations, [other], own)) for other in others),
                     "-" if peak is None else f"{peak / 2**30:.2f}",
                     percent(data["share_of_floor"]),
                 ]
@@ -160,25 +160,27 @@ def cuda_summary_table(results: Mapping[str, Any]) -> str:
     return markdown_table(headings, rows)
 
 
-def ratio_to(contestants: Mapping[str, Any], names: Sequence[str], own: str) -> float | None:
-    """Ratio of the fastest of `names` to one of ours; None where one of them did not run."""
-    measured = [contestants[name] for name in names if "ratios" in contestants.get(name, {})]
+def ratio_to(implementations: Mapping[str, Any], names: Sequence[str], own: str) -> float | None:
+    """Return the fastest of `names` over a mode of sae_fast; None if there is no such ratio."""
+    measured = [
+        implementations[name] for name in names if "ratios" in implementations.get(name, {})
+    ]
     ratios = [data["ratios"].get(own) for data in measured]
     known = [value for value in ratios if value is not None]
     return min(known) if known else None
 
 
 def size_section(result: Mapping[str, Any]) -> list[str]:
-    """Table, floor and origin of one size."""
-    size, contestants = Size(**result["size"]), result["contestants"]
+    """Return the heading, table, floor and origin of one size."""
+    size, implementations = Size(**result["size"]), result["contestants"]
     kind = "cuda" if on_gpu(result) else "cpu"
-    own = [standing(contestants, name) for name in ("sae_fast", "sae_fast_bf16")]
+    own = [graph_if_measured(implementations, name) for name in ("sae_fast", "sae_fast_bf16")]
     headings = [
-        *("contestant", "median ms", "min", "max", "tokens/s"),
+        *("implementation", "median ms", "min", "max", "tokens/s"),
         *("vs default", "vs bf16 mode", "peak MiB", "loss at step 0", "quiet rounds"),
     ]
     rows = []
-    for name, data in contestants.items():
+    for name, data in implementations.items():
         if "failure" in data:
             rows.append([describe(name, kind), f"did not run: {data['failure']}", *["-"] * 8])
             continue
@@ -202,7 +204,7 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
         parts.append("Not installed, so not measured: " + ", ".join(result["missing"]) + ".")
     versions = [
         f"{package} {version}"
-        for data in contestants.values()
+        for data in implementations.values()
         for package, version in data.get("versions", {}).items()
         if package not in ("torch", "sae_fast")
     ]
@@ -213,7 +215,7 @@ def size_section(result: Mapping[str, Any]) -> list[str]:
 
 
 def memory_line(size: Size) -> str:
-    """What the memory column is to be compared with."""
+    """Return a sentence about the memory that every trainer needs, to compare the column with."""
     states, gradients = 12 * size.parameters, 4 * size.parameters
     batch, pre_acts = 4 * size.n_tokens * size.d_in, 4 * size.n_tokens * size.d_sae
     mebi = [f"{count / 2**20:,.0f}" for count in (states, batch, pre_acts, gradients)]
@@ -225,10 +227,10 @@ def memory_line(size: Size) -> str:
 
 
 def floor_lines(result: Mapping[str, Any]) -> list[str]:
-    """The floor of each mode: its parts, the rates behind them, and the share reached."""
+    """Return each mode's floor: its parts, the rates behind them, and the share reached."""
     lines = [f"Floor of a step, {FORMULA}:"]
     for mode in ("sae_fast", "sae_fast_bf16"):
-        name = standing(result["contestants"], mode)
+        name = graph_if_measured(result["contestants"], mode)
         if "median" not in result["contestants"].get(name, {}):
             continue
         precision = PRECISIONS[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
+    """Return a Markdown table with text in the first column and numbers in the others."""
     lines = ["| " + " | ".join(headings) + " |"]
     lines.append("|" + "|".join(["---", *["---:"] * (len(headings) - 1)]) + "|")
     lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -17,7 +17,7 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """One sentence about where the numbers were measured."""
+    """Return one sentence about the machine and the versions behind the numbers."""
     gpu = ""
     if "gpu" in machine:
         gpu = (
@@ -35,29 +35,29 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds with three significant digits."""
+    """Format seconds as milliseconds with three significant digits."""
     value = seconds * 1e3
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def ratio(value: float | None) -> str:
-    """A ratio of times."""
+    """Format a ratio of times; None becomes "-"."""
     return "-" if value is None else f"{value:.2f}×"
 
 
 def percent(value: float | None) -> str:
-    """A share."""
+    """Format a share as a percentage; None becomes "-"."""
     return "-" if value is None else f"{value * 100:.0f} %"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file, making its folder."""
+    """Write a JSON file of results, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a table file, making its folder."""
+    """Write a file of tables, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content.rstrip() + "\n")
 
@@ -65,7 +65,7 @@ def write_text(path: Path, content: str) -> None:
 def publish(
     result: Mapping[str, Any], table: str, json_path: Path | None, markdown_path: Path | None
 ) -> None:
-    """Write the numbers and the table where files are asked for, and print the table."""
+    """Write the numbers and the table to the given files, if any, and print the table."""
     if json_path:
         write_json(json_path, result)
     if markdown_path:

@@ -1,8 +1,8 @@
-"""Timing on a machine that others use too: interleaved rounds, and how busy the others were.
+"""Timing on a machine with other programs: interleaved rounds and the CPU time of the others.
 
-A sample is quiet when other processes together took less than `QUIET_SHARE` of one CPU while it
-ran. Statistics use the quiet rounds when there are enough of them and say how many there were.
-On a CUDA device a sample is the mean of several calls between two events, and always quiet.
+A sample is quiet if other processes together used less than `QUIET_SHARE` of one CPU while it ran.
+Statistics use the quiet rounds if there are enough of them, and count them. On a CUDA device a
+sample is the mean of several calls between two events, and always quiet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 QUIET_SHARE = 0.15
 ENOUGH_QUIET_ROUNDS = 3
 CPU = torch.device("cpu")
-# Of a CUDA sample: long enough that neither the events nor a late launch matter.
+# A CUDA sample is so long that neither the events nor a late launch matter.
 SAMPLE_SECONDS = 0.02
 MOST_CALLS = 32
 FLUSH_BYTES = 512 * 2**20  # several times any L2
@@ -30,18 +30,18 @@ class Sample:
     """One timed call."""
 
     seconds: float
-    cpu_seconds: float  # of the process that did the work
-    others: float  # CPUs that other processes kept busy meanwhile
+    cpu_seconds: float  # CPU time of the process that did the work
+    others: float  # CPUs that other processes kept busy during the sample
 
     @property
     def quiet(self) -> bool:
-        """Whether the machine was nearly ours."""
+        """Whether other processes used less than QUIET_SHARE of a CPU."""
         return self.others < QUIET_SHARE
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Median, minimum and maximum of a series of times in seconds."""
+    """Median, minimum and maximum of a series of times, in seconds."""
 
     median: float
     minimum: float
@@ -52,7 +52,7 @@ class Summary:
 
 
 def machine_busy_seconds() -> float:
-    """CPU seconds that all processes have used since boot; 0 where the system does not tell."""
+    """Return the CPU seconds of all processes since boot; 0 if the system does not report them."""
     try:
         with open("/proc/stat") as file:
             ticks = [int(field) for field in file.readline().split()[1:9]]
@@ -63,14 +63,14 @@ def machine_busy_seconds() -> float:
 
 
 def calls_per_sample(seconds: float, device: torch.device) -> int:
-    """How many calls that take so long make one sample."""
+    """Return how many calls of the given length make one sample."""
     if device.type == "cpu":
         return 1
     return min(MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9))))
 
 
 def measure(call: Callable[[], object], device: torch.device = CPU, calls: int = 1) -> Sample:
-    """Time one call, or on CUDA the mean of `calls`, launched one after the other."""
+    """Time one call, or on CUDA the mean of `calls` calls launched one after the other."""
     if device.type == "cuda":
         return measure_on_cuda(call, calls)
     busy, cpu, start = machine_busy_seconds(), time.process_time(), time.perf_counter()
@@ -82,7 +82,7 @@ def measure(call: Callable[[], object], device: torch.device = CPU, calls: int =
 
 
 def measure_on_cuda(call: Callable[[], object], calls: int) -> Sample:
-    """The mean of some calls, from the first's launch to the last's end on the device."""
+    """Time some calls, from the first launch to the last end on the device; return their mean."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     cpu = time.process_time()
@@ -96,7 +96,11 @@ def measure_on_cuda(call: Callable[[], object], calls: int) -> Sample:
 
 
 def measure_cold(call: Callable[[], object], device: torch.device, calls: int = 1) -> Sample:
-    """As `measure`, with nothing in the L2 before each call, and launched in time."""
+    """Time `calls` calls, each after the L2 cache was overwritten; return their mean.
+
+    All calls are enqueued before the device reaches them, so that no launch is late. On a CPU one
+    call is timed as `measure` does.
+    """
     if device.type == "cpu":
         return measure(call)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -118,9 +122,10 @@ def interleave(
     pause: float = 0.0,
     deadline: float = math.inf,
 ) -> dict[str, list[Sample]]:
-    """Let every sampler take one sample a round, in an order that rotates from round to round.
+    """Call every sampler once per round, in an order that rotates; return the samples by name.
 
-    After the deadline, a time of `time.monotonic`, no round begins, but there are a few at least.
+    No round begins after the deadline, a time of `time.monotonic`, except the first
+    ENOUGH_QUIET_ROUNDS.
     """
     names = list(samplers)
     if not names:
@@ -132,20 +137,20 @@ def interleave(
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             if pause:
-                time.sleep(pause)  # threads of the one before stop spinning
+                time.sleep(pause)  # until the threads of the previous sampler stop spinning
             samples[name].append(samplers[name]())
     return samples
 
 
 def quiet_rounds(series: Sequence[Sequence[Sample]]) -> list[int]:
-    """Rounds in which every given series was quiet; all rounds when those are too few."""
+    """Return the rounds in which every series was quiet; all rounds if these are too few."""
     rounds = range(min(len(samples) for samples in series))
     quiet = [turn for turn in rounds if all(samples[turn].quiet for samples in series)]
     return quiet if len(quiet) >= ENOUGH_QUIET_ROUNDS else list(rounds)
 
 
 def summarize(samples: Sequence[Sample]) -> Summary:
-    """Statistics over the quiet rounds; the minimum and maximum over all of them."""
+    """Return the medians over the quiet rounds, and minimum and maximum over all rounds."""
     chosen = [samples[turn] for turn in quiet_rounds([samples])]
     times = [sample.seconds for sample in samples]
     return Summary(
@@ -159,7 +164,7 @@ def summarize(samples: Sequence[Sample]) -> Summary:
 
 
 def median_ratio(slower: Sequence[Sample], faster: Sequence[Sample]) -> float:
-    """Median over rounds of slower / faster, both measured in the same round."""
+    """Return the median over rounds of slower / faster, both measured in the same round."""
     rounds = quiet_rounds([slower, faster])
     return statistics.median(slower[turn].seconds / faster[turn].seconds for turn in rounds)
 
@@ -167,7 +172,7 @@ def median_ratio(slower: Sequence[Sample], faster: Sequence[Sample]) -> float:
 def best_seconds(
     call: Callable[[], object], repeats: int = 5, warmup: int = 1, device: torch.device = CPU
 ) -> float:
-    """The fastest of several calls: what the hardware can do, for rates that floors are made of."""
+    """Return the seconds of the fastest of several calls, for the rates in the floors."""
     for _ in range(warmup):
         call()
     calls = 1 if device.type == "cpu" else calls_per_sample(measure(call, device).seconds, device)

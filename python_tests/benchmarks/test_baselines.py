@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.baselines.eager import EagerTrainer
 from benchmarks.baselines.tuned import GatherTrainer, TunedTrainer
-from benchmarks.contestants import choose_contestants, make_local
+from benchmarks.implementations import choose_implementations, make_local
 from benchmarks.support.problem import learning_rate, make_activations, make_weights
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
@@ -76,11 +76,11 @@ def test_latents_count_their_silent_tokens(tiny):
 
 
 def test_an_unknown_peer_is_named():
-    with pytest.raises(ValueError, match="got 'nobody'"):
-        choose_contestants(["nobody"], {})
+    with pytest.raises(ValueError, match="got 'unknown'"):
+        choose_implementations(["unknown"], {})
 
 
 def test_a_peer_without_an_interpreter_is_missing():
-    local, peers, missing = choose_contestants(["eager", "sparsify"], {"sparsify": "python"})
+    local, peers, missing = choose_implementations(["eager", "sparsify"], {"sparsify": "python"})
     assert (local, peers, missing) == (["eager"], {"sparsify": "python"}, [])
-    assert choose_contestants(["saelens_bf16"], {"saelens": "p"})[1] == {"saelens_bf16": "p"}
+    assert choose_implementations(["saelens_bf16"], {"saelens": "p"})[1] == {"saelens_bf16": "p"}

@@ -118,7 +118,7 @@ def test_dense_switch_times_both_ways_of_every_architecture(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_dense_step_times_every_contestant_from_one_loss(run, tmp_path):
+def test_dense_step_times_every_implementation_from_one_loss(run, tmp_path):
     result, table = run("dense_step", "--sizes", SIZE, "--rounds", "3")
     (rows,) = result["sizes"].values()
     assert [row["name"] for row in rows] == ["sae_fast", "sae_fast_bf16", "eager", "eager_bf16"]
@@ -159,10 +159,12 @@ def test_stream_measures_reading_and_shuffling(run, tmp_path):
 def test_slots_step_times_the_literal_form_too(run, tmp_path):
     result, table = run("slots_step", "--slots", "50,120", "--rounds", "3")
     for found in result["sizes"].values():
-        contestants = found["contestants"]
-        assert list(contestants) == ["sae_fast", "PyTorch, N x N", "PyTorch, F x F"]
-        assert all(one["seconds"] > 0 and one["peak_bytes"] >= 0 for one in contestants.values())
-        losses = [one["first_loss"] for one in contestants.values()]
+        implementations = found["contestants"]
+        assert list(implementations) == ["sae_fast", "PyTorch, N x N", "PyTorch, F x F"]
+        assert all(
+            one["seconds"] > 0 and one["peak_bytes"] >= 0 for one in implementations.values()
+        )
+        losses = [one["first_loss"] for one in implementations.values()]
         assert losses == pytest.approx([losses[0]] * 3, rel=2e-3)
     assert len(rows_of(table)) == 1 + 2 * 3
 

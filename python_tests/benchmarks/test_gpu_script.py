@@ -56,7 +56,7 @@ def test_help_says_what_the_exit_code_means():
 def test_without_a_gpu_the_rehearsal_is_named(tmp_path):
     done = gpu_sh("--out", tmp_path)
     assert done.returncode == 64
-    assert "--device cpu is a rehearsal" in done.stderr
+    assert "--device cpu tries the script" in done.stderr
 
 
 def test_parts_without_time_fail_and_the_exit_code_says_which(tmp_path):
@@ -127,7 +127,7 @@ def test_every_part_runs_with_the_tools_of_cuda_played(tools, tmp_path):
     assert summary.count("| passed |") == 5
     assert "A GPU" in summary
     tables = (out / "tables.md").read_text()
-    for title in ("# One training step", "# The ops", "# What the training", "# The slowest"):
+    for title in ("# One training step", "# The ops", "# Quality of trained", "# The slowest"):
         assert title in tables
     assert "| latent_major | 1 | 12.5 |" in tables
     assert len(list(out.iterdir())) <= 8

@@ -9,7 +9,13 @@ import torch
 from benchmarks.quality import Quality, what_is_wrong
 from benchmarks.support import machine
 from benchmarks.support.floors import Rates, step_floor
-from benchmarks.support.heats import Field, Outcome, record_first_loss, run_heats, split_heats
+from benchmarks.support.groups import (
+    Comparison,
+    Outcome,
+    record_first_loss,
+    run_groups,
+    split_groups,
+)
 from benchmarks.support.peer_process import PeerProcess
 from benchmarks.support.problem import parse_size
 from benchmarks.support.step_report import report, size_result
@@ -43,7 +49,7 @@ def test_all_rounds_count_when_few_are_quiet():
     assert summarize(samples(1.0) + samples(9.0, 9.0, others=1.0)).median == 9.0
 
 
-def test_every_contestant_takes_its_turn_in_every_round():
+def test_every_implementation_is_sampled_in_every_round():
     order = []
 
     def sampler(name):
@@ -83,12 +89,12 @@ def test_a_size_that_is_none_is_named():
         parse_size("1x2")
 
 
-def test_heats_hold_everybody_once_and_fit_in_memory(tiny, monkeypatch):
+def test_groups_hold_each_implementation_once_and_fit_in_memory(tiny, monkeypatch):
     local, peers = ["eager", "tuned", "gather"], {"sparsify": "python"}
-    field = Field(tiny, ["sae_fast"], local, peers, rounds=1, warmup=1, threads=1)
-    assert split_heats(field) == [["eager", "tuned", "gather", "sparsify"]]
-    monkeypatch.setattr("benchmarks.support.heats.available_bytes", lambda device: 0)
-    assert split_heats(field) == [["eager"], ["tuned"], ["gather"], ["sparsify"]]
+    comparison = Comparison(tiny, ["sae_fast"], local, peers, rounds=1, warmup=1, threads=1)
+    assert split_groups(comparison) == [["eager", "tuned", "gather", "sparsify"]]
+    monkeypatch.setattr("benchmarks.support.groups.available_bytes", lambda device: 0)
+    assert split_groups(comparison) == [["eager"], ["tuned"], ["gather"], ["sparsify"]]
 
 
 def test_another_loss_at_step_0_is_an_error():
@@ -101,23 +107,25 @@ def test_another_loss_at_step_0_is_an_error():
         record_first_loss(outcomes, "gather", float("nan"))
 
 
-def test_who_fails_is_left_out_and_the_others_are_timed(tiny):
+def test_a_failing_implementation_is_left_out_and_the_others_are_timed(tiny):
     size = dataclasses.replace(tiny, k=1000)
-    failing = Field(size, ["sae_fast"], ["eager"], {}, rounds=1, warmup=1, threads=1)
-    outcomes = run_heats(failing)
+    failing = Comparison(size, ["sae_fast"], ["eager"], {}, rounds=1, warmup=1, threads=1)
+    outcomes = run_groups(failing)
     assert all(outcome.failure and not outcome.samples for outcome in outcomes.values())
     assert "k must be at most d_sae" in outcomes["sae_fast"].failure
-    field = Field(tiny, ["sae_fast"], ["eager", "compile"], {}, 1, 1, 1, deadline=0.0)
-    outcomes = run_heats(field)
+    comparison = Comparison(tiny, ["sae_fast"], ["eager", "compile"], {}, 1, 1, 1, deadline=0.0)
+    outcomes = run_groups(comparison)
     assert outcomes["sae_fast"].samples
     assert {outcomes[name].failure for name in ("eager", "compile")} == {"no time left"}
 
 
-def measured(name, seconds, peak, rivals):
-    return Outcome(10.0, samples(*seconds), {n: samples(*s) for n, s in rivals.items()}, peak)
+def measured(name, seconds, peak, sae_fast_samples):
+    return Outcome(
+        10.0, samples(*seconds), {n: samples(*s) for n, s in sae_fast_samples.items()}, peak
+    )
 
 
-def test_tables_of_a_gpu_stand_on_its_graphs_and_say_who_did_not_run(tiny):
+def test_tables_of_a_gpu_take_times_from_graphs_and_name_what_did_not_run(tiny):
     graph = {"sae_fast_graph": [1.0, 1.0, 1.0]}
     outcomes = {
         "sae_fast": measured("sae_fast", [2.0, 2.0, 2.0], 2**30, graph),
@@ -160,7 +168,7 @@ def test_commands_are_recorded_without_paths(monkeypatch):
     )
 
 
-def test_a_contestant_steps_in_a_process_of_its_own(tiny):
+def test_an_implementation_steps_in_a_process_of_its_own(tiny):
     with PeerProcess("eager", LOCAL_LOOP, sys.executable, tiny, 2, 1) as process:
         taken = [process.step(count) for count in (1, 3, 2)]
     assert all(sample.seconds > 0 for sample in taken)
@@ -168,7 +176,7 @@ def test_a_contestant_steps_in_a_process_of_its_own(tiny):
     assert "torch" in process.versions
 
 
-def test_the_last_words_of_a_contestant_that_fails_are_shown(tiny):
+def test_the_end_of_the_errors_of_a_failing_implementation_is_shown(tiny):
     impossible = dataclasses.replace(tiny, k=1000)
     with PeerProcess("eager", LOCAL_LOOP, sys.executable, impossible, 1, 1) as process:
         with pytest.raises(RuntimeError, match=r"eager stopped(.|\n)*out of range"):

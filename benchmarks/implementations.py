@@ -1,8 +1,8 @@
-"""Who takes part in `train_step.py`, by name.
+"""The implementations of a training step that `train_step.py` compares, by name.
 
-Local contestants run in the benchmark's own process; peers run their own loop in a process of
-their own, because their dependencies clash. A name that ends in `_bf16` asks for `--amp bf16` of
-sae_fast and for bf16 autocast of everybody else.
+Local implementations run in the benchmark's own process. Each peer runs its own training loop in a
+process of its own, because the peers' dependencies clash. A name that ends in `_bf16` means
+`--amp bf16` for sae_fast and bf16 autocast for every other implementation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.support.problem import Weights
 EAGER_CLASSES = {"eager": EagerTrainer, "tuned": TunedTrainer, "gather": GatherTrainer}
 OURS = ("sae_fast", "sae_fast_bf16")
 OURS_ON_CUDA = (*OURS, "sae_fast_graph", "sae_fast_graph_bf16")
-# The precision of each of ours, whose floor is another.
+# The precision of each mode of sae_fast; every precision has a floor of its own.
 PRECISIONS = {name: "bf16" if name.endswith("_bf16") else "screened" for name in OURS_ON_CUDA}
 BASELINES = (
     *("eager", "tuned", "gather", "compile"),
@@ -33,9 +33,9 @@ PEER_MODULES = {
     "saelens_bf16": "sae_lens",
     "dictionary_learning": "dictionary_learning",
 }
-# Never found: a repository pinned to torch 2.1, in no package index. The table says so.
+# A repository pinned to torch 2.1 and in no package index; the table lists it as not installed.
 UNPACKAGED = ("openai",)
-# Who is compared where nobody is named. compile comes last: it takes a minute to begin.
+# The defaults of --peers. compile comes last: it takes a minute to begin.
 DEFAULT_PEERS = {
     "cpu": (
         *("eager", "tuned", "gather", "compile", "eager_bf16", "tuned_bf16", "gather_bf16"),
@@ -63,7 +63,7 @@ DESCRIPTIONS = {
     "dictionary_learning": "dictionary_learning, its trainSAE, fp32",
     "openai": "openai/sparse_autoencoder, its kernels",
 }
-# Where the same contestant does something else than on a CPU.
+# Descriptions of the implementations that differ from their form on a CPU.
 DESCRIPTIONS_ON_CUDA = {
     "eager": "PyTorch eager, dense, fused Adam, fp32",
     "eager_bf16": "PyTorch eager, dense, fused Adam, bf16 autocast",
@@ -72,26 +72,26 @@ DESCRIPTIONS_ON_CUDA = {
 
 
 class StepTrainer(Protocol):
-    """What a local contestant offers."""
+    """The interface of a local implementation."""
 
     def step(self, x: Tensor) -> Tensor:
-        """One whole training step; returns the loss."""
+        """Take one whole training step on x [N, D]; return the loss."""
 
 
 def describe(name: str, device_type: str) -> str:
-    """What a contestant is, in words."""
+    """Return an implementation's description for a table."""
     if device_type == "cuda" and name in DESCRIPTIONS_ON_CUDA:
         return DESCRIPTIONS_ON_CUDA[name]
     return DESCRIPTIONS[name]
 
 
 def in_bf16(name: str, device_type: str) -> bool:
-    """Whether a contestant's loss is that of rounded operands."""
+    """Return whether an implementation computes its loss from operands rounded to bf16."""
     return name.endswith("_bf16") or (name == "sparsify" and device_type == "cuda")
 
 
 def make_local(name: str, weights: Weights, k: int, lr: float) -> StepTrainer:
-    """Build a local contestant; `compile:NAME` compiles a baseline."""
+    """Build a local implementation; `compile:NAME` compiles a baseline."""
     if name in OURS_ON_CUDA:
         from benchmarks.baselines.sae_fast_trainer import CapturedTrainer, SaeFastTrainer
 
@@ -103,16 +103,19 @@ def make_local(name: str, weights: Weights, k: int, lr: float) -> StepTrainer:
 
 
 def adapter_module(name: str) -> str:
-    """The module whose `train` runs a contestant inside `benchmarks/worker.py`."""
+    """Return the module whose `train` runs an implementation inside `benchmarks/worker.py`."""
     if name in PEER_MODULES:
         return f"benchmarks.baselines.peer_{name.removesuffix('_bf16')}"
     return "benchmarks.baselines.local_loop"
 
 
-def choose_contestants(
+def choose_implementations(
     names: list[str], interpreters: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str], list[str]]:
-    """Split names into local ones, peers with their interpreters, and peers not to be found."""
+    """Split names into local implementations, peers with their interpreters, and missing peers.
+
+    Raises ValueError for an unknown name.
+    """
     local: list[str] = []
     peers: dict[str, str] = {}
     missing: list[str] = []
