@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.shuffle_quality import NEAR_TOKENS, measure_shuffle
 from benchmarks.support.tables import (
     machine_line,
     markdown_table,
@@ -34,7 +35,6 @@ from benchmarks.support.timing import interleave, measure, median_ratio, summari
 from sae_fast.activations import ActivationStream, open_shards, write_shard
 from sae_fast.activations.compression import COMPRESSIONS
 from sae_fast.activations.shard_set import ShardSet
-from sae_fast.activations.shuffle_quality import NEAR_TOKENS, measure_shuffle
 
 BATCH = 4096
 READ_BYTES = 4 << 20

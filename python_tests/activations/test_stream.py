@@ -19,7 +19,6 @@ from sae_fast.activations import (
     ShardError,
     TargetFiles,
     Transform,
-    measure_rows_per_second,
     open_shards,
     write_manifest,
     write_shard,
@@ -378,12 +377,6 @@ def test_more_files_than_are_kept_open_are_read(tmp_path):
         for _ in range(2):
             served = stream.next_batch().flatten().sort().values
             assert torch.equal(served, torch.arange(70.0).repeat_interleave(2))
-
-
-def test_throughput_is_measured_over_what_is_served(make_shards):
-    with ActivationStream(make_shards(30), batch_size=8) as stream:
-        assert measure_rows_per_second(stream, 100) > 0
-        assert stream.tokens_served == 8 + 104
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

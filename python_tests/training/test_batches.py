@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_fast.activations import ActivationStream, TensorStream, Transform
+from sae_fast.activations import ActivationStream, Rows, Source, TensorStream, Transform
 from sae_fast.training.batches import StepBatches
 
 BATCH = 64
@@ -102,26 +102,35 @@ def test_shards_are_those_of_the_batches_taken(open_source: Any, device: torch.d
         stream.close()
 
 
-class _Failing:
+class _Failing(Source):
     """Serves two batches."""
 
-    stall_seconds = 0.0
+    d_in, rows_per_epoch, tokens_served, stall_seconds = 3, 8, 0, 0.0
 
     def __init__(self) -> None:
         self.served = 0
 
-    def next_batch(self) -> torch.Tensor:
+    def next_rows(self) -> Rows:
         if self.served == 2:
             raise ValueError("cannot be read")
         self.served += 1
-        return torch.full((4, 3), float(self.served))
+        return Rows(torch.full((4, 3), float(self.served)), {})
+
+    def set_transform(self, *_: Transform | None) -> None:
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {"served": self.served}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.served = state["served"]
+
+    def close(self) -> None:
+        pass
+
 
 def test_an_error_is_raised_at_the_step_that_needs_the_batch(device: torch.device) -> None:
-    batches = StepBatches(_Failing(), _device(device), 1, ahead=True)  # type: ignore[arg-type]
+    batches = StepBatches(_Failing(), _device(device), 1, ahead=True)
     for number in (1, 2):
         (rows,) = batches.take()
         assert rows.x.cpu().tolist() == [[float(number)] * 3] * 4

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_fast.activations import ActivationStream, Rows, TensorStream, Transform, write_shard
+from sae_fast.activations.shared import SharedSource
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.training.shared import SharedSource
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.sweep import Sweep, read_sweep
 from sae_fast.training.trainer import Trainer
@@ -333,10 +333,9 @@ def test_readers_with_one_transform_share_its_result() -> None:
     rows = torch.randn(20, 2)
     shared = SharedSource(_stream(rows), 3)
     known = Transform(torch.ones(2), 0.5)
-    one, two = (
-        shared.reader(_identity, 2, {}, Transform(known.mean.clone(), known.scale))
-        for _ in range(2)
-    )
+    one, two = (shared.reader(_identity, 2, {}) for _ in range(2))
+    for reader in (one, two):
+        reader.set_transform(Transform(known.mean.clone(), known.scale))
     raw = shared.reader(_identity, 2, {})
     first, second, third = one.next_batch(), two.next_batch(), raw.next_batch()
     assert first is second

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_fast.activations import ActivationStream, TensorStream
+from sae_fast.activations import ActivationStream, Rows, TensorStream
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.working_copies import encoder_copy
@@ -269,15 +269,15 @@ def test_the_active_subspace_is_found_from_8_activations_a_dimension(
 def test_a_loss_that_is_not_finite_names_step_and_shards(shard_dir: Path, tmp_path: Path) -> None:
     run = replace(RUN, shard_dir=str(shard_dir), checkpoint_dir=str(tmp_path), checkpoint_every=2)
     trainer = Trainer(SAE, run, show_progress=False)
-    serve = trainer.source.next_batch
+    serve = trainer.source.next_rows
 
-    def poisoned() -> torch.Tensor:
-        batch = serve()
+    def poisoned() -> Rows:
+        rows = serve()
         if trainer.step == 3:
-            batch[5, 2] = math.nan
-        return batch
+            rows.x[5, 2] = math.nan
+        return rows
 
-    trainer.source.next_batch = poisoned  # type: ignore[method-assign]
+    trainer.source.next_rows = poisoned  # type: ignore[method-assign]
     with pytest.raises(
         TrainingError, match=r"step 4, .*train_00\.h5.*1 rows hold NaN.*intact"
     ) as e:

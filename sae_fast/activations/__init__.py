@@ -3,6 +3,7 @@
 from sae_fast.activations.columns import STARTS, Column
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
+from sae_fast.activations.given_source import ActivationSource, LabelledSource
 from sae_fast.activations.heldout import HeldOut, open_heldout, read_labels
 from sae_fast.activations.manifest import write_manifest
 from sae_fast.activations.mixing import (
@@ -14,13 +15,7 @@ from sae_fast.activations.mixing import (
 )
 from sae_fast.activations.normalization import estimate_normalization
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
-from sae_fast.activations.source import (
-    ActivationSource,
-    LabelledSource,
-    Rows,
-    Transform,
-    measure_rows_per_second,
-)
+from sae_fast.activations.source import Rows, Source, Transform
 from sae_fast.activations.stream import ActivationStream
 from sae_fast.activations.targets import TARGETS, TargetFiles, find_targets
 from sae_fast.activations.tensor_stream import TensorStream
@@ -40,6 +35,7 @@ __all__ = [
     "ShardMix",
     "ShardSet",
     "ShardWriter",
+    "Source",
     "TargetFiles",
     "TensorStream",
     "Transform",
@@ -49,7 +45,6 @@ __all__ = [
     "find_shards",
     "find_targets",
     "full_origin",
-    "measure_rows_per_second",
     "mix_shards",
     "open_heldout",
     "open_shards",

@@ -17,8 +17,7 @@ from sae_fast.activations.scanning import ScanRecord
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
 from sae_fast.activations.shuffle import split_blocks
-from sae_fast.activations.source import Transform
-from sae_fast.activations.stream import checked_transform
+from sae_fast.activations.source import Transform, checked_transform
 from sae_fast.activations.targets import TargetFiles
 from sae_fast.activations.tensor_shards import open_shard
 

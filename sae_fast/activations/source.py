@@ -1,4 +1,4 @@
-"""What a training loop may ask of its supply of activations, be it shards on disk or a tensor.
+"""`Source`, the interface of all that a training reads: shards, tensors, a model, a caller's own.
 
 Rows come for ever, in batches of exactly `batch_size`: a batch that begins at the end of one epoch
 is completed with the first rows of the next, so no row is lost and no short batch is served. When
@@ -7,9 +7,10 @@ to stop is the caller's business.
 
 from __future__ import annotations
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,33 @@ from sae_fast.activations.targets import TARGETS
 from sae_fast.json_files import is_integer, shown
 from sae_fast.ops import gather_rows_
 
+Batch = TypeVar("Batch", covariant=True)
+
 
 class Transform(NamedTuple):
     """x -> (x - mean) * scale, applied to every row before it is served."""
 
     mean: Tensor  # [D]
     scale: float
+
+
+def checked_transform(transform: Transform | None, d_in: int) -> Transform | None:
+    """Return a transform as it is applied: mean [D] float32 on the CPU, scale rounded to float32.
+
+    Raises ValueError for a mean of another width.
+    """
+    if transform is None:
+        return None
+    mean, scale = transform
+    if mean.shape != (d_in,):
+        raise ValueError(f"transform: mean must have shape ({d_in},), got {tuple(mean.shape)}")
+    mean = mean.detach().to("cpu", torch.float32, copy=True)
+    return Transform(mean, torch.tensor(float(scale), dtype=torch.float32).item())
+
+
+def placed(transform: Transform | None, device: torch.device | None) -> Transform | None:
+    """Return a transform for rows that are on a device; None: that of the CPU."""
+    return transform and transform._replace(mean=transform.mean.to(device))
 
 
 class Rows(NamedTuple):
@@ -89,51 +111,112 @@ def take(
     gather(stored.x, order, out.x, places, transform)
 
 
-class ActivationSource(Protocol):
-    """An endless, shuffled, resumable supply of batches."""
+class BatchSource(ABC, Generic[Batch]):
+    """Batches in an order that a seed decides, without end, and the position to go on from.
+
+    The base of `Source`, and of what reads the rows of several hook points at once.
+    """
 
     @property
-    def d_in(self) -> int:
-        """Width of a row."""
-
-    @property
+    @abstractmethod
     def rows_per_epoch(self) -> int:
-        """Rows in one pass over the data; rows dropped as non-finite are not counted."""
+        """Rows in one pass over the data; rows that are left out are not counted."""
 
     @property
+    @abstractmethod
     def tokens_served(self) -> int:
         """Rows served since the very beginning, over resumes."""
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next row, from 0."""
+    @abstractmethod
+    def stall_seconds(self) -> float:
+        """Seconds for which `next_rows` has kept its callers waiting."""
 
     @property
-    def stall_seconds(self) -> float:
-        """Seconds for which `next_batch` has kept its callers waiting."""
+    def counts_rows(self) -> bool:
+        """Whether `tokens_served` counts every row of a step, so that both can be compared."""
+        return False
 
-    def next_batch(self) -> Tensor:
-        """Return the next rows [N, D] float32, N = batch_size; the caller owns the tensor."""
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next row, from 0."""
+        return self.tokens_served // self.rows_per_epoch
 
+    @property
+    def passes(self) -> float | None:
+        """Passes over the documents that the rows are computed from; None: rows are stored."""
+        return None
+
+    @property
+    def nonfinite_rows(self) -> int:
+        """Rows that are left out: those that hold NaN or Inf and, if asked for, repeated ones."""
+        return 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory for rows and batches, beside what the caller holds."""
+        return 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes that rows take on the GPU for which the batches are."""
+        return 0
+
+    def start(self) -> None:
+        """Begin to read ahead, where that is done, so that the first batch is ready earlier."""
+        return
+
+    def current_shards(self) -> list[Path]:
+        """Return the shards that the rows of the last batch may come from, sorted."""
+        return []
+
+    @abstractmethod
+    def next_rows(self) -> Batch:
+        """Return the next batch; raise ShardError if a shard cannot be read."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch served: a small dict that `json` can write."""
+        """Return the position after the last batch served: a small dict that `json` can write."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken; ValueError if the data is not the same."""
+        """Go on exactly where `state` was taken; raise ValueError if the data is not the same."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release files and threads; the source cannot be used afterwards."""
 
 
-class LabelledSource(ActivationSource, Protocol):
-    """A source that has columns to go with its rows; both streams of this package are."""
+class Source(BatchSource[Rows]):
+    """An endless, shuffled, resumable supply of batches [N, D] float32, N = batch_size.
+
+    Labels, targets and the starts of sequences go with the rows as columns.
+    """
+
+    @property
+    @abstractmethod
+    def d_in(self) -> int:
+        """Width of a row."""
 
     @property
     def columns(self) -> Mapping[str, Column]:
-        """What is known of each column."""
+        """Name, type and range of each column that `next_rows` serves beside the rows."""
+        return {}
 
-    def next_rows(self) -> Rows:
-        """Return what `next_batch` would, with the columns."""
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Model, hook, layer and the like of the activations, as far as they are known."""
+        return {}
+
+    @abstractmethod
+    def set_transform(
+        self, transform: Transform | None, target_transform: Transform | None = None
+    ) -> None:
+        """Serve rows and targets transformed from the next batch on; None: as they are."""
+
+    def next_batch(self) -> Tensor:
+        """Return the rows [N, D] of the next batch alone; the caller owns the tensor."""
+        return self.next_rows().x
 
 
 def check_state(
@@ -177,13 +260,3 @@ def saved_counts(values: Any, *names: str) -> list[int]:
                 f"got {shown(values.get(name))}"
             )
     return [values[name] for name in names]
-
-
-def measure_rows_per_second(source: ActivationSource, rows: int) -> float:
-    """Rows a second that `source` sustains over `rows` rows, after one batch of warm-up."""
-    source.next_batch()
-    first = source.tokens_served
-    start = time.perf_counter()
-    while source.tokens_served - first < rows:
-        source.next_batch()
-    return (source.tokens_served - first) / (time.perf_counter() - start)

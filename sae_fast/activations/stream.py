@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column
-from sae_fast.activations.mixing import ShardMix, check_origin, origin_of, single
+from sae_fast.activations.mixing import ShardMix, check_origin, full_origin, origin_of, single
 from sae_fast.activations.reader import (
     PREFETCHED_BATCHES,
     BatchMaker,
@@ -27,13 +26,20 @@ from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_identity import check_same_shards, identity_of, saved_shards
 from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
-from sae_fast.activations.source import Rows, Transform, check_state
-from sae_fast.activations.supply import Cursor, saved_cursor, stored_bytes
+from sae_fast.activations.source import (
+    Rows,
+    Source,
+    Transform,
+    check_state,
+    checked_transform,
+    placed,
+)
+from sae_fast.activations.supply import Cursor, Transforms, saved_cursor, stored_bytes
 
 STATE_VERSION = 1
 
 
-class ActivationStream:
+class ActivationStream(Source):
     """Rows of all shards in an order drawn from one seed, each exactly once an epoch.
 
     `shards` is a directory (its held-out files are left out), a file, an opened `ShardSet`, or a
@@ -107,10 +113,6 @@ class ActivationStream:
                 zip(self._mix.sets, self._mix.shares, strict=True)
             )
         ]
-        self._transform = checked_transform(transform, shards.d_in)
-        self._target_transform: Transform | None = None
-        if (targets := self._mix.sets[0].targets) is not None:
-            self._target_transform = checked_transform(target_transform, targets.d_in)
         self._keep_on, self._lock, self._background = keep_on, lock, background
         on_gpu = keep_on is not None and keep_on.type == "cuda"
         self._pin_memory = device is not None and device.type == "cuda" and not on_gpu
@@ -123,6 +125,7 @@ class ActivationStream:
         self._reader: BatchReader | DirectReader | None = None
         self._stop_reader: Callable[[], object] | None = None
         self._closed = False
+        self.set_transform(transform, target_transform)
 
     @property
     def d_in(self) -> int:
@@ -148,14 +151,14 @@ class ActivationStream:
         return self._mix.nonfinite_rows
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """Model, hook, layer and the like of the activations, as far as the shards say them."""
+        return full_origin(self._mix)
+
+    @property
     def tokens_served(self) -> int:
         """Rows served since the very beginning, over resumes."""
         return sum(cursor.tokens for cursor in self._cursors)
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next row, from 0."""
-        return self.tokens_served // self.rows_per_epoch
 
     @property
     def stall_seconds(self) -> float:
@@ -209,11 +212,12 @@ class ActivationStream:
                 ResidentRows(shards, plan, self._keep_on, self._lock)
                 for shards, plan in zip(self._mix.sets, self._plans, strict=True)
             ]
+        transform, target_transform = self._transforms
         maker = BatchMaker(
             self._mix,
             self._plans,
             self.batch_size,
-            (placed(self._transform, self._keep_on), placed(self._target_transform, self._keep_on)),
+            (placed(transform, self._keep_on), placed(target_transform, self._keep_on)),
             self._cursors,
             pin_memory=self._pin_memory,
             kept=self._kept,
@@ -224,12 +228,21 @@ class ActivationStream:
         # reference to the stream, so dropping the stream is enough.
         self._stop_reader = weakref.finalize(self, self._reader.stop)
 
-    def next_batch(self) -> Tensor:
-        """Return the next rows [N, D] float32; raises ShardError if a shard cannot be read."""
-        return self.next_rows().x
+    def set_transform(
+        self, transform: Transform | None, target_transform: Transform | None = None
+    ) -> None:
+        """Serve rows and targets transformed from the next batch on; None: as they are stored.
+
+        What has been read ahead is read again.
+        """
+        of_targets = None
+        if (targets := self._mix.sets[0].targets) is not None:
+            of_targets = checked_transform(target_transform, targets.d_in)
+        self._transforms: Transforms = checked_transform(transform, self.d_in), of_targets
+        self._halt()
 
     def next_rows(self) -> Rows:
-        """Return the next rows with their columns; raises as `next_batch` does."""
+        """Return the next rows with their columns; raise ShardError if a shard cannot be read."""
         self.start()
         assert self._reader is not None
         if self._reader.ready:
@@ -315,19 +328,3 @@ class ActivationStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def checked_transform(transform: Transform | None, d_in: int) -> Transform | None:
-    """A transform as it is applied: mean [D] float32 on the CPU, scale rounded to float32."""
-    if transform is None:
-        return None
-    mean, scale = transform
-    if mean.shape != (d_in,):
-        raise ValueError(f"transform: mean must have shape ({d_in},), got {tuple(mean.shape)}")
-    mean = mean.detach().to("cpu", torch.float32, copy=True)
-    return Transform(mean, torch.tensor(float(scale), dtype=torch.float32).item())
-
-
-def placed(transform: Transform | None, device: torch.device | None) -> Transform | None:
-    """A transform of rows that are on this device."""
-    return transform and transform._replace(mean=transform.mean.to(device))

@@ -13,9 +13,18 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import Rows, Transform, check_state, empty_rows, saved_counts, take
+from sae_fast.activations.source import (
+    Rows,
+    Source,
+    Transform,
+    check_state,
+    checked_transform,
+    empty_rows,
+    placed,
+    saved_counts,
+    take,
+)
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
-from sae_fast.activations.stream import checked_transform, placed
 from sae_fast.activations.targets import TARGETS
 
 STATE_VERSION = 1
@@ -24,7 +33,7 @@ SAMPLED_ROWS = 1024
 CHECKED_ROWS = 1 << 14  # at a time, on a GPU
 
 
-class TensorStream:
+class TensorStream(Source):
     """Rows of `activations` [n, D] or [sequences, tokens, D], each exactly once an epoch.
 
     Batches are made when they are asked for, without a thread. The tensor is not copied, so it
@@ -68,17 +77,15 @@ class TensorStream:
         beside = tensor_columns(columns or {}, len(self._rows), tokens, dropped, whole_sequences)
         self._column_info, self._starts = beside.info, beside.starts
         self._columns = {name: column.to(place) for name, column in beside.tensors.items()}
-        self._target_transform: Transform | None = None
         if paired:
             width = paired[0].shape[1]
             self._columns[TARGETS] = paired[0]
             self._column_info[TARGETS] = Column(TARGETS, torch.float32, width=width)
-            self._target_transform = placed(checked_transform(target_transform, width), place)
         self._pin_memory = device.type == "cuda" and place == CPU
-        self.nonfinite_rows = len(dropped)
+        self._nonfinite_rows = len(dropped)
         self.batch_size = batch_size
         self.seed = seed
-        self._transform = placed(checked_transform(transform, self.d_in), place)
+        self.set_transform(transform, target_transform)
         self._tokens = 0
         self._order_epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
@@ -106,9 +113,9 @@ class TensorStream:
         return self._tokens
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next row, from 0."""
-        return self._tokens // self.rows_per_epoch
+    def nonfinite_rows(self) -> int:
+        """Rows of the tensor that are left out because they hold NaN or Inf."""
+        return self._nonfinite_rows
 
     @property
     def stall_seconds(self) -> float:
@@ -121,9 +128,15 @@ class TensorStream:
         width = self.d_in + sum(column.width for column in self._column_info.values())
         return 8 * self.rows_per_epoch + 4 * self.batch_size * width
 
-    def next_batch(self) -> Tensor:
-        """Return the next rows [N, D] float32."""
-        return self.next_rows().x
+    def set_transform(
+        self, transform: Transform | None, target_transform: Transform | None = None
+    ) -> None:
+        """Serve rows and targets transformed from the next batch on; None: as they are."""
+        place = self._rows.device
+        self._transform = placed(checked_transform(transform, self.d_in), place)
+        self._target_transform: Transform | None = None
+        if TARGETS in self._column_info and (width := self._column_info[TARGETS].width):
+            self._target_transform = placed(checked_transform(target_transform, width), place)
 
     def next_rows(self) -> Rows:
         """Return the next rows with their columns."""
@@ -167,7 +180,7 @@ class TensorStream:
         self._tokens = saved_counts(state, "tokens")[0]
 
     def close(self) -> None:
-        """Nothing to release; here because streams from shards have it."""
+        """Do nothing: the tensor is the caller's, and there are no files."""
 
     def _content(self) -> str:
         """Digest of shape, type and evenly spaced rows, and of the columns."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_fast.activations import ActivationSource, LabelledSource, Rows
+from sae_fast.activations import Rows, Source
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class _Fetched:
 
     batches: list[Rows]
     position: dict[str, Any]
+    passes: float | None
     shards: list[Path]
     waited: float  # seconds that the host waited for the source
 
@@ -40,7 +41,7 @@ class StepBatches:
 
     def __init__(
         self,
-        source: ActivationSource,
+        source: Source,
         device: torch.device,
         per_step: int,
         *,
@@ -62,7 +63,7 @@ class StepBatches:
             raise self._error
         if not self._ahead:
             before = self._source.stall_seconds
-            batches = [next_rows(self._source) for _ in range(self._per_step)]
+            batches = [self._source.next_rows() for _ in range(self._per_step)]
             self._stalled += self._source.stall_seconds - before
             return [batch.map(self._on_device) for batch in batches]
         fetched, self._next = self._next or self._fetch(), None
@@ -85,8 +86,9 @@ class StepBatches:
             self._error = error
 
     def current_shards(self) -> list[Path]:
-        """Shards that the last batch handed out may come from, where the source knows them."""
-        return self._shards() if self._handed_out is None else self._handed_out.shards
+        """Return the shards that the last batch handed out may come from."""
+        fetched = self._handed_out
+        return self._source.current_shards() if fetched is None else fetched.shards
 
     def take_stalled_seconds(self) -> float:
         """Seconds since the last call in which there was nothing to train on.
@@ -109,30 +111,26 @@ class StepBatches:
 
     def rows_served(self) -> int | None:
         """Rows up to the position, where the source counts every row that a step takes."""
-        counts = getattr(self._source, "counts_rows", False)
-        return self._source.tokens_served if counts else None
+        return self._source.tokens_served if self._source.counts_rows else None
+
+    def passes(self, tokens: int) -> float:
+        """Return the passes over the data up to the position: of documents, or by `tokens` rows."""
+        fetched = self._handed_out
+        passes = self._source.passes if fetched is None else fetched.passes
+        return tokens / self._source.rows_per_epoch if passes is None else passes
 
     def _fetch(self) -> _Fetched:
         before = self._source.stall_seconds
-        batches = [next_rows(self._source) for _ in range(self._per_step)]
+        batches = [self._source.next_rows() for _ in range(self._per_step)]
         waited = self._source.stall_seconds - before
         if self._uploads is not None:
             batches = self._uploads.copy(batches)
-        return _Fetched(batches, self._source.state_dict(), self._shards(), waited)
+        source = self._source
+        shards = source.current_shards()
+        return _Fetched(batches, source.state_dict(), source.passes, shards, waited)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)
-
-    def _shards(self) -> list[Path]:
-        shards: list[Path] = getattr(self._source, "current_shards", list)()
-        return shards
-
-
-def next_rows(source: ActivationSource) -> Rows:
-    """The next batch of a source, with the columns that it may have."""
-    if getattr(source, "columns", None):
-        return cast(LabelledSource, source).next_rows()
-    return Rows(source.next_batch(), {})
 
 
 class _Uploads:

@@ -13,30 +13,29 @@ from sae_fast.activations import (
     TARGETS,
     ActivationSource,
     ActivationStream,
-    Column,
     HeldOut,
     Rows,
     ShardMix,
     ShardSet,
+    Source,
     TensorStream,
     Transform,
     estimate_normalization,
     full_origin,
     read_labels,
 )
+from sae_fast.activations.given_source import GivenSource
 from sae_fast.activations.resident import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
 from sae_fast.activations.shard import Shard
 from sae_fast.activations.shard_identity import check_same_shards, identity_of
+from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.activations.tensor_stream import digest_of
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.batches import next_rows
 from sae_fast.training.device import checked_device
-from sae_fast.training.given_source import GivenSource
 from sae_fast.training.labels import check_columns, label_columns, needs_sequences
 from sae_fast.training.shard_files import open_heldout_shards, open_training_shards
-from sae_fast.training.shared import SharedReader, SharedSource
 
 _SAMPLED_BATCHES = 16
 
@@ -47,6 +46,68 @@ class SharedShards(NamedTuple):
     shards: ShardMix
     source: SharedSource[Rows]
     scans: ScanRecord
+
+
+class OpenedSource(NamedTuple):
+    """The source of a run, and what the mean and scale of its rows are estimated from."""
+
+    kind: Literal["shards", "tensor", "source", "model"]  # "source": a caller's own
+    source: Source
+    rows: ShardMix | Tensor | None = None  # None: the first batches
+    targets: ShardMix | Tensor | None = None
+
+
+def open_source(
+    config: TrainConfig,
+    sae: SAEConfig,
+    data: Tensor | ActivationSource | SharedShards | None,
+    columns: Mapping[str, Tensor] | None,
+    device: torch.device,
+    scans: ScanRecord,
+) -> OpenedSource:
+    """Open the source that a run reads; it serves rows and targets as they are stored.
+
+    Args:
+        config: says where the shards are, and the sizes of batch and pool.
+        sae: the model, which may need labels, sequences or targets.
+        data: see `TrainingData`.
+        columns: see `TrainingData`.
+        device: what the batches are for.
+        scans: what is known of the shards; what reading them finds is noted there.
+
+    Raises:
+        ShardError: naming the shard that cannot be trained on.
+        ValueError: when there is nothing to train on, or not what the model needs.
+    """
+    if columns is not None and not isinstance(data, Tensor):
+        raise ValueError("columns go with a tensor of activations, and none is given")
+    if data is None:
+        is_scaled = sae.normalize_activations != "none" and config.resume_from is None
+        shards = open_training_shards(config, [sae], scans, sample=is_scaled)
+        return OpenedSource("shards", _open_stream(config, shards, device), shards, shards.targets)
+    if isinstance(data, SharedShards):
+        shards = data.shards
+        reader = data.source.reader(_all, shards.d_in, shards.columns, full_origin(shards))
+        return OpenedSource("shards", reader, shards, shards.targets)
+    _refuse_settings_of_shards(config)
+    if isinstance(data, SharedReader):
+        return OpenedSource("model", data)
+    if isinstance(data, Tensor):
+        labels, targets = _split_targets("columns", columns, sae)
+        stream = TensorStream(
+            data,
+            batch_size=config.batch_size,
+            seed=config.order_seed,
+            skip_nonfinite=config.skip_nonfinite,
+            device=device,
+            columns=labels,
+            whole_sequences=needs_sequences(sae),
+            targets=targets,
+        )
+        return OpenedSource("tensor", stream, data, targets)
+    if not hasattr(data, "next_batch"):
+        _require_tensor("data", data)
+    return OpenedSource("source", GivenSource(data, config.batch_size))
 
 
 class TrainingData:
@@ -64,6 +125,8 @@ class TrainingData:
         heldout_columns: labels beside `heldout`, which arch slots is evaluated with, and targets.
 
     Attributes:
+        kind: where the rows come from; "source": a caller's own, "model": its forward passes.
+        source: the batches to train on, as they are stored until it is told a transform.
         origin: of which activations they are, as far as their shards or source say.
         heldout: the rows for evaluation, if any, and `heldout_targets` those of a transcoder,
             batch by batch.
@@ -88,45 +151,23 @@ class TrainingData:
             raise ValueError("heldout_columns go with heldout, and none is given")
         if heldout is not None and config.heldout is not None:
             raise ValueError(f"heldout = {config.heldout!r}, and a tensor: give one of the two")
-        if columns is not None and not isinstance(data, Tensor):
-            raise ValueError("columns go with a tensor of activations, and none is given")
         self._config = config
         self._sae = sae
-        self._given_columns, self._targets = _split_targets("columns", columns, sae)
-        self._device = device
-        self._rows: Tensor | None = None
-        self._shards: ShardMix | None = None
-        self._given: ActivationSource | None = None
-        self._shared: SharedSource[Rows] | None = None
-        from_shards = data is None or isinstance(data, SharedShards)
-        if not from_shards:
-            _refuse_settings_of_shards(config)
-        self.scans = known_scans(config)
-        if data is None:
-            is_scaled = sae.normalize_activations != "none" and config.resume_from is None
-            self._shards = open_training_shards(config, [sae], self.scans, sample=is_scaled)
-        elif isinstance(data, SharedShards):
-            self._shards, self._shared, self.scans = data
-        elif isinstance(data, Tensor):
-            self._rows = data
-        elif not hasattr(data, "next_batch"):
-            _require_tensor("data", data)
-        else:
-            self._given = data
-            if not isinstance(data, SharedReader):
-                GivenSource(data, config.batch_size)  # which checks it
-        first: Any = self._given or (self._shared.source if self._shared else self.open(None))
-        told = getattr(first, "origin", {}) if self._shards is None else full_origin(self._shards)
-        self.origin: Mapping[str, Any] = told
-        self.d_in = first.d_in
+        self.scans = data.scans if isinstance(data, SharedShards) else known_scans(config)
+        opened = open_source(config, sae, data, columns, device, self.scans)
+        self.kind, self.source, self._rows, self._targets = opened
+        self._shards = self._rows if isinstance(self._rows, ShardMix) else None
+        source = self.source
+        self.origin = source.origin
+        self.d_in = source.d_in
         self.d_out = 0
-        self.rows_per_epoch = first.rows_per_epoch
-        self.memory_bytes = int(getattr(first, "memory_bytes", 0))
-        self.device_bytes = int(getattr(first, "device_bytes", 0))
+        self.rows_per_epoch = source.rows_per_epoch
+        self.memory_bytes = source.memory_bytes
+        self.device_bytes = source.device_bytes
         if config.pin:
             check_lockable(self.memory_bytes)
-        self.skipped_rows = int(getattr(first, "nonfinite_rows", 0))
-        self.columns: Mapping[str, Column] = getattr(first, "columns", {})
+        self.skipped_rows = source.nonfinite_rows
+        self.columns = source.columns
         check_columns(sae, self.columns)
         if sae.transcoder:
             self.d_out = self.columns[TARGETS].width
@@ -137,70 +178,31 @@ class TrainingData:
         self._heldout_parts: ShardSet | dict[str, Tensor] = {}
         self.heldout = self._open_heldout(heldout, targets)
 
-    def open(
-        self, transform: Transform | None, target_transform: Transform | None = None
-    ) -> ActivationSource:
-        """The source of the batches, each row x served as (x - mean) * scale, and each target."""
-        config = self._config
-        if self._rows is not None:
-            return TensorStream(
-                self._rows,
-                skip_nonfinite=config.skip_nonfinite,
-                columns=self._given_columns,
-                targets=self._targets,
-                whole_sequences=needs_sequences(self._sae),
-                batch_size=config.batch_size,
-                seed=config.order_seed,
-                device=self._device,
-                transform=transform,
-                target_transform=target_transform,
-            )
-        if self._shared is not None:
-            return self._shared.reader(_all, self.d_in, self.columns, transform, target_transform)
-        if self._shards is not None:
-            return _open_stream(config, self._shards, self._device, transform, target_transform)
-        assert self._given is not None
-        if isinstance(self._given, SharedReader):
-            return self._given.transformed(transform, target_transform)
-        return GivenSource(self._given, config.batch_size, transform, target_transform)
-
     def normalization(self) -> Transform:
-        """The mean of the rows, and the scale that brings their norm to sqrt(D)."""
-        if self._given is not None:
+        """Estimate the mean of the rows, and the scale that brings their norm to sqrt(D)."""
+        if self._rows is None:
             return estimate_normalization(torch.cat([x for x, _ in self._sampled()]))
+        result = estimate_normalization(self._rows)
         if self._shards is not None:
-            result = estimate_normalization(self._shards)
             for shards in self._shards.sets:
                 shards.forget_kept()
-            return result
-        assert self._rows is not None
-        return estimate_normalization(self._rows)
+        return result
 
     def target_normalization(self) -> Transform:
-        """The same of the targets."""
-        if self._given is not None:
+        """Estimate mean and scale of the transcoder targets."""
+        if self._rows is None:
             parts = [columns[TARGETS] for _, columns in self._sampled()]
             return estimate_normalization(torch.cat(parts))
-        known = self._targets if self._shards is None else self._shards.targets
-        assert known is not None
-        return estimate_normalization(known)
+        assert self._targets is not None
+        return estimate_normalization(self._targets)
 
     def _sampled(self) -> list[Rows]:
-        """The first batches of the caller's source, which are served again."""
-        source = self.open(None)
-        position = source.state_dict()
-        sample = [next_rows(source) for _ in range(_SAMPLED_BATCHES)]
-        source.load_state_dict(position)
+        """Return the first batches of the source as they are, which are served again."""
+        self.source.set_transform(None)
+        position = self.source.state_dict()
+        sample = [self.source.next_rows() for _ in range(_SAMPLED_BATCHES)]
+        self.source.load_state_dict(position)
         return sample
-
-    @property
-    def kind(self) -> Literal["shards", "tensor", "source", "model"]:
-        """Where the rows come from; "source": a caller's own, "model": its forward passes."""
-        if self._shards is not None:
-            return "shards"
-        if self._rows is not None:
-            return "tensor"
-        return "model" if isinstance(self._given, SharedReader) else "source"
 
     def has_names(self, *, of_targets: bool = False) -> bool:
         """Whether any file has a name for what it holds, as a bare tensor or array has not."""
@@ -252,7 +254,7 @@ class TrainingData:
             if self._sae.transcoder:
                 targets = self._checked_heldout(targets, len(rows))
                 self.heldout_targets = torch.split(targets, config.batch_size)
-            if not isinstance(self._given, SharedReader):
+            if self.kind != "model":
                 self._heldout_parts = {"rows": rows, **self.heldout_labels}
                 if targets is not None:
                     self._heldout_parts[TARGETS] = targets
@@ -338,14 +340,8 @@ def known_scans(config: TrainConfig) -> ScanRecord:
     return ScanRecord.load(Path(config.checkpoint_dir) / RECORD_NAME)
 
 
-def _open_stream(
-    config: TrainConfig,
-    shards: ShardMix,
-    device: torch.device,
-    transform: Transform | None = None,
-    target_transform: Transform | None = None,
-) -> ActivationStream:
-    """The batches of shards, for a device."""
+def _open_stream(config: TrainConfig, shards: ShardMix, device: torch.device) -> ActivationStream:
+    """Open the batches of shards, for a device."""
     keep_on = torch.device("cpu") if config.keep_in_memory else None
     return ActivationStream(
         shards,
@@ -356,8 +352,6 @@ def _open_stream(
         keep_on=device if config.device_cache else keep_on,
         lock=config.pin,
         background=not config.device_cache,
-        transform=transform,
-        target_transform=target_transform,
     )
 
 

@@ -10,7 +10,7 @@ there, and its loss is the autoencoder's (arXiv:2405.12241). The model itself is
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn import functional
 from sae_fast.activations import Column, Rows
 from sae_fast.activations.capture import HookedModel, HookPoint, TokenBatches
 from sae_fast.activations.capture.sequences import TokenBatch, saved_cursor
-from sae_fast.activations.source import check_state, saved_counts
+from sae_fast.activations.source import BatchSource, check_state, saved_counts
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.training.model_stream import HookRows
@@ -33,7 +33,7 @@ STATE_VERSION = 1
 _NO_LABEL = -100
 
 
-class SequenceStream:
+class SequenceStream(BatchSource[HookRows]):
     """Batches of whole sequences with their activations, in the order of the documents.
 
     What `next_rows` gives for each hook point are the activations [n, D] of the tokens that are
@@ -67,10 +67,10 @@ class SequenceStream:
         masked_token: int | None = None,
         rows_per_pass: int | None = None,
     ) -> None:
-        self.rows_per_epoch = max_tokens
+        self._max_tokens = max_tokens
         self._rows_per_pass = rows_per_pass or max_tokens
-        self.tokens_served = 0
-        self.stall_seconds = 0.0
+        self._tokens_served = 0
+        self._stall_seconds = 0.0
         self._model = model
         self._batches = batches
         self._identity = dict(identity)
@@ -78,10 +78,27 @@ class SequenceStream:
         self._masked_token = masked_token
         self._epoch = 0
         self._cursor = batches.start
-        self._iterator: Iterator[TokenBatch] | None = None
+        self._iterator: Generator[TokenBatch, None, None] | None = None
 
-    def start(self) -> None:
-        """Nothing is read ahead of the first batch."""
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that are taken, which count as one pass over the data."""
+        return self._max_tokens
+
+    @property
+    def tokens_served(self) -> int:
+        """Rows of each hook point served since the very beginning, over resumes."""
+        return self._tokens_served
+
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds that `next_rows` has taken: rows are made in the thread that asks for them."""
+        return self._stall_seconds
+
+    @property
+    def passes(self) -> float:
+        """Passes over the documents."""
+        return float(self._epoch) + min(1.0, self._cursor.rows / self._rows_per_pass)
 
     def next_rows(self) -> HookRows:
         """The next sequences, for every hook point by its name."""
@@ -89,8 +106,8 @@ class SequenceStream:
         batch = self._next_batch()
         rows = self.rows_of(batch)
         self._cursor = batch.following
-        self.tokens_served += int(batch.kept.sum())
-        self.stall_seconds += time.perf_counter() - begin
+        self._tokens_served += int(batch.kept.sum())
+        self._stall_seconds += time.perf_counter() - begin
         return rows
 
     def rows_of(self, batch: TokenBatch) -> HookRows:
@@ -119,22 +136,18 @@ class SequenceStream:
             "tokens": self.tokens_served,
         }
 
-    def passes_at(self, state: dict[str, Any]) -> float:
-        """Passes over the documents at a position."""
-        return float(state["epoch"]) + min(1.0, int(state["cursor"]["rows"]) / self._rows_per_pass)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or seed are others."""
         check_state(state, STATE_VERSION, {"seed": self._seed}, self._identity)
         epoch, tokens = saved_counts(state, "epoch", "tokens")
         cursor = saved_cursor(state.get("cursor"))
         self.close()
-        self._epoch, self._cursor, self.tokens_served = epoch, cursor, tokens
+        self._epoch, self._cursor, self._tokens_served = epoch, cursor, tokens
 
     def close(self) -> None:
         """Release what reads the documents."""
         if self._iterator is not None:
-            getattr(self._iterator, "close", lambda: None)()
+            self._iterator.close()
             self._iterator = None
 
     def _next_batch(self) -> TokenBatch:

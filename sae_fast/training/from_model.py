@@ -20,6 +20,7 @@ from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
+from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import FROM_MODEL, check_effects
 from sae_fast.json_files import is_integer
@@ -27,7 +28,6 @@ from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
 from sae_fast.training.model_stream import HookRows, ModelStream
-from sae_fast.training.shared import SharedReader, SharedSource
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.snapshot import check_snapshot
 from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings
@@ -335,13 +335,12 @@ def _check_train(train: TrainConfig) -> None:
 def _reader(
     shared: SharedSource[HookRows], hook: str, capture: Capture, columns: Mapping[str, Column]
 ) -> SharedReader[HookRows]:
-    reader = shared.reader(lambda rows: rows[hook], capture.widths[hook], columns)
     model = capture.recipe(1)["model"]
     layer = next((item.layer for item in capture.hooked.hooks if item.name == hook), None)
     told = {"model": model["name"], "hook": hook, "layer": layer, "revision": model["revision"]}
     told["dataset"] = capture.config.dataset
-    reader.origin = {name: str(value) for name, value in told.items() if value is not None}
-    return reader
+    origin = {name: str(value) for name, value in told.items() if value is not None}
+    return shared.reader(lambda rows: rows[hook], capture.widths[hook], columns, origin)
 
 
 def _for_every_hook(

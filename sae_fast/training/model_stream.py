@@ -23,7 +23,7 @@ from sae_fast.activations.capture import Cursor, Harvest, Harvester
 from sae_fast.activations.capture.sequences import saved_cursor
 from sae_fast.activations.columns import STARTS_COLUMN, sequence_starts
 from sae_fast.activations.shuffle import shuffled_rows
-from sae_fast.activations.source import check_state, saved_counts
+from sae_fast.activations.source import BatchSource, check_state, saved_counts
 from sae_fast.ops import gather_rows_
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class _Window:
         }
 
 
-class ModelStream:
+class ModelStream(BatchSource[HookRows]):
     """Batches of the activations of several hook points, the same tokens of each.
 
     `next_rows` gives the rows [N, D] float32 of every hook point by its name. Documents that end
@@ -133,10 +133,10 @@ class ModelStream:
         self.widths = dict(widths)
         self.batch_size = batch_size
         self.pool_rows = pool_rows
-        self.rows_per_epoch = max_tokens
+        self._max_tokens = max_tokens
         self._rows_per_pass = rows_per_pass or max_tokens
-        self.stall_seconds = 0.0
-        self.tokens_served = 0
+        self._stall_seconds = 0.0
+        self._tokens_served = 0
         self.columns: dict[str, Column] = {STARTS: STARTS_COLUMN} if whole_sequences else {}
         self._harvester = harvester
         self._seed = seed
@@ -156,12 +156,31 @@ class ModelStream:
         self._told = False
 
     @property
+    def rows_per_epoch(self) -> int:
+        """Rows that are taken, which count as one pass over the data."""
+        return self._max_tokens
+
+    @property
+    def tokens_served(self) -> int:
+        """Rows of each hook point served since the very beginning, over resumes."""
+        return self._tokens_served
+
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds that `next_rows` has taken: rows are made in the thread that asks for them."""
+        return self._stall_seconds
+
+    @property
+    def passes(self) -> float:
+        """Passes over the documents."""
+        place = self._place_served
+        rows = place.cursor.rows + self._served
+        return float(place.epoch) + min(1.0, rows / self._rows_per_pass)
+
+    @property
     def memory_bytes(self) -> int:
         """Memory of both pools."""
         return 2 * self._capacity * self._itemsize * sum(self.widths.values())
-
-    def start(self) -> None:
-        """Nothing is read ahead of the first batch."""
 
     def next_rows(self) -> HookRows:
         """The next rows of every hook point, by its name."""
@@ -174,14 +193,14 @@ class ModelStream:
             parts.append(window.take(self._served, self._served + count))
             self._served += count
             missing -= count
-            self.tokens_served += count
+            self._tokens_served += count
             self._keep_up(window, following)
-        self.stall_seconds += time.perf_counter() - begin
+        self._stall_seconds += time.perf_counter() - begin
         return _joined(parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch served."""
-        place = self._place if self._windows is None else self._windows[0].place
+        place = self._place_served
         return {
             "version": STATE_VERSION,
             "seed": self._seed,
@@ -195,11 +214,6 @@ class ModelStream:
             "tokens": self.tokens_served,
         }
 
-    def passes_at(self, state: dict[str, Any]) -> float:
-        """Passes over the documents at a position."""
-        rows = int(state["cursor"]["rows"]) + int(state["served"])
-        return float(state["epoch"]) + min(1.0, rows / self._rows_per_pass)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; ValueError where model, text or order are others."""
         whole = bool(self.columns)
@@ -210,12 +224,17 @@ class ModelStream:
         self._end_harvest()
         self._windows = None
         self._place = place
-        self._served, self.tokens_served = served, tokens
+        self._served, self._tokens_served = served, tokens
 
     def close(self) -> None:
         """End the harvest, and close a harvester that keeps files."""
         self._end_harvest()
         self._harvester.close()
+
+    @property
+    def _place_served(self) -> _Place:
+        """Where the window that is served begins."""
+        return self._place if self._windows is None else self._windows[0].place
 
     def _end_harvest(self) -> None:
         if self._harvest is not None:

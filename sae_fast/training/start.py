@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from sae_fast.activations import TARGETS, ActivationSource, Transform, origin_difference
+from sae_fast.activations import TARGETS, Source, Transform, origin_difference
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.batches import next_rows
 from sae_fast.training.checkpoint import CheckpointError, find_checkpoint
 from sae_fast.training.data import TrainingData
 
@@ -33,18 +32,18 @@ def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:
         sae.set_target_normalization_(*data.target_normalization())
 
 
-def open_source(sae: SparseAutoencoder, data: TrainingData) -> ActivationSource:
-    """The source of a run's batches, in the units of the model."""
+def serve_in_units_of(sae: SparseAutoencoder, source: Source) -> None:
+    """Have a source serve its rows, and targets, with the mean and scale of the model."""
     if sae.config.normalize_activations == "none":
-        return data.open(None)
-    transform = Transform(sae.activation_mean, float(sae.activation_scale))
-    if not sae.config.transcoder:
-        return data.open(transform)
-    return data.open(transform, Transform(sae.target_mean, float(sae.target_scale)))
+        return
+    transform, of_targets = Transform(sae.activation_mean, float(sae.activation_scale)), None
+    if sae.config.transcoder:
+        of_targets = Transform(sae.target_mean, float(sae.target_scale))
+    source.set_transform(transform, of_targets)
 
 
 def initialize_(
-    sae: SparseAutoencoder, source: ActivationSource, rows_per_epoch: int, config: TrainConfig
+    sae: SparseAutoencoder, source: Source, rows_per_epoch: int, config: TrainConfig
 ) -> None:
     """Start a model from the seed and, where it asks for some, the first activations.
 
@@ -55,7 +54,7 @@ def initialize_(
     if wanted == 0:
         return sae.initialize_(generator)
     position = source.state_dict()
-    batches = [next_rows(source) for _ in range(math.ceil(wanted / config.batch_size))]
+    batches = [source.next_rows() for _ in range(math.ceil(wanted / config.batch_size))]
     source.load_state_dict(position)
     sample = torch.cat([x for x, _ in batches])
     if not sae.config.transcoder:

@@ -69,7 +69,7 @@ from sae_fast.training.snapshot import (
 from sae_fast.training.start import (
     initialize_,
     normalize_,
-    open_source,
+    serve_in_units_of,
     start_from_,
     start_model,
     warn_of_other_units,
@@ -200,7 +200,7 @@ class Trainer:
         if self._run is not None:
             self._run.hold()
         if not self.was_complete:
-            getattr(self.source, "start", lambda: None)()  # reads beside what comes first
+            self.source.start()  # reads beside what comes first
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
             self._start_wandb()
@@ -303,7 +303,8 @@ class Trainer:
             best = self._best_rule.improved(self.best, self.step, {**metrics, **evaluation})
             improved, self.best = best is not None, best or self.best
         if row:
-            row = {"step": self.step, "tokens": self.tokens, "epoch": self._epoch(), **row}
+            epoch = self.batches.passes(self.tokens)
+            row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
             self._log.write(row)
             self._health.watch(row)
             if self._wandb is not None and (tell or look):
@@ -312,12 +313,6 @@ class Trainer:
             self.save_checkpoint(best=improved)
         self._stopwatch.resume()
         return row
-
-    def _epoch(self) -> float:
-        """Passes over the data: over documents where a model reads them, otherwise by rows."""
-        passes_at = getattr(self.source, "passes_at", None)
-        passes: float | None = passes_at and passes_at(self.batches.state_dict())
-        return self.tokens / self.data.rows_per_epoch if passes is None else passes
 
     def _is_due(self, interval: int) -> bool:
         """Whether this step is the end of an interval, of which 0 is the whole run."""
@@ -454,7 +449,8 @@ class Trainer:
                 tensor.data = tensor.data.clone()  # out of the mapped file, aligned
         if self.data.origin:
             self.sae.origin = dict(self.data.origin)
-        self.source = open_source(self.sae, self.data)
+        self.source = self.data.source
+        serve_in_units_of(self.sae, self.source)
         on_gpu = self.device.type == "cuda"
         self.batches = StepBatches(self.source, self.device, config.grad_acc_steps, ahead=on_gpu)
         if checkpoint is None and known is None:

@@ -106,7 +106,8 @@ def _by_stream(directory: Path) -> int:
     config = TrainConfig(shard_dir=str(directory), batch_size=32, pool_rows=64)
     try:
         data = TrainingData(config, None, None, torch.device("cpu"), SAEConfig(k=2, d_sae=16))
-        with contextlib.closing(data.open(data.normalization())) as source:
+        data.source.set_transform(data.normalization())
+        with contextlib.closing(data.source) as source:
             for _ in range(12):
                 source.next_batch()
     except (ValueError, OSError) as error:

@@ -16,7 +16,7 @@ token in front, or the first token where there is none. Positions go on over the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -157,8 +157,8 @@ class TokenBatches:
         """The special tokens that are put round documents."""
         return self.tokenisation.special
 
-    def iterate(self, cursor: Cursor | None = None) -> Iterator[TokenBatch]:
-        """The batches from a cursor on; those of an earlier pass over it are made again."""
+    def iterate(self, cursor: Cursor | None = None) -> Generator[TokenBatch, None, None]:
+        """Yield the batches from a cursor on, however often they have been made before."""
         begin = self.start if cursor is None else cursor
         return self._packed(begin) if self.config.pack else self._padded(begin)
 
@@ -177,7 +177,7 @@ class TokenBatches:
         """Place, number and tokens of each document from a place on."""
         return self.tokenisation.iterate(self.documents, place, self.stop)
 
-    def _packed(self, cursor: Cursor) -> Iterator[TokenBatch]:
+    def _packed(self, cursor: Cursor) -> Generator[TokenBatch, None, None]:
         size = self.config.batch_size * self.config.ctx_len
         buffer = np.empty((3, size), np.int32)  # tokens, doc_id, position
         have, empty, offset = 0, cursor.empty, cursor.offset
@@ -216,7 +216,7 @@ class TokenBatches:
         lengths[-1] = tokens.shape[1] - (rows - 1) * length
         return self._batch(padded.reshape(3, rows, length), lengths, cursor, following)
 
-    def _padded(self, cursor: Cursor) -> Iterator[TokenBatch]:
+    def _padded(self, cursor: Cursor) -> Generator[TokenBatch, None, None]:
         size = self.config.batch_size * WINDOW
         rows: deque[_Row] = deque()
         window = replace(cursor, skip=0)

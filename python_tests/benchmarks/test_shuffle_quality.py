@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.shuffle_quality import NEAR_TOKENS, measure_shuffle
 from sae_fast.activations import ActivationStream, TensorStream
-from sae_fast.activations.shuffle_quality import NEAR_TOKENS, measure_shuffle
 from sae_fast.activations.source import Rows
 
 COLUMNS = ("doc_id", "position")

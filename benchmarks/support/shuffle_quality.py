@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_fast.activations.source import LabelledSource
+from sae_fast.activations import Source
 
 NEAR_TOKENS = 16
 
@@ -30,7 +30,7 @@ class ShuffleQuality:
     companions: float
 
 
-def measure_shuffle(source: LabelledSource, epochs: int = 1) -> ShuffleQuality:
+def measure_shuffle(source: Source, epochs: int = 1) -> ShuffleQuality:
     """Measure the batches of the next epochs of a source with the columns doc_id and position.
 
     Raises ValueError where a batch has one row, or an epoch less than two batches.

@@ -1,8 +1,8 @@
 """One source of activations for several trainings: each batch is read once and handed to all.
 
-The trainings have to take the same batches, one step each in turn (see loop.py). Between two of
-them a reader may be ahead by the batches that are kept for the others; going back to one of these,
-as the start of a training does that looks at the first activations, costs nothing.
+The trainings have to take the same batches, one step each in turn. Between two of them a reader may
+be ahead by the batches that are kept for the others; going back to one of these, as the start of a
+training does that looks at the first activations, costs nothing.
 """
 
 from __future__ import annotations
@@ -12,45 +12,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from sae_fast.activations import TARGETS, Column, Rows, Transform
+from sae_fast.activations.columns import Column
+from sae_fast.activations.source import BatchSource, Rows, Source, Transform
+from sae_fast.activations.targets import TARGETS
 
 Item = TypeVar("Item")
-Served = TypeVar("Served", covariant=True)
-
-
-class ItemSource(Protocol[Served]):
-    """What several readers can share: batches in some order, and the position after each."""
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows in one pass over the data."""
-
-    @property
-    def tokens_served(self) -> int:
-        """Rows served since the very beginning, over resumes."""
-
-    @property
-    def stall_seconds(self) -> float:
-        """Seconds for which `next_rows` has kept its callers waiting."""
-
-    def start(self) -> None:
-        """Begin to read."""
-
-    def next_rows(self) -> Served:
-        """The next batch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-
-    def close(self) -> None:
-        """Release files and threads."""
 
 
 class _Position(NamedTuple):
@@ -58,6 +28,7 @@ class _Position(NamedTuple):
 
     state: dict[str, Any]
     tokens: int  # served before
+    passes: float | None
 
 
 @dataclass
@@ -75,7 +46,7 @@ class SharedSource(Generic[Item]):
     Batches are kept until all of them have taken them; a reader that is closed takes no more.
     """
 
-    def __init__(self, source: ItemSource[Item], n_readers: int) -> None:
+    def __init__(self, source: BatchSource[Item], n_readers: int) -> None:
         self.source = source
         self._n_readers = n_readers
         self._readers: list[SharedReader[Item]] = []
@@ -95,11 +66,10 @@ class SharedSource(Generic[Item]):
         select: Callable[[Item], Rows],
         d_in: int,
         columns: Mapping[str, Column],
-        transform: Transform | None = None,
-        target_transform: Transform | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> SharedReader[Item]:
-        """A source of what `select` takes from each batch, transformed."""
-        reader = SharedReader(self, select, d_in, columns, (transform, target_transform))
+        """Return a source of what `select` takes from each batch: rows `d_in` wide with columns."""
+        reader = SharedReader(self, select, d_in, columns, origin or {})
         self._readers.append(reader)
         return reader
 
@@ -142,7 +112,8 @@ class SharedSource(Generic[Item]):
         return 0, self._sets
 
     def _here(self) -> _Position:
-        return _Position(copy.deepcopy(self.source.state_dict()), self.source.tokens_served)
+        state = copy.deepcopy(self.source.state_dict())
+        return _Position(state, self.source.tokens_served, self.source.passes)
 
     def _check(self, sets: int) -> None:
         if sets != self._sets:
@@ -158,8 +129,8 @@ class SharedSource(Generic[Item]):
             self.source.close()
 
 
-class SharedReader(Generic[Item]):
-    """One of the readers of a shared source, an `ActivationSource` with columns.
+class SharedReader(Source, Generic[Item]):
+    """One of the readers of a shared source.
 
     What it serves may be in the hands of other readers and must not be changed.
     """
@@ -170,24 +141,28 @@ class SharedReader(Generic[Item]):
         select: Callable[[Item], Rows],
         d_in: int,
         columns: Mapping[str, Column],
-        transforms: tuple[Transform | None, Transform | None],
+        origin: Mapping[str, Any],
     ) -> None:
         self._shared = shared
         self._select = select
-        self._transforms = transforms
-        self._made_by = (select, *map(_identity, transforms))
-        self.d_in = d_in
-        self.columns = columns
-        self.origin: dict[str, str] = {}  # of which activations its rows are, if it is known
+        self._d_in, self._columns, self._origin = d_in, columns, origin
+        self.set_transform(None)
         self.number, self.sets = shared.beginning
 
-    def transformed(
-        self, transform: Transform | None, target_transform: Transform | None
-    ) -> SharedReader[Item]:
-        """This reader, with these transforms from now on."""
-        self._transforms = transform, target_transform
-        self._made_by = (self._select, *map(_identity, self._transforms))
-        return self
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self._d_in
+
+    @property
+    def columns(self) -> Mapping[str, Column]:
+        """Name, type and range of each column that `next_rows` serves beside the rows."""
+        return self._columns
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Model, hook, layer and the like of the activations, as far as they are known."""
+        return self._origin
 
     @property
     def rows_per_epoch(self) -> int:
@@ -196,23 +171,33 @@ class SharedReader(Generic[Item]):
 
     @property
     def counts_rows(self) -> bool:
-        """True where `tokens_served` counts every row that a step takes."""
-        return bool(getattr(self._shared.source, "counts_rows", False))
+        """Whether `tokens_served` counts every row of a step."""
+        return self._shared.source.counts_rows
 
     @property
     def tokens_served(self) -> int:
         """Rows served since the very beginning, over resumes."""
-        return self._shared.position(self.number, self.sets).tokens
+        return self._position().tokens
+
+    @property
+    def passes(self) -> float | None:
+        """Passes over the documents that the rows are computed from; None: rows are stored."""
+        return self._position().passes
+
+    @property
+    def nonfinite_rows(self) -> int:
+        """Rows of the source that are left out."""
+        return self._shared.source.nonfinite_rows
 
     @property
     def memory_bytes(self) -> int:
-        """What the source keeps in memory, for all readers."""
-        return int(getattr(self._shared.source, "memory_bytes", 0))
+        """Bytes of memory that the source takes, for all readers."""
+        return self._shared.source.memory_bytes
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the next row, from 0."""
-        return self.tokens_served // self.rows_per_epoch
+    def device_bytes(self) -> int:
+        """Bytes that the rows of the source take on a GPU, for all readers."""
+        return self._shared.source.device_bytes
 
     @property
     def stall_seconds(self) -> float:
@@ -220,15 +205,18 @@ class SharedReader(Generic[Item]):
         return self._shared.source.stall_seconds
 
     def start(self) -> None:
-        """Begin to read."""
+        """Begin to read ahead."""
         self._shared.source.start()
 
-    def next_batch(self) -> Tensor:
-        """The next rows [N, D]."""
-        return self.next_rows().x
+    def set_transform(
+        self, transform: Transform | None, target_transform: Transform | None = None
+    ) -> None:
+        """Serve rows and targets transformed from the next batch on; None: as they are."""
+        self._transforms = transform, target_transform
+        self._made_by = (self._select, *map(_identity, self._transforms))
 
     def next_rows(self) -> Rows:
-        """The next rows with their columns; readers with the same transforms get the same ones."""
+        """Return the next rows; readers with equal transforms get the same tensors."""
         kept = self._shared.take(self.number, self.sets)
         if self._made_by not in kept.made:
             kept.made[self._made_by] = _transformed(self._select(kept.item), *self._transforms)
@@ -238,26 +226,23 @@ class SharedReader(Generic[Item]):
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch served, as the source itself has it."""
-        return self._shared.position(self.number, self.sets).state
+        """Return the position after the last batch served, as the source itself has it."""
+        return self._position().state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; ValueError if the data is not the same."""
+        """Go on where `state` was taken; raise ValueError if the data is not the same."""
         self.number, self.sets = self._shared.find(state)
 
-    def passes_at(self, state: dict[str, Any]) -> float | None:
-        """Passes over the data at a position, where the source counts them."""
-        count = getattr(self._shared.source, "passes_at", None)
-        return None if count is None else float(count(state))
-
     def current_shards(self) -> list[Path]:
-        """Shards that the rows last read may come from, where the source knows them."""
-        shards: list[Path] = getattr(self._shared.source, "current_shards", list)()
-        return shards
+        """Return the shards that the rows last read may come from."""
+        return self._shared.source.current_shards()
 
     def close(self) -> None:
         """Take no more batches."""
         self._shared.leave(self)
+
+    def _position(self) -> _Position:
+        return self._shared.position(self.number, self.sets)
 
 
 def _identity(transform: Transform | None) -> Any:
