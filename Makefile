@@ -13,13 +13,13 @@ WERROR := $(if $(CI),ON,OFF)
 export PATH := $(BIN):$(PATH)
 export TORCH
 
-.PHONY: demo test build build-dev lint tidy test-cpp test-address test-thread test-cuda \
+.PHONY: demo test build build-dev lint tidy docs test-cpp test-address test-thread test-cuda \
   test-python campaign wheel clean
 
 demo: build
 	python -m sae_fast.train --config examples/demo.json
 
-test: lint test-cpp test-cuda test-python
+test: lint docs test-cpp test-cuda test-python
 
 # A torch that is asked for and is not the one of the environment takes its place.
 ifneq ($(TORCH),)
@@ -58,6 +58,10 @@ lint: build-dev
 tidy: build-dev
 	$(INSTALL) clang-tidy
 	python tools/tidy.py --base $(or $(BASE),main) $(if $(ALL),--all)
+
+# The site of docs/, in site/; a link that leads nowhere, or any other warning, ends it.
+docs: build-dev
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
 # The kernels without Python, since the sanitizers know neither torch nor its thread pool.
 SANITIZE_address := address,undefined
@@ -101,4 +105,4 @@ wheel: $(VENV)/made
 	python tools/check_wheel.py dist/*.whl
 
 clean:
-	rm -rf build dist $(VENV) sae_fast.egg-info sae_fast/_C*.so sae_fast/_reference_install.py
+	rm -rf build dist site $(VENV) sae_fast.egg-info sae_fast/_C*.so sae_fast/_reference_install.py

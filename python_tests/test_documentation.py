@@ -1,11 +1,13 @@
-"""What README.md, benchmarks/README.md and CONTRIBUTING.md show is run here, small, or listed.
+"""What README.md, CONTRIBUTING.md, benchmarks/README.md and docs/ show is run here, or listed.
 
-Commands run in one folder for each block, with the files and folders that they name; sizes that
-would take long are replaced, and flags added that make a training short.
+The commands of a page run in one folder, in their order, with the files and folders they name;
+sizes that would take long are replaced, and flags added that make a training short. A block that an
+earlier page shows too runs once.
 """
 
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -30,7 +32,8 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "README.md").exists():
     pytest.skip("no checkout: the documents are not installed", allow_module_level=True)
 PAGES = ("README.md", "benchmarks/README.md", "CONTRIBUTING.md")
-LONG = ("csrc/", "sae_fast/", "python_tests/", "benchmarks/  ", "examples/  ")  # lists of folders
+PAGES += tuple(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")))
+LANGUAGES = {"bash", "python", "json", "text"}  # of fenced blocks; text is neither run nor read
 PROGRAMS = ("python", "pip", "make", "uv", "benchmarks/gpu.sh", "peers/")
 PROGRAMS += ("source", "cmake", "pre-commit")
 NETWORK = "it asks a package registry"
@@ -39,6 +42,7 @@ NOT_RUN = {
     "make demo": "it builds the environment, with packages from a registry",
     "make test": "it runs this very test",
     "make build-dev": "it builds the environment, with packages from a registry",
+    "make wheel": "it builds an environment, with packages from a registry",
     "source": "the environment of these tests is active already",
     "cmake --build": "it compiles for minutes",
     "python -m pytest": "it runs tests in a test",
@@ -54,6 +58,8 @@ NOT_RUN = {
 # What makes a command small: parts of it, and what stands in their place.
 SMALLER = {
     "--max-steps 160": "--max-steps 2 --batch-size 256",
+    "--max-steps 40": "--max-steps 2 --batch-size 256",
+    "--max-steps 60": "--max-steps 3 --batch-size 256",
     "--heldout-rows 100000": "--heldout-rows 50",
     "--max-tokens 1000000 --heldout-tokens 50000": "--heldout-tokens 100 --ctx-len 16",
     "--run_name first": "--run_name first --max_tokens 320 --heldout_tokens 100 --ctx_len 16",
@@ -73,11 +79,14 @@ def text_of(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
+def fences(page):
+    """The fenced blocks of a page: language and text."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.S | re.M)
+
+
 def blocks(page):
-    """The indented lines of a page, those that follow each other together, with \\ joined."""
-    text = re.sub(r"```.*?```", "", text_of(page), flags=re.S).replace("\\\n", " ")
-    found = re.findall(r"(?:^    \S.*\n)+", text, flags=re.M)
-    return [block for block in found if not block.strip().startswith(LONG)]
+    """The blocks of commands of a page, with \\ joined."""
+    return [text.replace("\\\n", " ") for language, text in fences(page) if language == "bash"]
 
 
 def commands(block):
@@ -86,20 +95,27 @@ def commands(block):
     return [" ".join(part.split()) for line in lines for part in line.split(" && ")]
 
 
-def snippets(page):
-    return re.findall(r"```python\n(.*?)```", text_of(page), flags=re.S)
+def snippets(page, wanted="python"):
+    return [text for language, text in fences(page) if language == wanted]
 
 
 def reason_not_to_run(command):
     return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
 
 
-RUNNABLE = [
-    (page, block)
-    for page in PAGES
-    for block in blocks(page)
-    if not all(map(reason_not_to_run, commands(block)))
-]
+def runnable():
+    """By page the commands to run; a block that an earlier page has is left out."""
+    found, known = {}, set()
+    for page in PAGES:
+        new = [block for block in blocks(page) if block not in known]
+        known.update(new)
+        lines = [line for block in new for line in commands(block) if not reason_not_to_run(line)]
+        if lines:
+            found[page] = lines
+    return found
+
+
+RUNNABLE = runnable()
 
 
 @pytest.fixture
@@ -145,28 +161,40 @@ def run(command, monkeypatch):
     assert importlib.import_module(module).main() in (0, None), command
 
 
-@pytest.mark.parametrize(("page", "block"), RUNNABLE)
-def test_commands_of_a_page_run(page, block, place, monkeypatch, capsys):
-    if "gpt2" in block:
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_commands_of_a_page_run(page, place, monkeypatch, capsys):
+    text = "\n".join(RUNNABLE[page])
+    if "gpt2 " in text:
         make_model()
-    if re.search(r"\b(SRC|DIR|MLP_IN)\b", block):
+    if re.search(r"\b(SRC|DIR|MLP_IN)\b", text):
         make_rows()
-    for command in commands(block):
-        if not reason_not_to_run(command):
-            run(command, monkeypatch)
+    for command in RUNNABLE[page]:
+        run(command, monkeypatch)
     capsys.readouterr()
 
 
 @pytest.mark.parametrize(
-    ("page", "code"), [(page, code) for page in PAGES for code in snippets(page)]
+    ("page", "code"),
+    [
+        pytest.param(page, code, id=f"{page}-{number}")
+        for page in PAGES
+        for number, code in enumerate(snippets(page), 1)
+    ],
 )
 def test_python_of_a_page_runs(page, code, place):
     exec(compile(code, page, "exec"), {"__name__": "snippet"})
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_indented_line_is_a_command(page):
-    lines = [line for block in blocks(page) for line in commands(block)]
+def test_every_fenced_block_is_of_a_known_kind(page):
+    assert {language for language, _ in fences(page)} <= LANGUAGES
+    for text in snippets(page, "json"):
+        json.loads(text)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_line_of_a_bash_block_is_a_command(page):
+    lines = [line for block in blocks(page) for line in commands(block) if line]
     command = re.compile(rf"([A-Z_]+=\S+ |SAE_FAST_TORCH_ROOT=.* )*({'|'.join(PROGRAMS)})")
     assert [line for line in lines if not command.match(line)] == []
 

@@ -59,7 +59,8 @@ def _in_python() -> Iterator[str]:
 def _in_texts() -> Iterator[str]:
     for path in _files(TEXTS, "*.md"):
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            yield from _riddles(f"{path.relative_to(ROOT)}:{number}", line)
+            # What stands in backquotes is what a program prints or reads.
+            yield from _riddles(f"{path.relative_to(ROOT)}:{number}", re.sub("`[^`]*`", "", line))
 
 
 def _riddles(place: str, text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What README's chapter on what goes wrong quotes is what the command prints."""
+"""What the guide's page on what goes wrong quotes is what the command prints."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from train_runs import Run
 
 from sae_fast.activations import write_shard
 
-README = Path(__file__).parents[2] / "README.md"
-if not README.exists():
-    pytest.skip("no checkout: README.md is not installed", allow_module_level=True)
+PAGE = Path(__file__).parents[2] / "docs/guide/troubleshooting.md"
+if not PAGE.exists():
+    pytest.skip("no checkout: the documents are not installed", allow_module_level=True)
 FLAGS = (
     *("--shard-dir", "shards", "--d-sae", "32", "--batch-size", "32", "--max-steps", "16"),
     *("--log-every", "1", "--num-threads", "1", "--checkpoint-dir", "run"),
@@ -56,22 +56,21 @@ AGAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def assert_quoted(text: str, pieces: tuple[str, ...]) -> None:
-    """All pieces stand in one line of the text, and in one row of the chapter."""
-    chapter = README.read_text(encoding="utf-8").split("## When something goes wrong")[1]
-    for lines in (text.splitlines(), chapter.split("\n## ")[0].splitlines()):
+    """All pieces stand in one line of the text, and in one row of the page."""
+    for lines in (text.splitlines(), PAGE.read_text(encoding="utf-8").splitlines()):
         assert any(all(piece in line for piece in pieces) for line in lines), pieces
 
 
 @pytest.mark.usefixtures("shards")
 @pytest.mark.parametrize("mistake", QUOTED)
-def test_a_mistake_is_told_as_the_chapter_quotes_it(run: Run, mistake: str) -> None:
+def test_a_mistake_is_told_as_the_page_quotes_it(run: Run, mistake: str) -> None:
     flags, pieces = QUOTED[mistake]
     _, out, err = run(*_over(FLAGS, flags))
     assert_quoted(out + err, pieces)
 
 
 @pytest.mark.usefixtures("shards")
-def test_a_second_run_in_a_directory_is_told_as_the_chapter_quotes_it(run: Run) -> None:
+def test_a_second_run_in_a_directory_is_told_as_the_page_quotes_it(run: Run) -> None:
     other = Path("other")
     other.mkdir()
     for path in Path("shards").iterdir():
@@ -86,7 +85,7 @@ def test_a_second_run_in_a_directory_is_told_as_the_chapter_quotes_it(run: Run) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.usefixtures("shards")
-def test_a_missing_gpu_is_told_as_the_chapter_quotes_it(run: Run) -> None:
+def test_a_missing_gpu_is_told_as_the_page_quotes_it(run: Run) -> None:
     code, _, err = run(*FLAGS, "--device", "cuda")
     assert code == 2
     assert_quoted(err, ("device = 'cuda': torch ", " finds no CUDA device here; use --device cpu"))

@@ -1,0 +1,274 @@
+"""Make the pages of the documentation that come from the code and from committed results.
+
+`mkdocs.yml` names this file as a hook. It adds the tables of flags (from the configuration
+dataclasses), the list of ops (from `csrc/ops/schema.cpp`), the tables of `benchmarks/results/`, and
+CONTRIBUTING.md, CHANGELOG.md and benchmarks/README.md, so that none of them is written twice.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RESULTS_INTRO = """# Results
+
+Every table states the machine, the versions and the command that made it. The tables are those of
+`benchmarks/results/`, where the same numbers are in JSON beside them;
+[Benchmarks](../development/benchmarks.md) says how they are measured and how to repeat them.
+
+"""
+
+
+class Command(NamedTuple):
+    """A command whose flags are the fields of dataclasses."""
+
+    title: str
+    line: str
+    text: str
+    classes: tuple[str, ...]  # module:name
+
+
+COMMANDS = (
+    Command(
+        "Train on shards",
+        "python -m sae_fast.train --shard-dir DIR",
+        "Flags of the run, of the model (`SAEConfig`) and of its training (`TrainConfig`).",
+        (
+            "sae_fast.train:Options",
+            "sae_fast.config:SAEConfig",
+            "sae_fast.config:TrainConfig",
+        ),
+    ),
+    Command(
+        "Train straight from a model",
+        "python -m sae_fast.train MODEL DATASET",
+        "The flags below replace or add to the flags of a training on shards; "
+        "see [a model and a dataset](../guide/model.md#train-straight-from-a-model).",
+        ("sae_fast.training.from_model:FromModelConfig",),
+    ),
+    Command(
+        "Capture activations",
+        "python -m sae_fast.capture MODEL DATASET --out DIR",
+        "See [a model and a dataset](../guide/model.md).",
+        ("sae_fast.activations.capture.config:CaptureConfig",),
+    ),
+    Command(
+        "Convert activations",
+        "python -m sae_fast.convert_shards SRC DST",
+        "See [activations you already have](../guide/your-activations.md).",
+        ("sae_fast.convert_shards:Options",),
+    ),
+    Command(
+        "Plot runs",
+        "python -m sae_fast.plot RUN",
+        "See [plots](../guide/runs.md#plots).",
+        ("sae_fast.plot:Options",),
+    ),
+    Command(
+        "Make biographies",
+        "python -m sae_fast.biographies --out DIR",
+        "See [biographies](../guide/slots.md#biographies).",
+        ("sae_fast.biographies:Options",),
+    ),
+    Command(
+        "Swap slots",
+        "python -m sae_fast.swap CHECKPOINT --data DIR",
+        "See [biographies](../guide/slots.md#biographies).",
+        ("sae_fast.swap:Options",),
+    ),
+)
+
+
+def pages() -> dict[str, str]:
+    """Return the text of every made page by its path below docs/."""
+    return {
+        "reference/flags.md": flags_page(),
+        "reference/ops.md": ops_page(),
+        **results_pages(),
+        "development/contributing.md": _included("CONTRIBUTING.md"),
+        "development/changelog.md": _included("CHANGELOG.md"),
+        "development/benchmarks.md": _included("benchmarks/README.md"),
+    }
+
+
+def pictures() -> dict[str, bytes]:
+    """Return the committed pictures by their path below docs/."""
+    return {f"results/{path.name}": path.read_bytes() for path in sorted(RESULTS.glob("*.png"))}
+
+
+def flags_page() -> str:
+    """Return the tables of the flags of all commands, made from the fields that define them."""
+    parts = [
+        "# Commands and flags",
+        "Every flag is a field of a dataclass, and these tables are made from the fields. Hyphens "
+        "and underscores are equal in the name of a flag. A switch `--x` is turned off by "
+        "`--no-x`. `--help` prints the same texts. Besides the commands below, "
+        "`python -m sae_fast.info` prints versions, kernels and devices, and "
+        "`python -m sae_fast.presets` lists the [presets](../guide/presets.md).",
+    ]
+    for command in COMMANDS:
+        parts += [f"## {command.title}", f"`{command.line}`", command.text]
+        for place in command.classes:
+            kind = _load(place)
+            if len(command.classes) > 1:
+                parts.append(f"### {_heading(kind)}")
+            parts.append(_flags_table(kind))
+    return "\n\n".join(parts) + "\n"
+
+
+def _load(place: str) -> type[Any]:
+    module, name = place.split(":")
+    kind: type[Any] = getattr(importlib.import_module(module), name)
+    return kind
+
+
+def _heading(kind: type[Any]) -> str:
+    return {"Options": "The run", "SAEConfig": "The model", "TrainConfig": "The training"}.get(
+        kind.__name__, kind.__name__
+    )
+
+
+def _flags_table(kind: type[Any]) -> str:
+    texts, hints = field_texts(kind), typing.get_type_hints(kind)
+    lines = ["| flag | values | default | meaning |", "|---|---|---|---|"]
+    for item in dataclasses.fields(kind):
+        if item.name not in texts:  # a nested configuration
+            continue
+        flag = f"`--{item.name.replace('_', '-')}`"
+        cells = (flag, describe_type(hints[item.name]), _default(item), texts[item.name])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def field_texts(kind: type[Any]) -> dict[str, str]:
+    """Return the text under each field of a dataclass and of its bases, by name of the field."""
+    bases = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    return dict(itertools.chain.from_iterable(map(_texts_in, bases)))
+
+
+def _texts_in(kind: type[Any]) -> Iterator[tuple[str, str]]:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(definition, ast.ClassDef)
+    for line, below in itertools.pairwise(definition.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            text = below.value if isinstance(below, ast.Expr) else None
+            if isinstance(text, ast.Constant):
+                yield line.target.id, " ".join(str(text.value).split())
+
+
+def describe_type(kind: Any) -> str:
+    """Return the values that a field of this type takes, in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in arguments if part is not type(None))
+    if origin is tuple:
+        parts = [describe_type(part) for part in arguments if part is not Ellipsis]
+        return f"list of {parts[0]}" if Ellipsis in arguments else " and ".join(parts)
+    if origin is typing.Annotated:
+        return describe_type(arguments[0])
+    names = {bool: "switch", int: "whole number", float: "number", str: "text", Path: "path"}
+    return names.get(kind, str(kind))
+
+
+def _default(item: dataclasses.Field[Any]) -> str:
+    value = item.default
+    if value is None or value is dataclasses.MISSING or value == ():
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(f"`{part:g}`" for part in value)
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return f"`{value}`"
+
+
+def ops_page() -> str:
+    """Return the list of the ops with their contracts, from csrc/ops/schema.cpp."""
+    source = (ROOT / "csrc" / "ops" / "schema.cpp").read_text("utf-8")
+    head, body = source.split("STABLE_TORCH_LIBRARY(sae_fast, m) {")
+    intro = _comment_text(head.split("#include")[0].splitlines())
+    parts = [
+        "# Ops",
+        "The ops are registered as `torch.ops.sae_fast.*`. This page is made from the comments of "
+        "`csrc/ops/schema.cpp`. Each op has kernels for the CPU and for CUDA, and a definition in "
+        "plain PyTorch in `sae_fast/ops/`, which is the fallback without compiled kernels and the "
+        "oracle of the tests.",
+        intro,
+    ]
+    for comment, quoted in re.findall(r"((?:  //.*\n)+)  m\.def\(\s*((?:\s*\".*\"\s*)+)\);", body):
+        schema = "".join(json.loads(part) for part in re.findall(r"\"(?:[^\"\\]|\\.)*\"", quoted))
+        name = schema.split("(")[0]
+        parts += [f"## {name}", _comment_text(comment.splitlines()), _code(_wrapped(schema))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comment_text(lines: list[str]) -> str:
+    """Return the text of comment lines; indented lines become a block of code."""
+    text = [line.strip().removeprefix("//").removeprefix(" ") for line in lines if "//" in line]
+    parts: list[str] = []
+    for is_table, group in itertools.groupby(text, key=lambda line: line.startswith("  ")):
+        part = "\n".join(group)
+        parts.append(_code(textwrap.dedent(part)) if is_table else _escaped(part))
+    return "\n\n".join(parts)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\[\]*_<>])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    return f"```text\n{text}\n```"
+
+
+def _wrapped(schema: str) -> str:
+    """Return a schema with one argument on a line where it is long."""
+    if len(schema) <= 96:
+        return schema
+    name, rest = schema.split("(", 1)
+    arguments, result = rest.split(") -> ", 1)
+    listed = ",\n    ".join(re.split(r", (?=Tensor|int|str|float|bool)", arguments))
+    return f"{name}(\n    {listed}\n) -> {result}"
+
+
+def results_pages() -> dict[str, str]:
+    """Return a page for each committed table of results, and their list."""
+    made, lines = {}, []
+    for path in sorted(RESULTS.glob("*.md")):
+        text = path.read_text("utf-8")
+        picture = path.with_suffix(".png")
+        if picture.exists():
+            text += f"\n![{text.splitlines()[0].lstrip('# ')}]({picture.name})\n"
+        made[f"results/{path.name}"] = text
+        lines.append(f"- [{text.splitlines()[0].lstrip('# ')}]({path.name}): `{path.name}`")
+    return {**made, "results/index.md": RESULTS_INTRO + "\n".join(lines) + "\n"}
+
+
+def _included(name: str) -> str:
+    """Return a page of the repository; its links to files of the repository become plain text."""
+    text = (ROOT / name).read_text("utf-8")
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the made pages and pictures; MkDocs calls this when it has listed the files."""
+    from mkdocs.structure.files import File
+
+    for path, content in {**pages(), **pictures()}.items():
+        files.append(File.generated(config, path, content=content))
+    return files
