@@ -22,7 +22,7 @@ from sae_fast.evaluation.biographies import files
 from sae_fast.evaluation.biographies.swap import SwapTable, swap_success
 from sae_fast.output_streams import run_command
 from sae_fast.training.checkpoint import CheckpointError, find_checkpoint, read_newest_state
-from sae_fast.training.snapshot import check_snapshot
+from sae_fast.training.resume_state import check_state
 
 PROGRAM = "python -m sae_fast.swap"
 SEED = 0  # of the choice of people, where not all are asked
@@ -96,7 +96,7 @@ def _model_directory(path: Path) -> Path:
 def _trained_layer(path: Path) -> int:
     """The layer of the shards that a checkpoint was trained on."""
     try:
-        trained_on = read_newest_state(path, check_snapshot)["config"]["train"].get("shard_dir")
+        trained_on = read_newest_state(path, check_state)["config"]["train"].get("shard_dir")
     except CheckpointError:
         trained_on = None
     layer = None if trained_on is None else files.layer_of(Path(trained_on))

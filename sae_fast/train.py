@@ -44,6 +44,7 @@ from sae_fast.training.from_model import (
     TRAIN_DEFAULTS,
     open_from_model,
 )
+from sae_fast.training.resume_state import check_state
 from sae_fast.training.run_directory import (
     SWEEP,
     RunDirectory,
@@ -54,7 +55,6 @@ from sae_fast.training.run_directory import (
     way_on_from_model,
 )
 from sae_fast.training.signals import EXIT_INTERRUPTED, INTERRUPTED, StopOnSignal, run_program
-from sae_fast.training.snapshot import check_snapshot
 from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
 from sae_fast.training.trainer import Trainer
 
@@ -268,7 +268,7 @@ def _resumed_settings(
     if (way := way_on_from_model(path)) is not None:
         name = run if reference in ("latest", "best") else reference
         raise ValueError(f"{name} is a run from a model: go on with it by {way}")
-    saved = RunConfig.from_saved(read_newest_state(path, check_snapshot)["config"])
+    saved = RunConfig.from_saved(read_newest_state(path, check_state)["config"])
     settings = saved.to_dict()
     del settings["train"]["resume_from"]
     return settings, None if run is None else str(run)

@@ -8,6 +8,7 @@ from train_runs import Run, assert_same, killed_at, metrics
 
 from sae_fast.config import RunConfig
 from sae_fast.train import main
+from sae_fast.training.sweep import Sweep
 from sae_fast.training.trainer import Trainer
 
 
@@ -37,11 +38,11 @@ def test_defaults_are_those_that_users_of_such_trainers_know(
 ) -> None:
     made: list[Trainer] = []
 
-    def no_steps(trainers: list[Trainer], *_: object, **__: object) -> None:
-        made.extend(trainers)
+    def no_steps(sweep: Sweep) -> None:
+        made.extend(sweep.trainers.values())
         raise ValueError("enough")
 
-    monkeypatch.setattr("sae_fast.training.sweep.run_steps", no_steps)
+    monkeypatch.setattr(Sweep, "train", no_steps)
     assert main([f"{inputs[0]}/gpt2", inputs[1], "--d-sae", "512", "--heldout-tokens", "64"]) == 2
     (trainer,) = made
     sae, train = trainer.sae_config, trainer.train_config

@@ -11,6 +11,7 @@ from sae_fast.config import RunConfig, TrainConfig
 from sae_fast.config.fields import field_names
 from sae_fast.train import main
 from sae_fast.training.from_model import DECIDED_BY, SHARDS_ONLY
+from sae_fast.training.sweep import Sweep
 from sae_fast.training.trainer import Trainer
 
 # A value that is not the default, for every flag of a training that this mode takes as it is.
@@ -65,11 +66,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
     """The trainings that were about to begin, and do not."""
     made: list[Trainer] = []
 
-    def no_steps(trainers: list[Trainer], *_: object, **__: object) -> None:
-        made.extend(trainers)
+    def no_steps(sweep: Sweep) -> None:
+        made.extend(sweep.trainers.values())
         raise ValueError("enough")
 
-    monkeypatch.setattr("sae_fast.training.sweep.run_steps", no_steps)
+    monkeypatch.setattr(Sweep, "train", no_steps)
     return made
 
 

@@ -68,10 +68,10 @@ def killed_at(step: int) -> Iterator[None]:
     """Trainings in this process are interrupted before they go beyond a step."""
     advance = Trainer.advance
 
-    def killed(self: Trainer) -> dict[str, Any]:
+    def killed(self: Trainer, **options: bool) -> dict[str, Any]:
         if self.step == step:
             raise KeyboardInterrupt
-        return advance(self)
+        return advance(self, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "advance", killed)

@@ -30,7 +30,7 @@ def _save_model(directory: Path) -> None:
 
 def _save(store: CheckpointStore, step: int, *, best: bool = False) -> Path:
     tensors = {"state": torch.full((64,), float(step)), "empty": torch.empty(0, 3)}
-    return store.save(step, _save_model, tensors, {"note": [step, "x"]}, best=best)
+    return store.save({"step": step, "note": [step, "x"], **tensors}, _save_model, best=best)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_only_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
 
 def test_a_step_saved_again_replaces_the_old_one(store: CheckpointStore) -> None:
     _save(store, 10)
-    store.save(10, _save_model, {}, {"note": "second"})
+    store.save({"step": 10, "note": "second"}, _save_model)
     assert read_checkpoint(store.path_of(10)).state["note"] == "second"
 
 
@@ -129,7 +129,7 @@ def test_a_full_disk_at_any_point_leaves_the_previous_one(
     if failing != "save_model":
         monkeypatch.setattr(module, failing, full)
     with pytest.raises(CheckpointError, match=r"No space left on device; .*step-00000010"):
-        store.save(20, full if failing == "save_model" else _save_model, {}, {})
+        store.save({"step": 20}, full if failing == "save_model" else _save_model)
     assert store.newest() == store.path_of(10)
     assert read_checkpoint(store.path_of(10)).step == 10
     assert [path.name for path in store.directory.glob(".*")] == []
@@ -149,7 +149,7 @@ def test_memory_that_runs_out_leaves_the_previous_one_and_nothing_else(
     else:
         monkeypatch.setattr(module, failing, out_of_memory)
     with pytest.raises(MemoryError):
-        store.save(20, _save_model, {}, {})
+        store.save({"step": 20}, _save_model)
     assert store.newest() == store.path_of(10)
     assert [path.name for path in store.directory.glob(".*")] == []
 
@@ -163,7 +163,7 @@ def test_a_write_that_fails_at_byte_n_leaves_the_previous_one(
         files_up_to(limit),
         pytest.raises(CheckpointError, match="step-00000010 is the last complete one"),
     ):
-        store.save(20, _save_model, {"a": torch.zeros(30_000)}, {})
+        store.save({"step": 20, "a": torch.zeros(30_000)}, _save_model)
     assert read_newest_intact(store.path_of(10)).step == 10
 
 
@@ -200,7 +200,7 @@ def test_a_kill_at_any_moment_leaves_an_intact_newest_checkpoint(tmp_path: Path)
         for step in range(10**6):
             tensors = {"a": torch.full((20_000,), float(step))}
             model = lambda path: (path / "sae.safetensors").write_bytes(bytes(50_000))
-            store.save(step, model, tensors, {}, best=step % 3 == 0)
+            store.save({"step": step, **tensors}, model, best=step % 3 == 0)
             print(step, flush=True)
         """
     )

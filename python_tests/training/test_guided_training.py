@@ -1,7 +1,6 @@
 """Training with a probe and with temporal smoothness: what it needs, learns, logs and resumes."""
 
 import json
-import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,6 @@ from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import RowOptimizer
-from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer
 
@@ -184,22 +182,9 @@ def test_a_stopped_run_resumes_bit_equal(
     straight = train(sae, replace(RUN, **changes))
     run = replace(RUN, shard_dir=str(labelled_dir), checkpoint_dir=str(tmp_path), **changes)
     for stop_at in (3, 11):
-        with StopOnSignal() as stop:
-            trainer = Trainer(sae, run, stop=stop, show_progress=False)
-            train_step = trainer._step
-
-            def one_step(
-                trainer: Trainer = trainer,
-                train_step: Callable[[], None] = train_step,
-                stop: StopOnSignal = stop,
-                stop_at: int = stop_at,
-            ) -> None:
-                train_step()
-                if trainer.step == stop_at:
-                    stop.received = signal.SIGTERM
-
-            trainer._step = one_step  # type: ignore[method-assign]
-            trainer.train()
+        with Trainer(sae, run, show_progress=False) as trainer:
+            while trainer.step < stop_at:
+                trainer.advance()
         run = replace(run, resume_from="latest")
     resumed = train(sae, run)
     assert [row["loss"] for row in resumed.history] == [row["loss"] for row in straight.history]

@@ -19,7 +19,6 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training import launcher
 from sae_fast.training.cuda_graph import GraphedStep
 from sae_fast.training.launcher import DeadCensus
-from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer, TrainingError
 
 SAE = SAEConfig(d_sae=128, k=3, dead_after_tokens=500, decorrelation_coeff=0.1)
@@ -85,17 +84,9 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _stop_after(trainer: Trainer, step: int) -> None:
-    stop = StopOnSignal()
-    trainer._stop = stop
-    launch = trainer._step
-
-    def one_step() -> None:
-        launch()
-        if trainer.step == step:
-            stop.received = 15  # type: ignore[assignment]
-
-    trainer._step = one_step  # type: ignore[method-assign]
-    trainer.train()
+    with trainer:
+        while trainer.step < step:
+            trainer.advance()
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])

@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from sae_fast.activations import write_shard
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.train import main
 from sae_fast.training.checkpoint import CheckpointError
-from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
 SAE = SAEConfig(d_sae=64, k=3, dead_after_tokens=500, decorrelation_coeff=0.1)
@@ -39,18 +37,10 @@ def _reproducible(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stop_after(step: int, run: TrainConfig) -> None:
-    """Trains to `step`, as a signal would end it, or as a kill would: without a checkpoint."""
-    with StopOnSignal() as stop:
-        trainer = Trainer(SAE, run, stop=stop, show_progress=False)
-        train_step = trainer._step
-
-        def one_step() -> None:
-            train_step()
-            if trainer.step == step:
-                stop.received = signal.SIGTERM
-
-        trainer._step = one_step  # type: ignore[method-assign]
-        trainer.train()
+    """Train to `step` and save, as a signal ends a run."""
+    with Trainer(SAE, run, show_progress=False) as trainer:
+        while trainer.step < step:
+            trainer.advance()
 
 
 @pytest.fixture

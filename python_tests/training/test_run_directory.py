@@ -1,5 +1,6 @@
 """A run owns its directory, and a start that is refused leaves nothing in it."""
 
+import contextlib
 import errno
 import json
 import os
@@ -209,7 +210,7 @@ def test_rows_of_a_run_that_goes_back_are_not_lost(
     """A resume from an earlier step makes that one the latest before it cuts the metrics."""
     _trainer(activations, tmp_path).train()
     back = _trainer(activations, tmp_path, resume_from=str(tmp_path / "checkpoints/step-00000004"))
-    back.release()
+    back.close()
     assert os.readlink(tmp_path / "checkpoints" / "latest") == "step-00000004"
     _trainer(activations, tmp_path, resume_from="latest").train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -232,9 +233,9 @@ def test_a_sweep_killed_at_its_first_checkpoints_goes_on(shard_dir: Path, tmp_pa
     whole = _names(tmp_path)
     shutil.rmtree(tmp_path / "sweep")
     first, second = _sweep(shard_dir, tmp_path).trainers.values()
-    first.begin()
-    for trainer in (first, second):
-        trainer.release()
+    with contextlib.suppress(KeyboardInterrupt), first:
+        raise KeyboardInterrupt
+    second.close()
     resumed = _sweep(shard_dir, tmp_path, resume_from="latest")
     resumed.train()
     assert _names(tmp_path) == whole
@@ -245,13 +246,10 @@ def test_a_sweep_killed_at_its_first_checkpoints_goes_on(shard_dir: Path, tmp_pa
 def test_trainings_of_a_sweep_keep_a_checkpoint_in_common(shard_dir: Path, tmp_path: Path) -> None:
     sweep = _sweep(shard_dir, tmp_path, keep_checkpoints=1)
     first, second = sweep.trainers.values()
-    for trainer in (first, second):
-        trainer.prunes_checkpoints = False
-        trainer.begin()
-    for _ in range(4):  # as if killed before the second one has saved
-        first.advance()
-    for trainer in (first, second):
-        trainer.release()
+    with contextlib.suppress(KeyboardInterrupt), first, second:
+        for _ in range(4):
+            first.advance(prune=False)
+        raise KeyboardInterrupt  # as if killed before the second one has saved
     resumed = _sweep(shard_dir, tmp_path, keep_checkpoints=1, resume_from="latest")
     assert {trainer.step for trainer in resumed.trainers.values()} == {0}
     resumed.train()

@@ -87,16 +87,15 @@ def test_steps_and_evaluations_share_one_encoder_copy(
 ) -> None:
     run = replace(RUN, max_steps=3, eval_every=1)
     trainer = Trainer(SAE, run, data=activations, heldout=heldout, show_progress=False)
-    trainer.begin()
     copies = []
-    for _ in range(3):
-        trainer.advance()
-        with trainer._launcher.kept_copies():
-            copies.append(encoder_copy(trainer.sae.W_enc, "screened")[0])
-    trainer.end()
+    with trainer:
+        for _ in range(3):
+            trainer.advance()
+            with trainer.kept_copies():
+                copies.append(encoder_copy(trainer.sae.W_enc, "screened")[0])
     assert copies[0] is not None
     assert copies[0] is copies[1] is copies[2]
-    with trainer._launcher.kept_copies():
+    with trainer.kept_copies():
         assert encoder_copy(trainer.sae.W_enc, "screened")[0] is not copies[0]
 
 
@@ -118,7 +117,8 @@ def test_fp16_skips_a_step_whose_gradient_overflows(activations: torch.Tensor) -
     trainer = Trainer(SAE, replace(RUN, amp="fp16"), activations, show_progress=False)
     trainer.scaler.scale.fill_(math.inf)
     before = _parameters(trainer)
-    trainer._step()
+    with trainer:
+        trainer.advance()
     assert trainer.scaler.skipped_steps == 1
     for name, value in zip(trainer.sae.state_dict(), before, strict=True):
         if name != "tokens_since_fired":
@@ -300,14 +300,14 @@ def test_a_signal_stops_at_a_step_and_saves(activations: torch.Tensor, tmp_path:
     with StopOnSignal() as stop:
         run = replace(RUN, checkpoint_dir=str(tmp_path))
         trainer = Trainer(SAE, run, activations, stop=stop, show_progress=False)
-        report = trainer._report
+        serve = trainer.source.next_rows
 
-        def interrupt() -> Any:
-            if trainer.step == 7:
+        def interrupt() -> Rows:
+            if trainer.step == 6:
                 signal.raise_signal(signal.SIGTERM)
-            return report()
+            return serve()
 
-        trainer._report = interrupt  # type: ignore[method-assign]
+        trainer.source.next_rows = interrupt  # type: ignore[method-assign]
         trainer.train()
     assert trainer.step == 7
     assert (tmp_path / "checkpoints" / "latest").resolve().name == "step-00000007"

@@ -1,6 +1,5 @@
 """Every variant of TopK, stopped and resumed, equals a run that was not, to the bit."""
 
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
 SAE = SAEConfig(d_sae=64, k=4, dead_after_tokens=500)
@@ -39,18 +37,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _train(sae: SAEConfig, run: TrainConfig, until: int | None = None) -> Trainer:
-    """Trains to the end, or as far as a signal after step `until` lets it."""
-    with StopOnSignal() as stop:
-        trainer = Trainer(sae, run, stop=stop, show_progress=False)
-        train_step = trainer._step
-
-        def one_step() -> None:
-            train_step()
-            if trainer.step == until:
-                stop.received = signal.SIGTERM
-
-        trainer._step = one_step  # type: ignore[method-assign]
-        trainer.train()
+    """Train to the end, or to step `until`, where it saves as after a signal."""
+    with Trainer(sae, run, show_progress=False) as trainer:
+        while trainer.step < (until or trainer.total_steps):
+            trainer.advance()
     return trainer
 
 

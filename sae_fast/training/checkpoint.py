@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,10 +102,8 @@ class CheckpointStore:
 
     def save(
         self,
-        step: int,
+        state: Mapping[str, Any],
         save_model: Callable[[Path], object],
-        tensors: dict[str, torch.Tensor],
-        state: dict[str, Any],
         *,
         best: bool = False,
         prune: bool = True,
@@ -113,16 +111,18 @@ class CheckpointStore:
         """Write one checkpoint, point `latest` (and `best`) at it and remove the oldest.
 
         Args:
-            step: how many steps the state has seen.
+            state: by name tensors, which go into trainer.safetensors, and JSON values, which go
+                into trainer.json; among these "step", how many steps the state has seen.
             save_model: writes sae.safetensors and config.json into the directory it is given.
-            tensors: the tensors of trainer.safetensors.
-            state: the JSON content of trainer.json.
             best: whether this is the best one so far.
             prune: whether to remove the oldest; False leaves that to a call of `prune`.
 
         Raises:
             CheckpointError: when it cannot be written; those before it are untouched.
         """
+        step = state["step"]
+        tensors = {name: v for name, v in state.items() if isinstance(v, torch.Tensor)}
+        values = {name: v for name, v in state.items() if name not in tensors}
         final = self.path_of(step)
         aside = self.directory / f".{final.name}-{os.getpid()}"
         try:
@@ -130,7 +130,7 @@ class CheckpointStore:
             aside.mkdir()
             save_model(aside)
             save_tensors(aside / TENSORS, tensors)
-            _write_state(aside, {"step": step, **state})
+            _write_state(aside, values)
             _flush_directory(aside)
             self._put_in_place(aside, final)
             # `best` can be told from the state of the latest, see `rewind`, but not the reverse.

@@ -28,8 +28,8 @@ from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
 from sae_fast.training.model_stream import HookRows, ModelStream
+from sae_fast.training.resume_state import check_state
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.snapshot import check_snapshot
 from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings
 from sae_fast.training.trainer import Trainer
 
@@ -260,7 +260,7 @@ def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
     path = find_checkpoint(config.resume_from, Path(config.checkpoint_dir))
     if path is None:
         return pool_rows
-    state = read_newest_state(path, check_snapshot)
+    state = read_newest_state(path, check_state)
     before, used = state["config"]["train"].get("pool_rows"), state["source"].get("pool_rows")
     is_open = config.pool_rows in (TrainConfig.pool_rows, before)
     return used if is_open and is_integer(used) and used > 0 else pool_rows

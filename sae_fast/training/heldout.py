@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 
 import torch
@@ -11,11 +11,58 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.slots import Slots
+from sae_fast.training.data import TrainingData
+from sae_fast.training.end_to_end import Behind
 
 # Rows that may decide sums over all: 1 % with the largest norms. Without them the FVU is told where
 # it differs by this factor.
 _EXTREME_SHARE = 0.01
 _MUCH = 1.5
+
+
+class HeldoutEvaluation:
+    """Measure models on the held-out rows of a run.
+
+    Args:
+        data: of the run, with or without held-out rows.
+        dead_rate: see `evaluate`.
+        behind: the model behind the reconstruction, for its loss on its own held-out batches.
+    """
+
+    def __init__(self, data: TrainingData, dead_rate: float, behind: Behind) -> None:
+        self._data = data
+        self._dead_rate = dead_rate
+        self._behind = behind
+        self._ordinary_norm: float | None = None
+
+    def evaluate(
+        self, sae: SparseAutoencoder, averaged: Callable[[], SparseAutoencoder] | None = None
+    ) -> dict[str, float]:
+        """Return the figures of a model by their names in a row of metrics.
+
+        gram_mean needs no rows; without held-out rows it is alone.
+
+        Args:
+            sae: the model.
+            averaged: makes the model with averaged weights; its figures have averaged_ before
+                their names.
+        """
+        measured = {"gram_mean": float(sae.mean_squared_cosine())}
+        if self._data.heldout is None:
+            return measured
+        rows = (self._data.heldout, self._data.heldout_targets)
+        if self._ordinary_norm is None:
+            outputs = rows[0] if rows[1] is None else rows[1]
+            self._ordinary_norm = largest_ordinary_norm(outputs)
+        rates = (self._dead_rate, self._ordinary_norm)
+        measured |= evaluate(sae, *rows, *rates)
+        measured |= self._behind.evaluate(sae)
+        if sae.config.arch == "slots" and self._data.heldout_labels:
+            measured |= evaluate_slots(sae, self._data.heldout, self._data.heldout_labels)
+        if averaged is not None:
+            found = evaluate(averaged(), *rows, *rates)
+            measured |= {f"averaged_{name}": value for name, value in found.items()}
+        return measured
 
 
 @torch.no_grad()

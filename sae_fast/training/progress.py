@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from tqdm import tqdm
@@ -26,31 +28,62 @@ class Window:
     stalled: float = 0.0
 
 
-class Stopwatch:
-    """Time between `resume` and `pause`.
+class StepClock:
+    """The time that steps take, without evaluations and checkpoints.
 
-    Both are called when the device has nothing left to do: on a GPU a step that was launched has
-    not been made yet.
+    It runs between `resume` and `pause`. Call both when the device has nothing left to do: on a GPU
+    a step that was launched has not been made yet.
+
+    Attributes:
+        seconds: of all steps of the run so far.
+        stalled: of these, the seconds in which a step waited for its batches.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.seconds = self.stalled = 0.0
         self._device = device
         self._resumed: float | None = None
+        self._window = Window()
+
+    def set(self, seconds: float, stalled: float) -> None:
+        """Set both times to those of a run that is resumed."""
+        self.seconds, self.stalled = seconds, stalled
+
+    def count_step(self) -> None:
+        """Count one step."""
+        self._window.steps += 1
 
     def resume(self) -> None:
-        """Starts, or goes on."""
+        """Start the clock, or start it again."""
         self._resumed = time.perf_counter()
 
-    def pause(self) -> float:
-        """Waits for the device; returns the seconds since `resume`, 0 when paused already."""
+    def pause(self, take_stalled_seconds: Callable[[], float]) -> None:
+        """Wait for the device and stop the clock; do nothing more if it stands already.
+
+        Args:
+            take_stalled_seconds: called when the device is done, returns for how many seconds steps
+                have waited for their batches since its last call.
+        """
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         resumed, self._resumed = self._resumed, None
-        return 0.0 if resumed is None else time.perf_counter() - resumed
+        seconds = 0.0 if resumed is None else time.perf_counter() - resumed
+        stalled = take_stalled_seconds()
+        self.seconds += seconds
+        self.stalled += stalled
+        self._window.seconds += seconds
+        self._window.stalled += stalled
+
+    def take_window(self) -> Window:
+        """Return the steps since the last call, and begin a new window."""
+        window, self._window = self._window, Window()
+        return window
 
 
 class Progress:
-    """Shows tokens/s, loss, FVU, L0, dead or silent latents, reader stall and the time left.
+    """Context manager: a progress bar with tokens/s, loss, FVU, L0 and the time left.
+
+    Without a terminal the figures are logged instead, a line every few seconds.
 
     Args:
         total_tokens: tokens of the whole run.
@@ -71,15 +104,37 @@ class Progress:
         )
         self._last_line = time.monotonic()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
     def advance(self, tokens: int) -> None:
-        """Counts one step's tokens."""
+        """Count the tokens of one step."""
         self._bar.update(tokens)
 
-    def show(self, row: Row, *, last: bool = False, runs: int = 1) -> None:
-        """Shows the figures of a logged step; those of several runs are their means."""
+    def show(self, rows: Sequence[Row], *, last: bool = False) -> None:
+        """Show the figures of a step.
+
+        Args:
+            rows: the metrics that the trainings of a sweep have logged, of which means are shown,
+                or the row of one training; empty ones are left out.
+            last: whether it is the last step, of which a line is logged in any case.
+        """
+        logged = [row for row in rows if row]
+        if not logged:
+            return
+        row = logged[0] if len(logged) == 1 else _mean(logged)
         text = _describe(row)
-        if runs > 1:
-            text = f"mean of {runs} trainings: {text}"
+        if len(logged) > 1:
+            text = f"mean of {len(logged)} trainings: {text}"
         self._bar.set_postfix_str(text, refresh=False)
         due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
         if self._shown and self._bar.disable and (due or last):
@@ -87,12 +142,20 @@ class Progress:
             rate = row.get("tokens_per_second", 0.0)
             logger.info("step %d: %s, %.0f tokens/s", row["step"], text, rate)
 
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.close()
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """Return the mean of the figures of several trainings, which take their steps in turn.
+
+    The tokens per second are added up, because each training measures the time of all of them.
+    """
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in names}
+    rate = sum(row.get("tokens_per_second", 0.0) for row in rows)
+    return {**mean, "step": rows[0]["step"], "tokens_per_second": rate}
 
 
 def _describe(row: Row) -> str:
+    """Return the figures of a row as the progress bar has them."""
     parts = [
         ("loss {:.4g}", "loss", 1.0),
         ("FVU {:.4f}", "fvu", 1.0),

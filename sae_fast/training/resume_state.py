@@ -8,6 +8,7 @@ and its counters beside each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from sae_fast.config import RunConfig
 from sae_fast.json_files import is_integer, is_number, require, shown
 from sae_fast.tensor_files import is_finite
+from sae_fast.training.checkpoint import CheckpointError
 
+FORMAT_VERSION = 1  # of what a checkpoint holds beside the model
 _OPTIONAL = ("average.", "rng.cuda.")
 _WORDS = 624  # in the state of a Mersenne twister
 
@@ -24,6 +27,19 @@ _LARGEST = torch.finfo(torch.float32).max
 
 _COUNT = "a whole number of at least 0"
 _AMOUNT = "a number of at least 0"
+
+
+def check_state(path: Path, state: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the values of the trainer.json at `path` fit each other.
+
+    A state of another format version is left to `start.saved_config`, which says so.
+    """
+    if state.get("format_version") != FORMAT_VERSION:
+        return
+    try:
+        check_values(state["step"], state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def check_values(step: int, state: Mapping[str, Any]) -> None:

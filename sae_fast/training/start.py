@@ -1,10 +1,11 @@
-"""How a training starts: from a model (`start_from`), or from the first of its activations."""
+"""How a training starts: from a checkpoint, from another model, or from its first activations."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,138 @@ import torch
 from sae_fast.activations import TARGETS, Source, Transform, origin_difference
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.initialization import sample_rows
-from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.checkpoint import CheckpointError, find_checkpoint
+from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    find_checkpoint,
+    read_newest_intact,
+)
 from sae_fast.training.data import TrainingData
+from sae_fast.training.resume_state import FORMAT_VERSION, check_state
+from sae_fast.training.run_directory import RunDirectory
+from sae_fast.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
 _COUNTERS = ("tokens_since_fired",)
 _OTHER_UNITS = 4.0  # factor of the variance
+# Settings that may change between a run and its resumption without changing a single bit.
+_HARMLESS = (
+    *(
+        "shard_dir",
+        *("mix", "keep_in_memory", "pin", "device_cache"),
+        "heldout",
+        "target_shard_dir",
+        "target_heldout",
+        "checkpoint_dir",
+        "resume_from",
+        "num_threads",
+        "log_every",
+        "wandb_log_every",
+    ),
+    *("eval_every", "checkpoint_every", "keep_checkpoints", "wandb_project", "no_wandb"),
+    *("cuda_graph", "dead_percentage_threshold"),
+)
+
+
+def resumed_checkpoint(config: TrainConfig) -> Checkpoint | None:
+    """Read the checkpoint that `resume_from` names; None where the run starts from the beginning.
+
+    Raises CheckpointError where it names none, none that is intact, or one of a run that is in use.
+    """
+    if config.resume_from is None:
+        return None
+    directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
+    if directory is not None:
+        RunDirectory(directory, config.keep_checkpoints).check_free()
+    path = find_checkpoint(config.resume_from, directory)
+    if path is None:
+        logger.warning("%s holds no checkpoint yet: starting from the beginning", directory)
+        return None
+    return read_newest_intact(path, check_state)
+
+
+def saved_config(checkpoint: Checkpoint) -> RunConfig:
+    """Return the configuration of the run that wrote a checkpoint.
+
+    Raises CheckpointError where its format is not the one that this version reads.
+    """
+    version = checkpoint.state.get("format_version")
+    if version != FORMAT_VERSION:
+        known = f"this version reads {FORMAT_VERSION}"
+        raise CheckpointError(f"{checkpoint.path}: format version {version}, {known}")
+    return RunConfig.from_saved(checkpoint.state["config"])
+
+
+def sized_config(
+    config: SAEConfig, d_in: int, checkpoint: Checkpoint | None, d_out: int = 0
+) -> SAEConfig:
+    """Return the configuration with the widths of the data, checked against the checkpoint.
+
+    Args:
+        config: what was asked for.
+        d_in: width of the activations.
+        checkpoint: what the run is resumed from, if anything.
+        d_out: width of a transcoder's targets.
+
+    Raises:
+        CheckpointError: naming the first field in which the checkpoint's model is another.
+    """
+    if checkpoint is None:
+        return config.with_d_in(d_in, d_out)
+    before = saved_config(checkpoint).sae
+    if before.d_in != d_in:
+        raise CheckpointError(
+            f"{checkpoint.path} is of a model with d_in = {before.d_in}, "
+            f"these activations are {d_in} wide"
+        )
+    # Forms that are left open stay what they were, also where their default has changed since.
+    forms = {
+        name: getattr(before, name)
+        for name in ("decorrelation", "correlation_pairs")
+        if getattr(config, name) is None
+    }
+    config = replace(config, **forms).with_d_in(d_in, d_out)
+    for name, value in config.to_dict().items():
+        known = getattr(before, name)
+        if name != "expansion_factor" and known != value:  # that one only says d_sae again
+            raise CheckpointError(
+                f"{checkpoint.path} is of a model with {name} = {known}, this run's has {value}"
+            )
+    return config
+
+
+def warn_of_changes(
+    checkpoint: Checkpoint, config: RunConfig, rate: Schedule, sae: SparseAutoencoder
+) -> None:
+    """Say how a resumed run differs from the run before: in its length and in its settings.
+
+    Args:
+        checkpoint: what the run was resumed from.
+        config: of the run now.
+        rate: the learning rate of the run now.
+        sae: the model.
+    """
+    harmless = set(_HARMLESS)
+    # Dense codes, and a skip connection: torch's products follow the threads.
+    if sae.architecture.waits or sae.config.skip_connection:
+        harmless.remove("num_threads")
+    before = checkpoint.state.get("scheduler_state")  # not in checkpoints of older versions
+    if before is not None and (told := rate.told_after(before)) is not None:
+        logger.info("%s", told)
+    settings = checkpoint.state["config"]["train"]
+    changes = [
+        f"{name} {settings.get(name)} -> {value}"
+        for name, value in config.to_dict()["train"].items()
+        if name not in harmless and _plain(settings.get(name)) != _plain(value)
+    ]
+    if changes:
+        logger.warning("resumed with other settings than before: %s", ", ".join(changes))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:

@@ -17,8 +17,10 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -36,7 +38,8 @@ from sae_fast.config.fields import field_names, reject_unknown_keys
 from sae_fast.json_files import read_json, shown
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
-from sae_fast.training.loop import run_steps
+from sae_fast.training.metrics import Row
+from sae_fast.training.progress import Progress
 from sae_fast.training.run_directory import in_mode_directory
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
@@ -59,13 +62,15 @@ MakeTrainer = Callable[[str, RunConfig], Trainer]
 
 
 class Sweep:
-    """Trainings that take the same batches, in step.
+    """Train several autoencoders on the same batches, one step each in turn.
+
+    `train` makes all steps. To make them one by one, open the sweep: `with sweep: sweep.advance()`.
 
     Args:
         configs: of each training, by its name; see `read_sweep`.
         make: makes the trainer of one, all of them readers of one shared source; None: the shards
             in `shard_dir` are shared.
-        stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
+        stop: tells when to stop; None: at SIGINT and SIGTERM, during `train`.
         show_progress: whether to show a progress bar.
 
     Attributes:
@@ -88,31 +93,100 @@ class Sweep:
             raise ValueError("a sweep needs at least one training")
         self._stop = stop
         self._show_progress = show_progress
+        self._opened = ExitStack()
         make = make or _on_shards(list(configs.values()))
         self.trainers: dict[str, Trainer] = {}
         for name, config in at_one_step(configs).items():
             try:
                 self.trainers[name] = make(name, config)
             except BaseException as error:
-                self._release()
+                self._close()
                 if isinstance(error, ValueError):
                     raise ValueError(f"{name}: {error}") from error
                 raise
         try:
             _require_one_step(self.trainers)
         except ValueError:
-            self._release()
+            self._close()
             raise
 
     def train(self) -> dict[str, SparseAutoencoder]:
-        """Trains all of them to their end, or until a signal; returns the models by name."""
-        with self._stop or StopOnSignal() as stop:
-            run_steps(list(self.trainers.values()), stop, show_progress=self._show_progress)
+        """Make all steps of all trainings, or those up to a signal; return the models by name.
+
+        Raises what `Trainer.train` does; the first error ends all trainings.
+        """
+        with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
+            while (left := self._unfinished()) and stop.received is None:
+                rows = self.advance()
+                progress.advance(sum(trainer.tokens_per_step for trainer in left))
+                progress.show(rows, last=not self._unfinished())
         return {name: trainer.model() for name, trainer in self.trainers.items()}
 
-    def _release(self) -> None:
+    def __enter__(self) -> Sweep:
+        """Open all trainers, see `Trainer`."""
+        with ExitStack() as stack:
+            for trainer in self.trainers.values():
+                stack.callback(trainer.close)  # also of those that are not opened, after an error
+            for trainer in self.trainers.values():
+                stack.enter_context(trainer)
+            self._opened = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Save what is not saved yet and close all trainers; after an error only close them."""
+        if error is not None:
+            self._opened.__exit__(kind, error, traceback)
+            return
+        with self._opened:
+            for trainer in self.trainers.values():
+                trainer.finish(prune=False)
+            self._prune()
+
+    def advance(self) -> list[Row]:
+        """Make one step of each training that is not complete; return the rows they logged.
+
+        A row is empty where none was due; see `Trainer.advance`.
+        """
+        left = self._unfinished()
+        saved = [trainer.saved_step for trainer in left]
+        rows = [trainer.advance(prune=False) for trainer in left]
+        if saved != [trainer.saved_step for trainer in left]:
+            self._prune()
+        return rows
+
+    def _unfinished(self) -> list[Trainer]:
+        trainers = self.trainers.values()
+        return [trainer for trainer in trainers if trainer.step < trainer.total_steps]
+
+    def _progress(self) -> Progress:
+        trainers = self.trainers.values()
+        total = sum(trainer.total_tokens for trainer in trainers)
+        done = sum(trainer.tokens for trainer in trainers)
+        return Progress(total, done, shown=self._show_progress)
+
+    def _prune(self) -> None:
+        """Remove old checkpoints, once all trainings have made the step.
+
+        The newest step that has a checkpoint in all of them is kept: there they go on after a kill.
+        """
+        trainers = list(self.trainers.values())
+        stores = [trainer.checkpoints for trainer in trainers]
+        kept = [store for store in stores if store is not None]
+        if len(kept) < len(trainers):
+            return
+        step = trainers[0].step
+        common = newest_common_step(kept, step)
+        for store in kept:
+            store.prune(step, common)
+
+    def _close(self) -> None:
         for trainer in self.trainers.values():
-            trainer.release()
+            trainer.close()
 
 
 def read_sweep(path: Path, base: RunConfig) -> dict[str, RunConfig]:

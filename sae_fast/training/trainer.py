@@ -1,55 +1,58 @@
-"""`Trainer`: the training loop, from a notebook or from the command line.
+"""`Trainer`: one training run and its loop, for notebooks and for the command line.
 
-The work of a step is in step.py; launcher.py launches it, on a GPU as a CUDA graph, and does not
-wait. Metrics are read in one transfer every `log_every` steps, and with them whether all went well.
-A run that is killed at any moment and resumed gives the same losses and parameters, to the bit, as
-one that was not.
+step.py computes a step; launcher.py launches it, on a GPU as a CUDA graph, without waiting for it.
+Metrics are read in one transfer every `log_every` steps, and with them whether a step has failed.
+A run that is killed at any moment and resumed gives the losses and parameters of an undisturbed
+run, to the bit.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import sae_fast
 from sae_fast import ops
 from sae_fast.activations import ActivationSource
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
+from sae_fast.json_files import require
 from sae_fast.ops.native import build_info, describe_kernels
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
-from sae_fast.training.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    find_checkpoint,
-    read_newest_intact,
-)
+from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.end_to_end import Behind, checked_behind
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.health import RunHealth, silent_window
-from sae_fast.training.heldout import evaluate, evaluate_slots, largest_ordinary_norm
+from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
 from sae_fast.training.launcher import Launcher
-from sae_fast.training.loop import run_steps
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import MetricsLog, Row, WandbLog
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
 from sae_fast.training.optimizer.weight_average import WeightAverage
-from sae_fast.training.progress import Stopwatch, Window
-from sae_fast.training.random_state import seed_everything
+from sae_fast.training.progress import Progress, StepClock
+from sae_fast.training.random_state import (
+    random_tensors,
+    random_values,
+    restore_random,
+    seed_everything,
+)
+from sae_fast.training.resume_state import FORMAT_VERSION, check_tensors
 from sae_fast.training.run_directory import (
     AVERAGED,
     FINAL,
@@ -59,19 +62,16 @@ from sae_fast.training.run_directory import (
 )
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.snapshot import (
-    check_snapshot,
-    restore_snapshot,
-    saved_config,
-    sized_config,
-    take_snapshot,
-)
 from sae_fast.training.start import (
     initialize_,
     normalize_,
+    resumed_checkpoint,
+    saved_config,
     serve_in_units_of,
+    sized_config,
     start_from_,
     start_model,
+    warn_of_changes,
     warn_of_other_units,
 )
 from sae_fast.training.step import TrainingStep
@@ -80,9 +80,17 @@ __all__ = ["Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 
+_OPTIMIZER = "optimizer."  # before the names of the optimiser's tensors in a state
+
 
 class Trainer:
-    """Trains one sparse autoencoder.
+    """Train one sparse autoencoder.
+
+    `train` makes all steps. To make them one by one, open the trainer:
+
+        with Trainer(sae_config, train_config, data) as trainer:
+            while trainer.step < trainer.total_steps:
+                row = trainer.advance()
 
     Args:
         sae_config: the model; its sizes may be left to the data. A RunConfig holds both.
@@ -129,7 +137,7 @@ class Trainer:
         self.device = checked_device(train_config.device)
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
-        checkpoint = self._find_checkpoint()
+        checkpoint = resumed_checkpoint(train_config)
         given = (data, heldout, self.device, sae_config, columns, heldout_columns)
         self.data = TrainingData(train_config, *given)
         sae_config = with_label_counts(sae_config, self.data.columns)
@@ -142,8 +150,10 @@ class Trainer:
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
         before = None if checkpoint is None else saved_config(checkpoint)
         check_run_effects(self._run_effects(), before)
-        self._ordinary_norm: float | None = None
         self._health = RunHealth(self.sae_config, train_config, self.schedules)
+        self._heldout = HeldoutEvaluation(
+            self.data, train_config.dead_percentage_threshold, self._behind
+        )
         self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
         self.memory_plan = plan_memory(
             self.sae_config,
@@ -155,7 +165,7 @@ class Trainer:
         self.memory_plan.check()
         self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
         self.step = self.tokens = 0
-        self.seconds = self.stalled_seconds = 0.0  # of steps, without evaluations and checkpoints
+        self.clock = StepClock(self.device)
         self.best: Best | None = None
         has_heldout = self.data.heldout is not None
         self._best_rule = BestRule(self.sae_config, self.schedules, has_heldout=has_heldout)
@@ -164,16 +174,14 @@ class Trainer:
         self._stop, self._show_progress = stop, show_progress
         self.saved_step = -1
         self._warning: str | None = None
-        self._window = Window()
-        self._stopwatch = Stopwatch(self.device)
         self._wandb: WandbLog | None = None
-        self.prunes_checkpoints = True
+        self._is_open = False
         with self._explained_memory(), self._refusing_start():
             self._open_run_directory(checkpoint)
             self._make_model(checkpoint)
 
     def _run_effects(self) -> Run:
-        """What the settings act on."""
+        """Return what decides which settings have an effect in this run."""
         return Run(
             *(self.sae_config, self.train_config),
             data=self.data.kind,
@@ -184,19 +192,210 @@ class Trainer:
         )
 
     def train(self) -> SparseAutoencoder:
-        """Trains to the end, or until a signal; returns the model (see `model`).
+        """Make all steps, or those up to a signal, and return the model, see `model`.
 
         Raises:
             TrainingError: when the loss is not finite, naming step and shards, or memory runs out.
             ShardError: when a shard cannot be read any more.
             CheckpointError: when a checkpoint cannot be written.
         """
-        with self._stop or StopOnSignal() as stop:
-            run_steps([self], stop, show_progress=self._show_progress)
+        with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
+            while self.step < self.total_steps and stop.received is None:
+                row = self.advance()
+                progress.advance(self.tokens_per_step)
+                progress.show([row], last=self.step == self.total_steps)
         return self.model()
 
-    def begin(self) -> None:
-        """Gets ready for the first step."""
+    def _progress(self) -> Progress:
+        return Progress(self.total_tokens, self.tokens, shown=self._show_progress)
+
+    @torch.inference_mode(False)
+    def __enter__(self) -> Trainer:
+        """Start the reader and the logs, and write the first checkpoint."""
+        try:
+            self._open()
+        except BaseException:
+            self._abort()
+            raise
+        return self
+
+    @torch.inference_mode(False)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Call `finish` if that was not done; after an error only close."""
+        try:
+            if kind is None and self._is_open:
+                self.finish()
+        finally:
+            self._abort()
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def advance(self, *, prune: bool = True) -> Row:
+        """Make one optimiser step, then log, evaluate and save what is due after it.
+
+        On a GPU the step may only have been launched when this returns. Call it inside
+        `with trainer:`.
+
+        Args:
+            prune: whether a checkpoint that is written replaces the oldest; see `keep_checkpoints`.
+
+        Returns the row of metrics that was logged, empty where none was due. Raises what `train`
+        does, and RuntimeError where the trainer is not open or all its steps are made.
+        """
+        if not self._is_open or self.step >= self.total_steps:
+            reason = "all its steps are made" if self._is_open else "use it inside `with trainer:`"
+            raise RuntimeError(f"this trainer cannot advance: {reason}")
+        with self._explained_memory():
+            self._launcher.launch(*self.schedules.at(self.step))
+            self.step += 1
+            self.tokens += self.tokens_per_step
+            self.clock.count_step()
+            return self._report(prune)
+
+    @torch.inference_mode(False)
+    def finish(self, *, prune: bool = True) -> None:
+        """Save what is not saved yet, and write the results of a run that is complete."""
+        with self._explained_memory():
+            self.clock.pause(self.batches.take_stalled_seconds)
+        if self.saved_step < self.step:
+            self.save_checkpoint(prune=prune)
+        for parameter in self.sae.parameters():
+            ops.drop_copies(parameter)  # only further steps would read them
+        self._conclude()
+        self._is_open = False
+
+    def close(self) -> None:
+        """Stop reading, and let other runs use the directory.
+
+        A directory in which no checkpoint was written is left as it was before.
+        """
+        self.source.close()
+        self._release()
+
+    @property
+    def checkpoints(self) -> CheckpointStore | None:
+        """The checkpoints of the run; None where it writes nothing."""
+        return None if self._run is None else self._run.checkpoints
+
+    def model(self) -> SparseAutoencoder:
+        """Return the model to evaluate and save: `sae`, or the average of a schedule-free run."""
+        return self.sae if self.schedule_free is None else self.schedule_free.model()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what is measured on the held-out rows, and gram_mean where there are none.
+
+        With an average of the weights the figures of the averaged model are added, with averaged_
+        before their names.
+        """
+        averaged = None if self.average is None else self.average.model
+        return self._heldout.evaluate(self.model(), averaged)
+
+    def kept_copies(self) -> AbstractContextManager[None]:
+        """Keep the working copies that the steps made of the weights, for calls of `sae`."""
+        return self._launcher.kept_copies()
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.total_steps * self.tokens_per_step
+
+    @property
+    def history(self) -> list[Row]:
+        """The rows of metrics so far, those before a resume included."""
+        return self._log.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs beside the model that is saved: tensors and JSON values.
+
+        Tensors: the optimiser's, torch's generators, weights beside the saved model's. Values:
+        configuration, counters, loss scale, position in the data, the other generators, the id of
+        the Weights & Biases run. The tensors are no copies.
+        """
+        return {
+            "step": self.step,
+            "format_version": FORMAT_VERSION,
+            "versions": {"sae_fast": sae_fast.__version__, "torch": torch.__version__},
+            "config": self.config.to_dict(),
+            "tokens": self.tokens,
+            "seconds": self.clock.seconds,
+            "stalled_seconds": self.clock.stalled,
+            "scheduler_state": self.schedules.rate.state(self.step),
+            "best": self.best,
+            "loss_scaler": self.scaler.state(),
+            "source": self.batches.state_dict(),
+            "heldout": self.data.heldout_identity,
+            "random": random_values(),
+            "wandb_id": self.wandb_id,
+            **self._own_tensors(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the model is loaded apart from it.
+
+        Raises ValueError where the data or the settings do not let the run go on, or the state does
+        not fit the model; nothing of it has been taken over then.
+        """
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        optimizer = {
+            name.removeprefix(_OPTIMIZER): value
+            for name, value in tensors.items()
+            if name.startswith(_OPTIMIZER)
+        }
+        self.optimizer.check_rule(optimizer)
+        skipped = state["loss_scaler"]["skipped_steps"]
+        check_tensors(state["step"], skipped, tensors, self._own_tensors())
+        self.batches.load_state_dict(state["source"])
+        self.data.check_heldout(state.get("heldout"))
+        served = self.batches.rows_served()
+        require(served in (None, state["tokens"]), "source", f"{state['tokens']} tokens on", served)
+        self.optimizer.load_state_dict(optimizer)
+        if self.average is not None:
+            self.average.load_state_dict(tensors)
+        if self.schedule_free is not None:
+            self.schedule_free.load_state_dict(tensors)
+        self.scaler.load(state["loss_scaler"])
+        self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        self.clock.set(float(state["seconds"]), float(state["stalled_seconds"]))
+        self.best, self.wandb_id = state.get("best"), state.get("wandb_id")
+        restore_random(tensors, state["random"])
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of `state_dict`."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {_OPTIMIZER + name: value for name, value in optimizer.items()}
+        if self.average is not None:
+            tensors |= self.average.state_dict()
+        if self.schedule_free is not None:
+            tensors |= self.schedule_free.state_dict()
+        return {**tensors, **random_tensors()}
+
+    def save_checkpoint(self, *, best: bool = False, prune: bool = True) -> Path | None:
+        """Write a checkpoint of the run as it stands; return its path, None without a directory.
+
+        Args:
+            best: whether `best` is to name it.
+            prune: whether to remove the oldest checkpoint beyond `keep_checkpoints`.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+            TrainingError: when a step since the last reading went wrong.
+        """
+        self.saved_step = self.step
+        if self._run is None:
+            return None
+        self._launcher.read()
+        self._log.flush()
+        state, store = self.state_dict(), self._run.checkpoints
+        path = store.save(state, self.model().save, best=best, prune=prune)
+        self.summary["checkpoint"] = str(path)
+        return path
+
+    def _open(self) -> None:
         if self._run is not None:
             self._run.hold()
         if not self.was_complete:
@@ -206,61 +405,22 @@ class Trainer:
             self._start_wandb()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
-        self._stopwatch.resume()
+        self.clock.resume()
+        self._is_open = True
 
-    def advance(self) -> Row:
-        """Makes a step; logs, evaluates and saves what is due; returns the row it logged."""
-        with self._explained_memory():
-            self._step()
-            return self._report()
-
-    def end(self) -> None:
-        """Saves what is not saved yet, and writes the results of a run that is complete."""
-        with self._explained_memory():
-            self._pause()
-        if self.saved_step < self.step:
-            self.save_checkpoint()
-        for parameter in self.sae.parameters():
-            ops.drop_copies(parameter)  # only further steps would read them
-        self._finish()
-
-    def abort(self) -> None:
-        """Closes what an error leaves open."""
+    def _abort(self) -> None:
+        """Close everything; a run of Weights & Biases that is open is marked as failed."""
+        self._is_open = False
         self._close_wandb(failed=True)
+        self.close()
 
-    def release(self) -> None:
-        """Lets other runs use the directory, which is left as it was if there is no checkpoint."""
+    def _release(self) -> None:
         if self._run is not None:
             self._run.release()
 
-    @property
-    def checkpoints(self) -> CheckpointStore | None:
-        """The checkpoints of the run; None where it writes nothing."""
-        return None if self._run is None else self._run.checkpoints
-
-    def model(self) -> SparseAutoencoder:
-        """The model that is evaluated and saved: `sae`, or the average of a schedule-free run."""
-        return self.sae if self.schedule_free is None else self.schedule_free.model()
-
-    def _step(self) -> None:
-        """One optimiser step; on a GPU it has only been launched when this returns."""
-        self._launcher.launch(*self.schedules.at(self.step))
-        self.step += 1
-        self.tokens += self.tokens_per_step
-        self._window.steps += 1
-
-    def _pause(self) -> None:
-        """Counts the time until the device has made all steps launched."""
-        seconds = self._stopwatch.pause()
-        stalled = self.batches.take_stalled_seconds()
-        self.seconds += seconds
-        self.stalled_seconds += stalled
-        self._window.seconds += seconds
-        self._window.stalled += stalled
-
     @contextmanager
     def _explained_memory(self) -> Iterator[None]:
-        """Turns the error of a full memory into one that says what was planned."""
+        """Replace the error of a full memory by one that says what was planned."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -271,24 +431,25 @@ class Trainer:
 
     @contextmanager
     def _refusing_start(self) -> Iterator[None]:
+        """Release the directory when the trainer cannot be made."""
         try:
             yield
         except BaseException:
-            self.release()
+            self._release()
             raise
 
     def _newest_checkpoint(self) -> Path | None:
         return None if self._run is None else self._run.checkpoints.newest()
 
-    def _report(self) -> Row:
-        """Logs, evaluates and saves what is due after a step; returns the row it logged."""
+    def _report(self, prune: bool) -> Row:
+        """Log, evaluate and save what is due after a step; return the row that was logged."""
         config = self.train_config
         look, save = self._is_due(config.eval_every), self._is_due(config.checkpoint_every)
         tell = self._wandb is not None and self._is_due(config.wandb_log_every or config.log_every)
         log = tell or self._is_due(config.log_every)
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
-        self._pause()
+        self.clock.pause(self.batches.take_stalled_seconds)
         metrics = self._launcher.read(silent_window(self.sae_config, self.tokens))
         row: Row = self._training_row(metrics) if log else {}
         if (warning := self.sae.architecture.warning(metrics)) != self._warning:
@@ -297,7 +458,7 @@ class Trainer:
                 logger.warning("step %d: %s", self.step, warning)
         improved = False
         if look:
-            with self._launcher.kept_copies():
+            with self.kept_copies():
                 evaluation = self.evaluate()
             row |= evaluation
             best = self._best_rule.improved(self.best, self.step, {**metrics, **evaluation})
@@ -310,40 +471,17 @@ class Trainer:
             if self._wandb is not None and (tell or look):
                 self._wandb.write(row)
         if save or improved:
-            self.save_checkpoint(best=improved)
-        self._stopwatch.resume()
+            self.save_checkpoint(best=improved, prune=prune)
+        self.clock.resume()
         return row
 
     def _is_due(self, interval: int) -> bool:
-        """Whether this step is the end of an interval, of which 0 is the whole run."""
+        """Return True every `interval` steps and at the last step; 0 means only at the last."""
         return self.step == self.total_steps or (interval > 0 and self.step % interval == 0)
 
-    def evaluate(self) -> dict[str, float]:
-        """What is measured on the held-out rows, if there are any.
-
-        With an average of the weights also that of the averaged model, under names that say so.
-        """
-        sae = self.model()
-        measured = {"gram_mean": float(sae.mean_squared_cosine())}
-        if self.data.heldout is None:
-            return measured
-        rows = (self.data.heldout, self.data.heldout_targets)
-        if self._ordinary_norm is None:
-            outputs = rows[0] if rows[1] is None else rows[1]
-            self._ordinary_norm = largest_ordinary_norm(outputs)
-        rates = (self.train_config.dead_percentage_threshold, self._ordinary_norm)
-        measured |= evaluate(sae, *rows, *rates)
-        measured |= self._behind.evaluate(sae)
-        if self.sae_config.arch == "slots" and self.data.heldout_labels:
-            measured |= evaluate_slots(sae, self.data.heldout, self.data.heldout_labels)
-        if self.average is not None:
-            averaged = evaluate(self.average.model(), *rows, *rates)
-            measured |= {f"averaged_{name}": value for name, value in averaged.items()}
-        return measured
-
     def _training_row(self, metrics: dict[str, float]) -> Row:
-        window, self._window = self._window, Window()
-        seconds, settings = max(window.seconds, 1e-9), self.schedules.at(self.step - 1)
+        window, settings = self.clock.take_window(), self.schedules.at(self.step - 1)
+        seconds = max(window.seconds, 1e-9)
         row: Row = {
             **metrics,
             "explained_variance": 1 - metrics["fvu"],
@@ -365,53 +503,8 @@ class Trainer:
             row["max_decoder_cosine"] = float(mean_largest_cosine(self.sae.W_dec))
         return row
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.total_steps * self.tokens_per_step
-
-    @property
-    def history(self) -> list[Row]:
-        """The rows of metrics so far, those before a resume included."""
-        return self._log.rows
-
-    def save_checkpoint(self, *, best: bool = False) -> Path | None:
-        """Writes a checkpoint of the run as it stands; None where nothing is to be written.
-
-        Raises:
-            CheckpointError: when it cannot be written.
-            TrainingError: when a step since the last reading went wrong.
-        """
-        self.saved_step = self.step
-        if self._run is None:
-            return None
-        self._launcher.read()
-        self._log.flush()
-        tensors, state = take_snapshot(self)
-        store = self._run.checkpoints
-        path = store.save(
-            *(self.step, self.model().save, tensors, state),
-            best=best,
-            prune=self.prunes_checkpoints,
-        )
-        self.summary["checkpoint"] = str(path)
-        return path
-
-    def _find_checkpoint(self) -> Checkpoint | None:
-        config = self.train_config
-        if config.resume_from is None:
-            return None
-        directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
-        if directory is not None:
-            RunDirectory(directory, config.keep_checkpoints).check_free()
-        path = find_checkpoint(config.resume_from, directory)
-        if path is None:
-            logger.warning("%s holds no checkpoint yet: starting from the beginning", directory)
-            return None
-        return read_newest_intact(path, check_snapshot)
-
     def _open_run_directory(self, checkpoint: Checkpoint | None) -> None:
-        """Refuses what cannot be written to before anything is computed."""
+        """Refuse what cannot be written to before anything is computed."""
         config = self.train_config
         self._run: RunDirectory | None = None
         self._log = MetricsLog(None)
@@ -433,7 +526,7 @@ class Trainer:
             logger.info("no held-out rows: best is the checkpoint with the lowest training loss")
 
     def _make_model(self, checkpoint: Checkpoint | None) -> None:
-        """The model, new or from a checkpoint, and with it the optimiser and the source."""
+        """Make the model, new or from a checkpoint, and with it the optimiser and the source."""
         config = self.train_config
         seed_everything(config.seed)
         if checkpoint is None:
@@ -464,15 +557,23 @@ class Trainer:
         averages = self.optimizer.rule == "schedule_free_signum"
         self.schedule_free = ScheduleFreeWeights(self.optimizer) if averages else None
         if checkpoint is not None:
-            restore_snapshot(self, checkpoint)
-            if self._run is not None and self._run.owns(checkpoint):
-                self.saved_step = self.step
-                self.summary["checkpoint"] = str(self._run.checkpoints.path_of(self.step))
-            logger.info("resumed from %s", checkpoint.path)
+            self._resume(checkpoint)
         settings = (self.scaler, config.precision, self.average, self._behind.rest)
         step = TrainingStep(self.sae, self.optimizer, *settings)
         newest = self._newest_checkpoint
         self._launcher = Launcher(step, self.batches, config, self.step, newest)
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Take over the state of a checkpoint, and say which settings are others now."""
+        try:
+            self.load_state_dict({**checkpoint.state, **checkpoint.tensors})
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
+        warn_of_changes(checkpoint, self.config, self.schedules.rate, self.sae)
+        if self._run is not None and self._run.owns(checkpoint):
+            self.saved_step = self.step
+            self.summary["checkpoint"] = str(self._run.checkpoints.path_of(self.step))
+        logger.info("resumed from %s", checkpoint.path)
 
     def _start_wandb(self) -> None:
         config = self.train_config
@@ -487,11 +588,12 @@ class Trainer:
             self._wandb.finish(self.summary, failed=failed)
             self._wandb = None
 
-    def _finish(self) -> None:
-        """The summary, and, when the run is complete, its history and plot."""
+    def _conclude(self) -> None:
+        """Fill in the summary, and write the history and plot of a run that is complete."""
         rows = self._log.rows
-        self.summary |= {"steps": self.step, "tokens": self.tokens, "seconds": self.seconds}
-        self.summary["reader_stall_fraction"] = self.stalled_seconds / max(self.seconds, 1e-9)
+        seconds, stalled = self.clock.seconds, self.clock.stalled
+        self.summary |= {"steps": self.step, "tokens": self.tokens, "seconds": seconds}
+        self.summary["reader_stall_fraction"] = stalled / max(seconds, 1e-9)
         for row in rows:  # the last value of each
             names = row.keys() - {"step", "tokens", "epoch"}
             self.summary |= {f"final_{name}": row[name] for name in row if name in names}
@@ -526,7 +628,7 @@ class Trainer:
 def _both_configs(
     model: SAEConfig | RunConfig, training: TrainConfig | None
 ) -> tuple[SAEConfig, TrainConfig]:
-    """The configurations of a run, given apart or together."""
+    """Return the configurations of a run, given apart or together."""
     if isinstance(model, RunConfig):
         if training is not None:
             raise ValueError("train_config must be left out beside a RunConfig, which has its own")
@@ -537,7 +639,7 @@ def _both_configs(
 
 
 def _check_variance(sae: SAEConfig, train: TrainConfig) -> None:
-    """Raise ValueError where the loss is divided by a variance that there cannot be."""
+    """Raise ValueError where the loss is divided by the variance of a single row."""
     if sae.loss_fn == "fvu" and train.batch_size * train.grad_acc_steps == 1:
         raise ValueError(
             "loss_fn fvu needs a batch_size (times grad_acc_steps) of at least 2, got 1: "
