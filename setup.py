@@ -1,6 +1,6 @@
-"""Builds sae_fast._C by calling CMake; CMakeLists.txt is the one description of that build.
+"""Build sae_fast._C by calling CMake; CMakeLists.txt describes that build.
 
-With SAE_FAST_NATIVE=0 nothing is compiled, and a marker module says that this was asked for.
+With SAE_FAST_NATIVE=0 nothing is compiled, and a marker module records this choice.
 """
 
 import os
@@ -25,25 +25,25 @@ MARKER_TEXT = '"""Left by `SAE_FAST_NATIVE=0 pip install .`: no compiled module,
 
 
 def replace_file(source: Path, target: Path) -> None:
-    # Renamed into place: a running Python may have the old file mapped.
+    """Replace a file by renaming a copy, because a running Python may have the old file mapped."""
     aside = target.with_name(target.name + ".new")
     shutil.copy2(source, aside)
     aside.replace(target)
 
 
 class BuildPython(build_py):
-    """Leaves or removes the marker of a reference install, in the wheel and in the checkout."""
+    """Writes or removes the marker of a reference install, in the wheel and in the checkout."""
 
     def run(self) -> None:
-        # In a checkout, `python -m sae_fast.train` imports the checkout, not the installed copy:
-        # what is found there is made to agree with what is installed.
+        # In a checkout, `python -m sae_fast.train` imports the checkout instead of the installed
+        # copy, so the checkout gets the same choice as the installation.
         if os.access(PACKAGE, os.W_OK):
             if native_wanted():
                 (PACKAGE / MARKER).unlink(missing_ok=True)
             else:
                 (PACKAGE / MARKER).write_text(MARKER_TEXT)
                 (PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
-        # What an earlier build left there, a renamed file for one, would end up in the wheel.
+        # Files of an earlier build, for example renamed ones, would be packed into the wheel.
         shutil.rmtree(Path(self.build_lib) / "sae_fast", ignore_errors=True)
         super().run()
         if not native_wanted() and not self.editable_mode:
@@ -51,6 +51,8 @@ class BuildPython(build_py):
 
 
 class CMakeBuild(build_ext):
+    """Builds the module with CMake and copies it to the build folder and the checkout."""
+
     def build_extension(self, ext: Extension) -> None:
         torch = torch_root()
         if torch is None:
@@ -76,17 +78,17 @@ class CMakeBuild(build_ext):
         built = self.run_cmake(options) / module.name
         module.parent.mkdir(parents=True, exist_ok=True)
         replace_file(built, module)
-        if os.access(PACKAGE, os.W_OK):  # for python run in the checkout
+        if os.access(PACKAGE, os.W_OK):  # for Python started in the checkout
             replace_file(built, PACKAGE / module.name)
 
     def run_cmake(self, options: list[str]) -> Path:
-        """Configure and build; return the build folder, which has the module."""
-        import pybind11  # a build requirement, so absent where nothing is built
+        """Configure and build; return the build folder, which contains the module."""
+        import pybind11  # a requirement of compiled builds only
 
         build = Path(os.environ.get("SAE_FAST_BUILD_DIR", f"{self.build_temp}/cmake")).resolve()
         configure = [
             *["cmake", "-S", ROOT, "-B", build, "-G", "Ninja"],
-            # Said at every build: an isolated build's ninja is gone by the next one.
+            # Given at every build, because an isolated build's ninja is removed after it.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",

@@ -1,7 +1,7 @@
-# The CUDA backend: kernels that see no torch, and ops over torch's stable ABI.
+# The CUDA backend: kernels that include no torch, and ops over torch's stable ABI.
 #
-# With SAE_FAST_CUDA both go into the module, which needs a CUDA torch to link. SAE_FAST_CUDA_CHECK
-# compiles every line of them against any torch, for the architectures we tune for, and links nothing.
+# With SAE_FAST_CUDA both are linked into the module, which needs a CUDA torch. SAE_FAST_CUDA_CHECK
+# compiles all of them against any torch, for the architectures they are tuned for, without linking.
 
 if(SAE_FAST_CUDA_CHECK AND NOT SAE_FAST_CUDA)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100-real)
@@ -19,7 +19,7 @@ target_link_libraries(cuda_kernels PRIVATE build_flags)
 
 add_library(cuda_ops OBJECT ${CUDA_OPS_SOURCES})
 target_link_libraries(cuda_ops PRIVATE build_flags torch_headers CUDA::cudart)
-target_compile_definitions(cuda_ops PRIVATE USE_CUDA)  # shows the CUDA part of torch's shim
+target_compile_definitions(cuda_ops PRIVATE USE_CUDA)  # declares the CUDA part of torch's shim
 
 if(SAE_FAST_CUDA_CHECK)
   target_compile_options(cuda_kernels PRIVATE -Xptxas=-v)  # read by tools/cuda_resources.py

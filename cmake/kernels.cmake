@@ -1,8 +1,8 @@
-# The CPU kernels: one object library per instruction set, all in the same binary.
+# The CPU kernels: one object library per instruction set, all in one binary.
 #
-# Each file of ISA_SOURCES is compiled for every level, with SAE_FAST_ISA naming the level: the
-# namespace that keeps the copies apart. Nothing in these files may have a name outside it that
-# the linker could merge with another level's copy (tools/isa_symbols.py checks that).
+# Each file of ISA_SOURCES is compiled for every level. SAE_FAST_ISA names the level and is the
+# namespace that keeps the copies apart. These files must define no name outside that namespace that
+# the linker could merge with another level's copy (tools/isa_symbols.py checks this).
 
 set(isa_flags_portable "")
 set(isa_flags_avx2 -mavx2 -mfma -mf16c)
@@ -31,11 +31,11 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   endif()
 endif()
 
-# Contraction is an accuracy gain and a speed gain; -ffast-math would break NaN and infinities.
+# Contraction improves accuracy and speed; -ffast-math would break NaN and infinities.
 add_library(kernel_flags INTERFACE)
 target_link_libraries(kernel_flags INTERFACE build_flags)
 target_compile_options(kernel_flags INTERFACE -ffp-contract=fast -fno-trapping-math
-  # GCC takes its own AVX-512 headers, where a value is undefined on purpose, for a mistake of ours.
+  # GCC warns about its own AVX-512 headers, where a value is undefined on purpose.
   $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized -Wno-maybe-uninitialized>
   $<$<CONFIG:Release>:-O3>)
 

@@ -1,4 +1,4 @@
-# The Python module sae_fast._C: ops over the kernels, and a pybind11 module that says how it was built.
+# The Python module sae_fast._C: ops over the kernels, and a pybind11 module with the build's facts.
 
 if(NOT pybind11_DIR)
   execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
@@ -33,7 +33,7 @@ target_compile_definitions(_C PRIVATE
   SAE_FAST_CUDA_ARCHITECTURES="${cuda_architectures}"
   SAE_FAST_WHY_NO_CUDA="${why_no_cuda}")
 
-if(SAE_FAST_IN_TREE)  # what setup.py does for an install; removed first, since Python may have it mapped
+if(SAE_FAST_IN_TREE)  # like setup.py; removed first, because Python may have it mapped
   add_custom_command(TARGET _C POST_BUILD
     COMMAND ${CMAKE_COMMAND} -E rm -f ${CMAKE_SOURCE_DIR}/sae_fast/$<TARGET_FILE_NAME:_C>
     COMMAND ${CMAKE_COMMAND} -E copy $<TARGET_FILE:_C> ${CMAKE_SOURCE_DIR}/sae_fast)

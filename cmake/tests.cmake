@@ -1,5 +1,5 @@
-# kernels_test: the kernels without Python or torch, so that the sanitizers see every thread.
-# One ctest entry per instruction set; the test exits 77 where this CPU lacks it.
+# kernels_test: the kernels without Python or torch, so that the sanitizers know every thread.
+# One ctest entry per instruction set; the test exits with 77 if this CPU lacks it.
 
 enable_testing()
 find_package(Threads REQUIRED)
@@ -13,7 +13,7 @@ set(TEST_SOURCES
   csrc/tests/moments_test.cpp
   csrc/tests/rows_test.cpp)
 add_executable(kernels_test ${TEST_SOURCES})
-# A constructor's arguments are named as the members they fill.
+# Constructor arguments have the names of the members they initialise.
 set_source_files_properties(${TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -Wno-shadow)
 target_link_libraries(kernels_test PRIVATE build_flags ${KERNEL_TARGETS} Threads::Threads)
 if("amx_emulated" IN_LIST ISA_LEVELS)
@@ -36,7 +36,7 @@ if("amx_emulated" IN_LIST ISA_LEVELS)
 endif()
 set(problems 60)
 if(SAE_FAST_SANITIZE MATCHES thread)
-  set(problems 20)  # every problem has the same threads, and each costs several times more
+  set(problems 20)  # every problem uses as many threads and takes several times longer
 endif()
 foreach(level IN LISTS ISA_LEVELS)
   add_test(NAME kernels_${level} COMMAND kernels_test ${problems})
@@ -51,8 +51,8 @@ set_source_files_properties(${COMMON_TEST_SOURCES} PROPERTIES COMPILE_OPTIONS -W
 target_link_libraries(common_test PRIVATE build_flags)
 add_test(NAME common COMMAND common_test)
 
-# cuda_kernels_test: the CUDA kernels on the host, where stand-ins for CUDA's headers come first. Its
-# threads are fibers, which ThreadSanitizer cannot follow.
+# cuda_kernels_test: the CUDA kernels on the host, with csrc/tests/cuda_emulation instead of CUDA's
+# headers. Its threads are fibers, which ThreadSanitizer does not support.
 if(NOT SAE_FAST_SANITIZE MATCHES "thread")
   set(CUDA_TEST_SOURCES
     csrc/tests/cuda_emulation/emulation.cpp

@@ -1,7 +1,7 @@
-# The torch to compile against: its stable ABI only, so that one binary serves 2.11 and newer.
+# The torch to compile against: only its stable ABI, so that one binary runs with 2.11 and newer.
 #
-# Torch's own TorchConfig.cmake is not used: that of a CUDA build wants the whole CUDA toolkit
-# found, even for a CPU-only extension, and adds MKL's folders to the run path.
+# TorchConfig.cmake is not used: in a CUDA build of torch it requires the whole CUDA toolkit, even
+# for a CPU-only extension, and it adds MKL's folders to the run path.
 
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 if(NOT TORCH_ROOT)
@@ -18,4 +18,4 @@ target_include_directories(torch_headers SYSTEM INTERFACE ${TORCH_ROOT}/include)
 target_compile_options(torch_headers INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-fmacro-prefix-map=${TORCH_ROOT}/include/=>)
 target_compile_definitions(torch_headers INTERFACE
-  TORCH_TARGET_VERSION=0x020b000000000000)  # torch 2.11, as OLDEST_TORCH in tools/build_backend.py
+  TORCH_TARGET_VERSION=0x020b000000000000)  # 2.11, equal to OLDEST_TORCH in tools/build_backend.py

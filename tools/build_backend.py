@@ -1,8 +1,8 @@
-"""setuptools' build backend, compiling against the torch that is already installed.
+"""A setuptools build backend that compiles against the torch that is already installed.
 
 pip builds in an isolated environment. A `torch` among the build requirements would be a second
-download of several GB, and possibly another version than the one the extension will run with.
-So the target environment's torch is used, and where there is none the build says how to get one.
+download of several GB, and possibly of another version than the extension will run with. So the
+build uses the torch of the target environment; without one it stops and says how to install it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import setuptools
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  (every hook not defined below is setuptools')
+from setuptools.build_meta import *  # noqa: F403  (the hooks that are not defined below)
 
-OLDEST_TORCH = (2, 11)  # as TORCH_TARGET_VERSION in CMakeLists.txt
-OLDEST_SETUPTOOLS = (77, 0)  # the first that reads `license = "MIT"`; as in pyproject.toml
+OLDEST_TORCH = (2, 11)  # equal to TORCH_TARGET_VERSION in cmake/torch.cmake
+OLDEST_SETUPTOOLS = (77, 0)  # the first that reads `license = "MIT"`; equal to pyproject.toml's
 BUILD_TOOLS = ["pybind11>=2.13", "cmake>=3.26", "ninja"]
 NO_TORCH = (
     "sae_fast: the kernels are compiled against torch, and this environment has none of version "
@@ -31,7 +31,7 @@ _PROBE = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin i
 
 
 def refuse_old_setuptools(version: str) -> None:
-    """Stops a build without isolation where setuptools is older than any that can do it."""
+    """Exit with an error if setuptools is too old, as it can be in a build without isolation."""
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_SETUPTOOLS:
         oldest = ".".join(map(str, OLDEST_SETUPTOOLS))
         sys.exit(
@@ -44,7 +44,7 @@ refuse_old_setuptools(setuptools.__version__)
 
 
 def native_wanted() -> bool:
-    """False for the pure-PyTorch reference, which is chosen by SAE_FAST_NATIVE=0 only."""
+    """Return whether to compile the kernels; SAE_FAST_NATIVE=0 selects pure PyTorch instead."""
     choice = os.environ.get("SAE_FAST_NATIVE", "1")
     if choice not in ("0", "1"):
         sys.exit(f"sae_fast: SAE_FAST_NATIVE must be 0 or 1, got {choice!r}")
@@ -52,13 +52,13 @@ def native_wanted() -> bool:
 
 
 def is_recent(torch: Path) -> bool:
-    """Whether the torch in this folder has the stable ABI that the extension is written for."""
+    """Return whether the torch in this folder has the stable ABI that the extension uses."""
     version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
     return version is not None and tuple(map(int, version.groups())) >= OLDEST_TORCH
 
 
 def torch_root() -> Path | None:
-    """The folder of the torch to compile against. Torch itself is never imported."""
+    """Return the folder of the torch to compile against, without importing torch; None if none."""
     if root := os.environ.get("SAE_FAST_TORCH_ROOT"):
         return Path(root)
     # pip hides the target environment through PYTHONPATH, which -E makes Python ignore.
@@ -71,11 +71,11 @@ def torch_root() -> Path | None:
 
 
 def _build_tools() -> list[str]:
-    """Return what a compiled build needs beside setuptools; stop where there is no torch."""
+    """Return a compiled build's requirements beside setuptools; exit if there is no torch."""
     if not native_wanted():
         return []
     if torch_root() is None:
-        # Here, because later pip has downloaded all that the package depends on.
+        # Checked here, before pip downloads the dependencies of the package.
         sys.exit(NO_TORCH)
     return BUILD_TOOLS
 

@@ -1,7 +1,7 @@
 """Install a wheel into clean environments and train with it: `python tools/check_wheel.py WHEEL`.
 
-`--torch` is given once for each environment: a version, or a requirement, as TORCH of the Makefile;
-without it there is one environment, with the torch of constraints.txt.
+Each `--torch` adds an environment with that torch: a version or a requirement, like TORCH in the
+Makefile. Without it there is one environment, with the torch of constraints.txt.
 """
 
 from __future__ import annotations
@@ -52,10 +52,12 @@ def check(wheel: Path, torch: str) -> None:
 
 
 def main() -> int:
-    """Check the wheels one after the other; an error of a check ends the program."""
+    """Check the wheels one after the other; the first failed check ends the program."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("wheels", nargs="+", type=Path)
-    parser.add_argument("--torch", action="append", help="version or requirement, may be repeated")
+    parser.add_argument(
+        "--torch", action="append", help="version or requirement; can be given several times"
+    )
     options = parser.parse_args()
     for wheel in options.wheels:
         for torch in options.torch or [""]:

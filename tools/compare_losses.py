@@ -1,17 +1,17 @@
 """Train small dictionaries with two revisions and report every result that is not bit-equal.
 
     python tools/compare_losses.py BASE HEAD          two revisions of git
-    python tools/compare_losses.py BASE               BASE, and the working tree as it is
+    python tools/compare_losses.py BASE               BASE and the working tree
     python tools/compare_losses.py BASE --only topk   one of the trainings; --list names them
 
-A refactor is proven by this: 20 steps of every architecture, of transcoders, a sweep, a resumed
-run, 8-bit states, 16-bit arithmetic and the optional losses, on fixed rows. Losses and metrics,
-weights and the state of the optimizer must be equal to the bit. The exit code is 1 where anything
-differs.
+It shows that a refactor changes no result: it takes 20 steps of every architecture, of transcoders,
+a sweep, a resumed run, 8-bit states, 16-bit arithmetic and the optional losses, on fixed rows.
+Losses, metrics, weights and the state of the optimizer must be bit-equal; the exit code is 1 if
+any of them differs.
 
-The Python that runs this lends its packages. Each revision is checked out below `--folder` and its
-kernels are compiled there; two revisions whose kernels are the same text share one build, which is
-kept for the next comparison.
+Both revisions use the packages of the Python that runs this. Each revision is checked out below
+`--folder` and its kernels are compiled there; revisions with equal kernel sources share one build,
+which is kept for the next comparison.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, ROWS, WIDTH, TARGET_WIDTH = 20, 2048, 24, 12
-# What a build is made of. The version of torch is part of its name.
+# The sources of a build. Its name is a hash of them and of the version of torch.
 NATIVE = ("csrc", "cmake", "CMakeLists.txt", "setup.py", "tools/build_backend.py")
 CLOCK = {"tokens_per_second", "time_per_step_ms", "reader_stall_fraction"}
-SHOWN = 10  # differences of one training
+SHOWN = 10  # most differences printed for one training
 
 COMMON = (
     *("--shard-dir", "shards", "--d-sae", "96", "--batch-size", "64", "--max-steps", str(STEPS)),
@@ -82,10 +82,11 @@ RESUMED = ("resumed", "resumed, gated")
 
 
 def main() -> int:
+    """Train with both revisions and compare; return 1 if a training differs."""
     parser = argparse.ArgumentParser(prog="python tools/compare_losses.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("base", nargs="?", help="a revision of git")
-    parser.add_argument("head", nargs="?", help="another; the working tree where it is left out")
+    parser.add_argument("head", nargs="?", help="another revision; default: the working tree")
     parser.add_argument("--only", nargs="+", choices=[*TRAININGS], metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the names of the trainings")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "compare")
@@ -122,14 +123,14 @@ def _git(*words: str) -> str:
 
 
 def _train_all(revision: str | None, folder: Path, results: Path, names: list[str]) -> None:
-    """Train with one revision, in a process that imports this revision alone."""
+    """Train with one revision, in a process that imports only this revision."""
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     source = ROOT if revision is None else _checked_out(revision, folder)
     write_data(results)
     own = {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     program = (
-        "import sys; del sys.path[0]; "  # the folder of results
+        "import sys; del sys.path[0]; "  # the current folder, with the results
         f"sys.path.append({str(ROOT / 'tools')!r}); import compare_losses; "
         f"compare_losses.train_here({names!r}, {str(source)!r})"
     )
@@ -231,7 +232,7 @@ def train_here(names: list[str], source: str) -> None:
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    """Return all that a training has left by name: metrics of each step, and tensors."""
+    """Return the results in a training's folder by name: metrics of each step, and tensors."""
     from safetensors.torch import load_file
 
     found: dict[str, Any] = {}

@@ -1,8 +1,9 @@
-"""Compiles the CUDA sources as a check and reports what each kernel uses; local memory fails.
+"""Compile the CUDA sources and report each kernel's registers and memory.
 
     python tools/cuda_resources.py [--build-dir build/cuda]
 
-Any torch will do, and no GPU is needed: nothing is linked or run.
+The check fails if a kernel uses local memory. Any torch suffices, and no GPU is needed, because
+nothing is linked or run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says one kernel uses on one architecture, in registers and bytes."""
+    """The resources of one kernel on one architecture by ptxas, in registers and bytes."""
 
     kernel: str
     architecture: str
@@ -36,19 +37,22 @@ class Usage:
 
     @property
     def is_ours_and_slow(self) -> bool:
-        """Whether it uses local memory, and is not CUB's: CUB tunes its own kernels."""
+        """Whether a kernel outside CUB uses local memory; CUB tunes its own kernels."""
         return (self.spills > 0 or self.stack > 0) and not self.kernel.startswith("_ZN3cub")
 
 
 def parse(log: str) -> list[Usage]:
-    """The kernels of a build whose compiler ran with -Xptxas=-v."""
+    """Return the kernels in the log of a build whose compiler ran with -Xptxas=-v.
+
+    Raises ValueError for a log that ptxas writes in another form.
+    """
     usages = []
     for entry in re.split(r"(?=Compiling entry function)", log)[1:]:
         head, frame, registers = _ENTRY.match(entry), _FRAME.search(entry), _REGISTERS.search(entry)
         if head is None or frame is None or registers is None:
             raise ValueError(f"ptxas wrote something new: {entry[:300]!r}")
         stack, stores, loads = map(int, frame.groups())
-        # A call further down the text belongs to another function.
+        # Later lines of the text belong to other functions.
         shared = _SHARED.search(entry[: entry.find("\n", registers.start())])
         shared_bytes = int(shared[1]) if shared else 0
         usages.append(
@@ -59,7 +63,7 @@ def parse(log: str) -> list[Usage]:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """C++ names without their arguments, where c++filt is there; the names as they are if not."""
+    """Return C++ names without their arguments; without c++filt the mangled names."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None or not names:
         return names
@@ -69,13 +73,16 @@ def demangle(names: list[str]) -> list[str]:
 
 def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    if name.startswith("cub::"):  # with all its policies a name would fill a page
+    if name.startswith("cub::"):  # template arguments with CUB's policies are pages long
         return re.sub(r"<.*$", "", re.sub(r"^cub::.*?(\w+Kernel\b)", r"cub \1", name))
     return re.sub(r"\(.*\)$", "", re.sub(r"\((\w|:| )+\)(?=\d)", "", name))
 
 
 def table(usages: list[Usage]) -> str:
-    """One line a kernel; where architectures differ, their numbers stand in the header's order."""
+    """Return a table with a line per kernel.
+
+    Where architectures differ, a cell has their numbers in the order of the heading.
+    """
     architectures = list(dict.fromkeys(usage.architecture for usage in usages))
     names = demangle([usage.kernel for usage in usages])
     kernels: dict[str, list[Usage]] = {}
@@ -101,7 +108,7 @@ def _numbers(values: list[int]) -> str:
 
 
 def build(directory: Path, nvcc: str) -> str:
-    """Compiles everything afresh, since only then the compiler says what it used."""
+    """Compile all CUDA sources again, because only then the compiler reports; return its output."""
     configure = [
         *["cmake", "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"],
         *["-DSAE_FAST_MODULE=OFF", "-DSAE_FAST_CUDA_CHECK=ON", "-DSAE_FAST_WERROR=ON"],
@@ -118,6 +125,7 @@ def build(directory: Path, nvcc: str) -> str:
 
 
 def main() -> None:
+    """Compile, print the table, and exit with an error if a kernel uses local memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "cuda")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
 """Install the torch that the Makefile builds against: `python tools/install_torch.py`.
 
-TORCH in the environment names another one than constraints.txt has: a version ("2.11.0"), a
+The environment variable TORCH replaces the torch of constraints.txt: by a version ("2.11.0"), a
 requirement ("torch<2.13"), or any arguments of pip. Without an NVIDIA driver the CPU build is taken
-from PyTorch's own index; pip's own index has the CUDA build for Linux. What later installations
-must respect is written to constraints.txt in the environment.
+from PyTorch's own index; pip's default index has the CUDA build for Linux. The constraints for
+later installations are written to constraints.txt in the environment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DEADLINE = 5.0  # seconds for the index to answer
 PINS = Path(__file__).resolve().parent.parent / "constraints.txt"
-OTHER_TORCH_NEEDS = ("torch", "setuptools")  # pins that torch 2.11 does not go with
+OTHER_TORCH_NEEDS = ("torch", "setuptools")  # pins that can contradict another torch
 
 
 def wanted(choice: str) -> list[str]:
@@ -38,7 +38,7 @@ def pins(choice: str) -> str:
 
 
 def has_nvidia_driver() -> bool:
-    """Tell if this machine has an NVIDIA driver, also under WSL."""
+    """Return whether this machine has an NVIDIA driver, also under WSL."""
     places = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
     return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, places))
 
@@ -55,7 +55,7 @@ def why_unreachable(url: str, deadline: float = DEADLINE) -> str | None:
         except (OSError, ValueError) as error:
             reasons[0] = str(getattr(error, "reason", error))
 
-    # A thread, because looking a name up has no time limit of its own.
+    # In a thread, because resolving a host name has no time limit of its own.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(deadline)
@@ -63,14 +63,14 @@ def why_unreachable(url: str, deadline: float = DEADLINE) -> str | None:
 
 
 def index_arguments(arguments: list[str]) -> list[str]:
-    """Return the options that add PyTorch's CPU index where it is wanted and answers."""
-    chosen = any(word.startswith("-") for word in arguments)  # an index in TORCH, for one
+    """Return the options that add PyTorch's CPU index, if it is needed and answers."""
+    chosen = any(word.startswith("-") for word in arguments)  # TORCH may name an index
     if chosen or not sys.platform.startswith("linux") or has_nvidia_driver():
         return []
     reason = why_unreachable(CPU_INDEX)
     if reason is None:
-        # Beside pip's own index, which has the other packages. Of one version the CPU build is
-        # taken: 2.13.0+cpu is newer than 2.13.0.
+        # pip's default index stays in use, for the other packages. For one version pip prefers the
+        # CPU build: it orders 2.13.0+cpu after 2.13.0.
         return ["--extra-index-url", CPU_INDEX]
     print(
         f"torch: {CPU_INDEX} cannot be reached ({reason}); taking the torch of pip's own index",

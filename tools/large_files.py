@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 LIMIT = 500_000  # bytes
-SHIPPED = Path("examples/activations")  # the demo's activations, which are larger on purpose
+SHIPPED = Path("examples/activations")  # the demo's activations, which are larger than LIMIT
 
 
 def too_large(names: list[str]) -> list[str]:
-    """Return the files above LIMIT outside SHIPPED, each with its size in kB."""
+    """Return the files outside SHIPPED that are larger than LIMIT, each with its size in kB."""
     found = []
     for path in map(Path, names):
         if path.is_file() and SHIPPED not in path.parents and path.stat().st_size > LIMIT:

@@ -1,4 +1,4 @@
-"""Check how docstrings, comments and texts are written; `make lint` runs it.
+"""Check the English of docstrings, comments and texts; `make lint` runs it.
 
 A function's docstring starts with a verb in the imperative, "Return the …", so that it reads alone.
 The verbs are in prose_verbs.txt, to which any other that says what a function does can be added.

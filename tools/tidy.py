@@ -1,6 +1,7 @@
-"""Run clang-tidy on what differs from a branch: `python tools/tidy.py [--base main] [--all]`.
+"""Run clang-tidy on changed C++ sources: `python tools/tidy.py [--base main] [--all]`.
 
-A header is checked in the sources that include it. build/native must hold a configured build.
+It checks the sources that differ from a branch; a changed header is checked in the sources that
+include it. build/native must hold a configured build.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which compilers a build of sae_fast can use, and why not: asked by setup.py and the tests."""
+"""The compilers that a build of sae_fast can use; setup.py and the tests call this."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sae_fast: no C++ compiler found ($CXX, c++, g++ and clang++ were tried). Either
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that CMake will find: $CXX, which may carry arguments, or a usual name."""
+    """Return the C++ compiler that CMake will find: $CXX without its arguments, or a usual name."""
     chosen = shlex.split(os.environ.get("CXX", ""))
     for name in chosen[:1] or ["c++", "g++", "clang++"]:
         if path := shutil.which(name):
@@ -25,14 +25,17 @@ def find_compiler() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of $CUDA_HOME, else $CUDACXX, else of PATH; the file may be missing in the first two."""
+    """Return nvcc from $CUDA_HOME, $CUDACXX or PATH, in this order; None if none is set.
+
+    The file named by the environment variables may be missing.
+    """
     if home := os.environ.get("CUDA_HOME"):
         return str(Path(home) / "bin" / "nvcc")
     return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
 def why_no_cuda(torch: Path, nvcc: str | None) -> str | None:
-    """Reason the CUDA backend cannot be built, or None when it can."""
+    """Return the reason why the CUDA backend cannot be built, or None if it can."""
     built = re.search(r"^cuda\b.*= '([\d.]+)'", (torch / "version.py").read_text(), re.M)
     if built is None:
         return "the installed torch is a CPU build"

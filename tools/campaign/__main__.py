@@ -3,10 +3,10 @@
     python tools/campaign NAME                    the long form
     python tools/campaign NAME --short            the short form, which the tests run
     python tools/campaign NAME --tries 500 --seed 7
-    python tools/campaign NAME --seed 7 --only 31 the try of that number again
+    python tools/campaign NAME --seed 7 --only 31 repeat one try by its number
     python tools/campaign --list
 
-Counts are printed by outcome; a failure is an exit code of 1.
+It prints how many tries ended with each outcome; the exit code is 1 if a try failed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ sys.path[0:1] = [str(HERE.parent), str(HERE.parent.parent)]
 
 from campaign.frame import Campaign, Failed, Report, run, temporary_folder  # noqa: E402
 
-SHOWN = 20  # failures
+SHOWN = 20  # most failures printed
 
 
 def main() -> int:
+    """Run a campaign and print its outcomes; return 1 if a try failed."""
     names = sorted(path.stem for path in HERE.glob("*.py") if _is_campaign(path))
     parser = argparse.ArgumentParser(prog="python tools/campaign", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,10 +1,10 @@
-"""Damage and edit models, checkpoints, configurations and logs, and give them to what reads them.
+"""Damage and edit models, checkpoints, configurations and logs, and read them.
 
-Damage is flipped, lost and repeated bytes, headers that claim other types and sizes, and pipes and
-devices in place of files. Edits are valid JSON, and checkpoints signed anew, whose values do not
-fit each other. Every try ends with one line of error, or with what an undamaged file gives: a
-resumed run ends with the weights of the undisturbed one, to the bit, also where it had to fall back
-to an earlier checkpoint.
+Damage is flipped, lost and repeated bytes, headers with other types and sizes, and pipes and
+devices in place of files. Edits are valid JSON or newly signed checkpoints with inconsistent
+values. Every try must end with one line of error, or with the result of an undamaged file: a
+resumed run must end with the weights of the undisturbed run, to the bit, even if it had to fall
+back to an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.backends.backend_agg
-import matplotlib.figure  # noqa: F401  (here, not in each of the child processes)
+import matplotlib.figure  # noqa: F401  (imported once, not in every child process)
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -46,7 +46,7 @@ COMMON = (
     *("--d-sae", "16", "--batch-size", "32", "--lr", "1e-2", "--checkpoint-every", "2"),
     *("--log-every", "1", "--eval-every", "2", "--num-threads", "1", "--pool-rows", "150"),
 )
-# Raw JSON text, so that it can be what `json.dumps` would not write.
+# Raw JSON texts, because `json.dumps` cannot write some of them.
 VALUES = (
     *("null", "true", "-1", "0", "1", "3", "0.5", "1e308", "1e-320", "-0.0", "1e999", "NaN"),
     *("Infinity", "9" * 400, "18446744073709551615", "9223372036854775808", "4294967296"),
@@ -56,7 +56,7 @@ VALUES = (
 DTYPES = (
     *("I32", "U8", "BOOL", "I64", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F64", "U16", "C64", "X"),
 )
-# Fields whose edit may give another valid run: nothing in the state contradicts it.
+# Fields whose edit may give another valid run, because nothing else in the state contradicts it.
 FREE_EDITS = (
     *("config", "random", "loss_scaler", "seconds", "stalled_seconds", "best", "versions"),
     *("wandb_id", "scheduler_state", "format_version"),
@@ -64,7 +64,7 @@ FREE_EDITS = (
 
 
 def prepare(shared: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
-    """Make shards, and a finished run, its model and what it ended with, of each variant."""
+    """Make shards, and for each variant a finished run with its model and last checkpoint."""
     generator = torch.Generator().manual_seed(0)
     for name, rows in (("train", ROWS), ("heldout", 64)):
         x = torch.randn(rows, D_IN, generator=generator)
@@ -78,7 +78,7 @@ def prepare(shared: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
 
 
 def _finish_run(shared: Path, name: str, flags: Sequence[str]) -> None:
-    """Keep what a run ends with, and the run without its last checkpoint."""
+    """Train a run; keep its model and last checkpoint beside the run without that checkpoint."""
     run = shared / name
     success(run_aside(lambda: _train(shared, *flags, "--max-steps", LAST, run=run), seconds=120))
     newest = run / "checkpoints" / "latest"
@@ -104,7 +104,7 @@ def _train(shared: Path, *flags: object, run: Path, data: bool = True) -> int:
 
 
 def attempt(this: Try) -> str:
-    """Damage or edit one file and read it."""
+    """Damage or edit one file and read it; return the kind and the outcome."""
     kinds = {
         model: 10,
         start: 3,
@@ -122,7 +122,7 @@ def attempt(this: Try) -> str:
 
 
 def model(this: Try) -> str:
-    """Load a model of which one file is damaged or edited."""
+    """Load a model with one damaged or edited file."""
     variant = this.random.choice(list(VARIANTS))
     place = copied(this, f"{variant}-model")
     path = place / this.random.choice(["sae.safetensors", "sae.safetensors", "config.json"])
@@ -146,7 +146,7 @@ def model(this: Try) -> str:
 
 
 def start(this: Try) -> str:
-    """Start a training from such a model."""
+    """Start a training from a model with one damaged or edited file."""
     variant = this.random.choice(list(VARIANTS))
     place = copied(this, f"{variant}-model")
     path = place / this.random.choice(["sae.safetensors", "config.json"])
@@ -157,7 +157,7 @@ def start(this: Try) -> str:
 
 
 def damaged_checkpoint(this: Try) -> str:
-    """Resume a run of which one file in the newest checkpoint is damaged."""
+    """Resume a run with one damaged file in its newest checkpoint."""
     variant = this.random.choice(list(VARIANTS))
     run = copied(this, variant)
     newest = run / "checkpoints" / "step-00000004"
@@ -167,7 +167,7 @@ def damaged_checkpoint(this: Try) -> str:
 
 
 def edited_checkpoint(this: Try) -> str:
-    """Resume a run whose newest checkpoint has other values or tensors, and is signed anew."""
+    """Resume a run whose newest checkpoint has edited values or tensors and a new signature."""
     variant = this.random.choice(list(VARIANTS))
     run = copied(this, variant)
     path, state = newest_state(run)
@@ -185,7 +185,7 @@ def edited_checkpoint(this: Try) -> str:
 
 
 def newest_state(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the trainer.json of a run's newest checkpoint, and what it holds beside its digest."""
+    """Return path and values, without the digest, of the newest checkpoint's trainer.json."""
     path = run / "checkpoints" / "step-00000004" / "trainer.json"
     state: dict[str, Any] = json.loads(path.read_text())
     del state["digest"]
@@ -193,7 +193,7 @@ def newest_state(run: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def write_signed(path: Path, text: str) -> None:
-    """Write a trainer.json with the digest of its content, where it is an object of JSON."""
+    """Write a trainer.json, with the digest of its content if that is a JSON object."""
     is_object = True
     try:
         state = json.loads(text)
@@ -239,7 +239,7 @@ def log_of_a_resumed_run(this: Try) -> str:
 
 
 def plotted(this: Try) -> str:
-    """Draw the metrics of a run whose files are damaged or edited."""
+    """Plot the metrics of a run whose files are damaged or edited."""
     run = copied(this, this.random.choice(list(VARIANTS)))
     path = run / this.random.choice(["metrics.jsonl", "training_history.json", "config.json"])
     if path.name == "training_history.json":
@@ -250,6 +250,7 @@ def plotted(this: Try) -> str:
 
 
 def copied(this: Try, name: str) -> Path:
+    """Copy a folder of the shared files into the try's folder; return the copy."""
     place = this.folder / name
     shutil.copytree(this.shared / name, place, symlinks=True)
     return place
@@ -260,7 +261,7 @@ def _aside(work: Callable[[], int]) -> Ended:
 
 
 def _verdict(kind: str, ended: Ended) -> str:
-    """Whether a command has refused a file or done its work; anything else is a failure."""
+    """Return whether a command "refused" a file or "worked"; raise Failed for any other end."""
     try:
         if ended.code == 0:
             success(ended)
@@ -272,7 +273,10 @@ def _verdict(kind: str, ended: Ended) -> str:
 
 
 def resumed(this: Try, variant: str, run: Path, kind: str, *, exact: bool) -> str:
-    """Resume to the end; `exact` asks for the weights of the undisturbed run."""
+    """Resume a run to its last step; return the outcome.
+
+    With `exact` the weights must equal the weights of the undisturbed run.
+    """
     flags = ("--resume-from", "latest", "--max-steps", LAST)
     ended = _aside(lambda: _train(this.shared, *VARIANTS[variant], *flags, run=run))
     if _verdict(kind, ended) == "refused":
@@ -280,7 +284,7 @@ def resumed(this: Try, variant: str, run: Path, kind: str, *, exact: bool) -> st
     last = run / "checkpoints" / f"step-{LAST:08d}" / "sae.safetensors"
     if not last.exists():
         if exact:
-            raise Failed(f"{kind}: ended well without the last step, {ended}")
+            raise Failed(f"{kind}: succeeded without the last step, {ended}")
         return "worked, edited"
     found, expected = load_file(last), load_file(this.shared / f"{variant}-last" / last.name)
     same = all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -311,7 +315,7 @@ def _damage_lines(this: Try, path: Path) -> str:
 
 
 def _edited_json(generator: random.Random, content: Any) -> tuple[str, str]:
-    """A JSON text with one value changed, one key more or less, or one key twice; and which."""
+    """Change one value, or remove, add or repeat one key; return the change and the JSON text."""
     mark = "@@value@@"
     holder, key, name = generator.choice(places(content))
     before, value = holder[key], generator.choice(VALUES)
@@ -332,7 +336,7 @@ def _edited_json(generator: random.Random, content: Any) -> tuple[str, str]:
 
 
 def places(content: Any, name: str = "") -> list[tuple[Any, Any, str]]:
-    """Holder, key and name of every value, at all depths; of long lists only the first ones."""
+    """Return container, key and name of every value, at all depths; in lists only the first 4."""
     found = []
     items = content.items() if isinstance(content, dict) else enumerate(content[:4])
     for key, value in items:
@@ -384,7 +388,7 @@ def _replace_file(generator: random.Random, path: Path) -> str:
 
 
 def _damage_tensors(this: Try, path: Path) -> str:
-    """Damage a safetensors file: anywhere, or in its header."""
+    """Damage a safetensors file at any place, or in its header; return the damage."""
     generator = this.random
     if generator.random() < 0.5:
         return _damage_bytes(this, path)
@@ -456,7 +460,7 @@ def _edit_header(generator: random.Random, header: dict[str, Any]) -> str:
 
 
 def _edit_tensors(generator: random.Random, path: Path) -> tuple[str, bool]:
-    """Edit a file of tensors; what was done, and whether a reader can know that it is wrong."""
+    """Edit a file of tensors; return the edit, and whether a reader can detect it."""
     tensors = load_file(path)
     name = generator.choice(sorted(tensors))
     tensor = tensors[name]
@@ -483,11 +487,11 @@ def _edit_tensors(generator: random.Random, path: Path) -> tuple[str, bool]:
     else:
         tensors[name] = tensor + 1
         exact = name == "optimizer.step"
-    # Averages may be left out all together: then they start anew.
+    # Without any averages a resumed run starts them anew.
     save_file({key: value.contiguous() for key, value in tensors.items()}, path)
     return f"{name}: {action}", exact
 
 
-# The parser of flags keeps what it has read of the sources: once here, not in every child process.
+# The parser of flags caches parts of the sources: read once here, not in every child process.
 train.parse_arguments(["--k", "2"])
 CAMPAIGN = Campaign(attempt, tries=2000, short=30, prepare=prepare, seconds=60)

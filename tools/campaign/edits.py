@@ -1,9 +1,9 @@
-"""Give each value of a checkpoint's trainer.json each kind of value, or leave it out, and resume.
+"""Replace every value of a checkpoint's trainer.json by every kind of value, and resume.
 
-The edited file is signed, so that its sum does not tell of the edit.
+A value may also be left out. The edited file is signed, so that its digest does not show the edit.
 
-Edits by chance, which `checkpoints` makes, need many thousand tries before each value has met each
-kind. Here the number of a try says which value and which kind, so that the long form has all.
+The random edits of `checkpoints` would need many thousand tries to combine every value with every
+kind. Here the number of a try selects the value and the kind, so that the long form has all pairs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from campaign import checkpoints
 from campaign.frame import Campaign, Try
 
-_VARIANT = "gated"  # by --amp fp16, so that the state of the loss scaler is in use
-# As raw JSON text; the empty one leaves the value out.
+_VARIANT = "gated"  # its run has --amp fp16, so that the state of the loss scaler is in use
+# Raw JSON texts; the empty one leaves the value out.
 _KINDS = (
     *("null", "true", "-1", "0.5", "1e308", "9" * 400, '"x"', "[]", "{}", "[null]", "[1, 2]"),
     *('[["a", 1]]', '{"a": 1}', ""),
@@ -25,11 +25,11 @@ _MARK = "@@value@@"
 
 
 def prepare(shared: Path) -> None:
-    """Make the shards and a run, and list what is edited in which order."""
+    """Make the shards and a run, and write the list of pairs (value, kind) in random order."""
     checkpoints.prepare(shared, (_VARIANT,))
     _, state = checkpoints.newest_state(shared / _VARIANT)
     names = [name for _, _, name in checkpoints.places(state)]
-    # The settings are read as a configuration file is, which `checkpoints` edits.
+    # The settings are read like a configuration file, which `checkpoints` edits.
     names = [name for name in names if not name.startswith("config.")]
     pairs = [(name, kind) for name in names for kind in _KINDS]
     random.Random(0).shuffle(pairs)  # the short form is a sample
@@ -37,7 +37,7 @@ def prepare(shared: Path) -> None:
 
 
 def attempt(this: Try) -> str:
-    """Make the edit that has this number."""
+    """Make the edit with this try's number and resume; return the outcome."""
     pairs = json.loads((this.shared / "pairs.json").read_text())
     name, kind = pairs[this.number % len(pairs)]
     run = checkpoints.copied(this, _VARIANT)

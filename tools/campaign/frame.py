@@ -1,8 +1,8 @@
-"""What all campaigns share: tries in child processes, counts of their outcomes, commands run aside.
+"""The common parts of all campaigns: tries in child processes, outcomes, commands run in children.
 
-A campaign is a module beside this one with a `CAMPAIGN`. Its parent process imports everything and
+A campaign is a module beside this one with a `CAMPAIGN`. Its parent process imports all modules and
 computes nothing, so that forking it is safe and cheap; every try runs in a forked child, where a
-crash, a hang or a leaked descriptor is a failure of that try alone.
+crash, a hang or a leaked descriptor fails only that try.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-LONGEST_LINE = 2000  # characters of an error that is to fit on a screen
-# A process hangs when it has computed for the seconds that it may take, or has neither computed nor
-# waited for a processor for so many times as long: how long a computation takes from its begin to
-# its end says how busy the machine is, and not whether it ends.
+LONGEST_LINE = 2000  # most characters of an error message, so that it fits on a screen
+# A process hangs if it has computed longer than its limit in seconds, or if it has neither computed
+# nor waited for a processor for PATIENCE times the limit. The time from begin to end is no measure,
+# because it is long on a busy machine.
 PATIENCE = 20
 
 
@@ -55,16 +55,16 @@ class Try:
 
 @dataclass(frozen=True)
 class Campaign:
-    """A kind of try, and how many make a short and a long form.
+    """A kind of try, and the numbers of tries in its short and its long form.
 
     Args:
-        attempt: makes one try; returns its outcome as a short label to be counted, raises `Failed`
-            (or anything else) on a failure.
-        tries: how many make the long form.
-        short: how many make the short form, some ten seconds.
+        attempt: makes one try; returns its outcome as a short label, which is counted, and raises
+            `Failed` or any other exception on a failure.
+        tries: number of tries in the long form.
+        short: number of tries in the short form, which takes about ten seconds.
         prepare: fills the folder shared by all tries, in a child process of its own.
-        seconds: how long one try may compute.
-        block: tries that one child process makes, one after the other.
+        seconds: longest time that one try may compute.
+        block: number of tries that one child process makes, one after the other.
     """
 
     attempt: Callable[[Try], str]
@@ -85,7 +85,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child process ended: by an exit code, by a signal, or killed because it hung."""
+    """The end of a child process: an exit code, a signal, or killed because it hung."""
 
     code: int | None
     signal: int | None
@@ -104,7 +104,7 @@ def run(
 ) -> Report:
     """Make the tries with these numbers; `root` is an empty folder for their files.
 
-    Failures are written to `log` as they come, and how far the campaign is every half minute.
+    Every failure is written to `log` at once, and the number of tries every half minute.
     """
     report, shared = Report(), root / "shared"
     shared.mkdir()
@@ -142,7 +142,7 @@ def _run_block(
     os.close(sender)
     done, ended = 0, False
     with open(receiver, encoding="utf-8") as lines:
-        # One message a try; waiting for its first byte is waiting for the try.
+        # The child sends one message per try.
         while not ended and done < len(numbers):
             ready = _is_ready(lines, child, campaign.seconds)
             if not ready:
@@ -196,7 +196,7 @@ def _attempt(campaign: Campaign, number: int, seed: int, root: Path) -> tuple[st
 def temporary_folder(parent: Path, prefix: str = "try-") -> Iterator[Path]:
     """Make a folder and remove it at the end of the block.
 
-    Unlike that of tempfile.TemporaryDirectory, it is not removed by forked children that end.
+    Unlike tempfile.TemporaryDirectory, it is not removed when a forked child ends.
     """
     folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
     try:
@@ -217,22 +217,22 @@ def run_aside(
     limits: Mapping[int, int] | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> Ended:
-    """Run `work` in a forked child and return how it ended and what it wrote.
+    """Run `work` in a forked child; return how it ended, with its output.
 
     Args:
-        work: what to do; an integer that it returns is the exit code, as of a command's `main`.
+        work: the function to run; an integer that it returns is the exit code, like a command's.
         folder: the child's current directory.
-        seconds: after so many of computing, or PATIENCE times as many of neither computing nor
-            waiting for a processor, it is killed.
-        limits: of resources, as for `resource.setrlimit`.
-        variables: of the environment, set in the child.
+        seconds: the child is killed after computing for this time, or after neither computing nor
+            waiting for a processor for PATIENCE times this time.
+        limits: limits of resources, as for `resource.setrlimit`.
+        variables: environment variables of the child.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = _fork()
         if child == 0:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            # The parent's streams may lead elsewhere, into a test's capture for one.
+            # The parent's streams may be redirected, for example by a test that captures output.
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
             os.environ.update(variables or {})
@@ -256,12 +256,12 @@ def run_aside(
 
 
 def _is_ready(stream: IO[str] | int, child: int, seconds: float) -> bool:
-    """Wait until a stream can be read; False where the child that it comes from hangs."""
+    """Wait until a child's stream can be read; return False if the child hangs."""
     start, before = time.monotonic(), _computed(child)
     first = _kept_waiting(child)
     last = dict(first)
     while not select.select([stream], [], [], min(1.0, seconds))[0]:
-        last |= _kept_waiting(child)  # that of threads which have ended stays
+        last |= _kept_waiting(child)  # threads that have ended keep their last value
         kept = sum(last.values()) - sum(first.values())
         idle = time.monotonic() - start - kept
         if _computed(child) - before > seconds or idle > PATIENCE * seconds:
@@ -270,19 +270,19 @@ def _is_ready(stream: IO[str] | int, child: int, seconds: float) -> bool:
 
 
 def _computed(child: int) -> float:
-    """Seconds that a child, and the children it has waited for, have been on a processor."""
+    """Return the seconds that a child and the children it has waited for have computed."""
     text = Path(f"/proc/{child}/stat").read_text(encoding="ascii", errors="replace")
-    ticks = text.rpartition(")")[2].split()[11:15]  # behind the name, which may hold spaces
+    ticks = text.rpartition(")")[2].split()[11:15]  # after the name, which may contain spaces
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def _kept_waiting(child: int) -> dict[int, float]:
-    """Seconds that each thread of a child, and of its children, has waited for a processor."""
+    """Return the seconds that each thread of a child and of its children waited for a processor."""
     found: dict[int, float] = {}
     left = [child]
     while left:
         for task in Path(f"/proc/{left.pop()}/task").glob("*"):
-            with contextlib.suppress(OSError):  # it has ended since
+            with contextlib.suppress(OSError):  # the thread may have ended
                 left += map(int, (task / "children").read_text(encoding="ascii").split())
                 statistics = (task / "schedstat").read_text(encoding="ascii").split()
                 found[int(task.name)] = int(statistics[1]) / 1e9
@@ -290,7 +290,7 @@ def _kept_waiting(child: int) -> dict[int, float]:
 
 
 def refusal(ended: Ended) -> str:
-    """Return the one line with which a command has refused its input; raise Failed otherwise."""
+    """Return the single line with which a command refused its input; raise Failed otherwise."""
     lines = ended.err.splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     if ended.code != 2 or len(errors) != 1 or errors[0] != lines[-1] or "Traceback" in ended.err:
@@ -301,14 +301,14 @@ def refusal(ended: Ended) -> str:
 
 
 def success(ended: Ended) -> str:
-    """Return what a command that ended well has written to stderr; raise Failed otherwise."""
+    """Return the stderr of a command that succeeded; raise Failed if it did not."""
     if ended.code != 0 or "Traceback" in ended.err:
         raise Failed(f"no success, {ended}")
     return ended.err
 
 
 def leftovers(folder: Path, known: Sequence[str] = ()) -> None:
-    """Raise Failed where temporary files lie below `folder`; names in `known` are none."""
+    """Raise Failed if temporary files are left below `folder`, except names in `known`."""
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))]
     hidden = [name for name in names if Path(name).name.startswith(".") or name.endswith(".tmp")]
     if found := [name for name in hidden if Path(name).name not in known]:
@@ -320,14 +320,14 @@ def _fork() -> int:
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
-        # The parent's temporary folders are its own to remove, not its child's at exit.
+        # A child must not remove the parent's temporary folders at its exit.
         weakref.finalize._registry.clear()  # type: ignore[attr-defined]
-        gc.freeze()  # what the parent has made need not be looked through, nor be copied for it
+        gc.freeze()  # the parent's objects are not collected, which would copy their pages
     return child
 
 
 def _leave(work: Callable[[], object]) -> None:
-    """End this process with what `work` returns, as Python ends a program."""
+    """Run `work` and end this process with its result as the exit code, like a program."""
     code: Any = 1
     try:
         result = work()

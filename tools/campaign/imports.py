@@ -1,8 +1,8 @@
 """Convert damaged and hostile .pt, .npy, .npz, .safetensors, .arrow and .parquet files to shards.
 
-Every conversion ends at once, in a limited address space, with one line of error or with shards.
-Half of the tries damage a good file, half make one whose header, directory, pickle or state claims
-what it does not hold.
+Every conversion must end soon, in a limited address space, with one line of error or with shards.
+Half of the tries damage a good file; the others make a file whose header, directory, pickle or
+state does not describe its content.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside,
 from sae_fast import convert_shards
 from sae_fast.command_line import parse
 
-ADDRESS_SPACE = 3 << 30  # beyond what the libraries take by being there
+ADDRESS_SPACE = 3 << 30  # above the address space of the loaded libraries
 LEAK = 77
 ROWS, WIDTH = 60, 6
-# What is found in no good file, and near what is.
+# Sizes that occur in no good file, and some near the sizes that do.
 SIZES = (
     *(-1, 0, 1, 2, 7, 255, 65_536, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40),
     *(1 << 62, 1 << 63, (1 << 64) - 1, 1 << 64, 10**40, -(1 << 63)),
@@ -59,7 +59,7 @@ def prepare(shared: Path) -> None:
 
 
 def _save_tables(shared: Path, rows: torch.Tensor) -> None:
-    """Lists of numbers in both formats of Arrow, in Parquet, and as a saved dataset."""
+    """Write lists of numbers in both formats of Arrow, in Parquet, and as a saved dataset."""
     lists = pa.array(rows.tolist(), pa.list_(pa.float32()))
     fixed = pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), WIDTH)
     for name, column in (("lists", lists), ("fixed", fixed)):
@@ -77,7 +77,7 @@ def _save_tables(shared: Path, rows: torch.Tensor) -> None:
 
 
 def attempt(this: Try) -> str:
-    """Convert one bad source."""
+    """Convert one bad source; return its kind and the outcome."""
     kinds: Sequence[Callable[[Try], Path]] = (
         *[_damaged] * 10,
         *(_npy, _npz, _directory, _safetensors, _strided, _pickled, _state, _table, _nested),
@@ -86,7 +86,7 @@ def attempt(this: Try) -> str:
     more = this.random.choice(([], [], ["--all-keys"]))
     if this.random.random() < 0.2:
         more = [*more, "--dtype", this.random.choice(["float16", "bfloat16", "float32"])]
-    # Aside: this process starts no thread of a library, whose locks the next child would copy.
+    # In a child, so that this process starts no threads, whose locks the next child would copy.
     made = run_aside(lambda: print(kind(this)), folder=this.folder)
     success(made)
     source, out = Path(made.out.splitlines()[-1]), this.folder / "out"
@@ -121,7 +121,7 @@ def _address_space() -> int:
 
 
 def _check_shards(out: Path) -> None:
-    """Raise Failed unless there are shards that hold finite rows."""
+    """Raise Failed unless there are shards, and all their rows are finite."""
     shards = sorted(out.rglob("*.h5"))
     if not shards:
         raise Failed("exit code 0 without a shard")
@@ -138,7 +138,7 @@ def _check_shards(out: Path) -> None:
 
 
 def _damaged(this: Try) -> Path:
-    """A good file with some bytes changed, cut off, added or moved."""
+    """Copy a good file with some bytes changed, cut off, added or moved."""
     good = this.random.choice(sorted(this.shared.iterdir()))
     source = this.folder / good.name
     if good.is_dir():
@@ -155,7 +155,7 @@ def _damaged(this: Try) -> Path:
 
 
 def _place(generator: random.Random, content: bytearray) -> int:
-    """A place, more often near the beginning or the end, where headers and directories are."""
+    """Draw a place, often near the beginning or the end, where headers and directories are."""
     near = min(len(content), 600)
     return generator.choice(
         (
@@ -195,7 +195,7 @@ def _move(generator: random.Random, content: bytearray) -> None:
     content[place : place + len(part)] = part
 
 
-# ---- false claims ------------------------------------------------------------------------------
+# ---- wrong headers ------------------------------------------------------------------------------
 
 
 def _shape(generator: random.Random) -> list[object]:
@@ -228,14 +228,14 @@ def _npy_bytes(generator: random.Random) -> bytes:
 
 
 def _npy(this: Try) -> Path:
-    """A .npy file with a header of false claims."""
+    """Write a .npy file with a wrong header."""
     path = this.folder / "a.npy"
     path.write_bytes(_npy_bytes(this.random))
     return path
 
 
 def _npz(this: Try) -> Path:
-    """Such arrays in an archive, which may not be of NumPy."""
+    """Write an archive of .npy files with wrong headers and strange names."""
     path = this.folder / "a.npz"
     kinds = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(path, "w", this.random.choice(kinds)) as archive:
@@ -246,7 +246,7 @@ def _npz(this: Try) -> Path:
 
 
 def _directory(this: Try) -> Path:
-    """An archive of good arrays whose directory lies about sizes, places or methods."""
+    """Copy an archive of good arrays with wrong sizes, places or methods in its directory."""
     good = this.random.choice(("packed.npz", "plain.npz", "several.pt", "rows.pt"))
     content = bytearray((this.shared / good).read_bytes())
     marks = [n for n in range(len(content)) if bytes(content[n : n + 4]) in (b"PK\1\2", b"PK\3\4")]
@@ -260,7 +260,7 @@ def _directory(this: Try) -> Path:
 
 
 def _safetensors(this: Try) -> Path:
-    """A .safetensors file with a header of false claims."""
+    """Write a .safetensors file with a wrong header."""
     generator = this.random
     header: dict[str, object] = {}
     for number in range(generator.choice((1, 1, 2, 200))):
@@ -279,7 +279,7 @@ def _safetensors(this: Try) -> Path:
 
 
 def _strided(this: Try) -> Path:
-    """Tensors whose strides make much of little, or of other kinds."""
+    """Save tensors with strides that repeat a small storage, or tensors of other kinds."""
     generator, base = this.random, torch.randn(ROWS * WIDTH)
     strides = [generator.choice((0, 0, 1, 2, WIDTH)) for _ in range(generator.choice((2, 2, 3)))]
     shape = []
@@ -307,7 +307,7 @@ def _strided(this: Try) -> Path:
 
 
 class _Call:
-    """Pickles as a call that a loader must not make, or one that it may."""
+    """Pickles as a function call, which a loader must not or may make."""
 
     def __init__(self, function: object, arguments: tuple[object, ...]) -> None:
         self.made_of = (function, arguments)
@@ -317,7 +317,7 @@ class _Call:
 
 
 def _pickled(this: Try) -> Path:
-    """An archive of torch or a bare pickle, whose pickle holds other things than tensors."""
+    """Write an archive of torch, or a bare pickle, with values that are not tensors of rows."""
     generator = this.random
     size = generator.choice(SIZES)
     loop: list[object] = []
@@ -347,7 +347,7 @@ def _pickled(this: Try) -> Path:
 
 
 def _state(this: Try) -> Path:
-    """A saved dataset whose state names other files, or is none."""
+    """Copy a saved dataset with a state that names other files or is not valid."""
     generator = this.random
     source = this.folder / "set"
     shutil.copytree(this.shared / "dataset", source)
@@ -369,7 +369,7 @@ def _state(this: Try) -> Path:
 
 
 def _table(this: Try) -> Path:
-    """Columns of strange types, in Arrow or Parquet."""
+    """Write columns of strange types, in Arrow or Parquet."""
     generator = this.random
     floats = pa.array([[1.0] * 4] * 5)
     empty: list[list[float]] = [[]] * 5
@@ -402,7 +402,7 @@ def _table(this: Try) -> Path:
 
 
 def _nested(this: Try) -> Path:
-    """A folder with several kinds of names: pipes, links, files of another format."""
+    """Make a folder with pipes, links, and files of another format beside a good file."""
     generator = this.random
     source = this.folder / "set"
     source.mkdir()
@@ -426,6 +426,6 @@ def _others(shared: Path) -> Sequence[Path]:
     return [path for path in sorted(shared.iterdir()) if path.is_file()]
 
 
-# The parser of flags keeps what it has read of the sources: once here, not in every child process.
+# The parser of flags caches parts of the sources: read once here, not in every child process.
 parse(convert_shards.Options, convert_shards.Options(), ["a", "b"], convert_shards.PROGRAM)
 CAMPAIGN = Campaign(attempt, tries=3000, short=40, prepare=prepare)

@@ -1,7 +1,7 @@
-// Preloaded by kills.py: counts the calls that change files and strikes at one of them.
+// Preloaded by kills.py: counts the calls that change files and raises a signal at one of them.
 //
-// A call counts when it makes, opens for writing, writes, renames, links, removes or flushes a
-// regular file or a directory. At the call whose number was given to kills_arm a signal is raised:
+// A call is counted if it creates, opens for writing, writes, renames, links, removes or flushes a
+// regular file or a directory. At the call with the number given to kills_arm the signal is raised:
 // before the call or, for a write, after half of its bytes.
 #define _GNU_SOURCE
 #undef _FILE_OFFSET_BITS
@@ -17,8 +17,8 @@
 
 static atomic_long calls;
 static long target;  // 0: count only
-static int number;   // of the signal
-static int in_half;  // whether a write is struck in its middle
+static int number;   // signal number
+static int in_half;  // whether a write is interrupted after half of its bytes
 static atomic_int armed;
 
 void kills_arm(long call, int signal_number, int half) {
@@ -33,10 +33,10 @@ long kills_count(void) { return atomic_load(&calls); }
 
 static int is_due(void) { return atomic_load(&armed) && atomic_fetch_add(&calls, 1) + 1 == target; }
 
-static void strike(void) { kill(getpid(), number); }
+static void raise_signal(void) { kill(getpid(), number); }
 
 static void count(void) {
-  if (is_due()) strike();
+  if (is_due()) raise_signal();
 }
 
 static int is_regular(int descriptor) {
@@ -76,10 +76,10 @@ ssize_t write(int descriptor, const void* bytes, size_t size) {
   if (is_regular(descriptor) && is_due()) {
     if (in_half && size > 1) {
       ssize_t written = NEXT(write)(descriptor, bytes, size / 2);
-      strike();
+      raise_signal();
       return written;
     }
-    strike();
+    raise_signal();
   }
   return NEXT(write)(descriptor, bytes, size);
 }
@@ -88,7 +88,7 @@ ssize_t write(int descriptor, const void* bytes, size_t size) {
   ssize_t name(int descriptor, const void* bytes, size_t size, offset_type offset) { \
     if (is_regular(descriptor) && is_due()) {                                        \
       if (in_half && size > 1) NEXT(name)(descriptor, bytes, size / 2, offset);      \
-      strike();                                                                      \
+      raise_signal();                                                                \
     }                                                                                \
     return NEXT(name)(descriptor, bytes, size, offset);                              \
   }
@@ -98,7 +98,7 @@ PWRITE(pwrite64, off64_t)
 ssize_t writev(int descriptor, const struct iovec* parts, int n_parts) {
   if (is_regular(descriptor) && is_due()) {
     if (in_half && n_parts > 1) NEXT(writev)(descriptor, parts, n_parts / 2);
-    strike();
+    raise_signal();
   }
   return NEXT(writev)(descriptor, parts, n_parts);
 }

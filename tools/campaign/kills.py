@@ -1,11 +1,11 @@
-"""Trainings killed at a call that changes a file, resumed, and compared with undisturbed ones.
+"""Kill trainings at a call that changes a file, resume them, and compare them with whole runs.
 
-Every try trains one of `CONFIGURATIONS` in a forked child. The library made of kills.c counts its
-calls that change files and kills it at one of them, before the call or in the middle of a write.
-The command with `--resume-from latest` then must end with the files of the undisturbed run, to the
-bit, and with no others; only what depends on the clock may differ. Some tries kill the resumed run
-too. Some raise SIGINT or SIGTERM instead, after which the run must end at a step with the
-documented code.
+Every try trains one of `CONFIGURATIONS` in a forked child. The library made of kills.c counts the
+child's calls that change files and kills it at one of them, before the call or in the middle of a
+write. The command with `--resume-from latest` must then end with the files of the undisturbed run,
+to the bit, and with no others; only values that depend on the clock may differ. Some tries kill the
+resumed run too. Some raise SIGINT or SIGTERM instead, after which the run must end at a step with
+the documented code.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 
 from campaign.frame import Campaign, Ended, Failed, Try, leftovers, run_aside, success
 
-_FOLDER = "SAE_FAST_CAMPAIGN_KILLS"  # of the library, until it is loaded
+_FOLDER = "SAE_FAST_CAMPAIGN_KILLS"  # variable with the library's folder until it is loaded
 
 
 def _preload() -> ctypes.CDLL:
-    """Start this program again with the library before all others, or return the library."""
+    """Start this program again with the library preloaded; there, return the library."""
     folder = os.environ.pop(_FOLDER, None)
     if folder is None:
         folder = tempfile.mkdtemp(prefix="campaign-kills-")
@@ -59,7 +59,7 @@ sys.path.append(str(Path(__file__).parents[2] / "python_tests"))
 from small_models import save_model  # type: ignore[import-not-found]  # noqa: E402
 from small_texts import make_texts  # type: ignore[import-not-found]  # noqa: E402
 
-# Drawing takes longer than training here.
+# Plotting takes longer than these trainings.
 setattr(run_directory, "plot_run", lambda rows, path, title: path)  # noqa: B010
 
 _COMMON = (
@@ -79,7 +79,7 @@ _MODEL = (
 
 @dataclass(frozen=True)
 class Configuration:
-    """A training: its flags, and whether the file system has links."""
+    """A training: its flags, and whether the file system supports links."""
 
     flags: tuple[str, ...]
     has_links: bool = True
@@ -135,7 +135,7 @@ CONFIGURATIONS = {
     "from a model": Configuration(_MODEL),
 }
 
-# What depends on the clock, and the sum over it.
+# Values that depend on the clock, and the digest over them.
 _TIMES = {
     *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction", "seconds"),
     *("stalled_seconds", "scanned_at", "digest", "resume_from"),
@@ -182,9 +182,10 @@ def _train(
     number: int = signal.SIGKILL,
     half: bool = False,
 ) -> Ended:
-    """Train in a child that is struck at a call; 0: at none, and the file `calls` has their number.
+    """Train in a child that gets the signal `number` at the given call.
 
-    More flags are those of the command.
+    With call 0 it gets none, and the number of calls is written to the file `calls`. `more` are
+    further flags of the command.
     """
     flags = [flag.format(shared=shared) for flag in configuration.flags]
 
@@ -221,18 +222,21 @@ def _attempt(attempt: Try) -> str:
         ended = go("--resume-from", "latest", call=again, half=attempt.random.random() < 0.5)
     try:
         success(ended)
-        # Libraries keep files of their own, so that one run makes a few calls more than another.
+        # Libraries write files of their own, so the number of calls differs slightly between runs.
         if kills == 0 and call < 0.9 * count:
             raise Failed(f"call {call} of {count} was not reached")
         _compare(attempt.shared / name / "run", attempt.folder / "run")
         leftovers(attempt.folder)
     except Failed as failure:
         raise Failed(f"{name}, killed {kills} times, first at call {call}: {failure}") from None
-    return f"{('not struck', 'killed once')[kills] if kills < 2 else 'killed again'}: {name}"
+    return f"{('not killed', 'killed once')[kills] if kills < 2 else 'killed again'}: {name}"
 
 
 def _signalled(attempt: Try, go: Callable[..., Ended], call: int, number: signal.Signals) -> str:
-    """Raise a signal at a call, and resume; the checkpoint of the step where it stopped is more."""
+    """Raise a signal at a call, resume and compare; return the outcome.
+
+    The stopped run has written one more checkpoint, so only the latest checkpoints are compared.
+    """
     ended = go(call=call, number=number)
     if ended.code != _SIGNALS[number] or "Traceback" in ended.err:
         raise Failed(f"{number.name} at call {call}: {ended}")
@@ -248,7 +252,7 @@ def _signalled(attempt: Try, go: Callable[..., Ended], call: int, number: signal
 
 
 def _compare(expected: Path, found: Path, *, checkpoints: bool = True) -> None:
-    """Raise Failed where two runs differ; without `checkpoints` only the latest is compared."""
+    """Raise Failed if two runs differ; without `checkpoints` only the latest is compared."""
     is_compared = _is_any if checkpoints else _is_latest
     there = {name for name in _names(expected) if is_compared(expected, name)}
     here = {name for name in _names(found) if is_compared(found, name)}
@@ -273,7 +277,7 @@ def _is_any(folder: Path, name: str) -> bool:
 
 
 def _is_latest(folder: Path, name: str) -> bool:
-    """True for a file that is in no checkpoint, or in the one of the last step."""
+    """Return whether a file is outside the checkpoints, or in the checkpoint of the last step."""
     parts = Path(name).parts
     if "checkpoints" not in parts or parts[-1] == "checkpoints":
         return True
@@ -285,7 +289,7 @@ def _is_latest(folder: Path, name: str) -> bool:
 
 
 def _content(path: Path) -> Any:
-    """What a file holds, without what depends on the clock."""
+    """Return the content of a file, without values that depend on the clock."""
     if path.suffix == ".json":
         return _plain(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
@@ -294,7 +298,7 @@ def _content(path: Path) -> Any:
 
 
 def _first_difference(one: Any, other: Any) -> str:
-    """The place of the first difference between two values of JSON, and both values there."""
+    """Return the place of the first difference between two JSON values, with both values there."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         pairs = [(str(key), one[key], other[key]) for key in one]
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):

@@ -1,9 +1,9 @@
-"""Commands that run out of something: memory, descriptors, file size, threads, disk, permission.
+"""Run commands short of memory, descriptors, file size, threads, disk space or permission.
 
-Each ends with 0, or with 2 and one line, leaves no temporary file, and goes on to the very weights
-of an undisturbed run once there is enough of everything. Where a library ends the process because
-it got no memory, `LIBRARIES` knows which one by its words; that is counted apart, and what it has
-left is cleared away by the run after it, as after a kill.
+Each command must end with exit code 0, or with 2 and one line, and leave no temporary file. A run
+without the limit must then continue to the weights of an undisturbed run, to the bit. Some
+libraries end the process if they get no memory; `LIBRARIES` recognises them by their messages.
+These tries are counted separately, and the next run removes their files, as after a kill.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALL = (
     *("--eval-every", "4", "--checkpoint-every", "3", "--num-threads", "1"),
 )
 TRAIN = ("--k", "2", *SMALL, "--max-steps", "10")
-# By name: the command and its flags. All write to "out", and read "shared".
+# The command and its flags, by name. All write to "out" and read from "shared".
 COMMANDS = {
     "train": ("train", "--shard-dir", "shared/shards", "--checkpoint-dir", "out/run", *TRAIN),
     "train in memory": (
@@ -56,19 +56,19 @@ COMMANDS = {
     ),
     "plot": ("plot", "shared/train/run", "--out", "out/run.png"),
 }
-# Imported before anything is short: what fails before a command begins is Python's to tell.
+# Imported without limits, because sae_fast cannot report failures before a command begins.
 for _name in ("train", "convert_shards", "plot"):
     importlib.import_module(f"sae_fast.{_name}")
-# The parser of flags keeps what it has read of the sources: once here, not in every child process.
+# The parser of flags caches parts of the sources: read once here, not in every child process.
 train.parse_arguments(["--k", "2"])
 MIB = 1 << 20
-SIZE = 64 * MIB  # of the file system once there is room
+SIZE = 64 * MIB  # size of the file system without the limit
 _MS_RDONLY, _MS_REMOUNT, _CLONE_NEWNS, _MNT_DETACH = 1, 32, 0x20000, 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prepare(shared: Path) -> None:
-    """Shards, rows to convert, and what each command makes of them where nothing is short."""
+    """Make shards, rows to convert, and the results of each command without limits."""
     (shared / "shards").mkdir()
     for number, name in enumerate(("train_00", "train_01", "heldout_00")):
         rows = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(number))
@@ -84,13 +84,13 @@ def prepare(shared: Path) -> None:
 
 
 def attempt(given: Try) -> str:
-    """One command under one limit, and again without."""
+    """Run one command under one limit, and again without it."""
     name = given.random.choice([*COMMANDS])
     kind = given.random.choice([*LIMITS])
     try:
         return _attempt(given, name, kind)
     finally:
-        _libc.umount2(os.fsencode(given.folder / "out"), _MNT_DETACH)  # where one is mounted
+        _libc.umount2(os.fsencode(given.folder / "out"), _MNT_DETACH)  # if one is mounted
 
 
 def _attempt(given: Try, name: str, kind: str) -> str:
@@ -119,29 +119,29 @@ def _attempt(given: Try, name: str, kind: str) -> str:
     return f"{name}, {kind}: {said}"
 
 
-# A lock ends with its process, and its file is taken over by the next run.
+# The file of a lock remains after its process ends, and the next run uses it again.
 KNOWN = (".run.lock",)
 
-# Libraries that end a process, or leave it waiting, when they get no memory: by signal, None for a
-# process that hangs, and their words at the end of stderr. Only memory limits bring them about.
+# Libraries that end a process, or let it hang, if they get no memory: the signal, None for a
+# process that hangs, and their message at the end of stderr. Only limits of memory cause this.
 _FIRST_FRAME = r"Fatal Python error: {}\n\n(Current t|T)hread \w+ \(most recent call first\):\n"
 LIBRARIES: dict[str, tuple[signal.Signals | None, str]] = {
-    # Allocates without a way to tell that it cannot: safetensors, tokenizers.
+    # safetensors and tokenizers abort if an allocation fails.
     "Rust": (signal.SIGABRT, r"^memory allocation of \d+ bytes failed$"),
-    # The first use of a thread_local with a destructor in a new thread, of torch for one.
+    # The first use of a thread_local with a destructor in a new thread, for example in torch.
     "glibc": (signal.SIGABRT, r"^Fatal glibc error: failed to register TLS destructor: out of m"),
-    # Dereferences null where the cache of a file is refused (H5AC_create in 2.0) and the like.
+    # Dereferences null if the cache of a file cannot be allocated (H5AC_create in 2.0).
     "HDF5": (
         signal.SIGSEGV,
         _FIRST_FRAME.format("Segmentation fault") + r'  File "[^"]*/h5py/[^"]*", line \d+',
     ),
-    # Thread.start waits for ever for a thread that ended for want of memory before it said so.
+    # Thread.start waits for ever if its thread ends by MemoryError before it reports its start.
     "Thread.start of Python": (None, r"^Exception ignored in thread started by: .*\nMemoryError"),
 }
 
 
 def _library_that_ended(ended: Ended) -> str | None:
-    """Which of LIBRARIES has ended a process; None: it ended by itself, or by a fault of ours."""
+    """Return the name of the library that ended a process; None if none of LIBRARIES did."""
     for name, (number, words) in LIBRARIES.items():
         is_so = ended.hung if number is None else ended.signal == number
         if is_so and re.search(words, ended.err, re.MULTILINE):
@@ -150,7 +150,7 @@ def _library_that_ended(ended: Ended) -> str | None:
 
 
 def _compare(name: str, given: Try) -> None:
-    """Raise Failed where what was written is not what an undisturbed run writes."""
+    """Raise Failed if the files written differ from the files of an undisturbed run."""
     if name == "plot":
         return
     place = given.shared / name.split()[0]
@@ -163,7 +163,7 @@ def _compare(name: str, given: Try) -> None:
         if file.endswith(".h5"):
             with h5py.File(one) as first, h5py.File(other) as second:
                 is_equal = np.array_equal(first["activations"], second["activations"])
-        else:  # the order of names in a header is no content
+        else:  # the order of names in a header may differ
             first, second = load_file(one), load_file(other)
             is_equal = all(torch.equal(first[key], second[key]) for key in first | second)
         if not is_equal:
@@ -180,7 +180,7 @@ def _aside(
     given: Try, words: tuple[str, ...] | list[str], prepare: Callable[[], object] | None = None
 ) -> Ended:
     def work() -> int:
-        faulthandler.enable()  # tells where a signal has come from
+        faulthandler.enable()  # prints the traceback at a signal
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if prepare is not None:
             prepare()
@@ -190,7 +190,7 @@ def _aside(
 
 
 def _under(what: int, lowest: int, highest: int, used: Callable[[], int]) -> Callable[..., Ended]:
-    """A limit of a resource, in addition to what the process uses when it begins."""
+    """Return a limit of a resource, counted above the use at the process's start."""
 
     def limited(given: Try, words: tuple[str, ...]) -> Ended:
         more = given.random.randint(lowest, highest)
@@ -205,7 +205,7 @@ def _under(what: int, lowest: int, highest: int, used: Callable[[], int]) -> Cal
 
 
 def _without_threads(given: Try, words: tuple[str, ...]) -> Ended:
-    """From some thread on the system starts no more."""
+    """Run a command that can start only a few threads."""
     allowed = given.random.randint(0, 6)
 
     def restrict() -> None:
@@ -223,7 +223,7 @@ def _without_threads(given: Try, words: tuple[str, ...]) -> Ended:
 
 
 def _on_small_disk(given: Try, words: tuple[str, ...]) -> Ended:
-    """The directory written to is on a file system that fills up."""
+    """Run a command that writes to a file system which fills up."""
     out = given.folder / "out"
     if not _mounted(out, given.random.choice((16, 64, 128, 256, 512)) * 1024):
         return _under(resource.RLIMIT_FSIZE, 0, 40_000, lambda: 0)(given, words)
@@ -233,7 +233,7 @@ def _on_small_disk(given: Try, words: tuple[str, ...]) -> Ended:
 
 
 def _read_only(given: Try, words: tuple[str, ...]) -> Ended:
-    """The directory written to may only be read."""
+    """Run a command that writes to a read-only file system."""
     out = given.folder / "out"
     if not _mounted(out, SIZE):
         return _under(resource.RLIMIT_FSIZE, 0, 0, lambda: 0)(given, words)
@@ -244,7 +244,7 @@ def _read_only(given: Try, words: tuple[str, ...]) -> Ended:
 
 
 def _mounted(path: Path, size: int) -> bool:
-    """Mount a file system of so many bytes, which ends with this process; False: not allowed."""
+    """Mount a file system of `size` bytes until this process ends; return False if not allowed."""
     if _libc.unshare(_CLONE_NEWNS) != 0:
         return False
     _libc.mount(b"none", b"/", None, 0x4000 | 0x40000, None)  # private, with all below
@@ -259,7 +259,7 @@ def _remount(path: Path, flags: int) -> None:
 
 
 def _pages(place: int) -> int:
-    """Bytes of this process by /proc/self/statm: 0 all that is mapped, 5 what is private."""
+    """Return a field of /proc/self/statm in bytes: 0 for mapped, 5 for private memory."""
     number = Path("/proc/self/statm").read_text(encoding="ascii").split()[place]
     return int(number) * resource.getpagesize()
 

@@ -1,4 +1,4 @@
-"""Random arguments for every op of the schema, right ones and wrong ones: see ops.py."""
+"""Random valid and invalid arguments for every op of the schema, for the campaign `ops`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Arguments = dict[str, Any]
 
 
 class Draw:
-    """Random shapes, tensors and codes of one try."""
+    """The random shapes, tensors and codes of one try."""
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
@@ -27,17 +27,17 @@ class Draw:
         self.kind = chance.choices(VALUES, (5, 3, 1, 1, 1, 1, 1))[0]
 
     def size(self, most: int = 40) -> int:
-        """A size: often 0, 1, odd or round a number of lanes, sometimes large."""
+        """Draw a size: often 0, 1, odd or near a number of SIMD lanes, sometimes large."""
         near = self.chance.choice((1, 2, 3, 8, 15, 16, 17, 31, 33, 64, 65))
         large = self.chance.choice((130, 257, 700))
         return self.chance.choices((0, near, self.chance.randint(1, most), large), (1, 6, 6, 1))[0]
 
     def shape(self) -> tuple[int, int, int]:
-        """N, D and F >= 1."""
+        """Draw N, D and F >= 1."""
         return self.size(), self.size(), max(1, self.size(90))
 
     def floats(self, *shape: int) -> Tensor:
-        """A float32 tensor with numbers of this try's kind, not always contiguous."""
+        """Draw a float32 tensor with numbers of this try's kind, not always contiguous."""
         tensor = torch.randn(shape, generator=self.generator)
         if self.kind == "integers":
             tensor = (2 * tensor).round().clamp(-3, 3)
@@ -57,7 +57,10 @@ class Draw:
         return self.strided(tensor)
 
     def strided(self, tensor: Tensor) -> Tensor:
-        """The same numbers, laid out in one of several ways."""
+        """Return a tensor with equal shape and numbers in a random memory layout.
+
+        One of the layouts repeats the first row.
+        """
         way = self.chance.randrange(8)
         if way == 0 and tensor.dim() == 2:
             return tensor.t().contiguous().t()
@@ -74,7 +77,7 @@ class Draw:
         return tensor
 
     def encoder(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, W_enc, b_enc and b_dec."""
+        """Draw x [N, D], W_enc [F, D], b_enc [F] and b_dec [D]."""
         n, d_in, d_sae = self.shape()
         return (
             self.floats(n, d_in),
@@ -84,7 +87,7 @@ class Draw:
         )
 
     def code(self, n: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """values, indices and offsets; latents may be listed twice, and values be 0."""
+        """Draw values, indices and offsets of a code with repeated latents and zeros."""
         csr = self.chance.random() < 0.5
         k = self.size(12)
         count = n * k
@@ -100,19 +103,19 @@ class Draw:
         return self.strided(values), indices, torch.tensor(ends)
 
     def table(self, rows: int, columns: int) -> Tensor:
-        """A matrix of a dtype that rows are gathered from."""
+        """Draw a matrix in one of the dtypes from which ops gather rows."""
         dtype = self.chance.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
         return self.floats(rows, columns).to(dtype)
 
     def latent_lists(self, n: int, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-        """latent_offsets, rows and coefficients of a random code, of which n must not be 0."""
+        """Draw latent_offsets, rows and coefficients of a random code with n >= 1 rows."""
         values, indices, offsets = self.code(n, d_sae)
         ops = torch.ops.sae_fast
         latent_offsets, entries, rows = ops.latent_major(values, indices, offsets, d_sae)
         return latent_offsets, rows, values.flatten()[entries.long()]
 
     def maybe(self, tensor: Tensor) -> Tensor | None:
-        """The tensor or, half of the time, None."""
+        """Return the tensor or, with probability 1/2, None."""
         return tensor if self.chance.random() < 0.5 else None
 
 
@@ -237,7 +240,7 @@ def _update_scalars(draw: Draw) -> Arguments:
 
 
 def _step(draw: Draw, rule: str) -> Tensor:
-    """Scalars of a step that counts, nearly always."""
+    """Draw the scalars of a step, which is skipped only rarely."""
     arguments = _scalars(draw, rule)
     arguments |= {"squared_norm": torch.tensor(1.0, dtype=torch.float64)}
     scalars: Tensor = torch.ops.sae_fast.update_scalars(*arguments.values())[1]
@@ -374,7 +377,7 @@ RIGHT: dict[str, Callable[[Draw], Arguments]] = {
 
 
 def spoil(draw: Draw, arguments: Arguments) -> str:
-    """Replace one argument, or two, by something that need not fit; return what was replaced."""
+    """Replace one or two arguments by values that may not fit; return the names replaced."""
     count = min(len(arguments), draw.chance.choice((1, 1, 1, 2)))
     names = draw.chance.sample(list(arguments), count)
     for name in names:
@@ -384,7 +387,7 @@ def spoil(draw: Draw, arguments: Arguments) -> str:
 
 
 def _odd(draw: Draw) -> Any:
-    """Something that is no tensor, or an odd one."""
+    """Draw a value that is not a tensor, or an unusual array."""
     odd: tuple[Any, ...] = (None, True, "x", "fp32", b"x", [1], (), {}, 1j, torch.zeros(()))
     numbers = (0, -1, 2**31, 2**63 - 1, -(2**63), 2**70, 0.5, torch.nan, torch.inf)
     return draw.chance.choice((*odd, *numbers, numpy.zeros((2, 2), dtype=numpy.float32)))
@@ -398,7 +401,7 @@ def _spoiled_tensor(draw: Draw, tensor: Tensor) -> Any:
 
 
 def _other_numbers(draw: Draw, tensor: Tensor) -> Tensor:
-    """Numbers that are out of every range, in some places or in all."""
+    """Return a tensor of integers with values out of every range, in some or all places."""
     tensor = tensor.clone()
     if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.numel() == 0:
         return tensor

@@ -1,8 +1,9 @@
-"""Random calls of all ops: right ones against the float64 oracle, wrong ones for a clean refusal.
+"""Call all ops with random valid arguments, checked in float64, and with random invalid arguments.
 
-A right call must give the reference's result on the same numbers in float64, within rounding, or
-exactly where sums are exact; on numbers that are not finite, or near the ends of float32, the same
-bits at every number of threads. A wrong call must raise an error that names the op or the argument.
+A valid call must give the reference's result on these numbers in float64, within rounding, and
+exactly if all sums are exact. On numbers that are not finite or near the limits of float32 it must
+give equal bits at every number of threads. An invalid call must raise an error that names the op or
+an argument.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]  # x, W_enc, b_enc, b_dec
 REFUSALS = (RuntimeError, ValueError, TypeError)
 ROUNDING = 2.0**-24
-MANY = 16 * 2.0**-24  # relative to the sum of magnitudes: of sums of some hundred terms
+MANY = 16 * 2.0**-24  # error of sums of some hundred terms, relative to the sum of magnitudes
 
 
 def attempt(chance: Try) -> str:
-    """One call, or one small program of calls."""
+    """Make one call, or one small program of calls; return its kind."""
     warnings.simplefilter("ignore")
     draw = Draw(chance.random)
     kinds = (_right, _wrong, _hand_made, _gradients, _threads, _autocast, _compiled)
@@ -47,7 +48,7 @@ def _right(draw: Draw) -> str:
     torch.set_num_threads(draw.chance.choice((1, 2, 3, 7)))
     again = _call(name, arguments)
     torch.set_num_threads(1)
-    if name != "dense_product":  # torch's product, on most processors
+    if name != "dense_product":  # it calls torch.mm on most processors
         _same_bits(name, results, again, "another number of threads")
     if name.startswith("encode"):
         _check_encoder(name, arguments, results, draw.kind)
@@ -57,13 +58,13 @@ def _right(draw: Draw) -> str:
 
 
 def _call(name: str, arguments: Arguments) -> list[Tensor]:
-    """The results of an op and what it wrote, from copies of its arguments."""
+    """Call an op with copies of its arguments; return its results and the arguments it wrote."""
     copies = {n: a.clone() if isinstance(a, Tensor) else a for n, a in arguments.items()}
     op = getattr(NATIVE_OPS, name).default
     result = op(*copies.values())
     written = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
     outputs = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-    if name == "row_gradient_norm":  # of the cache only the rows that a slot names are written
+    if name == "row_gradient_norm":  # only the cache's rows with a slot are written
         outputs[2] = outputs[2][outputs[3][outputs[3] >= 0].long()]
     return outputs + [copies[n] for n in written if copies[n] is not None]
 
@@ -91,7 +92,7 @@ def _check_encoder(name: str, arguments: Arguments, results: list[Tensor], kind:
     d_sae = len(arguments["W_enc"])
     for indices in (r for r in results if r.dtype == torch.int32):
         if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < d_sae:
-            raise Failed(f"{name}: an index outside the dictionary")
+            raise Failed(f"{name}: an index is outside the dictionary")
     if kind in EXACT_VALUES:
         wide = getattr(reference, name)(*_in_float64(arguments).values())
         _equal(name, results, wide)
@@ -102,11 +103,11 @@ def _check_encoder(name: str, arguments: Arguments, results: list[Tensor], kind:
 def _equal(name: str, results: list[Tensor], expected: Any) -> None:
     for number, (a, b) in enumerate(zip(results, expected, strict=True)):
         if a.shape != b.shape or not torch.equal(a.double(), b.double()):
-            raise Failed(f"{name}: result {number} is not the exact one")
+            raise Failed(f"{name}: result {number} is not exact")
 
 
 def _check_selection(name: str, arguments: Arguments, results: list[Tensor]) -> None:
-    """Every listed value is the pre-activation of its latent, and nothing larger is left out."""
+    """Raise Failed if a value is not its latent's pre-activation or a larger one is missing."""
     pre_acts, slack = _pre_activations(arguments)
     code = _code_of(name, results, len(arguments["W_enc"]))
     rows, latents = code.entry_rows(), code.indices.flatten().long()
@@ -138,7 +139,7 @@ def _code_of(name: str, results: list[Tensor], d_sae: int) -> SparseCode:
 
 
 def _pre_activations(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """(x − b_dec) W_encᵀ + b_enc in float64 and how far a float32 result may be from it."""
+    """Return (x − b_dec) W_encᵀ + b_enc in float64, and the error allowed in float32."""
     dtype = LOW.get(arguments["precision"], torch.float32)
     centred = (arguments["x"] - arguments["b_dec"]).to(dtype).double()
     W_enc, b_enc = arguments["W_enc"].to(dtype).double(), arguments["b_enc"].double()
@@ -147,7 +148,7 @@ def _pre_activations(arguments: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _in_float64(arguments: Arguments) -> Arguments:
-    """The same numbers; tensors of 16 bits are what they are rounded to."""
+    """Return the arguments with floating-point tensors in float64, with their rounded values."""
     floating = (torch.float32, torch.bfloat16, torch.float16)
     return {
         name: a.double().contiguous() if isinstance(a, Tensor) and a.dtype in floating else a
@@ -170,14 +171,17 @@ def _check_result(name: str, arguments: Arguments, results: list[Tensor]) -> Non
     if name == "row_gradient_norm":
         results, outputs = results[:2], outputs[:2]
     if name == "update_vector_" and "signum" in arguments["rule"]:
-        results, outputs = results[1:], outputs[1:]  # the sign of what rounding leaves of 0
+        results, outputs = (
+            results[1:],
+            outputs[1:],
+        )  # w moves by the sign of a sum, which rounding decides where it is 0
     magnitude = _magnitude(name, arguments)
     for number, (a, b) in enumerate(zip(results, outputs, strict=True)):
         _close(f"{name}: result {number}", a, b, magnitude)
 
 
 def _magnitude(name: str, arguments: Arguments) -> float:
-    """A bound of the sums of magnitudes behind every number of a result."""
+    """Return an upper bound of the sums of magnitudes in every number of a result."""
     floats = [a for a in arguments.values() if isinstance(a, Tensor) and a.is_floating_point()]
     largest = [float(a.double().abs().max()) for a in floats if a.numel()]
     products = max([1.0, *largest]) ** (4 if name == "row_gradient_norm" else 3)
@@ -206,7 +210,7 @@ def _check_finite(name: str, results: list[Tensor]) -> None:
 
 
 def _check_update(arguments: Arguments, results: list[Tensor]) -> None:
-    """The new weights as the reference has them; moments as codes are checked by the tests."""
+    """Compare the new weights with the reference; the tests check the 8-bit moments."""
     if "signum" in arguments["rule"]:
         return _check_finite("fused_update_", results)
     given = {n: a.clone() if isinstance(a, Tensor) else a for n, a in arguments.items()}
@@ -218,7 +222,7 @@ def _check_update(arguments: Arguments, results: list[Tensor]) -> None:
     apply: Callable[..., None] = reference.fused_update_
     apply(*given.values())
     if arguments["unit_norm"] and arguments["W"].numel() and not bool(given["W"].any(dim=1).all()):
-        return None  # rows of 0, of which rounding makes rows of length 1
+        return None  # rounding errors in rows of 0 become rows of length 1
     largest = float(given["W"].abs().max()) if given["W"].numel() else 0.0
     return _close("fused_update_: W", results[0], given["W"], 64 * (1 + largest))
 
@@ -357,11 +361,11 @@ _ENCODERS: dict[str, Callable[[Draw, Weights], SparseCode]] = {
 }
 
 
-# Surroundings of a call
+# Calls with threads, autocast and torch.compile
 
 
 def _threads(draw: Draw) -> str:
-    """Some right calls from several threads at once, of which one changes the number of threads."""
+    """Make valid calls from several threads while another changes the number of threads."""
     names = [draw.chance.choice(list(RIGHT)) for _ in range(6)]
     calls = [(name, RIGHT[name](draw)) for name in names]
     expected = [_call(*call) for call in calls]

@@ -1,8 +1,8 @@
-"""Damaged, foreign and hostile shards, given to the command that trains.
+"""Train on damaged, foreign and hostile shards.
 
 Each try makes a directory of small shards, changes it, and trains for two steps. The command must
-refuse it in one line, or train on rows that are the ones it was made of, or where nothing says what
-these are, the ones that HDF5 reads.
+refuse the directory in one line, or train on the original rows; if neither a checksum nor a
+manifest records these, on the rows that HDF5 reads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Change = Callable[[Try, Path], None]
 
 
 def attempt(try_: Try) -> str:
-    """Make, change and train; returns what became of it."""
+    """Make shards, change one and train; return the change and the outcome."""
     draw = try_.random
     directory = try_.folder / "shards"
     directory.mkdir()
@@ -83,8 +83,8 @@ def attempt(try_: Try) -> str:
 def _train(
     train: Callable[[Path], int], directory: Path, known: Array | None, kinds: list[str]
 ) -> int:
-    """Train, and compare what is trained on; descriptors that stay open are an error too."""
-    # Drawing takes longer than training here.
+    """Train and check the rows; raise AssertionError if they differ or descriptors stay open."""
+    # Plotting takes longer than these trainings.
     vars(run_directory)["plot_run"] = lambda rows, path, title: path
     torch.set_num_threads(1)
     before = len(os.listdir("/proc/self/fd"))
@@ -102,7 +102,7 @@ def _by_command(directory: Path) -> int:
 
 
 def _by_stream(directory: Path) -> int:
-    """Do what a training does with shards, and no training."""
+    """Read the shards as a training does, without training; return the exit code."""
     config = TrainConfig(shard_dir=str(directory), batch_size=32, pool_rows=64)
     try:
         data = TrainingData(config, None, None, torch.device("cpu"), SAEConfig(k=2, d_sae=16))
@@ -117,7 +117,7 @@ def _by_stream(directory: Path) -> int:
 
 
 def _by_trainer(directory: Path) -> int:
-    """Do what the command does, without reading flags, which takes most of its time here."""
+    """Train as the command does, without parsing flags, which takes longest; return the code."""
     config = TrainConfig(shard_dir=str(directory), batch_size=32, max_steps=2, pool_rows=64)
     try:
         Trainer(SAEConfig(k=2, d_sae=16), config, show_progress=False).train()
@@ -128,9 +128,9 @@ def _by_trainer(directory: Path) -> int:
 
 
 def _compare(directory: Path, expected: Array | None, kinds: list[str]) -> None:
-    """Compare what is trained on with the rows [n, D] it was made of, or with what HDF5 reads.
+    """Compare the rows of a training with the original rows [n, D], or with the rows HDF5 reads.
 
-    HDF5's LZF leaves memory as it was where a damaged chunk ends early, so two readings differ.
+    LZF shards may differ, because HDF5 leaves memory uninitialised if a damaged chunk ends early.
     """
     shards = open_shards(directory)
     served = torch.cat(list(HeldOut(shards, batch_size=64))).numpy()
@@ -148,13 +148,13 @@ def _compare(directory: Path, expected: Array | None, kinds: list[str]) -> None:
 
 
 def _as_stored(path: Path, key: str) -> Array:
-    """All numbers of a file, as the library of its format reads them."""
+    """Return all numbers of a file, read with the library of its format."""
     if path.suffix == ".npy":
         return np.asarray(np.load(path))
     if path.suffix == ".safetensors":
         return load_file(path)[key].float().numpy()
     if path.suffix == ".pt":
-        # Mapped, as else a damaged record that is not trained on ends the reading.
+        # Mapped, because otherwise a damaged record of an unused tensor would raise an error.
         content = torch.load(path, weights_only=True, mmap=True)
         (found,) = [part for part in content.values() if part.is_floating_point()]
         return np.asarray(found.double().float().numpy())
@@ -163,7 +163,7 @@ def _as_stored(path: Path, key: str) -> Array:
 
 
 def write(path: Path, kind: str, rows: Array) -> None:
-    """Write a shard of some kind, a file of tensors by its ending."""
+    """Write a shard of one of KINDS, or a file of tensors in the format of its suffix."""
     if kind in TENSORS:
         _write_tensors(path, rows)
         return
@@ -231,7 +231,7 @@ def _create(file: h5py.File, rows: Array, *, compact: bool) -> None:
 
 
 def in_bits(try_: Try, path: Path) -> None:
-    """Flip some bits or set some bytes, more often where the metadata are."""
+    """Flip some bits or set some bytes, more often in the metadata."""
     draw, content = try_.random, bytearray(path.read_bytes())
     for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
         near = (draw.randrange(min(2400, len(content))), len(content) - 1 - draw.randrange(800))
@@ -242,13 +242,13 @@ def in_bits(try_: Try, path: Path) -> None:
 
 
 def _used(draw: random.Random, content: bytearray) -> int:
-    """A place that does not hold zero, of the first metadata."""
+    """Draw the place of a byte that is not zero, in the first metadata."""
     places = [place for place in range(min(4000, len(content))) if content[place]]
     return draw.choice(places)
 
 
 def in_numbers(try_: Try, path: Path) -> None:
-    """Replace an aligned number of the metadata by one that sizes and addresses go wrong with."""
+    """Replace an aligned number in the metadata by a wrong size or address."""
     draw, content = try_.random, bytearray(path.read_bytes())
     size = draw.choice((2, 4, 8))
     place = _used(draw, content) // size * size
@@ -262,7 +262,7 @@ def in_numbers(try_: Try, path: Path) -> None:
 
 
 def in_blocks(try_: Try, path: Path) -> None:
-    """Zero a block, or put one of the file over another."""
+    """Overwrite a block of the file with zeros or with another block."""
     draw, content = try_.random, bytearray(path.read_bytes())
     size = draw.choice((8, 64, 512, 1024))
     start, source = draw.randrange(len(content) - size), draw.randrange(len(content) - size)
@@ -272,7 +272,7 @@ def in_blocks(try_: Try, path: Path) -> None:
 
 
 def cut(try_: Try, path: Path) -> None:
-    """Cut the file, or let zeros or itself follow."""
+    """Cut the file, append zeros or a copy of it, or put zeros before it."""
     draw, content = try_.random, path.read_bytes()
     shorter = content[: draw.randrange(len(content))]
     longer = draw.choice((content + bytes(4096), content + content, bytes(512) + content))
@@ -290,7 +290,7 @@ def never_written(try_: Try, path: Path) -> None:
         if chunks is not None:
             chunks = (min(chunks[0], rows), min(chunks[1], width))
         compression = draw.choice((None, "gzip")) if chunks else None
-        with contextlib.suppress(ValueError, OSError):  # what HDF5 does not create or write
+        with contextlib.suppress(ValueError, OSError):  # HDF5 refuses some of these
             dataset = file.create_dataset(
                 "activations", (rows, width), "f4", chunks=chunks, compression=compression
             )
@@ -304,7 +304,7 @@ def large_chunks(try_: Try, path: Path) -> None:
     with h5py.File(path, "w") as file:
         shape = {"shape": (ROWS, WIDTH), "maxshape": (None, WIDTH), "chunks": (rows, WIDTH)}
         file.create_dataset("activations", dtype="f4", **shape)
-        # A chunk of such a size is not written out here: the declaration is what is tried.
+        # No chunk is written: only the declaration is tested.
 
 
 def elsewhere(try_: Try, path: Path) -> None:
@@ -342,7 +342,7 @@ def _write_virtual(draw: random.Random, file: h5py.File, other: str) -> None:
 
 
 def odd_types(try_: Try, path: Path) -> None:
-    """Store something else than real numbers, or in other shapes."""
+    """Store values that are not real numbers, or that have other shapes."""
     draw = try_.random
     reals = np.random.default_rng(0).standard_normal((ROWS, WIDTH))
     values = draw.choice(
@@ -380,7 +380,7 @@ def odd_types(try_: Try, path: Path) -> None:
 
 
 def odd_files(try_: Try, path: Path) -> None:
-    """Put a pipe, a link, a directory or a strange name in the place of a shard or manifest."""
+    """Replace a shard or manifest by a pipe, a link, a directory or a file with a strange name."""
     draw = try_.random
     place = draw.choice((path, path.parent / "manifest.json", path.parent / "2.h5"))
     content = path.read_bytes()
@@ -401,7 +401,7 @@ def odd_files(try_: Try, path: Path) -> None:
 
 
 def in_manifest(try_: Try, path: Path) -> None:
-    """Change the manifest: its text, or values in it."""
+    """Change the text of the manifest or values in it."""
     draw, place = try_.random, path.parent / "manifest.json"
     write_manifest(path.parent)
     content = json.loads(place.read_text())
@@ -444,5 +444,5 @@ CHANGES: tuple[Change, ...] = (
     *(never_written, large_chunks, elsewhere, elsewhere, odd_types, odd_files, in_manifest),
 )
 
-# A try waits for its own child first.
+# A try's own child has a shorter limit than the try.
 CAMPAIGN = Campaign(attempt=attempt, tries=5000, short=60, seconds=60)
