@@ -1,4 +1,4 @@
-"""How near the batches of a source come to those of a full shuffle."""
+"""The quality of a source's shuffle, from its batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ NEAR_TOKENS = 16
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """What batches of N of the R rows of an epoch are like; a `…_ratio` is 1 for a full shuffle.
+    """Measures of batches with N of an epoch's R rows; a `…_ratio` is 1 for a full shuffle.
 
     Attributes:
-        document_ratio: pairs of rows of one document, over those that a full shuffle would have.
-        near_ratio: the same of pairs at most NEAR_TOKENS positions apart in one document.
-        variance_ratio: variance of the batches' means over that of a full shuffle, which is the
-            rows' variance times (R - N) / (N (R - 1)): what neighbours add to a gradient's noise.
-        companions: other rows of a row's document that its batch has, on average.
+        document_ratio: number of pairs of rows of one document in a batch, relative to the number
+            expected in a full shuffle.
+        near_ratio: number of these pairs at most NEAR_TOKENS positions apart, also relative to a
+            full shuffle.
+        variance_ratio: variance of the batches' means, relative to a full shuffle's, which is the
+            rows' variance times (R - N) / (N (R - 1)). It shows how much noise neighbouring rows
+            add to a gradient.
+        companions: average number of other rows of a row's document in its batch.
     """
 
     document_ratio: float
@@ -33,7 +36,7 @@ class ShuffleQuality:
 def measure_shuffle(source: Source, epochs: int = 1) -> ShuffleQuality:
     """Measure the batches of the next epochs of a source with the columns doc_id and position.
 
-    Raises ValueError where a batch has one row, or an epoch less than two batches.
+    Raises ValueError if a batch has one row, or an epoch less than two batches.
     """
     rows = source.rows_per_epoch
     documents = near = squares = 0.0  # sums over the batches
@@ -59,7 +62,7 @@ def measure_shuffle(source: Source, epochs: int = 1) -> ShuffleQuality:
         spread = float((torch.stack(means) - mean).square().sum(1).mean())
         squares += spread / (variance * (rows - size) / (size * (rows - 1)))
         keys = torch.cat(seen)[:rows]
-    # Of all pairs of an epoch's rows, the share that a full shuffle brings into one batch.
+    # The share of an epoch's pairs of rows that a full shuffle brings into one batch.
     share = size * (size - 1) / (rows * (rows - 1))
     return ShuffleQuality(
         document_ratio=_ratio(documents / n_batches, share * float(_document_pairs(keys))),
@@ -70,7 +73,10 @@ def measure_shuffle(source: Source, epochs: int = 1) -> ShuffleQuality:
 
 
 def _keys(documents: Tensor, positions: Tensor) -> Tensor:
-    """Numbers of which two differ by the positions' difference, or by more than any is near."""
+    """Return numbers whose difference is the distance of two positions in one document.
+
+    Numbers of different documents are far apart.
+    """
     return documents.long() * (1 << 32) + positions.long()
 
 
