@@ -12,7 +12,7 @@ PACKAGE = Path(sae_fast.__file__).parent
 LAYERS = (
     (
         *("import_errors", "json_files", "tensor_files", "text_links"),
-        *("directory_lock", "memory", "output_streams"),
+        *("atomic_files", "directory_lock", "memory", "output_streams"),
     ),
     ("config",),
     ("ops",),

@@ -6,8 +6,6 @@ autoencoder, one a relation.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import tyro
 
+from sae_fast.atomic_files import write_json
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.evaluation.biographies import files
@@ -107,9 +106,7 @@ def _trained_layer(path: Path) -> int:
 
 def _write(path: Path, table: SwapTable) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(table.to_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_json(path, table.to_dict())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ reads a dataset, an autoencoder for each layer; `… MODEL DATASET --help` has i
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -25,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sae_fast.activations.capture.plan import DEFAULT_CONTEXT
-from sae_fast.activations.files import replacing
+from sae_fast.atomic_files import write_json
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.dictionary import K_ARCHITECTURES, without_other_size
@@ -374,9 +373,7 @@ def _write_sweep(directory: Path, trainers: Mapping[str, Trainer]) -> None:
     runs = {name: trainer.summary for name, trainer in trainers.items()}
     if all(trainer.was_complete for trainer in trainers.values()) and _has_sweep(directory, runs):
         return
-    text = json.dumps({"runs": runs}, indent=1) + "\n"
-    with replacing(directory / SWEEP) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_json(directory / SWEEP, {"runs": runs})
 
 
 def _has_sweep(directory: Path, runs: Mapping[str, Mapping[str, Any]]) -> bool:

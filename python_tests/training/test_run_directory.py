@@ -130,7 +130,7 @@ def test_leftovers_of_a_kill_are_removed(activations: torch.Tensor, tmp_path: Pa
     settings = {"max_steps": 4, "average_decay": 0.5}
     _trainer(activations, tmp_path, **settings).train()
     whole = _names(tmp_path)
-    for name in (".tmpAb1", ".sae.safetensors.partial"):
+    for name in (".tmpAb1", ".sae.safetensors.partial", ".sae.safetensors.1.tmp"):
         (tmp_path / "averaged" / name).touch()
     for name in (".history-1.json", ".config-1.json", ".training_history.json.1.tmp"):
         (tmp_path / name).touch()

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
-import torch
-
+from sae_fast.activations.background import Workers
 from sae_fast.activations.pool import OPEN_FILES, BlockReader
 from sae_fast.activations.shard_set import ShardSet
 
@@ -24,8 +24,8 @@ DECODING_THREADS = max(1, min(4, os.cpu_count() or 1))
 MOST_OPEN_FILES = 256
 # Of fewer, so many are left to checkpoints, metrics and the reading of held-out rows.
 SPARE_FILES = 16
-THREADS = "sae_fast-"  # how the names of the package's threads begin
 Task = Callable[[BlockReader], None]
+Wait = Callable[[], None]
 
 
 class DiskThreads:
@@ -40,42 +40,40 @@ class DiskThreads:
             wanted = DECODING_THREADS if shard.compressed else 1
             disk = self._disk_of[shard.path]
             n_threads[disk] = max(wanted, n_threads.get(disk, 1))
-        self._threads = {
-            disk: ThreadPoolExecutor(count, thread_name_prefix=f"{THREADS}disk")
-            for disk, count in n_threads.items()
-        }
-        self._n_threads = n_threads
         with_targets = sum(1 if shards.targets is None else 2 for shards in sets)
         readers = max(1, sum(n_threads.values())) * with_targets
         self._open_files = max(1, min(OPEN_FILES, _most_open_files() // readers))
         self._own = threading.local()  # of each thread its `readers`, by set
         self._readers: list[BlockReader] = []
-
-    def start(self) -> None:
-        """Start the threads, each of which keeps to one of torch's."""
-        for disk, count in self._n_threads.items():
-            all_started = threading.Barrier(count)
-            threads = self._threads[disk]
-            for started in [threads.submit(_start, all_started) for _ in range(count)]:
-                started.result()
+        self._threads: dict[int, Workers] = {}
+        try:
+            for disk, count in n_threads.items():
+                threads = Workers(count, name="disk", does="reads a disk", single=True)
+                self._threads[disk] = threads
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def blocks_ahead(self) -> int:
         """How many blocks may be asked for before they are needed."""
         return 8 if self._threads else 0
 
-    def read(self, shards: ShardSet, shard: int, task: Task) -> Future[None]:
-        """Run a task with what reads the blocks of a set, on the disk of one of its shards."""
+    def read(self, shards: ShardSet, shard: int, task: Task) -> Wait:
+        """Have a thread of the disk that a shard is on run a task, with a reader of the set.
+
+        Returns a function that waits until the task is done and raises its error.
+        """
         if self._threads:
-            thread = self._threads[self._disk_of[shards.shards[shard].path]]
-            return thread.submit(self._run, shards, task)
+            threads = self._threads[self._disk_of[shards.shards[shard].path]]
+            return partial(threads.wait, threads.submit(partial(self._run, shards, task)))
         done: Future[None] = Future()
         try:
             self._run(shards, task)
             done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
-        return done
+        return done.result
 
     def _run(self, shards: ShardSet, task: Task) -> None:
         readers: dict[int, BlockReader] = self._own.__dict__.setdefault("readers", {})
@@ -86,8 +84,8 @@ class DiskThreads:
 
     def close(self) -> None:
         """End the threads, with the blocks that they are at, and close the files."""
-        for thread in self._threads.values():
-            thread.shutdown(cancel_futures=True)
+        for threads in self._threads.values():
+            threads.close()
         while self._readers:
             self._readers.pop().close()
 
@@ -112,10 +110,3 @@ def disk_of(path: Path) -> int:
         return path.stat().st_dev
     except OSError:
         return 0
-
-
-def _start(all_started: threading.Barrier) -> None:
-    all_started.wait()  # or one thread would do all the starts
-    # A second team of OpenMP threads would fight the training step for its cores.
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # without this, the first parallel op would set it back

@@ -1,15 +1,12 @@
-"""Files that appear whole or not at all, and which files of a directory are shards."""
+"""Which files of a directory are shards, and which are held out."""
 
 from __future__ import annotations
 
-import errno
 import glob
 import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -48,44 +45,6 @@ def require_regular(path: Path) -> os.stat_result:
     except UnicodeEncodeError as error:
         raise ShardError(f"{os.fsencode(path)!r}: the path is not UTF-8, rename it") from error
     return status
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; on success flush it to disk and rename it to `path`.
-
-    After a failure, or a kill at any moment, whatever was at `path` before is still there.
-    """
-    # The leading dot and the ending keep an abandoned file from being taken for a shard.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-        _sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def reserve(path: Path, start: int, stop: int) -> None:
-    """Have the disk set bytes start..stop of a file aside; raises OSError where it cannot.
-
-    A write into them does not fail then. Where the system has no such call, nothing is done.
-    """
-    if not hasattr(os, "posix_fallocate") or stop <= start:
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        os.posix_fallocate(descriptor, start, stop - start)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(descriptor)
 
 
 def find_shards(
@@ -227,12 +186,3 @@ def _matching(heldout: str) -> list[Path]:
     if not found:
         raise ShardError(f"{heldout}: no held-out shards there")
     return found
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename itself survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,15 +7,15 @@ shard beside it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sae_fast.activations.errors import ShardError, one_line, shortened
-from sae_fast.activations.files import replacing, shards_in
+from sae_fast.activations.files import shards_in
 from sae_fast.activations.shard import DEFAULT_KEY, Shard, inspect_shard
+from sae_fast.atomic_files import write_json
 from sae_fast.json_files import parse_json, read_regular
 
 MANIFEST_NAME = "manifest.json"
@@ -46,8 +46,7 @@ def write_manifest(directory: str | Path, key: str = DEFAULT_KEY) -> None:
         shard = inspect_shard(path, key)
         entries.append(ManifestEntry(path.name, shard.rows, shard.file_bytes, file_sha256(path)))
     content = {"format_version": MANIFEST_VERSION, "shards": [asdict(entry) for entry in entries]}
-    with replacing(folder / MANIFEST_NAME) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / MANIFEST_NAME, content)
 
 
 def read_manifest(directory: Path) -> Manifest | None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.files import replacing
 from sae_fast.activations.kept_rows import KeptRows
 from sae_fast.activations.manifest import file_sha256
 from sae_fast.activations.row_scan import (
@@ -31,6 +30,7 @@ from sae_fast.activations.row_scan import (
 from sae_fast.activations.shard import OpenShard, Shard, file_state, iterate_stored
 from sae_fast.activations.storage import Array
 from sae_fast.activations.tensor_shards import open_shard
+from sae_fast.atomic_files import replacing
 from sae_fast.json_files import read_json
 
 RECORD_NAME = "shards.json"

@@ -6,14 +6,15 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from sae_fast.activations.background import Workers
 from sae_fast.activations.columns import Column, RowNumbers, ShardColumns, inspect_columns
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
@@ -344,14 +345,10 @@ def _find_columns(
 
 
 def _for_each(shards: Sequence[Shard], check: Callable[[Shard], Result]) -> list[Result]:
-    """Run a check on all shards in parallel; the first shard at fault, in order, raises."""
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(check, shard) for shard in shards]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    """Run a check on all shards in parallel; raise for the first shard at fault, in their order."""
+    with Workers(min(4, os.cpu_count() or 1), name="checks", does="checks shards") as workers:
+        futures = [workers.submit(partial(check, shard)) for shard in shards]
+        return [workers.wait(future) for future in futures]
 
 
 def _identity(shard: Shard, dropped: RowNumbers, columns: str) -> str:

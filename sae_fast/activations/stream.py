@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from sae_fast.activations.background import OnDemand, Prefetcher
 from sae_fast.activations.columns import STARTS, Column
+from sae_fast.activations.disks import DiskThreads
 from sae_fast.activations.mixing import ShardMix, check_origin, full_origin, origin_of, single
-from sae_fast.activations.reader import (
-    PREFETCHED_BATCHES,
-    BatchMaker,
-    BatchReader,
-    Cursors,
-    DirectReader,
-)
 from sae_fast.activations.resident import ResidentRows
 from sae_fast.activations.row_scan import RepeatedRows
+from sae_fast.activations.set_reader import (
+    RowCursor,
+    SetReader,
+    Transforms,
+    saved_cursor,
+    stored_bytes,
+)
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_identity import check_same_shards, identity_of, saved_shards
 from sae_fast.activations.shard_set import ShardSet, open_shards
@@ -32,11 +37,104 @@ from sae_fast.activations.source import (
     Transform,
     check_state,
     checked_transform,
+    empty_rows,
     placed,
 )
-from sae_fast.activations.supply import Cursor, Transforms, saved_cursor, stored_bytes
 
 STATE_VERSION = 1
+PREFETCHED_BATCHES = 4
+Cursors = tuple[RowCursor, ...]  # of each set of a mix
+BatchReader = Prefetcher[tuple[Rows, Cursors]] | OnDemand[tuple[Rows, Cursors]]
+
+
+class BatchBuilder:
+    """Builds batches from the cursors `start` on, each with the cursors after it.
+
+    In a batch the rows of every set have the places of its turns. Where sequences are whole the
+    rows of a set come together instead, so that neighbours stay side by side. Rows in `kept`, one
+    entry a set, stay where they were read to, and the batches are built there.
+    """
+
+    def __init__(
+        self,
+        mix: ShardMix,
+        plans: Sequence[EpochPlan],
+        batch_size: int,
+        transforms: Transforms,
+        start: Cursors,
+        *,
+        pin_memory: bool = False,
+        kept: Sequence[ResidentRows | None] = (),
+        background: bool = True,
+    ) -> None:
+        self.stopping = threading.Event()  # set, it ends the reading of a window
+        self._mix = mix
+        self._columns = mix.columns
+        self._batch_size = batch_size
+        self._pin_memory = pin_memory
+        self._device = kept[0].device if kept and kept[0] else None
+        self._background = background
+        self._disks = DiskThreads(mix.sets, background=background)
+        self._readers = [
+            SetReader(shards, plan, cursor, transforms, self.stopping, self._disks, rows)
+            for shards, plan, cursor, rows in zip(
+                mix.sets, plans, start, kept or [None] * len(mix.sets), strict=True
+            )
+        ]
+
+    def reader(self) -> BatchReader:
+        """Return what hands the batches over, made ahead by a thread where one is asked for."""
+        if not self._background:
+            return OnDemand(self.batches())
+        try:
+            return Prefetcher(
+                self.batches(),
+                PREFETCHED_BATCHES,
+                name="reader",
+                does="reads",
+                single=True,
+                stopping=self.stopping,
+            )
+        except BaseException:
+            self._disks.close()
+            raise
+
+    def batches(self) -> Generator[tuple[Rows, Cursors], None, None]:
+        """Yield the batches, without end; raise Stopped when `stopping` is set.
+
+        Closing the generator ends the reading and closes the files.
+        """
+        try:
+            while True:
+                yield self._next_batch()
+        finally:
+            self._disks.close()
+
+    def _next_batch(self) -> tuple[Rows, Cursors]:
+        served = sum(reader.cursor.tokens for reader in self._readers)
+        batch = self._new_batch()
+        for reader, (places, count) in zip(self._readers, self._places(served), strict=True):
+            reader.fill(batch, places, count)
+            if STARTS in batch.columns and isinstance(places, slice) and count:
+                batch.columns[STARTS][places.start] = True  # the row before it is in another batch
+        return batch, tuple(reader.cursor for reader in self._readers)
+
+    def _places(self, served: int) -> list[tuple[slice | Tensor, int]]:
+        """Return the batch positions and row counts of each set, given the rows served so far."""
+        if len(self._mix.sets) == 1:
+            return [(slice(0, self._batch_size), self._batch_size)]
+        turns = self._mix.turns_at(served, self._batch_size)
+        counts = np.bincount(turns, minlength=len(self._mix.sets)).tolist()
+        if STARTS not in self._columns:
+            order = torch.from_numpy(np.argsort(turns, kind="stable"))
+            return list(zip(torch.split(order, counts), counts, strict=True))
+        ends = np.cumsum(counts).tolist()
+        return [(slice(end - count, end), count) for end, count in zip(ends, counts, strict=True)]
+
+    def _new_batch(self) -> Rows:
+        # Page-locked, it can be copied to a GPU beside whatever else is going on.
+        size = self._batch_size, self._mix.d_in
+        return empty_rows(*size, self._columns, self._device, self._pin_memory)
 
 
 class ActivationStream(Source):
@@ -120,9 +218,9 @@ class ActivationStream(Source):
         self._identities: list[dict[str, Any]] | None = None
         self._described: list[dict[str, Any]] | None = None
         self._shown: tuple[list[tuple[int, int]], list[Path]] | None = None
-        self._cursors: Cursors = (Cursor(),) * len(self._plans)
+        self._cursors: Cursors = (RowCursor(),) * len(self._plans)
         self._stall_seconds = 0.0
-        self._reader: BatchReader | DirectReader | None = None
+        self._reader: BatchReader | None = None
         self._stop_reader: Callable[[], object] | None = None
         self._closed = False
         self.set_transform(transform, target_transform)
@@ -213,7 +311,7 @@ class ActivationStream(Source):
                 for shards, plan in zip(self._mix.sets, self._plans, strict=True)
             ]
         transform, target_transform = self._transforms
-        maker = BatchMaker(
+        builder = BatchBuilder(
             self._mix,
             self._plans,
             self.batch_size,
@@ -223,7 +321,7 @@ class ActivationStream(Source):
             kept=self._kept,
             background=self._background,
         )
-        self._reader = BatchReader(maker) if self._background else DirectReader(maker)
+        self._reader = builder.reader()
         # The thread must end with the stream or the process, whichever is first; it holds no
         # reference to the stream, so dropping the stream is enough.
         self._stop_reader = weakref.finalize(self, self._reader.stop)

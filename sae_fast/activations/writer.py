@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.compression import dataset_options
-from sae_fast.activations.files import replacing, reserve
 from sae_fast.activations.shard import DEFAULT_KEY, FORMAT_NAME, FORMAT_VERSION
 from sae_fast.activations.storage import (
     BFLOAT16,
@@ -26,6 +25,7 @@ from sae_fast.activations.storage import (
     nonfinite_rows,
     storage_of,
 )
+from sae_fast.atomic_files import replacing, reserve
 from sae_fast.memory import require_memory
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ config.json also has the model's origin: of which activations it is, as far as t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast.atomic_files import replacing
 from sae_fast.autoencoder.foreign import explain_missing
 from sae_fast.config import SAEConfig
 from sae_fast.json_files import read_json, shown
@@ -41,17 +41,13 @@ def write_model(
     """Write both files, each beside its final name and then renamed."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / f".{TENSOR_FILE}.partial"
-    try:
-        save_tensors(beside, tensors)
-        os.replace(beside, directory / TENSOR_FILE)
-        config.save(beside)
+    with replacing(directory / TENSOR_FILE) as temporary:
+        save_tensors(temporary, tensors)
+    with replacing(directory / CONFIG_FILE) as temporary:
+        config.save(temporary)
         if origin:
-            content = {**json.loads(beside.read_text(encoding="utf-8")), ORIGIN: dict(origin)}
-            beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, directory / CONFIG_FILE)
-    finally:
-        beside.unlink(missing_ok=True)
+            content = {**json.loads(temporary.read_text(encoding="utf-8")), ORIGIN: dict(origin)}
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(directory: str | Path) -> SAEConfig:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_fast.atomic_files import replacing
 from sae_fast.report.panels import HELD_OUT, Curve, Panel, Row, overview
 
 _PANEL = (4.2, 3.1)  # inches
@@ -72,13 +72,9 @@ def draw(
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes the image whole or not at all: it may be looked at while the run goes on."""
-    aside = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(aside, dpi=_DOTS_PER_INCH)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write the image whole or not at all: it may be looked at while the run goes on."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DOTS_PER_INCH, format=path.suffix[1:])
 
 
 def _draw_panel(

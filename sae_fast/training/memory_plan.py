@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sae_fast.activations.reader import PREFETCHED_BATCHES
+from sae_fast.activations.stream import PREFETCHED_BATCHES
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig

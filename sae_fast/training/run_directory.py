@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.activations.errors import listed
-from sae_fast.activations.files import replacing
 from sae_fast.activations.scanning import RECORD_NAME
+from sae_fast.atomic_files import replacing
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import read_json
@@ -41,7 +41,7 @@ _WRITTEN_AT_START = (CONFIG, RECORD_NAME)
 # Written aside by a process that a kill ended.
 LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
 # Of a model, the second by the safetensors library.
-MODEL_LEFTOVERS = (".*.partial", ".tmp*")
+MODEL_LEFTOVERS = (".*.tmp", ".*.partial", ".tmp*")
 AVERAGED, FINAL = MODELS = ("averaged", "sae_final")  # directories in that of a run
 
 

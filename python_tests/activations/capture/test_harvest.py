@@ -1,14 +1,11 @@
 """Harvests: the rows of each batch, the same in one pass, from the middle, and over ranks."""
 
-import threading
-
 import pytest
 import torch
 from small_models import CAUSAL, make_network
 from small_texts import make_batches, make_texts, rows_of
 
 from sae_fast.activations.capture import Harvester, HookedModel, resolve_hooks
-from sae_fast.activations.capture.harvest import ahead
 
 
 def make_harvester(name="llama", *, max_tokens=None, rank=0, world_size=1, **batches):
@@ -104,33 +101,3 @@ def test_a_token_that_the_model_does_not_know_is_told():
     harvester.model.network.resize_token_embeddings(12)
     with pytest.raises(ValueError, match=r"vocabulary has 12 tokens, the tokenizer gave token 17"):
         list(Harvester(harvester.model, harvester.batches))
-
-
-def test_what_is_made_ahead_is_the_same_and_an_error_comes_in_its_place():
-    assert list(ahead(iter(range(20)), 3)) == list(range(20))
-
-    def failing():
-        yield 1
-        raise RuntimeError("broken text")
-
-    items = ahead(failing(), 3)
-    assert next(items) == 1
-    with pytest.raises(RuntimeError, match="broken text"):
-        next(items)
-
-
-def test_closing_ends_the_thread_and_the_generator_in_it():
-    ended = []
-
-    def endless():
-        try:
-            while True:
-                yield 1
-        finally:
-            ended.append(True)
-
-    items = ahead(endless(), 2)
-    next(items)
-    items.close()
-    assert ended == [True]
-    assert not [thread for thread in threading.enumerate() if thread.name == "sae_fast tokens"]

@@ -19,8 +19,8 @@ from typing import Any
 
 from sae_fast.activations.capture.sequences import Cursor
 from sae_fast.activations.errors import one_line
-from sae_fast.activations.files import replacing
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
+from sae_fast.atomic_files import write_json
 from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import parse_json, read_regular
 
@@ -94,7 +94,7 @@ class CaptureDirectory:
                     f"out: {self.path} is not empty and holds no capture, name another"
                 )
             content = {"format_version": FORMAT_VERSION, **recipe, "made_with": made_with}
-            _write_json(self.path / RECIPE, content)
+            write_json(self.path / RECIPE, content)
         else:
             difference = _difference(found, json.loads(json.dumps(recipe)))
             if difference is not None:
@@ -128,7 +128,7 @@ class CaptureDirectory:
 
     def save(self, progress: Progress) -> None:
         """Keep how far this rank has come."""
-        _write_json(self._progress_path(self.rank), asdict(progress))
+        write_json(self._progress_path(self.rank), asdict(progress))
 
     def shard_path(self, hook: str, part: str, index: int) -> Path:
         """Where a shard of this rank is."""
@@ -184,11 +184,6 @@ class CaptureDirectory:
 
     def _shard_name(self, index: str) -> str:
         return f"shard_{f'{self.rank:02d}_' if self.world_size > 1 else ''}{index}.h5"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:

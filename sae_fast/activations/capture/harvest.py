@@ -5,22 +5,19 @@ This is what both the shards of a capture and a training straight from a model a
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from sae_fast.activations.background import prefetch
 from sae_fast.activations.capture.language_model import HookedModel
 from sae_fast.activations.capture.sequences import Cursor, TokenBatch, TokenBatches
 
 AHEAD = 4  # batches that are tokenised ahead of the model
-
-Item = TypeVar("Item")
 
 
 @runtime_checkable
@@ -101,7 +98,10 @@ class Harvester:
         Raises ValueError for a token that the model does not know.
         """
         device = next(self.model.network.parameters()).device
-        with closing(ahead(self.batches.iterate(cursor), AHEAD)) as batches:
+        made = prefetch(
+            self.batches.iterate(cursor), AHEAD, name="tokens", does="tokenises the documents"
+        )
+        with closing(made) as batches:
             for batch in batches:
                 room = None if self.max_tokens is None else self.max_tokens - batch.cursor.rows
                 if room is not None and room <= 0:
@@ -133,52 +133,6 @@ class Harvester:
             batch.position[kept],
             batch,
         )
-
-
-def ahead(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
-    """The same items, made by a thread that is up to `depth` of them ahead.
-
-    An error comes where its item would have come; closing the iterator ends the thread.
-    """
-    made: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def hand_over(item: Item | None, error: BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def run() -> None:
-        try:
-            for item in items:
-                if not hand_over(item, None):
-                    break
-            else:
-                hand_over(None, None)
-        except BaseException as error:  # handed to whoever reads
-            hand_over(None, error)
-        finally:
-            close = getattr(items, "close", None)
-            if close is not None:
-                close()
-
-    thread = threading.Thread(target=run, name="sae_fast tokens", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def _vocabulary(network: nn.Module) -> int | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import queue
 import shutil
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+from sae_fast.activations.background import BackgroundWriter
 from sae_fast.activations.capture.directory import (
     HELDOUT,
     CaptureDirectory,
@@ -21,7 +20,6 @@ from sae_fast.activations.capture.harvest import Harvester
 from sae_fast.activations.capture.plan import Capture
 from sae_fast.activations.capture.sequences import TokenBatches
 from sae_fast.activations.capture.shard_series import (
-    HostRows,
     ShardSeries,
     bring_to_host,
     shard_metadata,
@@ -130,11 +128,13 @@ class CaptureRun:
             shard_tokens=config.shard_tokens,
         ) as series:
             with (
-                _Behind(series.write) as behind,
+                BackgroundWriter(
+                    series.write, BEHIND, name="shards", does="writes the shards"
+                ) as writer,
                 closing(harvester.harvest(progress.cursor)) as harvests,
             ):
                 for harvest in harvests:
-                    behind.put(bring_to_host(harvest, config.dtype))
+                    writer.put(bring_to_host(harvest, config.dtype))
                     self._report(len(harvest))
                     if self._stop():
                         stopped = True
@@ -142,44 +142,6 @@ class CaptureRun:
             if not stopped:
                 series.finish()
         return series.progress, harvester.reached.empty, stopped
-
-
-class _Behind:
-    """Writes in a thread of its own; its error is raised by the next `put`, or at the end."""
-
-    def __init__(self, write: Callable[[HostRows], None]) -> None:
-        self._write = write
-        self._waiting: queue.Queue[HostRows | None] = queue.Queue(BEHIND)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="sae_fast shards", daemon=True)
-
-    def __enter__(self) -> _Behind:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-        if kind is None:
-            self._raise()
-
-    def put(self, rows: HostRows) -> None:
-        """Hand over rows; waits where too many wait already."""
-        self._raise()
-        self._waiting.put(rows)
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (rows := self._waiting.get()) is not None:
-            if self._error is not None:
-                continue  # emptied, so that nobody waits to hand over more
-            try:
-                self._write(rows)
-            except BaseException as error:  # raised where it is handed over
-                self._error = error
 
 
 def needed_bytes(capture: Capture, rows: int) -> int:

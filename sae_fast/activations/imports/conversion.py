@@ -18,7 +18,7 @@ from typing import Any
 
 from sae_fast.activations.compression import COMPRESSIONS, dataset_options
 from sae_fast.activations.errors import ShardError, one_line
-from sae_fast.activations.files import replacing, shards_in
+from sae_fast.activations.files import shards_in
 from sae_fast.activations.imports.blocks import Block, read_blocks
 from sae_fast.activations.imports.plan import PlannedShard, plan_shards
 from sae_fast.activations.imports.source import Source
@@ -26,6 +26,7 @@ from sae_fast.activations.imports.verification import Comparison, Report, compar
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
 from sae_fast.activations.storage import STORAGES, Storage
 from sae_fast.activations.writer import ShardMetadata, ShardWriter, padded_rows
+from sae_fast.atomic_files import write_json
 from sae_fast.directory_lock import try_lock
 from sae_fast.json_files import parse_json, read_regular
 
@@ -156,8 +157,7 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Resul
         for abandoned in directory.glob(".*.tmp"):
             abandoned.unlink()
         if not (record := directory / RECORD_NAME).exists():
-            with replacing(record) as temporary:
-                temporary.write_text(json.dumps(conversion.record, indent=1) + "\n")
+            write_json(record, conversion.record)
         for shard in conversion.shards:
             path = directory / shard.name
             if not path.exists():

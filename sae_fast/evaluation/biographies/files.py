@@ -6,8 +6,6 @@ writes it) and for every layer chosen layer_L/ with train_00.h5, heldout_00.h5 a
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from sae_fast.activations import ShardMetadata, ShardWriter, write_manifest
+from sae_fast.atomic_files import write_json
 from sae_fast.evaluation.biographies.language_model import LanguageModel
 from sae_fast.evaluation.biographies.text import Biographies, Sentence
 from sae_fast.json_files import parse_json, read_regular
@@ -53,9 +52,7 @@ def save(directory: Path, model: LanguageModel, measured: dict[str, Any]) -> Non
         **model.biographies.to_dict(),
         "measured": measured,
     }
-    aside = directory / f".{BIOGRAPHIES}.partial"
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, directory / BIOGRAPHIES)
+    write_json(directory / BIOGRAPHIES, content)
 
 
 def load(directory: Path) -> LanguageModel:

@@ -1,8 +1,8 @@
-"""The endless rows of one set of shards, window after window, put where a batch wants them.
+"""`SetReader`: the endless rows of one set of shards, window after window, put into batches.
 
-A supply holds two pools: while one is served the next window is read into the other, in step, so
-that the disk is used evenly and the end of a window is no pause. Where the rows are kept (see
-resident.py) a pool is only a list of them.
+It holds two pools: while one is served the next window is read into the other, in step, so that the
+disk is used evenly and the end of a window is no pause. Where the rows are kept (see resident.py) a
+pool is only a list of them.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from sae_fast.activations.disks import DiskThreads
+from sae_fast.activations.disks import DiskThreads, Wait
 from sae_fast.activations.pool import Pool
 from sae_fast.activations.resident import INDEX_BYTES, ResidentPool, ResidentRows
 from sae_fast.activations.shard_set import ShardSet
@@ -29,7 +28,7 @@ Transforms = tuple[Transform | None, Transform | None]  # of the rows, of their 
 
 
 @dataclass(frozen=True)
-class Cursor:
+class RowCursor:
     """A position in the endless rows: `served` rows of a window of an epoch are behind it."""
 
     epoch: int = 0
@@ -38,9 +37,9 @@ class Cursor:
     tokens: int = 0  # served since the beginning
 
 
-def saved_cursor(values: Any, plan: EpochPlan) -> Cursor:
+def saved_cursor(values: Any, plan: EpochPlan) -> RowCursor:
     """Return a saved cursor; raise ValueError unless its numbers fit each other and the plan."""
-    cursor = Cursor(*saved_counts(values, "epoch", "window", "served", "tokens"))
+    cursor = RowCursor(*saved_counts(values, "epoch", "window", "served", "tokens"))
     if cursor.epoch * plan.rows > cursor.tokens:
         raise ValueError(f"data position: epoch {cursor.epoch} with {cursor.tokens} tokens served")
     rows = [sum(block.kept for block in blocks) for blocks in plan.windows(cursor.epoch)]
@@ -57,14 +56,14 @@ def saved_cursor(values: Any, plan: EpochPlan) -> Cursor:
     return cursor
 
 
-class Supply:
+class SetReader:
     """Serves the rows of a set from `start` on; `cursor` is behind the last row served."""
 
     def __init__(
         self,
         shards: ShardSet,
         plan: EpochPlan,
-        start: Cursor,
+        start: RowCursor,
         transforms: Transforms,
         stopping: threading.Event,
         disks: DiskThreads,
@@ -79,7 +78,7 @@ class Supply:
         self._disks = disks
         self._windows = self._open_windows(start)
         self._pool: Pool | None = None
-        self._following: _Filling | None = None
+        self._following: ReadAhead | None = None
 
     def fill(self, batch: Rows, places: slice | Tensor, count: int) -> None:
         """Put the next `count` rows in these places of the batch; raises Stopped when told to."""
@@ -102,7 +101,7 @@ class Supply:
             self.cursor = replace(self.cursor, served=served + taken, tokens=tokens)
             self._keep_up(self._following, self.cursor.served / pool.rows)
 
-    def _open_windows(self, start: Cursor) -> Iterator[tuple[Pool, _Filling, Cursor]]:
+    def _open_windows(self, start: RowCursor) -> Iterator[tuple[Pool, ReadAhead, RowCursor]]:
         """Each window in turn: its full pool, the filling of the pool after it, its start."""
         plan = self._plan
         pool = self._new_pool()
@@ -111,7 +110,7 @@ class Supply:
         epoch, number, cursor = start.epoch, start.window, start
         windows = plan.windows(epoch)
         pool.begin(windows[number])
-        filling = _Filling(pool, self._shards, self._disks)
+        filling = ReadAhead(pool, self._shards, self._disks)
         while True:
             self._keep_up(filling, 1.0)
             pool.shuffle(plan.row_order(epoch, number, pool.rows, pool.starts()))
@@ -121,33 +120,33 @@ class Supply:
                 windows = plan.windows(epoch)
             if spare is not pool:
                 spare.begin(windows[number])
-                filling = _Filling(spare, self._shards, self._disks)
+                filling = ReadAhead(spare, self._shards, self._disks)
             yield pool, filling, cursor
             pool, spare = spare, pool
-            cursor = Cursor(epoch, number)
+            cursor = RowCursor(epoch, number)
 
     def _new_pool(self) -> Pool:
         if self._kept is not None:
             return ResidentPool(self._kept)
         return Pool(self._plan.capacity, self._shards)
 
-    def _keep_up(self, filling: _Filling, fraction: float) -> None:
+    def _keep_up(self, filling: ReadAhead, fraction: float) -> None:
         """Wait until a pool holds `fraction` of its window."""
-        for block_read in filling.up_to(fraction):
+        for wait in filling.up_to(fraction):
             if self._stopping.is_set():
                 raise Stopped
-            block_read.result()
+            wait()
 
 
-class _Filling:
+class ReadAhead:
     """The reading of a pool's blocks, in order, some further than needed yet."""
 
     def __init__(self, pool: Pool, shards: ShardSet, disks: DiskThreads) -> None:
         self._pool, self._shards, self._disks = pool, shards, disks
         self._asked = self._done = 0
-        self._reads: deque[Future[None]] = deque()
+        self._reads: deque[Wait] = deque()
 
-    def up_to(self, fraction: float) -> Iterator[Future[None]]:
+    def up_to(self, fraction: float) -> Iterator[Wait]:
         """The blocks to be waited for, in order, until the pool holds `fraction` of them."""
         total = len(self._pool.unread)
         needed = math.ceil(fraction * total)
