@@ -33,7 +33,7 @@ from benchmarks.support.tables import (
 )
 from benchmarks.support.timing import Sample, interleave, measure, median_ratio, summarize
 from sae_fast.activations.capture.config import CaptureConfig
-from sae_fast.activations.capture.directory import TRAIN, CaptureDirectory, Progress
+from sae_fast.activations.capture.directory import TRAIN, CaptureDirectory, CaptureProgress
 from sae_fast.activations.capture.plan import Capture, made_with, open_capture
 from sae_fast.activations.capture.runner import CaptureRun
 from sae_fast.activations.capture.sequences import TokenBatch
@@ -94,7 +94,7 @@ class Passes:
     def captured(self, index: int) -> None:
         """Capture a round, from text to a shard of each hook point."""
         batches = self._rounds[index]
-        progress = Progress(part=TRAIN, shards=index, cursor=batches[0].cursor)
+        progress = CaptureProgress(part=TRAIN, shards=index, cursor=batches[0].cursor)
         self._run.part(self._capture.batches, batches[-1].following.rows, progress)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import HELDOUT, CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, made_with, open_capture
-from sae_fast.activations.capture.runner import CaptureRun, Result, check_space, needed_bytes
+from sae_fast.activations.capture.runner import CaptureResult, CaptureRun, check_space, needed_bytes
 from sae_fast.activations.capture.storage_type import with_storage_type
 from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse, refusal
 from sae_fast.flags import first_mistake
@@ -86,7 +86,7 @@ def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
             print(f"{config.out} is complete: {done.rows:,} tokens, nothing to do")
             return
         total = _announce(capture, directory)
-        with _Progress(total, done.rows if done.part != HELDOUT else 0) as progress:
+        with _ProgressBar(total, done.rows if done.part != HELDOUT else 0) as progress:
             run = CaptureRun(
                 capture,
                 directory,
@@ -137,7 +137,7 @@ def _announce(capture: Capture, directory: CaptureDirectory) -> int:
 
 
 def _conclude(
-    result: Result, capture: Capture, captured: int, seconds: float, running: float
+    result: CaptureResult, capture: Capture, captured: int, seconds: float, running: float
 ) -> None:
     empty = f", {result.empty:,} documents without text skipped" if result.empty else ""
     heldout = f" and {result.heldout_rows:,} held-out" if result.heldout_rows else ""
@@ -154,7 +154,7 @@ def _conclude(
         print(f"the dataset has no more, {limit:,} were asked for")
 
 
-class _Progress:
+class _ProgressBar:
     """A bar of the tokens, or a line now and then where there is no terminal."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -172,7 +172,7 @@ class _Progress:
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> _ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:

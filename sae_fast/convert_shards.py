@@ -21,9 +21,14 @@ from tqdm import tqdm
 
 from sae_fast.activations.files import shards_in
 from sae_fast.activations.imports import Conversion, ConversionOptions, convert, prepare
-from sae_fast.activations.imports.conversion import Result, check_space
+from sae_fast.activations.imports.conversion import ConversionResult, check_space
 from sae_fast.activations.imports.formats import find_files
-from sae_fast.activations.imports.source import Source, candidates, choose_key, inspect
+from sae_fast.activations.imports.saved_activations import (
+    SavedActivations,
+    candidates,
+    choose_key,
+    inspect,
+)
 from sae_fast.activations.writer import ShardMetadata
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.output_streams import run_command
@@ -164,11 +169,11 @@ def _announce(conversions: list[Conversion]) -> None:
     print(f"up to {needed / 1e9:.3f} GB to write, {free / 1e9:.1f} GB free", flush=True)
 
 
-def _named(source: Source) -> str:
+def _named(source: SavedActivations) -> str:
     return f", {source.key!r}" if source.key else ""
 
 
-def _in_sequences(source: Source) -> str:
+def _in_sequences(source: SavedActivations) -> str:
     return f" in {_count(source.sequences, 'sequence')}" if source.sequences else ""
 
 
@@ -191,7 +196,7 @@ def _convert(conversion: Conversion) -> None:
     _conclude(conversion, result)
 
 
-def _conclude(conversion: Conversion, result: Result) -> None:
+def _conclude(conversion: Conversion, result: ConversionResult) -> None:
     directory = conversion.directory
     paths = shards_in(directory)
     size = sum(path.stat().st_size for path in paths)

@@ -21,7 +21,7 @@ from sae_fast.activations import (
     write_shard,
 )
 from sae_fast.activations import disks as disks_module
-from sae_fast.activations.direct_rows import CodedRows, PlainRows
+from sae_fast.activations.chunks import CodedRows, PlainRows
 from sae_fast.activations.shard import ShardFile, inspect_shard
 
 ANY_FIXTURE = [HealthCheck.function_scoped_fixture]

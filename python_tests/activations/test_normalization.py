@@ -20,8 +20,8 @@ from sae_fast.activations import (
 )
 from sae_fast.activations import normalization as normalization_module
 from sae_fast.activations.normalization import sample_spans
+from sae_fast.activations.order import Block
 from sae_fast.activations.pool import BlockReader
-from sae_fast.activations.shuffle import Block
 
 
 def test_normalised_rows_have_mean_zero_and_mean_norm_sqrt_d(sample_dir):

@@ -19,8 +19,8 @@ from sae_fast.activations import (
     mix_shards,
     open_shards,
 )
-from sae_fast.activations import resident as resident_module
-from sae_fast.activations.resident import check_lockable
+from sae_fast.activations import pool as pool_module
+from sae_fast.activations.pool import check_lockable
 from sae_fast.activations.shard import ShardFile
 
 CPU = torch.device("cpu")
@@ -154,11 +154,11 @@ def test_locked_rows_are_locked(tmp_path):
 
 def test_what_cannot_be_locked_is_told_beforehand(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
-    monkeypatch.setattr(resident_module, "_is_privileged", lambda: False)
+    monkeypatch.setattr(pool_module, "_is_privileged", lambda: False)
     check_lockable(1 << 20)
     with pytest.raises(ValueError, match=r"pin: 3.0 MiB cannot be locked .* limit is 1.0 MiB"):
         check_lockable(3 << 20)
-    monkeypatch.setattr(resident_module, "_is_privileged", lambda: True)
+    monkeypatch.setattr(pool_module, "_is_privileged", lambda: True)
     check_lockable(3 << 20)
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, served
 from sae_fast.activations.files import find_shards
+from sae_fast.activations.order import split_blocks
 from sae_fast.activations.pool import iterate_blocks
 from sae_fast.activations.row_scan import RepeatedRows
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
-from sae_fast.activations.shuffle import split_blocks
 from sae_fast.activations.source import Transform, checked_transform
 from sae_fast.activations.targets import TargetFiles
 from sae_fast.activations.tensor_shards import open_shard

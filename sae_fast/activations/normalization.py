@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.mixing import ShardMix
+from sae_fast.activations.order import Block, split_blocks, split_shard
 from sae_fast.activations.pool import iterate_blocks
 from sae_fast.activations.shard_set import ShardSet
-from sae_fast.activations.shuffle import Block, split_blocks, split_shard
 from sae_fast.activations.source import Transform
 from sae_fast.activations.storage import as_tensor
 from sae_fast.activations.tensor_stream import checked_rows

@@ -1,8 +1,8 @@
 """`SetReader`: the endless rows of one set of shards, window after window, put into batches.
 
 It holds two pools: while one is served the next window is read into the other, in step, so that the
-disk is used evenly and the end of a window is no pause. Where the rows are kept (see resident.py) a
-pool is only a list of them.
+disk is used evenly and the end of a window is no pause. Where the rows are kept a pool is only
+a list of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from sae_fast.activations.disks import DiskThreads, Wait
-from sae_fast.activations.pool import Pool
-from sae_fast.activations.resident import INDEX_BYTES, ResidentPool, ResidentRows
+from sae_fast.activations.order import EpochPlan
+from sae_fast.activations.pool import INDEX_BYTES, Pool, ResidentPool, ResidentRows
 from sae_fast.activations.shard_set import ShardSet
-from sae_fast.activations.shuffle import EpochPlan
 from sae_fast.activations.source import Rows, Transform, saved_counts
 
 Transforms = tuple[Transform | None, Transform | None]  # of the rows, of their targets

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sae_fast.activations.chunks import direct_rows, walk_file
 from sae_fast.activations.compression import require_filters
-from sae_fast.activations.direct_rows import direct_rows, walk_file
 from sae_fast.activations.errors import ShardError, one_line, takes_too_much
 from sae_fast.activations.files import require_regular
 from sae_fast.activations.hdf5_heaps import require_sound_heaps, require_sound_texts

@@ -18,7 +18,8 @@ from sae_fast.activations.background import OnDemand, Prefetcher
 from sae_fast.activations.columns import STARTS, Column
 from sae_fast.activations.disks import DiskThreads
 from sae_fast.activations.mixing import ShardMix, check_origin, full_origin, origin_of, single
-from sae_fast.activations.resident import ResidentRows
+from sae_fast.activations.order import EpochPlan, default_pool_rows
+from sae_fast.activations.pool import ResidentRows
 from sae_fast.activations.row_scan import RepeatedRows
 from sae_fast.activations.set_reader import (
     RowCursor,
@@ -30,7 +31,6 @@ from sae_fast.activations.set_reader import (
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.shard_identity import check_same_shards, identity_of, saved_shards
 from sae_fast.activations.shard_set import ShardSet, open_shards
-from sae_fast.activations.shuffle import EpochPlan, default_pool_rows
 from sae_fast.activations.source import (
     Rows,
     Source,
@@ -356,7 +356,7 @@ class ActivationStream(Source):
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch served, and what identifies the shards.
 
-        A few numbers: the pool's rows and their order follow from the position (see shuffle.py),
+        A few numbers: the pool's rows and their order follow from the position (see order.py),
         so resuming reads the window again instead of every checkpoint writing it out.
         """
         if self._described is None:  # once: a position is taken at every step

@@ -25,7 +25,7 @@ from sae_fast.activations.imports.arrays import (
     opened,
 )
 from sae_fast.activations.imports.formats import opener_of
-from sae_fast.activations.imports.source import choose_key, inspect
+from sae_fast.activations.imports.saved_activations import choose_key, inspect
 from sae_fast.activations.shard import (
     DEFAULT_KEY,
     OpenShard,

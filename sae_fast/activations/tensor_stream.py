@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
-from sae_fast.activations.shuffle import shuffled_rows
+from sae_fast.activations.order import shuffled_rows
 from sae_fast.activations.source import (
     Rows,
     Source,

@@ -25,7 +25,7 @@ from sae_fast.activations import (
     read_labels,
 )
 from sae_fast.activations.given_source import GivenSource
-from sae_fast.activations.resident import check_lockable
+from sae_fast.activations.pool import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
 from sae_fast.activations.shard import Shard
 from sae_fast.activations.shard_identity import check_same_shards, identity_of

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import STARTS, Column, Rows
-from sae_fast.activations.capture import Cursor, Harvest, Harvester
+from sae_fast.activations.capture import Harvest, Harvester, TokenCursor
 from sae_fast.activations.capture.sequences import saved_cursor
 from sae_fast.activations.columns import STARTS_COLUMN, sequence_starts
-from sae_fast.activations.shuffle import shuffled_rows
+from sae_fast.activations.order import shuffled_rows
 from sae_fast.activations.source import BatchSource, check_state, saved_counts
 from sae_fast.ops import gather_rows_
 
@@ -39,7 +39,7 @@ class _Place:
 
     epoch: int
     number: int
-    cursor: Cursor
+    cursor: TokenCursor
 
 
 class _Window:

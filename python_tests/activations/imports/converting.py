@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_fast.activations.imports import ConversionOptions, convert, prepare
 from sae_fast.activations.imports.formats import find_files
-from sae_fast.activations.imports.source import choose_key, inspect
+from sae_fast.activations.imports.saved_activations import choose_key, inspect
 from sae_fast.convert_shards import main
 
 

@@ -16,10 +16,14 @@ import safetensors.torch
 import torch
 from converting import command, random_rows, refusal, stored
 
-from sae_fast.activations.imports import arrow_files, numpy_files, parquet_files, tensor_files
+from sae_fast.activations.imports import (
+    arrow_files,
+    numpy_files,
+    tensor_files,
+)
 from sae_fast.activations.imports.blocks import read_blocks
 from sae_fast.activations.imports.plan import plan_shards
-from sae_fast.activations.imports.source import inspect
+from sae_fast.activations.imports.saved_activations import inspect
 
 ROOT = Path(__file__).parents[3]
 BATCHES = [random_rows(6, 5, 8, seed=number) for number in range(12)]
@@ -210,7 +214,7 @@ def test_arrays_of_objects_and_columns_first_in_an_archive_are_refused(tmp_path,
         ("a.npz", (numpy_files, "_stream_array")),
         ("a.safetensors", (tensor_files, "_slice_array")),
         ("a.arrow", (arrow_files, "_array_of")),
-        ("a.parquet", (parquet_files, "column_array")),
+        ("a.parquet", (arrow_files, "column_array")),
     ],
 )
 def test_of_many_arrays_only_those_that_are_asked_for_are_looked_at(

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast.activations.imports.plan import plan_shards
-from sae_fast.activations.imports.source import ArrayLayout, Source, SourceFile
+from sae_fast.activations.imports.saved_activations import ArrayLayout, SavedActivations, SourceFile
 
 ARRAYS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 7)), min_size=1, max_size=4)
 
 
 def make_source(files):
-    return Source(
+    return SavedActivations(
         tuple(
             SourceFile(
                 Path(f"{number}.pt"),

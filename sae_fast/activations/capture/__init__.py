@@ -16,15 +16,14 @@ from sae_fast.activations.capture.language_model import (
     load_language_model,
 )
 from sae_fast.activations.capture.sequences import (
-    Cursor,
     SequenceConfig,
     TokenBatch,
     TokenBatches,
+    TokenCursor,
 )
 from sae_fast.activations.capture.tokens import Tokenisation, special_tokens
 
 __all__ = [
-    "Cursor",
     "Documents",
     "Harvest",
     "Harvester",
@@ -34,6 +33,7 @@ __all__ = [
     "SequenceConfig",
     "TokenBatch",
     "TokenBatches",
+    "TokenCursor",
     "Tokenisation",
     "find_blocks",
     "load_documents",

@@ -19,7 +19,7 @@ from sae_fast.activations.capture.directory import (
 from sae_fast.activations.capture.harvest import Harvest, Harvester
 from sae_fast.activations.capture.plan import Capture, made_with
 from sae_fast.activations.capture.runner import CaptureRun, check_space, needed_bytes
-from sae_fast.activations.capture.sequences import Cursor
+from sae_fast.activations.capture.sequences import TokenCursor
 from sae_fast.activations.capture.shard_series import ShardSeries, bring_to_host, shard_metadata
 from sae_fast.activations.capture.storage_type import with_storage_type
 
@@ -77,7 +77,7 @@ class CachingHarvester(Harvester):
         )
         self._dtype = config.dtype
 
-    def harvest(self, cursor: Cursor | None = None) -> Generator[Harvest, None, None]:
+    def harvest(self, cursor: TokenCursor | None = None) -> Generator[Harvest, None, None]:
         """As `Harvester.harvest`; what is not in the shards yet is put there."""
         begin = self.batches.start if cursor is None else cursor
         if not self._complete and begin.batch > self._next.batch:

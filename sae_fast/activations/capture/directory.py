@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.capture.sequences import Cursor
+from sae_fast.activations.capture.sequences import TokenCursor
 from sae_fast.activations.errors import one_line
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
 from sae_fast.atomic_files import write_json
@@ -30,7 +30,7 @@ HELDOUT, TRAIN = "heldout", "train"
 
 
 @dataclass(frozen=True)
-class Progress:
+class CaptureProgress:
     """How far a rank has come.
 
     Attributes:
@@ -47,7 +47,7 @@ class Progress:
     shards: int = 0
     rows: int = 0
     heldout_rows: int = 0
-    cursor: Cursor | None = None
+    cursor: TokenCursor | None = None
     taken: int = 0
     complete: bool = False
 
@@ -110,23 +110,25 @@ class CaptureDirectory:
         found = self._recipe()
         return None if found is None else found.get("settings", {}).get("dtype")
 
-    def progress(self, rank: int | None = None) -> Progress:
+    def progress(self, rank: int | None = None) -> CaptureProgress:
         """How far a rank has come; raises ValueError where shards are missing that it has made."""
         rank = self.rank if rank is None else rank
         path = self._progress_path(rank)
         try:
             content = parse_json(read_regular(path))
             cursor = content.pop("cursor")
-            found = Progress(**content, cursor=None if cursor is None else Cursor(**cursor))
+            found = CaptureProgress(
+                **content, cursor=None if cursor is None else TokenCursor(**cursor)
+            )
         except FileNotFoundError:
-            return Progress()
+            return CaptureProgress()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not the progress of a capture: {one_line(error)}") from None
         if rank == self.rank:
             self._check_shards(found)
         return found
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: CaptureProgress) -> None:
         """Keep how far this rank has come."""
         write_json(self._progress_path(self.rank), asdict(progress))
 
@@ -163,7 +165,7 @@ class CaptureDirectory:
             raise ValueError(f"{path}: format version {version}, this release: {FORMAT_VERSION}")
         return content
 
-    def _check_shards(self, progress: Progress) -> None:
+    def _check_shards(self, progress: CaptureProgress) -> None:
         parts = [(TRAIN, index) for index in range(progress.shards)]
         if progress.heldout_rows:
             parts.append((HELDOUT, 0))
@@ -218,11 +220,11 @@ def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
     return None
 
 
-def next_part(progress: Progress) -> Progress:
+def next_part(progress: CaptureProgress) -> CaptureProgress:
     """What comes after the documents that are held out."""
-    return Progress(part=TRAIN, heldout_rows=progress.rows)
+    return CaptureProgress(part=TRAIN, heldout_rows=progress.rows)
 
 
-def completed(progress: Progress) -> Progress:
+def completed(progress: CaptureProgress) -> CaptureProgress:
     """The same, with nothing left to do."""
     return replace(progress, complete=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sae_fast.activations.capture.extra import capture_package
+from sae_fast.activations.capture.language_model import capture_package
 from sae_fast.activations.errors import one_line
 
 DEFAULT_COLUMN = "text"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae_fast.activations.background import prefetch
 from sae_fast.activations.capture.language_model import HookedModel
-from sae_fast.activations.capture.sequences import Cursor, TokenBatch, TokenBatches
+from sae_fast.activations.capture.sequences import TokenBatch, TokenBatches, TokenCursor
 
 AHEAD = 4  # batches that are tokenised ahead of the model
 
@@ -92,7 +92,7 @@ class Harvester:
     def __iter__(self) -> Iterator[Harvest]:
         return self.harvest()
 
-    def harvest(self, cursor: Cursor | None = None) -> Generator[Harvest, None, None]:
+    def harvest(self, cursor: TokenCursor | None = None) -> Generator[Harvest, None, None]:
         """Run the model from a cursor on; a batch without a kept token is left out.
 
         Raises ValueError for a token that the model does not know.

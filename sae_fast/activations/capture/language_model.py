@@ -1,13 +1,10 @@
-"""A transformers model and its tokenizer, and the activations of its hook points.
-
-The model runs as it is, without gradients and in evaluation mode. A forward pass ends as soon as
-the last hook point has put out its activations; they are the very bits of a whole pass.
-"""
+"""The packages that only capturing needs, imported when they are."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,9 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.activations.capture.extra import capture_package
 from sae_fast.activations.capture.hooks import HookPoint
 from sae_fast.activations.capture.probe import probe_tokens, run_on_tokens, sees_later_tokens
+
+
+def capture_package(name: str) -> Any:
+    """Import transformers or datasets; raises ValueError saying how to install them."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"capturing needs {name}: install it (pip install 'sae_fast[capture]')"
+        ) from error
+
 
 AUTO = "auto"
 MODEL_DTYPES = (AUTO, "float32", "bfloat16", "float16")

@@ -12,7 +12,7 @@ from sae_fast.activations.background import BackgroundWriter
 from sae_fast.activations.capture.directory import (
     HELDOUT,
     CaptureDirectory,
-    Progress,
+    CaptureProgress,
     completed,
     next_part,
 )
@@ -31,7 +31,7 @@ FILE_OVERHEAD = 0.01  # of HDF5, at most
 
 
 @dataclass(frozen=True)
-class Result:
+class CaptureResult:
     """What a run has done.
 
     Attributes:
@@ -73,7 +73,7 @@ class CaptureRun:
         self._report = report
         self._metadata = shard_metadata(recipe)
 
-    def run(self) -> Result:
+    def run(self) -> CaptureResult:
         """Capture what is not there yet.
 
         Raises:
@@ -81,7 +81,7 @@ class CaptureRun:
         """
         progress, empty, stopped = self._directory.progress(), 0, False
         if progress.complete:
-            return Result(progress.rows, progress.heldout_rows, empty, stopped)
+            return CaptureResult(progress.rows, progress.heldout_rows, empty, stopped)
         if progress.part == HELDOUT:
             if self._capture.heldout is not None:
                 limit = self._capture.config.heldout_tokens
@@ -100,11 +100,11 @@ class CaptureRun:
                 )
             progress = completed(progress)
             self._directory.save(progress)
-        return Result(progress.rows, progress.heldout_rows, empty, stopped)
+        return CaptureResult(progress.rows, progress.heldout_rows, empty, stopped)
 
     def part(
-        self, batches: TokenBatches, limit: int | None, progress: Progress
-    ) -> tuple[Progress, int, bool]:
+        self, batches: TokenBatches, limit: int | None, progress: CaptureProgress
+    ) -> tuple[CaptureProgress, int, bool]:
         """One part to its end, from where `progress` says to `limit` rows.
 
         Gives how far it came, the documents without text, and whether it was stopped.

@@ -59,7 +59,7 @@ class SequenceConfig:
 
 
 @dataclass(frozen=True)
-class Cursor:
+class TokenCursor:
     """Where a batch begins.
 
     Attributes:
@@ -79,12 +79,12 @@ class Cursor:
     empty: int = 0
 
 
-START = Cursor()
+START = TokenCursor()
 
 
-def saved_cursor(values: Any) -> Cursor:
+def saved_cursor(values: Any) -> TokenCursor:
     """Return a saved cursor; raise ValueError unless all its numbers are counts."""
-    return Cursor(*saved_counts(values, *(item.name for item in fields(Cursor))))
+    return TokenCursor(*saved_counts(values, *(item.name for item in fields(TokenCursor))))
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class TokenBatch:
     kept: Tensor
     doc_id: Tensor
     position: Tensor
-    cursor: Cursor
-    following: Cursor
+    cursor: TokenCursor
+    following: TokenCursor
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class TokenBatches:
         """The special tokens that are put round documents."""
         return self.tokenisation.special
 
-    def iterate(self, cursor: Cursor | None = None) -> Generator[TokenBatch, None, None]:
+    def iterate(self, cursor: TokenCursor | None = None) -> Generator[TokenBatch, None, None]:
         """Yield the batches from a cursor on, however often they have been made before."""
         begin = self.start if cursor is None else cursor
         return self._packed(begin) if self.config.pack else self._padded(begin)
@@ -177,7 +177,7 @@ class TokenBatches:
         """Place, number and tokens of each document from a place on."""
         return self.tokenisation.iterate(self.documents, place, self.stop)
 
-    def _packed(self, cursor: Cursor) -> Generator[TokenBatch, None, None]:
+    def _packed(self, cursor: TokenCursor) -> Generator[TokenBatch, None, None]:
         size = self.config.batch_size * self.config.ctx_len
         buffer = np.empty((3, size), np.int32)  # tokens, doc_id, position
         have, empty, offset = 0, cursor.empty, cursor.offset
@@ -195,17 +195,19 @@ class TokenBatches:
                 have, offset = have + count, offset + count
                 if have == size:
                     done = offset == len(tokens)
-                    at = Cursor(place + 1, 0) if done else Cursor(place, offset)
+                    at = TokenCursor(place + 1, 0) if done else TokenCursor(place, offset)
                     batch = self._flat_batch(buffer, cursor, replace(at, empty=empty))
                     cursor = batch.following
                     yield batch
                     buffer, have = np.empty_like(buffer), 0
             offset = 0
         if have:
-            at = Cursor(self.stop, 0, empty=empty)
+            at = TokenCursor(self.stop, 0, empty=empty)
             yield self._flat_batch(buffer[:, :have], cursor, at)
 
-    def _flat_batch(self, tokens: Integers, cursor: Cursor, following: Cursor) -> TokenBatch:
+    def _flat_batch(
+        self, tokens: Integers, cursor: TokenCursor, following: TokenCursor
+    ) -> TokenBatch:
         """A batch of tokens [3, n] in rows of ctx_len, the last of them padded."""
         length = min(self.config.ctx_len, tokens.shape[1])
         rows = -(-tokens.shape[1] // length)
@@ -216,7 +218,7 @@ class TokenBatches:
         lengths[-1] = tokens.shape[1] - (rows - 1) * length
         return self._batch(padded.reshape(3, rows, length), lengths, cursor, following)
 
-    def _padded(self, cursor: Cursor) -> Generator[TokenBatch, None, None]:
+    def _padded(self, cursor: TokenCursor) -> Generator[TokenBatch, None, None]:
         size = self.config.batch_size * WINDOW
         rows: deque[_Row] = deque()
         window = replace(cursor, skip=0)
@@ -228,7 +230,7 @@ class TokenBatches:
             for row, end in self._rows(number, text, offset):
                 rows.append(row)
                 if len(rows) == size:
-                    at = Cursor(place + 1, 0) if end is None else Cursor(place, end)
+                    at = TokenCursor(place + 1, 0) if end is None else TokenCursor(place, end)
                     at = replace(at, empty=empty)
                     for batch in self._window(list(rows), window, skip, at):
                         yield batch
@@ -237,7 +239,7 @@ class TokenBatches:
                     skip = 0
             offset = 0
         if rows:
-            at = Cursor(self.stop, 0, empty=empty)
+            at = TokenCursor(self.stop, 0, empty=empty)
             yield from self._window(list(rows), window, skip, at)
 
     def _rows(self, number: int, text: Integers, offset: int) -> Iterator[tuple[_Row, int | None]]:
@@ -252,7 +254,7 @@ class TokenBatches:
             yield _Row(tokens, number, begin), end if end < len(text) else None
 
     def _window(
-        self, rows: list[_Row], window: Cursor, skip: int, following: Cursor
+        self, rows: list[_Row], window: TokenCursor, skip: int, following: TokenCursor
     ) -> Iterator[TokenBatch]:
         """The batches of a window but for the first `skip`, those of all lengths mixed."""
         rows.sort(key=lambda row: -len(row.tokens))
@@ -268,7 +270,9 @@ class TokenBatches:
             cursor = batch.following
             yield batch
 
-    def _row_batch(self, rows: Sequence[_Row], cursor: Cursor, following: Cursor) -> TokenBatch:
+    def _row_batch(
+        self, rows: Sequence[_Row], cursor: TokenCursor, following: TokenCursor
+    ) -> TokenBatch:
         lengths = np.array([len(row.tokens) for row in rows])
         padded = np.zeros((3, len(rows), lengths.max()), np.int32)
         padded[0] = self.special.padding
@@ -283,8 +287,8 @@ class TokenBatches:
         self,
         padded: Integers,  # [3, B, T]
         lengths: npt.NDArray[Any],  # [B]
-        cursor: Cursor,
-        following: Cursor,
+        cursor: TokenCursor,
+        following: TokenCursor,
     ) -> TokenBatch:
         mask = np.arange(padded.shape[2]) < lengths[:, None]
         kept = mask

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_fast.activations.capture.directory import (
     HELDOUT,
     CaptureDirectory,
-    Progress,
+    CaptureProgress,
     completed,
 )
 from sae_fast.activations.capture.harvest import Harvest
@@ -75,7 +75,7 @@ class ShardSeries:
         directory: CaptureDirectory,
         hooks: tuple[HookPoint, ...],
         metadata: ShardMetadata,
-        progress: Progress,
+        progress: CaptureProgress,
         *,
         dtype: str,
         compression: str | None,
@@ -168,7 +168,7 @@ class ShardSeries:
             f"{self.progress.rows:,} rows before it"
         )
 
-    def _close(self, progress: Progress) -> None:
+    def _close(self, progress: CaptureProgress) -> None:
         """Make the open shards whole, of every hook point, and then say so."""
         with _disk_errors(self._directory.path):
             self._stack.close()

@@ -1,13 +1,16 @@
-"""Arrow files as `datasets` saves them, and so SAELens its cached activations.
+"""Arrow files, as `datasets` writes them and with it SAELens, and Parquet files, as on a hub.
 
 A column is named by its hook and has an entry for each sequence, a list of rows (Array2D of context
-and d_in); `token_ids` beside it has a list of numbers. Read with pyarrow, from memory maps.
+and d_in); `token_ids` beside it has a list of numbers. Arrow files are read with pyarrow, from
+memory maps. A Parquet file is decoded one row group at a time, and the last row group of each
+column is kept, because pieces of it are asked for one after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.imports.arrays import Arrays, LazyArrays, SourceArray
+from sae_fast.activations.imports.arrays import LARGEST_COMPRESSION, Arrays, LazyArrays, SourceArray
 
 
 @contextmanager
@@ -121,3 +124,68 @@ def _is_list(values: Any) -> bool:
         or types.is_large_list(values.type)
         or types.is_fixed_size_list(values.type)
     )
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Arrays]:
+    """The columns of a .parquet file that hold numbers, or lists of them."""
+    import_pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path, memory_map=True) as file:
+
+        def look(name: str) -> SourceArray:
+            column = _Column(file, name)
+            return column_array(
+                path, name, len(column), column.first(), column.chunks, column.stored_bytes()
+            )
+
+        yield LazyArrays(file.schema_arrow.names, look)
+
+
+class _Column:
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+        metadata = file.metadata
+        groups = (metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
+        self._ends: list[int] = [0, *accumulate(groups)]
+        self._group, self._decoded = -1, None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def first(self) -> Any:
+        """The first entry, without decoding the rest of its group."""
+        batches = self._file.iter_batches(batch_size=1, columns=[self._name])
+        empty = self._file.schema_arrow.empty_table().column(self._name).combine_chunks()
+        return next((batch.column(self._name) for batch in batches), empty)
+
+    def stored_bytes(self) -> int:
+        """The bytes that the column takes in the file, as many as these may stand for."""
+        metadata = self._file.metadata
+        chunks = (
+            metadata.row_group(group).column(place)
+            for group in range(metadata.num_row_groups)
+            for place in range(metadata.num_columns)
+        )
+        sizes = (
+            max(0, int(chunk.total_compressed_size))
+            for chunk in chunks
+            if f"{chunk.path_in_schema}.".startswith(f"{self._name}.")
+        )
+        return LARGEST_COMPRESSION * sum(sizes)
+
+    def chunks(self, start: int, stop: int) -> Iterator[Any]:
+        """The entries start..stop in parts that lie in memory as one."""
+        for group, (begin, end) in enumerate(zip(self._ends, self._ends[1:], strict=False)):
+            if begin < stop and end > start:
+                first = max(start, begin)
+                part = self._of_group(group).slice(first - begin, min(stop, end) - first)
+                yield from part.chunks
+
+    def _of_group(self, group: int) -> Any:
+        if group != self._group:
+            self._decoded = None  # before the next one takes as much memory
+            table = self._file.read_row_group(group, columns=[self._name])
+            self._group, self._decoded = group, table.column(self._name)
+        return self._decoded

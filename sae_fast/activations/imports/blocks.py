@@ -14,8 +14,8 @@ from torch import Tensor
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.imports.arrays import Arrays, opened
 from sae_fast.activations.imports.formats import opener_of
-from sae_fast.activations.imports.plan import Span
-from sae_fast.activations.imports.source import Source, SourceFile
+from sae_fast.activations.imports.plan import EntrySpan
+from sae_fast.activations.imports.saved_activations import SavedActivations, SourceFile
 from sae_fast.activations.storage import Array, Storage, as_numpy, nonfinite_rows
 
 BLOCK_BYTES = 16 << 20  # of rows as they are in the source; a longer sequence is read whole
@@ -26,7 +26,7 @@ BELOW_NORMAL = 16
 
 
 @dataclass(frozen=True)
-class Block:
+class SourceBlock:
     """Consecutive rows.
 
     Attributes:
@@ -50,8 +50,8 @@ class Block:
 
 
 def read_blocks(
-    source: Source, spans: Sequence[Span], storage: Storage, skip_nonfinite: bool
-) -> Iterator[Block]:
+    source: SavedActivations, spans: Sequence[EntrySpan], storage: Storage, skip_nonfinite: bool
+) -> Iterator[SourceBlock]:
     """The rows of some spans in order.
 
     Raises ShardError, naming file and row, for a number that is not finite, unless such rows are to
@@ -73,13 +73,13 @@ def read_blocks(
 class _Piece:
     """Entries start..stop of a span."""
 
-    source: Source
+    source: SavedActivations
     file: SourceFile
-    span: Span
+    span: EntrySpan
     start: int
     stop: int
 
-    def block(self, arrays: Arrays, storage: Storage, skip_nonfinite: bool) -> Block:
+    def block(self, arrays: Arrays, storage: Storage, skip_nonfinite: bool) -> SourceBlock:
         """Read it."""
         rows = self._read(arrays, self.source.key).reshape(-1, self.source.d_in)
         keep = self._mask(arrays, len(rows))
@@ -95,7 +95,7 @@ class _Piece:
         if not good.all():
             chosen = torch.from_numpy(good)
             rows, stored = rows[chosen], stored[chosen]
-        return Block(stored, rows, columns, int((~keep).sum()), len(bad))
+        return SourceBlock(stored, rows, columns, int((~keep).sum()), len(bad))
 
     def _read(self, arrays: Arrays, name: str) -> Tensor:
         there = arrays.get(name, [])

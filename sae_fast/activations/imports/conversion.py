@@ -19,9 +19,9 @@ from typing import Any
 from sae_fast.activations.compression import COMPRESSIONS, dataset_options
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import shards_in
-from sae_fast.activations.imports.blocks import Block, read_blocks
+from sae_fast.activations.imports.blocks import SourceBlock, read_blocks
 from sae_fast.activations.imports.plan import PlannedShard, plan_shards
-from sae_fast.activations.imports.source import Source
+from sae_fast.activations.imports.saved_activations import SavedActivations
 from sae_fast.activations.imports.verification import Comparison, Report, compare
 from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
 from sae_fast.activations.storage import STORAGES, Storage
@@ -74,7 +74,7 @@ class ConversionOptions:
 class Conversion:
     """A conversion that is ready to begin, or to go on."""
 
-    source: Source
+    source: SavedActivations
     options: ConversionOptions
     directory: Path
     storage: Storage
@@ -92,14 +92,14 @@ class Conversion:
         row_bytes += 4 * len(self.source.columns)
         return stored_rows * row_bytes + FILE_OVERHEAD * len(left)
 
-    def blocks(self, shard: PlannedShard) -> Iterator[Block]:
+    def blocks(self, shard: PlannedShard) -> Iterator[SourceBlock]:
         """The rows of a shard as they should be."""
         skip = self.options.skip_nonfinite
         return read_blocks(self.source, shard.spans, self.storage, skip)
 
 
 @dataclass(frozen=True)
-class Result:
+class ConversionResult:
     """What a conversion came to.
 
     Attributes:
@@ -117,7 +117,7 @@ class Result:
     change: float
 
 
-def prepare(source: Source, directory: Path, options: ConversionOptions) -> Conversion:
+def prepare(source: SavedActivations, directory: Path, options: ConversionOptions) -> Conversion:
     """Plan a conversion; nothing is written. Raises ShardError where the directory is in use."""
     storage = source.storage if options.dtype is None else STORAGES[options.dtype]
     row_bytes = source.d_in * storage.itemsize
@@ -143,7 +143,7 @@ def check_space(conversions: list[Conversion]) -> int:
     return free
 
 
-def convert(conversion: Conversion, report: Report = lambda rows: None) -> Result:
+def convert(conversion: Conversion, report: Report = lambda rows: None) -> ConversionResult:
     """Write the shards and their manifest; each is read again and compared with the source.
 
     Raises ShardError for what cannot be stored; the shards written before it stay, and converting
@@ -171,7 +171,9 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Resul
                 f"{found.padding} were padding, {found.nonfinite} not finite"
             )
         write_manifest(directory)
-    return Result(rows["train"], rows["heldout"], found.padding, found.nonfinite, found.change)
+    return ConversionResult(
+        rows["train"], rows["heldout"], found.padding, found.nonfinite, found.change
+    )
 
 
 def _write(conversion: Conversion, shard: PlannedShard, path: Path, report: Report) -> None:
@@ -195,7 +197,7 @@ def _write(conversion: Conversion, shard: PlannedShard, path: Path, report: Repo
         raise ShardError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
-def _told(blocks: Iterator[Block], report: Report) -> Iterator[Block]:
+def _told(blocks: Iterator[SourceBlock], report: Report) -> Iterator[SourceBlock]:
     for block in blocks:
         yield block
         report(block.source_rows)
@@ -214,7 +216,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _record(
-    source: Source, options: ConversionOptions, storage: Storage, shard_rows: int
+    source: SavedActivations, options: ConversionOptions, storage: Storage, shard_rows: int
 ) -> dict[str, Any]:
     """What conversion.json says, in plain values."""
     metadata = asdict(options.metadata)

@@ -9,9 +9,8 @@ from pathlib import Path
 from sae_fast.activations.errors import ShardError, one_line
 from sae_fast.activations.files import IMPORTED_SUFFIXES, SUFFIXES, natural_key
 from sae_fast.activations.imports.arrays import Opener, short
-from sae_fast.activations.imports.arrow_files import open_arrow
+from sae_fast.activations.imports.arrow_files import open_arrow, open_parquet
 from sae_fast.activations.imports.numpy_files import open_npy, open_npz
-from sae_fast.activations.imports.parquet_files import open_parquet
 from sae_fast.activations.imports.tensor_files import open_safetensors, open_torch
 from sae_fast.json_files import parse_json, read_regular
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.imports.source import Source
+from sae_fast.activations.imports.saved_activations import SavedActivations
 
 
 @dataclass(frozen=True)
-class Span:
+class EntrySpan:
     """Entries start..stop of an array."""
 
     file: int  # number of the file
@@ -30,12 +30,14 @@ class Span:
         """Rows, padding among them."""
         return (self.stop - self.start) * self.entry_rows
 
-    def split(self, entries: int) -> tuple[Span, Span]:
+    def split(self, entries: int) -> tuple[EntrySpan, EntrySpan]:
         """The first entries, and the others."""
         middle = self.start + entries
         return (
-            Span(self.file, self.array, self.start, middle, self.first, self.entry_rows),
-            Span(self.file, self.array, middle, self.stop, self.first + entries, self.entry_rows),
+            EntrySpan(self.file, self.array, self.start, middle, self.first, self.entry_rows),
+            EntrySpan(
+                self.file, self.array, middle, self.stop, self.first + entries, self.entry_rows
+            ),
         )
 
 
@@ -44,7 +46,7 @@ class PlannedShard:
     """A shard by its name and what goes into it."""
 
     name: str
-    spans: tuple[Span, ...]
+    spans: tuple[EntrySpan, ...]
 
     @property
     def rows(self) -> int:
@@ -52,7 +54,7 @@ class PlannedShard:
         return sum(span.rows for span in self.spans)
 
 
-def plan_shards(source: Source, shard_rows: int, heldout_rows: int) -> list[PlannedShard]:
+def plan_shards(source: SavedActivations, shard_rows: int, heldout_rows: int) -> list[PlannedShard]:
     """All shards; the last entries, of `heldout_rows` rows or a little more, are held out.
 
     Raises ShardError where these would be all.
@@ -71,18 +73,18 @@ def plan_shards(source: Source, shard_rows: int, heldout_rows: int) -> list[Plan
     return planned
 
 
-def _all_spans(source: Source) -> Iterable[Span]:
+def _all_spans(source: SavedActivations) -> Iterable[EntrySpan]:
     first = 0
     for number, file in enumerate(source.files):
         for place, array in enumerate(file.arrays):
             if array.rows:
-                yield Span(number, place, 0, array.entries, first, max(1, array.tokens))
+                yield EntrySpan(number, place, 0, array.entries, first, max(1, array.tokens))
             first += array.entries
 
 
-def _hold_out(spans: list[Span], rows: int) -> tuple[list[Span], list[Span]]:
+def _hold_out(spans: list[EntrySpan], rows: int) -> tuple[list[EntrySpan], list[EntrySpan]]:
     """The spans without, and with, the last rows."""
-    train, heldout = list(spans), list[Span]()
+    train, heldout = list(spans), list[EntrySpan]()
     while rows > 0 and train:
         last = train.pop()
         if last.rows <= rows:
@@ -98,9 +100,9 @@ def _hold_out(spans: list[Span], rows: int) -> tuple[list[Span], list[Span]]:
     return train, heldout
 
 
-def _cut(spans: Iterable[Span], limit: int) -> Iterable[tuple[Span, ...]]:
+def _cut(spans: Iterable[EntrySpan], limit: int) -> Iterable[tuple[EntrySpan, ...]]:
     """Shards of at most `limit` rows, or of one entry that is longer."""
-    shard: list[Span] = []
+    shard: list[EntrySpan] = []
     left = limit
     for rest in spans:
         while rest.rows:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.imports.blocks import Block
+from sae_fast.activations.imports.blocks import SourceBlock
 from sae_fast.activations.shard import ShardFile, inspect_shard
 from sae_fast.activations.storage import Array, as_numpy, as_tensor
 
@@ -53,7 +53,7 @@ class Comparison:
         )
 
 
-def compare(path: Path, blocks: Iterator[Block], report: Report) -> Comparison:
+def compare(path: Path, blocks: Iterator[SourceBlock], report: Report) -> Comparison:
     """Read a shard beside the rows it should have; raises ShardError for the first that differs.
 
     A path that is not there stands for a shard of which every row was left out.
@@ -73,7 +73,7 @@ def compare(path: Path, blocks: Iterator[Block], report: Report) -> Comparison:
     return found
 
 
-def _compare_block(file: ShardFile, block: Block, start: int) -> Comparison:
+def _compare_block(file: ShardFile, block: SourceBlock, start: int) -> Comparison:
     """A block that begins at row `start` of its shard."""
     shard, stop = file.shard, start + len(block.rows)
     expected = as_numpy(block.rows.contiguous(), shard.storage)

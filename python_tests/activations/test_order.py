@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_fast.activations import open_shards
-from sae_fast.activations.shuffle import EpochPlan, default_pool_rows, random_order
+from sae_fast.activations.order import EpochPlan, default_pool_rows, random_order
 
 
 @given(count=st.integers(0, 2000), seed=st.integers(0, 2**63), epoch=st.integers(0, 2**40))

@@ -64,7 +64,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class SavedActivations:
     """Files with the same kind of activations."""
 
     files: tuple[SourceFile, ...]
@@ -132,7 +132,7 @@ def choose_key(paths: Sequence[Path], key: str | None) -> str:
     return fitting[0]
 
 
-def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> Source:
+def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> SavedActivations:
     """Check the files against each other; raises ShardError for the first that differs."""
     files: list[SourceFile] = []
     width = d_in
@@ -147,7 +147,7 @@ def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> Source:
             columns, mask = _beside(path, key, arrays, layouts)
         files.append(SourceFile(path, path.stat().st_size, layouts, columns, mask))
         _check_like_first(files)
-    source = Source(tuple(files), key, width or 0)
+    source = SavedActivations(tuple(files), key, width or 0)
     if source.rows == 0:
         raise ShardError(f"{paths[0]}: no rows in it or in the other {len(paths) - 1} files")
     return source
