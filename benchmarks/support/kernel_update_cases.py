@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.support.kernel_setting import Case, Setting
-from sae_fast.ops.moments import moment_blocks
+from sae_fast.ops.reference.moments import moment_blocks
 from sae_fast.training.optimizer.row_optimizer import STATE_DTYPES
 from sae_fast.training.optimizer.signum import ScheduleFreeSignum, Signum
 

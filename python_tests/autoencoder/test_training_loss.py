@@ -7,7 +7,7 @@ from plain_sae import PARAMETERS, left_gradients, make_batch, make_sae, plain_gr
 from sae_fast import ops
 from sae_fast.autoencoder.losses import total_variance
 from sae_fast.ops import native
-from sae_fast.training.row_factors import merge_row_factors
+from sae_fast.ops.row_factors import merge_row_factors
 
 # The compiled kernels are float32; the reference takes float64, which shows a wrong formula.
 DTYPE = torch.float32 if native.load() is not None else torch.float64

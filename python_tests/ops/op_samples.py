@@ -9,7 +9,7 @@ import torch
 from device_ops import moved, ops
 from torch import Tensor
 
-from sae_fast.ops.moments import EXP_AVG, EXP_AVG_SQ, encode_moment_, moment_blocks
+from sae_fast.ops.reference.moments import EXP_AVG, EXP_AVG_SQ, encode_moment_, moment_blocks
 
 PRECISIONS = ("screened", "fp32", "bf16", "fp16")
 EXACT = ("screened", "fp32")

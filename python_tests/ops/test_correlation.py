@@ -10,7 +10,7 @@ from op_samples import make_codes
 from tolerances import close
 
 from sae_fast.ops import reference
-from sae_fast.ops.library import NATIVE
+from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 

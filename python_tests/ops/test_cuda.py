@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.ops.library import NATIVE
+from sae_fast.ops.registry import NATIVE
 from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("ops_on_device")]

@@ -15,9 +15,9 @@ from op_samples import (
 )
 
 from sae_fast import ops as public
-from sae_fast.ops.library import NATIVE
 from sae_fast.ops.native import build_info
-from sae_fast.ops.rows import weighted_row_sum
+from sae_fast.ops.registry import NATIVE
+from sae_fast.ops.row_factors import weighted_row_sum
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 

@@ -21,6 +21,7 @@ from wrong_arguments import (
 )
 
 import sae_fast.ops as public
+from sae_fast.ops.registry import OPS
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
@@ -48,6 +49,24 @@ def test_arguments_of_the_table_are_right(op):
 def test_wrong_argument_is_named(op, changes, message):
     with pytest.raises(RuntimeError, match=re.escape(f"{op}: {message}")):
         call(op, changes)
+
+
+def declared_tensors():
+    """The tensors of every op whose shape is declared: an array of one more axis is wrong."""
+    for op, given in ARGUMENTS.items():
+        for name, form in OPS[op].forms.items():
+            any_shape = form.sizes in (("any",), ("opaque",))
+            # The compiled op calls these "values".
+            is_misnamed = (op, name) == ("accumulate_rows", "coefficients")
+            if not any_shape and not is_misnamed and given[name] is not None:
+                yield op, name
+
+
+@pytest.mark.parametrize(("op", "name"), list(declared_tensors()))
+def test_every_tensor_of_one_axis_too_many_is_named(op, name):
+    wrong = ARGUMENTS[op][name][None]
+    with pytest.raises(RuntimeError, match=f"^{op}: {name} must have "):
+        call(op, {name: wrong})
 
 
 def needed_tensors():

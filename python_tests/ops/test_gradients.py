@@ -6,7 +6,7 @@ from tolerances import close
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.ops.library import NATIVE
+from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.usefixtures("default_device")
 

@@ -11,7 +11,7 @@ from op_samples import in_latent_major as lists_of
 from torch import Tensor
 
 from sae_fast import ops as public
-from sae_fast.ops.library import NATIVE
+from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="the reference is made of torch's own ops")
 

@@ -17,8 +17,8 @@ from tolerances import close
 
 from sae_fast import ops as public
 from sae_fast.ops import reference
-from sae_fast.ops.library import NATIVE
-from sae_fast.ops.moments import EXP_AVG, EXP_AVG_SQ, decode_moment, moment_blocks
+from sae_fast.ops.reference.moments import EXP_AVG, EXP_AVG_SQ, decode_moment, moment_blocks
+from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 

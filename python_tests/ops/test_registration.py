@@ -1,10 +1,11 @@
+import re
+
 import pytest
 import torch
 from op_samples import samples, samples_on
 from torch import Tensor
 
-import sae_fast.ops  # noqa: F401
-from sae_fast.ops import library
+from sae_fast.ops.registry import OPS, op_table
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
@@ -40,15 +41,30 @@ def with_grad(name, arguments):
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
-@pytest.mark.parametrize("name", library.SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
 def test_schema_is_the_one_in_the_list(name):
-    written = torch._C.parse_schema(f"sae_fast::{name}{library.SCHEMAS[name]}")
+    written = torch._C.parse_schema(f"sae_fast::{OPS[name].schema}")
     assert str(overload(name)._schema) == str(written)
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_every_op_has_samples():
-    assert {name for name, _, _ in samples()} == set(library.SCHEMAS)
+    assert {name for name, _, _ in samples()} == OPS.keys()
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_table_of_ops_has_a_line_and_a_sentence_for_each():
+    lines = op_table().splitlines()[2:]
+    assert [line.split("`")[1] for line in lines] == [*OPS]
+    for line in lines:
+        assert re.match(r"\| `\w+`: [A-Z][^|]*\w[^|]* \|", line.replace("\\|", "/")), line
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_table_of_ops_states_shapes_and_dtypes():
+    (line,) = [line for line in op_table().splitlines() if "`decode`:" in line]
+    assert "`indices` [N, K] or [E] int32; `offsets` [N+1] int64, optional" in line
+    assert line.endswith("| `x_hat` [N, D] |")
 
 
 @pytest.mark.parametrize(("name", "case"), SAMPLES)

@@ -17,7 +17,7 @@ from op_samples import (
 from tolerances import close
 
 from sae_fast import ops as public
-from sae_fast.ops.library import NATIVE
+from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 

@@ -7,7 +7,7 @@ from op_samples import Problem
 from tolerances import close
 
 from sae_fast import ops
-from sae_fast.ops.reference_encoder import _CHUNK_ELEMENTS
+from sae_fast.ops.reference.chunks import CHUNK_ELEMENTS
 
 SELECTIONS = {"abs_topk": ops.encode_abs_topk, "groupmax": ops.encode_groupmax}
 
@@ -100,7 +100,7 @@ def test_groupmax_takes_the_lower_index_of_equal_values():
 
 def test_groupmax_in_chunks_is_groupmax():
     d_sae = 8192
-    n_rows = _CHUNK_ELEMENTS // d_sae + 3
+    n_rows = CHUNK_ELEMENTS // d_sae + 3
     tensors = arguments(n_rows, 4, d_sae)
     code = ops.encode_groupmax(*tensors, 64)
     alone = ops.encode_groupmax(tensors[0][-2:], *tensors[1:], 64)

@@ -22,8 +22,8 @@ from tolerances import close
 
 from sae_fast import ops as public
 from sae_fast.ops import reference
-from sae_fast.ops.library import NATIVE
-from sae_fast.ops.moments import moment_blocks
+from sae_fast.ops.reference.moments import moment_blocks
+from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 

@@ -8,12 +8,12 @@ from plain_optimizer import PlainSteps
 from plain_sae import PARAMETERS, dense_from_factor, make_batch, make_sae
 
 from sae_fast.config import TrainConfig
+from sae_fast.ops.row_factors import merge_row_factors, row_factors
 from sae_fast.training.optimizer.row_optimizer import (
     DenseOptimizer,
     RowOptimizer,
     make_optimizer,
 )
-from sae_fast.training.row_factors import merge_row_factors, row_factors
 
 DEAD = (1, 3, 8, 9, 20, 21, 22, 30)
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}

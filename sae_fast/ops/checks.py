@@ -1,268 +1,160 @@
-"""The argument checks of every op, and so the one list of their messages.
+"""How an op's arguments are checked, and the words of every message.
 
-The fake kernels run them while tracing, the reference before computing; the compiled ops check the
-same things in the same words. A message is "op: argument must be ..., got ..."; the shape comes
-first, then dtype, device, range. Each function takes the arguments of the op it is named after.
-
-    {op}: {name} must have shape {shape}, got {shape}         (* stands for any size)
-    {op}: values must have the shape of indices, {shape}, got {shape}
-    {op}: {name} must have the shape of w, {shape}, got {shape}
-    {op}: {name} must be float32, got {dtype}                 (the reference also takes float64)
-    {op}: {name} must be float32, bfloat16 or float16, got {dtype}       (W_dec, dense, source)
-    {op}: {name} must be int32, got {dtype}                   (likewise int64, bool)
-    {op}: exp_avg must be float32, bfloat16 or uint8, got {dtype}        (of fused_update_)
-    {op}: exp_avg_sq must be {dtype of exp_avg}, got {dtype}             (of fused_update_)
-    {op}: {name} must be given where exp_avg is {dtype}, got none        (scales, step_count)
-    {op}: {name} must be none where exp_avg is {dtype}, got a tensor     (scales)
-    {op}: rule must be adam, sgd, signum or schedule_free_signum, got {rule}
-    {op}: {name} must be given where rule is {rule}, got none            (exp_avg_sq, lr_squares)
-    {op}: {name} must be none where rule is {rule}, got a tensor         (those, exp_avg_sq_scale)
-    {op}: {name} must be on {device} like {first}, got {device}
-    {op}: {name} is changed in place and must be contiguous
-    {op}: k must be in [1, d_sae], got k={k} with d_sae={d_sae}
-    {op}: k_aux must be in [0, d_sae], got k_aux={k_aux} with d_sae={d_sae}
-    {op}: k_aux must be 0 without a dead_mask, got k_aux={k_aux}
-    {op}: precision must be screened, fp32, bf16 or fp16, got {precision}
-    {op}: d_sae must be at least 1, got {d_sae}
-    {op}: split must be in [0, d_sae], got split={split} with d_sae={d_sae}
-    {op}: at most {most} entries, got {count}
-    {op}: offsets must have N + 1 elements, got none
-    {op}: latent_offsets must have d_sae + 1 >= 2 elements, got {count}
-    {op}: offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
-    {op}: indices must be in [0, {d_sae}), got {index}
-    {op}: entries must be in [0, {nnz}), got {entry}
-    {op}: {name} must be in [0, {rows of source or out}), got {number}   (of gather_rows_)
-    {op}: latent_offsets must ascend from 0 to the number of entries, {nnz}, got {first} to {last}
-
-The last five look at data, see data_checks.py.
+A message is "op: argument must be ..., got ..."; the shape is checked first, then dtype, device,
+range and layout, and last, where that need not wait for a device, the numbers inside. The compiled
+ops (csrc/ops/check.h and its neighbours) check the same things in the same words.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sae_fast.ops.call import GATHERED, MASTER, Call
-from sae_fast.ops.update_checks import fused_update_ as fused_update_
-from sae_fast.ops.update_checks import row_gradient_norm as row_gradient_norm
-from sae_fast.ops.update_checks import update_scalars as update_scalars
-from sae_fast.ops.update_checks import update_vector_ as update_vector_
-
-_MOST_ENTRIES = 2**31 - 1
+FLOAT32 = (torch.float32,)
+GATHERED = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ENTRIES = 2**31 - 1  # entries and rows of a code: they are numbered in int32
 
 
-def pack_encoder(W_enc: Tensor, precision: str) -> None:  # noqa: D103
-    op = Call("pack_encoder", "W_enc", W_enc)
-    op.tensor("W_enc", W_enc, (None, None), MASTER)
-    op.precision(precision)
+class Call:
+    """The checks of one call: the op's name, and the tensor whose device the others share."""
+
+    def __init__(self, name: str, like: str, tensor: Tensor | None) -> None:
+        self.name = name
+        self.like = like
+        self.device = None if tensor is None else tensor.device
+
+    def require(self, condition: bool, must: str, got: str = "") -> None:
+        """Raise RuntimeError unless `condition`; `must` says what must hold, `got` what was met."""
+        message = f"{self.name}: {must}, got {got}" if got else f"{self.name}: {must}"
+        torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
+
+    def tensor(
+        self,
+        name: str,
+        tensor: Tensor,
+        sizes: Sequence[int | None],  # None: any
+        dtypes: tuple[torch.dtype, ...],
+    ) -> None:
+        """Check a tensor's shape and dtype, and that it is on the device of the call's tensor."""
+        self.shape(name, tensor, sizes)
+        self.dtype(name, tensor, dtypes)
+        self.same_device(name, tensor)
+
+    def shape(self, name: str, tensor: Tensor, sizes: Sequence[int | None]) -> None:
+        """Check a tensor's sizes, of which None allows any."""
+        shape = tuple(tensor.shape)
+        wanted = ", ".join("*" if size is None else str(size) for size in sizes)
+        must = f"{name} must have shape [{wanted}]"
+        self.require(len(shape) == len(sizes), must, str(list(shape)))
+        for got, size in zip(shape, sizes, strict=True):
+            if size is not None:
+                self.require(got == size, must, str(list(shape)))
+
+    def dtype(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+        """Check a tensor's dtype; float64 passes where float32 does, for the reference."""
+        # The compiled ops refuse float64 themselves.
+        known = tensor.dtype in dtypes or (
+            tensor.dtype == torch.float64 and torch.float32 in dtypes
+        )
+        names = [dtype_name(dtype) for dtype in dtypes]
+        wanted = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+        self.require(known, f"{name} must be {wanted}", dtype_name(tensor.dtype))
+
+    def same_shape(self, name: str, tensor: Tensor, like: str, other: Tensor) -> None:
+        """Check that a tensor has the shape of `other`, the argument named `like`."""
+        must = f"{name} must have the shape of {like}, {list(other.shape)}"
+        self.require(tensor.dim() == other.dim(), must, str(list(tensor.shape)))
+        for got, size in zip(tensor.shape, other.shape, strict=True):
+            self.require(got == size, must, str(list(tensor.shape)))
+
+    def same_device(self, name: str, tensor: Tensor) -> None:
+        """Check that a tensor is on the device of the call's tensor."""
+        must = f"{name} must be on {self.device} like {self.like}"
+        self.require(tensor.device == self.device, must, str(tensor.device))
+
+    def in_place(self, name: str, tensor: Tensor) -> None:
+        """Check that a tensor which the op writes is contiguous: a copy would not do."""
+        self.require(tensor.is_contiguous(), f"{name} is changed in place and must be contiguous")
+
+    def usable(self, name: str, tensor: object) -> None:
+        """Check that torch can compute with a tensor: dense, backed by its storage, not meta."""
+        given = type(tensor).__name__
+        self.require(isinstance(tensor, Tensor), f"{name} must be a tensor", given)
+        assert isinstance(tensor, Tensor)
+        is_dense = tensor.layout == torch.strided and not tensor.is_quantized
+        kind = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
+        self.require(is_dense, f"{name} must be a dense tensor", kind)
+        self.require(not tensor.is_meta, f"{name} must be on a device", "meta")
+        if tensor.numel() == 0:
+            return
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+        needed, size = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+        must = f"{name} must have a storage of at least {needed} bytes"
+        self.require(needed <= size, must, str(size))
+
+    def partition(self, name: str, offsets: Tensor, entries: int) -> None:
+        """Check that offsets ascend from 0 to the number of entries."""
+        self.require(offsets.numel() > 0, f"{name} must have at least one element", "none")
+        first, last = int(offsets[0]), int(offsets[-1])
+        ascending = first == 0 and last == entries and bool((offsets.diff() >= 0).all())
+        must = f"{name} must ascend from 0 to the number of entries, {entries}"
+        self.require(ascending, must, f"{first} to {last}")
+
+    def below(self, name: str, numbers: Tensor, bound: int) -> None:
+        """Check that all integers of a tensor are in [0, bound)."""
+        if numbers.numel() > 0:
+            low, high = (int(end) for end in torch.aminmax(numbers))
+            wrong = low if low < 0 else high
+            self.require(low >= 0 and high < bound, f"{name} must be in [0, {bound})", str(wrong))
 
 
-def _selection(op: Call, d_sae: int, k: int, dead_mask: Tensor | None, k_aux: int) -> None:
-    if dead_mask is not None:
-        op.tensor("dead_mask", dead_mask, (d_sae,), (torch.bool,))
-    op.require(1 <= k <= d_sae, "k must be in [1, d_sae]", f"k={k} with d_sae={d_sae}")
-    must = "k_aux must be in [0, d_sae]"
-    op.require(0 <= k_aux <= d_sae, must, f"k_aux={k_aux} with d_sae={d_sae}")
-    must = "k_aux must be 0 without a dead_mask"
-    op.require(dead_mask is not None or k_aux == 0, must, f"k_aux={k_aux}")
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
-def _encoder(
-    op: Call, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, precision: str
+def check_usable(op_name: str, **tensors: object) -> None:
+    """Check tensors which torch's own ops read before one of our ops sees them."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        Call(op_name, name, tensor if isinstance(tensor, Tensor) else None).usable(name, tensor)
+
+
+def check_code(
+    values: Tensor,  # [N, K], or [nnz] with offsets
+    indices: Tensor,  # int32, the shape of values
+    offsets: Tensor | None,  # [N + 1] int64
+    d_sae: int,
 ) -> None:
-    op.tensor("x", x, (None, None), MASTER)
-    op.tensor("W_enc", W_enc, (None, x.size(1)), MASTER)
-    op.tensor("b_enc", b_enc, (W_enc.size(0),), MASTER)
-    op.tensor("b_dec", b_dec, (x.size(1),), MASTER)
-    op.precision(precision)
+    """Check a code that a caller made, on the CPU its indices and offsets too."""
+    rest = {} if offsets is None else {"offsets": offsets}
+    check_usable("SparseCode", values=values, indices=indices, **rest)
+    call = Call("SparseCode", "values", values)
+    call.require(isinstance(d_sae, int) and d_sae >= 1, "d_sae must be at least 1", str(d_sae))
+    call.tensor("indices", indices, (None, None) if offsets is None else (None,), (torch.int32,))
+    call.dtype("values", values, FLOAT32)
+    call.same_shape("values", values, "indices", indices)
+    if offsets is not None:
+        call.tensor("offsets", offsets, (None,), (torch.int64,))
+        call.require(offsets.size(0) >= 1, "offsets must have N + 1 elements", "none")
+    n_rows = indices.size(0) if offsets is None else offsets.size(0) - 1
+    call.require(n_rows <= MOST_ENTRIES, f"at most {MOST_ENTRIES} rows", str(n_rows))
+    call.require(
+        indices.numel() <= MOST_ENTRIES, f"at most {MOST_ENTRIES} entries", str(indices.numel())
+    )
+    if not indices.is_cuda:
+        check_entries(indices, offsets, d_sae)
 
 
-def encode_topk(  # noqa: D103
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    precision: str,
-    dead_mask: Tensor | None,
-    k_aux: int,
-    packed: Tensor | None,
-    stats: Tensor | None,
-    rounded: Tensor | None,
+def check_entries(
+    indices: Tensor,  # int32
+    offsets: Tensor | None,  # [N + 1] int64
+    d_sae: int,
 ) -> None:
-    op = Call("encode_topk", "x", x)
-    _encoder(op, x, W_enc, b_enc, b_dec, precision)
-    _selection(op, W_enc.size(0), k, dead_mask, k_aux)
-
-
-def encode_batch_topk(  # noqa: D103
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    k: int,
-    precision: str,
-    dead_mask: Tensor | None,
-    k_aux: int,
-    packed: Tensor | None,
-    stats: Tensor | None,
-    rounded: Tensor | None,
-) -> None:
-    op = Call("encode_batch_topk", "x", x)
-    _encoder(op, x, W_enc, b_enc, b_dec, precision)
-    _selection(op, W_enc.size(0), k, dead_mask, k_aux)
-    must = f"at most {_MOST_ENTRIES} entries"
-    op.require(x.size(0) * k <= _MOST_ENTRIES, must, f"{x.size(0)} * {k}")
-
-
-def encode_threshold(  # noqa: D103
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    threshold: Tensor,
-    precision: str,
-    packed: Tensor | None,
-    stats: Tensor | None,
-    rounded: Tensor | None,
-) -> None:
-    op = Call("encode_threshold", "x", x)
-    _encoder(op, x, W_enc, b_enc, b_dec, precision)
-    op.tensor("threshold", threshold, (W_enc.size(0),), MASTER)
-
-
-def decode(  # noqa: D103
-    values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
-) -> None:
-    op = Call("decode", "values", values)
-    op.code(values, indices, offsets)
-    op.tensor("W_dec", W_dec, (None, None), GATHERED)
-    if b_dec is not None:
-        op.tensor("b_dec", b_dec, (W_dec.size(1),), MASTER)
-
-
-def decode_backward(  # noqa: D103
-    grad: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor
-) -> None:
-    op = Call("decode_backward", "grad", grad)
-    n_rows = op.code(None, indices, offsets)
-    op.tensor("W_dec", W_dec, (None, None), GATHERED)
-    op.tensor("grad", grad, (n_rows, W_dec.size(1)), MASTER)
-
-
-def reconstruct(  # noqa: D103
-    values: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    W_dec: Tensor,
-    b_dec: Tensor | None,
-    x: Tensor,
-) -> None:
-    op = Call("reconstruct", "values", values)
-    n_rows = op.code(values, indices, offsets)
-    op.tensor("W_dec", W_dec, (None, None), GATHERED)
-    if b_dec is not None:
-        op.tensor("b_dec", b_dec, (W_dec.size(1),), MASTER)
-    op.tensor("x", x, (n_rows, W_dec.size(1)), MASTER)
-
-
-def accumulate_rows(  # noqa: D103
-    coefficients: Tensor, indices: Tensor, offsets: Tensor | None, dense: Tensor, d_sae: int
-) -> None:
-    op = Call("accumulate_rows", "coefficients", coefficients)
-    n_rows = op.code(coefficients, indices, offsets)
-    op.tensor("dense", dense, (n_rows, None), GATHERED)
-    op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
-
-
-def latent_major(  # noqa: D103
-    values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
-) -> None:
-    op = Call("latent_major", "values", values)
-    op.code(values, indices, offsets)
-    op.require(d_sae >= 1, "d_sae must be at least 1", str(d_sae))
-
-
-def gather_entries(source: Tensor, entries: Tensor) -> None:  # noqa: D103
-    op = Call("gather_entries", "source", source)
-    op.dtype("source", source, MASTER)
-    op.tensor("entries", entries, (None,), (torch.int32,))
-
-
-def gather_rows_(  # noqa: D103
-    out: Tensor,
-    places: Tensor | None,
-    source: Tensor,
-    rows: Tensor,
-    mean: Tensor | None,
-    scale: float,
-) -> None:
-    op = Call("gather_rows_", "out", out)
-    op.tensor("out", out, (None, None), MASTER)
-    op.in_place("out", out)
-    op.tensor("source", source, (None, out.size(1)), GATHERED)
-    op.tensor("rows", rows, (out.size(0) if places is None else None,), (torch.int64,))
-    if places is not None:
-        op.tensor("places", places, (rows.size(0),), (torch.int64,))
-    if mean is not None:
-        op.tensor("mean", mean, (out.size(1),), MASTER)
-
-
-def latent_sums(  # noqa: D103
-    latent_offsets: Tensor, entries: Tensor, coefficients: Tensor
-) -> None:
-    op = Call("latent_sums", "coefficients", coefficients)
-    op.latents(latent_offsets)
-    op.tensor("entries", entries, (None,), (torch.int32,))
-    op.dtype("coefficients", coefficients, MASTER)
-
-
-def normalize_rows_(W: Tensor) -> None:  # noqa: D103
-    op = Call("normalize_rows_", "W", W)
-    op.tensor("W", W, (None, None), MASTER)
-    op.in_place("W", W)
-
-
-def dense_product(  # noqa: D103
-    left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, precision: str
-) -> None:
-    op = Call("dense_product", "left", left)
-    op.tensor("left", left, (None, None), MASTER)
-    op.tensor("right", right, (left.size(1), None), MASTER)
-    if bias is not None:
-        op.tensor("bias", bias, (right.size(1),), MASTER)
-    op.precision(precision)
-
-
-def decorrelation(W: Tensor) -> None:  # noqa: D103
-    op = Call("decorrelation", "W", W)
-    op.tensor("W", W, (None, None), MASTER)
-
-
-def _groups(op: Call, h: Tensor, split: int) -> None:
-    op.tensor("h", h, (None, None), MASTER)
-    must = "split must be in [0, d_sae]"
-    op.require(0 <= split <= h.size(1), must, f"split={split} with d_sae={h.size(1)}")
-
-
-def code_correlation(h: Tensor, split: int) -> None:  # noqa: D103
-    _groups(Call("code_correlation", "h", h), h, split)
-
-
-def code_correlation_backward(  # noqa: D103
-    grad_within: Tensor | None,
-    grad_between: Tensor | None,
-    h: Tensor,
-    split: int,
-    means: Tensor,
-    inverse_norms: Tensor,
-    gram: Tensor,
-) -> None:
-    op = Call("code_correlation_backward", "h", h)
-    _groups(op, h, split)
-    n_tokens, d_sae = h.shape
-    op.tensor("means", means, (d_sae,), (torch.float64,))
-    op.tensor("inverse_norms", inverse_norms, (d_sae,), MASTER)
-    matrices = 1 if split == d_sae else 2
-    op.tensor("gram", gram, (matrices, n_tokens, n_tokens), MASTER)
-    for name, grad in (("grad_within", grad_within), ("grad_between", grad_between)):
-        if grad is not None:
-            op.tensor(name, grad, (), MASTER)
+    """Check the numbers of a code: offsets that partition the entries, indices below d_sae."""
+    call = Call("SparseCode", "indices", indices)
+    if offsets is not None:
+        call.partition("offsets", offsets, indices.numel())
+    call.below("indices", indices, d_sae)

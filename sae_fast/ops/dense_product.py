@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_fast.ops.full_precision import without_autocast
-from sae_fast.ops.library import fake, refuse_backward
 
 
 def dense_product(
@@ -18,22 +17,22 @@ def dense_product(
     bias: Tensor | None = None,  # [P]
     relu: bool = False,
 ) -> Tensor:
-    """Return left · right + bias, and of that ReLU: [M, P] float32, not differentiable.
+    """Return left · right + bias, then ReLU if asked: [M, P] float32, not differentiable.
 
-    It is torch's product, but on CPUs with AMX one of its tiles: of bfloat16 with precision "bf16",
-    else of 8-bit integers that stand for 24 bits of every number, relative to the largest number of
-    768 or fewer in a row of `left` or a column of `right`. The tiles' result does not depend on the
-    number of threads.
+    It is torch's product, but on CPUs with AMX a product of its tiles: of bfloat16 with precision
+    "bf16", else of 8-bit integers that stand for 24 bits of every number, relative to the largest
+    number of 768 or fewer in a row of `left` or a column of `right`. The tiles' result does not
+    depend on the number of threads.
 
     Args:
         left: read in place where its rows or its columns are contiguous, else from a copy.
         right: read in place where its rows or its columns are contiguous, else from a copy.
         precision: "screened" and "fp32" give float32 precision; "bf16" and "fp16" round both
             matrices to that dtype and sum in float32.
-        bias: what is added to every row; None: nothing.
+        bias: added to every row, or None.
         relu: whether negative numbers become 0.
 
-    Raises RuntimeError naming the argument that does not fit.
+    Raises RuntimeError for an argument that does not fit; the message names it.
     """
     product: Tensor = _product(left, right, bias, relu, precision)
     return product
@@ -48,27 +47,19 @@ def _product(
     return product
 
 
-@fake("dense_product")
-def _(left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, precision: str) -> Tensor:
-    return left.new_empty(left.size(0), right.size(1))
-
-
-refuse_backward("dense_product")
-
-
 def linear(
     x: Tensor,  # [N, D]
     W: Tensor,  # [P, D]
     bias: Tensor | None = None,  # [P]
     precision: str = "screened",
 ) -> Tensor:
-    """Return x Wᵀ + bias, [N, P], made by `dense_product`, and so its gradients; differentiable."""
+    """Return x Wᵀ + bias, [N, P], differentiable; it and its gradients are `dense_product`s."""
     result: Tensor = _Linear.apply(x, W, bias, precision)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Linear(torch.autograd.Function):
-    """See `linear`."""
+    """Autograd of `linear`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, precision: str) -> Tensor:

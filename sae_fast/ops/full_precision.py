@@ -1,8 +1,8 @@
 """Matrix products in the dtype of their factors, whatever autocast would make of them.
 
-Autocast, in which models are often run, rounds the factors of torch's matrix products. What is
-computed here has a precision of its own, so it comes out as it does without autocast, and its
-gradients too, also where backward runs inside autocast.
+Autocast, in which models are often run, rounds the factors of torch's matrix products. The
+functions here have a precision of their own: their results and gradients do not depend on autocast,
+also if backward runs inside it.
 """
 
 import functools
@@ -53,7 +53,7 @@ def full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _FullPrecision(torch.autograd.Function):
-    """A function with a graph of its own, which backward goes through without autocast."""
+    """Run a function in a graph of its own, which backward traverses without autocast."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -1,9 +1,7 @@
-"""Batches made of rows as they are stored: gathered, widened to float32 and standardised."""
+"""Batches made of rows as they are stored: gathered, widened to float32 and standardized."""
 
 import torch
 from torch import Tensor
-
-from sae_fast.ops.library import fake
 
 
 @torch.no_grad()
@@ -16,20 +14,15 @@ def gather_rows_(
     mean: Tensor | None = None,  # [D]
     scale: float = 1.0,
 ) -> Tensor:
-    """Write (source[rows[i]] − mean) · scale to row places[i] of `out`, which is returned.
+    """Write (source[rows[i]] − mean) · scale to row places[i] of `out`, and return it.
 
-    Without `places` row i goes to row i, and N is M; without `mean` it is zeros. The difference is
-    rounded to float32, then the product, so every device gives the same bits.
+    Without `places` row i goes to row i, and N is M; without `mean` nothing is subtracted. The
+    difference is rounded to float32, then the product, so every device gives the same bits.
 
     Raises:
-        RuntimeError: naming the argument that does not fit. Numbers outside `source` or `out` are
-            found on the CPU; on a GPU looking at them would wait for it.
+        RuntimeError: for an argument that does not fit, which the message names. Row numbers
+            outside `source` or `out` are found on the CPU only: a look at them waits for a GPU.
     """
     torch.ops.sae_fast.gather_rows_.default(out, places, source, rows, mean, scale)
     torch.autograd.graph.increment_version(out)
     return out
-
-
-@fake("gather_rows_")
-def _(*arguments: object) -> None:
-    return None

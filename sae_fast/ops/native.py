@@ -1,4 +1,4 @@
-"""The compiled module `sae_fast._C`: found, refused by choice, or missing with one clear reason.
+"""The compiled module `sae_fast._C`: loaded, declined, or missing with one clear reason.
 
 There is no silent fallback. The pure-PyTorch reference runs where it was asked for, by
 SAE_FAST_NATIVE=0 in the environment or when sae_fast was installed, and nowhere else.
@@ -24,10 +24,10 @@ _REFERENCE = "or set SAE_FAST_NATIVE=0 for the pure-PyTorch reference, which is 
 
 @functools.cache
 def load() -> ModuleType | None:
-    """Return the compiled module, or None where the reference was chosen.
+    """Return the compiled module, or None if the reference was chosen.
 
     Raises:
-        ImportError: where neither can be had, in one line that names the cause and the remedy.
+        ImportError: if neither is available, in one line that names the cause and the remedy.
     """
     try:
         return _load()
@@ -61,7 +61,7 @@ def _load() -> ModuleType | None:
 
 
 def reference_reason() -> str | None:
-    """Why the pure-PyTorch reference is in use, or None where the compiled module is."""
+    """Return why the pure-PyTorch reference is in use, or None if the compiled module is."""
     if load() is not None:
         return None
     if os.environ.get("SAE_FAST_NATIVE") == "0":
@@ -79,7 +79,7 @@ def describe_kernels() -> str:
 
 
 def build_info() -> dict[str, object]:
-    """How the ops in use were built.
+    """Return how the ops in use were built.
 
     `backend` is "native" or "reference". A native build adds `compiler`, `torch` (compiled
     against), `instruction_sets` (compiled in), `instruction_set` (in use),
@@ -135,7 +135,7 @@ def _why_not(error: str, module: Path) -> str:
 
 
 def _other_pythons() -> str:
-    """Name the versions of Python that there is a module for."""
+    """Name the versions of Python for which there is a module."""
     names = [path.name for path in Path(__file__).parents[1].glob("_C.*.so")]
     found = [match for name in names if (match := _VERSION.search(name)) is not None]
     versions = sorted({f"{match[1]}.{match[2]}" for match in found})
@@ -148,5 +148,5 @@ def _built_with(module: Path) -> str:
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """A module of this very package: an editable install elsewhere would offer its own."""
+    """Return a module of this very package: an editable install elsewhere would offer another."""
     return PathFinder.find_spec(f"sae_fast.{name}", [str(Path(__file__).parents[1])])

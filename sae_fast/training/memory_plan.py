@@ -10,7 +10,7 @@ from sae_fast.activations.stream import PREFETCHED_BATCHES
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.thresholded import DENSE_FROM
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.ops.moments import moment_blocks
+from sae_fast.ops.reference.moments import moment_blocks
 
 _FLOAT = 4
 _HALF = 2

@@ -20,7 +20,8 @@ from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.losses import steady_sum
 from sae_fast.config import TrainConfig
-from sae_fast.ops.moments import moment_blocks
+from sae_fast.ops.reference.moments import moment_blocks
+from sae_fast.ops.row_factors import MergedFactors, merge_row_factors, row_factors
 from sae_fast.training.optimizer.signum import ScheduleFreeSignum, Signum
 from sae_fast.training.optimizer.states import (
     FIRST_MOMENTS,
@@ -30,7 +31,6 @@ from sae_fast.training.optimizer.states import (
     STEP,
     check_states,
 )
-from sae_fast.training.row_factors import MergedFactors, merge_row_factors, row_factors
 
 _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 

@@ -27,12 +27,12 @@ _LARGEST_POWER = (127 + 125) << _MANTISSA_BITS  # 2^125
 
 @dataclass(frozen=True)
 class MomentFormat:
-    """How one of the two moments becomes 8 bits, and which of the random bits are its own."""
+    """How one of the two moments becomes 8 bits, and which of the random bits round it."""
 
     largest_code: int
     sign_code: int
     octaves: int
-    keeps_positive: bool  # whether what is not 0 never becomes 0
+    keeps_positive: bool  # whether a number other than 0 is never rounded to 0
     random_shift: int
 
 
@@ -41,7 +41,7 @@ EXP_AVG_SQ = MomentFormat(255, 0, 31, keeps_positive=True, random_shift=0)
 
 
 def moment_blocks(d_in: int) -> int:
-    """Scales of a row of 8-bit moments."""
+    """Return the number of scales in a row of 8-bit moments, one for 256 columns."""
     return -(-d_in // MOMENT_BLOCK)
 
 
@@ -50,7 +50,7 @@ def moment_random(
     d_sae: int,
     d_in: int,
 ) -> Tensor:
-    """32 random bits for every weight of a step, [F, D] int64: 16 for each of its moments."""
+    """Return 32 random bits for every weight of a step, [F, D] int64: 16 for each moment."""
     step = step.to(torch.int64)
     whole = _mix(_mix(step >> 32 & _MASK) ^ step & _MASK)
     latents = torch.arange(d_sae, device=step.device)
@@ -64,7 +64,7 @@ def decode_moment(
     scale: Tensor | None,  # [F, moment_blocks(D)], of uint8
     moment: MomentFormat,
 ) -> Tensor:
-    """The moment as float32, [F, D]."""
+    """Return the moment as float32, [F, D]."""
     if scale is None:
         return codes.float()
     code = codes.long()
@@ -82,16 +82,16 @@ def encode_moment_(
 ) -> None:
     """Write the codes of `values`, rounded by the moment's half of `random`, and their scales."""
     bits = _bits(values)
-    own = random >> moment.random_shift & 0xFFFF
+    drawn = random >> moment.random_shift & 0xFFFF
     if scale is None:
-        rounded = (bits & _MAGNITUDE).clamp_max(_LARGEST_BFLOAT16) + own >> 16
+        rounded = (bits & _MAGNITUDE).clamp_max(_LARGEST_BFLOAT16) + drawn >> 16
         rounded = _kept_positive(rounded, bits, moment)
         codes.copy_(_floats((rounded | (bits & _SIGN) >> 16) << 16))
         return
     scale.copy_(_block_scales(bits & _MAGNITUDE, moment))
     shifted = _bits(1.0 + values.abs() * _by_column(1.0 / scale, codes.size(1)))
     fraction = _DROPPED_BITS - 16
-    added = (own << fraction) + (1 << fraction - 1)
+    added = (drawn << fraction) + (1 << fraction - 1)
     code = (shifted - _ONE + added >> _DROPPED_BITS).clamp_max(moment.largest_code)
     code = _kept_positive(code, bits, moment)
     codes.copy_(code | ((bits & _SIGN) >> 24 & moment.sign_code))
@@ -101,7 +101,7 @@ def _block_scales(
     magnitude: Tensor,  # [F, D] int64: bits of |value|
     moment: MomentFormat,
 ) -> Tensor:
-    """[F, blocks]: the power of two in whose units a block's numbers are below 2^octaves."""
+    """Return per block the power of two in whose units its numbers are below 2^octaves."""
     d_sae, d_in = magnitude.shape
     padded = F.pad(magnitude, (0, moment_blocks(d_in) * MOMENT_BLOCK - d_in))
     largest = padded.view(d_sae, -1, MOMENT_BLOCK).amax(2)
@@ -111,7 +111,7 @@ def _block_scales(
 
 
 def _by_column(scale: Tensor, d_in: int) -> Tensor:
-    """[F, blocks] as [F, D]."""
+    """Repeat scales [F, blocks] for every column, [F, D]."""
     return scale.repeat_interleave(MOMENT_BLOCK, dim=1)[:, :d_in]
 
 
@@ -122,18 +122,18 @@ def _kept_positive(code: Tensor, bits: Tensor, moment: MomentFormat) -> Tensor:
 
 
 def _bits(values: Tensor) -> Tensor:
-    """The bits of float32 numbers as unsigned 32-bit numbers."""
+    """Return the bits of float32 numbers as unsigned 32-bit numbers in int64."""
     return values.float().contiguous().view(torch.int32).long() & _MASK
 
 
 def _floats(bits: Tensor) -> Tensor:
-    """The float32 numbers with these bits."""
+    """Return the float32 numbers with these bits."""
     signed = torch.where(bits > _MAGNITUDE, bits - (_MASK + 1), bits)
     return signed.to(torch.int32).view(torch.float32)
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """mix_bits of csrc/kernels/common/moments.h."""
+    """Hash 32 bits as mix_bits of csrc/kernels/common/moments.h does."""
     bits = bits ^ bits >> 16
     bits = _times(bits, 0x7FEB352D)
     bits = bits ^ bits >> 15
@@ -142,6 +142,6 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def _times(bits: Tensor, factor: int) -> Tensor:
-    """The low 32 bits of the product, in parts that int64 has room for."""
+    """Return the low 32 bits of a product, computed in parts that int64 can hold."""
     low, high = factor & 0xFFFF, factor >> 16
     return bits * low + ((bits * high & 0xFFFF) << 16) & _MASK

@@ -1,4 +1,4 @@
-"""The encoder ops in plain PyTorch; see reference.py."""
+"""The encoder ops in plain PyTorch."""
 
 from collections.abc import Iterator
 
@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from sae_fast.ops.full_precision import matmul
+from sae_fast.ops.reference.chunks import chunks
 
 ROUNDED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Elements of the largest temporary: 16 MiB of float32, which stays near the cache.
-_CHUNK_ELEMENTS = 1 << 22
 
 
 def pack_encoder(W_enc: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Three empty tensors: the reference needs no working copy of the encoder."""
+    """Return the working copies of the encoder, which the reference leaves empty."""
     return W_enc.new_empty(0), W_enc.new_empty(0), W_enc.new_empty(0)
 
 
@@ -30,7 +29,7 @@ def encode_topk(
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The k largest pre-activations of every row, and the k_aux largest among dead latents."""
+    """Return the k largest pre-activations of a row, and the k_aux largest of dead latents."""
     n_rows = x.size(0)
     values = x.new_empty(n_rows, k)
     indices = x.new_empty(n_rows, k, dtype=torch.int32)
@@ -55,7 +54,7 @@ def encode_batch_topk(
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The N*k largest positive pre-activations of the batch as CSR rows, and aux of encode_topk."""
+    """Return the N*k largest positive pre-activations as CSR rows, and aux as encode_topk does."""
     n_rows, d_sae = x.size(0), W_enc.size(0)
     budget = n_rows * k
     values, places = x.new_empty(0), x.new_empty(0, dtype=torch.int64)
@@ -64,7 +63,7 @@ def encode_batch_topk(
         keep = (pre_acts > 0) | pre_acts.isnan()
         values = torch.cat([values, pre_acts[keep]])
         places = torch.cat([places, keep.flatten().nonzero().flatten() + rows.start * d_sae])
-        # Stable, so that of equal values the first places win; NaN sorts before everything.
+        # Stable, so that the first places win among equal values; NaN sorts before everything.
         best = values.sort(descending=True, stable=True).indices[:budget].sort().values
         values, places = values[best], places[best]
         aux.fill(rows, pre_acts)
@@ -89,7 +88,7 @@ def encode_threshold(
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The pre-activations above threshold and above 0 (NaN is kept), as CSR rows."""
+    """Return the pre-activations above threshold and above 0, and every NaN, as CSR rows."""
     values = [x.new_empty(0)]
     indices = [x.new_empty(0, dtype=torch.int32)]
     counts = x.new_zeros(x.size(0), dtype=torch.int64)
@@ -102,13 +101,6 @@ def encode_threshold(
     return torch.cat(values), torch.cat(indices), offsets
 
 
-def chunks(count: int, width: int) -> Iterator[slice]:
-    """Slices that cover range(count), each of a bounded number of elements of the given width."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, width))
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
-
-
 def pre_activations(
     x: Tensor,  # [N, D]
     W_enc: Tensor,  # [F, D]
@@ -116,7 +108,7 @@ def pre_activations(
     b_dec: Tensor,  # [D]
     precision: str,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(x - b_dec) W_encᵀ + b_enc, some rows at a time."""
+    """Yield slices of tokens and their pre-activations (x - b_dec) W_encᵀ + b_enc, [., F]."""
     rounded = ROUNDED_DTYPES.get(precision)
     weights = W_enc if rounded is None else W_enc.to(rounded).to(W_enc.dtype)
     for rows in chunks(x.size(0), W_enc.size(0)):
@@ -124,6 +116,11 @@ def pre_activations(
         if rounded is not None:
             centred = centred.to(rounded).to(x.dtype)
         yield rows, matmul(centred, weights.t()).add_(b_enc)
+
+
+def relu(values: Tensor) -> Tensor:
+    """Return ReLU of values of any shape; NaN stays, and no result is -0."""
+    return torch.where((values > 0) | values.isnan(), values, torch.zeros_like(values))
 
 
 class _AuxCode:
@@ -135,6 +132,7 @@ class _AuxCode:
         self._dead = None if dead_mask is None else dead_mask.nonzero().flatten()
 
     def fill(self, rows: slice, pre_acts: Tensor) -> None:
+        """Write the entries of these tokens, whose pre-activations are [., F]."""
         k_aux = self.values.size(1)
         if self._dead is None or k_aux == 0:
             return
@@ -145,7 +143,7 @@ class _AuxCode:
 
 
 def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row: value descending, equal values by ascending index, NaN first."""
+    """Return the k largest of a row: values descend, NaN first, equal ones by ascending index."""
     pre_acts = pre_acts + 0.0  # -0 becomes +0: a radix sort would tell them apart
     values, indices = pre_acts.topk(k, dim=1)
     if k == 0:
@@ -160,8 +158,3 @@ def _largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         everything, order = pre_acts[unsure].sort(dim=1, descending=True, stable=True)
         values[unsure], indices[unsure] = everything[:, :k], order[:, :k]
     return values, indices
-
-
-def relu(values: Tensor) -> Tensor:
-    """ReLU that keeps NaN and never returns -0."""
-    return torch.where((values > 0) | values.isnan(), values, torch.zeros_like(values))

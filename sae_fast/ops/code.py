@@ -1,4 +1,8 @@
-"""SparseCode: the few active latents of every token."""
+"""Codes of tokens: a SparseCode lists the few active latents of each, a DenseCode has them all.
+
+Both have what training needs, under the same names. A DenseCode is for steps while so many latents
+are active that listing them is slower.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_fast.ops.data_checks import check_code, check_data, check_offsets
+from sae_fast.ops.checks import Call, check_code, check_entries
 
 
 class CodeKey:
-    """What makes two gradients belong to one code: compared by identity.
+    """The identity of a code: gradients with the same key belong to the same code.
 
-    The first to ask for the latent-major view of the code computes it for all.
+    It holds the latent-major view of the code, which is computed at the first use.
     """
 
     def __init__(self) -> None:
@@ -24,13 +28,13 @@ class CodeKey:
 
     @property
     def has_view(self) -> bool:
-        """Whether somebody has asked for the latent-major view."""
+        """Whether the latent-major view has been computed."""
         return self._view is not None
 
     def latent_major(
         self, values: Tensor, indices: Tensor, offsets: Tensor | None, d_sae: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The view of the code with this key: (latent_offsets, entries, rows)."""
+        """Return latent_offsets, entries and rows of the code with this key; see SparseCode."""
         if self._view is None:
             op = torch.ops.sae_fast.latent_major.default
             with torch.no_grad():
@@ -40,8 +44,8 @@ class CodeKey:
 
 @torch.library.custom_op("sae_fast_checks::indices", mutates_args=())
 def _checked_indices(indices: Tensor, offsets: Tensor | None, d_sae: int) -> Tensor:
-    """The indices, found to be in range at run time by what torch.compile makes of a program."""
-    check_data("SparseCode", indices, offsets, d_sae)
+    """Return the indices after a check at run time, which a compiled program makes."""
+    check_entries(indices, offsets, d_sae)
     return indices.clone()
 
 
@@ -52,8 +56,8 @@ def _(indices: Tensor, offsets: Tensor | None, d_sae: int) -> Tensor:
 
 @torch.library.custom_op("sae_fast_checks::entry_rows", mutates_args=())
 def _checked_entry_rows(offsets: Tensor, n_entries: int) -> Tensor:
-    """The row of every entry, from offsets found right at run time, as `_checked_indices`."""
-    check_offsets("SparseCode", offsets, n_entries)
+    """Return the row of every entry, [nnz], after a check of the offsets at run time."""
+    Call("SparseCode", "offsets", offsets).partition("offsets", offsets, n_entries)
     rows = torch.arange(offsets.size(0) - 1, device=offsets.device)
     return rows.repeat_interleave(offsets.diff(), output_size=n_entries)
 
@@ -68,10 +72,10 @@ def per_entry(
     offsets: Tensor,  # [N + 1]
     n_entries: int,
 ) -> Tensor:
-    """The row's number for every entry of a code with offsets, [nnz]."""
+    """Return for every entry of a code with offsets its row's number, [nnz]."""
     # With offsets that do not ascend repeat_interleave would write past its result.
     if not offsets.is_cuda and not torch.compiler.is_compiling():
-        check_offsets("SparseCode", offsets, n_entries)
+        Call("SparseCode", "offsets", offsets).partition("offsets", offsets, n_entries)
     return rows.repeat_interleave(offsets.diff(), output_size=n_entries)
 
 
@@ -86,10 +90,10 @@ class SparseCode:
         values: [N, K], or [nnz] with offsets; differentiable.
         indices: the latents, int32, in the shape of values.
         d_sae: number of latents.
-        offsets: None, or [N + 1] int64: entries offsets[n] to offsets[n + 1] are those of row n.
+        offsets: None, or [N + 1] int64: row n has the entries from offsets[n] up to offsets[n + 1].
         aux: the code of the dead latents, for AuxK, if a dead mask was given.
-        precision: of the encoder that made it; `decode` and `reconstruct` gather in the same.
-        signed: whether values may be negative, for want of a ReLU.
+        precision: of the encoder that made the code; `decode` and `reconstruct` use it too.
+        signed: whether values may be negative: the encoder had no ReLU.
         base: the code whose entries these are, with other values, see `with_values`.
     """
 
@@ -104,7 +108,7 @@ class SparseCode:
 
     @functools.cached_property
     def key(self) -> CodeKey:
-        """The identity of this code and those made from it; `dataclasses.replace` makes another."""
+        """The identity of this code, shared by `with_values`, not by `dataclasses.replace`."""
         return CodeKey() if self.base is None else self.base.key
 
     @property
@@ -113,22 +117,22 @@ class SparseCode:
         return self.indices.size(0) if self.offsets is None else self.offsets.size(0) - 1
 
     def dense(self) -> Tensor:
-        """The whole matrix [N, d_sae]; differentiable."""
+        """Return the whole matrix [N, d_sae]; differentiable."""
         places = self._places().flatten()
         out = self.values.new_zeros(self.n_rows, self.d_sae)
         place = (self.entry_rows(), places)
         return out.index_put_(place, self.values.flatten(), accumulate=True)  # no second [N, F]
 
     def fires(self) -> Tensor:
-        """Which entries are of latents that fire, bool in the shape of values; NaN does not."""
+        """Return which entries fire, bool in the shape of values; NaN does not."""
         return self.values.abs() > 0 if self.signed else self.values > 0
 
     def n_active(self) -> Tensor:
-        """Return how many entries are of latents that fire, 0-d int64."""
+        """Return the number of entries that fire, 0-d int64."""
         return self.fires().sum()
 
     def l0(self) -> Tensor:
-        """How many latents fire in each row, [N] int64."""
+        """Return how many latents fire in each row, [N] int64."""
         if not torch.compiler.is_compiling():
             self.check()
         fires = self.fires()
@@ -138,10 +142,10 @@ class SparseCode:
         return counts[self.offsets].diff()
 
     def fired(self) -> Tensor:
-        """Which latents fire in any row, [d_sae] bool."""
+        """Return which latents fire in any row, [d_sae] bool."""
         must_not_look = torch.compiler.is_compiling() or self.values.is_cuda  # at data
         if not must_not_look and self.base is None and self.key.has_view:
-            # The view, which training has by now, lists the entries that are not 0.
+            # The view, which training has computed by now, lists the entries that are not 0.
             magnitudes = self.values.abs() if self.signed else self.values
             if bool((magnitudes >= 0).all()):
                 return self.latent_major()[0].diff() > 0
@@ -151,10 +155,10 @@ class SparseCode:
         return fired.index_fill_(0, latents.long(), True)[:-1]
 
     def latent_major(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries with a value other than 0, by latent: (latent_offsets, entries, rows).
+        """Return the entries with a value other than 0 by latent: latent_offsets, entries, rows.
 
         latent_offsets [d_sae + 1] int64; entries, flat positions in values, and rows, int32. With
-        a base these are the base's, of which some may have the value 0 here.
+        a base they are the entries of the base, of which some may have the value 0 here.
         """
         values = self.values if self.base is None else self.base.values
         return self.key.latent_major(values, self.indices, self.offsets, self.d_sae)
@@ -163,7 +167,10 @@ class SparseCode:
         self,
         values: Tensor,  # in the shape of self.values
     ) -> SparseCode:
-        """The same entries with other values, 0 wherever self's are: they share one view."""
+        """Return a code with these entries and other values, which are 0 wherever they were 0.
+
+        Both codes share the latent-major view.
+        """
         base = self if self.base is None else self.base
         return SparseCode(
             values, self.indices, self.d_sae, self.offsets, precision=self.precision, base=base
@@ -173,20 +180,20 @@ class SparseCode:
         self,
         numbers: Tensor,  # [d_sae]
     ) -> Tensor:
-        """For every entry the number of its latent, in the shape of values; differentiable.
+        """Return for every entry its latent's number, in the shape of values; differentiable.
 
-        Entries of value 0 count as outside the code: they have no part in the gradient.
+        Entries of value 0 are outside the code and have no part in the gradient.
         """
         spread: Tensor = _Spread.apply(numbers, self)  # type: ignore[no-untyped-call]
         return spread
 
     @property
     def n_listed(self) -> int:
-        """How many entries are listed, with whatever value."""
+        """The number of listed entries, of any value."""
         return self.indices.numel()
 
     def entry_rows(self) -> Tensor:
-        """The row of every entry, [N * K] or [nnz]."""
+        """Return the row of every entry, [N * K] or [nnz]."""
         if self.offsets is not None and torch.compiler.is_compiling() and not self.offsets.is_cuda:
             checked: Tensor = _checked_entry_rows(self.offsets, self.indices.size(0))
             return checked
@@ -198,8 +205,10 @@ class SparseCode:
         return per_entry(rows, self.offsets, self.indices.size(0))
 
     def _places(self) -> Tensor:
-        """The indices, after a check where that need not wait for a device: torch has none, or one
-        that ends the process."""
+        """Return the indices, checked where that need not wait for a device.
+
+        Torch's own ops do not check them, or end the process.
+        """
         if not torch.compiler.is_compiling():
             self.check()
         elif not self.indices.is_cuda:
@@ -210,13 +219,94 @@ class SparseCode:
     def check(self) -> None:
         """Raise RuntimeError where values, indices and offsets do not fit together.
 
-        On a GPU their numbers are not looked at: that would wait for it.
+        On a GPU the numbers inside are not looked at: that would wait for the device.
         """
         check_code(self.values, self.indices, self.offsets, self.d_sae)
 
 
+@dataclass(frozen=True, eq=False)
+class DenseCode:
+    """A matrix [N, d_sae]; a latent fires where its value is greater than 0, or if signed not 0.
+
+    It is made by dense products and has dense gradients; where torch makes these, their rounding
+    depends on the number of threads.
+
+    Attributes:
+        values: [N, d_sae]; differentiable.
+        n_listed: 0-d, how many entries a SparseCode of this matrix would list.
+        precision: of the encoder that made the code.
+        signed: whether values may be negative: the encoder had no ReLU.
+        counted: 0-d, how many entries fire, if that is known.
+    """
+
+    values: Tensor
+    n_listed: Tensor
+    precision: str = "fp32"
+    signed: bool = False
+    counted: Tensor | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """N, the number of tokens."""
+        return self.values.size(0)
+
+    @property
+    def d_sae(self) -> int:
+        """The number of latents."""
+        return self.values.size(1)
+
+    def dense(self) -> Tensor:
+        """Return the whole matrix [N, d_sae]; differentiable."""
+        return self.values
+
+    def fires(self) -> Tensor:
+        """Return which entries fire, bool in the shape of values; NaN does not."""
+        return self.values.abs() > 0 if self.signed else self.values > 0
+
+    def l0(self) -> Tensor:
+        """Return how many latents fire in each row, [N] int64."""
+        return self.fires().sum(1)
+
+    def n_active(self) -> Tensor:
+        """Return the number of entries that fire, 0-d int64."""
+        if self.counted is not None:
+            return self.counted
+        return torch.count_nonzero(self.fires())  # of bool; of float32 it takes 4 times as long
+
+    def fired(self) -> Tensor:
+        """Return which latents fire in any row, [d_sae] bool."""
+        if self.signed or self.n_rows == 0:
+            return self.fires().any(0)
+        return self.values.detach().amax(0) > 0  # without an array [N, d_sae]
+
+    def with_values(
+        self,
+        values: Tensor,  # [N, d_sae]
+    ) -> DenseCode:
+        """Return a code with these entries and other values."""
+        return DenseCode(values, self.n_listed, self.precision, self.signed)
+
+    def listed(self) -> SparseCode:
+        """Return the code with every latent of every token listed, in ascending order."""
+        latents = torch.arange(self.d_sae, dtype=torch.int32, device=self.values.device)
+        indices = latents.expand(self.n_rows, -1).contiguous()
+        return SparseCode(
+            self.values, indices, self.d_sae, precision=self.precision, signed=self.signed
+        )
+
+    def spread(
+        self,
+        numbers: Tensor,  # [d_sae]
+    ) -> Tensor:
+        """Return each latent's number as [1, d_sae], which broadcasts over the rows."""
+        return numbers[None]
+
+
+Code = SparseCode | DenseCode
+
+
 class _Spread(torch.autograd.Function):
-    """SparseCode.spread; its backward sums by latent in a fixed order, unlike index_select's."""
+    """Autograd of SparseCode.spread: backward sums by latent in a fixed order, unlike torch's."""
 
     @staticmethod
     def forward(ctx: Any, numbers: Tensor, code: SparseCode) -> Tensor:

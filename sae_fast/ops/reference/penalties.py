@@ -1,28 +1,46 @@
-"""Squared correlations between latents' activations in plain PyTorch, part of `reference.py`."""
+"""The penalties on weights and codes in plain PyTorch."""
 
 import torch
 from torch import Tensor
 
-SILENT_ROUNDINGS = 8  # of the dtype's eps, which is two roundings
+from sae_fast.ops.reference.update import row_norms
+
+_SILENT_ROUNDINGS = 8  # of the dtype's eps, which is two roundings
+
+
+def decorrelation(W: Tensor) -> tuple[Tensor, Tensor]:  # [F, D]
+    """Return the sum over i != j of (ŵ_i·ŵ_j)² and its gradient, by the D×D Gram matrix.
+
+    With S = ŴᵀŴ the sum over all pairs is |S|², from which the diagonal |ŵ_j|⁴ is subtracted.
+    """
+    norms = row_norms(W)
+    unit = W / norms
+    gram = unit.t() @ unit
+    squared = unit.square().sum(1, keepdim=True)
+    # Both terms are near F²/D; their difference needs the wider sum.
+    loss = gram.double().square().sum() - squared.double().square().sum()
+    grad = (unit @ gram).sub_(squared * unit).mul_(4)
+    along = (grad * unit).sum(1, keepdim=True)
+    return loss.to(W.dtype), grad.sub_(along * unit).div_(norms)
 
 
 def code_correlation(
     h: Tensor,  # [N, F]
     split: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sums over i != j within the first `split` latents, and over pairs with the others.
+    """Return squared correlations summed within the first `split` latents and across the split.
 
     With z the activations less their mean, at unit length, and K = Σ z zᵀ [N, N] over a group, they
-    are |K|² less the latents that are not silent, and the inner product of the groups' matrices.
+    are |K|² less the number of latents that are not silent, and the inner product of both K.
     """
     n_tokens, d_sae = h.shape
     means = h.sum(0, dtype=torch.float64) / max(n_tokens, 1)
     centred = h - means
     norms = torch.linalg.vector_norm(centred, dim=0)
-    # |h|, from both of its parts.
+    # |h|, from its mean and the rest.
     whole = (norms.square() + n_tokens * means.square()).sqrt()
     limits = torch.finfo(h.dtype)
-    silent = (norms <= SILENT_ROUNDINGS * limits.eps * whole) | (norms < limits.tiny)
+    silent = (norms <= _SILENT_ROUNDINGS * limits.eps * whole) | (norms < limits.tiny)
     inverse_norms = torch.where(silent, 0.0, norms.reciprocal()).to(h.dtype)
     unit = centred.to(h.dtype).mul_(inverse_norms)
     groups = (unit[:, :split], unit[:, split:])[: 1 if split == d_sae else 2]
@@ -43,7 +61,11 @@ def code_correlation_backward(
     inverse_norms: Tensor,  # [F]
     gram: Tensor,  # [G, N, N]
 ) -> Tensor:
-    """grad_h: (p - (p·z) z) / |h - mean| with p = 4 K_A z + 2 K_B z, or 2 K_A z for the others."""
+    """Return grad_h [N, F]: (p - (p·z) z) / |h - mean|.
+
+    p is 4 K_A z + 2 K_B z for latents before the split, 2 K_A z for the others, each term times
+    the gradient of its sum.
+    """
     unit = (h - means).to(h.dtype).mul_(inverse_norms)
     grad_h = torch.zeros_like(unit)
     if grad_within is not None:
