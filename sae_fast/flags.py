@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_fast.config.fields import MISMATCH, convert, describe
+from sae_fast.config.setting import MISMATCH, convert, describe
 
 _NUMBERS = {int: int, float: float}
 # Flags of other trainers, and what has their place here.

@@ -19,24 +19,23 @@ import tyro
 
 from sae_fast.command_line import parse
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config.setting import Rules, rules_of
 from sae_fast.flags import grouped, plain_switches
 from sae_fast.training.from_model import (
-    DECIDED_BY,
     DEFAULT_K,
     SAE_DEFAULTS,
-    SHARDS_ONLY,
     TRAIN_DEFAULTS,
     FromModelConfig,
 )
 
 logger = logging.getLogger(__name__)
+_RULES = rules_of(TrainConfig)
 
 # Flags whose name is another here than in the configuration of a training.
 _SYNONYMS = {
     "dead_feature_threshold": "dead_after_tokens",
     "num_latents": "d_sae",
-    "checkpoint_every": DECIDED_BY["checkpoint_every"],
-    "wandb_log_every": DECIDED_BY["wandb_log_every"],
+    **FromModelConfig.aliases,
 }
 
 ADAM_DECAYS = "optimizer adam with a weight decay is adamw, decoupled from the gradient"
@@ -106,10 +105,11 @@ def _check_mode(flags: _Flags) -> None:
     """Refuse flags of a training on shards, which would be ignored here."""
     for flag, _ in flags:
         name = _field(flag)
-        if name in SHARDS_ONLY:
-            raise ValueError(f"{flag} is for training on shards: {SHARDS_ONLY[name]}")
-        if name in DECIDED_BY:
-            raise ValueError(f"{flag} is for training on shards, here give --{DECIDED_BY[name]}")
+        rules = _RULES.get(name, Rules())
+        if rules.shards_only:
+            raise ValueError(f"{flag} is for training on shards: {rules.shards_only}")
+        if rules.decided_by:
+            raise ValueError(f"{flag} is for training on shards, here give --{rules.decided_by}")
 
 
 def _as_known_here(flags: _Flags) -> _Flags:
@@ -168,8 +168,8 @@ def _all_flags(sources: type[Any]) -> type[Any]:
 
 # What needs shards, and the sections whose fields are shown one by one.
 _NOT_SHOWN = {
-    *SHARDS_ONLY,
-    *DECIDED_BY.keys() - {"batch_size", "max_tokens", "shuffle_seed"},
+    *(name for name, rules in _RULES.items() if rules.shards_only),
+    *("seed", "checkpoint_every", "wandb_log_every"),
     *("transcoder", "probe_loss_coeff", "probe_labels", "probe_task", "probe_classes"),
     *("sae", "train"),
 }

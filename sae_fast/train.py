@@ -27,17 +27,17 @@ from sae_fast.activations.capture.plan import DEFAULT_CONTEXT
 from sae_fast.atomic_files import write_json
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config.dictionary import K_ARCHITECTURES, without_other_size
 from sae_fast.config.effects import unchecked
 from sae_fast.config.fields import field_names, field_types, read_settings
 from sae_fast.config.presets import preset
+from sae_fast.config.sae import without_other_size
+from sae_fast.config.setting import rules_of
 from sae_fast.flags import plain_switches
 from sae_fast.json_files import read_json
 from sae_fast.model_flags import ADAM_DECAYS, FromModelLine, flag_kinds, from_model_line
 from sae_fast.output_streams import run_command
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.from_model import (
-    DECIDED_BY,
     DEFAULT_K,
     SAE_DEFAULTS,
     TRAIN_DEFAULTS,
@@ -181,7 +181,7 @@ def _as_from_model(
     settings = line.settings
     sae = without_other_size(SAE_DEFAULTS, given["sae"])
     arch = sources.arch or given["sae"].get("arch", SAEConfig.arch)
-    if arch in K_ARCHITECTURES:
+    if arch in rules_of(SAEConfig)["k"].arch:
         sae["k"] = DEFAULT_K
     own: dict[str, Any] = {
         "checkpoint_every": settings.save_every,
@@ -191,7 +191,8 @@ def _as_from_model(
         "shuffle_seed": settings.shuffle_seed,
         "seed": settings.init_seeds[0],
     }
-    on_line = {name: own[name] for name in own if DECIDED_BY[name] in line.given}
+    rules = rules_of(TrainConfig)
+    on_line = {name: own[name] for name in own if rules[name].decided_by in line.given}
     if given["train"].get("batch_size") not in (None, own["batch_size"]):
         logger.info("batch_size: a batch has --batch_size sequences of --ctx_len tokens here")
     train = {name: value for name, value in given["train"].items() if value is not None}

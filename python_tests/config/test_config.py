@@ -2,10 +2,13 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import typing
 
 import pytest
 
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config.setting import Rules, rules_of
+from sae_fast.training.from_model import FromModelConfig
 
 
 def test_d_sae_is_the_default_expansion_of_d_in():
@@ -480,3 +483,49 @@ def test_no_field_name_occurs_in_both_sections():
         for config in (SAEConfig, TrainConfig)
     ]
     assert not names[0] & names[1]
+
+
+def test_a_configuration_knows_what_was_asked_for_beside_what_follows_from_it():
+    config = SAEConfig(arch="jumprelu", input_dim=16)
+    assert config.given == {"arch": "jumprelu", "d_in": 16}
+    assert (config.d_sae, config.target_l0) == (128, 32.0)
+    asked = SAEConfig(arch="slots", n_relations=3)
+    sized = asked.resolve(d_in=16, labels={"n_answers": 5})
+    assert (asked.d_sae, asked.slots_mode, asked.n_answers) == (0, None, None)
+    assert (sized.d_sae, sized.slots_mode, sized.n_answers) == (128, "joint", 5)
+    assert sized == SAEConfig(arch="slots", n_relations=3, d_in=16, n_answers=5)
+    assert asked.resolve(labels={"n_answers": 5}) == SAEConfig(
+        arch="slots", n_relations=3, n_answers=5
+    )
+
+
+def test_resolving_again_starts_from_what_was_asked_for():
+    config = SAEConfig(d_in=16, k=4)
+    assert config.resolve(16) == config.resolve(16).resolve(16) == config
+    assert config.resolve(16).resolve().given == {"d_in": 16, "k": 4, "d_out": 0}
+
+
+RANGES = [
+    (Rules(at_least=1), (1, 2.5, None, True), (0, -1)),
+    (Rules(above=0), (0.5,), (0, -1.0)),
+    (Rules(above=0, at_most=1), (0.5, 1), (0, 1.5)),
+    (Rules(at_least=0, below=1), (0, 0.9, (0.0, 0.5)), (1, -0.1, (0.5, 1.0))),
+    (Rules(nonempty=True), ("x", None), ("",)),
+    (Rules(), ("", -1, (-1,)), ()),
+]
+
+
+@pytest.mark.parametrize(("rules", "inside", "outside"), RANGES)
+def test_rules_admit_what_lies_in_their_range(rules, inside, outside):
+    assert all(map(rules.admits, inside))
+    assert not any(map(rules.admits, outside))
+
+
+@pytest.mark.parametrize("config", [SAEConfig, TrainConfig])
+def test_rules_name_architectures_and_settings_that_there_are(config):
+    architectures = typing.get_args(typing.get_type_hints(SAEConfig)["arch"])
+    decided = {item.name for item in dataclasses.fields(FromModelConfig)}
+    for name, rules in rules_of(config).items():
+        assert set(rules.arch) <= set(architectures), name
+        assert {rules.decided_by} - {""} <= decided, name
+        assert not (rules.shards_only and rules.decided_by), name

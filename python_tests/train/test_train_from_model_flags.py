@@ -9,11 +9,13 @@ from train_runs import Run, refused
 
 from sae_fast.config import RunConfig, TrainConfig
 from sae_fast.config.fields import field_names
+from sae_fast.config.setting import rules_of
 from sae_fast.train import main
-from sae_fast.training.from_model import DECIDED_BY, SHARDS_ONLY
 from sae_fast.training.sweep import Sweep
 from sae_fast.training.trainer import Trainer
 
+SHARDS_ONLY = [name for name, rules in rules_of(TrainConfig).items() if rules.shards_only]
+DECIDED_BY = {name for name, rules in rules_of(TrainConfig).items() if rules.decided_by}
 # A value that is not the default, for every flag of a training that this mode takes as it is.
 TAKEN = {
     "pool_rows": 70,
@@ -75,7 +77,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
 
 
 def test_every_setting_of_a_training_is_taken_or_refused() -> None:
-    groups = [set(TAKEN), TAKEN_ELSEWHERE, set(SHARDS_ONLY), set(DECIDED_BY)]
+    groups = [set(TAKEN), TAKEN_ELSEWHERE, set(SHARDS_ONLY), DECIDED_BY]
     names = set(field_names(TrainConfig))
     assert set.union(*groups) == names
     assert sum(map(len, groups)) == len(names)

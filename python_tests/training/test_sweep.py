@@ -242,6 +242,16 @@ def test_names_directories_and_settings(tmp_path: Path, base: RunConfig) -> None
     assert (seeded.sae.expansion_factor, seeded.sae.d_sae) == (4, 0)
 
 
+def test_trainings_of_other_architectures_take_their_own_defaults(tmp_path: Path) -> None:
+    base = RunConfig(sae=SAEConfig(d_in=16), train=TrainConfig())
+    configs = _read(tmp_path, base, {"arch": ["topk", "relu", "jumprelu"]})
+    assert [config.sae for config in configs.values()] == [
+        SAEConfig(d_in=16, arch="topk"),
+        SAEConfig(d_in=16, arch="relu"),
+        SAEConfig(d_in=16, arch="jumprelu"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

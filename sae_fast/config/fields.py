@@ -1,4 +1,4 @@
-"""What every configuration dataclass shares: checked types, aliases, and strict JSON files.
+"""The base of the configurations: given and filled-in settings, other names, strict JSON files.
 
 A file holds sections, {"format_version": 1, "sae": {...}, "train": {...}}, or
 the fields alone at its top level.
@@ -10,15 +10,14 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import operator
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from sae_fast.config.effects import Effect, IdleSettingError, check_effects
+from sae_fast.config.effects import IdleSettingError
+from sae_fast.config.setting import checked, rules_of
 from sae_fast.json_files import JSONError, bounded, read_json, shown
 
 FORMAT_VERSION = 1
@@ -29,19 +28,50 @@ Config = TypeVar("Config", bound="ConfigFile")
 
 
 class ConfigFile:
-    """Base of the frozen configuration dataclasses: validation, dictionaries and files."""
+    """Base of the frozen configuration dataclasses: dictionaries and files.
+
+    Attributes:
+        section: the key of the configuration in files that hold several.
+        aliases: by another name of a setting, the name of its field.
+        given: the settings that the configuration was made with, by name of the field. The fields
+            hold these, and defaults or what follows from the others (`completed`) for the rest.
+    """
 
     section: ClassVar[str] = ""
     aliases: ClassVar[dict[str, str]] = {}
-    effects: ClassVar[Mapping[str, Effect]] = {}  # see effects.py
+    given: Mapping[str, Any]
+
+    @classmethod
+    def completed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with those filled in that were left open and follow from others."""
+        return settings
+
+    @classmethod
+    def converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return given values with other forms of a value turned into the form of its type."""
+        return values
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left open that follows from the data."""
+        return True
+
+    def with_room(self, size: int) -> dict[str, Any]:
+        """Return the settings that stand for open sizes where these are to be about `size`."""
+        return {}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the default of every setting by name."""
+        return {item.name: item.default for item in dataclasses.fields(typing.cast(Any, cls))}
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values; nested configurations as nested dictionaries."""
+        """Return all fields as JSON values; nested configurations as nested dictionaries."""
         return dataclasses.asdict(typing.cast(Any, self))
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
-        """Make the configuration from JSON values; raises ValueError naming every unknown key."""
+        """Make the configuration from JSON values; raise ValueError naming every unknown key."""
         reject_unknown_keys(values, [*field_names(cls), *cls.aliases])
         return cls(**values)
 
@@ -53,9 +83,9 @@ class ConfigFile:
 
     @classmethod
     def from_saved(cls: type[Config], values: dict[str, Any]) -> Config:
-        """Make the configuration of a run or model from what was saved with it.
+        """Make the configuration of a run or model from the values saved with it.
 
-        Settings that have no effect are left out: versions before they were refused wrote them.
+        Settings that have no effect are left out: older versions accepted and wrote them.
         """
         values = dict(values)
         while True:
@@ -66,9 +96,11 @@ class ConfigFile:
 
     @classmethod
     def load(cls: type[Config], path: str | Path, *, saved: bool = False) -> Config:
-        """Read a JSON file; raises ValueError naming the file and what in it is wrong.
+        """Read a JSON file; raise ValueError naming the file and the value in it that is wrong.
 
-        `saved` says that it was saved with a model or run, see `from_saved`.
+        Args:
+            path: the file.
+            saved: whether it was saved with a model or run, see `from_saved`.
         """
         try:
             values = read_settings(path)
@@ -85,61 +117,68 @@ class ConfigFile:
     def _split_sections(
         cls, values: dict[str, Any], **sections: type[ConfigFile]
     ) -> dict[str, dict[str, Any]]:
-        """The values of each section, from nested or flat values."""
+        """Return the values of each section, from nested or flat values."""
         if any(name in values for name in sections):
             reject_unknown_keys(values, list(sections))
             return {name: _section(values, name) if name in values else {} for name in sections}
         return by_section(values, sections)
 
-    def _require(self, name: str, condition: bool, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{name} must be {expected}, got {shown(getattr(self, name))}")
-
-    def _check_effects(self) -> None:
-        """Raise IdleSettingError for a given setting that has no effect beside the others."""
-        check_effects(self, self.effects)
-
-    def _check_types(self) -> None:
-        """Check fields against their annotations; 1 becomes 1.0 and a list a tuple, where asked."""
-        for name, annotation in field_types(type(self)).items():
-            value = getattr(self, name)
-            converted = convert(value, annotation)
-            if converted is MISMATCH:
-                is_whole = type(convert(1, annotation)) is int
-                is_large = is_whole and isinstance(value, int) and abs(value) > LARGEST
-                expected = f"at most {LARGEST}" if is_large else describe(annotation)
-                raise ValueError(f"{name} must be {expected}, got {shown(value)}")
-            object.__setattr__(self, name, converted)
-
 
 SECTIONS = ("sae", "train")
-_SECTION_CONFIGS: dict[str, type[ConfigFile]] = {}  # by section, as `with_aliases` finds them
+_SECTION_CONFIGS: dict[str, type[ConfigFile]] = {}  # by section, as `configuration` finds them
 
 
-def with_aliases(**aliases: str) -> Callable[[type[Config]], type[Config]]:
-    """Let fields be given, and read, by another name as well: `alias="field"`."""
+def configuration(**aliases: str) -> Callable[[type[Config]], type[Config]]:
+    """Let a frozen dataclass of settings check what it is given, and fill in what it leaves open.
+
+    Names, types and ranges are checked before the fields are set, each of them once; relations
+    between settings are checked in the dataclass's `__post_init__`.
+
+    Args:
+        aliases: other names by which fields are given and read: `alias="field"`.
+    """
 
     def decorate(cls: type[Config]) -> type[Config]:
-        original_init = cls.__init__
+        set_fields = cls.__init__
 
-        @functools.wraps(original_init)
+        @functools.wraps(set_fields)
         def init(self: Config, *args: Any, **values: Any) -> None:
-            _reject_unknown_settings(cls, values)
-            for alias, name in aliases.items():
-                if alias in values:
-                    if name in values:
-                        raise ValueError(f"{alias} is another name of {name}: give one of the two")
-                    values[name] = values.pop(alias)
-            original_init(self, *args, **values)
+            given = _checked_values(cls, args, values)
+            object.__setattr__(self, "given", given)
+            set_fields(self, **cls.completed({**cls.defaults(), **given}))
 
         cls.__init__ = init  # type: ignore[assignment]
         for alias, name in aliases.items():
             setattr(cls, alias, property(operator.attrgetter(name)))
         cls.aliases = dict(aliases)
-        _SECTION_CONFIGS[cls.section] = cls
+        if cls.section:
+            _SECTION_CONFIGS[cls.section] = cls
         return cls
 
     return decorate
+
+
+def _checked_values(
+    cls: type[ConfigFile], args: tuple[Any, ...], values: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the values given to a configuration by names of fields, each with its type."""
+    _reject_unknown_settings(cls, values)
+    places = [item.name for item in dataclasses.fields(typing.cast(Any, cls)) if not item.kw_only]
+    if len(args) > len(places):
+        raise TypeError(f"{cls.__name__} takes {len(places)} settings by place, got {len(args)}")
+    given = dict(zip(places, args, strict=False))
+    for key, value in values.items():
+        name = cls.aliases.get(key, key)
+        if name in given or (name != key and name in values):
+            raise ValueError(f"{key} is another name of {name}: give one of the two")
+        given[name] = value
+    given = cls.converted(given)
+    kinds, rules = field_types(cls), rules_of(cls)
+    return {
+        name: checked(name, given[name], kind, rules[name])
+        for name, kind in kinds.items()
+        if name in given
+    }
 
 
 def _reject_unknown_settings(cls: type[ConfigFile], settings: Iterable[str]) -> None:
@@ -159,7 +198,7 @@ def _reject_unknown_settings(cls: type[ConfigFile], settings: Iterable[str]) -> 
 def by_section(
     values: Mapping[str, Any], sections: Mapping[str, type[ConfigFile]]
 ) -> dict[str, dict[str, Any]]:
-    """Sort flat values by section; raises ValueError naming every key that no section has."""
+    """Sort flat values by section; raise ValueError naming every key that no section has."""
     names = {name: [*field_names(config), *config.aliases] for name, config in sections.items()}
     reject_unknown_keys(values, [key for keys in names.values() for key in keys])
     return {
@@ -185,20 +224,25 @@ def _with_hint(name: str, known: Iterable[str]) -> str:
 
 
 def field_names(cls: type[ConfigFile]) -> list[str]:
-    """Names of the fields, in order."""
+    """Return the names of the fields, in order."""
     return [item.name for item in dataclasses.fields(typing.cast(Any, cls))]
 
 
+_types: dict[type[ConfigFile], dict[str, Any]] = {}  # known, because finding them takes long
+
+
 def field_types(cls: type[ConfigFile]) -> dict[str, Any]:
-    """Types of the fields by name, in order."""
-    hints = typing.get_type_hints(cls)
-    return {item.name: hints[item.name] for item in dataclasses.fields(typing.cast(Any, cls))}
+    """Return the types of the fields by name, in order."""
+    if cls not in _types:
+        hints = typing.get_type_hints(cls)
+        _types[cls] = {name: hints[name] for name in field_names(cls)}
+    return _types[cls]
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings in a JSON file, flat or in sections; raise ValueError if it holds none.
 
-    What a file says of itself, its version and a model's origin, is left out.
+    The version of the file and the origin of a model in it are left out.
     """
     values = read_json(path)
     if not isinstance(values, dict):
@@ -215,60 +259,3 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ValueError(f"section {name!r} must be a JSON object, got {shown(section)}")
     return section
-
-
-MISMATCH = object()
-LARGEST = 2**63 - 1  # whole number of a setting, which torch and HDF5 can take
-
-
-def convert(value: Any, annotation: Any) -> Any:
-    """`value` as the annotated type, or `MISMATCH`."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        options = (convert(value, option) for option in arguments)
-        return next((option for option in options if option is not MISMATCH), MISMATCH)
-    if origin is typing.Literal:
-        return value if isinstance(value, str) and value in arguments else MISMATCH
-    if origin is tuple:
-        if not isinstance(value, (tuple, list)):
-            return MISMATCH
-        if arguments[-1] is Ellipsis:
-            arguments = (arguments[0],) * len(value)
-        if len(value) != len(arguments):
-            return MISMATCH
-        parts = tuple(convert(*pair) for pair in zip(value, arguments, strict=True))
-        return MISMATCH if any(part is MISMATCH for part in parts) else parts
-    if annotation is float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            return MISMATCH
-        try:
-            number = float(value)
-        except OverflowError:  # an integer of hundreds of digits
-            return MISMATCH
-        return number if math.isfinite(number) else MISMATCH
-    if annotation is int and (isinstance(value, bool) or not isinstance(value, int)):
-        return MISMATCH
-    if annotation is int:
-        return value if abs(value) <= LARGEST else MISMATCH
-    return value if isinstance(value, annotation) else MISMATCH
-
-
-def describe(annotation: Any) -> str:
-    """An annotated type, in words."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(option) for option in arguments)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(repr(option) for option in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list of values, each {describe(arguments[0])}"
-    if origin is tuple:
-        return f"{len(arguments)} values, each {describe(arguments[0])}"
-    names = {
-        int: "a whole number",
-        float: "a finite number",
-        bool: "true or false",
-        str: "a string",
-        type(None): "null",
-    }
-    return names.get(annotation, f"a {annotation.__name__}")

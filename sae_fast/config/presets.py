@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sae_fast.config.dictionary import without_other_size
 from sae_fast.config.run import RunConfig
-from sae_fast.config.sae import SAEConfig
+from sae_fast.config.sae import SAEConfig, without_other_size
 from sae_fast.config.train import TrainConfig
 
 

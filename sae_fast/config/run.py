@@ -40,7 +40,7 @@ class RunConfig(ConfigFile):
         object.__setattr__(self, "train", train or TrainConfig(**flat["train"]))
 
     def __getattr__(self, name: str) -> Any:
-        """A setting of the model or of its training, by its name or by another name it has."""
+        """Return a setting of the model or of its training, by its name or another name it has."""
         for section, config in _SECTIONS.items():
             if name in config.aliases or name in field_names(config):
                 return getattr(self.__dict__[section], name)
@@ -48,7 +48,7 @@ class RunConfig(ConfigFile):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Make the configuration from JSON values; raises ValueError naming unknown keys."""
+        """Make the configuration from JSON values; raise ValueError naming unknown keys."""
         parts = cls._split_sections(values, **_SECTIONS)
         return cls(
             sae=SAEConfig.from_dict(parts["sae"]), train=TrainConfig.from_dict(parts["train"])

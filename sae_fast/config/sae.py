@@ -1,185 +1,641 @@
-"""`SAEConfig`: what a model is and what it is trained for. Part of sae_fast.config.
-
-Here are the settings of terms that need labels, sequences or pairs of latents; those of all others
-are in dictionary.py.
-"""
+"""`SAEConfig`: what a model is and what it is trained for. Part of sae_fast.config."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from sae_fast.config.dictionary import DictionaryConfig
-from sae_fast.config.effects import MODEL, Effect
-from sae_fast.config.fields import with_aliases
+from sae_fast.config.effects import Run, check_effects
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import Effect, require, rules_of, setting
+
+DEFAULT_EXPANSION_FACTOR = 8
+DEFAULT_K = 32
+DEFAULT_AUX_K_COEFF = 1 / 32
+DEFAULT_L1 = 5.0  # for activations of norm sqrt(d_in), as normalize_activations makes them
+DEFAULT_FREE_NORM = 0.1
+MATRYOSHKA_SIZES = 5  # nested dictionaries by default, each half as large as the next
+DEFAULT_TARGET_L0 = 32.0
+# The share of the variance that one more active latent must explain: 10 at a d_in of 4096, which is
+# Anthropic's weight of the tanh.
+DEFAULT_LATENT_PRICE = 1 / 400
+# Pre-activations start with a spread of 1. From 0.5 with a window of 0.5, L0 is at its target of 32
+# after 200 steps (MiniLM, lr 3e-3); from 0.1 with 0.2 it is 142, from 0.001 with 0.001 it is 395.
+JUMPRELU_INIT_THRESHOLD = 0.5
+JUMPRELU_BANDWIDTH = 0.5
 
 RELATION_LABELS = "labels/relation"
 ANSWER_LABELS = "labels/answer"
-# Of arch slots, by mode: the terms that it trains, with their coefficients, for a reconstruction
-# error that is a mean over numbers. The paper's are these but for value_loss_coeff, 0.5, by which
-# answers bend the slots: of the relations 97 % are found in place of 100 %, at an L0 of 68 in place
-# of 27 (benchmarks/results/slots_weights.md).
-_TRAINED = {"alignment_coeff": 1.0, "independence_coeff": 1e-2, "orthogonality_coeff": 1e-2}
-_SLOT_TERMS: dict[str, dict[str, float]] = {
-    "joint": {**_TRAINED, "value_loss_coeff": 0.1},
-    "separate_activation": _TRAINED,
-    "separate_value": {"value_loss_coeff": 0.5},
-}
-_COEFFICIENTS = (*_TRAINED, "value_loss_coeff")
-# The reconstruction error is a sum here: these defaults are multiplied by the error of the mean, as
-# the terms on correlations are already.
-_OF_MEAN_ERROR = ("alignment_coeff", "value_loss_coeff")
-# Terms that are not of slots; trained in every mode but separate_value.
-_OTHER_TERMS = (
-    *("l1_penalty_coeff", "decorrelation_coeff"),
-    *("probe_loss_coeff", "temporal_smoothness_coeff"),
-)
-# Of the L1 of the free slots: the paper's, for a mean over them; and for their sum, where it is in
-# units of the typical norm, since a code of some L0 has values in proportion to it.
+DEFAULT_VALUE_HIDDEN = 256
+# The default L1 weight of the free slots: the paper's, for a mean over them; and one for their sum,
+# in units of the typical norm, since a code of some L0 has values in proportion to it.
 _SLOTS_L1_MEAN = 1e-3
 _SLOTS_L1 = 0.1
+# Weights of the terms of arch slots for a reconstruction error that is a mean over numbers. The
+# paper's are these but for the value loss, 0.5, by which answers bend the slots: of the relations
+# 97 % are found in place of 100 %, at an L0 of 68 in place of 27
+# (benchmarks/results/slots_weights.md). Alignment and value loss are multiplied by the error of
+# the mean, because the reconstruction error is a sum here; the correlations are in its units
+# already.
+_SLOTS_CORRELATION = 1e-2
+_SLOTS_VALUE = 0.1
+_SLOTS_VALUE_ALONE = 0.5
+
+_TOPK = ("topk",)
+_WITH_K = ("topk", "batch_topk", "matryoshka")
+_MATRYOSHKA = ("matryoshka",)
+_WITH_L1 = ("relu", "gated", "slots")
+_THRESHOLDED = (*_WITH_L1, "jumprelu")
+_JUMPRELU = ("jumprelu",)
+_SLOTS = ("slots",)
+# Modes of slots that train the latents, and those that train the value heads.
+_LATENTS = ("joint", "separate_activation")
+_HEADS = ("joint", "separate_value")
 
 
-@with_aliases(input_dim="d_in", num_latents="d_sae")
+def _has_correlations(sae: SAEConfig) -> bool:
+    both = sae.independence_coeff, sae.orthogonality_coeff
+    is_default = sae.arch == "slots" and sae.slots_mode != "separate_value" and None in both
+    return is_default or any(both)
+
+
+_A_CORRELATION = Effect("an independence_coeff or orthogonality_coeff above 0", _has_correlations)
+_A_PROBE = Effect("a probe_loss_coeff above 0", lambda sae: sae.probe_loss_coeff > 0)
+_AN_L1 = Effect("an l1_penalty_coeff above 0", lambda sae: sae.l1_penalty_coeff != 0)
+_A_PENALTY = Effect("a sparsity_penalty_coeff above 0", lambda sae: sae.sparsity_penalty_coeff != 0)
+_ANSWERS = Effect(
+    "slots_mode = 'joint' or 'separate_value'", lambda sae: sae.slots_mode != "separate_activation"
+)
+
+
+def _is_new_model(run: Run) -> bool:
+    return run.train.start_from is None
+
+
+_A_NEW_MODEL = Effect("a training without start_from, whose model has it already", _is_new_model)
+
+
+@configuration(input_dim="d_in", num_latents="d_sae", dead_feature_threshold="dead_after_tokens")
 @dataclass(frozen=True, kw_only=True)
-class SAEConfig(DictionaryConfig):
+class SAEConfig(ConfigFile):
     """The model: architecture, sizes, the terms of its loss, normalisation and initialisation.
 
-    `d_in=0` leaves the sizes open until the data are known (`with_d_in`); a model needs them.
+    Settings that are left open follow from the others (`completed`) as soon as the widths are
+    known: `SAEConfig(d_in=384).d_sae` is 3072. With `d_in=0`, the default, and `d_out=0` of a
+    transcoder they stay open until `resolve` is told the widths of the data. `given` has the
+    settings as they were asked for.
     """
 
     section: ClassVar[str] = "sae"
-    effects: ClassVar[Mapping[str, Effect]] = MODEL
 
-    probe_loss_coeff: float = 0.0
+    arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "slots"] = (
+        setting(
+            "topk",
+            heading="Architecture and sizes",
+            brief="architecture",
+            elsewhere=("architecture", "sae_type"),
+        )
+    )
+    """Architecture. topk: the k largest latents of every token; batch_topk: k latents a token on
+    average over a batch; matryoshka: batch_topk with dictionaries nested in one another; relu: all
+    latents above 0, made few by an L1 penalty; jumprelu: all latents above trained thresholds;
+    gated: all latents whose gate is open, with a separate strength; slots: as relu, with latents
+    that are bound to labelled relations."""
+    d_in: int = setting(
+        0, at_least=0, must="at least 1, or 0 to take it from the data", metavar="D_IN"
+    )
+    """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
+    transcoder: bool = setting(False, brief="predict other activations, such as an MLP's output")
+    """Predict other activations, the targets, and not the input again: the output of an MLP from
+    its input, for example."""
+    d_out: int = setting(0, at_least=0, must="at least 1, or 0 to take it from the data")
+    """Width of a target; 0: taken from the data; without transcoder it is d_in. [numbers]"""
+    skip_connection: bool = setting(False)
+    """Add a linear map of the activation, W_skip, to the prediction of a transcoder."""
+    d_sae: int = setting(
+        0,
+        at_least=0,
+        must="at least 1, or 0 for expansion_factor * d_in",
+        brief="number of latents",
+        elsewhere=("dict_size", "d_hidden", "n_latents", "n_features", "latents"),
+    )
+    """Number of latents, also accepted as num_latents; 0: expansion_factor times d_in. [latents]"""
+    expansion_factor: float | None = setting(
+        None, above=0, on_resume="free", brief="d_sae / d_in, in place of --d-sae; default: 8"
+    )
+    """d_sae / d_in, in place of d_sae; 8 when neither is given. [ratio]"""
+    k: int | None = setting(
+        None,
+        at_least=1,
+        arch=_WITH_K,
+        heading="Selection of latents",
+        brief="latents active per token; default: 32",
+        elsewhere=("topk", "top_k", "activation_k"),
+    )
+    """Latents active per token, on average where a batch selects; default: 32. [latents]"""
+    activation: Literal["topk", "abs_topk", "groupmax"] = setting("topk", arch=_TOPK)
+    """The k latents of a token that arch topk selects, in training and after. topk: the largest;
+    abs_topk: the largest in magnitude, with their sign; groupmax: the largest of each of k
+    groups."""
+    multi_topk: bool = setting(
+        False,
+        arch=_TOPK,
+        needs=Effect("a multi_topk_coeff above 0", lambda sae: sae.multi_topk_coeff > 0),
+    )
+    """Let the 4k largest latents of a token reconstruct as well, in training; with arch topk."""
+    multi_topk_coeff: float = setting(
+        1 / 8, at_least=0, arch=_TOPK, needs=Effect("multi_topk", lambda sae: sae.multi_topk)
+    )
+    """Weight of the squared error of these 4k latents."""
+    matryoshka_prefixes: tuple[int, ...] | None = setting(None, arch=_MATRYOSHKA)
+    """Sizes of the nested dictionaries, ascending, the last one d_sae; default: 1/16, 1/8, 1/4, 1/2
+    and all of d_sae. [latents]"""
+    matryoshka_weights: tuple[float, ...] | None = setting(None, arch=_MATRYOSHKA)
+    """Weights of the nested dictionaries' squared errors, which are added up; default: 1 each."""
+    use_relu: bool = setting(True)
+    """Apply ReLU to the selected values, so that codes are never negative. Without it, with arch
+    relu, all latents are active, with any sign, and the penalty is on magnitudes. The activation
+    abs_topk has none."""
+    subtract_b_dec: bool = setting(True)
+    """Encode x - b_dec in place of x: f = ReLU(W_enc x + b_enc). A transcoder subtracts nothing."""
+
+    loss_fn: Literal["mse", "fvu", "ce", "kl"] = setting(
+        "mse", heading="Loss", brief="reconstruction error"
+    )
+    """Reconstruction error. mse: squared, summed over d_in and averaged over tokens; fvu: as a
+    share of the variance of its batch, where other weights must be about d_in times smaller. Of a
+    model that is at hand, its loss where the reconstruction takes the place of the activations; ce:
+    the cross-entropy of the text; kl: the divergence from its own prediction."""
+    reconstruction_coeff: float = setting(
+        1.0,
+        at_least=0,
+        needs=Effect(
+            "slots_mode = 'joint' or 'separate_activation'",
+            lambda sae: sae.slots_mode != "separate_value",
+        ),
+    )
+    """Weight of the reconstruction error."""
+    l1_penalty_coeff: float | None = setting(
+        None,
+        at_least=0,
+        arch=(*_WITH_K, *_WITH_L1),
+        brief="weight of the L1 penalty; default: 5 with relu and gated",
+        elsewhere=("l1_coefficient", "l1_coeff", "l1", "sparsity_coefficient"),
+        slots_modes=_LATENTS,
+    )
+    """Weight of the L1 penalty: the sum of a token's code values, each times the norm of its
+    decoder row, averaged over tokens; with gated the sum of its gates, with slots that of the free
+    ones; default: 5 with relu and gated, 0.1 sqrt(d_in) with slots, d_in / 1000 with slots_l1_mean,
+    each divided by d_in with loss_fn fvu; otherwise 0."""
+    sparsity_norm_p: float = setting(1.0, above=0, at_most=1, arch=("relu",), needs=_AN_L1)
+    """Power to which the values in that sum are raised with relu, 0 to 1; 1: L1."""
+    target_l0: float | None = setting(
+        None,
+        above=0,
+        arch=_THRESHOLDED,
+        needs=_A_PENALTY,
+        brief="L0 to train for, of relu, gated and jumprelu",
+    )
+    """L0 to train for. With relu and gated the weight of the penalty, which starts at
+    l1_penalty_coeff, is led there; if not given it stays. With jumprelu it is the target of penalty
+    l0_target; default: 32. [latents]"""
+    target_l0_rate: float = setting(
+        0.01,
+        above=0,
+        arch=_WITH_L1,
+        needs=Effect("target_l0", lambda sae: sae.target_l0 is not None),
+    )
+    """Change of the weight's logarithm in a step while L0 is off by a factor of e."""
+    decorrelation_coeff: float = setting(0.0, at_least=0, slots_modes=_LATENTS)
+    """Weight of the decorrelation of decoder rows, in the form that decorrelation names."""
+    decorrelation: Literal["gram_scaled", "gram_mean", "gram_sum", "chunked_max"] | None = setting(
+        None,
+        on_resume="kept",
+        needs=Effect("a decorrelation_coeff above 0", lambda sae: sae.decorrelation_coeff > 0),
+    )
+    """Form of the decorrelation, of the squared cosines of two decoder rows. gram_scaled, the
+    default: summed over the others, averaged over rows, in units of 1/16 of the reconstruction
+    error of the mean, so that a weight of 0.1 acts at every size; gram_mean: averaged over pairs;
+    gram_sum: summed over pairs; chunked_max: between a row and the nearest in a random chunk,
+    averaged over rows."""
+    decorrelation_chunk: int = setting(
+        1024,
+        at_least=2,
+        needs=Effect(
+            "decorrelation = 'chunked_max'", lambda sae: sae.decorrelation == "chunked_max"
+        ),
+    )
+    """Least number of rows in a chunk of chunked_max; every batch has other chunks. [latents]"""
+    sparsity_penalty: Literal["l0_target", "l0", "tanh"] | None = setting(
+        None, arch=_JUMPRELU, needs=_A_PENALTY, heading="JumpReLU"
+    )
+    """Penalty of jumprelu. l0_target, the default: (L0 / target_l0 - 1)^2; l0: L0; tanh: the sum of
+    tanh(jumprelu_tanh_scale * value * norm of decoder row)."""
+    sparsity_penalty_coeff: float | None = setting(None, at_least=0, arch=_JUMPRELU)
+    """Weight of sparsity_penalty; default: d_in (with a transcoder d_out) with l0_target, otherwise
+    that / 400; with loss_fn fvu 1 in place of d_in."""
+    pre_act_loss_coeff: float = setting(0.0, at_least=0, arch=_JUMPRELU)
+    """Weight of the distance of dead latents below their thresholds, with jumprelu; 3e-6 is
+    customary."""
+    jumprelu_init_threshold: float = setting(
+        JUMPRELU_INIT_THRESHOLD, at_least=0, arch=_JUMPRELU, run_needs=_A_NEW_MODEL
+    )
+    """Start of the thresholds, in units of E|x| / sqrt(d_in)."""
+    jumprelu_bandwidth: float = setting(JUMPRELU_BANDWIDTH, above=0, arch=_JUMPRELU)
+    """Width of the window around a threshold whose entries move it, in units of
+    E|x| / sqrt(d_in)."""
+    jumprelu_threshold_lr: float = setting(1.0, above=0, arch=_JUMPRELU)
+    """Learning rate of the thresholds, as a share of that of the other parameters."""
+    jumprelu_ste_to_input: bool = setting(False, arch=_JUMPRELU)
+    """Let the entries in the window move the encoder too, and not only the thresholds."""
+    jumprelu_tanh_scale: float = setting(
+        4.0,
+        above=0,
+        arch=_JUMPRELU,
+        needs=Effect("sparsity_penalty = 'tanh'", lambda sae: sae.sparsity_penalty == "tanh"),
+    )
+    """Factor within the tanh of sparsity_penalty tanh."""
+    aux_k_coeff: float | None = setting(None, at_least=0, arch=_WITH_K, heading="Dead latents")
+    """Weight of AuxK, where dead latents model the error of the others; 0: off; default: 1/32."""
+    aux_k: int | None = setting(
+        None,
+        at_least=1,
+        must="at least 1 (aux_k_coeff = 0 switches AuxK off)",
+        arch=_WITH_K,
+        needs=Effect("an aux_k_coeff above 0", lambda sae: sae.aux_k_coeff != 0),
+    )
+    """Dead latents per token in AuxK, at most as many as are dead; default: d_in / 2, with a
+    transcoder d_out / 2. [latents]"""
+    dead_after_tokens: int = setting(10_000_000, at_least=1)
+    """Tokens without firing after which a latent counts as dead, also accepted as
+    dead_feature_threshold. [tokens]"""
+
+    normalize_activations: Literal["mean_scale", "none"] = setting(
+        "mean_scale", heading="Normalisation and initialisation"
+    )
+    """mean_scale: subtract the mean and scale to an expected norm of sqrt(d_in), targets separately
+    to sqrt(d_out); none: leave activations as they are."""
+    decoder_init: Literal["random", "orthogonal", "kaiming", "active_subspace"] = setting(
+        "random", run_needs=_A_NEW_MODEL
+    )
+    """Start of the decoder rows, at unit length, and of W_enc, equal to them. random: random rows;
+    orthogonal: orthogonal in blocks of d_in; active_subspace: random within the fewest principal
+    components that hold 99 % of the variance of the first activations; kaiming: W_enc is uniform
+    within 1/sqrt(d_in), and W_dec its rows at unit length. With a transcoder the two are drawn
+    independently, W_dec within the components of the targets."""
+    decoder_norm: Literal["unit", "free"] | None = setting(None, arch=_THRESHOLDED)
+    """unit: decoder rows keep norm 1; free: they have any; default: free with relu, else unit."""
+    decoder_init_norm: float | None = setting(
+        None, above=0, arch=_THRESHOLDED, run_needs=_A_NEW_MODEL
+    )
+    """Norm at which free decoder rows start, and W_enc with them; default: 0.1."""
+    b_dec_init: Literal["zero", "mean", "geometric_median"] = setting(
+        "zero", run_needs=_A_NEW_MODEL
+    )
+    """Start of b_dec: zero (right for centred data), or the centre of the first activations, with
+    a transcoder of their targets."""
+
+    probe_loss_coeff: float = setting(
+        0.0, at_least=0, heading="Probe and neighbouring tokens", slots_modes=_LATENTS
+    )
     """Weight of the loss of a linear probe that predicts probe_labels from the code."""
-    probe_labels: str | None = None
+    probe_labels: str | None = setting(None, nonempty=True, needs=_A_PROBE)
     """Dataset of the shards with a label for each row, such as labels/rule; -1: it has none."""
-    probe_task: Literal["classification", "regression"] = "classification"
+    probe_task: Literal["classification", "regression"] = setting("classification", needs=_A_PROBE)
     """Cross-entropy over classes or squared error of a number, averaged over labelled tokens."""
-    probe_classes: int | None = None
+    probe_classes: int | None = setting(None, at_least=2, needs=_A_PROBE)
     """Classes that the labels number from 0; default: the largest label + 1. [classes]"""
-    temporal_smoothness_coeff: float = 0.0
+    temporal_smoothness_coeff: float = setting(0.0, at_least=0, slots_modes=_LATENTS)
     """Weight of the squared change of the code to the next token of its sequence, a mean."""
-    independence_coeff: float | None = None
+    independence_coeff: float | None = setting(
+        None, at_least=0, heading="Correlation of latents", slots_modes=_LATENTS
+    )
     """Weight of the squared correlations of latents' activations over a batch, for pairs of latents
     below correlation_split; default: 0.01 with slots that are aligned, otherwise 0."""
-    orthogonality_coeff: float | None = None
-    """The same for pairs of a latent below correlation_split and one that is not."""
-    correlation_pairs: Literal["scaled", "mean", "sum"] | None = None
-    """Whether both are means over pairs of latents that are not silent in the batch (mean), sums
-    (sum), or sums per latent in units of the reconstruction error of the mean, so that a weight of
-    0.01 acts at every size (scaled); default: scaled."""
-    correlation_split: int | None = None
+    orthogonality_coeff: float | None = setting(None, at_least=0, slots_modes=_LATENTS)
+    """Weight of these squared correlations for pairs of a latent below correlation_split and one
+    that is not; default: 0.01 with slots that are aligned, otherwise 0."""
+    correlation_pairs: Literal["scaled", "mean", "sum"] | None = setting(
+        None, on_resume="kept", needs=_A_CORRELATION
+    )
+    """Form of both. mean: means over pairs of latents that are not silent in the batch; sum: sums;
+    scaled, the default: sums per latent in units of the reconstruction error of the mean, so that a
+    weight of 0.01 acts at every size."""
+    correlation_split: int | None = setting(None, needs=_A_CORRELATION)
     """Where the second group of latents begins; default: at the relation slots, or there is none.
     [latents]"""
 
-    slots_mode: Literal["joint", "separate_activation", "separate_value"] | None = None
-    """slots: train latents and value heads (joint), the latents alone (separate_activation), or the
-    heads alone, on the model that --start-from names (separate_value); default: joint."""
-    n_relations: int | None = None
-    """slots: relation slots, the last latents; default: the largest relation + 1. [latents]"""
-    n_answers: int | None = None
-    """slots: answers that the labels number from 0; default: the largest + 1. [answers]"""
-    relation_labels: str | None = None
-    """slots: dataset of the shards with a relation for each row, -1: none; default:
-    labels/relation."""
-    answer_labels: str | None = None
-    """slots: dataset with the answer, -1: none; default: labels/answer."""
-    alignment_coeff: float | None = None
-    """slots: weight of the squared distance of the relation slots to slot_target times the one-hot
+    slots_mode: Literal["joint", "separate_activation", "separate_value"] | None = setting(
+        None, arch=_SLOTS, heading="Slots"
+    )
+    """Parts of slots that are trained. joint, the default: latents and value heads;
+    separate_activation: the latents alone; separate_value: the heads alone, on the model that
+    --start-from names."""
+    n_relations: int | None = setting(None, at_least=1, arch=_SLOTS)
+    """Relation slots, the last latents; default: the largest relation + 1. [latents]"""
+    n_answers: int | None = setting(None, at_least=1, arch=_SLOTS, needs=_ANSWERS)
+    """Answers that the labels number from 0; default: the largest + 1. [answers]"""
+    relation_labels: str | None = setting(None, nonempty=True, arch=_SLOTS)
+    """Dataset of the shards with a relation for each row, -1: none; default: labels/relation."""
+    answer_labels: str | None = setting(None, nonempty=True, arch=_SLOTS, needs=_ANSWERS)
+    """Dataset of the shards with an answer for each row, -1: none; default: labels/answer."""
+    alignment_coeff: float | None = setting(None, at_least=0, arch=_SLOTS, slots_modes=_LATENTS)
+    """Weight of the squared distance of the relation slots to slot_target times the one-hot
     relation; default: d_in / slot_target², so that a relation that is missed costs as much as the
     reconstruction of a token by the mean; 1 / slot_target² with loss_fn fvu."""
-    alignment_after_relu: bool = False
-    """slots: measure that distance after ReLU and with slot_target 1 by default, as L_align is
-    written, where a slot that is off gets no gradient; default: before it."""
-    slots_l1_mean: bool = False
-    """slots: average the L1 penalty over the free slots, as L_sparse is written, in place of a sum
-    over them. Its default weight is then that of the paper, which hardly acts."""
-    slot_target: float | None = None
-    """slots: what the slot of a token's relation shall be, in units of E|x| / sqrt(d_in); default:
+    alignment_after_relu: bool = setting(
+        False,
+        arch=_SLOTS,
+        needs=Effect(
+            "an alignment_coeff above 0",
+            lambda sae: sae.alignment_coeff != 0 and sae.slots_mode != "separate_value",
+        ),
+    )
+    """Measure that distance after ReLU and with slot_target 1 by default, as L_align is written,
+    where a slot that is off gets no gradient; default: before it."""
+    slots_l1_mean: bool = setting(False, arch=_SLOTS, needs=_AN_L1)
+    """Average the L1 penalty over the free slots, as L_sparse is written, in place of a sum over
+    them. Its default weight is then that of the paper, which hardly acts."""
+    slot_target: float | None = setting(
+        None,
+        above=0,
+        arch=_SLOTS,
+        needs=Effect(
+            "an alignment_coeff above 0, or slots_mode = 'joint' or 'separate_value'",
+            lambda sae: sae.alignment_coeff != 0 or sae.slots_mode != "separate_activation",
+        ),
+    )
+    """Value that the slot of a token's relation is led to, in units of E|x| / sqrt(d_in); default:
     sqrt(d_in) / 2, half the norm of an activation; 1 with alignment_after_relu."""
-    value_loss_coeff: float | None = None
-    """slots: weight of the cross-entropy of the answer, predicted from the relation's slot by a
-    head of its own; default: 0.1 times d_in; with loss_fn fvu 0.1; with separate_value 0.5."""
-    value_hidden: int | None = None
-    """slots: width of a value head's hidden layer; default: 256. [numbers]"""
+    value_loss_coeff: float | None = setting(None, at_least=0, arch=_SLOTS, slots_modes=_HEADS)
+    """Weight of the cross-entropy of the answer, predicted from the relation's slot by a separate
+    head; default: 0.1 times d_in; with loss_fn fvu 0.1; with separate_value 0.5."""
+    value_hidden: int | None = setting(None, at_least=1, arch=_SLOTS, needs=_ANSWERS)
+    """Width of a value head's hidden layer; default: 256. [numbers]"""
 
     def __post_init__(self) -> None:
-        """Check every field and complete those left open; raises ValueError naming the field."""
-        super().__post_init__()
-        for name in ("probe_loss_coeff", "temporal_smoothness_coeff"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
+        """Check the settings beside each other; raise ValueError naming field and value."""
+        self._check_architecture()
+        self._check_transcoder()
+        self._check_k()
+        self._check_matryoshka()
+        self._check_objective()
+        self._check_sparsity()
         self._check_probe()
-        self._complete_slots()
         self._check_slots()
         self._check_correlation()
-        self._check_effects()
+        check_effects(self)
+
+    # What is filled in
+
+    def resolve(
+        self, d_in: int = 0, d_out: int = 0, labels: Mapping[str, int | None] | None = None
+    ) -> SAEConfig:
+        """Return the configuration for activations of these widths, with all filled in.
+
+        Args:
+            d_in: width of the activations; 0 leaves it as it is, and open sizes open.
+            d_out: width of a transcoder's targets.
+            labels: counts of labels by the setting that has them: probe_classes, n_relations or
+                n_answers.
+
+        Raises:
+            ValueError: if it was made for another width, or a setting does not fit the sizes.
+        """
+        if d_in and self.d_in not in (0, d_in):
+            raise ValueError(f"d_in must be {d_in}, the width of the activations, got {self.d_in}")
+        if d_out and self.d_out not in (0, d_out):
+            raise ValueError(f"d_out must be {d_out}, the width of the targets, got {self.d_out}")
+        widths = {"d_in": d_in or self.d_in, "d_out": d_out or self.d_out}
+        return SAEConfig(**{**self.given, **widths, **(labels or {})})
+
+    def with_d_in(self, d_in: int, d_out: int = 0) -> SAEConfig:
+        """Return the configuration for activations of width d_in, see `resolve`."""
+        return self.resolve(d_in, d_out)
+
+    @classmethod
+    def completed(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with those filled in that were left open, once the widths are known.
+
+        This is the one place where a default that follows from other settings is chosen.
+        """
+        asked = object.__new__(cls)  # to read the settings by, not checked yet
+        asked.__dict__.update(settings)
+        if not asked._has_widths:  # what a flag or the data may yet change is not derived
+            return settings
+        sized = {**settings, "d_sae": asked._derived_d_sae()}
+        asked.__dict__.update(sized)
+        filled = asked._defaults_of_selection() | asked._defaults_of_sparsity()
+        if asked.arch == "slots":
+            filled |= asked._defaults_of_slots()
+        return sized | {name: value for name, value in filled.items() if settings[name] is None}
+
+    def _derived_d_sae(self) -> int:
+        factor = self.expansion_factor
+        latents = self.d_in * (DEFAULT_EXPANSION_FACTOR if factor is None else factor)
+        is_number = math.isfinite(latents)
+        require("expansion_factor", is_number, "a factor of d_in to latents", factor)
+        derived = round(latents)
+        if self.d_sae == 0:
+            expected = f"large enough for a latent at d_in = {self.d_in}"
+            require("expansion_factor", derived >= 1, expected, factor)
+            return derived
+        if factor is not None and derived != self.d_sae:
+            raise ValueError(
+                f"expansion_factor must agree with d_sae = {self.d_sae} at d_in = {self.d_in} "
+                f"(give one of the two), got {factor:g}"
+            )
+        return self.d_sae
+
+    def _defaults_of_selection(self) -> dict[str, Any]:
+        filled: dict[str, Any] = {"aux_k_coeff": 0.0}
+        if self.takes("k"):
+            filled = {"k": min(DEFAULT_K, self.d_sae), "aux_k_coeff": DEFAULT_AUX_K_COEFF}
+        if self.arch == "matryoshka":
+            halvings = {max(self.d_sae >> times, 1) for times in range(MATRYOSHKA_SIZES)}
+            sizes = self.matryoshka_prefixes or tuple(sorted(halvings))
+            filled |= {"matryoshka_prefixes": sizes, "matryoshka_weights": (1.0,) * len(sizes)}
+        return filled
+
+    def _defaults_of_sparsity(self) -> dict[str, Any]:
+        """Return norm of the decoder, penalties and their weights."""
+        filled: dict[str, Any] = {
+            "l1_penalty_coeff": self._default_l1 if self.takes("target_l0_rate") else 0.0,
+            "decorrelation": "gram_scaled",
+            "correlation_pairs": "scaled",
+            **dict.fromkeys(("independence_coeff", "orthogonality_coeff", "alignment_coeff"), 0.0),
+            "value_loss_coeff": 0.0,
+        }
+        if self.takes("decoder_norm"):
+            filled["decoder_norm"] = self._decoder_norm
+            if self._decoder_norm == "free":
+                filled["decoder_init_norm"] = DEFAULT_FREE_NORM
+        if self.arch == "jumprelu":
+            penalty = self.sparsity_penalty or "l0_target"
+            weight = self.error_of_the_mean * (
+                1.0 if penalty == "l0_target" else DEFAULT_LATENT_PRICE
+            )
+            filled |= {"sparsity_penalty": penalty, "sparsity_penalty_coeff": weight}
+            if penalty == "l0_target":
+                filled["target_l0"] = min(DEFAULT_TARGET_L0, float(self.d_sae))
+        return filled
+
+    def _defaults_of_slots(self) -> dict[str, Any]:
+        """Return labels, target and the weights of the terms that the mode trains."""
+        mode, error = self.slots_mode or "joint", self.error_of_the_mean
+        target = 1.0 if self.alignment_after_relu else 0.5 * self._typical_norm
+        filled: dict[str, Any] = {
+            "slots_mode": mode,
+            "relation_labels": RELATION_LABELS,
+            "slot_target": target,
+        }
+        if mode != "separate_value":
+            # In units of the target: a slot that is off costs as much at every target.
+            filled["alignment_coeff"] = error / (self.slot_target or target) ** 2
+            filled["independence_coeff"] = _SLOTS_CORRELATION
+            filled["orthogonality_coeff"] = _SLOTS_CORRELATION
+        if mode != "separate_activation":
+            alone = mode == "separate_value"  # where nothing else is trained
+            filled["value_loss_coeff"] = _SLOTS_VALUE_ALONE if alone else error * _SLOTS_VALUE
+            filled |= {"answer_labels": ANSWER_LABELS, "value_hidden": DEFAULT_VALUE_HIDDEN}
+        return filled
+
+    @property
+    def _default_l1(self) -> float:
+        if self.arch != "slots":
+            return DEFAULT_L1 * self.error_of_the_mean / self.target_width
+        if self.slots_mode == "separate_value":
+            return 0.0
+        share = _SLOTS_L1_MEAN if self.slots_l1_mean else _SLOTS_L1 / self._typical_norm
+        return share * self.error_of_the_mean
+
+    @property
+    def _typical_norm(self) -> float:
+        """The norm of normalised activations."""
+        return math.sqrt(self.target_width)
+
+    @property
+    def _decoder_norm(self) -> str:
+        return self.decoder_norm or ("free" if self.arch == "relu" else "unit")
+
+    def with_room(self, size: int) -> dict[str, Any]:
+        """Return the settings that stand for open widths where these are to be `size`."""
+        widths = {"d_in": self.d_in or size}
+        return {**widths, "d_out": self.d_out or size} if self.transcoder else widths
+
+    # What is checked
+
+    def takes(self, name: str) -> bool:
+        """Return whether the architecture has a setting."""
+        architectures = rules_of(self)[name].arch
+        return not architectures or self.arch in architectures
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        require(name, condition, expected, getattr(self, name))
+
+    def _check_architecture(self) -> None:
+        """Refuse settings that the architecture does not have, unless they switch something off."""
+        defaults = self.defaults()
+        for name, rules in rules_of(self).items():
+            value = getattr(self, name)
+            is_off = value in (defaults[name], None, 0.0)
+            if rules.arch and self.arch not in rules.arch and not is_off:
+                raise ValueError(
+                    f"{name} belongs to arch {' or '.join(rules.arch)} and must be left out "
+                    f"with arch {self.arch}, got {value!r}"
+                )
+
+    def _check_transcoder(self) -> None:
+        for name in ("d_out", "skip_connection"):
+            if getattr(self, name) and not self.transcoder:
+                raise ValueError(
+                    f"{name} belongs to a transcoder and must be left out without transcoder, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.transcoder and not self.subtract_b_dec:
+            raise ValueError(
+                "subtract_b_dec must be left out with a transcoder, which subtracts nothing, "
+                "got False"
+            )
+
+    def _check_k(self) -> None:
+        if self.d_sae > 0 and self.k is not None:
+            self._require("k", self.k <= self.d_sae, f"at most d_sae = {self.d_sae}")
+            divides = self.activation != "groupmax" or self.d_sae % self.k == 0
+            self._require("k", divides, f"a divisor of d_sae = {self.d_sae} with groupmax")
+        if self.multi_topk and self.activation == "groupmax":
+            raise ValueError("multi_topk must be left out with activation groupmax, got True")
+
+    def _check_matryoshka(self) -> None:
+        prefixes, weights = self.matryoshka_prefixes, self.matryoshka_weights
+        if prefixes is not None:
+            ascend = list(prefixes) == sorted({size for size in prefixes if size > 0})
+            self._require("matryoshka_prefixes", ascend and len(prefixes) > 0, "ascending, from 1")
+            ends = self.d_sae in (0, prefixes[-1])
+            must = f"sizes of which the last is d_sae = {self.d_sae}"
+            self._require("matryoshka_prefixes", ends, must)
+        if weights is not None:
+            n_prefixes = MATRYOSHKA_SIZES if prefixes is None else len(prefixes)
+            fits = len(weights) == n_prefixes and all(weight >= 0 for weight in weights)
+            self._require("matryoshka_weights", fits, f"{n_prefixes} numbers of at least 0")
+
+    def _check_objective(self) -> None:
+        """Refuse codes without ReLU where latents are chosen, and losses of another model."""
+        if not self.use_relu and self.arch != "relu":
+            raise ValueError(
+                f"use_relu must be true for arch {self.arch!r}, got False: only with arch relu "
+                "can codes be negative"
+            )
+        if not self.use_relu and self.target_l0 is not None:
+            raise ValueError(
+                "target_l0 must be left out without use_relu, where all latents are active, "
+                f"got {self.target_l0:g}"
+            )
+        if self.is_end_to_end and (self.arch in ("matryoshka", "slots") or self.multi_topk):
+            several = "multi_topk" if self.multi_topk else f"arch {self.arch}"
+            raise ValueError(f"loss_fn {self.loss_fn} is of one reconstruction, not with {several}")
+        if self.is_end_to_end and self.transcoder:
+            raise ValueError(f"loss_fn {self.loss_fn} does not go with a transcoder")
+
+    def _check_sparsity(self) -> None:
+        if self.target_l0 is not None and self.d_sae > 0:
+            must = f"at most d_sae = {self.d_sae}"
+            self._require("target_l0", self.target_l0 <= self.d_sae, must)
+        if self.target_l0 is not None and self.l1_penalty_coeff == 0 and self.arch != "jumprelu":
+            raise ValueError(
+                "target_l0 leads l1_penalty_coeff, which must be greater than 0, got 0.0"
+            )
+        if self.target_l0 is not None and self.sparsity_penalty in ("l0", "tanh"):
+            raise ValueError(
+                "target_l0 is for sparsity_penalty = 'l0_target' and must be left out with "
+                f"{self.sparsity_penalty!r}, got {self.target_l0:g}"
+            )
+        if self.decoder_init_norm is not None and self._decoder_norm == "unit":
+            raise ValueError(
+                "decoder_init_norm is for decoder_norm = 'free' and must be left out with "
+                f"'unit', got {self.decoder_init_norm:g}"
+            )
 
     def _check_probe(self) -> None:
-        self._require("probe_labels", self.probe_labels != "", "a name, not an empty string")
-        if self.probe_classes is None:
-            return
-        self._require("probe_classes", self.probe_classes >= 2, "at least 2")
-        if self.probe_task == "regression":
+        if self.probe_classes is not None and self.probe_task == "regression":
             raise ValueError(
                 "probe_classes must be left out with probe_task regression, "
                 f"got {self.probe_classes}"
             )
 
-    def _complete_slots(self) -> None:
-        """Labels, target, and the coefficients of the terms that the mode has, where left open."""
-        defaults: dict[str, object] = dict.fromkeys(_COEFFICIENTS, 0.0)
-        defaults["correlation_pairs"] = "scaled"
-        if self.arch == "slots":
-            mode = self.slots_mode or "joint"
-            self._refuse_untrained(mode)
-            defaults |= {
-                "slots_mode": mode,
-                "relation_labels": RELATION_LABELS,
-                "slot_target": self._default_target,
-                **_SLOT_TERMS[mode],
-            }
-            if mode != "separate_value":  # where nothing else is trained
-                for name in set(_OF_MEAN_ERROR) & _SLOT_TERMS[mode].keys():
-                    defaults[name] = self.error_of_the_mean * _SLOT_TERMS[mode][name]
-                # In units of the target: a slot that is off costs as much at every target.
-                target = self.slot_target or self._default_target or 1.0
-                defaults["alignment_coeff"] = self.error_of_the_mean / target**2
-            if mode != "separate_activation":
-                defaults |= {"answer_labels": ANSWER_LABELS, "value_hidden": 256}
-        if not self._has_widths:  # what a flag may yet change is not derived
-            return
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-
-    def _refuse_untrained(self, mode: str) -> None:
-        """Raises ValueError for a coefficient of a term that the mode does not train."""
-        for name in (*_COEFFICIENTS, *_OTHER_TERMS):
-            is_trained = name in _SLOT_TERMS[mode] or (
-                name not in _COEFFICIENTS and mode != "separate_value"
-            )
-            value = getattr(self, name)
-            if value and not is_trained:
-                raise ValueError(f"{name} must be left out with slots_mode {mode}, got {value:g}")
-
     def _check_slots(self) -> None:
-        for name in _COEFFICIENTS:
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 0, "at least 0")
-        for name in ("n_relations", "n_answers", "value_hidden"):
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1")
-        for name in ("relation_labels", "answer_labels"):
-            self._require(name, getattr(self, name) != "", "a name, not an empty string")
-        positive = self.slot_target is None or self.slot_target > 0
-        self._require("slot_target", positive, "greater than 0")
         if self.n_relations is not None and self.d_sae > 0:
             must = f"below d_sae = {self.d_sae}, which counts the free slots too"
             self._require("n_relations", self.n_relations < self.d_sae, must)
+        if self.arch != "slots":
+            return
+        mode = self.slots_mode or "joint"
+        for name, rules in rules_of(self).items():
+            value = getattr(self, name)
+            if value and rules.slots_modes and mode not in rules.slots_modes:
+                raise ValueError(f"{name} must be left out with slots_mode {mode}, got {value:g}")
 
     def _check_correlation(self) -> None:
         split = self.correlation_split
@@ -199,24 +655,36 @@ class SAEConfig(DictionaryConfig):
         must = f"at least 1 and below d_sae = {self.d_sae}" if self.d_sae else "at least 1"
         self._require("correlation_split", inside, must)
 
-    @property
-    def _default_l1(self) -> float:
-        if self.arch != "slots":
-            return super()._default_l1
-        if self.slots_mode == "separate_value":
-            return 0.0
-        share = _SLOTS_L1_MEAN if self.slots_l1_mean else _SLOTS_L1 / self._typical_norm
-        return share * self._variance
+    # What is read
 
     @property
-    def _default_target(self) -> float:
-        """The strength of a relation's slot: 1 for L_align as it is written, else half the norm."""
-        return 1.0 if self.alignment_after_relu else 0.5 * self._typical_norm
+    def is_complete(self) -> bool:
+        """Whether the sizes are known, as a model needs them."""
+        return self._has_widths and self.d_sae > 0
 
     @property
-    def _typical_norm(self) -> float:
-        """The norm of normalised activations."""
-        return math.sqrt(self.target_width)
+    def target_width(self) -> int:
+        """Width of the reconstruction: d_out of a transcoder, otherwise d_in."""
+        return self.d_out if self.transcoder else self.d_in
+
+    @property
+    def _has_widths(self) -> bool:
+        return self.d_in > 0 and self.target_width > 0
+
+    @property
+    def error_of_the_mean(self) -> float:
+        """Reconstruction error per token of the mean, of normalised data: d_in, or 1 with fvu."""
+        return float(self.target_width) if self.loss_fn == "mse" else 1.0
+
+    @property
+    def is_end_to_end(self) -> bool:
+        """Whether the loss is that of the model behind the reconstruction."""
+        return self.loss_fn in ("ce", "kl")
+
+    @property
+    def has_signed_codes(self) -> bool:
+        """Whether values of a code may be negative."""
+        return not self.use_relu or self.activation == "abs_topk"
 
     @property
     def term_coefficients(self) -> dict[str, float]:
@@ -258,7 +726,17 @@ class SAEConfig(DictionaryConfig):
 
     @property
     def group_split(self) -> int:
-        """Where the second group of latents begins, d_sae where there is none."""
+        """Where the second group of latents begins; d_sae if there is none."""
         if self.arch == "slots":
             return self.d_sae - (self.n_relations or 0)
         return self.d_sae if self.correlation_split is None else self.correlation_split
+
+
+def without_other_size(values: dict[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop d_sae or expansion_factor where the settings that win over them give the other one."""
+    outweighed = [
+        other
+        for one, other in (("d_sae", "expansion_factor"), ("expansion_factor", "d_sae"))
+        if stronger.get(one)
+    ]
+    return {name: value for name, value in values.items() if name not in outweighed}

@@ -3,218 +3,402 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from sae_fast.config.effects import TRAINING, Effect
-from sae_fast.config.fields import ConfigFile, with_aliases
+from sae_fast.config.effects import Run, check_effects
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import Effect, require, setting
 
-_NAMES = (
-    *("shard_dir", "activations_key", "heldout", "device"),
-    *("target_key", "target_shard_dir", "target_heldout"),
-    *("checkpoint_dir", "resume_from", "start_from"),
+_OF_MODEL = "the activations are those of MODEL while it reads DATASET"
+_TARGETS = "a transcoder trains on shards: capture its two hook points first"
+_KEPT = "the rows are computed, cache_dir keeps them as shards"
+_AVERAGES_GRADIENTS = ("sgd", "signum", "schedule_free_signum")
+_A_SHUFFLE = Effect(
+    "loss_fn mse or fvu, where rows are shuffled", lambda run: not run.sae.is_end_to_end
 )
-_COUNTS = (
-    *("pool_rows", "batch_size", "grad_acc_steps", "max_epochs", "max_steps", "max_tokens"),
-    *("num_threads", "log_every", "wandb_log_every", "keep_checkpoints", "k_anneal_start"),
-)
-_NOT_NEGATIVE = (
-    "warmup_steps",
-    "sparsity_warmup_steps",
-    "k_anneal_steps",
-    "weight_decay",
-    "grad_clip",
-    "seed",
-    "shuffle_seed",
-    "eval_every",
-    "checkpoint_every",
-    "reconstruction_epochs",
+_ADAM = Effect(
+    "optimizer = 'adam' or 'adamw'; the others have momentum",
+    lambda train: train.optimizer not in _AVERAGES_GRADIENTS,
 )
 
 
-@with_aliases(lr="learning_rate", use_amp="amp")
+def _has_sparsity(run: Run) -> bool:
+    weights = run.sae.term_coefficients
+    return weights["l1_loss"] > 0 or weights["sparsity_loss"] > 0
+
+
+def _has_more_terms(run: Run) -> bool:
+    return any(
+        weight > 0 for name, weight in run.sae.term_coefficients.items() if name != "recon_loss"
+    )
+
+
+@configuration(lr="learning_rate", use_amp="amp")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ConfigFile):
     """The training run: data, optimiser, schedule, precision, logging and checkpoints."""
 
     section: ClassVar[str] = "train"
-    effects: ClassVar[Mapping[str, Effect]] = TRAINING
 
-    shard_dir: str | None = None
+    shard_dir: str | None = setting(
+        None,
+        nonempty=True,
+        on_resume="free",
+        shards_only=_OF_MODEL,
+        metavar="DIR",
+        heading="Data",
+        brief="directory of shards with the activations to train on",
+        elsewhere=("data_dir", "data", "activations", "shards"),
+    )
     """Directory of HDF5 shards with the activations to train on; one that holds a folder of shards
     for each hook point, as a capture writes, trains a dictionary on each of them."""
-    mix: tuple[str, ...] | None = None
+    mix: tuple[str, ...] | None = setting(
+        None,
+        on_resume="free",
+        shards_only=_OF_MODEL,
+        metavar="DIR:WEIGHT",
+        brief="several directories in place of --shard-dir, with weights",
+    )
     """Several such directories in place of shard_dir, each with the weight that it has among the
     rows, DIR:WEIGHT; an epoch lasts until each was served whole, smaller ones begin again."""
-    activations_key: str = "activations"
+    activations_key: str = setting(
+        "activations",
+        nonempty=True,
+        shards_only=_OF_MODEL,
+        run_needs=Effect("shards whose data sets have names", lambda run: run.has_names()),
+    )
     """Name of the data set inside a shard."""
-    heldout: str | None = None
+    heldout: str | None = setting(
+        None,
+        nonempty=True,
+        on_resume="free",
+        shards_only="heldout_tokens holds back the last documents",
+    )
     """Held-out shards, a directory or a glob; default: the files heldout*.h5 in shard_dir."""
-    target_key: str | None = None
+    target_key: str | None = setting(
+        None,
+        nonempty=True,
+        shards_only=_TARGETS,
+        run_needs=Effect("targets whose data sets have names", lambda run: run.has_target_names()),
+    )
     """Name of the data set with a transcoder's targets; default: with target_shard_dir that of the
     activations."""
-    target_shard_dir: str | None = None
+    target_shard_dir: str | None = setting(
+        None, nonempty=True, on_resume="free", shards_only=_TARGETS
+    )
     """Directory with the targets of shard_dir, in files of the same names; default: the shards
     themselves hold them."""
-    target_heldout: str | None = None
+    target_heldout: str | None = setting(
+        None, nonempty=True, on_resume="free", shards_only=_TARGETS
+    )
     """Directory with the targets of the held-out shards; default: target_shard_dir."""
-    pool_rows: int = 65_536
+    pool_rows: int = setting(65_536, at_least=1, run_needs=_A_SHUFFLE)
     """Size of the shuffle pool. [tokens]"""
-    keep_in_memory: bool = False
+    keep_in_memory: bool = setting(
+        False,
+        on_resume="free",
+        shards_only=_KEPT,
+        brief="read the shards once and keep their rows in memory",
+    )
     """Keep all rows in memory, as stored, once they were read; the order stays what it is."""
-    pin: bool = False
+    pin: bool = setting(
+        False,
+        on_resume="free",
+        shards_only=_KEPT,
+        needs=Effect("keep_in_memory, whose rows it locks", lambda train: train.keep_in_memory),
+    )
     """Lock the rows that keep_in_memory keeps, so that they are never swapped out. Batches for a
     GPU are always page-locked."""
-    device_cache: bool = False
+    device_cache: bool = setting(False, on_resume="free", shards_only=_KEPT)
     """Keep all rows on the GPU, as stored, once they were read, and make the batches there."""
-    skip_nonfinite: bool = False
+    skip_nonfinite: bool = setting(
+        False,
+        shards_only="no row is left out, a NaN or infinity ends the training",
+        run_needs=Effect(
+            "shards or a tensor; rows of a source are not left out",
+            lambda run: run.data in ("shards", "tensor"),
+        ),
+    )
     """Drop and count rows with NaN or infinity instead of stopping at them."""
-    repeated_rows: Literal["refuse", "drop", "keep"] = "refuse"
+    repeated_rows: Literal["refuse", "drop", "keep"] = setting(
+        "refuse", shards_only="no row is left out, and all of them are computed"
+    )
     """Rows of shards that are zero or equal to the row before them, as rows never written and
-    padding are: refuse more than 1 % of a shard, drop and count all of them, or keep them."""
+    padding are. refuse: more than 1 % of a shard are an error; drop: all are dropped and counted;
+    keep: they are trained on."""
 
-    batch_size: int = 4096
+    batch_size: int = setting(
+        4096,
+        at_least=1,
+        decided_by="batch_size",
+        heading="Batches and length",
+        brief="tokens in a batch",
+    )
     """Tokens per forward pass; an optimiser step takes grad_acc_steps of these. [tokens]"""
-    grad_acc_steps: int = 1
+    grad_acc_steps: int = setting(1, at_least=1)
     """Batches whose gradients are averaged into one optimiser step; the variance of fvu, target_l0
     and the selection of batch_topk are of the whole step. [batches]"""
-    max_epochs: int | None = None
+    max_epochs: int | None = setting(
+        None,
+        at_least=1,
+        shards_only="max_tokens says how long to train",
+        brief="passes over the data; default: 1",
+        elsewhere=("epochs",),
+    )
     """Passes over the data; default: 1, or as many as max_steps or max_tokens takes. [epochs]"""
-    max_steps: int | None = None
+    max_steps: int | None = setting(
+        None,
+        at_least=1,
+        brief="stop after so many steps",
+        elsewhere=("steps", "n_steps", "num_steps", "training_steps"),
+    )
     """Stop after so many optimiser steps. [steps]"""
-    max_tokens: int | None = None
+    max_tokens: int | None = setting(
+        None, at_least=1, decided_by="max_tokens", brief="stop after so many tokens"
+    )
     """Stop after so many tokens. [tokens]"""
 
-    reconstruction_epochs: float = 0.0
+    reconstruction_epochs: float = setting(
+        0.0,
+        at_least=0,
+        sweep=True,
+        run_needs=Effect("another term of the loss than the first", _has_more_terms),
+        heading="Start",
+    )
     """Passes over the data, at the start, whose loss is the reconstruction alone. [epochs]"""
-    start_from: str | None = None
-    """Model to start from, a checkpoint or what save wrote; default: a new one."""
-    start_from_elsewhere: bool = False
+    start_from: str | None = setting(None, nonempty=True, sweep=True)
+    """Model to start from, a checkpoint or a directory that save wrote; default: a new one."""
+    start_from_elsewhere: bool = setting(
+        False,
+        sweep=True,
+        needs=Effect(
+            "start_from, the model to start from", lambda train: train.start_from is not None
+        ),
+    )
     """Start also from a model of another hook, layer or model than the activations are of."""
 
-    learning_rate: float | None = None
+    learning_rate: float | None = setting(
+        None,
+        above=0,
+        sweep=True,
+        heading="Learning rate and schedules",
+        brief="peak learning rate, also --lr; default: by size and optimizer",
+    )
     """Peak learning rate, also accepted as lr; default: of adam 2e-4 / sqrt(d_sae / 2**14), half as
     much of signum, 5 times as much of schedule_free_signum, 0.1 of sgd."""
-    warmup_steps: int | None = None
+    warmup_steps: int | None = setting(
+        None, at_least=0, sweep=True, within_run=True, elsewhere=("lr_warm_up_steps",)
+    )
     """Linear rise of the learning rate; default: 5 % of the run. [steps]"""
-    sparsity_warmup_steps: int | None = None
+    sparsity_warmup_steps: int | None = setting(
+        None,
+        at_least=0,
+        sweep=True,
+        within_run=True,
+        run_needs=Effect(
+            "a sparsity penalty, l1_penalty_coeff or, of jumprelu, sparsity_penalty_coeff above 0",
+            _has_sparsity,
+        ),
+    )
     """Linear rise of the weight of the sparsity penalties; default: 5 % of the run. [steps]"""
-    k_anneal_start: int | None = None
+    k_anneal_start: int | None = setting(None, at_least=1, sweep=True)
     """k of the first step, from which it falls linearly to that of the model; default: no fall. In
     between it takes at most 4 values per halving. [latents]"""
-    k_anneal_steps: int | None = None
+    k_anneal_steps: int | None = setting(
+        None,
+        at_least=0,
+        sweep=True,
+        within_run=True,
+        needs=Effect("k_anneal_start", lambda train: train.k_anneal_start is not None),
+    )
     """Length of this fall; default: 5 % of the run. [steps]"""
-    decay_fraction: float | None = None
+    decay_fraction: float | None = setting(
+        None,
+        at_least=0,
+        at_most=1,
+        sweep=True,
+        elsewhere=("lr_scheduler", "lr_decay_steps", "scheduler"),
+    )
     """Share of the run, at its end, in which the learning rate falls linearly; default: 0.2, of
     schedule_free_signum 0. [share]"""
-    optimizer: Literal["adam", "adamw", "sgd", "signum", "schedule_free_signum"] = "adam"
-    """adamw: adam with weight decay; sgd: with momentum; signum: lr times a momentum's sign;
-    schedule_free_signum: lr times the gradient's sign, and the average of the weights is the
+    optimizer: Literal["adam", "adamw", "sgd", "signum", "schedule_free_signum"] = setting(
+        "adam", sweep=True, heading="Optimiser", brief="update rule"
+    )
+    """Update rule. adamw: adam with weight decay; sgd: with momentum; signum: lr times a momentum's
+    sign; schedule_free_signum: lr times the gradient's sign, and the average of the weights is the
     model."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999),
+        at_least=0,
+        below=1,
+        must="two numbers from 0 to below 1",
+        sweep=True,
+        needs=_ADAM,
+    )
     """Adam's decay rates of the first and second moment."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, above=0, sweep=True, needs=_ADAM)
     """Adam's term in the denominator."""
-    momentum: float | None = None
-    """What sgd and signum keep of their momentum from step to step, 0.9 by default; of
-    schedule_free_signum the share of the average where gradients are taken, 0.95 by default."""
-    weight_decay: float = 0.0
+    momentum: float | None = setting(
+        None,
+        at_least=0,
+        below=1,
+        sweep=True,
+        needs=Effect(
+            "optimizer = 'sgd', 'signum' or 'schedule_free_signum'; 'adam' and 'adamw' have betas",
+            lambda train: train.optimizer in _AVERAGES_GRADIENTS,
+        ),
+    )
+    """Share of the momentum of sgd and signum that is kept from step to step, 0.9 by default; with
+    schedule_free_signum the share of the average at the point where gradients are taken, 0.95 by
+    default."""
+    weight_decay: float = setting(
+        0.0,
+        at_least=0,
+        sweep=True,
+        needs=Effect(
+            "optimizer = 'adamw', which decouples it from the gradient, or 'sgd', 'signum' or "
+            "'schedule_free_signum'; 'adam' has none",
+            lambda train: train.optimizer != "adam",
+        ),
+    )
     """Weight decay, per step and unit of learning rate: decoupled, but of sgd in the gradient."""
-    grad_clip: float = 1.0
+    grad_clip: float = setting(1.0, at_least=0, sweep=True)
     """Largest global norm of the gradient; 0: no clipping."""
-    optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
+    optimizer_states: Literal["fp32", "bf16", "8bit"] = setting("fp32", sweep=True)
     """Moments of the weights, two of adam, one of the others: 4, 2 or 1 byte each; below fp32
     rounded at random. schedule_free_signum has fp32 and bf16."""
-    average_decay: float = 0.0
+    average_decay: float = setting(0.0, at_least=0, below=1, sweep=True)
     """Decay of a moving average of the weights, evaluated and saved beside them; 0: none."""
-    fused: bool = True
-    """Fused optimiser on factored gradients; false: dense gradients and an optimiser of torch."""
+    fused: bool = setting(True, sweep=True)
+    """Use the fused optimiser on factored gradients; false: dense gradients and an optimiser of
+    torch."""
 
-    amp: Literal["off", "bf16", "fp16"] = "off"
+    amp: Literal["off", "bf16", "fp16"] = setting(
+        "off",
+        sweep=True,
+        bare="bf16",
+        heading="Precision and device",
+        brief="precision of products and gathers",
+    )
     """Low-precision products and gathers, also accepted as use_amp; off: exact fp32 results."""
-    device: str = "cpu"
+    device: str = setting("cpu", nonempty=True, brief="device to train on, such as cuda")
     """Device to train on."""
-    cuda_graph: bool = True
+    cuda_graph: bool = setting(True, on_resume="free")
     """On a GPU, launch a whole step at once, as a CUDA graph; needs fused. The result is equal."""
-    num_threads: int | None = None
+    num_threads: int | None = setting(
+        None, at_least=1, on_resume="free", brief="CPU threads; default: torch's choice"
+    )
     """CPU threads; default: torch's own choice. [threads]"""
-    seed: int = 0
+    seed: int = setting(
+        0,
+        at_least=0,
+        sweep=True,
+        decided_by="init_seeds",
+        brief="seed of initialisation and of the order of the data",
+    )
     """Seed of initialisation and of the order of the data."""
-    shuffle_seed: int | None = None
+    shuffle_seed: int | None = setting(
+        None,
+        at_least=0,
+        decided_by="shuffle_seed",
+        run_needs=Effect(
+            "shards, a tensor or a model; a source has an order of its own",
+            lambda run: run.data != "source",
+        ),
+    )
     """Seed of the order of the data; default: seed."""
 
-    log_every: int = 10
+    log_every: int = setting(
+        10, at_least=1, on_resume="free", heading="Logs, evaluation and checkpoints"
+    )
     """Interval of the metrics. [steps]"""
-    wandb_log_every: int | None = None
-    """Interval of what goes to W&B; default: log_every. [steps]"""
-    eval_every: int = 500
+    wandb_log_every: int | None = setting(
+        None, at_least=1, on_resume="free", decided_by="wandb_log_frequency"
+    )
+    """Interval of the rows that go to W&B; default: log_every. [steps]"""
+    eval_every: int = setting(500, at_least=0, on_resume="free")
     """Interval of the held-out evaluation; 0: only at the end. [steps]"""
-    dead_percentage_threshold: float = 0.0
+    dead_percentage_threshold: float = setting(
+        0.0,
+        at_least=0,
+        below=1,
+        must="a share, from 0 to below 1",
+        on_resume="free",
+        run_needs=Effect("held-out rows, of which it is a share", lambda run: run.has_heldout),
+    )
     """Share of the held-out tokens below which a latent that fires on them counts as dead in
     heldout_dead_fraction; one that never fires always does. [share]"""
-    checkpoint_every: int = 500
+    checkpoint_every: int = setting(
+        500,
+        at_least=0,
+        on_resume="free",
+        decided_by="save_every",
+        brief="interval of the checkpoints",
+    )
     """Interval of the checkpoints; 0: only at the end. [steps]"""
-    keep_checkpoints: int = 3
-    """How many of the last checkpoints are kept. [checkpoints]"""
-    checkpoint_dir: str | None = None
+    keep_checkpoints: int = setting(3, at_least=1, on_resume="free")
+    """Number of the last checkpoints that are kept. [checkpoints]"""
+    checkpoint_dir: str | None = setting(
+        None,
+        nonempty=True,
+        on_resume="free",
+        metavar="RUN",
+        brief="directory of the run; default: a new one in runs/",
+        elsewhere=("output_dir", "out", "save_path", "checkpoint_path"),
+    )
     """Directory of the run: configuration, metrics, checkpoints; default: a new one in runs."""
-    resume_from: str | None = None
+    resume_from: str | None = setting(
+        None,
+        nonempty=True,
+        on_resume="free",
+        metavar="RUN",
+        brief="go on with a run: its directory, or latest of --checkpoint-dir",
+        elsewhere=("resume",),
+    )
     """Where to go on from: latest or best of checkpoint_dir, or a checkpoint, or another run."""
-    wandb_project: str | None = None
+    wandb_project: str | None = setting(
+        None,
+        on_resume="free",
+        metavar="NAME",
+        brief="log to this project of Weights & Biases",
+        elsewhere=("wandb", "log_to_wandb", "use_wandb"),
+    )
     """Weights & Biases project to log to; default: none."""
-    no_wandb: bool = False
+    no_wandb: bool = setting(False, on_resume="free")
     """Do not log to Weights & Biases, whatever wandb_project says."""
 
     def __post_init__(self) -> None:
-        """Check every field; raises ValueError naming field and value."""
-        given: object = self.amp
-        if isinstance(given, bool):  # use_amp = true, as other trainers write it
-            object.__setattr__(self, "amp", "bf16" if given else "off")
-        self._check_types()
-        for name in _NAMES:
-            self._require(name, getattr(self, name) != "", "a name, not an empty string")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 1, "at least 1")
-        for name in ("eps", "learning_rate"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "greater than 0")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            self._require(name, value is None or value >= 0, "at least 0")
-        self._require("decay_fraction", 0 <= self.kept_decay_fraction <= 1, "between 0 and 1")
+        """Check the settings beside each other; raise ValueError naming field and value."""
         if not self.fused and self.optimizer_states != "fp32":
             raise ValueError(
                 "optimizer_states must be 'fp32' where fused is false: optimisers of torch keep no "
                 f"others, got {self.optimizer_states!r}"
             )
-        self._check_optimizer()
-        is_share = 0 <= self.dead_percentage_threshold < 1
-        self._require("dead_percentage_threshold", is_share, "a share, from 0 to below 1")
+        if self.optimizer == "schedule_free_signum":
+            self._check_schedule_free()
         self._check_mix()
         self._check_cache()
-        self._require("average_decay", 0 <= self.average_decay < 1, "from 0 to below 1")
-        betas_hold = all(0 <= beta < 1 for beta in self.betas)
-        self._require("betas", betas_hold, "two numbers from 0 to below 1")
-        self._check_effects()
+        check_effects(self)
+
+    @classmethod
+    def converted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values with `use_amp = true`, as other trainers write it, as the precision."""
+        if isinstance(given := values.get("amp"), bool):
+            return {**values, "amp": "bf16" if given else "off"}
+        return values
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> TrainConfig:
-        """As `ConfigFile.from_saved`; values that name no optimizer may have a weight decay.
+        """Make the configuration of a run from the values saved with it.
 
-        They were written before there was a choice, when adam's was that of adamw.
+        A weight decay without the name of an optimizer is that of adamw: such values were written
+        before there was a choice.
         """
         if "optimizer" not in values and values.get("weight_decay"):
             values = {**values, "optimizer": "adamw"}
         return super().from_saved(values)
-
-    def _check_optimizer(self) -> None:
-        momentum = self.momentum
-        self._require("momentum", momentum is None or 0 <= momentum < 1, "from 0 to below 1")
-        if self.optimizer == "schedule_free_signum":
-            self._check_schedule_free()
 
     def _check_schedule_free(self) -> None:
         if self.momentum == 0:
@@ -239,7 +423,7 @@ class TrainConfig(ConfigFile):
         for name in ("shard_dir", "target_shard_dir", "target_heldout"):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} must be left out where mix is given, got {value!r}")
-        self._require("mix", len(self.mix) > 0, "directories with their weights")
+        require("mix", len(self.mix) > 0, "directories with their weights", self.mix)
         for entry, (name, weight) in zip(self.mix, self.mix_weights, strict=True):
             if not name or weight <= 0:
                 raise ValueError(
@@ -260,7 +444,7 @@ class TrainConfig(ConfigFile):
 
     @property
     def mix_weights(self) -> tuple[tuple[str, Fraction], ...]:
-        """Directory and weight of every part of `mix`; 0 for what is no weight."""
+        """Directory and weight of every part of `mix`; 0 for a weight that is no number."""
         found = []
         for entry in self.mix or ():
             name, _, weight = entry.rpartition(":")
@@ -291,11 +475,11 @@ class TrainConfig(ConfigFile):
 
     @property
     def precision(self) -> Literal["screened", "bf16", "fp16"]:
-        """Mode of the encoder's product that `amp` asks for."""
+        """Mode of the encoder's product that `amp` chooses."""
         return "screened" if self.amp == "off" else self.amp
 
     def describe_precision(self) -> str:
-        """Return one sentence on which numbers are computed in which precision, and why."""
+        """Return one sentence that says which numbers have which precision, and why."""
         if self.amp == "off":
             return (
                 "precision: exact float32 (amp is off, the default; --amp bf16 halves what gathers "
@@ -309,10 +493,10 @@ class TrainConfig(ConfigFile):
         )
 
     def peak_learning_rate(self, d_sae: int) -> float:
-        """`learning_rate`, or its default for a dictionary of `d_sae` latents."""
+        """Return `learning_rate`, or its default for a dictionary of `d_sae` latents."""
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.optimizer == "sgd":  # whose clipped steps have a norm that d_sae does not change
+        if self.optimizer == "sgd":  # its clipped steps have a norm that d_sae does not change
             return 0.1
         at_16k = {"signum": 1e-4, "schedule_free_signum": 1e-3}.get(self.optimizer, 2e-4)
         return at_16k / math.sqrt(d_sae / 2**14)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 from sae_fast.config import SAEConfig
-from sae_fast.config.dictionary import K_ARCHITECTURES
 from sae_fast.training.schedule import Schedules
 
 _HELDOUT_LOSSES = {"ce": "heldout_ce", "kl": "heldout_kl"}
@@ -30,7 +29,7 @@ class BestRule:
     def __init__(self, sae: SAEConfig, schedules: Schedules, *, has_heldout: bool) -> None:
         self.figure = _HELDOUT_LOSSES.get(sae.loss_fn, "heldout_fvu") if has_heldout else "loss"
         settled = 0 if schedules.k is None else schedules.k.fall_steps
-        if sae.arch not in K_ARCHITECTURES or sae.l1_penalty_coeff:
+        if not sae.takes("k") or sae.l1_penalty_coeff:
             settled = max(settled, schedules.sparsity.start + schedules.sparsity.warmup_steps)
         self.first_step = min(settled, schedules.total_steps)
 

@@ -22,7 +22,9 @@ from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config.effects import FROM_MODEL, check_effects
+from sae_fast.config.effects import check_effects
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import Effect, rules_of, setting
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
@@ -39,105 +41,84 @@ TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_thresh
 _DEAD_SHARE = TRAIN_DEFAULTS["dead_percentage_threshold"]
 DEFAULT_K = 192
 
-# Which fields of TrainConfig mean something here. Every field is in one of these three places or is
-# used as it is in a training on shards; a field added to TrainConfig belongs in one of them too.
-SHARDS_ONLY = {
-    **dict.fromkeys(
-        ("shard_dir", "mix", "activations_key"),
-        "the activations are those of MODEL while it reads DATASET",
-    ),
-    "heldout": "heldout_tokens holds back the last documents",
-    **dict.fromkeys(
-        ("target_key", "target_shard_dir", "target_heldout"),
-        "a transcoder trains on shards: capture its two hook points first",
-    ),
-    **dict.fromkeys(
-        ("keep_in_memory", "pin", "device_cache"),
-        "the rows are computed, cache_dir keeps them as shards",
-    ),
-    "skip_nonfinite": "no row is left out, a NaN or infinity ends the training",
-    "repeated_rows": "no row is left out, and all of them are computed",
-    "max_epochs": "max_tokens says how long to train",
-}
-# By name of the field, the setting of FromModelConfig that decides it.
-DECIDED_BY = {
-    "batch_size": "batch_size",
-    "max_tokens": "max_tokens",
-    "shuffle_seed": "shuffle_seed",
-    "seed": "init_seeds",
-    "checkpoint_every": "save_every",
-    "wandb_log_every": "wandb_log_frequency",
-}
 
-
+@configuration(checkpoint_every="save_every", wandb_log_every="wandb_log_frequency")
 @dataclass(frozen=True)
-class FromModelConfig:
+class FromModelConfig(ConfigFile):
     """Train on the activations of a model while it reads a dataset: MODEL DATASET, then flags.
 
     The flags of a training on shards that mean something here are among them.
     """
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = setting(
+        (), heading="Text and hook points", brief="blocks whose output is taken; default: 0"
+    )
     """Blocks after which the residual stream is taken, from 0; default: 0."""
-    hook_points: tuple[str, ...] = ()
-    """Others: residual.L, attn_out.L, mlp_out.L, or the path of any module; * stands for all."""
-    layer_stride: int | None = None
+    hook_points: tuple[str, ...] = setting(
+        (), metavar="NAME", brief="others: residual.L, attn_out.L, mlp_out.L, or a module"
+    )
+    """Other hook points: residual.L, attn_out.L, mlp_out.L, or the path of any module; * stands for
+    all."""
+    layer_stride: int | None = setting(None)
     """Every so many blocks, instead of layers, and in the patterns of hook_points."""
-    max_tokens: int = 1_000_000
+    max_tokens: int = setting(1_000_000, at_least=1, brief="tokens to train on")
     """Tokens to train on. [tokens]"""
-    batch_size: int = 4
+    batch_size: int = setting(4, at_least=1, brief="sequences in a forward pass")
     """Sequences in a forward pass; a batch has this times ctx_len tokens. [sequences]"""
-    ctx_len: int | None = None
+    ctx_len: int | None = setting(None, brief="tokens of a sequence; default: 512")
     """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
-    heldout_tokens: int = 16_384
+    heldout_tokens: int = setting(16_384, brief="tokens kept for evaluation")
     """Tokens of the last documents, which are kept for evaluation; 0: none. [tokens]"""
-    cache_dir: Path | None = None
+    cache_dir: Path | None = setting(None, metavar="DIR", brief="keep the activations here")
     """Keep the activations as shards here, as the capture command writes them."""
-    shard_tokens: int = 1 << 20
+    shard_tokens: int = setting(
+        1 << 20,
+        needs=Effect(
+            "cache_dir, where the shards are kept", lambda text: text.cache_dir is not None
+        ),
+    )
     """Rows of a shard in cache_dir. [tokens]"""
-    save_dir: Path = Path("output")
+    save_dir: Path = setting(Path("output"), metavar="DIR", brief="where runs are written")
     """Where runs are written, each in a directory of its name."""
-    run_name: str | None = None
+    run_name: str | None = setting(
+        None, metavar="NAME", brief="name of the run's directory; default: a new one"
+    )
     """Name of the run's directory; default: a new one, such as topk-k192-1."""
-    save_every: int = 1000
+    save_every: int = setting(1000, at_least=0, brief="interval of the checkpoints")
     """Interval of the checkpoints; 0: only at the end. [steps]"""
-    log_to_wandb: bool = False
+    log_to_wandb: bool = setting(False)
     """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
-    wandb_log_frequency: int = 100
-    """Interval of what goes to Weights & Biases. [steps]"""
-    init_seeds: tuple[int, ...] = (42,)
+    wandb_log_frequency: int = setting(100, at_least=1)
+    """Interval of the rows that go to Weights & Biases. [steps]"""
+    init_seeds: tuple[int, ...] = setting((42,), brief="an autoencoder is trained for each")
     """Seeds of the initialisation; an autoencoder is trained for each of them."""
-    shuffle_seed: int = 42
-    """Of the order of documents and rows."""
-    text_column: str | None = None
+    shuffle_seed: int = setting(42)
+    """Seed of the order of documents and rows."""
+    text_column: str | None = setting(None, heading="Reading the dataset and the model")
     """Column of the dataset with the documents; default: text, or the only one with texts."""
-    dataset_config: str | None = None
+    dataset_config: str | None = setting(None)
     """Configuration of a dataset on the hub that has several."""
-    split: str = "train"
+    split: str = setting("train")
     """Part of the dataset."""
-    text_split: Literal["line", "paragraph", "document"] = "line"
+    text_split: Literal["line", "paragraph", "document"] = setting("line")
     """What a document is in a .txt file; document: the whole file."""
-    pack: bool = True
-    """One document after another in a sequence; encoders have one document in each anyway."""
-    exclude_special_tokens: bool = False
-    """BOS, EOS, [CLS], [SEP] and the like are read by the model, but not trained on."""
-    data_preprocessing_num_proc: int = 1
+    pack: bool = setting(True)
+    """Put one document after another in a sequence; encoders have one document in each anyway."""
+    exclude_special_tokens: bool = setting(False)
+    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made."""
+    data_preprocessing_num_proc: int = setting(1)
     """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
-    revision: str | None = None
+    revision: str | None = setting(None)
     """Branch, tag or commit of a model on the hub."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """In which the model runs; auto: as in its checkpoint."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto")
+    """Type in which the model runs; auto: as in its checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "batch_size", "wandb_log_frequency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.save_every < 0:
-            raise ValueError(f"save_every must be at least 0, got {self.save_every}")
+        """Check the settings beside each other; raise ValueError naming field and value."""
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             given = " ".join(map(str, self.init_seeds)) or "none"
             raise ValueError(f"init_seeds must be different numbers, got {given}")
-        check_effects(self, FROM_MODEL)
+        check_effects(self)
 
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
         """What is asked of the model."""
@@ -326,10 +307,11 @@ def _check_model(sae: SAEConfig) -> None:
 
 def _check_train(train: TrainConfig) -> None:
     """Refuse settings of shards, which would be ignored here."""
-    for name, instead in SHARDS_ONLY.items():
+    defaults = TrainConfig.defaults()
+    for name, rules in rules_of(train).items():
         value = getattr(train, name)
-        if value != getattr(TrainConfig, name):
-            raise ValueError(f"{name} = {value!r} is for training on shards: {instead}")
+        if rules.shards_only and value != defaults[name]:
+            raise ValueError(f"{name} = {value!r} is for training on shards: {rules.shards_only}")
 
 
 def _reader(

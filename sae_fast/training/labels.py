@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,9 +53,9 @@ def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfi
 
     Raises ValueError for labels that the probe cannot predict, or slots not be bound to.
     """
-    sae = _with_probe_classes(sae, columns)
+    counts = _probe_classes(sae, columns)
     if sae.arch != "slots":
-        return sae
+        return sae.resolve(labels=counts)
     names = _slot_labels(sae).items()
     found = {name: _count(name, getattr(sae, name), columns[label]) for name, label in names}
     slots = found["n_relations"]
@@ -66,7 +65,7 @@ def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfi
             f"{labels.place}: {labels.name} has the label {slots - 1}, "
             f"and {slots:,} relation slots leave no free one of d_sae = {sae.d_sae:,}"
         )
-    return replace(sae, n_relations=found["n_relations"], n_answers=found.get("n_answers"))
+    return sae.resolve(labels={**counts, **found})
 
 
 def check_heldout_labels(sae: SAEConfig, labels: Mapping[str, Tensor]) -> None:
@@ -148,15 +147,16 @@ def _counted(name: str, where: str, needed: int) -> int:
     return needed
 
 
-def _with_probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfig:
+def _probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> dict[str, int]:
+    """Return the classes of the probe by the setting that has them; empty where it has none."""
     if not sae.has_probe or sae.probe_labels is None:
-        return sae
+        return {}
     labels = columns[sae.probe_labels]
     where = f"{labels.place}: {labels.name}"
     if labels.dtype == torch.int64 and labels.maximum < 0:
         raise ValueError(f"{where}: no token has a label, all are -1")
     if sae.probe_task == "regression":
-        return sae
+        return {}
     if labels.dtype != torch.int64:
         raise ValueError(
             f"{where} holds real numbers; probe_task classification needs whole ones, "
@@ -171,4 +171,4 @@ def _with_probe_classes(sae: SAEConfig, columns: Mapping[str, Column]) -> SAECon
     if sae.probe_classes is None and needed < 2:
         raise ValueError(f"{where}: the only label is 0, a classification needs two classes")
     counted = sae.probe_classes or _counted("probe_classes", where, needed)
-    return replace(sae, probe_classes=counted)
+    return {"probe_classes": counted}

@@ -15,6 +15,7 @@ from sae_fast.activations import TARGETS, Source, Transform, origin_difference
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config.setting import rules_of
 from sae_fast.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -30,23 +31,6 @@ logger = logging.getLogger(__name__)
 
 _COUNTERS = ("tokens_since_fired",)
 _OTHER_UNITS = 4.0  # factor of the variance
-# Settings that may change between a run and its resumption without changing a single bit.
-_HARMLESS = (
-    *(
-        "shard_dir",
-        *("mix", "keep_in_memory", "pin", "device_cache"),
-        "heldout",
-        "target_shard_dir",
-        "target_heldout",
-        "checkpoint_dir",
-        "resume_from",
-        "num_threads",
-        "log_every",
-        "wandb_log_every",
-    ),
-    *("eval_every", "checkpoint_every", "keep_checkpoints", "wandb_project", "no_wandb"),
-    *("cuda_graph", "dead_percentage_threshold"),
-)
 
 
 def resumed_checkpoint(config: TrainConfig) -> Checkpoint | None:
@@ -93,7 +77,7 @@ def sized_config(
         CheckpointError: naming the first field in which the checkpoint's model is another.
     """
     if checkpoint is None:
-        return config.with_d_in(d_in, d_out)
+        return config.resolve(d_in, d_out)
     before = saved_config(checkpoint).sae
     if before.d_in != d_in:
         raise CheckpointError(
@@ -101,15 +85,16 @@ def sized_config(
             f"these activations are {d_in} wide"
         )
     # Forms that are left open stay what they were, also where their default has changed since.
+    rules = rules_of(config)
     forms = {
         name: getattr(before, name)
-        for name in ("decorrelation", "correlation_pairs")
-        if getattr(config, name) is None
+        for name in rules
+        if rules[name].on_resume == "kept" and getattr(config, name) is None
     }
-    config = replace(config, **forms).with_d_in(d_in, d_out)
+    config = replace(config, **forms).resolve(d_in, d_out)
     for name, value in config.to_dict().items():
         known = getattr(before, name)
-        if name != "expansion_factor" and known != value:  # that one only says d_sae again
+        if rules[name].on_resume != "free" and known != value:
             raise CheckpointError(
                 f"{checkpoint.path} is of a model with {name} = {known}, this run's has {value}"
             )
@@ -127,7 +112,8 @@ def warn_of_changes(
         rate: the learning rate of the run now.
         sae: the model.
     """
-    harmless = set(_HARMLESS)
+    rules = rules_of(config.train)
+    harmless = {name for name in rules if rules[name].on_resume == "free"}
     # Dense codes, and a skip connection: torch's products follow the threads.
     if sae.architecture.waits or sae.config.skip_connection:
         harmless.remove("num_threads")

@@ -35,6 +35,8 @@ from sae_fast.activations.files import (
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.fields import field_names, reject_unknown_keys
+from sae_fast.config.sae import without_other_size
+from sae_fast.config.setting import rules_of
 from sae_fast.json_files import read_json, shown
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
@@ -47,15 +49,6 @@ from sae_fast.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 NAME = "name"
-# What trainings on the same batches may differ in, beside the model.
-OWN_SETTINGS = (
-    *("learning_rate", "warmup_steps", "sparsity_warmup_steps", "decay_fraction"),
-    *("k_anneal_start", "k_anneal_steps", "reconstruction_epochs", "seed"),
-    *("start_from", "start_from_elsewhere"),
-    *("optimizer", "betas", "eps", "momentum", "weight_decay", "grad_clip", "optimizer_states"),
-    *("average_decay", "fused", "amp"),
-)
-_SIZES = ("d_sae", "expansion_factor")
 MOST_TRAININGS = 4096
 
 MakeTrainer = Callable[[str, RunConfig], Trainer]
@@ -220,14 +213,14 @@ def with_settings(base: RunConfig, name: str, settings: Mapping[str, Any]) -> Ru
     own = {aliases.get(key, key): value for key, value in settings.items()}
     known = [*field_names(SAEConfig), *field_names(TrainConfig), *aliases]
     reject_unknown_keys(settings, known)
+    rules = rules_of(TrainConfig)
     for key in own:
-        if key in field_names(TrainConfig) and key not in OWN_SETTINGS:
+        if key in rules and not rules[key].sweep:
             raise ValueError(f"{key} is the same for all trainings of a sweep: give it beside it")
-    sae, train = base.sae.to_dict(), base.train.to_dict()
-    if any(own.get(size) for size in _SIZES):
-        sae = {key: value for key, value in sae.items() if key not in _SIZES}
-    sae |= {key: value for key, value in own.items() if key in field_names(SAEConfig)}
-    train |= {key: value for key, value in own.items() if key in OWN_SETTINGS}
+    # Of the model what was asked for, so that its defaults follow from the settings of each.
+    sae = without_other_size(dict(base.sae.given), own)
+    sae |= {key: value for key, value in own.items() if key not in rules}
+    train = base.train.to_dict() | {key: value for key, value in own.items() if key in rules}
     train["shuffle_seed"] = base.train.order_seed
     if base.train.checkpoint_dir is not None:
         train["checkpoint_dir"] = str(Path(base.train.checkpoint_dir) / name)
