@@ -35,7 +35,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def reserve(path: Path, start: int, stop: int) -> None:
-    """Have the disk set bytes start..stop of a file aside; raise OSError where it cannot.
+    """Reserve bytes start..stop of a file on the disk; raise OSError if they do not fit.
 
     A write into them does not fail then. Where the system has no such call, nothing is done.
     """

@@ -1,7 +1,7 @@
-"""Captures activations: `python -m sae_fast.capture MODEL DATASET --layers 3 5 --out DIR`.
+"""Capture activations: `python -m sae_fast.capture MODEL DATASET --layers 3 5 --out DIR`.
 
-Runs a transformers model over a dataset and writes a folder of shards for each hook point. Killed
-at any moment, the same command goes on behind the last whole shard. Under torchrun each process
+Runs a transformers model over a dataset and writes a folder of shards for each hook point. After a
+kill at any moment the same command goes on behind the last whole shard. Under torchrun each process
 writes the shards of its batches.
 """
 
@@ -34,7 +34,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 2 for bad input, 130 or 143 after a signal."""
+    """Run the command; return its exit code: 2 for bad input, 130 or 143 after a signal."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         with StopOnSignal() as stop:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str]) -> CaptureConfig:
-    """The capture that a command line asks for; raises ValueError naming the flag at fault."""
+    """Read the flags of a capture; raise ValueError naming the flag at fault."""
     try:
         config = parse(CaptureConfig, CaptureConfig(), arguments, PROGRAM)
     except ValueError:
@@ -101,7 +101,7 @@ def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
 
 
 def _ranks() -> tuple[int, int, int | None]:
-    """Rank, number of ranks and rank on this machine, as torchrun gives them."""
+    """Return rank, number of ranks and rank on this machine, as torchrun gives them."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 or "RANK" not in os.environ:
         return 0, 1, None
@@ -109,7 +109,7 @@ def _ranks() -> tuple[int, int, int | None]:
 
 
 def _announce(capture: Capture, directory: CaptureDirectory) -> int:
-    """Tells what will be captured and the disk space it needs; gives the rows of this rank."""
+    """Print what will be captured and the disk space it needs; return the rows of this rank."""
     config, sequences = capture.config, capture.batches.config
     done = directory.progress()
     rows, is_estimate = capture.expected_rows()
@@ -180,7 +180,7 @@ class _ProgressBar:
         self._bar.close()
 
     def report(self, rows: int) -> None:
-        """Counts rows that have been captured."""
+        """Count rows that have been captured."""
         self.rows += rows
         self._bar.update(rows)
         now = time.monotonic()

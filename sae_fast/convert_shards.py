@@ -1,4 +1,4 @@
-"""Turns saved activations into shards: `python -m sae_fast.convert_shards SRC DST`.
+"""Turn saved activations into shards: `python -m sae_fast.convert_shards SRC DST`.
 
 SRC is a directory of .pt, .npy, .npz or .safetensors files, a dataset of Arrow or Parquet files,
 such as the cached activations of SAELens, a single file or a quoted pattern. Every row is read
@@ -85,7 +85,7 @@ class Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, 2 for bad input, 130 for an interrupt."""
+    """Run the command; return its exit code, 2 for bad input, 130 for an interrupt."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         options = parse(
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare(options: Options, place: str, out: Path) -> list[Conversion]:
-    """A conversion for every key."""
+    """Prepare a conversion for every key."""
     stored = ConversionOptions(
         options.dtype,
         options.shard_rows,
@@ -140,7 +140,7 @@ def _folder(key: str) -> str:
 
 
 def _described(metadata: ShardMetadata, key: str) -> ShardMetadata:
-    """What the name of the activations tells of their place in the model."""
+    """Complete metadata by the hook and layer in the name of the activations."""
     hook = metadata.hook or (key if "." in key else None)
     number = re.search(r"\.(\d+)\.", f".{hook}.") if hook else None
     layer = metadata.layer if number is None or metadata.layer is not None else int(number[1])
@@ -148,7 +148,7 @@ def _described(metadata: ShardMetadata, key: str) -> ShardMetadata:
 
 
 def _announce(conversions: list[Conversion]) -> None:
-    """What is there, and what it takes."""
+    """Print the files to convert and the space that their shards take."""
     free = check_space(conversions)
     for conversion in conversions:
         source, storage = conversion.source, conversion.storage.name
@@ -182,7 +182,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _convert(conversion: Conversion) -> None:
-    """One of them, with a bar: every row counts twice, written and compared."""
+    """Convert one source with a progress bar: every row counts twice, written and compared."""
     rows = sum(shard.rows for shard in conversion.shards)
     existing = sum(shard.rows for shard in conversion.shards if shard.name in conversion.done)
     with tqdm(

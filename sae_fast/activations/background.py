@@ -228,7 +228,7 @@ class BackgroundWriter(Generic[Item]):
             self._raise()
 
     def put(self, item: Item) -> None:
-        """Hand over an item; wait where too many wait already."""
+        """Add an item to those to be written; wait where too many wait already."""
         self._raise()
         self._hand_over(item)
 
@@ -281,7 +281,7 @@ class Workers:
         self.close()
 
     def submit(self, task: Callable[[], Result]) -> Future[Result]:
-        """Have a thread run a task; return its future result, see `wait`."""
+        """Give a task to the threads; return its future result, see `wait`."""
         future: Future[Result] = Future()
         self._tasks.put(lambda: _fulfil(future, task))
         return future

@@ -34,14 +34,14 @@ Inflate = Callable[[Array, int], Array]  # bytes [stored], size -> bytes [size];
 
 
 class ChunkDecoder:
-    """Turns what is stored of a chunk into its numbers."""
+    """Decodes stored chunks into numbers."""
 
     def __init__(self, inflate: Inflate, *, shuffled: bool) -> None:
         self._inflate = inflate
         self._shuffled = shuffled
 
     def decode(self, stored: Array, out: Array) -> None:
-        """Decode the stored bytes into `out`, a whole chunk; raises OSError for damaged ones."""
+        """Decode the stored bytes into `out`, a whole chunk; raise OSError for damaged ones."""
         decoded = self._inflate(stored, out.nbytes)
         if not self._shuffled:
             out.view(np.uint8).reshape(-1)[:] = decoded
@@ -59,7 +59,7 @@ class ChunkDecoder:
 
 
 def chunk_decoder(dataset: h5py.Dataset) -> ChunkDecoder | None:
-    """What decodes a dataset's chunks; None: only HDF5 can."""
+    """Return the decoder of a dataset's chunks; None: only HDF5 can decode them."""
     properties = dataset.id.get_create_plist()
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
     shuffled = filters[:1] == [SHUFFLE]
@@ -81,7 +81,7 @@ def _inflate_gzip(stored: Array, size: int) -> Array:
 
 @functools.cache
 def _zstd() -> Inflate | None:
-    """Decompression of Zstandard; None where hdf5plugin's library does not have it."""
+    """Return the decompression of Zstandard; None: hdf5plugin's library does not have it."""
     try:
         import hdf5plugin
 
@@ -112,7 +112,7 @@ PIECE_BYTES = 2 << 20
 
 
 class Piece(NamedTuple):
-    """A part of the file, `size` bytes from `place` on, that holds the rows start..stop."""
+    """A part of the file: `size` bytes from `place` on, which hold the rows start..stop."""
 
     place: int
     size: int
@@ -121,18 +121,18 @@ class Piece(NamedTuple):
 
 
 class DirectRows(Protocol):
-    """Reads rows of an open file; several threads may."""
+    """Reads rows of an open file, from several threads at once if need be."""
 
     descriptor: int
 
     def pieces(self, rows: int) -> list[Piece]:
-        """The parts of the file with the rows of the dataset, `rows` of them, as they lie there."""
+        """Return the parts of the file that hold these rows of the dataset, as they lie there."""
 
     def decode(self, stored: Array, out: Array) -> None:
-        """Turn the bytes of a piece into its rows `out` [stop - start, D]; raises OSError."""
+        """Turn the bytes of a piece into its rows `out` [stop - start, D]; raise OSError."""
 
     def read(self, start: int, stop: int, out: Array) -> None:
-        """Read rows start..stop into `out` [stop - start, D]; raises OSError."""
+        """Read rows start..stop into `out` [stop - start, D]; raise OSError."""
 
     def expect(self, start: int, stop: int) -> None:
         """Let the system fetch rows that will be read soon."""
@@ -151,7 +151,7 @@ class PlainRows:
         self._run_ends = np.append(breaks, len(offsets)) * chunk_rows
 
     def read(self, start: int, stop: int, out: Array) -> None:
-        """Read rows start..stop into `out` [stop - start, D]; raises OSError."""
+        """Read rows start..stop into `out` [stop - start, D]; raise OSError."""
         view = out.view(np.uint8).reshape(-1).data
         for place, size in self._parts(start, stop):
             _read_bytes(self.descriptor, view[:size], place)
@@ -163,7 +163,7 @@ class PlainRows:
             _expect_bytes(self.descriptor, place, size)
 
     def pieces(self, rows: int) -> list[Piece]:
-        """The parts of the file with the rows of the dataset, `rows` of them, as they lie there."""
+        """Return the parts of the file that hold these rows of the dataset, as they lie there."""
         step, found = max(1, PIECE_BYTES // self._row_bytes), []
         for number, offset in enumerate(self._offsets.tolist()):
             first = number * self._chunk_rows
@@ -178,7 +178,7 @@ class PlainRows:
         out.view(np.uint8).reshape(-1)[:] = stored
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Place and length of each piece of the file that rows start..stop lie in."""
+        """Return place and length of each piece of the file with rows start..stop."""
         position = start
         while position < stop:
             chunk, first = divmod(position, self._chunk_rows)
@@ -206,7 +206,7 @@ class CodedRows:
         self._decoder = decoder
 
     def read(self, start: int, stop: int, out: Array) -> None:
-        """Read rows start..stop into `out` [stop - start, D]; raises OSError."""
+        """Read rows start..stop into `out` [stop - start, D]; raise OSError."""
         position = start
         while position < stop:
             chunk, first = divmod(position, self._chunk_rows)
@@ -217,7 +217,7 @@ class CodedRows:
             position = end
 
     def pieces(self, rows: int) -> list[Piece]:
-        """The parts of the file with the rows of the dataset, `rows` of them, as they lie there."""
+        """Return the parts of the file that hold these rows of the dataset, as they lie there."""
         starts = range(0, rows, self._chunk_rows)
         lies = zip(self._offsets.tolist(), self._sizes.tolist(), starts, strict=True)
         return sorted(
@@ -226,11 +226,11 @@ class CodedRows:
         )
 
     def decode(self, stored: Array, out: Array) -> None:
-        """Turn the bytes of a piece into its rows `out` [stop - start, D]; raises OSError."""
+        """Turn the bytes of a piece into its rows `out` [stop - start, D]; raise OSError."""
         self._decode(stored, out, 0)
 
     def _decode(self, stored: Array, out: Array, first: int) -> None:
-        """Decode a chunk, of which `out` wants the rows from the number `first` on."""
+        """Decode a chunk and copy its rows from number `first` on to `out`."""
         if len(out) == self._chunk_rows:
             self._decoder.decode(stored, out)
             return
@@ -247,7 +247,7 @@ class CodedRows:
 def direct_rows(
     file: h5py.File, dataset: h5py.Dataset, storage: Storage, row_bytes: int
 ) -> DirectRows | None:
-    """Where the rows of a dataset lie; None: HDF5 has to convert, decode or look for them."""
+    """Locate the rows of a dataset; None: HDF5 has to convert, decode or look for them."""
     from h5py import h5d
 
     if dataset.file.filename != file.filename:  # behind a link
@@ -280,7 +280,7 @@ def direct_rows(
 
 
 def _chunks(dataset: h5py.Dataset, count: int) -> tuple[Places, Places] | None:
-    """Places and lengths of all chunks; None where one lacks, or passed by one of the filters."""
+    """Return places and lengths of all chunks; None: one lacks, or skipped a filter."""
     if not hasattr(dataset.id, "chunk_iter"):
         return None
     offsets, sizes, masks = np.zeros((3, count), np.int64)
@@ -303,7 +303,7 @@ def _chunks(dataset: h5py.Dataset, count: int) -> tuple[Places, Places] | None:
 def walk_file(
     direct: DirectRows, rows: int, like: Array, note: Callable[[memoryview], object]
 ) -> Iterator[tuple[int, Array]]:
-    """Read a file once, from its first byte to its last, all of which `note` is given.
+    """Read a file once, from its first byte to its last, and give all of them to `note`.
 
     Yields the rows [n, D] of every piece on the way, of the type and width of `like` [0, D], with
     the number of the first; the memory is reused. Raises OSError.
@@ -338,7 +338,7 @@ def _note_bytes(
 
 
 def _is_plain(dataset: h5py.Dataset, storage: Storage) -> bool:
-    """Whether numbers are stored as they are in memory, bit for bit.
+    """Return whether numbers are stored as they are in memory, bit for bit.
 
     Types of other tools may differ in more than their size, such as in the bits of the exponent.
     """

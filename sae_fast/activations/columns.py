@@ -1,10 +1,10 @@
-"""Columns: what a shard holds for each row beside its activations, and where its sequences begin.
+"""Columns: numbers that a shard holds for each row beside its activations, and its sequences.
 
 A column has one number a row, in a dataset as long as the rows: labels, whole or real. (Only the
-targets of a transcoder, which are served as a column too, have more: targets.py.) A label of
--1 says that the token has none. A sequence is a run of rows with one `doc_id` and consecutive
-`position`, as far as there are these datasets, and never goes on from one entry of a 3-D dataset
-of activations to the next.
+targets of a transcoder, which are served as a column too, have more: targets.py.) A label of -1
+says that the token has none. A sequence is a run of rows with one `doc_id` and consecutive
+`position`, as far as these datasets exist, and never goes on from one entry of a 3-D dataset of
+activations to the next.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class Column:
-    """What is known of a column without its numbers.
+    """Name, type and range of a column, without its numbers.
 
     Attributes:
-        name: of its dataset.
+        name: name of its dataset.
         dtype: in which it is served: int64, float32 or, of STARTS, bool.
         minimum: the smallest number.
         maximum: the largest number.
@@ -55,11 +55,11 @@ class Column:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of what is served for a row."""
+        """Shape of the numbers of one row."""
         return (self.width,) if self.width else ()
 
     def joined(self, other: Column) -> Column:
-        """What is known of both parts of one column together."""
+        """Return the description of two parts of one column together."""
         larger = self if self.maximum >= other.maximum else other
         return replace(larger, minimum=min(self.minimum, other.minimum))
 
@@ -69,9 +69,9 @@ class ShardColumns:
     """The columns of one shard.
 
     Attributes:
-        columns: those asked for, by name.
-        starts: ascending numbers of the rows that begin a sequence; None: nobody asked.
-        digest: of all that, for the identity of the shard.
+        columns: the columns asked for, by name.
+        starts: ascending numbers of the rows that begin a sequence; None: not asked for.
+        digest: hash of the columns and starts, for the identity of the shard.
     """
 
     columns: dict[str, Column]
@@ -88,7 +88,7 @@ def inspect_columns(
     names: Sequence[str],
     whole_sequences: bool,
 ) -> ShardColumns:
-    """Read the columns of a shard once; raises ShardError, naming shard and column."""
+    """Read the columns of a shard once; raise ShardError, naming shard and column."""
     _refuse_reserved(names)
     digest = hashlib.sha256()
     columns, starts = {}, None
@@ -110,7 +110,7 @@ def inspect_columns(
 
 @dataclass(frozen=True)
 class TensorColumns:
-    """The columns of a tensor of activations, those of dropped rows left out."""
+    """The columns of a tensor of activations, without the dropped rows."""
 
     info: dict[str, Column]
     tensors: dict[str, Tensor]  # each [rows]
@@ -124,7 +124,7 @@ def tensor_columns(
     dropped: RowNumbers,
     whole_sequences: bool,
 ) -> TensorColumns:
-    """Check columns that are tensors; raises ValueError naming the column at fault."""
+    """Check columns that are tensors; raise ValueError naming the column at fault."""
     _refuse_reserved(columns)
     rows = kept + len(dropped)
     keep = np.ones(rows, bool)
@@ -152,7 +152,7 @@ def tensor_columns(
 
 
 def described(name: str, numbers: Array, place: str) -> Column:
-    """A column by its numbers [n]; raises ValueError for those that are no labels."""
+    """Describe a column by its numbers [n]; raise ValueError unless they are labels."""
     if numbers.dtype.kind in "biu":
         least, most = int(numbers.min()), int(numbers.max())
         if least < NO_LABEL:
@@ -173,7 +173,7 @@ def described(name: str, numbers: Array, place: str) -> Column:
 
 
 def served(numbers: Array) -> Array:
-    """The numbers of a column as they are served: int64 or float32."""
+    """Convert the numbers of a column to int64 or float32, as they are served."""
     return numbers.astype(np.int64 if numbers.dtype.kind in "biu" else np.float32)
 
 
@@ -183,7 +183,7 @@ def sequence_starts(
     doc_id: Array | None,  # [rows]
     position: Array | None,  # [rows]
 ) -> RowNumbers:
-    """Ascending numbers of the rows that begin a sequence.
+    """Return ascending numbers of the rows that begin a sequence.
 
     Raises ValueError, naming what is missing, where nothing says what a sequence is.
     """
@@ -202,7 +202,7 @@ def sequence_starts(
 
 
 def without_dropped(starts: RowNumbers, dropped: RowNumbers, rows: int) -> RowNumbers:
-    """The starts where some rows are left out: what follows such a row begins a sequence."""
+    """Return the starts without the dropped rows; the row after a dropped one begins a sequence."""
     if not dropped.size:
         return starts
     after = dropped[dropped < rows - 1] + 1

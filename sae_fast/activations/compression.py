@@ -19,13 +19,13 @@ INSTALL = "pip install 'sae_fast[compression]'"
 
 
 def dataset_options(compression: str | None) -> dict[str, Any]:
-    """What h5py's create_dataset takes for a compression; None is "none".
+    """Return the options of h5py's create_dataset for a compression; None means "none".
 
     Bytes are shuffled before all of them: the first bytes of a chunk's numbers, then the second
     ones. Shuffling bits, which suits counts, costs a tenth of the ratio on activations: mantissas
     are noise, and a byte of sign and exponent says more than its bits apart. Higher levels than 1
-    take longer to write and gain nothing. benchmarks/compression.py has the measurements.
-    Raises ValueError for a name that there is not, or where hdf5plugin is missing.
+    take longer to write and gain nothing. benchmarks/compression.py has the measurements. Raises
+    ValueError for an unknown name, or where hdf5plugin is missing.
     """
     if compression in (None, "none"):
         return {}
@@ -46,7 +46,7 @@ def dataset_options(compression: str | None) -> dict[str, Any]:
 
 
 def require_filters(path: Path, dataset: h5py.Dataset) -> None:
-    """Make the filters of a dataset known to HDF5; raises ShardError where one is missing."""
+    """Make the filters of a dataset known to HDF5; raise ShardError where one is missing."""
     from h5py import h5z
 
     properties = dataset.id.get_create_plist()

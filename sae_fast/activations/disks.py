@@ -1,7 +1,7 @@
 """Threads that read blocks: one for each disk, or a few to decode where shards are compressed.
 
-They only fill memory that nobody looks at yet; which block goes where is decided before, so what is
-served does not depend on them.
+They only fill memory that is not served yet; which block goes where is decided before, so the order
+of rows does not depend on them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DiskThreads:
         return 8 if self._threads else 0
 
     def read(self, shards: ShardSet, shard: int, task: Task) -> Wait:
-        """Have a thread of the disk that a shard is on run a task, with a reader of the set.
+        """Let a thread of the disk that a shard is on run a task, with a reader of the set.
 
         Returns a function that waits until the task is done and raises its error.
         """
@@ -91,7 +91,7 @@ class DiskThreads:
 
 
 def _most_open_files() -> int:
-    """Files that may be kept open for the rows, of those that the system still allows."""
+    """Return how many files may be kept open for the rows, of those that the system allows."""
     try:
         import resource
 
@@ -105,7 +105,7 @@ def _most_open_files() -> int:
 
 
 def disk_of(path: Path) -> int:
-    """Number of the device that a file is on; whoever reads it will say that there is none."""
+    """Return the device id of the file's disk; 0 if it is unknown (the read reports the error)."""
     try:
         return path.stat().st_dev
     except OSError:

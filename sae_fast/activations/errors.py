@@ -1,4 +1,4 @@
-"""The exception of the data path: a file of activations that cannot be trained on."""
+"""ShardError, the exception for a file of activations that cannot be trained on, and its texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class ShardError(ValueError):
 
 
 def takes_too_much(path: object) -> ShardError:
-    """Return the error of a file that memory runs out in the reading of, damaged or not."""
+    """Return the error for a file whose reading uses up the memory, damaged or not."""
     return ShardError(f"{path}: reading it takes more memory than this process may have")
 
 
 def one_line(error: BaseException) -> str:
-    """Text of `error` on a single line, for use inside a `ShardError` message."""
+    """Return the text of `error` on a single line, for use inside a `ShardError` message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return shortened(text, LONGEST_REASON)
 
@@ -32,8 +32,8 @@ def listed(names: Sequence[str], most: int = 6, *, longest: int = LONGEST_NAME) 
     """Join names as a sentence has them, for a message that has to stay one line.
 
     Args:
-        names: what is to be named; nothing gives an empty text.
-        most: how many are named; of more the first ones are, and how many more there are.
+        names: the names; none give an empty text.
+        most: how many are named; of more, the first ones are, and how many more there are.
         longest: characters at which a name is cut.
     """
     parts = [shortened(name, longest) for name in names[:most]]

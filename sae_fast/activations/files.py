@@ -25,7 +25,7 @@ SHOWN_FOLDERS = 10
 
 
 def require_regular(path: Path) -> os.stat_result:
-    """Return the status of a file; raises ShardError for what cannot be read like one.
+    """Return the status of a file; raise ShardError for what cannot be read like one.
 
     Opening a pipe waits for its other end, a device may never end, and HDF5 and the records of a
     run cannot name a path that is not UTF-8.
@@ -50,12 +50,13 @@ def require_regular(path: Path) -> os.stat_result:
 def find_shards(
     shard_dir: str | Path, heldout: str | Path | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """Training and held-out shards, each sorted by path, files of tensors by the numbers in it.
+    """Return training and held-out shards, sorted by path, or by the numbers in it.
 
     `shard_dir` is a directory, or one file. A directory without HDF5 files may hold files of
-    tensors instead, of one format. Held-out shards are its files named heldout*, or, where
-    `heldout` is given, those of that directory or glob pattern; none is ever trained on. Where
-    there are none, but files that can be converted, the error says by which command.
+    tensors instead, of one format, which are sorted by the numbers in their names. Held-out shards
+    are its files named heldout*; where `heldout` is given, a directory or a glob pattern, they are
+    its files instead. None of them is ever trained on. Where there are no shards, but files that
+    can be converted, the error names the command that does it.
     """
     directory = Path(shard_dir)
     if directory.is_dir():
@@ -87,7 +88,7 @@ def find_shards(
 
 
 def shards_in(directory: Path) -> list[Path]:
-    """Files of a directory that are shards by their names, sorted."""
+    """Return the files of a directory that are shards by their names, sorted."""
     return sorted(
         path
         for path in directory.iterdir()
@@ -96,7 +97,7 @@ def shards_in(directory: Path) -> list[Path]:
 
 
 def tensor_files_in(directory: Path) -> list[Path]:
-    """Files of tensors of a directory, in the order of their numbers; ShardError for two formats.
+    """Return the files of tensors of a directory in the order of their numbers.
 
     .pt and .pth are one format.
     """
@@ -108,7 +109,7 @@ def tensor_files_in(directory: Path) -> list[Path]:
 
 
 def warn_of_unread(directory: Path, reason: str) -> None:
-    """Warn of files of tensors in a directory of which something else is trained on."""
+    """Warn of files of tensors that are not read, because the directory holds something else."""
     if unread := _tensor_files(directory):
         names = listed([path.name for path in unread], SHOWN_FOLDERS)
         logger.warning("%s: %s not read, because %s", directory, names, reason)
@@ -162,7 +163,7 @@ def require_one_kind(directory: Path) -> None:
 
 
 def _folders_by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
-    """The folders with HDF5 shards, and the others with files of tensors; models are neither."""
+    """Return the folders with HDF5 shards, and the others with files of tensors; no models."""
     if not directory.is_dir():
         return [], []
     folders = sorted(
@@ -178,7 +179,7 @@ def _folders_by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _matching(heldout: str) -> list[Path]:
-    """Shards of a directory, or files that a glob pattern names."""
+    """Return the shards of a directory, or the files that a glob pattern names."""
     if Path(heldout).is_dir():
         found = shards_in(Path(heldout)) or tensor_files_in(Path(heldout))
     else:

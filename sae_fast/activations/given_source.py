@@ -55,7 +55,7 @@ class ActivationSource(Protocol):
         """Return the position after the last batch served: a small dict that `json` can write."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken; raise ValueError if the data is not the same."""
+        """Continue exactly where `state` was taken; raise ValueError if the data has changed."""
 
     def close(self) -> None:
         """Release files and threads; the source cannot be used afterwards."""
@@ -192,7 +192,7 @@ class GivenSource(Source):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the caller's source go on where `state` was taken."""
+        """Let the caller's source continue where `state` was taken."""
         self._given.load_state_dict(state)
 
     def close(self) -> None:

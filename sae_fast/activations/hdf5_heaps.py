@@ -24,7 +24,7 @@ _TEXT = struct.Struct("<IQI")  # length, heap and number of the object in it
 
 
 def require_sound_heaps(path: Path) -> None:
-    """Raise ShardError for a heap, near either end of a file, that HDF5 would not come through."""
+    """Raise ShardError for a heap near either end of a file that would hang or crash HDF5."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             size = len(view)
@@ -41,7 +41,7 @@ def require_sound_heaps(path: Path) -> None:
 
 
 def require_sound_texts(path: Path, address: int) -> None:
-    """Raise ShardError for an attribute, of the object at an address, of another length than told.
+    """Raise ShardError if an attribute of the object at an address has a wrong length.
 
     Headers of HDF5's newer form have a checksum, which HDF5 compares, and are not looked at.
     """
@@ -58,7 +58,7 @@ def require_sound_texts(path: Path, address: int) -> None:
 
 
 def _objects(view: mmap.mmap, place: int) -> dict[int, int] | None:
-    """Lengths of the objects of a heap, by number; None unless they follow up to its end."""
+    """Return lengths of the objects of a heap by number; None unless they follow to its end."""
     if len(view) - place < HEADER_BYTES:
         return {}  # HDF5 says that the file is cut
     (size,) = struct.unpack_from("<Q", view, place + 8)
@@ -78,7 +78,7 @@ def _objects(view: mmap.mmap, place: int) -> dict[int, int] | None:
 
 
 def _texts(view: mmap.mmap, address: int) -> Iterator[tuple[int, bytes]]:
-    """Bytes of a unit, and the values, of each attribute of variable length of an object."""
+    """Yield the bytes of a unit, and the values, of each attribute of variable length."""
     if view[address : address + 2] != b"\x01\0":
         return
     (size,) = struct.unpack_from("<I", view, address + 8)
@@ -96,7 +96,7 @@ def _texts(view: mmap.mmap, address: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _text(message: bytes) -> tuple[int, bytes]:
-    """Bytes of a unit of an attribute, and its values, none if their length does not vary."""
+    """Return the bytes of a unit of an attribute, and its values if their length varies."""
     version, _, *sizes = struct.unpack_from("<BBHHH", message)
     if version == 1:  # each part fills whole words
         sizes = [-(-size // 8) * 8 for size in sizes]

@@ -69,7 +69,7 @@ def find_item(path: Path, file: h5py.File, name: str) -> Any:
 
 
 def contents(file: h5py.File) -> str:
-    """Names and shapes of the datasets of a file, the first of many, for errors."""
+    """Describe the datasets of a file, the first of many, by name and shape, for errors."""
     import h5py
 
     there: list[str] = []
@@ -154,7 +154,7 @@ def _require_chunks(path: Path, dataset: h5py.Dataset, name: str, file_bytes: in
 def _require_places(
     path: Path, dataset: h5py.Dataset, name: str, chunk_bytes: int, file_bytes: int
 ) -> None:
-    """Raise ShardError for chunks beyond the file, upon each other or of impossible sizes."""
+    """Raise ShardError for chunks beyond the file, overlapping ones or impossible sizes."""
     found: list[tuple[int, int, int]] = []
     dataset.id.chunk_iter(
         lambda chunk: found.append((chunk.byte_offset, chunk.size, chunk.filter_mask))
@@ -193,7 +193,7 @@ def _require_found(path: Path, dataset: h5py.Dataset, name: str) -> None:
 
 
 def _require_whole_virtual(path: Path, dataset: h5py.Dataset, name: str) -> None:
-    """Raise ShardError unless datasets that are written, of files beside it, make it up whole."""
+    """Raise ShardError unless written datasets of files beside it make a virtual one whole."""
     import h5py
 
     covered: list[tuple[int, int]] = []
@@ -221,7 +221,7 @@ def _require_whole_virtual(path: Path, dataset: h5py.Dataset, name: str) -> None
 
 
 def _holds(part: h5py.Dataset, source: Any) -> bool:
-    """Whether a dataset has all the numbers that a virtual one takes from it."""
+    """Return whether a dataset has all the numbers that a virtual one takes from it."""
     import h5py
 
     if source.src_space.get_select_type() == h5py.h5s.SEL_ALL:
@@ -231,7 +231,7 @@ def _holds(part: h5py.Dataset, source: Any) -> bool:
 
 
 def _covered(path: Path, name: str, space: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Entries start..stop of the first axis that one source of a virtual dataset fills."""
+    """Return the entries start..stop of the first axis that one source of a dataset fills."""
     first, last = space.get_select_bounds()
     sizes = [end - start + 1 for start, end in zip(first, last, strict=True)]
     whole = math.prod(sizes) == space.get_select_npoints() and sizes[1:] == list(shape[1:])

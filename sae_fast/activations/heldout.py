@@ -72,7 +72,7 @@ class HeldOut:
 
 
 def read_labels(shards: ShardSet) -> dict[str, Tensor]:
-    """The labels of a set for its rows in the order of `HeldOut`, [rows] by name of the column.
+    """Read the labels [rows] of a set by column name, in the order of `HeldOut`.
 
     Raises ShardError where a file cannot be read.
     """

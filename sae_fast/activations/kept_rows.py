@@ -1,4 +1,4 @@
-"""Rows that are kept when a scan of their shard reads them anyway, to be looked at once more."""
+"""Rows kept from the scan of a shard, so that they need not be read again."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class KeptRows:
 
     @property
     def bytes(self) -> int:
-        """Memory that all of them take."""
+        """Memory that all kept rows take."""
         return sum(stop - start for start, stop in self._spans) * self._shard.row_bytes
 
     def note(self, start: int, rows: Array) -> None:
-        """Keep what is wanted of the rows [n, D], of which the first has the number `start`."""
+        """Keep the wanted rows among rows [n, D], of which the first has the number `start`."""
         stop = start + len(rows)
         first = max(0, bisect_right(self._spans, (start, start)) - 1)
         for span in self._spans[first:]:

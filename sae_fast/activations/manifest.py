@@ -50,7 +50,7 @@ def write_manifest(directory: str | Path, key: str = DEFAULT_KEY) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Manifest of a directory, or None where it has none."""
+    """Read the manifest of a directory; None: it has none."""
     path = directory / MANIFEST_NAME
     if not os.path.lexists(path):  # a link to nothing is a manifest that is lost
         return None
@@ -95,7 +95,7 @@ def check_entry(shard: Shard, manifest: Manifest) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(HASH_READ_BYTES))
     try:

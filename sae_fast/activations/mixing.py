@@ -72,7 +72,7 @@ class ShardMix:
 
     @cached_property
     def columns(self) -> dict[str, Column]:
-        """The columns that are served beside the rows, over all sets."""
+        """Name, type and range of the columns beside the rows, over all sets."""
         joined = dict(self.sets[0].columns)
         for shards in self.sets[1:]:
             for name, column in shards.columns.items():
@@ -80,7 +80,7 @@ class ShardMix:
         return joined
 
     def turns_at(self, first: int, count: int) -> npt.NDArray[np.int64]:
-        """Which set each of `count` rows is of, from the row number `first` of the mix on."""
+        """Return the set of each of `count` rows, from row `first` of the mix on."""
         return np.take(self.turns, np.arange(first, first + count), mode="wrap")
 
     @property
@@ -91,7 +91,7 @@ class ShardMix:
 
 
 def single(shards: ShardSet) -> ShardMix:
-    """One set, which serves every row."""
+    """Return a mix of one set, which serves every row."""
     return ShardMix((shards,), np.zeros(1, np.int64))
 
 
@@ -109,7 +109,7 @@ def mix_shards(sets: Sequence[ShardSet], weights: Sequence[Fraction | float]) ->
 
 
 def turns_of(weights: Sequence[Fraction | float]) -> npt.NDArray[np.int64]:
-    """The pattern of turns for these weights; raises ValueError naming a weight at fault."""
+    """Return the pattern of turns for these weights; raise ValueError naming a bad weight."""
     parts = _parts_of(weights)
     period, n_sets = sum(parts), len(parts)
     if n_sets == 1:
@@ -150,7 +150,7 @@ def check_same_origin(*sets: ShardSet) -> None:
 
 
 def origin_of(shards: ShardSet) -> dict[str, str]:
-    """What the first shard that says so tells of where the activations come from."""
+    """Return where the activations come from, as the first shard that says so tells it."""
     found: dict[str, str] = {}
     for shard in shards.shards:
         for name in ORIGIN:
@@ -160,10 +160,10 @@ def origin_of(shards: ShardSet) -> dict[str, str]:
 
 
 def full_origin(mix: ShardMix) -> dict[str, Any]:
-    """Return of which activations the shards are, as they say: model, hook, layer, dataset, ...
+    """Return model, hook, layer, revision and dataset of shards, as far as they say them.
 
-    Names of which the shards say different things, as of the datasets of a mix, list all of these.
-    Targets from files of their own are described under "targets".
+    A name for which the shards differ, such as the datasets of a mix, lists all values. Targets
+    from files of their own are described under "targets".
     """
     found: dict[str, Any] = {}
     for name in (*ORIGIN, "revision", "dataset"):
@@ -178,7 +178,7 @@ def full_origin(mix: ShardMix) -> dict[str, Any]:
 
 
 def origin_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return in what two origins differ, in words; None where both may be of one place."""
+    """Return the difference of two origins in words; None where both may be of one place."""
     for name in ORIGIN:
         if name in before and name in now and str(before[name]) != str(now[name]):
             return f"{name} {before[name]!r}, not {now[name]!r}"
@@ -190,7 +190,7 @@ def origin_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str 
 
 
 def check_origin(shards: ShardSet, before: Mapping[str, str]) -> None:
-    """Raise ValueError if the shards say that they are of something else than `origin_of` did."""
+    """Raise ValueError if the shards state another origin than `before`."""
     for name, value in origin_of(shards).items():
         if value != before.get(name, value):
             raise ValueError(
@@ -200,7 +200,7 @@ def check_origin(shards: ShardSet, before: Mapping[str, str]) -> None:
 
 
 def _parts_of(weights: Sequence[Fraction | float]) -> list[int]:
-    """Turns of each set in a period: exact, or of MAX_PERIOD where that would take more."""
+    """Return the turns of each set in a period: exact, or of MAX_PERIOD if more were needed."""
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"mix: weights must be greater than 0, got {float(weight):g}")

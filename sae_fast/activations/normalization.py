@@ -1,4 +1,4 @@
-"""Estimating the mean of the activations and the scale that brings their norm to sqrt(D)."""
+"""The mean of the activations, and the scale that brings their norm to sqrt(D)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TENSOR_SLAB_ROWS = 4096
 def estimate_normalization(
     activations: ShardMix | ShardSet | Tensor, max_rows: int | None = DEFAULT_MAX_ROWS
 ) -> Transform:
-    """Mean over the rows, and the scale for which E |(x - mean) * scale| = sqrt(D).
+    """Estimate the mean of rows, and the scale for which E |(x - mean) * scale| = sqrt(D).
 
     Of shards a fixed sample of about `max_rows` rows is read, spread evenly over all of them: the
     mean of the first shard alone would be biased towards its texts. None reads everything. In a
@@ -101,7 +101,7 @@ def _chosen_blocks(shards: ShardSet, max_rows: int | None) -> list[Block]:
 
 
 def _rows_of(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
-    """The served rows of each block, read unless they were kept; the memory is reused."""
+    """Yield the served rows of each block, read unless they were kept; memory is reused."""
     known = [_kept_rows(shards, block) for block in blocks]
     unknown = [block for block, rows in zip(blocks, known, strict=True) if rows is None]
     read = iterate_blocks(shards, unknown)
@@ -110,7 +110,7 @@ def _rows_of(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
 
 
 def _kept_rows(shards: ShardSet, block: Block) -> Tensor | None:
-    """A block as the scan has kept it; None: it was not kept, or some of its rows are dropped."""
+    """Return a block as the scan kept it; None: it was not kept, or rows of it are dropped."""
     if not shards.kept or block.kept < block.stop - block.start:
         return None
     rows = shards.kept[block.shard].find(block.start, block.stop)
@@ -120,7 +120,7 @@ def _kept_rows(shards: ShardSet, block: Block) -> Tensor | None:
 
 
 def _sample(shards: ShardSet, fraction: float) -> list[Block]:
-    """That fraction of the rows in blocks, evenly spaced over each shard; one block at least."""
+    """Choose that fraction of the rows in blocks, evenly spaced over each shard, at least one."""
     chosen = []
     for number, shard in enumerate(shards.shards):
         step = shard.block_rows(SAMPLE_BLOCK_ROWS) if shard.compressed else SAMPLE_BLOCK_ROWS

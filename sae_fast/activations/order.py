@@ -26,7 +26,7 @@ BLOCKS_PER_WINDOW = 16
 
 
 def default_pool_rows(shards: ShardSet) -> int:
-    """Rows of the pool where the user names none: 2^18, less for rows so wide that it is 512 MiB.
+    """Return the rows of the pool by default: 2^18, fewer for rows so wide that it is 512 MiB.
 
     It does not look at the machine's memory, or the same seed would mean another order there.
     """
@@ -35,7 +35,7 @@ def default_pool_rows(shards: ShardSet) -> int:
 
 
 def random_order(count: int, *entropy: int) -> Indices:
-    """A permutation of `count` that is the same for every version of NumPy and every machine.
+    """Return a permutation of `count` that depends on no version of NumPy and no machine.
 
     Generator.permutation may change between NumPy releases; the raw output of PCG64 may not. The
     index in the low bits breaks ties and is what remains once the keys are sorted.
@@ -72,7 +72,7 @@ class EpochPlan:
             raise ValueError(f"pool_rows must be at least 1, got {pool_rows}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
-        # NumPy pads entropy with zeros: the order of set 0 is that of a set which is not mixed.
+        # NumPy pads entropy with zeros: set 0 has the order of a set that is not mixed.
         self._set = number
         self.seed = seed
         self.rows = shards.rows
@@ -88,7 +88,7 @@ class EpochPlan:
         return min(self.rows, -(-self.rows // self.n_windows) + longest) + longest
 
     def windows(self, epoch: int) -> list[list[Block]]:
-        """Blocks of each window of an epoch, in the order they are read."""
+        """Return the blocks of each window of an epoch, in the order in which they are read."""
         if self.n_windows == 1:
             return [self.blocks]  # the order of rows is shuffled anyway, and the pool can be kept
         order = random_order(len(self.blocks), self.seed, epoch, 0, self._set)
@@ -100,12 +100,12 @@ class EpochPlan:
     def row_order(
         self, epoch: int, window: int, rows: int, starts: Indices | None = None
     ) -> Indices:
-        """Order in which the rows of a window are served, whole sequences where it has `starts`."""
+        """Return the order of the rows of a window, by whole sequences where it has `starts`."""
         return shuffled_rows(rows, starts, self.seed, epoch, window + 1, self._set)
 
 
 def shuffled_rows(rows: int, starts: Indices | None, *entropy: int) -> Indices:
-    """A permutation of the rows or, where these begin sequences, of the sequences."""
+    """Return a permutation of the rows or, where `starts` begin sequences, of the sequences."""
     if starts is None:
         return random_order(rows, *entropy)
     order = random_order(len(starts), *entropy)
@@ -115,7 +115,7 @@ def shuffled_rows(rows: int, starts: Indices | None, *entropy: int) -> Indices:
 
 
 def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
-    """All blocks that serve a row, in order, of at most `limit` rows where the chunks allow it."""
+    """Return all blocks that serve a row, in order, of `limit` rows where chunks allow it."""
     return [
         block
         for number, shard in enumerate(shards.shards)
@@ -124,9 +124,9 @@ def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
 
 
 def split_shard(shards: ShardSet, number: int, step: int) -> list[Block]:
-    """The blocks of one shard that serve a row, `step` rows each but the last.
+    """Return the blocks of one shard that serve a row, of `step` rows each but the last.
 
-    Where sequences are to be whole, a block ends with the one that it ends in.
+    Where sequences are kept whole, a block ends where the sequence at its end does.
     """
     blocks = []
     dropped, rows = shards.dropped[number], shards.shards[number].rows

@@ -45,10 +45,10 @@ class BlockReader:
             self._targets = BlockReader(shards.targets, open_files)
 
     def read(self, block: Block, out: Tensor, columns: Mapping[str, Tensor] = NO_COLUMNS) -> None:
-        """Read the served rows of a block to `out` [kept, D], of the set's element type.
+        """Read the served rows of a block to `out` [kept, D], in the set's element type.
 
-        The `columns` [kept] are read with it. Raises ShardError if the file cannot be read or a row
-        is not finite that was not dropped.
+        The `columns` [kept] are read with it. Raises ShardError if the file cannot be read, or for
+        a row that is not finite and was not dropped.
         """
         shard = self._shards.shards[block.shard]
         size = block.stop - block.start, shard.d_in
@@ -77,7 +77,7 @@ class BlockReader:
             column.copy_(torch.from_numpy(np.delete(numbers, expected)))
 
     def expect(self, block: Block) -> None:
-        """Let the system fetch a block that will be read soon; what is wrong is told then."""
+        """Let the system fetch a block that will be read soon; the read reports errors."""
         with suppress(ShardError):
             self._file(block.shard).expect(block.start, block.stop)
 
@@ -112,7 +112,7 @@ class BlockReader:
 def empty_store(
     capacity: int, shards: ShardSet, device: torch.device | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Room for so many rows of a set as they are stored, and for their columns."""
+    """Allocate room for rows of a set as they are stored, and for their columns."""
     memory = torch.empty(capacity, shards.d_in, dtype=shards.storage.torch_dtype, device=device)
     columns = {
         name: torch.empty(capacity, dtype=column.dtype, device=device)
@@ -136,7 +136,7 @@ class Pool:
         self.begin([])
 
     def begin(self, blocks: list[Block]) -> None:
-        """Forget the rows here; `read` will read those of these blocks."""
+        """Forget the rows here; `read` will read the rows of these blocks."""
         self.unread = blocks
         self._ends = np.cumsum([block.kept for block in blocks], dtype=np.int64).tolist()
         self._order = torch.empty(0, dtype=torch.int64)
@@ -156,7 +156,7 @@ class Pool:
             reader.expect(self.unread[number + 1])
 
     def starts(self) -> Indices | None:
-        """Which of the rows begin a sequence, as they were read; None: sequences may be cut."""
+        """Return the numbers of rows that begin a sequence; None: sequences may be cut."""
         if STARTS not in self._columns:
             return None
         starts: Indices = self._column_of_window(STARTS).nonzero().flatten().numpy()
@@ -184,7 +184,7 @@ class Pool:
 
 
 def iterate_blocks(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
-    """Served rows of each block as stored [n, D]; the memory is reused."""
+    """Yield the served rows of each block as stored [n, D]; the memory is reused."""
     longest = max(block.stop - block.start for block in blocks)
     memory = torch.empty(longest, shards.d_in, dtype=shards.storage.torch_dtype)
     reader = BlockReader(shards, open_files=1)  # blocks come shard after shard
@@ -225,11 +225,11 @@ class ResidentRows:
         self._shards = shards
 
     def holds(self, block: Block) -> bool:
-        """Whether a block has been read."""
+        """Return whether a block has been read."""
         return block in self._here
 
     def row_numbers(self, blocks: list[Block]) -> Indices:
-        """Where the rows of blocks are, or will be, one block after the other."""
+        """Return the numbers at which rows of blocks are, or will be, one block after another."""
         return np.concatenate(
             [np.arange(self._first[block], self._first[block] + block.kept) for block in blocks]
         )
@@ -303,7 +303,7 @@ def _lock_pages(tensor: Tensor) -> None:
 
 
 def _is_privileged() -> bool:
-    """Whether no limit of locked memory holds for this process."""
+    """Return whether no limit of locked memory holds for this process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -49,7 +49,7 @@ class RowDigest:
 
 
 def _numbered(start: int, count: int) -> Hashes:
-    """Return well mixed numbers of the places start, start + 1, …"""
+    """Return well mixed numbers [count] of the places from `start` on."""
     return _mixed(np.arange(start + 1, start + 1 + count, dtype=np.uint64) * _STEP)
 
 

@@ -1,7 +1,7 @@
 """What one look at every row of a shard finds: bad rows, norms, and a digest of the content.
 
 Rows come in pieces in any order. Zero rows, and rows equal in every bit to the row before them, are
-what is left where rows were never written, or where padding was kept; a few of them are normal.
+found where rows were never written, or where padding was kept; a few of them are normal.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OUTLIER_ENERGY = 0.5  # share of the sum of squares
 
 @dataclass(frozen=True)
 class RowScan:
-    """What is known of the rows of a shard.
+    """Findings of a scan of the rows of a shard.
 
     Attributes:
         nonfinite: ascending numbers of the rows with NaN or infinity.
@@ -64,7 +64,7 @@ class RowScan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], rows: int) -> RowScan:
-        """Read what `to_dict` wrote; raises ValueError, TypeError or KeyError for anything else."""
+        """Read what `to_dict` wrote; raise ValueError, TypeError or KeyError for anything else."""
         norms, repeated_norms = (
             {int(number): int(count) for number, count in values[name].items()}
             for name in ("norms", "repeated_norms")
@@ -126,7 +126,7 @@ def outliers_of(norms: Sequence[Mapping[int, int]]) -> Outliers | None:
 
 
 class RowScanner:
-    """Collects a `RowScan` from the pieces of a shard; raises ShardError for what is refused."""
+    """Collects a `RowScan` from the pieces of a shard; raise ShardError for what is refused."""
 
     def __init__(self, shard: Shard, *, skip_nonfinite: bool, repeated_rows: RepeatedRows) -> None:
         if repeated_rows not in get_args(RepeatedRows):
@@ -187,7 +187,7 @@ class RowScanner:
     def _note_repeated(
         self, start: int, rows: Array, norms: Array
     ) -> tuple[npt.NDArray[np.bool_], bool]:
-        """Note repeated rows; returns which of `rows` are, and whether the row after them is."""
+        """Note repeated rows; return which of `rows` are, and whether the row after them is."""
         repeated = np.zeros(len(rows), bool)
         # Few rows have the two ends of the row before them, so few are compared whole.
         with np.errstate(invalid="ignore"):  # infinity less infinity
@@ -219,7 +219,7 @@ class RowScanner:
 
 
 def repeated_limit(rows: int) -> int:
-    """Rows of a shard of so many that may be zero or equal to the row before them."""
+    """Return how many rows of a shard of `rows` may be zero or equal to the row before."""
     return max(REPEATED_ROWS, int(rows * REPEATED_SHARE))
 
 

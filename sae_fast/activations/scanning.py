@@ -1,7 +1,7 @@
-"""One pass over a shard before training: its checksum and what its rows are like, remembered.
+"""One pass over a shard before training, for its checksum and its rows, and a record of it.
 
 A `ScanRecord` in the directory of a run says what was found in which file. It is trusted only where
-nothing about the file has changed since, so that a run which is resumed reads no shard twice.
+nothing about the file has changed since, so that a resumed run reads no shard twice.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ TICK_NS = 20_000_000
 
 
 class ScanRecord:
-    """What scans of shards have found, by file and dataset."""
+    """Findings of scans of shards, by file and dataset."""
 
     def __init__(self) -> None:
         self._known: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def load(cls, path: Path) -> ScanRecord:
-        """Read a record; what is not one is an empty record."""
+        """Read a record; anything that is not a record counts as an empty one."""
         record = cls()
         with suppress(OSError, ValueError, KeyError, TypeError):
             content = read_json(path)
@@ -56,7 +56,7 @@ class ScanRecord:
         return record
 
     def find(self, shard: Shard, verified: str | None) -> RowScan | None:
-        """Return what is known of a shard that is as it was, with the checksum `verified`."""
+        """Return the findings for a shard that has not changed, with the checksum `verified`."""
         known = self._known.get(_name(shard))
         if known is None or shard.state is None:
             return None
@@ -81,7 +81,7 @@ class ScanRecord:
         self._known[_name(shard)] = {**about, "scanned_at": scanned_at, **scan.to_dict()}
 
     def save(self, path: Path) -> None:
-        """Write the record, if it holds anything, whole or not at all; raises OSError."""
+        """Write the record, if it holds anything, whole or not at all; raise OSError."""
         if not self._known:
             return
         content = {"format_version": RECORD_VERSION, "shards": self._known}
@@ -91,13 +91,13 @@ class ScanRecord:
 
 @dataclass(frozen=True)
 class Checks:
-    """What is checked of every shard of a set.
+    """The checks of every shard of a set.
 
     Attributes:
         verify: whether checksums are compared.
         skip_nonfinite: whether rows with NaN or infinity are dropped instead of refused.
         repeated_rows: what becomes of rows that are zero or equal to the row before them.
-        record: what earlier scans have found, and where this one is noted.
+        record: findings of earlier scans, where this one is noted too.
     """
 
     verify: bool = True
@@ -113,9 +113,9 @@ def scan_shard(
     checks: Checks,
     kept: KeptRows | None = None,
 ) -> RowScan:
-    """Read a shard once, or remember that it was read; raises ShardError for what is refused.
+    """Scan a shard once, or recall an earlier scan; raise ShardError for what is refused.
 
-    Of the rows that are read `kept` keeps those that it wants.
+    Of the rows that are read, `kept` keeps the ones that it wants.
     """
     if not checks.verify:
         sha256 = checksum = None
@@ -137,7 +137,7 @@ def _scan(
     checks: Checks,
     kept: KeptRows | None,
 ) -> RowScan:
-    """Scan a shard; a row is refused only where the checksum holds: else damage explains it."""
+    """Scan a shard; refuse a row only if the checksum holds: otherwise damage explains it."""
     scanner = RowScanner(
         shard, skip_nonfinite=checks.skip_nonfinite, repeated_rows=checks.repeated_rows
     )
@@ -171,7 +171,7 @@ def _scan(
 
 
 def _refusal(scanner: RowScanner, start: int, rows: Array) -> ShardError | None:
-    """Look at some rows; returns why they cannot be trained on."""
+    """Return why some rows cannot be trained on, if there is a reason."""
     try:
         scanner.add(start, rows)
     except ShardError as error:
@@ -180,7 +180,7 @@ def _refusal(scanner: RowScanner, start: int, rows: Array) -> ShardError | None:
 
 
 def _in_order(file: OpenShard, digest: Any) -> Iterator[tuple[int, Array]]:
-    """All rows in order, with the number of the first of each piece, taken into the digest."""
+    """Yield all rows in order, with the number of the first of each piece, and hash them."""
     start = 0
     for rows in iterate_stored(file):
         if digest is not None:
@@ -195,7 +195,7 @@ def _require_sha256(shard: Shard, expected: str, actual: str) -> None:
 
 
 def _require_allowed(shard: Shard, scan: RowScan, checks: Checks) -> None:
-    """Raise as a scan would; an earlier one may have been allowed more."""
+    """Raise as a scan would: an earlier scan may have been allowed more."""
     if scan.nonfinite.size and not checks.skip_nonfinite:
         raise nonfinite_error(shard, int(scan.nonfinite[0]))
     if checks.repeated_rows == "refuse" and len(scan.repeated) > repeated_limit(shard.rows):

@@ -28,7 +28,7 @@ Transforms = tuple[Transform | None, Transform | None]  # of the rows, of their 
 
 @dataclass(frozen=True)
 class RowCursor:
-    """A position in the endless rows: `served` rows of a window of an epoch are behind it."""
+    """A position in the endless rows: `served` rows of a window of an epoch come before it."""
 
     epoch: int = 0
     window: int = 0
@@ -56,7 +56,7 @@ def saved_cursor(values: Any, plan: EpochPlan) -> RowCursor:
 
 
 class SetReader:
-    """Serves the rows of a set from `start` on; `cursor` is behind the last row served."""
+    """Serves the rows of a set from `start` on; `cursor` is after the last row served."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SetReader:
         self._following: ReadAhead | None = None
 
     def fill(self, batch: Rows, places: slice | Tensor, count: int) -> None:
-        """Put the next `count` rows in these places of the batch; raises Stopped when told to."""
+        """Put the next `count` rows in these places of the batch; raise Stopped when told to."""
         have = 0
         while have < count:
             pool, served = self._pool, self.cursor.served
@@ -101,7 +101,7 @@ class SetReader:
             self._keep_up(self._following, self.cursor.served / pool.rows)
 
     def _open_windows(self, start: RowCursor) -> Iterator[tuple[Pool, ReadAhead, RowCursor]]:
-        """Each window in turn: its full pool, the filling of the pool after it, its start."""
+        """Yield each window: its full pool, the reading of the pool after it, and its start."""
         plan = self._plan
         pool = self._new_pool()
         # A set that fits in one window is read once, and only its order changes.
@@ -138,7 +138,7 @@ class SetReader:
 
 
 class ReadAhead:
-    """The reading of a pool's blocks, in order, some further than needed yet."""
+    """The reading of a pool's blocks in order, some blocks further than what is needed yet."""
 
     def __init__(self, pool: Pool, shards: ShardSet, disks: DiskThreads) -> None:
         self._pool, self._shards, self._disks = pool, shards, disks
@@ -146,7 +146,7 @@ class ReadAhead:
         self._reads: deque[Wait] = deque()
 
     def up_to(self, fraction: float) -> Iterator[Wait]:
-        """The blocks to be waited for, in order, until the pool holds `fraction` of them."""
+        """Yield what to wait for, block by block, until the pool holds `fraction` of them."""
         total = len(self._pool.unread)
         needed = math.ceil(fraction * total)
         while self._done < needed:
@@ -163,7 +163,7 @@ class ReadAhead:
 
 
 def stored_bytes(shards: ShardSet, plan: EpochPlan, *, kept: bool) -> int:
-    """Memory of a supply's pools or, where all rows are kept, of these and their order."""
+    """Return the bytes of the pools of a set or, where all rows are kept, of rows and order."""
     pools = 1 if plan.n_windows == 1 else 2
     rows = shards.rows if kept else pools * plan.capacity
     columns = (column for column in shards.columns.values() if not column.width)

@@ -1,4 +1,4 @@
-"""Reading one shard: an HDF5 file whose dataset of activations is (n, D) or (sequences, tokens, D).
+"""One shard: an HDF5 file whose dataset of activations is (n, D) or (sequences, tokens, D).
 
 Rows are numbered through the flattened array. Reads are of contiguous rows only, straight into the
 caller's memory. Every failure is a `ShardError` of one line that begins with the file's path.
@@ -45,7 +45,7 @@ FileState = tuple[int, ...]  # device, inode, bytes, times of the last write and
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a shard without reading its rows."""
+    """A shard as its metadata describe it, without its rows."""
 
     path: Path
     key: str
@@ -67,7 +67,7 @@ class Shard:
         return self.d_in * self.storage.itemsize
 
     def block_rows(self, limit: int | None = None) -> int:
-        """Rows to read at once: whole chunks, some READ_BYTES long but at most `limit` rows.
+        """Return how many rows to read at once: whole chunks of some READ_BYTES, up to `limit`.
 
         A single chunk is read whole even where it is longer than that.
         """
@@ -86,19 +86,19 @@ class OpenShard(Protocol):
         """Read rows start..stop into `out` [stop - start, D] (C-contiguous, the stored type)."""
 
     def walk(self, note: Callable[[memoryview], object]) -> Iterator[tuple[int, Array]] | None:
-        """Read the file once, whole; None where it is not known where the rows lie."""
+        """Read the file once, whole; return None if it is not known where the rows lie."""
 
     def expect(self, start: int, stop: int) -> None:
         """Let the system fetch rows that will be read soon."""
 
     def read_column(self, name: str, start: int, stop: int) -> Array:
-        """The numbers [stop - start] that an array of one number a row has for these rows."""
+        """Return numbers [stop - start] of these rows from an array of one number a row."""
 
     def has(self, name: str) -> bool:
-        """Whether the file has anything of this name."""
+        """Return whether the file has anything of this name."""
 
     def contents(self) -> str:
-        """Names and shapes of what the file holds, for errors."""
+        """Describe what the file holds by names and shapes, for errors."""
 
     def close(self) -> None:
         """Close the file."""
@@ -158,9 +158,9 @@ class ShardFile:
                 position = end
 
     def walk(self, note: Callable[[memoryview], object]) -> Iterator[tuple[int, Array]] | None:
-        """Read the file once, whole: `note` is given its bytes, the rows are yielded with numbers.
+        """Read the file once, whole: give `note` its bytes, and yield the rows with numbers.
 
-        Rows come as they lie in the file. None where it is not known where they lie.
+        Rows come as they lie in the file. None is returned if it is not known where they lie.
         """
         if self._direct is None:
             return None
@@ -173,12 +173,12 @@ class ShardFile:
             yield from walk_file(self._direct, self.shard.rows, like, note)
 
     def expect(self, start: int, stop: int) -> None:
-        """Let the system fetch rows that will be read soon, where it is known where they lie."""
+        """Let the system fetch rows that will be read soon, if it is known where they lie."""
         if self._direct is not None:
             self._direct.expect(start, stop)
 
     def read_column(self, name: str, start: int, stop: int) -> Array:
-        """The numbers [stop - start] that a dataset of one number a row has for these rows."""
+        """Return numbers [stop - start] of these rows from a dataset of one number a row."""
         tokens = self.shard.tokens
         with self._explained(start, stop):
             dataset = self._column(name)
@@ -189,11 +189,11 @@ class ShardFile:
             return numbers[start - entry * tokens : stop - entry * tokens]
 
     def has(self, name: str) -> bool:
-        """Whether the file has anything of this name."""
+        """Return whether the file has anything of this name."""
         return find_item(self.shard.path, self._file, name) is not None
 
     def contents(self) -> str:
-        """Names and shapes of its datasets, for errors."""
+        """Describe its datasets by names and shapes, for errors."""
         return contents(self._file)
 
     def _column(self, name: str) -> h5py.Dataset:
@@ -216,7 +216,7 @@ class ShardFile:
 
     @contextmanager
     def _explained(self, start: int, stop: int) -> Iterator[None]:
-        """Names the rows in whatever HDF5 raises while it reads them."""
+        """Name the rows in any error of HDF5 while it reads them."""
         try:
             yield
         except ShardError:
@@ -280,13 +280,13 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
 
 
 def file_state(status: os.stat_result) -> FileState:
-    """What of a file's status changes with its content."""
+    """Return the parts of a file's status that change with its content."""
     times = status.st_mtime_ns, status.st_ctime_ns
     return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
 def iterate_stored(file: OpenShard) -> Iterator[Array]:
-    """All rows of a shard in order, in pieces [n, D] of the stored type; the memory is reused."""
+    """Yield all rows of a shard in order, as stored [n, D]; the memory is reused."""
     shard = file.shard
     step = shard.block_rows()
     buffer = np.empty((min(step, shard.rows), shard.d_in), shard.storage.numpy_dtype)
@@ -316,7 +316,7 @@ def _open(path: Path) -> h5py.File:
 
 @contextmanager
 def _structure(path: Path) -> Iterator[h5py.File]:
-    """Hold `path` open, turning whatever HDF5 throws over damaged metadata into a ShardError."""
+    """Keep `path` open; turn any error of HDF5 over damaged metadata into a ShardError."""
     file = _open(path)
     try:
         yield file
@@ -363,9 +363,9 @@ def _storage(path: Path, key: str, dataset: h5py.Dataset, file: h5py.File) -> St
 
 
 def _check_attributes(path: Path, metadata: dict[str, Any], rows: int, d_in: int | None) -> None:
-    """Hold a shard of our own format to what its attributes say; other tools' files pass.
+    """Compare a shard of our own format with its attributes; other tools' files pass.
 
-    Without `d_in` it is not about the dataset of activations, whose width and checksum they are.
+    Without `d_in` the dataset is not the activations, whose width and checksum the attributes are.
     """
     is_own = metadata.get("format") == FORMAT_NAME
     if not is_own or d_in is None:
@@ -385,7 +385,7 @@ def _check_attributes(path: Path, metadata: dict[str, Any], rows: int, d_in: int
 
 
 def _chunk_rows(dataset: h5py.Dataset, tokens: int, row_bytes: int) -> int:
-    """Rows of a chunk, 1 where rows can be read singly."""
+    """Return the rows of a chunk, 1 where rows can be read singly."""
     if dataset.chunks is None:
         return 1
     rows = int(dataset.chunks[0]) * tokens
@@ -393,12 +393,12 @@ def _chunk_rows(dataset: h5py.Dataset, tokens: int, row_bytes: int) -> int:
 
 
 def _is_compressed(dataset: h5py.Dataset) -> bool:
-    """Whether a filter makes HDF5 decode a whole chunk to read any part of it."""
+    """Return whether a filter makes HDF5 decode a whole chunk to read any part of it."""
     return bool(dataset.id.get_create_plist().get_nfilters())
 
 
 def _require_sound_attributes(path: Path, file: h5py.File, dataset: h5py.Dataset) -> None:
-    """Raise ShardError for attributes that HDF5 would not come through."""
+    """Raise ShardError for attributes that would hang or crash HDF5."""
     from h5py import h5o
 
     if file.userblock_size:
@@ -409,7 +409,7 @@ def _require_sound_attributes(path: Path, file: h5py.File, dataset: h5py.Dataset
 
 
 def _attribute(path: Path, item: h5py.File | h5py.Dataset, name: str) -> Any:
-    """An attribute as a plain Python value; raises ShardError for one of absurd size."""
+    """Return an attribute as a plain value; raise ShardError for one of absurd size."""
     count = math.prod(item.attrs.get_id(name).shape or ())
     if count > MAX_ATTRIBUTE:
         raise ShardError(f"{path}: damaged: attribute {name[:80]!r} claims {count:,} values")
@@ -417,7 +417,7 @@ def _attribute(path: Path, item: h5py.File | h5py.Dataset, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """An attribute as a plain Python value."""
+    """Convert an attribute to a plain Python value."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, np.generic | np.ndarray):

@@ -1,4 +1,4 @@
-"""Which shards a checkpoint is of, and whether those at hand are the same.
+"""The identity of the shards of a checkpoint, and whether the present ones are the same.
 
 They are told apart by the names of their files, by digests of what describes them and of their
 first and last rows and, as far as a scan has read them, by digests of all rows.
@@ -16,7 +16,7 @@ _NAMED = 4  # changes in a message
 
 
 def identity_of(shards: ShardSet) -> dict[str, Any]:
-    """Return what identifies a set of shards, as JSON can write it; reads two rows of each."""
+    """Return what identifies a set of shards, as JSON values; reads two rows of each."""
     return {
         "shards": [list(item) for item in shards.identities()],
         "contents": shards.contents(),
@@ -26,11 +26,11 @@ def identity_of(shards: ShardSet) -> dict[str, Any]:
 def check_same_shards(
     before: Mapping[str, Any], now: Mapping[str, Any], what: str = "the shards"
 ) -> None:
-    """Raise ValueError, naming them, where a set of shards is not the one that it was.
+    """Raise ValueError, naming the shards, if a set of shards has changed.
 
     Args:
-        before: what `identity_of` gave when the checkpoint was written, perhaps with other entries.
-        now: what it gives now.
+        before: result of `identity_of` when the checkpoint was written, perhaps with other entries.
+        now: result of `identity_of` now.
         what: the shards in the message, a plural.
     """
     known, found = saved_shards(before), [(name, digest) for name, digest in now["shards"]]
@@ -45,7 +45,7 @@ def check_same_shards(
 
 
 def saved_shards(position: Any) -> list[tuple[str, str]]:
-    """Names and digests of the shards in a saved position; raise ValueError for anything else."""
+    """Return names and digests of the shards in a position; raise ValueError if malformed."""
     if not isinstance(position, dict) or not isinstance(position.get("origin", {}), dict):
         raise ValueError("data position: a set of shards must be a JSON object with its origin")
     shards = position.get("shards")
@@ -55,7 +55,7 @@ def saved_shards(position: Any) -> list[tuple[str, str]]:
 
 
 def saved_contents(position: Mapping[str, Any], count: int) -> list[str]:
-    """Digests of the rows of each shard in a saved position; raise ValueError for anything else.
+    """Return row digests of each shard in a position; raise ValueError if malformed.
 
     Positions of earlier releases have none, and a shard has "" where its digest was not known.
     """
@@ -74,7 +74,7 @@ def _is_pair_of_texts(item: object) -> bool:
 
 
 def _changes(before: list[tuple[str, str]], now: list[tuple[str, str]]) -> list[str]:
-    """What differs between shards by name and digest; nothing where they are equal."""
+    """List the differences between shards by name and digest; empty if they are equal."""
     if before == now:
         return []
     old, new = dict(before), dict(now)

@@ -43,15 +43,15 @@ Sample = Callable[["ShardSet"], Iterable[tuple[int, Span]]]
 
 @dataclass(frozen=True)
 class ShardSet:
-    """Shards of one width in a fixed order, the rows of each left out, the columns asked for.
+    """Shards of one width in a fixed order, with the rows to leave out and the columns to serve.
 
-    The targets, where they were asked for, are a set of as many shards, with the same rows in each
-    and the same ones left out.
+    The targets, if asked for, are a set of as many shards, with as many rows in each, of which the
+    same ones are left out.
     """
 
     shards: tuple[Shard, ...]
     dropped: tuple[RowNumbers, ...]  # per shard, ascending numbers of the rows left out
-    shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty where nobody asked for columns
+    shard_columns: tuple[ShardColumns, ...] = ()  # per shard; empty if not asked for
     targets: ShardSet | None = None
     is_zero: bool = False  # whether the scan has found nothing but zeros
     # Per shard the digest of its rows that the scan has taken, or nothing; empty without a scan.
@@ -70,7 +70,7 @@ class ShardSet:
         return sum(self.served_rows(number) for number in range(len(self.shards)))
 
     def served_rows(self, number: int) -> int:
-        """Rows of one shard that are served."""
+        """Return the number of rows of one shard that are served."""
         return self.shards[number].rows - len(self.dropped[number])
 
     @property
@@ -86,7 +86,7 @@ class ShardSet:
 
     @property
     def columns(self) -> dict[str, Column]:
-        """The columns that are served beside the rows, STARTS among them, over all shards."""
+        """Name, type and range of the columns beside the rows, over all shards, with STARTS."""
         joined: dict[str, Column] = {}
         for part in self.shard_columns:
             for name, column in part.columns.items():
@@ -97,16 +97,16 @@ class ShardSet:
         return joined
 
     def starts(self, number: int) -> RowNumbers | None:
-        """Ascending numbers of one shard's rows that begin a sequence, if these are to be whole."""
+        """Return ascending numbers of one shard's rows that begin a sequence, if kept whole."""
         return self.shard_columns[number].starts if self.shard_columns else None
 
     def forget_kept(self) -> None:
-        """Free the rows that were kept."""
+        """Release the rows that were kept."""
         for part in self.kept:
             part.clear()
 
     def identities(self) -> list[tuple[str, str]]:
-        """File name of each shard, and a digest of what a resumed run relies on.
+        """Return the file name of each shard, and a digest of what a resumed run relies on.
 
         The first and last rows stand for the content where no scan has read all of it.
         """
@@ -120,7 +120,7 @@ class ShardSet:
         ]
 
     def contents(self) -> list[str]:
-        """Digest of all rows of each shard, and of its targets; empty where one is not known."""
+        """Return the digest of all rows of each shard and its targets; empty where unknown."""
         own = list(self.digests) or [""] * len(self.shards)
         if self.targets is None:
             return own
@@ -129,7 +129,7 @@ class ShardSet:
 
 
 class _Checked(NamedTuple):
-    """What the checks of shards have found."""
+    """Findings of the checks of shards."""
 
     dropped: tuple[RowNumbers, ...]  # per shard, the rows left out
     is_zero: bool
@@ -190,7 +190,7 @@ def open_shards(
 
 
 def _kept_rows(shards: tuple[Shard, ...], sample: Sample) -> tuple[KeptRows, ...]:
-    """What is kept of each shard of the rows that a sample chooses if no row is dropped."""
+    """Make room for the rows of each shard that a sample chooses if no row is dropped."""
     spans: list[list[Span]] = [[] for _ in shards]
     for number, span in sample(ShardSet(shards, tuple(NO_ROWS for _ in shards))):
         spans[number].append(span)
@@ -209,7 +209,7 @@ def _open_targets(
     files: TargetFiles,
     checks: Checks,
 ) -> ShardSet:
-    """The targets of shards, without those of rows that are left out."""
+    """Open the targets of shards, without the targets of rows that are left out."""
     option = "--target-key"
     targets = tuple(describe_shard(path, files.key, option) for path in files.paths)
     for pair in zip(shards, targets, strict=True):
@@ -228,7 +228,7 @@ def _check_rows(
     checks: Checks,
     kept: tuple[KeptRows, ...] = (),
 ) -> _Checked:
-    """The checks of `open_shards`."""
+    """Check shards against each other and their manifests, and scan their rows."""
     manifests = _check_manifests(files)
     for shard in shards[1:]:
         if shard.d_in != shards[0].d_in:
@@ -301,7 +301,7 @@ def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
 
 
 def _check_manifests(shards: tuple[Shard, ...]) -> dict[Path, Manifest | None]:
-    """Check every shard against the manifest beside it; returns the manifests by directory."""
+    """Check every shard against the manifest beside it; return the manifests by directory."""
     manifests: dict[Path, Manifest | None] = {}
     for shard in shards:
         directory = shard.path.parent
@@ -322,7 +322,7 @@ def _find_columns(
     names: Sequence[str],
     whole_sequences: bool,
 ) -> tuple[ShardColumns, ...]:
-    """The columns of every shard, of one kind in all; raises where no sequence has two rows."""
+    """Read the columns of every shard; raise where kinds differ or no sequence has two rows."""
     left_out = dict(zip(shards, dropped, strict=True))
     found = _for_each(
         shards, lambda shard: inspect_columns(shard, left_out[shard], names, whole_sequences)

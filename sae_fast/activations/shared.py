@@ -74,7 +74,7 @@ class SharedSource(Generic[Item]):
         return reader
 
     def take(self, number: int, sets: int) -> _Kept[Item]:
-        """The batch of a number, counted since the source was set for the `sets`-th time."""
+        """Return the batch of a number, counted since the source was set the `sets`-th time."""
         self._check(sets)
         while number >= self._first + len(self._kept):
             item = self.source.next_rows()
@@ -91,16 +91,16 @@ class SharedSource(Generic[Item]):
             self._first += 1
 
     def position(self, number: int, sets: int) -> _Position:
-        """The position before the batch of a number."""
+        """Return the position before the batch of a number."""
         self._check(sets)
         if number == self._first:
             return self._before
         return self._kept[number - 1 - self._first].after
 
     def find(self, state: dict[str, Any]) -> tuple[int, int]:
-        """The number of the batch after a position, and of the setting that it counts from.
+        """Return the number of the batch after a position, and of the setting it counts from.
 
-        Where it is none of those kept the source is set to it, for all readers.
+        Where no batch that is kept follows that position, the source is set to it, for all readers.
         """
         positions = [self._before, *(kept.after for kept in self._kept)]
         for number, position in enumerate(positions, self._first):
@@ -230,7 +230,7 @@ class SharedReader(Source, Generic[Item]):
         return self._position().state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; raise ValueError if the data is not the same."""
+        """Continue where `state` was taken; raise ValueError if the data is not the same."""
         self.number, self.sets = self._shared.find(state)
 
     def current_shards(self) -> list[Path]:
@@ -255,7 +255,7 @@ def _identity(transform: Transform | None) -> Any:
 def _transformed(
     rows: Rows, transform: Transform | None, target_transform: Transform | None
 ) -> Rows:
-    """The rows as a training takes them, in tensors of their own where anything is changed."""
+    """Return the rows as a training takes them, in new tensors where anything is changed."""
     columns = rows.columns
     if target_transform is not None:
         columns = {**columns, TARGETS: _applied(columns[TARGETS], target_transform)}

@@ -45,7 +45,7 @@ def checked_transform(transform: Transform | None, d_in: int) -> Transform | Non
 
 
 def placed(transform: Transform | None, device: torch.device | None) -> Transform | None:
-    """Return a transform for rows that are on a device; None: that of the CPU."""
+    """Return a transform for rows that are on a device; None: on the CPU."""
     return transform and transform._replace(mean=transform.mean.to(device))
 
 
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
     columns: dict[str, Tensor]  # each [N], by name; the targets [N, d_out]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """The same with every tensor changed."""
+        """Return the batch with every tensor changed by a function."""
         return Rows(change(self.x), {name: change(column) for name, column in self.columns.items()})
 
 
@@ -67,7 +67,7 @@ def empty_rows(
     device: torch.device | None = None,
     pin_memory: bool = False,
 ) -> Rows:
-    """Room for a batch."""
+    """Allocate a batch of `count` rows [count, d_in] float32 with its columns."""
     return Rows(
         torch.empty(count, d_in, dtype=torch.float32, device=device, pin_memory=pin_memory),
         {
@@ -86,7 +86,7 @@ def gather(
     places: slice | Tensor,  # N rows of `out`
     transform: Transform | None,
 ) -> None:
-    """Put these rows in those places, widened to float32 and transformed."""
+    """Copy these rows to these places, widened to float32 and transformed."""
     mean, scale = (None, 1.0) if transform is None else transform
     if isinstance(places, slice):
         gather_rows_(out[places], memory, order, mean=mean, scale=scale)
@@ -102,7 +102,7 @@ def take(
     transform: Transform | None,
     target_transform: Transform | None,
 ) -> None:
-    """Put these rows with their columns in those places; targets are widened and transformed."""
+    """Copy these rows with their columns to these places; targets are widened and transformed."""
     for name, column in out.columns.items():
         if name == TARGETS and column.ndim == 2:
             gather(stored.columns[name], order, column, places, target_transform)
@@ -180,7 +180,7 @@ class BatchSource(ABC, Generic[Batch]):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken; raise ValueError if the data is not the same."""
+        """Continue exactly where `state` was taken; raise ValueError if the data has changed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -225,9 +225,9 @@ def check_state(
     settings: Mapping[str, int],
     identity: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raise ValueError unless a saved position has this version, these settings and this identity.
+    """Raise ValueError unless a saved position has this version, settings and identity.
 
-    The identity is what the rows depend on besides, where a source knows it by names.
+    The identity names, where a source has one, what the rows depend on besides.
     """
     if state.get("version") != version:
         raise ValueError(f"data position has version {state.get('version')}, expected {version}")
@@ -250,7 +250,7 @@ def check_state(
 
 
 def saved_counts(values: Any, *names: str) -> list[int]:
-    """Return these numbers of a saved position; raise ValueError unless they are counts."""
+    """Return numbers of a saved position by name; raise ValueError unless they are counts."""
     if not isinstance(values, dict):
         raise ValueError(f"data position: must have {', '.join(names)}, got {shown(values)}")
     for name in names:

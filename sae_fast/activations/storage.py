@@ -42,7 +42,7 @@ STORAGES = {storage.name: storage for storage in (FLOAT16, BFLOAT16, FLOAT32)}
 
 
 def storage_of(dtype: torch.dtype) -> Storage:
-    """Element type that holds tensors of `dtype`; float64 is narrowed to float32."""
+    """Return the element type that stores tensors of `dtype`; float64 becomes float32."""
     if dtype == torch.float64:
         return FLOAT32
     for storage in STORAGES.values():
@@ -52,21 +52,21 @@ def storage_of(dtype: torch.dtype) -> Storage:
 
 
 def as_numpy(rows: Tensor, storage: Storage) -> Array:
-    """Memory of a contiguous tensor as NumPy holds that type: no copy."""
+    """Return the memory of a contiguous tensor as a NumPy array of the stored type."""
     if storage is BFLOAT16:
         return rows.view(torch.int16).numpy().view(np.uint16)
     return rows.numpy()
 
 
 def as_tensor(rows: Array, storage: Storage) -> Tensor:
-    """Memory of a contiguous array as a tensor of the real type: no copy."""
+    """Return the memory of a contiguous array as a tensor of the real type."""
     if storage is BFLOAT16:
         return torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(rows)
 
 
 def nonfinite_rows(rows: Array, storage: Storage) -> npt.NDArray[np.int64]:
-    """Ascending numbers of the rows [N, D] that hold a NaN or an infinity."""
+    """Return ascending numbers of the rows [N, D] that hold a NaN or an infinity."""
     # On the bits: np.isfinite on float16 is ten times slower than an integer mask and a maximum.
     # In slabs: a temporary as long as a block would be mapped and faulted in anew each time.
     all_but_sign = storage.bits_dtype.type(np.iinfo(storage.bits_dtype).max >> 1)

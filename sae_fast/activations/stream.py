@@ -83,7 +83,7 @@ class BatchBuilder:
         ]
 
     def reader(self) -> BatchReader:
-        """Return what hands the batches over, made ahead by a thread where one is asked for."""
+        """Return what hands the batches over: a thread ahead, or this one without `background`."""
         if not self._background:
             return OnDemand(self.batches())
         try:
@@ -141,24 +141,24 @@ class ActivationStream(Source):
     """Rows of all shards in an order drawn from one seed, each exactly once an epoch.
 
     `shards` is a directory (its held-out files are left out), a file, an opened `ShardSet`, or a
-    `ShardMix` of several, of each of which every row is served once before any is served again.
-    `pool_rows` rows are shuffled together at a time, and twice as many are in memory; of a mix each
-    set has its share of them. A background
-    thread reads, widens to float32 and applies `transform`; it starts with the first `next_batch`,
-    or with `start`. The order depends on the shards, `seed` and `pool_rows`, on nothing else.
-    `device` is what the batches are for: for a GPU they come in page-locked memory.
+    `ShardMix` of several sets, in each of which every row is served once before any is served
+    again. `pool_rows` rows are shuffled together at a time, and twice as many are in memory; each
+    set of a mix has its share of them. A background thread reads, widens to float32 and applies
+    `transform`; it starts with the first `next_batch`, or with `start`. The order depends on the
+    shards, `seed` and `pool_rows`, on nothing else. `device` is what the batches are for: for a GPU
+    they come in page-locked memory.
 
-    With `keep_on` all rows stay there, as stored, once they were read, and only once are they read;
-    batches are made there. With `lock` they are kept from being swapped out. Without `background`
-    batches are made when they are asked for: a thread of its own must not use a GPU that records a
-    graph.
+    With `keep_on` all rows stay on that device, as stored, once they were read, and are read only
+    once; batches are made there. With `lock` they are kept from being swapped out. Without
+    `background` batches are made when they are asked for: a thread of its own must not use a GPU
+    that records a graph.
 
     With `columns`, datasets of the shards with a number for each row, `next_rows` serves these too.
-    With `whole_sequences` the rows of a sequence come together and in order, and sequences are what
-    is shuffled; a batch border may fall within one, so that the two rows beside it are neighbours
-    in no batch. The column STARTS says where one begins. An opened `ShardSet` has the columns,
-    sequences and targets that it was opened with; targets are the column TARGETS, each served after
-    `target_transform`.
+    With `whole_sequences` the rows of a sequence come together and in order, and sequences are
+    shuffled instead of rows; a batch border may fall within one, so that the two rows beside it are
+    neighbours in no batch. The column STARTS says where one begins. An opened `ShardSet` has the
+    columns, sequences and targets that it was opened with; targets are the column TARGETS, each
+    served after `target_transform`.
     """
 
     counts_rows = True  # in tokens_served, every row that a batch has
@@ -240,7 +240,7 @@ class ActivationStream(Source):
 
     @property
     def columns(self) -> dict[str, Column]:
-        """What is known of each column that `next_rows` serves."""
+        """Name, type and range of each column that `next_rows` serves."""
         return self._columns
 
     @property
@@ -264,7 +264,7 @@ class ActivationStream(Source):
         return self._stall_seconds
 
     def current_shards(self) -> list[Path]:
-        """Shards that the rows of the last batch may come from, sorted."""
+        """Return the shards that the rows of the last batch may come from, sorted."""
         place = [(cursor.epoch, cursor.window) for cursor in self._cursors]
         if self._shown is None or self._shown[0] != place:
             paths = {
@@ -354,7 +354,7 @@ class ActivationStream(Source):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch served, and what identifies the shards.
+        """Return the position after the last batch served, and what identifies the shards.
 
         A few numbers: the pool's rows and their order follow from the position (see order.py),
         so resuming reads the window again instead of every checkpoint writing it out.
@@ -377,10 +377,10 @@ class ActivationStream(Source):
         return {**state, **sets[0]} if len(sets) == 1 else {**state, **self._mixed, "sets": sets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch that was the last when `state` was taken; batch_size may differ.
+        """Continue after the batch that was last when `state` was taken; batch_size may differ.
 
-        Raises ValueError, naming it, if a shard, the seed, the pool size or the mix is not what it
-        was.
+        Raises ValueError, naming the cause, if a shard, the seed, the pool size or the mix has
+        changed.
         """
         whole = STARTS in self._columns
         expected = {"seed": self.seed, "pool_rows": self.pool_rows, "whole_sequences": whole}
@@ -403,7 +403,7 @@ class ActivationStream(Source):
 
     @property
     def _mixed(self) -> dict[str, list[int]]:
-        """What a position says of a mix: rows of each set in a period."""
+        """Mix entry of the saved position: rows per set in one period."""
         return {"mix": self._mix.counts} if len(self._mix.sets) > 1 else {}
 
     def _known_identities(self) -> list[dict[str, Any]]:

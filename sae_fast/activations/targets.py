@@ -1,4 +1,4 @@
-"""Targets: what a transcoder is to predict, a row for each row of activations, of its own width.
+"""Targets of a transcoder: a row to predict for each row of activations, of its own width.
 
 They are another dataset of the shards, or files of the same names in another directory, as a
 capture of two hooks writes them.
@@ -25,7 +25,7 @@ _TOKEN_COLUMNS = ("token_ids", "doc_id", "position")
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """Where the targets are.
+    """The files with the targets.
 
     Attributes:
         paths: a file for each shard, perhaps the shard itself.
@@ -42,11 +42,11 @@ def find_targets(
     key: str,
     others: Iterable[Path] = (),
 ) -> TargetFiles:
-    """The files of `place` with the names of the shards, or the shards themselves without one.
+    """Find the files of `place` named as the shards are, or without a place the shards.
 
-    `place` is a directory, or one file for one shard. Raises ShardError where a shard has no file
-    there, or a file there is of neither the shards nor the `others`: it is then not what was
-    captured with them.
+    `place` is a directory, or one file for one shard. Raises ShardError if a shard has no file
+    there, or if a file there belongs to neither the shards nor the `others`: the directory is then
+    not what was captured with them.
     """
     if place is None:
         return TargetFiles(tuple(shards), key)
@@ -69,7 +69,7 @@ def find_targets(
 
 
 def check_pair(shard: Shard, targets: Shard) -> None:
-    """Raise ShardError unless the targets are those of the shard's rows, as far as can be told."""
+    """Raise ShardError unless the targets belong to the rows of the shard, as far as known."""
     if shard.rows != targets.rows:
         raise ShardError(
             f"{targets.path}: {targets.key!r} has {targets.rows} rows of targets, "

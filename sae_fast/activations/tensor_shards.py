@@ -1,8 +1,8 @@
 """Shards that are files of tensors, .pt, .npy or .safetensors, read in place like HDF5 shards.
 
 Each holds one tensor of activations, [n, D] or [sequences, tokens, D], alone or under a name, and
-perhaps a number for each row under others. Blocks are those of the shard that conversion makes of
-the file, so training on either gives the same results.
+perhaps a number for each row under other names. Blocks are cut as in the shard that conversion
+makes of the file, so training on either gives the same results.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def describe_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activati
 
 
 def open_shard(shard: Shard) -> OpenShard:
-    """Open a shard of any format for reading; raises ShardError."""
+    """Open a shard of any format for reading; raise ShardError."""
     return TensorShardFile(shard) if is_tensor_file(shard.path) else ShardFile(shard)
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a file is one of tensors, by its name."""
+    """Return whether a file is one of tensors, by its name."""
     return path.suffix.lower() in TENSOR_SUFFIXES
 
 
@@ -118,7 +118,7 @@ class TensorShardFile:
         """Do nothing: the file is mapped, and the system reads ahead in it."""
 
     def read_column(self, name: str, start: int, stop: int) -> Array:
-        """The numbers [stop - start] that an array of one number a row has for these rows."""
+        """Return numbers [stop - start] of these rows from an array of one number a row."""
         if name not in self._arrays:
             raise ShardError(f"{self.shard.path}: no array {name!r}; it holds {self.contents()}")
         column = self._arrays[name][0]
@@ -130,11 +130,11 @@ class TensorShardFile:
         return column.read(0, column.shape[0]).reshape(-1).numpy()[start:stop]
 
     def has(self, name: str) -> bool:
-        """Whether the file has anything of this name."""
+        """Return whether the file has anything of this name."""
         return name in self._arrays
 
     def contents(self) -> str:
-        """Names and shapes of its arrays, for errors."""
+        """Describe its arrays by names and shapes, for errors."""
         return contents_of(self._arrays)
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class TensorShardFile:
 
 
 def _name_of(path: Path, key: str, option: str) -> str:
-    """The name of the activations in a file: the key or, without one, the only fitting one."""
+    """Return the name of the activations: the key or, without one, the only fitting name."""
     with opened(path, opener_of(path)) as arrays:
         if key in arrays:
             return key

@@ -36,13 +36,13 @@ CHECKED_ROWS = 1 << 14  # at a time, on a GPU
 class TensorStream(Source):
     """Rows of `activations` [n, D] or [sequences, tokens, D], each exactly once an epoch.
 
-    Batches are made when they are asked for, without a thread. The tensor is not copied, so it
-    must not be changed. `device` is what the batches are for: from a tensor on that GPU they are
-    made there, from another in memory that a GPU can be copied to from. Raises ValueError for a row
-    that is not finite, unless `skip_nonfinite`.
+    Batches are made when they are asked for, without a thread. The tensor is not copied, so it must
+    not be changed. `device` is what the batches are for: from a tensor on that GPU they are made
+    there, from another in memory that a GPU can be copied to from. Raises ValueError for a row that
+    is not finite, unless `skip_nonfinite`.
 
     `columns` are labels, one number a row, that `next_rows` serves with the rows. With
-    `whole_sequences` the sequences are shuffled, not the rows: those of a 3-D tensor, or what
+    `whole_sequences` sequences are shuffled, not rows: the sequences of a 3-D tensor, or what
     `columns` "doc_id" and "position" say, see columns.py. `targets` [n, d_out], in as many
     dimensions, are served as the column TARGETS after `target_transform`; a row goes with its own.
     """
@@ -99,7 +99,7 @@ class TensorStream(Source):
 
     @property
     def columns(self) -> dict[str, Column]:
-        """What is known of each column that `next_rows` serves."""
+        """Name, type and range of each column that `next_rows` serves."""
         return self._column_info
 
     @property
@@ -162,7 +162,7 @@ class TensorStream(Source):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch served."""
+        """Return the position after the last batch served."""
         return {
             "version": STATE_VERSION,
             "seed": self.seed,
@@ -172,7 +172,7 @@ class TensorStream(Source):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; ValueError if the tensor or the seed is another."""
+        """Continue where `state` was taken; raise ValueError if tensor or seed have changed."""
         expected = {"seed": self.seed, "whole_sequences": self._starts is not None}
         check_state(state, STATE_VERSION, expected)
         if state.get("content") != self._content():
@@ -183,7 +183,7 @@ class TensorStream(Source):
         """Do nothing: the tensor is the caller's, and there are no files."""
 
     def _content(self) -> str:
-        """Digest of shape, type and evenly spaced rows, and of the columns."""
+        """Return a digest of shape, type and evenly spaced rows, and of the columns."""
         if self._digest is None:
             self._digest = digest_of({"": self._rows, **self._columns})
         return self._digest
@@ -202,14 +202,14 @@ def digest_of(parts: Mapping[str, Tensor]) -> str:
 
 
 def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device = CPU) -> Tensor:
-    """Rows [n, D] of a tensor on the device, contiguous and finite."""
+    """Return the rows [n, D] of a tensor on the device, contiguous and finite."""
     return finite_rows({"activations": activations}, skip_nonfinite, device)[0][0]
 
 
 def finite_rows(
     parts: Mapping[str, Tensor], skip_nonfinite: bool, device: torch.device
 ) -> tuple[list[Tensor], RowNumbers]:
-    """Rows [n, D] of tensors on the device, and ascending numbers of those left out of all."""
+    """Return rows [n, D] of tensors on the device, and ascending numbers of dropped rows."""
     wholes = [_rows_on(device, name, part) for name, part in parts.items()]
     bad = [_nonfinite(rows, storage_of(rows.dtype)) for rows in wholes]
     if not any(found.size for found in bad):
@@ -245,14 +245,14 @@ def _check_pairs(activations: Tensor, targets: Tensor) -> None:
 
 
 def _add_sampled_rows(digest: hashlib._Hash, rows: Tensor) -> None:
-    """Shape, type and evenly spaced rows."""
+    """Hash shape, type and evenly spaced rows."""
     sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)].contiguous()
     digest.update(repr((tuple(rows.shape), rows.dtype)).encode())
     digest.update(sampled.cpu().view(torch.uint8).numpy().data)
 
 
 def _nonfinite(rows: Tensor, storage: Storage) -> RowNumbers:
-    """Ascending numbers of the rows that hold a NaN or an infinity."""
+    """Return ascending numbers of the rows that hold a NaN or an infinity."""
     if not rows.is_cuda:
         return nonfinite_rows(as_numpy(rows, storage), storage)
     parts = [~torch.isfinite(part).all(dim=1) for part in torch.split(rows, CHECKED_ROWS)]

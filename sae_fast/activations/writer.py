@@ -1,4 +1,4 @@
-"""Writing shards: rows are appended as a model gives them; the file appears when it is whole."""
+"""Shards being written: rows are appended as a model gives them; the file appears when whole."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ PER_ROW = ("token_ids", "doc_id", "position")  # optional int32 datasets beside 
 
 
 def chunk_rows_of(row_bytes: int) -> int:
-    """Rows that are stored together where nobody asks for another number."""
+    """Return the rows that are stored together by default."""
     return min(MAX_CHUNK_ROWS, max(1, CHUNK_BYTES // row_bytes))
 
 
 def padded_rows(rows: int, row_bytes: int) -> int:
-    """Rows for which a shard of so many has room: all its chunks are of one size."""
+    """Return the rows for which a shard has room: all its chunks are of one size."""
     chunk_rows = max(1, min(rows, chunk_rows_of(row_bytes)))
     return -(-rows // chunk_rows) * chunk_rows
 
 
 @dataclass(frozen=True)
 class ShardMetadata:
-    """Where the activations of a shard come from; what is None is not written."""
+    """Origin of the activations of a shard; what is None is not written."""
 
     model: str | None = None
     revision: str | None = None
@@ -63,7 +63,7 @@ class ShardMetadata:
     extra: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def attributes(self) -> dict[str, str | int | float]:
-        """All attributes as written."""
+        """Return all attributes as they are written."""
         named = {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
@@ -76,9 +76,9 @@ class ShardWriter:
     """Collects rows into `path`; used with `with`, and nothing is left of it if the block fails.
 
     `dtype` is "float16", "bfloat16" or "float32". `compression` is "gzip", or with the extra
-    `compression` "zstd" or "blosc2". MiniLM's activations take 86 % of their bytes with zstd
-    in float16, 69 % in bfloat16 (gzip: 87 and 72 %); they are read at a quarter of the speed of
-    "none" from memory, twice that of gzip, and written at 80 %, gzip at 20 %
+    `compression` "zstd" or "blosc2". MiniLM's activations take 86 % of their bytes with zstd in
+    float16, 69 % in bfloat16 (gzip: 87 and 72 %); they are read at a quarter of the speed of "none"
+    from memory, twice the speed of gzip, and written at 80 %, gzip at 20 %
     (benchmarks/results/compression.md).
     """
 
@@ -175,13 +175,13 @@ class ShardWriter:
             self._file = None
 
     def _trim(self) -> None:
-        """Give back what was set aside and not used: HDF5 does it to a file that is too long."""
+        """Release space that was reserved and not used: HDF5 does it to a file that is too long."""
         import h5py
 
         h5py.File(self._temporary, "r+").close()
 
     def _stored(self, activations: Tensor | Array) -> Array:
-        """Rows in the stored type, checked."""
+        """Convert rows to the stored type, and check them."""
         source = torch.as_tensor(activations).detach()
         if source.ndim != 2 or source.shape[1] == 0:
             raise ValueError(f"activations must be [n, D], got shape {tuple(source.shape)}")
@@ -215,7 +215,7 @@ class ShardWriter:
         self._pending_rows -= count
 
     def _reserve(self, count: int) -> None:
-        """Set space aside for the next `count` rows, as they are without compression."""
+        """Reserve space for the next `count` rows, as large as they are without compression."""
         assert self._file is not None
         firsts = [parts[0] for parts in self._pending.values()]
         row_bytes = sum(first.itemsize * math.prod(first.shape[1:]) for first in firsts)

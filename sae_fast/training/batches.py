@@ -1,8 +1,8 @@
 """The batches of each step on the device, copied there while the step before is running.
 
 On a GPU a source's batches are fetched one step ahead: `prefetch` takes them from the source and
-copies them on a stream of its own into the buffer that the step before last has read. What a
-checkpoint saves is the position after the batches that were handed out, not after those.
+copies them on a stream of its own into the buffer that the step before last has read. A checkpoint
+saves the position after the batches that were handed out, not after the fetched ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sae_fast.activations import Rows, Source
 
 @dataclass(frozen=True)
 class _Fetched:
-    """The batches of a step, and what was true of the source when they had been fetched."""
+    """The batches of a step, and the state of the source when they had been fetched."""
 
     batches: list[Rows]
     position: dict[str, Any]
@@ -34,9 +34,9 @@ class StepBatches:
 
     Args:
         source: where they come from.
-        device: where they are to be.
+        device: where they are used.
         per_step: how many a step takes.
-        ahead: whether to fetch those of the next step while one is running.
+        ahead: whether to fetch the batches of the next step while one is running.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class StepBatches:
         self._uploads = _Uploads(device) if ahead and device.type == "cuda" else None
 
     def take(self) -> list[Rows]:
-        """The batches of the next step; raises what kept the source from serving them."""
+        """Return the batches of the next step; raise what kept the source from serving them."""
         if self._error is not None:
             raise self._error
         if not self._ahead:
@@ -75,7 +75,7 @@ class StepBatches:
         return fetched.batches
 
     def prefetch(self) -> None:
-        """Fetches the next batches; to be called when the step of the last ones was launched."""
+        """Fetch the next batches; to be called when the step of the last ones was launched."""
         if not self._ahead:
             return
         if self._uploads is not None:
@@ -91,26 +91,26 @@ class StepBatches:
         return self._source.current_shards() if fetched is None else fetched.shards
 
     def take_stalled_seconds(self) -> float:
-        """Seconds since the last call in which there was nothing to train on.
+        """Return the seconds since the last call in which there was nothing to train on.
 
-        On a GPU that is the idle time before a step for which the host waited for the source; to
-        be called when the device has finished all steps.
+        On a GPU that is the idle time before a step for which the host waited for the source; to be
+        called when the device has finished all steps.
         """
         stalled, self._stalled = self._stalled, 0.0
         return stalled if self._uploads is None else stalled + self._uploads.take_idle_seconds()
 
     def state_dict(self) -> dict[str, Any]:
-        """The source's position after the last batch handed out."""
+        """Return the source's position after the last batch handed out."""
         fetched = self._handed_out
         return self._source.state_dict() if fetched is None else fetched.position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken; raises ValueError if the data is not the same."""
+        """Continue where `state` was taken; raise ValueError if the data is not the same."""
         self._next = self._handed_out = self._error = None
         self._source.load_state_dict(state)
 
     def rows_served(self) -> int | None:
-        """Rows up to the position, where the source counts every row that a step takes."""
+        """Return the rows up to the position; None: the source does not count every row."""
         return self._source.tokens_served if self._source.counts_rows else None
 
     def passes(self, tokens: int) -> float:
@@ -134,7 +134,7 @@ class StepBatches:
 
 
 class _Uploads:
-    """Copies to the device on a side stream, into two buffers by turns."""
+    """Copies batches to the device on a side stream, into two buffers by turns."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -148,10 +148,11 @@ class _Uploads:
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
     def copy(self, batches: list[Rows]) -> list[Rows]:
-        """The batches on the device, complete from `hand_over` on; those that are there as is.
+        """Copy the batches to the device; they are complete from `hand_over` on.
 
-        Waits for the step before last, which has read the buffer. This also keeps the host from
-        running away from the device, with page-locked batches piling up between them.
+        Batches that are there already stay as they are. Waits for the step before last, which has
+        read the buffer. This also keeps the host from running away from the device, with
+        page-locked batches piling up between them.
         """
         self._ends[0].synchronize()
         self._turn = 1 - self._turn
@@ -175,7 +176,7 @@ class _Uploads:
             return buffers[number].copy_(pinned, non_blocking=True)
 
     def hand_over(self, waited: float) -> None:
-        """Lets the current stream go on when the copies are done, for which the host `waited`."""
+        """Let the current stream go on when the copies are done, for which the host `waited`."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
         if waited > 0:
@@ -184,13 +185,13 @@ class _Uploads:
             self._gaps.append((self._ends[1], begin, waited))
 
     def end_step(self) -> None:
-        """Notes that all of a step has been launched on the current stream."""
+        """Record that all of a step has been launched on the current stream."""
         end = _event()
         end.record(torch.cuda.current_stream(self._device))
         self._ends = [self._ends[1], end]
 
     def take_idle_seconds(self) -> float:
-        """Idle time before the steps whose batches were waited for, since the last call."""
+        """Return the idle time since the last call before steps that waited for batches."""
         gaps, self._gaps = self._gaps, []
         return sum(_idle(*gap) for gap in gaps)
 
@@ -200,6 +201,6 @@ def _event() -> torch.cuda.Event:
 
 
 def _idle(end: torch.cuda.Event, begin: torch.cuda.Event, waited: float) -> float:
-    """Seconds between two steps, at most those `waited`: an evaluation may lie between them."""
+    """Return seconds between two steps, at most `waited`: an evaluation may lie between them."""
     milliseconds: float = end.elapsed_time(begin)
     return min(waited, milliseconds / 1000)

@@ -1,4 +1,4 @@
-"""What a run reads: shards, a tensor or a caller's own source, all served normalised."""
+"""The source that a run reads, shards, a tensor or a caller's own, and its held-out rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SAMPLED_BATCHES = 16
 
 
 class SharedShards(NamedTuple):
-    """Shards whose batches go to several trainings."""
+    """Shards whose batches several trainings take."""
 
     shards: ShardMix
     source: SharedSource[Rows]
@@ -127,9 +127,9 @@ class TrainingData:
     Attributes:
         kind: where the rows come from; "source": a caller's own, "model": its forward passes.
         source: the batches to train on, as they are stored until it is told a transform.
-        origin: of which activations they are, as far as their shards or source say.
-        heldout: the rows for evaluation, if any, and `heldout_targets` those of a transcoder,
-            batch by batch.
+        origin: model, hook and so on of the activations, as far as shards or source say them.
+        heldout: the rows for evaluation, if any, batch by batch.
+        heldout_targets: the targets of `heldout` for a transcoder, batch by batch.
         scans: what was found in the shards, which a resumed run need not read again.
 
     Raises:
@@ -205,16 +205,17 @@ class TrainingData:
         return sample
 
     def has_names(self, *, of_targets: bool = False) -> bool:
-        """Whether any file has a name for what it holds, as a bare tensor or array has not."""
+        """Return whether any file has a name for its data, as a bare tensor or array has not."""
         sets = [] if self._shards is None else self._shards.sets
         known = [part.targets if of_targets else part for part in sets]
         return any(_is_named(shard) for part in known if part for shard in part.shards)
 
     @property
     def heldout_identity(self) -> dict[str, Any] | None:
-        """What identifies the held-out rows, as JSON can write it, for a run that goes on.
+        """Identity of the held-out rows as JSON values, compared when a run is resumed.
 
-        None without such rows, and where they are a model's, which its own identity is of.
+        None without such rows, and for the rows of a model, which the identity of its source
+        covers.
         """
         if self._heldout_identity is None and self._heldout_parts:
             if isinstance(self._heldout_parts, ShardSet):
@@ -224,7 +225,7 @@ class TrainingData:
         return self._heldout_identity
 
     def check_heldout(self, before: dict[str, Any] | None) -> None:
-        """Raise ValueError where there are other held-out rows than `heldout_identity` was of."""
+        """Raise ValueError if the held-out rows are not the ones that `before` identifies."""
         now = self.heldout_identity
         if before is None or now is None:
             return
@@ -271,7 +272,7 @@ class TrainingData:
         return HeldOut(shards, batch_size=config.batch_size)
 
     def _checked_heldout(self, targets: Tensor | None, rows: int) -> Tensor:
-        """The targets [rows, d_out] of the rows to evaluate on."""
+        """Return the targets [rows, d_out] of the rows to evaluate on, checked."""
         if targets is None:
             raise ValueError(
                 f"heldout_columns: {TARGETS!r} must be given beside heldout: "
@@ -313,7 +314,7 @@ def _is_named(shard: Shard) -> bool:
 def _split_targets(
     what: str, columns: Mapping[str, Tensor] | None, sae: SAEConfig
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Labels and targets; raises ValueError for targets that the model has no use for."""
+    """Split columns into labels and targets; raise ValueError for targets without use."""
     labels = dict(columns or {})
     for name, given in labels.items():
         _require_tensor(f"{what}: {name}", given)
@@ -326,7 +327,7 @@ def _split_targets(
 
 
 def share_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> SharedShards:
-    """The shards of a run, for a training of each of the models, in this order of batches."""
+    """Open the shards of a run for a training of each model, on the same batches."""
     scans = known_scans(config)
     shards = open_training_shards(config, saes, scans)
     stream = _open_stream(config, shards, checked_device(config.device))
@@ -334,7 +335,7 @@ def share_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> SharedShards
 
 
 def known_scans(config: TrainConfig) -> ScanRecord:
-    """What the run in `checkpoint_dir`, if there is one, has found in its shards."""
+    """Load what the run in `checkpoint_dir`, if there is one, has found in its shards."""
     if config.checkpoint_dir is None:
         return ScanRecord()
     return ScanRecord.load(Path(config.checkpoint_dir) / RECORD_NAME)

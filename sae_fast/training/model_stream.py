@@ -1,8 +1,8 @@
 """Activations straight from a model, shuffled in memory: `ModelStream`.
 
 The rows that the batches of tokens give, one after another, are cut into windows of `pool_rows`. A
-window is served in a random order while the next one is harvested, in step with it. Which rows come
-when depends on the batches, the seed and `pool_rows` alone, so a position is a few numbers; going
+window is served in a random order while the next one is harvested, in step with it. The order of
+rows depends on the batches, the seed and `pool_rows` alone, so a position is a few numbers; going
 on from one runs the model over its window again.
 """
 
@@ -56,12 +56,12 @@ class _Window:
         self._begins: Tensor | None = None
 
     def reuse(self, place: _Place) -> None:
-        """Begin anew, in the same memory."""
+        """Begin another window in the same memory."""
         self.place = self.following = place
         self.rows, self.complete, self._sequence = 0, False, []
 
     def add(self, harvest: Harvest) -> None:
-        """Take the rows of a batch."""
+        """Add the rows of a batch."""
         end = self.rows + len(harvest)
         for name, rows in harvest.activations.items():
             if name not in self._pools:
@@ -84,7 +84,7 @@ class _Window:
         self._order = torch.from_numpy(order).to(device)
 
     def take(self, start: int, stop: int) -> HookRows:
-        """The start-th to stop-th row of the order, [n, D] float32 of each hook point."""
+        """Return the start-th to stop-th row of the order, [n, D] float32 of each hook point."""
         chosen = self._order[start:stop]
         columns = {}
         if self._begins is not None:
@@ -95,21 +95,21 @@ class _Window:
 
 
 class ModelStream(BatchSource[HookRows]):
-    """Batches of the activations of several hook points, the same tokens of each.
+    """Batches of the activations of several hook points, of the same tokens at each.
 
-    `next_rows` gives the rows [N, D] float32 of every hook point by its name. Documents that end
-    before the training are begun again, which is told once. On a GPU the model runs on a stream of
-    its own, beside the training.
+    `next_rows` gives the rows [N, D] float32 of every hook point by its name. When the documents
+    end before the training does, they are read again, with one warning. On a GPU the model runs on
+    a stream of its own, beside the training.
 
     Args:
         harvester: gives the rows of one batch of tokens after another, up to `max_tokens`.
-        widths: D of each hook point, by name.
-        batch_size: N.
+        widths: width D of each hook point, by name.
+        batch_size: rows N of a batch.
         pool_rows: rows that are shuffled together, of each hook point; twice as many are in memory.
-        seed: of the order.
+        seed: seed of the order.
         max_tokens: rows that will be taken; they count as one pass over the data.
-        identity: what the rows depend on besides, told apart when a position is loaded.
-        rows_per_pass: how many all documents have, at least about; default: `max_tokens`.
+        identity: on what the rows depend besides, compared when a position is loaded.
+        rows_per_pass: estimated rows of all documents; default: `max_tokens`.
         whole_sequences: sequences are shuffled, not rows, and the column STARTS says where each
             begins, as in `ActivationStream`.
     """
@@ -183,7 +183,7 @@ class ModelStream(BatchSource[HookRows]):
         return 2 * self._capacity * self._itemsize * sum(self.widths.values())
 
     def next_rows(self) -> HookRows:
-        """The next rows of every hook point, by its name."""
+        """Return the next rows of every hook point, by its name."""
         begin = time.perf_counter()
         parts: list[HookRows] = []
         missing = self.batch_size
@@ -199,7 +199,7 @@ class ModelStream(BatchSource[HookRows]):
         return _joined(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch served."""
+        """Return the position after the last batch served."""
         place = self._place_served
         return {
             "version": STATE_VERSION,
@@ -215,7 +215,7 @@ class ModelStream(BatchSource[HookRows]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; ValueError where model, text or order are others."""
+        """Continue where `state` was taken; raise ValueError if model, text or order changed."""
         whole = bool(self.columns)
         expected = {"seed": self._seed, "pool_rows": self.pool_rows, "whole_sequences": whole}
         check_state(state, STATE_VERSION, expected, self._identity)
@@ -242,7 +242,7 @@ class ModelStream(BatchSource[HookRows]):
             self._harvest = None
 
     def _ready(self) -> tuple[_Window, _Window]:
-        """A window with rows that are left to serve, and the one that is harvested."""
+        """Return a window with rows that are left to serve, and the one that is harvested."""
         if self._windows is None:
             first = _Window(self._place, self._capacity)
             self._complete(first)
@@ -261,7 +261,7 @@ class ModelStream(BatchSource[HookRows]):
         return self._windows
 
     def _keep_up(self, window: _Window, following: _Window) -> None:
-        """Harvest as much of the following window as has been served, but nothing in vain."""
+        """Advance the following window as far as this one is served, but not beyond the end."""
         wanted = min(
             self._served * self.pool_rows / window.rows,
             self.rows_per_epoch - self.tokens_served - (window.rows - self._served),
@@ -277,7 +277,7 @@ class ModelStream(BatchSource[HookRows]):
             torch.cuda.current_stream(self._device).wait_stream(self._side)
 
     def _add_batch(self, window: _Window) -> None:
-        """Harvest the next batch into a window; it is complete with enough rows, or at the end."""
+        """Add the next batch to a window; it is complete with enough rows, or at the end."""
         place = window.place
         if self._harvest is None:
             self._harvest = self._harvester.harvest(place.cursor)
@@ -306,20 +306,20 @@ class ModelStream(BatchSource[HookRows]):
             )
 
     def _beside(self) -> AbstractContextManager[Any]:
-        """On a GPU, the stream of the model."""
+        """Enter, on a GPU, the CUDA stream of the model."""
         if self._side is None:
             return nullcontext()
         return torch.cuda.stream(self._side)
 
 
 def _gathered(pool: Tensor, chosen: Tensor) -> Tensor:
-    """Rows [n, D] float32 of a pool."""
+    """Gather chosen rows [n, D] float32 of a pool."""
     rows = torch.empty(len(chosen), pool.shape[1], dtype=torch.float32, device=pool.device)
     return gather_rows_(rows, pool, chosen)
 
 
 def _joined(parts: list[HookRows]) -> HookRows:
-    """The parts of a batch as one."""
+    """Join the parts of a batch."""
     joined = {}
     for name, first in parts[0].items():
         x = first.x if len(parts) == 1 else torch.cat([part[name].x for part in parts])

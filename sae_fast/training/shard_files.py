@@ -1,6 +1,6 @@
-"""The shards that a configuration names: those to train on, those to evaluate with, their targets.
+"""The shards that a configuration names: to train on, to evaluate with, and their targets.
 
-They are checked, and described by a `ShardMix`: of one set, or of those that `mix` names.
+They are checked, and described by a `ShardMix` of one set, or of the sets that `mix` names.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _TARGET_SETTINGS = ("target_key", "target_shard_dir", "target_heldout")
 def open_training_shards(
     config: TrainConfig, saes: Sequence[SAEConfig], record: ScanRecord, *, sample: bool = False
 ) -> ShardMix:
-    """The shards to train on, with the labels, sequences and targets that any model needs.
+    """Open the shards to train on, with the labels, sequences and targets that models need.
 
     A shard that `record` knows is not read, and what reading finds is noted there. With `sample`
-    the rows of a single set that its normalisation is estimated from are kept.
+    the rows of a single set from which its normalisation is estimated are kept.
 
     Raises:
         ShardError: naming the shard that cannot be trained on, or not with the others.
-        ValueError: naming the setting that is missing or does not hold.
+        ValueError: naming the setting that is missing or wrong.
     """
     parts = _parts(config)
     labels = dict.fromkeys(name for sae in saes for name in label_columns(sae))
@@ -82,9 +82,9 @@ def open_training_shards(
 def open_heldout_shards(
     config: TrainConfig, sae: SAEConfig, train: ShardMix, record: ScanRecord
 ) -> ShardSet | None:
-    """The shards to evaluate with, of every directory of a mix; None: there are none.
+    """Open the shards to evaluate with, of every directory of a mix; None: there are none.
 
-    Raises as `open_training_shards` does.
+    Raises ShardError and ValueError as `open_training_shards` does.
     """
     held: list[Path] = []
     for name, _ in _parts(config):
@@ -106,7 +106,7 @@ def open_heldout_shards(
 
 
 def _parts(config: TrainConfig) -> tuple[tuple[str, Fraction], ...]:
-    """Every directory to train on with its weight."""
+    """Return every directory to train on with its weight."""
     if config.shard_dir is not None:
         return ((config.shard_dir, Fraction(1)),)
     if not config.mix:
@@ -125,7 +125,7 @@ def _target_files(
     place: str | None,
     others: Iterable[Path] = (),
 ) -> TargetFiles | None:
-    """Where the targets of shards are; None: the model has none."""
+    """Find the targets of shards; None: the model has none."""
     if not sae.transcoder:
         for name in _TARGET_SETTINGS:
             if (value := getattr(config, name)) is not None:

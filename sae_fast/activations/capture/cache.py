@@ -1,8 +1,8 @@
-"""Keeping what is harvested for another purpose as shards: `--cache-dir` of a training.
+"""Harvested activations kept as shards too: `--cache-dir` of a training.
 
-The directory is that of a capture, see directory.py. Batches come in the order of the documents,
-but a reader may go back, or begin further on when it resumes; every batch is stored once, and what
-was passed over is harvested for the shards alone.
+The directory is laid out as by a capture, see directory.py. Batches come in the order of the
+documents, but a reader may go back, or begin further on when it resumes; every batch is stored
+once, and batches that were passed over are harvested for the shards alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sae_fast.activations.capture.storage_type import with_storage_type
 
 
 class CachingHarvester(Harvester):
-    """A harvester that leaves the shards of a capture behind; to be closed.
+    """A harvester that also writes the shards of a capture; to be closed.
 
     Held-out documents are captured first. A shard appears when it is whole; the last one, and the
     manifests, when all rows have been harvested.
 
     Args:
         capture: what is harvested, `max_tokens` included.
-        directory: of the shards.
+        directory: where the shards are written.
 
     Raises:
         ValueError, OSError: in one line, where another capture is there or there is no room.
@@ -78,7 +78,7 @@ class CachingHarvester(Harvester):
         self._dtype = config.dtype
 
     def harvest(self, cursor: TokenCursor | None = None) -> Generator[Harvest, None, None]:
-        """As `Harvester.harvest`; what is not in the shards yet is put there."""
+        """Run the model as `Harvester.harvest` does, and store what is not in the shards yet."""
         begin = self.batches.start if cursor is None else cursor
         if not self._complete and begin.batch > self._next.batch:
             for harvest in super().harvest(self._next):

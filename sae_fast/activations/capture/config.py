@@ -1,4 +1,4 @@
-"""What is captured, and how: the flags of the command."""
+"""The flags of the capture command: what is captured, and how."""
 
 from __future__ import annotations
 

@@ -34,13 +34,13 @@ class CaptureProgress:
     """How far a rank has come.
 
     Attributes:
-        part: that it is in, HELDOUT or TRAIN.
-        shards: whole ones of that part, for each hook point.
-        rows: in these shards.
-        heldout_rows: in those held out, once they are whole.
+        part: the part that it is in, HELDOUT or TRAIN.
+        shards: number of whole shards of that part, for each hook point.
+        rows: rows in these shards.
+        heldout_rows: rows in the held-out shard, once it is whole.
         cursor: of the batch that the next shard begins in; None: the first.
         taken: rows of that batch that are in earlier shards.
-        complete: there is nothing left to do.
+        complete: whether there is nothing left to do.
     """
 
     part: str = HELDOUT
@@ -53,7 +53,7 @@ class CaptureProgress:
 
 
 class CaptureDirectory:
-    """A directory that one capture writes; used with `with`, which another process waits not for.
+    """Directory that one capture writes to; entering it fails if another process captures into it.
 
     Args:
         path: of the directory.
@@ -85,7 +85,7 @@ class CaptureDirectory:
         self._lock.release()
 
     def prepare(self, recipe: dict[str, Any], made_with: dict[str, str]) -> None:
-        """Begin a capture or go on with it; raises ValueError where another one is there."""
+        """Begin a capture or go on with it; raise ValueError where another one is there."""
         found = self._recipe()
         if found is None:
             there = [path.name for path in self.path.iterdir() if not path.name.startswith(".")]
@@ -106,12 +106,12 @@ class CaptureDirectory:
                     stale.unlink()
 
     def stored_type(self) -> str | None:
-        """The type of the capture that is there; None: there is none."""
+        """Return the storage type of the capture in the directory; None: there is no capture."""
         found = self._recipe()
         return None if found is None else found.get("settings", {}).get("dtype")
 
     def progress(self, rank: int | None = None) -> CaptureProgress:
-        """How far a rank has come; raises ValueError where shards are missing that it has made."""
+        """Return how far a rank has come; raise ValueError if shards that it made are missing."""
         rank = self.rank if rank is None else rank
         path = self._progress_path(rank)
         try:
@@ -129,16 +129,16 @@ class CaptureDirectory:
         return found
 
     def save(self, progress: CaptureProgress) -> None:
-        """Keep how far this rank has come."""
+        """Write how far this rank has come."""
         write_json(self._progress_path(self.rank), asdict(progress))
 
     def shard_path(self, hook: str, part: str, index: int) -> Path:
-        """Where a shard of this rank is."""
+        """Return the path of a shard of this rank."""
         name = self._heldout_name() if part == HELDOUT else self._shard_name(f"{index:05d}")
         return self.path / hook / name
 
     def finish(self) -> bool:
-        """Write the manifests, if every rank is complete; whether they all are."""
+        """Write the manifests if every rank is complete; return whether all are."""
         lock = os.open(self.path / ".capture.lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one of the ranks that end together does it
@@ -189,9 +189,9 @@ class CaptureDirectory:
 
 
 def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
-    """The first thing in which two recipes differ, in words.
+    """Return the first difference between two recipes in words; None if there is none.
 
-    Models and datasets are told apart by what is in them, not by where they are.
+    Models and datasets are compared by their content, not by their paths.
     """
     for section, fields in (
         ("model", ("class", "weights", "tokenizer")),
@@ -221,10 +221,10 @@ def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
 
 
 def next_part(progress: CaptureProgress) -> CaptureProgress:
-    """What comes after the documents that are held out."""
+    """Return the progress with which the training documents begin, after the held-out ones."""
     return CaptureProgress(part=TRAIN, heldout_rows=progress.rows)
 
 
 def completed(progress: CaptureProgress) -> CaptureProgress:
-    """The same, with nothing left to do."""
+    """Return the progress with nothing left to do."""
     return replace(progress, complete=True)

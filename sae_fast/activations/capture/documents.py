@@ -51,7 +51,7 @@ class Documents:
     Args:
         texts: the texts as they stand in the dataset; None where an entry has none.
         name: of the dataset, for errors.
-        shuffle_seed: of the order; None keeps that of the dataset.
+        shuffle_seed: seed of the order; None keeps the dataset's own order.
 
     Attributes:
         column: the column of the dataset that holds the texts; None: they are in memory.
@@ -78,13 +78,13 @@ class Documents:
         return len(self._texts)
 
     def read(self, start: int, stop: int) -> tuple[Numbers, list[str]]:
-        """Documents start..stop of the order: their numbers in the dataset, and their texts."""
+        """Return numbers in the dataset and texts of documents start..stop of the order."""
         places = np.arange(start, min(stop, len(self)))
         numbers = places if self._order is None else self._order[places]
         return numbers, [text or "" for text in self._texts.take(numbers)]
 
     def fingerprint(self) -> str:
-        """A hash of how many documents there are and of some of them, evenly spread."""
+        """Return a hash of the number of documents and of some of them, evenly spread."""
         count = min(len(self), FINGERPRINT_DOCUMENTS)
         digest = hashlib.sha256(f"{len(self)}".encode())
         for text in self._texts.take(np.arange(count) * len(self) // count):
@@ -106,7 +106,7 @@ class TextColumn:
         return len(self._dataset)
 
     def take(self, numbers: Numbers) -> list[str | None]:
-        """The texts of these entries."""
+        """Return the texts of the entries with these numbers."""
         texts: list[str | None] = self._dataset[numbers.tolist()][self._column]
         return texts
 
@@ -138,15 +138,15 @@ def load_documents(
 
     Args:
         name: of the dataset on the hub, or a folder, a file or a pattern of files.
-        config: of a dataset on the hub that has several.
+        config: configuration of a dataset on the hub that has several.
         split: which part of the dataset.
         text_column: default: text, or else the only column with texts, unless another column
             holds lists, such as the turns of a conversation or tokens, which may be the documents.
         text_split: what a document of a .txt file is, one of TEXT_SPLITS.
-        shuffle_seed: of the order; None keeps that of the dataset.
+        shuffle_seed: seed of the order; None keeps the dataset's own order.
 
     Raises:
-        ValueError: in one line, naming what there is not.
+        ValueError: in one line, naming what is missing.
     """
     if text_split not in TEXT_SPLITS:
         raise ValueError(f"text_split must be one of {', '.join(TEXT_SPLITS)}, got {text_split!r}")
@@ -184,7 +184,7 @@ def _open(datasets: Any, name: str, config: str | None, split: str, text_split: 
 
 
 def _text_column(dataset: Any, name: str, wanted: str | None) -> str:
-    """The name of the column with the documents."""
+    """Return the name of the column with the documents."""
     columns: list[str] = [
         column
         for column, feature in dataset.features.items()
@@ -228,7 +228,7 @@ _REMEDIES = {
 
 
 def _held_by(feature: Any) -> str:
-    """What a column of lists most likely holds, one of _REMEDIES."""
+    """Return what a column of lists most likely holds: a key of _REMEDIES."""
     inner = feature[0] if isinstance(feature, list) else feature.feature
     if isinstance(inner, dict):
         return "conversations"
@@ -237,7 +237,7 @@ def _held_by(feature: Any) -> str:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """One line with the dataset's name for whatever datasets raises while it opens one."""
+    """Turn any error of datasets while it opens one into a ValueError of one line with its name."""
     try:
         yield
     except Exception as error:  # it wraps anything: parsers' errors, the network's, its own
@@ -254,7 +254,7 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Without the bars of datasets while it opens files."""
+    """Turn the progress bars of datasets off while it opens files."""
     bars = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -1,6 +1,6 @@
-"""From a model and its batches of tokens to rows of activations; free of files.
+"""From a model and its batches of tokens to rows of activations, without files.
 
-This is what both the shards of a capture and a training straight from a model are fed by.
+The shards of a capture and a training straight from a model are both made of these rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _HasEmbeddings(Protocol):
     """A PreTrainedModel, as far as it matters here."""
 
     def get_input_embeddings(self) -> nn.Module:
-        """The table of the tokens."""
+        """Return the table of the token embeddings."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Harvest:
 class Harvester:
     """The activations of all batches, one after another.
 
-    Of several ranks each runs the batches whose number modulo the ranks is its own. Together they
-    have the rows that one alone has, to the bit, because the batches are the same.
+    Of several ranks each runs the batches whose number, modulo the number of ranks, is its own.
+    Together they give the rows that one rank alone gives, to the bit, because the batches are the
+    same.
 
     Args:
         model: with the hook points.
@@ -87,7 +88,7 @@ class Harvester:
         """Where the next batch begins, after the last one that was looked at."""
 
     def close(self) -> None:
-        """Release what it keeps: nothing."""
+        """Release what it keeps, which is nothing here."""
 
     def __iter__(self) -> Iterator[Harvest]:
         return self.harvest()
@@ -136,13 +137,13 @@ class Harvester:
 
 
 def _vocabulary(network: nn.Module) -> int | None:
-    """How many tokens a model knows; None: it does not say."""
+    """Return the number of tokens that a model knows; None: it does not say."""
     table = network.get_input_embeddings() if isinstance(network, _HasEmbeddings) else None
     return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def _first(kept: Tensor, room: int | None) -> Tensor:
-    """The first `room` of the kept places [B, T]."""
+    """Return a mask [B, T] of the first `room` kept places."""
     if room is None or int(kept.sum()) <= room:
         return kept
     return kept & (kept.flatten().cumsum(0).view_as(kept) <= room)

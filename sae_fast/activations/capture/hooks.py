@@ -3,8 +3,8 @@
 `residual.L` is the residual stream after block L, counted from 0: the output of that block.
 `attn_out.L` and `mlp_out.L` are what its attention and its feed-forward part add to that stream,
 which stream_check.py makes sure of. Anything else is the path of a module, and means that module's
-output. `*` in a name stands for every block, or
-for every name at that place of a path. Where the blocks are is read off the model's structure.
+output. `*` in a name stands for every block, or for every name at that place of a path. Where the
+blocks are is found from the model's structure.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Blocks:
     modules: nn.ModuleList
 
     def layer_of(self, path: str) -> int | None:
-        """The block that a module is in."""
+        """Return the number of the block that a module is in; None: it is in no block."""
         found = re.match(re.escape(self.path) + r"\.(\d+)(\.|$)", path)
         return None if found is None else int(found[1])
 
 
 def find_blocks(network: nn.Module) -> Blocks:
-    """The list of a model's blocks: as long as its configuration says, else the longest.
+    """Find the list of blocks: as long as the configuration says, or else the longest list.
 
     Lists of a part that sees pictures or hears sounds come behind all others. Lists inside of
     another list, such as the experts of a block, do not count. Raises ValueError where there is no
@@ -85,7 +85,7 @@ def resolve_hooks(
     hook_points: Sequence[str] = (),
     layer_stride: int | None = None,
 ) -> tuple[HookPoint, ...]:
-    """The hook points that are asked for, each once.
+    """Resolve names and patterns to hook points, each of them once.
 
     Args:
         network: the model.
@@ -126,7 +126,7 @@ def resolve_hooks(
 
 
 def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
-    """All hook points that have a name of their own, by that name."""
+    """Return all hook points that have a name of their own, by that name."""
     found = {}
     parts: tuple[tuple[str, Callable[[nn.Module], str | None]], ...] = (
         (RESIDUAL, lambda _block: ""),
@@ -143,7 +143,7 @@ def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
 
 
 def _attention_path(block: nn.Module) -> str | None:
-    """The part of a block that puts out what attention adds to the residual stream."""
+    """Return the path of the module whose output attention adds to the residual stream."""
     names = _children_named(block, _ATTENTION_NAMES)
     if not names:
         return None
@@ -153,7 +153,7 @@ def _attention_path(block: nn.Module) -> str | None:
 
 
 def _feed_forward_path(block: nn.Module) -> str | None:
-    """The part of a block that puts out what its feed-forward network adds."""
+    """Return the path of the module whose output a feed-forward network adds."""
     names = _children_named(block, _FEED_FORWARD_NAMES)
     others = ("output.dense", "fc2")  # BERT, OPT: its last matrix, there is no module of the whole
     return next(iter([*names, *(name for name in others if _has(block, name))]), None)
@@ -189,7 +189,7 @@ def _matching(
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether a dotted name fits a pattern, part by part."""
+    """Return whether a dotted name fits a pattern, part by part."""
     names, patterns = path.split("."), pattern.split(".")
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
@@ -216,7 +216,7 @@ def _unknown(pattern: str, known: dict[str, HookPoint], network: nn.Module) -> s
 
 
 def _examples(paths: list[str]) -> list[str]:
-    """Paths of modules at different depths."""
+    """Return paths of modules at different depths."""
     return [paths[0], paths[len(paths) // 2], paths[-1]]
 
 

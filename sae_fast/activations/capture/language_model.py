@@ -1,4 +1,8 @@
-"""The packages that only capturing needs, imported when they are."""
+"""A transformers model and its tokenizer, and the activations of its hook points.
+
+The model runs as it is, without gradients and in evaluation mode. A forward pass ends as soon as
+the last hook point has given its activations, which are the very bits of a whole pass.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from sae_fast.activations.capture.probe import probe_tokens, run_on_tokens, sees
 
 
 def capture_package(name: str) -> Any:
-    """Import transformers or datasets; raises ValueError saying how to install them."""
+    """Import transformers or datasets; raise ValueError saying how to install them."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -63,7 +67,7 @@ class LanguageModel:
         return context_length(self.network, self.tokenizer)
 
     def weights_digest(self) -> str:
-        """Tells models of one architecture apart: a hash of the first numbers of each parameter."""
+        """Return a hash of the first numbers of each parameter, by which models are told apart."""
         digest = hashlib.sha256()
         for name, parameter in self.network.named_parameters():
             first = parameter.detach().flatten()[:DIGEST_NUMBERS].float().cpu()
@@ -72,7 +76,7 @@ class LanguageModel:
         return f"sha256:{digest.hexdigest()}"
 
     def tokenizer_digest(self) -> str:
-        """A hash of all that decides how text becomes tokens."""
+        """Return a hash of all that decides how text becomes tokens."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content = (
             sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
@@ -89,7 +93,7 @@ def load_language_model(
     Args:
         name: a folder with a config.json, or a name on the hub.
         revision: a branch, tag or commit on the hub.
-        dtype: one of MODEL_DTYPES; auto is that of the checkpoint.
+        dtype: one of MODEL_DTYPES; auto: the type of the checkpoint.
         device: where it runs.
 
     Raises:
@@ -115,7 +119,7 @@ def load_language_model(
 
 
 def loaded_language_model(network: Any, tokenizer: Any) -> LanguageModel:
-    """Describe a transformers model in memory and its tokenizer; raises ValueError for another."""
+    """Describe a transformers model in memory and its tokenizer; raise ValueError for another."""
     config = getattr(network, "config", None)
     if config is None or not hasattr(network, "get_output_embeddings"):
         kind = type(network).__name__
@@ -151,7 +155,7 @@ class HookedModel:
         tokens: Tensor,  # [B, T] int64
         mask: Tensor | None = None,  # [B, T] bool, False for padding; None: there is none
     ) -> dict[str, Tensor]:
-        """The activations [B, T, D] of each hook point, by its name.
+        """Run the model; return the activations [B, T, D] of each hook point by its name.
 
         Raises ValueError where a hook point puts out something else, or more than once.
         """
@@ -175,7 +179,7 @@ class HookedModel:
         return {hook.name: found[hook.name] for hook in self.hooks}
 
     def widths(self) -> dict[str, int]:
-        """D of each hook point, found by running one token."""
+        """Return the width D of each hook point by its name, found by running one token."""
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(self.network.parameters()).device)
         return {name: rows.shape[-1] for name, rows in self.activations(tokens).items()}
 
@@ -207,11 +211,11 @@ class HookedModel:
 
 
 def context_length(network: Any, tokenizer: Any) -> int | None:
-    """The longest sequence that a model takes; None: nothing says."""
+    """Return the longest sequence that a model takes; None: nothing says."""
     config = network.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
     for path, module in network.named_modules():
-        # RoBERTa's positions begin behind that of padding.
+        # RoBERTa's positions begin after the padding's.
         is_table = isinstance(module, nn.Embedding) and path.endswith("position_embeddings")
         if is_table and module.padding_idx is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
@@ -220,14 +224,14 @@ def context_length(network: Any, tokenizer: Any) -> int | None:
 
 
 def _sees_only_earlier(network: Any, tokenizer: Any) -> bool:
-    """Whether a token sees only those before it: tried out, or else by the names of the model."""
+    """Return whether tokens see only earlier ones: by trying, or by the names of the model."""
     tokens = probe_tokens(network, tokenizer, context_length(network, tokenizer))
     looks_ahead = None if tokens is None else sees_later_tokens(network, tokens)
     return is_causal(network.config) if looks_ahead is None else not looks_ahead
 
 
 def is_causal(config: Any) -> bool:
-    """Whether a configuration names a model whose tokens see only those before them."""
+    """Return whether a configuration names a model whose tokens see only those before them."""
     if getattr(config, "is_decoder", False) or _class_named(config, "ForCausalLM", "LMHeadModel"):
         return True
     if _class_named(config, "ForMaskedLM"):
@@ -240,7 +244,7 @@ def is_causal(config: Any) -> bool:
 
 
 def _auto_class(config: Any) -> str:
-    """With its head where the checkpoint has one, so that a loss of the model can be computed."""
+    """Return the auto class, with the head if the checkpoint has one, for losses of the model."""
     if _class_named(config, "ForCausalLM", "LMHeadModel"):
         return "AutoModelForCausalLM"
     if _class_named(config, "ForMaskedLM", "ForPreTraining"):
@@ -264,7 +268,7 @@ def _checked_device(name: str) -> torch.device:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """One line with the model's name for whatever transformers raises while it loads one."""
+    """Turn any error of transformers while it loads a model into a ValueError of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
@@ -281,7 +285,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _known_models(name: str) -> list[str]:
-    """Models that are on this machine: downloaded ones, and folders beside the one named."""
+    """List models on this machine: downloaded ones, and folders beside the one named."""
     constants = capture_package("huggingface_hub.constants")
     cached = Path(constants.HF_HUB_CACHE).glob("models--*")
     names = [path.name.removeprefix("models--").replace("--", "/") for path in cached]
@@ -291,7 +295,7 @@ def _known_models(name: str) -> list[str]:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' bars and advice while it loads."""
+    """Turn transformers' progress bars and advice off while it loads."""
     logs = transformers.utils.logging
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity(logging.ERROR)

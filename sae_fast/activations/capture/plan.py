@@ -44,13 +44,13 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class Capture:
-    """All that is needed to run.
+    """All that a capture needs to run.
 
     Attributes:
-        config: as asked for.
-        model: with its tokenizer.
-        hooked: the same, with the hook points.
-        widths: numbers of a row, by name of the hook point.
+        config: the settings.
+        model: the language model with its tokenizer.
+        hooked: the same network with its hook points.
+        widths: width of a row, by name of the hook point.
         batches: what is captured.
         heldout: what is held out; None: nothing.
     """
@@ -63,7 +63,7 @@ class Capture:
     heldout: TokenBatches | None
 
     def stored_bytes(self, rows: int) -> int:
-        """Bytes of so many rows of every hook point, uncompressed, in whole chunks of shards."""
+        """Return the bytes of `rows` rows of every hook point, uncompressed, in whole chunks."""
         shards, last = divmod(rows, self.config.shard_tokens)
         total = 0
         for width in self.widths.values():
@@ -75,7 +75,7 @@ class Capture:
         return total
 
     def expected_rows(self) -> tuple[int, bool]:
-        """Rows of each hook point without those held out, and whether that is an estimate."""
+        """Return the rows to capture at each hook point, and whether they are an estimate."""
         rows, is_estimate = self.estimated_rows()
         limit = self.config.max_tokens
         if limit is not None and rows >= limit:
@@ -83,7 +83,7 @@ class Capture:
         return rows, is_estimate
 
     def estimated_rows(self) -> tuple[int, bool]:
-        """Rows of all documents not held out, and whether they were estimated from the first."""
+        """Return the rows of all documents not held out, and whether they are an estimate."""
         batches = self.batches
         sample, count = 0, 0
         while count < min(SAMPLED_DOCUMENTS, batches.stop) and sample < SAMPLED_ROWS:
@@ -93,7 +93,7 @@ class Capture:
         return sample * batches.stop // max(1, count), count < batches.stop
 
     def recipe(self, world_size: int) -> dict[str, Any]:
-        """Everything by which the same activations can be captured again."""
+        """Return everything by which the same activations can be captured again."""
         config, sequences = self.config, self.batches.config
         documents = self.batches.documents
         settings = {name: getattr(config, name) for name in _SETTINGS}
@@ -127,7 +127,7 @@ class Capture:
 
 
 def made_with(device: str) -> dict[str, str]:
-    """Versions and device, which a capture is told by but need not keep."""
+    """Return versions and device, which are recorded but need not be equal to go on."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -145,13 +145,13 @@ def open_capture(
     model: LanguageModel | None = None,
     documents: Documents | None = None,
 ) -> Capture:
-    """Load what a capture needs; raises ValueError or OSError in one line for what is wrong.
+    """Load what a capture needs; raise ValueError or OSError in one line for what is wrong.
 
     Args:
         config: what is captured.
         local_rank: under torchrun, which process of this machine it is.
-        model: one that is in memory; None: the one that `config` names is loaded.
-        documents: texts that are in memory; None: those of the dataset that `config` names.
+        model: a model in memory; None: the one that `config` names is loaded.
+        documents: texts in memory; None: the dataset that `config` names is opened.
     """
     if config.model is None or config.dataset is None:
         raise ValueError("model and dataset must be given: MODEL DATASET")
@@ -205,7 +205,7 @@ def _context(config: CaptureConfig, model: LanguageModel) -> int:
 
 
 def _heldout_place(batches: TokenBatches, rows: int) -> int:
-    """The place in the order from which on there are so many rows."""
+    """Return the place in the order of documents after which there are `rows` rows."""
     found, stop = 0, batches.stop
     while stop > 0:
         start = max(0, stop - CHUNK)
@@ -223,6 +223,6 @@ def _heldout_place(batches: TokenBatches, rows: int) -> int:
 
 
 def _rows_by_document(batches: TokenBatches, start: int, stop: int) -> list[int]:
-    """The rows that each document makes."""
+    """Return the number of rows that each document makes."""
     documents = batches.tokenisation.iterate(batches.documents, start, stop)
     return [batches.kept_of(text) for *_, text in documents]

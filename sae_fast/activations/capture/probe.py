@@ -1,4 +1,4 @@
-"""What a network is found to do on a few tokens, where its configuration might not say it."""
+"""What a network does with a few tokens, where its configuration might not say it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBED_BLOCKS = 4  # some models look ahead only in every second or third block
 
 
 def probe_tokens(network: nn.Module, tokenizer: Any, context: int | None) -> Tensor | None:
-    """Ordinary tokens [1, T + 1] int64 of a tokenizer; None: it has too few, or none are known."""
+    """Return ordinary tokens [1, T + 1] int64; None: too few, or none are known."""
     embeddings = getattr(network, "get_input_embeddings", lambda: None)()
     known = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else len(tokenizer)
     special = {*tokenizer.all_special_ids, *_configured_tokens(getattr(network, "config", None))}
@@ -29,7 +29,7 @@ def probe_tokens(network: nn.Module, tokenizer: Any, context: int | None) -> Ten
 
 
 def _configured_tokens(config: Any) -> Iterator[int]:
-    """The tokens that a configuration names, such as pad_token_id, pad_index, image_token_id."""
+    """Yield the tokens that a configuration names: pad_token_id, pad_index, image_token_id."""
     for part in (config, getattr(config, "text_config", None)):
         for name, value in getattr(part, "__dict__", {}).items():
             if name.endswith(("_token_id", "_index")) and isinstance(value, int):
@@ -37,15 +37,14 @@ def _configured_tokens(config: Any) -> Iterator[int]:
 
 
 def sees_later_tokens(network: nn.Module, tokens: Tensor) -> bool | None:
-    """Find out whether the activations of a token change with a token behind it.
+    """Find out whether the activations of a token change with a later token.
 
     Args:
-        network: a model of language.
+        network: a language model.
         tokens: [1, T + 1] int64, all different; the last two are tried as the last one.
 
-    Returns:
-        None where the network does not run on tokens alone, has no blocks, or gives the last place
-        the same activations for both.
+    Returns: None where the network does not run on tokens alone, has no blocks, or gives the last
+    place the same activations for both.
     """
     try:
         blocks = find_blocks(network).modules
@@ -62,9 +61,10 @@ def sees_later_tokens(network: nn.Module, tokens: Tensor) -> bool | None:
 
 
 def _differ(rows: Tensor) -> bool:
-    """Whether rows [2, T, D] differ before the last place by more than rounding.
+    """Return whether rows [2, T, D] differ before the last place by more than rounding.
 
-    Those of a causal model are equal to the bit, but for experts that take other numbers of tokens.
+    The rows of a causal model are equal to the bit, but for experts that take other numbers of
+    tokens.
     """
     if torch.equal(rows[0, :-1], rows[1, :-1]):
         return False
@@ -74,7 +74,7 @@ def _differ(rows: Tensor) -> bool:
 
 
 def _output_of(network: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor | None:
-    """What a module puts out, [B, T, D], while the network reads `tokens` [B, T]."""
+    """Return the output [B, T, D] of a module while the network reads `tokens` [B, T]."""
     found: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -95,7 +95,7 @@ def _output_of(network: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor 
 
 
 def run_on_tokens(network: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> None:
-    """Run a network on tokens [B, T], without what it would keep for the next ones."""
+    """Run a network on tokens [B, T], without a cache for the next ones."""
     caches = hasattr(getattr(network, "config", None), "use_cache")
     network(
         input_ids=tokens,

@@ -1,4 +1,4 @@
-"""Running a capture: the model in this thread, the shards in another behind it."""
+"""The run of a capture: the model in this thread, the shards in another behind it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class CaptureResult:
     """What a run has done.
 
     Attributes:
-        rows: captured now and before, for each hook point, without those held out.
-        heldout_rows: those.
+        rows: captured now and before, for each hook point, without held-out rows.
+        heldout_rows: held-out rows captured now and before.
         empty: documents without text, as far as it read.
-        stopped: it was asked to stop before the end.
+        stopped: whether it was asked to stop before the end.
     """
 
     rows: int
@@ -51,9 +51,9 @@ class CaptureRun:
     """The capture of one rank.
 
     Args:
-        capture: what to do.
+        capture: the model, its hook points and its batches.
         directory: entered and prepared.
-        recipe: of the capture, which every shard tells.
+        recipe: the recipe of the capture, which every shard carries.
         stop: whether to end now, asked after every batch.
         report: is told how many rows have been captured.
     """
@@ -105,9 +105,9 @@ class CaptureRun:
     def part(
         self, batches: TokenBatches, limit: int | None, progress: CaptureProgress
     ) -> tuple[CaptureProgress, int, bool]:
-        """One part to its end, from where `progress` says to `limit` rows.
+        """Capture one part to its end, from `progress` on, up to `limit` rows.
 
-        Gives how far it came, the documents without text, and whether it was stopped.
+        Returns how far it came, the number of documents without text, and whether it was stopped.
         """
         config, directory = self._capture.config, self._directory
         harvester = Harvester(
@@ -145,7 +145,7 @@ class CaptureRun:
 
 
 def needed_bytes(capture: Capture, rows: int) -> int:
-    """Disk space for so many more rows of every hook point, uncompressed."""
+    """Return the disk space for `rows` more rows of every hook point, uncompressed."""
     if not rows:
         return 0
     shards_being_written = len(capture.widths) * BESIDE_BYTES
@@ -153,7 +153,7 @@ def needed_bytes(capture: Capture, rows: int) -> int:
 
 
 def check_space(directory: CaptureDirectory, needed: int) -> int:
-    """Free bytes there; raises OSError where they are too few."""
+    """Return the free bytes of the disk; raise OSError where they are too few."""
     free = shutil.disk_usage(directory.path).free
     if needed > free:
         raise OSError(

@@ -29,7 +29,7 @@ from sae_fast.activations.capture.documents import Documents
 from sae_fast.activations.capture.tokens import SpecialTokens, Tokenisation
 from sae_fast.activations.source import saved_counts
 
-# Batches among whose rows those of like length are put together. Of documentation strings in
+# Batches over which rows of similar length are put together. Of documentation strings in
 # batches of 32, padding takes 82 % of the places with 1, 26 % with 16, 9 % with 64, 6 % with 128.
 WINDOW = 64
 
@@ -43,7 +43,7 @@ class SequenceConfig:
     Attributes:
         ctx_len: tokens of a row, at most.
         batch_size: rows of a batch.
-        pack: documents one after another.
+        pack: whether documents follow one another in a row.
         exclude_special_tokens: BOS, EOS, [CLS], [SEP] and the like are read by the model, not kept.
     """
 
@@ -64,9 +64,9 @@ class TokenCursor:
 
     Attributes:
         document: place in the order of the documents.
-        offset: how many tokens of it earlier rows had.
+        offset: how many of its tokens are in earlier rows.
         skip: batches of the window that begins there which come before.
-        batch: its number.
+        batch: number of the batch.
         rows: kept tokens of all batches before it.
         empty: documents without tokens before that place.
     """
@@ -89,7 +89,7 @@ def saved_cursor(values: Any) -> TokenCursor:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What the model reads at once.
+    """The tokens that the model reads at once.
 
     Attributes:
         tokens: [B, T] int64.
@@ -97,8 +97,8 @@ class TokenBatch:
         kept: [B, T] bool, the tokens whose activations are kept.
         doc_id: [B, T] int32, number of the document in the dataset.
         position: [B, T] int32, place in the document.
-        cursor: where it begins.
-        following: where the next one begins.
+        cursor: where the batch begins.
+        following: where the next batch begins.
     """
 
     tokens: Tensor
@@ -163,7 +163,7 @@ class TokenBatches:
         return self._packed(begin) if self.config.pack else self._padded(begin)
 
     def kept_of(self, text: Integers) -> int:
-        """How many tokens are kept of a document with this text."""
+        """Return how many tokens are kept of a document with these tokens."""
         special = self.special
         if self.config.exclude_special_tokens:
             return int(np.isin(text, special.excluded, invert=True).sum())
@@ -174,7 +174,7 @@ class TokenBatches:
         return sum(len(row.tokens) for row, _ in self._rows(0, text, 0))
 
     def _tokens(self, place: int) -> Iterator[tuple[int, int, Integers]]:
-        """Place, number and tokens of each document from a place on."""
+        """Yield place, number and tokens of each document from a place on."""
         return self.tokenisation.iterate(self.documents, place, self.stop)
 
     def _packed(self, cursor: TokenCursor) -> Generator[TokenBatch, None, None]:
@@ -208,7 +208,7 @@ class TokenBatches:
     def _flat_batch(
         self, tokens: Integers, cursor: TokenCursor, following: TokenCursor
     ) -> TokenBatch:
-        """A batch of tokens [3, n] in rows of ctx_len, the last of them padded."""
+        """Make a batch of tokens [3, n] in rows of ctx_len, the last of them padded."""
         length = min(self.config.ctx_len, tokens.shape[1])
         rows = -(-tokens.shape[1] // length)
         padded = np.zeros((3, rows * length), np.int32)
@@ -243,7 +243,7 @@ class TokenBatches:
             yield from self._window(list(rows), window, skip, at)
 
     def _rows(self, number: int, text: Integers, offset: int) -> Iterator[tuple[_Row, int | None]]:
-        """The rows of a document from a token of it on, and the first token of the next row."""
+        """Yield the rows of a document from a token on, and the first token of the next row."""
         before, after = self.special.before, self.special.after
         if not self.special.surround:  # what ends a document is not at the end of every row
             text, after = np.concatenate([text, after]), after[:0]
@@ -256,7 +256,7 @@ class TokenBatches:
     def _window(
         self, rows: list[_Row], window: TokenCursor, skip: int, following: TokenCursor
     ) -> Iterator[TokenBatch]:
-        """The batches of a window but for the first `skip`, those of all lengths mixed."""
+        """Yield the batches of a window but for the first `skip`, in a mixed order of lengths."""
         rows.sort(key=lambda row: -len(row.tokens))
         size = self.config.batch_size
         groups = [rows[begin : begin + size] for begin in range(0, len(rows), size)]

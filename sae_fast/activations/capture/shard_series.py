@@ -29,11 +29,11 @@ FLOAT16_MAX = 65_504
 
 @dataclass(frozen=True)
 class HostRows:
-    """A harvest as it is stored, on its way to the host or there.
+    """A harvest in the stored type, on its way to the host or there.
 
     Attributes:
         rows: by name of the hook point, [n, D] in the stored type.
-        harvest: which one.
+        harvest: the harvest that the rows are of.
         ready: waits for the copy from the device; None: there is none.
     """
 
@@ -61,13 +61,13 @@ class ShardSeries:
     """The shards of one part of a capture; used with `with`, which leaves no shard half written.
 
     Args:
-        directory: to write to.
+        directory: the directory of the capture.
         hooks: the hook points.
-        metadata: of the shards, apart from the hook point.
+        metadata: attributes of the shards, apart from the hook point.
         progress: where to go on.
         dtype: in which rows are stored.
         compression: of the shards, or None.
-        shard_tokens: rows of a shard; the part that is held out is one shard.
+        shard_tokens: rows of a shard; the held-out part is one shard.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class ShardSeries:
         self._rows += part.stop - part.start
 
     def _why(self, name: str, found: HostRows, part: slice) -> str | None:
-        """What is wrong with rows that cannot be stored, where it is their numbers."""
+        """Return what is wrong with rows that cannot be stored, if it is their numbers."""
         bad = ~torch.isfinite(found.rows[name][part].float()).all(dim=1)
         if not bad.any():
             return None
@@ -169,7 +169,7 @@ class ShardSeries:
         )
 
     def _close(self, progress: CaptureProgress) -> None:
-        """Make the open shards whole, of every hook point, and then say so."""
+        """Finalize the open shard of every hook point, then record the progress."""
         with _disk_errors(self._directory.path):
             self._stack.close()
         self._writers.clear()
@@ -185,7 +185,7 @@ class ShardSeries:
 
 @contextmanager
 def _disk_errors(directory: Path) -> Iterator[None]:
-    """What to do about a disk that takes no more."""
+    """Add to an error of a full or failing disk what can be done about it."""
     try:
         yield
     except OSError as error:
@@ -200,7 +200,7 @@ class _Unfinished(Exception):
 
 
 def shard_metadata(recipe: dict[str, Any]) -> ShardMetadata:
-    """What every shard says of its origin; the whole recipe is the attribute `capture`."""
+    """Return the attributes of every shard; the whole recipe is the attribute `capture`."""
     model, dataset = recipe["model"], recipe["dataset"]
     excluded = recipe["settings"]["exclude_special_tokens"]
     return ShardMetadata(

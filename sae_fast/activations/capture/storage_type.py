@@ -1,7 +1,8 @@
 """The type in which a capture stores activations, chosen from a sample before anything is written.
 
-float16 keeps more digits than bfloat16, but ends at 65,504 and makes what is below 6e-8 zero. Some
-models have a few activations beyond that, which a capture of hours may meet in its last document.
+float16 keeps more digits than bfloat16, but ends at 65,504 and rounds numbers below 6e-8 to zero.
+Some models have a few activations beyond that, which a capture of hours may meet in its last
+document.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FLOAT16 = torch.finfo(torch.float16)
 
 
 def with_storage_type(capture: Capture, directory: CaptureDirectory) -> Capture:
-    """The capture with a type in place of auto: that of the directory, or else by a sample."""
+    """Return the capture with a storage type for auto: the directory's, or by a sample."""
     if capture.config.dtype != AUTO:
         return capture
     chosen: Any = directory.stored_type()
@@ -42,7 +43,7 @@ def with_storage_type(capture: Capture, directory: CaptureDirectory) -> Capture:
 
 
 def _against_float16(capture: Capture) -> str | None:
-    """Why float16 may not hold the activations; None: a sample says nothing against it."""
+    """Return why float16 may not hold the activations; None: a sample fits well."""
     for activations in _sample(capture):
         for name, rows in activations.items():
             if rows.dtype == torch.float16:  # stored as they are
@@ -62,7 +63,7 @@ def _against_float16(capture: Capture) -> str | None:
 
 
 def _sample(capture: Capture) -> Iterator[dict[str, Tensor]]:
-    """Activations [n, D] of some sequences, by name of the hook point."""
+    """Yield activations [n, D] of some sequences, by name of the hook point."""
     batches = capture.batches
     config = batches.config
     few = SequenceConfig(

@@ -1,9 +1,10 @@
-"""Whether attn_out and mlp_out are what a block adds to its residual stream, tried on a few tokens.
+"""A check, on a few tokens, that attn_out and mlp_out are what a block adds to its stream.
 
-The output of the module called attention or MLP is that in most models. Some normalise it first
-(Gemma 2, OLMo 2), some scale it (Granite), and some modules add the residual stream themselves
-(BLOOM). Two tensors s and t of the stream have to be found with s + output = t, or s + attention +
-MLP = t in a block that runs both beside each other; s and t are inputs of modules or the block's.
+The output of the module called attention or MLP is that in most models. Some models normalise it
+first (Gemma 2, OLMo 2), some scale it (Granite), and some modules add the residual stream
+themselves (BLOOM). Two tensors s and t of the stream have to be found with s + output = t, or s +
+attention + MLP = t in a block that runs both in parallel; s and t are inputs of modules or the
+block's output.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ RELATIVE = 1e-3  # beyond the rounding of the model's type, by which the stream 
 
 @dataclass
 class _Block:
-    """What flows through a block in one pass, [T, width] in float64.
+    """Tensors of a block in one pass, [T, width] in float64.
 
     Attributes:
-        stream: what the block is given, inputs of its modules, and last what it puts out.
-        outputs: what its modules put out, by path, in the order in which they ended.
+        stream: the input of the block, inputs of its modules, and last its output.
+        outputs: outputs of its modules, by path, in the order in which they ended.
         eps: rounding of the model's type.
     """
 
@@ -44,11 +45,11 @@ class _Block:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the residual stream, [T, D]."""
+        """Shape [T, D] of the residual stream."""
         return self.stream[-1].shape
 
     def adds(self, added: Tensor, starts: Sequence[Tensor]) -> bool | None:
-        """Whether one of `starts` plus `added` is in the stream; None: rounding hides it."""
+        """Return whether one of `starts` plus `added` is in the stream; None: rounding hides it."""
         hidden = False
         for start, end in itertools.product(starts, self.stream):
             if start is end or not start.shape == end.shape == added.shape == self.shape:
@@ -64,15 +65,15 @@ class _Block:
 def checked_hooks(
     network: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor
 ) -> tuple[HookPoint, ...]:
-    """Put in place of an attn_out or mlp_out the module whose output is added, where it is another.
+    """Replace attn_out and mlp_out by the module whose output is added, if it is another.
 
     Args:
         network: the model.
-        hooks: hook points, of which those with other names are left as they are.
+        hooks: hook points; those with other names are left as they are.
         tokens: [1, T] int64, ordinary ones.
 
     Raises:
-        ValueError: in one line, where no module puts out what is added.
+        ValueError: in one line, if no module's output is what is added.
     """
     blocks = find_blocks(network)
     parts = {hook.layer for hook in hooks if _kind(hook) is not None}
@@ -118,7 +119,7 @@ def _checked(
 
 
 def _candidates(path: str, block: _Block) -> Iterator[str]:
-    """Modules that ran in a module or behind it, the nearest first."""
+    """Yield the modules that ran in a module or after it, the nearest first."""
     paths = list(block.outputs)  # in the order in which they ended
     place = paths.index(path)
     inside = [other for other in paths[:place] if other.startswith(f"{path}.")]
@@ -127,7 +128,7 @@ def _candidates(path: str, block: _Block) -> Iterator[str]:
 
 
 def _scale(added: Tensor, block: _Block, starts: Sequence[Tensor]) -> str:
-    """By how much the output is multiplied, where that is the difference."""
+    """Return the factor by which the output is multiplied, if that is the only difference."""
     for start, end in itertools.product(starts, block.stream):
         if start is not end and start.shape == end.shape == added.shape == block.shape:
             change = end - start
@@ -138,7 +139,7 @@ def _scale(added: Tensor, block: _Block, starts: Sequence[Tensor]) -> str:
 
 
 def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _Block | None:
-    """One pass through a network, seen from inside of a block; None: it does not get there."""
+    """Run a network once and record a block's stream; None: the run does not reach the block."""
     found = _Block()
 
     def rows_in(given: Iterable[Any]) -> Tensor | None:

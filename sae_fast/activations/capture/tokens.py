@@ -33,9 +33,9 @@ class SpecialTokens:
 
     Attributes:
         before: [n] in front of a document.
-        after: [n] behind it.
-        surround: `after` stands at the end of every row, as [SEP] does; else of the document.
-        excluded: [n] all that are not text.
+        after: [n] after it.
+        surround: whether `after` ends every row, as [SEP] does, or only the document.
+        excluded: [n] all tokens that are not text.
         padding: any token, for places that are masked.
     """
 
@@ -47,11 +47,11 @@ class SpecialTokens:
 
 
 def special_tokens(tokenizer: Any, *, causal: bool) -> SpecialTokens:
-    """What a tokenizer puts round documents.
+    """Return the special tokens that are put round documents.
 
-    An encoder's rows have what the tokenizer itself puts round a text. A causal model's documents
-    begin with BOS, also where the tokenizer leaves that to its user; without a BOS they end with
-    EOS; without either nothing is between them.
+    The rows of an encoder have what the tokenizer itself puts round a text. The documents of a
+    causal model begin with BOS, also where the tokenizer leaves that to its user; without a BOS
+    they end with EOS; without either nothing is between them.
     """
     before: list[int] = []
     after: list[int] = []
@@ -97,7 +97,7 @@ class Tokenisation:
     def iterate(
         self, documents: Documents, start: int, stop: int
     ) -> Iterator[tuple[int, int, Integers]]:
-        """Place, number in the dataset and tokens of each document of the order, start..stop.
+        """Yield place, number in the dataset and tokens of documents start..stop of the order.
 
         A document without text has no tokens.
         """
@@ -134,7 +134,7 @@ class Tokenisation:
 
 
 def tokenise(tokenizer: Any, texts: list[str]) -> list[Integers]:
-    """The tokens [n] of each text, without special ones; none of a text of white space."""
+    """Return the tokens [n] of each text, without special ones; none for white space."""
     filled = [index for index, text in enumerate(texts) if text and not text.isspace()]
     found = [np.empty(0, np.int32) for _ in texts]
     if filled:
@@ -159,7 +159,7 @@ def _labelled(
 
 
 def _round_text(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special tokens in front of a text and behind it."""
+    """Return the special tokens in front of a text and behind it."""
     text = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     for begin in range(len(whole) - len(text) + 1):
@@ -170,10 +170,10 @@ def _round_text(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 @contextmanager
 def _stored(tokenizer: Any) -> Iterator[str]:
-    """A file with a tokenizer, for worker processes.
+    """Write a tokenizer to a file for worker processes, and remove it at the end.
 
-    As an argument of theirs it would be longer than a pipe holds, and a worker that is ended while
-    it starts would leave this process waiting for ever.
+    As an argument of the processes it would be longer than a pipe holds, and a worker that is ended
+    while it starts would leave this process waiting for ever.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer"
@@ -185,7 +185,7 @@ _tokenizers: list[Any] = []  # of a worker process
 
 
 def _begin_worker(path: str) -> None:
-    """A worker ends with its parent, also where that is killed, and leaves signals to it."""
+    """Begin a worker process, which ends with its parent, even a killed one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

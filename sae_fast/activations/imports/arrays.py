@@ -1,4 +1,4 @@
-"""What every format is read as: arrays by name, in slices, so that no file is in memory whole."""
+"""Arrays by name, in slices, which every format is read as: no file is in memory whole."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class SourceArray:
     """An array in a file.
 
     Attributes:
-        shape: of the whole of it.
-        dtype: as torch has it; None: one that it does not have, such as text.
-        read: entries start..stop of its first axis, in memory of their own.
+        shape: of the whole array.
+        dtype: as torch has it; None: one that torch does not have, such as text.
+        read: reads entries start..stop of its first axis, into memory of their own.
         stored: bytes of the file that hold it, where compressed as many as these may stand for.
     """
 
@@ -62,7 +62,7 @@ class LazyArrays(Arrays):
 
     Args:
         names: of the arrays, in order.
-        look: gives the one of a name; what it raises is an error of the file.
+        look: opens the array of a name; what it raises is an error of the file.
     """
 
     def __init__(self, names: Iterable[str], look: Callable[[str], SourceArray]) -> None:
@@ -90,7 +90,7 @@ Opener = Callable[[Path], AbstractContextManager[Arrays]]
 
 @contextmanager
 def opened(path: Path, opener: Opener) -> Iterator[Arrays]:
-    """The arrays of a file; whatever its reader raises becomes a ShardError naming the file."""
+    """Open the arrays of a file; turn any error of its reader into a ShardError naming it."""
     require_memory()
     try:
         with opener(path) as arrays:
@@ -107,7 +107,7 @@ def opened(path: Path, opener: Opener) -> Iterator[Arrays]:
 
 
 def described(name: str, arrays: list[SourceArray]) -> str:
-    """A name with the shape and type under it, for errors."""
+    """Return a name with the shape and type of its array, for errors."""
     if not arrays:
         return f"{short(name)} (no array)"
     first = arrays[0]
@@ -118,11 +118,11 @@ def described(name: str, arrays: list[SourceArray]) -> str:
 
 
 def contents_of(arrays: Arrays) -> str:
-    """What a file holds, for errors; of many arrays the first."""
+    """Describe what a file holds, the first of many arrays, for errors."""
     names = [described(name, found) for name, found in arrays.items()]
     return listed(names, SHOWN_ARRAYS, longest=3 * SHOWN_CHARACTERS) or "no array at all"
 
 
 def short(text: str) -> str:
-    """A name or number from a file on one line, cut where it would fill the screen."""
+    """Return a name or number from a file on one line, cut where it would fill the screen."""
     return shortened(" ".join(text.split()), SHOWN_CHARACTERS)

@@ -24,7 +24,7 @@ from sae_fast.activations.imports.arrays import LARGEST_COMPRESSION, Arrays, Laz
 
 @contextmanager
 def open_arrow(path: Path) -> Iterator[Arrays]:
-    """The columns of an .arrow file that hold numbers, or lists of them."""
+    """Open the columns of an .arrow file that hold numbers, or lists of them."""
     pyarrow = import_pyarrow(path)
     with pyarrow.memory_map(str(path)) as source:
         try:
@@ -35,7 +35,7 @@ def open_arrow(path: Path) -> Iterator[Arrays]:
 
 
 def import_pyarrow(path: Path) -> Any:
-    """The library, which this file needs; raises ShardError that says how to get it."""
+    """Import pyarrow for this file; raise ShardError that says how to get it."""
     try:
         import pyarrow
     except ImportError:
@@ -63,15 +63,15 @@ def column_array(
     chunks: Callable[[int, int], Iterable[Any]],
     stored: int,
 ) -> SourceArray:
-    """A column of lists as an array, of the shape of its first entry.
+    """Return a column of lists as an array, of the shape of its first entry.
 
     Args:
-        path: of the file.
-        name: of the column.
-        entries: of it.
-        first: an array of the first of them, or of none.
-        chunks: gives arrays of the entries start..stop.
-        stored: bytes of the file that hold it.
+        path: path of the file.
+        name: name of the column.
+        entries: number of its entries.
+        first: an array of the first entry, or of none.
+        chunks: reads arrays of the entries start..stop.
+        stored: bytes of the file that hold the column.
     """
     first.validate(full=True)  # places beyond the end of a damaged file would be read
     shape, values = [entries], _storage(first)
@@ -91,7 +91,7 @@ def column_array(
 
 
 def _numbers(path: Path, name: str, values: Any, inner: list[int]) -> np.ndarray[Any, Any]:
-    """The entries of a chunk [n, *inner]; raises where one is missing or has another shape."""
+    """Return the entries of a chunk [n, *inner]; raise ShardError if one is missing or differs."""
     import pyarrow.compute
 
     values.validate(full=True)
@@ -110,7 +110,7 @@ def _numbers(path: Path, name: str, values: Any, inner: list[int]) -> np.ndarray
 
 
 def _storage(values: Any) -> Any:
-    """Plain lists, whether or not `datasets` has made its types known to pyarrow."""
+    """Return plain lists, whether or not `datasets` has told its types to pyarrow."""
     if hasattr(values, "num_chunks"):  # combine_chunks leaves an empty column chunked
         values = values.chunk(0) if values.num_chunks else values.combine_chunks()
     return getattr(values, "storage", values)
@@ -128,7 +128,7 @@ def _is_list(values: Any) -> bool:
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Arrays]:
-    """The columns of a .parquet file that hold numbers, or lists of them."""
+    """Open the columns of a .parquet file that hold numbers, or lists of them."""
     import_pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
@@ -155,13 +155,13 @@ class _Column:
         return self._ends[-1]
 
     def first(self) -> Any:
-        """The first entry, without decoding the rest of its group."""
+        """Return the first entry, without decoding the rest of its group."""
         batches = self._file.iter_batches(batch_size=1, columns=[self._name])
         empty = self._file.schema_arrow.empty_table().column(self._name).combine_chunks()
         return next((batch.column(self._name) for batch in batches), empty)
 
     def stored_bytes(self) -> int:
-        """The bytes that the column takes in the file, as many as these may stand for."""
+        """Return the bytes that the column takes in the file, at most what it can stand for."""
         metadata = self._file.metadata
         chunks = (
             metadata.row_group(group).column(place)
@@ -176,7 +176,7 @@ class _Column:
         return LARGEST_COMPRESSION * sum(sizes)
 
     def chunks(self, start: int, stop: int) -> Iterator[Any]:
-        """The entries start..stop in parts that lie in memory as one."""
+        """Yield the entries start..stop in parts that are contiguous in memory."""
         for group, (begin, end) in enumerate(zip(self._ends, self._ends[1:], strict=False)):
             if begin < stop and end > start:
                 first = max(start, begin)

@@ -31,7 +31,7 @@ class SourceBlock:
 
     Attributes:
         rows: [n, D] in the stored type.
-        source: [n, D], the same as they were.
+        source: [n, D], the rows before they were converted.
         columns: int32 [n] by name.
         padding: rows that a mask left out.
         nonfinite: rows left out because they hold NaN or Inf.
@@ -52,10 +52,10 @@ class SourceBlock:
 def read_blocks(
     source: SavedActivations, spans: Sequence[EntrySpan], storage: Storage, skip_nonfinite: bool
 ) -> Iterator[SourceBlock]:
-    """The rows of some spans in order.
+    """Yield the rows of some spans in order.
 
-    Raises ShardError, naming file and row, for a number that is not finite, unless such rows are to
-    be skipped, for one beyond the stored type's range, and for a row that is too small for it.
+    Raises ShardError, naming file and row, for a number that is not finite unless such rows are
+    skipped, for one beyond the stored type's range, and for a row that is too small for it.
     """
     for span in spans:
         file = source.files[span.file]
@@ -80,7 +80,7 @@ class _Piece:
     stop: int
 
     def block(self, arrays: Arrays, storage: Storage, skip_nonfinite: bool) -> SourceBlock:
-        """Read it."""
+        """Read the entries, drop padding and convert rows to the stored type."""
         rows = self._read(arrays, self.source.key).reshape(-1, self.source.d_in)
         keep = self._mask(arrays, len(rows))
         stored = rows.to(storage.torch_dtype)
@@ -104,13 +104,13 @@ class _Piece:
         return there[self.span.array].read(self.start, self.stop)
 
     def _mask(self, arrays: Arrays, rows: int) -> Array:
-        """Which rows are no padding [n] bool."""
+        """Return which rows are no padding [n] bool."""
         if self.file.mask is None:
             return np.ones(rows, bool)
         return self._read(arrays, self.file.mask).reshape(-1).ne(0).numpy()
 
     def _columns(self, arrays: Arrays, keep: Array) -> dict[str, Array]:
-        """The numbers beside the rows, int32 [n] each; those of sequences where none are given."""
+        """Return numbers beside the rows, int32 [n] each; by default counts of sequences."""
         entries, tokens = self.stop - self.start, self.span.entry_rows
         found: dict[str, Array] = {}
         if self.file.arrays[self.span.array].tokens:

@@ -1,8 +1,8 @@
-"""Writing the planned shards of a source, reading each again, and going on after an interruption.
+"""A conversion: the planned shards of a source written, read again, and resumed after a kill.
 
 conversion.json in the directory says what is converted and how; with it, and without a manifest,
-the directory holds a conversion that was interrupted. A shard appears when it is whole, and those
-that are there are compared with the source like new ones, so nothing needs to be remembered.
+the directory holds a conversion that was interrupted. A shard appears when it is whole, and shards
+that are there already are compared with the source like new ones, so nothing else is recorded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ConversionOptions:
 
     Attributes:
         dtype: "float16", "bfloat16" or "float32"; None: as they are.
-        shard_rows: of a shard at most; None: as many as make a gigabyte.
+        shard_rows: rows of a shard at most; None: as many as make a gigabyte.
         compression: one of COMPRESSIONS.
         heldout_rows: how many of the last rows are held out, in whole sequences.
         skip_nonfinite: whether rows that hold NaN or Inf are dropped.
@@ -93,18 +93,18 @@ class Conversion:
         return stored_rows * row_bytes + FILE_OVERHEAD * len(left)
 
     def blocks(self, shard: PlannedShard) -> Iterator[SourceBlock]:
-        """The rows of a shard as they should be."""
+        """Yield the rows of a shard as they should be."""
         skip = self.options.skip_nonfinite
         return read_blocks(self.source, shard.spans, self.storage, skip)
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion came to.
+    """Result of a conversion.
 
     Attributes:
-        rows: in the training shards.
-        heldout_rows: in the held-out shards.
+        rows: rows in the training shards.
+        heldout_rows: rows in the held-out shards.
         padding: rows that were padding, left out.
         nonfinite: rows that held NaN or Inf, left out.
         change: ‖stored − source‖ / ‖source‖ over all rows; 0: no number was rounded.
@@ -118,7 +118,7 @@ class ConversionResult:
 
 
 def prepare(source: SavedActivations, directory: Path, options: ConversionOptions) -> Conversion:
-    """Plan a conversion; nothing is written. Raises ShardError where the directory is in use."""
+    """Plan a conversion and write nothing; raise ShardError where the directory is in use."""
     storage = source.storage if options.dtype is None else STORAGES[options.dtype]
     row_bytes = source.d_in * storage.itemsize
     shard_rows = options.shard_rows or max(1, SHARD_BYTES // row_bytes)
@@ -129,7 +129,7 @@ def prepare(source: SavedActivations, directory: Path, options: ConversionOption
 
 
 def check_space(conversions: list[Conversion]) -> int:
-    """Bytes free where the shards go; raises ShardError where they might not fit."""
+    """Return the bytes free where the shards go; raise ShardError if they might not fit."""
     place = conversions[0].directory.absolute()
     while not place.exists():
         place = place.parent
@@ -177,7 +177,7 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Conve
 
 
 def _write(conversion: Conversion, shard: PlannedShard, path: Path, report: Report) -> None:
-    """One shard; none where every row of it was left out."""
+    """Write one shard; none where every row of it was left out."""
     blocks = (block for block in _told(conversion.blocks(shard), report) if len(block.rows))
     first = next(blocks, None)
     if first is None:
@@ -218,7 +218,7 @@ def _locked(directory: Path) -> Iterator[None]:
 def _record(
     source: SavedActivations, options: ConversionOptions, storage: Storage, shard_rows: int
 ) -> dict[str, Any]:
-    """What conversion.json says, in plain values."""
+    """Return what conversion.json says, in plain values."""
     metadata = asdict(options.metadata)
     record = {
         "format_version": RECORD_VERSION,
@@ -239,7 +239,7 @@ def _record(
 def _state(
     directory: Path, record: dict[str, Any], names: set[str]
 ) -> tuple[tuple[str, ...], bool]:
-    """The shards of this conversion that are there, and whether it is finished."""
+    """Return the shards of this conversion that are there, and whether it is finished."""
     if not directory.exists():
         return (), False
     if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""Which files of a directory are to be converted, in which order, and who reads them."""
+"""The files of a directory that are to be converted, their order, and their readers."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ DATASET_STATE = "state.json"  # of a dataset that `datasets` saved; names its fi
 
 
 def opener_of(path: Path) -> Opener:
-    """What reads a file, by its name."""
+    """Return the reader of a file, by its name."""
     return OPENERS[path.suffix.lower()]
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """The files of a directory, of a glob pattern, or the one file, in the order of their numbers.
+    """Find the files of a directory or a glob pattern, or one file, sorted by their numbers.
 
     Raises ShardError where there are none, or several formats.
     """
@@ -61,7 +61,7 @@ def find_files(source: str | Path) -> list[Path]:
 
 
 def _dataset_files(directory: Path) -> list[Path]:
-    """The files of a saved dataset, without what `datasets` may have cached beside them."""
+    """Return the files of a saved dataset, without what `datasets` may have cached there."""
     path = directory / DATASET_STATE
     try:
         state = parse_json(read_regular(path))
@@ -80,7 +80,7 @@ def _dataset_files(directory: Path) -> list[Path]:
 
 
 def _file_in(directory: Path, name: str) -> Path:
-    """A file of a dataset; raises ValueError where it would not be one of the directory's own."""
+    """Return a file of a dataset; raise ValueError unless it is one of the directory's own."""
     if name != Path(name).name or "\0" in name:
         raise ValueError(f"it names {short(repr(name))}, which is no file beside it")
     path = directory / name
@@ -90,7 +90,7 @@ def _file_in(directory: Path, name: str) -> Path:
 
 
 def _what_instead(place: Path, candidates: list[Path]) -> str:
-    """Why nothing can be converted, by what there is."""
+    """Say why nothing can be converted, by what there is."""
     if any(path.suffix in SUFFIXES for path in candidates):
         return f"HDF5 files are shards already: python -m sae_fast.train --shard-dir {place}"
     expected = f"no {', '.join(IMPORTED_SUFFIXES)} file"

@@ -33,7 +33,7 @@ COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what NumPy writes
 
 @contextmanager
 def open_npy(path: Path) -> Iterator[Arrays]:
-    """The array of a .npy file."""
+    """Open the array of a .npy file."""
     with path.open("rb") as file:
         _read_header(path, path.name, file)
     whole = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -48,7 +48,7 @@ def open_npy(path: Path) -> Iterator[Arrays]:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[Arrays]:
-    """The arrays of a .npz archive."""
+    """Open the arrays of a .npz archive."""
     with ExitStack() as stack:
         archive = stack.enter_context(zipfile.ZipFile(path))
         members = {
@@ -69,7 +69,7 @@ def open_npz(path: Path) -> Iterator[Arrays]:
 def _read_header(
     path: Path, name: str, stream: IO[bytes]
 ) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, order and type of an array; `stream` is then at its first number."""
+    """Read shape, order and type of an array; leave `stream` at its first number."""
     start = stream.read(8)
     version = np.lib.format.read_magic(io.BytesIO(start))
     known: dict[tuple[int, int], tuple[int, Any]] = {
@@ -130,7 +130,7 @@ def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype | None:
 
 
 def _as_tensor(piece: Array) -> Tensor:
-    """The same numbers in memory of their own, in the byte order of this machine."""
+    """Copy the numbers to memory of their own, in the byte order of this machine."""
     if piece.dtype == BFLOAT16_BITS:
         bits = np.ascontiguousarray(piece).view(np.int16).copy()
         return torch.from_numpy(bits).view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Which entries of a source go into which shard: known before anything is read.
+"""The plan of a conversion: which entries of a source go into which shard.
 
 Shards are cut at whole entries of the first axis, so that no sequence is in two of them, and by the
 rows there are before padding is dropped. The same source and settings give the same plan, by which
@@ -31,7 +31,7 @@ class EntrySpan:
         return (self.stop - self.start) * self.entry_rows
 
     def split(self, entries: int) -> tuple[EntrySpan, EntrySpan]:
-        """The first entries, and the others."""
+        """Split into the first `entries` entries, and the others."""
         middle = self.start + entries
         return (
             EntrySpan(self.file, self.array, self.start, middle, self.first, self.entry_rows),
@@ -43,19 +43,19 @@ class EntrySpan:
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """A shard by its name and what goes into it."""
+    """A shard by its name and the spans that go into it."""
 
     name: str
     spans: tuple[EntrySpan, ...]
 
     @property
     def rows(self) -> int:
-        """Rows at most: padding and what is not finite are dropped."""
+        """Upper bound on the rows; padding and non-finite rows are dropped later."""
         return sum(span.rows for span in self.spans)
 
 
 def plan_shards(source: SavedActivations, shard_rows: int, heldout_rows: int) -> list[PlannedShard]:
-    """All shards; the last entries, of `heldout_rows` rows or a little more, are held out.
+    """Plan all shards; hold out the last entries, of `heldout_rows` rows or a little more.
 
     Raises ShardError where these would be all.
     """
@@ -83,7 +83,7 @@ def _all_spans(source: SavedActivations) -> Iterable[EntrySpan]:
 
 
 def _hold_out(spans: list[EntrySpan], rows: int) -> tuple[list[EntrySpan], list[EntrySpan]]:
-    """The spans without, and with, the last rows."""
+    """Split spans into the spans without, and with, the last rows."""
     train, heldout = list(spans), list[EntrySpan]()
     while rows > 0 and train:
         last = train.pop()
@@ -101,7 +101,7 @@ def _hold_out(spans: list[EntrySpan], rows: int) -> tuple[list[EntrySpan], list[
 
 
 def _cut(spans: Iterable[EntrySpan], limit: int) -> Iterable[tuple[EntrySpan, ...]]:
-    """Shards of at most `limit` rows, or of one entry that is longer."""
+    """Yield shards of at most `limit` rows, or of one entry that is longer."""
     shard: list[EntrySpan] = []
     left = limit
     for rest in spans:

@@ -1,7 +1,7 @@
-"""The activations that a conversion reads: which array, of what shape, with which numbers beside.
+"""The activations that a conversion reads: array, shape, and the numbers beside it.
 
-Activations are [n, D], rows one after the other, or [sequences, tokens, D]. Further axes behind
-them, such as (heads, d_head), make up one row where their product is the width that was asked for.
+Activations are [n, D], rows one after the other, or [sequences, tokens, D]. Further axes after
+them, such as (heads, d_head), make up one row if their product is the width that was asked for.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ BESIDE = {name for names in (*COLUMN_NAMES.values(), MASK_NAMES) for name in nam
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of activations: entries of its first axis, tokens of each (0: it has no such
-    axis), and type."""
+    """One array of activations."""
 
-    entries: int
-    tokens: int
+    entries: int  # of the first axis
+    tokens: int  # of each entry; 0: it has no such axis
     dtype: torch.dtype
 
     @property
@@ -78,7 +77,7 @@ class SavedActivations:
 
     @property
     def sequences(self) -> int:
-        """Sequences of all files; 0 where nothing says what one is."""
+        """Sequences of all files; 0 where nothing says what a sequence is."""
         arrays = [array for file in self.files for array in file.arrays]
         return sum(array.entries for array in arrays if array.tokens > 0)
 
@@ -90,7 +89,7 @@ class SavedActivations:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is written beside the activations."""
+        """The columns that are written beside the activations."""
         names = {name for name, _ in self.files[0].columns}
         if self.sequences:
             names |= {"doc_id", "position"}
@@ -98,7 +97,7 @@ class SavedActivations:
 
 
 def candidates(path: Path) -> dict[str, str]:
-    """Names in a file that could be activations, described."""
+    """Return the names in a file that could be activations, described."""
     with opened(path, opener_of(path)) as arrays:
         return {
             name: described(name, found) for name, found in arrays.items() if _fits(name, found)
@@ -111,7 +110,7 @@ def _fits(name: str, arrays: list[SourceArray]) -> bool:
 
 
 def choose_key(paths: Sequence[Path], key: str | None) -> str:
-    """The name of the activations; raises ShardError where it has to be given."""
+    """Return the name of the activations; raise ShardError where it has to be given."""
     path = paths[0]
     with opened(path, opener_of(path)) as arrays:
         there = contents_of(arrays)
@@ -133,7 +132,7 @@ def choose_key(paths: Sequence[Path], key: str | None) -> str:
 
 
 def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> SavedActivations:
-    """Check the files against each other; raises ShardError for the first that differs."""
+    """Check the files against each other; raise ShardError for the first that differs."""
     files: list[SourceFile] = []
     width = d_in
     for path in paths:
@@ -184,7 +183,7 @@ def _layout(path: Path, array: SourceArray, width: int | None, asked: int | None
 def _beside(
     path: Path, key: str, arrays: Arrays, layouts: Sequence[ArrayLayout]
 ) -> tuple[tuple[tuple[str, str], ...], str | None]:
-    """The columns and the mask in the same dictionary as the activations."""
+    """Find the columns and the mask in the same dictionary as the activations."""
     folder = key.rpartition("/")[0]
     prefix = f"{folder}/" if folder else ""
 

@@ -31,7 +31,7 @@ SAFETENSORS_TYPES = {
 
 @contextmanager
 def open_torch(path: Path) -> Iterator[Arrays]:
-    """The tensors of a .pt file: one, or those of nested dictionaries and lists."""
+    """Open the tensors of a .pt file: one, or all in nested dictionaries and lists."""
     # What torch wrote before 1.6 is no zip archive and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     records = _records(path) if mapped else None
@@ -50,7 +50,7 @@ def open_torch(path: Path) -> Iterator[Arrays]:
 
 
 def _records(path: Path) -> Counter[int]:
-    """How many records of each size an archive has; in them lie the numbers of its tensors."""
+    """Count the records of each size in an archive; they hold the numbers of its tensors."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     for member in members:
@@ -76,7 +76,7 @@ class _Collection:
         self._storages: set[int] = set()  # where those seen begin
 
     def of(self, content: Any) -> Arrays:
-        """All tensors in `content`."""
+        """Return all tensors in `content`."""
         self._collect(WHOLE_FILE, content)
         return self._found
 
@@ -119,7 +119,7 @@ def _of(name: str) -> str:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Arrays]:
-    """The tensors of a .safetensors file."""
+    """Open the tensors of a .safetensors file."""
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
         size = path.stat().st_size
         yield LazyArrays(file.keys(), lambda name: _slice_array(file.get_slice(name), size))

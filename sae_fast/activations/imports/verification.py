@@ -1,4 +1,4 @@
-"""A shard read again and held against the source it was made from, row for row."""
+"""A shard read again and compared with the source that it was made from, row for row."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Report = Callable[[int], None]  # is told how many more rows of the source have 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared.
+    """Result of a comparison.
 
     Attributes:
-        rows: that are in the shards, each equal to the source's in the stored type.
+        rows: rows in the shards, each equal to the source's in the stored type.
         padding: rows of the source that are padding.
         nonfinite: rows of the source that hold NaN or Inf.
         squares: Σ x² of the source.
@@ -43,7 +43,7 @@ class Comparison:
         return math.sqrt(self.changes / self.squares) if self.squares else 0.0
 
     def joined(self, other: Comparison) -> Comparison:
-        """Both together."""
+        """Return the sums of two comparisons."""
         return Comparison(
             self.rows + other.rows,
             self.padding + other.padding,
@@ -54,7 +54,7 @@ class Comparison:
 
 
 def compare(path: Path, blocks: Iterator[SourceBlock], report: Report) -> Comparison:
-    """Read a shard beside the rows it should have; raises ShardError for the first that differs.
+    """Compare a shard with the rows it should have; raise ShardError for the first that differs.
 
     A path that is not there stands for a shard of which every row was left out.
     """
@@ -74,7 +74,7 @@ def compare(path: Path, blocks: Iterator[SourceBlock], report: Report) -> Compar
 
 
 def _compare_block(file: ShardFile, block: SourceBlock, start: int) -> Comparison:
-    """A block that begins at row `start` of its shard."""
+    """Compare a block that begins at row `start` of its shard."""
     shard, stop = file.shard, start + len(block.rows)
     expected = as_numpy(block.rows.contiguous(), shard.storage)
     if shard.d_in != expected.shape[1] or shard.rows < stop:
