@@ -34,6 +34,7 @@ from benchmarks.support.tables import (
 )
 from benchmarks.support.timing import interleave, measure, median_ratio, summarize
 from sae_fast.activations import Rows
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import RowOptimizer
@@ -133,12 +134,12 @@ def time_steps(trained: Reached, trainer: Trainer, rounds: int) -> StepTime:
     step = TrainingStep(
         trainer.sae, RowOptimizer(trainer.sae), LossScaler(enabled=False), "screened"
     )
-    step.run([rows], 1e-6)
+    step.run([rows], StepSettings(1e-6))
     ours_first, dense_first = step.read({}).metrics["loss"], float(dense.step(x))
     if abs(ours_first - dense_first) > 1e-3 * abs(dense_first):
         raise ValueError(f"{trained.arch}: loss {ours_first:.6g}, dense {dense_first:.6g}")
     samplers = {
-        "ours": lambda: measure(lambda: step.run([rows], 1e-6)),
+        "ours": lambda: measure(lambda: step.run([rows], StepSettings(1e-6))),
         "dense": lambda: measure(lambda: dense.step(x)),
     }
     samples = interleave(samplers, rounds)

@@ -79,7 +79,7 @@ class Ours:
             loss = self.sae.training_loss(self.x, dense_grad=False, **self.labels)
             loss.total.backward()  # type: ignore[no-untyped-call]
             self.sae.update_fired_(loss.code, len(self.x))
-            self.sae.follow_(loss.code)
+            self.sae.after_step_(loss.code)
             self.optimizer.step(RATE)
             self.optimizer.zero_grad()
         return float(loss.total.detach())

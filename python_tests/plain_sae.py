@@ -3,7 +3,7 @@
 import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.decorrelation import random_chunks
+from sae_fast.autoencoder.penalties import random_chunks
 from sae_fast.config import SAEConfig
 
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -20,7 +20,7 @@ def make_thresholded(arch, path="sparse", *, seed=0, dtype=torch.float32, dead=(
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         if sae.architecture.unit_norm:
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        sae.constrain_()
+        sae.clamp_parameters_()
     sae.tokens_since_fired[list(dead)] = 1000
     go(sae, path)
     return sae.to(dtype)

@@ -159,6 +159,6 @@ def make_model(fields, dead=()):
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         if sae.architecture.unit_norm:
             sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True))
-        sae.constrain_()
+        sae.clamp_parameters_()
     sae.tokens_since_fired[list(dead)] = 1000
     return sae

@@ -7,7 +7,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 
 def follow(sae, *batches):
     for x in batches:
-        sae.follow_(sae.training_loss(x).code)
+        sae.after_step_(sae.training_loss(x).code)
 
 
 def least_active(sae, x):
@@ -42,7 +42,7 @@ def test_threshold_is_that_of_k_while_a_larger_k_is_trained(sae):
     x = make_batch(sae, 200)
     code = sae.training_loss(x, k=8).code
     assert int(code.n_listed) == 200 * 8
-    sae.follow_(code)
+    sae.after_step_(code)
     largest = code.values.detach().sort(descending=True).values
     assert float(sae.threshold) == float(largest[200 * 5 - 1])
 

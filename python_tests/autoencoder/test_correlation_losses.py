@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_fast.autoencoder.correlation import (
+from sae_fast.autoencoder.penalties import (
     correlation_losses,
     independence_loss,
     orthogonality_loss,

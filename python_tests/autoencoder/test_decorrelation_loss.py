@@ -5,7 +5,7 @@ import torch
 from plain_sae import make_batch, make_sae
 
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.decorrelation import chunked_max, decorrelation_loss, random_chunks
+from sae_fast.autoencoder.penalties import chunked_max, decorrelation_loss, random_chunks
 
 NEXT = torch.tensor(3)
 
@@ -82,14 +82,14 @@ def test_following_a_batch_draws_other_chunks():
     loss = sae.training_loss(make_batch(sae))
     again = sae.training_loss(make_batch(sae))
     assert torch.equal(again.components["decorr_loss"], loss.components["decorr_loss"])
-    sae.follow_(loss.code)
+    sae.after_step_(loss.code)
     after = sae.training_loss(make_batch(sae))
     assert not torch.equal(after.components["decorr_loss"], loss.components["decorr_loss"])
 
 
 def test_draw_is_saved_where_there_are_chunks_only(tmp_path):
     sae = make_sae(decorrelation="chunked_max", decorrelation_coeff=1.0)
-    sae.follow_(sae.training_loss(make_batch(sae)).code)
+    sae.after_step_(sae.training_loss(make_batch(sae)).code)
     sae.save(tmp_path)
     assert int(SparseAutoencoder.from_pretrained(tmp_path).decorrelation_draw) == 1
     assert "decorrelation_draw" not in make_sae(decorrelation_coeff=1.0).state_dict()

@@ -59,7 +59,7 @@ def test_open_gate_with_no_magnitude_does_not_fire(path):
     loss = sae.training_loss(make_batch(sae))
     assert float(loss.components["l0"]) == 0
     assert not loss.code.fired().any()
-    sae.follow_(loss.code)
+    sae.after_step_(loss.code)
     assert float(sae.listed_per_token) > 1  # gates that a step has to work on all the same
 
 

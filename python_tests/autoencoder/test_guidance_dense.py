@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae_fast import ops
+from sae_fast.autoencoder.penalties import temporal_smoothness_loss
 from sae_fast.autoencoder.probe import predictions
-from sae_fast.autoencoder.temporal import temporal_smoothness_loss
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_threshold_stays_at_zero_or_above():
     sae = make_thresholded("jumprelu")
     with torch.no_grad():
         sae.threshold[:5] = -0.1
-    sae.constrain_()
+    sae.clamp_parameters_()
     assert not sae.threshold[:5].any()
     assert bool((sae.threshold[5:] > 0).all())
 

@@ -134,7 +134,7 @@ def test_code_of_equal_rows_is_refused(sae):
 
 def test_threshold_and_prefixes_are_saved_and_loaded(sae, tmp_path):
     sae = sae.float()
-    sae.follow_(sae.training_loss(make_batch(sae, 50)).code)
+    sae.after_step_(sae.training_loss(make_batch(sae, 50)).code)
     sae.save(tmp_path)
     loaded = SparseAutoencoder.from_pretrained(tmp_path)
     x = make_batch(sae, 20, seed=9)
@@ -146,5 +146,5 @@ def test_folding_the_normalization_keeps_the_function(sae):
     sae = sae.float()
     sae.set_normalization_(torch.linspace(-2, 3, 12), 0.25)
     x = make_batch(sae, 50) * 4
-    sae.follow_(sae.training_loss(sae.normalize(x)).code)
+    sae.after_step_(sae.training_loss(sae.normalize(x)).code)
     torch.testing.assert_close(sae.fold_normalization()(x), sae(x), rtol=1e-4, atol=1e-4)

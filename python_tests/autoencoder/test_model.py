@@ -240,3 +240,18 @@ def test_an_array_is_refused_in_a_line_that_names_the_remedy(call):
         call(sae, x)
     with pytest.raises(TypeError, match=r"x must be a tensor, got list"):
         sae.encode(x.tolist())
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "SparseAutoencoder(topk, d_in=12, d_sae=40, k=5)"),
+        ({"arch": "relu", "k": None}, "SparseAutoencoder(relu, d_in=12, d_sae=40)"),
+        (
+            {"transcoder": True, "d_out": 7},
+            "SparseAutoencoder(topk, d_in=12, d_out=7, d_sae=40, k=5)",
+        ),
+    ],
+)
+def test_repr_names_architecture_and_sizes(fields, text):
+    assert repr(make_sae(**fields)) == text

@@ -64,7 +64,7 @@ def test_next_step_goes_by_how_many_were_listed(path):
             sae.b_enc.add_(shift)
         go(sae, path)
         code = sae.training_loss(x).code
-        sae.follow_(code)
+        sae.after_step_(code)
         assert float(sae.listed_per_token) == pytest.approx(float(code.l0().float().mean()))
         kinds.append(type(sae.training_loss(x).code))
     assert kinds == [SparseCode, DenseCode]
@@ -77,7 +77,7 @@ def _bias_that_lists(sae, x, share):
 
 def test_way_of_the_next_step_is_saved_and_loaded(tmp_path):
     sae = make_thresholded("relu")
-    sae.follow_(sae.training_loss(make_batch(sae)).code)
+    sae.after_step_(sae.training_loss(make_batch(sae)).code)
     sae.save(tmp_path)
     loaded = SparseAutoencoder.from_pretrained(tmp_path)
     assert torch.equal(loaded.listed_per_token, sae.listed_per_token)

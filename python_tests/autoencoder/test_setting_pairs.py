@@ -130,7 +130,7 @@ def try_together(arch, settings):
     x, targets, columns = make_batch(sae, N_TOKENS), make_targets(sae), columns_of(sae)
     behind = (lambda x_hat: (x_hat - 1).square().mean()) if sae.config.is_end_to_end else None
     exact = copy.deepcopy(sae).double()
-    loss = sae.training_loss(x, targets, dense_grad=False, behind=behind, **columns)
+    loss = sae.training_loss(x, targets, dense_grad=False, downstream=behind, **columns)
     loss.total.backward()
     left = left_gradients(sae)
     if not all(value.isfinite().all() for value in [loss.total, *left.values()]):

@@ -203,7 +203,7 @@ def test_reconstruction_only_leaves_the_other_terms_out(path):
     x = make_batch(sae, N_TOKENS)
     loss = sae.training_loss(x, reconstruction_only=True, dense_grad=False)  # without labels
     assert {name for name in sae.term_names if float(loss.components[name]) != 0} == {"recon_loss"}
-    assert set(loss.components) == {*sae.term_names, *sae.figure_names}
+    assert set(loss.components) == {*sae.term_names, *sae.metric_names}
     loss.total.backward()
     zeros = torch.zeros(N_TOKENS, dtype=torch.int64)
     error = plain_terms(sae, x, zeros, zeros)["recon_loss"]

@@ -65,7 +65,7 @@ def use(case):
     )
     loss.total.backward()
     sae.update_fired_(loss.code, 30)
-    sae.follow_(loss.code)
+    sae.after_step_(loss.code)
     x_hat, code = sae.forward_with_code(x)
     gradients = [p.grad for p in sae.parameters() if p.grad is not None]
     tensors = [*sae.state_dict().values(), *gradients, *loss.components.values()]

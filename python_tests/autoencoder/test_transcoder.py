@@ -152,7 +152,7 @@ def test_folding_the_normalization_keeps_the_function(case, with_skip):
     sae.set_target_normalization_(torch.linspace(-50, 10, sae.config.d_out), 0.05)
     x = 4 * make_batch(sae, 50)
     if case in ("batch_topk", "matryoshka"):
-        sae.follow_(sae.training_loss(sae.normalize(x), make_targets(sae, 50)).code)
+        sae.after_step_(sae.training_loss(sae.normalize(x), make_targets(sae, 50)).code)
     folded = sae.fold_normalization()
     torch.testing.assert_close(folded(x), sae(x), rtol=1e-4, atol=2e-3)
     code, expected = folded.encode(x).dense(), 20 * sae.encode(x).dense()

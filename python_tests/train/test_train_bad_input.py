@@ -97,7 +97,7 @@ def test_memory_that_runs_out(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SparseAutoencoder, "training_loss", full)
+        patch.setattr(SparseAutoencoder, "batch_loss", full)
         result = run_small("--shard-dir", shards, "--checkpoint-dir", "full")
     found = ("step 1: out of memory (CUDA out of memory)", "planned (largest: ")
     refused(result, *found, "lower batch_size, expansion_factor", "step-00000000 is intact")

@@ -11,6 +11,7 @@ from planted import D_IN, planted
 
 from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig
 from sae_fast.ops import native
 from sae_fast.ops.working_copies import encoder_copy
@@ -121,7 +122,7 @@ class Run:
         self, number: int, k_aux: int = 0, batches: int = 1, k: int | None = None
     ) -> list[float]:
         chosen = [self.rows[(number * batches + i) % 10] for i in range(batches)]
-        self.run(chosen, 1e-3 * (number + 1), k_aux, k=k)
+        self.run(chosen, StepSettings(1e-3 * (number + 1), k_aux=k_aux, k=k))
         return list(self.step.read({}).metrics.values())
 
     def parameters(self) -> list[torch.Tensor]:
@@ -196,10 +197,11 @@ def test_no_op_of_a_step_waits_for_the_device(
         pytest.skip("the CPU does not wait for itself")
     run = Run(device, graphed=False, precision=precision, states=states, **VARIANTS[variant])
     rate = torch.full((), 1e-3, dtype=torch.float64, device=device)
-    run.step.run(run.rows[:batches], rate, 8)
+    settings = StepSettings(rate, k_aux=8)
+    run.step.run(run.rows[:batches], settings)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.step.run(run.rows[:batches], rate, 8)
+        run.step.run(run.rows[:batches], settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -266,7 +268,7 @@ def test_a_bad_step_from_a_graph_changes_nothing(device: torch.device) -> None:
     before = [value.clone() for value in graphed.sae.parameters()]
     bad = graphed.rows[0].map(torch.clone)
     bad.x[3, 2] = torch.nan
-    graphed.run([bad], 1e-3, 0)
+    graphed.run([bad], StepSettings(1e-3, k_aux=0))
     graphed.make(8)
     reading = graphed.step.read({})
     assert reading.bad_step == 7

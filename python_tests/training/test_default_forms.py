@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_fast.autoencoder.correlation import correlation_losses
+from sae_fast.autoencoder.penalties import correlation_losses
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.trainer import Trainer

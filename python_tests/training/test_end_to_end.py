@@ -14,7 +14,7 @@ from torch.nn import functional
 from sae_fast.activations.capture import HookedModel, resolve_hooks
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.training.end_to_end import KEPT, LABELS, MASK, TOKENS, RestOfModel, SequenceStream
+from sae_fast.training.end_to_end import KEPT, LABELS, MASK, TOKENS, DownstreamModel, SequenceStream
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.trainer import Trainer
 
@@ -74,7 +74,7 @@ def test_loss_and_its_gradient_are_those_of_the_model(name: str, kind: str, excl
     rows = next(rows for rows in batches if name in CAUSAL or (rows.columns[LABELS] >= 0).any())
     noisy = rows.x + 0.3 * torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(1))
     found, expected = noisy.clone().requires_grad_(), noisy.clone().requires_grad_()
-    loss = RestOfModel(network, hook, kind, causal=name in CAUSAL).loss(found, rows.columns)
+    loss = DownstreamModel(network, hook, kind, causal=name in CAUSAL).loss(found, rows.columns)
     plain = plain_loss(network, expected, rows.columns, kind)
     torch.testing.assert_close(loss, plain, rtol=1e-4, atol=1e-6)
     loss.backward()
@@ -107,12 +107,12 @@ def test_gradient_of_every_parameter_is_that_of_autograd(
         sae.set_normalization_(torch.randn(16, generator=generator) * 0.1, torch.tensor(2.0))
         for parameter in (sae.b_enc, sae.b_dec):
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    rest = RestOfModel(network, hook, kind, causal=True)
+    rest = DownstreamModel(network, hook, kind, causal=True)
     x = sae.normalize(rows.x)
     loss = sae.training_loss(
         x,
         dense_grad=dense_grad,
-        behind=lambda x_hat: rest.loss(sae.denormalize(x_hat), rows.columns),
+        downstream=lambda x_hat: rest.loss(sae.denormalize(x_hat), rows.columns),
     )
     code = loss.code.dense()  # type: ignore[union-attr]
     plain = {
@@ -148,22 +148,22 @@ def test_a_batch_in_which_nothing_is_masked_has_no_loss_and_no_gradient() -> Non
     rows = stream.next_rows()[hook.name]
     columns = {**rows.columns, LABELS: torch.full_like(rows.columns[LABELS], -100)}
     x_hat = rows.x.clone().requires_grad_()
-    loss = RestOfModel(network, hook, "ce", causal=False).loss(x_hat, columns)
+    loss = DownstreamModel(network, hook, "ce", causal=False).loss(x_hat, columns)
     loss.backward()  # type: ignore[no-untyped-call]
     assert float(loss.detach()) == 0
     assert x_hat.grad is not None
     assert not x_hat.grad.any()
 
 
-def test_behind_goes_with_the_loss_that_needs_it() -> None:
+def test_the_downstream_loss_is_given_where_the_loss_needs_it() -> None:
     x = torch.randn(8, 16)
     squared, through = (
         SparseAutoencoder(SAEConfig(d_in=16, d_sae=32, k=4, loss_fn=kind)) for kind in ("mse", "ce")
     )
-    with pytest.raises(ValueError, match="behind must be given with loss_fn ce"):
+    with pytest.raises(ValueError, match="downstream must be given with loss_fn ce"):
         through.training_loss(x)
-    with pytest.raises(ValueError, match="behind must not be given with loss_fn mse"):
-        squared.training_loss(x, behind=lambda x_hat: x_hat.sum())
+    with pytest.raises(ValueError, match="downstream must not be given with loss_fn mse"):
+        squared.training_loss(x, downstream=lambda x_hat: x_hat.sum())
 
 
 # ---- the batches -------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_activations_alone_are_not_enough(shard_dir: Path) -> None:
 def test_cross_entropy_is_the_mean_over_tokens_that_come_next() -> None:
     network, hook, stream = make_stream("gpt2")
     rows = stream.next_rows()[hook.name]
-    rest = RestOfModel(network, hook, "ce", causal=True)
+    rest = DownstreamModel(network, hook, "ce", causal=True)
     loss = rest.loss(rows.x, rows.columns)
     logits = network(input_ids=rows.columns[TOKENS]).logits
     expected = functional.cross_entropy(

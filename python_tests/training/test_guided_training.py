@@ -13,6 +13,7 @@ from planted import D_IN, planted
 
 from sae_fast.activations import STARTS, ActivationStream, Rows, TensorStream, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.autoencoder.model import ARCHITECTURES
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.batches import StepBatches
@@ -223,7 +224,7 @@ def test_a_graph_reads_labels_and_starts_where_they_are_copied_to(
         metrics = []
         for _ in range(WARMUP_STEPS + 4):
             batches = [source.next_rows() for _ in range(2)]
-            run(batches, 1e-2, 0)
+            run(batches, StepSettings(1e-2, k_aux=0))
             for rows in batches:  # what the source may do with its memory afterwards
                 rows.map(torch.Tensor.zero_)
             metrics.append(step.read({}).metrics)

@@ -17,8 +17,7 @@ from test_cuda_graph import EmulatedRecorder
 
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training import launcher
-from sae_fast.training.cuda_graph import GraphedStep
-from sae_fast.training.launcher import DeadCensus
+from sae_fast.training.step import TrainingStep
 from sae_fast.training.trainer import Trainer, TrainingError
 
 SAE = SAEConfig(d_sae=128, k=3, dead_after_tokens=500, decorrelation_coeff=0.1)
@@ -48,24 +47,29 @@ def make(device: torch.device, graph: bool, shard_dir: Path) -> Make:
     def make_trainer(data: Any = None, *, sae: SAEConfig = SAE, **changes: Any) -> Trainer:
         if data is not None:  # rows in memory take no settings of shards
             changes = {"shard_dir": None, **changes}
-        trainer = Trainer(sae, replace(run, **changes), data, show_progress=False)
-        if device.type == "cpu":
-            emulate_gpu(trainer, graph=graph and trainer.train_config.fused)
-        return trainer
+        kind = Trainer if device.type == "cuda" else AheadTrainer
+        return kind(sae, replace(run, **changes), data, show_progress=False)
 
     return make_trainer
 
 
-def emulate_gpu(trainer: Trainer, *, graph: bool) -> None:
-    """Batches ahead, a census instead of counts, late notice, and replays if there are graphs."""
-    starter = trainer._launcher
-    tokens = trainer.train_config.batch_size * trainer.train_config.grad_acc_steps
-    starter._census = DeadCensus(trainer.sae, tokens)
-    starter._census.take(float(starter._census.count(starter._steps_to_reading())))
-    trainer.batches._ahead = True
-    if graph:
-        recorder: Any = EmulatedRecorder(trainer.sae)
-        starter._run = GraphedStep(starter._step, recorder).run
+class AheadTrainer(Trainer):
+    """On the CPU: batches ahead, a census instead of counts, late notice, and replayed steps."""
+
+    is_ahead = True
+
+    def graph_recorder(self, step: TrainingStep) -> Any:
+        config = self.train_config
+        return EmulatedRecorder(step.sae) if config.cuda_graph and config.fused else None
+
+
+class WaitingTrainer(Trainer):
+    """On a GPU: the host waits for every step and counts the dead latents itself."""
+
+    is_ahead = False
+
+    def graph_recorder(self, step: TrainingStep) -> None:
+        return None
 
 
 def _reproducible(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,10 +104,7 @@ def test_a_host_that_is_ahead_changes_no_result(
     make: Make, device: torch.device, shard_dir: Path
 ) -> None:
     run = replace(RUN, shard_dir=str(shard_dir), device=str(device), cuda_graph=False)
-    other = Trainer(SAE, run, show_progress=False)
-    if device.type == "cuda":  # counts the dead on the host, at every step
-        step = other._launcher._step
-        other._launcher._run = lambda rows, rate, _, *rest: step.run(rows, rate, None, *rest)
+    other = WaitingTrainer(SAE, run, show_progress=False)
     assert _equal(_outcome(make()), _outcome(other))
 
 
@@ -248,7 +249,7 @@ def test_a_full_memory_is_told_with_the_plan_and_saves_nothing(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(checkpoint_dir=str(tmp_path))
-    loss = trainer.sae.training_loss
+    loss = trainer.sae.batch_loss
     calls = []
 
     def full(*arguments: Any, **options: Any) -> Any:
@@ -257,7 +258,7 @@ def test_a_full_memory_is_told_with_the_plan_and_saves_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
         return loss(*arguments, **options)
 
-    monkeypatch.setattr(trainer.sae, "training_loss", full)
+    monkeypatch.setattr(trainer.sae, "batch_loss", full)
     with pytest.raises(TrainingError) as error:
         trainer.train()
     message = str(error.value)

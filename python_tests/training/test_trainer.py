@@ -1,5 +1,6 @@
 """The training loop: what it learns, what it logs, and that it is the same every time."""
 
+import copy
 import json
 import logging
 import math
@@ -58,6 +59,75 @@ def test_twenty_losses_are_bitwise_equal_twice(activations: torch.Tensor) -> Non
     assert len(_losses(first)) == 20
     assert _losses(first) == _losses(second)
     assert all(map(torch.equal, _parameters(first), _parameters(second)))
+
+
+def test_steps_made_one_by_one_are_those_of_train(activations: torch.Tensor) -> None:
+    trainer = Trainer(SAE, RUN, activations, show_progress=False)
+    with trainer, torch.no_grad():  # as a notebook may have it
+        rows = [trainer.advance() for _ in range(20)]
+    straight = _train(activations)
+    assert [row["loss"] for row in rows] == _losses(straight)
+    assert all(map(torch.equal, _parameters(trainer), _parameters(straight)))
+    assert trainer.summary["steps"] == 20
+
+
+def test_a_trainer_that_is_not_open_or_complete_does_not_advance(
+    activations: torch.Tensor,
+) -> None:
+    trainer = Trainer(SAE, replace(RUN, max_steps=1), activations, show_progress=False)
+    with pytest.raises(RuntimeError, match="cannot advance: use it inside `with trainer:`"):
+        trainer.advance()
+    with trainer:
+        trainer.advance()
+        with pytest.raises(RuntimeError, match="cannot advance: all its steps are made"):
+            trainer.advance()
+
+
+def test_an_error_inside_an_open_trainer_saves_nothing(
+    activations: torch.Tensor, tmp_path: Path
+) -> None:
+    run = replace(RUN, checkpoint_dir=str(tmp_path))
+    trainer = Trainer(SAE, run, activations, show_progress=False)
+
+    def fail() -> None:
+        with trainer:
+            trainer.advance()
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    assert trainer.checkpoints is not None
+    assert trainer.checkpoints.steps() == [0]
+    again = replace(run, resume_from="latest")  # the directory has been released
+    assert Trainer(SAE, again, activations, show_progress=False).step == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"average_decay": 0.9, "amp": "fp16"}])
+def test_another_trainer_goes_on_from_a_state_dict(
+    activations: torch.Tensor, changes: dict[str, Any]
+) -> None:
+    run = replace(RUN, **changes)
+    straight, first, second = (
+        Trainer(SAE, run, activations, show_progress=False) for _ in range(3)
+    )
+    straight.train()
+    with first:
+        for _ in range(7):
+            first.advance()
+    state = copy.deepcopy(first.state_dict())
+    second.sae.load_state_dict(first.sae.state_dict())
+    second.load_state_dict(state)
+    assert (second.step, second.tokens) == (7, 7 * 64)
+    second.train()
+    assert _losses(second) == _losses(straight)[7:]
+    assert all(map(torch.equal, _parameters(second), _parameters(straight)))
+
+
+def test_a_state_dict_of_other_settings_is_refused(activations: torch.Tensor) -> None:
+    state = Trainer(SAE, RUN, activations, show_progress=False).state_dict()
+    other = Trainer(SAE, replace(RUN, optimizer="sgd"), activations, show_progress=False)
+    with pytest.raises(ValueError, match="is of a run with optimizer = adam"):
+        other.load_state_dict(state)
 
 
 def test_the_seed_decides(activations: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from planted import D_IN, planted
 
 from sae_fast.activations import TARGETS, Column, Rows, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep
 from sae_fast.training.memory_plan import plan_memory
@@ -363,7 +364,7 @@ def test_a_graphed_step_reads_the_targets_of_its_own_batch(pair):
         for number in range(WARMUP_STEPS + 3):
             place = slice(64 * number, 64 * number + 64)
             rows = Rows(pair["x"][place].clone(), {TARGETS: pair["y"][place] / 30})
-            run([rows], 1e-2, None)
+            run([rows], StepSettings(1e-2))
         found.append(sae.state_dict())
     assert all(torch.equal(found[1][name], tensor) for name, tensor in found[0].items())
 

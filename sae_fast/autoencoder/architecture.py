@@ -1,13 +1,14 @@
 """What an architecture is: how a model selects latents, and the loss terms that only it has.
 
-There is one file for each architecture. It keeps no tensors: the model holds the weights, the
-architecture's own parameters and buffers among them, and hands them over with every call.
+There is one file for each family of architectures. An architecture keeps no tensors: the model
+holds the weights, the architecture's own parameters and buffers among them, and passes them with
+every call. An architecture calls the ops of training through an `Engine`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,11 +30,137 @@ class Weights(NamedTuple):
     input_bias: Tensor  # [D], subtracted from x: b_dec, or zeros where that is not
 
 
-class Mode(NamedTuple):
-    """How the ops are called."""
+class StepSettings(NamedTuple):
+    """What changes from step to step of a training.
 
-    precision: str = "screened"  # of the encoder's product
-    dense_grad: bool = True  # whether backward leaves dense gradients or row factors
+    Attributes:
+        rate: the learning rate, or a 0-d float64 tensor that a CUDA graph reads it from.
+        sparsity_weight: factor of the terms that make codes sparse, for their warm-up; a float or
+            a 0-d float32 tensor.
+        k: latents active per token while k is annealed; None: the model's k.
+        k_aux: room for dead latents in AuxK, per token: at least as many as are dead, up to the
+            architecture's `full_k_aux`. None: the host counts them, and waits for the device.
+        reconstruction_only: whether all other terms are left out.
+    """
+
+    rate: float | Tensor = 0.0
+    sparsity_weight: float | Tensor = 1.0
+    k: int | None = None
+    k_aux: int | None = None
+    reconstruction_only: bool = False
+
+
+_NO_SETTINGS = StepSettings()
+
+
+class Engine(NamedTuple):
+    """The encoders and decoders that architectures are made of, called in one way.
+
+    Attributes:
+        precision: mode of the encoder's product, as `ops.encode_topk` takes it.
+        dense_grad: whether backward leaves dense gradients or row factors for `RowOptimizer`.
+    """
+
+    precision: str = "screened"
+    dense_grad: bool = True
+
+    def encode_topk(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        k: int,
+        *,
+        select: Callable[..., ops.SparseCode] = ops.encode_topk,
+        dead_mask: Tensor | None = None,  # [F] bool
+        k_aux: int = 0,
+    ) -> ops.SparseCode:
+        """Return the k latents per token that `select` chooses, and in `aux` k_aux dead ones."""
+        return select(
+            x,
+            weights.W_enc,
+            weights.b_enc,
+            weights.input_bias,
+            k,
+            precision=self.precision,
+            dead_mask=dead_mask if k_aux else None,
+            k_aux=k_aux,
+            dense_grad=self.dense_grad,
+        )
+
+    def encode_threshold(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        threshold: Tensor | None = None,  # [F]; None: 0
+        *,
+        b_enc: Tensor | None = None,  # [F]; None: the model's
+    ) -> ops.SparseCode:
+        """Return all latents whose pre-activation is above their threshold."""
+        b_enc = weights.b_enc if b_enc is None else b_enc
+        if threshold is None:
+            threshold = b_enc.new_zeros(len(b_enc))
+        return ops.encode_threshold(
+            x,
+            weights.W_enc,
+            b_enc,
+            weights.input_bias,
+            threshold,
+            precision=self.precision,
+            dense_grad=self.dense_grad,
+        )
+
+    def encode_dense(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        *,
+        b_enc: Tensor | None = None,  # [F]; None: the model's
+        relu: bool = True,
+    ) -> ops.DenseCode:
+        """Return all latents of every token, [N, F], after ReLU or without it."""
+        b_enc = weights.b_enc if b_enc is None else b_enc
+        arguments = (x, weights.W_enc, b_enc, weights.input_bias)
+        return ops.encode_dense(*arguments, precision=self.precision, relu=relu)
+
+    def encode_last(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        count: int,
+    ) -> Tensor:
+        """Return the pre-activations [N, count] of the last `count` latents."""
+        return ops.encode_last(
+            x,
+            weights.W_enc,
+            weights.b_enc,
+            weights.input_bias,
+            count,
+            precision=self.precision,
+            dense_grad=self.dense_grad,
+        )
+
+    def reconstruct(
+        self,
+        code: ops.Code,
+        W_dec: Tensor,  # [F, D]
+        b_dec: Tensor | None,  # [D]
+        target: Tensor,  # [N, D]
+    ) -> ops.Reconstruction:
+        """Return the residual x̂ − target [N, D] and its squares' sum per token [N]."""
+        return ops.reconstruct(code, W_dec, b_dec, target, dense_grad=self.dense_grad)
+
+    def reconstruct_prefixes(
+        self,
+        code: ops.SparseCode,
+        W_dec: Tensor,  # [F, D]
+        b_dec: Tensor,  # [D]
+        target: Tensor,  # [N, D]
+        prefixes: tuple[int, ...],
+    ) -> ops.PrefixReconstruction:
+        """Return the whole reconstruction's residual and the squared errors [N, G] of prefixes."""
+        return ops.reconstruct_prefixes(
+            code, W_dec, b_dec, target, prefixes, dense_grad=self.dense_grad
+        )
 
 
 @dataclass(frozen=True)
@@ -43,7 +170,7 @@ class WholeStep:
     Attributes:
         n_parts: how many batches of one size the step's loss is the mean of.
         variance: 0-d, Σ (y − mean(y))² over the targets of all parts.
-        l0: 0-d, the L0 of all parts, where a term of the loss is no mean over tokens of it.
+        l0: 0-d, the L0 of all parts, for a loss term that is no mean over tokens; else None.
     """
 
     n_parts: int
@@ -53,44 +180,35 @@ class WholeStep:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training loss is of.
+    """The tokens that a training loss is computed of, and how.
 
     Attributes:
         x: [N, D], normalised.
         target: what the code models: x, or of a transcoder [N, d_out], perhaps with a gradient.
-        dead_mask: [F] bool, the latents that have been silent for long.
-        k_aux: room for dead latents per token, at least as many as are dead, up to the
-            architecture's; None: the host counts them, and waits for that.
-        sparsity_weight: what the terms that make codes sparse are multiplied by, for a warm-up.
-        k: latents active per token in place of the model's, while it is annealed.
-        reconstruction_only: whether the other terms are left out.
-        error_weight: what squared errors averaged over tokens are multiplied by, 0-d; None: 1.
-        relations: [N] int64, labels of arch slots, -1: none.
-        answers: [N] int64, likewise.
-        behind: of a reconstruction [N, D], normalised, the loss of what comes behind it, 0-d, which
-            takes the place of the squared error.
-        whole: the optimiser step that the batch is a part of; None: it is all of it.
+        dead_mask: [F] bool, the latents that have been silent for `dead_after_tokens`.
+        columns: labels [N] and other columns by name, see `activations.Rows`.
+        settings: of the step.
+        error_weight: 0-d factor of squared errors averaged over tokens; None: 1.
+        downstream: the loss, 0-d, of the model that continues from a reconstruction [N, D],
+            normalised; it takes the place of the squared error. None: the squared error counts.
+        whole: the optimiser step that the batch is a part of; None: the batch is all of it.
     """
 
     x: Tensor
     target: Tensor
     dead_mask: Tensor
-    k_aux: int | None = None
-    sparsity_weight: float | Tensor = 1.0
-    k: int | None = None
-    reconstruction_only: bool = False
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: StepSettings = _NO_SETTINGS
     error_weight: Tensor | None = None
-    relations: Tensor | None = None
-    answers: Tensor | None = None
-    behind: Callable[[Tensor], Tensor] | None = None
+    downstream: Callable[[Tensor], Tensor] | None = None
     whole: WholeStep | None = None
 
     def error_term(
         self,
         squared_error: Tensor,  # [N]
     ) -> Tensor:
-        """The mean over tokens, weighted: a term of the loss."""
-        mean = losses.steady_sum(squared_error) / len(self.x)
+        """Return the weighted mean over tokens, 0-d: a term of the loss."""
+        mean = losses.deterministic_sum(squared_error) / len(self.x)
         return mean if self.error_weight is None else self.error_weight * mean
 
 
@@ -103,14 +221,14 @@ class ArchitectureLoss:
         squared_error: [N], Σ_d (x̂ − x)², of a transcoder Σ_d (ŷ − y)².
         recon_loss: 0-d, the batch's `error_term` of it; or what the architecture has in its place.
         terms: its other terms by name, 0-d, with their coefficients.
-        figures: what else is to be logged, 0-d.
+        metrics: what else is to be logged, 0-d.
     """
 
     code: ops.Code
     squared_error: Tensor
     recon_loss: Tensor
     terms: dict[str, Tensor]
-    figures: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Architecture(ABC):
@@ -120,94 +238,111 @@ class Architecture(ABC):
         unit_norm: whether decoder rows are kept at unit length, their gradients projected.
         compares_latents: whether it compares values of different latents to choose among them.
         full_k_aux: the most dead latents per token that AuxK takes; 0: there is no AuxK.
-        waits: whether the host waits for the device within a step, which then cannot be captured.
+        needs_host_sync: whether the host waits for the device within a step, which then cannot be
+            captured in a CUDA graph.
         selects_from_step: whether latents are selected from all tokens of a step, which therefore
             cannot be divided into parts.
         needs_step_l0: whether the loss of a part of a step needs the L0 of all parts.
-        term_names: names of the terms of `loss`, always the same.
-        figure_names: names of its figures, likewise.
+        term_names: names of the terms of `loss`, in every step the same.
+        metric_names: names of the metrics of `loss`, in every step the same.
     """
 
     unit_norm = True
     compares_latents = False
     full_k_aux = 0
-    waits = False
+    needs_host_sync = False
     selects_from_step = False
     needs_step_l0 = False
     term_names: tuple[str, ...] = ()
-    figure_names: tuple[str, ...] = ()
+    metric_names: tuple[str, ...] = ()
 
     def __init__(self, config: SAEConfig):
         self.config = config
 
     def parameters(self) -> dict[str, Tensor]:
-        """Start values of the parameters beside the four that all have: none."""
+        """Return the start values of parameters beside the four that all models have; here none."""
         return {}
 
     def trained(self) -> tuple[str, ...] | None:
-        """Names of the parameters that are trained; None: all."""
+        """Return the names of the parameters that are trained; None: all."""
         return None
 
     def learning_rates(self) -> dict[str, float]:
-        """What the learning rate is multiplied by, for those of its parameters where not 1."""
+        """Return per-parameter factors of the learning rate; parameters not listed use 1."""
         return {}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Start values of the tensors that are kept but not trained: none."""
+        """Return the start values of tensors that are kept but not trained; here none."""
         return {}
 
     @abstractmethod
-    def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
-        """The architecture's part of the loss of a batch."""
+    def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
+        """Return the architecture's part of the loss of a batch."""
 
     @abstractmethod
     def infer(
         self,
         weights: Weights,
         x: Tensor,  # [N, D], normalised
-        mode: Mode,
+        engine: Engine,
     ) -> ops.SparseCode:
-        """The code of every token outside training."""
+        """Return the code of every token outside training."""
 
-    def follow_(self, weights: Weights, code: ops.Code) -> None:  # noqa: B027
-        """Learn from a code of training what inference needs: nothing."""
+    def penalty(self, weights: Weights, code: ops.Code) -> Tensor:
+        """Return the L1 penalty of a code without its coefficient: Σ_j |f_j|, a mean over tokens.
+
+        Both the training loss and `SparseAutoencoder.compute_loss_components` use it.
+        """
+        return losses.lp_loss(code, 1.0)
 
     def observe(self, code: ops.Code) -> dict[str, Tensor]:
-        """Return sums over the tokens of a code, 0-d, that `steer_` needs: none.
+        """Return sums over the tokens of a code, 0-d, that `after_step_` needs; here none.
 
-        Those of the parts of a step are added up.
+        The caller adds them up over the parts of a step.
         """
         return {}
 
-    def steer_(  # noqa: B027
-        self, weights: Weights, observed: dict[str, Tensor], sparsity_weight: float | Tensor
+    def after_step_(  # noqa: B027
+        self,
+        weights: Weights,
+        code: ops.Code,
+        observed: dict[str, Tensor],
+        sparsity_weight: float | Tensor,
     ) -> None:
-        """Learn what the next step needs from a step's sums: nothing."""
+        """Update the buffers after a step: what inference and later steps need; here nothing.
 
-    def count_active(self, weights: Weights, batch: Batch, mode: Mode) -> Tensor:
-        """Return how many latents of a batch are active, 0-d; where `needs_step_l0`."""
+        Args:
+            weights: the model's tensors.
+            code: of the step's last part.
+            observed: sums of `observe` over the parts of the step.
+            sparsity_weight: of the step.
+        """
+
+    def count_active(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
+        """Return how many latents of a batch are active, 0-d; called where `needs_step_l0`."""
         raise NotImplementedError
 
-    def constrain_(self, weights: Weights) -> None:  # noqa: B027
-        """Put parameters of its own back to where they may be, after an update: anywhere."""
+    def clamp_parameters_(self, weights: Weights) -> None:  # noqa: B027
+        """Put own parameters back into their range after an update; here nothing."""
 
-    def warning(self, figures: dict[str, float]) -> str | None:
-        """What the logged figures say that the user should know: nothing."""
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        """Return what logged metrics mean that the user should know; here None."""
         return None
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:  # noqa: B027
-        """Follow values that were multiplied by `factor`, 0-d or [F]: nothing in their units."""
+        """Adapt own tensors to code values that were multiplied by `factor`, 0-d or [F]."""
 
     def rebase_(self, weights: Weights, moved: Tensor) -> None:  # noqa: B027
-        """Follow b_enc having given up `moved` [F], which the encoder's product now has in it."""
+        """Adapt own tensors to b_enc from which `moved` [F] was subtracted.
+
+        The encoder's product now contains it.
+        """
 
     def reconstruct(
-        self, weights: Weights, code: ops.Code, batch: Batch, mode: Mode
+        self, weights: Weights, code: ops.Code, batch: Batch, engine: Engine
     ) -> tuple[ops.Reconstruction, Tensor]:
-        """The reconstruction of the batch, and its squared error as a term of the loss."""
-        modelled = ops.reconstruct(
-            code, weights.W_dec, weights.b_dec, batch.target, dense_grad=mode.dense_grad
-        )
-        if batch.behind is None:
+        """Return the reconstruction of a batch and its error, 0-d, as a term of the loss."""
+        modelled = engine.reconstruct(code, weights.W_dec, weights.b_dec, batch.target)
+        if batch.downstream is None:
             return modelled, batch.error_term(modelled.squared_error)
-        return modelled, batch.behind(batch.target + modelled.residual.to(batch.target.dtype))
+        return modelled, batch.downstream(batch.target + modelled.residual.to(batch.target.dtype))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.autoencoder.correlation import correlation_losses
+from sae_fast.activations import STARTS
+from sae_fast.autoencoder.penalties import correlation_losses, temporal_smoothness_loss
 from sae_fast.autoencoder.probe import Probe
-from sae_fast.autoencoder.temporal import temporal_smoothness_loss
 from sae_fast.config import SAEConfig
 
 
@@ -17,7 +19,7 @@ class Guidance:
     Attributes:
         probe: None where there is none.
         term_names: names of the terms.
-        figure_names: names of what is measured besides.
+        metric_names: names of what is measured besides.
     """
 
     def __init__(self, config: SAEConfig):
@@ -38,7 +40,7 @@ class Guidance:
             *(("temporal_loss",) if self.is_smooth else ()),
             *self.correlations,
         )
-        self.figure_names = (self.probe.quality_name,) if self.probe else ()
+        self.metric_names = (self.probe.quality_name,) if self.probe else ()
 
     def parameters(self) -> dict[str, Tensor]:
         """Start values of what is trained for these terms beside the autoencoder."""
@@ -48,28 +50,28 @@ class Guidance:
         self,
         own: dict[str, Tensor],  # the parameters, by name
         code: ops.Code,
-        labels: Tensor | None,  # [N]
-        starts: Tensor | None,  # [N] bool
+        columns: Mapping[str, Tensor],  # [N]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms with their coefficients, and the figures; raises ValueError for what lacks."""
-        terms, figures = {}, {}
+        """The terms with their coefficients, and the metrics; raises ValueError for what lacks."""
+        terms, metrics = {}, {}
         if self.probe:
+            labels = columns.get(self.config.probe_labels or "")
             labels = _one_a_token("labels", labels, code, "probe_loss_coeff")
-            loss, figures[self.probe.quality_name] = self.probe.loss(own, code, labels)
+            loss, metrics[self.probe.quality_name] = self.probe.loss(own, code, labels)
             terms["probe_loss"] = self.config.probe_loss_coeff * loss
         if self.is_smooth:
-            starts = _one_a_token("starts", starts, code, "temporal_smoothness_coeff")
+            starts = _one_a_token("starts", columns.get(STARTS), code, "temporal_smoothness_coeff")
             loss = temporal_smoothness_loss(code, starts)
             terms["temporal_loss"] = self.config.temporal_smoothness_coeff * loss
         if self.correlations:
             terms |= self.correlation_terms(code.dense())
-        return terms, figures
+        return terms, metrics
 
     def nothing(self, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms, all 0, and the figures, which say that nothing was predicted."""
+        """The terms, all 0, and the metrics, which say that nothing was predicted."""
         none = like.new_zeros(())
-        figures = dict.fromkeys(self.figure_names, none + float("nan"))
-        return dict.fromkeys(self.term_names, none), figures
+        metrics = dict.fromkeys(self.metric_names, none + float("nan"))
+        return dict.fromkeys(self.term_names, none), metrics
 
     def correlation_terms(
         self,

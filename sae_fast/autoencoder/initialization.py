@@ -28,6 +28,39 @@ def sample_rows(config: SAEConfig) -> int:
     return int(config.b_dec_init != "zero")
 
 
+@torch.no_grad()
+def initialize_weights_(
+    W_enc: Tensor,  # [F, D]
+    W_dec: Tensor,  # [F, D], of a transcoder [F, d_out]
+    config: SAEConfig,
+    generator: torch.Generator | None,
+    sample: Tensor | None = None,  # [N, D], normalised
+    modelled: Tensor | None = None,  # [N, D], of a transcoder its targets [N, d_out]
+) -> None:
+    """Fill both matrices as `decoder_init` and `decoder_init_norm` say."""
+    if config.transcoder:
+        initialize_apart_(W_enc, W_dec, config.decoder_init, generator, sample, modelled)
+    else:
+        initialize_matrices_(W_enc, W_dec, config.decoder_init, generator, sample)
+        W_enc.mul_(_encoder_share(config))
+    if (norm := config.decoder_init_norm) is not None and norm != 1:
+        W_dec.mul_(norm)
+        W_enc.mul_(norm)
+
+
+def _encoder_share(config: SAEConfig) -> float:
+    """Return the length of W_enc's rows at the start, as a share of the rows tied to W_dec.
+
+    Half of a ReLU model's latents are active then, and unit rows would add up to
+    d_sae / (2 d_in) times x, without ReLU to twice that: the first loss of 100,000 slots would
+    be thousands of variances.
+    """
+    is_long = config.arch in ("relu", "slots") and config.decoder_norm == "unit"
+    if not is_long or config.decoder_init == "kaiming":
+        return 1.0
+    return min(1.0, (2 if config.use_relu else 1) * config.d_in / config.d_sae)
+
+
 def initialize_matrices_(
     W_enc: Tensor,  # [F, D]
     W_dec: Tensor,  # [F, D]

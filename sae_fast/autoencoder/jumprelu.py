@@ -18,11 +18,11 @@ from sae_fast import ops
 from sae_fast.autoencoder.architecture import (
     ArchitectureLoss,
     Batch,
-    Mode,
+    Engine,
     Weights,
     WholeStep,
 )
-from sae_fast.autoencoder.losses import steady_sum
+from sae_fast.autoencoder.losses import deterministic_sum
 from sae_fast.autoencoder.thresholded import Thresholded
 from sae_fast.ops.dense_product import linear
 
@@ -33,7 +33,7 @@ class JumpReLU(Thresholded):
     """How a JumpReLU model selects latents, and its penalties."""
 
     term_names = ("sparsity_loss", "pre_act_loss")
-    figure_names = ("mean_threshold",)
+    metric_names = ("mean_threshold",)
 
     def parameters(self) -> dict[str, Tensor]:
         """`threshold`, θ [F]."""
@@ -48,57 +48,50 @@ class JumpReLU(Thresholded):
         self,
         weights: Weights,
         x: Tensor,  # [N, D], normalised
-        mode: Mode,
+        engine: Engine,
     ) -> ops.SparseCode:
         """The code of every token: its latents above their thresholds."""
-        return ops.encode_threshold(
-            x,
-            *weights[:2],
-            weights.input_bias,
-            weights.own[_THRESHOLD].detach(),
-            precision=mode.precision,
-            dense_grad=mode.dense_grad,
-        )
+        return engine.encode_threshold(weights, x, weights.own[_THRESHOLD].detach())
 
-    def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
+    def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
         """Squared error, the sparsity penalty, and the pre-activation loss of dead latents."""
         threshold = weights.own[_THRESHOLD]
-        above = self._list_window(weights, batch, mode)
+        above = self._list_window(weights, batch, engine)
         spread = above.spread(threshold)
         estimate = self.config.jumprelu_bandwidth, self.config.jumprelu_ste_to_input
         code = above.with_values(_jump(above.values, spread, *estimate))
-        modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
+        modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
         if self.config.sparsity_penalty == "tanh":
             penalty = self._tanh_penalty(weights, code)
         else:
-            l0 = steady_sum(_step(above.values, spread, *estimate)) / code.n_rows
+            l0 = deterministic_sum(_step(above.values, spread, *estimate)) / code.n_rows
             penalty = self._l0_penalty(_of_the_step(l0, batch.whole))
         assert self.config.sparsity_penalty_coeff is not None
-        coefficient = self.config.sparsity_penalty_coeff * batch.sparsity_weight
+        coefficient = self.config.sparsity_penalty_coeff * batch.settings.sparsity_weight
         terms = {
             "sparsity_loss": coefficient * penalty,
             "pre_act_loss": self._pre_act_loss(weights, batch),
         }
-        figures = {"mean_threshold": threshold.detach().mean()}
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, figures)
+        metrics = {"mean_threshold": threshold.detach().mean()}
+        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
 
     @property
     def needs_step_l0(self) -> bool:  # type: ignore[override]
         """Whether the penalty is no mean over tokens: that of l0_target is a square of the L0."""
         return self.config.sparsity_penalty == "l0_target"
 
-    def count_active(self, weights: Weights, batch: Batch, mode: Mode) -> Tensor:
+    def count_active(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
         """Return how many latents of a batch are active, 0-d, as `loss` counts them."""
-        above = self._list_window(weights, batch, mode)
+        above = self._list_window(weights, batch, engine)
         return (above.values.detach() > self.config.jumprelu_bandwidth / 2).sum()
 
-    def _list_window(self, weights: Weights, batch: Batch, mode: Mode) -> ops.Code:
+    def _list_window(self, weights: Weights, batch: Batch, engine: Engine) -> ops.Code:
         """ReLU(π − θ + ε/2): what lies above the threshold, and in the window below it."""
         lowest = weights.own[_THRESHOLD].detach() - self.config.jumprelu_bandwidth / 2
-        return self.list_above(weights, batch, mode, lowest)
+        return self.list_above(weights, batch, engine, lowest)
 
-    def constrain_(self, weights: Weights) -> None:
-        """θ stays at 0 or above, where a latent that fires has a positive value."""
+    def clamp_parameters_(self, weights: Weights) -> None:
+        """Keep θ at 0 or above, where a latent that fires has a positive value."""
         weights.own[_THRESHOLD].clamp_min_(0)
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
@@ -119,7 +112,7 @@ class JumpReLU(Thresholded):
         """Σ_i tanh(c f_i |W_dec,i|), averaged over tokens."""
         row_norms = self.row_norms(weights)
         amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
-        return steady_sum((self.config.jumprelu_tanh_scale * amounts).tanh()) / code.n_rows
+        return deterministic_sum((self.config.jumprelu_tanh_scale * amounts).tanh()) / code.n_rows
 
     def _pre_act_loss(self, weights: Weights, batch: Batch) -> Tensor:
         """Σ ReLU(θ_i − π_i) |W_dec,i| over the dead latents, averaged over tokens.
@@ -134,7 +127,7 @@ class JumpReLU(Thresholded):
         missing = (weights.own[_THRESHOLD][dead] - pre_acts).relu()
         if not self.unit_norm:
             missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)
-        return self.config.pre_act_loss_coeff * steady_sum(missing) / len(batch.x)
+        return self.config.pre_act_loss_coeff * deterministic_sum(missing) / len(batch.x)
 
 
 def _of_the_step(

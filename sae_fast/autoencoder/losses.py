@@ -32,14 +32,6 @@ class TrainingLoss:
     variance: Tensor
 
 
-def l1_loss(
-    values: Tensor,  # [N, K], or [nnz] of N tokens
-    n_tokens: int,
-) -> Tensor:
-    """The sum of a token's code values, averaged over tokens; decoder rows have unit norm."""
-    return steady_sum(values) / n_tokens
-
-
 def lp_loss(
     code: ops.Code,
     p: float,
@@ -54,12 +46,12 @@ def lp_loss(
     magnitudes = code.values.abs() if code.signed else code.values
     if isinstance(code, ops.DenseCode) and row_norms is not None and p == 1:
         # Sums over tokens first: neither this nor its gradient is a second [N, F].
-        return steady_sum(magnitudes.sum(0) * row_norms) / code.n_rows
+        return deterministic_sum(magnitudes.sum(0) * row_norms) / code.n_rows
     amounts = magnitudes if row_norms is None else magnitudes * code.spread(row_norms)
-    return steady_sum(lp_amounts(amounts, p)) / code.n_rows
+    return deterministic_sum(lp_values(amounts, p)) / code.n_rows
 
 
-def lp_amounts(amounts: Tensor, p: float) -> Tensor:
+def lp_values(amounts: Tensor, p: float) -> Tensor:
     """(a + s)^p − s^p of every amount, for p = 1 the amounts."""
     return amounts if p == 1 else (amounts + _LP_SHIFT).pow(p) - _LP_SHIFT**p
 
@@ -75,18 +67,18 @@ def aux_k_loss(
     Scaled down while fewer than `full_k_aux` latents are dead; 0 for a residual without variance.
     """
     residual = residual.detach().to(squared_error.dtype)
-    per_variance = one_by_variance(residual, total_variance(residual))
+    per_variance = inverse_variance(residual, total_variance(residual))
     share = (n_dead.double() / full_k_aux).clamp_max(1.0).to(per_variance.dtype)
-    return steady_sum(squared_error) * (share * per_variance)
+    return deterministic_sum(squared_error) * (share * per_variance)
 
 
-def one_by_variance(
+def inverse_variance(
     x: Tensor,  # [N, D]
     variance: Tensor,  # 0-d, its total_variance
 ) -> Tensor:
     """What an error squared is divided by to be a share of the variance; 0 where there is none."""
     # Below this it is the rounding of the mean, and dividing by it would blow the term up.
-    rounding = torch.finfo(x.dtype).eps * steady_sum(x.square())
+    rounding = torch.finfo(x.dtype).eps * deterministic_sum(x.square())
     return torch.where(variance <= rounding, 0.0, variance.reciprocal())
 
 
@@ -98,7 +90,7 @@ def ratio(
     return count.float() / of
 
 
-def steady_sum(
+def deterministic_sum(
     x: Tensor,  # any shape
 ) -> Tensor:
     """The sum of all entries, in an order that does not depend on the number of threads.
@@ -112,7 +104,7 @@ def steady_sum(
     whole = len(flat) // _BLOCK * _BLOCK
     if whole == 0:
         return flat.sum()
-    return steady_sum(flat[:whole].view(-1, _BLOCK).sum(1)) + flat[whole:].sum()
+    return deterministic_sum(flat[:whole].view(-1, _BLOCK).sum(1)) + flat[whole:].sum()
 
 
 def pooled_variance(
@@ -125,7 +117,7 @@ def pooled_variance(
     means = [part.mean(0) for part in parts]
     centre = torch.stack([m * (len(p) / n_rows) for m, p in zip(means, parts, strict=True)]).sum(0)
     variances = [
-        total_variance(part) + len(part) * steady_sum((mean - centre).square())
+        total_variance(part) + len(part) * deterministic_sum((mean - centre).square())
         for part, mean in zip(parts, means, strict=True)
     ]
     return torch.stack(variances).sum()
@@ -139,8 +131,8 @@ def total_variance(
         return len(x) * torch.var(x, dim=0, correction=0).sum()
     mean = x.mean(0)
     # |x|² − N |mean|² writes nothing; where the mean is most of x it would cancel to rounding.
-    total = steady_sum(torch.linalg.vector_norm(x, dim=1).square())
-    centre = len(x) * steady_sum(mean.square())
+    total = deterministic_sum(torch.linalg.vector_norm(x, dim=1).square())
+    centre = len(x) * deterministic_sum(mean.square())
     if bool(centre < 0.5 * total):
         return total - centre
-    return steady_sum((x - mean).square_())
+    return deterministic_sum((x - mean).square_())

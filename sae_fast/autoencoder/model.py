@@ -1,13 +1,13 @@
 """The sparse autoencoder: parameters, encode and decode, its training loss, and its files.
 
 Rows are latents in both matrices. The parameters live in normalised units, (x − mean) · scale:
-`encode`, `decode` and `forward` take and give activations as they are, `training_loss` takes them
-normalised. A transcoder has targets y in place of what is reconstructed, see transcoder.py.
+`encode`, `decode` and `forward` take and give activations as they are, `batch_loss` takes them
+normalised. A transcoder reconstructs targets y in place of x, see transcoder.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -16,52 +16,49 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import ops
-from sae_fast.autoencoder import losses
+from sae_fast.activations import STARTS, TARGETS, Rows
+from sae_fast.autoencoder import losses, metrics
 from sae_fast.autoencoder.architecture import (
     ArchitectureLoss,
     Batch,
-    Mode,
+    Engine,
+    StepSettings,
     Weights,
     WholeStep,
 )
 from sae_fast.autoencoder.architectures import ARCHITECTURES
-from sae_fast.autoencoder.decorrelation import decorrelation_loss
 from sae_fast.autoencoder.files import read_config, read_origin, read_tensors, write_model
+from sae_fast.autoencoder.folding import fold_decoder_norms_, fold_normalization_
 from sae_fast.autoencoder.guidance import Guidance
-from sae_fast.autoencoder.initialization import (
-    centre,
-    initialize_apart_,
-    initialize_matrices_,
-    sample_rows,
-)
+from sae_fast.autoencoder.initialization import centre, initialize_weights_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
-from sae_fast.autoencoder.measures import Measures
+from sae_fast.autoencoder.penalties import decorrelation_loss
 from sae_fast.autoencoder.probe import predictions
 from sae_fast.autoencoder.transcoder import (
     SKIP,
-    fold_input_,
     skip,
     transcoder_buffers,
     transcoder_parameters,
 )
-from sae_fast.autoencoder.units import require_tensor
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.ops.full_precision import addmm
 from sae_fast.text_links import followed
 
-_UNIT = 1e-5  # how far the norm of a row may be from 1 and still be called 1
 
-
-class SparseAutoencoder(Measures):
+class SparseAutoencoder(nn.Module):
     """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
 
-    What takes the place of TopK is the architecture's choice, see the file of its name. `origin`
-    tells of which activations it is, by names such as model, hook and layer; it is saved with it.
+    The architecture says what takes the place of TopK, see architectures.py. `origin` says of which
+    activations the model is, by names such as model, hook and layer; it is saved with it.
 
     Raises ValueError where the configuration leaves d_in open.
     """
 
+    activation_mean: Tensor  # [D]
+    activation_scale: Tensor  # 0-d
+    target_mean: Tensor  # [d_out], of a transcoder
+    target_scale: Tensor  # 0-d, of a transcoder
     no_bias: Tensor | None  # [D], zeros subtracted from x where b_dec is not
     tokens_since_fired: Tensor  # [F] int64
     decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
@@ -101,7 +98,20 @@ class SparseAutoencoder(Measures):
         self.register_buffer("no_bias", no_bias, persistent=False)
         self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
-            self._initialize_weights(None)
+            initialize_weights_(self.W_enc, self.W_dec, config, None)
+
+    def extra_repr(self) -> str:
+        """Return the architecture and its sizes, which `repr` shows."""
+        config = self.config
+        sizes: dict[str, Any] = {"d_in": config.d_in}
+        if config.transcoder:
+            sizes["d_out"] = config.d_out
+        sizes["d_sae"] = config.d_sae
+        if config.k is not None:
+            sizes["k"] = config.k
+        return ", ".join([config.arch, *(f"{name}={value}" for name, value in sizes.items())])
+
+    # ---- starting values ---------------------------------------------------------------------
 
     @torch.no_grad()
     def initialize_(
@@ -117,7 +127,7 @@ class SparseAutoencoder(Measures):
             raise ValueError(f"{name} = {getattr(config, name)!r} needs a sample of activations")
         rows = None if sample is None else self._rows(sample)
         modelled = rows if rows is None else self._targets(rows, targets)
-        self._initialize_weights(generator, rows, modelled)
+        initialize_weights_(self.W_enc, self.W_dec, config, generator, rows, modelled)
         self.b_enc.zero_()
         self.b_dec.zero_()
         if modelled is not None:
@@ -128,35 +138,88 @@ class SparseAutoencoder(Measures):
         for name, start in self._own_start().items():
             getattr(self, name).copy_(start)
 
+    def _own_parameters(self) -> dict[str, Tensor]:
+        """Return start values of the architecture's parameters, the probe's and the skip's."""
+        own = self.architecture.parameters() | self.guidance.parameters()
+        return own | transcoder_parameters(self.config)
+
+    def _own_start(self) -> dict[str, Tensor]:
+        """Return start values of the own parameters and of the architecture's buffers."""
+        return self._own_parameters() | self.architecture.buffers()
+
+    # ---- normalisation -----------------------------------------------------------------------
+
     @torch.no_grad()
-    def _initialize_weights(
+    def set_normalization_(
         self,
-        generator: torch.Generator | None,
-        sample: Tensor | None = None,  # [N, D]
-        modelled: Tensor | None = None,  # [N, D], or of a transcoder [N, d_out]
+        mean: Tensor,  # [D]
+        scale: float | Tensor,
     ) -> None:
-        method = self.config.decoder_init
-        if self.config.transcoder:
-            initialize_apart_(self.W_enc, self.W_dec, method, generator, sample, modelled)
-        else:
-            initialize_matrices_(self.W_enc, self.W_dec, method, generator, sample)
-            self.W_enc.mul_(self._encoder_share())
-        if (norm := self.config.decoder_init_norm) is not None and norm != 1:
-            self.W_dec.mul_(norm)
-            self.W_enc.mul_(norm)
+        """Set mean and scale: the normalised activation is (x − mean) · scale.
 
-    def _encoder_share(self) -> float:
-        """How long W_enc's rows are at the start, compared with those that are tied to W_dec.
-
-        Half of a ReLU model's latents are active then, and unit rows would add up to
-        d_sae / (2 d_in) times x, without ReLU to twice that: the first loss of 100,000 slots would
-        be thousands of variances.
+        Raises ValueError where the configuration has no normalisation, or they are not usable.
         """
-        config = self.config
-        is_long = config.arch in ("relu", "slots") and config.decoder_norm == "unit"
-        if not is_long or config.decoder_init == "kaiming":
-            return 1.0
-        return min(1.0, (2 if config.use_relu else 1) * config.d_in / config.d_sae)
+        self._normalize_by_(self.activation_mean, self.activation_scale, mean, scale)
+
+    @torch.no_grad()
+    def set_target_normalization_(
+        self,
+        mean: Tensor,  # [d_out]
+        scale: float | Tensor,
+    ) -> None:
+        """Set mean and scale of a transcoder's targets, normalised to (y − mean) · scale.
+
+        Raises ValueError where the model is no transcoder, has no normalisation, or they are not
+        usable.
+        """
+        if not self.config.transcoder:
+            raise ValueError("targets belong to a transcoder, and this model is none")
+        self._normalize_by_(self.target_mean, self.target_scale, mean, scale)
+
+    def _normalize_by_(
+        self, own_mean: Tensor, own_scale: Tensor, mean: Tensor, scale: float | Tensor
+    ) -> None:
+        if self.config.normalize_activations == "none":
+            raise ValueError("normalize_activations = 'none' leaves no mean and scale to set")
+        if mean.shape != own_mean.shape:
+            shapes = tuple(own_mean.shape), tuple(mean.shape)
+            raise ValueError(f"mean must have shape {shapes[0]}, got {shapes[1]}")
+        if not (float(scale) > 0 and bool(torch.isfinite(mean).all())):
+            raise ValueError(
+                f"mean must be finite and scale greater than 0, got scale {float(scale)}"
+            )
+        own_mean.copy_(mean)
+        own_scale.fill_(float(scale))
+
+    def normalize(
+        self,
+        x: Tensor,  # [..., D]
+    ) -> Tensor:
+        """Return activations in the units of the parameters, in the shape of x."""
+        if self.config.normalize_activations == "none":
+            return x
+        return (x - self.activation_mean) * self.activation_scale
+
+    def denormalize(
+        self,
+        x_hat: Tensor,  # [..., D], of a transcoder [..., d_out]
+    ) -> Tensor:
+        """Return a reconstruction in the units of the activations, or of a transcoder's targets."""
+        if self.config.normalize_activations == "none":
+            return x_hat
+        return x_hat / self.output_scale + self.output_mean
+
+    @property
+    def output_mean(self) -> Tensor:
+        """The mean of what is reconstructed: of the activations [D], or of the targets [d_out]."""
+        return self.target_mean if self.config.transcoder else self.activation_mean
+
+    @property
+    def output_scale(self) -> Tensor:
+        """The scale of what is reconstructed, 0-d."""
+        return self.target_scale if self.config.transcoder else self.activation_scale
+
+    # ---- encode and decode -------------------------------------------------------------------
 
     def encode(
         self,
@@ -170,7 +233,7 @@ class SparseAutoencoder(Measures):
         Values are in normalised units: one unit of latent j adds `direction(j)` to x_hat.
         """
         rows = self.normalize(self._rows(x))
-        return self.architecture.infer(self.weights, rows, Mode(precision, dense_grad))
+        return self.architecture.infer(self.weights, rows, Engine(precision, dense_grad))
 
     def decode(
         self,
@@ -186,7 +249,7 @@ class SparseAutoencoder(Measures):
         needs the `x` that was encoded. A dense code leaves dense gradients in any case.
         """
         if not isinstance(code, ops.Code):
-            require_tensor(code, "code")
+            _require_tensor(code, "code")
         elif code.d_sae != self.config.d_sae:
             raise ValueError(
                 f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
@@ -238,6 +301,35 @@ class SparseAutoencoder(Measures):
         x_hat = self.decode(code, x)
         return x_hat.reshape(*x.shape[:-1], self.config.target_width), code
 
+    def probe(self, code: ops.SparseCode) -> Tensor:
+        """Return what the probe predicts from a code: logits [N, classes], or numbers [N, 1].
+
+        Raises ValueError where the model has no probe.
+        """
+        if not self.config.has_probe:
+            raise ValueError("probe: the model was trained without one (see probe_loss_coeff)")
+        return predictions(self.weights.own, code)
+
+    def kept_copies(self, session: object = None) -> AbstractContextManager[None]:
+        """Keep the weights in the kernels' format between calls inside this context.
+
+        It makes many calls of few tokens faster. Inside, change weights by ordinary in-place
+        operations and optimisers only, not through `.data` or memory shared with NumPy, which
+        nothing counts. `session` is passed on to `ops.kept_copies`.
+        """
+        weights = self.weights
+        kept = weights.W_enc, weights.W_dec, weights.input_bias
+        return ops.kept_copies(*kept, session=session)
+
+    @property
+    def weights(self) -> Weights:
+        """The tensors as the architecture takes them."""
+        own = {name: getattr(self, name) for name in self._own_names}
+        input_bias = self.b_dec if self.no_bias is None else self.no_bias
+        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, own, input_bias)
+
+    # ---- training ----------------------------------------------------------------------------
+
     def training_loss(
         self,
         x: Tensor,  # [N, D], normalised
@@ -253,109 +345,162 @@ class SparseAutoencoder(Measures):
         relations: Tensor | None = None,  # [N] int64
         answers: Tensor | None = None,  # [N] int64
         reconstruction_only: bool = False,
-        behind: Callable[[Tensor], Tensor] | None = None,
-        whole: WholeStep | None = None,
+        downstream: Callable[[Tensor], Tensor] | None = None,
     ) -> TrainingLoss:
-        """The weighted sum of the loss terms of a batch.
-
-        Backward leaves ordinary gradients, or without `dense_grad` row factors for `RowOptimizer`.
+        """Return the weighted sum of the loss terms of tensors; see `batch_loss`.
 
         Args:
             x: the batch.
             targets: what a transcoder is to predict; other models have none.
-            precision: mode of the encoder's product, as for `encode`.
-            dense_grad: whether backward leaves dense gradients.
-            k_aux: room for dead latents in AuxK, per token: at least as many as are dead, up to
-                aux_k. More changes nothing. By default the host counts them, and waits for that.
-            sparsity_weight: what the terms that make codes sparse are multiplied by.
-            k: latents active per token, while it is annealed; by default the model's.
+            precision, dense_grad: see `Engine`.
+            k_aux, sparsity_weight, k, reconstruction_only: see `StepSettings`.
             labels: what the probe is to predict, if there is one; -1: nothing.
-            starts: which tokens do not go on from the one before, for the temporal loss.
+            starts: tokens that begin a sequence, for the temporal loss.
             relations, answers: of arch slots, -1: none.
-            reconstruction_only: whether all other terms are left out.
-            behind: of loss_fn ce and kl: the loss, 0-d, of the model that goes on from a
-                reconstruction [N, D], normalised.
-            whole: the optimiser step that the batch is one of several parts of, see
-                `whole_step`; the mean loss of the parts is then that of the batch that they make.
+            downstream: see `batch_loss`.
 
-        Raises ValueError where `behind` does not go with loss_fn.
+        Raises ValueError where `targets` or `downstream` do not fit the configuration.
         """
-        if (behind is None) == self.config.is_end_to_end:
+        config = self.config
+        if targets is not None and not config.transcoder:
+            raise ValueError("targets belong to a transcoder, and this model is none")
+        given = {
+            TARGETS: targets,
+            STARTS: starts,
+            config.probe_labels: labels,
+            config.relation_labels: relations,
+            config.answer_labels: answers,
+        }
+        columns = {name: column for name, column in given.items() if name and column is not None}
+        settings = StepSettings(
+            sparsity_weight=sparsity_weight,
+            k=k,
+            k_aux=k_aux,
+            reconstruction_only=reconstruction_only,
+        )
+        engine = Engine(precision, dense_grad)
+        return self.batch_loss(Rows(x, columns), settings, engine, downstream=downstream)
+
+    def batch_loss(
+        self,
+        batch: Rows,
+        settings: StepSettings = StepSettings(),  # noqa: B008
+        engine: Engine = Engine(),  # noqa: B008
+        *,
+        downstream: Callable[[Tensor], Tensor] | None = None,
+        whole: WholeStep | None = None,
+    ) -> TrainingLoss:
+        """Return the weighted sum of the loss terms of a batch, as a step of training needs it.
+
+        Backward leaves ordinary gradients, or without `engine.dense_grad` row factors for
+        `RowOptimizer`.
+
+        Args:
+            batch: x [N, D], normalised, and columns by the names that the configuration has for
+                labels; a transcoder's targets [N, d_out], normalised.
+            settings: of the step; its `rate` is not used here.
+            engine: how the ops are called.
+            downstream: for loss_fn ce and kl, returns the loss, 0-d, of the model that continues
+                from a reconstruction [N, D], normalised.
+            whole: the optimiser step that the batch is one of several parts of, see
+                `whole_step`; the mean loss of the parts is then the loss of all their tokens.
+
+        Raises ValueError where `downstream` or a column does not fit the configuration.
+        """
+        if (downstream is None) == self.config.is_end_to_end:
             raise ValueError(
-                f"behind must {'not ' if behind else ''}be given with loss_fn {self.config.loss_fn}"
+                f"downstream must {'not ' if downstream else ''}be given with "
+                f"loss_fn {self.config.loss_fn}"
             )
-        x = self._rows(x)
-        weights, y = self.weights, self._targets(x, targets)
-        target = self._left_to_the_code(x, y, precision)
+        x = self._rows(batch.x)
+        weights, y = self.weights, self._targets_in(x, batch.columns)
+        target = self._residual_target(x, y, engine.precision)
         if whole is None:
             variance = losses.total_variance(y.detach())
         else:  # the part's share of it
             variance = whole.variance / whole.n_parts
-        options = (k_aux, sparsity_weight, k, reconstruction_only, self._error_weight(y, variance))
-        batch = Batch(x, target, self.dead_mask(), *options, relations, answers, behind, whole)
-        own = self.architecture.loss(weights, batch, Mode(precision, dense_grad))
-        total, components = self._weighted_sum(own, x, labels, starts, reconstruction_only)
-        components["fvu"] = losses.steady_sum(own.squared_error.detach()) / variance
+        own = self.architecture.loss(
+            weights,
+            Batch(
+                x,
+                target,
+                self.dead_mask(),
+                batch.columns,
+                settings,
+                self._error_weight(y, variance),
+                downstream,
+                whole,
+            ),
+            engine,
+        )
+        total, components = self._weighted_sum(own, batch, settings)
+        components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
         components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)
         if self.config.transcoder:
             variance = variance + losses.total_variance(x.detach())
         return TrainingLoss(total, components, own.code, variance)
 
     def _weighted_sum(
-        self,
-        own: ArchitectureLoss,
-        x: Tensor,  # [N, D]
-        labels: Tensor | None,  # [N]
-        starts: Tensor | None,  # [N] bool
-        reconstruction_only: bool,
+        self, own: ArchitectureLoss, batch: Rows, settings: StepSettings
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The terms with their coefficients added up; each, and the figures, by name, detached."""
-        none = x.new_zeros(())
+        """Return the sum of the terms with their coefficients; and terms and metrics, detached."""
+        none, alone = self.b_dec.new_zeros(()), settings.reconstruction_only
         terms = {
             "recon_loss": self.config.reconstruction_coeff * own.recon_loss,
             "l1_loss": none,
-            "decorr_loss": none if reconstruction_only else self._decorr_loss(),
+            "decorr_loss": none if alone else self._decorr_loss(),
             "aux_loss": none,
             **own.terms,
         }
-        if reconstruction_only:
-            guided, figures = self.guidance.nothing(x)
+        if alone:
+            guided, measured = self.guidance.nothing(none)
             terms = {name: t if name == "recon_loss" else none for name, t in terms.items()}
         else:
-            guided, figures = self.guidance.terms(self.weights.own, own.code, labels, starts)
+            guided, measured = self.guidance.terms(self.weights.own, own.code, batch.columns)
         terms |= guided
         components = {name: term.detach() for name, term in terms.items()}
-        return torch.stack(list(terms.values())).sum(), components | own.figures | figures
+        return torch.stack(list(terms.values())).sum(), components | own.metrics | measured
 
-    def _left_to_the_code(self, x: Tensor, y: Tensor, precision: str) -> Tensor:
-        """What the code of x is to model: y without what a skip connection gives."""
+    def _residual_target(self, x: Tensor, y: Tensor, precision: str) -> Tensor:
+        """Return the target minus the skip connection's output, y − x W_skipᵀ."""
         if not self.config.skip_connection:
             return y
         return y - skip(x, self.get_parameter(SKIP), precision)
 
     def _error_weight(self, y: Tensor, variance: Tensor) -> Tensor | None:
-        """What makes the mean squared error of a batch the term that loss_fn names; None: 1."""
+        """Return the factor, 0-d, that makes a mean squared error the term of loss_fn; None: 1."""
         if self.config.loss_fn != "fvu":
             return None
-        return len(y) * losses.one_by_variance(y.detach(), variance)
+        return len(y) * losses.inverse_variance(y.detach(), variance)
+
+    def _decorr_loss(self) -> Tensor:
+        """Return the decorrelation of the decoder's rows, with its coefficient."""
+        config = self.config
+        if config.decorrelation_coeff == 0:
+            return self.W_dec.new_zeros(())
+        form, chunk = config.decorrelation, config.decorrelation_chunk
+        assert form is not None
+        draw, unit = self.decorrelation_draw, config.error_of_the_mean
+        penalty = decorrelation_loss(self.W_dec, form, draw, chunk, unit)
+        return config.decorrelation_coeff * penalty
 
     @torch.no_grad()
     def whole_step(
         self,
-        parts: Sequence[tuple[Tensor, Tensor | None]],  # [N, D] and targets [N, d_out], normalised
-        precision: str = "screened",
+        parts: Sequence[Rows],
+        engine: Engine = Engine(),  # noqa: B008
     ) -> WholeStep:
-        """Measure what `training_loss` must know of a step whose gradient is added up from parts.
+        """Measure what `batch_loss` must know of a step whose gradient is added up from parts.
 
         With jumprelu's penalty l0_target this encodes every part once more.
         """
-        rows = [self._rows(x) for x, _ in parts]
-        targets = [self._targets(x, y) for x, (_, y) in zip(rows, parts, strict=True)]
+        rows = [self._rows(part.x) for part in parts]
+        targets = [self._targets_in(x, part.columns) for x, part in zip(rows, parts, strict=True)]
         variance, l0 = losses.pooled_variance(targets), None
         if self.architecture.needs_step_l0:
-            weights, mode, dead = self.weights, Mode(precision), self.dead_mask()
+            weights, dead = self.weights, self.dead_mask()
             active = [
-                self.architecture.count_active(weights, Batch(x, x, dead), mode) for x in rows
+                self.architecture.count_active(weights, Batch(x, x, dead), engine) for x in rows
             ]
             l0 = torch.stack(active).sum() / sum(map(len, rows))
         return WholeStep(len(parts), variance, l0)
@@ -370,42 +515,137 @@ class SparseAutoencoder(Measures):
         self.tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
 
     @torch.no_grad()
-    def follow_(
+    def after_step_(
         self,
         code: ops.Code,
         sparsity_weight: float | Tensor = 1.0,
         observed: dict[str, Tensor] | None = None,
     ) -> None:
-        """Let the architecture learn from a code of training what inference and later steps need.
+        """Update the architecture's buffers after a step, see `Architecture.after_step_`.
 
-        `sparsity_weight` is that of the `training_loss` that gave the code; `observed` has, of a
-        step in several parts, the sums of `architecture.observe` over their codes. The next step is
-        decorrelated in other chunks.
+        The next step is decorrelated in other chunks.
+
+        Args:
+            code: that `batch_loss` returned, of the last part of a step.
+            sparsity_weight: of the step.
+            observed: for a step of several parts, the sums of `architecture.observe` over them.
         """
         if observed is None:
             observed = self.architecture.observe(code)
         if self.decorrelation_draw is not None:
             self.decorrelation_draw.add_(1)
-        self.architecture.follow_(self.weights, code)
-        self.architecture.steer_(self.weights, observed, sparsity_weight)
+        self.architecture.after_step_(self.weights, code, observed, sparsity_weight)
 
     @torch.no_grad()
-    def constrain_(self) -> None:
-        """Put the architecture's own parameters back to where they may be, after an update."""
-        self.architecture.constrain_(self.weights)
+    def clamp_parameters_(self) -> None:
+        """Put the architecture's own parameters back into their range, after an update."""
+        self.architecture.clamp_parameters_(self.weights)
 
     def dead_mask(self) -> Tensor:
-        """Which latents [F] have been silent for `dead_after_tokens`."""
+        """Return which latents have been silent for `dead_after_tokens`, [F] bool."""
         return self.tokens_since_fired >= self.config.dead_after_tokens
 
-    def probe(self, code: ops.SparseCode) -> Tensor:
-        """What the probe predicts from a code: logits [N, classes], or numbers [N, 1].
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the terms of the loss, which are also components of it."""
+        shared = ("recon_loss", "l1_loss", "decorr_loss", "aux_loss")
+        own = (*self.architecture.term_names, *self.guidance.term_names)
+        return tuple(dict.fromkeys((*shared, *own)))
 
-        Raises ValueError where the model has no probe.
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the components of the loss that are measured and not minimised."""
+        own = (*self.architecture.metric_names, *self.guidance.metric_names)
+        return ("fvu", "l0", *own)
+
+    # ---- metrics of a code and a reconstruction at hand --------------------------------------
+
+    def compute_loss_components(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+        x_hat: Tensor,  # in the shape of x
+        h: ops.SparseCode | Tensor,  # the code of x; dense, [..., F]
+        probe_loss: Tensor | None = None,
+        temporal_loss: Tensor | None = None,
+        **further_terms: Tensor,
+    ) -> dict[str, float | Tensor]:
+        """Return the loss of a reconstruction as numbers by term, and a tensor for backward.
+
+        recon_loss, l1_loss, decorr_loss, probe_loss and temporal_loss carry the coefficients of the
+        configuration and add up, with independence_loss and orthogonality_loss where the model has
+        them and with the terms given besides, to total_loss; total_loss_tensor is that sum with its
+        graph. recon_loss is of x_hat alone and l1_loss of h alone: of matryoshka the smaller
+        dictionaries are left out, of gated the gates that are not h.
+
+        Args:
+            x: the activations; of a transcoder the targets, [..., d_out].
+            x_hat: their reconstruction, as `decode` and `forward` give it.
+            h: their code, as `encode` gives it, or as a dense tensor.
+            probe_loss: 0-d, without its coefficient; None: 0.
+            temporal_loss: 0-d, without its coefficient; None: 0.
+            **further_terms: 0-d, with their coefficients: what h does not determine, as AuxK or the
+                gradient of jumprelu's penalty.
         """
-        if not self.config.has_probe:
-            raise ValueError("probe: the model was trained without one (see probe_loss_coeff)")
-        return predictions(self.weights.own, code)
+        rows, rows_hat = self._rows_of_both(x, x_hat)
+        error = rows_hat - rows
+        config = self.config
+        if config.normalize_activations != "none":
+            error = error * self.output_scale
+            rows = (rows - self.output_mean) * self.output_scale
+        code = metrics.as_code(config, h, len(error))
+        penalty = self.architecture.penalty(self.weights, code)
+        terms: dict[str, float | Tensor] = {
+            "recon_loss": metrics.reconstruction_term(config, error, rows),
+            "l1_loss": (config.l1_penalty_coeff or 0.0) * penalty,
+            "decorr_loss": self._decorr_loss(),
+        }
+        if config.independence_coeff or config.orthogonality_coeff:
+            terms |= self.guidance.correlation_terms(code.dense())
+        terms["probe_loss"] = 0.0
+        if probe_loss is not None:
+            terms["probe_loss"] = config.probe_loss_coeff * probe_loss
+        terms["temporal_loss"] = 0.0
+        if temporal_loss is not None:
+            terms["temporal_loss"] = config.temporal_smoothness_coeff * temporal_loss
+        return metrics.weighted_sum({**terms, **further_terms}, error)
+
+    def get_activation_stats(
+        self,
+        h: ops.SparseCode | Tensor,  # dense: [..., F]
+    ) -> dict[str, float]:
+        """Return how active the latents are in a code.
+
+        l0: latents that fire, per token; activation_fraction: their share of d_sae;
+        mean_activation, max_activation: of the values of those that fire, of abs_topk of their
+        magnitudes, 0 if none does;
+        silent_fraction: share of the latents that fire for no token of `h`; dead_fraction: share
+        that has been silent for dead_after_tokens of training.
+        """
+        return metrics.activation_stats(self.config, h, self.dead_mask())
+
+    def get_reconstruction_error(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+        x_hat: Tensor,  # in the shape of x
+    ) -> dict[str, float]:
+        """Return how far a reconstruction is from the activations, in their units.
+
+        Of a transcoder x are the targets. Sums are in float64.
+
+        squared_error: Σ_d (x̂ − x)², averaged over tokens; mse: averaged over numbers;
+        fvu: Σ (x̂ − x)² by Σ (x − mean(x))² over all tokens; explained_variance: 1 − fvu;
+        explained_variance_overall: 1 − mse / x.var(), with one variance of all numbers;
+        relative_error: |x̂ − x| / |x|, the norms over all tokens; cosine: of x and x̂, averaged over
+        tokens.
+        """
+        return metrics.reconstruction_error(*self._rows_of_both(x, x_hat))
+
+    @torch.no_grad()
+    def mean_squared_cosine(self) -> Tensor:
+        """Return the mean of (ŵ_i·ŵ_j)² over pairs of different decoder rows, 0-d; 0 of one row."""
+        return decorrelation_loss(self.W_dec, "gram_mean", None, self.config.decorrelation_chunk)
+
+    # ---- the same function by other parameters -----------------------------------------------
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -420,7 +660,6 @@ class SparseAutoencoder(Measures):
         else:
             self.fold_decoder_norms()
 
-    @torch.no_grad()
     def fold_decoder_norms(self) -> None:
         """Scale decoder rows to unit length and codes by their norms, in place: x_hat stays.
 
@@ -431,50 +670,25 @@ class SparseAutoencoder(Measures):
         Raises ValueError for an architecture that compares latents with each other, unless its rows
         have norm 1 already: it would choose others.
         """
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
-        if self.architecture.compares_latents:
-            if bool(((norms - 1).abs() <= _UNIT).all()):
-                return
-            raise ValueError(
-                f"decoder rows must have norm 1 with arch {self.config.arch}, which chooses the "
-                f"largest values: folding would change the choice, got norms from "
-                f"{float(norms.min()):g} to {float(norms.max()):g}"
-            )
-        factor = torch.where(norms > 0, norms, 1.0)
-        if self.config.arch == "slots":
-            factor[self.config.group_split :] = 1.0
-        self.W_dec.div_(factor[:, None])
-        self.W_enc.mul_(factor[:, None])
-        self.b_enc.mul_(factor)
-        self.architecture.rescale_(self.weights, factor)
-        self.guidance.rescale_(self.weights.own, factor)
+        fold_decoder_norms_(self)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def fold_normalization(self) -> SparseAutoencoder:
-        """The same function of raw activations, as a model without normalisation.
+        """Return the same function of raw activations, as a model without normalisation.
 
         With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
-        keep their norm, and the same latents are picked. Of a transcoder s is that of the targets.
-        Where b_dec is not subtracted from x, the encoder takes up the mean, see `fold_input_`.
+        keep their norm, and the same latents are picked. Of a transcoder s is the targets' scale.
+        Where b_dec is not subtracted from x, the encoder takes up the mean, see folding.py.
         """
         values = {**self.config.to_dict(), "normalize_activations": "none"}
         folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
         folded.load_state_dict(self.state_dict())
         folded.origin = dict(self.origin)
-        folded.b_enc.div_(self.output_scale)
-        folded.b_dec.div_(self.output_scale).add_(self.output_mean)
-        folded.architecture.rescale_(folded.weights, 1 / self.output_scale)
-        folded.guidance.rescale_(folded.weights.own, 1 / self.output_scale)
-        if self.no_bias is not None:
-            fold_input_(folded, self)
-        for mean, scale in (
-            (folded.activation_mean, folded.activation_scale),
-            (folded.output_mean, folded.output_scale),
-        ):
-            mean.zero_()
-            scale.fill_(1.0)
+        fold_normalization_(folded, self)
         return folded
+
+    # ---- files -------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> None:
         """Write `sae.safetensors` and `config.json` into `directory`, which is made if need be."""
@@ -507,61 +721,68 @@ class SparseAutoencoder(Measures):
             sae.no_bias = torch.zeros(config.d_in, dtype=torch.float32, device=device)
         return sae.train(trainable).requires_grad_(trainable)
 
-    def kept_copies(self, session: object = None) -> AbstractContextManager[None]:
-        """Keep the weights in the kernels' format between calls inside this context.
+    # ---- shapes of what is given -------------------------------------------------------------
 
-        It makes many calls of few tokens faster. Inside, change weights by ordinary in-place
-        operations and optimisers only, not through `.data` or memory shared with NumPy, which
-        nothing counts. `session` is that of `ops.kept_copies`.
+    def _rows_of_both(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """Return activations, or targets, and their reconstruction as matrices of one shape."""
+        _require_tensor(x, "x")
+        _require_tensor(x_hat, "x_hat")
+        if x.shape != x_hat.shape:
+            shapes = tuple(x.shape), tuple(x_hat.shape)
+            raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")
+        return self._output_rows(x, "x"), self._output_rows(x_hat, "x_hat")
+
+    def _targets(
+        self,
+        x: Tensor,  # [N, D]
+        targets: Tensor | None,  # [N, d_out]
+    ) -> Tensor:
+        """Return what is to be reconstructed of a batch: x, or a transcoder's targets [N, d_out].
+
+        Raises ValueError where a transcoder has no targets, or not one a token, or another model
+        has some.
         """
-        weights = self.weights
-        kept = weights.W_enc, weights.W_dec, weights.input_bias
-        return ops.kept_copies(*kept, session=session)
+        if not self.config.transcoder:
+            if targets is not None:
+                raise ValueError("targets belong to a transcoder, and this model is none")
+            return x
+        if targets is None:
+            raise ValueError("targets must be given: the model is a transcoder")
+        y = self._output_rows(targets, "targets")
+        if len(y) != len(x):
+            raise ValueError(f"targets must be those of {len(x)} tokens, got {len(y)}")
+        return y
 
-    @property
-    def weights(self) -> Weights:
-        """The tensors as the architecture takes them."""
-        own = {name: getattr(self, name) for name in self._own_names}
-        input_bias = self.b_dec if self.no_bias is None else self.no_bias
-        return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, own, input_bias)
+    def _targets_in(
+        self,
+        x: Tensor,  # [N, D]
+        columns: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return what is to be reconstructed; another model's targets in `columns` are not read."""
+        return self._targets(x, columns.get(TARGETS) if self.config.transcoder else None)
 
-    @property
-    def term_names(self) -> tuple[str, ...]:
-        """Names of the terms of the loss, which are also components of it."""
-        shared = ("recon_loss", "l1_loss", "decorr_loss", "aux_loss")
-        own = (*self.architecture.term_names, *self.guidance.term_names)
-        return tuple(dict.fromkeys((*shared, *own)))
+    def _output_rows(self, x: Tensor, name: str) -> Tensor:
+        """Reshape targets to [N, d_out] (d_in for an autoencoder) and check their width."""
+        if not self.config.transcoder:
+            return self._rows(x, name)
+        return self._rows(x, name, "d_out")
 
-    @property
-    def figure_names(self) -> tuple[str, ...]:
-        """Names of the components of the loss that are measured and not minimised."""
-        own = (*self.architecture.figure_names, *self.guidance.figure_names)
-        return ("fvu", "l0", *own)
+    def _rows(self, x: Tensor, name: str = "x", width: str = "d_in") -> Tensor:
+        """Return `x` as a matrix of the parameters' dtype, [N, width].
 
-    def _own_parameters(self) -> dict[str, Tensor]:
-        """Start values of the parameters that only this architecture, or a probe or skip, has."""
-        own = self.architecture.parameters() | self.guidance.parameters()
-        return own | transcoder_parameters(self.config)
+        Raises ValueError for another width, and TypeError for what is no tensor.
+        """
+        _require_tensor(x, name)
+        columns: int = getattr(self.config, width)
+        if x.ndim == 0 or x.shape[-1] != columns:
+            raise ValueError(
+                f"{name} must have {width} = {columns} columns, got shape {tuple(x.shape)}"
+            )
+        return x.reshape(-1, columns).to(self.W_enc.dtype)
 
-    def _decorr_loss(self) -> Tensor:
-        """The decorrelation of the decoder's rows, with its coefficient."""
-        config = self.config
-        if config.decorrelation_coeff == 0:
-            return self.W_dec.new_zeros(())
-        form, chunk = config.decorrelation, config.decorrelation_chunk
-        assert form is not None
-        draw, unit = self.decorrelation_draw, config.error_of_the_mean
-        penalty = decorrelation_loss(self.W_dec, form, draw, chunk, unit)
-        return config.decorrelation_coeff * penalty
 
-    @torch.no_grad()
-    def mean_squared_cosine(self) -> Tensor:
-        """Return the mean of (ŵ_i·ŵ_j)² over pairs of different decoder rows, 0-d; 0 of one row."""
-        return decorrelation_loss(self.W_dec, "gram_mean", None, self.config.decorrelation_chunk)
-
-    def _correlation_terms(self, dense: Tensor) -> dict[str, Tensor]:
-        return self.guidance.correlation_terms(dense)
-
-    def _own_start(self) -> dict[str, Tensor]:
-        """The same with the architecture's own buffers."""
-        return self._own_parameters() | self.architecture.buffers()
+def _require_tensor(given: object, name: str) -> None:
+    """Raise TypeError for what is no tensor, such as an array of NumPy."""
+    if not isinstance(given, Tensor):
+        kind = type(given).__name__
+        raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")

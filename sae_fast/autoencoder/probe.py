@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae_fast import ops
-from sae_fast.autoencoder.losses import ratio, steady_sum
+from sae_fast.autoencoder.losses import deterministic_sum, ratio
 from sae_fast.config import SAEConfig
 from sae_fast.ops.full_precision import addmm
 
@@ -91,7 +91,9 @@ def _classification(
     surprise = functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
     n_labelled = labelled.sum()
     right = ((logits.argmax(1) == labels) & labelled).sum()
-    return ProbeLoss(steady_sum(surprise) / n_labelled.clamp_min(1), ratio(right, n_labelled))
+    return ProbeLoss(
+        deterministic_sum(surprise) / n_labelled.clamp_min(1), ratio(right, n_labelled)
+    )
 
 
 def _regression(
@@ -100,7 +102,7 @@ def _regression(
     labelled: Tensor,  # [N] bool
 ) -> ProbeLoss:
     n_labelled = labelled.sum()
-    squared = steady_sum(torch.where(labelled, predicted - targets, 0.0).square())
-    mean = steady_sum(torch.where(labelled, targets, 0.0)) / n_labelled
-    variance = steady_sum(torch.where(labelled, targets - mean, 0.0).square())
+    squared = deterministic_sum(torch.where(labelled, predicted - targets, 0.0).square())
+    mean = deterministic_sum(torch.where(labelled, targets, 0.0)) / n_labelled
+    variance = deterministic_sum(torch.where(labelled, targets - mean, 0.0).square())
     return ProbeLoss(squared / n_labelled.clamp_min(1), 1 - squared.detach() / variance)

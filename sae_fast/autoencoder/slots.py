@@ -32,8 +32,8 @@ from torch.nn import functional
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses
-from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Mode, Weights
-from sae_fast.autoencoder.relu import ReLU
+from sae_fast.autoencoder.architecture import ArchitectureLoss, Batch, Engine, Weights
+from sae_fast.autoencoder.thresholded import ReLU
 from sae_fast.config import SAEConfig
 from sae_fast.ops.full_precision import addmm
 
@@ -80,10 +80,10 @@ class Slots(ReLU):
         self.n_relations = config.n_relations
 
     @property
-    def figure_names(self) -> tuple[str, ...]:  # type: ignore[override]
+    def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Accuracies over the labelled tokens of the batch, NaN where there are none."""
         values = ("value_accuracy",) if self.config.has_value_heads else ()
-        return (*super().figure_names, "slot_accuracy", *values)
+        return (*super().metric_names, "slot_accuracy", *values)
 
     def parameters(self) -> dict[str, Tensor]:
         """The value heads: hinges at points spread over the slots' range, all answers equal."""
@@ -107,39 +107,32 @@ class Slots(ReLU):
         """The value heads, where they are trained alone."""
         return tuple(self.parameters()) if self.config.slots_mode == "separate_value" else None
 
-    def loss(self, weights: Weights, batch: Batch, mode: Mode) -> ArchitectureLoss:
+    def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
         """Reconstruction, the free slots' L1 penalty, alignment and value prediction."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained() is None):
-            code = self.list_above(weights, batch, mode)
-            modelled, recon_loss = self.reconstruct(weights, code, batch, mode)
+            code = self.list_above(weights, batch, engine)
+            modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
         if self.trained() is not None:
             recon_loss = torch.zeros_like(recon_loss)  # measured, as fvu, and not trained for
         terms = dict.fromkeys(self.term_names, recon_loss.new_zeros(()))
-        figures = dict.fromkeys(self.figure_names, recon_loss.new_full((), torch.nan))
-        figures |= self.figures(weights)
-        if not batch.reconstruction_only:
-            bound, binding = self._bound_terms(weights, batch, mode)
+        metrics = dict.fromkeys(self.metric_names, recon_loss.new_full((), torch.nan))
+        metrics |= self.metrics(weights)
+        if not batch.settings.reconstruction_only:
+            bound, binding = self._bound_terms(weights, batch, engine)
             terms |= bound
             if self.config.l1_penalty_coeff:
-                terms["l1_loss"] = self._free_l1_loss(weights, code, batch)
-            figures |= binding.accuracies(self.config.has_value_heads)
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, figures)
+                terms["l1_loss"] = self.l1_loss(weights, code, batch)
+            metrics |= binding.accuracies(self.config.has_value_heads)
+        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
 
     def _bound_terms(
-        self, weights: Weights, batch: Batch, mode: Mode
+        self, weights: Weights, batch: Batch, engine: Engine
     ) -> tuple[dict[str, Tensor], Binding]:
         """The terms that need labels, and how well the labels are met."""
         config, terms = self.config, {}
         relations, answers = self._checked_labels(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained() is None):
-            scores = ops.encode_last(
-                batch.x,
-                *weights[:2],
-                weights.input_bias,
-                self.n_relations,
-                precision=mode.precision,
-                dense_grad=mode.dense_grad,
-            )
+            scores = engine.encode_last(weights, batch.x, self.n_relations)
         if config.alignment_coeff:
             slots = scores.relu() if config.alignment_after_relu else scores
             distance = alignment_loss(slots, relations, config.slot_target or 1.0)
@@ -166,7 +159,7 @@ class Slots(ReLU):
         logits = self.answer_logits(weights, scores[kept].relu(), relations[kept])
         surprise = functional.cross_entropy(logits, answers[kept], reduction="none")
         answered = (logits.argmax(1) == answers[kept]).sum()
-        mean = losses.steady_sum(surprise) / max(len(logits), 1)
+        mean = losses.deterministic_sum(surprise) / max(len(logits), 1)
         return mean, Binding(right, labelled.sum(), answered, kept.sum())
 
     def measure(
@@ -177,7 +170,7 @@ class Slots(ReLU):
         answers: Tensor | None,  # [N] int64
     ) -> Binding:
         """How many labelled tokens have the right slot as the largest, and the right answer."""
-        scores = ops.encode_last(x, *weights[:2], weights.input_bias, self.n_relations)
+        scores = Engine().encode_last(weights, x, self.n_relations)
         if not self.config.has_value_heads:
             answers = None
         return self._judge(weights, scores, relations, answers)[1]
@@ -207,20 +200,21 @@ class Slots(ReLU):
             of_slots = factor.expand(len(weights.b_enc))[-self.n_relations :]
             weights.own["W_value_in"].div_(of_slots[:, None])
 
-    def _free_l1_loss(self, weights: Weights, code: ops.Code, batch: Batch) -> Tensor:
-        """The L1 penalty of relu with the relation slots left out."""
+    def penalty(self, weights: Weights, code: ops.Code) -> Tensor:
+        """Return the penalty of relu over the free slots, with slots_l1_mean as a mean of them."""
         norms = self.row_norms(weights)
         if norms is None:
             norms = torch.ones_like(weights.b_enc)
         is_free = torch.arange(len(norms), device=norms.device) < len(norms) - self.n_relations
         if self.config.slots_l1_mean:
             norms = norms / self.config.group_split
-        loss = losses.lp_loss(code, 1.0, norms * is_free)
-        return self._coefficient(weights) * batch.sparsity_weight * loss
+        return losses.lp_loss(code, self.config.sparsity_norm_p, norms * is_free)
 
     def _checked_labels(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Relations and answers [N] of a batch; raises ValueError where they do not fit."""
-        relations, answers = batch.relations, batch.answers
+        columns, config = batch.columns, self.config
+        relations = columns.get(config.relation_labels or "")
+        answers = columns.get(config.answer_labels or "")
         wanted = [("relations", relations, self.n_relations)]
         if self.config.has_value_heads:
             wanted.append(("answers", answers, self.config.n_answers or 0))
@@ -249,4 +243,6 @@ def alignment_loss(
     labelled = relations != NO_LABEL
     one_hot = functional.one_hot(relations.clamp_min(0), scores.shape[1]).to(scores.dtype)
     squared = (scores - target * one_hot).square().sum(1)
-    return losses.steady_sum(torch.where(labelled, squared, 0.0)) / labelled.sum().clamp_min(1)
+    return losses.deterministic_sum(torch.where(labelled, squared, 0.0)) / labelled.sum().clamp_min(
+        1
+    )

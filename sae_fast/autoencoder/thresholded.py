@@ -1,8 +1,21 @@
-"""What relu, jumprelu and gated share: a token has all latents that reach a limit, however many.
+"""ReLU and Gated, and what they share with JumpReLU: all latents that reach a limit are active.
 
-That is half of them when training starts and few later. A step works on all latents (DenseCode,
-matrix products, dense gradients) or on those listed (SparseCode, row factors), by how many the
-batch before would list; the results are the same to float32 rounding.
+That is half of the latents when training starts and few later. A step works on all latents
+(DenseCode, matrix products, dense gradients) or on those listed (SparseCode, row factors), by how
+many the batch before would list; the results are the same to float32 rounding.
+
+ReLU, f = ReLU((x − b_dec) W_encᵀ + b_enc), with the loss squared error + λ Σ_i f_i |W_dec,i|, are
+the first SAEs of the field. With a free decoder, starting from rows of norm 0.1 and λ = 5, it is
+the recipe of Anthropic's April 2024 update; with unit rows the penalty is the plain L1. A plain L1
+with a free decoder does not exist: growing W_dec would escape it. Without use_relu f = (x − b_dec)
+W_encᵀ + b_enc, and the penalty is on |f_i|. Such a code is dense: L1 makes its values small, and
+none of them exactly 0.
+
+Gated (arXiv:2404.16014): one linear map decides which latents are active, and scaled and shifted,
+how strongly. π = (x − b_dec) W_encᵀ + b_enc, magnitude = ReLU((π − b_enc) e^r_mag + b_mag),
+f = 1[π > 0] · magnitude: b_enc is the paper's b_gate. The L1 penalty is on ReLU(π), which an
+auxiliary term keeps useful: ReLU(π) has to reconstruct x as well, by a decoder that is detached,
+since the decoder serves f alone. Both come from one encoding of the gate.
 """
 
 from __future__ import annotations
@@ -12,7 +25,13 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses, target_l0
-from sae_fast.autoencoder.architecture import Architecture, Batch, Mode, Weights
+from sae_fast.autoencoder.architecture import (
+    Architecture,
+    ArchitectureLoss,
+    Batch,
+    Engine,
+    Weights,
+)
 from sae_fast.config import SAEConfig
 
 LISTED = "listed_per_token"
@@ -24,66 +43,67 @@ DENSE_FROM = 0.2
 
 
 class Thresholded(Architecture):
-    """Lists latents above a limit, one way or the other, and weights what they cost."""
+    """Base of relu, jumprelu and gated: list latents above a limit, and weigh what they cost."""
 
-    waits = True  # for the number of entries; and to read which way to go
+    needs_host_sync = True  # for the number of entries; and to read which way to work
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
         self.unit_norm = config.decoder_norm == "unit"
 
     def buffers(self) -> dict[str, Tensor]:
-        """`listed_per_token` of the last batch, 0-d, all at the start; those of a controller."""
+        """Return listed_per_token, d_sae at first, and the L0 controller's state if there is one.
+
+        listed_per_token, 0-d, is how many entries per token the last batch has listed.
+        """
         listed = {LISTED: torch.tensor(float(self.config.d_sae), dtype=torch.float32)}
         return listed | (target_l0.start() if self._is_controlled else {})
 
     @property
     def _is_controlled(self) -> bool:
-        """Whether the coefficient of the L1 penalty is led to `target_l0`."""
+        """Whether a controller adapts the coefficient of the L1 penalty to `target_l0`."""
         return self.config.target_l0 is not None and "l1_loss" in self.term_names
 
     @property
-    def figure_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The coefficient of the L1 penalty where it is led to a target."""
+    def metric_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The coefficient of the L1 penalty, where a controller adapts it."""
         return ("sparsity_coeff",) if self._is_controlled else ()
 
     def list_above(
         self,
         weights: Weights,
         batch: Batch,
-        mode: Mode,
+        engine: Engine,
         limit: Tensor | None = None,  # [F]; None: 0
     ) -> ops.Code:
-        """ReLU((x − b_dec) W_encᵀ + b_enc − limit), listed where above 0; `limit` gets no gradient.
+        """Return ReLU((x − b_dec) W_encᵀ + b_enc − limit), without a gradient to `limit`.
 
         Latents of negative pre-activation are listed too where they are above their limit.
         """
-        bias = weights.b_enc if limit is None else weights.b_enc - limit.detach()
-        arguments = (batch.x, weights.W_enc, bias, weights.input_bias)
+        b_enc = weights.b_enc if limit is None else weights.b_enc - limit.detach()
         if float(weights.own[LISTED]) >= DENSE_FROM * self.config.d_sae:
             ops.drop_copies(weights.W_enc)  # nothing reads them now; an evaluation has made one
-            return ops.encode_dense(*arguments, precision=mode.precision)
-        return ops.encode_threshold(
-            *arguments,
-            torch.zeros_like(bias),
-            precision=mode.precision,
-            dense_grad=mode.dense_grad,
-        )
+            return engine.encode_dense(weights, batch.x, b_enc=b_enc)
+        return engine.encode_threshold(weights, batch.x, b_enc=b_enc)
 
     def row_norms(self, weights: Weights) -> Tensor | None:
-        """|W_dec,i| [F], which a latent's activation is weighted by; None: all 1."""
+        """Return |W_dec,i| [F], the weight of a latent's activation; None: all 1."""
         if self.unit_norm:
             return None
         norms: Tensor = torch.linalg.vector_norm(weights.W_dec, dim=1)
         return norms
 
-    def l1_loss(self, weights: Weights, code: ops.Code, batch: Batch, p: float = 1.0) -> Tensor:
-        """The L1 (or Lp) penalty on a code's values with its coefficient."""
-        loss = losses.lp_loss(code, p, self.row_norms(weights))
-        return self._coefficient(weights) * batch.sparsity_weight * loss
+    def penalty(self, weights: Weights, code: ops.Code) -> Tensor:
+        """Return Σ_i f_i |W_dec,i|, a mean over tokens; or its Lp form, see `losses.lp_loss`."""
+        return losses.lp_loss(code, self.config.sparsity_norm_p, self.row_norms(weights))
 
-    def figures(self, weights: Weights) -> dict[str, Tensor]:
-        """The figures of a loss that are not the architecture's own."""
+    def l1_loss(self, weights: Weights, code: ops.Code, batch: Batch) -> Tensor:
+        """Return the penalty with its coefficient."""
+        weight = self._coefficient(weights) * batch.settings.sparsity_weight
+        return weight * self.penalty(weights, code)
+
+    def metrics(self, weights: Weights) -> dict[str, Tensor]:
+        """Return the metrics of `metric_names`."""
         if not self._is_controlled:
             return {}
         return {"sparsity_coeff": torch.as_tensor(self._coefficient(weights))}
@@ -99,10 +119,14 @@ class Thresholded(Architecture):
             counts[_ACTIVE] = code.n_active()
         return counts
 
-    def steer_(
-        self, weights: Weights, observed: dict[str, Tensor], sparsity_weight: float | Tensor
+    def after_step_(
+        self,
+        weights: Weights,
+        code: ops.Code,
+        observed: dict[str, Tensor],
+        sparsity_weight: float | Tensor,
     ) -> None:
-        """Note how many entries were listed; lead the coefficient to the target."""
+        """Note how many entries were listed; let the controller adapt the coefficient."""
         n_tokens = observed[_TOKENS]
         weights.own[LISTED].copy_(losses.ratio(observed[LISTED], n_tokens))
         if self.config.target_l0 is not None and self._is_controlled:
@@ -110,17 +134,100 @@ class Thresholded(Architecture):
             rate, l0 = self.config.target_l0_rate, losses.ratio(observed[_ACTIVE], n_tokens)
             target_l0.steer_(weights.own, l0, self.config.target_l0, rate, is_on)
 
-    def warning(self, figures: dict[str, float]) -> str | None:
-        """That the coefficient cannot get any further towards the target."""
+    def warning(self, metrics: dict[str, float]) -> str | None:
+        """Say when the controller has reached the end of its range."""
         coefficient, target = self.config.l1_penalty_coeff, self.config.target_l0
-        if "sparsity_coeff" not in figures or not coefficient or target is None:
+        if "sparsity_coeff" not in metrics or not coefficient or target is None:
             return None
-        scale = figures["sparsity_coeff"] / coefficient
+        scale = metrics["sparsity_coeff"] / coefficient
         return target_l0.saturation(scale, coefficient, target)
 
     def _coefficient(self, weights: Weights) -> float | Tensor:
-        """Of the L1 penalty, before its warm-up."""
+        """Return the coefficient of the L1 penalty, before its warm-up."""
         coefficient = self.config.l1_penalty_coeff or 0.0
         if not self._is_controlled:
             return coefficient
         return coefficient * weights.own[target_l0.SCALE]
+
+
+class ReLU(Thresholded):
+    """All latents above 0 are active; an L1 or Lp penalty makes them few."""
+
+    term_names: tuple[str, ...] = ("l1_loss",)
+
+    def infer(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        engine: Engine,
+    ) -> ops.SparseCode:
+        """Return the latents of every token that are above 0, or without ReLU all of them."""
+        if not self.config.use_relu:
+            return engine.encode_dense(weights, x, relu=False).listed()
+        return engine.encode_threshold(weights, x)
+
+    def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
+        """Return the squared error and the L1 or Lp penalty."""
+        code: ops.Code
+        if self.config.use_relu:
+            code = self.list_above(weights, batch, engine)
+        else:
+            code = engine.encode_dense(weights, batch.x, relu=False)
+        # Before the reconstruction, so that backward comes to the reconstruction first: to its
+        # gradient of a dense code the penalty's is added in place, and not the other way round.
+        terms = {"l1_loss": self.l1_loss(weights, code, batch)}
+        modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
+        metrics = self.metrics(weights)
+        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
+
+
+class Gated(Thresholded):
+    """A gate decides which latents are active, a magnitude how strongly."""
+
+    term_names = ("l1_loss", "aux_loss")
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return `r_mag` and `b_mag`, [F] of 0: at first the magnitude is the gate's."""
+        start = torch.zeros(self.config.d_sae, dtype=torch.float32)
+        return {name: start.clone() for name in ("r_mag", "b_mag")}
+
+    def infer(
+        self,
+        weights: Weights,
+        x: Tensor,  # [N, D], normalised
+        engine: Engine,
+    ) -> ops.SparseCode:
+        """Return the magnitudes of the latents whose gates are open."""
+        gate = engine.encode_threshold(weights, x)
+        return gate.with_values(_magnitudes(weights, gate))
+
+    def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
+        """Return the squared error, the L1 penalty on the gate, and the gate's reconstruction."""
+        gate = self.list_above(weights, batch, engine)
+        code = gate.with_values(_magnitudes(weights, gate))
+        modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
+        frozen = (weights.W_dec.detach(), weights.b_dec.detach())
+        target = batch.target.detach()  # a skip connection serves f alone, too
+        by_gate = engine.reconstruct(gate, *frozen, target)
+        terms = {
+            "l1_loss": self.l1_loss(weights, gate, batch),
+            "aux_loss": batch.error_term(by_gate.squared_error),
+        }
+        metrics = self.metrics(weights)
+        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
+
+    def rescale_(self, weights: Weights, factor: Tensor) -> None:
+        """Multiply the magnitudes' bias by `factor`, as the code's values were."""
+        weights.own["b_mag"].mul_(factor)
+
+    def rebase_(self, weights: Weights, moved: Tensor) -> None:
+        """Subtract `moved` from the magnitudes too, which are of the product without b_enc."""
+        weights.own["b_mag"].sub_(weights.own["r_mag"].exp() * moved)
+
+
+def _magnitudes(weights: Weights, gate: ops.Code) -> Tensor:
+    """Return f in the shape of the gate's values."""
+    scale = weights.own["r_mag"].exp()
+    shift = weights.own["b_mag"] - weights.b_enc * scale
+    magnitudes = torch.addcmul(gate.spread(shift), gate.values, gate.spread(scale)).relu()
+    return torch.where(gate.values == 0, 0, magnitudes)

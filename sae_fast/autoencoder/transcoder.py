@@ -8,8 +8,6 @@ changes. x and y are normalised each by a mean and a scale of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -17,9 +15,6 @@ from sae_fast.config import SAEConfig
 from sae_fast.ops.dense_product import linear
 from sae_fast.ops.full_precision import full_precision
 from sae_fast.ops.reference import ROUNDED_DTYPES
-
-if TYPE_CHECKING:
-    from sae_fast.autoencoder.model import SparseAutoencoder
 
 SKIP = "W_skip"
 
@@ -56,21 +51,3 @@ def skip(
 def _low_product(x: Tensor, W_skip: Tensor, precision: str) -> Tensor:
     dtype = ROUNDED_DTYPES[precision]
     return (x.to(dtype) @ W_skip.to(dtype).t()).to(x.dtype)
-
-
-@torch.no_grad()
-def fold_input_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> None:
-    """Have an encoder that subtracts no b_dec, and a skip connection, take raw activations.
-
-    With s and t the scales of x and y (of x alone unless it is a transcoder), the output
-    already folded: W_enc' = W_enc s / t, b_enc gives up W_enc' mean, and so the latents are those
-    of `sae` by t; W_skip' = W_skip s / t, and b_dec gives up W_skip' mean.
-    """
-    ratio, mean = sae.activation_scale / sae.output_scale, sae.activation_mean
-    folded.W_enc.mul_(ratio)
-    moved = folded.W_enc @ mean
-    folded.b_enc.sub_(moved)
-    folded.architecture.rebase_(folded.weights, moved)
-    if folded.config.skip_connection:
-        folded.get_parameter(SKIP).mul_(ratio)
-        folded.b_dec.sub_(folded.get_parameter(SKIP) @ mean)

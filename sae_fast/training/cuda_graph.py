@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import Rows
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
 from sae_fast.training.step import TrainingStep
 
@@ -101,44 +102,28 @@ class GraphedStep:
         self._eager_steps: Counter[Key] = Counter()
         self._addresses: tuple[int, ...] | None = None
 
-    def run(
-        self,
-        batches: Sequence[Rows],  # each N rows, normalised
-        rate: float,
-        k_aux: int | None,
-        sparsity_weight: float = 1.0,
-        k: int | None = None,
-        reconstruction_only: bool = False,
-    ) -> None:
-        """One optimiser step; see `TrainingStep.run`."""
+    def run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
+        """Make one optimiser step, see `TrainingStep.run`; rate and sparsity weight are numbers."""
         with self._step.kept_copies():
-            self._run(batches, rate, k_aux, sparsity_weight, k, reconstruction_only)
+            self._run(batches, settings)
 
-    def _run(
-        self,
-        batches: Sequence[Rows],
-        rate: float,
-        k_aux: int | None,
-        sparsity_weight: float,
-        k: int | None,
-        reconstruction_only: bool,
-    ) -> None:
+    def _run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
         if self._addresses != self._current_addresses():
             self._forget()
-        self._rate.fill_(rate)  # a kernel's argument: nothing on the host that must live on
-        self._sparsity_weight.fill_(sparsity_weight)
-        scalars = (self._rate, k_aux, self._sparsity_weight, k, reconstruction_only)
+        self._rate.fill_(settings.rate)  # a kernel's argument: nothing on the host that must live
+        self._sparsity_weight.fill_(settings.sparsity_weight)
+        settings = settings._replace(rate=self._rate, sparsity_weight=self._sparsity_weight)
         shapes = tuple(part.shape for part in _tensors(batches))
-        key = (shapes, k_aux, k, reconstruction_only)
+        key = (shapes, settings.k_aux, settings.k, settings.reconstruction_only)
         if key not in self._graphs and self._eager_steps[key] < WARMUP_STEPS:
             with self._recorder.side_stream():
-                self._step.run(batches, *scalars)
+                self._step.run(batches, settings)
             self._eager_steps[key] += 1
             self._addresses = self._current_addresses()
             return
         inputs = self._fixed_inputs(shapes, batches)
         if key not in self._graphs:
-            self._graphs[key] = self._recorder.record(lambda: self._step.run(inputs, *scalars))
+            self._graphs[key] = self._recorder.record(lambda: self._step.run(inputs, settings))
         self._graphs[key]()
         self._announce()
 

@@ -178,7 +178,7 @@ class SequenceStream(BatchSource[HookRows]):
         return tokens, torch.where(chosen, batch.tokens, nothing)
 
 
-class RestOfModel:
+class DownstreamModel:
     """The loss of a model with a reconstruction at one of its hook points.
 
     Args:
@@ -265,29 +265,29 @@ class RestOfModel:
 
 
 @dataclass(frozen=True)
-class Behind:
-    """What a training through the rest of a model needs of it.
+class Downstream:
+    """The model that continues from the reconstruction, for loss_fn ce and kl.
 
     Attributes:
-        rest: the model behind the hook point; None: the loss is that of the activations.
+        model: from the hook point on; None: the loss is computed on the activations.
         heldout: batches that its loss is measured on.
     """
 
-    rest: RestOfModel | None = None
+    model: DownstreamModel | None = None
     heldout: Sequence[Rows] = ()
 
     def evaluate(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """What the model loses to the reconstructions of the held-out batches."""
-        if self.rest is None or not self.heldout:
+        """Return the model's loss with the reconstructions of the held-out batches, if any."""
+        if self.model is None or not self.heldout:
             return {}
-        return self.rest.evaluate(sae, self.heldout)
+        return self.model.evaluate(sae, self.heldout)
 
 
-def checked_behind(behind: Behind | None, sae: SAEConfig) -> Behind:
-    """The same, or nothing; raises ValueError where it does not go with the loss."""
-    if sae.is_end_to_end and behind is None:
+def checked_downstream(downstream: Downstream | None, sae: SAEConfig) -> Downstream:
+    """Return `downstream`, or a no-op if None; raise ValueError if loss_fn needs one."""
+    if sae.is_end_to_end and downstream is None:
         raise ValueError(
             f"loss_fn {sae.loss_fn} needs the model itself, not its activations alone: "
             "python -m sae_fast.train MODEL DATASET"
         )
-    return Behind() if behind is None else behind
+    return Downstream() if downstream is None else downstream

@@ -27,7 +27,7 @@ from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import Effect, rules_of, setting
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
-from sae_fast.training.end_to_end import Behind, RestOfModel, SequenceStream
+from sae_fast.training.end_to_end import Downstream, DownstreamModel, SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
 from sae_fast.training.model_stream import HookRows, ModelStream
 from sae_fast.training.resume_state import check_state
@@ -285,13 +285,17 @@ def _through_model(
         hook = hooks[name.partition("/")[0]]
         reader = _reader(shared, hook.name, capture, stream.columns)
         batches = [rows[hook.name] for rows in heldout]
-        behind = None
+        downstream = None
         if config.sae.is_end_to_end:
             kind = config.sae.loss_fn
-            behind = Behind(RestOfModel(model.network, hook, kind, causal=model.causal), batches)
+            rest = DownstreamModel(model.network, hook, kind, causal=model.causal)
+            downstream = Downstream(rest, batches)
         rows = torch.cat([rows.x for rows in batches]).cpu() if batches else None
         return Trainer(
-            *(config.sae, config.train, reader), heldout=rows, behind=behind, show_progress=False
+            *(config.sae, config.train, reader),
+            heldout=rows,
+            downstream=downstream,
+            show_progress=False,
         )
 
     return make

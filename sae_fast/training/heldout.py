@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.slots import Slots
 from sae_fast.training.data import TrainingData
-from sae_fast.training.end_to_end import Behind
+from sae_fast.training.end_to_end import Downstream
 
 # Rows that may decide sums over all: 1 % with the largest norms. Without them the FVU is told where
 # it differs by this factor.
@@ -26,13 +26,13 @@ class HeldoutEvaluation:
     Args:
         data: of the run, with or without held-out rows.
         dead_rate: see `evaluate`.
-        behind: the model behind the reconstruction, for its loss on its own held-out batches.
+        downstream: the model that continues from the reconstruction, and its held-out batches.
     """
 
-    def __init__(self, data: TrainingData, dead_rate: float, behind: Behind) -> None:
+    def __init__(self, data: TrainingData, dead_rate: float, downstream: Downstream) -> None:
         self._data = data
         self._dead_rate = dead_rate
-        self._behind = behind
+        self._downstream = downstream
         self._ordinary_norm: float | None = None
 
     def evaluate(
@@ -56,7 +56,7 @@ class HeldoutEvaluation:
             self._ordinary_norm = largest_ordinary_norm(outputs)
         rates = (self._dead_rate, self._ordinary_norm)
         measured |= evaluate(sae, *rows, *rates)
-        measured |= self._behind.evaluate(sae)
+        measured |= self._downstream.evaluate(sae)
         if sae.config.arch == "slots" and self._data.heldout_labels:
             measured |= evaluate_slots(sae, self._data.heldout, self._data.heldout_labels)
         if averaged is not None:

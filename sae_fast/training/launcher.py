@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sae_fast.activations import TARGETS, Rows
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import TrainConfig
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
@@ -31,15 +32,38 @@ logger = logging.getLogger(__name__)
 NOTICED_WITHIN = 128
 
 
+def wants_graph(config: TrainConfig) -> bool:
+    """Return whether the settings and the backend let steps on a GPU be captured.
+
+    The reference's ops and the dense optimiser ask the device in the middle of a step.
+    """
+    return config.cuda_graph and config.fused and build_info()["backend"] == "native"
+
+
+def explain_no_graph(step: TrainingStep) -> str | None:
+    """Return why a step cannot be captured in a CUDA graph; None where it can."""
+    if step.sae.architecture.needs_host_sync:
+        return (
+            f"arch {step.sae.config.arch}: the host waits in every step for the number of active "
+            "latents, which sizes the code"
+        )
+    if step.downstream is not None:
+        return f"loss_fn {step.sae.config.loss_fn}: the model runs in it"
+    return None
+
+
 class Launcher:
-    """The steps of a run.
+    """Launch the steps of a run.
 
     Args:
         step: the device's part of a step.
-        batches: what it trains on.
+        batches: hands out what each step trains on.
         config: of the training.
         made: how many steps of the run were made before.
-        newest_checkpoint: tells the last one written, for errors.
+        newest_checkpoint: returns the last checkpoint written, for errors.
+        ahead: whether the host launches steps ahead of the device, as on a GPU; if not, it waits
+            for every step and counts the dead latents itself.
+        recorder: captures the steps in CUDA graphs; None: they are launched kernel by kernel.
     """
 
     def __init__(
@@ -49,6 +73,9 @@ class Launcher:
         config: TrainConfig,
         made: int,
         newest_checkpoint: Callable[[], Path | None],
+        *,
+        ahead: bool,
+        recorder: GraphRecorder | None = None,
     ) -> None:
         self._step = step
         self._batches = batches
@@ -56,45 +83,22 @@ class Launcher:
         self._first = self._made = made
         self._newest_checkpoint = newest_checkpoint
         self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
-        self._run: Callable[..., None] = step.run
+        self._run = step.run if recorder is None else GraphedStep(step, recorder).run
         self._census: DeadCensus | None = None
-        device = step.sae.W_enc.device
-        if device.type == "cpu":
-            return
-        self._census = DeadCensus(step.sae, config.batch_size * config.grad_acc_steps)
-        self._census.take(float(self._census.count(self._steps_to_reading())))
-        # The reference's ops and the dense optimiser ask the device in the middle of a step.
-        if not (config.cuda_graph and config.fused and build_info()["backend"] == "native"):
-            return
-        if step.sae.architecture.waits:
-            logger.info(
-                "no CUDA graph with arch %s: the host waits in every step for the number of active "
-                "latents, which sizes the code",
-                step.sae.config.arch,
-            )
-            return
-        if step.behind is not None:
-            logger.info(
-                "no CUDA graph with loss_fn %s: the model runs in it", step.sae.config.loss_fn
-            )
-            return
-        self._run = GraphedStep(step, GraphRecorder(device)).run
+        if ahead:
+            self._census = DeadCensus(step.sae, config.batch_size * config.grad_acc_steps)
+            self._census.take(float(self._census.count(self._steps_to_reading())))
 
-    def launch(
-        self,
-        rate: float,
-        sparsity_weight: float,
-        k: int | None = None,
-        reconstruction_only: bool = False,
-    ) -> None:
-        """The next step, with these settings; on a GPU it may be made later.
+    def launch(self, settings: StepSettings) -> None:
+        """Launch the next step; where the host is ahead the device may make it later.
 
         Raises:
             TrainingError: when its loss is not finite and that is known already.
         """
         batches = self._batches.take()
-        k_aux = None if self._census is None else self._census.k_aux
-        self._run(batches, rate, k_aux, sparsity_weight, k, reconstruction_only)
+        if self._census is not None:
+            settings = settings._replace(k_aux=self._census.k_aux)
+        self._run(batches, settings)
         self._made += 1
         if self._census is not None:
             self._recent.append((self._made, self._batches.current_shards()))

@@ -9,6 +9,7 @@ import torch
 from sae_fast.activations.stream import PREFETCHED_BATCHES
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.thresholded import DENSE_FROM
+from sae_fast.autoencoder.topk import MULTI
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.reference.moments import moment_blocks
 
@@ -17,7 +18,6 @@ _HALF = 2
 _GIB = 2**30
 # An entry of a code: value, index, gradient, coefficient, dot product, latent-major view.
 _BYTES_PER_ENTRY = 32
-_MULTI_TOPK = 4  # beside a code of k entries one of so many times k
 # What the comparison with the next token's code holds of an entry, its gradient included.
 _BYTES_PER_MATCHED_ENTRY = 48
 _CHANGE_ARRAYS = 4  # dense codes' changes, their squares, the gradients of both
@@ -210,7 +210,7 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     inputs = train.batch_size * sae.d_in * _FLOAT
     outputs = train.batch_size * sae.target_width * _FLOAT
     aux = (sae.aux_k or sae.target_width // 2) if sae.aux_k_coeff else 0
-    k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + _MULTI_TOPK if sae.multi_topk else 1)
+    k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + MULTI if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
     entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
     accumulated = train.grad_acc_steps * (inputs + outputs + entries)

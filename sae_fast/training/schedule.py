@@ -4,8 +4,9 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -160,15 +161,6 @@ def _first_limit(config: TrainConfig, rows_per_epoch: int) -> tuple[str, int]:
     return name, limits[name]
 
 
-class StepSettings(NamedTuple):
-    """What one step is made with."""
-
-    rate: float
-    sparsity_weight: float
-    k: int | None
-    reconstruction_only: bool
-
-
 @dataclass(frozen=True)
 class Schedules:
     """All that changes from step to step in a run.
@@ -202,7 +194,7 @@ class Schedules:
         """The settings of step `step`, counted from 0."""
         k = None if self.k is None else self.k(step)
         alone = step < self.reconstruction_steps
-        return StepSettings(self.rate(step), self.sparsity(step), k, alone)
+        return StepSettings(self.rate(step), self.sparsity(step), k, reconstruction_only=alone)
 
 
 def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> Schedules:

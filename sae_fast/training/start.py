@@ -115,7 +115,7 @@ def warn_of_changes(
     rules = rules_of(config.train)
     harmless = {name for name in rules if rules[name].on_resume == "free"}
     # Dense codes, and a skip connection: torch's products follow the threads.
-    if sae.architecture.waits or sae.config.skip_connection:
+    if sae.architecture.needs_host_sync or sae.config.skip_connection:
         harmless.remove("num_threads")
     before = checkpoint.state.get("scheduler_state")  # not in checkpoints of older versions
     if before is not None and (told := rate.told_after(before)) is not None:

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_fast.activations import STARTS, TARGETS, Rows
+from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architecture import WholeStep
+from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.ops import Code
-from sae_fast.training.end_to_end import RestOfModel
+from sae_fast.training.end_to_end import DownstreamModel
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
@@ -58,7 +58,7 @@ class TrainingStep:
         scaler: scales the loss; where it is enabled, a norm that is not finite is an overflow.
         precision: mode of the encoder's product.
         average: of the weights, if there is to be one.
-        behind: of loss_fn ce and kl, what goes on from the reconstruction.
+        downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
     """
 
     def __init__(
@@ -68,80 +68,56 @@ class TrainingStep:
         scaler: LossScaler,
         precision: str,
         average: WeightAverage | None = None,
-        behind: RestOfModel | None = None,
+        downstream: DownstreamModel | None = None,
     ) -> None:
         self.sae = sae
-        self.behind = behind
+        self.downstream = downstream
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
+        self._engine = Engine(precision, optimizer.dense_grad)
         self.average = average
         self._copy_session = object()
-        self._components = (*sae.term_names, *sae.figure_names)
-        self._targets = TARGETS if sae.config.transcoder else ""
-        self._labels = sae.config.probe_labels or ""
-        self._relations = sae.config.relation_labels or ""
-        self._answers = sae.config.answer_labels or ""
+        self._components = (*sae.term_names, *sae.metric_names)
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), dtype=torch.float32, device=device)
         self._steps = torch.zeros((), dtype=torch.int64, device=device)  # with the bad one, no more
         self._metrics = torch.zeros(len(self._names), dtype=torch.float32, device=device)
 
-    def run(
-        self,
-        batches: Sequence[Rows],  # each N rows, normalised
-        rate: float | Tensor,
-        k_aux: int | None = None,
-        sparsity_weight: float | Tensor = 1.0,
-        k: int | None = None,
-        reconstruction_only: bool = False,
-    ) -> None:
-        """One optimiser step over the mean loss of the batches.
+    def run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
+        """Make one optimiser step over the mean loss of the batches.
 
         Args:
-            batches: the batches whose gradients are averaged.
-            rate: the learning rate; as a 0-d tensor on the device it may be changed later, in a
-                CUDA graph of this step.
-            k_aux: room for dead latents, see `SparseAutoencoder.training_loss`.
-            sparsity_weight: likewise; as a 0-d tensor it may be changed later too.
-            k: likewise.
-            reconstruction_only: likewise.
+            batches: of N rows each, normalised.
+            settings: of the step. Rate and sparsity weight may be 0-d tensors on the device, which
+                a CUDA graph of this step reads when it is replayed.
         """
         with self.kept_copies():
-            self._run(batches, rate, k_aux, sparsity_weight, k, reconstruction_only)
+            self._run(batches, settings)
 
     def kept_copies(self) -> AbstractContextManager[None]:
         """Keep the weights' working copies from one step to the next, see `ops.kept_copies`."""
         return self.sae.kept_copies(session=self._copy_session)
 
-    def _run(
-        self,
-        batches: Sequence[Rows],
-        rate: float | Tensor,
-        k_aux: int | None,
-        sparsity_weight: float | Tensor,
-        k: int | None,
-        reconstruction_only: bool,
-    ) -> None:
+    def _run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
         was_healthy = self._poison == self._poison
         if len(batches) > 1 and self.sae.architecture.selects_from_step:
             batches = [_joined(batches)]
-        whole = self._measure(batches) if len(batches) > 1 else None
+        whole = self.sae.whole_step(batches, self._engine) if len(batches) > 1 else None
         share = 1 / len(batches)
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
         parts: list[tuple[Tensor, dict[str, Tensor]]] = []  # what fired and was observed in each
         for batch in batches:
-            loss = self._accumulate(
-                batch, weight, sparsity_weight, k_aux, k, reconstruction_only, whole
-            )
+            loss = self._accumulate(batch, weight, settings, whole)
             parts.append((loss.code.fired(), self.sae.architecture.observe(loss.code)))
             values = self._values(loss)
             mean = values if len(batches) == 1 else mean + share * values
-        self._follow(loss.code, parts, sum(len(batch.x) for batch in batches), sparsity_weight)
-        norm = self.optimizer.step(rate, loss_scale=self.scaler.factor + self._poison)
-        self.sae.constrain_()
+        n_tokens = sum(len(batch.x) for batch in batches)
+        self._update_buffers(loss.code, parts, n_tokens, settings.sparsity_weight)
+        norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + self._poison)
+        self.sae.clamp_parameters_()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
@@ -154,30 +130,17 @@ class TrainingStep:
 
     def _accumulate(
         self,
-        batch: Rows,  # N rows, normalised
+        batch: Rows,
         weight: Tensor,  # 0-d
-        sparsity_weight: float | Tensor,
-        k_aux: int | None,
-        k: int | None,
-        reconstruction_only: bool,
+        settings: StepSettings,
         whole: WholeStep | None,
     ) -> TrainingLoss:
-        """Backward from a batch's weighted loss, which is returned."""
-        x, columns = batch
-        loss = self.sae.training_loss(
-            x,
-            columns.get(self._targets),
-            precision=self.precision,
-            dense_grad=self.optimizer.dense_grad,
-            k_aux=k_aux,
-            sparsity_weight=sparsity_weight,
-            k=k,
-            labels=columns.get(self._labels),
-            starts=columns.get(STARTS),
-            relations=columns.get(self._relations),
-            answers=columns.get(self._answers),
-            reconstruction_only=reconstruction_only,
-            behind=self._behind(columns),
+        """Compute a batch's loss, call backward on `weight` times it, and return it."""
+        loss = self.sae.batch_loss(
+            batch,
+            settings,
+            self._engine,
+            downstream=self._downstream_loss(batch.columns),
             whole=whole,
         )
         loss.total.backward(weight)  # type: ignore[no-untyped-call]
@@ -185,36 +148,31 @@ class TrainingStep:
         return loss
 
     def _values(self, loss: TrainingLoss) -> Tensor:
-        """The metrics [M] of a batch, in the order of the names."""
+        """Return the metrics [M] of a batch, in the order of the names."""
         terms = [loss.components[name] for name in self._components]
         return torch.stack([loss.total.detach(), *terms])
 
-    def _measure(self, batches: Sequence[Rows]) -> WholeStep:
-        """What the parts of a step must know of all of it."""
-        parts = [(x, columns.get(self._targets)) for x, columns in batches]
-        return self.sae.whole_step(parts, self.precision)
-
-    def _follow(
+    def _update_buffers(
         self,
         code: Code,  # of the last part
         parts: Sequence[tuple[Tensor, dict[str, Tensor]]],  # [F] bool, and sums
         n_tokens: int,
         sparsity_weight: float | Tensor,
     ) -> None:
-        """Count silent tokens and let the architecture learn, once for all parts of a step."""
+        """Count silent tokens and update the architecture, once for all parts of a step."""
         fired, observed = parts[0]
         for other_fired, others in parts[1:]:
             fired = fired | other_fired
             observed = {name: value + others[name] for name, value in observed.items()}
         self.sae.update_fired_(fired, n_tokens)
-        self.sae.follow_(code, sparsity_weight, observed)
+        self.sae.after_step_(code, sparsity_weight, observed)
 
-    def _behind(self, columns: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
-        """The loss of a batch's reconstruction, where that is the model's behind it."""
-        behind = self.behind
-        if behind is None:
+    def _downstream_loss(self, columns: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+        """Return the loss of a batch's reconstruction where the downstream model gives it."""
+        downstream = self.downstream
+        if downstream is None:
             return None
-        return lambda x_hat: behind.loss(self.sae.denormalize(x_hat), columns)
+        return lambda x_hat: downstream.loss(self.sae.denormalize(x_hat), columns)
 
     def is_poisoned(self) -> bool:
         """Whether there was a bad step; waits for the device."""

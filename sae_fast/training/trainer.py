@@ -31,14 +31,15 @@ from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from sae_fast.training.cuda_graph import GraphRecorder
 from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
-from sae_fast.training.end_to_end import Behind, checked_behind
+from sae_fast.training.end_to_end import Downstream, checked_downstream
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
-from sae_fast.training.launcher import Launcher
+from sae_fast.training.launcher import Launcher, explain_no_graph, wants_graph
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import MetricsLog, Row, WandbLog
 from sae_fast.training.optimizer.loss_scaler import LossScaler
@@ -102,7 +103,7 @@ class Trainer:
             sequences matter doc_id or position; of a transcoder "targets", [n, d_out].
         heldout_columns: beside a tensor `heldout` the labels of arch slots, for its accuracies,
             and targets.
-        behind: of loss_fn ce and kl, the model behind the reconstruction; see from_model.py.
+        downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
         stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
         show_progress: whether to show a progress bar.
 
@@ -125,13 +126,13 @@ class Trainer:
         heldout: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
         heldout_columns: Mapping[str, Tensor] | None = None,
-        behind: Behind | None = None,
+        downstream: Downstream | None = None,
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
     ) -> None:
         sae_config, train_config = _both_configs(sae_config, train_config)
         _check_variance(sae_config, train_config)
-        self._behind = checked_behind(behind, sae_config)
+        self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
         self.train_config = train_config = in_mode_directory(sae_config, train_config)
         self.device = checked_device(train_config.device)
@@ -152,7 +153,7 @@ class Trainer:
         check_run_effects(self._run_effects(), before)
         self._health = RunHealth(self.sae_config, train_config, self.schedules)
         self._heldout = HeldoutEvaluation(
-            self.data, train_config.dead_percentage_threshold, self._behind
+            self.data, train_config.dead_percentage_threshold, self._downstream
         )
         self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
         self.memory_plan = plan_memory(
@@ -251,7 +252,7 @@ class Trainer:
             reason = "all its steps are made" if self._is_open else "use it inside `with trainer:`"
             raise RuntimeError(f"this trainer cannot advance: {reason}")
         with self._explained_memory():
-            self._launcher.launch(*self.schedules.at(self.step))
+            self._launcher.launch(self.schedules.at(self.step))
             self.step += 1
             self.tokens += self.tokens_per_step
             self.clock.count_step()
@@ -285,6 +286,20 @@ class Trainer:
     def model(self) -> SparseAutoencoder:
         """Return the model to evaluate and save: `sae`, or the average of a schedule-free run."""
         return self.sae if self.schedule_free is None else self.schedule_free.model()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the host launches steps ahead of the device: on a GPU."""
+        return self.device.type == "cuda"
+
+    def graph_recorder(self, step: TrainingStep) -> GraphRecorder | None:
+        """Return what captures the steps in CUDA graphs; None where they are not captured."""
+        if self.device.type != "cuda" or not wants_graph(self.train_config):
+            return None
+        if (reason := explain_no_graph(step)) is not None:
+            logger.info("no CUDA graph with %s", reason)
+            return None
+        return GraphRecorder(self.device)
 
     def evaluate(self) -> dict[str, float]:
         """Return what is measured on the held-out rows, and gram_mean where there are none.
@@ -544,8 +559,8 @@ class Trainer:
             self.sae.origin = dict(self.data.origin)
         self.source = self.data.source
         serve_in_units_of(self.sae, self.source)
-        on_gpu = self.device.type == "cuda"
-        self.batches = StepBatches(self.source, self.device, config.grad_acc_steps, ahead=on_gpu)
+        per_step, ahead = config.grad_acc_steps, self.is_ahead
+        self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead)
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.data.rows_per_epoch, config)
         self.sae.to(self.device)
@@ -558,10 +573,13 @@ class Trainer:
         self.schedule_free = ScheduleFreeWeights(self.optimizer) if averages else None
         if checkpoint is not None:
             self._resume(checkpoint)
-        settings = (self.scaler, config.precision, self.average, self._behind.rest)
+        settings = (self.scaler, config.precision, self.average, self._downstream.model)
         step = TrainingStep(self.sae, self.optimizer, *settings)
-        newest = self._newest_checkpoint
-        self._launcher = Launcher(step, self.batches, config, self.step, newest)
+        self._launcher = Launcher(
+            *(step, self.batches, config, self.step, self._newest_checkpoint),
+            ahead=ahead,
+            recorder=self.graph_recorder(step),
+        )
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint, and say which settings are others now."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.losses import steady_sum
+from sae_fast.autoencoder.losses import deterministic_sum
 from sae_fast.config import TrainConfig
 from sae_fast.ops.reference.moments import moment_blocks
 from sae_fast.ops.row_factors import MergedFactors, merge_row_factors, row_factors
@@ -219,7 +219,7 @@ class RowOptimizer(SparseOptimizer):
         vectors = [name for name in self.names if name not in ROWS]
         for name in vectors:
             if (grad := self._parameter(name).grad) is not None:
-                squared = squared + steady_sum(grad.double().square())
+                squared = squared + deterministic_sum(grad.double().square())
         norm, scalars = ops.update_scalars(
             squared,
             self._scalar(lr, torch.float64),

@@ -44,7 +44,7 @@ class ScheduleFreeWeights:
             averaged.get_parameter(name).sub_(ahead, alpha=share)
         if averaged.architecture.unit_norm and "W_dec" in optimizer.names:
             ops.normalize_rows_(averaged.W_dec)
-        averaged.constrain_()
+        averaged.clamp_parameters_()
         return averaged
 
     def state_dict(self) -> dict[str, Tensor]:

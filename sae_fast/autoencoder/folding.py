@@ -1,0 +1,81 @@
+"""The same function by other parameters: norms of decoder rows and the normalisation folded in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_fast.autoencoder.transcoder import SKIP
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.model import SparseAutoencoder
+
+_UNIT = 1e-5  # how far the norm of a row may be from 1 and still be called 1
+
+
+@torch.no_grad()
+def fold_decoder_norms_(sae: SparseAutoencoder) -> None:
+    """Scale decoder rows to unit length and codes by their norms, in place.
+
+    See `SparseAutoencoder.fold_decoder_norms`.
+    """
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+    if sae.architecture.compares_latents:
+        if bool(((norms - 1).abs() <= _UNIT).all()):
+            return
+        raise ValueError(
+            f"decoder rows must have norm 1 with arch {sae.config.arch}, which chooses the "
+            f"largest values: folding would change the choice, got norms from "
+            f"{float(norms.min()):g} to {float(norms.max()):g}"
+        )
+    factor = torch.where(norms > 0, norms, 1.0)
+    if sae.config.arch == "slots":
+        factor[sae.config.group_split :] = 1.0
+    sae.W_dec.div_(factor[:, None])
+    sae.W_enc.mul_(factor[:, None])
+    sae.b_enc.mul_(factor)
+    _rescale_(sae, factor)
+
+
+@torch.no_grad()
+def fold_normalization_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> None:
+    """Let `folded`, a copy of the parameters of `sae`, take and give raw activations.
+
+    See `SparseAutoencoder.fold_normalization`.
+    """
+    folded.b_enc.div_(sae.output_scale)
+    folded.b_dec.div_(sae.output_scale).add_(sae.output_mean)
+    _rescale_(folded, 1 / sae.output_scale)
+    if sae.no_bias is not None:
+        _fold_input_(folded, sae)
+    for mean, scale in (
+        (folded.activation_mean, folded.activation_scale),
+        (folded.output_mean, folded.output_scale),
+    ):
+        mean.zero_()
+        scale.fill_(1.0)
+
+
+def _rescale_(sae: SparseAutoencoder, factor: Tensor) -> None:
+    """Adapt what has the code's unit to values multiplied by `factor`, 0-d or [F]."""
+    sae.architecture.rescale_(sae.weights, factor)
+    sae.guidance.rescale_(sae.weights.own, factor)
+
+
+def _fold_input_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> None:
+    """Let an encoder that subtracts no b_dec, and a skip connection, take raw activations.
+
+    With s and t the scales of x and y (of x alone unless it is a transcoder), the output
+    already folded: W_enc' = W_enc s / t, b_enc loses W_enc' mean, and so the latents are those
+    of `sae` by t; W_skip' = W_skip s / t, and b_dec loses W_skip' mean.
+    """
+    ratio, mean = sae.activation_scale / sae.output_scale, sae.activation_mean
+    folded.W_enc.mul_(ratio)
+    moved = folded.W_enc @ mean
+    folded.b_enc.sub_(moved)
+    folded.architecture.rebase_(folded.weights, moved)
+    if folded.config.skip_connection:
+        folded.get_parameter(SKIP).mul_(ratio)
+        folded.b_dec.sub_(folded.get_parameter(SKIP) @ mean)
