@@ -221,7 +221,7 @@ class ArchitectureLoss:
         squared_error: [N], Σ_d (x̂ − x)², of a transcoder Σ_d (ŷ − y)².
         recon_loss: 0-d, the batch's `error_term` of it; or what the architecture has in its place.
         terms: its other terms by name, 0-d, with their coefficients.
-        metrics: what else is to be logged, 0-d.
+        metrics: other numbers for the log, 0-d.
     """
 
     code: ops.Code
@@ -330,10 +330,10 @@ class Architecture(ABC):
         return None
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:  # noqa: B027
-        """Adapt own tensors to code values that were multiplied by `factor`, 0-d or [F]."""
+        """Change own tensors to fit code values that were multiplied by `factor`, 0-d or [F]."""
 
     def rebase_(self, weights: Weights, moved: Tensor) -> None:  # noqa: B027
-        """Adapt own tensors to b_enc from which `moved` [F] was subtracted.
+        """Change own tensors to fit a b_enc from which `moved` [F] was subtracted.
 
         The encoder's product now contains it.
         """

@@ -51,7 +51,7 @@ def write_model(
 
 
 def read_config(directory: str | Path) -> SAEConfig:
-    """Read the configuration of a saved model; raise ValueError where it is not that of one."""
+    """Read the configuration of a saved model; raise ValueError where it is another file."""
     directory = Path(directory)
     if not all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE)):
         raise explain_missing(directory)
@@ -81,8 +81,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read the tensors of a saved model, floats as float32.
 
-    Raises ValueError, naming the file, unless they are those of `expected` by names, shapes and
-    kinds, finite, and what was saved, as far as a checksum tells.
+    Raises ValueError, naming the file, unless names, shapes and kinds are as in `expected`, all
+    numbers finite, and the checksum, if there is one, right.
     """
     path = Path(directory) / TENSOR_FILE
     tensors = checked_tensors(

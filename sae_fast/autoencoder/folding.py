@@ -59,7 +59,7 @@ def fold_normalization_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> No
 
 
 def _rescale_(sae: SparseAutoencoder, factor: Tensor) -> None:
-    """Adapt what has the code's unit to values multiplied by `factor`, 0-d or [F]."""
+    """Change what has the code's unit to fit values multiplied by `factor`, 0-d or [F]."""
     sae.architecture.rescale_(sae.weights, factor)
     sae.guidance.rescale_(sae.weights.own, factor)
 
@@ -68,8 +68,8 @@ def _fold_input_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> None:
     """Let an encoder that subtracts no b_dec, and a skip connection, take raw activations.
 
     With s and t the scales of x and y (of x alone unless it is a transcoder), the output
-    already folded: W_enc' = W_enc s / t, b_enc loses W_enc' mean, and so the latents are those
-    of `sae` by t; W_skip' = W_skip s / t, and b_dec loses W_skip' mean.
+    already folded: W_enc' = W_enc s / t, b_enc loses W_enc' mean, and so the latents are
+    the ones of `sae` by t; W_skip' = W_skip s / t, and b_dec loses W_skip' mean.
     """
     ratio, mean = sae.activation_scale / sae.output_scale, sae.activation_mean
     folded.W_enc.mul_(ratio)

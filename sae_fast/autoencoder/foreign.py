@@ -102,7 +102,7 @@ def _is_foreign(layout: _Layout) -> str:
 
 
 def _is_ours(config: Path) -> bool:
-    """True where a config.json has the sections of one of ours, or cannot be read at all."""
+    """Return True where a config.json has sections of our own, or cannot be read at all."""
     try:
         content: Any = read_json(config)
     except (JSONError, OSError):

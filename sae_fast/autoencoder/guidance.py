@@ -14,7 +14,7 @@ from sae_fast.config import SAEConfig
 
 
 class Guidance:
-    """The guided terms of a configuration.
+    """The guided terms that a configuration asks for.
 
     Attributes:
         probe: None where there is none.
@@ -52,7 +52,9 @@ class Guidance:
         code: ops.Code,
         columns: Mapping[str, Tensor],  # [N]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms with their coefficients, and the metrics; raises ValueError for what lacks."""
+        """Return the terms with their coefficients, and the metrics, 0-d each by name.
+
+        Raises ValueError where a column that a term needs is missing or has another shape."""
         terms, metrics = {}, {}
         if self.probe:
             labels = columns.get(self.config.probe_labels or "")
@@ -68,7 +70,7 @@ class Guidance:
         return terms, metrics
 
     def nothing(self, like: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms, all 0, and the metrics, which say that nothing was predicted."""
+        """Return the terms, all 0, and the metrics, NaN because nothing was predicted."""
         none = like.new_zeros(())
         metrics = dict.fromkeys(self.metric_names, none + float("nan"))
         return dict.fromkeys(self.term_names, none), metrics
@@ -77,7 +79,7 @@ class Guidance:
         self,
         dense: Tensor,  # [N, F]
     ) -> dict[str, Tensor]:
-        """The terms on pairs of latents, with their coefficients."""
+        """Return the terms on pairs of latents, with their coefficients."""
         config = self.config
         how = config.correlation_pairs or "scaled"
         found = correlation_losses(dense, config.group_split, reduction=how)
@@ -86,7 +88,7 @@ class Guidance:
         return {name: weight * unit * both[name] for name, weight in self.correlations.items()}
 
     def rescale_(self, own: dict[str, Tensor], factor: Tensor) -> None:
-        """Follow a change of the units that the code's values are in."""
+        """Change the probe to fit code values that were multiplied by `factor`, 0-d or [F]."""
         if self.probe:
             self.probe.rescale_(own, factor)
 

@@ -22,7 +22,7 @@ _BLOCK_ROWS = 4096
 
 
 def sample_rows(config: SAEConfig) -> int:
-    """How many activations the start asks for, at least; 0: none."""
+    """Return how many activations the start needs at least; 0: none."""
     if config.decoder_init == "active_subspace":
         return _SAMPLE_PER_DIMENSION * max(config.d_in, config.target_width)
     return int(config.b_dec_init != "zero")
@@ -77,7 +77,8 @@ def initialize_matrices_(
         W_dec: the decoder.
         method: "random" directions; "orthogonal" blocks of D rows; "kaiming": W_enc as torch
             starts a linear layer, uniform within ±1/√D, and W_dec its rows at unit length;
-            "active_subspace": random directions within that of `sample`, or all without one.
+            "active_subspace": random directions within the active subspace of `sample`; without
+            a sample as "random".
         generator: of the numbers; None: torch's own.
         sample: activations.
     """
@@ -96,7 +97,7 @@ def initialize_apart_(
     sample: Tensor | None,  # [N, D]
     targets: Tensor | None,  # [N, d_out]
 ) -> None:
-    """The same for a transcoder: each is drawn for itself, as it would be alone.
+    """Fill both matrices of a transcoder, each drawn without regard to the other, with unit rows.
 
     With "active_subspace" each lies within the subspace of what it reads or writes.
     """
@@ -113,7 +114,7 @@ def _draw_(
     generator: torch.Generator | None,
     sample: Tensor | None,  # [N, D]
 ) -> None:
-    """Fill a matrix with rows of these directions."""
+    """Fill a matrix with rows of the directions that `method` names."""
     source = torch.device("cpu") if generator is None else generator.device
     drawn = W if W.device == source else torch.empty_like(W, device=source)
     if method == "kaiming":
@@ -135,7 +136,9 @@ def _draw_(
 def active_subspace(
     sample: Tensor,  # [N, D]
 ) -> Tensor:
-    """An orthonormal basis [r, D] of the directions in which activations vary (arXiv:2508.16929).
+    """Return an orthonormal basis [r, D] of the directions in which activations vary.
+
+    See arXiv:2508.16929.
 
     These are the fewest leading principal components that hold 99 % of the variance about the
     mean: about 60 % of all for the outputs of attention. A latent outside of them would never fire.
@@ -152,7 +155,7 @@ def centre(
     sample: Tensor,  # [N, D]
     config: SAEConfig,
 ) -> Tensor:
-    """Where b_dec starts, [D], as `config.b_dec_init` says."""
+    """Return where b_dec starts, [D], as `config.b_dec_init` says."""
     if config.b_dec_init == "zero":
         return torch.zeros_like(sample[0])
     if config.b_dec_init == "mean":
@@ -163,12 +166,14 @@ def centre(
 def geometric_median(
     points: Tensor,  # [N, D]
 ) -> Tensor:
-    """The point [D] with the smallest sum of distances to `points`, by Weiszfeld's iteration.
+    """Return the point [D] with the smallest sum of distances to `points`.
 
-    Ends when a step is below 1e-6 of the mean distance, or after 100. Where it meets one of the
-    points, that one's own pull has no direction: it holds the median there if the others pull no
-    harder than its weight, and shortens the step if they do (Vardi and Zhang 2000). Weiszfeld's
-    formula alone would stay at any point it meets, and already the mean may be one.
+    It is found by Weiszfeld's iteration.
+
+    That ends when a step is below 1e-6 of the mean distance, or after 100 steps. Where it meets one
+    of the points, that one's own pull has no direction: it holds the median there if the others
+    pull no harder than its weight, and shortens the step if they do (Vardi and Zhang 2000).
+    Weiszfeld's formula alone would stay at any point it meets, and already the mean may be one.
     """
     median = points.mean(0)
     smallest = torch.finfo(points.dtype).tiny

@@ -36,12 +36,12 @@ class JumpReLU(Thresholded):
     metric_names = ("mean_threshold",)
 
     def parameters(self) -> dict[str, Tensor]:
-        """`threshold`, θ [F]."""
+        """Return `threshold`, θ [F]."""
         start = self.config.jumprelu_init_threshold
         return {_THRESHOLD: torch.full((self.config.d_sae,), start, dtype=torch.float32)}
 
     def learning_rates(self) -> dict[str, float]:
-        """That of the threshold."""
+        """Return the learning-rate multiplier of the thresholds."""
         return {_THRESHOLD: self.config.jumprelu_threshold_lr}
 
     def infer(
@@ -50,11 +50,11 @@ class JumpReLU(Thresholded):
         x: Tensor,  # [N, D], normalised
         engine: Engine,
     ) -> ops.SparseCode:
-        """The code of every token: its latents above their thresholds."""
+        """Return the latents of every token that are above their thresholds."""
         return engine.encode_threshold(weights, x, weights.own[_THRESHOLD].detach())
 
     def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
-        """Squared error, the sparsity penalty, and the pre-activation loss of dead latents."""
+        """Return squared error, sparsity penalty and the pre-activation loss of dead latents."""
         threshold = weights.own[_THRESHOLD]
         above = self._list_window(weights, batch, engine)
         spread = above.spread(threshold)
@@ -77,7 +77,7 @@ class JumpReLU(Thresholded):
 
     @property
     def needs_step_l0(self) -> bool:  # type: ignore[override]
-        """Whether the penalty is no mean over tokens: that of l0_target is a square of the L0."""
+        """Whether the penalty is no mean over tokens: l0_target squares the L0."""
         return self.config.sparsity_penalty == "l0_target"
 
     def count_active(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
@@ -86,7 +86,7 @@ class JumpReLU(Thresholded):
         return (above.values.detach() > self.config.jumprelu_bandwidth / 2).sum()
 
     def _list_window(self, weights: Weights, batch: Batch, engine: Engine) -> ops.Code:
-        """ReLU(π − θ + ε/2): what lies above the threshold, and in the window below it."""
+        """Return ReLU(π − θ + ε/2): what lies above the threshold and in the window below it."""
         lowest = weights.own[_THRESHOLD].detach() - self.config.jumprelu_bandwidth / 2
         return self.list_above(weights, batch, engine, lowest)
 
@@ -95,29 +95,29 @@ class JumpReLU(Thresholded):
         weights.own[_THRESHOLD].clamp_min_(0)
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
-        """Follow a change of the units that the code's values are in."""
+        """Multiply the thresholds by `factor`, as the code's values were."""
         weights.own[_THRESHOLD].mul_(factor)
 
     def _l0_penalty(
         self,
         l0: Tensor,  # 0-d
     ) -> Tensor:
-        """L0, or (L0 / target − 1)²."""
+        """Return the L0, or (L0 / target − 1)²."""
         if self.config.sparsity_penalty == "l0":
             return l0
         assert self.config.target_l0 is not None
         return (l0 / self.config.target_l0 - 1).square()
 
     def _tanh_penalty(self, weights: Weights, code: ops.Code) -> Tensor:
-        """Σ_i tanh(c f_i |W_dec,i|), averaged over tokens."""
+        """Return Σ_i tanh(c f_i |W_dec,i|), averaged over tokens."""
         row_norms = self.row_norms(weights)
         amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
         return deterministic_sum((self.config.jumprelu_tanh_scale * amounts).tanh()) / code.n_rows
 
     def _pre_act_loss(self, weights: Weights, batch: Batch) -> Tensor:
-        """Σ ReLU(θ_i − π_i) |W_dec,i| over the dead latents, averaged over tokens.
+        """Return Σ ReLU(θ_i − π_i) |W_dec,i| over the dead latents, averaged over tokens.
 
-        As with AuxK b_dec gets no gradient: it is everybody's, and not to suit the dead.
+        As with AuxK b_dec gets no gradient: all latents share it, and it must not suit the dead.
         """
         if self.config.pre_act_loss_coeff == 0:
             return batch.x.new_zeros(())
@@ -146,7 +146,7 @@ def _jump(
     bandwidth: float,
     ste_to_input: bool,
 ) -> Tensor:
-    """f = π · 1[π > θ] in the shape of `above`."""
+    """Return f = π · Return 1[π > θ] in the shape of `above`."""
     f: Tensor = _Jump.apply(above, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]
     return f
 
@@ -157,18 +157,18 @@ def _step(
     bandwidth: float,
     ste_to_input: bool,
 ) -> Tensor:
-    """1[π > θ] in the shape of `above`."""
+    """Return 1[π > θ] in the shape of `above`."""
     step: Tensor = _Step.apply(above, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]
     return step
 
 
 def _kernel(above: Tensor, bandwidth: float) -> Tensor:
-    """K((π − θ)/ε), bool: π lies in the window."""
+    """Return K((π − θ)/ε), bool: π lies in the window."""
     return (above > 0) & (above < bandwidth)
 
 
 class _Jump(torch.autograd.Function):
-    """See `_jump`. With `ste_to_input` the window's share of the gradient reaches π too."""
+    """Autograd of `_jump`. With `ste_to_input` the window's share of the gradient reaches π too."""
 
     @staticmethod
     def forward(
@@ -192,7 +192,7 @@ class _Jump(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """See `_step`; likewise."""
+    """Autograd of `_step`. With `ste_to_input` the window's share of the gradient reaches π too."""
 
     @staticmethod
     def forward(

@@ -22,8 +22,8 @@ class TrainingLoss:
     """The loss of a batch: `total` to call backward on, `components` to log, `code` for statistics.
 
     The `*_loss` components carry their coefficients, so that they add up to `total`. All components
-    are 0-d and detached, and so is `variance`, Σ (x − mean(x))², of a transcoder with that of its
-    targets: not finite where one of these is not.
+    are 0-d and detached, and so is `variance`, Σ (x − mean(x))², of a transcoder with its targets'
+    variance added: not finite where a number of the batch is not.
     """
 
     total: Tensor
@@ -37,7 +37,9 @@ def lp_loss(
     p: float,
     row_norms: Tensor | None = None,  # [F], of the decoder; None: all 1
 ) -> Tensor:
-    """Σ_i a_i with a_i = f_i |W_dec,i|, averaged over tokens; with p below 1, of (a_i + s)^p − s^p.
+    """Return Σ_i a_i with a_i = f_i |W_dec,i|, averaged over tokens.
+
+    With p below 1 it is the sum of (a_i + s)^p − s^p.
 
     Of a signed code f_i is a magnitude. With s = 1e-3 the slope at 0 is finite. Weighted by
     |W_dec,i|, the term does not change where a decoder row grows and its latent shrinks in return,
@@ -52,17 +54,17 @@ def lp_loss(
 
 
 def lp_values(amounts: Tensor, p: float) -> Tensor:
-    """(a + s)^p − s^p of every amount, for p = 1 the amounts."""
+    """Return (a + s)^p − s^p of every amount, for p = 1 the amounts."""
     return amounts if p == 1 else (amounts + _LP_SHIFT).pow(p) - _LP_SHIFT**p
 
 
 def aux_k_loss(
     squared_error: Tensor,  # [N], Σ_d (ê − e)², with ê the dead latents' model of the residual e
     residual: Tensor,  # [N, D], e or −e
-    n_dead: Tensor,  # 0-d, so that nobody waits for it
+    n_dead: Tensor,  # 0-d, so that the host does not wait for it
     full_k_aux: int,
 ) -> Tensor:
-    """AuxK, arXiv:2406.04093: the share of the residual's variance that the dead latents miss.
+    """Return AuxK, arXiv:2406.04093: the share of the residual's variance that dead latents miss.
 
     Scaled down while fewer than `full_k_aux` latents are dead; 0 for a residual without variance.
     """
@@ -76,7 +78,7 @@ def inverse_variance(
     x: Tensor,  # [N, D]
     variance: Tensor,  # 0-d, its total_variance
 ) -> Tensor:
-    """What an error squared is divided by to be a share of the variance; 0 where there is none."""
+    """Return the factor that makes a squared error a share of the variance; 0 without variance."""
     # Below this it is the rounding of the mean, and dividing by it would blow the term up.
     rounding = torch.finfo(x.dtype).eps * deterministic_sum(x.square())
     return torch.where(variance <= rounding, 0.0, variance.reciprocal())
@@ -93,7 +95,7 @@ def ratio(
 def deterministic_sum(
     x: Tensor,  # any shape
 ) -> Tensor:
-    """The sum of all entries, in an order that does not depend on the number of threads.
+    """Return the sum of all entries, in an order that does not depend on the number of threads.
 
     torch splits a long sum between its threads, but never one row of a matrix; a GPU has no threads
     in this sense.
@@ -126,7 +128,7 @@ def pooled_variance(
 def total_variance(
     x: Tensor,  # [N, D]
 ) -> Tensor:
-    """Σ (x − mean(x))² over all entries, the mean taken per dimension."""
+    """Return Σ (x − mean(x))² over all entries, 0-d, the mean taken per dimension."""
     if x.is_cuda:  # in one pass
         return len(x) * torch.var(x, dim=0, correction=0).sum()
     mean = x.mean(0)

@@ -118,7 +118,7 @@ class SparseAutoencoder(nn.Module):
         self,
         generator: torch.Generator | None = None,
         sample: Tensor | None = None,  # [N, D], normalised
-        targets: Tensor | None = None,  # [N, d_out], normalised, those of the sample
+        targets: Tensor | None = None,  # [N, d_out], normalised, of the same tokens
     ) -> None:
         """Start afresh from `generator`, and from `sample` where the configuration asks for one."""
         config = self.config
@@ -351,10 +351,10 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             x: the batch.
-            targets: what a transcoder is to predict; other models have none.
+            targets: of a transcoder; other models have none.
             precision, dense_grad: see `Engine`.
             k_aux, sparsity_weight, k, reconstruction_only: see `StepSettings`.
-            labels: what the probe is to predict, if there is one; -1: nothing.
+            labels: for the probe, if there is one; -1: nothing to predict.
             starts: tokens that begin a sequence, for the temporal loss.
             relations, answers: of arch slots, -1: none.
             downstream: see `batch_loss`.
@@ -737,7 +737,7 @@ class SparseAutoencoder(nn.Module):
         x: Tensor,  # [N, D]
         targets: Tensor | None,  # [N, d_out]
     ) -> Tensor:
-        """Return what is to be reconstructed of a batch: x, or a transcoder's targets [N, d_out].
+        """Return the target of a batch: x, or a transcoder's targets [N, d_out].
 
         Raises ValueError where a transcoder has no targets, or not one a token, or another model
         has some.
@@ -758,7 +758,7 @@ class SparseAutoencoder(nn.Module):
         x: Tensor,  # [N, D]
         columns: Mapping[str, Tensor],
     ) -> Tensor:
-        """Return what is to be reconstructed; another model's targets in `columns` are not read."""
+        """Return the target of a batch; other models than transcoders leave `columns` alone."""
         return self._targets(x, columns.get(TARGETS) if self.config.transcoder else None)
 
     def _output_rows(self, x: Tensor, name: str) -> Tensor:

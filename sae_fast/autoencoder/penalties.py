@@ -43,7 +43,7 @@ def decorrelation_loss(
     chunk: int,
     error_of_the_mean: float = 1.0,
 ) -> Tensor:
-    """The penalty of a decoder, 0-d.
+    """Return the decorrelation penalty of a decoder, 0-d, without its coefficient.
 
     Args:
         W_dec: decoder rows, of any length.
@@ -67,7 +67,7 @@ def chunked_max(
     draw: Tensor,  # 0-d int64
     chunk: int,
 ) -> Tensor:
-    """The square of a row's largest cosine with another one of its chunk, averaged over rows.
+    """Return the square of a row's largest cosine within its chunk, averaged over rows.
 
     The chunks are searched without a gradient, a product of some chunk² · D each; it goes to a row
     and its nearest only. Memory: six times W_dec.
@@ -93,7 +93,7 @@ def random_chunks(
     draw: Tensor,  # 0-d int64
     chunk: int,
 ) -> tuple[Tensor, ...]:
-    """All latents, divided at random into chunks of `chunk` to 2 · chunk − 1, or one of fewer.
+    """Divide all latents at random into chunks of `chunk` to 2 · chunk − 1, or one of fewer.
 
     They are ordered by a hash of latent and draw: no generator whose state would have to be kept,
     and nothing that a CUDA graph could not repeat with another draw.
@@ -104,7 +104,7 @@ def random_chunks(
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32 bits without pattern, on int64; no product here reaches 2⁶³."""
+    """Apply a bijection of 32 bits without pattern, on int64; no product here reaches 2⁶³."""
     for _ in range(2):
         x = ((x >> 16) ^ x) * 0x45D9F3B & _MASK
     return (x >> 16) ^ x
@@ -123,7 +123,7 @@ def correlation_losses(
     *,
     reduction: Reduction = "mean",
 ) -> CorrelationLosses:
-    """`independence_loss` and `orthogonality_loss` of one batch, at the cost of one of them."""
+    """Compute `independence_loss` and `orthogonality_loss` at the cost of one of them."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be scaled, mean or sum, got {reduction!r}")
     found = ops.code_correlation(h, split)
@@ -148,7 +148,7 @@ def _per_latent(
     second: Tensor,  # 0-d int64
     directions: int,
 ) -> Tensor:
-    """See `Reduction`: a sum over pairs of `first` and `second` latents per latent."""
+    """Divide a sum over pairs of `first` and `second` latents as "scaled" does, see `Reduction`."""
     fewer, more = torch.minimum(first, second), torch.maximum(first, second)
     return total / (fewer.clamp_min(1) * ratio(more, directions).clamp_min(1))
 
@@ -159,7 +159,7 @@ def independence_loss(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The squared correlation of two different latents of [0, split), over ordered pairs.
+    """Return the squared correlation of two different latents of [0, split), over ordered pairs.
 
     By default of all latents. Among N tokens no code gets the mean of M > N - 1 latents below
     (M / (N - 1) - 1) / (M - 1): there are only N - 1 directions to vary in.
@@ -182,7 +182,7 @@ def orthogonality_loss(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """The squared correlation of a latent of [0, split) and one of [split, F).
+    """Return the squared correlation of a latent of [0, split) and one of [split, F).
 
     Args:
         h: the dense codes [N, F], row = token.
@@ -199,10 +199,10 @@ def temporal_smoothness_loss(
     code: ops.Code,
     starts: Tensor,  # [N] bool, which tokens do not go on from the one before them
 ) -> Tensor:
-    """Σ_j (f_nj − f_(n+1)j)², averaged over the pairs of neighbours in a sequence; 0 without any.
+    """Return Σ_j (f_nj − f_(n+1)j)², averaged over the pairs of neighbours in a sequence.
 
-    Differentiable in the values of the entries that the code lists, among them those of 0 where it
-    has a base (JumpReLU's window below a threshold). No row may list a latent twice.
+    It is 0 without any pair, and differentiable in the values of the entries that the code lists,
+    also where they are 0 (JumpReLU's window below a threshold). No row may list a latent twice.
     """
     goes_on = ~starts  # from the token before
     goes_on[:1] = False

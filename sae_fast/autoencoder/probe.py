@@ -31,7 +31,7 @@ class ProbeLoss(NamedTuple):
 
 
 class Probe:
-    """What the probe of a configuration is; the model holds its parameters.
+    """The probe that a configuration asks for; the model holds its parameters.
 
     Raises ValueError where the number of classes is left open.
     """
@@ -46,7 +46,7 @@ class Probe:
         self.quality_name = "probe_r2" if self.is_regression else "probe_accuracy"
 
     def parameters(self) -> dict[str, Tensor]:
-        """Start values: all predictions are equal."""
+        """Return start values with which all predictions are equal."""
         outputs = self.config.probe_outputs
         return {
             "W_probe": torch.zeros(self.config.d_sae, outputs, dtype=torch.float32),
@@ -59,7 +59,7 @@ class Probe:
         code: ops.Code,
         labels: Tensor,  # [N], int64 or float
     ) -> ProbeLoss:
-        """Cross-entropy, or squared error, with its gradient for the probe and for the code."""
+        """Return cross-entropy, or squared error, with a gradient for the probe and the code."""
         predicted = predictions(own, code)
         labelled = labels != NO_LABEL
         if labels.is_floating_point():
@@ -77,7 +77,7 @@ def predictions(
     own: dict[str, Tensor],  # the parameters, by name
     code: ops.Code,
 ) -> Tensor:
-    """The logits [N, C] of the classes, or the predicted numbers [N, 1]."""
+    """Return the logits [N, C] of the classes, or the predicted numbers [N, 1]."""
     if isinstance(code, ops.DenseCode):
         return addmm(own["b_probe"], code.values, own["W_probe"])
     return ops.decode(code, own["W_probe"], own["b_probe"], precision="fp32")

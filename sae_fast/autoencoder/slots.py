@@ -53,7 +53,7 @@ class Binding(NamedTuple):
     n_answers: Tensor  # tokens labelled with both
 
     def accuracies(self, has_answers: bool) -> dict[str, Tensor]:
-        """Shares that are right, NaN of nothing."""
+        """Return the shares that are right, NaN of nothing."""
         found = {"slot_accuracy": losses.ratio(self.slots_right, self.n_relations)}
         if has_answers:
             found["value_accuracy"] = losses.ratio(self.answers_right, self.n_answers)
@@ -86,7 +86,7 @@ class Slots(ReLU):
         return (*super().metric_names, "slot_accuracy", *values)
 
     def parameters(self) -> dict[str, Tensor]:
-        """The value heads: hinges at points spread over the slots' range, all answers equal."""
+        """Return the value heads: hinges spread over the slots' range, all answers equal."""
         if not self.config.has_value_heads:
             return {}
         assert self.config.value_hidden is not None
@@ -104,11 +104,11 @@ class Slots(ReLU):
         }
 
     def trained(self) -> tuple[str, ...] | None:
-        """The value heads, where they are trained alone."""
+        """Return the names of the value heads, where they are trained alone."""
         return tuple(self.parameters()) if self.config.slots_mode == "separate_value" else None
 
     def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
-        """Reconstruction, the free slots' L1 penalty, alignment and value prediction."""
+        """Return the terms of reconstruction, free slots' L1, alignment and value prediction."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained() is None):
             code = self.list_above(weights, batch, engine)
             modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
@@ -128,7 +128,7 @@ class Slots(ReLU):
     def _bound_terms(
         self, weights: Weights, batch: Batch, engine: Engine
     ) -> tuple[dict[str, Tensor], Binding]:
-        """The terms that need labels, and how well the labels are met."""
+        """Return the terms that need labels, and how well the labels are met."""
         config, terms = self.config, {}
         relations, answers = self._checked_labels(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained() is None):
@@ -149,7 +149,7 @@ class Slots(ReLU):
         relations: Tensor,  # [N]
         answers: Tensor | None,  # [N]
     ) -> tuple[Tensor | None, Binding]:
-        """The cross-entropy of the answers, a mean over those there are, and how many are right."""
+        """Return the cross-entropy of the answers, a mean over these, and how many are right."""
         labelled = relations != NO_LABEL
         right = ((scores.argmax(1) == relations) & labelled).sum()
         none = torch.zeros_like(right)
@@ -169,7 +169,7 @@ class Slots(ReLU):
         relations: Tensor,  # [N] int64
         answers: Tensor | None,  # [N] int64
     ) -> Binding:
-        """How many labelled tokens have the right slot as the largest, and the right answer."""
+        """Count the labelled tokens whose largest slot is the right one, and the right answers."""
         scores = Engine().encode_last(weights, x, self.n_relations)
         if not self.config.has_value_heads:
             answers = None
@@ -181,7 +181,7 @@ class Slots(ReLU):
         slots: Tensor,  # [N, R], activations of the relation slots
         relations: Tensor,  # [N] int64, whose head is asked
     ) -> Tensor:
-        """The logits [N, A] of the answers."""
+        """Return the logits [N, A] of the answers."""
         own, target = weights.own, self.config.slot_target or 1.0
         chosen = slots.gather(1, relations[:, None]) / target  # [N, 1]
         order, parts = [], []
@@ -211,7 +211,7 @@ class Slots(ReLU):
         return losses.lp_loss(code, self.config.sparsity_norm_p, norms * is_free)
 
     def _checked_labels(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Relations and answers [N] of a batch; raises ValueError where they do not fit."""
+        """Return relations and answers [N] of a batch; raise ValueError where they do not fit."""
         columns, config = batch.columns, self.config
         relations = columns.get(config.relation_labels or "")
         answers = columns.get(config.answer_labels or "")
@@ -239,7 +239,7 @@ def alignment_loss(
     relations: Tensor,  # [N] int64, -1: no relation
     target: float = 1.0,
 ) -> Tensor:
-    """Σ_i (z_ni − target 1[i = relation])², averaged over the labelled tokens; 0 without any."""
+    """Return Σ_i (z_ni − target 1[i = relation])², averaged over labelled tokens; 0 without any."""
     labelled = relations != NO_LABEL
     one_hot = functional.one_hot(relations.clamp_min(0), scores.shape[1]).to(scores.dtype)
     squared = (scores - target * one_hot).square().sum(1)

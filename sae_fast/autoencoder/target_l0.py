@@ -1,8 +1,8 @@
 """A controller that finds the sparsity coefficient for a wanted L0, as a factor of the given one.
 
 Its logarithm is moved by the logarithm of L0 / target after every step: proportionally, which
-damps, and integrated, which ends at the target. Both numbers are buffers on the device, so nobody
-waits for them and a resumed run goes on as it would have.
+damps, and integrated, which ends at the target. Both numbers are buffers on the device, so the
+host does not wait for them, and a resumed run continues as it would have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST_SCALE = 1000.0  # and the smallest is its reciprocal
 
 
 def start() -> dict[str, Tensor]:
-    """The buffers: `sparsity_scale`, the factor, and what it remembers; both 0-d."""
+    """Return the buffers: `sparsity_scale`, the factor, and `sparsity_integral`; both 0-d."""
     return {
         SCALE: torch.ones((), dtype=torch.float32),
         _INTEGRAL: torch.zeros((), dtype=torch.float32),
@@ -52,7 +52,7 @@ def steer_(
 
 
 def saturation(scale: float, coefficient: float, target: float) -> str | None:
-    """The warning when the factor has reached a bound, which it cannot leave for the target."""
+    """Return a warning when the factor has reached a bound; else None."""
     if (1 + 1e-5) / LARGEST_SCALE < scale < (1 - 1e-5) * LARGEST_SCALE:
         return None
     side = "largest" if scale > 1 else "smallest"

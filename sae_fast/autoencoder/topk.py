@@ -171,7 +171,7 @@ class BatchTopK(TopK):
         x: Tensor,  # [N, D], normalised
         engine: Engine,
     ) -> ops.SparseCode:
-        """Return the latents above the threshold; before any training those of the batch."""
+        """Return the latents above the threshold; before any training as in a batch."""
         if int(weights.own["threshold_updates"]) == 0:
             return self.encode(weights, x, engine)
         threshold = weights.own["threshold"].expand(len(weights.W_enc))

@@ -2,8 +2,8 @@
 
 f = select(x W_encᵀ + b_enc) and ŷ = Σ_j f_j W_dec,j + b_dec, with a skip connection + x W_skipᵀ
 (arXiv:2501.18823). b_dec lies where the targets do, so nothing is subtracted from x. Every
-architecture can be one: what its code is to model is y − x W_skipᵀ in place of x, and nothing else
-changes. x and y are normalised each by a mean and a scale of its own.
+architecture can be one: its code models y − x W_skipᵀ in place of x, and nothing else changes.
+x and y are normalised each by a mean and a scale of its own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SKIP = "W_skip"
 
 
 def transcoder_parameters(config: SAEConfig) -> dict[str, Tensor]:
-    """Start values of `W_skip` [d_out, D], where there is one: the code has it all to explain."""
+    """Return the start of `W_skip` [d_out, D], where there is one: 0, all is left to the code."""
     if not config.skip_connection:
         return {}
     return {SKIP: torch.zeros(config.d_out, config.d_in, dtype=torch.float32)}
 
 
 def transcoder_buffers(config: SAEConfig) -> dict[str, Tensor]:
-    """The normalisation of the targets, as that of the activations is kept."""
+    """Return the buffers of the targets' normalisation: mean [d_out] and scale, 0-d."""
     if not config.transcoder:
         return {}
     return {
@@ -41,7 +41,7 @@ def skip(
     W_skip: Tensor,  # [d_out, D]
     precision: str = "screened",
 ) -> Tensor:
-    """x W_skipᵀ, [N, d_out]; with bf16 and fp16 from operands of that type."""
+    """Return x W_skipᵀ, [N, d_out]; with bf16 and fp16 from operands of that type."""
     if x.is_cuda and precision in ROUNDED_DTYPES:  # whose products its tensor cores make
         return _low_product(x, W_skip, precision)
     return linear(x, W_skip, precision=precision)

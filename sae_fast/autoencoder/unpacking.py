@@ -26,7 +26,7 @@ class Undivided(Tensor):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as an ordinary tensor, which any program can load."""
+        """Write an ordinary tensor into a pickle, which any program can load."""
         return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -96,7 +96,9 @@ class Panel:
 
 
 def overview(rows: Iterable[Row]) -> list[Panel]:
-    """A panel for each metric but the terms of the loss; those of every run are always there."""
+    """Return a panel for each metric but the terms of the loss.
+
+    Metrics that every run logs have their panel in any case."""
     others = [
         name
         for name in _nonzero_metrics(rows)
@@ -108,14 +110,14 @@ def overview(rows: Iterable[Row]) -> list[Panel]:
 
 
 def loss_terms(rows: Iterable[Row]) -> list[Panel]:
-    """A panel for each term of the loss that is not 0 throughout; each is weighted as it counts."""
+    """Return a panel for each term of the loss that is not 0 throughout, with its coefficient."""
     return [_panel(name) for name in _nonzero_metrics(rows) if name.endswith("_loss")]
 
 
 def _nonzero_metrics(rows: Iterable[Row]) -> list[str]:
-    """Names of the metrics that are a number other than 0 somewhere, in order of appearance.
+    """Return the metrics that are a number other than 0 somewhere, in order of appearance.
 
-    What is measured on held-out rows counts as the same metric.
+    A metric of held-out rows counts under the name of the training's.
     """
     names = [name for row in rows for name, value in row.items() if value]
     bare = (name.removeprefix(_AVERAGED).removeprefix(_HELD_OUT) for name in names)

@@ -25,7 +25,7 @@ _LEAST_R2 = -1.0  # it starts far below 0, where nothing is to be seen
 
 
 def plot_run(rows: list[Row], path: Path, title: str) -> Path:
-    """Draws the metrics of a run over its steps into a PNG, but for the terms of the loss.
+    """Draw the metrics of a run over its steps into a PNG, without the terms of the loss.
 
     Args:
         rows: the rows of metrics.jsonl.
@@ -38,7 +38,7 @@ def plot_run(rows: list[Row], path: Path, title: str) -> Path:
 def draw(
     runs: Mapping[str, Sequence[Row]], panels: Sequence[Panel], path: Path, title: str
 ) -> Path:
-    """Draws panels of one run over its steps, of several over each other and over their tokens.
+    """Draw panels of one run over its steps, or of several in one panel over their tokens.
 
     Args:
         runs: rows of metrics.jsonl by the name of the run.
@@ -72,7 +72,7 @@ def draw(
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write the image whole or not at all: it may be looked at while the run goes on."""
+    """Write the image whole or not at all: a viewer may read it while the run continues."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=_DOTS_PER_INCH, format=path.suffix[1:])
 
@@ -80,7 +80,7 @@ def _save(figure: Any, path: Path) -> None:
 def _draw_panel(
     axes: Any, panel: Panel, runs: Sequence[Sequence[Row]], colours: Sequence[Any]
 ) -> set[str]:
-    """Draws one panel; returns the labels of the curves in it."""
+    """Draw one panel; return the labels of the curves in it."""
     from matplotlib.ticker import MaxNLocator
 
     single = len(runs) == 1
@@ -113,7 +113,7 @@ def _draw_panel(
 
 
 def _shown(panel: Panel, *, single: bool) -> Sequence[Curve]:
-    """The curves of a panel; over each other only what runs are compared by."""
+    """Return the curves of a panel; of several runs only those that they are compared by."""
     if single:
         return panel.curves
     return [
@@ -128,7 +128,7 @@ def _series(rows: Sequence[Row], axis: str, name: str) -> tuple[list[float], lis
 
 
 def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
-    """Chooses the axis of the values: from 0 on, or logarithmic where they span much."""
+    """Choose the axis of the values: from 0 on, or logarithmic where they span much."""
     if not values:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
@@ -147,7 +147,7 @@ def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
 
 
 def _formatter(panel: Panel, most: float) -> Any:
-    """Percentages, or plain numbers."""
+    """Return what writes the numbers at an axis: percentages, or plain numbers."""
     from matplotlib.ticker import FuncFormatter
 
     if panel.is_share:
@@ -156,14 +156,14 @@ def _formatter(panel: Panel, most: float) -> Any:
 
 
 def _plain(most: float) -> Any:
-    """Numbers up to `most`, the large ones in thousands or millions."""
+    """Return what writes numbers up to `most`, large ones in thousands or millions."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
     return EngFormatter(sep="") if most >= 1e4 else FuncFormatter(lambda value, _: f"{value:g}")
 
 
 def _make_logarithmic(axes: Any, span: float) -> None:
-    """A logarithmic axis whose labels are plain numbers, also within one decade."""
+    """Make the axis logarithmic, its labels plain numbers, also within one decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -175,7 +175,7 @@ def _make_logarithmic(axes: Any, span: float) -> None:
 
 
 def _colours(count: int) -> list[Any]:
-    """As many colours as there are runs."""
+    """Return as many colours as there are runs."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -186,7 +186,7 @@ def _colours(count: int) -> list[Any]:
 def _name_runs(
     figure: Any, width: float, names: Sequence[str], colours: Sequence[Any], *, has_held_out: bool
 ) -> None:
-    """One legend below all panels, in as many columns as there is room for."""
+    """Draw one legend below all panels, in as many columns as there is room for."""
     from matplotlib.lines import Line2D
 
     labels = [_shortened(name, _NAME_LENGTH) for name in names]

@@ -91,11 +91,11 @@ class CheckpointStore:
                     leftover.unlink(missing_ok=True)
 
     def path_of(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Return the directory of a step's checkpoint."""
         return self.directory / f"{_PREFIX}{step:08d}"
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint here, ascending."""
+        """Return the steps that have a checkpoint here, ascending."""
         names = (path.name for path in self.directory.glob(f"{_PREFIX}*"))
         digits = (name.removeprefix(_PREFIX) for name in names)
         return sorted(int(step) for step in digits if step.isdigit())
@@ -149,11 +149,11 @@ class CheckpointStore:
     def rewind(self, step: int, best: int | None) -> None:
         """Let the checkpoint of `step` be the latest and remove what its save would have removed.
 
-        A run that goes on from there then leaves what an undisturbed one leaves, whatever a kill
+        A run that is resumed from there then leaves what an undisturbed one leaves, whatever a kill
         had kept the run before from doing.
 
         Args:
-            step: that of a checkpoint which is here.
+            step: of a checkpoint which is here.
             best: the step of the best one, as the state of the latest has it; None: there is none.
         """
         self._point("latest", self.path_of(step))
@@ -164,7 +164,7 @@ class CheckpointStore:
         self.prune(step)
 
     def named(self, name: str) -> Path | None:
-        """The checkpoint that `latest` or `best` names; None where it names none."""
+        """Return the checkpoint that `latest` or `best` names; None where it names none."""
         pointer = self.directory / name
         if pointer.is_symlink():
             target = self.directory / os.readlink(pointer)
@@ -175,16 +175,16 @@ class CheckpointStore:
         return target if target.name.startswith(_PREFIX) else None
 
     def newest(self) -> Path | None:
-        """The last checkpoint written here: what `latest` names, else the one of the last step."""
+        """Return the last checkpoint written here: what `latest` names, else the last step's."""
         if (named := self.named("latest")) is not None:
             return named
         steps = self.steps()
         return self.path_of(steps[-1]) if steps else None
 
     def prune(self, step: int, spared: int | None = None) -> None:
-        """Remove all but the last `keep` up to this step, the best one and that of step `spared`.
+        """Remove all but the last `keep` up to this step, the best one and step `spared`.
 
-        Later ones belong to another branch.
+        Checkpoints of later steps belong to another branch of the run.
         """
         best = self.named("best")
         for old in [other for other in self.steps() if other <= step][: -self.keep]:
@@ -192,7 +192,7 @@ class CheckpointStore:
                 self._remove(self.path_of(old))
 
     def _original(self, copy: Path) -> Path:
-        """The checkpoint of the step that a directory in place of a link has; else itself."""
+        """Return the checkpoint that a directory in place of a link is a copy of; else itself."""
         try:
             original = self.path_of(int(_read_state(copy / STATE, None)["step"]))
             is_same = (original / STATE).read_bytes() == (copy / STATE).read_bytes()
@@ -250,11 +250,12 @@ def newest_common_step(stores: Iterable[CheckpointStore], limit: int | None = No
 
 
 def read_checkpoint(path: Path, check: StateCheck | None = None) -> Checkpoint:
-    """Reads one checkpoint after checking every file against its sha256.
+    """Read one checkpoint after checking every file against its sha256.
 
     Args:
         path: its directory.
-        check: of trainer.json's path and content, raises CheckpointError where it is inconsistent.
+        check: called with trainer.json's path and content, raises CheckpointError where it is
+            inconsistent.
 
     Raises:
         CheckpointError: naming the file that is missing, incomplete or altered.
@@ -276,7 +277,7 @@ def read_checkpoint(path: Path, check: StateCheck | None = None) -> Checkpoint:
 
 
 def read_newest_intact(path: Path, check: StateCheck | None = None) -> Checkpoint:
-    """Reads a checkpoint, or the newest intact one before it, saying which one was passed over.
+    """Read a checkpoint, or the newest intact one before it; log which one was passed over.
 
     Raises:
         CheckpointError: when neither it nor any before it is intact.
@@ -285,7 +286,7 @@ def read_newest_intact(path: Path, check: StateCheck | None = None) -> Checkpoin
 
 
 def read_newest_state(path: Path, check: StateCheck | None = None) -> dict[str, Any]:
-    """The JSON content of a checkpoint, or of the newest before it that has any.
+    """Read the JSON content of a checkpoint, or of the newest before it that has any.
 
     Raises:
         CheckpointError: when there is none.
@@ -310,12 +311,12 @@ def _first_intact(path: Path, read: Callable[[Path], Content], level: int) -> Co
 
 
 def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
-    """The checkpoint that `--resume-from` means; None when `latest` finds none yet.
+    """Return the checkpoint that `--resume-from` means; None when `latest` finds none yet.
 
     Args:
         reference: `latest` or `best` of the run, a checkpoint, or a run directory (its latest), or
-            one that holds a single run, as that of arch slots does.
-        run_directory: the run that `latest` and `best` speak of.
+            a directory that holds a single run, as one of arch slots does.
+        run_directory: the run that `latest` and `best` refer to.
 
     Raises:
         CheckpointError: when there is no such checkpoint.
@@ -351,7 +352,7 @@ def find_checkpoint(reference: str, run_directory: Path | None) -> Path | None:
 
 
 def _without_links(reference: Path) -> Path:
-    """The real path; `latest` or `best` of a run is replaced by the checkpoint that it names."""
+    """Return the real path; `latest` or `best` of a run becomes the checkpoint that it names."""
     if reference.name in ("latest", "best"):
         named = CheckpointStore(reference.parent, keep=1).named(reference.name)
         reference = reference if named is None else named
@@ -379,7 +380,7 @@ def runs_at(path: Path) -> list[Path]:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Return whether a directory is that of a run with a checkpoint; False if it is unreadable."""
+    """Return whether a directory belongs to a run with a checkpoint; False if it is unreadable."""
     try:
         return _newest_of(run) is not None
     except OSError:
@@ -431,7 +432,7 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _flush_directory(directory: Path) -> None:
-    """The files, then the names: a rename must never outrun what it names."""
+    """Flush the files, then the names: a rename must never be on the disk before what it names."""
     for path in directory.iterdir():
         _fsync(path)
     _fsync(directory)

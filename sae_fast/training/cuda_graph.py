@@ -31,7 +31,7 @@ Key = tuple[tuple[torch.Size, ...], int | None, int | None, bool]
 
 
 class GraphRecorder:
-    """What is done with torch.cuda: a side stream for the first steps, captures, one pool.
+    """The calls of torch.cuda: a side stream for the first steps, captures, one pool.
 
     The graphs share the pool. That is safe because nothing in it outlives a replay: every tensor
     that a later step reads was made outside.
@@ -45,7 +45,7 @@ class GraphRecorder:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Work launched here runs on the stream of the captures, in order with the current one.
+        """Run work launched inside on the stream of the captures, in order with the current one.
 
         Autograd and cuBLAS keep a state for each stream, and a capture must find it made.
         """
@@ -56,7 +56,7 @@ class GraphRecorder:
         current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What replays `work` on the current stream; the work itself is not done here.
+        """Return what replays `work` on the current stream; the work itself is not done here.
 
         Raises:
             RuntimeError: when it cannot be captured, naming the remedy.
@@ -75,7 +75,7 @@ class GraphRecorder:
         return graph.replay
 
     def finish(self) -> None:
-        """Waits for the graphs, which are about to be dropped; the next ones get another pool.
+        """Wait for the graphs, which are about to be dropped; the next ones get another pool.
 
         The allocator does not take up again a pool that has lost its last graph.
         """
@@ -84,7 +84,7 @@ class GraphRecorder:
 
 
 class GraphedStep:
-    """Runs a TrainingStep from CUDA graphs.
+    """Run a TrainingStep from CUDA graphs.
 
     Args:
         step: the step; all that it does must be possible in a capture.
@@ -128,7 +128,7 @@ class GraphedStep:
         self._announce()
 
     def _fixed_inputs(self, shapes: tuple[torch.Size, ...], batches: Sequence[Rows]) -> list[Rows]:
-        """The batches, copied to where the graphs of these shapes read them."""
+        """Copy the batches to where the graphs of these shapes read them, and return these."""
         if shapes not in self._inputs:
             self._inputs[shapes] = [batch.map(torch.empty_like) for batch in batches]
         for place, part in zip(_tensors(self._inputs[shapes]), _tensors(batches), strict=True):
@@ -136,7 +136,7 @@ class GraphedStep:
         return self._inputs[shapes]
 
     def _announce(self) -> None:
-        """Counts the update that a replay has made, and its refreshed copies as current."""
+        """Count the update that a replay has made, and mark its refreshed copies as current."""
         sae = self._step.sae
         for W in (sae.W_enc, sae.W_dec):
             mark_updated(W, *copies_to_refresh(W, self._step.precision))
@@ -144,7 +144,7 @@ class GraphedStep:
         torch.autograd.graph.increment_version([*others, *sae.buffers()])
 
     def _current_addresses(self) -> tuple[int, ...]:
-        """Where everything lies that the graphs read and write; a stale copy counts as none."""
+        """Return the addresses that the graphs read and write; a stale copy counts as none."""
         sae, optimizer = self._step.sae, self._step.optimizer
         tensors: list[Tensor | None] = [*sae.parameters(), *sae.buffers()]
         tensors += optimizer.state_dict().values()
@@ -153,7 +153,7 @@ class GraphedStep:
         return tuple(-1 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
     def _forget(self) -> None:
-        """Begins again: somebody changed weights, or put tensors in the place of others."""
+        """Drop all graphs: weights were changed, or tensors put in the place of others."""
         if self._graphs:
             self._recorder.finish()
         self._graphs.clear()

@@ -4,7 +4,7 @@ import torch
 
 
 def checked_device(name: str) -> torch.device:
-    """The device of that name.
+    """Return the device of a name.
 
     Raises:
         ValueError: when there is no such device here.

@@ -1,6 +1,6 @@
 """Training through the rest of the model: loss_fn ce and kl, and the batches that they need.
 
-The reconstruction takes the place of the activations at the hook point, the model goes on from
+The reconstruction takes the place of the activations at the hook point, the model continues from
 there, and its loss is the autoencoder's (arXiv:2405.12241). The model itself is not trained.
 
     ce  the cross-entropy of the text: of the next token, or with a masked model of masked tokens
@@ -101,7 +101,7 @@ class SequenceStream(BatchSource[HookRows]):
         return float(self._epoch) + min(1.0, self._cursor.rows / self._rows_per_pass)
 
     def next_rows(self) -> HookRows:
-        """The next sequences, for every hook point by its name."""
+        """Return the next sequences, for every hook point by its name."""
         begin = time.perf_counter()
         batch = self._next_batch()
         rows = self.rows_of(batch)
@@ -111,7 +111,7 @@ class SequenceStream(BatchSource[HookRows]):
         return rows
 
     def rows_of(self, batch: TokenBatch) -> HookRows:
-        """The activations of a batch of tokens, and what the model read, on its device."""
+        """Compute the activations of a batch of tokens; return them with what the model read."""
         tokens, labels = self._masked(batch)
         mask = torch.ones_like(batch.kept) if batch.mask is None else batch.mask
         device = next(self._model.network.parameters()).device
@@ -126,7 +126,7 @@ class SequenceStream(BatchSource[HookRows]):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch served."""
+        """Return the position after the last batch served."""
         return {
             "version": STATE_VERSION,
             "seed": self._seed,
@@ -137,7 +137,7 @@ class SequenceStream(BatchSource[HookRows]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; ValueError where model, text or seed are others."""
+        """Continue where `state` was taken; ValueError where model, text or seed are others."""
         check_state(state, STATE_VERSION, {"seed": self._seed}, self._identity)
         epoch, tokens = saved_counts(state, "epoch", "tokens")
         cursor = saved_cursor(state.get("cursor"))
@@ -151,7 +151,7 @@ class SequenceStream(BatchSource[HookRows]):
             self._iterator = None
 
     def _next_batch(self) -> TokenBatch:
-        """The next batch with a token that is kept."""
+        """Return the next batch with a token that is kept."""
         for _ in range(2):
             if self._iterator is None:
                 self._iterator = self._batches.iterate(self._cursor)
@@ -163,7 +163,7 @@ class SequenceStream(BatchSource[HookRows]):
         raise ValueError("dataset: no document has a token that is kept")
 
     def _masked(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """The tokens [B, T] as the model reads them, and what it is to find, -100: nothing."""
+        """Return the tokens [B, T] as the model reads them, and its labels, -100: none."""
         nothing = torch.full_like(batch.tokens, _NO_LABEL)
         if self._masked_token is None:
             return batch.tokens, nothing
@@ -199,7 +199,7 @@ class DownstreamModel:
         x_hat: Tensor,  # [n, D], in the units of the activations
         columns: Mapping[str, Tensor],
     ) -> Tensor:
-        """The loss, 0-d, with a gradient to x̂."""
+        """Return the loss, 0-d, with a gradient to x̂."""
         logits = self._logits(columns, x_hat)
         if self._loss_fn == "ce":
             return self._cross_entropy(logits, columns)
@@ -215,7 +215,7 @@ class DownstreamModel:
 
     @torch.no_grad()
     def evaluate(self, sae: SparseAutoencoder, batches: Sequence[Rows]) -> dict[str, float]:
-        """The mean loss over some batches with the reconstruction, and of ce without it."""
+        """Return the mean loss over batches with the reconstruction, and of ce also without it."""
         spliced = own = 0.0
         for rows in batches:
             spliced += float(self.loss(sae(rows.x), rows.columns))
@@ -225,7 +225,7 @@ class DownstreamModel:
         return found | ({"heldout_ce_model": own / len(batches)} if self._loss_fn == "ce" else {})
 
     def _logits(self, columns: Mapping[str, Tensor], x_hat: Tensor | None) -> Tensor:
-        """What the model puts out [B, T, words] float32, with x̂ in place of the activations."""
+        """Return the model's logits [B, T, words] float32, with x̂ in place of the activations."""
         handle = None
         if x_hat is not None:
             kept, rows = columns[KEPT], x_hat

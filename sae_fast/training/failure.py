@@ -23,13 +23,15 @@ def divergence(
     bad_rows: int | None,
     newest_checkpoint: Path | None,
 ) -> TrainingError:
-    """The error of a step whose loss or gradient norm is not finite; no parameter has changed.
+    """Return the error of a step whose loss or gradient norm is not finite.
+
+    No parameter has changed since before that step.
 
     Args:
         reading: what was read of the device.
         step: the bad step, counted from 1.
         shards: what it may have read.
-        bad_rows: how many rows of its batches are not finite, None where nobody can tell any more.
+        bad_rows: how many rows of its batches are not finite, None where it is not known any more.
         newest_checkpoint: the last one written.
     """
     metrics = reading.metrics
@@ -46,7 +48,7 @@ def divergence(
 def out_of_memory(
     step: int, error: BaseException, plan: MemoryPlan, newest_checkpoint: Path | None
 ) -> TrainingError:
-    """The error of a run that has filled the memory."""
+    """Return the error of a run that has filled the memory."""
     told = [str(link) for link in _chain(error) if isinstance(link, torch.OutOfMemoryError)]
     reason = (told or [str(error)])[0].partition("\n")[0].partition(". ")[0].rstrip(".")
     told_by = f" ({reason})" if reason else ""
@@ -58,10 +60,10 @@ def out_of_memory(
 
 
 def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
-    """Whether memory that could not be had is what an error comes from.
+    """Return whether an error comes from memory that could not be allocated.
 
     Where an op of ours asks torch for memory, the error that comes back is of no type and says only
-    which call failed; whether memory was refused the allocator's own count tells.
+    which call failed; then the allocator's count of refusals decides.
     """
     for link in _chain(error):
         if isinstance(link, torch.OutOfMemoryError | MemoryError):
@@ -85,7 +87,7 @@ def _cause(variance: float, bad_rows: int | None) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that were being handled when it was raised."""
+    """Yield the error, then the one that was being handled when it was raised, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -121,7 +121,7 @@ class FromModelConfig(ConfigFile):
         check_effects(self)
 
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
-        """What is asked of the model."""
+        """Return the settings of the capture: what the model reads, and where it is read."""
         names = {item.name for item in fields(CaptureConfig)} & {item.name for item in fields(self)}
         own = {name: getattr(self, name) for name in names}
         if not (self.layers or self.hook_points or self.layer_stride):
@@ -146,7 +146,7 @@ def open_from_model(
     stop: StopOnSignal | None = None,
     show_progress: bool = True,
 ) -> Sweep:
-    """The trainings on a model's activations: for each hook point those of `configs`, by name.
+    """Make the trainings on a model's activations: for each hook point all of `configs`.
 
     Args:
         model: a folder, or a name on the Hugging Face hub, or a model in memory.
@@ -156,8 +156,8 @@ def open_from_model(
             Their batch size is replaced by the tokens of a forward pass, `checkpoint_dir` by one
             in `directory`.
         directory: where the runs are written; None: nowhere.
-        stop: what tells to stop, see `Sweep`.
-        show_progress: likewise.
+        stop: tells when to stop, see `Sweep`.
+        show_progress: whether to show a progress bar.
 
     Raises:
         ValueError: in one line, for what does not fit.
@@ -186,7 +186,7 @@ def open_from_model(
 def _open_capture(
     model: str | LanguageModel, dataset: str | Documents, settings: FromModelConfig, device: str
 ) -> Capture:
-    """The capture from a model and documents, each loaded by its name or in memory."""
+    """Open the capture from a model and documents, each given by its name or in memory."""
     model_name, name = (
         given if isinstance(given, str) else given.name for given in (model, dataset)
     )
@@ -200,7 +200,7 @@ def _open_capture(
 def _shuffled(
     capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig]
 ) -> MakeTrainer:
-    """Trainers on rows in a random order."""
+    """Return what makes trainers on rows in a random order."""
     first = next(iter(configs.values())).train
     heldout = _heldout_rows(capture)
     harvester = Harvester(capture.hooked, capture.batches, max_tokens=settings.max_tokens)
@@ -230,9 +230,9 @@ def _shuffled(
 
 
 def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
-    """The rows that are shuffled together.
+    """Return how many rows are shuffled together.
 
-    A run that goes on keeps its own number, on which the order of its rows depends, also where more
+    A resumed run keeps its own number, on which the order of its rows depends, also where more
     tokens than before would let it be larger. Another number that is asked for is not replaced.
     """
     pool_rows = min(config.pool_rows, max_tokens)
@@ -250,7 +250,7 @@ def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
 def _through_model(
     capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig]
 ) -> MakeTrainer:
-    """Trainers on whole sequences, whose loss is that of the model."""
+    """Return what makes trainers on whole sequences, whose loss is the language model's."""
     losses = {config.sae.loss_fn for config in configs.values()}
     model = capture.model
     if model.network.get_output_embeddings() is None:
@@ -302,7 +302,7 @@ def _through_model(
 
 
 def _check_model(sae: SAEConfig) -> None:
-    """Refuse what needs more than activations of one place."""
+    """Raise ValueError for a model that needs more than the activations of one hook point."""
     if sae.transcoder:
         raise ValueError("a transcoder trains on shards: capture its two hook points first")
     for name in label_columns(sae):
@@ -310,7 +310,7 @@ def _check_model(sae: SAEConfig) -> None:
 
 
 def _check_train(train: TrainConfig) -> None:
-    """Refuse settings of shards, which would be ignored here."""
+    """Raise ValueError for settings of shards, which would be ignored here."""
     defaults = TrainConfig.defaults()
     for name, rules in rules_of(train).items():
         value = getattr(train, name)
@@ -335,7 +335,7 @@ def _for_every_hook(
     configs: Mapping[str, RunConfig],
     changes: Mapping[str, Any],
 ) -> dict[str, RunConfig]:
-    """The trainings by hook point, setting and seed, each in a directory of these names."""
+    """Return the trainings by hook point, setting and seed, each in a directory of these names."""
     found = {}
     for hook in capture.hooked.hooks:
         for own, config in configs.items():
@@ -348,7 +348,7 @@ def _for_every_hook(
 
 
 def _heldout_rows(capture: Capture) -> dict[str, Tensor]:
-    """The rows [n, D] float32 that are kept for evaluation, by hook point."""
+    """Compute the rows [n, D] float32 that are kept for evaluation, by hook point."""
     if capture.heldout is None:
         return {}
     limit = capture.config.heldout_tokens
@@ -360,7 +360,7 @@ def _heldout_rows(capture: Capture) -> dict[str, Tensor]:
 
 
 def _identity(capture: Capture) -> dict[str, Any]:
-    """What rows and their order depend on, for a run that goes on."""
+    """Return what rows and their order depend on, which a resumed run must have again."""
     recipe = capture.recipe(1)
     settings = recipe["settings"]
     names = ("heldout_tokens", "batch_size", "ctx_len", "pack", "exclude_special_tokens")

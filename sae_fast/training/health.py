@@ -30,9 +30,10 @@ _AFTER_WARM_UP = 8  # the first and the last eighth of the rows are compared
 
 
 def silent_window(sae: SAEConfig, tokens: int) -> int:
-    """Tokens of silence after which a latent counts in silent_fraction: half of those trained on.
+    """Return after how many silent tokens a latent counts in silent_fraction.
 
-    It is `dead_after_tokens` where that is less, so that the share says something in short runs.
+    It is half of the `tokens` trained on, or `dead_after_tokens` where that is less: so the share
+    means something in short runs too.
     """
     return max(1, min(sae.dead_after_tokens, tokens // 2))
 
@@ -99,7 +100,7 @@ class RunHealth:
         return settled
 
     def _collapse(self, row: Row) -> dict[str, str]:
-        """What one row says of a model that has stopped to encode, by kind."""
+        """Return warnings, by kind, of one row that shows a model which has stopped to encode."""
         found: dict[str, str] = {}
         sae = self._sae
         l0, fvu = row.get("l0"), row.get("fvu")
@@ -130,7 +131,7 @@ class RunHealth:
         return found
 
     def _misses(self, last: Row) -> dict[str, str]:
-        """What was asked for and is not there at the end: L0, and held-out rows explained."""
+        """Return warnings of an L0 far from its target and of held-out rows not explained."""
         found: dict[str, str] = {}
         l0, asked = last.get("heldout_l0", last.get("l0")), self._asked_l0
         # Of more than half of the latents ReLU leaves fewer than were selected.
@@ -159,9 +160,9 @@ class RunHealth:
         return found
 
     def _stagnation(self, rows: Sequence[Row]) -> dict[str, str]:
-        """That the loss is as high at the end as when all its terms had their weights.
+        """Return a warning where the loss has not fallen since its terms had their full weights.
 
-        Nothing is said where that was for less than half of the run: a loss rises while k falls,
+        There is none where they had them for less than half of the run: a loss rises while k falls,
         and for some time after.
         """
         settles_late = self._settled_step > self._schedules.total_steps // 2
@@ -185,7 +186,7 @@ class RunHealth:
         return {"loss": text}
 
     def _first_and_last(self, rows: Sequence[Row], name: str) -> tuple[float, float] | None:
-        """The means of a figure in the first and the last rows of what is judged of a run."""
+        """Return the means of a metric over the first and over the last of the judged rows."""
         values = [
             row[name]
             for row in rows
@@ -216,13 +217,13 @@ class RunHealth:
         return sae.target_l0
 
     def _more_steps(self, fvu: float) -> str:
-        """That a longer run may help, where a model has not yet left its start."""
+        """Return the advice of a longer run, where a model has not yet left its start."""
         if fvu > _OFF:
             return ""
         return f", or raise --max-steps (now {self._schedules.total_steps:,})"
 
     def _sparser(self) -> str:
-        """How to get away from codes that are too sparse."""
+        """Return which flags make codes less sparse."""
         sae = self._sae
         rate = f"lower --lr (now {self._train.peak_learning_rate(sae.d_sae):.3g})"
         if sae.arch == "jumprelu":
@@ -235,7 +236,7 @@ class RunHealth:
         return rate
 
     def _reviving(self, tokens: int) -> str:
-        """How to get silent latents to fire."""
+        """Return which flags make silent latents fire."""
         sae = self._sae
         if sae.aux_k_coeff and sae.dead_after_tokens > tokens // 2:
             return (
@@ -245,7 +246,7 @@ class RunHealth:
         return self._sparser()
 
     def _towards(self, is_above: bool) -> str:
-        """How to get nearer to the L0 that was asked for."""
+        """Return which flags bring the L0 nearer to its target."""
         sae, change = self._sae, "raise" if is_above else "lower"
         steps = f"raise --max-steps (now {self._schedules.total_steps:,})"
         if sae.arch == "jumprelu":
@@ -265,7 +266,7 @@ def _has_fallen(first: float, last: float) -> bool:
 
 
 def _undefined(row: Row) -> dict[str, str]:
-    """That an FVU is not a number, because the rows that it is of have no variance."""
+    """Return a warning for each FVU that is not a number: its rows have no variance."""
     found = {}
     for name, where in (("fvu", "of the last batch"), ("heldout_fvu", "held out")):
         value = row.get(name, 0.0)

@@ -69,7 +69,7 @@ class HeldoutEvaluation:
 def evaluate_slots(
     sae: SparseAutoencoder, batches: Iterable[Tensor], labels: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """The share of labelled rows whose relation's slot is the largest, and whose answer is found.
+    """Return the shares of labelled rows with the right slot the largest and the right answer.
 
     Args:
         sae: a model with relation slots.
@@ -107,16 +107,16 @@ def evaluate(
     dead_rate: float = 0.0,
     ordinary_norm: float | None = None,
 ) -> dict[str, float]:
-    """Fraction of variance unexplained, L0 and the share of latents that hardly ever fire.
+    """Return the FVU, the L0 and the share of latents that hardly ever fire on held-out rows.
 
-    FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over all rows, sums in float64; of a transcoder
-    the same of its targets. The explained variance is 1 - FVU; the overall one is 1 - mse / x.var()
-    with one mean and one variance of all numbers.
+    FVU = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over all rows, sums in float64; a transcoder has
+    its targets in place of x. The explained variance is 1 - FVU; the overall one is
+    1 - mse / x.var() with one mean and one variance of all numbers.
 
     Args:
         sae: the model.
         batches: rows [n, D] as captured; the model normalises them itself.
-        targets: of a transcoder those of each batch, [n, d_out].
+        targets: of each batch, [n, d_out], for a transcoder.
         dead_rate: the share of rows below which a latent that fires counts as dead; one that fires
             on exactly this share does not.
         ordinary_norm: what `largest_ordinary_norm` gives; the FVU of the rows up to it is added
@@ -200,7 +200,7 @@ def _is_dead(
     rows: int,
     dead_rate: float,
 ) -> Tensor:
-    """Which latents [F] fire on no row, or on a share below `dead_rate`.
+    """Return which latents fire on no row, or on a share below `dead_rate`, [F] bool.
 
     A quotient rounds as the decimal number does that names it: 7 of 10,000 is 0.0007, but 0.0007
     times 10,000 is above 7.

@@ -35,7 +35,7 @@ class History:
 
 
 def read_history(run: Path) -> History:
-    """What a run has logged, from its directory, its metrics.jsonl or its training_history.json.
+    """Read what a run has logged: its directory, its metrics.jsonl or its training_history.json.
 
     The one run that lies in a mode's directory of arch slots is found from the directory above it.
 
@@ -61,7 +61,7 @@ def read_history(run: Path) -> History:
 
 
 def _find(run: Path) -> Path:
-    """The file with a run's metrics; metrics.jsonl before what the run wrote when it ended."""
+    """Find the file with a run's metrics; metrics.jsonl goes before training_history.json."""
     if run.is_file():
         return run
     if not run.is_dir():
@@ -84,7 +84,7 @@ def _metrics_in(directory: Path) -> Path | None:
 
 
 def _read_columns(path: Path) -> tuple[list[Row], Any]:
-    """The rows and the settings in a training_history.json."""
+    """Read the rows and the settings in a training_history.json."""
     try:
         content = read_json(path, _LARGEST_HISTORY)
     except JSONError as error:
@@ -101,7 +101,7 @@ def _read_columns(path: Path) -> tuple[list[Row], Any]:
 
 
 def _content(path: Path) -> Any:
-    """The JSON in a file; None where there is none."""
+    """Read the JSON in a file; return None where there is none."""
     try:
         return read_json(path)
     except (ValueError, OSError):

@@ -17,7 +17,7 @@ _MAX_COUNTED = 1 << 20  # kinds of labels; a label beyond is a mistake, or their
 
 
 def label_columns(sae: SAEConfig) -> tuple[str, ...]:
-    """Names of the columns with labels that a training of this model reads.
+    """Return the names of the columns with labels that a training of this model reads.
 
     Raises ValueError where the configuration does not say which labels its probe predicts.
     """
@@ -25,7 +25,7 @@ def label_columns(sae: SAEConfig) -> tuple[str, ...]:
 
 
 def needs_sequences(sae: SAEConfig) -> bool:
-    """Whether a training of this model needs the rows of a sequence together."""
+    """Return whether a training of this model needs the rows of a sequence together."""
     return sae.temporal_smoothness_coeff > 0
 
 
@@ -49,9 +49,9 @@ def check_columns(sae: SAEConfig, columns: Mapping[str, Column]) -> None:
 
 
 def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfig:
-    """The configuration with the classes, relations and answers counted that it leaves open.
+    """Return the configuration with the numbers of classes, relations and answers filled in.
 
-    Raises ValueError for labels that the probe cannot predict, or slots not be bound to.
+    Raises ValueError for labels that the probe cannot predict or slots cannot be bound to.
     """
     counts = _probe_classes(sae, columns)
     if sae.arch != "slots":
@@ -89,7 +89,7 @@ def check_heldout_labels(sae: SAEConfig, labels: Mapping[str, Tensor]) -> None:
 
 
 def _labels(sae: SAEConfig) -> dict[str, str]:
-    """By name of the column, the setting that needs it; ValueError for a probe of nothing."""
+    """Return the setting that needs each column, by its name; ValueError for a probe of nothing."""
     needed = {}
     if sae.probe_loss_coeff > 0 and sae.probe_labels is None:
         raise ValueError(
@@ -104,7 +104,7 @@ def _labels(sae: SAEConfig) -> dict[str, str]:
 
 
 def _slot_labels(sae: SAEConfig) -> dict[str, str]:
-    """By the setting that counts them, the columns of labels that slots are bound to."""
+    """Return the columns of labels that slots are bound to, by the setting with their number."""
     labels = {"n_relations": sae.relation_labels or RELATION_LABELS}
     if sae.has_value_heads:
         labels["n_answers"] = sae.answer_labels or ANSWER_LABELS
@@ -112,9 +112,9 @@ def _slot_labels(sae: SAEConfig) -> dict[str, str]:
 
 
 def _count(name: str, count: int | None, labels: Column) -> int:
-    """How many kinds of labels there are; raises ValueError for one that `count` has no room for.
+    """Count the kinds of labels; raise ValueError for a label that `count` has no room for.
 
-    `name` is the setting that `count` is of.
+    `count` is the value of the setting `name`.
     """
     where = f"{labels.place}: {labels.name}"
     if labels.dtype != torch.int64:
@@ -131,14 +131,14 @@ def _count(name: str, count: int | None, labels: Column) -> int:
 
 
 def _largest(labels: Column, where: str) -> int:
-    """The largest label; raises ValueError where a caller's own source does not say it."""
+    """Return the largest label; raise ValueError where a caller's own source does not say it."""
     if labels.maximum == math.inf:
         raise ValueError(f"{where}: the source must say the largest label, Column(maximum=...)")
     return int(labels.maximum)
 
 
 def _counted(name: str, where: str, needed: int) -> int:
-    """The number of labels found; raises ValueError where it cannot be meant."""
+    """Return the number of labels found; raise ValueError where it is implausibly large."""
     if needed > _MAX_COUNTED:
         raise ValueError(
             f"{where} has the label {needed - 1:,}, for which {needed:,} labels are a lot; "

@@ -1,8 +1,9 @@
 """Launches one step after another, and learns from the device, late or at once, how they went.
 
 On the CPU a step that went wrong is noticed at once. On a GPU the host runs ahead, by two steps at
-most (see batches.py), and asks only when it reads the metrics. By then parameters and metrics are
-still those of the bad step (see step.py), so that it can be named and nothing is lost.
+most (see batches.py), and asks only when it reads the metrics. Parameters and metrics
+are not changed by later steps then (see step.py), so that the bad step can be named and nothing is
+lost.
 """
 
 from __future__ import annotations
@@ -114,11 +115,11 @@ class Launcher:
         return self._step.kept_copies()
 
     def is_reading_due(self) -> bool:
-        """Whether `read` must be called now, to notice a bad step in time."""
+        """Return whether `read` must be called now, to notice a bad step in time."""
         return self._made % NOTICED_WITHIN == 0
 
     def read(self, silent_tokens: int = 1) -> dict[str, float]:
-        """The metrics of the last step, when the device has made it.
+        """Return the metrics of the last step, when the device has made it.
 
         silent_fraction is the share of latents that have not fired for `silent_tokens`.
 
@@ -147,12 +148,12 @@ class Launcher:
         return divergence(reading, step, shards, None, self._newest_checkpoint())
 
     def _steps_to_reading(self) -> int:
-        """After how many steps the host reads the device again, at the latest."""
+        """Return after how many steps the host reads the device again, at the latest."""
         return min(n - self._made % n for n in (self._log_every, NOTICED_WITHIN))
 
 
 def _count_bad(rows: Rows) -> int:
-    """Rows of a batch that are not finite, or whose target is not."""
+    """Count the rows of a batch that are not finite, or whose target is not."""
     bad = ~torch.isfinite(rows.x).all(dim=1)
     for name, column in rows.columns.items():
         if name == TARGETS and column.ndim == 2:
@@ -161,7 +162,7 @@ def _count_bad(rows: Rows) -> int:
 
 
 class DeadCensus:
-    """Counts, when the host reads the device anyway, who can be dead before it reads again.
+    """Count how many latents can be dead before the host reads the device again.
 
     A latent grows silent by no more tokens than are trained on, so the count bounds the number of
     dead latents from above, and room for more than there are changes no result. Rounded up to a
@@ -179,11 +180,11 @@ class DeadCensus:
         self.k_aux = 0
 
     def count(self, steps: int) -> Tensor:
-        """How many latents can be dead within the next `steps` steps, 0-d on the device."""
+        """Return how many latents can be dead within the next `steps` steps, 0-d on the device."""
         silent_for = self._sae.config.dead_after_tokens - steps * self._tokens_per_step
         return (self._sae.tokens_since_fired >= silent_for).sum()
 
     def take(self, count: float) -> None:
-        """Sets `k_aux` for the steps that `count` was made for."""
+        """Set `k_aux` for the steps that `count` was made for."""
         whole = int(count)
         self.k_aux = min(self._limit, 1 << (whole - 1).bit_length()) if whole else 0

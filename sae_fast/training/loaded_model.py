@@ -42,12 +42,12 @@ def train_from_model(
 ) -> dict[str, SparseAutoencoder]:
     """Train an autoencoder on the activations of each layer asked for; return them by hook point.
 
-    `train_from_model(model, tokenizer, texts, layers=[3])["residual.3"]` is that of the residual
-    stream after block 3.
+    `train_from_model(model, tokenizer, texts, layers=[3])["residual.3"]` is the
+    autoencoder of the residual stream after block 3.
 
     Args:
         model: a transformers model; it is left as it was, and trained on where it is.
-        tokenizer: that of the model.
+        tokenizer: the model's.
         texts: the documents, or the name of a dataset.
         config: of the autoencoders and their training, but for their batches; None: the defaults of
             a training straight from a model.
@@ -81,13 +81,13 @@ def train_from_model(
 
 
 def _of(train: TrainConfig) -> dict[str, Any]:
-    """The settings of a training that are settings of the model's text too."""
+    """Return the settings of a training that are settings of the model's text too."""
     own = {"shuffle_seed": train.order_seed, "init_seeds": (train.seed,)}
     return own if train.max_tokens is None else {**own, "max_tokens": train.max_tokens}
 
 
 def _settings(settings: dict[str, Any]) -> FromModelConfig:
-    """The settings of the model and its text; lists, and one value in place of them, are tuples."""
+    """Return the settings of the model and its text, with lists and single values as tuples."""
     known = {item.name: item for item in fields(FromModelConfig)}
     reject_unknown_keys(settings, sorted(known.keys() - _OF_THE_COMMAND))
     values: dict[str, Any] = {
@@ -98,7 +98,7 @@ def _settings(settings: dict[str, Any]) -> FromModelConfig:
 
 
 def _several(value: Any) -> tuple[Any, ...]:
-    """Values as a tuple; a single one is a tuple of it."""
+    """Return values as a tuple; a single value as a tuple of one."""
     return tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
 
 

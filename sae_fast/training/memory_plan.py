@@ -74,7 +74,7 @@ class MemoryPlan:
     host_available: int | None
 
     def total(self, host: bool) -> int:
-        """Bytes needed in the host's memory, or in the device's."""
+        """Return the bytes needed in the host's memory, or in the device's."""
         return sum(size for name, size in self.parts.items() if (name in self.host_parts) is host)
 
     def __str__(self) -> str:
@@ -85,12 +85,12 @@ class MemoryPlan:
         return "\n".join(["memory plan", *lines])
 
     def summary(self) -> str:
-        """The totals and the largest parts, in one line."""
+        """Return the totals and the largest parts, in one line."""
         totals = " and ".join(f"{_gib(needed).strip()} in {w}" for w, needed, _ in self._places())
         return f"{totals} planned (largest: {self._largest()})"
 
     def check(self) -> None:
-        """Raises ValueError, with the numbers, when the run cannot fit."""
+        """Raise ValueError, with the numbers, when the run cannot fit."""
         for where, needed, available in self._places():
             if available is not None and needed > available:
                 raise ValueError(
@@ -119,14 +119,14 @@ class MemoryPlan:
 def plan_memory(
     sae: SAEConfig, train: TrainConfig, *, native: bool, pool_bytes: int, cache_bytes: int = 0
 ) -> MemoryPlan:
-    """The memory that training takes at its peak.
+    """Plan the memory that a training takes at its peak.
 
     Args:
         sae: the model, with its sizes known.
         train: its training.
         native: whether the compiled ops run, which keep a packed copy of the encoder.
-        pool_bytes: what the source of the activations holds in memory.
-        cache_bytes: what it holds on the device.
+        pool_bytes: bytes that the source of the activations holds in the host's memory.
+        cache_bytes: bytes that it holds on the device.
     """
     width = sae.target_width
     encoder, decoder = sae.d_sae * sae.d_in, sae.d_sae * width
@@ -181,7 +181,7 @@ def plan_memory(
 
 
 def _extra_parameters(sae: SAEConfig) -> int:
-    """Numbers in the probe, the skip connection and the value heads."""
+    """Count the numbers in the probe, the skip connection and the value heads."""
     probe = sae.probe_outputs * (sae.d_sae + 1)
     if sae.skip_connection:
         probe += sae.d_in * sae.d_out
@@ -192,7 +192,7 @@ def _extra_parameters(sae: SAEConfig) -> int:
 
 
 def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
-    """The moments: of the weights as they are kept, with their scales, of the biases in fp32."""
+    """Return the bytes of the moments: of rows as `optimizer_states` says, others in fp32."""
     moments = 2 if train.optimizer in ("adam", "adamw") else 1
     a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
     widths = sae.d_in, sae.target_width
@@ -203,7 +203,7 @@ def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
 
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
-    """What a step allocates and frees."""
+    """Return the parts that a step allocates and frees."""
     if ARCHITECTURES[sae.arch].selects_from_step:  # its batches are joined into one
         whole = train.batch_size * train.grad_acc_steps
         train = replace(train, batch_size=whole, grad_acc_steps=1)
@@ -270,7 +270,7 @@ def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig
 
 
 def _gpu_copies(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
-    """The 16-bit copies that the ops read on a GPU, and the parts of the encoder's product.
+    """Return the 16-bit copies that ops read on a GPU, and the parts of the encoder's product.
 
     With --amp the evaluation, which is exact, has a copy of its own.
     """
@@ -285,7 +285,7 @@ def _gpu_copies(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
 
 
 def _page_locked(batch: int, per_step: int) -> int:
-    """Batches on their way to the GPU, beside those that the pool's figure counts.
+    """Return the bytes of batches on their way to the GPU that the pool does not count.
 
     torch rounds page-locked memory up to a power of two.
     """
@@ -294,7 +294,7 @@ def _page_locked(batch: int, per_step: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes this process may still take, by the kernel's count and the control group's limit."""
+    """Return the bytes this process may still take, by the kernel and the control group's limit."""
     try:
         whole_machine = _lookup(Path("/proc/meminfo"), "MemAvailable:") * 1024
     except (OSError, ValueError):
@@ -312,7 +312,7 @@ def available_memory() -> int | None:
 
 
 def _lookup(path: Path, name: str) -> int:
-    """The number after `name` in a file of such lines; ValueError when it is not there."""
+    """Return the number after `name` in a file of such lines; raise ValueError without one."""
     for line in path.read_text().splitlines():
         words = line.split()
         if words and words[0] == name:

@@ -9,7 +9,7 @@ heldout_fvu, heldout_ordinary_fvu where 1 % of the rows make it another one,
 heldout_explained_variance and, by one variance of all numbers, heldout_explained_variance_overall,
 heldout_l0, heldout_dead_fraction; with fp16 loss_scale and skipped_steps; with k_anneal_start k;
 with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff; with jumprelu sparsity_loss,
-pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and that of the model by itself,
+pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and the model's own,
 heldout_ce_model, with kl heldout_kl; with wandb_log_every, at that interval, max_decoder_cosine, a
 latent's largest one, a mean over latents. Where a model reads documents epoch counts passes over
 these, by an estimate of their tokens where they are many.
@@ -36,7 +36,7 @@ _LONGEST_ROW = 1 << 20  # bytes
 
 
 def fetch(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The values of 0-d tensors, in one transfer from the device."""
+    """Return the values of 0-d tensors, in one transfer from the device."""
     if not metrics:
         return {}
     values = torch.stack([value.detach().to(torch.float64) for value in metrics.values()]).tolist()
@@ -61,7 +61,7 @@ class MetricsLog:
         return [row for row, _ in self._lines()]
 
     def rewind(self, step: int) -> None:
-        """Keeps the rows up to `step`, which a run resumed there will not write again."""
+        """Keep the rows up to `step`, which a run resumed there will not write again."""
         if self.path is None or not self.path.exists():
             return
         kept = 0
@@ -72,7 +72,7 @@ class MetricsLog:
         os.truncate(self.path, kept)
 
     def write(self, row: Row) -> None:
-        """Appends one row; a number that is not finite becomes null, as JSON has no other word."""
+        """Append one row; a number that is not finite becomes null, as JSON has no other word."""
         row = {name: _finite(value) for name, value in row.items()}
         if self.path is None:
             self._in_memory.append(row)
@@ -81,7 +81,7 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
 
     def _lines(self) -> Iterator[tuple[Row, int]]:
-        """Each row of the file and the byte at which it ends.
+        """Yield each row of the file and the byte at which it ends.
 
         A row that cannot be read ends them where no other follows it, as a kill or a power cut in
         the middle of a row leaves it; else it is damage, and a ValueError names it.
@@ -108,7 +108,7 @@ class MetricsLog:
                 yield row, end
 
     def flush(self) -> None:
-        """Forces the rows to the disk, so that no checkpoint outlives a row before it."""
+        """Flush the rows to the disk, so that no checkpoint outlives a row before it."""
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -155,11 +155,11 @@ class WandbLog:
         self._has_failed = False
 
     def write(self, row: Row) -> None:
-        """Logs one row; its step is a metric, over which W&B draws the others."""
+        """Log one row; its step is a metric, over which W&B draws the others."""
         self._attempt(lambda: self._run.log(row))
 
     def finish(self, summary: dict[str, Any], *, failed: bool = False) -> None:
-        """Records the summary and closes the run."""
+        """Record the summary and close the run."""
         self._attempt(lambda: self._run.summary.update(summary))
         self._attempt(lambda: self._run.finish(exit_code=1 if failed else 0))
 
@@ -176,7 +176,7 @@ class WandbLog:
 
 
 def _parse(line: bytes) -> Row:
-    """The object on a line; raises JSONError where it is none, or half of one."""
+    """Return the object on a line; raise JSONError where it is none, or half of one."""
     row = parse_json(line)
     if not line.endswith(b"\n") or not isinstance(row, dict):
         raise JSONError(f"must be a row of metrics, got {shown(row)}")

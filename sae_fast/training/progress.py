@@ -36,7 +36,7 @@ class StepClock:
 
     Attributes:
         seconds: of all steps of the run so far.
-        stalled: of these, the seconds in which a step waited for its batches.
+        stalled: the part of them in which steps waited for their batches.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,7 +46,7 @@ class StepClock:
         self._window = Window()
 
     def set(self, seconds: float, stalled: float) -> None:
-        """Set both times to those of a run that is resumed."""
+        """Set both times, as a resumed run has them."""
         self.seconds, self.stalled = seconds, stalled
 
     def count_step(self) -> None:

@@ -8,14 +8,14 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch, on every device."""
+    """Seed Python, NumPy and torch, on every device."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (the legacy generator is what other code draws from)
     torch.manual_seed(seed)
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
-    """The states of torch's generators; of those on GPUs the ones that were drawn from."""
+    """Return the states of torch's generators; of GPUs only those that were drawn from."""
     states = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index, generator in enumerate(torch.cuda.default_generators):
@@ -25,7 +25,7 @@ def random_tensors() -> dict[str, torch.Tensor]:
 
 
 def random_values() -> dict[str, Any]:
-    """The states of Python's and NumPy's generators."""
+    """Return the states of Python's and NumPy's generators."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     numpy_state = [name, np.asarray(keys).tolist(), position, has_gauss, cached]
@@ -33,7 +33,7 @@ def random_values() -> dict[str, Any]:
 
 
 def restore_random(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    """Sets every generator back to the states saved."""
+    """Set every generator back to the states saved."""
     torch.set_rng_state(tensors["rng.cpu"])
     for index in range(torch.cuda.device_count()):
         if (state := tensors.get(f"rng.cuda.{index}")) is not None:

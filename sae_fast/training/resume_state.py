@@ -1,8 +1,8 @@
-"""What a resume state must be like, checked as a whole before any of it is used.
+"""Check a resume state as a whole before any of it is used.
 
 The sums of a checkpoint tell damage. A state that is signed but was edited, or written by a faulty
-tool, is caught here: names, types and ranges of its values, its tensors beside those of this run,
-and its counters beside each other.
+tool, is caught here: names, types and ranges of its values, its tensors against this run's, and
+its counters against each other.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check_values(step: int, state: Mapping[str, Any]) -> None:
 def check_tensors(
     step: int, skipped: int, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> None:
-    """Raise ValueError, naming the tensor, unless a trainer.safetensors is that of this run.
+    """Raise ValueError, naming the tensor, unless a trainer.safetensors fits this run.
 
     Args:
         step: the steps made.
@@ -152,7 +152,7 @@ def _check_scaler(step: int, scaler: Any) -> None:
 
 
 def _check_scheduler(step: int, scheduler: Any) -> None:
-    """What older versions did not write."""
+    """Raise ValueError unless the schedule fits the step; older versions did not write it."""
     if scheduler is None:
         return
     place = "scheduler_state"

@@ -42,7 +42,7 @@ _WRITTEN_AT_START = (CONFIG, RECORD_NAME)
 LEFTOVERS = (".*.tmp", ".config-*.json", ".history-*.json")
 # Of a model, the second by the safetensors library.
 MODEL_LEFTOVERS = (".*.tmp", ".*.partial", ".tmp*")
-AVERAGED, FINAL = MODELS = ("averaged", "sae_final")  # directories in that of a run
+AVERAGED, FINAL = MODELS = ("averaged", "sae_final")  # directories in a run's
 
 
 class RunDirectory:
@@ -69,7 +69,7 @@ class RunDirectory:
         return self.path / "plots" / "training.png"
 
     def owns(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint is one of this run's."""
+        """Return whether a checkpoint is one of this run's."""
         return checkpoint.path.resolve().parent == self.checkpoints.directory.resolve()
 
     def hold(self) -> None:
@@ -170,7 +170,7 @@ class RunDirectory:
 def held(directory: Path) -> Iterator[None]:
     """Keep other trainings out of the directory that holds the runs of one command.
 
-    Raises CheckpointError where another one uses it, or it is itself that of a run. The directory
+    Raises CheckpointError where another one uses it, or it belongs itself to a run. The directory
     is made, and removed again if it is empty at the end.
     """
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -242,7 +242,7 @@ def _remove_empty(directories: list[Path]) -> None:
 
 
 def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
-    """Raise CheckpointError where the `checkpoint_dir` of one run is that of several others.
+    """Raise CheckpointError where the `checkpoint_dir` of one run holds several others.
 
     With arch slots the runs of its modes belong there.
     """
@@ -263,7 +263,7 @@ def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
 
 
 def _all_runs_in(directory: Path) -> list[Path]:
-    """The runs in a directory, and those further inside that its summary of a sweep names."""
+    """Return the runs in a directory, and those further inside that its sweep.json names."""
     found = runs_in(directory)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         names = [name for name in read_json(directory / SWEEP)["runs"] if isinstance(name, str)]
@@ -296,9 +296,9 @@ def way_on_from_model(run: Path) -> str | None:
 
 
 def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
-    """The same with the run of arch slots in the directory that its mode has in `checkpoint_dir`.
+    """Return the configuration with a run of arch slots in its mode's directory.
 
-    A `checkpoint_dir` that is that directory stays what it is.
+    That lies in `checkpoint_dir`, which stays what it is where it has the mode's name already.
     """
     if sae.arch != "slots" or config.checkpoint_dir is None:
         return config
@@ -308,19 +308,19 @@ def in_mode_directory(sae: SAEConfig, config: TrainConfig) -> TrainConfig:
 
 
 def run_name(path: Path) -> str:
-    """The name of a run's directory, where that is its mode's or seed's with the one above it."""
+    """Return the name of a run's directory, after its parent's where it is a mode's or seed's."""
     path = path.resolve()
     is_part = path.name in MODE_DIRECTORIES.values() or path.name.startswith("seed_")
     return f"{path.parent.name}/{path.name}" if is_part else path.name
 
 
 def run_title(name: str, sae: SAEConfig) -> str:
-    """What stands above a run's plots."""
+    """Return what stands above a run's plots."""
     return f"{name}: {describe(sae)}"
 
 
 def describe(sae: SAEConfig) -> str:
-    """Architecture and sizes, as a title has them."""
+    """Return architecture and sizes, as a title has them."""
     sizes = f"{sae.arch}: d_in {sae.d_in}, d_sae {sae.d_sae:,}"
     if sae.transcoder:
         kind = "skip transcoder" if sae.skip_connection else "transcoder"

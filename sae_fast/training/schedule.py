@@ -25,13 +25,13 @@ class Schedule:
     decay_steps: int
 
     def __call__(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0; none of the run's steps gets 0."""
+        """Return the learning rate of step `step`, counted from 0; it is above 0 in all steps."""
         rise = (step + 1) / (self.warmup_steps + 1)
         fall = (self.total_steps - step) / (self.decay_steps + 1)
         return self.peak * min(1.0, rise, max(0.0, fall))
 
     def state(self, step: int) -> dict[str, float]:
-        """What a checkpoint says of the schedule after `step` steps, to be read."""
+        """Return what a checkpoint records of the schedule after `step` steps."""
         return {
             "step": step,
             "last_learning_rate": self(step - 1) if step else 0.0,
@@ -42,7 +42,7 @@ class Schedule:
         }
 
     def told_after(self, state: Mapping[str, Any]) -> str | None:
-        """Say how the rate goes on after a `state` of a run of another length; else None."""
+        """Say how the rate continues after a `state` of a run of another length; else None."""
         step = state["step"]
         before, now = state["last_learning_rate"], self(step)
         if state["total_steps"] == self.total_steps or not 0 < step < self.total_steps:
@@ -57,7 +57,7 @@ class Schedule:
 
 
 def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule:
-    """The schedule of a run of `total_steps` optimiser steps, whatever a step accumulates."""
+    """Make the schedule of a run of `total_steps` optimiser steps, whatever a step accumulates."""
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(0.05 * total_steps)
@@ -67,7 +67,7 @@ def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule
 
 @dataclass(frozen=True)
 class SparsitySchedule:
-    """Linear warm-up to 1 of what the terms that make codes sparse are multiplied by.
+    """Linear warm-up to 1 of the factor of the terms that make codes sparse.
 
     It begins when reconstruction is no longer the only term.
     """
@@ -76,14 +76,14 @@ class SparsitySchedule:
     start: int = 0
 
     def __call__(self, step: int) -> float:
-        """The weight of step `step`, counted from 0."""
+        """Return the weight of step `step`, counted from 0."""
         return min(1.0, max(0, step - self.start + 1) / (self.warmup_steps + 1))
 
 
 def make_sparsity_schedule(
     config: TrainConfig, total_steps: int, reconstruction_steps: int = 0
 ) -> SparsitySchedule:
-    """The schedule of a run of `total_steps` optimiser steps."""
+    """Make the schedule of a run of `total_steps` optimiser steps."""
     warmup = config.sparsity_warmup_steps
     default = round(0.05 * total_steps)
     return SparsitySchedule(default if warmup is None else warmup, reconstruction_steps)
@@ -98,7 +98,7 @@ class KSchedule:
     fall_steps: int
 
     def __call__(self, step: int) -> int:
-        """The k of step `step`, counted from 0."""
+        """Return the k of step `step`, counted from 0."""
         if step >= self.fall_steps:
             return self.final
         exact = self.start + (self.final - self.start) * step / self.fall_steps
@@ -107,7 +107,7 @@ class KSchedule:
 
 
 def make_k_schedule(config: TrainConfig, sae: SAEConfig, total_steps: int) -> KSchedule | None:
-    """The schedule of a run of `total_steps` optimiser steps, None where k stays what it is.
+    """Make the schedule of a run of `total_steps` optimiser steps; None where k is constant.
 
     Raises:
         ValueError: when the model's k cannot fall from there.
@@ -130,7 +130,7 @@ def make_k_schedule(config: TrainConfig, sae: SAEConfig, total_steps: int) -> KS
 
 
 def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
-    """How many optimiser steps the limits of `config` allow: the first one reached ends the run.
+    """Return how many optimiser steps `config` allows: the first limit reached ends the run.
 
     Raises:
         ValueError: when they allow none, naming the limit.
@@ -139,7 +139,7 @@ def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
 
 
 def _first_limit(config: TrainConfig, rows_per_epoch: int) -> tuple[str, int]:
-    """The setting that ends a run, and the optimiser steps that it allows."""
+    """Return the setting that ends a run, and the optimiser steps that it allows."""
     tokens_per_step = config.batch_size * config.grad_acc_steps
     limits = {}
     if config.max_steps is not None:
@@ -191,14 +191,14 @@ class Schedules:
             )
 
     def at(self, step: int) -> StepSettings:
-        """The settings of step `step`, counted from 0."""
+        """Return the settings of step `step`, counted from 0."""
         k = None if self.k is None else self.k(step)
         alone = step < self.reconstruction_steps
         return StepSettings(self.rate(step), self.sparsity(step), k, reconstruction_only=alone)
 
 
 def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> Schedules:
-    """The schedules of a run over data of so many rows.
+    """Make the schedules of a run over data of `rows_per_epoch` rows.
 
     Raises:
         ValueError: when the settings allow no step, or no fall of k.

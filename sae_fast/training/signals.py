@@ -17,7 +17,7 @@ class StopOnSignal:
     """Context manager: notes the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
 
     The second one is handed to the handler that was there before: Python's own raises
-    KeyboardInterrupt, that of `run_program` ends the process. Entered again inside itself, the
+    KeyboardInterrupt, the one of `run_program` ends the process. Entered again inside itself, the
     context manager changes nothing.
 
     Outside the main thread, where Python delivers no signals, it does nothing.

@@ -144,7 +144,7 @@ def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:
 
 
 def serve_in_units_of(sae: SparseAutoencoder, source: Source) -> None:
-    """Have a source serve its rows, and targets, with the mean and scale of the model."""
+    """Let a source serve its rows, and targets, with the mean and scale of the model."""
     if sae.config.normalize_activations == "none":
         return
     transform, of_targets = Transform(sae.activation_mean, float(sae.activation_scale)), None
@@ -177,10 +177,10 @@ def initialize_(
 def start_model(
     sae: SAEConfig, config: TrainConfig, origin: Mapping[str, Any]
 ) -> SparseAutoencoder | None:
-    """The model that `start_from` names; None where a new one is to be made.
+    """Read the model that `start_from` names; None where the run starts from a new one.
 
     Args:
-        sae: the model that is to be trained.
+        sae: the configuration of the model to train.
         config: names the model to start from.
         origin: of which activations the training's are, as far as is known.
 

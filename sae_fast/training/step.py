@@ -1,9 +1,9 @@
-"""The device's part of an optimiser step: it decides nothing on the host, so nobody waits for it.
+"""The device's part of an optimiser step: the host decides nothing in it and waits for nothing.
 
 A loss or gradient norm that is not finite is noticed when the host next reads the metrics, on a
 GPU many steps later. Until then `_poison`, 0 in a healthy run, is NaN: it makes the norm of every
 later step NaN, and an optimiser makes no update with such a norm. So the parameters stay what they
-were before the bad step, and the metrics stay those of the bad step.
+were before the bad step, and the metrics stay the bad step's.
 """
 
 from __future__ import annotations
@@ -175,11 +175,11 @@ class TrainingStep:
         return lambda x_hat: downstream.loss(self.sae.denormalize(x_hat), columns)
 
     def is_poisoned(self) -> bool:
-        """Whether there was a bad step; waits for the device."""
+        """Return whether there was a bad step; waits for the device."""
         return math.isnan(float(self._poison))
 
     def read(self, extra: dict[str, Tensor]) -> Reading:
-        """The metrics and the 0-d tensors of `extra`, in one transfer; waits for the device."""
+        """Read the metrics and the 0-d tensors of `extra` in one transfer; waits for the device."""
         own = dict(zip(self._names, self._metrics.unbind(), strict=True))
         state = {"poison": self._poison, "steps": self._steps}
         values = fetch({**own, **{f"extra {name}": t for name, t in extra.items()}, **state})
@@ -195,12 +195,12 @@ class TrainingStep:
         self,
         value: Tensor,  # 0-d
     ) -> None:
-        """0 · value is 0, or NaN where value is not finite."""
+        """Add 0 · value to the poison: 0, or NaN where value is not finite."""
         self._poison.add_(value, alpha=0)
 
 
 def _joined(batches: Sequence[Rows]) -> Rows:
-    """The batches of a step as one."""
+    """Join the batches of a step into one."""
     names = batches[0].columns
     columns = {name: torch.cat([batch.columns[name] for batch in batches]) for name in names}
     return Rows(torch.cat([batch.x for batch in batches]), columns)

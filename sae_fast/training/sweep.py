@@ -183,7 +183,7 @@ class Sweep:
 
 
 def read_sweep(path: Path, base: RunConfig) -> dict[str, RunConfig]:
-    """The configurations that a sweep file asks for, by name; what it leaves open is as in `base`.
+    """Read the configurations of a sweep file, by name; what it leaves open is as in `base`.
 
     Each has a directory of its name in the `checkpoint_dir` of `base`, and the order of data that
     `base` has.
@@ -208,7 +208,9 @@ def read_sweep(path: Path, base: RunConfig) -> dict[str, RunConfig]:
 
 
 def with_settings(base: RunConfig, name: str, settings: Mapping[str, Any]) -> RunConfig:
-    """The configuration of one training of a sweep; raises ValueError for what it cannot own."""
+    """Return the configuration of one training of a sweep.
+
+    Raises ValueError for settings that all trainings must share."""
     aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
     own = {aliases.get(key, key): value for key, value in settings.items()}
     known = [*field_names(SAEConfig), *field_names(TrainConfig), *aliases]
@@ -258,7 +260,7 @@ def for_every_layer(
 
 
 def _places_of_layer(config: TrainConfig, layer: Path) -> dict[str, Any]:
-    """Where a layer's rows, held-out rows and start are."""
+    """Return where a layer's rows, held-out rows and start model are, by setting."""
     for name in ("target_shard_dir", "target_heldout"):
         if (value := getattr(config, name)) is not None:
             raise ValueError(
@@ -276,7 +278,7 @@ def _places_of_layer(config: TrainConfig, layer: Path) -> dict[str, Any]:
 
 
 def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
-    """The same, each to be resumed from the newest step that all of them have a checkpoint of."""
+    """Return the configurations, resumed from the newest step with a checkpoint in all runs."""
     if all(config.train.resume_from is None for config in configs.values()):
         return dict(configs)
     stores: dict[str, CheckpointStore] = {}
@@ -308,7 +310,7 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
 
 
 def _on_shards(configs: Sequence[RunConfig]) -> MakeTrainer:
-    """Trainers on shards; those with the same directory share them."""
+    """Return what makes trainers on shards; trainers with the same directory share them."""
     sharing: dict[str | None, list[RunConfig]] = {}
     for config in configs:
         sharing.setdefault(config.train.shard_dir, []).append(config)
@@ -326,7 +328,7 @@ def _on_shards(configs: Sequence[RunConfig]) -> MakeTrainer:
 
 
 def _require_one_step(trainers: Mapping[str, Trainer]) -> None:
-    """A damaged checkpoint makes a run fall back to an earlier one."""
+    """Raise ValueError for runs at different steps, as after a damaged checkpoint."""
     steps = {name: trainer.step for name, trainer in trainers.items()}
     if len(set(steps.values())) > 1:
         found = ", ".join(f"{name} at step {step}" for name, step in steps.items())
@@ -334,7 +336,7 @@ def _require_one_step(trainers: Mapping[str, Trainer]) -> None:
 
 
 def _listed(path: Path, content: Any) -> list[Any]:
-    """The settings of each training."""
+    """Return the settings of each training."""
     if isinstance(content, list) and 0 < len(content) <= MOST_TRAININGS:
         return content
     if isinstance(content, dict) and content:
@@ -353,7 +355,7 @@ def _listed(path: Path, content: Any) -> list[Any]:
 
 
 def _named(path: Path, number: int, given: Any) -> tuple[str, dict[str, Any]]:
-    """The name and the settings of one training."""
+    """Return the name and the settings of one training."""
     if not isinstance(given, dict):
         raise ValueError(f"{path}: training {number} must be an object, got {shown(given)}")
     settings = {key: value for key, value in given.items() if key != NAME}

@@ -350,7 +350,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the model is loaded apart from it.
+        """Continue where `state_dict` was taken; the model is loaded apart from it.
 
         Raises ValueError where the data or the settings do not let the run go on, or the state does
         not fit the model; nothing of it has been taken over then.

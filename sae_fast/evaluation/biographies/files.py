@@ -27,18 +27,18 @@ TRAIN, HELD_OUT = "train_00.h5", "heldout_00.h5"
 
 
 def layer_directory(directory: Path, layer: int) -> Path:
-    """Where the shards of a layer are."""
+    """Return the directory with the shards of a layer."""
     return directory / f"layer_{layer}"
 
 
 def layer_of(path: Path) -> int | None:
-    """The layer of a directory of shards, by its name."""
+    """Return the layer whose shards a directory holds, by its name."""
     found = re.fullmatch(r"layer_(\d+)", path.name)
     return None if found is None else int(found[1])
 
 
 def prepare(directory: Path) -> None:
-    """Makes the directory; raises ValueError where it holds anything."""
+    """Make the directory; raise ValueError where it holds anything."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"out: {directory} is there already and not empty, name another")
     directory.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def write_shards(directory: Path, model: LanguageModel, layers: Sequence[int]) -
 def _rows(
     model: LanguageModel, sentences: Sequence[Sentence], layers: Sequence[int]
 ) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
-    """Activations [n, D] of one layer, and columns [n], part by part."""
+    """Yield the activations [n, D] of one layer, and columns [n], part by part."""
     prompts = model.prompts(sentences)
     columns = {**label_columns(model.biographies, sentences), "position": prompts.last}
     columns["token_ids"] = prompts.tokens[torch.arange(len(prompts)), prompts.last]
@@ -115,7 +115,7 @@ def _rows(
 def label_columns(
     biographies: Biographies, sentences: Sequence[Sentence]
 ) -> dict[str, torch.Tensor]:
-    """What sentences are about, [N] int64 each: entity, relation, template, answer."""
+    """Return what sentences are about, [N] int64 each: entity, relation, template, answer."""
     rows = [
         (
             item.entity,

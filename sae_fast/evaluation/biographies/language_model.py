@@ -24,7 +24,7 @@ BATCH = 1024  # prompts, where nothing is trained
 
 @dataclass(frozen=True)
 class Prompts:
-    """Sentences as tokens.
+    """Return sentences as tokens.
 
     Attributes:
         tokens: [N, T] int64, padded on the right, without the answers.
@@ -90,16 +90,16 @@ class LanguageModel:
         return int(self.network.config.n_embd)
 
     def answer_token(self, entity: int, relation: int) -> int:
-        """The token of an answer."""
+        """Return the token of an answer."""
         return self._tokens[self.biographies.answer(entity, relation)]
 
     def answer_tokens(self, relation: int) -> Tensor:
-        """The tokens [A] of all answers of a relation."""
+        """Return the tokens [A] of all answers of a relation."""
         words = self.biographies.relations[relation].answers
         return torch.tensor([self._tokens[word] for word in words])
 
     def prompts(self, sentences: Sequence[Sentence]) -> Prompts:
-        """Sentences as tokens."""
+        """Return sentences as tokens."""
         rows = [[self._tokens[word] for word in self._words(sentence)] for sentence in sentences]
         tokens = torch.full((len(rows), max(map(len, rows))), self._tokens[PADDING])
         for number, row in enumerate(rows):
@@ -109,7 +109,7 @@ class LanguageModel:
         return Prompts(tokens, last, torch.tensor(answers))
 
     def logits(self, prompts: Prompts) -> Tensor:
-        """Scores [N, words] of what comes next."""
+        """Return the scores [N, words] of the next token."""
         hidden = self.network.transformer(prompts.tokens, use_cache=False).last_hidden_state
         scores: Tensor = self.network.lm_head(hidden[torch.arange(len(prompts)), prompts.last])
         return scores
@@ -121,7 +121,7 @@ class LanguageModel:
         layer: int | None = None,
         activations: Tensor | None = None,  # [N, D]
     ) -> Tensor:
-        """The most probable next tokens [N], with `activations` in the place of the layer's own."""
+        """Return the most probable next tokens [N], with `activations` in place of the layer's."""
         found = []
         for begin in range(0, len(prompts), BATCH):
             part = prompts[begin : begin + BATCH]
@@ -133,14 +133,14 @@ class LanguageModel:
         return torch.cat(found)
 
     def accuracy(self, prompts: Prompts) -> float:
-        """Share of the prompts after which the answer comes."""
+        """Return the share of the prompts after which the answer comes."""
         return float((self.next_tokens(prompts) == prompts.answers).double().mean())
 
     @torch.no_grad()
     def activations(
         self, prompts: Prompts, layers: Sequence[int]
     ) -> Iterator[tuple[slice, dict[int, Tensor]]]:
-        """The activations [n, D] of these layers, some prompts at a time."""
+        """Yield the activations [n, D] of these layers, some prompts at a time."""
         for begin in range(0, len(prompts), BATCH):
             part = prompts[begin : begin + BATCH]
             found: dict[int, Tensor] = {}
@@ -218,12 +218,12 @@ def train_language_model(
     config: LanguageModelConfig,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LanguageModel:
-    """Trains a GPT-2 on the answers of all sentences; the same seed gives the same model.
+    """Train a GPT-2 on the answers of all sentences; a seed gives the same model every time.
 
     Args:
-        biographies: what it is to know.
+        biographies: the facts to learn.
         config: size and training.
-        report: is told after each step which it was, from 1, and its loss.
+        report: called after each step with its number, from 1, and its loss.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -253,7 +253,7 @@ def train_language_model(
 
 
 def _batches(count: int, config: LanguageModelConfig) -> Iterator[Tensor]:
-    """Rows of each step: every sentence once in an epoch, in another order each time."""
+    """Yield the rows of each step: every sentence once an epoch, in another order each time."""
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(config.steps):
         while len(order) < config.batch_size:

@@ -16,9 +16,9 @@ WEIGHT_PENALTY = 1e-5  # times the squared norm of the weights, beside the mean 
 
 
 def probe_accuracies(model: LanguageModel, layers: Sequence[int]) -> dict[int, dict[str, float]]:
-    """By layer the accuracies on held-out people of probes for relation and answer.
+    """Return the accuracies, by layer, of probes for relation and answer on held-out people.
 
-    The probes are logistic regressions on the activations of the others.
+    The probes are logistic regressions on the activations of the other people.
     """
     sides = []
     for heldout in (False, True):
@@ -44,7 +44,7 @@ def probe_accuracy(
     x_heldout: Tensor,  # [M, D]
     labels_heldout: Tensor,  # [M] int64
 ) -> float:
-    """Share of the held-out rows that a logistic regression on the others labels right."""
+    """Return the share of held-out rows that a logistic regression on the others labels right."""
     mean = x.mean(0)
     scale = (x - mean).square().mean().rsqrt()
     rows = (x - mean) * scale

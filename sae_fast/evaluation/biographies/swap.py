@@ -1,8 +1,8 @@
-"""Swap evaluation: does moving a slot make the language model answer another question?
+"""Swap evaluation: whether moving a slot makes the language model answer another question.
 
-For a prompt that asks a person's relation r, the slot of r is set to 0 and that of t to a strength;
-the decoded vector takes the place of the activation at the last token. A swap succeeds when the
-next word is the same person's answer of t.
+For a prompt that asks a person's relation r, the slot of r is set to 0 and the slot of t to a
+strength; the decoded vector takes the place of the activation at the last token. A swap succeeds
+when the next word is the same person's answer of t.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ class Strength:
 
 @dataclass(frozen=True)
 class SwapTable:
-    """What `swap_success` measures.
+    """The results of `swap_success`.
 
     Attributes:
         layer: whose activations are replaced.
         relations: their names, in the order of the slots.
         prompts: how many there are.
         model_accuracy: share answered right with nothing replaced.
-        reconstruction_accuracy: likewise with the reconstruction in place, nothing swapped.
+        reconstruction_accuracy: share answered right with the reconstruction in place and
+            nothing swapped.
         patch_success: success with the activation of the same person's prompt of t in place, which
             is what a swap can hope for at this layer.
         typical: each slot's mean value over the prompts of its relation; a slot whose is 0 can not
@@ -66,7 +67,7 @@ class SwapTable:
     strengths: list[Strength]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the table as a JSON object."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -93,7 +94,7 @@ def swap_success(
     layer: int,
     strengths: Sequence[float],
 ) -> SwapTable:
-    """Swaps the slots of every sentence's relation and every other relation.
+    """Swap the slot of every sentence's relation with the slot of every other relation.
 
     The slots are the last latents of the autoencoder, one a relation, in their order.
 
@@ -153,12 +154,12 @@ class _Evaluation:
         )[[item.entity for item in sentences]]  # [N, R], each person's to every question
 
     def unswapped(self) -> float:
-        """Share of right answers with the reconstructions in place."""
+        """Return the share of right answers with the reconstructions in place."""
         words = self.model.next_tokens(self.prompts, self.layer, self.reconstructions)
         return float((words == self.prompts.answers).double().mean())
 
     def patched(self) -> float:
-        """Success with the activations of the same person's prompts in the same template."""
+        """Return the success with activations of the same person's prompts in the same template."""
         place = {item: number for number, item in enumerate(self.sentences)}
         hits, swaps = 0, 0
         for target in range(self.count):
@@ -177,7 +178,7 @@ class _Evaluation:
         return hits / max(swaps, 1)
 
     def swapped(self, strength: float) -> Strength:
-        """All swaps at one strength."""
+        """Make all swaps at one strength."""
         by_pair: list[list[float | None]] = [[None] * self.count for _ in range(self.count)]
         hits = relation_hits = unmoved = swaps = 0
         for target in range(self.count):
@@ -197,7 +198,7 @@ class _Evaluation:
         return Strength(strength, *shares, by_pair)
 
     def _moved(self, rows: Tensor, asked: Tensor, target: int, strength: float) -> Tensor:
-        """Reconstructions [n, D] with the slots asked at 0 and that of the target at a strength."""
+        """Return reconstructions [n, D] with the slots asked at 0, the target's at a strength."""
         slots = self.slots[rows]
         change = torch.zeros_like(slots)
         change[torch.arange(len(rows)), asked] = -slots[torch.arange(len(rows)), asked]
@@ -206,7 +207,7 @@ class _Evaluation:
 
 
 def _decoded(sae: SparseAutoencoder, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values of the last `count` latents [N, count], and reconstructions [N, D]."""
+    """Return the values of the last `count` latents [N, count], and reconstructions [N, D]."""
     slots, reconstructions = [], []
     for begin in range(0, len(rows), BATCH):
         part = rows[begin : begin + BATCH]

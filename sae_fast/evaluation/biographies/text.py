@@ -58,7 +58,7 @@ class Biographies:
     vocabulary: tuple[str, ...]
 
     def sentences(self, *, heldout: bool | None = None) -> list[Sentence]:
-        """All sentences, by person, relation and phrasing; those about one side of the split."""
+        """Return the sentences about one side of the split, by person, relation and phrasing."""
         return [
             Sentence(person, number, template)
             for person, entity in enumerate(self.entities)
@@ -68,16 +68,16 @@ class Biographies:
         ]
 
     def prompt(self, sentence: Sentence) -> str:
-        """The sentence up to its answer."""
+        """Return the sentence up to its answer."""
         template = self.relations[sentence.relation].templates[sentence.template]
         return template.format(name=self.entities[sentence.entity].name)
 
     def answer(self, entity: int, relation: int) -> str:
-        """The word that answers the question."""
+        """Return the word that answers the question."""
         return self.relations[relation].answers[self.entities[entity].answers[relation]]
 
     def answer_label(self, entity: int, relation: int) -> int:
-        """The number of the answer among those of all relations."""
+        """Return the number of the answer among the answers of all relations."""
         before = sum(len(other.answers) for other in self.relations[:relation])
         return before + self.entities[entity].answers[relation]
 
@@ -87,7 +87,7 @@ class Biographies:
         return sum(len(relation.answers) for relation in self.relations)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the biographies as a JSON object."""
         return {
             "relations": [
                 {
@@ -113,7 +113,7 @@ class Biographies:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Biographies:
-        """What `to_dict` gave; raises KeyError, TypeError or ValueError where it is not that."""
+        """Read what `to_dict` returned; KeyError, TypeError or ValueError for anything else."""
         relations = tuple(
             Relation(item["name"], tuple(item["answers"]), tuple(item["templates"]))
             for item in content["relations"]
@@ -139,7 +139,7 @@ def make_biographies(
     seed: int,
     answers: int = MAX_ANSWERS,
 ) -> Biographies:
-    """People with random names and facts, of whom a random part is held out.
+    """Make people with random names and facts, of whom a random part is held out.
 
     Args:
         entities: how many people.
@@ -183,7 +183,7 @@ def make_biographies(
 
 
 def _names(count: int, draw: random.Random) -> list[str]:
-    """Names, each with a family name of its own: one word tells who is meant."""
+    """Draw names, each with a family name of its own: one word tells who is meant."""
     families = draw.sample(family_names(), count)
     return [f"{draw.choice(GIVEN_NAMES)} {family}" for family in families]
 

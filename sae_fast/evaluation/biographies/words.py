@@ -129,5 +129,5 @@ _ENDINGS = ("beck", "dorf", "gard", "holt", "lund", "mann", "quist", "rath", "st
 
 
 def family_names() -> list[str]:
-    """All made-up family names."""
+    """Return all made-up family names."""
     return [a + b + c for a in _BEGINNINGS for b in _MIDDLES for c in _ENDINGS]

@@ -1,7 +1,7 @@
 """Loss scaling for fp16: gradients too small for half precision are scaled up, overflows skipped.
 
-The rule is that of torch.amp.GradScaler. The numbers stay on the device, where the step needs them:
-an update never waits to see whether the gradient overflowed.
+The rule is the one of torch.amp.GradScaler. The numbers stay on the device, where the step needs
+them: an update never waits to see whether the gradient overflowed.
 """
 
 import torch
@@ -37,7 +37,7 @@ class LossScaler:
         self,
         norm: Tensor,  # 0-d, of the gradient
     ) -> None:
-        """Halves the scale where the norm is not finite, doubles it after 2000 that were."""
+        """Lower the scale by half where the norm is not finite; double it after 2000 that were."""
         if not self.enabled:
             return
         fits = norm.isfinite()
@@ -52,7 +52,7 @@ class LossScaler:
         self.scale.copy_(torch.where(fits, larger, smaller))
 
     def state(self) -> dict[str, float]:
-        """The values that a checkpoint holds, as plain numbers; waits for the device."""
+        """Return the values that a checkpoint holds, as plain numbers; waits for the device."""
         return {
             "enabled": self.enabled,
             "scale": float(self.scale),
@@ -61,7 +61,7 @@ class LossScaler:
         }
 
     def load(self, state: dict[str, float]) -> None:
-        """Takes over the values of a checkpoint; whether scaling is on is this run's own choice."""
+        """Take over the values of a checkpoint; whether scaling is on is this run's own choice."""
         self.scale.fill_(state["scale"])
         self.steps_since_overflow.fill_(int(state["steps_since_overflow"]))
         self.skipped_steps.fill_(int(state["skipped_steps"]))

@@ -1,5 +1,6 @@
-"""Optimisers for a sparse autoencoder: AdamW, SGD, Signum, also schedule-free; and what goes around
-them: a global clip, W_dec's gradient projected, its rows of unit norm.
+"""Optimisers for a sparse autoencoder: AdamW, SGD, Signum, also schedule-free.
+
+Around each goes a global clip, W_dec's gradient is projected, and its rows have unit norm.
 
 `RowOptimizer` consumes the factors of `training_loss(dense_grad=False)`, no dense gradient.
 `DenseOptimizer` does the same with an optimiser of torch on `.grad`. Equal codes give the same
@@ -36,7 +37,7 @@ _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 
 
 def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimizer:
-    """The optimiser that `config` asks for."""
+    """Make the optimiser that `config` asks for."""
     kind = RowOptimizer if config.fused else DenseOptimizer
     return kind(
         sae,
@@ -53,11 +54,11 @@ def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimiz
 
 
 class SparseOptimizer(ABC):
-    """What both optimisers share: one step is project, clip, the step of the rule, unit norm.
+    """Base of both optimisers: a step is project, clip, the step of the rule, unit norm.
 
     "adam" steps as torch.optim.AdamW, "sgd" as torch.optim.SGD with momentum, "signum" as `Signum`,
-    "schedule_free_signum" as `ScheduleFreeSignum`: of the last, the model's parameters are what is
-    trained, and what is to be evaluated comes from schedule_free.py.
+    "schedule_free_signum" as `ScheduleFreeSignum`: of the last, the trained weights are
+    the model's parameters, and schedule_free.py makes the model for evaluation.
 
     Args:
         sae: the model; its parameters are updated in place.
@@ -67,12 +68,12 @@ class SparseOptimizer(ABC):
         eps: added to adam's denominator.
         weight_decay: decoupled, but of sgd, where it is a part of the gradient.
         grad_clip: largest global norm, taken after W_dec's gradient is projected; 0: no clipping.
-        precision: mode of the encoder whose working copy is kept up to date.
-        skip_overflow: whether a gradient that is not finite is left out, as loss scaling wants it,
-            rather than the end: otherwise no step after it changes anything either.
+        precision: mode of the encoder's product, whose working copy is kept up to date.
+        skip_overflow: whether a gradient that is not finite is only left out, as loss scaling needs
+            it; otherwise no later step changes anything either.
         states: what the moments of the weight rows are kept as, "fp32", "bf16" or "8bit". Not in
             8 bits z − y: it forgets ever more slowly, so that roundings add up (at 2000 steps on
-            real activations held-out FVU is 2.6 % above that of float32, at 8000 steps 24 %).
+            real activations held-out FVU is 2.6 % above float32's, at 8000 steps 24 %).
 
     Attributes:
         exp_avg: the first moment, the momentum, or z − y, of every parameter.
@@ -83,7 +84,7 @@ class SparseOptimizer(ABC):
         lr_squares: 0-d float64 there, Σ lr² of the updates, for schedule_free_signum; or None.
     """
 
-    dense_grad: bool  # what training_loss is to be given
+    dense_grad: bool  # the kind of gradient that it needs, see Engine
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class SparseOptimizer(ABC):
             row_factors(parameter).clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Step count and moments under flat names, the same for both classes; not copies."""
+        """Return step count and moments under names that both classes share; no copies."""
         first = FIRST_MOMENTS[self.rule]
         kinds = {
             first: self.exp_avg,
@@ -211,7 +212,7 @@ class RowOptimizer(SparseOptimizer):
 
     @torch.no_grad()
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
-        """See `SparseOptimizer.step`; never waits for the device."""
+        """Update the parameters, see `SparseOptimizer.step`; never waits for the device."""
         rows = self._measure_rows() if self.rows else {}
         squared = torch.zeros((), dtype=torch.float64, device=self.device)
         if rows:
@@ -252,7 +253,7 @@ class RowOptimizer(SparseOptimizer):
         }
 
     def _scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
-        """A number on the device; a tensor made from one would wait for it."""
+        """Return a number as a tensor on the device, without waiting for it."""
         if isinstance(value, Tensor):
             return value.to(self.device, dtype, non_blocking=True)
         return torch.full((), value, dtype=dtype, device=self.device)
@@ -307,7 +308,7 @@ class RowOptimizer(SparseOptimizer):
 
 
 def _with_rate_share(scalars: Tensor, share: float) -> Tensor:
-    """What `update_scalars` gives for `share` times the learning rate."""
+    """Return what `update_scalars` gives for `share` times the learning rate."""
     scalars = scalars.clone()
     scalars[_STEP_SIZE].mul_(share)
     scalars[_DECAY].sub_(1).mul_(share).add_(1)
@@ -335,7 +336,7 @@ class DenseOptimizer(SparseOptimizer):
             self.torch_optimizer.state[parameter] = state
 
     def _torch_optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """That of the rule; every parameter is a group, whose learning rate a step sets."""
+        """Make torch's optimiser; every parameter is a group, whose learning rate a step sets."""
         groups = [{"params": [parameter]} for parameter in parameters]
         decay = self.weight_decay
         if self.rule == "adam":
@@ -348,7 +349,7 @@ class DenseOptimizer(SparseOptimizer):
 
     @torch.no_grad()
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
-        """See `SparseOptimizer.step`."""
+        """Update the parameters, see `SparseOptimizer.step`."""
         parameters = [self._parameter(name) for name in self.names]
         for parameter in parameters:
             if parameter.grad is None:
@@ -389,7 +390,7 @@ class DenseOptimizer(SparseOptimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """See `SparseOptimizer.load_state_dict`."""
+        """Take over a `state_dict`, see `SparseOptimizer.load_state_dict`."""
         super().load_state_dict(state)
         for values in self.torch_optimizer.state.values():
             if "step" in values:

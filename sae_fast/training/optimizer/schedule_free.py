@@ -1,4 +1,4 @@
-"""What a schedule-free optimiser trains, and what it is about: two sets of weights in one state.
+"""The two sets of weights of a schedule-free optimiser: those trained, and their average.
 
 The model's parameters are y, where gradients are taken. Evaluated and saved is the average x of the
 walk z (signum.py has the formulas). Both y and z are in a checkpoint, because x and z − y give y to
@@ -32,9 +32,9 @@ class ScheduleFreeWeights:
 
     @torch.no_grad()
     def model(self) -> SparseAutoencoder:
-        """A copy of the model with x for its weights; decoder rows again of unit norm.
+        """Return a copy of the model with x for its weights; decoder rows again of unit norm.
 
-        Buffers, such as a threshold, are those of the training, and so of y.
+        Buffers, such as a threshold, are the training's, and so of y.
         """
         optimizer = self._optimizer
         averaged = copy.deepcopy(optimizer.sae)
@@ -48,7 +48,7 @@ class ScheduleFreeWeights:
         return averaged
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights y under names of their own; not copies."""
+        """Return the weights y under names of their own; no copies."""
         return {_PREFIX + name: parameter.detach() for name, parameter in self._trained.items()}
 
     @torch.no_grad()

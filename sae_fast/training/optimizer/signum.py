@@ -52,8 +52,8 @@ class ScheduleFreeSignum(torch.optim.Optimizer):
         lr: learning rate, the size of every step of z.
         momentum: β, above 0: where x cannot be told from y and z otherwise.
         weight_decay: per step and unit of learning rate.
-        average_share: c, which is to be set before every step: its lr² over that of all steps so
-            far, of which c = 1 is the first.
+        average_share: c, set before every step: its lr² over the sum of lr² of all steps so far,
+            so that c = 1 at the first.
     """
 
     def __init__(

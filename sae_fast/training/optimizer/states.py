@@ -21,7 +21,7 @@ LR_SQUARES = "lr_squares"
 def check_states(
     state: dict[str, Tensor], rule: str, states: str, exp_avg: dict[str, Tensor]
 ) -> None:
-    """Raises ValueError where the moments are another rule's, or the rows' kept otherwise.
+    """Raise ValueError where the moments are another rule's, or the rows' kept otherwise.
 
     Args:
         state: a `state_dict` of an optimiser.
@@ -47,7 +47,7 @@ def check_states(
 
 
 def _rule_of(state: dict[str, Tensor]) -> str | None:
-    """The rule whose `state_dict` this is; None: no optimiser's."""
+    """Return the rule whose `state_dict` this is; None: no optimiser's."""
     for rule in ("sgd", "schedule_free_signum"):
         if f"{ROWS[0]}.{FIRST_MOMENTS[rule]}" in state:
             return rule

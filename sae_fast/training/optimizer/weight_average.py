@@ -1,7 +1,7 @@
 """An exponential moving average of the weights, for evaluation.
 
-The average after t updates is that of the weights with decay min(decay, (1 + t) / (10 + t)): at the
-start, when the weights move fastest, it follows them, and their first values are soon forgotten.
+The update t has the decay min(decay, (1 + t) / (10 + t)): at the start, when the weights move
+fastest, the average follows them, and their first values are soon forgotten.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PREFIX = "average."
 
 
 class WeightAverage:
-    """Averages all parameters of a model; buffers, such as a threshold, are the model's own.
+    """Average all parameters of a model; buffers, such as a threshold, are the model's own.
 
     Args:
         sae: the model.
@@ -43,7 +43,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def model(self) -> SparseAutoencoder:
-        """A copy of the model with the average for its weights, decoder rows again of unit norm."""
+        """Return a copy of the model with averaged weights, decoder rows again of unit norm."""
         averaged = copy.deepcopy(self._sae)
         for name, parameter in averaged.named_parameters():
             parameter.copy_(self._averages[name])
@@ -52,7 +52,7 @@ class WeightAverage:
         return averaged
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages under names of their own; not copies."""
+        """Return the averages under names of their own; no copies."""
         return {_PREFIX + name: average for name, average in self._averages.items()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
