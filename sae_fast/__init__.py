@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         gpt2_sae_config,
         pythia_1_4b_sae_config,
     )
-    from sae_fast.training.loaded_model import train_from_model
+    from sae_fast.training.from_model.loaded_model import train_from_model
     from sae_fast.training.sweep import Sweep, read_sweep
     from sae_fast.training.trainer import Trainer
 
@@ -52,7 +52,7 @@ _HOMES = {
     "gpt2_sae_config": "sae_fast.config",
     "pythia_1_4b_sae_config": "sae_fast.config",
     "read_sweep": "sae_fast.training.sweep",
-    "train_from_model": "sae_fast.training.loaded_model",
+    "train_from_model": "sae_fast.training.from_model.loaded_model",
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_fast.activations import STARTS
 from sae_fast.activations.capture import Harvester, HookedModel, resolve_hooks
-from sae_fast.training.model_stream import HookRows, ModelStream
+from sae_fast.training.from_model.model_stream import HookRows, ModelStream
 
 NETWORK = make_network("llama")
 HOOKS = ("residual.0", "residual.2", "mlp_out.1")

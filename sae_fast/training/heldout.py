@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.slots import Slots
 from sae_fast.training.data import TrainingData
-from sae_fast.training.end_to_end import Downstream
+from sae_fast.training.downstream import Downstream
 
 # Rows that may decide sums over all: 1 % with the largest norms. Without them the FVU is told where
 # it differs by this factor.

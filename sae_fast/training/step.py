@@ -21,7 +21,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.ops import Code
-from sae_fast.training.end_to_end import DownstreamModel
+from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import SparseOptimizer

@@ -34,7 +34,7 @@ from sae_fast.training.checkpoint import Checkpoint, CheckpointError, Checkpoint
 from sae_fast.training.cuda_graph import GraphRecorder
 from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
-from sae_fast.training.end_to_end import Downstream, checked_downstream
+from sae_fast.training.downstream import Downstream, checked_downstream
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import HeldoutEvaluation

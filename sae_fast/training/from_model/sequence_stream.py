@@ -1,36 +1,25 @@
-"""Training through the rest of the model: loss_fn ce and kl, and the batches that they need.
-
-The reconstruction takes the place of the activations at the hook point, the model continues from
-there, and its loss is the autoencoder's (arXiv:2405.12241). The model itself is not trained.
-
-    ce  the cross-entropy of the text: of the next token, or with a masked model of masked tokens
-    kl  KL(p ‖ q), p the model's own prediction, q that with the reconstruction; mean over tokens
-"""
+"""Batches of whole sequences and their activations, for a loss that the model itself computes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from sae_fast.activations import Column, Rows
-from sae_fast.activations.capture import HookedModel, HookPoint, TokenBatches
+from sae_fast.activations.capture import HookedModel, TokenBatches
 from sae_fast.activations.capture.sequences import TokenBatch, saved_cursor
 from sae_fast.activations.source import BatchSource, check_state, saved_counts
-from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.config import SAEConfig
-from sae_fast.training.model_stream import HookRows
+from sae_fast.training.downstream import KEPT, LABELS, MASK, NO_LABEL, TOKENS
+from sae_fast.training.from_model.model_stream import HookRows
 
-TOKENS, MASK, KEPT, LABELS = "tokens", "mask", "kept", "labels"
-MASKED_SHARE = 0.15  # of the tokens that a masked model is to predict, as BERT was trained
+MASKED_SHARE = 0.15  # of the tokens, for a masked model to predict, as BERT was trained
 STATE_VERSION = 1
-_NO_LABEL = -100
 
 
 class SequenceStream(BatchSource[HookRows]):
@@ -46,8 +35,8 @@ class SequenceStream(BatchSource[HookRows]):
         model: with the hook points.
         batches: what it reads.
         max_tokens: rows that count as one pass over the data.
-        identity: what the rows depend on, told apart when a position is loaded.
-        seed: of what is masked.
+        identity: what the rows depend on; a position of another identity is refused.
+        seed: of the choice of masked tokens.
         masked_token: of a masked model whose loss is ce; None: nothing is masked.
         rows_per_pass: how many all documents have, at least about; default: `max_tokens`.
     """
@@ -164,7 +153,7 @@ class SequenceStream(BatchSource[HookRows]):
 
     def _masked(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Return the tokens [B, T] as the model reads them, and its labels, -100: none."""
-        nothing = torch.full_like(batch.tokens, _NO_LABEL)
+        nothing = torch.full_like(batch.tokens, NO_LABEL)
         if self._masked_token is None:
             return batch.tokens, nothing
         special = torch.from_numpy(self._batches.special.excluded)
@@ -176,118 +165,3 @@ class SequenceStream(BatchSource[HookRows]):
         chosen = text & (torch.rand(batch.tokens.shape, generator=generator) < MASKED_SHARE)
         tokens = torch.where(chosen, self._masked_token, batch.tokens)
         return tokens, torch.where(chosen, batch.tokens, nothing)
-
-
-class DownstreamModel:
-    """The loss of a model with a reconstruction at one of its hook points.
-
-    Args:
-        network: a model with its head.
-        hook: where.
-        loss_fn: ce or kl.
-        causal: whether ce is of the next token, or of `labels`.
-    """
-
-    def __init__(self, network: Any, hook: HookPoint, loss_fn: str, *, causal: bool) -> None:
-        self._network = network
-        self._module = network.get_submodule(hook.module)
-        self._loss_fn = loss_fn
-        self._causal = causal
-
-    def loss(
-        self,
-        x_hat: Tensor,  # [n, D], in the units of the activations
-        columns: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Return the loss, 0-d, with a gradient to x̂."""
-        logits = self._logits(columns, x_hat)
-        if self._loss_fn == "ce":
-            return self._cross_entropy(logits, columns)
-        with torch.no_grad():
-            wanted = self._logits(columns, None)
-        kept = columns[MASK]
-        return functional.kl_div(
-            logits[kept].log_softmax(-1),
-            wanted[kept].log_softmax(-1),
-            reduction="batchmean",
-            log_target=True,
-        )
-
-    @torch.no_grad()
-    def evaluate(self, sae: SparseAutoencoder, batches: Sequence[Rows]) -> dict[str, float]:
-        """Return the mean loss over batches with the reconstruction, and of ce also without it."""
-        spliced = own = 0.0
-        for rows in batches:
-            spliced += float(self.loss(sae(rows.x), rows.columns))
-            if self._loss_fn == "ce":
-                own += float(self._cross_entropy(self._logits(rows.columns, None), rows.columns))
-        found = {f"heldout_{self._loss_fn}": spliced / len(batches)}
-        return found | ({"heldout_ce_model": own / len(batches)} if self._loss_fn == "ce" else {})
-
-    def _logits(self, columns: Mapping[str, Tensor], x_hat: Tensor | None) -> Tensor:
-        """Return the model's logits [B, T, words] float32, with x̂ in place of the activations."""
-        handle = None
-        if x_hat is not None:
-            kept, rows = columns[KEPT], x_hat
-
-            def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-                is_tuple = isinstance(output, tuple)
-                own = output[0] if is_tuple else output
-                places = kept.view(own.shape[:-1])
-                changed = own.detach().clone()
-                changed[places] = rows.to(own.dtype)
-                return (changed, *output[1:]) if is_tuple else changed
-
-            handle = self._module.register_forward_hook(replace)
-        try:
-            mask = columns[MASK]
-            logits: Tensor = self._network(
-                input_ids=columns[TOKENS],
-                attention_mask=None if bool(mask.all()) else mask.to(torch.int64),
-                **({"use_cache": False} if hasattr(self._network.config, "use_cache") else {}),
-            ).logits
-        finally:
-            if handle is not None:
-                handle.remove()
-        return logits.float()
-
-    def _cross_entropy(self, logits: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        tokens, mask, labels = columns[TOKENS], columns[MASK], columns[LABELS]
-        if self._causal:
-            labels = tokens[:, 1:].masked_fill(~mask[:, 1:], _NO_LABEL)
-            logits = logits[:, :-1]
-        flat = labels.flatten()
-        # Of a batch in which nothing is masked the mean would be 0 / 0.
-        total = functional.cross_entropy(
-            logits.flatten(0, 1), flat, ignore_index=_NO_LABEL, reduction="sum"
-        )
-        return total / (flat != _NO_LABEL).sum().clamp_min(1)
-
-
-@dataclass(frozen=True)
-class Downstream:
-    """The model that continues from the reconstruction, for loss_fn ce and kl.
-
-    Attributes:
-        model: from the hook point on; None: the loss is computed on the activations.
-        heldout: batches that its loss is measured on.
-    """
-
-    model: DownstreamModel | None = None
-    heldout: Sequence[Rows] = ()
-
-    def evaluate(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """Return the model's loss with the reconstructions of the held-out batches, if any."""
-        if self.model is None or not self.heldout:
-            return {}
-        return self.model.evaluate(sae, self.heldout)
-
-
-def checked_downstream(downstream: Downstream | None, sae: SAEConfig) -> Downstream:
-    """Return `downstream`, or a no-op if None; raise ValueError if loss_fn needs one."""
-    if sae.is_end_to_end and downstream is None:
-        raise ValueError(
-            f"loss_fn {sae.loss_fn} needs the model itself, not its activations alone: "
-            "python -m sae_fast.train MODEL DATASET"
-        )
-    return Downstream() if downstream is None else downstream

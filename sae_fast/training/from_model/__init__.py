@@ -27,9 +27,10 @@ from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import Effect, rules_of, setting
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
-from sae_fast.training.end_to_end import Downstream, DownstreamModel, SequenceStream
+from sae_fast.training.downstream import Downstream, DownstreamModel
+from sae_fast.training.from_model.model_stream import HookRows, ModelStream
+from sae_fast.training.from_model.sequence_stream import SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
-from sae_fast.training.model_stream import HookRows, ModelStream
 from sae_fast.training.resume_state import check_state
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings

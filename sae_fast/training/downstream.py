@@ -1,0 +1,142 @@
+"""The model that continues from a reconstruction, whose loss is the autoencoder's: loss_fn ce, kl.
+
+The reconstruction takes the place of the activations at the hook point, the model continues from
+there, and its loss is the autoencoder's (arXiv:2405.12241). The model itself is not trained.
+
+    ce  the cross-entropy of the text: of the next token, or with a masked model of masked tokens
+    kl  KL(p ‖ q), p the model's own prediction, q the one with the reconstruction; mean over tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sae_fast.activations import Rows
+from sae_fast.activations.capture import HookPoint
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+
+# Columns of a batch of sequences: what the model read, each [B, T].
+TOKENS, MASK, KEPT, LABELS = "tokens", "mask", "kept", "labels"
+NO_LABEL = -100
+
+
+class DownstreamModel:
+    """The loss of a model with a reconstruction at one of its hook points.
+
+    Args:
+        network: a model with its head.
+        hook: where.
+        loss_fn: ce or kl.
+        causal: whether ce is of the next token, or of `labels`.
+    """
+
+    def __init__(self, network: Any, hook: HookPoint, loss_fn: str, *, causal: bool) -> None:
+        self._network = network
+        self._module = network.get_submodule(hook.module)
+        self._loss_fn = loss_fn
+        self._causal = causal
+
+    def loss(
+        self,
+        x_hat: Tensor,  # [n, D], in the units of the activations
+        columns: Mapping[str, Tensor],
+    ) -> Tensor:
+        """Return the loss, 0-d, with a gradient to x̂."""
+        logits = self._logits(columns, x_hat)
+        if self._loss_fn == "ce":
+            return self._cross_entropy(logits, columns)
+        with torch.no_grad():
+            wanted = self._logits(columns, None)
+        kept = columns[MASK]
+        return functional.kl_div(
+            logits[kept].log_softmax(-1),
+            wanted[kept].log_softmax(-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, sae: SparseAutoencoder, batches: Sequence[Rows]) -> dict[str, float]:
+        """Return the mean loss over batches with the reconstruction, and of ce also without it."""
+        spliced = own = 0.0
+        for rows in batches:
+            spliced += float(self.loss(sae(rows.x), rows.columns))
+            if self._loss_fn == "ce":
+                own += float(self._cross_entropy(self._logits(rows.columns, None), rows.columns))
+        found = {f"heldout_{self._loss_fn}": spliced / len(batches)}
+        return found | ({"heldout_ce_model": own / len(batches)} if self._loss_fn == "ce" else {})
+
+    def _logits(self, columns: Mapping[str, Tensor], x_hat: Tensor | None) -> Tensor:
+        """Return the model's logits [B, T, words] float32, with x̂ in place of the activations."""
+        handle = None
+        if x_hat is not None:
+            kept, rows = columns[KEPT], x_hat
+
+            def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                is_tuple = isinstance(output, tuple)
+                own = output[0] if is_tuple else output
+                places = kept.view(own.shape[:-1])
+                changed = own.detach().clone()
+                changed[places] = rows.to(own.dtype)
+                return (changed, *output[1:]) if is_tuple else changed
+
+            handle = self._module.register_forward_hook(replace)
+        try:
+            mask = columns[MASK]
+            logits: Tensor = self._network(
+                input_ids=columns[TOKENS],
+                attention_mask=None if bool(mask.all()) else mask.to(torch.int64),
+                **({"use_cache": False} if hasattr(self._network.config, "use_cache") else {}),
+            ).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return logits.float()
+
+    def _cross_entropy(self, logits: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        tokens, mask, labels = columns[TOKENS], columns[MASK], columns[LABELS]
+        if self._causal:
+            labels = tokens[:, 1:].masked_fill(~mask[:, 1:], NO_LABEL)
+            logits = logits[:, :-1]
+        flat = labels.flatten()
+        # Of a batch in which nothing is masked the mean would be 0 / 0.
+        total = functional.cross_entropy(
+            logits.flatten(0, 1), flat, ignore_index=NO_LABEL, reduction="sum"
+        )
+        return total / (flat != NO_LABEL).sum().clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """The model that continues from the reconstruction, for loss_fn ce and kl.
+
+    Attributes:
+        model: from the hook point on; None: the loss is computed on the activations.
+        heldout: batches that its loss is measured on.
+    """
+
+    model: DownstreamModel | None = None
+    heldout: Sequence[Rows] = ()
+
+    def evaluate(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """Return the model's loss with the reconstructions of the held-out batches, if any."""
+        if self.model is None or not self.heldout:
+            return {}
+        return self.model.evaluate(sae, self.heldout)
+
+
+def checked_downstream(downstream: Downstream | None, sae: SAEConfig) -> Downstream:
+    """Return `downstream`, or a no-op if None; raise ValueError if loss_fn needs one."""
+    if sae.is_end_to_end and downstream is None:
+        raise ValueError(
+            f"loss_fn {sae.loss_fn} needs the model itself, not its activations alone: "
+            "python -m sae_fast.train MODEL DATASET"
+        )
+    return Downstream() if downstream is None else downstream
