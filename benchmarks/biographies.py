@@ -36,7 +36,7 @@ from benchmarks.support.tables import machine_line, markdown_table, publish
 from sae_fast import SAEConfig, SparseAutoencoder, TrainConfig, Trainer
 from sae_fast.biographies import main as make_biographies
 from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import LanguageModel
+from sae_fast.evaluation.biographies.language_model import BiographyModel
 from sae_fast.evaluation.biographies.swap import swap_success
 from sae_fast.evaluation.biographies.text import RELATIONS
 
@@ -46,7 +46,7 @@ FIGURES = ("slot_accuracy", "value_accuracy", "fvu", "l0")
 
 def make_data(
     options: argparse.Namespace, answers: int, directory: Path
-) -> tuple[LanguageModel, dict[str, Any]]:
+) -> tuple[BiographyModel, dict[str, Any]]:
     """Return the language model and the figures of its making; make both if they do not exist."""
     if not (directory / files.BIOGRAPHIES).exists():
         sizes = {
@@ -64,7 +64,7 @@ def make_data(
     return files.load(directory), content["measured"]
 
 
-def spread_of_answers(model: LanguageModel, layer: int) -> float:
+def spread_of_answers(model: BiographyModel, layer: int) -> float:
     """Return the root mean square distance of held-out activations from their answers' places.
 
     For each relation a linear map is fitted (ridge, on the people that are not held out) that sends

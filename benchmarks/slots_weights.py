@@ -36,7 +36,7 @@ from benchmarks.support.machine import command_line, describe_machine, distribut
 from benchmarks.support.tables import machine_line, markdown_table, publish
 from sae_fast import SAEConfig, SparseAutoencoder, TrainConfig, Trainer
 from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import LanguageModel
+from sae_fast.evaluation.biographies.language_model import BiographyModel
 from sae_fast.evaluation.biographies.swap import swap_success
 from sae_fast.evaluation.biographies.text import RELATIONS
 
@@ -82,7 +82,7 @@ def train(options: argparse.Namespace, data: Path, row: dict[str, Any]) -> Train
 
 
 def measure(
-    options: argparse.Namespace, data: Path, model: LanguageModel, row: dict[str, Any]
+    options: argparse.Namespace, data: Path, model: BiographyModel, row: dict[str, Any]
 ) -> dict[str, Any]:
     """Train one row and swap its slots; return the figures."""
     trainer = train(options, data, row)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
 from sae_fast.evaluation.biographies import files
 from sae_fast.evaluation.biographies.language_model import (
-    LanguageModel,
+    BiographyModel,
     LanguageModelConfig,
     train_language_model,
 )
@@ -143,7 +143,7 @@ def _make(options: Options, out: Path) -> None:
 
 
 def _write(
-    out: Path, model: LanguageModel, layers: Sequence[int], measured: dict[str, object]
+    out: Path, model: BiographyModel, layers: Sequence[int], measured: dict[str, object]
 ) -> None:
     """Shards and model; shows what linear probes read from each layer."""
     layers = sorted(set(layers))

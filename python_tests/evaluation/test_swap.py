@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae_fast import SAEConfig, SparseAutoencoder
 from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import LanguageModel
+from sae_fast.evaluation.biographies.language_model import BiographyModel
 from sae_fast.evaluation.biographies.swap import swap_success
 from sae_fast.evaluation.biographies.text import Biographies, make_biographies
 from sae_fast.swap import main
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Answers by table; has of a GPT2LMHeadModel what LanguageModel asks for."""
+    """Answers by table; has of a GPT2LMHeadModel what BiographyModel asks for."""
 
     def __init__(self, biographies: Biographies) -> None:
         super().__init__()
@@ -82,12 +82,12 @@ class Transformer:
 
 
 @pytest.fixture
-def model() -> LanguageModel:
+def model() -> BiographyModel:
     biographies = make_biographies(PEOPLE, 2, 0.3, seed=5)
-    return LanguageModel(Network(biographies), biographies)
+    return BiographyModel(Network(biographies), biographies)
 
 
-def bound_sae(model: LanguageModel, *, normalized: bool = False) -> SparseAutoencoder:
+def bound_sae(model: BiographyModel, *, normalized: bool = False) -> SparseAutoencoder:
     """Free latents are all other dimensions of the stream, the last six those of the relations."""
     width = model.d_model
     scaling = "mean_scale" if normalized else "none"
@@ -104,7 +104,7 @@ def bound_sae(model: LanguageModel, *, normalized: bool = False) -> SparseAutoen
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_bound_slots_swap_every_answer(model: LanguageModel, normalized: bool) -> None:
+def test_bound_slots_swap_every_answer(model: BiographyModel, normalized: bool) -> None:
     sae = bound_sae(model, normalized=normalized)
     sentences = model.biographies.sentences(heldout=True)
     table = swap_success(sae, model, sentences, layer=0, strengths=(1.0, 3.0))
@@ -118,20 +118,20 @@ def test_bound_slots_swap_every_answer(model: LanguageModel, normalized: bool) -
             assert row.by_pair[source] == expected
 
 
-def test_a_slot_at_nothing_answers_nothing(model: LanguageModel) -> None:
+def test_a_slot_at_nothing_answers_nothing(model: BiographyModel) -> None:
     sentences = model.biographies.sentences(heldout=True)
     (row,) = swap_success(bound_sae(model), model, sentences, 0, (0.0,)).strengths
     assert (row.success, row.relation_success, row.unmoved) == (0.0, 0.0, 0.0)
 
 
-def test_after_the_lookup_slots_move_nothing_but_a_patch_does(model: LanguageModel) -> None:
+def test_after_the_lookup_slots_move_nothing_but_a_patch_does(model: BiographyModel) -> None:
     sentences = model.biographies.sentences(heldout=True)
     table = swap_success(bound_sae(model), model, sentences, 1, (1.0,))
     assert table.reconstruction_accuracy == table.patch_success == 1.0
     assert (table.strengths[0].success, table.strengths[0].unmoved) == (0.0, 1.0)
 
 
-def test_slots_bound_in_another_order_answer_other_questions(model: LanguageModel) -> None:
+def test_slots_bound_in_another_order_answer_other_questions(model: BiographyModel) -> None:
     """Slots 0 and 1 stand for each other's relation: swaps of 2 to 5 among themselves succeed."""
     sae = bound_sae(model)
     order = [*range(sae.config.d_sae - R), *(sae.config.d_sae - R + i for i in (1, 0, 2, 3, 4, 5))]
@@ -147,7 +147,7 @@ def test_slots_bound_in_another_order_answer_other_questions(model: LanguageMode
     assert all(by_pair[r][t] == 0.0 for r in range(2, R) for t in range(2))
 
 
-def test_what_does_not_fit_is_refused(model: LanguageModel) -> None:
+def test_what_does_not_fit_is_refused(model: BiographyModel) -> None:
     sentences = model.biographies.sentences()
     sae = bound_sae(model)
     with pytest.raises(ValueError, match="layer must be from 0 to 1, got 2"):

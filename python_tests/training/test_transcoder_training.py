@@ -319,8 +319,9 @@ def test_targets_that_do_not_fit_are_one_line(case, pair):
 
 
 def test_targets_that_cannot_be_trained_on_are_counted(pair):
-    source = PairSource(pair["x"], pair["y"].clone())
-    source._y[20 * 64 + 5, 2] = torch.nan  # beyond the sample of the normalisation
+    y = pair["y"].clone()
+    y[20 * 64 + 5, 2] = torch.nan  # beyond the sample of the normalisation
+    source = PairSource(pair["x"], y)
     settings = TrainConfig(**{**RUN.to_dict(), "max_steps": 30})
     with pytest.raises(TrainingError, match=r"step 21.* 1 rows hold NaN or Inf"):
         Trainer(config(), settings, data=source, show_progress=False).train()

@@ -1,4 +1,4 @@
-"""What an architecture is: how a model selects latents, and the loss terms that only it has.
+"""The base of all architectures: how a model selects latents, and its own terms of the loss.
 
 There is one file for each family of architectures. An architecture keeps no tensors: the model
 holds the weights, the architecture's own parameters and buffers among them, and passes them with
@@ -165,7 +165,7 @@ class Engine(NamedTuple):
 
 @dataclass(frozen=True)
 class WholeStep:
-    """What a batch must know of an optimiser step that it is one of several parts of.
+    """Sums over an optimiser step, for a batch that is one of several parts of it.
 
     Attributes:
         n_parts: how many batches of one size the step's loss is the mean of.

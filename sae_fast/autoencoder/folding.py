@@ -1,4 +1,4 @@
-"""The same function by other parameters: norms of decoder rows and the normalisation folded in."""
+"""Change parameters and keep the function: decoder norms and the normalisation folded in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a place holds that is not a saved model of ours: other layouts, or one with a file missing.
+"""Explain why a directory is no saved model: another library's layout, or a file missing.
 
 Layouts are told by the names of their files, and no content is read but for a key or two.
 """
@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class _Layout:
-    """A layout of another library: what tells it, its name, and what reads it.
+    """The layout of another library's files, and the call that reads them.
 
     Attributes:
         files: names that must all be there; a * stands for anything.

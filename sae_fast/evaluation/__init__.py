@@ -1,1 +1,1 @@
-"""What a trained model is judged by."""
+"""Evaluations of trained models."""

@@ -1,4 +1,4 @@
-"""Which panels the metrics of runs are drawn in.
+"""The panels in which the metrics of runs are drawn.
 
 That follows from the metrics: what only one architecture or term logs gets its panel unnamed here.
 """
@@ -67,7 +67,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One quantity.
+    """A panel of one quantity.
 
     Attributes:
         title: above it.

@@ -1,4 +1,4 @@
-"""Draws the metrics of runs into an image, a panel a quantity; panels.py says which there are."""
+"""Draw the metrics of runs into an image, one panel a quantity; panels.py lists the panels."""
 
 from __future__ import annotations
 

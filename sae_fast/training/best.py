@@ -1,4 +1,4 @@
-"""Which checkpoint of a run is its best one."""
+"""The rule by which a checkpoint of a run is its best one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Best = dict[str, float]
 
 
 class BestRule:
-    """Picks the evaluation with the lowest value of the figure that the run minimises.
+    """Pick the evaluation with the lowest value of the figure that the run minimises.
 
     Args:
         sae: the model.

@@ -1,4 +1,4 @@
-"""The device that was asked for, or an error: never another in its place."""
+"""The device that was asked for, or an error; no other device is used in its place."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Why a run cannot go on, in one line; the checkpoints written so far are intact."""
+"""Errors of runs that cannot continue, in one line; the checkpoints written before are intact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sae_fast.training.step import GRAD_NORM, LOSS, Reading
 
 
 class TrainingError(ValueError):
-    """Training cannot go on; the checkpoints written so far are intact."""
+    """A training that cannot continue; the checkpoints written before are intact."""
 
 
 def divergence(

@@ -39,7 +39,7 @@ def silent_window(sae: SAEConfig, tokens: int) -> int:
 
 
 class RunHealth:
-    """Watches the metrics of one run.
+    """Watch the metrics of one run.
 
     Args:
         sae: the model.

@@ -1,4 +1,4 @@
-"""How well a model does on rows that it was not trained on."""
+"""Evaluation of a model on held-out rows, which it was not trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and reads what a run has logged, also while it goes on."""
+"""Find and read what a run has logged, also while it is running."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guided terms of the loss need of the data, asked for and checked before training."""
+"""The labels that terms of the loss need, found and checked before training."""
 
 from __future__ import annotations
 

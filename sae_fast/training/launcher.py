@@ -1,4 +1,4 @@
-"""Launches one step after another, and learns from the device, late or at once, how they went.
+"""Launch one step after another, and find out, at once or later, whether they went well.
 
 On the CPU a step that went wrong is noticed at once. On a GPU the host runs ahead, by two steps at
 most (see batches.py), and asks only when it reads the metrics. Parameters and metrics

@@ -1,4 +1,4 @@
-"""What a run will hold in memory, told before the first step, and refused when it cannot fit."""
+"""The memory of a run, planned before its first step; a run that cannot fit is refused."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: metrics.jsonl, a row a step, and Weights & Biases, same names.
+"""The logs of a run's metrics: metrics.jsonl, one row a step, and Weights & Biases.
 
 Names: step, tokens, epoch, loss, recon_loss, l1_loss, decorr_loss, aux_loss, terms that only some
 architectures have (multi_topk_loss), fvu, l0, explained_variance (1 - fvu), activation_fraction,

@@ -80,7 +80,7 @@ class StepClock:
         return window
 
 
-class Progress:
+class ProgressBar:
     """Context manager: a progress bar with tokens/s, loss, FVU, L0 and the time left.
 
     Without a terminal the figures are logged instead, a line every few seconds.
@@ -104,7 +104,7 @@ class Progress:
         )
         self._last_line = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

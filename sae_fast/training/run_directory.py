@@ -46,7 +46,7 @@ AVERAGED, FINAL = MODELS = ("averaged", "sae_final")  # directories in a run's
 
 
 class RunDirectory:
-    """Where everything lies that a run writes; one run at a time holds it.
+    """The directory that a run writes to; one run at a time holds it.
 
     config.json  metrics.jsonl  training_history.json  checkpoints/  plots/training.png, and with
     arch slots sae_final/, all in a directory of the mode's name.

@@ -163,7 +163,7 @@ def _first_limit(config: TrainConfig, rows_per_epoch: int) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Schedules:
-    """All that changes from step to step in a run.
+    """The schedules of a run, which give the settings of each step.
 
     Attributes:
         total_steps: of the run.

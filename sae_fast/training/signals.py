@@ -14,7 +14,7 @@ INTERRUPTED = "error: interrupted; what was saved before is intact\n"
 
 
 class StopOnSignal:
-    """Context manager: notes the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
+    """Context manager: note the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
 
     The second one is handed to the handler that was there before: Python's own raises
     KeyboardInterrupt, the one of `run_program` ends the process. Entered again inside itself, the

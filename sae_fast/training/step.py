@@ -34,7 +34,7 @@ _VARIANCE = "variance"
 
 @dataclass(frozen=True)
 class Reading:
-    """What the host learns of the steps since the last reading.
+    """What the host reads of the steps since the last reading.
 
     Attributes:
         metrics: of the last step; of the bad step, once there was one.

@@ -41,7 +41,7 @@ from sae_fast.json_files import read_json, shown
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
 from sae_fast.training.metrics import Row
-from sae_fast.training.progress import Progress
+from sae_fast.training.progress import ProgressBar
 from sae_fast.training.run_directory import in_mode_directory
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
@@ -156,11 +156,11 @@ class Sweep:
         trainers = self.trainers.values()
         return [trainer for trainer in trainers if trainer.step < trainer.total_steps]
 
-    def _progress(self) -> Progress:
+    def _progress(self) -> ProgressBar:
         trainers = self.trainers.values()
         total = sum(trainer.total_tokens for trainer in trainers)
         done = sum(trainer.tokens for trainer in trainers)
-        return Progress(total, done, shown=self._show_progress)
+        return ProgressBar(total, done, shown=self._show_progress)
 
     def _prune(self) -> None:
         """Remove old checkpoints, once all trainings have made the step.

@@ -46,7 +46,7 @@ from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
 from sae_fast.training.optimizer.weight_average import WeightAverage
-from sae_fast.training.progress import Progress, StepClock
+from sae_fast.training.progress import ProgressBar, StepClock
 from sae_fast.training.random_state import (
     random_tensors,
     random_values,
@@ -207,8 +207,8 @@ class Trainer:
                 progress.show([row], last=self.step == self.total_steps)
         return self.model()
 
-    def _progress(self) -> Progress:
-        return Progress(self.total_tokens, self.tokens, shown=self._show_progress)
+    def _progress(self) -> ProgressBar:
+        return ProgressBar(self.total_tokens, self.tokens, shown=self._show_progress)
 
     @torch.inference_mode(False)
     def __enter__(self) -> Trainer:

@@ -16,7 +16,7 @@ import torch
 
 from sae_fast.activations import ShardMetadata, ShardWriter, write_manifest
 from sae_fast.atomic_files import write_json
-from sae_fast.evaluation.biographies.language_model import LanguageModel
+from sae_fast.evaluation.biographies.language_model import BiographyModel
 from sae_fast.evaluation.biographies.text import Biographies, Sentence
 from sae_fast.json_files import parse_json, read_regular
 
@@ -44,7 +44,7 @@ def prepare(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
 
-def save(directory: Path, model: LanguageModel, measured: dict[str, Any]) -> None:
+def save(directory: Path, model: BiographyModel, measured: dict[str, Any]) -> None:
     """Write the language model and what it knows."""
     model.save(directory / MODEL)
     content = {
@@ -55,7 +55,7 @@ def save(directory: Path, model: LanguageModel, measured: dict[str, Any]) -> Non
     write_json(directory / BIOGRAPHIES, content)
 
 
-def load(directory: Path) -> LanguageModel:
+def load(directory: Path) -> BiographyModel:
     """Read what `save` wrote; raises OSError or ValueError, naming the file."""
     path = directory / BIOGRAPHIES
     try:
@@ -68,10 +68,10 @@ def load(directory: Path) -> LanguageModel:
         raise ValueError(f"{path}: not a file of biographies ({error!r})") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format version {version}, this release reads {FORMAT_VERSION}")
-    return LanguageModel.load(directory / MODEL, biographies)
+    return BiographyModel.load(directory / MODEL, biographies)
 
 
-def write_shards(directory: Path, model: LanguageModel, layers: Sequence[int]) -> list[Path]:
+def write_shards(directory: Path, model: BiographyModel, layers: Sequence[int]) -> list[Path]:
     """Write the activations of these layers, one row a sentence; gives their directories.
 
     A row has its labels/relation, labels/answer (among the answers of all relations),
@@ -100,7 +100,7 @@ def write_shards(directory: Path, model: LanguageModel, layers: Sequence[int]) -
 
 
 def _rows(
-    model: LanguageModel, sentences: Sequence[Sentence], layers: Sequence[int]
+    model: BiographyModel, sentences: Sequence[Sentence], layers: Sequence[int]
 ) -> Iterator[tuple[int, torch.Tensor, dict[str, torch.Tensor]]]:
     """Yield the activations [n, D] of one layer, and columns [n], part by part."""
     prompts = model.prompts(sentences)

@@ -24,7 +24,7 @@ BATCH = 1024  # prompts, where nothing is trained
 
 @dataclass(frozen=True)
 class Prompts:
-    """Return sentences as tokens.
+    """Sentences as tokens.
 
     Attributes:
         tokens: [N, T] int64, padded on the right, without the answers.
@@ -66,7 +66,7 @@ class LanguageModelConfig:
     seed: int
 
 
-class LanguageModel:
+class BiographyModel:
     """A GPT-2 and the biographies that it knows.
 
     Args:
@@ -158,7 +158,7 @@ class LanguageModel:
         save_tensors(directory / MODEL_TENSORS, tensors, {"format": "pt"})
 
     @classmethod
-    def load(cls, directory: Path, biographies: Biographies) -> LanguageModel:
+    def load(cls, directory: Path, biographies: Biographies) -> BiographyModel:
         """Read what `save` wrote; raises OSError or ValueError, naming the file."""
         transformers = _transformers()
         for name in (MODEL_CONFIG, MODEL_TENSORS):
@@ -217,7 +217,7 @@ def train_language_model(
     biographies: Biographies,
     config: LanguageModelConfig,
     report: Callable[[int, float], None] = lambda step, loss: None,
-) -> LanguageModel:
+) -> BiographyModel:
     """Train a GPT-2 on the answers of all sentences; a seed gives the same model every time.
 
     Args:
@@ -227,7 +227,7 @@ def train_language_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = LanguageModel(_network(biographies, config), biographies)
+        model = BiographyModel(_network(biographies, config), biographies)
         prompts = model.prompts(biographies.sentences())
         model.network.train()
         optimizer = torch.optim.AdamW(

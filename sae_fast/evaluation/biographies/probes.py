@@ -1,4 +1,4 @@
-"""What a linear probe reads from the activations of people that it was not fitted on."""
+"""Linear probes on activations, tested on people that they were not fitted on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from sae_fast.evaluation.biographies.files import label_columns
-from sae_fast.evaluation.biographies.language_model import LanguageModel
+from sae_fast.evaluation.biographies.language_model import BiographyModel
 
 ITERATIONS = 100
 WEIGHT_PENALTY = 1e-5  # times the squared norm of the weights, beside the mean cross-entropy
 
 
-def probe_accuracies(model: LanguageModel, layers: Sequence[int]) -> dict[int, dict[str, float]]:
+def probe_accuracies(model: BiographyModel, layers: Sequence[int]) -> dict[int, dict[str, float]]:
     """Return the accuracies, by layer, of probes for relation and answer on held-out people.
 
     The probes are logistic regressions on the activations of the other people.

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.biographies.files import label_columns
-from sae_fast.evaluation.biographies.language_model import BATCH, LanguageModel, Prompts
+from sae_fast.evaluation.biographies.language_model import BATCH, BiographyModel, Prompts
 from sae_fast.evaluation.biographies.text import Sentence
 
 
 @dataclass(frozen=True)
 class Strength:
-    """Swaps at one strength, in units of what the slot of t typically is when t is asked.
+    """Swaps at one strength, in units of the slot's typical value when its relation is asked.
 
     Attributes:
         strength: how many of these units.
@@ -89,7 +89,7 @@ class SwapTable:
 @torch.no_grad()
 def swap_success(
     sae: SparseAutoencoder,
-    model: LanguageModel,
+    model: BiographyModel,
     sentences: Sequence[Sentence],
     layer: int,
     strengths: Sequence[float],
@@ -131,7 +131,7 @@ class _Evaluation:
     def __init__(
         self,
         sae: SparseAutoencoder,
-        model: LanguageModel,
+        model: BiographyModel,
         sentences: Sequence[Sentence],
         layer: int,
     ) -> None:
@@ -223,7 +223,11 @@ def _decoded(sae: SparseAutoencoder, rows: Tensor, count: int) -> tuple[Tensor, 
 
 
 def _check(
-    sae: SparseAutoencoder, model: LanguageModel, layer: int, slots: int, strengths: Sequence[float]
+    sae: SparseAutoencoder,
+    model: BiographyModel,
+    layer: int,
+    slots: int,
+    strengths: Sequence[float],
 ) -> None:
     if not 0 <= layer < model.layers:
         raise ValueError(f"layer must be from 0 to {model.layers - 1}, got {layer}")

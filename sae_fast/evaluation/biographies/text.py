@@ -36,7 +36,7 @@ class Entity:
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is asked of whom, and in which phrasing; all are numbers."""
+    """The numbers of a person, a relation asked about, and a phrasing."""
 
     entity: int
     relation: int

@@ -1,4 +1,4 @@
-"""The words of the biographies: names, relations, their answers and phrasings; all ours."""
+"""The words of the biographies: names, relations, their answers and phrasings; all made up here."""
 
 from __future__ import annotations
 

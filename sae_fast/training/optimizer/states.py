@@ -1,4 +1,4 @@
-"""The names and types of what an optimiser keeps, and whether a saved state is one's own."""
+"""The names and types of an optimiser's state, and whether a saved state fits."""
 
 from __future__ import annotations
 
