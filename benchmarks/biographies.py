@@ -35,10 +35,10 @@ from benchmarks.support.machine import command_line, describe_machine, distribut
 from benchmarks.support.tables import machine_line, markdown_table, publish
 from sae_fast import SAEConfig, SparseAutoencoder, TrainConfig, Trainer
 from sae_fast.biographies import main as make_biographies
-from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import BiographyModel
-from sae_fast.evaluation.biographies.swap import swap_success
-from sae_fast.evaluation.biographies.text import RELATIONS
+from sae_fast.ground_truth.biographies import files
+from sae_fast.ground_truth.biographies.language_model import BiographyModel
+from sae_fast.ground_truth.biographies.swap import swap_success
+from sae_fast.ground_truth.biographies.text import RELATIONS
 
 MODES = ("joint", "separate_activation", "separate_value")
 FIGURES = ("slot_accuracy", "value_accuracy", "fvu", "l0")

@@ -35,10 +35,10 @@ from benchmarks.biographies import make_data
 from benchmarks.support.machine import command_line, describe_machine, distribution_version
 from benchmarks.support.tables import machine_line, markdown_table, publish
 from sae_fast import SAEConfig, SparseAutoencoder, TrainConfig, Trainer
-from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import BiographyModel
-from sae_fast.evaluation.biographies.swap import swap_success
-from sae_fast.evaluation.biographies.text import RELATIONS
+from sae_fast.ground_truth.biographies import files
+from sae_fast.ground_truth.biographies.language_model import BiographyModel
+from sae_fast.ground_truth.biographies.swap import swap_success
+from sae_fast.ground_truth.biographies.text import RELATIONS
 
 FIGURES = ("l0", "fvu", "slot_accuracy", "value_accuracy")
 AS_WRITTEN = "as written"

@@ -18,9 +18,10 @@ LAYERS = (
     ("ops",),
     ("activations",),
     ("autoencoder",),
+    ("evaluation",),
     ("report",),
     ("training",),
-    ("evaluation",),
+    ("ground_truth",),
     ("command_line", "flags", "model_flags"),
     ("train", "capture", "convert_shards", "plot", "info", "presets", "biographies", "swap"),
 )

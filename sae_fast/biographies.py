@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
-from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import (
+from sae_fast.ground_truth.biographies import files
+from sae_fast.ground_truth.biographies.language_model import (
     BiographyModel,
     LanguageModelConfig,
     train_language_model,
 )
-from sae_fast.evaluation.biographies.probes import probe_accuracies
-from sae_fast.evaluation.biographies.text import make_biographies
+from sae_fast.ground_truth.biographies.probes import probe_accuracies
+from sae_fast.ground_truth.biographies.text import make_biographies
 from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.biographies"

@@ -17,8 +17,8 @@ import tyro
 from sae_fast.atomic_files import write_json
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
-from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.swap import SwapTable, swap_success
+from sae_fast.ground_truth.biographies import files
+from sae_fast.ground_truth.biographies.swap import SwapTable, swap_success
 from sae_fast.output_streams import run_command
 from sae_fast.training.checkpoint import CheckpointError, find_checkpoint, read_newest_state
 from sae_fast.training.resume_state import check_state

@@ -13,10 +13,10 @@ from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig
+from sae_fast.evaluation.metrics import evaluate
 from sae_fast.ops import native
 from sae_fast.ops.working_copies import encoder_copy
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep, GraphRecorder
-from sae_fast.training.heldout import evaluate
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 from sae_fast.training.step import TrainingStep

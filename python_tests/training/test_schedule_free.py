@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.evaluation.metrics import evaluate
 from sae_fast.train import main
-from sae_fast.training.heldout import evaluate
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.optimizer.row_optimizer import DenseOptimizer, RowOptimizer
 from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights

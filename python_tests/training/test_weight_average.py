@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.training.heldout import evaluate
+from sae_fast.evaluation.metrics import evaluate
 from sae_fast.training.optimizer.weight_average import WeightAverage
 from sae_fast.training.trainer import Trainer
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.evaluation.biographies.files import label_columns
-from sae_fast.evaluation.biographies.language_model import BATCH, BiographyModel, Prompts
-from sae_fast.evaluation.biographies.text import Sentence
+from sae_fast.ground_truth.biographies.files import label_columns
+from sae_fast.ground_truth.biographies.language_model import BATCH, BiographyModel, Prompts
+from sae_fast.ground_truth.biographies.text import Sentence
 
 
 @dataclass(frozen=True)

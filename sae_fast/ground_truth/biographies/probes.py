@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sae_fast.evaluation.biographies.files import label_columns
-from sae_fast.evaluation.biographies.language_model import BiographyModel
+from sae_fast.ground_truth.biographies.files import label_columns
+from sae_fast.ground_truth.biographies.language_model import BiographyModel
 
 ITERATIONS = 100
 WEIGHT_PENALTY = 1e-5  # times the squared norm of the weights, beside the mean cross-entropy

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast.evaluation.biographies.text import PADDING, START, Biographies, Sentence
+from sae_fast.ground_truth.biographies.text import PADDING, START, Biographies, Sentence
 from sae_fast.tensor_files import checked_tensors, load_tensors, save_tensors
 
 MODEL_CONFIG, MODEL_TENSORS = "config.json", "model.safetensors"

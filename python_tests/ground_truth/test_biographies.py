@@ -14,9 +14,9 @@ from transformers import GPT2LMHeadModel
 
 from sae_fast.activations import open_shards
 from sae_fast.biographies import main
-from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.probes import probe_accuracy
-from sae_fast.evaluation.biographies.text import Biographies, make_biographies
+from sae_fast.ground_truth.biographies import files
+from sae_fast.ground_truth.biographies.probes import probe_accuracy
+from sae_fast.ground_truth.biographies.text import Biographies, make_biographies
 from sae_fast.train import main as train
 from sae_fast.training import run_directory
 

@@ -16,8 +16,8 @@ import torch
 
 from sae_fast.activations import ShardMetadata, ShardWriter, write_manifest
 from sae_fast.atomic_files import write_json
-from sae_fast.evaluation.biographies.language_model import BiographyModel
-from sae_fast.evaluation.biographies.text import Biographies, Sentence
+from sae_fast.ground_truth.biographies.language_model import BiographyModel
+from sae_fast.ground_truth.biographies.text import Biographies, Sentence
 from sae_fast.json_files import parse_json, read_regular
 
 BIOGRAPHIES = "biographies.json"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sae_fast.evaluation.biographies.words import GIVEN_NAMES, RELATIONS, Relation, family_names
+from sae_fast.ground_truth.biographies.words import GIVEN_NAMES, RELATIONS, Relation, family_names
 
 PADDING, START = "<pad>", "<start>"
 MAX_TEMPLATES = min(len(relation.templates) for relation in RELATIONS)

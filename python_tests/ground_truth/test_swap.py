@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast import SAEConfig, SparseAutoencoder
-from sae_fast.evaluation.biographies import files
-from sae_fast.evaluation.biographies.language_model import BiographyModel
-from sae_fast.evaluation.biographies.swap import swap_success
-from sae_fast.evaluation.biographies.text import Biographies, make_biographies
+from sae_fast.ground_truth.biographies import files
+from sae_fast.ground_truth.biographies.language_model import BiographyModel
+from sae_fast.ground_truth.biographies.swap import swap_success
+from sae_fast.ground_truth.biographies.text import Biographies, make_biographies
 from sae_fast.swap import main
 from sae_fast.train import main as train
 from sae_fast.training import run_directory

@@ -5,7 +5,7 @@ import torch
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.training.heldout import evaluate, largest_ordinary_norm
+from sae_fast.evaluation.metrics import evaluate, largest_ordinary_norm
 
 
 def _one_latent_a_row() -> SparseAutoencoder:
