@@ -77,6 +77,9 @@ class StepTrainer(Protocol):
     def step(self, x: Tensor) -> Tensor:
         """Take one whole training step on x [N, D]; return the loss."""
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the reconstruction [N, D] of x [N, D]."""
+
 
 def describe(name: str, device_type: str) -> str:
     """Return an implementation's description for a table."""

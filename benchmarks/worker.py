@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TextIO
@@ -52,6 +52,8 @@ class Job:
     n_batches: int
     device: torch.device = CPU
     steps: int = STEPS
+    data: str | None = None  # file of torch.save with "rows" and "heldout"; None: made rows
+    rate: float | None = None  # learning rate; None: sae_fast's default at this size
 
     @property
     def autocast(self) -> bool:
@@ -60,13 +62,24 @@ class Job:
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate that sae_fast's trainer uses by default at this size."""
-        return learning_rate(self.size)
+        """The learning rate: the one asked for, or sae_fast's default at this size."""
+        return learning_rate(self.size) if self.rate is None else self.rate
 
     @cached_property
     def activations(self) -> Tensor:
         """The rows of all batches, [n_batches * N, D]."""
+        if self.data is not None:
+            rows: Tensor = torch.load(self.data)["rows"]
+            return rows.to(self.device)
         return make_activations(self.size, self.n_batches, device=self.device)
+
+    @property
+    def heldout(self) -> Tensor | None:
+        """Rows [H, D] to evaluate on, where the data are given."""
+        if self.data is None:
+            return None
+        rows: Tensor = torch.load(self.data)["heldout"]
+        return rows.to(self.device)
 
     @cached_property
     def weights(self) -> Weights:
@@ -94,6 +107,8 @@ class WorkerProtocol:
         self.implementation = implementation
         self.device = device
         self.memory = peak_since_now(device)
+        self.heldout: Tensor | None = None
+        self.reconstruct: Callable[[Tensor], Tensor] | None = None
         self.started: tuple[float, float, float] | None = None
         self.asked = self.left = 0  # steps in this sample, and how many of them are left
 
@@ -101,8 +116,14 @@ class WorkerProtocol:
         """Start to count memory; call it when data and libraries are loaded, before the model."""
         self.memory = peak_since_now(self.device)
 
-    def ready(self, loss: float) -> None:
-        """Report that the model is built; `loss` is its squared error on the first batch."""
+    def ready(self, loss: float, reconstruct: Callable[[Tensor], Tensor]) -> None:
+        """Report that the model is built.
+
+        Args:
+            loss: its squared error on the first batch.
+            reconstruct: the implementation's own inference, x [N, D] to x_hat [N, D].
+        """
+        self.reconstruct = reconstruct
         name = DISTRIBUTIONS.get(self.implementation.removesuffix("_bf16"), "sae_fast")
         versions = {name: distribution_version(name), "torch": torch.__version__}
         self.answer({"loss": loss, "versions": versions})
@@ -110,7 +131,8 @@ class WorkerProtocol:
     def wait(self) -> None:
         """Count a step; after a sample's last one report the sample and wait for the next request.
 
-        Raises TrainingOver when the parent sends no further request.
+        A request to evaluate is answered at once, outside the times of the samples. Raises
+        TrainingOver when the parent sends no further request.
         """
         if self.left > 0:
             self.left -= 1
@@ -119,12 +141,25 @@ class WorkerProtocol:
             torch.cuda.synchronize(self.device)
         if self.started is not None:
             self.report(*self.started)
-        word, _, count = self.requests.readline().strip().partition(" ")
+        while (line := self.requests.readline().strip()) == "evaluate":
+            self.answer({"fvu": self.heldout_fvu()})
+        word, _, count = line.partition(" ")
         if word != "go":
             raise TrainingOver
         self.asked = int(count)
         self.left = self.asked - 1
         self.started = (time.perf_counter(), time.process_time(), machine_busy_seconds())
+
+    @torch.no_grad()
+    def heldout_fvu(self) -> float:
+        """Return Σ|x − x̂|² / Σ|x − mean(x)|² over the held-out rows."""
+        assert self.heldout is not None
+        assert self.reconstruct is not None
+        error = 0.0
+        for x in self.heldout.split(4096):  # type: ignore[no-untyped-call]
+            error += float((x - self.reconstruct(x)).double().square().sum())
+        centred = self.heldout - self.heldout.mean(0)
+        return error / float(centred.double().square().sum())
 
     def report(self, start: float, cpu_start: float, busy_start: float) -> None:
         """Send the mean step of the sample that began at these times."""
@@ -171,12 +206,21 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     torch.manual_seed(0)
     device = torch.device(request["device"])
-    job = Job(request["implementation"], Size(**request["size"]), request["n_batches"], device)
+    job = Job(
+        request["implementation"],
+        Size(**request["size"]),
+        request["n_batches"],
+        device,
+        data=request["data"],
+        rate=request["rate"],
+    )
     adapter = importlib.import_module(request["adapter"])
     _ = job.activations, job.weights  # created before memory is counted
     load_torch(device)
+    protocol = WorkerProtocol(sys.stdin, answers, job.implementation, device)
+    protocol.heldout = job.heldout
     try:
-        adapter.train(job, WorkerProtocol(sys.stdin, answers, job.implementation, device))
+        adapter.train(job, protocol)
     except TrainingOver:
         return
 

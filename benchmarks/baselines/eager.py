@@ -105,6 +105,10 @@ class EagerTrainer:
             self.count_fired(values, indices)
         return loss.detach()
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the reconstruction [N, D] of x [N, D]."""
+        return self.decode(*self.select(x)) + self.b_dec
+
     def dead_latents(self) -> Tensor | None:
         """Return a mask [F] of the dead latents, None without any.
 

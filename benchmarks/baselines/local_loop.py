@@ -12,6 +12,6 @@ def train(job: Job, protocol: WorkerProtocol) -> None:
         from benchmarks.baselines import sae_fast_trainer  # noqa: F401 (import before counting)
     protocol.before_model()
     trainer = make_local(job.implementation, job.weights, job.size.k, job.learning_rate)
-    protocol.ready(float("nan"))
+    protocol.ready(float("nan"), trainer.reconstruct)
     for x in protocol.batches(job):
         trainer.step(x)

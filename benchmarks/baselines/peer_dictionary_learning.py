@@ -23,7 +23,7 @@ def train(job: Job, protocol: WorkerProtocol) -> None:
             trainer.ae.decoder.weight.copy_(job.weights.W_dec.T)
             x = job.batch(0)
             loss = (trainer.ae(x) - x).square().sum(-1).mean()
-        protocol.ready(float(loss))
+        protocol.ready(float(loss), trainer.ae)
         return trainer
 
     settings = {

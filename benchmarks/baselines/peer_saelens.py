@@ -31,5 +31,5 @@ def train(job: Job, protocol: WorkerProtocol) -> None:
         x = job.batch(0)
         loss = (sae(x) - x).square().sum(-1).mean()
     trainer = SAETrainer(config, sae, data_provider=protocol.batches(job))
-    protocol.ready(float(loss))
+    protocol.ready(float(loss), sae)
     trainer.fit()

@@ -84,5 +84,5 @@ def train(job: Job, protocol: WorkerProtocol) -> None:
         # Makes the reported fraction a plain sum of squares.
         unit = torch.ones((), device=job.device)
         loss = coder(job.batch(0), total_variance=unit).fvu / size.n_tokens
-    protocol.ready(float(loss))
+    protocol.ready(float(loss), lambda x: coder(x).sae_out)
     trainer.fit()

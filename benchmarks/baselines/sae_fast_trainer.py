@@ -38,6 +38,11 @@ class SaeFastTrainer:
         with self.sae.kept_copies(session=self._copy_session):
             return self._step(x)
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the reconstruction [N, D] of x [N, D]."""
+        x_hat: Tensor = self.sae(x)
+        return x_hat
+
     def _step(self, x: Tensor) -> Tensor:
         loss = self.sae.training_loss(x, precision=self.precision, dense_grad=False, **self.options)
         loss.total.backward()  # type: ignore[no-untyped-call]
@@ -70,3 +75,7 @@ class CapturedTrainer:
         self.graph.replay()
         assert self.loss is not None
         return self.loss
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the reconstruction [N, D] of x [N, D]."""
+        return self.trainer.reconstruct(x)

@@ -30,6 +30,9 @@ class PeerProcess:
         n_batches: int,
         threads: int,
         device: torch.device = CPU,
+        *,
+        data: Path | None = None,
+        rate: float | None = None,
     ) -> None:
         self.implementation = implementation
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
@@ -55,6 +58,8 @@ class PeerProcess:
             "n_batches": n_batches,
             "threads": threads,
             "device": str(device),
+            "data": None if data is None else str(data),
+            "rate": rate,
         }
         answer = self.ask(json.dumps(job))
         self.first_loss: float = answer["loss"]
@@ -65,6 +70,10 @@ class PeerProcess:
         answer = self.ask(f"go {count}")
         self.peak_bytes = answer["peak_bytes"]
         return Sample(answer["seconds"], answer["cpu_seconds"], answer["others"])
+
+    def heldout_fvu(self) -> float:
+        """Return the FVU of the held-out rows of `data`, by the implementation's own inference."""
+        return float(self.ask("evaluate")["fvu"])
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line and return the answer; raise RuntimeError if the process has ended."""

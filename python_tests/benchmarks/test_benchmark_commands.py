@@ -68,6 +68,24 @@ def test_train_step_writes_times_ratios_memory_and_floors(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_wall_clock_trains_all_from_one_start_and_draws_them(run, tmp_path):
+    rows = torch.randn(700, 32, generator=torch.Generator().manual_seed(0))
+    write_shard(tmp_path / "train_00.h5", rows[:500])
+    write_shard(tmp_path / "heldout_00.h5", rows[500:])
+    small = ["--steps", "6", "--batch-size", "64", "--d-sae", "64", "--k", "4"]
+    plot = tmp_path / "plot.png"
+    data = ["--shard-dir", str(tmp_path), "--name", "noise", "--peers", "eager,openai"]
+    result, table = run("wall_clock", *data, *small, "--plot", str(plot))
+    ours, eager = result["curves"]
+    assert ours["steps"] == eager["steps"] == [0, 4, 6]
+    assert ours["fvu"] == pytest.approx(eager["fvu"], rel=1e-4)
+    assert ours["fvu"][-1] < ours["fvu"][0]
+    assert ours["seconds"][0] == 0 < ours["seconds"][1] < ours["seconds"][2]
+    assert "Not installed here: openai." in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(run, tmp_path):
     rows = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
     write_shard(tmp_path / "train_00.h5", rows[:300])

@@ -1,0 +1,286 @@
+"""Train with sae_fast, PyTorch and the peers, and draw held-out FVU over the seconds of training.
+
+    python -m benchmarks.wall_clock --shard-dir DIR --plot results/wall_clock.png
+
+Every implementation runs its own training loop in a process of its own, one after another. All
+start from the same weights, see the same rows in the same order, and use the same constant learning
+rate; the rest of the recipe is the implementation's own. The clock counts the steps, from a request
+for a batch to the next request; evaluations are outside of it, and each implementation reconstructs
+the held-out rows with its own inference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+from benchmarks.implementations import adapter_module, choose_implementations, describe
+from benchmarks.support.groups import say
+from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.peer_process import PeerProcess
+from benchmarks.support.problem import Size
+from benchmarks.support.tables import machine_line, markdown_table, publish
+
+BATCHES_IN_MEMORY = 64  # shuffled anew for each pass over the rows; after these they are repeated
+# Colours that colour-blind readers can tell apart (Okabe and Ito), with a marker each.
+STYLES = {
+    "sae_fast": ("#D55E00", "o", "sae_fast"),
+    "sae_fast_bf16": ("#E69F00", "s", "sae_fast, --amp bf16"),
+    "eager": ("#000000", "^", "PyTorch, dense"),
+    "tuned": ("#56B4E9", "v", "PyTorch, embedding_bag"),
+    "gather": ("#0072B2", "D", "PyTorch, gather-based"),
+    "sparsify": ("#009E73", "P", "sparsify"),
+    "saelens": ("#CC79A7", "X", "SAELens"),
+    "dictionary_learning": ("#999999", "*", "dictionary_learning"),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the held-out FVU of one implementation falls.
+
+    Attributes:
+        implementation: its name.
+        steps: the steps after which it was evaluated.
+        seconds: of training up to there.
+        fvu: of the held-out rows.
+        quiet_share: share of the samples during which other programs left the processors alone.
+        versions: of the libraries of its process.
+    """
+
+    implementation: str
+    steps: list[int]
+    seconds: list[float]
+    fvu: list[float]
+    quiet_share: float
+    versions: dict[str, str]
+
+
+def read_rows(shard_dir: Path, pattern: str) -> Tensor:
+    """Return the rows [n, D] of the shards of a directory whose names match."""
+    parts = []
+    for path in sorted(shard_dir.glob(pattern)):
+        with h5py.File(path) as file:
+            parts.append(torch.from_numpy(file["activations"][:]).float())
+    if not parts:
+        raise SystemExit(f"error: {shard_dir} has no file {pattern}")
+    return torch.cat(parts)
+
+
+def prepare(shard_dir: Path, batch_size: int) -> dict[str, Tensor]:
+    """Return normalised training rows in the order they are served, and held-out rows."""
+    rows, heldout = read_rows(shard_dir, "train*.h5"), read_rows(shard_dir, "heldout*.h5")
+    mean = rows.mean(0)
+    scale = rows.shape[1] ** 0.5 / (rows - mean).norm(dim=1).mean()
+    generator = torch.Generator().manual_seed(0)
+    passes = -(-BATCHES_IN_MEMORY * batch_size // len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
+    served = rows[order[: BATCHES_IN_MEMORY * batch_size]]
+    return {"rows": (served - mean) * scale, "heldout": (heldout - mean) * scale}
+
+
+def evaluation_steps(total: int) -> list[int]:
+    """Return steps at which to evaluate: 0, then about eight in each doubling up to `total`."""
+    steps = {0, total}
+    step = 4.0
+    while step < total:
+        steps.add(round(step))
+        step *= 2**0.5
+    return sorted(steps)
+
+
+def train(peer: PeerProcess, total: int) -> Curve:
+    """Let a process train; return the curve of its held-out FVU."""
+    curve = Curve(peer.implementation, [0], [0.0], [peer.heldout_fvu()], 1.0, peer.versions)
+    quiet = []
+    for before, step in zip(curve.steps, evaluation_steps(total)[1:], strict=False):
+        sample = peer.step(step - before)
+        quiet.append(sample.quiet)
+        curve.seconds.append(curve.seconds[-1] + sample.seconds * (step - before))
+        curve.steps.append(step)
+        curve.fvu.append(peer.heldout_fvu())
+    say(f"  {peer.implementation}: FVU {curve.fvu[-1]:.4f} after {curve.seconds[-1]:.1f} s")
+    share = sum(quiet) / len(quiet)
+    return Curve(**{**asdict(curve), "quiet_share": share})
+
+
+def seconds_to(curve: Curve, fvu: float) -> float | None:
+    """Return the seconds after which a curve is at this FVU, linear between its points."""
+    points = list(zip(curve.seconds, curve.fvu, strict=True))
+    for (t0, f0), (t1, f1) in pairwise(points):
+        if f1 <= fvu < f0:
+            return t0 + (t1 - t0) * (f0 - fvu) / (f0 - f1)
+    return None
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Return the table, as Markdown."""
+    curves = [Curve(**curve) for curve in results["curves"]]
+    level = max(curve.fvu[-1] for curve in curves)
+    base = seconds_to(curves[0], level)
+    rows = []
+    for curve in curves:
+        reached = seconds_to(curve, level)
+        times = f"{reached / base:.1f}×" if reached is not None and base else "-"
+        rows.append(
+            [
+                describe(curve.implementation, "cpu"),
+                f"{1000 * curve.seconds[-1] / curve.steps[-1]:.1f}",
+                f"{curve.seconds[-1]:.1f}",
+                f"{curve.fvu[-1]:.4f}",
+                "-" if reached is None else f"{reached:.1f}",
+                times,
+                f"{curve.quiet_share:.0%}",
+            ]
+        )
+    headings = [
+        *("implementation", "ms a step", "s in all", "held-out FVU at the end"),
+        *(f"s to FVU {level:.3f}", "times sae_fast", "quiet samples"),
+    ]
+    missing = results["missing"]
+    absent = f" Not installed here: {', '.join(missing)}." if missing else ""
+    versions = {name: v for curve in curves for name, v in curve.versions.items()}
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return "\n\n".join(
+        [
+            "# Held-out FVU over seconds of training",
+            f"{results['setting']} Every implementation runs its own training loop alone on the "
+            "machine, from the same weights, on the same rows in the same order, with the same "
+            "constant learning rate; the rest of its recipe is its own. The clock counts steps, "
+            "not evaluations; each reconstructs the held-out rows with its own inference. FVU is "
+            "the share of the variance that the reconstruction misses. The FVU in the table is "
+            f"the highest one that a training ended with.{absent}",
+            markdown_table(headings, rows),
+            f"Versions: {named}.",
+            f"{machine_line(results['machine'])}\n`{results['command']}`",
+        ]
+    )
+
+
+def draw(curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Draw the curves into an image that is readable at half of a page's width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context({"font.size": 13, "svg.hashsalt": "sae_fast"}):
+        fig, ax = plt.subplots(figsize=(8, 4.6))
+        for curve in curves:
+            colour, marker, label = STYLES[curve.implementation]
+            width = 2.8 if curve.implementation.startswith("sae_fast") else 1.8
+            # Time 0 has no place on a logarithmic axis.
+            ax.plot(
+                curve.seconds[1:],
+                curve.fvu[1:],
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linewidth=width,
+                label=label,
+            )
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ticks = [0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+        low, high = ax.get_ylim()
+        ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.set_xlabel("seconds of training (log scale)")
+        ax.set_ylabel("held-out FVU (log scale)")
+        ax.set_title(title, fontsize=13)
+        ax.grid(alpha=0.3, which="both", linewidth=0.6)
+        ax.legend(fontsize=11.5, framealpha=1)
+        fig.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fig.savefig(path, dpi=160, metadata={"Software": None})
+        plt.close(fig)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.wall_clock")
+    parser.add_argument("--shard-dir", type=Path, required=True, help="train*.h5 and heldout*.h5")
+    parser.add_argument("--name", help="what the table calls the data; default: the folder's name")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--d-sae", type=int, default=3072)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of all, constant")
+    parser.add_argument("--peers", default="eager,gather,sparsify,saelens")
+    parser.add_argument(
+        "--peer-python",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="the Python of a peer's own environment",
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this .png, .svg or .pdf")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the benchmark, print the table and write the files asked for."""
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    interpreters = dict(entry.split("=", 1) for entry in options.peer_python)
+    names = [name for name in options.peers.split(",") if name]
+    local, peers, missing = choose_implementations(names, interpreters)
+    data = prepare(options.shard_dir, options.batch_size)
+    d_in = data["rows"].shape[1]
+    size = Size("wall_clock", options.batch_size, d_in, options.d_sae, options.k)
+    curves: list[Curve] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.pt"
+        torch.save(data, path)
+        for name in ["sae_fast", *[name for name in names if name in local or name in peers]]:
+            place = (adapter_module(name), peers.get(name, sys.executable), size)
+            given = {"data": path, "rate": options.lr}
+            with PeerProcess(name, *place, BATCHES_IN_MEMORY, options.threads, **given) as peer:
+                curves.append(train(peer, options.steps))
+    _require_one_start(curves)
+    data_name = options.name or options.shard_dir.name
+    results: dict[str, Any] = {
+        "setting": (
+            f"{data_name}: {options.steps} steps of {options.batch_size} rows, d_in {d_in}, "
+            f"d_sae {options.d_sae}, k {options.k}, learning rate {options.lr:g}."
+        ),
+        "curves": [asdict(curve) for curve in curves],
+        "missing": missing,
+        "machine": describe_machine(),
+        "command": command_line("benchmarks.wall_clock"),
+    }
+    if options.plot:
+        draw(
+            curves, options.plot, f"{data_name}, d_sae {options.d_sae}, k {options.k}, 2 CPU cores"
+        )
+    publish(results, report(results), options.json, options.markdown)
+
+
+def _require_one_start(curves: Sequence[Curve]) -> None:
+    """Raise ValueError unless all implementations begin with the same reconstruction."""
+    start = statistics.median(curve.fvu[0] for curve in curves)
+    for curve in curves:
+        if abs(curve.fvu[0] - start) > 1e-3 * start:
+            raise ValueError(
+                f"{curve.implementation} starts at FVU {curve.fvu[0]:.5f}, others at {start:.5f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
