@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_tasks_give_their_results_and_their_errors():
     assert threads() == []
 
 
-def test_tasks_that_have_not_begun_are_left_out_at_the_end():
+def test_tasks_that_have_not_begun_are_cancelled_at_the_end():
     begun, go_on, done = threading.Event(), threading.Event(), []
 
     def first():
@@ -106,12 +107,12 @@ def test_tasks_that_have_not_begun_are_left_out_at_the_end():
 
     workers = Workers(1, name="tasks", does="works")
     workers.submit(first)
-    workers.submit(lambda: done.append(2))
+    second = workers.submit(lambda: done.append(2))
     begun.wait()
     closing = threading.Thread(target=workers.close)
     closing.start()
-    while not workers._closing.is_set():
-        pass
+    with pytest.raises(CancelledError):
+        second.result()
     go_on.set()
     closing.join()
     assert done == [1]

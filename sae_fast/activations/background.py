@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ _PATIENCE = 1.0  # seconds between two looks at whether a thread is alive
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_Task = tuple[Future[Any], Callable[[], Any]]
 
 
 class _Thread(threading.Thread):
@@ -265,8 +266,7 @@ class Workers:
     """
 
     def __init__(self, count: int, *, name: str, does: str, single: bool = False) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._threads = [_Thread(name, does, self._run, single=single) for _ in range(count)]
         try:
             _start(self._threads)
@@ -283,7 +283,7 @@ class Workers:
     def submit(self, task: Callable[[], Result]) -> Future[Result]:
         """Give a task to the threads; return its future result, see `wait`."""
         future: Future[Result] = Future()
-        self._tasks.put(lambda: _fulfil(future, task))
+        self._tasks.put((future, task))
         return future
 
     def wait(self, future: Future[Result]) -> Result:
@@ -298,8 +298,10 @@ class Workers:
                     thread.check_alive()
 
     def close(self) -> None:
-        """End the threads, with the tasks that they are at; the others are not run."""
-        self._closing.set()
+        """End the threads, with the tasks that they are at; the other tasks are cancelled."""
+        with suppress(queue.Empty):
+            while (waiting := self._tasks.get_nowait()) is not None:
+                waiting[0].cancel()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
@@ -307,15 +309,11 @@ class Workers:
                 thread.join()
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            if self._closing.is_set():
-                continue
-            task()
-            del task  # it holds what it was made of
-
-
-def _fulfil(future: Future[Result], task: Callable[[], Result]) -> None:
-    try:
-        future.set_result(task())
-    except BaseException as error:
-        future.set_exception(error)
+        while (waiting := self._tasks.get()) is not None:
+            future, task = waiting
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(task())
+                except BaseException as error:
+                    future.set_exception(error)
+            del waiting, future, task  # a thread that waits must not hold what it has made
