@@ -203,7 +203,7 @@ def known_flags():
     """Flags of all commands by the names of their fields, and those that a script spells out."""
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, train.Options),
-        *(convert_shards.Options, plot.Options, biographies.Options, swap.Options),
+        *(convert_shards.ConvertOptions, plot.Options, biographies.Options, swap.Options),
     ]
     names = {item.name for config in fields for item in dataclasses.fields(config)}
     names |= SAEConfig.aliases.keys() | TrainConfig.aliases.keys() | _SYNONYMS.keys()

@@ -40,24 +40,24 @@ DESCRIBED = ("model", "revision", "hook", "layer", "tokenizer", "dataset")
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """Turn saved activations into HDF5 shards, and compare every row."""
 
     source: Annotated[str | None, tyro.conf.arg(metavar="SRC"), tyro.conf.Positional] = None
     """Directory of .pt, .npy, .npz, .safetensors, .arrow or .parquet files, one of them, or a
     quoted pattern."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DST"), tyro.conf.Positional] = None
-    """Directory for the shards: new, empty, or that of the same conversion, interrupted."""
+    """Directory for the shards: new, empty, or left by the same conversion, interrupted."""
     key: str | None = None
     """Name of the activations in the files; default: activations, or the only ones there."""
     all_keys: bool = False
     """Convert all activations there are, each into a folder of its own name."""
     dtype: Literal["float16", "bfloat16", "float32"] | None = None
-    """Type that is stored; default: that of the files."""
+    """Type in which rows are stored; default: the type in the files."""
     shard_rows: int | None = None
     """Rows of a shard at most, padding among them; default: a gigabyte. [rows]"""
     compression: Literal["none", "gzip", "zstd", "blosc2"] = "none"
-    """Of the shards; zstd and blosc2 need hdf5plugin."""
+    """Compression of the shards; zstd and blosc2 need hdf5plugin."""
     heldout_rows: int = 0
     """Keep the last rows, in whole sequences, for evaluation: heldout_*.h5. [rows]"""
     d_in: int | None = None
@@ -89,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         options = parse(
-            Options, Options(), sys.argv[1:] if arguments is None else arguments, PROGRAM
+            ConvertOptions,
+            ConvertOptions(),
+            sys.argv[1:] if arguments is None else arguments,
+            PROGRAM,
         )
         if options.source is None or options.out is None:
             raise ValueError(f"source and out must be given: {PROGRAM} SRC DST")
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(options: Options, place: str, out: Path) -> list[Conversion]:
+def _prepare(options: ConvertOptions, place: str, out: Path) -> list[Conversion]:
     """Prepare a conversion for every key."""
     stored = ConversionOptions(
         options.dtype,

@@ -164,14 +164,14 @@ class PlainRows:
 
     def pieces(self, rows: int) -> list[Piece]:
         """Return the parts of the file that hold these rows of the dataset, as they lie there."""
-        step, found = max(1, PIECE_BYTES // self._row_bytes), []
+        step, pieces = max(1, PIECE_BYTES // self._row_bytes), []
         for number, offset in enumerate(self._offsets.tolist()):
             first = number * self._chunk_rows
             for start in range(first, min(rows, first + self._chunk_rows), step):
                 stop = min(start + step, rows, first + self._chunk_rows)
                 place = offset + (start - first) * self._row_bytes
-                found.append(Piece(place, (stop - start) * self._row_bytes, start, stop))
-        return sorted(found)
+                pieces.append(Piece(place, (stop - start) * self._row_bytes, start, stop))
+        return sorted(pieces)
 
     def decode(self, stored: Array, out: Array) -> None:
         """Turn the bytes of a piece into its rows `out` [stop - start, D]."""
@@ -269,9 +269,9 @@ def direct_rows(
     if properties.get_layout() != h5d.CHUNKED or dataset.chunks[1:] != dataset.shape[1:]:
         return None
     chunk_rows = int(dataset.chunks[0]) * (rows // dataset.shape[0])
-    if (found := _chunks(dataset, -(-rows // chunk_rows))) is None:
+    if (chunks := _chunks(dataset, -(-rows // chunk_rows))) is None:
         return None
-    offsets, sizes = found
+    offsets, sizes = chunks
     if properties.get_nfilters() == 0:
         return PlainRows(descriptor, offsets, chunk_rows, row_bytes)
     if (decoder := chunk_decoder(dataset)) is None:

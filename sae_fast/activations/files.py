@@ -60,25 +60,25 @@ def find_shards(
     """
     directory = Path(shard_dir)
     if directory.is_dir():
-        if found := shards_in(directory):
+        if shards := shards_in(directory):
             warn_of_unread(directory, "it holds HDF5 shards")
         else:
-            found = tensor_files_in(directory)
-        if not found:
+            shards = tensor_files_in(directory)
+        if not shards:
             _name_conversion(directory, list(directory.iterdir()))
     elif directory.is_file():
         if directory.suffix.lower() not in TENSOR_SUFFIXES:
             _name_conversion(directory, [directory])
-        found = [directory]
+        shards = [directory]
     else:
         raise ShardError(f"{directory}: no such directory or file of activation shards")
-    reserved = [path for path in found if fnmatch(path.name, HELDOUT_PATTERN)]
+    reserved = [path for path in shards if fnmatch(path.name, HELDOUT_PATTERN)]
     held = reserved if heldout is None else _matching(str(heldout))
     # realpath, as Path.resolve raises RuntimeError where links lead in a circle.
     excluded = {os.path.realpath(path) for path in [*reserved, *held]}
-    train = [path for path in found if os.path.realpath(path) not in excluded]
+    train = [path for path in shards if os.path.realpath(path) not in excluded]
     if not train:
-        aside = f" besides {len(found)} held-out ones" if found else ""
+        aside = f" besides {len(shards)} held-out ones" if shards else ""
         inside = [folder.name for folder in folders_of_shards(directory)]
         hint = f"; there are some in {listed(inside, SHOWN_FOLDERS)}: name one of these"
         hint = hint if inside else ""
@@ -101,11 +101,11 @@ def tensor_files_in(directory: Path) -> list[Path]:
 
     .pt and .pth are one format.
     """
-    found = _tensor_files(directory)
-    suffixes = {path.suffix.lower().replace(".pth", ".pt") for path in found}
+    files = _tensor_files(directory)
+    suffixes = {path.suffix.lower().replace(".pth", ".pt") for path in files}
     if len(suffixes) > 1:
         raise ShardError(f"{directory}: holds {' and '.join(sorted(suffixes))} files, not one kind")
-    return sorted(found, key=natural_key)
+    return sorted(files, key=natural_key)
 
 
 def warn_of_unread(directory: Path, reason: str) -> None:
@@ -181,9 +181,9 @@ def _folders_by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
 def _matching(heldout: str) -> list[Path]:
     """Return the shards of a directory, or the files that a glob pattern names."""
     if Path(heldout).is_dir():
-        found = shards_in(Path(heldout)) or tensor_files_in(Path(heldout))
+        paths = shards_in(Path(heldout)) or tensor_files_in(Path(heldout))
     else:
-        found = sorted(Path(name) for name in glob.glob(heldout))
-    if not found:
+        paths = sorted(Path(name) for name in glob.glob(heldout))
+    if not paths:
         raise ShardError(f"{heldout}: no held-out shards there")
-    return found
+    return paths

@@ -65,16 +65,16 @@ def _objects(view: mmap.mmap, place: int) -> dict[int, int] | None:
     position, end = place + HEADER_BYTES, place + size
     if end > len(view):
         return {}  # as above
-    found: dict[int, int] = {}
+    lengths: dict[int, int] = {}
     while end - position >= HEADER_BYTES:
         number, _, _, length = struct.unpack_from("<HHIQ", view, position)
         # Object 0 is the free room, whose length counts its header.
         taken = HEADER_BYTES + -(-length // 8) * 8 if number else length
         if taken < HEADER_BYTES or position + taken > end:
             return None
-        found[number] = length
+        lengths[number] = length
         position += taken
-    return found
+    return lengths
 
 
 def _texts(view: mmap.mmap, address: int) -> Iterator[tuple[int, bytes]]:

@@ -155,21 +155,21 @@ def _require_places(
     path: Path, dataset: h5py.Dataset, name: str, chunk_bytes: int, file_bytes: int
 ) -> None:
     """Raise ShardError for chunks beyond the file, overlapping ones or impossible sizes."""
-    found: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int, int]] = []
     dataset.id.chunk_iter(
-        lambda chunk: found.append((chunk.byte_offset, chunk.size, chunk.filter_mask))
+        lambda chunk: places.append((chunk.byte_offset, chunk.size, chunk.filter_mask))
     )
     properties = dataset.id.get_create_plist()
     codes = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
     # HDF5 crashes on a chunk that is shorter than the checksum at its end.
     least = 4 if FLETCHER in codes else 0
     exact = chunk_bytes + least if set(codes) <= {FLETCHER} else None
-    for _, size, mask in found:
+    for _, size, mask in places:
         # A chunk that a filter has passed by is stored without what the filter adds.
         if size < least or (exact is not None and size != exact and not mask):
             raise ShardError(f"{path}: damaged: a chunk of {name} is stored as {size} bytes")
     # Places of a damaged file go up to 2^64; as float64 they are exact where a file can end.
-    offsets, sizes, _ = np.array(sorted(found), np.uint64).astype(np.float64).T
+    offsets, sizes, _ = np.array(sorted(places), np.uint64).astype(np.float64).T
     ends = offsets + sizes
     if (ends > file_bytes).any() or (ends[:-1] > offsets[1:]).any():
         raise ShardError(f"{path}: damaged: chunks of {name} lie upon each other or beyond its end")

@@ -151,12 +151,12 @@ def check_same_origin(*sets: ShardSet) -> None:
 
 def origin_of(shards: ShardSet) -> dict[str, str]:
     """Return where the activations come from, as the first shard that says so tells it."""
-    found: dict[str, str] = {}
+    origin: dict[str, str] = {}
     for shard in shards.shards:
         for name in ORIGIN:
             if (value := shard.metadata.get(name)) is not None:
-                found.setdefault(name, str(value))
-    return found
+                origin.setdefault(name, str(value))
+    return origin
 
 
 def full_origin(mix: ShardMix) -> dict[str, Any]:
@@ -165,16 +165,16 @@ def full_origin(mix: ShardMix) -> dict[str, Any]:
     A name for which the shards differ, such as the datasets of a mix, lists all values. Targets
     from files of their own are described under "targets".
     """
-    found: dict[str, Any] = {}
+    origin: dict[str, Any] = {}
     for name in (*ORIGIN, "revision", "dataset"):
         values = [s.metadata.get(name) for shards in mix.sets for s in shards.shards]
         told = dict.fromkeys(str(value) for value in values if value is not None)
         if told:
-            found[name] = ", ".join(told)
+            origin[name] = ", ".join(told)
     targets = mix.targets
     if targets is not None and targets.sets[0].shards[0].path != mix.sets[0].shards[0].path:
-        found[TARGETS] = full_origin(targets)
-    return {name: value for name, value in found.items() if value}
+        origin[TARGETS] = full_origin(targets)
+    return {name: value for name, value in origin.items() if value}
 
 
 def origin_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -209,10 +209,10 @@ class RowScanner:
             extra += [stop] if np.array_equal(after, rows[-1]) else []
         elif stop < self._shard.rows:
             self._lasts[stop] = rows[-1].copy()
-        found = np.concatenate([np.flatnonzero(repeated) + start, np.array(extra, np.int64)])
-        if found.size:
-            self._repeated.append(found)
-            self._n_repeated += len(found)
+        numbers = np.concatenate([np.flatnonzero(repeated) + start, np.array(extra, np.int64)])
+        if numbers.size:
+            self._repeated.append(numbers)
+            self._n_repeated += len(numbers)
             if self._n_repeated > self._limit:
                 raise repeated_error(self._shard, _joined(self._repeated))
         return repeated, bool(extra)

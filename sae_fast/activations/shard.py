@@ -333,17 +333,17 @@ def _structure(path: Path) -> Iterator[h5py.File]:
 def _dataset(path: Path, file: h5py.File, key: str, option: str) -> h5py.Dataset:
     import h5py
 
-    found = find_item(path, file, key)
-    if not isinstance(found, h5py.Dataset):
+    item = find_item(path, file, key)
+    if not isinstance(item, h5py.Dataset):
         raise ShardError(
             f"{path}: no dataset {key!r}; it holds {contents(file)} (name one with {option})"
         )
-    if found.ndim not in (2, 3):
+    if item.ndim not in (2, 3):
         raise ShardError(
-            f"{path}: dataset {key!r} must have 2 or 3 dimensions, its shape is {found.shape}"
+            f"{path}: dataset {key!r} must have 2 or 3 dimensions, its shape is {item.shape}"
         )
-    require_filters(path, found)
-    return found
+    require_filters(path, item)
+    return item
 
 
 def _storage(path: Path, key: str, dataset: h5py.Dataset, file: h5py.File) -> Storage:

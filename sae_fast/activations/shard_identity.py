@@ -33,9 +33,9 @@ def check_same_shards(
         now: result of `identity_of` now.
         what: the shards in the message, a plural.
     """
-    known, found = saved_shards(before), [(name, digest) for name, digest in now["shards"]]
-    changes = _changes(known, found)
-    if known == found:
+    known, current = saved_shards(before), [(name, digest) for name, digest in now["shards"]]
+    changes = _changes(known, current)
+    if known == current:
         contents = zip(known, saved_contents(before, len(known)), now["contents"], strict=True)
         changes = [
             f"{name} has other content" for (name, _), x, y in contents if x and y and x != y

@@ -176,10 +176,10 @@ def open_shards(
     if targets is not None:
         paired = _open_targets(shards, dropped, targets, checks)
         dropped = paired.dropped
-    found: tuple[ShardColumns, ...] = ()
+    shard_columns: tuple[ShardColumns, ...] = ()
     if columns or whole_sequences:
-        found = _find_columns(shards, dropped, columns, whole_sequences)
-    result = ShardSet(shards, dropped, found, paired, is_zero, digests, kept)
+        shard_columns = _find_columns(shards, dropped, columns, whole_sequences)
+    result = ShardSet(shards, dropped, shard_columns, paired, is_zero, digests, kept)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
@@ -251,16 +251,16 @@ def _check_rows(
 
     scans = _for_each(shards, scan)
     _warn(shards, scans, checks)
-    is_zero = all(found.is_zero for found in scans)
-    dropped = tuple(found.nonfinite for found in scans)
+    is_zero = all(result.is_zero for result in scans)
+    dropped = tuple(result.nonfinite for result in scans)
     if checks.repeated_rows == "drop":
-        dropped = tuple(np.union1d(found.nonfinite, found.repeated) for found in scans)
-    return _Checked(dropped, is_zero, tuple(found.digest for found in scans))
+        dropped = tuple(np.union1d(result.nonfinite, result.repeated) for result in scans)
+    return _Checked(dropped, is_zero, tuple(result.digest for result in scans))
 
 
 def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -> None:
     """Tell of rows that can be trained on, but may not be what they should be."""
-    repeated = sum(len(found.repeated) for found in scans)
+    repeated = sum(len(result.repeated) for result in scans)
     if repeated and checks.repeated_rows != "drop":
         worst = max(range(len(scans)), key=lambda number: len(scans[number].repeated))
         logger.warning(
@@ -272,7 +272,7 @@ def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -
             len(scans[worst].repeated),
             shards[worst].path.name,
         )
-    norms = [found.served_norms(checks.repeated_rows) for found in scans]
+    norms = [result.served_norms(checks.repeated_rows) for result in scans]
     if (outliers := outliers_of(norms)) is not None:
         worst = max(range(len(norms)), key=lambda number: max(norms[number], default=-MAX_BIN))
         logger.warning(
@@ -324,24 +324,24 @@ def _find_columns(
 ) -> tuple[ShardColumns, ...]:
     """Read the columns of every shard; raise where kinds differ or no sequence has two rows."""
     left_out = dict(zip(shards, dropped, strict=True))
-    found = _for_each(
+    parts = _for_each(
         shards, lambda shard: inspect_columns(shard, left_out[shard], names, whole_sequences)
     )
-    for shard, part in zip(shards[1:], found[1:], strict=True):
+    for shard, part in zip(shards[1:], parts[1:], strict=True):
         for name, column in part.columns.items():
-            if column.dtype != (first := found[0].columns[name].dtype):
+            if column.dtype != (first := parts[0].columns[name].dtype):
                 raise ShardError(
                     f"{shard.path}: {name} is read as {column.dtype}, "
                     f"in {shards[0].path} as {first}"
                 )
     if whole_sequences:
-        sequences = sum(len(part.starts) for part in found if part.starts is not None)
+        sequences = sum(len(part.starts) for part in parts if part.starts is not None)
         if sequences == sum(shard.rows for shard in shards) - sum(map(len, dropped)):
             raise ShardError(
                 f"{shards[0].path}: no row goes on from the row before it, in it or in the other "
                 "shards: doc_id or position says that every row is a sequence of its own"
             )
-    return tuple(found)
+    return tuple(parts)
 
 
 def _for_each(shards: Sequence[Shard], check: Callable[[Shard], Result]) -> list[Result]:

@@ -71,9 +71,9 @@ def nonfinite_rows(rows: Array, storage: Storage) -> npt.NDArray[np.int64]:
     # In slabs: a temporary as long as a block would be mapped and faulted in anew each time.
     all_but_sign = storage.bits_dtype.type(np.iinfo(storage.bits_dtype).max >> 1)
     step = max(1, CHECKED_BYTES // max(1, rows.shape[1] * storage.itemsize))
-    found = []
+    parts = []
     for start in range(0, len(rows), step):
         magnitude = rows[start : start + step].view(storage.bits_dtype) & all_but_sign
         if magnitude.max(initial=0) >= storage.exponent:
-            found.append(start + np.flatnonzero(magnitude.max(axis=1) >= storage.exponent))
-    return np.concatenate(found) if found else np.empty(0, np.int64)
+            parts.append(start + np.flatnonzero(magnitude.max(axis=1) >= storage.exponent))
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)

@@ -212,11 +212,11 @@ def finite_rows(
     """Return rows [n, D] of tensors on the device, and ascending numbers of dropped rows."""
     wholes = [_rows_on(device, name, part) for name, part in parts.items()]
     bad = [_nonfinite(rows, storage_of(rows.dtype)) for rows in wholes]
-    if not any(found.size for found in bad):
+    if not any(numbers.size for numbers in bad):
         return wholes, bad[0]
     if not skip_nonfinite:
-        name, found = next(pair for pair in zip(parts, bad, strict=True) if pair[1].size)
-        raise ValueError(f"{name}: row {int(found[0])} holds NaN or Inf")
+        name, numbers = next(pair for pair in zip(parts, bad, strict=True) if pair[1].size)
+        raise ValueError(f"{name}: row {int(numbers[0])} holds NaN or Inf")
     dropped = np.unique(np.concatenate(bad))
     keep = torch.ones(len(wholes[0]), dtype=torch.bool, device=device)
     keep[torch.from_numpy(dropped).to(device)] = False
@@ -256,5 +256,5 @@ def _nonfinite(rows: Tensor, storage: Storage) -> RowNumbers:
     if not rows.is_cuda:
         return nonfinite_rows(as_numpy(rows, storage), storage)
     parts = [~torch.isfinite(part).all(dim=1) for part in torch.split(rows, CHECKED_ROWS)]
-    found: RowNumbers = torch.cat(parts).nonzero().flatten().cpu().numpy()
-    return found
+    numbers: RowNumbers = torch.cat(parts).nonzero().flatten().cpu().numpy()
+    return numbers

@@ -427,5 +427,10 @@ def _others(shared: Path) -> Sequence[Path]:
 
 
 # The parser of flags caches parts of the sources: read once here, not in every child process.
-parse(convert_shards.Options, convert_shards.Options(), ["a", "b"], convert_shards.PROGRAM)
+parse(
+    convert_shards.ConvertOptions,
+    convert_shards.ConvertOptions(),
+    ["a", "b"],
+    convert_shards.PROGRAM,
+)
 CAMPAIGN = Campaign(attempt, tries=3000, short=40, prepare=prepare)

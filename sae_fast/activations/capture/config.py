@@ -24,9 +24,9 @@ class CaptureConfig:
     layers: tuple[int, ...] = ()
     """Blocks after which the residual stream is captured, from 0."""
     hook_points: tuple[str, ...] = ()
-    """Others: residual.L, attn_out.L, mlp_out.L, or the path of any module; * stands for all."""
+    """Others: residual.L, attn_out.L, mlp_out.L, or a module's path; * for every block."""
     layer_stride: int | None = None
-    """Every so many blocks, instead of --layers, and in the patterns of --hook-points."""
+    """Capture every n-th block, in place of --layers, and in the patterns of --hook-points."""
     max_tokens: int | None = None
     """Rows to capture for each hook point; default: the whole dataset. [tokens]"""
     heldout_tokens: int = 0
@@ -40,12 +40,12 @@ class CaptureConfig:
     exclude_special_tokens: bool = False
     """BOS, EOS, [CLS], [SEP] and the like are read by the model, but not stored."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    """In which activations are stored; auto: float16, or bfloat16 where a sample of them comes near
-    the ends of float16."""
+    """Type in which activations are stored; auto: float16, or bfloat16 where a sample of them comes
+    near the ends of float16."""
     shard_tokens: int = 1 << 20
     """Rows of a shard; a capture that is killed goes on behind its last whole shard. [tokens]"""
     compression: Literal["none", "zstd", "blosc2", "gzip"] = "none"
-    """Of the shards."""
+    """Compression of the shards."""
     text_column: str | None = None
     """Column of the dataset with the documents; default: text, or the only one with texts."""
     dataset_config: str | None = None
@@ -55,13 +55,13 @@ class CaptureConfig:
     text_split: Literal["line", "paragraph", "document"] = "line"
     """What a document is in a .txt file; document: the whole file."""
     shuffle_seed: int | None = 42
-    """Of the order of the documents; None keeps that of the dataset."""
+    """Seed of the order of the documents; None keeps the dataset's own order."""
     num_proc: int = 1
     """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """In which the model runs; auto: as in its checkpoint."""
+    """Type in which the model runs; auto: as in its checkpoint."""
     device: str = "cpu"
     """cpu or cuda; torchrun gives each of its processes a GPU of its own."""
     num_threads: int | None = None

@@ -86,8 +86,8 @@ class CaptureDirectory:
 
     def prepare(self, recipe: dict[str, Any], made_with: dict[str, str]) -> None:
         """Begin a capture or go on with it; raise ValueError where another one is there."""
-        found = self._recipe()
-        if found is None:
+        earlier = self._recipe()
+        if earlier is None:
             there = [path.name for path in self.path.iterdir() if not path.name.startswith(".")]
             if there:
                 raise ValueError(
@@ -96,7 +96,7 @@ class CaptureDirectory:
             content = {"format_version": FORMAT_VERSION, **recipe, "made_with": made_with}
             write_json(self.path / RECIPE, content)
         else:
-            difference = _difference(found, json.loads(json.dumps(recipe)))
+            difference = _difference(earlier, json.loads(json.dumps(recipe)))
             if difference is not None:
                 raise ValueError(f"out: {self.path} holds another capture: {difference}")
         for hook in self.hooks:
@@ -107,8 +107,8 @@ class CaptureDirectory:
 
     def stored_type(self) -> str | None:
         """Return the storage type of the capture in the directory; None: there is no capture."""
-        found = self._recipe()
-        return None if found is None else found.get("settings", {}).get("dtype")
+        recipe = self._recipe()
+        return None if recipe is None else recipe.get("settings", {}).get("dtype")
 
     def progress(self, rank: int | None = None) -> CaptureProgress:
         """Return how far a rank has come; raise ValueError if shards that it made are missing."""
@@ -117,7 +117,7 @@ class CaptureDirectory:
         try:
             content = parse_json(read_regular(path))
             cursor = content.pop("cursor")
-            found = CaptureProgress(
+            progress = CaptureProgress(
                 **content, cursor=None if cursor is None else TokenCursor(**cursor)
             )
         except FileNotFoundError:
@@ -125,8 +125,8 @@ class CaptureDirectory:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not the progress of a capture: {one_line(error)}") from None
         if rank == self.rank:
-            self._check_shards(found)
-        return found
+            self._check_shards(progress)
+        return progress
 
     def save(self, progress: CaptureProgress) -> None:
         """Write how far this rank has come."""

@@ -120,10 +120,10 @@ class Harvester:
                 f"{highest:,}: is it the tokenizer of another model?"
             )
         mask = None if batch.mask is None else batch.mask.to(device)
-        found = self.model.activations(batch.tokens.to(device), mask)
+        activations = self.model.activations(batch.tokens.to(device), mask)
         # Found on the host: a mask on a GPU would have the host wait for its count.
         places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1).to(device)
-        flat = {name: rows.flatten(0, 1) for name, rows in found.items()}
+        flat = {name: rows.flatten(0, 1) for name, rows in activations.items()}
         return Harvest(
             {
                 name: rows if places is None else rows.index_select(0, places)

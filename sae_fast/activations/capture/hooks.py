@@ -50,8 +50,8 @@ class Blocks:
 
     def layer_of(self, path: str) -> int | None:
         """Return the number of the block that a module is in; None: it is in no block."""
-        found = re.match(re.escape(self.path) + r"\.(\d+)(\.|$)", path)
-        return None if found is None else int(found[1])
+        match = re.match(re.escape(self.path) + r"\.(\d+)(\.|$)", path)
+        return None if match is None else int(match[1])
 
 
 def find_blocks(network: nn.Module) -> Blocks:
@@ -71,10 +71,10 @@ def find_blocks(network: nn.Module) -> Blocks:
     expected = _configured_layers(network)
     return max(
         lists,
-        key=lambda found: (
-            _OTHER_SENSES.search(found.path) is None,
-            len(found.modules) == expected,
-            len(found.modules),
+        key=lambda blocks: (
+            _OTHER_SENSES.search(blocks.path) is None,
+            len(blocks.modules) == expected,
+            len(blocks.modules),
         ),
     )
 
@@ -116,18 +116,18 @@ def resolve_hooks(
     known = named_hooks(network, blocks)
     chosen = [known[f"{RESIDUAL}.{layer}"] for layer in layers]
     for pattern in hook_points:
-        found = _matching(pattern, known, network, blocks)
-        if not found:
+        matching = _matching(pattern, known, network, blocks)
+        if not matching:
             raise ValueError(_unknown(pattern, known, network))
         if layer_stride is not None and "*" in pattern:
-            found = [hook for hook in found if (hook.layer or 0) % layer_stride == 0]
-        chosen += found
+            matching = [hook for hook in matching if (hook.layer or 0) % layer_stride == 0]
+        chosen += matching
     return tuple({hook.name: hook for hook in chosen}.values())
 
 
 def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
     """Return all hook points that have a name of their own, by that name."""
-    found = {}
+    hooks = {}
     parts: tuple[tuple[str, Callable[[nn.Module], str | None]], ...] = (
         (RESIDUAL, lambda _block: ""),
         (ATTENTION, _attention_path),
@@ -138,8 +138,8 @@ def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
             part = part_of(block)
             if part is not None:
                 path = ".".join(filter(None, (blocks.path, str(layer), part)))
-                found[f"{kind}.{layer}"] = HookPoint(f"{kind}.{layer}", path, layer)
-    return found
+                hooks[f"{kind}.{layer}"] = HookPoint(f"{kind}.{layer}", path, layer)
+    return hooks
 
 
 def _attention_path(block: nn.Module) -> str | None:
@@ -178,9 +178,9 @@ def _has(module: nn.Module, path: str) -> bool:
 def _matching(
     pattern: str, known: dict[str, HookPoint], network: nn.Module, blocks: Blocks
 ) -> list[HookPoint]:
-    found = [hook for name, hook in known.items() if _matches(name, pattern)]
-    if found:
-        return found
+    hooks = [hook for name, hook in known.items() if _matches(name, pattern)]
+    if hooks:
+        return hooks
     return [
         HookPoint(path, path, blocks.layer_of(path))
         for path in _module_paths(network)

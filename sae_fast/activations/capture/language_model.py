@@ -159,24 +159,24 @@ class HookedModel:
 
         Raises ValueError where a hook point puts out something else, or more than once.
         """
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         versions: dict[str, int] = {}
         handles = []
         try:
             for hook, module in zip(self.hooks, self._modules, strict=True):
                 handles.append(
-                    module.register_forward_hook(self._keeper(hook, tokens, found, versions))
+                    module.register_forward_hook(self._keeper(hook, tokens, outputs, versions))
                 )
             self._run(tokens, mask)
         finally:
             for handle in handles:
                 handle.remove()
         for hook in self.hooks:
-            if hook.name not in found:
+            if hook.name not in outputs:
                 raise ValueError(f"{hook.name}: the model does not run {hook.module}")
-            if found[hook.name]._version != versions[hook.name]:
+            if outputs[hook.name]._version != versions[hook.name]:
                 raise ValueError(f"{hook.name}: the model changes this output in place afterwards")
-        return {hook.name: found[hook.name] for hook in self.hooks}
+        return {hook.name: outputs[hook.name] for hook in self.hooks}
 
     def widths(self) -> dict[str, int]:
         """Return the width D of each hook point by its name, found by running one token."""
@@ -188,11 +188,11 @@ class HookedModel:
             run_on_tokens(self.network, tokens, mask)
 
     def _keeper(
-        self, hook: HookPoint, tokens: Tensor, found: dict[str, Tensor], versions: dict[str, int]
+        self, hook: HookPoint, tokens: Tensor, outputs: dict[str, Tensor], versions: dict[str, int]
     ) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             rows = output[0] if isinstance(output, tuple | list) else output
-            if hook.name in found:
+            if hook.name in outputs:
                 raise ValueError(f"{hook.name}: {hook.module} runs more than once in a pass")
             if isinstance(rows, Tensor) and rows.shape[:-1] == (tokens.numel(),):
                 rows = rows.view(*tokens.shape, -1)  # OPT's feed-forward part has no sequences
@@ -202,9 +202,9 @@ class HookedModel:
                     f"{hook.name}: {hook.module} must put out one vector a token, "
                     f"[{tokens.shape[0]}, {tokens.shape[1]}, D], got {got}"
                 )
-            found[hook.name] = rows
+            outputs[hook.name] = rows
             versions[hook.name] = rows._version
-            if len(found) == len(self.hooks):
+            if len(outputs) == len(self.hooks):
                 raise _AllFoundError
 
         return keep

@@ -206,18 +206,18 @@ def _context(config: CaptureConfig, model: LanguageModel) -> int:
 
 def _heldout_place(batches: TokenBatches, rows: int) -> int:
     """Return the place in the order of documents after which there are `rows` rows."""
-    found, stop = 0, batches.stop
+    counted, stop = 0, batches.stop
     while stop > 0:
         start = max(0, stop - CHUNK)
         counts = _rows_by_document(batches, start, stop)
         for place in range(stop - 1, start - 1, -1):
-            found += counts[place - start]
-            if found >= rows and place > 0:
+            counted += counts[place - start]
+            if counted >= rows and place > 0:
                 return place
         stop = start
     raise ValueError(
         f"heldout_tokens must leave documents to train on, got {rows:,}: "
-        f"{batches.documents.name} has {found:,} tokens in {batches.stop:,} documents (fewer "
+        f"{batches.documents.name} has {counted:,} tokens in {batches.stop:,} documents (fewer "
         "held-out tokens, or 0 for none, leave some)"
     )
 

@@ -75,12 +75,12 @@ def _differ(rows: Tensor) -> bool:
 
 def _output_of(network: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor | None:
     """Return the output [B, T, D] of a module while the network reads `tokens` [B, T]."""
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         rows = output[0] if isinstance(output, tuple | list) else output
         if isinstance(rows, Tensor) and rows.shape[:2] == tokens.shape:
-            found.append(rows.clone())
+            outputs.append(rows.clone())
         raise _Seen
 
     handle = module.register_forward_hook(keep)
@@ -91,7 +91,7 @@ def _output_of(network: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor 
         pass
     finally:
         handle.remove()
-    return found[0] if found else None
+    return outputs[0] if outputs else None
 
 
 def run_on_tokens(network: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> None:

@@ -91,8 +91,8 @@ class CaptureRun:
                 self._directory.save(progress)
         if not stopped:
             limit_all = self._capture.config.max_tokens
-            progress, found, stopped = self.part(self._capture.batches, limit_all, progress)
-            empty += found
+            progress, also_empty, stopped = self.part(self._capture.batches, limit_all, progress)
+            empty += also_empty
         if not stopped:
             if not progress.rows and self._directory.world_size == 1:
                 raise ValueError(

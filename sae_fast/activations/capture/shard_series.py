@@ -46,8 +46,8 @@ def bring_to_host(harvest: Harvest, dtype: str) -> HostRows:
     """Convert rows where they are, and copy them without waiting."""
     kind = STORAGES[dtype].torch_dtype
     rows = {
-        name: found.to(kind).to("cpu", non_blocking=True)
-        for name, found in harvest.activations.items()
+        name: activations.to(kind).to("cpu", non_blocking=True)
+        for name, activations in harvest.activations.items()
     }
     device = next(iter(harvest.activations.values())).device
     if device.type != "cuda":
@@ -101,21 +101,21 @@ class ShardSeries:
             error = details if details[0] is not None else (_Unfinished, _Unfinished(), None)
             self._stack.__exit__(*error)
 
-    def write(self, found: HostRows) -> None:
+    def write(self, host_rows: HostRows) -> None:
         """Add the rows of a harvest, over as many shards as they take."""
-        if found.ready is not None:
-            found.ready()
+        if host_rows.ready is not None:
+            host_rows.ready()
         begin, self._skip = self._skip, 0
-        count = len(found.harvest)
+        count = len(host_rows.harvest)
         while begin < count:
             if not self._writers:
                 self._open()
             room = count if self._limit is None else self._limit - self._rows
             end = min(count, begin + room)
-            self._append(found, slice(begin, end))
+            self._append(host_rows, slice(begin, end))
             begin = end
             if self._rows == self._limit:
-                batch = found.harvest.batch
+                batch = host_rows.harvest.batch
                 at = (batch.following, 0) if end == count else (batch.cursor, end)
                 self._close(replace(self.progress, cursor=at[0], taken=at[1]))
 
@@ -133,29 +133,29 @@ class ShardSeries:
             with _disk_errors(self._directory.path):
                 self._writers[hook.name] = self._stack.enter_context(writer)
 
-    def _append(self, found: HostRows, part: slice) -> None:
-        harvest = found.harvest
+    def _append(self, host_rows: HostRows, part: slice) -> None:
+        harvest = host_rows.harvest
         columns: dict[str, Any] = {
             "token_ids": harvest.token_ids[part].numpy(),
             "doc_id": harvest.doc_id[part].numpy(),
             "position": harvest.position[part].numpy(),
         }
         for name, writer in self._writers.items():
-            rows = found.rows[name][part]
+            rows = host_rows.rows[name][part]
             try:
                 with _disk_errors(self._directory.path):
                     writer.append(rows, **columns)
             except ValueError as error:
-                raise ValueError(self._why(name, found, part) or str(error)) from error
+                raise ValueError(self._why(name, host_rows, part) or str(error)) from error
         self._rows += part.stop - part.start
 
-    def _why(self, name: str, found: HostRows, part: slice) -> str | None:
+    def _why(self, name: str, host_rows: HostRows, part: slice) -> str | None:
         """Return what is wrong with rows that cannot be stored, if it is their numbers."""
-        bad = ~torch.isfinite(found.rows[name][part].float()).all(dim=1)
+        bad = ~torch.isfinite(host_rows.rows[name][part].float()).all(dim=1)
         if not bad.any():
             return None
         row = part.start + int(bad.int().argmax())
-        harvest = found.harvest
+        harvest = host_rows.harvest
         source = harvest.activations[name][row].float()
         place = f"document {int(harvest.doc_id[row])}, position {int(harvest.position[row])}"
         if not bool(torch.isfinite(source).all()):

@@ -140,26 +140,26 @@ def _scale(added: Tensor, block: _Block, starts: Sequence[Tensor]) -> str:
 
 def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _Block | None:
     """Run a network once and record a block's stream; None: the run does not reach the block."""
-    found = _Block()
+    seen = _Block()
 
     def rows_in(given: Iterable[Any]) -> Tensor | None:
         for value in given:
             if isinstance(value, Tensor) and value.shape[:-1] in (tokens.shape, tokens.shape[1:]):
-                found.eps = max(found.eps, torch.finfo(value.dtype).eps)
+                seen.eps = max(seen.eps, torch.finfo(value.dtype).eps)
                 return value.detach().reshape(tokens.shape[1], -1).double().cpu()
         return None
 
     def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
         rows = rows_in((*args, *kwargs.values()))
-        if rows is not None and not any(torch.equal(rows, other) for other in found.stream):
-            found.stream.append(rows)
+        if rows is not None and not any(torch.equal(rows, other) for other in seen.stream):
+            seen.stream.append(rows)
 
     def behind(module: nn.Module, _args: Any, output: Any) -> None:
         rows = rows_in(output if isinstance(output, tuple | list) else (output,))
         if module is block and rows is not None:
-            found.stream.append(rows)
+            seen.stream.append(rows)
         elif rows is not None:
-            found.outputs.setdefault(paths[module], rows)
+            seen.outputs.setdefault(paths[module], rows)
         if module is block:
             raise _Left
 
@@ -176,7 +176,7 @@ def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _B
         with as_evaluated(network):
             run_on_tokens(network, tokens)
     except _Left:
-        return found
+        return seen
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):
         return None  # it does not run on tokens alone
     finally:

@@ -105,8 +105,8 @@ class Tokenisation:
         if self._processes == 1 or stop - start <= CHUNK:  # starting processes takes seconds
             for begin, end in chunks:
                 numbers, texts = documents.read(begin, end)
-                found = tokenise(self._tokenizer, texts)
-                yield from _labelled(begin, numbers, found)
+                tokens_of_texts = tokenise(self._tokenizer, texts)
+                yield from _labelled(begin, numbers, tokens_of_texts)
             return
         # A fork would copy locks that torch's and the tokenizer's threads hold.
         context = multiprocessing.get_context("spawn")
@@ -136,7 +136,7 @@ class Tokenisation:
 def tokenise(tokenizer: Any, texts: list[str]) -> list[Integers]:
     """Return the tokens [n] of each text, without special ones; none for white space."""
     filled = [index for index, text in enumerate(texts) if text and not text.isspace()]
-    found = [np.empty(0, np.int32) for _ in texts]
+    tokens_of_texts = [np.empty(0, np.int32) for _ in texts]
     if filled:
         encoded = tokenizer(
             [texts[index] for index in filled],
@@ -147,14 +147,14 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[Integers]:
             verbose=False,
         )["input_ids"]
         for index, tokens in zip(filled, encoded, strict=True):
-            found[index] = np.array(tokens, np.int32)
-    return found
+            tokens_of_texts[index] = np.array(tokens, np.int32)
+    return tokens_of_texts
 
 
 def _labelled(
-    begin: int, numbers: npt.NDArray[np.int64], found: list[Integers]
+    begin: int, numbers: npt.NDArray[np.int64], tokens_of_texts: list[Integers]
 ) -> Iterator[tuple[int, int, Integers]]:
-    for index, tokens in enumerate(found):
+    for index, tokens in enumerate(tokens_of_texts):
         yield begin + index, int(numbers[index]), tokens
 
 

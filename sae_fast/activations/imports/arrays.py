@@ -70,10 +70,10 @@ class LazyArrays(Arrays):
         self._look = look
 
     def __getitem__(self, name: str) -> list[SourceArray]:
-        found = self._found[name]
-        if found is None:
-            found = self._found[name] = [self._look(name)]
-        return found
+        arrays = self._found[name]
+        if arrays is None:
+            arrays = self._found[name] = [self._look(name)]
+        return arrays
 
     def __contains__(self, name: object) -> bool:
         return name in self._found
@@ -119,7 +119,7 @@ def described(name: str, arrays: list[SourceArray]) -> str:
 
 def contents_of(arrays: Arrays) -> str:
     """Describe what a file holds, the first of many arrays, for errors."""
-    names = [described(name, found) for name, found in arrays.items()]
+    names = [described(name, parts) for name, parts in arrays.items()]
     return listed(names, SHOWN_ARRAYS, longest=3 * SHOWN_CHARACTERS) or "no array at all"
 
 

@@ -105,8 +105,8 @@ def _numbers(path: Path, name: str, values: Any, inner: list[int]) -> np.ndarray
         values = values.flatten()
     if values.null_count:
         raise ShardError(f"{path}: {values.null_count} numbers of {name!r} are missing")
-    found: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=False)
-    return found.reshape(entries, *inner)
+    numbers: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=False)
+    return numbers.reshape(entries, *inner)
 
 
 def _storage(values: Any) -> Any:

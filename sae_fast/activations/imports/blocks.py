@@ -112,22 +112,22 @@ class _Piece:
     def _columns(self, arrays: Arrays, keep: Array) -> dict[str, Array]:
         """Return numbers beside the rows, int32 [n] each; by default counts of sequences."""
         entries, tokens = self.stop - self.start, self.span.entry_rows
-        found: dict[str, Array] = {}
+        columns: dict[str, Array] = {}
         if self.file.arrays[self.span.array].tokens:
             number = self.span.first + self.start - self.span.start
-            found["doc_id"] = np.repeat(np.arange(number, number + entries), tokens)
+            columns["doc_id"] = np.repeat(np.arange(number, number + entries), tokens)
             # Padding before a sequence does not count, a gap within it does.
             begin = keep.reshape(entries, tokens).argmax(axis=1)
-            found["position"] = (np.arange(tokens) - begin[:, None]).reshape(-1)
+            columns["position"] = (np.arange(tokens) - begin[:, None]).reshape(-1)
         for column, name in self.file.columns:
             numbers = self._read(arrays, name).numpy()
             if numbers.size == entries < len(keep):  # one for a sequence
                 numbers = np.repeat(numbers, tokens)
-            found[column] = numbers.reshape(-1)
-        for name, numbers in found.items():
+            columns[column] = numbers.reshape(-1)
+        for name, numbers in columns.items():
             if numbers.min() < INT32.min or numbers.max() > INT32.max:
                 raise ShardError(f"{self.file.path}: {name} does not fit into 32 bits")
-        return {name: numbers.astype(np.int32) for name, numbers in found.items()}
+        return {name: numbers.astype(np.int32) for name, numbers in columns.items()}
 
     def _refuse(self, rows: Tensor, bad: Array, storage: Storage, skip_nonfinite: bool) -> None:
         """Raise for the first row that may not be left out."""

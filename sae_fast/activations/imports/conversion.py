@@ -151,7 +151,7 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Conve
     """
     directory = conversion.directory
     directory.mkdir(parents=True, exist_ok=True)
-    found = Comparison()
+    total = Comparison()
     rows = {"train": 0, "heldout": 0}
     with _locked(directory):
         for abandoned in directory.glob(".*.tmp"):
@@ -164,15 +164,15 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Conve
                 _write(conversion, shard, path, report)
             there = compare(path, conversion.blocks(shard), report)
             rows[shard.name.partition("_")[0]] += there.rows
-            found = found.joined(there)
+            total = total.joined(there)
         if not rows["train"]:
             raise ShardError(
                 f"{conversion.source.files[0].path}: no row is left to train on: "
-                f"{found.padding} were padding, {found.nonfinite} not finite"
+                f"{total.padding} were padding, {total.nonfinite} not finite"
             )
         write_manifest(directory)
     return ConversionResult(
-        rows["train"], rows["heldout"], found.padding, found.nonfinite, found.change
+        rows["train"], rows["heldout"], total.padding, total.nonfinite, total.change
     )
 
 

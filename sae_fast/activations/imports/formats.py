@@ -47,17 +47,17 @@ def find_files(source: str | Path) -> list[Path]:
         candidates = [Path(name) for name in glob.glob(str(source))]
         if not candidates:
             raise ShardError(f"{source}: no such file or directory, and no file matches it")
-    found = [path for path in candidates if path.suffix.lower() in OPENERS and path.is_file()]
-    if not found:
+    files = [path for path in candidates if path.suffix.lower() in OPENERS and path.is_file()]
+    if not files:
         raise ShardError(f"{source}: {_what_instead(place, candidates)}")
-    kinds = Counter(OPENERS[path.suffix.lower()] for path in found)
+    kinds = Counter(OPENERS[path.suffix.lower()] for path in files)
     if len(kinds) > 1:
-        counts = Counter(path.suffix for path in found)
+        counts = Counter(path.suffix for path in files)
         there = " and ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
         raise ShardError(
             f"{source}: holds {there} files; convert one kind at a time, as in '{source}/*.pt'"
         )
-    return sorted(found, key=natural_key)
+    return sorted(files, key=natural_key)
 
 
 def _dataset_files(directory: Path) -> list[Path]:

@@ -100,7 +100,7 @@ def candidates(path: Path) -> dict[str, str]:
     """Return the names in a file that could be activations, described."""
     with opened(path, opener_of(path)) as arrays:
         return {
-            name: described(name, found) for name, found in arrays.items() if _fits(name, found)
+            name: described(name, parts) for name, parts in arrays.items() if _fits(name, parts)
         }
 
 
@@ -114,7 +114,7 @@ def choose_key(paths: Sequence[Path], key: str | None) -> str:
     path = paths[0]
     with opened(path, opener_of(path)) as arrays:
         there = contents_of(arrays)
-        fitting = [name for name, found in arrays.items() if _fits(name, found)]
+        fitting = [name for name, parts in arrays.items() if _fits(name, parts)]
     if key is not None:
         return key
     if DEFAULT_KEY in fitting:
@@ -191,8 +191,8 @@ def _beside(
         there = [prefix + name for name in names if prefix + name in arrays]
         return there[0] if there and there[0] != key else None
 
-    found = {column: find(names) for column, names in COLUMN_NAMES.items()}
-    columns = tuple((column, name) for column, name in found.items() if name is not None)
+    names_of = {column: find(names) for column, names in COLUMN_NAMES.items()}
+    columns = tuple((column, name) for column, name in names_of.items() if name is not None)
     mask = find(MASK_NAMES)
     for column, name in (*columns, *([("mask", mask)] if mask else [])):
         _check_beside(path, name, arrays[name], layouts, column == "doc_id")

@@ -58,19 +58,19 @@ def compare(path: Path, blocks: Iterator[SourceBlock], report: Report) -> Compar
 
     A path that is not there stands for a shard of which every row was left out.
     """
-    found = Comparison()
+    total = Comparison()
     with ExitStack() as stack:
         file = stack.enter_context(ShardFile(inspect_shard(path))) if path.exists() else None
         for block in blocks:
             if len(block.rows):
                 if file is None:
                     raise ShardError(f"{path}: is gone")
-                found = found.joined(_compare_block(file, block, found.rows))
-            found = found.joined(Comparison(0, block.padding, block.nonfinite))
+                total = total.joined(_compare_block(file, block, total.rows))
+            total = total.joined(Comparison(0, block.padding, block.nonfinite))
             report(block.source_rows)
-        if file is not None and file.shard.rows != found.rows:
-            raise ShardError(f"{path}: has {file.shard.rows} rows, the source {found.rows}")
-    return found
+        if file is not None and file.shard.rows != total.rows:
+            raise ShardError(f"{path}: has {file.shard.rows} rows, the source {total.rows}")
+    return total
 
 
 def _compare_block(file: ShardFile, block: SourceBlock, start: int) -> Comparison:
