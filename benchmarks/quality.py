@@ -286,7 +286,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "data": options.name or options.shard_dir.name,
         "setting": (
-            f"{probe.data.rows_per_epoch:,} tokens, {options.epochs} epochs, {probe.total_steps} "
+            f"{probe.source.rows_per_epoch:,} tokens, {options.epochs} epochs, {probe.total_steps} "
             f"steps of {options.batch_size}, d_in {size.d_in}, d_sae {size.d_sae}, k {size.k}, "
             f"peak learning rate {probe.schedules.rate.peak:.2e}, a latent dead after "
             f"{size.dead_after_tokens:,} silent tokens"

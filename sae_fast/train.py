@@ -359,7 +359,7 @@ def _announce(trainers: Mapping[str, Trainer]) -> None:
         print(trainer.memory_plan)
         print(
             f"{_prefix(name)}training {describe(sae)}; "
-            f"{trainer.data.rows_per_epoch:,} rows, {trainer.total_steps:,} steps of "
+            f"{trainer.source.rows_per_epoch:,} rows, {trainer.total_steps:,} steps of "
             f"{trainer.tokens_per_step:,} tokens into {train.checkpoint_dir}",
             flush=True,
         )

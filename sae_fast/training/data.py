@@ -127,7 +127,7 @@ class TrainingData:
     Attributes:
         kind: where the rows come from; "source": a caller's own, "model": its forward passes.
         source: the batches to train on, as they are stored until it is told a transform.
-        origin: model, hook and so on of the activations, as far as shards or source say them.
+        d_out: width of the targets of a transcoder; 0: there are none.
         heldout: the rows for evaluation, if any, batch by batch.
         heldout_targets: the targets of `heldout` for a transcoder, batch by batch.
         scans: what was found in the shards, which a resumed run need not read again.
@@ -157,20 +157,10 @@ class TrainingData:
         opened = open_source(config, sae, data, columns, device, self.scans)
         self.kind, self.source, self._rows, self._targets = opened
         self._shards = self._rows if isinstance(self._rows, ShardMix) else None
-        source = self.source
-        self.origin = source.origin
-        self.d_in = source.d_in
-        self.d_out = 0
-        self.rows_per_epoch = source.rows_per_epoch
-        self.memory_bytes = source.memory_bytes
-        self.device_bytes = source.device_bytes
         if config.pin:
-            check_lockable(self.memory_bytes)
-        self.skipped_rows = source.nonfinite_rows
-        self.columns = source.columns
-        check_columns(sae, self.columns)
-        if sae.transcoder:
-            self.d_out = self.columns[TARGETS].width
+            check_lockable(self.source.memory_bytes)
+        check_columns(sae, self.source.columns)
+        self.d_out = self.source.columns[TARGETS].width if sae.transcoder else 0
         self.heldout_labels: Mapping[str, Tensor]
         self.heldout_targets: Iterable[Tensor] | None = None
         self.heldout_labels, targets = _split_targets("heldout_columns", heldout_columns, sae)
@@ -240,12 +230,14 @@ class TrainingData:
         config = self._config
         if heldout is not None:
             _require_tensor("heldout", heldout)
-            if heldout.shape[-1] != self.d_in:
+            if heldout.shape[-1] != self.source.d_in:
                 width = heldout.shape[-1]
-                raise ValueError(f"heldout: rows are {width} wide, those to train on {self.d_in}")
+                raise ValueError(
+                    f"heldout: rows are {width} wide, those to train on {self.source.d_in}"
+                )
             if heldout.numel() == 0:
                 raise ValueError(f"heldout has no rows: shape {tuple(heldout.shape)}")
-            rows = heldout.reshape(-1, self.d_in).float()
+            rows = heldout.reshape(-1, self.source.d_in).float()
             for name, labels in self.heldout_labels.items():
                 if labels.shape != (len(rows),):
                     raise ValueError(

@@ -141,11 +141,12 @@ class Trainer:
         checkpoint = resumed_checkpoint(train_config)
         given = (data, heldout, self.device, sae_config, columns, heldout_columns)
         self.data = TrainingData(train_config, *given)
-        sae_config = with_label_counts(sae_config, self.data.columns)
+        self.source = self.data.source
+        sae_config = with_label_counts(sae_config, self.source.columns)
         check_heldout_labels(sae_config, self.data.heldout_labels)
-        self.sae_config = sized_config(sae_config, self.data.d_in, checkpoint, self.data.d_out)
+        self.sae_config = sized_config(sae_config, self.source.d_in, checkpoint, self.data.d_out)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
-        rows = self.data.rows_per_epoch
+        rows = self.source.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
@@ -160,8 +161,8 @@ class Trainer:
             self.sae_config,
             train_config,
             native=build_info()["backend"] == "native",
-            pool_bytes=self.data.memory_bytes,
-            cache_bytes=self.data.device_bytes,
+            pool_bytes=self.source.memory_bytes,
+            cache_bytes=self.source.device_bytes,
         )
         self.memory_plan.check()
         self.scaler = LossScaler(enabled=train_config.amp == "fp16", device=self.device)
@@ -511,8 +512,8 @@ class Trainer:
         if self.scaler.enabled:
             row["loss_scale"] = float(self.scaler.scale)
             row["skipped_steps"] = int(self.scaler.skipped_steps)
-        if self.data.skipped_rows:
-            row["skipped_rows"] = self.data.skipped_rows
+        if self.source.nonfinite_rows:
+            row["skipped_rows"] = self.source.nonfinite_rows
         interval = self.train_config.wandb_log_every
         if interval is not None and self._is_due(interval):
             row["max_decoder_cosine"] = float(mean_largest_cosine(self.sae.W_dec))
@@ -546,7 +547,7 @@ class Trainer:
         seed_everything(config.seed)
         if checkpoint is None:
             self.sae = SparseAutoencoder(self.sae_config)
-            if (known := start_model(self.sae_config, config, self.data.origin)) is not None:
+            if (known := start_model(self.sae_config, config, self.source.origin)) is not None:
                 start_from_(self.sae, known)
                 warn_of_other_units(self.sae, self.data)
             else:
@@ -555,14 +556,13 @@ class Trainer:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path, trainable=True)
             for tensor in (*self.sae.parameters(), *self.sae.buffers()):
                 tensor.data = tensor.data.clone()  # out of the mapped file, aligned
-        if self.data.origin:
-            self.sae.origin = dict(self.data.origin)
-        self.source = self.data.source
+        if self.source.origin:
+            self.sae.origin = dict(self.source.origin)
         serve_in_units_of(self.sae, self.source)
         per_step, ahead = config.grad_acc_steps, self.is_ahead
         self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead)
         if checkpoint is None and known is None:
-            initialize_(self.sae, self.source, self.data.rows_per_epoch, config)
+            initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
         self.sae.to(self.device)
         self.optimizer = make_optimizer(self.sae, config)
         self.average: WeightAverage | None = None
