@@ -10,7 +10,7 @@ from full_disk import files_up_to
 from train_runs import D_IN, Run, refused
 
 from sae_fast.activations import write_shard
-from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.topk import TopK
 
 
 def test_k_larger_than_what_the_data_allow(run: Run, shards: Path) -> None:
@@ -97,7 +97,7 @@ def test_memory_that_runs_out(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SparseAutoencoder, "batch_loss", full)
+        patch.setattr(TopK, "loss", full)
         result = run_small("--shard-dir", shards, "--checkpoint-dir", "full")
     found = ("step 1: out of memory (CUDA out of memory)", "planned (largest: ")
     refused(result, *found, "lower batch_size, expansion_factor", "step-00000000 is intact")

@@ -249,7 +249,7 @@ def test_a_full_memory_is_told_with_the_plan_and_saves_nothing(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(checkpoint_dir=str(tmp_path))
-    loss = trainer.sae.batch_loss
+    loss = trainer.sae.architecture.loss
     calls = []
 
     def full(*arguments: Any, **options: Any) -> Any:
@@ -258,7 +258,7 @@ def test_a_full_memory_is_told_with_the_plan_and_saves_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore")
         return loss(*arguments, **options)
 
-    monkeypatch.setattr(trainer.sae, "batch_loss", full)
+    monkeypatch.setattr(trainer.sae.architecture, "loss", full)
     with pytest.raises(TrainingError) as error:
         trainer.train()
     message = str(error.value)

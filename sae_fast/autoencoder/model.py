@@ -1,13 +1,13 @@
 """The sparse autoencoder: parameters, encode and decode, its training loss, and its files.
 
 Rows are latents in both matrices. The parameters live in normalised units, (x − mean) · scale:
-`encode`, `decode` and `forward` take and give activations as they are, `batch_loss` takes them
+`encode`, `decode` and `forward` take and give activations as they are, `training_loss` takes them
 normalised. A transcoder reconstructs targets y in place of x, see transcoder.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.activations import STARTS, TARGETS, Rows
-from sae_fast.autoencoder import losses, metrics
+from sae_fast.autoencoder import metrics
 from sae_fast.autoencoder.architecture import (
-    ArchitectureLoss,
-    Batch,
     Engine,
     StepSettings,
     Weights,
-    WholeStep,
 )
 from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.autoencoder.files import read_config, read_origin, read_tensors, write_model
@@ -34,6 +31,8 @@ from sae_fast.autoencoder.initialization import centre, initialize_weights_, sam
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.penalties import decorrelation_loss
 from sae_fast.autoencoder.probe import predictions
+from sae_fast.autoencoder.shapes import require_tensor, rows_of, rows_of_both, target_of
+from sae_fast.autoencoder.training_loss import batch_loss, decorrelation_term
 from sae_fast.autoencoder.transcoder import (
     SKIP,
     skip,
@@ -125,8 +124,8 @@ class SparseAutoencoder(nn.Module):
         if sample is None and sample_rows(config) > 0:
             name = "b_dec_init" if config.b_dec_init != "zero" else "decoder_init"
             raise ValueError(f"{name} = {getattr(config, name)!r} needs a sample of activations")
-        rows = None if sample is None else self._rows(sample)
-        modelled = rows if rows is None else self._targets(rows, targets)
+        rows = None if sample is None else rows_of(self, sample)
+        modelled = rows if rows is None else target_of(self, rows, targets)
         initialize_weights_(self.W_enc, self.W_dec, config, generator, rows, modelled)
         self.b_enc.zero_()
         self.b_dec.zero_()
@@ -232,7 +231,7 @@ class SparseAutoencoder(nn.Module):
 
         Values are in normalised units: one unit of latent j adds `direction(j)` to x_hat.
         """
-        rows = self.normalize(self._rows(x))
+        rows = self.normalize(rows_of(self, x))
         return self.architecture.infer(self.weights, rows, Engine(precision, dense_grad))
 
     def decode(
@@ -249,7 +248,7 @@ class SparseAutoencoder(nn.Module):
         needs the `x` that was encoded. A dense code leaves dense gradients in any case.
         """
         if not isinstance(code, ops.Code):
-            _require_tensor(code, "code")
+            require_tensor(code, "code")
         elif code.d_sae != self.config.d_sae:
             raise ValueError(
                 f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
@@ -257,7 +256,7 @@ class SparseAutoencoder(nn.Module):
         if not isinstance(code, Tensor) and not self.config.use_relu:
             code = code.dense()  # every latent is in it
         if isinstance(code, Tensor):
-            h = self._rows(code, "h", "d_sae")
+            h = rows_of(self, code, "h", "d_sae")
             shape, precision = code.shape[:-1], "fp32"
             x_hat = addmm(self.b_dec, h, self.W_dec)
         else:
@@ -266,7 +265,7 @@ class SparseAutoencoder(nn.Module):
         if self.config.skip_connection:
             if x is None:
                 raise ValueError("x must be given: the model has a skip connection")
-            rows = self.normalize(self._rows(x))
+            rows = self.normalize(rows_of(self, x))
             x_hat = x_hat + skip(rows, self.get_parameter(SKIP), precision)
         return self.denormalize(x_hat).reshape(*shape, self.config.target_width)
 
@@ -347,7 +346,7 @@ class SparseAutoencoder(nn.Module):
         reconstruction_only: bool = False,
         downstream: Callable[[Tensor], Tensor] | None = None,
     ) -> TrainingLoss:
-        """Return the weighted sum of the loss terms of tensors; see `batch_loss`.
+        """Return the weighted sum of the loss terms of tensors, see training_loss.py.
 
         Args:
             x: the batch.
@@ -357,7 +356,8 @@ class SparseAutoencoder(nn.Module):
             labels: for the probe, if there is one; -1: nothing to predict.
             starts: tokens that begin a sequence, for the temporal loss.
             relations, answers: of arch slots, -1: none.
-            downstream: see `batch_loss`.
+            downstream: for loss_fn ce and kl, returns the loss, 0-d, of the model that continues
+                from a reconstruction [N, D], normalised.
 
         Raises ValueError where `targets` or `downstream` do not fit the configuration.
         """
@@ -379,131 +379,7 @@ class SparseAutoencoder(nn.Module):
             reconstruction_only=reconstruction_only,
         )
         engine = Engine(precision, dense_grad)
-        return self.batch_loss(Rows(x, columns), settings, engine, downstream=downstream)
-
-    def batch_loss(
-        self,
-        batch: Rows,
-        settings: StepSettings = StepSettings(),  # noqa: B008
-        engine: Engine = Engine(),  # noqa: B008
-        *,
-        downstream: Callable[[Tensor], Tensor] | None = None,
-        whole: WholeStep | None = None,
-    ) -> TrainingLoss:
-        """Return the weighted sum of the loss terms of a batch, as a step of training needs it.
-
-        Backward leaves ordinary gradients, or without `engine.dense_grad` row factors for
-        `RowOptimizer`.
-
-        Args:
-            batch: x [N, D], normalised, and columns by the names that the configuration has for
-                labels; a transcoder's targets [N, d_out], normalised.
-            settings: of the step; its `rate` is not used here.
-            engine: how the ops are called.
-            downstream: for loss_fn ce and kl, returns the loss, 0-d, of the model that continues
-                from a reconstruction [N, D], normalised.
-            whole: the optimiser step that the batch is one of several parts of, see
-                `whole_step`; the mean loss of the parts is then the loss of all their tokens.
-
-        Raises ValueError where `downstream` or a column does not fit the configuration.
-        """
-        if (downstream is None) == self.config.is_end_to_end:
-            raise ValueError(
-                f"downstream must {'not ' if downstream else ''}be given with "
-                f"loss_fn {self.config.loss_fn}"
-            )
-        x = self._rows(batch.x)
-        weights, y = self.weights, self._targets_in(x, batch.columns)
-        target = self._residual_target(x, y, engine.precision)
-        if whole is None:
-            variance = losses.total_variance(y.detach())
-        else:  # the part's share of it
-            variance = whole.variance / whole.n_parts
-        own = self.architecture.loss(
-            weights,
-            Batch(
-                x,
-                target,
-                self.dead_mask(),
-                batch.columns,
-                settings,
-                self._error_weight(y, variance),
-                downstream,
-                whole,
-            ),
-            engine,
-        )
-        total, components = self._weighted_sum(own, batch, settings)
-        components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
-        components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)
-        if self.config.transcoder:
-            variance = variance + losses.total_variance(x.detach())
-        return TrainingLoss(total, components, own.code, variance)
-
-    def _weighted_sum(
-        self, own: ArchitectureLoss, batch: Rows, settings: StepSettings
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the sum of the terms with their coefficients; and terms and metrics, detached."""
-        none, alone = self.b_dec.new_zeros(()), settings.reconstruction_only
-        terms = {
-            "recon_loss": self.config.reconstruction_coeff * own.recon_loss,
-            "l1_loss": none,
-            "decorr_loss": none if alone else self._decorr_loss(),
-            "aux_loss": none,
-            **own.terms,
-        }
-        if alone:
-            guided, measured = self.guidance.nothing(none)
-            terms = {name: t if name == "recon_loss" else none for name, t in terms.items()}
-        else:
-            guided, measured = self.guidance.terms(self.weights.own, own.code, batch.columns)
-        terms |= guided
-        components = {name: term.detach() for name, term in terms.items()}
-        return torch.stack(list(terms.values())).sum(), components | own.metrics | measured
-
-    def _residual_target(self, x: Tensor, y: Tensor, precision: str) -> Tensor:
-        """Return the target minus the skip connection's output, y − x W_skipᵀ."""
-        if not self.config.skip_connection:
-            return y
-        return y - skip(x, self.get_parameter(SKIP), precision)
-
-    def _error_weight(self, y: Tensor, variance: Tensor) -> Tensor | None:
-        """Return the factor, 0-d, that makes a mean squared error the term of loss_fn; None: 1."""
-        if self.config.loss_fn != "fvu":
-            return None
-        return len(y) * losses.inverse_variance(y.detach(), variance)
-
-    def _decorr_loss(self) -> Tensor:
-        """Return the decorrelation of the decoder's rows, with its coefficient."""
-        config = self.config
-        if config.decorrelation_coeff == 0:
-            return self.W_dec.new_zeros(())
-        form, chunk = config.decorrelation, config.decorrelation_chunk
-        assert form is not None
-        draw, unit = self.decorrelation_draw, config.error_of_the_mean
-        penalty = decorrelation_loss(self.W_dec, form, draw, chunk, unit)
-        return config.decorrelation_coeff * penalty
-
-    @torch.no_grad()
-    def whole_step(
-        self,
-        parts: Sequence[Rows],
-        engine: Engine = Engine(),  # noqa: B008
-    ) -> WholeStep:
-        """Measure what `batch_loss` must know of a step whose gradient is added up from parts.
-
-        With jumprelu's penalty l0_target this encodes every part once more.
-        """
-        rows = [self._rows(part.x) for part in parts]
-        targets = [self._targets_in(x, part.columns) for x, part in zip(rows, parts, strict=True)]
-        variance, l0 = losses.pooled_variance(targets), None
-        if self.architecture.needs_step_l0:
-            weights, dead = self.weights, self.dead_mask()
-            active = [
-                self.architecture.count_active(weights, Batch(x, x, dead), engine) for x in rows
-            ]
-            l0 = torch.stack(active).sum() / sum(map(len, rows))
-        return WholeStep(len(parts), variance, l0)
+        return batch_loss(self, Rows(x, columns), settings, engine, downstream=downstream)
 
     @torch.no_grad()
     def update_fired_(self, code: ops.Code | Tensor, n_tokens: int) -> None:
@@ -526,7 +402,7 @@ class SparseAutoencoder(nn.Module):
         The next step is decorrelated in other chunks.
 
         Args:
-            code: that `batch_loss` returned, of the last part of a step.
+            code: of the training loss, of the last part of a step.
             sparsity_weight: of the step.
             observed: for a step of several parts, the sums of `architecture.observe` over them.
         """
@@ -586,7 +462,7 @@ class SparseAutoencoder(nn.Module):
             **further_terms: 0-d, with their coefficients: what h does not determine, as AuxK or the
                 gradient of jumprelu's penalty.
         """
-        rows, rows_hat = self._rows_of_both(x, x_hat)
+        rows, rows_hat = rows_of_both(self, x, x_hat)
         error = rows_hat - rows
         config = self.config
         if config.normalize_activations != "none":
@@ -597,7 +473,7 @@ class SparseAutoencoder(nn.Module):
         terms: dict[str, float | Tensor] = {
             "recon_loss": metrics.reconstruction_term(config, error, rows),
             "l1_loss": (config.l1_penalty_coeff or 0.0) * penalty,
-            "decorr_loss": self._decorr_loss(),
+            "decorr_loss": decorrelation_term(self),
         }
         if config.independence_coeff or config.orthogonality_coeff:
             terms |= self.guidance.correlation_terms(code.dense())
@@ -638,7 +514,7 @@ class SparseAutoencoder(nn.Module):
         relative_error: |x̂ − x| / |x|, the norms over all tokens; cosine: of x and x̂, averaged over
         tokens.
         """
-        return metrics.reconstruction_error(*self._rows_of_both(x, x_hat))
+        return metrics.reconstruction_error(*rows_of_both(self, x, x_hat))
 
     @torch.no_grad()
     def mean_squared_cosine(self) -> Tensor:
@@ -720,69 +596,3 @@ class SparseAutoencoder(nn.Module):
         if sae.no_bias is not None:  # not in the file: all zeros
             sae.no_bias = torch.zeros(config.d_in, dtype=torch.float32, device=device)
         return sae.train(trainable).requires_grad_(trainable)
-
-    # ---- shapes of what is given -------------------------------------------------------------
-
-    def _rows_of_both(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """Return activations, or targets, and their reconstruction as matrices of one shape."""
-        _require_tensor(x, "x")
-        _require_tensor(x_hat, "x_hat")
-        if x.shape != x_hat.shape:
-            shapes = tuple(x.shape), tuple(x_hat.shape)
-            raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")
-        return self._output_rows(x, "x"), self._output_rows(x_hat, "x_hat")
-
-    def _targets(
-        self,
-        x: Tensor,  # [N, D]
-        targets: Tensor | None,  # [N, d_out]
-    ) -> Tensor:
-        """Return the target of a batch: x, or a transcoder's targets [N, d_out].
-
-        Raises ValueError where a transcoder has no targets, or not one a token, or another model
-        has some.
-        """
-        if not self.config.transcoder:
-            if targets is not None:
-                raise ValueError("targets belong to a transcoder, and this model is none")
-            return x
-        if targets is None:
-            raise ValueError("targets must be given: the model is a transcoder")
-        y = self._output_rows(targets, "targets")
-        if len(y) != len(x):
-            raise ValueError(f"targets must be those of {len(x)} tokens, got {len(y)}")
-        return y
-
-    def _targets_in(
-        self,
-        x: Tensor,  # [N, D]
-        columns: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Return the target of a batch; other models than transcoders leave `columns` alone."""
-        return self._targets(x, columns.get(TARGETS) if self.config.transcoder else None)
-
-    def _output_rows(self, x: Tensor, name: str) -> Tensor:
-        """Reshape targets to [N, d_out] (d_in for an autoencoder) and check their width."""
-        if not self.config.transcoder:
-            return self._rows(x, name)
-        return self._rows(x, name, "d_out")
-
-    def _rows(self, x: Tensor, name: str = "x", width: str = "d_in") -> Tensor:
-        """Return `x` as a matrix of the parameters' dtype, [N, width].
-
-        Raises ValueError for another width, and TypeError for what is no tensor.
-        """
-        _require_tensor(x, name)
-        columns: int = getattr(self.config, width)
-        if x.ndim == 0 or x.shape[-1] != columns:
-            raise ValueError(
-                f"{name} must have {width} = {columns} columns, got shape {tuple(x.shape)}"
-            )
-        return x.reshape(-1, columns).to(self.W_enc.dtype)
-
-
-def _require_tensor(given: object, name: str) -> None:
-    """Raise TypeError for what is no tensor, such as an array of NumPy."""
-    if not isinstance(given, Tensor):
-        kind = type(given).__name__
-        raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")

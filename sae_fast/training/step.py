@@ -20,6 +20,7 @@ from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
 from sae_fast.autoencoder.losses import TrainingLoss
+from sae_fast.autoencoder.training_loss import batch_loss, whole_step
 from sae_fast.ops import Code
 from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.metrics import fetch
@@ -104,7 +105,7 @@ class TrainingStep:
         was_healthy = self._poison == self._poison
         if len(batches) > 1 and self.sae.architecture.selects_from_step:
             batches = [_joined(batches)]
-        whole = self.sae.whole_step(batches, self._engine) if len(batches) > 1 else None
+        whole = whole_step(self.sae, batches, self._engine) if len(batches) > 1 else None
         share = 1 / len(batches)
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
@@ -136,7 +137,8 @@ class TrainingStep:
         whole: WholeStep | None,
     ) -> TrainingLoss:
         """Compute a batch's loss, call backward on `weight` times it, and return it."""
-        loss = self.sae.batch_loss(
+        loss = batch_loss(
+            self.sae,
             batch,
             settings,
             self._engine,

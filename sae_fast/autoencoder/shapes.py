@@ -1,0 +1,83 @@
+"""Checks of the shapes and kinds of what is given to a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.model import SparseAutoencoder
+
+
+def rows_of(
+    sae: SparseAutoencoder,
+    x: Tensor,  # [..., width]
+    name: str = "x",
+    width: str = "d_in",
+) -> Tensor:
+    """Return `x` as a matrix of the parameters' dtype, [N, width].
+
+    Args:
+        sae: the model.
+        x: activations, targets or a dense code.
+        name: of `x` in errors.
+        width: the setting of the model that says how wide `x` must be.
+
+    Raises ValueError for another width, and TypeError for what is no tensor.
+    """
+    require_tensor(x, name)
+    columns: int = getattr(sae.config, width)
+    if x.ndim == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"{name} must have {width} = {columns} columns, got shape {tuple(x.shape)}"
+        )
+    return x.reshape(-1, columns).to(sae.W_enc.dtype)
+
+
+def output_rows(
+    sae: SparseAutoencoder,
+    x: Tensor,  # [..., D], of a transcoder [..., d_out]
+    name: str,
+) -> Tensor:
+    """Reshape targets to [N, d_out] (d_in for an autoencoder) and check their width."""
+    return rows_of(sae, x, name, "d_out" if sae.config.transcoder else "d_in")
+
+
+def rows_of_both(sae: SparseAutoencoder, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+    """Return activations, or targets, and their reconstruction as matrices of one shape."""
+    require_tensor(x, "x")
+    require_tensor(x_hat, "x_hat")
+    if x.shape != x_hat.shape:
+        shapes = tuple(x.shape), tuple(x_hat.shape)
+        raise ValueError(f"x_hat must have the shape of x, {shapes[0]}, got {shapes[1]}")
+    return output_rows(sae, x, "x"), output_rows(sae, x_hat, "x_hat")
+
+
+def target_of(
+    sae: SparseAutoencoder,
+    x: Tensor,  # [N, D]
+    targets: Tensor | None,  # [N, d_out]
+) -> Tensor:
+    """Return the target of a batch: x, or a transcoder's targets [N, d_out].
+
+    Raises ValueError where a transcoder has no targets, or not one a token, or another model has
+    some.
+    """
+    if not sae.config.transcoder:
+        if targets is not None:
+            raise ValueError("targets belong to a transcoder, and this model is none")
+        return x
+    if targets is None:
+        raise ValueError("targets must be given: the model is a transcoder")
+    y = output_rows(sae, targets, "targets")
+    if len(y) != len(x):
+        raise ValueError(f"targets must be those of {len(x)} tokens, got {len(y)}")
+    return y
+
+
+def require_tensor(given: object, name: str) -> None:
+    """Raise TypeError for what is no tensor, such as an array of NumPy."""
+    if not isinstance(given, Tensor):
+        kind = type(given).__name__
+        raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")

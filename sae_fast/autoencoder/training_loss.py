@@ -1,0 +1,167 @@
+"""The training loss of a model: the terms of a batch with their coefficients, added up.
+
+The architecture computes the terms that only it has; the terms here are common to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations import TARGETS, Rows
+from sae_fast.autoencoder import losses
+from sae_fast.autoencoder.architecture import (
+    ArchitectureLoss,
+    Batch,
+    Engine,
+    StepSettings,
+    WholeStep,
+)
+from sae_fast.autoencoder.losses import TrainingLoss
+from sae_fast.autoencoder.penalties import decorrelation_loss
+from sae_fast.autoencoder.shapes import rows_of, target_of
+from sae_fast.autoencoder.transcoder import SKIP, skip
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.model import SparseAutoencoder
+
+
+def batch_loss(
+    sae: SparseAutoencoder,
+    batch: Rows,
+    settings: StepSettings = StepSettings(),  # noqa: B008
+    engine: Engine = Engine(),  # noqa: B008
+    *,
+    downstream: Callable[[Tensor], Tensor] | None = None,
+    whole: WholeStep | None = None,
+) -> TrainingLoss:
+    """Return the weighted sum of the loss terms of a batch.
+
+    Backward leaves ordinary gradients, or without `engine.dense_grad` row factors for
+    `RowOptimizer`.
+
+    Args:
+        sae: the model.
+        batch: x [N, D], normalised, and columns by the names that the configuration has for
+            labels; a transcoder's targets [N, d_out], normalised.
+        settings: of the step; its `rate` is not used here.
+        engine: how the ops are called.
+        downstream: for loss_fn ce and kl, returns the loss, 0-d, of the model that continues
+            from a reconstruction [N, D], normalised.
+        whole: the optimiser step that the batch is one of several parts of, see
+            `whole_step`; the mean loss of the parts is then the loss of all their tokens.
+
+    Raises ValueError where `downstream` or a column does not fit the configuration.
+    """
+    if (downstream is None) == sae.config.is_end_to_end:
+        raise ValueError(
+            f"downstream must {'not ' if downstream else ''}be given with "
+            f"loss_fn {sae.config.loss_fn}"
+        )
+    x = rows_of(sae, batch.x)
+    weights, y = sae.weights, _target_in(sae, x, batch.columns)
+    target = _residual_target(sae, x, y, engine.precision)
+    if whole is None:
+        variance = losses.total_variance(y.detach())
+    else:  # the part's share of it
+        variance = whole.variance / whole.n_parts
+    own = sae.architecture.loss(
+        weights,
+        Batch(
+            x,
+            target,
+            sae.dead_mask(),
+            batch.columns,
+            settings,
+            _error_weight(sae, y, variance),
+            downstream,
+            whole,
+        ),
+        engine,
+    )
+    total, components = _weighted_sum(sae, own, batch, settings)
+    components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
+    components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)
+    if sae.config.transcoder:
+        variance = variance + losses.total_variance(x.detach())
+    return TrainingLoss(total, components, own.code, variance)
+
+
+@torch.no_grad()
+def whole_step(
+    sae: SparseAutoencoder,
+    parts: Sequence[Rows],
+    engine: Engine = Engine(),  # noqa: B008
+) -> WholeStep:
+    """Measure what `batch_loss` must know of a step whose gradient is added up from parts.
+
+    With jumprelu's penalty l0_target this encodes every part once more.
+    """
+    rows = [rows_of(sae, part.x) for part in parts]
+    targets = [_target_in(sae, x, part.columns) for x, part in zip(rows, parts, strict=True)]
+    variance, l0 = losses.pooled_variance(targets), None
+    if sae.architecture.needs_step_l0:
+        weights, dead = sae.weights, sae.dead_mask()
+        active = [sae.architecture.count_active(weights, Batch(x, x, dead), engine) for x in rows]
+        l0 = torch.stack(active).sum() / sum(map(len, rows))
+    return WholeStep(len(parts), variance, l0)
+
+
+def decorrelation_term(sae: SparseAutoencoder) -> Tensor:
+    """Return the decorrelation of the decoder's rows, with its coefficient."""
+    config = sae.config
+    if config.decorrelation_coeff == 0:
+        return sae.W_dec.new_zeros(())
+    form, chunk = config.decorrelation, config.decorrelation_chunk
+    assert form is not None
+    draw, unit = sae.decorrelation_draw, config.error_of_the_mean
+    penalty = decorrelation_loss(sae.W_dec, form, draw, chunk, unit)
+    return config.decorrelation_coeff * penalty
+
+
+def _weighted_sum(
+    sae: SparseAutoencoder, own: ArchitectureLoss, batch: Rows, settings: StepSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the sum of the terms with their coefficients; and terms and metrics, detached."""
+    none, alone = sae.b_dec.new_zeros(()), settings.reconstruction_only
+    terms = {
+        "recon_loss": sae.config.reconstruction_coeff * own.recon_loss,
+        "l1_loss": none,
+        "decorr_loss": none if alone else decorrelation_term(sae),
+        "aux_loss": none,
+        **own.terms,
+    }
+    if alone:
+        guided, measured = sae.guidance.nothing(none)
+        terms = {name: t if name == "recon_loss" else none for name, t in terms.items()}
+    else:
+        guided, measured = sae.guidance.terms(sae.weights.own, own.code, batch.columns)
+    terms |= guided
+    components = {name: term.detach() for name, term in terms.items()}
+    return torch.stack(list(terms.values())).sum(), components | own.metrics | measured
+
+
+def _residual_target(sae: SparseAutoencoder, x: Tensor, y: Tensor, precision: str) -> Tensor:
+    """Return the target minus the skip connection's output, y − x W_skipᵀ."""
+    if not sae.config.skip_connection:
+        return y
+    return y - skip(x, sae.get_parameter(SKIP), precision)
+
+
+def _error_weight(sae: SparseAutoencoder, y: Tensor, variance: Tensor) -> Tensor | None:
+    """Return the factor, 0-d, that makes a mean squared error the term of loss_fn; None: 1."""
+    if sae.config.loss_fn != "fvu":
+        return None
+    return len(y) * losses.inverse_variance(y.detach(), variance)
+
+
+def _target_in(
+    sae: SparseAutoencoder,
+    x: Tensor,  # [N, D]
+    columns: Mapping[str, Tensor],
+) -> Tensor:
+    """Return the target of a batch; other models than transcoders leave `columns` alone."""
+    return target_of(sae, x, columns.get(TARGETS) if sae.config.transcoder else None)
