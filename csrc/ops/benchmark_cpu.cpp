@@ -5,6 +5,7 @@
 
 #include "ops/cpu.h"
 #include "ops/encode.h"
+#include "ops/packed_encoder.h"
 
 namespace sae_fast::ops {
 namespace {

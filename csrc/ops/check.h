@@ -146,6 +146,7 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& ten
                  " is changed in place and must be contiguous");
 }
 
+// An argument with its name, for messages.
 struct NamedTensor {
   const char* name;
   const Tensor* tensor;  // null where an op was not given it
@@ -183,7 +184,7 @@ inline void check_apart(const char* op, std::initializer_list<NamedTensor> writt
 // A sparse code: values (absent where an op has none) and indices [N, K], or flat ones with offsets
 // [N + 1].
 inline void check_code_layout(const char* op, const OptionalTensor& values, const Tensor& indices,
-                              const OptionalTensor& offsets) {
+                              const OptionalTensor& offsets, const char* values_name = "values") {
   if (offsets.has_value()) {
     check_shape(op, "indices", indices, {kAnySize});
     check_shape(op, "offsets", *offsets, {kAnySize});
@@ -199,9 +200,9 @@ inline void check_code_layout(const char* op, const OptionalTensor& values, cons
                  " rows, got ", indices.size(0));
   check_dtype(op, "indices", indices, ScalarType::Int);
   if (values.has_value()) {
-    check_dtype(op, "values", *values, ScalarType::Float);
-    SAE_FAST_CHECK(shape_text(*values) == shape_text(indices), op,
-                   ": values must have the shape of indices, ", shape_text(indices), ", got ",
+    check_dtype(op, values_name, *values, ScalarType::Float);
+    SAE_FAST_CHECK(shape_text(*values) == shape_text(indices), op, ": ", values_name,
+                   " must have the shape of indices, ", shape_text(indices), ", got ",
                    shape_text(*values));
   }
 }

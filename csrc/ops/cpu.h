@@ -58,23 +58,42 @@ void check_range(const char* op, const char* name, const Integer* numbers, int64
                  "), got ", *lowest < 0 ? *lowest : *highest);
 }
 
-inline cpu::Rows rows_type(const Tensor& tensor) {
+// Checks that the offsets [d_sae + 1] ascend from 0 to the number of entries.
+inline void check_partition(const char* op, const int64_t* latent_offsets, int64_t d_sae,
+                            int64_t entries) {
+  bool ascending = latent_offsets[0] == 0 && latent_offsets[d_sae] == entries;
+  for (int64_t j = 0; j < d_sae; ++j) {
+    ascending = ascending && latent_offsets[j] <= latent_offsets[j + 1];
+  }
+  SAE_FAST_CHECK(ascending, op, ": latent_offsets must ascend from 0 to the number of entries, ",
+                 entries, ", got ", latent_offsets[0], " to ", latent_offsets[d_sae]);
+}
+
+// Checks that the numbers of a long list are in [0, bound), on all threads.
+inline void check_entry_range(const char* op, const char* name, const int32_t* numbers,
+                              int64_t count, int64_t bound) {
+  if (!cpu::in_range(numbers, count, bound, parallel())) {
+    check_range(op, name, numbers, count, bound);
+  }
+}
+
+inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::BFloat16:
-      return cpu::Rows::kBFloat16;
+      return DType::kBFloat16;
     case ScalarType::Half:
-      return cpu::Rows::kFloat16;
+      return DType::kFloat16;
     default:
-      return cpu::Rows::kFloat;
+      return DType::kFloat32;
   }
 }
 
 // A checked code: values [N, K] and indices of the same shape, or flat ones with offsets [N + 1].
-// Every index is checked to lie in [0, d_sae): an op reads rows by it.
+// Every index is checked to be in [0, d_sae), because ops read rows by it.
 class CodeInput {
  public:
   CodeInput(const char* op, const OptionalTensor& values, const Tensor& indices,
-            const OptionalTensor& offsets, int64_t d_sae);
+            const OptionalTensor& offsets, int64_t d_sae, const char* values_name = "values");
 
   const cpu::Code& code() const { return code_; }
   int64_t entries() const { return entries_; }

@@ -27,28 +27,18 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// An argument by name, for messages; an absent optional one passes every check.
-struct Argument {
-  const char* name;
-  const Tensor* tensor;
-
-  Argument(const char* its_name, const Tensor& value) : name(its_name), tensor(&value) {}
-  Argument(const char* its_name, const OptionalTensor& value)
-      : name(its_name), tensor(value.has_value() ? &*value : nullptr) {}
-};
-
 inline std::string device_name(const Tensor& tensor) {
   return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index())
                           : std::string(tensor.is_cpu() ? "cpu" : "another device");
 }
 
 // The dispatcher calls a CUDA op when any argument is on a CUDA device; all of them must be on one.
-inline void check_same_device(const char* op, std::initializer_list<Argument> arguments) {
-  const Argument& first = *arguments.begin();
+inline void check_same_device(const char* op, std::initializer_list<NamedTensor> arguments) {
+  const NamedTensor& first = *arguments.begin();
   SAE_FAST_CHECK(first.tensor->is_cuda(), op, ": ", first.name,
                  " must be on the CUDA device of the other arguments, got ",
                  device_name(*first.tensor));
-  for (const Argument& argument : arguments) {
+  for (const NamedTensor& argument : arguments) {
     if (argument.tensor == nullptr) continue;
     SAE_FAST_CHECK(argument.tensor->is_cuda() &&
                        argument.tensor->get_device_index() == first.tensor->get_device_index(),
@@ -58,14 +48,14 @@ inline void check_same_device(const char* op, std::initializer_list<Argument> ar
 }
 
 // For a tensor that check_floating has passed.
-inline cuda::DataType data_type(const Tensor& tensor) {
+inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::BFloat16:
-      return cuda::DataType::kBFloat16;
+      return DType::kBFloat16;
     case ScalarType::Half:
-      return cuda::DataType::kFloat16;
+      return DType::kFloat16;
     default:
-      return cuda::DataType::kFloat32;
+      return DType::kFloat32;
   }
 }
 
@@ -73,8 +63,8 @@ inline cuda::DataType data_type(const Tensor& tensor) {
 class CudaCode {
  public:
   CudaCode(const char* op, const OptionalTensor& values, const Tensor& indices,
-           const OptionalTensor& offsets)
-      : values_((check_code_layout(op, values, indices, offsets), values)),
+           const OptionalTensor& offsets, const char* values_name = "values")
+      : values_((check_code_layout(op, values, indices, offsets, values_name), values)),
         indices_(indices),
         offsets_(offsets) {
     SAE_FAST_CHECK(indices.numel() <= INT_MAX, op, ": indices must have at most ", INT_MAX,

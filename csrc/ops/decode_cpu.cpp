@@ -5,15 +5,10 @@
 #include <tuple>
 
 #include "ops/cpu.h"
+#include "ops/decode.h"
 
 namespace sae_fast::ops {
 namespace {
-
-void check_decoder(const char* op, const Tensor& W_dec, const OptionalTensor& b_dec) {
-  check_shape(op, "W_dec", W_dec, {kAnySize, kAnySize});
-  check_floating(op, "W_dec", W_dec);
-  if (b_dec.has_value()) check_float(op, "b_dec", *b_dec, {W_dec.size(1)});
-}
 
 Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor& offsets,
               const Tensor& W_dec, const OptionalTensor& b_dec) {
@@ -24,7 +19,7 @@ Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor&
   const Tensor x_hat =
       torch::stable::new_empty(values, {code.code().tokens, W_dec.size(1)}, ScalarType::Float);
   if (x_hat.numel() == 0) return x_hat;  // of no columns there may be any number of rows
-  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
+  const cpu::Decoder decoder{dtype_of(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
                              W_dec.size(1)};
   check_memory(kOp,
                cpu::kernels().decode(code.code(), decoder, mutable_data<float>(x_hat), parallel()));
@@ -39,7 +34,7 @@ Tensor decode_backward(const Tensor& grad, const Tensor& indices, const Optional
   check_float(kOp, "grad", grad, {code.code().tokens, W_dec.size(1)});
   const Input rows(W_dec), output_grad(grad);
   const Tensor grad_values = torch::stable::new_empty(indices, indices.sizes(), ScalarType::Float);
-  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), nullptr, W_dec.size(0),
+  const cpu::Decoder decoder{dtype_of(W_dec), rows.data<void>(), nullptr, W_dec.size(0),
                              W_dec.size(1)};
   check_memory(kOp, cpu::kernels().decode_backward(code.code(), decoder, output_grad.data<float>(),
                                                    mutable_data<float>(grad_values), parallel()));
@@ -63,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct(const Tensor& values, const Tenso
     std::fill_n(mutable_data<float>(residual_dot), code.entries(), 0.0f);
     return {residual, squared_error, residual_dot};
   }
-  const cpu::Decoder decoder{rows_type(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
+  const cpu::Decoder decoder{dtype_of(W_dec), rows.data<void>(), bias.data<float>(), W_dec.size(0),
                              W_dec.size(1)};
   const cpu::Reconstruction outputs{target.data<float>(), residual.mutable_data_ptr(),
                                     mutable_data<float>(squared_error),

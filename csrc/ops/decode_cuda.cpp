@@ -6,15 +6,10 @@
 
 #include "kernels/cuda/decode.h"
 #include "ops/cuda.h"
+#include "ops/decode.h"
 
 namespace sae_fast::ops {
 namespace {
-
-void check_decoder(const char* op, const Tensor& W_dec, const OptionalTensor& b_dec) {
-  check_shape(op, "W_dec", W_dec, {kAnySize, kAnySize});
-  check_floating(op, "W_dec", W_dec);
-  if (b_dec.has_value()) check_float(op, "b_dec", *b_dec, {W_dec.size(1)});
-}
 
 Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor& offsets,
               const Tensor& W_dec, const OptionalTensor& b_dec) {
@@ -31,7 +26,7 @@ Tensor decode(const Tensor& values, const Tensor& indices, const OptionalTensor&
   const int64_t d_in = W_dec.size(1);
   const Tensor x_hat = torch::stable::new_empty(values, {code.rows().rows, d_in});
   STD_CUDA_CHECK(cuda::decode(code.values(), code.indices(), code.rows(),
-                              {weights.data<void>(), data_type(W_dec)}, bias.data<float>(),
+                              {weights.data<void>(), dtype_of(W_dec)}, bias.data<float>(),
                               mutable_data<float>(x_hat), d_in, current_stream(values)));
   return x_hat;
 }
@@ -49,7 +44,7 @@ Tensor decode_backward(const Tensor& grad, const Tensor& indices, const Optional
   const Input weights(W_dec), output_grad(grad);
   const Tensor grad_values = torch::stable::new_empty(grad, indices.sizes());
   STD_CUDA_CHECK(cuda::decode_backward(output_grad.data<float>(), code.indices(), code.rows(),
-                                       {weights.data<void>(), data_type(W_dec)},
+                                       {weights.data<void>(), dtype_of(W_dec)},
                                        mutable_data<float>(grad_values), d_in,
                                        current_stream(grad)));
   return grad_values;
@@ -76,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> reconstruct(const Tensor& values, const Tenso
   const Tensor squared_error = torch::stable::new_empty(x, {tokens});
   const Tensor residual_dot = torch::stable::new_empty(values, indices.sizes());
   STD_CUDA_CHECK(cuda::reconstruct(
-      code.values(), code.indices(), code.rows(), {weights.data<void>(), data_type(W_dec)},
+      code.values(), code.indices(), code.rows(), {weights.data<void>(), dtype_of(W_dec)},
       bias.data<float>(), target.data<float>(), residual.mutable_data_ptr(),
       mutable_data<float>(squared_error), mutable_data<float>(residual_dot), d_in,
       current_stream(values)));

@@ -1,4 +1,4 @@
-// Checks of dense_product, shared by both back ends, and torch's own product in its place.
+// Checks of dense_product, shared by both back ends, and torch's product, which either may use.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -28,7 +28,7 @@ class OperandInput {
 };
 
 // The depth from which float32 products are made of integers: below it the largest number of a row
-// is too much of the row for them to be as exact as float32's own sum.
+// is so much of the row that integers are less exact than a float32 sum.
 constexpr int64_t kLeastDepth = 256;
 
 Tensor dense_product(const Tensor& left, const Tensor& right, const OptionalTensor& bias, bool relu,

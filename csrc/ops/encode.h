@@ -1,33 +1,49 @@
-// The packed encoder at the boundary to torch, for the encoder ops and for fused_update_.
+// Checks of the encoder ops' arguments, shared by all back ends.
 #pragma once
 
 #include <string>
-#include <tuple>
 
-#include "kernels/cpu/encode.h"
 #include "ops/check.h"
 
 namespace sae_fast::ops {
 
-void check_precision(const char* op, const std::string& precision);
+// Latents are numbered in int32.
+inline void check_latents(const char* op, const Tensor& W_enc) {
+  SAE_FAST_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
+                 W_enc.size(0));
+}
 
-// The arguments that all encoders share, and those of encode_topk and encode_batch_topk.
-void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
-                   const Tensor& b_dec, const std::string& precision);
-void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
-                     int64_t k_aux);
+inline void check_precision(const char* op, const std::string& precision) {
+  SAE_FAST_CHECK(
+      precision == "screened" || precision == "fp32" || precision == "bf16" || precision == "fp16",
+      op, ": precision must be screened, fp32, bf16 or fp16, got ", precision);
+}
 
-// The dtype of `rounded` for a precision that rounds.
-void check_rounded_dtype(const char* op, const std::string& precision, const Tensor& rounded);
+// The arguments that all encoders have.
+inline void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
+                          const Tensor& b_dec, const std::string& precision) {
+  check_float(op, "x", x, {kAnySize, kAnySize});
+  check_float(op, "W_enc", W_enc, {kAnySize, x.size(1)});
+  check_float(op, "b_enc", b_enc, {W_enc.size(0)});
+  check_float(op, "b_dec", b_dec, {x.size(1)});
+  check_latents(op, W_enc);
+  SAE_FAST_CHECK(x.size(0) <= INT32_MAX, op, ": x must have at most ", INT32_MAX, " rows, got ",
+                 x.size(0));
+  check_precision(op, precision);
+}
 
-// Checks tensors that pack_encoder made for a W_enc of this shape.
-void check_packed(const char* op, const Tensor& W_enc, const std::string& precision,
-                  const Tensor& packed, const Tensor& stats, const Tensor& rounded);
-
-// Their pointers; W_enc's own is left to the caller, who keeps the contiguous copy.
-cpu::PackedEncoder packed_encoder(const Tensor& W_enc, const std::string& precision,
-                                  const Tensor& packed, const Tensor& stats, const Tensor& rounded);
-
-std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::string& precision);
+// The further arguments of encode_topk and encode_batch_topk.
+inline void check_selection(const char* op, int64_t d_sae, int64_t k,
+                            const OptionalTensor& dead_mask, int64_t k_aux) {
+  SAE_FAST_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
+                 " with d_sae=", d_sae);
+  SAE_FAST_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
+                 ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
+  SAE_FAST_CHECK(dead_mask.has_value() || k_aux == 0, op,
+                 ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
+  if (!dead_mask.has_value()) return;
+  check_shape(op, "dead_mask", *dead_mask, {d_sae});
+  check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
+}
 
 }  // namespace sae_fast::ops

@@ -7,13 +7,14 @@
 
 #include "ops/cpu.h"
 #include "ops/encode.h"
+#include "ops/packed_encoder.h"
 
 namespace sae_fast::ops {
 namespace {
 
-cpu::Rows scoring_type(const std::string& precision) {
-  if (precision == "bf16") return cpu::Rows::kBFloat16;
-  return precision == "fp16" ? cpu::Rows::kFloat16 : cpu::Rows::kFloat;
+DType scoring_type(const std::string& precision) {
+  if (precision == "bf16") return DType::kBFloat16;
+  return precision == "fp16" ? DType::kFloat16 : DType::kFloat32;
 }
 
 // The packed encoder of a call: the caller's, or one made for the call.
@@ -188,54 +189,17 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold(
   return {values, indices, offsets};
 }
 
-// Latents are numbered in int32.
-void check_d_sae(const char* op, const Tensor& W_enc) {
-  SAE_FAST_CHECK(W_enc.size(0) <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ",
-                 W_enc.size(0));
-}
-
 }  // namespace
-
-void check_precision(const char* op, const std::string& precision) {
-  SAE_FAST_CHECK(
-      precision == "screened" || precision == "fp32" || precision == "bf16" || precision == "fp16",
-      op, ": precision must be screened, fp32, bf16 or fp16, got ", precision);
-}
-
-void check_encoder(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
-                   const Tensor& b_dec, const std::string& precision) {
-  check_float(op, "x", x, {kAnySize, kAnySize});
-  check_float(op, "W_enc", W_enc, {kAnySize, x.size(1)});
-  check_float(op, "b_enc", b_enc, {W_enc.size(0)});
-  check_float(op, "b_dec", b_dec, {x.size(1)});
-  check_d_sae(op, W_enc);
-  SAE_FAST_CHECK(x.size(0) <= INT32_MAX, op, ": x must have at most ", INT32_MAX, " rows, got ",
-                 x.size(0));
-  check_precision(op, precision);
-}
-
-void check_selection(const char* op, int64_t d_sae, int64_t k, const OptionalTensor& dead_mask,
-                     int64_t k_aux) {
-  SAE_FAST_CHECK(k >= 1 && k <= d_sae, op, ": k must be in [1, d_sae], got k=", k,
-                 " with d_sae=", d_sae);
-  SAE_FAST_CHECK(k_aux >= 0 && k_aux <= d_sae, op,
-                 ": k_aux must be in [0, d_sae], got k_aux=", k_aux, " with d_sae=", d_sae);
-  SAE_FAST_CHECK(dead_mask.has_value() || k_aux == 0, op,
-                 ": k_aux must be 0 without a dead_mask, got k_aux=", k_aux);
-  if (!dead_mask.has_value()) return;
-  check_shape(op, "dead_mask", *dead_mask, {d_sae});
-  check_dtype(op, "dead_mask", *dead_mask, ScalarType::Bool);
-}
 
 cpu::PackedEncoder packed_encoder(const Tensor& W_enc, const std::string& precision,
                                   const Tensor& packed, const Tensor& stats,
                                   const Tensor& rounded) {
   cpu::PackedEncoder encoder{};
   encoder.screen = precision == "fp32" ? cpu::Screen::kFloat : cpu::Screen::kNarrow;
-  encoder.rows = scoring_type(precision);
+  encoder.type = scoring_type(precision);
   encoder.packed = packed.mutable_data_ptr();
   encoder.stats = mutable_data<float>(stats);
-  encoder.rounded = encoder.rows == cpu::Rows::kFloat ? nullptr : rounded.mutable_data_ptr();
+  encoder.rounded = encoder.type == DType::kFloat32 ? nullptr : rounded.mutable_data_ptr();
   encoder.d_sae = W_enc.size(0);
   encoder.d_in = W_enc.size(1);
   return encoder;
@@ -257,7 +221,7 @@ void check_packed(const char* op, const Tensor& W_enc, const std::string& precis
     check_dtype(op, "packed", packed, ScalarType::Short);
   }
   check_float(op, "stats", stats, {4, panels * cpu::kPanelLatents});
-  if (scoring_type(precision) != cpu::Rows::kFloat) {
+  if (scoring_type(precision) != DType::kFloat32) {
     check_shape(op, "rounded", rounded, {W_enc.size(0), W_enc.size(1)});
     check_rounded_dtype(op, precision, rounded);
     check_contiguous(op, "rounded", rounded);
@@ -269,7 +233,7 @@ void check_packed(const char* op, const Tensor& W_enc, const std::string& precis
 std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::string& precision) {
   constexpr const char* kOp = "pack_encoder";
   check_float(kOp, "W_enc", W_enc, {kAnySize, kAnySize});
-  check_d_sae(kOp, W_enc);
+  check_latents(kOp, W_enc);
   check_precision(kOp, precision);
   const int64_t d_sae = W_enc.size(0);
   const int64_t d_in = W_enc.size(1);
@@ -282,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> pack_encoder(const Tensor& W_enc, const std::
                 {panels, cpu::packed_steps(cpu::Screen::kNarrow, d_in), cpu::kPanelLatents, 2},
                 ScalarType::Short);
   const Tensor stats = torch::stable::new_empty(W_enc, {4, panels * cpu::kPanelLatents});
-  const bool rounds = scoring_type(precision) != cpu::Rows::kFloat;
+  const bool rounds = scoring_type(precision) != DType::kFloat32;
   const Tensor rounded = torch::stable::new_empty(
       W_enc, {rounds ? d_sae : 0, d_in},
       !rounds ? ScalarType::Float

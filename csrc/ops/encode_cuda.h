@@ -6,7 +6,7 @@
 #include <string>
 
 #include "kernels/common/encode_plan.h"
-#include "kernels/cuda/encode.h"
+#include "kernels/cuda/encode/encode.h"
 #include "ops/cuda.h"
 #include "ops/encode.h"
 #include "ops/product_cuda.h"

@@ -1,4 +1,4 @@
-// Checks of gather_rows_, shared by both back ends; those of the numbers in its lists are not here.
+// Checks of gather_rows_, shared by both back ends. The CPU op alone checks the row numbers.
 #pragma once
 
 #include "ops/check.h"

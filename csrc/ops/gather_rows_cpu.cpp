@@ -33,7 +33,7 @@ void gather_rows(const Tensor& out, const OptionalTensor& places, const Tensor& 
   check_apart(kOp, {{"out", out}},
               {{"places", places}, {"source", source}, {"rows", rows}, {"mean", mean}});
   if (out.numel() == 0) return;
-  cpu::kernels().gather_rows({rows_type(source), table.data<void>(), numbers.data<int64_t>(),
+  cpu::kernels().gather_rows({dtype_of(source), table.data<void>(), numbers.data<int64_t>(),
                               to.data<int64_t>(), shift.data<float>(), static_cast<float>(scale),
                               mutable_data<float>(out), count, out.size(1)},
                              parallel());

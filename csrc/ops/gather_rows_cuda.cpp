@@ -17,7 +17,7 @@ void gather_rows(const Tensor& out, const OptionalTensor& places, const Tensor& 
       kOp, {{"out", out}, {"places", places}, {"source", source}, {"rows", rows}, {"mean", mean}});
   const DeviceGuard guard(out.get_device_index());
   const Input table(source), numbers(rows), to(places), shift(mean);
-  STD_CUDA_CHECK(cuda::gather_rows({table.data<void>(), data_type(source)}, numbers.data<int64_t>(),
+  STD_CUDA_CHECK(cuda::gather_rows({table.data<void>(), dtype_of(source)}, numbers.data<int64_t>(),
                                    to.data<int64_t>(), shift.data<float>(),
                                    static_cast<float>(scale), mutable_data<float>(out),
                                    rows.size(0), out.size(1), current_stream(out)));

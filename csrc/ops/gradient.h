@@ -115,9 +115,9 @@ inline Moments checked_moments(const char* op, const std::string& rule, const Te
   check_contiguous(op, "exp_avg", exp_avg);
   if (exp_avg_sq.has_value()) check_contiguous(op, "exp_avg_sq", *exp_avg_sq);
   Moments moments{};
-  moments.type = in_blocks                   ? MomentType::kBlocks
-                 : type == ScalarType::Float ? MomentType::kFloat32
-                                             : MomentType::kBFloat16;
+  moments.type = in_blocks                   ? DType::kUInt8
+                 : type == ScalarType::Float ? DType::kFloat32
+                                             : DType::kBFloat16;
   moments.exp_avg = exp_avg.mutable_data_ptr();
   if (in_blocks) moments.exp_avg_scale = mutable_data<float>(*exp_avg_scale);
   if (exp_avg_sq.has_value()) moments.exp_avg_sq = exp_avg_sq->mutable_data_ptr();

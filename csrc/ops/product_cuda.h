@@ -24,7 +24,7 @@ inline void product_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   call_product("aten::mm", out, a, b);
 }
 
-// The same of several products side by side: out [n, *, *].
+// out[i] = a[i] b[i] for several products: out [n, *, *].
 inline void products_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   call_product("aten::bmm", out, a, b);
 }

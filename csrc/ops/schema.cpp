@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   //   stats   [4, 64 * ceil(F/64)]
   //   rounded [F, D] bfloat16 or float16, else [0, D]
   // On CUDA, where "screened" and "fp32" are one path, packed is [0], stats [2, F] bounds each
-  // row's length and that of its rounding error, and rounded is float16 for "fp16", else bfloat16.
+  // row's length and its rounding error's length, and rounded is float16 for "fp16", else bfloat16.
   m.def(
       "pack_encoder(Tensor W_enc, str precision) -> (Tensor packed, Tensor stats, Tensor rounded)");
 
@@ -67,7 +67,7 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
 
   // The entries with value != 0 by latent, then by position: latent_offsets int64 [F + 1], entries
   // int32 (flat position in values), rows int32 (token). On CUDA, where only the device knows how
-  // many there are, both have room for every entry: those of value 0 follow and have no latent.
+  // many there are, both have room for every entry: entries of value 0 follow and have no latent.
   m.def(
       "latent_major(Tensor values, Tensor indices, Tensor? offsets, int d_sae) -> "
       "(Tensor latent_offsets, Tensor entries, Tensor rows)");
@@ -87,15 +87,15 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor? shift, Tensor? project_onto, Tensor? extra_grad) -> "
       "(Tensor squared_norm, Tensor sums, Tensor cached, Tensor cache_slots)");
 
-  // What a step needs to know of the whole gradient; all tensors are scalars. squared_norm float64
-  // is that of the gradients of loss_scale * loss, lr float64, step_count and halted int64. norm =
-  // sqrt(squared_norm) / loss_scale. Where it is finite and halted < 0, step_count goes up by one
-  // and scalars [11] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale (grad_clip 0:
-  // no clip), and the numbers of UpdateStep in common/update_rule.h. Otherwise they are NaN, which
-  // makes an update change nothing; and unless skip_overflow, halted becomes step_count if it was
-  // negative: no later step changes anything. rule is adam (AdamW), sgd, signum or
-  // schedule_free_signum; beta1 is the momentum of the others, which have no use for beta2 and eps.
-  // lr_squares float64, of schedule_free_signum alone, goes up by lr^2 with step_count.
+  // The numbers of a step that depend on the whole gradient; all tensors are scalars. squared_norm
+  // float64 belongs to the gradients of loss_scale * loss; lr float64, step_count and halted int64.
+  // norm = sqrt(squared_norm) / loss_scale. Where it is finite and halted < 0, step_count goes up
+  // by one and scalars [11] are: grad_scale = min(1, grad_clip / (norm + 1e-6)) / loss_scale
+  // (grad_clip 0: no clip), and the numbers of UpdateStep in common/update_rule.h. Otherwise they
+  // are NaN, which makes an update change nothing; and unless skip_overflow, halted becomes
+  // step_count if it was negative: no later step changes anything. rule is adam (AdamW), sgd,
+  // signum or schedule_free_signum; beta1 is the momentum of all but adam, which ignore beta2 and
+  // eps. lr_squares float64, for schedule_free_signum alone, goes up by lr^2 with step_count.
   m.def(
       "update_scalars(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count, "
       "Tensor(b!) halted, Tensor(c!)? lr_squares, str rule, float grad_clip, float beta1, float "
@@ -120,7 +120,7 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor? step_count, str rule, bool project, bool unit_norm, Tensor(f!)? packed, "
       "Tensor(g!)? stats, Tensor(h!)? rounded, str precision) -> ()");
 
-  // The same step of a parameter of any shape with its gradient at hand; no gradient is one of 0.
+  // The step of fused_update_ for a parameter of any shape with a dense gradient; none means zeros.
   m.def(
       "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad, "
       "Tensor scalars, str rule) -> ()");
@@ -129,8 +129,8 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   m.def("normalize_rows_(Tensor(a!) W) -> ()");
 
   // out [M, D] float32: row places[i], or i without places, becomes (source[rows[i]] - mean) *
-  // scale; no mean is zeros. source [., D] float32, bfloat16 or float16; rows and places int64, of
-  // N numbers, those of places all different. This is how batches are made of rows as they are
+  // scale; no mean is zeros. source [., D] float32, bfloat16 or float16; rows and places int64
+  // [N], places all different. This is how batches are made of rows as they are
   // stored.
   m.def(
       "gather_rows_(Tensor(a!) out, Tensor? places, Tensor source, Tensor rows, Tensor? mean, "

@@ -1,9 +1,11 @@
-// CUDA side of the optimiser's two passes: check, guard, allocate, call.
+// CUDA side of the optimizer's ops: check, guard, allocate, call.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 #include <tuple>
 
+#include "kernels/cuda/rows.h"
+#include "kernels/cuda/scalars.h"
 #include "kernels/cuda/update.h"
 #include "ops/cuda.h"
 #include "ops/encode.h"
@@ -19,7 +21,7 @@ class CudaGradient {
   CudaGradient(const char* op, const Tensor& latent_offsets, const Tensor& rows,
                const Tensor& coefficients, const Tensor& dense, const OptionalTensor& shift,
                const OptionalTensor& extra_grad, UpdateRule rule = UpdateRule::kAdam,
-               MomentType moments = MomentType::kFloat32)
+               DType moments = DType::kFloat32)
       : offsets_(latent_offsets),
         rows_(rows),
         coefficients_(coefficients),
@@ -28,7 +30,7 @@ class CudaGradient {
         extra_grad_(extra_grad) {
     factors_.lists = {offsets_.data<int64_t>(), rows_.data<int32_t>(), coefficients_.data<float>(),
                       latent_offsets.size(0) - 1, rows.size(0)};
-    factors_.dense = {dense_.data<void>(), data_type(dense)};
+    factors_.dense = {dense_.data<void>(), dtype_of(dense)};
     factors_.shift = shift_.data<float>();
     factors_.extra_grad = extra_grad_.data<float>();
     factors_.d_in = dense.size(1);
@@ -111,7 +113,7 @@ cuda::RowState row_state(const Tensor& W, const Moments& moments, const Optional
   state.moments = moments;
   if (rounded.has_value() && rounded->numel() > 0) {
     state.rounded = rounded->mutable_data_ptr();
-    state.rounded_type = data_type(*rounded);
+    state.rounded_type = dtype_of(*rounded);
   }
   if (stats.has_value() && stats->numel() > 0) state.stats = mutable_data<float>(*stats);
   return state;
@@ -164,10 +166,72 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& 
                                     current_stream(W)));
 }
 
+std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tensor& lr,
+                                          const Tensor& loss_scale, const Tensor& step_count,
+                                          const Tensor& halted, const OptionalTensor& lr_squares,
+                                          const std::string& rule, double grad_clip, double beta1,
+                                          double beta2, double eps, double weight_decay,
+                                          bool skip_overflow) {
+  constexpr const char* kOp = "update_scalars";
+  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule);
+  check_same_device(kOp, {{"squared_norm", squared_norm},
+                          {"lr", lr},
+                          {"loss_scale", loss_scale},
+                          {"step_count", step_count},
+                          {"halted", halted},
+                          {"lr_squares", lr_squares}});
+  const DeviceGuard guard(squared_norm.get_device_index());
+  const UpdateSettings settings{
+      checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
+  const Tensor norm = torch::stable::new_empty(loss_scale, {});
+  const Tensor scalars = torch::stable::new_empty(loss_scale, {kUpdateScalars});
+  const cuda::StepPointers step{
+      squared_norm.const_data_ptr<double>(),
+      lr.const_data_ptr<double>(),
+      loss_scale.const_data_ptr<float>(),
+      mutable_data<int64_t>(step_count),
+      mutable_data<int64_t>(halted),
+      lr_squares.has_value() ? mutable_data<double>(*lr_squares) : nullptr,
+      mutable_data<float>(norm),
+      mutable_data<UpdateScalars>(scalars)};
+  STD_CUDA_CHECK(cuda::compute_update_scalars(settings, step, current_stream(squared_norm)));
+  return {norm, scalars};
+}
+
+void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
+                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule) {
+  constexpr const char* kOp = "update_vector_";
+  check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
+  check_same_device(kOp, {{"w", w},
+                          {"exp_avg", exp_avg},
+                          {"exp_avg_sq", exp_avg_sq},
+                          {"grad", grad},
+                          {"scalars", scalars}});
+  const DeviceGuard guard(w.get_device_index());
+  const Input gradient(grad), step(scalars);
+  STD_CUDA_CHECK(cuda::update_vector(
+      checked_rule(kOp, rule), step.data<UpdateScalars>(), gradient.data<float>(),
+      mutable_data<float>(w), mutable_data<float>(exp_avg),
+      exp_avg_sq.has_value() ? mutable_data<float>(*exp_avg_sq) : nullptr, w.numel(),
+      current_stream(w)));
+}
+
+void normalize_rows(const Tensor& W) {
+  constexpr const char* kOp = "normalize_rows_";
+  check_float(kOp, "W", W, {kAnySize, kAnySize});
+  check_contiguous(kOp, "W", W);
+  const DeviceGuard guard(W.get_device_index());
+  STD_CUDA_CHECK(
+      cuda::normalize_rows(mutable_data<float>(W), W.size(0), W.size(1), current_stream(W)));
+}
+
 }  // namespace
 }  // namespace sae_fast::ops
 
 STABLE_TORCH_LIBRARY_IMPL(sae_fast, CUDA, m) {
   m.impl("row_gradient_norm", TORCH_BOX(&sae_fast::ops::row_gradient_norm));
+  m.impl("update_scalars", TORCH_BOX(&sae_fast::ops::update_scalars));
   m.impl("fused_update_", TORCH_BOX(&sae_fast::ops::fused_update));
+  m.impl("update_vector_", TORCH_BOX(&sae_fast::ops::update_vector));
+  m.impl("normalize_rows_", TORCH_BOX(&sae_fast::ops::normalize_rows));
 }

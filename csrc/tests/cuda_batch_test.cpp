@@ -1,7 +1,7 @@
 // Top-k of a whole batch, compiled for the host.
-#include "kernels/cuda/encode_batch_collect.cu"
-#include "kernels/cuda/encode_batch_finish.cu"
-#include "kernels/cuda/encode_batch_score.cu"
+#include "kernels/cuda/encode/batch_collect.cu"
+#include "kernels/cuda/encode/batch_finish.cu"
+#include "kernels/cuda/encode/batch_score.cu"
 
 #include <algorithm>
 

@@ -90,12 +90,12 @@ void test_reconstruct(const DecodeProblem& problem) {
                 "reconstruct");
   std::vector<double> wanted = problem.decoded();
   auto wanted_error = stale(problem.code.tokens, 0.0);
-  const cpu::Rows type = problem.W_dec.type;
+  const DType type = problem.W_dec.type;
   for (size_t i = 0; i < wanted.size(); ++i) {
     wanted[i] -= problem.x[i];
     wanted_error[i / static_cast<size_t>(problem.d_in)] += wanted[i] * wanted[i];
     float got = residual[i];
-    if (type != cpu::Rows::kFloat) {
+    if (type != DType::kFloat32) {
       uint16_t bits = 0;
       std::memcpy(&bits, reinterpret_cast<const char*>(residual.data()) + i * sizeof bits,
                   sizeof bits);

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "kernels/common/encode_plan.h"
-#include "kernels/cuda/encode.h"
+#include "kernels/cuda/encode/encode.h"
 #include "tests/cuda_testing.h"
 
 namespace sae_fast::testing {
@@ -35,8 +35,8 @@ class EncodeProblem {
         b_dec(random.numbers(shape.d_in, numbers)),
         jitter_(numbers == Numbers::kNormal) {}
 
-  cpu::Rows type() const {
-    return precision == Precision::kFloat16 ? cpu::Rows::kFloat16 : cpu::Rows::kBFloat16;
+  DType type() const {
+    return precision == Precision::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
   }
 
   void scale(float factor) {
@@ -50,8 +50,8 @@ class EncodeProblem {
     rounded_ = stale(shape.d_sae * shape.d_in, uint16_t{0xfbfb});
     stats_ = stale(2 * shape.d_sae, 777.0f);
     rounded_x_ = stale(shape.tokens * shape.d_in, uint16_t{0xfbfb});
-    check_success(cuda::pack_encoder(W_enc.data(), shape.d_sae, shape.d_in, rounded_.data(),
-                                     data_type(type()), stats_.data(), nullptr),
+    check_success(cuda::pack_encoder(W_enc.data(), shape.d_sae, shape.d_in, rounded_.data(), type(),
+                                     stats_.data(), nullptr),
                   "pack_encoder");
     for (int64_t n = 0; n < shape.tokens; ++n) {
       for (int64_t j = 0; j < shape.d_sae; ++j) {
@@ -64,15 +64,15 @@ class EncodeProblem {
   }
 
   cuda::Encoder encoder() const {
-    return {W_enc.data(),  {rounded_.data(), data_type(type())},
+    return {W_enc.data(),  {rounded_.data(), type()},
             stats_.data(), b_enc.data(),
             b_dec.data(),  shape.d_sae,
             shape.d_in,    precision == Precision::kExact};
   }
   cuda::Tokens tokens() { return {x.data(), rounded_x_.data(), shape.tokens}; }
 
-  // What streaming and computing in full shall give: the same, but for the product's own roundings
-  // where they are the result.
+  // The scores expected of streaming and of computing in full: equal, but for the product's
+  // roundings where they are the result.
   const std::vector<float>& scores() const { return scores_; }
   const std::vector<float>& full_scores() const { return full_scores_; }
 
@@ -131,7 +131,7 @@ class EncodeProblem {
 
   // In the order of additions of score_latents.
   float full_score(int64_t token, int64_t latent) const {
-    const cpu::Rows operands = precision == Precision::kExact ? cpu::Rows::kFloat : type();
+    const DType operands = precision == Precision::kExact ? DType::kFloat32 : type();
     float sums[32] = {};
     for (int64_t d = 0; d < shape.d_in; ++d) {
       const float a = rounded(centred(static_cast<size_t>(token * shape.d_in + d)), operands);

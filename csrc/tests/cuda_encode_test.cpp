@@ -1,9 +1,9 @@
 // pack_encoder and top-k, compiled for the host.
-#include "kernels/cuda/encode_exact.cu"
-#include "kernels/cuda/encode_finish.cu"
-#include "kernels/cuda/encode_pack.cu"
-#include "kernels/cuda/encode_state.cu"
-#include "kernels/cuda/encode_topk.cu"
+#include "kernels/cuda/encode/exact.cu"
+#include "kernels/cuda/encode/finish.cu"
+#include "kernels/cuda/encode/pack.cu"
+#include "kernels/cuda/encode/state.cu"
+#include "kernels/cuda/encode/topk.cu"
 
 #include <algorithm>
 #include <numeric>
@@ -40,13 +40,13 @@ void test_pack(Random& random) {
   const int64_t d_sae = random.integer(0, 20);
   const int64_t d_in =
       random.integer(0, 1) == 0 ? random.integer(0, 40) : 4 * random.integer(1, 80);
-  const cpu::Rows type = random.integer(0, 1) == 0 ? cpu::Rows::kBFloat16 : cpu::Rows::kFloat16;
+  const DType type = random.integer(0, 1) == 0 ? DType::kBFloat16 : DType::kFloat16;
   const std::vector<float> W_enc = random.numbers(d_sae * d_in, Numbers::kNormal);
   auto rounded = stale(d_sae * d_in, uint16_t{0xfbfb});
   auto stats = stale(2 * d_sae, 777.0f);
-  check_success(cuda::pack_encoder(W_enc.data(), d_sae, d_in, rounded.data(), data_type(type),
-                                   stats.data(), nullptr),
-                "pack_encoder");
+  check_success(
+      cuda::pack_encoder(W_enc.data(), d_sae, d_in, rounded.data(), type, stats.data(), nullptr),
+      "pack_encoder");
   for (int64_t j = 0; j < d_sae; ++j) {
     double square = 0.0;
     double residual = 0.0;

@@ -8,27 +8,14 @@
 
 namespace sae_fast::testing {
 
-inline cuda::DataType data_type(cpu::Rows type) {
-  switch (type) {
-    case cpu::Rows::kBFloat16:
-      return cuda::DataType::kBFloat16;
-    case cpu::Rows::kFloat16:
-      return cuda::DataType::kFloat16;
-    default:
-      return cuda::DataType::kFloat32;
-  }
-}
-
-inline cuda::TypedPointer typed(const Matrix& matrix) {
-  return {matrix.data(), data_type(matrix.type)};
-}
+inline cuda::TypedPointer typed(const Matrix& matrix) { return {matrix.data(), matrix.type}; }
 
 inline cuda::CodeRows rows_of(const CodeProblem& code) {
   return {code.offsets.empty() ? nullptr : code.offsets.data(), code.k, code.tokens,
           code.entries()};
 }
 
-inline cpu::Rows any_type(Random& random) { return static_cast<cpu::Rows>(random.integer(0, 2)); }
+inline DType any_type(Random& random) { return static_cast<DType>(random.integer(0, 2)); }
 
 // The token of every entry.
 inline std::vector<int64_t> tokens_of(const CodeProblem& code) {

@@ -1,5 +1,5 @@
 // Threshold codes, compiled for the host.
-#include "kernels/cuda/encode_threshold.cu"
+#include "kernels/cuda/encode/threshold.cu"
 
 #include <algorithm>
 

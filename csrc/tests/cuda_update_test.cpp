@@ -103,7 +103,7 @@ struct UpdateProblem {
   std::vector<float> shift, extra_grad, W, exp_avg, exp_avg_sq, coefficients;
   bool project, unit_norm, with_shift, with_extra, with_stats;
   UpdateRule rule;
-  cpu::Rows copy;  // the rounded copy's type; kFloat: none
+  DType copy;  // the rounded copy's type; kFloat: none
   std::vector<int64_t> latent_offsets = {0};
   std::vector<int32_t> rows;
   RowCache cache{};
@@ -167,14 +167,14 @@ struct UpdateResult {
 UpdateResult updated(const UpdateProblem& problem, const NormResult& norm,
                      const UpdateScalars& scalars, MomentCodes* codes = nullptr) {
   UpdateResult result(problem);
-  const bool rounds = problem.copy != cpu::Rows::kFloat;
+  const bool rounds = problem.copy != DType::kFloat32;
   cuda::RowState state{};
   state.W = result.W.data();
   state.moments.exp_avg = result.m.data();  // kFloat32
   if (has_exp_avg_sq(problem.rule)) state.moments.exp_avg_sq = result.v.data();
   if (codes != nullptr) state.moments = codes->view();
   if (rounds) state.rounded = result.copy.data();
-  state.rounded_type = data_type(problem.copy);
+  state.rounded_type = problem.copy;
   if (rounds && problem.with_stats) state.stats = result.stats.data();
   check_success(
       cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
@@ -183,9 +183,9 @@ UpdateResult updated(const UpdateProblem& problem, const NormResult& norm,
   return result;
 }
 
-// The rounded copy is that of the weights, and its stats bound the lengths they are of, closely.
+// The rounded copy has the weights, and its stats bound the rows' lengths closely.
 void check_copy(const UpdateProblem& problem, const UpdateResult& result) {
-  if (problem.copy == cpu::Rows::kFloat) return;
+  if (problem.copy == DType::kFloat32) return;
   for (int64_t j = 0; j < problem.d_sae; ++j) {
     double square = 0.0, lost = 0.0;
     for (int64_t i = j * problem.d_in; i < (j + 1) * problem.d_in; ++i) {
@@ -194,7 +194,7 @@ void check_copy(const UpdateProblem& problem, const UpdateResult& result) {
       check(result.copy[static_cast<size_t>(i)] == bits, "fused_update: rounded copy of %g",
             static_cast<double>(w));
       const float copy =
-          problem.copy == cpu::Rows::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+          problem.copy == DType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
       square += std::pow(static_cast<double>(w), 2);
       lost += std::pow(static_cast<double>(w) - static_cast<double>(copy), 2);
     }
@@ -253,7 +253,7 @@ void test_update(const UpdateProblem& problem, const NormResult& norm) {
 // With moments in 16 and 8 bits: the same update of the floats that they stand for, whose moments
 // are then rounded as the host rounds them.
 void test_codes(UpdateProblem problem, const NormResult& norm) {
-  for (const MomentType type : {MomentType::kBFloat16, MomentType::kBlocks}) {
+  for (const DType type : {DType::kBFloat16, DType::kUInt8}) {
     MomentCodes codes(problem.rule, type, problem.d_sae, problem.d_in);
     codes.encode(problem.exp_avg, problem.exp_avg_sq, kStep - 1);
     codes.decode(problem.exp_avg, problem.exp_avg_sq);

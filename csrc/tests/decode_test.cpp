@@ -91,7 +91,7 @@ void test_decode(uint64_t seed) {
   Random random(seed);
   const DecodeShape shape = any_shape(random, seed);
   const auto [tokens, k, d_in, d_sae] = shape;
-  for (const cpu::Rows type : {cpu::Rows::kFloat, cpu::Rows::kBFloat16, cpu::Rows::kFloat16}) {
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const Numbers numbers =
         random.integer(0, 3) == 0 ? Numbers::kIntegersAndSpecials : Numbers::kIntegers;
     CodeProblem problem(random, tokens, k, d_sae, random.integer(0, 1) == 1);

@@ -95,7 +95,7 @@ void check_product(Random& random, const Dense& left, const Dense& right, bool r
       double expected = 0.0;
       for (int64_t k = 0; k < left.depth; ++k) {
         const float a = left.element(m, k), b = right.element(n, k);
-        const auto type = rounded ? cpu::Rows::kBFloat16 : cpu::Rows::kFloat;
+        const auto type = rounded ? DType::kBFloat16 : DType::kFloat32;
         expected += static_cast<double>(testing::rounded(a, type)) * testing::rounded(b, type);
       }
       const double shift = bias.empty() ? 0.0 : bias[static_cast<size_t>(n)];

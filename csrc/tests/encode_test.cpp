@@ -20,7 +20,7 @@ struct Score {
 // An encoder with its storage, packed by the kernel under test.
 class Encoder {
  public:
-  Encoder(Random& random, const Shape& shape, Numbers numbers, cpu::Screen screen, cpu::Rows rows)
+  Encoder(Random& random, const Shape& shape, Numbers numbers, cpu::Screen screen, DType rows)
       : shape(shape),
         numbers(numbers),
         rows(rows),
@@ -30,9 +30,9 @@ class Encoder {
         b_dec(random.numbers(shape.d_in, numbers)),
         packed_(static_cast<size_t>(cpu::packed_elements(screen, shape.d_in, shape.d_sae))),
         stats_(static_cast<size_t>(4 * cpu::panels(shape.d_sae) * cpu::kPanelLatents)),
-        rounded_(rows == cpu::Rows::kFloat ? 0 : W_enc.size()) {
+        rounded_(rows == DType::kFloat32 ? 0 : W_enc.size()) {
     packed.screen = screen;
-    packed.rows = rows;
+    packed.type = rows;
     packed.packed = packed_.data();
     packed.stats = stats_.data();
     packed.W_enc = W_enc.data();
@@ -51,7 +51,7 @@ class Encoder {
 
   Shape shape;
   Numbers numbers;
-  cpu::Rows rows;
+  DType rows;
   std::vector<float> x, W_enc, b_enc, b_dec;
   cpu::PackedEncoder packed{};
 
@@ -311,10 +311,10 @@ void test_encode(uint64_t seed) {
                     random.integer(1, large ? 500 : 300)};
   const Numbers kinds[] = {Numbers::kIntegers, Numbers::kIntegersAndSpecials, Numbers::kNormal};
   const auto numbers = kinds[seed % 3];
-  for (const auto& [screen, rows] : {std::pair{cpu::Screen::kFloat, cpu::Rows::kFloat},
-                                     std::pair{cpu::Screen::kNarrow, cpu::Rows::kFloat},
-                                     std::pair{cpu::Screen::kNarrow, cpu::Rows::kBFloat16},
-                                     std::pair{cpu::Screen::kNarrow, cpu::Rows::kFloat16}}) {
+  for (const auto& [screen, rows] : {std::pair{cpu::Screen::kFloat, DType::kFloat32},
+                                     std::pair{cpu::Screen::kNarrow, DType::kFloat32},
+                                     std::pair{cpu::Screen::kNarrow, DType::kBFloat16},
+                                     std::pair{cpu::Screen::kNarrow, DType::kFloat16}}) {
     const Encoder encoder(random, shape, numbers, screen, rows);
     test_topk(random, encoder);
     test_batch_topk(random, encoder);

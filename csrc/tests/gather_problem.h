@@ -9,7 +9,7 @@
 namespace sae_fast::testing {
 
 struct GatherProblem {
-  GatherProblem(Random& random, cpu::Rows type)
+  GatherProblem(Random& random, DType type)
       : d_in(random.integer(0, 1) == 0 ? random.integer(1, 70) : 8 * random.integer(1, 40)),
         count(random.integer(0, 80)),
         spare(random.integer(0, 3)),

@@ -5,7 +5,7 @@ namespace sae_fast::testing {
 
 void test_gather_rows(uint64_t seed) {
   Random random(seed);
-  for (const cpu::Rows type : {cpu::Rows::kFloat, cpu::Rows::kBFloat16, cpu::Rows::kFloat16}) {
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const GatherProblem problem(random, type);
     for (const cpu::Parallel& parallel : {one_thread(), four_threads()}) {
       std::vector<float> out = problem.untouched();

@@ -12,7 +12,7 @@
 namespace sae_fast::testing {
 
 struct MomentCodes {
-  MomentCodes(UpdateRule rule, MomentType type, int64_t d_sae, int64_t d_in)
+  MomentCodes(UpdateRule rule, DType type, int64_t d_sae, int64_t d_in)
       : rule(rule),
         type(type),
         d_sae(d_sae),
@@ -27,7 +27,7 @@ struct MomentCodes {
   Moments view() {
     Moments moments{};
     moments.type = type;
-    const bool in_blocks = type == MomentType::kBlocks;
+    const bool in_blocks = type == DType::kUInt8;
     moments.exp_avg = in_blocks ? static_cast<void*>(exp_avg.data()) : short_exp_avg.data();
     if (in_blocks) moments.exp_avg_scale = exp_avg_scale.data();
     if (has_exp_avg_sq(rule)) {
@@ -53,7 +53,7 @@ struct MomentCodes {
     m.resize(exp_avg.size());
     v.resize(exp_avg.size());
     for (size_t i = 0; i < exp_avg.size(); ++i) {
-      if (type == MomentType::kBFloat16) {
+      if (type == DType::kBFloat16) {
         m[i] = to_float(BFloat16{short_exp_avg[i]});
         v[i] = to_float(BFloat16{short_exp_avg_sq[i]});
         continue;
@@ -73,7 +73,7 @@ struct MomentCodes {
   }
 
   UpdateRule rule;
-  MomentType type;
+  DType type;
   int64_t d_sae, d_in;
   int64_t step = 0;
 
@@ -94,7 +94,7 @@ struct MomentCodes {
     for (int64_t i = j * d_in; i < (j + 1) * d_in; ++i) {
       const auto at = static_cast<size_t>(i);
       const uint32_t random = moment_random(seed, static_cast<uint32_t>(i - j * d_in));
-      if (type == MomentType::kBFloat16) {
+      if (type == DType::kBFloat16) {
         shorts[at] =
             static_cast<uint16_t>(round_moment_to_16<Moment>(float_bits(values[at]), random));
         continue;

@@ -55,7 +55,7 @@ std::vector<float> updated(Problem& problem, UpdateRule rule, const Moments& mom
   std::vector<float> W = problem.W;
   cpu::RowUpdate update{};
   update.gradient.lists = {problem.offsets.data(), nullptr, nullptr, problem.d_sae};
-  update.gradient.factor = {cpu::Rows::kFloat, nullptr, nullptr, 0, problem.d_in};
+  update.gradient.factor = {DType::kFloat32, nullptr, nullptr, 0, problem.d_in};
   update.gradient.extra_grad = problem.grad.data();
   update.cache = {nullptr, problem.slots.data()};
   update.rule = rule;
@@ -113,7 +113,7 @@ void test_moments(uint64_t seed) {
   Problem problem(random);
   const int64_t step = random.integer(1, int64_t{1} << 40);
   const UpdateRule rule = any_rule(random);
-  for (const MomentType type : {MomentType::kBFloat16, MomentType::kBlocks}) {
+  for (const DType type : {DType::kBFloat16, DType::kUInt8}) {
     MomentCodes before(rule, type, problem.d_sae, problem.d_in);
     before.encode(problem.exp_avg, problem.exp_avg_sq, step - 1);
     std::vector<float> m, v;

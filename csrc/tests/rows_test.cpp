@@ -63,7 +63,7 @@ struct Lists {
 
 // Everything that a gradient is made of. Integers, and one-hot rows to project onto: exact sums.
 struct Gradient {
-  Gradient(Random& random, const Shape& shape, cpu::Rows type)
+  Gradient(Random& random, const Shape& shape, DType type)
       : shape(shape),
         problem(random, shape.tokens, random.integer(shape.most_entries / 2, shape.most_entries),
                 shape.d_sae, random.integer(0, 1) == 1),
@@ -191,7 +191,7 @@ double test_norm(const Gradient& gradient, Cache& cache) {
 
 // Weights, moments and the packed copy, all of which one update changes.
 struct State {
-  State(Random& random, const Gradient& gradient, cpu::Screen screen, cpu::Rows rows)
+  State(Random& random, const Gradient& gradient, cpu::Screen screen, DType rows)
       : W(gradient.project
               ? gradient.directions
               : random.numbers(gradient.shape.d_sae * gradient.shape.d_in, Numbers::kNormal)),
@@ -200,7 +200,7 @@ struct State {
         packed(static_cast<size_t>(
             cpu::packed_elements(screen, gradient.shape.d_in, gradient.shape.d_sae))),
         stats(static_cast<size_t>(4 * cpu::panels(gradient.shape.d_sae) * cpu::kPanelLatents)),
-        rounded(rows == cpu::Rows::kFloat ? 0 : W.size()),
+        rounded(rows == DType::kFloat32 ? 0 : W.size()),
         encoder{screen,
                 rows,
                 nullptr,
@@ -288,10 +288,10 @@ void check_step(UpdateRule rule, const Gradient& gradient, const State& before,
 }
 
 void test_update(Random& random, const Gradient& gradient, Cache& cache, Cache& no_cache) {
-  const std::pair<cpu::Screen, cpu::Rows> kinds[] = {{cpu::Screen::kFloat, cpu::Rows::kFloat},
-                                                     {cpu::Screen::kNarrow, cpu::Rows::kFloat},
-                                                     {cpu::Screen::kNarrow, cpu::Rows::kBFloat16},
-                                                     {cpu::Screen::kNarrow, cpu::Rows::kFloat16}};
+  const std::pair<cpu::Screen, DType> kinds[] = {{cpu::Screen::kFloat, DType::kFloat32},
+                                                 {cpu::Screen::kNarrow, DType::kFloat32},
+                                                 {cpu::Screen::kNarrow, DType::kBFloat16},
+                                                 {cpu::Screen::kNarrow, DType::kFloat16}};
   const auto [screen, rows] = kinds[random.integer(0, 3)];
   const UpdateRule rule = any_rule(random);
   const State before(random, gradient, screen, rows);
@@ -377,7 +377,7 @@ void test_decorrelation(const std::vector<float>& W, const UnitRows& unit) {
 void test_rows(uint64_t seed) {
   Random random(seed);
   const Shape shape = any_shape(random, seed);
-  for (const cpu::Rows type : {cpu::Rows::kFloat, cpu::Rows::kBFloat16, cpu::Rows::kFloat16}) {
+  for (const DType type : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
     const Gradient gradient(random, shape, type);
     test_entries(gradient);
     test_accumulate(gradient);

@@ -80,33 +80,32 @@ class Random {
 };
 
 // The 16 bits of a value in a low-precision format.
-inline uint16_t rounded_bits(float value, cpu::Rows type) {
-  return type == cpu::Rows::kBFloat16 ? round_to_bfloat16(value).bits
-                                      : round_to_float16(value).bits;
+inline uint16_t rounded_bits(float value, DType type) {
+  return type == DType::kBFloat16 ? round_to_bfloat16(value).bits : round_to_float16(value).bits;
 }
 
-inline float from_bits(uint16_t bits, cpu::Rows type) {
-  return type == cpu::Rows::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+inline float from_bits(uint16_t bits, DType type) {
+  return type == DType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
 }
 
-inline float rounded(float value, cpu::Rows type) {
-  return type == cpu::Rows::kFloat ? value : from_bits(rounded_bits(value, type), type);
+inline float rounded(float value, DType type) {
+  return type == DType::kFloat32 ? value : from_bits(rounded_bits(value, type), type);
 }
 
 // A matrix of the given type: the values that its elements stand for, and the elements.
 struct Matrix {
-  Matrix(std::vector<float> numbers, cpu::Rows type) : type(type), values(std::move(numbers)) {
+  Matrix(std::vector<float> numbers, DType type) : type(type), values(std::move(numbers)) {
     for (float& value : values) {
-      if (type != cpu::Rows::kFloat) elements.push_back(rounded_bits(value, type));
+      if (type != DType::kFloat32) elements.push_back(rounded_bits(value, type));
       value = rounded(value, type);
     }
   }
 
   const void* data() const {
-    return type == cpu::Rows::kFloat ? static_cast<const void*>(values.data()) : elements.data();
+    return type == DType::kFloat32 ? static_cast<const void*>(values.data()) : elements.data();
   }
 
-  cpu::Rows type;
+  DType type;
   std::vector<float> values;
   std::vector<uint16_t> elements;  // empty for kFloat
 };

@@ -56,9 +56,7 @@ def declared_tensors():
     for op, given in ARGUMENTS.items():
         for name, form in OPS[op].forms.items():
             any_shape = form.sizes in (("any",), ("opaque",))
-            # The compiled op calls these "values".
-            is_misnamed = (op, name) == ("accumulate_rows", "coefficients")
-            if not any_shape and not is_misnamed and given[name] is not None:
+            if not any_shape and given[name] is not None:
                 yield op, name
 
 

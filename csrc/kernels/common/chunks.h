@@ -1,5 +1,5 @@
-// How the entries of the latents are divided among thread blocks, and how much room that takes. How
-// many entries each latent has is known on the device only; these bounds hold for any of them.
+// How the entries of the latents are divided among thread blocks, and how much room that takes.
+// Only the device knows how many entries each latent has: the bounds hold for any numbers.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ SAE_FAST_HOST_DEVICE constexpr int64_t chunks_in(int64_t entries) {
 // ceil(c / kChunkEntries) <= 2 c / (kChunkEntries + 1), with equality at the first.
 constexpr int64_t max_chunks(int64_t entries) { return 2 * entries / (kChunkEntries + 1); }
 
-// Which sums one pass over the latents keeps for the next, which makes the others anew: those of
-// more than `above` entries, of which there are no more than `rows`.
+// The sums that one pass over the latents keeps for the next pass, which computes the others again:
+// sums of more than `above` entries, at most `rows` of them.
 struct RowCache {
   int64_t above;
   int64_t rows;

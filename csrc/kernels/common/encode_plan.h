@@ -9,8 +9,8 @@
 
 namespace sae_fast {
 
-// Latents that a warp looks at in one step and that share one coarse error bound; and those of
-// them that one load of four numbers a lane covers.
+// Latents that a warp visits in one step and that share one coarse error bound; a strip of them is
+// read by one load of four numbers a lane.
 constexpr int kSegment = 256;
 constexpr int kStrip = 128;
 

@@ -1,10 +1,10 @@
 // Moments in 16 and 8 bits, host and device. Between steps a moment is a code; in a step it
 // is a float32, which is rounded up or down at random when it becomes a code again, so that its
 // mean is right: a second moment moves by a thousandth of itself a step, less than any code can
-// show. (600 steps on real activations, held-out FVU against that of float32 moments: 8 bits within
-// 0.3 %; rounded to nearest, where second moments stay too small, 4 to 5 % off.) The random bits
-// are a hash of step, latent and column. Every back end computes the same codes from the same
-// floats: scales are powers of two, so nothing but the rounding rounds.
+// show. (600 steps on real activations, held-out FVU against float32 moments: 8 bits within 0.3 %;
+// rounded to nearest, where second moments stay too small, 4 to 5 % off.) The random bits are a
+// hash of step, latent and column. Every back end computes the same codes from the same floats:
+// scales are powers of two, so nothing but the rounding rounds.
 //
 // bfloat16: the upper half of the float.
 // 8 bits: kMomentBlock columns of a row share a scale. A code c stands for scale times
@@ -18,12 +18,11 @@
 
 #include <cstdint>
 
+#include "kernels/common/dtype.h"
 #include "kernels/common/half.h"
 #include "kernels/common/host_device.h"
 
 namespace sae_fast {
-
-enum class MomentType { kFloat32, kBFloat16, kBlocks };
 
 constexpr int64_t kMomentBlock = 256;
 
@@ -33,12 +32,12 @@ SAE_FAST_HOST_DEVICE constexpr int64_t moment_blocks(int64_t d_in) {
 
 // The moments of a weight matrix [F, D]: exp_avg, and exp_avg_sq where the rule has it.
 struct Moments {
-  MomentType type;
+  DType type;               // kFloat32, kBFloat16 or kUInt8
   void* exp_avg;            // [F, D] float, uint16_t or uint8_t
-  void* exp_avg_sq;         // [F, D] likewise, or null
-  float* exp_avg_scale;     // [F, moment_blocks(D)] for kBlocks
-  float* exp_avg_sq_scale;  // [F, moment_blocks(D)] for kBlocks
-  const int64_t* step;      // number of this update; not for kFloat32
+  void* exp_avg_sq;         // [F, D] of the same type, or null
+  float* exp_avg_scale;     // [F, moment_blocks(D)] for kUInt8
+  float* exp_avg_sq_scale;  // [F, moment_blocks(D)] for kUInt8
+  const int64_t* step;      // number of this update; not needed for kFloat32
 };
 
 // ---- random bits

@@ -1,6 +1,6 @@
 // The one order of candidates: value descending, NaN before everything, equal values (and the two
 // zeros) by ascending index. It is total, so every kernel that finds the same set of candidates
-// returns the same bits, whatever order it met them in.
+// returns the same bits, in whatever order it found them.
 #pragma once
 
 #include <cstdint>

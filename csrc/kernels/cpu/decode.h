@@ -22,7 +22,7 @@ struct Code {
 };
 
 struct Decoder {
-  Rows type;
+  DType type;
   const void* W_dec;   // [d_sae][d_in]
   const float* b_dec;  // [d_in] or null
   int64_t d_sae, d_in;

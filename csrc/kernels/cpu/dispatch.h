@@ -9,7 +9,7 @@
 
 namespace sae_fast::cpu {
 
-// Throws std::runtime_error where SAE_FAST_ISA names a level that is unknown or not available.
+// Throws std::runtime_error if SAE_FAST_ISA names a level that is unknown or not available.
 const Kernels& kernels();
 
 std::string instruction_set_name();

@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
+#include "kernels/common/dtype.h"
 #include "kernels/cpu/parallel.h"
 
 namespace sae_fast::cpu {
 
-// Which product finds the candidates, and which rows score them. kNarrow takes operands of two
-// bytes: bfloat16 tiles at level amx, 16-bit integers at all other levels.
+// The product that finds the candidates. kNarrow has operands of two bytes: bfloat16 tiles at level
+// amx, 16-bit integers at all other levels.
 enum class Screen { kNarrow, kFloat };
-enum class Rows { kFloat, kBFloat16, kFloat16 };
 
 constexpr int64_t kPanelLatents = 64;
 
@@ -30,11 +30,11 @@ inline int64_t packed_elements(Screen screen, int64_t d_in, int64_t d_sae) {
 // The encoder as the product reads it. Row j of stats: scale, bound on |w|, bound on |w - packed|.
 struct PackedEncoder {
   Screen screen;
-  Rows rows;
+  DType type;          // of the rows that score: W_enc, or `rounded` if it is not float32
   void* packed;        // packed_elements() elements of 4 bytes, laid out as the product reads them
   float* stats;        // [4][panels * 64]; the last row is kept free
   const float* W_enc;  // [d_sae][d_in]
-  void* rounded;       // [d_sae][d_in] bfloat16 or float16; null for Rows::kFloat
+  void* rounded;       // [d_sae][d_in] bfloat16 or float16; null for float32
   int64_t d_sae, d_in;
 };
 
@@ -60,22 +60,22 @@ struct ThresholdProblem {
   int64_t tokens;
 };
 
-// Entries of a threshold code, of which there is no saying how many before they are found.
+// Receives the rows of a threshold code, whose sizes are unknown until they are scored.
 class ThresholdSink {
  public:
   virtual ~ThresholdSink() = default;
-  // Called from any thread, once a row: its entries by ascending index. Returns false where memory
-  // ran out.
+  // Takes the entries of one token by ascending index. Called from any thread, once for each token;
+  // returns false if memory ran out.
   virtual bool row(int64_t token, const float* values, const int32_t* indices, int64_t count) = 0;
 };
 
-// Each returns false where scratch memory is not to be had, and then has written nothing useful.
+// Each returns false if scratch memory could not be allocated; the outputs are then unspecified.
 using PackEncoder = bool (*)(const PackedEncoder&, const Parallel&);
 using EncodeTopK = bool (*)(const TopKProblem&, const Parallel&);
 // The tokens * k best of the batch as CSR: values and indices [tokens * k], offsets [tokens + 1].
 using EncodeBatchTopK = bool (*)(const TopKProblem&, int64_t* offsets, const Parallel&);
 using EncodeThreshold = bool (*)(const ThresholdProblem&, ThresholdSink&, const Parallel&);
-// The bare product of encode_topk, without bounds, selection or scores: what benchmarks compare to.
+// The product of encode_topk alone, without bounds, selection or scores, for benchmarks.
 using EncoderProduct = bool (*)(const TopKProblem&, const Parallel&);
 
 }  // namespace sae_fast::cpu

@@ -10,7 +10,7 @@ namespace sae_fast::cpu {
 
 // Row i of the result is (source[rows[i]] - mean) * scale.
 struct RowGather {
-  Rows type;
+  DType type;
   const void* source;     // [.][d_in]
   const int64_t* rows;    // [count]
   const int64_t* places;  // [count]: the row of out that row i goes to; null: i

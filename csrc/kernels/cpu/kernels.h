@@ -1,12 +1,12 @@
 // The table of kernels that every instruction set fills.
 #pragma once
 
-#include "kernels/cpu/correlation.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/dense_product.h"
 #include "kernels/cpu/encode.h"
 #include "kernels/cpu/gather_rows.h"
-#include "kernels/cpu/rows.h"
+#include "kernels/cpu/penalties.h"
+#include "kernels/cpu/update.h"
 
 namespace sae_fast::cpu {
 

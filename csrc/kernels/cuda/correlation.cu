@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// The elements of M are those of two matrices times these, and all of them times `size`.
+// An element of M is (of_own own + of_other other - mean on the diagonal) times `size`.
 struct MatrixScalars {
   double of_own, of_other, mean, size;
 };
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kColumnThreads)
       const int64_t at = n * columns + latent;
       const float p = fmaf(mixed[at], 1.0f / kLowScale, high[at]) * unscale;
       const float z = centred(latents.h[n * latents.d_sae + latent], mean) * inverse;
-      // A silent latent has no gradient, even where that of others is not finite.
+      // A silent latent has no gradient, even if other latents' gradients are not finite.
       const float result = inverse == 0.0f ? 0.0f : size * inverse * fmaf(-along, z, p);
       grad_h[n * latents.d_sae + latent] = result;
     }

@@ -71,7 +71,7 @@ cudaError_t correlation_sums(const CorrelationSums& sums,
 // M of a group, of_own K_own + of_other K_other less the mean of its diagonal, which is along z in
 // M z and would only cost accuracy there: in halves [N, 2N], low ones first, as the product with
 // the halves of Z needs it. M is brought to where no element exceeds the number of latents; `scale`
-// takes back how. Matrices and gradients that are null are none.
+// undoes this. Matrices and gradients that are null count as zeros.
 struct TokenMatrix {
   const float* own;         // [N, N], with gradient of_own = 4 grad_own
   const float* other;       // [N, N], with gradient of_other = 2 grad_other

@@ -1,6 +1,6 @@
 // The moments of one row in an update kernel: read as floats, and written back as they are kept.
-// All threads of the block make one for each row, read and write the columns that are their own,
-// and call finish with what the row is divided by.
+// All threads of the block make one for each row, read and write their columns of it, and call
+// finish with the row's divisor.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@
 
 namespace sae_fast::cuda {
 
-// Where a moment of a row is: its codes, and for kBlocks its scales and a row of shared memory.
+// Where a moment of a row is: its codes, and for kUInt8 its scales and a row of shared memory.
 struct MomentPlace {
   void* codes;    // [F, D]
   float* scales;  // [F, moment_blocks(D)]
@@ -21,11 +21,11 @@ struct MomentPlace {
   uint32_t seed;  // of the row's random bits; not for kFloat32
 };
 
-template <MomentType kType, class Moment>
+template <DType kType, class Moment>
 class RowMoment;
 
 template <class Moment>
-class RowMoment<MomentType::kFloat32, Moment> {
+class RowMoment<DType::kFloat32, Moment> {
  public:
   static constexpr int kSharedRows = 0;
 
@@ -47,7 +47,7 @@ class RowMoment<MomentType::kFloat32, Moment> {
 };
 
 template <class Moment>
-class RowMoment<MomentType::kBFloat16, Moment> {
+class RowMoment<DType::kBFloat16, Moment> {
  public:
   static constexpr int kSharedRows = 0;
 
@@ -84,7 +84,7 @@ class RowMoment<MomentType::kBFloat16, Moment> {
 // A block of columns has one scale, which is known when all of them are: until then the new moments
 // are floats in shared memory. Then every warp takes whole blocks of columns.
 template <class Moment>
-class RowMoment<MomentType::kBlocks, Moment> {
+class RowMoment<DType::kUInt8, Moment> {
  public:
   static constexpr int kSharedRows = 1;
 
@@ -174,7 +174,7 @@ class NoMoment {
 };
 
 // Both moments of a row, or the one that the rule has.
-template <UpdateRule kRule, MomentType kType>
+template <UpdateRule kRule, DType kType>
 class RowMoments {
   using Mean = RowMoment<kType, ExpAvg>;
   using Square = std::conditional_t<has_exp_avg_sq(kRule), RowMoment<kType, ExpAvgSq>, NoMoment>;
@@ -188,7 +188,7 @@ class RowMoments {
 
   __device__ RowMoments(const Moments& moments, int64_t latent, int64_t d_in, float* shared)
       : RowMoments(moments, latent, d_in, shared,
-                   kType == MomentType::kFloat32 ? 0 : moment_seed(*moments.step, latent)) {}
+                   kType == DType::kFloat32 ? 0 : moment_seed(*moments.step, latent)) {}
 
   // The step of kWidth weights of the row; returns the new ones, which are not stored yet.
   template <int kWidth>
@@ -222,7 +222,7 @@ class RowMoments {
         mean_.template write<kWidth>(column, mean);
       }
     }
-    if constexpr (kType == MomentType::kBlocks) {
+    if constexpr (kType == DType::kUInt8) {
       __syncthreads();
       const int warps = static_cast<int>(blockDim.x) / kWarpSize;
       const auto blocks = static_cast<int>(moment_blocks(columns_));

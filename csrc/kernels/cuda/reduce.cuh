@@ -66,7 +66,7 @@ __device__ inline int owned_sum() {
   return (static_cast<int>(threadIdx.x) % kWarpSize) / (kWarpSize / kCount);
 }
 
-// One lane of those that own a sum stores it.
+// One of the lanes that own a sum stores it.
 template <int kCount>
 __device__ inline bool stores_sum() {
   return (static_cast<int>(threadIdx.x) % kWarpSize) % (kWarpSize / kCount) == 0;

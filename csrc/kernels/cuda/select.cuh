@@ -131,7 +131,7 @@ __device__ uint64_t kth_entry_key(int64_t count, int k, BlockSelect& shared, Key
     __syncthreads();
     if (shift == 56) {
       k = min(k, shared.total);
-      __syncthreads();  // everybody has read the total
+      __syncthreads();  // all threads have read the total
       if (thread == 0) shared.total = k;
       if (k == 0) break;
     }

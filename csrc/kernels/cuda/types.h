@@ -7,14 +7,14 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace sae_fast::cuda {
+#include "kernels/common/dtype.h"
 
-enum class DataType { kFloat32, kBFloat16, kFloat16 };
+namespace sae_fast::cuda {
 
 // A device array whose element type is known at run time.
 struct TypedPointer {
   const void* data;
-  DataType type;
+  DType type;
 };
 
 // Which entries of the flat code belong to a row: offsets[row] .. offsets[row + 1], or k each where

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "kernels/common/row_norm.h"
-#include "kernels/cuda/encoder_stats.cuh"
+#include "kernels/cuda/encode/encoder_stats.cuh"
 #include "kernels/cuda/latent_sum.cuh"
 #include "kernels/cuda/moments.cuh"
 
@@ -93,7 +93,7 @@ __device__ inline Vector<float, kWidth> store_weights(const RowState& state, int
                                                       const Vector<float, kWidth>& weights) {
   store<float, kWidth>(state.W + offset, weights);
   if (state.rounded == nullptr) return weights;
-  if (state.rounded_type == DataType::kBFloat16) {
+  if (state.rounded_type == DType::kBFloat16) {
     auto* const copy = static_cast<__nv_bfloat16*>(state.rounded);
     return store<__nv_bfloat16, kWidth>(copy + offset, weights);
   }
@@ -129,7 +129,7 @@ __device__ inline void store_row(const RowState& state, int64_t latent, int64_t 
 
 // One block a latent: its gradient and weights stay in shared memory between the reductions, where
 // each thread reads back only what it wrote itself.
-template <typename Dense, int kWidth, UpdateRule kRule, MomentType kMoments>
+template <typename Dense, int kWidth, UpdateRule kRule, DType kMoments>
 __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
     update_kernel(LatentLists lists, const Dense* __restrict__ dense,
                   const float* __restrict__ shift, const float* __restrict__ extra_grad,
@@ -204,28 +204,27 @@ size_t row_bytes(int64_t rows, int64_t d_in) {
 }
 
 // Rows that update_kernel has in shared memory: gradient, weights, and what the moments take.
-template <UpdateRule kRule, MomentType kMoments>
+template <UpdateRule kRule, DType kMoments>
 constexpr int64_t kUpdateRows = 2 + RowMoments<kRule, kMoments>::kSharedRows;
 
-// Calls call(std::integral_constant of the rule, the same of the type).
+// Calls call(rule, type) with both as std::integral_constant.
 template <typename Call>
-cudaError_t with_moments(UpdateRule wanted, MomentType type, Call&& call) {
+cudaError_t with_moments(UpdateRule wanted, DType type, Call&& call) {
   return with_rule(wanted, [&](auto rule) {
     switch (type) {
-      case MomentType::kBFloat16:
-        return call(rule, std::integral_constant<MomentType, MomentType::kBFloat16>{});
-      case MomentType::kBlocks:
-        return call(rule, std::integral_constant<MomentType, MomentType::kBlocks>{});
-      case MomentType::kFloat32:
-        break;
+      case DType::kBFloat16:
+        return call(rule, std::integral_constant<DType, DType::kBFloat16>{});
+      case DType::kUInt8:
+        return call(rule, std::integral_constant<DType, DType::kUInt8>{});
+      default:
+        return call(rule, std::integral_constant<DType, DType::kFloat32>{});
     }
-    return call(rule, std::integral_constant<MomentType, MomentType::kFloat32>{});
   });
 }
 
 }  // namespace
 
-cudaError_t row_update_max_d_in(UpdateRule rule, MomentType moments, int64_t* d_in) {
+cudaError_t row_update_max_d_in(UpdateRule rule, DType moments, int64_t* d_in) {
   int device = 0;
   int bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -291,7 +290,7 @@ cudaError_t fused_update(const GradientFactors& factors, const RowState& state, 
   const int64_t d_in = factors.d_in;
   return with_moments(rule, state.moments.type, [&](auto known_rule, auto type) {
     constexpr UpdateRule kRule = decltype(known_rule)::value;
-    constexpr MomentType kMoments = decltype(type)::value;
+    constexpr DType kMoments = decltype(type)::value;
     return with_rows<kRowWidth>(
         factors.dense, d_in,
         {factors.shift, factors.extra_grad, state.W, state.moments.exp_avg,

@@ -21,7 +21,7 @@ struct GradientFactors {
 };
 
 // The most columns that shared memory has room for, where the moments of the rule are of this type.
-cudaError_t row_update_max_d_in(UpdateRule rule, MomentType moments, int64_t* d_in);
+cudaError_t row_update_max_d_in(UpdateRule rule, DType moments, int64_t* d_in);
 
 // squared_norm = sum over j of |g_j|^2, g_j less its part along project_onto[j] where that is given
 // (unit rows); sums[j] of the coefficients; the rows that `cache` keeps and where (-1: nowhere).
@@ -40,7 +40,7 @@ struct RowState {
   float* W;         // [F, D]
   Moments moments;  // of W; its step is on the device
   void* rounded;    // [F, D] or null: W in a 16-bit type
-  DataType rounded_type;
+  DType rounded_type;
   float* stats;  // [2, F] or null: row_bounds of the rows and of what rounding took off them
 };
 

@@ -116,14 +116,15 @@ template <int kMaxWidth, typename Call>
 cudaError_t with_rows(TypedPointer rows, int64_t d_in, std::initializer_list<const void*> others,
                       Call&& call) {
   switch (rows.type) {
-    case DataType::kFloat32:
+    case DType::kFloat32:
       return with_width<kMaxWidth, float>(rows.data, d_in, others, call);
-    case DataType::kBFloat16:
+    case DType::kBFloat16:
       return with_width<kMaxWidth, __nv_bfloat16>(rows.data, d_in, others, call);
-    case DataType::kFloat16:
+    case DType::kFloat16:
       return with_width<kMaxWidth, __half>(rows.data, d_in, others, call);
+    default:
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace sae_fast::cuda

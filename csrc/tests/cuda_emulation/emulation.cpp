@@ -91,7 +91,7 @@ void start_block(unsigned threads) {
   }
 }
 
-// One turn for every thread that can go on, but for those of one warp; whether there was any.
+// Gives one turn to every thread that can go on, except one warp's; returns whether any could.
 bool take_turns(std::vector<unsigned>& threads, unsigned held_warp) {
   std::shuffle(threads.begin(), threads.end(), order);
   bool progress = false;
@@ -115,17 +115,17 @@ void run_block(unsigned threads) {
   start_block(threads);
   std::vector<unsigned> all(threads);
   for (unsigned thread = 0; thread < threads; ++thread) all[thread] = thread;
-  const unsigned nobody = threads / kWarpSize;
-  unsigned held_warp = order() % (nobody + 1);
+  const unsigned no_warp = threads / kWarpSize;
+  unsigned held_warp = order() % (no_warp + 1);
   while (running > 0) {
     if (take_turns(all, held_warp)) continue;
-    if (held_warp == nobody) {
+    if (held_warp == no_warp) {
       std::fprintf(stderr, "block %u: %u threads wait at barriers that others never reach\n",
                    blockIdx.x, running);
       std::abort();
     }
-    held_warp = nobody;
-    if (take_turns(all, held_warp)) held_warp = order() % (nobody + 1);
+    held_warp = no_warp;
+    if (take_turns(all, held_warp)) held_warp = order() % (no_warp + 1);
   }
 }
 

@@ -4,10 +4,10 @@
 //   within a group    sum over i != j of (z_i·z_j)² = |K|² - (number of latents that are active)
 //   between groups    sum over i in A, j in B of (z_i·z_j)² = <K_A, K_B>
 // A silent latent takes part in nothing: a sparse code costs what is active of it.
-#include "kernels/cpu/isa/correlation.h"
-
+#include "kernels/cpu/isa/active_latents.h"
 #include "kernels/cpu/isa/gram.h"
-#include "kernels/cpu/isa/latents.h"
+#include "kernels/cpu/isa/kernels.h"
+#include "kernels/cpu/isa/tasks.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -134,13 +134,16 @@ bool group_gram(const cpu::GroupedCodes& codes, const cpu::Correlation& result,
     std::memset(sums + row * parts.unit.padded(), 0,
                 static_cast<size_t>(parts.unit.padded()) * sizeof(double));
   });
-  share_out(parallel, parts.count * panels, [&](int64_t task, int64_t thread) {
-    const int64_t panel = panels - 1 - task / parts.count;  // the longest first
-    const int64_t begin = task % parts.count * parts.rows;
-    const int64_t end = begin + parts.rows < count ? begin + parts.rows : count;
-    gram_panel(parts.unit, begin, end, panel,
-               scratch.panels.as<float>(thread * kGramScratchFloats * 4),
-               sums + task % parts.count * parts.size());
+  SharedLoop tasks(parts.count * panels, 1);
+  parallel.for_each(parallel.threads(), [&](int64_t thread) {
+    auto* const thread_scratch = scratch.panels.as<float>(thread * kGramScratchFloats * 4);
+    for (int64_t task; tasks.take(task);) {
+      const int64_t panel = panels - 1 - task / parts.count;  // the longest first
+      const int64_t begin = task % parts.count * parts.rows;
+      const int64_t end = begin + parts.rows < count ? begin + parts.rows : count;
+      gram_panel(parts.unit, begin, end, panel, thread_scratch,
+                 sums + task % parts.count * parts.size());
+    }
   });
   *squares = finish_gram(parts, sums, scratch.row_squares.as<double>(), gram, parallel);
   return true;

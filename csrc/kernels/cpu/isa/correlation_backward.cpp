@@ -2,8 +2,9 @@
 // tokens times z, less the part along z, which is the normalisation's:
 //   within a group    4 K z
 //   between groups    2 K z with the other group's K
-#include "kernels/cpu/isa/correlation.h"
-#include "kernels/cpu/isa/latents.h"
+#include "kernels/cpu/isa/active_latents.h"
+#include "kernels/cpu/isa/kernels.h"
+#include "kernels/cpu/isa/tasks.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -98,10 +99,12 @@ void group_gradient(const cpu::CorrelationGradient& gradient, const float* matri
                     const int64_t* latents, int64_t count, const Scratch& scratch, float* grad_h,
                     const cpu::Parallel& parallel) {
   const int64_t bytes = 2 * kBlock * gradient.codes.tokens * 4;
-  share_out(parallel, (count + kBlock - 1) / kBlock, [&](int64_t task, int64_t thread) {
-    const int64_t first = task * kBlock;
-    const Latents some(latents + first, count - first, gradient.means, gradient.inverse_norms);
-    gradient_block(gradient.codes, some, matrix, scratch.as<float>(thread * bytes), grad_h);
+  SharedLoop blocks(count, kBlock);
+  parallel.for_each(parallel.threads(), [&](int64_t thread) {
+    for (int64_t first; blocks.take(first);) {
+      const Latents some(latents + first, count - first, gradient.means, gradient.inverse_norms);
+      gradient_block(gradient.codes, some, matrix, scratch.as<float>(thread * bytes), grad_h);
+    }
   });
 }
 

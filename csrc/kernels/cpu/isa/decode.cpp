@@ -1,8 +1,7 @@
 // Decoder kernels at one instruction set. One task a run of tokens; a token's rows of W_dec are
 // gathered once and, for the gradient, read again while they are in the cache.
-#include "kernels/cpu/isa/decode.h"
-
 #include "kernels/cpu/isa/gather.h"
+#include "kernels/cpu/isa/kernels.h"
 #include "kernels/cpu/isa/token_strips.h"
 
 namespace sae_fast::SAE_FAST_ISA {

@@ -2,7 +2,8 @@
 // sum over i != j of (ŵ_i·ŵ_j)² = |ŴᵀŴ|² - (number of rows), and its gradient for ŵ_j is 4 ŴᵀŴ ŵ_j
 // up to a part along ŵ_j, which the normalisation removes.
 #include "kernels/cpu/isa/gram.h"
-#include "kernels/cpu/isa/rows.h"
+#include "kernels/cpu/isa/kernels.h"
+#include "kernels/cpu/isa/tasks.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -87,24 +88,20 @@ bool decorrelation(const float* W, int64_t d_sae, int64_t d_in, double* loss, fl
   auto* S = sums.as<double>();
   std::memset(S, 0, static_cast<size_t>(unit.padded() * unit.padded()) * sizeof(double));
   inverse_norms(W, d_sae, d_in, inverse.as<float>(), parallel);
-  int64_t next = 0;
+  SharedLoop panels(unit.panels(), 1);
   parallel.for_each(threads, [&](int64_t thread) {
-    for (;;) {  // the longest panels first
-      const int64_t panel = unit.panels() - 1 - __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (panel < 0) return;
+    for (int64_t number; panels.take(number);) {
+      const int64_t panel = unit.panels() - 1 - number;  // the longest panels first
       gram_panel(unit, 0, d_sae, panel, scratch.as<float>(thread * floats * 4), S);
     }
   });
   *loss = finish_gram(unit, S, packed.as<float>());
   for (int64_t j = 0; j < d_sae; ++j) *loss -= unit.inverse[j] > 0.0f ? 1.0 : 0.0;
-  next = 0;
+  SharedLoop blocks(d_sae, kBlock);
   parallel.for_each(threads, [&](int64_t thread) {
-    for (;;) {
-      const int64_t first = __atomic_fetch_add(&next, kBlock, __ATOMIC_RELAXED);
-      if (first >= d_sae) return;
-      const int64_t count = d_sae - first < kBlock ? d_sae - first : kBlock;
-      gradient_block(unit, packed.as<float>(), first, count, scratch.as<float>(thread * floats * 4),
-                     grad);
+    for (int64_t first; blocks.take(first);) {
+      gradient_block(unit, packed.as<float>(), first, blocks.end(first) - first,
+                     scratch.as<float>(thread * floats * 4), grad);
     }
   });
   return true;

@@ -5,10 +5,10 @@
 // part of the right operand it packs into its L2: a strip of the left operand stays in L1 while the
 // block's strips pass. What is added to a number of the product, and in which order, depends on the
 // depth alone.
-#include "kernels/cpu/isa/dense_product.h"
-
+#include "kernels/cpu/isa/kernels.h"
 #include "kernels/cpu/isa/simd.h"
 #include "kernels/cpu/isa/sliced_tiles.h"
+#include "kernels/cpu/isa/tasks.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {
@@ -77,14 +77,12 @@ class Product {
       for (int64_t begin = 0; begin < problem_.depth; begin += steps_ * Format::kStepDepth) {
         pack_left(row, count, begin);
         if (is_unsuited_) return cpu::DenseResult::kUnsuited;
-        int64_t next = 0;
+        SharedLoop loop(problem_.columns, block_columns_);
         parallel_.for_each(parallel_.threads(), [&](int64_t thread) {
           Tiles tiles;
           char* packed = right_.as<char>(thread * thread_bytes);
           auto* scales = reinterpret_cast<float*>(packed + block_columns_ * row_bytes);
-          for (;;) {
-            const int64_t column = __atomic_fetch_add(&next, block_columns_, __ATOMIC_RELAXED);
-            if (column >= problem_.columns) return;
+          for (int64_t column; loop.take(column);) {
             multiply_block(tiles, row, count, column, begin, packed, scales);
           }
         });

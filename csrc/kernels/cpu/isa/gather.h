@@ -59,11 +59,11 @@ inline void gather_sum(const T* table, int64_t d_in, const int32_t* indices,
 
 // Calls function(T{}) for the element type of a table.
 template <class Function>
-inline bool with_element(cpu::Rows type, Function&& function) {
+inline bool with_element(DType type, Function&& function) {
   switch (type) {
-    case cpu::Rows::kBFloat16:
+    case DType::kBFloat16:
       return function(BFloat16{});
-    case cpu::Rows::kFloat16:
+    case DType::kFloat16:
       return function(Float16{});
     default:
       return function(0.0f);

@@ -1,8 +1,7 @@
 // The batches of a stream at one instruction set: one pass over each row, which stays in registers
 // between being read as stored and written as float.
-#include "kernels/cpu/isa/gather_rows.h"
-
 #include "kernels/cpu/isa/gather.h"
+#include "kernels/cpu/isa/kernels.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/isa/strips.h"
-#include "kernels/cpu/rows.h"
+#include "kernels/cpu/update.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 
@@ -14,7 +14,7 @@ namespace sae_fast::SAE_FAST_ISA {
 inline bool strips_pay(const cpu::GradientTerms& terms) {
   const int64_t entries = terms.lists.offsets[terms.lists.d_sae];
   const bool projects = terms.project_onto != nullptr;
-  const bool is_float = terms.factor.type == cpu::Rows::kFloat;
+  const bool is_float = terms.factor.type == DType::kFloat32;
   const int64_t least = is_float ? (projects ? 8 : 4) : (projects ? 32 : 10);
   const int64_t wanted = kLanes == 4 && least < 24 ? 24 : least;
   return terms.factor.d_in > 0 && entries >= 8 * terms.factor.tokens &&
@@ -33,8 +33,8 @@ struct GradientRows {
 };
 
 // Sums over the entries, the shift and the extra gradient; not the projection, which needs whole
-// rows. Threads share out strips, so that each is copied about once; what they find of a latent's
-// squared norm waits strip by strip and is added in their order.
+// rows. Threads divide the strips, so that each is copied about once; a latent's squared norm is
+// kept strip by strip and added in the order of the strips.
 template <int kVectors, class T>
 class LatentStrips {
  public:

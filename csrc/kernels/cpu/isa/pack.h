@@ -10,11 +10,11 @@ namespace sae_fast::SAE_FAST_ISA {
 inline void round_row(const cpu::PackedEncoder& encoder, int64_t latent, float* row) {
   const float* from = encoder.W_enc + latent * encoder.d_in;
   const int64_t offset = latent * encoder.d_in;
-  if (encoder.rows == cpu::Rows::kBFloat16) {
+  if (encoder.type == DType::kBFloat16) {
     auto* to = static_cast<BFloat16*>(encoder.rounded) + offset;
     store_rounded(to, from, encoder.d_in);
     for (int64_t i = 0; i < encoder.d_in; ++i) row[i] = to_float(to[i]);
-  } else if (encoder.rows == cpu::Rows::kFloat16) {
+  } else if (encoder.type == DType::kFloat16) {
     auto* to = static_cast<Float16*>(encoder.rounded) + offset;
     store_rounded(to, from, encoder.d_in);
     for (int64_t i = 0; i < encoder.d_in; ++i) row[i] = to_float(to[i]);

@@ -2,8 +2,8 @@
 // of a block is copied side by side, where it stays in L2, and the pairs are visited latent by
 // latent, so that each encoder row is read once a block. Then the next strip.
 //
-// A score is defined as what this gives: the sums of the strips, each a tree over the lanes of one
-// chain of multiply-adds, added one after the other, then the bias. dot_in_strips() gives the same
+// This defines a score: the sums of the strips, each a tree over the lanes of one chain of
+// multiply-adds, added one after the other, then the bias. dot_in_strips() gives the same
 // bits for a single pair.
 #pragma once
 
@@ -28,7 +28,7 @@ inline Vec multiply_strip(const float* x, const T* w) {
   return sum;
 }
 
-// The same of a strip that ends after `width` columns.
+// Multiplies a strip that ends after `width` columns.
 template <class T>
 inline Vec multiply_narrow_strip(const float* x, const T* w, int64_t width) {
   Vec sum = {};

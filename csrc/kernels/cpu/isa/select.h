@@ -110,7 +110,7 @@ inline uint64_t sortable(int32_t key, int64_t position) {
 
 inline int64_t position_of(uint64_t entry) { return static_cast<int64_t>(entry & 0xffffffffu); }
 
-// Sorts by the upper half, equal ones in their old order: least significant digit first, skipping
+// Sorts by the upper half, stably: least significant digit first, skipping
 // digits that all entries share. The result is in `entries`; `spare` is scratch of the same size.
 inline void radix_sort(uint64_t* entries, uint64_t* spare, int64_t count) {
   constexpr int kDigits = 4;
@@ -184,7 +184,7 @@ inline void select_best(const float* values, const int32_t* indices, int64_t cou
     return;
   }
   int64_t kept = 0;
-  if (count > 2 * k + 64) {  // drop what is not among the best before sorting
+  if (count > 2 * k + 64) {  // drop all but the best before sorting
     const int32_t bound = kth_largest(keys, count, k);
     for (int64_t i = 0; i < count; ++i) {
       if (keys[i] >= bound) order[kept++] = sortable(keys[i], i);

@@ -96,7 +96,7 @@ inline Vec vec_abs(Vec value) { return (Vec)((VecInt)value & (VecInt{} + 0x7ffff
 
 inline Vec vec_max(Vec a, Vec b) { return a > b ? a : b; }
 
-// Always the same tree, halves onto halves, so that a sum has one value per instruction set.
+// Adds halves onto halves, always in this tree: a sum has one value per instruction set.
 inline float reduce_add(Vec value) {
 #if defined(__AVX2__)
 #if defined(__AVX512F__)
@@ -226,7 +226,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(memory_); }
 
-  // False where the memory is not to be had.
+  // Returns false if the memory could not be allocated.
   bool reset(int64_t bytes) {
     std::free(memory_);
     const size_t wanted = static_cast<size_t>(bytes > 0 ? bytes : 1);

@@ -188,11 +188,10 @@ struct EntryLists {
   }
 };
 
-// Calls piece(thread, strip, first, end) so that every strip meets every list, with about as many
-// entries for each thread. Either each thread has lists of its own and all strips for them, one
-// after the other, and copies every strip for itself; or, where `by_strips`, threads have strips
-// of their own, and a strip is copied only by the few that share it, but then results of different
-// strips for one list come from different threads.
+// Calls piece(thread, strip, first, end) for every strip and every list, with about as many entries
+// for each thread. Without `by_strips` the threads divide the lists: each goes through all strips
+// and copies every one of them. With it they divide the strips: few threads copy a strip, but the
+// results of different strips for one list come from different threads.
 template <class Piece>
 inline void share_pieces(const EntryLists& lists, int64_t strips, bool by_strips,
                          const cpu::Parallel& parallel, Piece&& piece) {

@@ -1,11 +1,5 @@
 // This instruction set's table of kernels.
-#include "kernels/cpu/isa/correlation.h"
-#include "kernels/cpu/isa/decode.h"
-#include "kernels/cpu/isa/dense_product.h"
-#include "kernels/cpu/isa/encode.h"
-#include "kernels/cpu/isa/gather_rows.h"
-#include "kernels/cpu/isa/rows.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/isa/kernels.h"
 
 #define SAE_FAST_STRING(name) #name
 #define SAE_FAST_NAME(name) SAE_FAST_STRING(name)

@@ -1,6 +1,6 @@
-// What passes a row's threshold, found while the tile unit works on the next sums: a few rows after
-// every k-step, since a reorder buffer holds half a dozen of them. Nothing branches on the data,
-// and what is found goes to one log: the lists of all rows do not stay in the cache beside the
+// Finds the scores that pass a row's threshold while the tile unit works on the next sums: a few
+// rows after every k-step, since a reorder buffer holds half a dozen of them. Nothing branches on
+// the data, and all rows share one log: their lists would not stay in the cache beside the
 // operands.
 #pragma once
 
@@ -39,7 +39,7 @@ class TileFilter {
       : thresholds_(thresholds), log_(log), flush_(flush) {}
 
   // Takes on a block of sums [2][2][16][16] of rows from `first_row` on, for latents whose biases
-  // are the 32 from `bias` on; what is left of the one before is done first.
+  // are the 32 from `bias` on; the rest of the block before is done first.
   void begin(const float* sums, int64_t first_row, const float* bias) {
     finish();
     sums_ = sums;

@@ -1,6 +1,6 @@
-// The tile operations of AMX that the products use: eight registers of 16 rows of 64 bytes. On
-// hardware, or with SAE_FAST_EMULATE_TILES in memory, bit for bit the same, so that every processor
-// can test the kernels that are written on them.
+// The tile operations of AMX that the products use: eight registers of 16 rows of 64 bytes. They
+// run on hardware or, with SAE_FAST_EMULATE_TILES, in memory with the same bits, so that every
+// processor can test the kernels that use them.
 #pragma once
 
 #include <cmath>
@@ -127,7 +127,7 @@ class Tiles {
                  :
                  : "r"(from), "r"(int64_t{kTileRowBytes}), "i"(kTile), "m"(tile_at(from)));
   }
-  // The same with the hint that it is read from L2: it does not displace what stays in L1.
+  // Loads with the hint to read from L2: the tile displaces nothing in L1.
   template <int kTile>
   void load_streamed(const void* from) {
     asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"

@@ -84,7 +84,7 @@ class RangedCode {
 
 enum class TokenWork { kDecode, kDecodeBackward, kReconstruct };
 
-// Whether threads share strips out instead of tokens: where each thread of its own tokens would use
+// Returns true if threads divide strips instead of tokens: if each thread with its tokens would use
 // a row of a strip so few times that copying all strips would take as long. With more uses sums
 // apart for every strip cost more than copies (measured with 2 threads: even at 11 uses, a third
 // slower at 21); with very many they would also take more memory than W_dec.
@@ -99,10 +99,10 @@ inline bool shares_strips(int64_t entries, int64_t d_sae, int64_t threads) {
 inline bool strips_pay(TokenWork work, const cpu::Code& code, const cpu::Decoder& decoder) {
   const int64_t entries = code.begin(code.tokens);
   if (entries == 0 || decoder.d_in == 0) return false;
-  const int64_t bytes = decoder.d_sae * decoder.d_in * (decoder.type == cpu::Rows::kFloat ? 4 : 2);
+  const int64_t bytes = decoder.d_sae * decoder.d_in * (decoder.type == DType::kFloat32 ? 4 : 2);
   if (work == TokenWork::kDecode && bytes <= 2 * kStripBytes) return false;
   const int64_t ranges = StripPlan(decoder.d_sae, decoder.d_in).ranges;
-  const int64_t wanted = (decoder.type == cpu::Rows::kFloat ? 8 : 16) * (ranges > 1 ? 3 : 1);
+  const int64_t wanted = (decoder.type == DType::kFloat32 ? 8 : 16) * (ranges > 1 ? 3 : 1);
   return entries >= wanted * decoder.d_sae && entries >= wanted * ranges * code.tokens;
 }
 

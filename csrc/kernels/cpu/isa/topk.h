@@ -2,8 +2,8 @@
 // of a whole batch the threshold is the batch's floor, and what passes is collected, not ranked.
 #pragma once
 
-#include "kernels/cpu/isa/batch.h"
-#include "kernels/cpu/isa/screen.h"
+#include "kernels/cpu/isa/batch_topk.h"
+#include "kernels/cpu/isa/token_block.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 
@@ -46,18 +46,18 @@ class TopKWorker {
       : problem_(problem), bounds_(bounds), rows_(rows), positions_(positions), floor_(floor) {
     const int64_t d_sae = problem.encoder.d_sae;
     main_.k = floor == nullptr ? problem.k : INT64_MAX;  // a token may have any number of the best
-    main_.capacity = main_capacity(problem, floor != nullptr) + bounds.special_count;
-    main_.reserved = aux_.reserved = bounds.special_count;
+    main_.capacity = main_capacity(problem, floor != nullptr) + bounds.outlier_count;
+    main_.reserved = aux_.reserved = bounds.outlier_count;
     aux_.k = problem.k_aux < bounds.dead_count ? problem.k_aux : bounds.dead_count;
-    aux_.capacity = CandidateRows::capacity_for(aux_.k, d_sae) + bounds.special_count;
+    aux_.capacity = CandidateRows::capacity_for(aux_.k, d_sae) + bounds.outlier_count;
   }
 
   static int64_t bytes_per_row(const cpu::TopKProblem& problem, const LatentBounds& bounds,
                                bool batch) {
     const int64_t d_sae = problem.encoder.d_sae;
-    int64_t entries = main_capacity(problem, batch) + bounds.special_count;
+    int64_t entries = main_capacity(problem, batch) + bounds.outlier_count;
     if (problem.k_aux > 0) {
-      entries += CandidateRows::capacity_for(problem.k_aux, d_sae) + bounds.special_count;
+      entries += CandidateRows::capacity_for(problem.k_aux, d_sae) + bounds.outlier_count;
     }
     return entries * (8 + 16);  // a candidate and a pair
   }
@@ -287,8 +287,8 @@ class TopKWorker {
           static_cast<int32_t>(keep_at_least(from.row_values(row), from.row_indices(row),
                                              from.counts[row], kth - 2.0f * block_.error(row)));
     }
-    for (int64_t i = 0; i < bounds_.special_count; ++i) {
-      const int32_t latent = bounds_.special[i];
+    for (int64_t i = 0; i < bounds_.outlier_count; ++i) {
+      const int32_t latent = bounds_.outliers[i];
       if (is_main || is_dead(latent)) insert(from, row, latent);
     }
   }
@@ -340,7 +340,7 @@ class TopKWorker {
   template <class Function>
   void each_candidate(const CandidateRows& from, int64_t row, Function&& function) {
     if (from.failed[row] != 0) return;
-    if (bounds_.special_count == 0 && kSumsAreScores<Product, T>) return;
+    if (bounds_.outlier_count == 0 && kSumsAreScores<Product, T>) return;
     const auto first = static_cast<int32_t>(row * from.capacity);  // block_rows keeps it in int32
     for (int32_t i = 0; i < from.counts[row]; ++i) {
       const int32_t latent = from.row_indices(row)[i];

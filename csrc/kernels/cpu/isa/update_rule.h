@@ -1,9 +1,9 @@
-// The step of a weight row, whatever the rule and whatever its moments are stored as: in 16 and 8
+// The step of a weight row for every rule and every type of its moments: in 16 and 8
 // bits they are floats for as long as a block of columns is in the first cache.
 #pragma once
 
 #include "kernels/cpu/isa/moment_codes.h"
-#include "kernels/cpu/rows.h"
+#include "kernels/cpu/update.h"
 
 namespace sae_fast::SAE_FAST_ISA {
 
@@ -162,8 +162,7 @@ template <class Format>
 inline BlockMoment<Format, ExpAvg> block_mean(const Moments& moments, int64_t row_start,
                                               int64_t first, int64_t size, int64_t place,
                                               float* floats) {
-  float* const scale =
-      moments.type == MomentType::kBlocks ? moments.exp_avg_scale + place : nullptr;
+  float* const scale = moments.type == DType::kUInt8 ? moments.exp_avg_scale + place : nullptr;
   return {moments.exp_avg, row_start + first, size, scale, floats};
 }
 
@@ -181,7 +180,7 @@ inline void update_blocks(const UpdateScalars& scalars, const float* grad, int64
     fill_random(seed, first, random);
     if constexpr (has_exp_avg_sq(kRule)) {
       alignas(64) float squares[kMomentBlock];
-      const bool scaled = moments.type == MomentType::kBlocks;
+      const bool scaled = moments.type == DType::kUInt8;
       const BlockMoment<Format, ExpAvgSq> square(
           moments.exp_avg_sq, start + first, size,
           scaled ? moments.exp_avg_sq_scale + place : nullptr, squares);
@@ -194,12 +193,12 @@ inline void update_blocks(const UpdateScalars& scalars, const float* grad, int64
   });
 }
 
-// The step of row `latent`; weight [d_in] and grad [d_in] or null are the row's own.
+// The step of row `latent`; weight [d_in] is the row, grad [d_in] its gradient or null.
 template <UpdateRule kRule>
 inline void update_weights(const UpdateScalars& scalars, const float* grad, int64_t d_in,
                            int64_t latent, const Moments& moments, float* weight) {
   switch (moments.type) {
-    case MomentType::kFloat32: {
+    case DType::kFloat32: {
       const int64_t start = latent * d_in;
       auto* const squares = static_cast<float*>(moments.exp_avg_sq);
       update_floats<kRule>(scalars, grad, d_in, weight,
@@ -207,18 +206,17 @@ inline void update_weights(const UpdateScalars& scalars, const float* grad, int6
                            has_exp_avg_sq(kRule) ? squares + start : nullptr);
       return;
     }
-    case MomentType::kBFloat16:
+    case DType::kBFloat16:
       update_blocks<kRule, MomentsIn16>(scalars, grad, d_in, latent, moments, weight);
       return;
-    case MomentType::kBlocks:
+    default:
       update_blocks<kRule, MomentsIn8>(scalars, grad, d_in, latent, moments, weight);
-      return;
   }
 }
 
-// Floats that update_scaled_weights wants for a row.
-inline int64_t held_floats(UpdateRule rule, MomentType type, int64_t d_in) {
-  const bool needed = scales_with_weights(rule) && type != MomentType::kFloat32;
+// Floats of scratch that update_scaled_weights needs for a row.
+inline int64_t held_floats(UpdateRule rule, DType type, int64_t d_in) {
+  const bool needed = scales_with_weights(rule) && type != DType::kFloat32;
   return needed ? moment_blocks(d_in) * kMomentBlock : 0;
 }
 
@@ -230,8 +228,8 @@ inline void divide_row(float* row, float divisor, int64_t size) {
   for (; i < size; ++i) row[i] /= divisor;
 }
 
-// The same of codes that can be written only when the row's divisor is known: until then the
-// moments are floats in `held`. divide(moments, their number) divides weights and moments.
+// Updates moments in codes, which can be written only when the row's divisor is known: until then
+// they are floats in `held`. divide(moments, their number) divides weights and moments.
 template <UpdateRule kRule, class Format, class Divide>
 inline void update_held_blocks(const UpdateScalars& scalars, const float* grad, int64_t d_in,
                                int64_t latent, const Moments& moments, float* weight, float* held,
@@ -256,20 +254,19 @@ inline void update_scaled_weights(const UpdateScalars& scalars, const float* gra
                                   int64_t latent, const Moments& moments, float* weight,
                                   float* held, Divide&& divide) {
   switch (moments.type) {
-    case MomentType::kFloat32: {
-      auto* const own = static_cast<float*>(moments.exp_avg) + latent * d_in;
-      update_floats<kRule>(scalars, grad, d_in, weight, own, nullptr);
-      divide(own, d_in);
+    case DType::kFloat32: {
+      auto* const exp_avg = static_cast<float*>(moments.exp_avg) + latent * d_in;
+      update_floats<kRule>(scalars, grad, d_in, weight, exp_avg, nullptr);
+      divide(exp_avg, d_in);
       return;
     }
-    case MomentType::kBFloat16:
+    case DType::kBFloat16:
       update_held_blocks<kRule, MomentsIn16>(scalars, grad, d_in, latent, moments, weight, held,
                                              divide);
       return;
-    case MomentType::kBlocks:
+    default:
       update_held_blocks<kRule, MomentsIn8>(scalars, grad, d_in, latent, moments, weight, held,
                                             divide);
-      return;
   }
 }
 
