@@ -210,6 +210,7 @@ def ops_page() -> str:
         "plain PyTorch in `sae_fast/ops/`, which is the fallback without compiled kernels and the "
         "oracle of the tests.",
         intro,
+        importlib.import_module("sae_fast.ops.registry").op_table(),
     ]
     for comment, quoted in re.findall(r"((?:  //.*\n)+)  m\.def\(\s*((?:\s*\".*\"\s*)+)\);", body):
         schema = "".join(json.loads(part) for part in re.findall(r"\"(?:[^\"\\]|\\.)*\"", quoted))

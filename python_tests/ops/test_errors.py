@@ -55,7 +55,7 @@ def declared_tensors():
     """The tensors of every op whose shape is declared: an array of one more axis is wrong."""
     for op, given in ARGUMENTS.items():
         for name, form in OPS[op].forms.items():
-            any_shape = form.sizes in (("any",), ("opaque",))
+            any_shape = form.is_opaque or form.sizes == ("any",)
             if not any_shape and given[name] is not None:
                 yield op, name
 

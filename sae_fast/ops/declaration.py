@@ -54,6 +54,11 @@ class Form(NamedTuple):
         sizes = tuple(without.split())
         return cls(sizes, tuple(listed.split()), given.strip(), dtype.strip() or "float32")
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whether only the compiled op can judge the tensor."""
+        return self.sizes == ("opaque",)
+
     def of(self, known: Known) -> tuple[str, ...]:
         """Return the words for the sizes in this call."""
         return self.sizes_with if self.given and known[self.given] is not None else self.sizes
@@ -72,7 +77,7 @@ class Form(NamedTuple):
 
 
 def _shape_text(sizes: tuple[str, ...]) -> str:
-    if sizes[0] in ("any", "like", "opaque"):
+    if sizes[0] in ("any", "like"):
         return " ".join(sizes)
     return f"[{'' if sizes == ('scalar',) else ', '.join(sizes)}]".replace("?", "")
 
@@ -101,6 +106,10 @@ class Op:
     conditions: Sequence[Condition]
     data: Sequence[Condition]
     has_derivative: bool
+
+    def is_optional(self, argument: str) -> bool:
+        """Tell if an argument is a tensor that may be None."""
+        return argument in self.forms and argument not in self.needed
 
     def check(self, *arguments: Any) -> Known:
         """Raise RuntimeError for arguments that do not fit; return them and the sizes by name."""
@@ -136,7 +145,7 @@ class Op:
 
     def _check_tensor(self, call: Call, name: str, form: Form, known: Known) -> None:
         sizes, tensor = form.of(known), known[name]
-        if sizes == ("opaque",):
+        if form.is_opaque:
             return
         if sizes[0] == "like":
             call.same_shape(name, tensor, sizes[1], known[sizes[1]])

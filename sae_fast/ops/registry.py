@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_fast.ops import native, reference
 from sae_fast.ops.checks import MOST_ENTRIES, Call, dtype_name
 from sae_fast.ops.declaration import (
+    Form,
     Known,
     Op,
     at_least,
@@ -368,24 +369,24 @@ def differentiable(name: str, setup_context: Callable[..., None]) -> Callable[[_
 def op_table() -> str:
     """Return all ops as a Markdown table: what they compute, their arguments and results."""
     lines = ["| op | arguments | results |", "|---|---|---|"]
-    for name, declared in OPS.items():
-        summary = (getattr(reference, name).__doc__ or "").split("\n\n")[0]
-        texts = {argument: form.text() for argument, form in declared.forms.items()}
+    for declared in OPS.values():
+        text = (getattr(reference, declared.name).__doc__ or "").split("\n\n")[0]
+        summary = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+        returns = declared.returns if isinstance(declared.returns, dict) else {}
         arguments = [
-            " ".join([f"`{argument}`", texts.get(argument, "")]).strip()
-            + ("" if argument not in texts or argument in declared.needed else ", optional")
+            _cell(argument, declared.forms.get(argument))
+            + (", optional" if declared.is_optional(argument) else "")
             for argument in declared.arguments
         ]
-        forms = declared.returns if isinstance(declared.returns, dict) else {}
-        results = [
-            f"`{result}` {forms[result].text()}" if result in forms else f"`{result}`"
-            for result in declared.results
-        ]
-        if declared.written:
-            results += [f"`{argument}`, in place" for argument in declared.written]
-        described = f"`{name}`: {' '.join(summary.split())}".replace("|", "\\|")
-        lines.append(f"| {described} | {'; '.join(arguments)} | {'; '.join(results)} |")
+        results = [_cell(result, returns.get(result)) for result in declared.results]
+        results += [f"`{argument}`, in place" for argument in declared.written]
+        cells = [f"`{declared.name}`: {summary}", "; ".join(arguments), "; ".join(results)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(name: str, form: Form | None) -> str:
+    return f"`{name}`" if form is None or form.is_opaque else f"`{name} {form.text()}`"
 
 
 def _define_reference() -> torch.library.Library:

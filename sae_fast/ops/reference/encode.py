@@ -54,7 +54,7 @@ def encode_batch_topk(
     stats: Tensor | None,
     rounded: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the N*k largest positive pre-activations as CSR rows, and aux as encode_topk does."""
+    """Return the N k largest positive pre-activations as CSR rows, and aux as encode_topk does."""
     n_rows, d_sae = x.size(0), W_enc.size(0)
     budget = n_rows * k
     values, places = x.new_empty(0), x.new_empty(0, dtype=torch.int64)
