@@ -26,12 +26,13 @@ struct DenseProblem {
 };
 
 // kUnsuited: this instruction set has no tiles, or an operand has numbers of 2^100 or more,
-// infinities or NaN, and is not rounded; the product was not made. kNoMemory: for scratch space.
+// infinities or NaN, and is not rounded; the product was not computed. kNoMemory: for scratch
+// space.
 enum class DenseResult { kDone, kUnsuited, kNoMemory };
 
 using DenseProduct = DenseResult (*)(const DenseProblem& problem, const Parallel& parallel);
 
-// Bias and ReLU for a product that was made elsewhere.
+// Adds bias and applies ReLU to a product that was computed elsewhere.
 using FinishProduct = void (*)(const DenseProblem& problem, const Parallel& parallel);
 
 }  // namespace sae_fast::cpu

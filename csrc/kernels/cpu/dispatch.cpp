@@ -49,7 +49,7 @@ bool has_tiles() {
   return (edx & kBFloat16) != 0 && (edx & kTiles) != 0 && (edx & kInt8) != 0;
 }
 
-// Linux hands out the 8 KB of tile registers on request, once a process: 0, or the error. It
+// Asks Linux for the tile registers, once a process; returns 0 or the error. It
 // refuses before version 5.16, in some sandboxes, and where a thread has a small signal stack.
 int request_tiles() {
 #if defined(SYS_arch_prctl)

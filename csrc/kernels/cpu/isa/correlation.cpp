@@ -3,7 +3,7 @@
 // sum of z_i z_iᵀ over a group:
 //   within a group    sum over i != j of (z_i·z_j)² = |K|² - (number of latents that are active)
 //   between groups    sum over i in A, j in B of (z_i·z_j)² = <K_A, K_B>
-// A silent latent takes part in nothing: a sparse code costs what is active of it.
+// A silent latent counts in no sum: the cost of a sparse code depends on its active latents.
 #include "kernels/cpu/isa/active_latents.h"
 #include "kernels/cpu/isa/gram.h"
 #include "kernels/cpu/isa/kernels.h"
@@ -108,8 +108,8 @@ struct GramScratch {
   Scratch rows, inverse, sums, row_squares, panels;
 };
 
-// The Gram matrix of `count` active latents, and its squared length in `squares`; false where
-// memory is short.
+// The Gram matrix of `count` active latents, and its squared length in `squares`. Returns false if
+// memory ran out.
 bool group_gram(const cpu::GroupedCodes& codes, const cpu::Correlation& result,
                 const int64_t* latents, int64_t count, GramScratch& scratch, float* gram,
                 double* squares, const cpu::Parallel& parallel) {

@@ -1,6 +1,6 @@
 // Products of dense matrices on tiles, see sliced_tiles.h.
 //
-// The depth is gone through in passes of equal length. In a pass the left operand's rows are packed
+// The depth is divided into passes of equal length. In a pass the left operand's rows are packed
 // as a whole, 4096 of them at most, and every thread takes blocks of columns of the product, whose
 // part of the right operand it packs into its L2: a strip of the left operand stays in L1 while the
 // block's strips pass. What is added to a number of the product, and in which order, depends on the
@@ -97,7 +97,7 @@ class Product {
 
   int64_t strip_bytes() const { return steps_ * Format::kStepBytes; }
 
-  // Packs `rows` rows of an operand from `first` on, and as much of nothing as fills a block.
+  // Packs `rows` rows of an operand from `first` on, and zeros that fill the block up.
   template <bool kRight>
   void pack(const cpu::Operand& operand, int64_t first, int64_t rows, int64_t begin, char* to,
             float* scales) {

@@ -6,11 +6,11 @@
 
 namespace sae_fast::SAE_FAST_ISA {
 
-// Whether strips beat whole rows, from shapes alone: copying pays with so many entries a token,
-// visiting a latent once a strip with so many a latent. Rows of 16 bits gain less, and a projection
-// needs one more pass over the rows. Measured at F = 3072 to 32768: at these numbers strips are
-// even or a little ahead, at 21 entries a latent twice as fast (float, no projection). Short
-// vectors take so long for the sums that little is left to gain: there strips are even at 21.
+// Returns true if strips beat whole rows, from shapes alone: copying pays with so many entries a
+// token, visiting a latent once a strip with so many a latent. Rows of 16 bits gain less, and a
+// projection needs one more pass over the rows. Measured at F = 3072 to 32768: at these numbers
+// strips are even or a little ahead, at 21 entries a latent twice as fast (float, no projection).
+// Short vectors take so long for the sums that little is left to gain: there strips are even at 21.
 inline bool strips_pay(const cpu::GradientTerms& terms) {
   const int64_t entries = terms.lists.offsets[terms.lists.d_sae];
   const bool projects = terms.project_onto != nullptr;
@@ -63,7 +63,7 @@ class LatentStrips {
 
  private:
   static constexpr int64_t kColumns = kVectors * kLanes;
-  // Latents that pass through all ranges before others do: their sums have to wait somewhere.
+  // Latents that go through all ranges before others do, because their sums need memory.
   static constexpr int64_t kRangedLatents = 8192;
   using Row = StripRow<kVectors>;
 
@@ -186,7 +186,7 @@ class LatentStrips {
     }
   }
 
-  // What belongs to the gradient beside the sum over entries, in the order of finish_gradient.
+  // Adds the parts of the gradient beside the sum over entries, in the order of finish_gradient.
   void finish(const Piece& piece, int64_t latent, Row& row) const {
     const int64_t d_in = terms_.factor.d_in;
     if (terms_.factor.shift != nullptr) {

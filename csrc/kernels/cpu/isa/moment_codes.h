@@ -9,8 +9,8 @@ namespace sae_fast::SAE_FAST_ISA {
 typedef uint32_t VecUint __attribute__((vector_size(kLanes * 4)));
 static_assert(kMomentBlock % kLanes == 0, "blocks are read and written in whole vectors");
 
-// The next kLanes codes. In words of their own where there are any: GCC 12 takes the portable form
-// apart, element by element.
+// The next kLanes codes. By instructions for it where there are any: GCC 12 compiles the portable
+// form to one load for each element.
 inline VecUint load_codes(const uint16_t* from) {
 #if defined(__AVX512F__)
   return (VecUint)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
@@ -79,8 +79,8 @@ inline VecUint load_bits(const void* from) {
   return bits;
 }
 
-// A block of codes as they are kept; every function below is on whole blocks, of which a short
-// one's rest is zeros.
+// A block of codes as they are stored. Every function below takes whole blocks; a short block is
+// filled up with zeros.
 struct MomentsIn16 {
   using Code = uint16_t;
 

@@ -1,4 +1,4 @@
-// Packing of the encoder's rows into panels, used by pack_encoder and by the optimiser's update.
+// Packing of the encoder's rows into panels, used by pack_encoder and by the optimizer's update.
 #pragma once
 
 #include "kernels/cpu/encode.h"

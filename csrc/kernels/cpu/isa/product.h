@@ -3,8 +3,8 @@
 //
 // Integers, because one int16 multiply-add instruction does twice the work of a float one and sums
 // without rounding. A row is scaled so that its quantised L2 norm stays below 2^15.5: by
-// Cauchy-Schwarz no sum of products, nor any part of one, can leave int32. What is lost is the
-// rounding of the two operands alone, about 1e-4 of |x||w|: ten times less than bfloat16 loses.
+// Cauchy-Schwarz no sum of products, nor any part of one, can leave int32. The error is the
+// rounding of the two operands alone, about 1e-4 of |x||w|: a tenth of bfloat16's.
 #pragma once
 
 #include "kernels/cpu/isa/transpose.h"
@@ -13,7 +13,7 @@ namespace sae_fast::SAE_FAST_ISA {
 
 constexpr int kPanel = 64;  // latents side by side in a packed panel
 
-// What a packed row stands for: scale * integers. norm and error are upper bounds on |row| and on
+// A packed row stands for scale * integers. norm and error are upper bounds on |row| and on
 // |row - scale * integers|; both are infinite where the row is not finite.
 struct RowStats {
   float scale;
@@ -251,14 +251,14 @@ inline void multiply_panel(const Element* groups, int64_t rows, const Element* p
   } while (begin < steps);
 }
 
-// What a product is made of: the elements of packed rows and of sums, and the functions that pack
-// rows of x and multiply a block of them with a panel. `Registers` stands for what the processor
-// must be told before and after.
+// A product has the types of packed elements and of sums, and the functions that pack rows of x and
+// multiply a block of them with a panel. `Registers` sets the processor up before and resets it
+// after.
 struct NoRegisters {
   NoRegisters() {}  // not trivial: an object of it is no unused variable
 };
 
-// What the micro-kernels above share: a product in groups of kGroup rows.
+// The part that the micro-kernels above share: a product in groups of kGroup rows.
 template <class ElementType>
 struct GroupedProduct {
   using Element = ElementType;
@@ -266,13 +266,13 @@ struct GroupedProduct {
   using Registers = NoRegisters;
   static constexpr int kGroup = SAE_FAST_ISA::kGroup;
 
-  // Puts a packed row to its position among the rows of a block.
+  // Writes a packed row to its position among the rows of a block.
   static void place(const Element* row, int64_t steps, int64_t position, Element* groups) {
     Element* to = groups + (position / kGroup) * kGroup * steps + position % kGroup;
     for (int64_t step = 0; step < steps; ++step) to[step * kGroup] = row[step];
   }
 
-  // Puts 16 packed rows of `steps` to latents [first, first + 16) of a panel of `panel_steps`.
+  // Writes 16 packed rows of `steps` to latents [first, first + 16) of a panel of `panel_steps`.
   static void place_latents(const int32_t* rows, int64_t panel_steps, int64_t steps, int64_t first,
                             int32_t* panel) {
     write_columns(rows, steps, steps, panel + first, kPanel);
@@ -288,10 +288,10 @@ struct GroupedProduct {
     return rows < 96 ? 96 : (rows > 240 ? 240 : rows);
   }
 
-  // Sums that `positions` rows need room for.
+  // The most sums of `positions` rows.
   static int64_t most_sums(int64_t positions) { return positions * kPanel; }
 
-  // Where the sums of a row of a block stand, from a latent of the panel on.
+  // Returns the sums of a row of a block, from a latent of the panel on.
   static const Element* sums_at(const Element* sums, int64_t row, int64_t latent) {
     return sums + row * kPanel + latent;
   }

@@ -139,7 +139,7 @@ inline void radix_sort(uint64_t* entries, uint64_t* spare, int64_t count) {
   if (from != entries) std::memcpy(entries, from, static_cast<size_t>(count) * sizeof(uint64_t));
 }
 
-inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }  // a NaN stays
+inline float relu(float value) { return value <= 0.0f ? 0.0f : value; }  // NaN stays NaN
 
 // Few candidates: each counts how many come before it. `keys` has room for 16 more, so that the
 // count runs in whole vectors.
@@ -202,7 +202,7 @@ inline void select_best(const float* values, const int32_t* indices, int64_t cou
 
 // Candidates of several rows: those whose approximate pre-activation reached the row's threshold,
 // by ascending index. A row that cannot be held in its buffer, because too many candidates lie
-// within the error bound of the k-th, is given up (`failed`) and left to the exact path.
+// within the error bound of the k-th, is marked (`failed`) and goes to the exact path.
 class CandidateRows {
  public:
   int64_t k = 0;         // as many as the result needs
@@ -222,7 +222,7 @@ class CandidateRows {
   }
   static int64_t bytes_per_row(int64_t capacity) { return capacity * 8 + 20; }
 
-  // Lays the arrays of `rows` rows out in `memory`.
+  // Places the arrays of `rows` rows in `memory`.
   void place(char* memory, int64_t rows) {
     values = reinterpret_cast<float*>(memory);
     indices = reinterpret_cast<int32_t*>(values + rows * capacity);
@@ -250,7 +250,8 @@ class CandidateRows {
     return value_of_key(near_kth_largest(keys, counts[row], k, kSlack));
   }
 
-  // Makes room for another panel: nothing more than `margin` below the k-th can be among the best.
+  // Makes room for another panel: drops entries more than `margin` below the k-th, which cannot be
+  // among the best.
   void shrink_if_full(int64_t row, float margin, int32_t* keys) const {
     const int64_t room = capacity - reserved - kPanelRoom;
     if (counts[row] <= room) return;

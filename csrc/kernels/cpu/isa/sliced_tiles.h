@@ -11,7 +11,7 @@
 // and cut into three slices of signed bytes, q = 2^16 s_0 + 2^8 s_1 + s_2. Of the nine products of
 // slices the six of the highest weight are made; their integer sums are exact.
 //
-// What is lost of a pair of parts of length d, with u = 2^-24 and |x|, |w| their largest numbers:
+// The error of a pair of parts of length d, with u = 2^-24 and |x|, |w| their largest numbers:
 // scaling and rounding change a number of x by up to 2.1 u |x|, a number of w by up to 2.1 u |w|;
 // leaving out 2^8 (s_1 s'_2 + s_2 s'_1) + s_2 s'_2 < 2^23.01 changes a product of two numbers by up
 // to 2.1 u |x||w|. The sum loses at most 6.3 u d |x||w|, typically u sqrt(d) |x||w| / 2, because
@@ -79,8 +79,8 @@ struct Int8Slices {
   static constexpr int64_t kStepBytes = kSlices * kTileBytes;
   static constexpr int64_t kSums = kSlices * kTileSums;
 
-  // Writes strips as [strip][step][slice][tile]; `scales` [16 strips] is what the integers of a row
-  // are multiplied by. False where a number is too large.
+  // Writes strips as [strip][step][slice][tile]; the integers of a row are multiplied by its
+  // number in `scales` [16 strips]. Returns false if a number is too large.
   template <bool kRight>
   static bool pack(const RowPart& part, int64_t steps, char* to, float* scales) {
     alignas(64) int32_t largest[kPackedRows] = {};

@@ -8,7 +8,7 @@
 
 namespace sae_fast::SAE_FAST_ISA {
 
-// What a strip may take up of L2, which has 1 MB on many processors with AVX-512 and 2 MB on all
+// The part of L2 that a strip may fill. L2 has 1 MB on many processors with AVX-512 and 2 MB on all
 // with tiles. A narrower strip that fits with room to spare loses more by the second visit to every
 // token than it gains: 4096 rows of 32 columns took a third longer than of 64.
 #if defined(SAE_FAST_TILES)
@@ -108,7 +108,7 @@ inline void prefetch_for_writing(const void* row, int64_t bytes) {
   const char* line = static_cast<const char*>(row);
   for (int64_t offset = 0; offset < bytes; offset += 64) {
 #if defined(__x86_64__)
-    // The compiler has it only of processors that are told to have it; others do nothing.
+    // The compiler has this instruction only for some processors; for others this does nothing.
     asm volatile("prefetchw %0" : : "m"(line[offset]));
 #else
     __builtin_prefetch(line + offset, 1, 3);
@@ -165,7 +165,7 @@ inline void dots_with_strip(const float* strip, int64_t first_row, const int32_t
   store_tail(dots + i, fresh ? result : load_tail(dots + i, rest) + result, rest);
 }
 
-// Lists of entries, one after the other, as work to share out: of every token or of every latent.
+// Lists of entries, of every token or of every latent, as work to divide among threads.
 struct EntryLists {
   const int64_t* offsets;  // [count + 1], or null where each has k entries
   int64_t k, count;

@@ -94,7 +94,7 @@ class Tiles {
 
 // The tile registers of the calling thread, for as long as the object lives: others, such as the
 // library behind torch's matrix products, may have shaped them before, and registers that are not
-// given back are saved at every switch of threads.
+// released are saved at every switch of threads.
 //
 // Assembly, because GCC's intrinsics are macros that paste the number of a register, which can then
 // be no template parameter, and because its loads do not say which memory they read.

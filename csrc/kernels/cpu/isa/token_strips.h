@@ -16,7 +16,7 @@ class RangedCode {
         entries_(code.begin(code.tokens)),
         inverse_rows_(1.0 / static_cast<double>(plan.range_rows)) {}
 
-  // False where memory ran out.
+  // Returns false if memory ran out.
   bool sort(const cpu::Parallel& parallel) {
     const int64_t bytes = entries_ * 4;
     if (!starts_.reset((code_.tokens * plan_.ranges + 1) * 8) || !indices_.reset(bytes) ||
@@ -92,9 +92,9 @@ inline bool shares_strips(int64_t entries, int64_t d_sae, int64_t threads) {
   return threads > 1 && entries < 8 * threads * d_sae && entries <= 64 * d_sae;
 }
 
-// Whether strips beat whole rows, from shapes alone. Copying pays with so many entries a latent,
-// visiting a token once a strip with so many a token. Rows of 16 bits gain less. A table that L2
-// holds as it is gives its rows fast enough for sums, but not for dots, which take fewer
+// Returns true if strips beat whole rows, from shapes alone. Copying pays with so many entries a
+// latent, visiting a token once a strip with so many a token. Rows of 16 bits gain less. A table
+// that L2 holds as it is gives its rows fast enough for sums, but not for dots, which take fewer
 // instructions in strips.
 inline bool strips_pay(TokenWork work, const cpu::Code& code, const cpu::Decoder& decoder) {
   const int64_t entries = code.begin(code.tokens);
@@ -106,7 +106,7 @@ inline bool strips_pay(TokenWork work, const cpu::Code& code, const cpu::Decoder
   return entries >= wanted * decoder.d_sae && entries >= wanted * ranges * code.tokens;
 }
 
-// What goes in and out; what a kind of work lacks is null.
+// Inputs and outputs; those that a kind of work does not have are null.
 struct TokenRows {
   const float* from;     // [tokens][d_in]: x of kReconstruct, the gradient of kDecodeBackward
   void* rows;            // [tokens][d_in]: x_hat in float of kDecode, the residual of kReconstruct
@@ -150,7 +150,7 @@ class TokenStrips {
   static constexpr bool kDots = kWork != TokenWork::kDecode;
   static constexpr bool kErrors = kWork == TokenWork::kReconstruct;
   static constexpr int64_t kColumns = kVectors * kLanes;
-  // Tokens that pass through all ranges before others do: their sums have to wait somewhere.
+  // Tokens that go through all ranges before others do, because their sums need memory.
   static constexpr int64_t kRangedTokens = 4096;
   using Row = StripRow<kVectors>;
 
@@ -267,7 +267,7 @@ class TokenStrips {
     }
   }
 
-  // The finished columns of x_hat become the residual where one is wanted, and go out.
+  // Turns finished columns of x_hat into the residual, if the work has one, and writes them.
   void finish(const Piece& piece, int64_t token, Row& row) const {
     const int64_t at = token * decoder_.d_in + piece.column;
     if constexpr (kWork == TokenWork::kDecode) {
@@ -293,7 +293,7 @@ class TokenStrips {
     }
   }
 
-  // The dots of an entry, strip after strip, to its place in the code.
+  // Writes the dots of an entry, strip after strip, to its place in the code.
   void collect_dots(int64_t sets, const cpu::Parallel& parallel) const {
     const int64_t entries = ranged_.entries();
     constexpr int64_t kPart = 1 << 14;

@@ -1,5 +1,6 @@
 // Top-k of a block of tokens: guess a threshold, screen, verify, score exactly, rank. For the top-k
-// of a whole batch the threshold is the batch's floor, and what passes is collected, not ranked.
+// of a whole batch the threshold is the batch's floor, and the latents that pass are collected, not
+// ranked.
 #pragma once
 
 #include "kernels/cpu/isa/batch_topk.h"
@@ -16,11 +17,11 @@ class ThresholdGuess {
     sum_ += ratio;
     squares_ += ratio * ratio;
   }
-  static constexpr int64_t kFewest = 64;  // tokens that a guess takes
+  static constexpr int64_t kFewest = 64;  // tokens before the first guess
 
   bool ready() const { return count_ >= kFewest; }
 
-  // Per unit of |x|; minus infinity while there is too little to go by.
+  // Per unit of |x|; minus infinity before there are enough tokens.
   float value() const {
     if (!ready()) return -INFINITY;
     const double mean = sum_ / static_cast<double>(count_);
@@ -35,8 +36,8 @@ class ThresholdGuess {
   double squares_ = 0.0;
 };
 
-// One thread's worker: takes blocks of tokens, one after another. With a floor it collects what the
-// best of the batch are chosen from; without, it writes the best of every token.
+// One thread's worker, which takes blocks of tokens one after another. With a floor it collects the
+// candidates for the best of the batch; without, it writes the best of every token.
 template <class Product, class T>
 class TopKWorker {
  public:
@@ -45,7 +46,8 @@ class TopKWorker {
              int64_t positions, BatchFloor* floor)
       : problem_(problem), bounds_(bounds), rows_(rows), positions_(positions), floor_(floor) {
     const int64_t d_sae = problem.encoder.d_sae;
-    main_.k = floor == nullptr ? problem.k : INT64_MAX;  // a token may have any number of the best
+    main_.k = floor == nullptr ? problem.k
+                               : INT64_MAX;  // a token may have any number of the batch's best
     main_.capacity = main_capacity(problem, floor != nullptr) + bounds.outlier_count;
     main_.reserved = aux_.reserved = bounds.outlier_count;
     aux_.k = problem.k_aux < bounds.dead_count ? problem.k_aux : bounds.dead_count;
@@ -86,7 +88,7 @@ class TopKWorker {
     return floor_ == nullptr || found_.allocate(problem_.tokens * problem_.k, floor_);
   }
 
-  // What this worker has collected.
+  // The candidates that this worker has collected.
   BatchCandidates& found() { return found_; }
 
   // Tokens [first, first + count) of the problem, count <= rows.
@@ -94,7 +96,7 @@ class TopKWorker {
     first_ = first;
     count_ = count;
     for (int64_t begin = 0, end = 0; begin < count; begin = end) {
-      // Without a guess everything is a candidate: no more tokens than it takes to have one.
+      // Without a guess everything is a candidate: only as many tokens as the first guess needs.
       const bool guessing = floor_ != nullptr || guess_.ready();
       const int64_t most = guessing ? positions_ : ThresholdGuess::kFewest;
       const int64_t rows = most < positions_ ? most : positions_;
@@ -122,7 +124,7 @@ class TopKWorker {
   }
 
  private:
-  // For the batch: a token with more candidates than this is scored whole.
+  // For the batch: all latents of a token with more candidates than this are scored.
   static int64_t main_capacity(const cpu::TopKProblem& problem, bool batch) {
     constexpr int64_t kUsualInBatch = 4096;
     if (!batch) return CandidateRows::capacity_for(problem.k, problem.encoder.d_sae);
@@ -150,7 +152,7 @@ class TopKWorker {
     return true;
   }
 
-  // Leaves what can be among the best of rows [begin, end), at most `positions_`.
+  // Finds the candidates for the best of rows [begin, end), at most `positions_` rows.
   void find_candidates(int64_t begin, int64_t end) {
     const float guess = guess_.value();
     for (int64_t row = begin; row < end; ++row) {
@@ -168,7 +170,7 @@ class TopKWorker {
   }
 
   void start(int64_t row, float threshold) {
-    // A row whose scores could overflow takes no part in screening.
+    // A row whose scores could overflow is not screened.
     const bool exact = !(block_.error(row) < INFINITY);
     main_.start(row, exact ? INFINITY : (std::isnan(threshold) ? -INFINITY : threshold));
     main_.failed[row] = exact ? 1 : 0;
@@ -178,7 +180,7 @@ class TopKWorker {
     }
   }
 
-  // Multiplies the `live` active rows with every panel and keeps what passes their thresholds.
+  // Multiplies the `live` active rows with every panel and keeps scores that pass their thresholds.
   void screen(int64_t live) {
     if constexpr (kFiltersSums<Product>) {
       if (!wants_aux()) return screen_in_filter(live);
@@ -251,7 +253,7 @@ class TopKWorker {
     to.shrink_if_full(row, 2.0f * block_.error(row), keys_);
   }
 
-  // Whether nothing that was filtered out can be among the k best.
+  // Returns true if nothing that was filtered out can be among the k best.
   bool verified(int64_t row) {
     if (floor_ != nullptr) return true;  // the floor is verified for the whole batch
     if (main_.failed[row] != 0 || main_.thresholds[row] == -INFINITY) return true;
@@ -260,7 +262,7 @@ class TopKWorker {
     return main_.kth[row] - 2.0f * block_.error(row) >= main_.thresholds[row];
   }
 
-  // Rows whose guess was too high go through the product once more, without one.
+  // Multiplies rows whose guess was too high once more, without a guess.
   void screen_again(int64_t begin, int64_t end) {
     int64_t live = 0;
     for (int64_t row = begin; row < end; ++row) {
@@ -272,7 +274,7 @@ class TopKWorker {
     if (live > 0) screen(live);
   }
 
-  // Leaves the candidates that can be among the best, in ascending order of latents.
+  // Keeps the candidates that can be among the best, in ascending order of latents.
   void settle(int64_t row) {
     if (main_.failed[row] == 0) settle(main_, row, true);
     if (wants_aux() && aux_.failed[row] == 0) settle(aux_, row, false);
@@ -297,7 +299,7 @@ class TopKWorker {
     return (bounds_.dead[latent / kPanel] >> (latent % kPanel) & 1) != 0;
   }
 
-  // Without its value, which is still to be scored.
+  // Adds a latent without its value, which is scored later.
   static void insert(const CandidateRows& to, int64_t row, int32_t latent) {
     int32_t* indices = to.row_indices(row);
     float* values = to.row_values(row);
@@ -387,7 +389,7 @@ class TopKWorker {
     }
   }
 
-  // The path of last resort: scores every latent of a token.
+  // Scores every latent of a token, if nothing else settles it.
   void select_exactly(int64_t row, int64_t k, bool dead_only, float* values, int32_t* indices) {
     const int64_t count = score_all(row, dead_only);
     select_best(scores_, all_, count, k, keys_, order_, values, indices);

@@ -50,7 +50,7 @@ void add_entries(const cpu::GradientTerms& terms, int64_t begin, int64_t end, fl
   });
 }
 
-// What belongs to a row's gradient beside the sum over its entries and the projection.
+// Adds the parts of a row's gradient beside the sum over its entries and the projection.
 void finish_gradient(const cpu::GradientTerms& terms, int64_t latent, float* row) {
   const int64_t d_in = terms.factor.d_in;
   const cpu::LatentMajor& lists = terms.lists;
@@ -73,7 +73,7 @@ void project(const cpu::GradientTerms& terms, int64_t latent, float* row) {
 }
 
 // Finds the columns where no token differs from the shift; one look at a token is nearly always
-// enough to see that there are none. False where `memory` could not be had.
+// enough to see that there are none. Returns false if `memory` could not be allocated.
 bool find_still_columns(cpu::GradientTerms& terms, Scratch& memory) {
   const float* const shift = terms.factor.shift;
   const int64_t d_in = terms.factor.d_in;
