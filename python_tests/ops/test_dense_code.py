@@ -76,3 +76,12 @@ def test_reconstruct_of_both_kinds_agrees(b_dec):
     first, second = (ops.reconstruct(code, W, bias, x) for code in (sparse, dense))
     torch.testing.assert_close(first.residual, second.residual, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(first.squared_error, second.squared_error, rtol=1e-5, atol=1e-4)
+
+
+def test_reconstruct_of_a_dense_code_takes_a_precision():
+    W, _, dense = make_codes()
+    x = torch.zeros(20, 6, dtype=DTYPE)
+    rounded = dense.values.bfloat16().to(DTYPE) @ W.bfloat16().to(DTYPE)
+    residual, squared_error = ops.reconstruct(dense, W, None, x, precision="bf16")
+    torch.testing.assert_close(residual, rounded, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squared_error, rounded.square().sum(1), rtol=1e-4, atol=1e-4)
