@@ -41,7 +41,7 @@ from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
 from sae_fast.training.launcher import Launcher, explain_no_graph, wants_graph
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.metrics import MetricsLog, Row, WandbLog
+from sae_fast.training.metrics import Row
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
@@ -61,6 +61,7 @@ from sae_fast.training.run_directory import (
     check_holds_no_runs,
     in_mode_directory,
 )
+from sae_fast.training.run_log import RunLog
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.start import (
@@ -152,7 +153,6 @@ class Trainer:
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
         before = None if checkpoint is None else saved_config(checkpoint)
         check_run_effects(self._run_effects(), before)
-        self._health = RunHealth(self.sae_config, train_config, self.schedules)
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
         )
@@ -171,12 +171,9 @@ class Trainer:
         self.best: Best | None = None
         has_heldout = self.data.heldout is not None
         self._best_rule = BestRule(self.sae_config, self.schedules, has_heldout=has_heldout)
-        self.wandb_id: str | None = None
-        self.summary: dict[str, Any] = {}
         self._stop, self._show_progress = stop, show_progress
         self.saved_step = -1
         self._warning: str | None = None
-        self._wandb: WandbLog | None = None
         self._is_open = False
         with self._explained_memory(), self._refusing_start():
             self._open_run_directory(checkpoint)
@@ -321,6 +318,11 @@ class Trainer:
         return self.total_steps * self.tokens_per_step
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """Numbers of the whole run by name, complete when the trainer has finished."""
+        return self._log.summary
+
+    @property
     def history(self) -> list[Row]:
         """The rows of metrics so far, those before a resume included."""
         return self._log.rows
@@ -346,7 +348,7 @@ class Trainer:
             "source": self.batches.state_dict(),
             "heldout": self.data.heldout_identity,
             "random": random_values(),
-            "wandb_id": self.wandb_id,
+            "wandb_id": self._log.wandb_id,
             **self._own_tensors(),
         }
 
@@ -377,7 +379,8 @@ class Trainer:
         self.scaler.load(state["loss_scaler"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         self.clock.set(float(state["seconds"]), float(state["stalled_seconds"]))
-        self.best, self.wandb_id = state.get("best"), state.get("wandb_id")
+        self.best = state.get("best")
+        self._log.continue_wandb(state.get("wandb_id"))
         restore_random(tensors, state["random"])
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -408,7 +411,7 @@ class Trainer:
         self._log.flush()
         state, store = self.state_dict(), self._run.checkpoints
         path = store.save(state, self.model().save, best=best, prune=prune)
-        self.summary["checkpoint"] = str(path)
+        self._log.note_checkpoint(path)
         return path
 
     def _open(self) -> None:
@@ -418,7 +421,7 @@ class Trainer:
             self.source.start()  # reads beside what comes first
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
-            self._start_wandb()
+            self._log.open_wandb()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
         self.clock.resume()
@@ -427,7 +430,7 @@ class Trainer:
     def _abort(self) -> None:
         """Close everything; a run of Weights & Biases that is open is marked as failed."""
         self._is_open = False
-        self._close_wandb(failed=True)
+        self._log.close(failed=True)
         self.close()
 
     def _release(self) -> None:
@@ -461,7 +464,7 @@ class Trainer:
         """Log, evaluate and save what is due after a step; return the row that was logged."""
         config = self.train_config
         look, save = self._is_due(config.eval_every), self._is_due(config.checkpoint_every)
-        tell = self._wandb is not None and self._is_due(config.wandb_log_every or config.log_every)
+        tell = self._log.has_wandb and self._is_due(config.wandb_log_every or config.log_every)
         log = tell or self._is_due(config.log_every)
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
@@ -482,10 +485,7 @@ class Trainer:
         if row:
             epoch = self.batches.passes(self.tokens)
             row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
-            self._log.write(row)
-            self._health.watch(row)
-            if self._wandb is not None and (tell or look):
-                self._wandb.write(row)
+            self._log.write(row, to_wandb=tell or look)
         if save or improved:
             self.save_checkpoint(best=improved, prune=prune)
         self.clock.resume()
@@ -522,23 +522,22 @@ class Trainer:
     def _open_run_directory(self, checkpoint: Checkpoint | None) -> None:
         """Refuse what cannot be written to before anything is computed."""
         config = self.train_config
+        health = RunHealth(self.sae_config, config, self.schedules)
         self._run: RunDirectory | None = None
-        self._log = MetricsLog(None)
         self.was_complete = False
         self._recorded = self.config
-        if config.checkpoint_dir is None:
-            return
-        self._run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
-        self._run.prepare(checkpoint)
-        if checkpoint is not None and self._run.owns(checkpoint):
-            self.was_complete = checkpoint.step == self.total_steps
-            if self.was_complete:  # its files tell how it was trained
-                self._recorded = saved_config(checkpoint)
-        self._run.write_config(self._recorded)
-        self.data.scans.save(self._run.path / RECORD_NAME)
-        self._log = MetricsLog(self._run.metrics)
-        self._log.rewind(-1 if checkpoint is None else checkpoint.step)
-        if self.data.heldout is None:
+        if config.checkpoint_dir is not None:
+            self._run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
+            self._run.prepare(checkpoint)
+            if checkpoint is not None and self._run.owns(checkpoint):
+                self.was_complete = checkpoint.step == self.total_steps
+                if self.was_complete:  # its files tell how it was trained
+                    self._recorded = saved_config(checkpoint)
+            self._run.write_config(self._recorded)
+            self.data.scans.save(self._run.path / RECORD_NAME)
+        step = -1 if checkpoint is None else checkpoint.step
+        self._log = RunLog(self._run, self.config, health, step)
+        if self._run is not None and self.data.heldout is None:
             logger.info("no held-out rows: best is the checkpoint with the lowest training loss")
 
     def _make_model(self, checkpoint: Checkpoint | None) -> None:
@@ -590,57 +589,35 @@ class Trainer:
         warn_of_changes(checkpoint, self.config, self.schedules.rate, self.sae)
         if self._run is not None and self._run.owns(checkpoint):
             self.saved_step = self.step
-            self.summary["checkpoint"] = str(self._run.checkpoints.path_of(self.step))
+            self._log.note_checkpoint(self._run.checkpoints.path_of(self.step))
         logger.info("resumed from %s", checkpoint.path)
 
-    def _start_wandb(self) -> None:
-        config = self.train_config
-        if config.wandb_project is not None and not config.no_wandb:
-            directory = Path.cwd() if self._run is None else self._run.path
-            given = config.wandb_project, directory, self.config.to_dict(), self.wandb_id
-            self._wandb = WandbLog(*given)
-            self.wandb_id = self._wandb.run_id
-
-    def _close_wandb(self, *, failed: bool = False) -> None:
-        if self._wandb is not None:
-            self._wandb.finish(self.summary, failed=failed)
-            self._wandb = None
-
     def _conclude(self) -> None:
-        """Fill in the summary, and write the history and plot of a run that is complete."""
-        rows = self._log.rows
+        """Complete the summary, and write the results of a run that is complete."""
         seconds, stalled = self.clock.seconds, self.clock.stalled
-        self.summary |= {"steps": self.step, "tokens": self.tokens, "seconds": seconds}
-        self.summary["reader_stall_fraction"] = stalled / max(seconds, 1e-9)
-        for row in rows:  # the last value of each
-            names = row.keys() - {"step", "tokens", "epoch"}
-            self.summary |= {f"final_{name}": row[name] for name in row if name in names}
+        totals = {"steps": self.step, "tokens": self.tokens, "seconds": seconds}
+        totals["reader_stall_fraction"] = stalled / max(seconds, 1e-9)
+        skipped = {}
         if self.scaler.enabled:
-            skipped = int(self.scaler.skipped_steps)
-            trained = (self.step - skipped) * self.tokens_per_step
-            self.summary |= {"skipped_steps": skipped, "trained_tokens": trained}
-        self.summary["warnings"] = self._health.conclude(rows)
-        if self.best is not None:
-            names = self.best.keys() - {"step"}
-            self.summary |= {f"best_{name}": self.best[name] for name in names}
-            self.summary |= {"best_step": self.best["step"]}
-        if self._run is not None and self.step == self.total_steps:
-            self.summary["plot"] = str(self._run.plot)
-            self._write_results(self._run, rows)
-        self._close_wandb()
+            skipped["skipped_steps"] = int(self.scaler.skipped_steps)
+            trained = self.step - skipped["skipped_steps"]
+            skipped["trained_tokens"] = trained * self.tokens_per_step
+        is_complete = self.step == self.total_steps
+        self._log.conclude(totals, skipped, self.best, is_complete=is_complete)
+        if self._run is not None and is_complete:
+            models = self._models_to_leave()
+            if not (self.was_complete and self._run.has_results(self.step, models)):
+                self._log.write_results(self._recorded, models)
+        self._log.close()
 
-    def _write_results(self, run: RunDirectory, rows: list[Row]) -> None:
-        """Write what a complete run leaves, where it is not there already."""
+    def _models_to_leave(self) -> dict[str, Callable[[], SparseAutoencoder]]:
+        """Return what makes the models that a complete run saves beside its checkpoints."""
         models: dict[str, Callable[[], SparseAutoencoder]] = {}
         if self.average is not None:
             models[AVERAGED] = self.average.model
         if self.sae_config.arch == "slots":
             models[FINAL] = self.model
-        if self.was_complete and run.has_results(self.step, models):
-            return
-        for name, model in models.items():
-            model().save(run.path / name)
-        run.write_results(self._recorded, rows, self.summary)
+        return models
 
 
 def _both_configs(

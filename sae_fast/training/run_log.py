@@ -1,0 +1,127 @@
+"""What a run logs while it trains, and the summary and results that it leaves when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import RunConfig
+from sae_fast.training.best import Best
+from sae_fast.training.health import RunHealth
+from sae_fast.training.metrics import MetricsLog, Row, WandbLog
+from sae_fast.training.run_directory import RunDirectory
+
+
+class RunLog:
+    """The metrics of one run, on disk and on Weights & Biases, its summary and its results.
+
+    Args:
+        run: the directory of the run; None: rows are kept in memory and nothing is written.
+        config: of the run.
+        health: watches the rows for signs of a training that goes wrong.
+        step: rows of later steps are dropped, since a run resumed there logs them again.
+
+    Attributes:
+        summary: numbers of the whole run by name, complete after `conclude`.
+        wandb_id: of the run on Weights & Biases, which a resumed run continues.
+    """
+
+    def __init__(
+        self, run: RunDirectory | None, config: RunConfig, health: RunHealth, step: int
+    ) -> None:
+        self.summary: dict[str, Any] = {}
+        self.wandb_id: str | None = None
+        self._run, self._config, self._health = run, config, health
+        self._metrics = MetricsLog(None if run is None else run.metrics)
+        self._metrics.rewind(step)
+        self._wandb: WandbLog | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of metrics so far, those before a resume included."""
+        return self._metrics.rows
+
+    @property
+    def has_wandb(self) -> bool:
+        """Whether a run on Weights & Biases is open."""
+        return self._wandb is not None
+
+    def open_wandb(self) -> None:
+        """Open the run on Weights & Biases, if the configuration asks for one."""
+        config = self._config.train
+        if config.wandb_project is not None and not config.no_wandb:
+            directory = Path.cwd() if self._run is None else self._run.path
+            given = config.wandb_project, directory, self._config.to_dict(), self.wandb_id
+            self._wandb = WandbLog(*given)
+            self.wandb_id = self._wandb.run_id
+
+    def write(self, row: Row, *, to_wandb: bool) -> None:
+        """Append a row, and log what it says about the training's health."""
+        self._metrics.write(row)
+        self._health.watch(row)
+        if self._wandb is not None and to_wandb:
+            self._wandb.write(row)
+
+    def flush(self) -> None:
+        """Flush the rows to the disk, so that no checkpoint outlives a row before it."""
+        self._metrics.flush()
+
+    def continue_wandb(self, run_id: str | None) -> None:
+        """Let `open_wandb` continue the run of this id; None: it opens a new one."""
+        self.wandb_id = run_id
+
+    def note_checkpoint(self, path: Path) -> None:
+        """Name the last checkpoint in the summary."""
+        self.summary["checkpoint"] = str(path)
+
+    def conclude(
+        self,
+        totals: Mapping[str, float],
+        skipped: Mapping[str, int],
+        best: Best | None,
+        *,
+        is_complete: bool,
+    ) -> None:
+        """Complete the summary.
+
+        Args:
+            totals: steps, tokens, seconds and reader_stall_fraction of the run.
+            skipped: with fp16 how many steps were skipped, and on how many tokens it trained.
+            best: the figure and step of the best checkpoint, if there is one.
+            is_complete: whether all steps are made, so that there will be a plot.
+        """
+        self.summary |= totals
+        rows = self.rows
+        for row in rows:  # the last value of each
+            names = row.keys() - {"step", "tokens", "epoch"}
+            self.summary |= {f"final_{name}": row[name] for name in row if name in names}
+        self.summary |= skipped
+        self.summary["warnings"] = self._health.conclude(rows)
+        if best is not None:
+            names = best.keys() - {"step"}
+            self.summary |= {f"best_{name}": best[name] for name in names}
+            self.summary |= {"best_step": best["step"]}
+        if self._run is not None and is_complete:
+            self.summary["plot"] = str(self._run.plot)
+
+    def write_results(
+        self, config: RunConfig, models: Mapping[str, Callable[[], SparseAutoencoder]]
+    ) -> None:
+        """Write the models, the history and the plot of a run that is complete.
+
+        Args:
+            config: the configuration that the run was trained with.
+            models: makes each further model to save, by its directory's name.
+        """
+        assert self._run is not None
+        for name, model in models.items():
+            model().save(self._run.path / name)
+        self._run.write_results(config, self.rows, self.summary)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the run on Weights & Biases, with the summary, if it is open."""
+        if self._wandb is not None:
+            self._wandb.finish(self.summary, failed=failed)
+            self._wandb = None
