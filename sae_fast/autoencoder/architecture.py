@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 
 
 class StepSettings(NamedTuple):
-    """What changes from step to step of a training.
+    """The settings that change from step to step of a training.
 
     Attributes:
         rate: the learning rate, or a 0-d float64 tensor that a CUDA graph reads it from.

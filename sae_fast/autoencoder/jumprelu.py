@@ -30,7 +30,7 @@ _THRESHOLD = "threshold"
 
 
 class JumpReLU(Thresholded):
-    """How a JumpReLU model selects latents, and its penalties."""
+    """Latents above their trained thresholds are active; a penalty makes them few."""
 
     term_names = ("sparsity_loss", "pre_act_loss")
     metric_names = ("mean_threshold",)

@@ -32,7 +32,7 @@ _SCALED_SHARE = 1 / 16
 # "mean": over pairs of latents that are not silent in the batch. "sum": the literal sum over pairs,
 # which grows with the square of the number of latents. "scaled": the sum per latent, of the smaller
 # group for orthogonality, and where there are more latents than the N - 1 directions to vary in, by
-# so many times as many: 1 for M latents of noise, M / (N - 1) where these are fewer.
+# their ratio: 1 for M latents of noise, M / (N - 1) where these are fewer.
 Reduction = Literal["scaled", "mean", "sum"]
 
 

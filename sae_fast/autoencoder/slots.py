@@ -45,7 +45,7 @@ _SLOT_RANGE = 2.0
 
 
 class Binding(NamedTuple):
-    """How well slots and heads do on labelled tokens: what is right, and out of how many; 0-d."""
+    """Counts of labelled tokens, and of those that slots and heads get right; 0-d each."""
 
     slots_right: Tensor
     n_relations: Tensor  # tokens labelled with a relation

@@ -1,4 +1,4 @@
-"""How near decoder rows come to each other: a sign of latents that absorb features of others."""
+"""Cosines between decoder rows: large ones are a sign of latents that absorb others' features."""
 
 from __future__ import annotations
 

@@ -278,7 +278,7 @@ class TrainingData:
         return targets.reshape(rows, self.d_out).float()
 
 
-# Which rows of which shards are read, and how: given data have none.
+# Settings of the rows of shards, and of reading them, which data in memory do not have.
 _OF_SHARDS = (
     *("shard_dir", "mix", "activations_key", "target_key", "target_shard_dir", "target_heldout"),
     *("keep_in_memory", "device_cache", "repeated_rows", "heldout"),

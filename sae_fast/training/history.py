@@ -19,7 +19,7 @@ _LARGEST_HISTORY = 1 << 32  # bytes
 
 @dataclass(frozen=True)
 class History:
-    """What a run has logged.
+    """The metrics that a run has logged.
 
     Attributes:
         directory: where it lies, the run's.

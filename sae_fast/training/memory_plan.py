@@ -18,7 +18,7 @@ _HALF = 2
 _GIB = 2**30
 # An entry of a code: value, index, gradient, coefficient, dot product, latent-major view.
 _BYTES_PER_ENTRY = 32
-# What the comparison with the next token's code holds of an entry, its gradient included.
+# Of an entry in the comparison with the next token's code, its gradient included.
 _BYTES_PER_MATCHED_ENTRY = 48
 _CHANGE_ARRAYS = 4  # dense codes' changes, their squares, the gradients of both
 # Arrays of a batch's size: two batches read ahead and x; x_hat - x, and the same again for AuxK.
@@ -29,9 +29,9 @@ _SKIP_ARRAYS = 3  # what the skip connection gives, what is left for the code, i
 _KEPT_ROWS_PER_TOKEN = 3 * 2
 # The encoder's product is made in parts that stay in a GPU's cache.
 _PRODUCT_BYTES = 32 * 2**20
-# What is alive at once while a step works on all latents, by architecture, at the moments that can
-# be its peak: arrays [N, F], and matrices of W_enc's or W_dec's size (gradients, what they are made
-# of). Measured.
+# Arrays [N, F], and matrices of W_enc's or W_dec's size (gradients and their parts), that are alive
+# at once while a step works on all latents, by architecture, at the moments that can be its peak.
+# Measured.
 _DENSE_MOMENTS: dict[str, tuple[tuple[float, int], ...]] = {
     "relu": ((3, 2),),
     "jumprelu": ((5, 1), (4, 2)),
@@ -48,9 +48,9 @@ _CACHE = "all activations, kept on the GPU"
 _CHUNKED_MAX_ARRAYS = 6  # of W_dec's size
 # Rows of W that one product of the decorrelation's gradient takes in.
 _GRAM_ROWS = 4096
-# What an optimiser of torch, and the projection before it, hold at once: on a GPU, where it takes
-# all parameters together, arrays of the size of all; on a CPU matrices of one size. Measured for
-# adam with 65,536 latents; sgd and signum take a matrix less.
+# Temporaries of an optimiser of torch and of the projection before it: on a GPU, where it takes all
+# parameters together, arrays of the size of all; on a CPU matrices of one size. Measured for adam
+# with 65,536 latents; sgd and signum take a matrix less.
 _TEMPORARIES = 2, 3
 _CGROUPS = (  # directory, limit, in use, reclaimable: of version 2 and of version 1
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),

@@ -153,9 +153,9 @@ class RunDirectory:
         plot_run(rows, self.plot, run_title(run_name(self.path), config.sae))
 
     def has_results(self, step: int, models: Iterable[str]) -> bool:
-        """Return whether the results of a run of so many steps are there, these models included.
+        """Return whether the results of a run of `step` steps are there, these models included.
 
-        The plot is the last one written: one older than the history is of a shorter run.
+        The plot is written last: one older than the history is of a shorter run.
         """
         history = self.path / HISTORY
         try:

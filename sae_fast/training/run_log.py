@@ -1,4 +1,4 @@
-"""What a run logs while it trains, and the summary and results that it leaves when it ends."""
+"""The log of a run while it trains, and the summary and results that it leaves when it ends."""
 
 from __future__ import annotations
 

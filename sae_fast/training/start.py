@@ -1,4 +1,4 @@
-"""How a training starts: from a checkpoint, from another model, or from its first activations."""
+"""The start of a training: from a checkpoint, from another model, or from its first activations."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _VARIANCE = "variance"
 
 @dataclass(frozen=True)
 class Reading:
-    """What the host reads of the steps since the last reading.
+    """The metrics of a step, and whether a step since the last reading has failed.
 
     Attributes:
         metrics: of the last step; of the bad step, once there was one.

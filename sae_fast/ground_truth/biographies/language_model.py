@@ -81,7 +81,7 @@ class BiographyModel:
 
     @property
     def layers(self) -> int:
-        """How many blocks there are."""
+        """The number of blocks."""
         return len(self.network.transformer.h)
 
     @property

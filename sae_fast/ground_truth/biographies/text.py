@@ -83,7 +83,7 @@ class Biographies:
 
     @property
     def answer_count(self) -> int:
-        """How many answers all relations have together."""
+        """The number of answers of all relations together."""
         return sum(len(relation.answers) for relation in self.relations)
 
     def to_dict(self) -> dict[str, Any]:

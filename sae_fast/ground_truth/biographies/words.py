@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """What can be asked about a person.
+    """A fact that can be asked about a person.
 
     Attributes:
         name: of the relation.

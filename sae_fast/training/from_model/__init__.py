@@ -36,7 +36,7 @@ from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings
 from sae_fast.training.trainer import Trainer
 
-# Where the field's trainers of this kind differ from a training on shards.
+# Defaults of the field's trainers of this kind that differ from a training on shards.
 SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
 TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
 _DEAD_SHARE = TRAIN_DEFAULTS["dead_percentage_threshold"]

@@ -23,7 +23,7 @@ from sae_fast.training.from_model import (
     open_from_model,
 )
 
-# What names a model or the place of a run on the command line, or is a setting of `config` here.
+# Settings that name a model or a run's place on the command line, or belong to `config` here.
 _OF_THE_COMMAND = {
     *("save_dir", "run_name", "save_every", "log_to_wandb", "wandb_log_frequency"),
     *("revision", "model_dtype"),

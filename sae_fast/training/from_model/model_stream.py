@@ -233,7 +233,7 @@ class ModelStream(BatchSource[HookRows]):
 
     @property
     def _place_served(self) -> _Place:
-        """Where the window that is served begins."""
+        """Return where the window that is served begins."""
         return self._place if self._windows is None else self._windows[0].place
 
     def _end_harvest(self) -> None:

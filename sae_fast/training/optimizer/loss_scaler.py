@@ -29,7 +29,7 @@ class LossScaler:
 
     @property
     def factor(self) -> Tensor:
-        """What to multiply the loss with: 0-d, the same tensor in every step."""
+        """The factor of the loss: 0-d, the same tensor in every step."""
         return self.scale if self.enabled else self._one
 
     @torch.no_grad()

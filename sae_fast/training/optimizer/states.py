@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 ROWS = ("W_enc", "W_dec")
-# What a saved state calls exp_avg: torch's names, so that no rule takes over what another one left.
+# The name of exp_avg in a saved state, which is torch's: no rule takes over another one's state.
 FIRST_MOMENTS = {
     "adam": "exp_avg",
     "sgd": "momentum_buffer",
