@@ -319,21 +319,30 @@ def test_no_thread_outlives_its_stream(make_shards):
     assert reader_threads() == 0
 
 
-def test_a_stream_collected_by_its_own_reader_ends_it(make_shards, monkeypatch):
-    stream = ActivationStream(make_shards(30), batch_size=8)
-    read, started = ShardFile.read, threading.Event()
+def test_a_stream_collected_by_a_thread_of_its_own_ends_all_of_them(make_shards, monkeypatch):
+    read, dropped = ShardFile.read, threading.Event()
 
     def collecting(self, *args, **kwargs):
-        started.wait()
-        stream._stop_reader()
+        dropped.wait()
+        gc.collect()
         return read(self, *args, **kwargs)
 
+    stream = ActivationStream(make_shards(30), batch_size=8)
     monkeypatch.setattr(ShardFile, "read", collecting)
-    stream.start()
-    thread = stream._reader._thread
-    started.set()
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+    gc.disable()  # in this thread it would wait for the others, which wait for the next lines
+    try:
+        stream.start()
+        threads = [t for t in threading.enumerate() if t.name.startswith("sae_fast-")]
+        assert len(threads) == 2
+        cycle = [stream]
+        cycle.append(cycle)
+        del stream, cycle
+        dropped.set()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        gc.enable()
 
 
 def test_the_callers_number_of_threads_is_untouched(make_shards):

@@ -1,10 +1,13 @@
 """Harvests: the rows of each batch, the same in one pass, from the middle, and over ranks."""
 
+import threading
+
 import pytest
 import torch
 from small_models import CAUSAL, make_network
 from small_texts import make_batches, make_texts, rows_of
 
+from sae_fast.activations.background import THREADS
 from sae_fast.activations.capture import Harvester, HookedModel, resolve_hooks
 
 
@@ -101,3 +104,17 @@ def test_a_token_that_the_model_does_not_know_is_told():
     harvester.model.network.resize_token_embeddings(12)
     with pytest.raises(ValueError, match=r"vocabulary has 12 tokens, the tokenizer gave token 17"):
         list(Harvester(harvester.model, harvester.batches))
+
+
+def test_a_thread_that_gets_no_memory_to_begin_ends_the_harvest(monkeypatch):
+    run = threading.Thread.run
+
+    def fails(thread):
+        if thread.name.startswith(THREADS):
+            raise MemoryError
+        return run(thread)
+
+    harvester = make_harvester()
+    monkeypatch.setattr(threading.Thread, "run", fails)
+    with pytest.raises(MemoryError, match="the thread that tokenises the documents has ended"):
+        next(harvester.harvest())
