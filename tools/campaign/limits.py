@@ -120,7 +120,7 @@ def _attempt(given: Try, name: str, kind: str) -> str:
 
 
 # The file of a lock remains after its process ends, and the next run uses it again.
-KNOWN = (".run.lock",)
+KNOWN = (".run.lock", ".conversion.lock")
 
 # Libraries that end a process, or let it hang, if they get no memory: the signal, None for a
 # process that hangs, and their message at the end of stderr. Only limits of memory cause this.

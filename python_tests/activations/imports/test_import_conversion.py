@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from converting import command, convert_all, random_rows, refusal, stored
 
 from sae_fast.activations import open_shards
 from sae_fast.activations.imports import conversion as conversion_module
+from sae_fast.activations.shard_job import ShardJob
 
 ROOT = Path(__file__).parents[3]
 
@@ -316,12 +316,9 @@ def test_a_foreign_shard_in_the_directory_is_refused(source, tmp_path, capsys):
 
 def test_a_directory_in_use_or_not_empty_is_refused(source, tmp_path, capsys):
     out = tmp_path / "out"
-    out.mkdir()
-    descriptor = os.open(out, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    line = refusal(capsys, source, out)
-    assert f"{out}: another conversion is writing there" in line
-    os.close(descriptor)
+    with ShardJob(out, "conversion.json", ".conversion.lock"):
+        line = refusal(capsys, source, out)
+    assert f"{out}: another conversion is writing there (process {os.getpid()} on " in line
     (out / "notes.txt").write_text("mine")
     assert f"{out}: must be empty or not there yet, it holds notes.txt" in refusal(
         capsys, source, out

@@ -19,9 +19,9 @@ from typing import Any
 
 from sae_fast.activations.capture.sequences import TokenCursor
 from sae_fast.activations.errors import one_line
-from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
+from sae_fast.activations.shard_job import ShardJob
 from sae_fast.atomic_files import write_json
-from sae_fast.directory_lock import FileLock, HeldError
+from sae_fast.directory_lock import HeldError
 from sae_fast.json_files import parse_json, read_regular
 
 RECIPE = "capture.json"
@@ -67,14 +67,13 @@ class CaptureDirectory:
         self.hooks = hooks
         self.rank = rank
         self.world_size = world_size
-        self._lock = FileLock(path / f".capture_{rank:02d}.lock")
+        self._job = ShardJob(path, RECIPE, f".capture_{rank:02d}.lock", hooks)
 
     def __enter__(self) -> CaptureDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out: {self.path} is a file")
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.take()
+            self._job.__enter__()
         except HeldError as error:
             raise ValueError(
                 f"out: another capture is writing to {self.path} ({error.holder})"
@@ -82,28 +81,22 @@ class CaptureDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        self._job.__exit__()
 
     def prepare(self, recipe: dict[str, Any], made_with: dict[str, str]) -> None:
         """Begin a capture or go on with it; raise ValueError where another one is there."""
         earlier = self._recipe()
         if earlier is None:
-            there = [path.name for path in self.path.iterdir() if not path.name.startswith(".")]
-            if there:
+            if self._job.names():
                 raise ValueError(
                     f"out: {self.path} is not empty and holds no capture, name another"
                 )
-            content = {"format_version": FORMAT_VERSION, **recipe, "made_with": made_with}
-            write_json(self.path / RECIPE, content)
         else:
             difference = _difference(earlier, json.loads(json.dumps(recipe)))
             if difference is not None:
                 raise ValueError(f"out: {self.path} holds another capture: {difference}")
-        for hook in self.hooks:
-            (self.path / hook).mkdir(exist_ok=True)
-            for pattern in (self._heldout_name(), self._shard_name("*")):
-                for stale in (self.path / hook).glob(f".{pattern}.*.tmp"):
-                    stale.unlink()
+        content = {"format_version": FORMAT_VERSION, **recipe, "made_with": made_with}
+        self._job.begin(content, (self._heldout_name(), self._shard_name("*")))
 
     def stored_type(self) -> str | None:
         """Return the storage type of the capture in the directory; None: there is no capture."""
@@ -132,6 +125,11 @@ class CaptureDirectory:
         """Write how far this rank has come."""
         write_json(self._progress_path(self.rank), asdict(progress))
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are free on the disk of the directory."""
+        return self._job.free_bytes
+
     def shard_path(self, hook: str, part: str, index: int) -> Path:
         """Return the path of a shard of this rank."""
         name = self._heldout_name() if part == HELDOUT else self._shard_name(f"{index:05d}")
@@ -144,17 +142,16 @@ class CaptureDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one of the ranks that end together does it
             if not all(self.progress(rank).complete for rank in range(self.world_size)):
                 return False
-            for hook in self.hooks:
-                if not (self.path / hook / MANIFEST_NAME).exists():
-                    write_manifest(self.path / hook)
+            if not self._job.is_finished:
+                self._job.finish()
             return True
         finally:
             os.close(lock)
 
     def _recipe(self) -> dict[str, Any] | None:
-        path = self.path / RECIPE
+        path = self._job.record
         try:
-            content: dict[str, Any] = parse_json(read_regular(path))
+            content: dict[str, Any] = self._job.read_record()
             version = content.pop("format_version")
             content.pop("made_with")
         except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ def needed_bytes(capture: Capture, rows: int) -> int:
 
 def check_space(directory: CaptureDirectory, needed: int) -> int:
     """Return the free bytes of the disk; raise OSError where they are too few."""
-    free = shutil.disk_usage(directory.path).free
+    free = directory.free_bytes
     if needed > free:
         raise OSError(
             f"out: {directory.path} has {free / 1e9:,.2f} GB free, this capture needs "

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,12 +21,10 @@ from sae_fast.activations.imports.blocks import SourceBlock, read_blocks
 from sae_fast.activations.imports.plan import PlannedShard, plan_shards
 from sae_fast.activations.imports.saved_activations import SavedActivations
 from sae_fast.activations.imports.verification import Comparison, Report, compare
-from sae_fast.activations.manifest import MANIFEST_NAME, write_manifest
+from sae_fast.activations.shard_job import ShardJob
 from sae_fast.activations.storage import STORAGES, Storage
 from sae_fast.activations.writer import ShardMetadata, ShardWriter, padded_rows
-from sae_fast.atomic_files import write_json
-from sae_fast.directory_lock import try_lock
-from sae_fast.json_files import parse_json, read_regular
+from sae_fast.directory_lock import HeldError
 
 RECORD_NAME = "conversion.json"
 RECORD_VERSION = 1
@@ -92,6 +88,11 @@ class Conversion:
         row_bytes += 4 * len(self.source.columns)
         return stored_rows * row_bytes + FILE_OVERHEAD * len(left)
 
+    @property
+    def job(self) -> ShardJob:
+        """The directory as that of a job that can be killed."""
+        return _job(self.directory)
+
     def blocks(self, shard: PlannedShard) -> Iterator[SourceBlock]:
         """Yield the rows of a shard as they should be."""
         skip = self.options.skip_nonfinite
@@ -124,16 +125,13 @@ def prepare(source: SavedActivations, directory: Path, options: ConversionOption
     shard_rows = options.shard_rows or max(1, SHARD_BYTES // row_bytes)
     shards = tuple(plan_shards(source, shard_rows, options.heldout_rows))
     record = _record(source, options, storage, shard_rows)
-    done, finished = _state(directory, record, {shard.name for shard in shards})
+    done, finished = _state(_job(directory), record, {shard.name for shard in shards})
     return Conversion(source, options, directory, storage, shards, record, done, finished)
 
 
 def check_space(conversions: list[Conversion]) -> int:
     """Return the bytes free where the shards go; raise ShardError if they might not fit."""
-    place = conversions[0].directory.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = conversions[0].job.free_bytes
     needed = sum(conversion.bytes_at_most for conversion in conversions)
     if needed > free:
         raise ShardError(
@@ -150,14 +148,10 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Conve
     again goes on behind them.
     """
     directory = conversion.directory
-    directory.mkdir(parents=True, exist_ok=True)
     total = Comparison()
     rows = {"train": 0, "heldout": 0}
-    with _locked(directory):
-        for abandoned in directory.glob(".*.tmp"):
-            abandoned.unlink()
-        if not (record := directory / RECORD_NAME).exists():
-            write_json(record, conversion.record)
+    with _locked(conversion.job) as job:
+        job.begin(conversion.record)
         for shard in conversion.shards:
             path = directory / shard.name
             if not path.exists():
@@ -170,7 +164,7 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Conve
                 f"{conversion.source.files[0].path}: no row is left to train on: "
                 f"{total.padding} were padding, {total.nonfinite} not finite"
             )
-        write_manifest(directory)
+        job.finish()
     return ConversionResult(
         rows["train"], rows["heldout"], total.padding, total.nonfinite, total.change
     )
@@ -204,15 +198,16 @@ def _told(blocks: Iterator[SourceBlock], report: Report) -> Iterator[SourceBlock
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep a second conversion out of a directory; a killed one leaves no lock behind."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        if not try_lock(descriptor, directory):
-            raise ShardError(f"{directory}: another conversion is writing there")
-        yield
-    finally:
-        os.close(descriptor)
+def _locked(job: ShardJob) -> Iterator[ShardJob]:
+    """Keep a second conversion out of the directory of a job."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(job)
+        except HeldError as error:
+            raise ShardError(
+                f"{job.path}: another conversion is writing there ({error.holder})"
+            ) from None
+        yield job
 
 
 def _record(
@@ -236,26 +231,27 @@ def _record(
     return plain
 
 
-def _state(
-    directory: Path, record: dict[str, Any], names: set[str]
-) -> tuple[tuple[str, ...], bool]:
+def _job(directory: Path) -> ShardJob:
+    return ShardJob(directory, RECORD_NAME, ".conversion.lock")
+
+
+def _state(job: ShardJob, record: dict[str, Any], names: set[str]) -> tuple[tuple[str, ...], bool]:
     """Return the shards of this conversion that are there, and whether it is finished."""
+    directory = job.path
     if not directory.exists():
         return (), False
     if not directory.is_dir():
         raise ShardError(f"{directory}: is no directory")
-    path = directory / RECORD_NAME
     try:
-        before = parse_json(read_regular(path))
+        before = job.read_record()
     except FileNotFoundError:
-        there = [item for item in directory.iterdir() if not item.name.endswith(".tmp")]
-        if there:
+        if there := job.names():
             raise ShardError(
-                f"{directory}: must be empty or not there yet, it holds {there[0].name}"
+                f"{directory}: must be empty or not there yet, it holds {there[0]}"
             ) from None
         return (), False
     except (OSError, ValueError) as error:
-        raise ShardError(f"{path}: cannot be read: {one_line(error)}") from error
+        raise ShardError(f"{job.record}: cannot be read: {one_line(error)}") from error
     for name, value in record.items():
         if not isinstance(before, dict) or before.get(name) != value:
             old = before.get(name) if isinstance(before, dict) else before
@@ -267,7 +263,7 @@ def _state(
     for name in shards:
         if name not in names:
             raise ShardError(f"{directory / name}: is not of this conversion")
-    return tuple(shards), (directory / MANIFEST_NAME).exists()
+    return tuple(shards), job.is_finished
 
 
 def _short(value: Any) -> str:
