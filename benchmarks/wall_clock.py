@@ -31,6 +31,7 @@ from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.peer_process import PeerProcess
 from benchmarks.support.problem import Size
 from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.support.timing import QUIET_SHARE
 
 BATCHES_IN_MEMORY = 64  # shuffled anew for each pass over the rows; after these they are repeated
 # Colours that colour-blind readers can tell apart (Okabe and Ito), with a marker each.
@@ -155,12 +156,13 @@ def report(results: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             "# Held-out FVU over seconds of training",
-            f"{results['setting']} Every implementation runs its own training loop alone on the "
-            "machine, from the same weights, on the same rows in the same order, with the same "
+            f"{results['setting']} Every implementation runs its own training loop, one after "
+            "another, from the same weights, on the same rows in the same order, with the same "
             "constant learning rate; the rest of its recipe is its own. The clock counts steps, "
             "not evaluations; each reconstructs the held-out rows with its own inference. FVU is "
             "the share of the variance that the reconstruction misses. The FVU in the table is "
-            f"the highest one that a training ended with.{absent}",
+            "the highest one that a training ended with. A sample is quiet if other programs used "
+            f"less than {QUIET_SHARE:.0%} of a processor during it.{absent}",
             markdown_table(headings, rows),
             f"Versions: {named}.",
             f"{machine_line(results['machine'])}\n`{results['command']}`",
@@ -266,9 +268,8 @@ def main() -> None:
         "command": command_line("benchmarks.wall_clock"),
     }
     if options.plot:
-        draw(
-            curves, options.plot, f"{data_name}, d_sae {options.d_sae}, k {options.k}, 2 CPU cores"
-        )
+        sizes = f"d_sae {options.d_sae}, k {options.k}, {options.threads} CPU threads"
+        draw(curves, options.plot, f"{data_name}, {sizes}")
     publish(results, report(results), options.json, options.markdown)
 
 

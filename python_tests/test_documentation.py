@@ -199,6 +199,27 @@ def test_every_line_of_a_bash_block_is_a_command(page):
     assert [line for line in lines if not command.match(line)] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.S | re.M)
+    folders = "csrc|sae_fast|python_tests|tools|benchmarks|examples|docs"
+    named = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", text_of("README.md"))  # mkdocs checks docs/
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_pages_are_made_of_flags_ops_and_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    pages = importlib.import_module("docs_pages").pages()
+    assert "`--learning-rate`" in pages["reference/flags.md"]
+    assert "## encode_topk" in pages["reference/ops.md"]
+    assert "train_step_amx.md" in pages["results/index.md"]
+
+
 def known_flags():
     """Flags of all commands by the names of their fields, and those that a script spells out."""
     fields = [

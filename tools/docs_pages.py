@@ -21,6 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_fast.config.setting import Rules, rules_of
+from sae_fast.ops.registry import op_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RESULTS_INTRO = """# Results
@@ -125,32 +128,62 @@ def flags_page() -> str:
             kind = _load(place)
             if len(command.classes) > 1:
                 parts.append(f"### {_heading(kind)}")
-            parts.append(_flags_table(kind))
+            parts += _flags_tables(kind, 4 if len(command.classes) > 1 else 3)
     return "\n\n".join(parts) + "\n"
 
 
 def _load(place: str) -> type[Any]:
+    """Return the class that MODULE:NAME names; a NAME of Options is the module's own."""
     module, name = place.split(":")
-    kind: type[Any] = getattr(importlib.import_module(module), name)
+    content = vars(importlib.import_module(module))
+    if name == "Options":
+        own = [kind for kind in content.values() if getattr(kind, "__module__", "") == module]
+        (name,) = (kind.__name__ for kind in own if kind.__name__.endswith(name))
+    kind: type[Any] = content[name]
     return kind
 
 
 def _heading(kind: type[Any]) -> str:
-    return {"Options": "The run", "SAEConfig": "The model", "TrainConfig": "The training"}.get(
-        kind.__name__, kind.__name__
-    )
+    return {"SAEConfig": "The model", "TrainConfig": "The training"}.get(kind.__name__, "The run")
 
 
-def _flags_table(kind: type[Any]) -> str:
-    texts, hints = field_texts(kind), typing.get_type_hints(kind)
-    lines = ["| flag | values | default | meaning |", "|---|---|---|---|"]
+def _flags_tables(kind: type[Any], level: int) -> Iterator[str]:
+    """Yield the tables of a configuration's flags, each with the heading it has in `--help`."""
+    texts, hints = field_texts(kind), typing.get_type_hints(kind, include_extras=True)
+    rules = rules_of(kind)
+    lines: list[str] = []
     for item in dataclasses.fields(kind):
+        rule = rules[item.name]
+        if rule.heading and lines:
+            yield "\n".join(lines)
+            lines = []
+        if rule.heading:
+            yield f"{'#' * level} {rule.heading}"
         if item.name not in texts:  # a nested configuration
             continue
+        lines = lines or ["| flag | values | default | meaning |", "|---|---|---|---|"]
         flag = f"`--{item.name.replace('_', '-')}`"
-        cells = (flag, describe_type(hints[item.name]), _default(item), texts[item.name])
+        if rule.positional or "Positional" in str(hints[item.name]):
+            flag = f"`{rule.metavar or item.name.upper()}`"
+        values = describe_type(hints[item.name])
+        if _has_range(rule):
+            values += f", {rule.range}"
+        cells = (flag, values, _default(item), texts[item.name] + _condition(rule))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    if lines:
+        yield "\n".join(lines)
+
+
+def _has_range(rule: Rules) -> bool:
+    bounds = (rule.above, rule.at_least, rule.at_most, rule.below)
+    return any(bound is not None for bound in bounds) or bool(rule.must)
+
+
+def _condition(rule: Rules) -> str:
+    """Return the sentences on architectures and needs of a setting."""
+    arch = f" *Architectures: {', '.join(rule.arch)}.*" if rule.arch else ""
+    needs = f" *Needs {rule.needs.needs}.*" if rule.needs else ""
+    return arch + needs
 
 
 def field_texts(kind: type[Any]) -> dict[str, str]:
@@ -206,11 +239,12 @@ def ops_page() -> str:
     parts = [
         "# Ops",
         "The ops are registered as `torch.ops.sae_fast.*`. This page is made from the comments of "
-        "`csrc/ops/schema.cpp`. Each op has kernels for the CPU and for CUDA, and a definition in "
-        "plain PyTorch in `sae_fast/ops/`, which is the fallback without compiled kernels and the "
-        "oracle of the tests.",
+        "`csrc/ops/schema.cpp` and from `sae_fast/ops/registry.py`. Each op has kernels for the "
+        "CPU and for CUDA, and a definition in plain PyTorch in `sae_fast/ops/reference/`, which "
+        "is the fallback without compiled kernels and the oracle of the tests.",
         intro,
-        importlib.import_module("sae_fast.ops.registry").op_table(),
+        "`opaque` stands for a packed copy that only the compiled op reads.",
+        _escaped_outside_code(op_table()),
     ]
     for comment, quoted in re.findall(r"((?:  //.*\n)+)  m\.def\(\s*((?:\s*\".*\"\s*)+)\);", body):
         schema = "".join(json.loads(part) for part in re.findall(r"\"(?:[^\"\\]|\\.)*\"", quoted))
@@ -227,6 +261,12 @@ def _comment_text(lines: list[str]) -> str:
         part = "\n".join(group)
         parts.append(_code(textwrap.dedent(part)) if is_table else _escaped(part))
     return "\n\n".join(parts)
+
+
+def _escaped_outside_code(text: str) -> str:
+    parts = text.split("`")
+    parts[::2] = [part.replace("*", "\\*").replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def _escaped(text: str) -> str:
