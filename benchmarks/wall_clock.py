@@ -33,7 +33,7 @@ from benchmarks.support.problem import Size
 from benchmarks.support.tables import machine_line, markdown_table, publish
 from benchmarks.support.timing import QUIET_SHARE
 
-BATCHES_IN_MEMORY = 64  # shuffled anew for each pass over the rows; after these they are repeated
+BATCHES_IN_MEMORY = 64  # shuffled again for each pass over the rows; longer trainings repeat them
 # Colours that colour-blind readers can tell apart (Okabe and Ito), with a marker each.
 STYLES = {
     "sae_fast": ("#D55E00", "o", "sae_fast"),
@@ -49,15 +49,15 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Curve:
-    """How the held-out FVU of one implementation falls.
+    """The held-out FVU of one implementation during its training.
 
     Attributes:
-        implementation: its name.
-        steps: the steps after which it was evaluated.
-        seconds: of training up to there.
-        fvu: of the held-out rows.
-        quiet_share: share of the samples during which other programs left the processors alone.
-        versions: of the libraries of its process.
+        implementation: name of the implementation.
+        steps: numbers of steps after which it was evaluated.
+        seconds: seconds of training up to these steps.
+        fvu: FVU of the held-out rows after these steps.
+        quiet_share: share of the samples without other programs on the processors.
+        versions: versions of the libraries in its process.
     """
 
     implementation: str

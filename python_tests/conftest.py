@@ -1,8 +1,8 @@
-"""Puts this folder on the path, so that every test can import the helpers that lie beside it.
+"""Puts this folder on the path, so that every test can import the helpers in it.
 
-Tests with the fixture `device` run on the CPU and, where torch and sae_fast have one, on CUDA. No
-test asks a hub: its client reads the variable when it is first imported, here or in a process that
-a test starts.
+Tests with the fixture `device` run on the CPU and, if torch and sae_fast support it, on CUDA. No
+test contacts a hub: its client reads the variable when it is first imported, here or in a process
+that a test starts.
 """
 
 import os
@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def why_no_cuda():
-    """What is missing for the tests on CUDA, or None."""
+    """Return the reason why tests on CUDA cannot run, or None."""
     if not torch.cuda.is_available():
         return "needs a CUDA device: torch finds none"
     info = sae_fast.build_info()
@@ -27,7 +27,7 @@ def why_no_cuda():
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """Every device that results must agree on; those this machine cannot test are skipped."""
+    """Return each device in turn; tests skip the devices that this machine lacks."""
     if request.param == "cuda" and (missing := why_no_cuda()):
         pytest.skip(missing)
     return torch.device(request.param)
@@ -35,14 +35,14 @@ def device(request):
 
 @pytest.fixture
 def cuda_device():
-    """For what only CUDA has: streams, graphs, several devices."""
+    """Return the CUDA device, for tests of streams, graphs and several devices."""
     if missing := why_no_cuda():
         pytest.skip(missing)
     return torch.device("cuda")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without CUDA, one skipped case of every file says that there are more."""
+    """Keep one skipped case of every file if CUDA is missing, and drop the others."""
     if not why_no_cuda():
         return
     kept, dropped, seen = [], [], set()

@@ -1,4 +1,4 @@
-"""A disk that is full, as far as a program can tell."""
+"""A limit on file sizes that looks like a full disk to a program."""
 
 import contextlib
 import resource
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def files_up_to(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond `size` bytes."""
+    """Let no file of this process grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

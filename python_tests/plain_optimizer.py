@@ -1,4 +1,4 @@
-"""The optimisers' steps written again in plain PyTorch, one after the other: their oracle."""
+"""The optimisers' steps in plain PyTorch, one after the other, as the oracle of tests."""
 
 import torch
 from plain_sae import PARAMETERS, plain_terms
@@ -19,7 +19,7 @@ class PlainSignum:
 
 
 class PlainScheduleFreeSignum:
-    """Defazio et al. 2024 round sign descent, with z and x in arrays of their own."""
+    """Schedule-free sign descent by Defazio et al. 2024, with z and x in separate arrays."""
 
     def __init__(self, parameters, *, momentum=0.9, weight_decay=0.0):
         self.parameters, self.momentum, self.weight_decay = parameters, momentum, weight_decay
@@ -37,13 +37,13 @@ class PlainScheduleFreeSignum:
                 y.copy_((1 - beta) * z + beta * x)
 
     def divide(self, index, norms):
-        """Measure a parameter's z and x in the unit that its y is brought to."""
+        """Divide a parameter's z and x by the norms to which its y is scaled."""
         for tensors in (self.walks, self.averages):
             tensors[index] /= norms
 
 
 class OfTorch:
-    """An optimiser of torch with its learning rate given to the step."""
+    """An optimiser of torch whose step takes the learning rate."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -54,7 +54,7 @@ class OfTorch:
 
 
 def plain_rule(rule, parameters, *, momentum=0.9, eps=1e-8, weight_decay=0.0):
-    """What steps as the rule says: torch's own optimiser where it has one."""
+    """Return the optimiser of a rule: torch's own if it has one."""
     if rule == "signum":
         return PlainSignum(parameters, momentum=momentum, weight_decay=weight_decay)
     if rule == "schedule_free_signum":

@@ -1,4 +1,4 @@
-"""The training loss written again in plain dense PyTorch: the oracle for model and optimiser."""
+"""The training loss in plain dense PyTorch, as the oracle for model and optimiser."""
 
 import torch
 
@@ -10,7 +10,7 @@ PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def make_sae(seed=0, *, dtype=torch.float32, dead=(), **fields):
-    """A small model with nothing at zero, whose latents `dead` have been silent for long."""
+    """Make a small model without zero parameters, whose latents `dead` have long been silent."""
     defaults = {"d_in": 12, "d_sae": 40, "k": 5, "dead_after_tokens": 100}
     sae = SparseAutoencoder(SAEConfig(**{**defaults, **fields}))
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +31,7 @@ def make_batch(sae, n_tokens=30, seed=1):
 
 
 def make_targets(sae, n_tokens=30, seed=2):
-    """What a transcoder is to predict of `make_batch`; None for another model."""
+    """Return the targets of a transcoder for `make_batch`, or None for another model."""
     if not sae.config.transcoder:
         return None
     generator = torch.Generator().manual_seed(seed)
@@ -39,20 +39,20 @@ def make_targets(sae, n_tokens=30, seed=2):
 
 
 def input_bias(sae):
-    """What is subtracted from x."""
+    """Return the vector that the encoder subtracts from x."""
     subtracts = sae.config.subtract_b_dec and not sae.config.transcoder
     return sae.b_dec if subtracts else torch.zeros_like(sae.W_enc[0])
 
 
 def goal(sae, x, targets):
-    """What the code of x models."""
+    """Return the vector that the code of x models."""
     if not sae.config.transcoder:
         return x
     return targets - x @ sae.W_skip.t() if sae.config.skip_connection else targets
 
 
 def plain_acts(sae, x):
-    """The dense code of a model that selects the k largest."""
+    """Return the dense code of a model that selects the k largest."""
     config = sae.config
     pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     if config.arch in ("batch_topk", "matryoshka"):
@@ -63,7 +63,7 @@ def plain_acts(sae, x):
 
 
 def plain_terms(sae, x, targets=None):
-    """The loss terms, each with its coefficient, of a model that selects the k largest."""
+    """Return the loss terms, with coefficients, of a model that selects the k largest."""
     config = sae.config
     pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     acts = plain_acts(sae, x)
@@ -88,14 +88,14 @@ def plain_terms(sae, x, targets=None):
 
 
 def error_term(sae, error, y):
-    """The reconstruction error that loss_fn names, of what is modelled."""
+    """Return the reconstruction error that loss_fn names."""
     if sae.config.loss_fn == "mse":
         return error.square().sum(1).mean()
     return error.square().sum() / (y - y.mean(0)).square().sum()
 
 
 def _plain_selection(pre_acts, k, activation):
-    """The dense code [N, F] of the k latents that an activation selects."""
+    """Return the dense code [N, F] of the k latents that an activation selects."""
     if activation == "groupmax":
         values, places = pre_acts.unflatten(1, (k, -1)).max(dim=2)
         indices = places + torch.arange(k) * (pre_acts.shape[1] // k)
@@ -129,7 +129,7 @@ def plain_decorrelation(sae):
 
 
 def _plain_prefixes(sae, target, acts, y):
-    """The squared errors of all prefixes, one reconstruction after the other."""
+    """Return the squared errors of all prefixes, from separate reconstructions."""
     total = 0.0
     weights = sae.config.matryoshka_weights
     for size, weight in zip(sae.config.matryoshka_prefixes, weights, strict=True):
@@ -155,7 +155,7 @@ def _plain_aux_k(sae, x, error):
 
 
 def plain_gradients(sae, x, term=None, targets=None):
-    """The gradient of the loss, or of one of its terms, for every parameter, by autograd."""
+    """Return autograd's gradient of the loss, or of one term, for every parameter."""
     terms = plain_terms(sae, x, targets)
     loss = sum(terms.values()) if term is None else terms[term]
     names, parameters = zip(*sae.named_parameters(), strict=True)
@@ -164,7 +164,7 @@ def plain_gradients(sae, x, term=None, targets=None):
 
 
 def left_gradients(sae):
-    """The gradients that a backward has left, `.grad` and row factors together, dense."""
+    """Return the dense gradients after a backward, from `.grad` and row factors together."""
     gradients = {}
     for name, parameter in sae.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
@@ -175,7 +175,7 @@ def left_gradients(sae):
 
 
 def dense_from_factor(factor, d_sae):
-    """Row j: the sum over the entries of latent j of coefficient * (dense[n] - shift)."""
+    """Return rows: for latent j the sum of coefficient * (dense[n] - shift) over its entries."""
     dense = factor.dense.to(factor.coefficients.dtype)
     side = dense if factor.shift is None else dense - factor.shift
     n_rows = side.shape[0]

@@ -1,4 +1,4 @@
-"""The losses of relu, jumprelu and gated written again in plain dense PyTorch."""
+"""The losses of relu, jumprelu and gated in plain dense PyTorch."""
 
 import torch
 from plain_sae import error_term, goal, input_bias
@@ -10,7 +10,7 @@ PATHS = ("sparse", "dense")
 
 
 def make_thresholded(arch, path="sparse", *, seed=0, dtype=torch.float32, dead=(), **fields):
-    """A small model with nothing at zero, whose next step goes one way or the other."""
+    """Make a small model without zero parameters, whose next step takes the given path."""
     defaults = {"arch": arch, "d_in": 12, "d_sae": 40, "dead_after_tokens": 100}
     sae = SparseAutoencoder(SAEConfig(**{**defaults, **fields}))
     generator = torch.Generator().manual_seed(seed)
@@ -27,12 +27,12 @@ def make_thresholded(arch, path="sparse", *, seed=0, dtype=torch.float32, dead=(
 
 
 def go(sae, path):
-    """Make the next step of a model take a path."""
+    """Let the next step of a model take a path."""
     sae.listed_per_token.fill_(0.0 if path == "sparse" else float(sae.config.d_sae))
 
 
 def plain_code(sae, x):
-    """The code [N, d_sae] of a batch."""
+    """Return the code [N, d_sae] of a batch."""
     return _CODES[sae.config.arch](sae, pre_activations(sae, x))
 
 
@@ -41,7 +41,7 @@ def pre_activations(sae, x):
 
 
 def plain_terms(sae, x, targets=None):
-    """The loss terms of a model, each with its coefficient."""
+    """Return the loss terms of a model, each with its coefficient."""
     acts, target = plain_code(sae, x), goal(sae, x, targets)
     error = target - (acts @ sae.W_dec + sae.b_dec)
     y = x if targets is None else targets
@@ -50,7 +50,7 @@ def plain_terms(sae, x, targets=None):
 
 
 def plain_gradients(sae, x, term=None, targets=None):
-    """The gradient of the loss, or of one of its terms, for every parameter, by autograd."""
+    """Return autograd's gradient of the loss, or of one term, for every parameter."""
     terms = plain_terms(sae, x, targets)
     loss = sum(terms.values()) if term is None else terms[term]
     names, parameters = zip(*sae.named_parameters(), strict=True)
@@ -84,7 +84,7 @@ class _PlainJump(torch.autograd.Function):
 
 
 class _PlainStep(torch.autograd.Function):
-    """1[x > t], likewise."""
+    """1[x > t] and its straight-through gradients, as arXiv:2407.14435 writes them."""
 
     @staticmethod
     def forward(ctx, x, threshold, bandwidth, to_input):

@@ -1,6 +1,6 @@
-"""Values of every setting that differ from its default, with the settings that they need beside.
+"""Values of every setting that differ from its default, with other settings that they need.
 
-A setting that is not listed has values of its type, so that a new one is tried without being named.
+A setting that is not listed gets values of its type, so that tests try new settings too.
 """
 
 import typing
@@ -15,7 +15,7 @@ ARCHITECTURES = typing.get_args(field_types(SAEConfig)["arch"])
 D_IN, D_SAE, D_OUT, N_TOKENS = 12, 40, 7, 30
 N_RELATIONS, N_ANSWERS = 3, 5
 SIZES = {"d_in": D_IN, "d_sae": D_SAE, "dead_after_tokens": 100}
-# What an architecture needs to be a small model.
+# The settings of a small model of each architecture.
 BASES = {arch: {"arch": arch, **SIZES} for arch in ARCHITECTURES}
 for _arch in ("topk", "batch_topk", "matryoshka"):
     BASES[_arch]["k"] = 5
@@ -28,7 +28,7 @@ CHUNKED = {"decorrelation_coeff": 2.0, "decorrelation": "chunked_max", "decorrel
 FREE = {"decoder_norm": "free", "decoder_init_norm": 0.5}
 JUMP_TANH = {"sparsity_penalty": "tanh", "jumprelu_tanh_scale": 2.0}
 
-# By setting, dictionaries with a value and what it needs.
+# By setting, dictionaries with a value and the other settings that it needs.
 MODEL_VALUES = {
     "transcoder": [TRANSCODER],
     "d_out": [{"d_out": D_OUT}],
@@ -91,7 +91,7 @@ TRAIN_VALUES = {
 
 
 def values_of(config, name):
-    """Dictionaries with a value of a setting other than its default, and what that needs."""
+    """Return dictionaries with a value other than the default, and the settings it needs."""
     listed = {**MODEL_VALUES, **TRAIN_VALUES}
     if name in listed:
         return listed[name]
@@ -100,7 +100,7 @@ def values_of(config, name):
 
 
 def _values(kind, default):
-    """Other values of a type than the default."""
+    """Return values of a type other than the default."""
     arms = [arm for arm in typing.get_args(kind) or (kind,) if arm is not type(None)]
     if typing.get_origin(kind) is typing.Literal:
         return [value for value in arms if value != default]
@@ -115,7 +115,7 @@ def _values(kind, default):
 
 
 def with_all(*dictionaries):
-    """The settings of all dictionaries; None where two of them differ in a value."""
+    """Return the settings of all dictionaries, or None if two of them contradict each other."""
     joined = {}
     for settings in dictionaries:
         for name, value in settings.items():
@@ -125,7 +125,7 @@ def with_all(*dictionaries):
 
 
 def over_base(arch, settings):
-    """Settings over those of a small model, whose sizes and counts they may replace."""
+    """Return a small model's settings, updated by the given ones."""
     base = dict(BASES[arch])
     if "expansion_factor" in settings:
         base.pop("d_sae")
@@ -133,7 +133,7 @@ def over_base(arch, settings):
 
 
 def columns_of(sae, n_tokens=N_TOKENS):
-    """What the terms of a model need beside a batch, by argument of training_loss."""
+    """Return the further arguments of training_loss that a model's terms need."""
     generator = torch.Generator().manual_seed(5)
 
     def whole(top, lowest=-1):
@@ -151,7 +151,7 @@ def columns_of(sae, n_tokens=N_TOKENS):
 
 
 def make_model(fields, dead=()):
-    """A small model with nothing at zero, whose latents `dead` have been silent for long."""
+    """Make a small model without zero parameters, whose latents `dead` have long been silent."""
     sae = SparseAutoencoder(SAEConfig(**fields))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Small random models of the architectures that users have, and tokenizers of a few words."""
+"""Small random models of common architectures, and tokenizers of a few words."""
 
 import torch
 from torch import nn
@@ -53,7 +53,7 @@ MASKED = {
     },
 }
 
-# Sizes by the names that most configurations of transformers have for them.
+# Sizes by the names in most configurations of transformers.
 TRANSFORMER = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -69,7 +69,7 @@ TRANSFORMER = {
 
 
 def make_network(name, seed=0, **settings):
-    """A network with random weights, with its language-model head; settings are of transformers."""
+    """Make a network with random weights and a language-model head; settings of transformers."""
     import transformers
 
     kinds = (
@@ -80,7 +80,7 @@ def make_network(name, seed=0, **settings):
         torch.manual_seed(seed)
         network = kinds.from_config(config).eval()
         with torch.no_grad():
-            for module in network.modules():  # norms and biases that are not one and zero
+            for module in network.modules():  # norms other than one, and biases other than zero
                 if isinstance(module, nn.LayerNorm):
                     module.weight.normal_(1, 0.1)
                     module.bias.normal_(0, 0.1)
@@ -88,7 +88,7 @@ def make_network(name, seed=0, **settings):
 
 
 def make_tokenizer(causal, *, bos="<s>", eos="</s>"):
-    """A tokenizer of words; of a decoder, or of an encoder with [CLS] and [SEP]."""
+    """Make a tokenizer of words, for a decoder, or for an encoder with [CLS] and [SEP]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -112,7 +112,7 @@ def make_tokenizer(causal, *, bos="<s>", eos="</s>"):
 
 
 def save_model(directory, name, seed=0, **settings):
-    """Writes network and tokenizer as a user's folder of a model."""
+    """Write network and tokenizer as a user's folder of a model."""
     make_network(name, seed, **settings).save_pretrained(directory)
     make_tokenizer(name in CAUSAL).save_pretrained(directory)
     return directory

@@ -13,7 +13,7 @@ from sae_fast.activations.capture import (
 
 
 def make_texts(count=40, longest=30, seed=0):
-    """Documents of up to `longest` words; every seventh is empty or only white space."""
+    """Make documents of up to `longest` words; every seventh is empty or white space."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(1, longest + 1, count)
     texts = [" ".join(generator.choice(WORDS, length)) for length in lengths]
@@ -41,7 +41,7 @@ def make_batches(
 
 
 def rows_of(batches):
-    """(doc_id, position, token) of every kept token, in order."""
+    """Return (doc_id, position, token) of every kept token, in order."""
     found = []
     for batch in batches:
         columns = (batch.doc_id[batch.kept], batch.position[batch.kept], batch.tokens[batch.kept])
@@ -50,7 +50,7 @@ def rows_of(batches):
 
 
 def expected_rows(texts, tokenizer, before, after):
-    """The same, from each document by itself: packed, or one row a document."""
+    """Return the expected rows from each document by itself: packed, or one row a document."""
     found = []
     for number, text in enumerate(texts):
         if text and text.strip():

@@ -1,4 +1,4 @@
-"""tools/ and setup.py: which torch and compilers a build takes, what it says when it cannot."""
+"""tools/ and setup.py: the torch and compilers of a build, and its errors."""
 
 import http.server
 import importlib.util
@@ -25,7 +25,7 @@ if not (ROOT / "tools").exists():
 def load_tool(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up here
     spec.loader.exec_module(module)
     return module
 
@@ -83,7 +83,7 @@ def test_the_installed_torch_is_found_without_importing_it(tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("clean_environment")
 def test_the_torch_that_pip_hides_is_found(tmp_path, monkeypatch):
-    """pip puts its build environment in front, through PYTHONPATH; an old torch there is none."""
+    """pip puts its build environment first, by PYTHONPATH; an old torch in it is ignored."""
     make_torch(tmp_path / "torch", "1.9.0")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = backend.torch_root()
@@ -166,7 +166,7 @@ def test_pins_that_contradict_a_chosen_torch_are_left_out():
 
 @pytest.fixture
 def listener():
-    """A port that takes connections and never answers."""
+    """Open a port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -323,7 +323,9 @@ def test_a_reference_wheel_is_pure_and_says_what_it_is(tmp_path):
     assert {"sae_fast/py.typed", "sae_fast/_C.pyi", "sae_fast/_reference_install.py"} <= names
     assert not any(name.endswith(".so") or "renamed" in name for name in names)
     assert all(name.startswith("sae_fast") for name in names)
-    assert not old_module.exists()  # python run in the checkout must agree with what is installed
+    assert (
+        not old_module.exists()
+    )  # Python started in the checkout must agree with the installation
 
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -396,7 +398,7 @@ def test_a_changed_header_concerns_the_sources_that_include_it(tmp_path):
 
 
 def test_every_folder_of_modules_is_a_package():
-    # setuptools leaves out of an installation what has no __init__.py.
+    # setuptools installs only folders with an __init__.py.
     folders = {path.parent for path in (ROOT / "sae_fast").rglob("*.py")}
     assert len(folders) > 5
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
@@ -434,12 +436,12 @@ def test_a_long_cuda_build_says_what_it_compiles_and_how_to_leave_it_out(tmp_pat
 
 
 def architectures_for(wanted, folder):
-    """What CMake makes of the variable, or its complaint."""
+    """Return the architectures that CMake reads from the variable, or its error."""
     return run_cmake_script('message("${CMAKE_CUDA_ARCHITECTURES}")', wanted, folder)
 
 
 def run_cmake_script(last_line, wanted, folder):
-    """What a line after the file with the architectures prints, with TORCH_CUDA_ARCH_LIST set."""
+    """Run a line of CMake after cuda_architectures.cmake; return its output."""
     file = ROOT / "cmake" / "cuda_architectures.cmake"
     script = folder / "show.cmake"
     script.write_text(f'include("{file}")\n{last_line}\n')

@@ -1,4 +1,4 @@
-"""How the commands tell of an error in one line, and which errors are faults of the program."""
+"""Errors of the commands: one line for the user, a traceback for faults of the program."""
 
 import resource
 import tracemalloc

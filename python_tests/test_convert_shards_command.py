@@ -1,4 +1,4 @@
-"""`python -m sae_fast.convert_shards`: what it says, what it refuses, and that training follows."""
+"""`python -m sae_fast.convert_shards`: its output, its refusals, and training on its shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, command=main) -> str:
-    """The one line of a refusal, with exit code 2."""
+    """Return the single line of a refusal, with exit code 2."""
     capsys.readouterr()
     assert command([str(argument) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -39,7 +39,7 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-# ---- what it says and does -----------------------------------------------------------------------
+# ---- output and effects -----------------------------------------------------------------------
 
 
 def test_it_says_what_there_is_what_it_takes_and_what_came_of_it(source, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A directory has one writer at a time, and a killed one leaves no lock behind."""
+"""A directory has one writer at a time, and a killed writer leaves no lock."""
 
 import errno
 import fcntl
@@ -44,10 +44,10 @@ def test_a_lock_is_not_shared_with_forked_processes(tmp_path: Path) -> None:
     if child == 0:
         os.write(ready[1], b"x")
         os.close(end[1])
-        os.read(end[0], 1)  # alive until the test is done
+        os.read(end[0], 1)  # lives until the end of the test
         os._exit(0)
     os.read(ready[0], 1)
-    lock.forget()  # as the end of the process does
+    lock.forget()  # like the end of the process
     other.take()
     for descriptor in (*ready, *end):
         os.close(descriptor)

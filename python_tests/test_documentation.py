@@ -1,8 +1,8 @@
-"""What README.md, CONTRIBUTING.md, benchmarks/README.md and docs/ show is run here, or listed.
+"""The commands in README.md, CONTRIBUTING.md, benchmarks/README.md and docs/ run, or are listed.
 
 The commands of a page run in one folder, in their order, with the files and folders they name;
-sizes that would take long are replaced, and flags added that make a training short. A block that an
-earlier page shows too runs once.
+sizes that would take long are replaced, and flags added that make a training short. A block that
+occurs on several pages runs once.
 """
 
 import dataclasses
@@ -33,11 +33,16 @@ if not (ROOT / "README.md").exists():
     pytest.skip("no checkout: the documents are not installed", allow_module_level=True)
 PAGES = ("README.md", "benchmarks/README.md", "CONTRIBUTING.md")
 PAGES += tuple(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")))
-LANGUAGES = {"bash", "python", "json", "text"}  # of fenced blocks; text is neither run nor read
+LANGUAGES = {
+    "bash",
+    "python",
+    "json",
+    "text",
+}  # languages of fenced blocks; text is neither run nor read
 PROGRAMS = ("python", "pip", "make", "uv", "benchmarks/gpu.sh", "peers/")
 PROGRAMS += ("source", "cmake", "pre-commit")
 NETWORK = "it asks a package registry"
-# What cannot run here, by how a command begins.
+# The beginnings of commands that cannot run here.
 NOT_RUN = {
     "make demo": "it builds the environment, with packages from a registry",
     "make test": "it runs this very test",
@@ -55,7 +60,7 @@ NOT_RUN = {
     "SAE_FAST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2": "it takes minutes, see test_benchmark_commands",
     "benchmarks/gpu.sh": "it builds for a GPU; test_gpu_script rehearses it",
 }
-# What makes a command small: parts of it, and what stands in their place.
+# Parts of commands, and the text that replaces them to make a command small.
 SMALLER = {
     "--max-steps 160": "--max-steps 2 --batch-size 256",
     "--max-steps 40": "--max-steps 2 --batch-size 256",
@@ -80,17 +85,17 @@ def text_of(page):
 
 
 def fences(page):
-    """The fenced blocks of a page: language and text."""
+    """Return the fenced blocks of a page: language and text."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), flags=re.S | re.M)
 
 
 def blocks(page):
-    """The blocks of commands of a page, with \\ joined."""
+    """Return the blocks of commands of a page, with \\ joined."""
     return [text.replace("\\\n", " ") for language, text in fences(page) if language == "bash"]
 
 
 def commands(block):
-    """The commands of a block, without their comments."""
+    """Return the commands of a block, without their comments."""
     lines = (line.split("    #")[0].split("  #")[0].strip() for line in block.splitlines())
     return [" ".join(part.split()) for line in lines for part in line.split(" && ")]
 
@@ -104,7 +109,7 @@ def reason_not_to_run(command):
 
 
 def runnable():
-    """By page the commands to run; a block that an earlier page has is left out."""
+    """Return the commands to run by page, without blocks that an earlier page has."""
     found, known = {}, set()
     for page in PAGES:
         new = [block for block in blocks(page) if block not in known]
@@ -120,7 +125,7 @@ RUNNABLE = runnable()
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with what the commands name."""
+    """Make a folder with the files that the commands name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)  # takes long
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -137,7 +142,7 @@ def make_model():
 
 
 def make_rows():
-    """What stands for SRC, DIR, MLP_IN and MLP_OUT."""
+    """Write the folders for SRC, DIR, MLP_IN and MLP_OUT."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 200, 16, generator=generator)
     for name in ("SRC", "DIR", "MLP_IN", "MLP_OUT"):
@@ -221,7 +226,7 @@ def test_pages_are_made_of_flags_ops_and_results(monkeypatch):
 
 
 def known_flags():
-    """Flags of all commands by the names of their fields, and those that a script spells out."""
+    """Return the flags of all commands, from their fields and from scripts."""
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, train.Options),
         *(convert_shards.ConvertOptions, plot.Options, biographies.Options, swap.Options),

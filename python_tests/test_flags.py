@@ -1,4 +1,4 @@
-"""What is wrong with a command line: one line with the flag, what it takes and what it got."""
+"""Errors of a command line: one line with the flag, the values it accepts and the given one."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Imports inside sae_fast point one way: no circles, and each layer imports from those below it."""
+"""Imports inside sae_fast have no circles, and each layer imports only from lower layers."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 import sae_fast
 
 PACKAGE = Path(sae_fast.__file__).parent
-# From the ground up. A module imports from its own layer and from those before it.
+# From the lowest layer up. A module imports from its own layer and from the layers before it.
 LAYERS = (
     (
         *("import_errors", "json_files", "tensor_files", "text_links"),
@@ -40,7 +40,7 @@ FACADES = {name for name, path in FACES.items() if "def " not in path.read_text(
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Module and name of each import of ours, also inside functions, but for type checking."""
+    """Return module and name of each import of sae_fast, except for type checking."""
     left: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
     while left:
         node = left.pop()
@@ -55,7 +55,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def home(module: str, name: str) -> str:
-    """The module that a name comes from, behind the packages that hand it on."""
+    """Return the module that defines a name, through packages that re-export it."""
     if f"{module}.{name}" in FILES:
         return f"{module}.{name}"
     if module in FACADES:
@@ -66,7 +66,7 @@ def home(module: str, name: str) -> str:
 
 
 def graph() -> dict[str, set[str]]:
-    """What each module imports of ours; packages that only hand names on are left out."""
+    """Return the modules that each module imports; packages that only re-export are left out."""
     found: dict[str, set[str]] = {}
     for name, path in FILES.items():
         if name in FACADES or name == "sae_fast":

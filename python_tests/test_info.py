@@ -1,4 +1,4 @@
-"""python -m sae_fast.info: what it reports, natively and with the reference."""
+"""python -m sae_fast.info: its report, with compiled kernels and with the reference."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def run_info(**environment):
 
 
 def facts(report):
-    """The report's lines as name: value."""
+    """Return the report's lines as name: value."""
     pairs = (line.split("  ", 1) for line in report.splitlines())
     return {name.strip(): value.strip() for name, value in pairs if name}
 

@@ -1,4 +1,4 @@
-"""JSON is read strictly: what is no plain, finite JSON is one line that names file and field."""
+"""JSON is read strictly: other text is refused in one line that names file and field."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Memory asked for before libraries need it that end the process where they get none."""
+"""Memory is requested before it is needed by libraries that end the process without it."""
 
 import os
 import resource
@@ -16,12 +16,12 @@ MIB = 1 << 20
 STATM = Path("/proc/self/statm")
 if not STATM.exists():
     pytest.skip("no /proc: the memory in use is not known", allow_module_level=True)
-# What is limited, and which number of statm counts it.
+# Limits of resources, and the field of statm that counts each.
 LIMITS = {resource.RLIMIT_AS: 0, resource.RLIMIT_DATA: 5}
 
 
 def code_of_child(work, kind, more):
-    """Exit code of a forked child that has `more` bytes left: 3 MemoryError, 4 another."""
+    """Return the exit code of a forked child with `more` free bytes: 3 MemoryError, 4 another."""
     child = os.fork()
     if child == 0:
         code = 4

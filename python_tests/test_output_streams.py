@@ -1,4 +1,4 @@
-"""Commands go on when their output streams are closed or nothing reads them any more."""
+"""Commands continue if their output streams are closed or no longer read."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import sae_fast
 from sae_fast.activations import write_shard
 
 MODULE = Path(sae_fast.__file__).parent / "output_streams.py"
-# The module by itself: these processes need no torch.
+# Only this module is loaded, so that these processes need no torch.
 PRINTING = f"""
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("output_streams", {str(MODULE)!r})
@@ -30,14 +30,14 @@ sys.exit(module.run_command(main))
 
 
 def _gone() -> int:
-    """The writing end of a pipe that has no reader."""
+    """Return the writing end of a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
 
 
 def _run(command, stdout=None, stderr=None, **options):
-    """Exit code and captured stderr of a process with these descriptors; None closes one."""
+    """Return exit code and stderr of a process with these descriptors; None closes one."""
     closed = [number for number, stream in ((1, stdout), (2, stderr)) if stream is None]
     shell = " ".join(f"{number}>&-" for number in closed)
     line = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, *command]

@@ -1,4 +1,4 @@
-"""`python -m sae_fast.plot`: what it draws of real runs, how it names them, and every bad input."""
+"""`python -m sae_fast.plot`: plots of real runs, their names, and every bad input."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "slots": ("--arch", "slots", "--value-hidden", "8"),
     "transcoder": ("--transcoder", "--skip-connection", "--k", "2", "--target-key", "activations"),
 }
-# Beside what every run logs, and the terms of the loss.
+# Columns beside the common ones and the terms of the loss.
 OWN: dict[str, set[str]] = {
     "topk": {"k", "multi_topk_loss", "decorr_loss", "aux_loss"},
     "batch_topk": {"aux_loss"},
@@ -77,7 +77,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a run of each architecture."""
+    """Train a run of each architecture; return their directory."""
     directory = tmp_path_factory.mktemp("runs")
     shards = directory / "shards"
     shards.mkdir()
@@ -96,13 +96,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(trained: Path, tmp_path: Path) -> Path:
-    """The same, to be drawn into."""
+    """Return a copy of the runs, for plots."""
     return Path(shutil.copytree(trained, tmp_path / "runs"))
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What is drawn, in place of drawing it."""
+    """Collect the plots instead of drawing them."""
     found: list[dict[str, Any]] = []
 
     def note(runs: Any, panels: list[Panel], path: Path, title: str) -> Path:
@@ -121,7 +121,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a refusal, with exit code 2."""
+    """Return the single line of a refusal, with exit code 2."""
     capsys.readouterr()
     assert main(list(map(str, arguments))) == 2
     printed = capsys.readouterr()
@@ -131,7 +131,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
-# ---- what it draws -----------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------
 
 
 def test_a_run_is_drawn_into_two_images(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +156,7 @@ def test_everything_an_architecture_logs_has_its_panel(arch: str, trained: Path)
     not_shown = {"step", "tokens", "epoch", "time_per_step_ms", "activation_fraction"}
     explained = {name for name in logged if "explained_variance" in name}  # 1 - FVU, which is drawn
     assert logged - shown - explained <= not_shown
-    # Of runs whose reader was ever waited for, with a silent latent, and with loud rows.
+    # Plotted only if the reader ever stalled, a latent is silent, or there are outlier rows.
     optional = {"reader_stall_fraction", "silent_fraction", "ordinary_fvu"}
     mains = {panel.main for panel in panels}
     assert mains - optional == (STANDARD | OWN[arch]) - optional

@@ -1,4 +1,4 @@
-"""Presets: each can be trained, from the command line too, and says what it needs."""
+"""Presets: each can be trained, also from the command line, and lists its needs."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Files about the project itself: versions agree, and what they name is there."""
+"""Files about the project itself: versions agree, and the files they name exist."""
 
 import importlib.util
 import re

@@ -1,9 +1,10 @@
 """Check the English of docstrings, comments and texts; `make lint` runs it.
 
-A function's docstring starts with a verb in the imperative, "Return the …", so that it reads alone.
-The verbs are in prose_verbs.txt, to which any other that says what a function does can be added.
-Phrases that make readers guess are refused in docstrings, comments and texts. Exits with 1 and the
-place of each finding.
+A function's docstring starts with a verb in the imperative, such as "Return", so that it can be
+understood alone; prose_verbs.txt lists the verbs and can be extended. Other docstrings and comments
+do not begin with a question word ("What a shard holds"), except "Whether" in a property. Phrases
+that make readers guess and words for persons are refused in all of them. The exit code is 1 if
+there are findings; each is printed with its place.
 """
 
 from __future__ import annotations
@@ -13,63 +14,105 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PYTHON = ("sae_fast", "tools", "benchmarks", "setup.py")
-TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs")
-# Files and folders that are not rewritten yet, one a line; they become fewer.
+PYTHON = ("sae_fast", "tools", "benchmarks", "setup.py", "python_tests")
+TEXTS = {
+    **dict.fromkeys(("README.md", "CONTRIBUTING.md", "CHANGELOG.md"), "*.md"),
+    **{"docs": "*.md", "benchmarks": "*.md", "cmake": "*.cmake"},
+    **dict.fromkeys(("CMakeLists.txt", "Makefile", "benchmarks/gpu.sh"), "*"),
+}
+ASKING = "sae_fast/"  # where some comments and docstrings still begin with a question word
+# Files and folders that are not rewritten yet, one a line.
 EXEMPT = Path(__file__).with_name("prose_exempt.txt").read_text("utf-8").split()
 VERBS = frozenset(Path(__file__).with_name("prose_verbs.txt").read_text("utf-8").split())
-# Words with which a sentence is a riddle, and what they stand for in no text of ours.
-RIDDLES = re.compile(
-    r"\blikewise\b|\bnobody\b|\bwhoever\b|\beverybody\b|\bthe same of\b|\bto be had\b"
-    r"|\bwhat (?:\w+ ){0,3}is to\b|\b[Tt]hat of\b|\b[Tt]hose of\b|\bgoes? on with\b",
+PERSONS = r"\b(?:nobody|whoever|whomever|(?:some|every|any)(?:body|one(?! of))|contestants?)\b"
+RIDDLES = (
+    r"\blikewise\b",
+    r"\bthe same of\b",
+    r"\bto be had\b",
+    r"\bwhat (?:\w+ ){0,3}is to\b",
+    r"\b(?:[Tt]hat|[Tt]hose) of\b",
+    r"\bof which there (?:is|are) no\b",
+    r"\b(?:[Bb]y|[Ff]or|[Oo]f|[Ww]ith|[Aa]fter) so many\b",
+    r"\bfrom which on\b",
+    r"\bgoes? on with\b",
+    r"\bfor want of\b",
+    r"\b(?:tells?|comes) of\b",
+    r"\banother than\b",
+    r"(?<!many\s)(?<!much\s)\bas are\b",
+    r"\b[Ss]o are (?:the|its|their|those|all)\b",
+    r"\b(?:would|may|might|could|as) else\b",
+    r"(?:^|(?<=[.;:]\s))(?:Were|Had) (?:the|an?|it|there|they)\b",
 )
+# A phrase may be broken over lines.
+PHRASES = re.compile("|".join([PERSONS, *RIDDLES]).replace(" ", r"\s+"))
+QUESTIONS = re.compile(r"(?:What|Whether|How|Which|Who)\b|Where\b[^,]*?(?:\.\s|\.?$)")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def main() -> int:
     """Print every finding; return the exit code."""
-    findings = [*_in_python(), *_in_texts()]
+    findings: list[str] = []
+    for path in _files(dict.fromkeys(PYTHON, "*.py")):
+        may_ask = _name(path).startswith(ASKING)
+        findings += in_python(_name(path), path.read_text("utf-8"), may_ask=may_ask)
+    for path in _files(TEXTS):
+        findings += in_text(_name(path), path.read_text("utf-8"))
     for finding in findings:
         print(finding)
     return 1 if findings else 0
 
 
-def _in_python() -> Iterator[str]:
-    for path in _files(PYTHON, "*.py"):
-        source = path.read_text("utf-8")
-        name = path.relative_to(ROOT)
-        for line, text in _comments(source):
-            yield from _riddles(f"{name}:{line}", text)
-        for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, DOCUMENTED):
-                continue
-            text = ast.get_docstring(node) or ""
-            place = f"{name}:{getattr(node, 'lineno', 1)}"
-            yield from _riddles(place, text)
-            if isinstance(node, ast.Module | ast.ClassDef) or not text or _is_property(node):
-                continue
-            if (first := text.split()[0].rstrip(".,:;")) not in VERBS:
-                yield f"{place}: {node.name}'s docstring starts with {first!r}, not with a verb"
+def in_python(name: str, source: str, *, may_ask: bool = False) -> Iterator[str]:
+    """Yield the findings in Python code; a test's docstring may state the fact that it tests.
+
+    With `may_ask` comments and docstrings may begin with a question word.
+    """
+    for line, text in _comments(source):
+        yield from _phrases(f"{name}:{line}", text)
+        if not may_ask:
+            yield from _question(f"{name}:{line}", "comment", text)
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, DOCUMENTED) or not (text := ast.get_docstring(node) or ""):
+            continue
+        place = f"{name}:{getattr(node, 'lineno', 1)}"
+        yield from _phrases(place, text)
+        if not isinstance(node, FUNCTIONS) or _is_property(node):
+            if not may_ask:
+                yield from _question(place, "docstring", _without_whether(node, text))
+        elif node.name.startswith("test_"):
+            continue
+        elif (first := text.split()[0].rstrip(".,:;")) not in VERBS:
+            yield f"{place}: {node.name}'s docstring starts with {first!r}, not with a verb"
 
 
-def _in_texts() -> Iterator[str]:
-    for path in _files(TEXTS, "*.md"):
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            # What stands in backquotes is what a program prints or reads.
-            yield from _riddles(f"{path.relative_to(ROOT)}:{number}", re.sub("`[^`]*`", "", line))
+def in_text(name: str, text: str) -> Iterator[str]:
+    """Yield the phrases in a text that make readers guess, with the lines they begin in.
+
+    Text in backquotes is left out, because a program prints or reads it.
+    """
+    text = re.sub(r"`[^`\n]*`", lambda quoted: "`" * len(quoted[0]), text)
+    for match in PHRASES.finditer(text):
+        line = text.count("\n", 0, match.start()) + 1
+        yield from _phrases(f"{name}:{line}", match[0])
 
 
-def _riddles(place: str, text: str) -> Iterator[str]:
-    found = RIDDLES.findall(" ".join(text.split()))
-    yield from (f"{place}: {phrase!r} makes readers guess" for phrase in found)
+def _phrases(place: str, text: str) -> Iterator[str]:
+    for match in PHRASES.finditer(text):
+        yield f"{place}: {' '.join(match[0].split())!r} makes readers guess"
 
 
-def _files(names: tuple[str, ...], pattern: str) -> Iterator[Path]:
-    for name in names:
+def _question(place: str, kind: str, text: str) -> Iterator[str]:
+    if match := QUESTIONS.match(text):
+        yield f"{place}: the {kind} starts with {match[0].split()[0]!r} and makes readers guess"
+
+
+def _files(patterns: dict[str, str]) -> Iterator[Path]:
+    for name, pattern in patterns.items():
         path = ROOT / name
         for file in [path] if path.is_file() else sorted(path.rglob(pattern)):
             if not any(_is_under(file.relative_to(ROOT), exempt) for exempt in EXEMPT):
@@ -82,10 +125,37 @@ def _is_under(file: Path, exempt: str) -> bool:
     return file.is_relative_to(exempt)
 
 
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
 def _comments(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each comment, with comments on successive lines as one text."""
+    block: list[str] = []
+    begin = end = -1
+    for line, is_alone, text in _comment_lines(source):
+        if not (is_alone and line == end + 1):
+            yield from _joined(begin, block)
+            begin, block = line, []
+        block.append(text)
+        end = line if is_alone else -1
+    yield from _joined(begin, block)
+
+
+def _comment_lines(source: str) -> Iterator[tuple[int, bool, str]]:
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            yield token.start[0], token.string
+            is_alone = token.line.lstrip().startswith("#")
+            yield token.start[0], is_alone, token.string.lstrip("#").strip()
+
+
+def _joined(line: int, block: Iterable[str]) -> Iterator[tuple[int, str]]:
+    if text := " ".join(block):
+        yield line, text
+
+
+def _without_whether(node: ast.AST, text: str) -> str:
+    return text.removeprefix("Whether") if isinstance(node, FUNCTIONS) else text
 
 
 def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

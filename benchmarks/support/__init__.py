@@ -1,1 +1,1 @@
-"""What the benchmarks share: sizes, data, timing, floors, machine facts, tables."""
+"""Common parts of the benchmarks: sizes, data, timing, floors, machine facts, tables."""

@@ -15,7 +15,7 @@ D_IN = 4
 
 
 def numbered_rows(first: int, count: int, d_in: int = D_IN) -> Tensor:
-    """Rows that hold their own number in column 0, exact in every stored type up to 256."""
+    """Return rows with their own number in column 0, exact in every stored type up to 256."""
     rows = torch.zeros(count, d_in)
     rows[:, 0] = torch.arange(first, first + count)
     rows[:, 1] = 1
@@ -24,7 +24,7 @@ def numbered_rows(first: int, count: int, d_in: int = D_IN) -> Tensor:
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., Path]:
-    """Write train_00.h5, train_01.h5, … with consecutive row numbers; returns their directory."""
+    """Write train_00.h5, train_01.h5, … with consecutive row numbers; return their directory."""
 
     def make(
         *sizes: int, chunk_rows: int = 8, name: str = "shards", dtype: str = "float32"
@@ -44,5 +44,5 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def sample_dir() -> Path:
-    """The real activations that the repository ships."""
+    """Return the directory of the real activations in the repository."""
     return Path(__file__).parents[2] / "examples" / "activations"

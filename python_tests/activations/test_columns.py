@@ -34,12 +34,12 @@ Corpus = list[list[int]]  # a list of documents for every shard, each by its num
 
 
 def numbered(first: int, count: int) -> Tensor:
-    """Rows [count, 2] that hold their own number."""
+    """Return rows [count, 2] that hold their own number."""
     return torch.arange(first, first + count, dtype=torch.float32)[:, None].repeat(1, 2)
 
 
 def write_corpus(directory: Path, corpus: Corpus, **options: Any) -> Path:
-    """Shards of documents; a row's label is its number modulo 5, its score half the number."""
+    """Write shards of documents; a row's label is its number modulo 5, its score the half."""
     directory.mkdir(exist_ok=True, parents=True)
     first = 0
     for number, lengths in enumerate(corpus):
@@ -58,7 +58,7 @@ def write_corpus(directory: Path, corpus: Corpus, **options: Any) -> Path:
 
 
 def begins(corpus: Corpus) -> set[int]:
-    """Numbers of the rows that begin a document."""
+    """Return the numbers of the rows that begin a document."""
     lengths = [length for shard in corpus for length in shard]
     return {int(end) - length for end, length in zip(np.cumsum(lengths), lengths, strict=True)}
 
@@ -74,7 +74,7 @@ def joined(batches: list[Rows], column: str | None = None) -> Tensor:
 
 
 def assert_sequences_are_whole(batches: list[Rows], starts: set[int], total: int) -> None:
-    """Within a batch a row goes on from the one before it, or `starts` says that it does not."""
+    """Assert that in a batch every row without `starts` continues the previous row's sequence."""
     for rows in batches:
         numbers = rows.x[:, 0].long().tolist()
         flags = rows.columns[STARTS].tolist()
@@ -83,7 +83,7 @@ def assert_sequences_are_whole(batches: list[Rows], starts: set[int], total: int
             assert flag == (row in starts)
             if not flag:
                 assert row == before + 1
-    # Over batch borders too: what ends a batch within a sequence begins the next one with its rest.
+    # Across batches too: a sequence that is cut at the end of a batch continues in the next one.
     for before, row in pairwise(joined(batches).tolist()):
         assert row in starts or row == before + 1
     assert joined(batches)[:total].unique().numel() == total
@@ -370,6 +370,6 @@ def test_memory_counts_the_columns(tmp_path: Path) -> None:
     shards = write_corpus(tmp_path, CORPUS)
     plain = ActivationStream(shards, batch_size=5)
     more = ActivationStream(shards, batch_size=5, columns=(LABELS, SCORES))
-    # One pool of 30 rows and a block to spare, six batches; 8 bytes a label, 4 a score.
+    # A pool of 30 rows and one more block, six batches; 8 bytes a label, 4 a score.
     pooled = plain._plans[0].capacity
     assert more.memory_bytes - plain.memory_bytes == 12 * (pooled + 6 * 5)

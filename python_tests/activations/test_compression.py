@@ -1,4 +1,4 @@
-"""Compressed shards: the same rows, fewer bytes, and one line where a filter is missing."""
+"""Compressed shards: equal rows, fewer bytes, and one line of error if a filter is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLUGINS = ("zstd", "blosc2")
 
 
 def real_rows(sample_dir: Path) -> torch.Tensor:
-    """Activations of MiniLM [2000, 384] float16."""
+    """Return activations of MiniLM, [2000, 384] float16."""
     with h5py.File(sample_dir / "train_00.h5") as file:
         return torch.from_numpy(file["activations"][:2000])
 
@@ -89,7 +89,7 @@ def test_an_unknown_compression_is_refused_before_a_file_is_made(tmp_path):
 
 
 def without_hdf5plugin(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a process that has no hdf5plugin; with it, filters stay known in this one."""
+    """Run Python in a process without hdf5plugin; in this process its filters stay registered."""
     hidden = "import sys; sys.modules['hdf5plugin'] = None\n"
     return subprocess.run(
         [sys.executable, "-c", hidden + code, *arguments],

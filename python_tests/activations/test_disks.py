@@ -1,4 +1,4 @@
-"""Several disks at once, in the same order of rows; rows read past HDF5 as HDF5 reads them."""
+"""Several disks at once give an equal order of rows; rows read without HDF5 equal HDF5's."""
 
 import os
 import resource
@@ -25,12 +25,12 @@ from sae_fast.activations.chunks import CodedRows, PlainRows
 from sae_fast.activations.shard import ShardFile, inspect_shard
 
 ANY_FIXTURE = [HealthCheck.function_scoped_fixture]
-SECONDS = 20  # that a thread waits for another before the test has failed
+SECONDS = 20  # a thread waits this long for another before the test fails
 
 
 @pytest.fixture
 def two_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Two directories that are taken to be on disks of their own."""
+    """Return two directories that are treated as if they were on different disks."""
     monkeypatch.setattr(disks_module, "disk_of", lambda path: path.parent.name)
     directories = [tmp_path / "one", tmp_path / "other"]
     for number, directory in enumerate(directories):

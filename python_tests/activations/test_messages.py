@@ -1,4 +1,4 @@
-"""Names in messages that have to stay one line."""
+"""Names in messages, which stay one line."""
 
 import pytest
 

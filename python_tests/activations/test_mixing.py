@@ -1,4 +1,4 @@
-"""Mixed sets: every set its share, every row of a set before any repeats, exact resume, errors."""
+"""Mixed sets: their shares, every row of a set before one repeats, exact resume, errors."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ WEIGHTS = st.lists(st.integers(1, 12), min_size=2, max_size=5)
 
 
 def numbered_rows(first: int, count: int, d_in: int = 4) -> torch.Tensor:
-    """Rows that hold their own number in column 0."""
+    """Return rows with their own number in column 0."""
     rows = torch.zeros(count, d_in)
     rows[:, 0] = torch.arange(first, first + count)
     rows[:, 1] = 1
@@ -39,7 +39,7 @@ def numbered_rows(first: int, count: int, d_in: int = 4) -> torch.Tensor:
 
 
 def mixed(tmp_path: Path, *sizes: int, weights: list[float]) -> ShardMix:
-    """Sets of so many rows, whose column 2 holds the number of the set."""
+    """Return sets of the given sizes, with the number of the set in column 2."""
     sets = []
     for number, size in enumerate(sizes):
         path = tmp_path / f"mix_{number}_{size}" / "train_00.h5"
@@ -53,7 +53,7 @@ def mixed(tmp_path: Path, *sizes: int, weights: list[float]) -> ShardMix:
 
 
 def served(stream: ActivationStream, batches: int) -> torch.Tensor:
-    """Set and number of each row, [rows, 2]."""
+    """Return the set and the number of each row, [rows, 2]."""
     rows = torch.cat([stream.next_batch() for _ in range(batches)])
     return rows[:, [2, 0]].long()
 
@@ -188,7 +188,7 @@ def test_the_normalisation_counts_the_sets_as_they_are_served(tmp_path):
 
 
 def write_columns(directory: Path, first: int, dtype: type) -> Path:
-    """24 rows in sequences of 6, a label that is the row's number, and targets."""
+    """Write 24 rows in sequences of 6, with the row's number as label, and targets."""
     import h5py
 
     directory.mkdir()
@@ -225,7 +225,7 @@ def test_columns_and_targets_stay_with_their_rows(tmp_path, whole_sequences):
             if whole_sequences:
                 ends = torch.diff(x[:, 0]) != 1
                 assert columns[STARTS][0]
-                assert bool(columns[STARTS][6])  # where the other set's rows begin
+                assert bool(columns[STARTS][6])  # the first row of the other set
                 assert torch.all(columns[STARTS][1:] | ~ends)
 
 

@@ -137,7 +137,7 @@ def test_the_sample_that_the_scan_keeps_gives_the_same_bits(tmp_path, monkeypatc
     result = estimate_normalization(kept, 1500)
     assert torch.equal(result.mean, expected.mean)
     assert result.scale == expected.scale
-    assert len(blocks) <= 2  # the one with the row that is left out, each time
+    assert len(blocks) <= 2  # each time the block with the row that is left out
     kept.forget_kept()
     assert estimate_normalization(kept, 1500).scale == expected.scale
     assert len(blocks) > 2

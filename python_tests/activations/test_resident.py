@@ -1,4 +1,4 @@
-"""Rows that are kept: what streaming from disk serves, to the bit, and read only once."""
+"""Rows kept in memory equal streamed rows to the bit, and are read only once."""
 
 import json
 import resource
@@ -24,12 +24,12 @@ from sae_fast.activations.pool import check_lockable
 from sae_fast.activations.shard import ShardFile
 
 CPU = torch.device("cpu")
-# How rows can be kept: beside a thread, locked, or made in the caller's thread as on a GPU.
+# Ways to keep rows: with a thread, in locked memory, or in the caller's thread as on a GPU.
 WAYS = ({}, {"lock": True}, {"background": False})
 
 
 def corpus(directory: Path, *, whole_sequences: bool = False, rows: int = 240) -> ShardSet:
-    """Two shards of sequences with labels and targets, and some rows that are not finite."""
+    """Write two shards of sequences with labels and targets, and some rows that are not finite."""
     directory.mkdir()
     rng = np.random.default_rng(rows)
     for number in range(2):
@@ -108,7 +108,7 @@ def test_each_row_is_read_once(tmp_path, monkeypatch, background):
     read, counts = ShardFile.read, []
 
     def counting(self, start, stop, out):
-        if self.shard.key == "activations" and stop - start > 1:  # one row: who a shard is
+        if self.shard.key == "activations" and stop - start > 1:  # one row identifies a shard
             counts.append(stop - start)
         return read(self, start, stop, out)
 
@@ -116,7 +116,9 @@ def test_each_row_is_read_once(tmp_path, monkeypatch, background):
     with ActivationStream(shards, **options) as stream:
         monkeypatch.setattr(ShardFile, "read", counting)
         drain(stream, 4)
-        stream.load_state_dict(stream.state_dict())  # as a training does that has looked ahead
+        stream.load_state_dict(
+            stream.state_dict()
+        )  # as in a training that has fetched batches ahead
         drain(stream, 40)
         assert stream.epoch >= 3
     assert sum(counts) == 480

@@ -1,4 +1,4 @@
-"""One pass over the rows finds those that are repeated or outliers, and is remembered."""
+"""One pass over the rows finds repeated rows and outliers, and its result is kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_rows(count: int = 4000, d_in: int = 8) -> Tensor:
 
 
 def write_plain(path: Path, rows: Tensor, dtype: str = "float32") -> None:
-    """Write rows as other tools do: neither checked nor with a checksum."""
+    """Write rows like other tools, without checks and without a checksum."""
     with h5py.File(path, "w") as file:
         stored = rows.to(STORAGES[dtype].torch_dtype)
         file["activations"] = as_numpy(stored, STORAGES[dtype])
@@ -33,7 +33,7 @@ def write_plain(path: Path, rows: Tensor, dtype: str = "float32") -> None:
 
 
 def settle(record: ScanRecord) -> None:
-    """Let the scans of a record have begun a second after they did: no file is as new then."""
+    """Date the scans of a record one second later, so that every file is older."""
     assert record._known
     for entry in record._known.values():
         entry["scanned_at"] += 10**9

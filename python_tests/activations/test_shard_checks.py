@@ -1,4 +1,4 @@
-"""Whatever is wrong with a shard is found before training and told in one line naming the file."""
+"""Every fault of a shard is found before training and reported in one line with the file."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_flipped_bit_never_changes_what_is_trained_on(tmp_path, with_manifest,
     except ShardError as error:
         message = str(error)
     else:
-        # A manifest notices every bit. Without one only the rows are covered, and they are intact.
+        # A manifest detects every changed bit. Without it only the intact rows are checked.
         assert not with_manifest
         with ActivationStream(shards, batch_size=64) as stream:
             read = stream.next_batch()
@@ -107,7 +107,7 @@ def test_a_flipped_bit_never_changes_what_is_trained_on(tmp_path, with_manifest,
     assert "\n" not in message
 
 
-# Of the index: its signature, the number of its entries, the first row of the first one.
+# In the index: its signature, the number of its entries, the first row of the first entry.
 @pytest.mark.parametrize("place", [0, 7, 33])
 def test_a_damaged_index_of_chunks_is_a_damaged_shard(tmp_path, place):
     write_shard(tmp_path / "a.h5", torch.randn(64, 8), chunk_rows=16)

@@ -1,4 +1,4 @@
-"""What is written is what is read, whoever wrote it."""
+"""Rows are read as they were written, by sae_fast or by other tools."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path):
 
 
 def test_a_full_disk_is_one_error_and_no_crash_at_exit(tmp_path):
-    # Bytes that a file may have stand for those of the disk: the call that sets space aside fails
-    # with them alike. HDF5 2.0 kills the process at its end where its own write has failed.
+    # A limit on file sizes replaces a full disk: the call that reserves space fails with both.
+    # HDF5 2.0 kills the process at its end if its own write has failed.
     code = (
         "import resource, sys, torch\n"
         "from sae_fast.activations import write_shard\n"

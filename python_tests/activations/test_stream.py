@@ -1,4 +1,4 @@
-"""ActivationStream: every row once an epoch, exact resume, errors in place, nothing from timing."""
+"""ActivationStream: every row once an epoch, exact resume, errors, no dependence on timing."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_a_changed_row_without_a_checksum_is_noticed_on_resume(tmp_path, listed,
     with opened() as stream:
         with pytest.raises(ValueError, match=r"checkpoint: a\.h5 has other content$"):
             stream.load_state_dict(state)
-        del state["contents"]  # as in positions of earlier releases
+        del state["contents"]  # like positions of earlier releases
         stream.load_state_dict(state)
 
 
@@ -308,7 +308,7 @@ def test_no_thread_outlives_its_stream(make_shards):
     directory = make_shards(30)
     with ActivationStream(directory, batch_size=8) as stream:
         stream.next_batch()
-        assert reader_threads() == 2  # one makes batches, one reads the disk
+        assert reader_threads() == 2  # one thread makes batches, one reads the disk
     assert reader_threads() == 0
     with pytest.raises(ValueError, match="closed"):
         stream.next_batch()

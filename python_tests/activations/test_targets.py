@@ -35,20 +35,20 @@ OPTIONS: dict[str, Any] = {"batch_size": 16, "seed": 3, "pool_rows": 40}
 
 
 def inputs(first: int, count: int) -> Tensor:
-    """Rows [count, 4] that hold their own number in column 0."""
+    """Return rows [count, 4] with their own number in column 0."""
     rows = torch.ones(count, D_IN)
     rows[:, 0] = torch.arange(first, first + count)
     return rows
 
 
 def targets_of(x: Tensor) -> Tensor:
-    """The targets [N, 3] of rows: their number is in column 1."""
+    """Return the targets [N, 3] of rows, with the rows' number in column 1."""
     number = x[:, :1]
     return torch.cat([-torch.ones_like(number), number, 2 * number], dim=1)
 
 
 def write_pairs(parent: Path, **options: Any) -> tuple[Path, Path]:
-    """Shards in one directory, their targets in another."""
+    """Write shards to one directory and their targets to another."""
     directories = parent / "inputs", parent / "outputs"
     first = 0
     for number, size in enumerate(SIZES):
@@ -62,7 +62,7 @@ def write_pairs(parent: Path, **options: Any) -> tuple[Path, Path]:
 
 
 def write_together(parent: Path, dtype: type = np.float32) -> Path:
-    """The same as two datasets of each shard."""
+    """Write rows and targets as two datasets of each shard."""
     inner, outer = write_pairs(parent)
     for path in inner.iterdir():
         with h5py.File(path, "a") as file, h5py.File(outer / path.name) as other:

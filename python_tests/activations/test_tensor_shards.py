@@ -1,4 +1,4 @@
-"""Files of tensors are trained on in place, as the shards are that conversion makes of them."""
+"""Training on files of tensors equals training on the shards that they are converted to."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def test_a_file_that_cannot_be_trained_on_is_one_line(tmp_path):
 def test_an_archive_that_claims_to_span_disks_is_one_line(tmp_path):
     save(tmp_path / "a.pt", rows_of(0, 10, 4))
     content = bytearray((tmp_path / "a.pt").read_bytes())
-    disks = content.rindex(b"PK\x06\x07") + 16  # of the locator of the directory's end
+    disks = (
+        content.rindex(b"PK\x06\x07") + 16
+    )  # number of disks in the locator of the directory's end
     content[disks] = 9
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(ShardError, match=r"a.pt: cannot be read, damaged or cut short"):

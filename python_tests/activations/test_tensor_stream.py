@@ -1,4 +1,4 @@
-"""TensorStream behaves as ActivationStream does, without files."""
+"""TensorStream behaves like ActivationStream, without files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that a shard does not hold are refused: never written, elsewhere, or impossibly many."""
+"""Shards whose numbers were never written, lie elsewhere or are too many are refused."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_chunk_shorter_than_its_fletcher_checksum_is_damage(tmp_path):
     assert "a chunk of 'activations' is stored as 2 bytes" in message_of(tmp_path)
 
 
-# The keys of the first row, column and byte that stand before a chunk and behind the last one.
+# The keys of the first row, column and byte, before each chunk and after the last one.
 @pytest.mark.parametrize("key", [(3900, 0, 0), (3900, 8, 4), (2000, 0, 0)])
 @pytest.mark.parametrize("options", [{}, {"compression": "gzip"}, {"fletcher32": True}])
 def test_a_chunk_that_its_index_lists_and_does_not_lead_to_is_damage(tmp_path, options, key):
@@ -194,7 +194,7 @@ def test_a_chunk_that_its_index_lists_and_does_not_lead_to_is_damage(tmp_path, o
     struct.pack_into("<Q", content, content.index(struct.pack("<QQQ", *key)), key[0] - 100)
     path.write_bytes(content)
     with h5py.File(path) as file:
-        assert (file["activations"][:] == 0).all(axis=1).any()  # what HDF5 reads for it
+        assert (file["activations"][:] == 0).all(axis=1).any()  # HDF5 reads these numbers
     assert "the index of 'activations' does not lead to the chunk" in message_of(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_a_heap_of_texts_that_never_ends_is_damage(tmp_path):
         file.attrs["model"] = "some"
     content = path.read_bytes()
     heap = content.index(b"GCOL")
-    free = heap + 16 + 16 + 8  # behind the one text
+    free = heap + 16 + 16 + 8  # after the text
     assert content[free : free + 2] == b"\0\0"
     path.write_bytes(content[: free + 8] + bytes(8) + content[free + 16 :])
     assert f"a heap of texts, at byte {heap}" in message_of(tmp_path)
@@ -253,7 +253,7 @@ def test_a_type_that_hdf5_cannot_read_is_one_line(tmp_path, kind):
         file["activations"] = ROWS
         file["label"] = np.arange(4000)
     content = path.read_bytes()
-    place = content.index(kind)  # of the rows or of the label; its first byte has the version
+    place = content.index(kind)  # the rows' or the label's; its first byte has the version
     path.write_bytes(content[:place] + b"\x71" + content[place + 1 :])
     assert "bad version number for datatype message" in message_of(tmp_path, columns=["label"])
 

@@ -18,7 +18,7 @@ def make_codes():
 
 
 def of_pairs(h, reduction):
-    """Both losses by the definition, in float64, over the latents that vary."""
+    """Return both losses by the definition, in float64, over the latents that vary."""
     if reduction == "scaled":
         first, second = SPLIT - 2, F - SPLIT - 1
         # More latents than directions in the first group, fewer in the second.

@@ -1,4 +1,4 @@
-"""The forms of decorrelation; their gradients: test_training_loss.py."""
+"""The forms of decorrelation; test_training_loss.py tests their gradients."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_chunks_hold_every_latent_once(d_sae, chunk):
 
 
 def test_any_two_latents_share_a_chunk_equally_often():
-    """In chunks of 5 of 20 a pair does so with probability 4/19."""
+    """In chunks of 5 of 20 latents a pair shares a chunk with probability 4/19."""
     together = torch.zeros(20, 20)
     n_draws = 3000
     for draw in range(n_draws):

@@ -104,7 +104,7 @@ def test_saving_again_replaces_the_model(saved):
 def damage(path):
     content = bytearray(path.read_bytes())
     half = len(content) // 2
-    content[half:] = bytes(len(content) - half)  # what a crash leaves of blocks never written
+    content[half:] = bytes(len(content) - half)  # zeros, as in blocks that a crash left unwritten
     path.write_bytes(bytes(content))
 
 

@@ -1,4 +1,4 @@
-"""Folding the norms of decoder rows into the codes leaves the function as it was."""
+"""Folding the norms of decoder rows into the codes does not change the function."""
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def test_auxiliary_term_does_not_reach_the_decoder(path, dense_grad):
     assert not left["b_mag"].any()
     assert left["W_enc"].any()
     assert left["b_enc"].any()
-    # b_dec takes part as the encoder's, not as the decoder's: the mean error is not in it.
+    # b_dec gets the gradient through the encoder only; the decoder's, the mean error, is left out.
     of_gate = gates(sae, x)
     of_gate.requires_grad_()
     by_gate = of_gate.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
@@ -60,7 +60,7 @@ def test_open_gate_with_no_magnitude_does_not_fire(path):
     assert float(loss.components["l0"]) == 0
     assert not loss.code.fired().any()
     sae.after_step_(loss.code)
-    assert float(sae.listed_per_token) > 1  # gates that a step has to work on all the same
+    assert float(sae.listed_per_token) > 1  # the step still works on the active gates
 
 
 def test_folding_the_normalization_scales_the_magnitudes_bias_alone():

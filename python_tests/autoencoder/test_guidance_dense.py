@@ -1,4 +1,4 @@
-"""The guided terms of a dense code are those of the sparse code with the same values."""
+"""The guided terms of a dense code equal the terms of a sparse code with equal values."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sae_fast.autoencoder.probe import predictions
 
 @pytest.fixture
 def codes():
-    """A sparse code and the dense one with its values, and a leaf that both come from."""
+    """Return a sparse code, a dense code with its values, and the leaf of both."""
     generator = torch.Generator().manual_seed(0)
     x, W_enc = (torch.randn(n, 12, generator=generator) for n in (30, 40))
     zeros = torch.zeros(40)

@@ -69,7 +69,7 @@ def test_active_subspace_holds_the_directions_in_which_activations_vary(offset):
 
 
 def test_active_subspace_is_the_smallest_with_99_percent_of_the_variance():
-    """Variances 50, 48.9, 0.5, 0.6: three components have 99.5 %, two 98.9 %."""
+    """With variances 50, 48.9, 0.5, 0.6 three components have 99.5 %, two 98.9 %."""
     scale = torch.tensor([50.0, 48.9, 0.5, 0.6]).sqrt()
     sample = torch.cat([torch.diag(scale), -torch.diag(scale)])
     assert len(active_subspace(sample)) == 3
@@ -131,7 +131,7 @@ def sum_of_distances(points, place):
 
 
 def shortest_sum(points, n_rounds=60):
-    """The smallest sum of distances by brute force: finer and finer grids about the best place."""
+    """Return the smallest sum of distances by brute force, on ever finer grids."""
     points = points.double()
     best, width = points.mean(0), float((points.max(0).values - points.min(0).values).max())
     steps = torch.cartesian_prod(*(torch.linspace(-1, 1, 5),) * points.shape[1]).double()

@@ -1,4 +1,4 @@
-"""JumpReLU: that the straight-through gradients are the paper's, and no peer's mistake is ours."""
+"""JumpReLU: the straight-through gradients equal the paper's, without known mistakes of peers."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CASES = [(0.5, False), (0.875, True), (1.125, True), (1.5, False)]  # pre-activa
 
 
 def one_latent(pre_act, path="sparse", **fields):
-    """A model of one latent, its decoder row and input of norm 1, with that pre-activation."""
+    """Return a model with one latent and an input with this pre-activation, rows of norm 1."""
     settings = {"jumprelu_init_threshold": THETA, "jumprelu_bandwidth": WIDTH}
     settings |= {"sparsity_penalty_coeff": 1.0, **fields}
     sae = SparseAutoencoder(SAEConfig(arch="jumprelu", d_in=2, d_sae=1, **settings))

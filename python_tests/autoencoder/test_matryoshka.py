@@ -1,4 +1,4 @@
-"""What a Matryoshka model adds to BatchTopK; its terms and gradients: test_training_loss.py."""
+"""The additions of Matryoshka to BatchTopK; test_training_loss.py tests terms and gradients."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def make_matryoshka():
 
 
 def errors_of_prefixes(sae, x):
-    """Σ_d (x̂_g − x)² for every token and prefix, one decode after the other, [N, G]."""
+    """Return Σ_d (x̂_g − x)² for every token and prefix, [N, G], from separate decodes."""
     code = sae.training_loss(x).code
     acts, W_dec = code.dense().detach(), sae.W_dec.detach()
     errors = [acts[:, :m] @ W_dec[:m] + sae.b_dec.detach() - x for m in PREFIXES]
@@ -50,7 +50,7 @@ def test_fvu_and_l0_are_those_of_all_latents(sae):
 
 
 def test_latents_of_a_prefix_are_not_moved_by_the_errors_of_smaller_ones(sae):
-    """With weight on the first prefix only, the latents after it have no gradient."""
+    """If only the first prefix has a weight, the latents after it have no gradient."""
     first = make_sae(
         arch="matryoshka",
         matryoshka_prefixes=PREFIXES,

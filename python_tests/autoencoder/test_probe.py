@@ -20,7 +20,7 @@ NUMBERS = {"probe_labels": "labels/score", "probe_task": "regression"}
 
 
 def make_probed(seed=0, dtype=DTYPE, **fields):
-    """A model whose probe predicts something."""
+    """Make a model with a probe that is not zero."""
     sae = make_sae(seed, dtype=dtype, **fields)
     generator = torch.Generator().manual_seed(seed + 7)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def make_labels(task, n_tokens=30):
 
 
 def plain_loss(sae, acts, labels):
-    """The loss without coefficient, and the quality, from a dense code [N, F]."""
+    """Return the loss without coefficient, and the quality, from a dense code [N, F]."""
     predicted = acts @ sae.W_probe + sae.b_probe
     kept = slice(None) if labels.is_floating_point() else labels >= 0
     predicted, labels = predicted[kept], labels[kept]

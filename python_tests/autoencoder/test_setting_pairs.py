@@ -1,6 +1,7 @@
-"""Every two settings of a model together: refused by name, or a loss that plain PyTorch gives too.
+"""Any two settings of a model together: refused by name, or with the loss of plain PyTorch.
 
-Each two are tried with one value and one architecture, of those that take both apart by turns.
+Each pair is tried with one value and one architecture, in turn from the architectures that accept
+each of the two settings alone.
 """
 
 import copy
@@ -31,7 +32,7 @@ from torch.nn import functional
 from sae_fast.config import SAEConfig
 from sae_fast.config.fields import field_names
 
-# Sizes, the architecture itself, and what starts a training and not a loss.
+# Sizes, the architecture itself, and settings that act in a training but not in a single loss.
 APART = {"arch", "d_in", "d_sae", "dead_after_tokens", "normalize_activations", "b_dec_init"}
 NAMES = [name for name in field_names(SAEConfig) if name not in APART]
 VALUES = [settings for name in NAMES for settings in values_of(SAEConfig, name)]
@@ -41,7 +42,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 5e-5}
 
 
 def refusal(arch, settings):
-    """The error of a configuration; None: it is taken."""
+    """Return the error of a configuration, or None if it is accepted."""
     try:
         SAEConfig(**over_base(arch, settings))
     except ValueError as error:
@@ -53,7 +54,7 @@ TAKEN = [[arch for arch in ARCHITECTURES if not refusal(arch, one)] for one in V
 
 
 def pairs():
-    """Two settings at a time, with an architecture."""
+    """Yield pairs of settings with an architecture."""
     turn = itertools.count()
     for (first, arches), (second, others) in itertools.combinations(
         zip(VALUES, TAKEN, strict=True), 2
@@ -74,7 +75,7 @@ def plain_code(sae, x):
 
 
 def plain_terms(sae, x, targets, columns):
-    """The loss terms of a model in plain PyTorch; None where they are written nowhere."""
+    """Return the loss terms of a model in plain PyTorch, or None without a plain form."""
     config = sae.config
     if config.arch in K_ARCHITECTURES:
         terms = plain_topk_terms(sae, x, targets)
@@ -92,7 +93,7 @@ def plain_terms(sae, x, targets, columns):
 
 
 def guided_terms(sae, acts, columns):
-    """The terms of labels, neighbours and pairs of latents."""
+    """Return the terms of labels, neighbours and pairs of latents."""
     config, terms = sae.config, {}
     if config.has_probe:
         predicted = acts @ sae.W_probe + sae.b_probe
@@ -118,7 +119,7 @@ def guided_terms(sae, acts, columns):
 
 
 def try_together(arch, settings):
-    """What is wrong with settings together, in a line; None: nothing is."""
+    """Try settings together; return the fault in a line, or None."""
     fields = over_base(arch, settings)
     error = refusal(arch, settings)
     if error is not None:
@@ -146,7 +147,7 @@ def try_together(arch, settings):
 
 
 def difference(loss, left, exact, terms):
-    """Where a loss and its gradients differ from plain terms."""
+    """Return the differences of a loss and its gradients from plain terms."""
     names, parameters = zip(*exact.named_parameters(), strict=True)
     gradients = torch.autograd.grad(
         sum(terms.values()), parameters, allow_unused=True, materialize_grads=True
@@ -162,7 +163,7 @@ def difference(loss, left, exact, terms):
 
 
 def wrong(tried):
-    """What is wrong with each of some settings, in lines."""
+    """Return the faults of some settings, in lines."""
     found = ((arch, settings, try_together(arch, settings)) for arch, settings in tried)
     return "\n".join(f"{arch} {settings}: {said}" for arch, settings, said in found if said)
 

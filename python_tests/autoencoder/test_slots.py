@@ -47,12 +47,12 @@ WAYS = [(path, dense_grad) for path in PATHS for dense_grad in (True, False)]
 
 
 def make(fields=FIELDS, path="sparse", **others):
-    """A small model, its value heads away from their start too."""
+    """Make a small model with no value heads at their initial values."""
     return make_thresholded("slots", path, dtype=DTYPE, **{**fields, **others})
 
 
 def make_labels():
-    """Relations and answers of N_TOKENS tokens, some without."""
+    """Make relations and answers of N_TOKENS tokens, some without a label."""
     generator = torch.Generator().manual_seed(5)
     relations = torch.randint(-1, N_RELATIONS, (N_TOKENS,), generator=generator)
     answers = torch.randint(-1, N_ANSWERS, (N_TOKENS,), generator=generator)
@@ -60,7 +60,7 @@ def make_labels():
 
 
 def correlation_sum(first, second, pairs, same, width=1):
-    """Σ ρ² over pairs of columns, its mean over pairs of those that vary, or per latent of them."""
+    """Return Σ ρ² over pairs of columns, its mean over varying pairs, or a scaled sum."""
 
     def unit(h):
         centred = h - h.mean(0)
@@ -79,7 +79,7 @@ def correlation_sum(first, second, pairs, same, width=1):
 
 
 def plain_terms(sae, x, relations, answers):
-    """All terms in plain dense PyTorch, token by token where that is plainest."""
+    """Return all terms in plain dense PyTorch, some of them token by token."""
     config, free = sae.config, sae.config.d_sae - sae.config.n_relations
     pre_acts = (x - input_bias(sae)) @ sae.W_enc.t() + sae.b_enc
     acts = pre_acts.relu()
@@ -296,7 +296,7 @@ def test_a_model_needs_its_counts(missing):
 
 
 def test_heads_tell_apart_answers_by_the_strength_of_one_slot():
-    """A head learns from its start, with a small rate, what a hinge for every answer would say."""
+    """From their initial values heads learn to tell ten answers apart with a small rate."""
     generator = torch.Generator().manual_seed(0)
     sae = SparseAutoencoder(SAEConfig(arch="slots", d_in=8, n_relations=2, n_answers=10))
     relations, answers = (torch.randint(n, (400,), generator=generator) for n in (2, 10))
@@ -328,7 +328,7 @@ def test_folding_the_normalisation_keeps_slots_and_answers(tmp_path):
 
 
 def test_slots_are_read_where_linspace_escapes_a_device_context(tmp_path, monkeypatch):
-    """transformers leaves it so when its from_pretrained opens the first such context."""
+    """The first from_pretrained of transformers takes torch.linspace out of device contexts."""
     sae = make()
     sae.save(tmp_path)
     linspace = torch.linspace

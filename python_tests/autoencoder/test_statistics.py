@@ -1,4 +1,4 @@
-"""The loss of a reconstruction by term, and what is said of codes and errors."""
+"""The loss of a reconstruction by term, and the metrics of codes and errors."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NAMES = {*("recon_loss", "l1_loss", "decorr_loss", "probe_loss", "temporal_loss"
 
 
 def make_normalized(**fields):
-    """A model with a mean and a scale, and activations as they are."""
+    """Make a model with a mean and a scale, and activations that are not normalised."""
     sae = make_sae(**fields)
     sae.set_normalization_(torch.linspace(-1, 1, 12), 1.7)
     x = make_batch(sae) / 1.7 + torch.linspace(-1, 1, 12)

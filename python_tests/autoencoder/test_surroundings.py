@@ -51,7 +51,7 @@ def make(case):
 
 
 def use(case):
-    """Everything that a model gives in one step of training and an inference."""
+    """Return all results of a model in one step of training and one inference."""
     sae = make(case)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(30, 12, generator=generator, dtype=torch.float32)

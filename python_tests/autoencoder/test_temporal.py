@@ -17,7 +17,7 @@ TOLERANCE = (
 
 
 def plain_loss(acts, starts):
-    """The same from a dense code [N, F]."""
+    """Return the temporal loss from a dense code [N, F]."""
     pairs = (~starts[1:]).nonzero().flatten()
     if len(pairs) == 0:
         return acts.new_zeros(())
@@ -31,7 +31,7 @@ def make_starts(n_tokens, length=4):
 
 
 def make_code(n_rows, d_sae, k, seed, csr):
-    """A code with zeros among its values, rows of k entries or of any number."""
+    """Make a code with some zero values, in rows of k entries or of any number."""
     generator = torch.Generator().manual_seed(seed)
     indices = torch.rand(n_rows, d_sae, generator=generator).argsort(1)[:, :k].int()
     values = torch.randn(n_rows, k, generator=generator, dtype=DTYPE).relu()

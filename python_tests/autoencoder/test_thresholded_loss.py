@@ -56,7 +56,7 @@ TERMS = [
     *((name, "sparsity_loss") for name in CASES if name.startswith("jumprelu")),
     *((name, "pre_act_loss") for name in ("jumprelu", "jumprelu, free rows")),
 ]
-# What switches off every term but the one named.
+# Settings that switch off every term but the named one.
 ALONE = {
     "l1_loss": {},
     "sparsity_loss": {"pre_act_loss_coeff": 0.0},

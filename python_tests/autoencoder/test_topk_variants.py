@@ -1,4 +1,4 @@
-"""Multi-TopK, abs_topk and groupmax in a model; terms and gradients: test_training_loss.py."""
+"""Multi-TopK, abs_topk and groupmax in a model; test_training_loss.py tests the gradients."""
 
 import pytest
 import torch

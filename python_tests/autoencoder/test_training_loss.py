@@ -145,7 +145,7 @@ def test_room_for_more_dead_latents_than_there_are_changes_nothing(
 
 
 def _left_factors(sae):
-    """The gradients of the biases, and those that the optimiser makes of the matrices' factors."""
+    """Return the gradients of the biases, and of the matrices as the optimiser computes them."""
     left = {"b_enc": sae.b_enc.grad, "b_dec": sae.b_dec.grad}
     merged = merge_row_factors(sae.W_enc, sae.W_dec)
     for name, factors in zip(("W_enc", "W_dec"), merged, strict=True):

@@ -266,7 +266,7 @@ def test_relation_slots_can_be_those_of_a_transcoder():
     wanted = target * torch.nn.functional.one_hot(relations, 3)
     distance = (scores - wanted).square().sum(1).mean().detach()
     assert sae.config.slot_target == pytest.approx(target)
-    # That the error of the mean is weighed against, for a slot that is off by the target.
+    # The error of predicting the mean, over the squared error of a slot that is off by the target.
     assert sae.config.alignment_coeff == pytest.approx(D_OUT / target**2)
     torch.testing.assert_close(found["alignment_loss"], 4 * distance, **TOLERANCE)
     error = (sae(x) - targets).square().sum(1).mean().detach()

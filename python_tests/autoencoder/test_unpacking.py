@@ -1,4 +1,4 @@
-"""What a model returns: x_hat alone, which is not to be taken for a pair."""
+"""A model returns x_hat alone, which cannot be unpacked like a pair."""
 
 import copy
 import io

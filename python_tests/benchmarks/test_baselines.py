@@ -1,4 +1,4 @@
-"""The baselines compute what sae_fast computes, so that their times compare."""
+"""The baselines compute the results of sae_fast, so that their times can be compared."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every benchmark runs end to end at a tiny size and writes what it found."""
+"""Every benchmark runs end to end at a tiny size and writes its results."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ SIZE = "64x32x128x4"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs a benchmark in this process, which has imported torch; gives its numbers and table."""
+    """Run a benchmark in this process, which has imported torch; return its numbers and table."""
 
     def command(module, *arguments):
         json_path, table_path = tmp_path / "result.json", tmp_path / "result.md"
@@ -59,7 +59,7 @@ def test_train_step_writes_times_ratios_memory_and_floors(run, tmp_path):
     assert found["sae_fast"]["ratios"]["sae_fast"] == 1.0
     assert found["sae_fast"]["share_of_floor"] > 0
     assert len(rows_of(table)) == 2 + 1 + 5
-    # Another size, another time: both are in the files, and memory is measured where asked for.
+    # A second run with another size: both sizes are in the files, with memory if it was measured.
     alone = ["--sizes", "32x16x64x2", "--peers", "", "--ours", "sae_fast", "--merge"]
     merged, _ = run("train_step", *alone, *quick, "1")
     assert list(merged["sizes"]) == [SIZE, "32x16x64x2"]
@@ -100,7 +100,7 @@ def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(
         assert len(result[kind]) == settings * len(archs)
     assert all(run["fvu"] > 0 for run in result["activations"])
     assert all(0 < run["mcc"] <= 1 for run in result["planted"])
-    # Each was timed beside a dense step whose first loss was the same, or it would have failed.
+    # The benchmark fails if the first loss of a step differs from the dense step's.
     assert {time["arch"] for time in result["times"]} == archs
     assert plot.stat().st_size > 10_000
 

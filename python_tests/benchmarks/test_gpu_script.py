@@ -1,6 +1,6 @@
-"""benchmarks/gpu.sh where there is no GPU: its arguments, its rehearsal, its limits.
+"""benchmarks/gpu.sh without a GPU: its arguments, its trial on a CPU, its limits.
 
-The tools of CUDA are played by scripts that do as little as the real ones need to be tried.
+Scripts replace the tools of CUDA; they do only as much as the tests need.
 """
 
 import os
@@ -70,7 +70,7 @@ def test_parts_without_time_fail_and_the_exit_code_says_which(tmp_path):
     assert "no time left" in (tmp_path / "log.txt").read_text()
 
 
-# As ncu writes it, which the table needs; every other tool only has to be there.
+# The output of ncu, which the table needs; the other tools need only exist.
 NCU_PAGE = """==PROF== Disconnected
 "ID","Kernel Name","gpu__time_duration.sum"
 "","","us"

@@ -1,4 +1,4 @@
-"""The names of kernels, and the table made from what ncu writes."""
+"""The names of kernels, and the table made from ncu's output."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def quoted(*cells):
 
 
 def page(*launches):
-    """A raw page as ncu writes it: messages, headings, units, launches; columns by name."""
+    """Return a raw page like ncu's: messages, headings, units, launches; columns by name."""
     names = ["dram__throughput.avg.pct_of_peak_sustained_elapsed", "lts__t_sector_hit_rate.pct"]
     names += ["launch__registers_per_thread", "gpu__time_duration.sum"]
     names += ["sm__throughput.avg.pct_of_peak_sustained_elapsed"]

@@ -1,4 +1,4 @@
-"""What the measure says of batches whose make-up is known."""
+"""The measure of a shuffle on batches with known rows."""
 
 import h5py
 import numpy as np
@@ -14,7 +14,7 @@ DOCUMENTS, LENGTH, WIDTH = 64, 64, 5
 
 
 def corpus() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Documents whose rows share a part, with their columns."""
+    """Make documents whose rows share a vector, with their columns."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(DOCUMENTS, 1, WIDTH, generator=generator)
     x = shared + torch.randn(DOCUMENTS, LENGTH, WIDTH, generator=generator)
@@ -24,7 +24,7 @@ def corpus() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 class Ordered:
-    """Batches in a given order of the rows."""
+    """A source of batches in a given order of the rows."""
 
     d_in = WIDTH
 

@@ -1,4 +1,4 @@
-"""The frame of the campaigns: what goes wrong in a try is counted as that try's failure."""
+"""The frame of the campaigns: every fault in a try is counted as that try's failure."""
 
 import io
 import os
@@ -55,7 +55,7 @@ def stumble(_):
 
 
 def report_of(attempt, tmp_path, tries=5, **options):
-    """Every third try goes through `attempt`, all others are fine."""
+    """Return the report of tries of which every third calls `attempt` and the others succeed."""
 
     def mixed(chance):
         return attempt(chance) if chance.number % 3 == 1 else "fine"

@@ -434,7 +434,7 @@ def test_what_is_filled_in_is_read_again_also_where_sizes_are_open(arch, sizes, 
         config = RunConfig(**sizes, **changes, **off)
         values = config.to_dict()
         assert RunConfig.from_dict(values) == config
-        values["sae"]["d_in"] = 0  # as a run that is resumed leaves it to the data
+        values["sae"]["d_in"] = 0  # a resumed run takes it from the data
         RunConfig.from_dict(values)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation on held-out rows counts."""
+"""The counts of an evaluation on held-out rows."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from sae_fast.evaluation.metrics import evaluate, largest_ordinary_norm
 
 
 def _one_latent_a_row() -> SparseAutoencoder:
-    """A model of rows that are unit vectors: latent j fires where entry j is 1."""
+    """Make a model of rows that are unit vectors: latent j fires if entry j is 1."""
     config = SAEConfig(d_in=4, d_sae=4, k=1, normalize_activations="none", aux_k_coeff=0.0)
     sae = SparseAutoencoder(config)
     with torch.no_grad():

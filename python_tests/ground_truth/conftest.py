@@ -1,4 +1,4 @@
-"""Biographies of a few people, with a language model that knows them."""
+"""Biographies of a few people, with a language model that has learned them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory that the command wrote."""
+    """Return the directory that the command wrote."""
     threads = torch.get_num_threads()
     directory = tmp_path_factory.mktemp("biographies") / "made"
     assert main([*TINY, "--steps", "300", "--out", str(directory)]) == 0

@@ -87,7 +87,7 @@ def test_held_out_people_are_in_no_training_shard(data: Path) -> None:
 def test_labels_are_those_of_the_sentence_and_rows_its_activations(
     data: Path, heldout: bool
 ) -> None:
-    """Checked against the words of the sentence and what transformers itself gives."""
+    """Labels are compared with the sentence's words, rows with the output of transformers."""
     shard = files.HELD_OUT if heldout else files.TRAIN
     biographies = files.load(data).biographies
     network = GPT2LMHeadModel.from_pretrained(data / "model").eval()
@@ -147,7 +147,7 @@ def test_activations_replaced_by_themselves_change_nothing_and_by_others_do(data
         own = torch.cat([rows[layer] for _, rows in model.activations(prompts, [layer])])
         words = model.next_tokens(prompts)
         assert torch.equal(model.next_tokens(prompts, layer, own), words)
-    # After the last block only the last token's activation decides: every answer moves on by one.
+    # After the last block only the last token's activation matters: every answer is shifted by one.
     moved = model.next_tokens(prompts, 1, own.roll(1, 0))
     assert torch.equal(moved, words.roll(1))
     assert torch.equal(model.next_tokens(prompts), words)

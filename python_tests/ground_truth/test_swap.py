@@ -1,4 +1,4 @@
-"""Swaps of relation slots, where it is known what must happen, and the command.
+"""Swaps of relation slots in a constructed case with known results, and the command.
 
 In the constructed case the activation after block 0 holds the relation asked and the person, each
 in dimensions of its own; block 1 looks the answer up.
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Answers by table; has of a GPT2LMHeadModel what BiographyModel asks for."""
+    """Answers from a table; has the members of a GPT2LMHeadModel that BiographyModel uses."""
 
     def __init__(self, biographies: Biographies) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def model() -> BiographyModel:
 
 
 def bound_sae(model: BiographyModel, *, normalized: bool = False) -> SparseAutoencoder:
-    """Free latents are all other dimensions of the stream, the last six those of the relations."""
+    """Return a model whose last six latents are the relations; the others are other dimensions."""
     width = model.d_model
     scaling = "mean_scale" if normalized else "none"
     sae = SparseAutoencoder(
@@ -132,7 +132,7 @@ def test_after_the_lookup_slots_move_nothing_but_a_patch_does(model: BiographyMo
 
 
 def test_slots_bound_in_another_order_answer_other_questions(model: BiographyModel) -> None:
-    """Slots 0 and 1 stand for each other's relation: swaps of 2 to 5 among themselves succeed."""
+    """Slots 0 and 1 are exchanged, so only swaps among 2 to 5 succeed."""
     sae = bound_sae(model)
     order = [*range(sae.config.d_sae - R), *(sae.config.d_sae - R + i for i in (1, 0, 2, 3, 4, 5))]
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_refused(model: BiographyModel) -> None:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short training of slots on layer 0."""
+    """Run a short training of slots on layer 0."""
     directory = tmp_path_factory.mktemp("slots")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "plot_run", lambda rows, path, title: path)

@@ -1,8 +1,8 @@
-"""The ops on the device under test, called with CPU tensors and answering with CPU tensors.
+"""The ops on the device under test, called with CPU tensors and returning CPU tensors.
 
-So a test states inputs, oracle and comparison once, on the CPU, and only the op itself runs
-elsewhere. The fixture `ops_on_device` chooses the device. Tests of gradients, of compilation and of
-what is kept on a parameter need tensors that stay where they are: they use `default_device`.
+So a test states inputs, oracle and comparison once, on the CPU, and only the op itself runs on the
+device. The fixture `ops_on_device` chooses the device. Tests of gradients, of compilation and of
+copies kept on a parameter need tensors that stay on one device: they use `default_device`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, with the strides of the original: kernels must cope with them."""
+    """Return a copy on the device with the original's strides, which kernels must support."""
     if tensor.is_contiguous():
         return tensor.to(device, copy=True)
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -28,7 +28,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def returned(result: Any) -> Any:
-    """What an op or a wrapper gave, on the CPU."""
+    """Return the results of an op or a wrapper, on the CPU."""
     if isinstance(result, Tensor):
         return result.to(CPU)
     if isinstance(result, SparseCode):
@@ -69,7 +69,7 @@ class DeviceOps:
 
 
 def written_arguments(name: str) -> list[int]:
-    """The places of the arguments that an op changes."""
+    """Return the places of the arguments that an op changes."""
     arguments = getattr(torch.ops.sae_fast, name).default._schema.arguments
     return [
         place

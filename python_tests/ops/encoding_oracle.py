@@ -1,4 +1,4 @@
-"""What encode_* must return, from a float64 product: exactly for integers, else up to rounding."""
+"""The required results of encode_* by a float64 product: exact for integers, else to rounding."""
 
 import torch
 from op_samples import LOW, Problem
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def integers(n: int, d_in: int, d_sae: int, bound: int = 2, seed: int = 0) -> Problem:
-    """A problem whose pre-activations are exact in every precision, and full of ties."""
+    """Make a problem whose pre-activations are exact in every precision, with many ties."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -18,9 +18,9 @@ def integers(n: int, d_in: int, d_sae: int, bound: int = 2, seed: int = 0) -> Pr
 
 
 def pre_activations(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
-    """(x − b_dec) W_encᵀ + b_enc in float64 [N, F], and the magnitude of what it adds up."""
+    """Return (x − b_dec) W_encᵀ + b_enc in float64 [N, F], and the magnitude of its terms."""
     x, W_enc, b_enc, b_dec = problem.encoder
-    centred = x - b_dec  # in float32, as it is rounded from there
+    centred = x - b_dec  # in float32, from which it is rounded
     if precision in LOW:
         centred, W_enc = centred.to(LOW[precision]), W_enc.to(LOW[precision])
     centred, W_enc, b_enc = centred.double(), W_enc.double(), b_enc.double()
@@ -28,12 +28,12 @@ def pre_activations(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def rounding(problem: Problem, magnitude: Tensor) -> Tensor:
-    """How far a float32 pre-activation may be from the oracle's."""
+    """Return the error allowed in a float32 pre-activation."""
     return relative(torch.float32, problem.x.shape[1]) * magnitude + torch.finfo(torch.float32).tiny
 
 
 def largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The contract's order by brute force: NaN first, value descending, index ascending."""
+    """Sort by the contract's order: NaN first, value descending, index ascending."""
     key = torch.where(pre_acts.isnan(), 0.0, pre_acts)
     by_value = key.sort(dim=1, descending=True, stable=True).indices
     is_nan = pre_acts.isnan().gather(1, by_value).int()
@@ -52,7 +52,7 @@ def check_largest(
 ) -> None:
     """Assert that a code holds the k largest of the candidates, in order, up to rounding.
 
-    A chosen latent is right if its value reaches the k-th largest minus what rounding allows.
+    A chosen latent is right if its value reaches the k-th largest minus the error of rounding.
     """
     pre_acts, magnitude = pre_activations(problem, precision)
     slack = rounding(problem, magnitude)

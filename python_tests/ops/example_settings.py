@@ -1,14 +1,14 @@
-"""How hypothesis chooses examples for the ops: always the same ones, on one device a test."""
+"""The settings of hypothesis for the ops: fixed examples, on one device per test."""
 
 from hypothesis import HealthCheck, settings
 
 
 def examples(count):
-    """The settings of a test with so many examples."""
+    """Return the settings of a test with the given number of examples."""
     return settings(
         max_examples=count,
         deadline=None,
         derandomize=True,
-        # The device is the same for all examples of a test.
+        # All examples of a test run on one device.
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )

@@ -67,7 +67,7 @@ class Code(NamedTuple):
         return Code(*(None if tensor is None else tensor.to(device) for tensor in self))
 
     def dense(self, d_sae: int) -> Tensor:
-        """[N, d_sae] float64."""
+        """Return the code as a dense matrix [N, d_sae] in float64."""
         device = self.values.device
         rows = torch.arange(self.n_rows, device=device)
         if self.offsets is None:
@@ -80,7 +80,7 @@ class Code(NamedTuple):
 
 
 def make_code(n: int, d_sae: int, k: int, *, csr: bool = False, seed: int = 1) -> Code:
-    """Codes of k different latents a row, some of value 0; with csr, of 0 to k."""
+    """Make a code of k different latents a row, some of value 0; with csr of 0 to k."""
     device = torch.get_default_device()
     generator = torch.Generator().manual_seed(seed)
 
@@ -103,7 +103,7 @@ def codes(n: int = 20, d_sae: int = 70, k: int = 6) -> list[Code]:
 
 
 def make_codes(n: int, d_sae: int, *, active: float = 1.0, seed: int = 2) -> Tensor:
-    """Dense codes [n, d_sae] of which a share is not 0."""
+    """Make dense codes [n, d_sae] with a share of entries that are not 0."""
     device = torch.get_default_device()
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(n, d_sae, generator=generator, device="cpu").abs_()
@@ -112,13 +112,13 @@ def make_codes(n: int, d_sae: int, *, active: float = 1.0, seed: int = 2) -> Ten
 
 
 def in_latent_major(code: Code, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """latent_offsets, rows and coefficients of a code."""
+    """Return latent_offsets, rows and coefficients of a code."""
     latent_offsets, entries, rows = ops.latent_major(*code, d_sae)
     return latent_offsets, rows, code.values.flatten()[entries]
 
 
 def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """(op, case, arguments) over the optional arguments and layouts of every op."""
+    """Yield (op, case, arguments) over the optional arguments and layouts of every op."""
     problem = make_problem()
     n, d_sae = problem.x.shape[0], problem.W_enc.shape[0]
     for precision in PRECISIONS:
@@ -178,7 +178,7 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 @functools.cache
 def samples_on(device: torch.device) -> dict[tuple[str, str], tuple[Any, ...]]:
-    """The arguments of every sample on a device; ops that make arguments run there."""
+    """Return the arguments of every sample on a device; ops that make arguments run there."""
     return {
         (name, case): tuple(moved(a, device) if isinstance(a, Tensor) else a for a in arguments)
         for name, case, arguments in samples()
@@ -186,7 +186,7 @@ def samples_on(device: torch.device) -> dict[tuple[str, str], tuple[Any, ...]]:
 
 
 def kept_rows(cached: Tensor, cache_slots: Tensor) -> Tensor:
-    """The rows that row_gradient_norm kept, by latent: of the others nothing was written."""
+    """Return the rows that row_gradient_norm kept, by latent; the other rows are not written."""
     return cached[cache_slots[cache_slots >= 0].long()]
 
 
@@ -237,7 +237,7 @@ def update_arguments(
     moments: torch.dtype = torch.float32,
     rule: str = "adam",
 ) -> tuple[Any, ...]:
-    """All arguments of fused_update_ on a clone of W, with moments as after some steps."""
+    """Return all arguments of fused_update_ on a clone of W, with moments as after some steps."""
     W = W.clone()
     project = project_onto is not None
     factors = (latent_offsets, rows, coefficients, dense, shift)
@@ -251,7 +251,7 @@ def update_arguments(
 
 
 def of_rule(rule: str, state: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Of both moments and their scales what a rule has."""
+    """Return the moments and scales that a rule has."""
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale = state
     if rule in ONE_MOMENT:
         exp_avg_sq = exp_avg_sq_scale = None
@@ -261,7 +261,7 @@ def of_rule(rule: str, state: Sequence[Tensor | None]) -> tuple[Tensor | None, .
 def coded_moments(
     exp_avg: Tensor, exp_avg_sq: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Moments [F, D] and their scales as fused_update_ takes them; what is lost is cut off."""
+    """Return moments [F, D] and their scales as fused_update_ takes them, rounded to the dtype."""
     if dtype == torch.float32:
         return exp_avg, exp_avg_sq, None, None
     coded: list[Tensor] = []
@@ -277,7 +277,7 @@ def coded_moments(
 
 
 def place(op: str, argument: str) -> int:
-    """Where an argument stands in an op's list."""
+    """Return the place of an argument in an op's schema."""
     names = [a.name for a in getattr(torch.ops.sae_fast, op).default._schema.arguments]
     return names.index(argument)
 
@@ -290,7 +290,7 @@ def scalars_arguments(
     skip: bool = False,
     rule: str = "adam",
 ) -> tuple[Any, ...]:
-    """All arguments of update_scalars for step number `step`."""
+    """Return all arguments of update_scalars for step number `step`."""
     norm, lr = (torch.tensor(x, dtype=torch.float64) for x in (squared_norm, 1e-2))
     counters = torch.tensor(step - 1), torch.tensor(-1)
     squares = (step - 1) * lr * lr if rule == "schedule_free_signum" else None
@@ -299,7 +299,7 @@ def scalars_arguments(
 
 
 def update_scalars(grad_scale: float = 0.5, step: int = 3, *, rule: str = "adam") -> Tensor:
-    """What update_scalars returns where the norm is 1, clipped to `grad_scale`."""
+    """Return the result of update_scalars for a norm of 1, clipped to `grad_scale`."""
     clip = grad_scale * (1.0 + 1e-6)
     arguments = scalars_arguments(1.0, step=step, grad_clip=clip, rule=rule)
     scalars: Tensor = ops.update_scalars(*arguments)[1]

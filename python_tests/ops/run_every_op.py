@@ -1,8 +1,9 @@
-"""Calls every op on small inputs, and trains for some steps: what a memory checker is to watch.
+"""Call every op on small inputs and train for some steps, under a memory checker.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python python_tests/ops/run_every_op.py
 
-Nothing is compared: the tests do that. Sizes are odd, rows long and short, one latent heavy.
+It compares no results, which the tests do. Sizes are odd, rows long and short, and one latent is
+in every row.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def call_decoder(problem: Problem, code: Code, dtype: torch.dtype) -> None:
 
 
 def call_heavy_latent(n: int = 700, d_in: int = 40, d_sae: int = 9) -> None:
-    """One latent in every row: its sum is cut into pieces."""
+    """Call the ops with one latent in every row, whose sum is cut into pieces."""
     problem = make_problem(n, d_in, d_sae)
     indices = torch.stack([torch.zeros(n), torch.arange(n) % d_sae], 1).int()
     code = Code(torch.ones(n, 2), indices, None)

@@ -1,4 +1,4 @@
-"""Autocast changes nothing of what ops compute, nor of their gradients."""
+"""Autocast changes neither the results of ops nor their gradients."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ ENCODERS = {
 
 
 def results(name):
-    """A code, a loss of it, and the gradients of everything."""
+    """Return a code, a loss of it, and all gradients."""
     x, W_enc, _, b_dec = given = tensors()
     code = ENCODERS[name](*given)
     if isinstance(code, Tensor):

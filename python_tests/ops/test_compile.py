@@ -5,7 +5,7 @@ from tolerances import close
 
 from sae_fast import ops
 
-# torch's own, from inside the compiler.
+# torch's own warning, from inside the compiler.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -57,7 +57,7 @@ def test_compiled_training_step_equals_eager_for_every_batch_size(step, backend,
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     loss_and_gradients(compiled, 20, precision, device)
-    # Compiled, reconstruct sees a gradient of 0 where eager sees none, and rounds its residual.
+    # Compiled, reconstruct gets a gradient of 0 where eager gets none, and rounds its residual.
     rounded_to = {"bf16": torch.bfloat16}.get(precision, torch.float32)
     with torch.compiler.set_stance("fail_on_recompile"):
         for n in (20, 33, 7):

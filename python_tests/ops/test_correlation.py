@@ -18,7 +18,7 @@ SHAPES = [(2, 1), (5, 3), (9, 70), (33, 200), (64, 700), (70, 90), (130, 40), (2
 
 
 def unit_columns(h):
-    """Columns less their mean at unit length, zeros where they are silent; and 1 / their length."""
+    """Return centred columns of unit length, zeros for silent ones; and 1 / their length."""
     h = h.double()
     centred = h - h.mean(0)
     norms = torch.linalg.vector_norm(centred, dim=0)
@@ -28,7 +28,7 @@ def unit_columns(h):
 
 
 def over_pairs(h, split):
-    """The definition: (within, between), from the F x F matrix of correlations."""
+    """Return (within, between) by the definition, from the F x F matrix of correlations."""
     unit, _ = unit_columns(h)
     squares = (unit.t() @ unit).square()
     within = squares[:split, :split]
@@ -36,7 +36,7 @@ def over_pairs(h, split):
 
 
 def gradients(h, split, of_within=1.0, of_between=1.0):
-    """d (of_within * within + of_between * between) / dh, in float64."""
+    """Return d (of_within * within + of_between * between) / dh, in float64."""
     leaf = h.double().requires_grad_()
     within, between = over_pairs(leaf, split)
     (of_within * within + of_between * between).backward()
@@ -44,14 +44,14 @@ def gradients(h, split, of_within=1.0, of_between=1.0):
 
 
 def gradient_size(h):
-    """The size of what is added up for a column's gradient, of which the most is along z."""
+    """Return the size of the terms of a column's gradient, most of which are along z."""
     unit, inverse = unit_columns(h)
     unit = unit.abs()
     return (8 * (unit @ unit.t()) @ unit * inverse).amax(0).expand_as(h)
 
 
 def check(h, split):
-    """Both sums and the gradient of both."""
+    """Check both sums and the gradients of both."""
     outputs = ops.code_correlation(h, split)
     within, between, n_active = outputs[:3]
     active = unit_columns(h)[1] > 0
@@ -82,7 +82,7 @@ def test_any_shape_with_silent_constant_and_equal_latents(n, d_sae, share, seed)
     kinds = torch.randint(0, 6, (d_sae,), generator=generator)
     h[:, kinds == 0] = 0.0  # dead
     h[:, kinds == 1] = 1e3  # constant
-    h[:, kinds == 2] += 1e3  # a large mean, the rest of which is known to 1e-4
+    h[:, kinds == 2] += 1e3  # a large mean, so that the deviations are known to 1e-4
     h[:, kinds == 3] = h[:, kinds == 3][:, :1].expand(n, -1) * 1e-3  # equal
     h[:, kinds == 4] = h[:, kinds == 4].relu()
     check(h, round(share * d_sae))
@@ -118,7 +118,7 @@ def test_correlations_do_not_depend_on_scale_and_offset():
     expected = over_pairs(h, 20)
     other = h * torch.linspace(0.5, 1e5, 60) + torch.linspace(-300.0, 300.0, 60).round()
     for found, wanted in zip(ops.code_correlation(other, 20), expected, strict=False):
-        # The offset rounds what varies, by 300 / 0.1 roundings of it at most.
+        # The offset rounds the deviations, by at most 300 / 0.1 of their own roundings.
         assert abs(found.item() / wanted.item() - 1) < 3000 * 2.0**-24
 
 
@@ -189,7 +189,9 @@ def test_hundred_thousand_latents_take_no_matrix_of_all_pairs():
     wanted = reference.code_correlation(h.double(), split)
     close(outputs[0], wanted[0], terms=d_sae)
     close(outputs[1], wanted[1], terms=d_sae)
-    some = torch.cat([h[:, :300], h[:, -6:]], 1)  # columns whose gradient all others make
+    some = torch.cat(
+        [h[:, :300], h[:, -6:]], 1
+    )  # columns whose gradient comes from all other columns
     unit, inverse = unit_columns(some)
     p = 4 * wanted[5][0] @ unit
     expected = (p - (p * unit).sum(0) * unit) * inverse

@@ -1,4 +1,4 @@
-"""What only CUDA has: streams, several devices, graphs, nothing waited for, very large indices."""
+"""Features of CUDA only: streams, several devices, graphs, no synchronisation, large indices."""
 
 import re
 
@@ -18,7 +18,7 @@ from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("ops_on_device")]
 
 SAMPLES = [pytest.param(name, case, id=f"{name}-{case}") for name, case, _ in samples()]
-# It returns as many entries as it finds: somebody must wait for their number.
+# The number of entries it returns depends on the data, so the host waits for it.
 WAITS = ("encode_threshold",)
 CAPTURED = [parameter for parameter in SAMPLES if parameter.values[0] not in WAITS]
 SLEEP_CYCLES = 50_000_000  # tens of milliseconds
@@ -35,7 +35,7 @@ def clones(arguments):
 
 
 def run(name, arguments):
-    """Calls an op: what it returns and what it writes, less memory that nothing was written to."""
+    """Call an op; return its results and the arguments it writes, without unwritten memory."""
     outputs = getattr(torch.ops.sae_fast, name).default(*arguments)
     found = list(outputs) if isinstance(outputs, tuple) else [outputs]
     written = [arguments[place] for place in written_arguments(name)]
@@ -61,7 +61,7 @@ def test_op_runs_on_the_current_stream(name, case, device):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(SLEEP_CYCLES)  # on any other stream the op would read zeros
+        torch.cuda._sleep(SLEEP_CYCLES)  # on another stream the op would read zeros
         for place, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
                 late[place].copy_(argument)
@@ -87,7 +87,7 @@ def test_op_runs_on_the_device_of_its_arguments(name, case, device):
 @pytest.mark.parametrize(("name", "case"), CAPTURED)
 def test_op_captured_in_a_graph_computes_from_new_inputs(name, case, device):
     arguments = samples_on(device)[name, case]
-    # Halves are exact in every dtype and valid wherever the whole is.
+    # Halves are exact in every dtype, and valid for every argument.
     halves = tuple(
         a / 2 if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
     )
@@ -107,7 +107,7 @@ def test_op_captured_in_a_graph_computes_from_new_inputs(name, case, device):
 
 
 def one_tensor_elsewhere():
-    """(op, case, place of an argument) for the first sample of every op."""
+    """Yield (op, case, place of an argument) for the first sample of every op."""
     seen = set()
     for name, case, arguments in samples():
         if name not in seen and sum(isinstance(a, Tensor) for a in arguments) > 1:
@@ -129,7 +129,7 @@ def test_argument_on_another_device_is_named(name, case, place, device):
 
 
 def make_training(device, precision, n=64, d_in=48, d_sae=512, k=8):
-    """A model with its optimiser, and a batch."""
+    """Make a model with its optimiser, and a batch."""
     torch.manual_seed(0)
     config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, normalize_activations="none")
     sae = SparseAutoencoder(config).to(device)
@@ -138,7 +138,7 @@ def make_training(device, precision, n=64, d_in=48, d_sae=512, k=8):
 
 
 def step(sae, optimizer, x, lr, precision):
-    # Nobody is dead yet, as the trainer knows without asking the device.
+    # No latent is dead yet, which the trainer knows without a synchronisation.
     loss = sae.training_loss(x, precision=precision, dense_grad=False, k_aux=0)
     loss.total.backward()
     optimizer.step(lr)
@@ -221,7 +221,7 @@ def test_selection_reaches_past_2_to_the_31_pre_activations(precision, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_reaches_past_2_to_the_31_parameters(precision, device):
-    """The last latents of a huge dictionary, alone active, are trained as in a small one."""
+    """If only the last latents of a huge dictionary are active, they train as in a small one."""
     needs_memory(90)
     n, d_in, d_sae, active, k = 1024, 2051, 2**20 + 3, 64, 8
     assert d_in * (d_sae - active) > 2**31

@@ -73,7 +73,7 @@ def test_reconstruct_gives_residual_error_and_dot_products(n, d_in, d_sae, k, bi
 
 
 def at_entries(matrix, code):
-    """The elements of a matrix [N, F] at the entries of a code, in its shape."""
+    """Return the elements of a matrix [N, F] at the entries of a code, in the code's shape."""
     if code.offsets is None:
         return matrix.gather(1, code.indices.long())
     rows = torch.arange(code.n_rows).repeat_interleave(code.offsets.diff())
@@ -128,5 +128,5 @@ def test_inputs_need_not_be_contiguous(csr):
 
 
 def every_second(tensor):
-    """The same numbers with a gap after each."""
+    """Return a tensor with equal numbers and a gap after each."""
     return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]

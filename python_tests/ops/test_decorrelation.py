@@ -10,7 +10,7 @@ SHAPES = [(1, 5), (2, 1), (9, 33), (40, 8), (300, 24), (1000, 65)]
 
 
 def over_pairs(W):
-    """The definition: every pair of different rows."""
+    """Return the loss by the definition, over every pair of different rows."""
     unit = W / torch.linalg.vector_norm(W, dim=1, keepdim=True).clamp_min(1e-12)
     cosines = unit @ unit.t()
     return (cosines - cosines.diag().diag()).square().sum()
@@ -24,7 +24,7 @@ def test_loss_and_gradient_are_those_of_all_pairs(d_sae, d_in, scale):
     rows = W.double().requires_grad_()
     expected = over_pairs(rows)
     expected.backward()
-    # Both come as differences: |S|² − Σ|ŵ|⁴, and each row's gradient less its part along the row.
+    # Both are differences: |S|² − Σ|ŵ|⁴, and each row's gradient less its part along the row.
     pairs = expected.detach() + d_sae
     close(loss, expected.detach(), terms=d_in, magnitude=pairs)
     norms = torch.linalg.vector_norm(W, dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""DenseCode against SparseCode, and what both have in common: derived codes, numbers of latents."""
+"""DenseCode against SparseCode: values, derived codes, numbers of latents."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DTYPE = torch.float32 if native.load() is not None else torch.float64
 
 
 def make_codes(n=20, d_in=6, d_sae=30, seed=0):
-    """The same code both ways, of tensors that require a gradient."""
+    """Make a code in both forms, from tensors that require a gradient."""
     generator = torch.Generator().manual_seed(seed)
     x, W, b_enc, b_dec = (
         torch.randn(shape, generator=generator).to(DTYPE)

@@ -1,4 +1,4 @@
-"""dense_product against float64, and the gradients of a dense code that are made of it."""
+"""dense_product against float64, and the gradients of a dense code, which use it."""
 
 import pytest
 import torch
@@ -94,9 +94,9 @@ def test_empty_operands_give_zeros(sizes, precision):
 
 
 def gradients(x, W_enc, b_enc, W_dec, b_dec, precision=None):
-    """Of every parameter and of x, for a loss that reaches all of them; without precision by torch.
+    """Return the gradients of all parameters and x for one loss; without precision by torch.
 
-    The terms are the residual, the squared error, and what penalties have of the code.
+    The terms are the residual, the squared error, and penalties on the code.
     """
     leaves = [t.detach().clone().requires_grad_() for t in (x, W_enc, b_enc, W_dec, b_dec)]
     x, W_enc, b_enc, W_dec, b_dec = leaves

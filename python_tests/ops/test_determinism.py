@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("ops_on_device")
 N, D, F, K = 130, 70, 900, 20
 PROBLEM = make_problem(N, D, F)
 CODES = {"topk": make_code(N, F, K), "csr": make_code(N, F, K, csr=True)}
-# One latent in every row: its sum is much longer than the others.
+# With one latent in every row its sum is much longer than the others.
 HEAVY = Code(torch.ones(N, 2), torch.stack([torch.zeros(N), torch.arange(N)], 1).int(), None)
 DEAD = torch.arange(F) % 4 == 0
 
@@ -76,7 +76,7 @@ def decorrelation():
 
 
 def correlation(n, d_sae, active):
-    """Dense and sparse codes; few tokens, where several sums make one matrix, and many."""
+    """Return correlations of dense and sparse codes, for few and for many tokens."""
     h, split = make_codes(n, d_sae, active=active), d_sae // 3
     outputs = ops.code_correlation(h, split)
     one = torch.tensor(1.0)
@@ -122,7 +122,7 @@ def same_bits(first, second):
     )
 
 
-# On other processors they are torch's.
+# On other processors torch computes them.
 TILE_CALLS = {f"dense_product {p}": dense_products(p) for p in ("screened", "bf16")}
 THREADS = CALLS | (TILE_CALLS if build_info().get("instruction_set") == "amx" else {})
 

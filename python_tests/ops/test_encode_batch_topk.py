@@ -18,7 +18,7 @@ def encode(problem, k, precision="screened", **options):
 
 
 def best_of_batch(pre_acts, k):
-    """The contract by brute force: values [N*k], indices [N*k] and offsets [N + 1]."""
+    """Select by brute force: values [N*k], indices [N*k] and offsets [N + 1]."""
     n, d_sae = pre_acts.shape
     flat = pre_acts.flatten()
     wanted = ((flat > 0) | flat.isnan()).nonzero().flatten()
@@ -117,7 +117,7 @@ def test_nan_and_infinity_come_first(precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_few_loud_tokens_may_take_the_whole_budget(precision):
-    """The first guess comes from a sample of tokens, which misses or overrates such ones."""
+    """The first estimate comes from a sample of tokens, which misses or overrates such tokens."""
     for loud in (slice(0, 1), slice(7, 9), slice(0, 60, 2)):
         problem = integers(500, 6, 400)
         problem.x[loud] *= 1024

@@ -1,4 +1,4 @@
-"""The CUDA encoder as far as it shows without a GPU: kernels registered, shapes of the outputs."""
+"""The CUDA encoder without a GPU: kernels registered, shapes of the outputs."""
 
 import pytest
 import torch

@@ -187,7 +187,7 @@ def test_a_token_is_coded_alike_in_every_batch(precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_of_torch_in_between_change_nothing(precision):
-    # The library behind them shapes the processor's tile registers for itself.
+    # These products configure the processor's tile registers for themselves.
     problem = make_problem(80, 64, 300)
     matrix = torch.randn(96, 96, dtype=torch.bfloat16, device=problem.x.device)
     product = matrix @ matrix

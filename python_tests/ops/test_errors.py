@@ -1,4 +1,4 @@
-"""Every wrong argument is a RuntimeError in one wording, from compiled ops and reference alike."""
+"""Every wrong argument is a RuntimeError with one text in compiled ops and reference."""
 
 import re
 
@@ -52,7 +52,7 @@ def test_wrong_argument_is_named(op, changes, message):
 
 
 def declared_tensors():
-    """The tensors of every op whose shape is declared: an array of one more axis is wrong."""
+    """Yield every op's tensors with a declared shape, for which one more axis is wrong."""
     for op, given in ARGUMENTS.items():
         for name, form in OPS[op].forms.items():
             any_shape = form.is_opaque or form.sizes == ("any",)
@@ -70,7 +70,7 @@ def test_every_tensor_of_one_axis_too_many_is_named(op, name):
 def needed_tensors():
     for op, given in ARGUMENTS.items():
         if sum(isinstance(value, Tensor) for value in given.values()) == 1:
-            continue  # without it nothing says that only shapes are wanted
+            continue  # without it the ops cannot know that only shapes are computed
         for argument in getattr(torch.ops.sae_fast, op).default._schema.arguments:
             if str(argument.type) == "Tensor":
                 yield op, argument.name
@@ -101,7 +101,7 @@ def test_wrong_argument_is_named_while_tracing(op, changes, message):
             getattr(ops, op)(*arguments.values())
 
 
-# On CUDA values are not looked at: that would wait for the device.
+# On CUDA values are not checked, because that would synchronise.
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 @pytest.mark.parametrize(("op", "changes", "message"), DATA)
 def test_index_outside_the_dictionary_is_named(op, changes, message):

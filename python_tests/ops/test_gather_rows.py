@@ -1,4 +1,4 @@
-"""Batches made of rows as they are stored."""
+"""Batches gathered from rows in their stored dtype."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ UNTOUCHED = -7.0
 
 
 def made(n_source, d_in, n, seed, dtype=torch.float32):
-    """A table [n_source, d_in], and numbers of rows of it [n], with repetitions."""
+    """Make a table [n_source, d_in], and numbers of its rows [n], with repetitions."""
     generator = torch.Generator().manual_seed(seed)
     source = torch.randn(n_source, d_in, generator=generator).to(dtype)
     return source, torch.randint(0, n_source, (n,), generator=generator)
 
 
 def in_float32(source, rows, mean, scale):
-    """The two roundings that are promised."""
+    """Return the result with the two specified roundings."""
     return (source[rows].float() - mean) * torch.tensor(scale, dtype=torch.float32)
 
 
@@ -92,7 +92,7 @@ def test_strided_arguments_are_understood():
     assert torch.equal(out, in_float32(source, rows, mean, 2.5))
 
 
-@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # threads are the CPU's
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)  # only the CPU has threads
 def test_result_does_not_depend_on_the_threads():
     source, rows = made(300, 129, 1000, 9, torch.float16)
     mean = torch.randn(129)

@@ -15,7 +15,7 @@ NAMES = ("x", "W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def dense_gradient(W: Tensor) -> Tensor:
-    """A parameter's gradient, whether dense or left as factors, in float64."""
+    """Return a parameter's gradient in float64, from a dense gradient or factors."""
     grad = torch.zeros_like(W, dtype=torch.float64) if W.grad is None else W.grad.double()
     for factor in getattr(W, "row_factors", []):
         rows, sums = torch.ops.sae_fast.accumulate_rows(
@@ -32,7 +32,7 @@ def gradients(problem) -> dict[str, Tensor]:
 
 
 def plain_code(problem, code) -> Tensor:
-    """The code as plain PyTorch would compute it from the choice that was made, [N, F]."""
+    """Return the code [N, F] computed in plain PyTorch with a given selection."""
     pre_acts = (problem.x - problem.b_dec) @ problem.W_enc.t() + problem.b_enc
     chosen = torch.zeros(pre_acts.shape, dtype=torch.bool)
     if code.offsets is None:
@@ -53,14 +53,14 @@ def encode(problem, kind, **options):
 
 
 def assert_same_gradients(found, expected, scale=8.0):
-    """Gradients equal to float32 rounding of their largest element."""
+    """Assert that gradients are equal up to float32 rounding of their largest element."""
     for name in NAMES:
         size = expected[name].abs().max()
         close(found[name], expected[name], terms=64, magnitude=scale * size, dtype=torch.float32)
 
 
 def weights(like):
-    """Some numbers, so that elements of a loss differ in importance."""
+    """Return numbers with which the elements of a loss have different weights."""
     return torch.linspace(-1, 2, like.numel(), dtype=like.dtype).view(like.shape)
 
 

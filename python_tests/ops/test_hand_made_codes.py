@@ -1,4 +1,4 @@
-"""Codes that a caller made: what does not fit is refused, in eager mode and compiled."""
+"""Codes made by a caller: inconsistent ones are refused, in eager mode and compiled."""
 
 import re
 

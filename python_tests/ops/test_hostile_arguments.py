@@ -22,7 +22,7 @@ CODE = make_code(8, 20, 3)
 
 
 def update(**changes):
-    """Arguments of fused_update_ with some of them replaced."""
+    """Return the arguments of fused_update_ with some of them replaced."""
     lists = lists_of(CODE, 20)
     arguments = list(update_arguments(*lists, PROBLEM.x, None, None, None, PROBLEM.W_dec))
     for name, value in changes.items():
@@ -101,7 +101,9 @@ def test_absurd_sizes_are_refused(op, arguments, message):
         getattr(ops, op)(*arguments)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch: quantised and CSR tensors may go
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # a warning of torch: quantised and CSR tensors may be removed
 @pytest.mark.parametrize(
     ("change", "kind"),
     [

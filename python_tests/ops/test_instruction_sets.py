@@ -1,4 +1,4 @@
-"""Every instruction set of this processor gives the same codes."""
+"""All instruction sets of this processor give equal codes."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_codes_are_those_of_the_portable_kernels(codes_of, level):
         codes_of(level)[0], codes_of("portable")[0], strict=True
     ):
         torch.testing.assert_close(values, wanted, rtol=1e-5, atol=1e-5)
-        # Latents change places where the rounding of their equal values decides, and only there.
+        # Latents may change places only if rounding decides between equal values.
         assert (indices != wanted_indices).sum() <= 2e-4 * indices.numel()
 
 
@@ -67,5 +67,5 @@ def test_codes_are_those_of_the_portable_kernels(codes_of, level):
 def test_dense_products_are_those_of_the_portable_kernels(codes_of, level):
     products = zip(codes_of(level)[1], codes_of("portable")[1], strict=True)
     for product, wanted in products:
-        # Of up to 1700 pairs of normal numbers: |a||b| is 1700, of which 2^-24 is 1e-4.
+        # With up to 1700 pairs of normal numbers |a||b| is 1700, and 1700 · 2^-24 is 1e-4.
         torch.testing.assert_close(product, wanted, rtol=0, atol=2e-4)

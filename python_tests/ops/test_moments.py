@@ -1,4 +1,4 @@
-"""Moments in bfloat16 and 8 bits: what fused_update_ makes of them."""
+"""Moments in bfloat16 and 8 bits in fused_update_."""
 
 import re
 
@@ -22,14 +22,14 @@ from sae_fast.ops.registry import NATIVE
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
 
-# grad_scale 1, decay 1, beta1 3/4, beta2 1/2: a moment is rounded once however it is computed.
+# With grad_scale 1, decay 1, beta1 3/4, beta2 1/2 a moment is rounded only once.
 ROUNDED_ONCE = torch.tensor([1.0, 1.0, 0.25, 0.5, 0.5, 1e-2, 1.0, 1e-8, 0.0, 0.0, 0.0])
 EXP_AVG_SCALE = place("fused_update_", "exp_avg_scale")
 STEP_COUNT = place("fused_update_", "step_count")
 
 
 def normal(d_sae, d_in, seed):
-    """Rows of very different sizes, every fifth of them zeros."""
+    """Return normal rows of very different sizes, every fifth of them zeros."""
     generator = torch.Generator().manual_seed(seed)
     rows = 10 ** (3 * torch.randn(d_sae, 1, generator=generator))
     rows[::5] = 0
@@ -37,7 +37,7 @@ def normal(d_sae, d_in, seed):
 
 
 def arguments_of(W, moments, grad, step, scalars=ROUNDED_ONCE):
-    """All arguments of fused_update_ for a gradient that is at hand, nothing else being asked."""
+    """Return all arguments of fused_update_ for a given gradient, without options."""
     d_sae, d_in = W.shape
     lists = torch.zeros(d_sae + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int32)
     factors = (*lists, torch.zeros(0), torch.zeros(0, d_in), None, grad)
@@ -48,14 +48,14 @@ def arguments_of(W, moments, grad, step, scalars=ROUNDED_ONCE):
 
 
 def decoded(moments):
-    """Both moments as numbers."""
+    """Return both moments as numbers."""
     exp_avg, exp_avg_sq, *scales = moments
     pairs = zip((exp_avg, exp_avg_sq), scales, (EXP_AVG, EXP_AVG_SQ), strict=True)
     return [decode_moment(codes, scale, moment) for codes, scale, moment in pairs]
 
 
 def some_state(d_sae, d_in, dtype, seed=3):
-    """W, and moments in this dtype."""
+    """Return W, and moments in this dtype."""
     W = torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
     return W, coded_moments(
         normal(d_sae, d_in, seed + 1), normal(d_sae, d_in, seed + 2).square(), dtype
@@ -96,7 +96,7 @@ def test_codes_are_those_of_the_reference_to_the_bit(d_sae, d_in, dtype, step, s
 
 
 def distances(numbers, scales):
-    """At least the distance of the codes round each number, and at most twice that."""
+    """Return one to two times the distance of the codes next to each number."""
     for number, scale in zip(numbers, scales, strict=True):
         if scale is None:
             yield number.abs() / 128 + 1e-38

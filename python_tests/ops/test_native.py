@@ -1,4 +1,4 @@
-"""Loading the compiled module: found, chosen against, or missing with one clear line."""
+"""Loading the compiled module: found, switched off, or missing with one clear line."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 @pytest.fixture
 def installation(tmp_path):
-    """A copy of the package without a compiled module and without a marker."""
+    """Make a copy of the package without a compiled module and without a marker."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_reference_install.py")
     shutil.copytree(PACKAGE, tmp_path / "sae_fast", ignore=ignore)
     return tmp_path / "sae_fast"
@@ -51,7 +51,7 @@ def test_without_a_module_the_import_fails_and_names_the_remedy(installation):
 
 
 def run_commands(installation, interpreter=(sys.executable,)):
-    """Ends of all commands of the package, run beside each other: exit code, stdout, stderr."""
+    """Run all commands of the package at once; return exit code, stdout and stderr of each."""
     files = installation.glob("*.py")
     names = [path.stem for path in files if "__main__" in path.read_text(encoding="utf-8")]
     assert {"train", "capture", "convert_shards", "plot", "info", "presets"} <= set(names)
@@ -77,7 +77,7 @@ def test_without_a_module_every_command_ends_in_one_line(installation):
 
 
 def test_without_torch_every_command_ends_in_one_line(installation):
-    # -S hides the installed packages, so that this is the Python of a bare machine.
+    # -S hides the installed packages.
     for code, output, errors in run_commands(installation, (sys.executable, "-S")):
         assert (code, output) == (2, "")
         assert errors.startswith("error: sae_fast needs torch, which ")
@@ -220,7 +220,7 @@ def test_an_older_libstdcxx_is_told_as_such(tmp_path):
 
 
 def older_libstdcxx():
-    """The C++ library of this process without the versions of GCC 11 and newer."""
+    """Make a copy of the C++ library without the versions of GCC 11 and newer."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     library = Path(next(line.split()[-1] for line in maps if "libstdc++" in line)).read_bytes()
     for minor in range(29, 36):

@@ -17,7 +17,7 @@ quick = examples(25)
 
 @st.composite
 def shapes(draw):
-    """N, D, F, k: small, odd, and not multiples of anything."""
+    """Draw N, D, F, k: small and odd."""
     n, d_in = draw(st.integers(0, 20)), draw(st.integers(1, 40))
     d_sae = draw(st.integers(1, 200))
     return n, d_in, d_sae, draw(st.integers(1, d_sae))

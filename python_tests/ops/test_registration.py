@@ -21,7 +21,7 @@ WITHOUT_DERIVATIVE = (
 
 
 def one_of_each():
-    """The first sample of every op in every layout: tracing is slow."""
+    """Return the first sample of every op in every layout, because tracing is slow."""
     found = {(name, "csr" in case): (name, case) for name, case, _ in reversed([*samples()])}
     return [pytest.param(*sample, id=f"{sample[0]}-{csr}") for (_, csr), sample in found.items()]
 
@@ -31,7 +31,7 @@ def overload(name):
 
 
 def with_grad(name, arguments):
-    """The arguments as a training step has them: what is differentiable requires a gradient."""
+    """Return the arguments as in a training step: differentiable ones require a gradient."""
     if name not in DIFFERENTIABLE:
         return arguments
     return tuple(

@@ -41,7 +41,7 @@ TERMS = [  # shift, projection, extra gradient
 
 
 def signed(code):
-    """Coefficients of either sign, as gradients are."""
+    """Make coefficients of either sign, like gradients."""
     sign = torch.where(torch.arange(code.values.numel()) % 3 == 0, -1.0, 1.0)
     return code._replace(values=code.values * sign.view(code.values.shape))
 
@@ -72,7 +72,7 @@ def test_latent_major_lists_the_entries_by_latent_and_position(n, d_in, d_sae, k
     active = len(expected)
     if device.type == "cpu":
         assert entries.shape == rows.shape == (active,)
-    else:  # only the device knows how many there are, so there is room for all
+    else:  # their number is known only on the device, so there is room for all
         assert entries.shape == rows.shape == (len(values),)
         zeros = [p for p in range(len(values)) if values[p] == 0]
         assert sorted(entries[active:].tolist()) == zeros
@@ -102,7 +102,7 @@ def test_coefficients_are_ordered_and_summed_by_latent(n, d_in, d_sae, k, csr):
 
 
 def gradient_case(n, d_in, d_sae, k, terms, dtype=torch.float32, csr=False):
-    """Arguments of row_gradient_norm, their W, and the gradient in float64 with its magnitude."""
+    """Make arguments of row_gradient_norm, W, and the gradient in float64 with its magnitude."""
     shift, project, extra = terms
     problem = make_problem(n, d_in, d_sae)
     code = signed(make_code(n, d_sae, k, csr=csr))
@@ -139,7 +139,7 @@ def test_row_gradient_norm_is_the_norm_of_the_dense_gradient(n, d_in, d_sae, k, 
 
 
 def adamw(W, exp_avg, exp_avg_sq, grad, step, *, project):
-    """torch.optim.AdamW's own step, in float64, with the settings of `update_arguments`."""
+    """Take a step of torch.optim.AdamW in float64, with the settings of `update_arguments`."""
     parameter = torch.nn.Parameter(W.double())
     optimizer = torch.optim.AdamW([parameter], lr=1e-2, weight_decay=0.1)
     moments = {"exp_avg": exp_avg.double(), "exp_avg_sq": exp_avg_sq.double()}
@@ -166,7 +166,7 @@ def test_fused_update_is_the_five_separate_steps(n, d_in, d_sae, k, terms, step)
     size = 0.1 * before[1].abs() + magnitude
     close(exp_avg, expected_avg, terms=n + d_in, magnitude=before[1].abs() + magnitude)
     close(exp_avg_sq, expected_sq, terms=n + d_in, magnitude=before[2] + size.square())
-    # The step is lr · m / √v; what rounding did to m and v moves it by as much, relatively.
+    # The step is lr · m / √v; rounding of m and v changes it by the same relative amount.
     root = expected_sq.sqrt() / (1 - 0.999**step) ** 0.5
     first = (before[1].abs() + magnitude) / (1 - 0.9**step)
     moved = 1e-2 * first / root * (1 + size.square() / expected_sq)
@@ -277,7 +277,7 @@ def test_fused_update_leaves_the_encoder_copy_as_if_packed_anew(precision, devic
     assert torch.equal(copies[2], rounded)
     if device.type == "cpu":
         assert torch.equal(copies[1], stats)
-    else:  # two kernels add up the lengths, which only bound errors, in an order of their own
+    else:  # two kernels add up the lengths in different orders; they only bound errors
         close(copies[1], stats.double(), terms=21)
 
 
@@ -355,7 +355,7 @@ def test_update_through_the_wrapper_keeps_encoding_exact(precision, device):
 @pytest.mark.skipif(not NATIVE, reason="the reference keeps no rows")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_kept_by_the_norm_are_those_of_accumulate_rows_to_the_bit(dtype):
-    """Latents are summed in groups, token block by token block, where that saves reading."""
+    """Latents are summed in groups, token block by token block, if that saves reading."""
     n, d_in, d_sae = 700, 400, 300
     code = make_code(n, d_sae, 20)
     dense = torch.randn(n, d_in, generator=torch.Generator().manual_seed(2)).to(dtype)

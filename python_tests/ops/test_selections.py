@@ -19,13 +19,13 @@ def arguments(n_rows=50, d_in=20, d_sae=60, seed=0):
 
 
 def oracle(tensors, precision="fp32"):
-    """Pre-activations [N, F] in float64, and the magnitude of what they add up."""
+    """Return pre-activations [N, F] in float64, and the magnitude of their terms."""
     x, W_enc, b_enc, b_dec = tensors
     return pre_activations(Problem(x, W_enc, b_enc, W_enc, b_dec), precision)
 
 
 def chosen(pre_acts, k, selection):
-    """The mask [N, F] of what is selected."""
+    """Return the mask [N, F] of the selected latents."""
     if selection == "groupmax":
         groups = pre_acts.unflatten(1, (k, -1))
         return (groups == groups.amax(dim=2, keepdim=True)).flatten(1)

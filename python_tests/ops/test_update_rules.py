@@ -1,4 +1,4 @@
-"""SGD and Signum, also schedule-free: what the optimiser's ops make of them."""
+"""SGD and Signum, also schedule-free, in the optimiser's ops."""
 
 import re
 
@@ -36,7 +36,7 @@ SHAPES = [  # N, D, F, k
 
 
 def sgd(w, momentum, grad):
-    """torch.optim.SGD's own step, in float64."""
+    """Take a step of torch.optim.SGD in float64."""
     parameter = torch.nn.Parameter(w.double())
     optimizer = torch.optim.SGD([parameter], lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
     optimizer.state[parameter]["momentum_buffer"] = momentum.double()
@@ -46,13 +46,13 @@ def sgd(w, momentum, grad):
 
 
 def signum(w, momentum, grad):
-    """Bernstein et al. 2018, algorithm 2, with decoupled weight decay, in float64."""
+    """Take a float64 step of Bernstein et al. 2018, algorithm 2, with decoupled weight decay."""
     momentum = MOMENTUM * momentum.double() + (1 - MOMENTUM) * grad
     return (1 - LR * DECAY) * w.double() - LR * torch.sign(momentum), momentum
 
 
 def schedule_free_signum(y, difference, grad):
-    """Defazio et al. 2024: z, its average x, y between them; in float64, the third step."""
+    """Take the third step of Defazio et al. 2024 in float64: z, its average x, y between them."""
     y = y.double()
     z = y + difference.double()
     x = (y - (1 - MOMENTUM) * z) / MOMENTUM
@@ -66,7 +66,7 @@ FORMULAS = {"sgd": sgd, "signum": signum, "schedule_free_signum": schedule_free_
 
 
 def some_update(n, d_in, d_sae, k, rule, *, project=True, moments=torch.float32):
-    """Arguments of fused_update_, and its gradient in float64, with magnitude, after the clip."""
+    """Return arguments of fused_update_ with the clipped float64 gradient and its magnitude."""
     problem, code = make_problem(n, d_in, d_sae), make_code(n, d_sae, k)
     lists, W = in_latent_major(code, d_sae), problem.W_dec
     onto = W if project else None
@@ -91,7 +91,7 @@ def test_fused_update_is_the_step_of_the_rule(n, d_in, d_sae, k, project, rule):
     wanted, wanted_avg = FORMULAS[rule](W, exp_avg, grad)
     ops.fused_update_(*updated)
     size = exp_avg.abs() + magnitude + DECAY * W.abs()
-    # Where rounding decides the sign of a momentum, or of a gradient, the step has either.
+    # If rounding decides the sign of a momentum or of a gradient, either step is right.
     clear = settled = torch.ones_like(W, dtype=torch.bool)
     if rule != "sgd":
         decides, of = (wanted_avg, size) if rule == "signum" else (grad, magnitude)
@@ -182,7 +182,7 @@ def test_share_of_the_average_is_that_of_the_squared_rate():
         arguments[place("update_scalars", "lr_squares")] = squares
         arguments[place("update_scalars", "rule")] = "schedule_free_signum"
         _, scalars = ops.update_scalars(*arguments)
-        if share is None:  # a step that is not made: its rate does not count
+        if share is None:  # a skipped step: its rate does not count
             assert scalars.isnan().all()
         else:
             assert float(scalars[-1]) == pytest.approx(share, rel=1e-6)
@@ -207,7 +207,7 @@ def test_difference_of_weights_is_divided_with_its_row(dtype, project):
         for a in (updated, exact)
     )
     torch.testing.assert_close(updated[0], exact[0] / norms)
-    # of a unit row of 300 numbers by 1 % of its length: more than 16 bits lose, less than 8 do
+    # 1 % of a unit row's length, with 300 numbers: above the error of 16 bits, below that at 8
     rough = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.uint8: 0.13}[dtype]
     torch.testing.assert_close(found, wanted / norms, rtol=2 * rough, atol=1e-3 * rough)
     if dtype == torch.float32 and project:
@@ -242,7 +242,7 @@ def test_codes_are_those_of_the_reference_to_the_bit(dtype, rule):
     empty = torch.zeros(0, dtype=torch.int32)
     lists = torch.zeros(21, dtype=torch.int64), empty, torch.zeros(0), torch.zeros(0, 300)
     kept = torch.zeros(20), torch.zeros(0, 300), torch.full((20,), -1, dtype=torch.int32)
-    # 1 - beta1 = 1/4, beta1 = 3/4, no weight decay: rounded once however it is computed
+    # with 1 - beta1 = 1/4, beta1 = 3/4 and no weight decay the result is rounded only once
     scalars = torch.tensor([1.0, 1.0, 0.25, 0, 0, 2.0**-7, 0, 0, 0.75, 0, 0.25])
     switches = (rule, False, False, None, None, None, "fp32")
     for step in (1, 2, 3):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("default_device")
 
 @pytest.fixture
 def W(default_device):
-    """A weight matrix whose working copies are kept."""
+    """Make a weight matrix whose working copies are kept."""
     matrix = torch.nn.Parameter(make_problem().W_dec)
     with ops.kept_copies(matrix):
         yield matrix
@@ -68,7 +68,7 @@ def by_data(W):
 
 
 def by_two_rebindings(W):
-    """The second brings back an address seen before, and neither counts a version."""
+    """Rebind twice: the second brings back an old address, and neither changes the version."""
     first, other = W.data, torch.rand_like(W)
     W.data = other
     encode(W)
@@ -88,7 +88,7 @@ UNCOUNTED = {
 
 
 def encode(W, precision="screened"):
-    """A code of 30 tokens, its reconstruction, and the gradient of the code's sum for W."""
+    """Return a code of 30 tokens, its reconstruction, and the gradient of the code's sum for W."""
     problem = make_problem(30)
     code = ops.encode_topk(problem.x, W, *problem.encoder[2:], 5, precision=precision)
     factored = ops.encode_topk(
@@ -194,7 +194,7 @@ def test_update_keeps_the_encoder_copy_current(W, precision):
     fresh = torch.ops.sae_fast.pack_encoder(W.detach().clone(), precision)
     assert torch.equal(before[0], fresh[0])
     assert torch.equal(before[2], fresh[2])
-    if W.is_cuda:  # two kernels add up the lengths, which only bound errors, in their own order
+    if W.is_cuda:  # two kernels add up the lengths in different orders; they only bound errors
         close(before[1], fresh[1].double(), terms=W.shape[1])
     else:
         assert torch.equal(before[1], fresh[1])

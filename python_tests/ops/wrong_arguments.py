@@ -1,7 +1,7 @@
-"""What tests of wrong arguments are made of: right ones of every op, and what is wrong with each.
+"""Right arguments of every op, and wrong values for each argument, for the tests of errors.
 
-SHAPES, DTYPES and RANGES have for every op (argument, wrong value, message); DATA and OFFSETS what
-only the numbers inside can tell.
+SHAPES, DTYPES and RANGES have for every op (argument, wrong value, message); DATA and OFFSETS have
+values that are wrong only in their numbers.
 """
 
 import pytest

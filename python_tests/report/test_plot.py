@@ -1,4 +1,4 @@
-"""Plots are drawn from any rows that a run may leave, on axes on which they can be read."""
+"""Plots of any rows that a run can write, with readable axes."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ _HELD_OUT: Row = {"step": 3, "tokens": 9, "heldout_fvu": 0.2, "averaged_heldout_
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are written."""
+    """Collect the figures that are written."""
     found: list[Figure] = []
     write = Figure.savefig
 
@@ -69,7 +69,7 @@ def test_no_text_of_a_plot_lies_on_another(
 
 
 def _tick_labels(axes: Axes) -> list[Text]:
-    """The labels that are drawn: those within the limits."""
+    """Return the labels within the limits of an axis."""
     found = []
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     found += [tick for tick in axes.get_xticklabels() if left <= tick.get_position()[0] <= right]

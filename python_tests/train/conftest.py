@@ -1,4 +1,4 @@
-"""Runs of the command in this process, each in a directory of its own, and what they train on."""
+"""Runs of the command in this process, each in a directory of its own, and their data."""
 
 import json
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from sae_fast.training import run_directory
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    # Drawing takes longer than training here.
+    # Plotting takes longer than these trainings.
     monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sizes here are far too small to share out
+    torch.set_num_threads(1)  # tensors this small are slower with two threads
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command; gives its exit code and what it printed."""
+    """Run the command; return its exit code and its output."""
 
     def command(*arguments: object) -> Printed:
         capsys.readouterr()
@@ -41,13 +41,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def run_small(run: Run) -> Run:
-    """Runs it with small sizes, over which what is given wins."""
+    """Run the command with small sizes, which given flags replace."""
     return lambda *arguments: run(*SMALL, *arguments)
 
 
 @pytest.fixture
 def run_on_model(run: Run, inputs: tuple[str, str]) -> Run:
-    """Runs it on one of the models and the documents."""
+    """Run the command on one of the models and the documents."""
 
     def command(*flags: str, model: str = "gpt2") -> Printed:
         pool = () if {"ce", "kl"} & set(flags) else ("--pool_rows", "150")
@@ -58,7 +58,7 @@ def run_on_model(run: Run, inputs: tuple[str, str]) -> Run:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards and a held-out one."""
+    """Write two shards and a held-out one."""
     directory = tmp_path / "shards"
     directory.mkdir()
     for number, name in enumerate(("train_00", "train_01", "heldout_00")):
@@ -69,7 +69,7 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Folders of two models, and documents."""
+    """Make folders of two models, and documents."""
     directory = tmp_path_factory.mktemp("inputs")
     for name in ("gpt2", "bert"):
         save_model(directory / name, name)

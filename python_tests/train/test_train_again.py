@@ -1,4 +1,4 @@
-"""A command that names a run already there: it goes on, has nothing to do, or is refused."""
+"""A command that names an existing run resumes it, has nothing to do, or is refused."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def _files(directory: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def sweep(run_small: Run, shards: Path) -> tuple[str, ...]:
-    """The command of one run in a directory that holds those of a sweep, `sw/a` and `sw/b`."""
+    """Return the command of one run in the directory of a sweep with `sw/a` and `sw/b`."""
     Path("two.json").write_text('[{"name": "a", "k": 1}, {"name": "b", "k": 2}]')
     flags = ("--shard-dir", str(shards), "--checkpoint-dir", "sw")
     assert run_small(*flags, "--sweep", "two.json")[0] == 0
@@ -43,7 +43,7 @@ def test_slots_are_not_trained_beside_the_runs_of_a_sweep(sweep: tuple[str, ...]
     train = TrainConfig(checkpoint_dir="sw")
     with pytest.raises(CheckpointError, match="sw holds the runs a and b: add --sweep FILE"):
         check_holds_no_runs(SAEConfig(arch="slots", d_sae=32), train)
-    # Runs of its modes belong there, and to no other architecture.
+    # The runs of its modes are there, and no other architecture has any.
     Path("sw/a").rename("joint")
     Path("sw/b").rename("feature_activation")
     train = TrainConfig(checkpoint_dir=".")
@@ -91,7 +91,7 @@ def test_a_complete_run_has_nothing_to_do(
     flags = ("--shard-dir", str(shards), "--checkpoint-dir", "run", *limit)
     assert run_small(*flags)[0] == 0
     (Path("run/plots")).mkdir(exist_ok=True)
-    Path("run/plots/training.png").write_bytes(b"")  # drawing is left out here
+    Path("run/plots/training.png").write_bytes(b"")  # plots are left out here
     before = _files("run")
     steps = metrics("run")[-1]["step"]
     code, out, _ = run_small(*flags, *LATEST, "--lr", "0.5", "--log-every", "1")
@@ -157,7 +157,7 @@ def test_a_run_from_a_model_is_extended_with_the_pool_that_it_has(
     rows = metrics("output/r/residual.0")
     assert rows[: len(begin)] == begin
     assert rows[-1]["step"] == 10
-    # A pool that is asked for and is another one is refused.
+    # An explicit pool that differs is refused.
     refused(run_on_model("--run_name", "r", "--pool_rows", "99", *longer), "pool_rows is 99")
 
 

@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train`: shards, directories and checkpoints that it refuses in one line."""
+"""`python -m sae_fast.train`: shards, directories and checkpoints that are refused in one line."""
 
 import math
 from pathlib import Path

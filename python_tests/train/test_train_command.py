@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train`: what it does, prints and writes."""
+"""`python -m sae_fast.train`: its effects, its output and its files."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def test_a_resumed_run_reads_no_shard_before_its_first_step(
     record = json.loads(Path("run/shards.json").read_text())
     assert len(record["shards"]) == 3
     for entry in record["shards"].values():
-        entry["scanned_at"] += 10**9  # as if the files had not been written just before
+        entry["scanned_at"] += 10**9  # as if the files were older
     Path("run/shards.json").write_text(json.dumps(record))
     monkeypatch.setattr(RowScanner, "add", lambda *_: pytest.fail("read again"))
     assert run("--resume-from", "run", "--max-steps", 6)[0] == 0
@@ -141,7 +141,7 @@ def test_a_held_out_shard_that_changed_is_refused_on_resume(
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The rows that Weights & Biases gets, offline."""
+    """Return the rows logged to Weights & Biases, offline."""
     pytest.importorskip("wandb")
     logged: list[dict[str, Any]] = []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -197,9 +197,9 @@ def test_no_wandb_wins_over_a_project(
 
 @pytest.fixture
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Weights & Biases online, and no key for it."""
+    """Set Weights & Biases online without a key."""
     wandb = pytest.importorskip("wandb")
-    wandb.teardown()  # what it read of the environment for another test
+    wandb.teardown()  # values read from the environment for another test
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -218,7 +218,7 @@ def test_wandb_without_a_key_is_refused_before_the_first_step(run_small: Run, sh
 
 
 class RecordingRun:
-    """Takes the place of a run of wandb: keeps what it is told, and fails from a step on."""
+    """Replaces a run of wandb: records the calls, and fails from a given step on."""
 
     def __init__(self, log: list[Any], fails_at: int | None = None) -> None:
         self.id, self.summary = "run-1", dict[str, Any]()
@@ -250,7 +250,7 @@ def test_wandb_gets_the_rows_of_a_resumed_run_on_a_step_axis_of_its_own(
     given = _stand_in(monkeypatch, RecordingRun(log))
     where = ("--shard-dir", shards, "--checkpoint-dir", "run", "--wandb-project", "tests")
     assert run_small(*where)[0] == 0
-    shutil.rmtree("run/checkpoints/step-00000006")  # as if killed behind step 4
+    shutil.rmtree("run/checkpoints/step-00000006")  # as if killed after step 4
     again = ("--resume-from", "run/checkpoints/step-00000004", "--checkpoint-dir", "run")
     assert run_small(*again)[0] == 0
     axis = [("step", None), ("*", "step")]

@@ -1,4 +1,4 @@
-"""The command and the directory it writes to: one training at a time, nothing after a refusal."""
+"""The directory of the command: one training at a time, unchanged after a refusal."""
 
 import os
 from pathlib import Path

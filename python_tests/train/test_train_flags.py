@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train`: how its flags are read, and which are refused in one line."""
+"""`python -m sae_fast.train`: the parsing of flags, and refusals in one line."""
 
 import json
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train MODEL DATASET`: what is trained, what it prints, how it goes on."""
+"""`python -m sae_fast.train MODEL DATASET`: its trainings, its output, and resuming."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_one_autoencoder_for_each_layer_and_seed(run_on_model: Run, model: str) 
         assert (config.sae.d_in, config.sae.d_sae, config.sae.k) == (16, 32, 4)
         assert (config.train.seed, config.train.order_seed) == (int(name[-1]), 42)
         assert 0 < summary[name]["final_heldout_fvu"] < 2
-    # By itself one of them is the same, to the bit.
+    # One training alone has equal bits.
     seed = ("--init_seeds", "2", "--run_name", "one")
     assert run_on_model("--layers", "2", *seed, model=model)[0] == 0
     assert_same("output/all/residual.2/seed_2", "output/one/residual.2")
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(
     assert run_on_model(*flags, "--run_name", "whole")[0] == 0
     with killed_at(3):
         assert run_on_model(*flags, "--run_name", "parts")[0] == 130
-    assert run_on_model(*flags, "--run_name", "parts")[0] == 2  # it is not begun anew by mistake
+    assert run_on_model(*flags, "--run_name", "parts")[0] == 2  # it is not started again by mistake
     assert run_on_model(*flags, "--run_name", "parts", "--resume_from", "latest")[0] == 0
     for layer in (0, 1):
         assert_same(f"output/whole/residual.{layer}", f"output/parts/residual.{layer}")
@@ -143,7 +143,7 @@ def test_epoch_counts_passes_over_the_documents(
     assert epochs == sorted(epochs)
     if loss == "mse":
         assert epochs == pytest.approx([64 * step / tokens for step in range(1, 11)], abs=1e-9)
-    else:  # whole batches of sequences, the last of a pass shorter
+    else:  # whole batches of sequences; the last batch of a pass is shorter
         assert 3 <= epochs[-1] <= 10
         assert epochs[0] == pytest.approx(64 / tokens)
 

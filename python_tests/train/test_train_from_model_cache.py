@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train MODEL DATASET --cache-dir DIR`: shards that are left behind."""
+"""`python -m sae_fast.train MODEL DATASET --cache-dir DIR`: the shards that it keeps."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def test_the_shards_that_are_kept_are_those_of_a_capture(
     kept = _shards("kept")
     assert kept == _shards("captured")
     assert len(kept) == 2 * 5
-    # They are there for a training, and the capture command finds nothing left to do.
+    # A training can read them, and the capture command has nothing left to do.
     shards = ["--shard-dir", "kept/residual.2", "--d-sae", "32", "--batch-size", "64", "--k", "4"]
     assert main([*shards, "--checkpoint-dir", "from_shards", "--max-steps", "2"]) == 0
     assert capture([*common, "--shard-tokens", "200", "--out", "kept"]) == 0

@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train MODEL DATASET`: which flags of a training mean something there."""
+"""`python -m sae_fast.train MODEL DATASET`: the flags of a training that it accepts."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from sae_fast.training.trainer import Trainer
 
 SHARDS_ONLY = [name for name, rules in rules_of(TrainConfig).items() if rules.shards_only]
 DECIDED_BY = {name for name, rules in rules_of(TrainConfig).items() if rules.decided_by}
-# A value that is not the default, for every flag of a training that this mode takes as it is.
+# A value other than the default for every flag of a training that this mode accepts.
 TAKEN = {
     "pool_rows": 70,
     "grad_acc_steps": 2,
@@ -47,7 +47,7 @@ TAKEN = {
     "wandb_project": "project",
     "no_wandb": True,
 }
-# Taken too, beside others than the settings above.
+# Also accepted, with other settings than above.
 TAKEN_ELSEWHERE = {
     "start_from",
     "start_from_elsewhere",
@@ -65,7 +65,7 @@ def spelt(name: str, value: object) -> list[str]:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
-    """The trainings that were about to begin, and do not."""
+    """Collect the trainings instead of running them."""
     made: list[Trainer] = []
 
     def no_steps(sweep: Sweep) -> None:
@@ -88,7 +88,7 @@ def test_settings_that_are_taken_reach_every_training(
 ) -> None:
     flags = [word for name, value in TAKEN.items() for word in spelt(name, value)]
     sizes = ["--k", "4", "--d_sae", "32", "--ctx_len", "16", "--max_tokens", "640"]
-    sizes += ["--l1_penalty_coeff", "0.1"]  # which the warm-up of penalties is of
+    sizes += ["--l1_penalty_coeff", "0.1"]  # the warm-up of penalties needs a penalty
     layers = ["--layers", "0", "1", "--heldout_tokens", "64"]
     assert main([f"{inputs[0]}/gpt2", inputs[1], *flags, *sizes, *layers]) == 2
     assert len(opened) == 2
@@ -118,7 +118,7 @@ def test_a_file_gives_what_the_line_leaves_open(run_on_model: Run, opened: list[
     assert run_on_model("--config", "run.json", "--shuffle_seed", "5")[0] == 2
     train = opened[0].train_config
     assert (train.seed, train.order_seed) == (7, 5)
-    # run_on_model names the tokens and the interval of the checkpoints.
+    # run_on_model sets the tokens and the interval of the checkpoints.
     assert (train.max_tokens, train.checkpoint_every, train.batch_size) == (640, 4, 64)
 
 

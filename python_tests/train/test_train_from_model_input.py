@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train MODEL DATASET`: its help, and what it refuses in one line."""
+"""`python -m sae_fast.train MODEL DATASET`: its help, and refusals in one line."""
 
 import pytest
 from train_runs import Run

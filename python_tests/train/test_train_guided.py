@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train` with a probe and with temporal smoothness, and what it refuses."""
+"""`python -m sae_fast.train` with a probe and with temporal smoothness, and refusals."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ SMOOTH = ("--temporal-smoothness-coeff", "0.1")
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards with labels and positions."""
+    """Write two shards with labels and positions."""
     directory = tmp_path / "shards"
     directory.mkdir()
     for number in range(2):
@@ -42,7 +42,7 @@ def shards(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def minilm(tmp_path: Path) -> Path:
-    """The MiniLM sample, each token labelled by how rare it is and the special ones not at all."""
+    """Write the MiniLM sample, with the rarity of each token as label, special tokens without."""
     directory = tmp_path / "minilm"
     shutil.copytree(SAMPLE, directory)
     for path in directory.glob("train_*.h5"):

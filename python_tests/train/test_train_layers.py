@@ -1,4 +1,4 @@
-"""`--shard-dir` on a folder that holds one of shards for each layer, as a capture writes it."""
+"""`--shard-dir` on a folder with a folder of shards for each layer, as a capture writes it."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def write_layers(parent: str, suffix: str, write: Callable[[Path, torch.Tensor],
 
 @pytest.fixture(autouse=True)
 def _layers() -> None:
-    """Rows of three hook points, in two widths, with held-out ones."""
+    """Write rows of three hook points, in two widths, with held-out rows."""
     write_layers("captured", ".h5", write_shard)
     Path("captured", "capture.json").write_text("{}")
 
@@ -93,7 +93,7 @@ def test_layers_of_files_of_tensors_have_the_runs_of_layers_of_shards(
 
 
 def save_rows(path: Path, rows: torch.Tensor) -> None:
-    """Write a file of tensors of the format that its name says."""
+    """Write a file of tensors in the format of its suffix."""
     if path.suffix == ".npy":
         np.save(path, rows.numpy())
     elif path.suffix == ".safetensors":
@@ -105,7 +105,7 @@ def save_rows(path: Path, rows: torch.Tensor) -> None:
 def test_files_of_tensors_beside_layers_of_shards_are_no_layer(run_small: Run) -> None:
     for name in ("captured/means.pt", "captured/means.npy"):
         save_rows(Path(name), torch.ones(3, 8))
-    # A model is no folder of activations.
+    # The folder of a model has no activations.
     model = SparseAutoencoder(SAEConfig(d_in=8, d_sae=16, k=2))
     model.save("captured/model")
     code, _, err = run_small("--shard-dir", "captured", "--checkpoint-dir", "all")

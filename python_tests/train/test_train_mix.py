@@ -27,7 +27,7 @@ SMALL = (
 
 @pytest.fixture
 def directories(tmp_path: Path) -> tuple[str, str]:
-    """Two directories of different sizes, each with held-out rows."""
+    """Write two directories of different sizes, each with held-out rows."""
     for number, (name, rows) in enumerate((("a", 400), ("b", 60))):
         generator = torch.Generator().manual_seed(number)
         metadata = ShardMetadata(model="gpt2", hook="layers.3")

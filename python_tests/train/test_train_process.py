@@ -16,7 +16,7 @@ from train_runs import PATIENCE, SMALL
 
 @contextlib.contextmanager
 def _started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own, which does not outlive the test."""
+    """Start the command in a process of its own, which ends with the test."""
     command = [sys.executable, "-m", "sae_fast.train", *SMALL, *map(str, arguments)]
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

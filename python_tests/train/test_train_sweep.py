@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train --sweep FILE`: what it prints and writes, and what it refuses."""
+"""`python -m sae_fast.train --sweep FILE`: its output, its files, and refusals."""
 
 import json
 import os

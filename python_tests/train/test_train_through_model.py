@@ -38,7 +38,7 @@ def test_training_through_the_model(run_on_model: Run, model: str, loss_fn: str)
 def test_cross_entropy_falls_where_the_model_knows_something(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A small model that has learnt to count; its text is lost by a bad reconstruction."""
+    """The small model has learned to count, and a bad reconstruction spoils its predictions."""
     network = make_network("gpt2").train()
     tokenizer = make_tokenizer(True)
     ring = [VOCABULARY[word] for word in WORDS]

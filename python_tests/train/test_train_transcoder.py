@@ -1,4 +1,4 @@
-"""`python -m sae_fast.train --transcoder` on real activations, and what it refuses."""
+"""`python -m sae_fast.train --transcoder` on real activations, and refusals."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 
 
 def mlp(x: torch.Tensor) -> torch.Tensor:
-    """A fixed MLP, [n, 48], on the real activations."""
+    """Return the outputs [n, 48] of a fixed MLP on the real activations."""
     generator = torch.Generator().manual_seed(4)
     inner = torch.randn(D_IN, 96, generator=generator) / D_IN**0.5
     outer = torch.randn(96, D_OUT, generator=generator)
@@ -40,7 +40,7 @@ def mlp(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The MiniLM sample in `x`, with the outputs as a dataset of their own; these alone in `y`."""
+    """Write the MiniLM sample and the outputs to `x`, as two datasets, and the outputs to `y`."""
     parent = tmp_path_factory.mktemp("pairs")
     shutil.copytree(SAMPLE, parent / "x")
     (parent / "y").mkdir()
@@ -89,7 +89,7 @@ def test_both_ways_to_name_the_targets_train_the_same_model(run: Run, pairs: Pat
     }
     fvu = {}
     for name, way in ways.items():
-        if name == "apart":  # a directory of its own must hold the targets of nothing else
+        if name == "apart":  # a directory of held-out targets must hold no others
             (pairs.parent / "held").mkdir(exist_ok=True)
             shutil.copy(pairs / "y" / "heldout_00.h5", pairs.parent / "held")
             way = (*way[:2], "--target-heldout", pairs.parent / "held")
@@ -107,7 +107,7 @@ def test_resuming_needs_no_flag_of_the_targets(run: Run, pairs: Path) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Two small shards of inputs and outputs, and one held out."""
+    """Write two small shards of inputs and outputs, and one held out."""
     for side, width in (("x", 8), ("y", 5)):
         (tmp_path / side).mkdir()
         for number, name in enumerate(("train_00", "train_01", "heldout_00")):

@@ -1,4 +1,4 @@
-"""What the guide's page on what goes wrong quotes is what the command prints."""
+"""The messages on the guide's page of troubleshooting equal the command's output."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ FLAGS = (
     *("--shard-dir", "shards", "--d-sae", "32", "--batch-size", "32", "--max-steps", "16"),
     *("--log-every", "1", "--num-threads", "1", "--checkpoint-dir", "run"),
 )
-# By mistake: flags, and pieces of what is printed, in order.
+# Per mistake the flags, and pieces of the output, in order.
 QUOTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "too large": (
         ("--d-sae", "3000000000"),
@@ -56,7 +56,7 @@ AGAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def assert_quoted(text: str, pieces: tuple[str, ...]) -> None:
-    """All pieces stand in one line of the text, and in one row of the page."""
+    """Assert that all pieces are in one line of the text, and in one row of the page."""
     for lines in (text.splitlines(), PAGE.read_text(encoding="utf-8").splitlines()):
         assert any(all(piece in line for piece in pieces) for line in lines), pieces
 
@@ -92,7 +92,7 @@ def test_a_missing_gpu_is_told_as_the_page_quotes_it(run: Run) -> None:
 
 
 def _over(flags: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
-    """The flags with others, of which each has one value, in their place."""
+    """Return the flags with some replaced, each with one value."""
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))
     pairs |= dict(zip(others[::2], others[1::2], strict=True))
     return tuple(word for pair in pairs.items() for word in pair)

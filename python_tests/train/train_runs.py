@@ -1,4 +1,4 @@
-"""Small trainings by the command, what they leave behind, and how it refuses."""
+"""Small trainings by the command, their files, and refusals."""
 
 import contextlib
 import json
@@ -24,14 +24,14 @@ SMALL_FROM_MODEL = (
     *("--save_every", "4", "--log_every", "2", "--eval_every", "5", "--num_threads", "1"),
 )
 TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
-PATIENCE = 240  # seconds; only a machine that stands still takes so long
+PATIENCE = 240  # seconds; only a blocked machine takes longer
 
 Printed = tuple[int, str, str]
 Run = Callable[..., Printed]
 
 
 def refused(result: Printed, *parts: object) -> str:
-    """The one line of a refusal, with exit code 2, that names all `parts`."""
+    """Return the single line of a refusal, with exit code 2, that names all `parts`."""
     code, _, err = result
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2
@@ -43,7 +43,7 @@ def refused(result: Printed, *parts: object) -> str:
 
 
 def metrics(directory: str) -> list[dict[str, Any]]:
-    """What a run has logged, but for what depends on the clock."""
+    """Return a run's metrics without values that depend on the clock."""
     lines = Path(directory, "metrics.jsonl").read_text().splitlines()
     return [
         {key: value for key, value in json.loads(line).items() if key not in TIMES}
@@ -52,7 +52,7 @@ def metrics(directory: str) -> list[dict[str, Any]]:
 
 
 def assert_same(one: str, other: str) -> None:
-    """The newest checkpoints of two runs hold the same bits."""
+    """Assert that the newest checkpoints of two runs have equal bits."""
     expected, found = _weights(one), _weights(other)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -65,7 +65,7 @@ def _weights(directory: str) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """Trainings in this process are interrupted before they go beyond a step."""
+    """Interrupt trainings in this process before they pass a step."""
     advance = Trainer.advance
 
     def killed(self: Trainer, **options: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Activations of 16 numbers with structure to find: sparse sums of a planted dictionary."""
+"""Activations of 16 numbers: sparse sums of a planted dictionary."""
 
 import torch
 
@@ -6,7 +6,7 @@ D_IN = 16
 
 
 def planted(rows: int, seed: int) -> torch.Tensor:
-    """Rows [rows, 16], each the sum of three of 48 directions, off centre."""
+    """Return rows [rows, 16], each the sum of three of 48 directions, with a mean."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(48, D_IN, generator=generator), dim=1)
     generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A step in several parts equals the step of the batch that they make."""
+"""A step over several batches equals the step of one batch with all their rows."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Batches fetched ahead are those of the source, and the position is that of the step."""
+"""Batches fetched ahead equal the source's, and the position belongs to the current step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_shards_are_those_of_the_batches_taken(open_source: Any, device: torch.d
 
 
 class _Failing(Source):
-    """Serves two batches."""
+    """A source that fails after two batches."""
 
     d_in, rows_per_epoch, tokens_served, stall_seconds = 3, 8, 0, 0.0
 

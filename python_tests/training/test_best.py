@@ -40,7 +40,7 @@ def test_the_lowest_value_is_the_best() -> None:
     assert rule.improved(first, 2, {"heldout_fvu": math.nan}) is None
     assert rule.improved(first, 2, {}) is None
     assert rule.improved(first, 2, {"heldout_fvu": 0.4}) == {"heldout_fvu": 0.4, "step": 2}
-    # A checkpoint written before the figure was another one.
+    # A checkpoint written with another figure.
     assert rule.improved({"loss": 0.1, "step": 1}, 2, {"heldout_fvu": 0.4}) is not None
 
 

@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class EmulatedRecorder:
-    """A replay does the work of the device, and takes back what Python noted of it."""
+    """A recorder whose replay repeats the device's work and undoes changes of Python's state."""
 
     def __init__(self, sae: SparseAutoencoder) -> None:
         self.sae = sae
@@ -76,7 +76,7 @@ class EmulatedRecorder:
 
 
 class CountingRecorder(GraphRecorder):
-    """The real one, counting."""
+    """The real recorder with counts of its calls."""
 
     captures = replays = 0
 
@@ -92,7 +92,7 @@ class CountingRecorder(GraphRecorder):
 
 
 class Run:
-    """A small model and what trains it, eagerly or from graphs."""
+    """A small model with its training step, eager or from graphs."""
 
     def __init__(
         self,

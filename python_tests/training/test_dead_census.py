@@ -1,4 +1,4 @@
-"""The room that AuxK is given is enough until the next reading, and no more than a power of two."""
+"""AuxK gets enough entries until the next census, and no more than the next power of two."""
 
 import pytest
 import torch

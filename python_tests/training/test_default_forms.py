@@ -1,4 +1,4 @@
-"""The usual weight of a penalty lowers its figure in a short training, for little of the FVU."""
+"""The usual weight of a penalty lowers its metric in a short training and hardly raises FVU."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_decorrelation_of_a_tenth_lowers_the_cosines_for_little_fvu() -> None:
 
 @pytest.fixture(scope="module", name="groups")
 def latents_in_groups() -> torch.Tensor:
-    """Rows [6000, 32] of 64 directions, of which four at a time are on together."""
+    """Return rows [6000, 32] of 64 directions, of which groups of four are active together."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(64, 32, generator=generator), dim=1)
     is_on = (torch.rand(6000, 16, generator=generator) < 1.5 / 16).repeat_interleave(4, 1)

@@ -1,4 +1,4 @@
-"""Losses of the model behind a reconstruction: their gradients, what is masked, what they lower."""
+"""Losses through the downstream model: their gradients, masks and effects."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ LAYER = 1
 
 
 def make_stream(name: str, **changes: Any) -> tuple[Any, Any, SequenceStream]:
-    """A network, one of its hook points, and batches of it."""
+    """Make a network, one of its hook points, and batches."""
     network = make_network(name).requires_grad_(False)
     (hook,) = resolve_hooks(network, [LAYER])
     causal = name in CAUSAL
@@ -41,7 +41,7 @@ def make_stream(name: str, **changes: Any) -> tuple[Any, Any, SequenceStream]:
 
 
 def plain_loss(network: Any, x_hat: Tensor, columns: dict[str, Tensor], kind: str) -> Tensor:
-    """The same loss, from transformers' own hidden states and loss functions."""
+    """Return the loss computed with transformers' own hidden states and loss functions."""
     blocks = (
         network.transformer.h if hasattr(network, "transformer") else network.bert.encoder.layer
     )
@@ -179,7 +179,7 @@ def test_a_share_of_the_text_is_masked_and_only_that_is_to_be_found() -> None:
         assert (columns[TOKENS][wanted] == MASK_TOKEN).all()
         assert (columns[TOKENS] == MASK_TOKEN).equal(wanted)
         words = columns[LABELS][wanted]
-        assert (words >= VOCABULARY["the"]).all()  # no special token is to be found
+        assert (words >= VOCABULARY["the"]).all()  # the tokenizer has no special token
         masked += int(wanted.sum())
         text += int(wanted.sum()) + int((columns[TOKENS] >= VOCABULARY["the"]).sum())
     assert masked / text == pytest.approx(0.15, abs=0.02)
@@ -191,7 +191,7 @@ def test_a_position_goes_on_with_the_same_bits(name: str) -> None:
     for _ in range(5):
         stream.next_rows()
     state = json.loads(json.dumps(stream.state_dict()))
-    expected = [stream.next_rows()[hook.name] for _ in range(12)]  # over the end of the documents
+    expected = [stream.next_rows()[hook.name] for _ in range(12)]  # beyond the end of the documents
     _, _, again = make_stream(name)
     again.load_state_dict(state)
     for rows in expected:

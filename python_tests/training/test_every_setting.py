@@ -1,4 +1,4 @@
-"""Every setting in a training of every architecture: refused by name, or it changes something."""
+"""Every setting in a training of every architecture is refused by name or has an effect."""
 
 import math
 
@@ -21,14 +21,14 @@ from sae_fast.training.trainer import Trainer
 ROWS, HELD = 160, 64
 TRAINING = {"batch_size": 32, "max_steps": 4, "lr": 1e-2, "log_every": 1, "eval_every": 0}
 TIMES = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
-# Latents fall silent here within a training, so that what is done about them is seen.
+# Latents fall silent within these trainings, so that settings for dead latents have an effect.
 SILENT = {"dead_after_tokens": 32}
 FEW = {
     **{arch: {**SILENT, "k": 2} for arch in ("topk", "batch_topk", "matryoshka")},
     "jumprelu": {**SILENT, "jumprelu_init_threshold": 2.5},
 }
 MODEL = [name for name in field_names(SAEConfig) if name not in ("arch", "d_in", "d_sae")]
-# Settings of files, devices and reports, which a training on a tensor has no use for.
+# Settings of files, devices and reports, which a training on a tensor does not use.
 ELSEWHERE = {
     *("shard_dir", "mix", "activations_key", "heldout", "target_key", "target_shard_dir"),
     *("target_heldout", "keep_in_memory", "pin", "device_cache", "pool_rows", "skip_nonfinite"),
@@ -37,16 +37,16 @@ ELSEWHERE = {
     *("eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir", "resume_from"),
     *("wandb_project", "no_wandb", "batch_size", "max_steps", "max_tokens", "max_epochs"),
 }
-# By setting, with which architectures it changes nothing, and why.
+# By setting, the architectures for which it changes nothing, and why.
 UNCHANGED = {
-    "optimizer=adamw": ARCHITECTURES,  # it is adam where nothing decays
+    "optimizer=adamw": ARCHITECTURES,  # equal to adam without weight decay
     "dead_after_tokens=60": ("relu", "gated", "slots"),  # they do nothing about dead latents
-    "sparsity_penalty=l0_target": ("jumprelu",),  # the default, written out
-    "decoder_norm=unit": ("jumprelu", "gated", "slots"),  # likewise
-    "decoder_norm=free": ("relu",),  # likewise
-    "slots_mode=joint": ("slots",),  # likewise
+    "sparsity_penalty=l0_target": ("jumprelu",),  # the default
+    "decoder_norm=unit": ("jumprelu", "gated", "slots"),  # the default
+    "decoder_norm=free": ("relu",),  # the default
+    "slots_mode=joint": ("slots",),  # the default
 }
-# Other forms of an architecture, in which other settings have an effect.
+# Other forms of architectures, for which further settings have an effect.
 FORMS = {
     **{arch: {} for arch in ARCHITECTURES},
     "jumprelu, tanh": {"sparsity_penalty": "tanh"},
@@ -62,7 +62,7 @@ TRAIN = [name for name in field_names(TrainConfig) if name not in ELSEWHERE]
 
 
 def make_columns(rows, seed):
-    """Labels, sequences and targets of rows."""
+    """Make labels, sequences and targets of rows."""
     generator = torch.Generator().manual_seed(seed)
 
     def whole(top):
@@ -89,7 +89,7 @@ COLUMNS, HELDOUT_COLUMNS = make_columns(ROWS, 2), make_columns(HELD, 3)
 
 
 def trained(fields, settings):
-    """The final weights of a short training, and what it has logged."""
+    """Return the final weights and the metrics of a short training."""
     sae, train = SAEConfig(**fields), TrainConfig(**{**TRAINING, **settings})
     needed = [name for name in COLUMNS if sae.transcoder or name != "targets"]
     trainer = Trainer(
@@ -105,18 +105,18 @@ def trained(fields, settings):
 
 
 def few_of(form):
-    """Settings of a form of an architecture, over those of its small model."""
+    """Return a small model's settings, updated by a form of its architecture."""
     return {**FEW.get(form.partition(",")[0], {}), **FORMS[form]}
 
 
 def alone(config, name):
-    """A setting's values without what they need beside."""
+    """Return a setting's values without the other settings that they need."""
     several = (settings for settings in values_of(config, name) if len(settings) > 1)
     return [{name: settings[name]} for settings in several if name in settings]
 
 
 def changes(one, other):
-    """Whether two trainings differ in a weight or in what they have logged."""
+    """Return whether two trainings differ in a weight or a metric."""
     (state, rows), (others, other_rows) = one, other
     if state.keys() != others.keys() or str(rows) != str(other_rows):
         return True
@@ -124,7 +124,7 @@ def changes(one, other):
 
 
 def tried(form, settings, base):
-    """What is wrong with settings in a training, in a line; None: nothing is."""
+    """Try settings in a training; return the fault in a line, or None."""
     arch = form.partition(",")[0]
     of_model = {name: value for name, value in settings.items() if name in field_names(SAEConfig)}
     of_training = {name: value for name, value in settings.items() if name not in of_model}

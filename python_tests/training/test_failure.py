@@ -1,4 +1,4 @@
-"""A full memory is told from other failures."""
+"""A full memory is distinguished from other failures."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def _chained(cause: Exception) -> RuntimeError:
-    """What is left of an error inside a capture: the capture's own, raised in its place."""
+    """Return the error of a capture that was raised instead of an error inside it."""
     error = RuntimeError("operation failed due to a previous error during capture")
     error.__context__ = cause
     return error

@@ -1,4 +1,4 @@
-"""A caller's own source, and own tensors: what is wrong is told, and they stay as they are."""
+"""A caller's own source and tensors: faults are reported, and they are not changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN = TrainConfig(batch_size=BATCH, max_steps=12, lr=1e-2, log_every=1)
 
 
 class Source:
-    """Views of rows in order, without end; labels and targets beside them where asked for."""
+    """Serves views of rows in order, without end, with labels and targets if requested."""
 
     d_in, rows_per_epoch, stall_seconds, epoch = D_IN, len(ROWS), 0.0, 0
 
@@ -152,7 +152,7 @@ def test_tensors_made_in_inference_mode_are_trained_on() -> None:
 
 
 def without(name: str) -> Any:
-    """A source that lacks a member."""
+    """Return a source without one of its members."""
     kinds = {key: value for key, value in vars(Source).items() if key != name}
     return type("Own", (), kinds)(ROWS)
 

@@ -1,6 +1,6 @@
-"""Losses of short trainings are those that they were when the file beside this one was written.
+"""Losses of short trainings equal the losses in the file beside this one.
 
-A change that should alter them writes the file anew, in a commit of its own:
+A change that should alter them writes the file again, in a commit of its own:
 python python_tests/training/test_golden_losses.py
 """
 
@@ -27,7 +27,7 @@ RTOL = 1e-5
 
 
 def losses(name: str) -> list[float]:
-    """The loss of each step of a training of compare_losses, in the current folder."""
+    """Return the loss of each step of a training of compare_losses, in the current folder."""
     flags = (*compare_losses.COMMON, *compare_losses.TRAININGS[name])
     assert train.main([*flags, "--checkpoint-dir", f"runs/{name}"]) == 0
     lines = Path("runs", name, "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Training with a probe and with temporal smoothness: what it needs, learns, logs and resumes."""
+"""Training with a probe and with temporal smoothness: needs, results, metrics and resuming."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def sae_config(**fields: Any) -> SAEConfig:
 
 @pytest.fixture(scope="session")
 def data() -> dict[str, torch.Tensor]:
-    """Activations in sequences of 25 that drift slowly, and what can be told from them."""
+    """Make activations in sequences of 25 that drift slowly, and labels that depend on them."""
     x = planted(ROWS, seed=4)
     for row in range(1, ROWS):
         if row % 25:
@@ -52,7 +52,7 @@ def data() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def labelled_dir(tmp_path_factory: pytest.TempPathFactory, data: dict[str, torch.Tensor]) -> Path:
-    """The same in two shards."""
+    """Write activations and labels to two shards."""
     directory = tmp_path_factory.mktemp("labelled")
     for number, part in enumerate((slice(0, 1200), slice(1200, ROWS))):
         write_shard(
@@ -69,7 +69,7 @@ Train = Callable[..., Trainer]
 
 @pytest.fixture
 def train(labelled_dir: Path) -> Train:
-    """A finished training on the shards, or on `data`."""
+    """Return a finished training on the shards, or on `data`."""
 
     def finish(sae: SAEConfig, run: TrainConfig = RUN, data: Any = None, **more: Any) -> Trainer:
         if data is None:
@@ -196,7 +196,7 @@ def test_a_stopped_run_resumes_bit_equal(
 
 
 class _Replay:
-    """Does the work of a capture again, as a graph would."""
+    """A recorder that repeats the work of a capture, like a graph."""
 
     @contextmanager
     def side_stream(self) -> Any:
@@ -225,7 +225,7 @@ def test_a_graph_reads_labels_and_starts_where_they_are_copied_to(
         for _ in range(WARMUP_STEPS + 4):
             batches = [source.next_rows() for _ in range(2)]
             run(batches, StepSettings(1e-2, k_aux=0))
-            for rows in batches:  # what the source may do with its memory afterwards
+            for rows in batches:  # the source may reuse its memory afterwards
                 rows.map(torch.Tensor.zero_)
             metrics.append(step.read({}).metrics)
         found.append(metrics)
@@ -272,7 +272,7 @@ def test_the_plan_counts_the_probe_and_the_pairs() -> None:
 
 
 class _Unlabelled:
-    """A caller's source that knows no columns."""
+    """A caller's source without columns."""
 
     d_in, rows_per_epoch, tokens_served, stall_seconds = D_IN, 640, 0, 0.0
 

@@ -1,4 +1,4 @@
-"""A run that collapses or does not learn says so and names flags; a healthy run is quiet."""
+"""A run that collapses or does not learn warns and names flags; a healthy run does not."""
 
 import logging
 from dataclasses import replace
@@ -27,7 +27,7 @@ def _warnings(data: torch.Tensor, sae: SAEConfig, run: TrainConfig = RUN, **more
 
 
 def _concluded(sae: SAEConfig, run: TrainConfig = RUN, **figures: Any) -> list[str]:
-    """The warnings of a run whose last row has these figures, and whose first had a higher loss."""
+    """Return the warnings of a run whose last row has these figures and a lower loss."""
     health = RunHealth(sae, run, make_schedules(run, sae, 3000))
     first = {"step": 5, "tokens": 320, **FIGURES, "loss": 9.0}
     return health.conclude([first, {"step": 60, "tokens": 3840, **FIGURES, **figures}])

@@ -1,4 +1,4 @@
-"""Settings that can have no effect on a run, for its data, length or directory, are refused."""
+"""Settings without an effect on a run, because of its data, length or directory, are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {"d_sae": 32, "k": 2, "batch_size": BATCH, "max_steps": S
 
 @pytest.fixture(autouse=True)
 def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory of shards, one of arrays without names, and a model to start from."""
+    """Make a directory of shards, one of arrays without names, and a model to start from."""
     monkeypatch.chdir(tmp_path)
     for folder in ("shards", "bare", "bare_targets"):
         Path(folder).mkdir()
@@ -37,7 +37,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(data: str, **settings: Any) -> Trainer:
-    """A trainer on data of a kind."""
+    """Make a trainer on data of a kind."""
     values = {**BASE, **settings}
     if values.get("arch") == "relu":
         del values["k"]
@@ -170,7 +170,7 @@ def test_a_run_that_began_with_a_setting_without_effect_goes_on(
 ) -> None:
     settings = {**BASE, "shard_dir": "shards", "checkpoint_dir": "run", "warmup_steps": 1}
     settings |= {"decay_fraction": 0.0}
-    with monkeypatch.context() as older:  # as a version did that took all settings
+    with monkeypatch.context() as older:  # like a version that accepted all settings
         older.setattr(trainer_file, "check_run_effects", lambda *_: None)
         idle = {"multi_topk_coeff": 0.4, "sparsity_warmup_steps": 3, "correlation_pairs": "sum"}
         with effects.unchecked():

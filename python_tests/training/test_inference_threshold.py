@@ -1,4 +1,4 @@
-"""The threshold of batch_topk and matryoshka at inference follows a model that still moves."""
+"""The inference threshold of batch_topk and matryoshka follows a model that still changes."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from sae_fast import SAEConfig, TrainConfig, Trainer
 
 @pytest.fixture(scope="module", name="rows")
 def sparse_sums() -> torch.Tensor:
-    """Rows [20000, 64], sums of about 12 of 256 directions."""
+    """Return rows [20000, 64], sums of about 12 of 256 directions."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(256, 64, generator=generator), dim=1)
     is_on = torch.rand(20_000, 256, generator=generator) < 12 / 256

@@ -1,4 +1,4 @@
-"""Training on rows that are kept in memory: the same to the bit, planned for, refused in a line."""
+"""Training on rows kept in memory: equal bits, planned memory, refusals in one line."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_rows_that_do_not_fit_are_refused_with_the_flag(
     run = replace(RUN, shard_dir=str(shard_dir), keep_in_memory=True)
     plan = Trainer(SAE, run, show_progress=False).memory_plan
     part = plan.parts["all activations, kept in memory"]
-    # Their order is beside the 3000 rows of 16 numbers, as are six batches.
+    # The order and six batches are counted beside the 3000 rows of 16 numbers.
     assert 3000 * 16 * 2 <= part <= 3000 * (16 * 4 + 16) + 6 * 64 * 16 * 4
     monkeypatch.setattr(memory_plan, "available_memory", lambda: part)
     with pytest.raises(ValueError, match=r"is available .*; leave out keep_in_memory, or lower"):

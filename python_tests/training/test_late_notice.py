@@ -1,6 +1,6 @@
 """A run whose host is ahead of the device equals one whose host waits; errors name their step.
 
-On a GPU this is how every run is. On the CPU the host's part is made to behave as if it were one.
+On a GPU the host of every run is ahead. On the CPU these tests emulate it.
 """
 
 import math
@@ -41,11 +41,11 @@ def graph(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def make(device: torch.device, graph: bool, shard_dir: Path) -> Make:
-    """A trainer on the device; on the CPU with a host that behaves as on a GPU."""
+    """Make a trainer on the device; on the CPU with a host that behaves as on a GPU."""
     run = replace(RUN, shard_dir=str(shard_dir), device=str(device), cuda_graph=graph)
 
     def make_trainer(data: Any = None, *, sae: SAEConfig = SAE, **changes: Any) -> Trainer:
-        if data is not None:  # rows in memory take no settings of shards
+        if data is not None:  # rows in memory accept no settings of shards
             changes = {"shard_dir": None, **changes}
         kind = Trainer if device.type == "cuda" else AheadTrainer
         return kind(sae, replace(run, **changes), data, show_progress=False)
@@ -141,7 +141,7 @@ def test_a_tensor_where_the_training_is_gives_the_same(
 
 
 class _Poisoned:
-    """A caller's own source: one value of batch `bad`, from 1, is not a number."""
+    """A caller's own source with a NaN in batch number `bad`, counted from 1."""
 
     d_in, stall_seconds, epoch = 16, 0.0, 0
 

@@ -1,4 +1,4 @@
-"""`train_from_model`: the run of the command, from a model and texts in memory."""
+"""`train_from_model`: the command's run with a model and texts in memory."""
 
 from __future__ import annotations
 

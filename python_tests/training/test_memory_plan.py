@@ -1,4 +1,4 @@
-"""The memory plan adds up, and refuses with numbers."""
+"""The memory plan is the sum of its parts, and refusals give numbers."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def test_architectures_that_begin_with_many_latents_count_them(
     plan = plan_memory(sae, train, native=True, pool_bytes=0)
     assert plan.parts["codes while many latents are active"] == arrays * 64 * 1000 * 4
     assert plan.parts["dense gradients while they are"] == matrices * 400 * 1000 * 4
-    assert "packed encoder (16 bit)" not in plan.parts  # made when few are active
+    assert "packed encoder (16 bit)" not in plan.parts  # allocated when few are active
     unfused = plan_memory(sae, replace(train, fused=False), native=True, pool_bytes=0)
     assert "dense gradients while they are" not in unfused.parts
     topk = plan_memory(SAEConfig(d_in=100, d_sae=1000), train, native=True, pool_bytes=0)
@@ -152,7 +152,7 @@ def test_available_memory_is_read_from_the_kernel() -> None:
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
-    """A training on a GPU with 10 GiB free, be there one or not."""
+    """Plan a training on a GPU with 10 GiB free, also without a GPU."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * 2**30, 80 * 2**30))
     return TrainConfig(device="cuda", batch_size=4096)
 

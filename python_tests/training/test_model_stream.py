@@ -18,7 +18,7 @@ from sae_fast.training.from_model.model_stream import HookRows, ModelStream
 
 NETWORK = make_network("llama")
 HOOKS = ("residual.0", "residual.2", "mlp_out.1")
-TOKENS = 16 * 4  # of a forward pass
+TOKENS = 16 * 4  # rows of a forward pass
 
 
 def make_stream(
@@ -33,7 +33,7 @@ def make_stream(
 
 
 def harvested(max_tokens: int | None = None, texts: list[Any] | None = None) -> dict[str, Tensor]:
-    """The rows in the order in which the model gives them."""
+    """Return the rows in the order in which the model gives them."""
     hooked = HookedModel(NETWORK, resolve_hooks(NETWORK, [0, 2], ["mlp_out.1"]))
     parts = list(Harvester(hooked, make_batches(texts), max_tokens=max_tokens))
     return {name: torch.cat([part.activations[name] for part in parts]) for name in HOOKS}
@@ -44,7 +44,7 @@ def together(batches: list[HookRows]) -> dict[str, Tensor]:
 
 
 def as_tuples(rows: dict[str, Tensor]) -> list[tuple[float, ...]]:
-    """The rows of all hook points side by side, as what can be compared and sorted."""
+    """Return the rows of all hook points side by side as tuples, which can be sorted."""
     return [tuple(row) for row in torch.cat([rows[name] for name in HOOKS], 1).tolist()]
 
 
@@ -55,7 +55,7 @@ def test_every_row_is_served_once_a_pass_and_all_hook_points_go_together() -> No
     batches = [stream.next_rows() for _ in range(5)]
     served = as_tuples(together(batches))
     assert sorted(served) == sorted(known)
-    # Windows of two passes of the model each: rows of a later one never come before.
+    # Windows have two passes of the model each, and their rows come in the order of the windows.
     assert sorted(served[: 2 * TOKENS]) == sorted(known[: 2 * TOKENS])
     assert served[: 2 * TOKENS] != known[: 2 * TOKENS]
     assert all(rows.x.dtype == torch.float32 for batch in batches for rows in batch.values())
@@ -71,7 +71,7 @@ def test_order_is_that_of_the_seed() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 11), st.sampled_from([1, 60, 64, 150, 400]), st.booleans())
 def test_a_position_goes_on_with_the_same_bits(before: int, pool: int, whole: bool) -> None:
-    texts = make_texts(30)  # fewer than are wanted: several passes
+    texts = make_texts(30)  # fewer rows than needed: several passes
     options: dict[str, Any] = {"pool_rows": pool, "texts": texts, "max_tokens": 12 * TOKENS}
     options["whole_sequences"] = whole
     stream = make_stream(**options)
@@ -120,7 +120,7 @@ def test_the_model_reads_nothing_in_vain(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(HookedModel, "activations", counted)
     stream = make_stream(max_tokens=5 * TOKENS, pool_rows=2 * TOKENS)
-    passes.clear()  # that of the widths
+    passes.clear()  # drops the pass that measured the widths
     for _ in range(5):
         stream.next_rows()
     assert len(passes) == 5

@@ -1,4 +1,4 @@
-"""Both optimisers against those of torch with the steps around them, and against each other."""
+"""Both optimisers against torch's with the steps around them, and against each other."""
 
 import copy
 
@@ -17,7 +17,7 @@ from sae_fast.training.optimizer.row_optimizer import (
 
 DEAD = (1, 3, 8, 9, 20, 21, 22, 30)
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
-# An eps above Adam's usual one: rounding in an entry near 0 must not be blown up to a full step.
+# With a larger eps than usual, rounding in an entry near 0 does not become a full step.
 SETTINGS = {"eps": 1e-5, "weight_decay": 0.01, "grad_clip": 0.5}
 RULES = ("adam", "sgd", "signum", "schedule_free_signum")
 TERMS = {"l1_penalty_coeff": 0.1, "decorrelation_coeff": 0.5, "aux_k_coeff": 0.5}

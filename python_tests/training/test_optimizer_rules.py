@@ -1,4 +1,4 @@
-"""What a run with SGD or Signum, also schedule-free, does otherwise than one with Adam."""
+"""Runs with SGD or Signum, also schedule-free, where they differ from runs with Adam."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ from sae_fast.training.trainer import Trainer
 
 ONE_MOMENT = ("sgd", "signum", "schedule_free_signum")
 RULES = ("adam", *ONE_MOMENT)
-KEPT = [  # what a rule has and how: the average of schedule-free does not bear 8 bits
+KEPT = [  # the state dtypes of each rule: the average of schedule-free is too inexact in 8 bits
     (rule, states)
     for rule in ONE_MOMENT
     for states in STATE_DTYPES
@@ -110,7 +110,7 @@ def test_optimizer_is_made_as_configured(fused: bool, rule: Any) -> None:
 def test_signum_makes_steps_of_one_size() -> None:
     w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     optimizer = Signum([w], lr=0.5, momentum=0.75, weight_decay=0.0)
-    optimizer.step()  # without a gradient nothing is to be done
+    optimizer.step()  # without a gradient there is nothing to do
     w.grad = torch.tensor([1e-9, -5.0, 0.0, 8.0])
     optimizer.step()
     assert w.tolist() == [0.5, 2.5, 3.0, 3.5]

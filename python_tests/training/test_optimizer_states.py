@@ -1,4 +1,4 @@
-"""Moments kept in bfloat16 and 8 bits: the same training, less memory, and no mixing of the two."""
+"""Moments in bfloat16 and 8 bits: similar training, less memory, and no mixed dtypes."""
 
 import copy
 import re

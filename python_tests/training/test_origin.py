@@ -1,4 +1,4 @@
-"""A model tells of which activations it is, and is not trained on others by mistake."""
+"""A model records its activations' origin, and is not trained on others by mistake."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ Shards = Callable[..., str]
 
 @pytest.fixture(name="shards")
 def write_shards(tmp_path: Path, activations: torch.Tensor) -> Shards:
-    """Writes the same rows as those of a hook; returns their directory."""
+    """Write rows with the metadata of a hook; return their directory."""
 
     def write(hook: str | None, layer: int | None = None) -> str:
         directory = tmp_path / f"shards-{hook}"

@@ -11,7 +11,7 @@ D_IN, N_FEATURES, ACTIVE = 32, 48, 3
 
 
 def planted(seed=0):
-    """A dictionary of unit features and a function that draws sparse combinations of them."""
+    """Return a dictionary of unit features and a function that draws sparse combinations."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.nn.functional.normalize(
         torch.randn(N_FEATURES, D_IN, generator=generator), dim=1
@@ -52,7 +52,7 @@ def train(kind, n_steps, *, lr=1e-2, prepare=None, **fields):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Steps this small wait for threads longer than they compute; the results are the same."""
+    """Use one thread, because steps this small wait for threads longer than they compute."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -71,7 +71,7 @@ def test_planted_dictionary_is_recovered(kind):
 
 
 def kill_half(sae):
-    """Too weak to be among the k largest, though above 0 at times."""
+    """Make half of the latents too weak to be among the k largest, though sometimes above 0."""
     with torch.no_grad():
         sae.W_enc[: N_FEATURES // 2] *= 0.05
     sae.tokens_since_fired[: N_FEATURES // 2] = 10**9

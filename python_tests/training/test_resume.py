@@ -1,4 +1,4 @@
-"""A run that is stopped, or killed, anywhere and resumed equals one that is not, to the bit."""
+"""A run that is stopped or killed and resumed equals an uninterrupted run, to the bit."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def _reproducible(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stop_after(step: int, run: TrainConfig) -> None:
-    """Train to `step` and save, as a signal ends a run."""
+    """Train to `step` and save, as a run does after a signal."""
     with Trainer(SAE, run, show_progress=False) as trainer:
         while trainer.step < step:
             trainer.advance()
@@ -45,7 +45,7 @@ def _stop_after(step: int, run: TrainConfig) -> None:
 
 @pytest.fixture
 def straight(shard_dir: Path, tmp_path: Path) -> Any:
-    """A finished run: its final tensors and rows, by changes to the configuration."""
+    """Return a function that gives a finished run's tensors and rows, by changed settings."""
 
     def finish(**changes: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         directory = tmp_path / "straight"
@@ -236,7 +236,7 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def _kill_after(rows: int, command: list[str], directory: Path, pause: float) -> None:
-    """Starts the command and kills it a little after it has written so many rows."""
+    """Start the command and kill it soon after it has written the given number of rows."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith(b"training"):

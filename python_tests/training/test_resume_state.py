@@ -1,4 +1,4 @@
-"""A resume state that is signed but inconsistent is refused, or passed over, before it is used."""
+"""A signed but inconsistent resume state is refused, or an earlier checkpoint is used."""
 
 import json
 import os
@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(name="run", scope="module")
 def finish_run(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run with checkpoints of steps 0, 3 and 6."""
+    """Finish a run with checkpoints of steps 0, 3 and 6."""
     directory = tmp_path_factory.mktemp("run")
     run = replace(RUN, shard_dir=str(shard_dir), checkpoint_dir=str(directory))
     Trainer(SAE, run, show_progress=False).train()
@@ -43,7 +43,7 @@ def finish_run(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Tra
 
 @pytest.fixture(name="resigned")
 def copy_run(run: TrainConfig, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """A copy whose last checkpoint has another state or other tensors, validly signed."""
+    """Copy a run, with another state or other tensors in its last checkpoint, validly signed."""
 
     def resign(
         edit_state: Callable[[State], object] = lambda state: None,

@@ -1,4 +1,4 @@
-"""A run owns its directory, and a start that is refused leaves nothing in it."""
+"""A run locks its directory, and a refused start leaves nothing in it."""
 
 import contextlib
 import errno
@@ -261,7 +261,7 @@ def test_trainings_of_a_sweep_keep_a_checkpoint_in_common(shard_dir: Path, tmp_p
 def test_a_finished_run_that_is_resumed_names_its_checkpoint(
     activations: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a kill between the last checkpoint and the results."""
+    """The run looks as after a kill between the last checkpoint and the results."""
     _trainer(activations, tmp_path).train()
     whole = json.loads((tmp_path / "training_history.json").read_text())["summary"]
     (tmp_path / "training_history.json").unlink()

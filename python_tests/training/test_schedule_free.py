@@ -1,4 +1,4 @@
-"""Schedule-free Signum: what is trained, what is evaluated and saved, and how a run goes on."""
+"""Schedule-free Signum: trained, evaluated and saved weights, and resuming."""
 
 import copy
 import math
@@ -29,11 +29,11 @@ RUN = {"batch_size": 64, "max_steps": 24, "lr": 5e-3, "optimizer": RULE, "eval_e
 
 
 def test_torch_optimizer_is_the_published_algorithm() -> None:
-    """Against z, x and y in float64, each on its own."""
+    """The optimiser is compared with z, x and y in float64, in separate arrays."""
     generator = torch.Generator().manual_seed(0)
     y = torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64))
     optimizer = ScheduleFreeSignum([y], lr=0.0, momentum=0.8, weight_decay=0.1)
-    optimizer.step()  # without a gradient nothing is to be done
+    optimizer.step()  # without a gradient there is nothing to do
     z = x = own = y.detach().clone()
     weights = 0.0
     for step in range(40):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM are noted, and handlers put back."""
+"""SIGINT and SIGTERM are recorded, and the previous handlers are restored."""
 
 import contextlib
 import os

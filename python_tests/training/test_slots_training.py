@@ -41,7 +41,7 @@ def _undrawn(monkeypatch):
 
 
 def labelled(seed, rows=ROWS):
-    """Rows that tell relation and answer by directions of their own, some without a label."""
+    """Make rows with own directions for relation and answer, some without a label."""
     fixed = torch.Generator().manual_seed(0)
     directions = torch.randn(N_RELATIONS, D_IN, generator=fixed)
     along = torch.randn(N_RELATIONS, D_IN, generator=fixed)
@@ -197,7 +197,10 @@ def test_the_first_stage_has_reconstruction_alone(shards):
     for row in trainer.history:
         assert all((row[name] > 0) == (row["step"] > 10) for name in others)
         assert (row["loss"] == pytest.approx(row["recon_loss"])) == (row["step"] <= 10)
-        for name in ("slot_accuracy", "value_accuracy"):  # nothing is bound yet: not measured
+        for name in (
+            "slot_accuracy",
+            "value_accuracy",
+        ):  # no slot is bound yet, so it is not measured
             assert (row[name] is None) == (row["step"] <= 10)
 
 
@@ -311,7 +314,9 @@ def test_command_trains_into_the_directory_of_the_mode(shards, tmp_path, capsys)
     assert code == 0
     assert "trained 6 steps" in out
     for reference in (("--resume-from", tmp_path), ("--resume-from", "latest", *flags[4:6])):
-        code, out, _ = run_command(capsys, *reference, "--max-steps", 7)  # the only run in there
+        code, out, _ = run_command(
+            capsys, *reference, "--max-steps", 7
+        )  # the only run in that folder
         assert code == 0
         assert "7 steps" in out
     shutil.copytree(tmp_path / "joint", tmp_path / "feature_activation", symlinks=True)

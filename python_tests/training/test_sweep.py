@@ -1,4 +1,4 @@
-"""Sweeps: equal to trainings one by one, resumed at one step, each batch read once."""
+"""Sweeps: equal to separate trainings, resumed at one step, each batch read once."""
 
 import contextlib
 import json
@@ -147,12 +147,12 @@ def test_batches_are_read_once(
     sweep = Sweep(_read(tmp_path, base, {"k": [1, 2], "seed": [0, 1, 2]}), show_progress=False)
     sweep.train()
     assert [trainer.step for trainer in sweep.trainers.values()] == [24] * 6
-    assert len(served) == 24  # what the starts looked at was kept for the steps
+    assert len(served) == 24  # batches read by the starts were kept for the steps
     assert len(set(map(id, served))) == 1
 
 
 def _stop_after(step: int, configs: dict[str, RunConfig], *, saves: bool) -> None:
-    """Train to `step` and save as after a signal, or end without that as a kill does."""
+    """Train to `step` and save as after a signal, or end without saving as after a kill."""
     sweep = Sweep(configs, show_progress=False)
     with contextlib.suppress(InterruptedError), sweep:
         while any(trainer.step < step for trainer in sweep.trainers.values()):
@@ -315,7 +315,7 @@ def test_readers_in_any_order_get_what_the_source_alone_gives(readers: int, seed
     while min(taken) < 10:
         turn = pick.randrange(readers)
         if taken[turn] > min(taken) + 1:
-            # Back to where the slowest is, as the start of a training goes back.
+            # Back to the position of the slowest, as at the start of a training.
             taken[turn] = min(taken)
             parts[turn].load_state_dict(positions[turn][taken[turn]])
             del positions[turn][taken[turn] + 1 :]

@@ -1,4 +1,4 @@
-"""Training relu, jumprelu and gated: updates, the way back from a stop, what the log says."""
+"""Training relu, jumprelu and gated: updates, resuming, and the log."""
 
 import copy
 import logging
@@ -41,7 +41,7 @@ def make_fields(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def plain_step(sae: SparseAutoencoder, adam: torch.optim.AdamW, x: torch.Tensor, lr: float) -> None:
-    """A step of torch.optim.AdamW on autograd's gradients, with what else belongs to it."""
+    """Take a step of torch.optim.AdamW on autograd's gradients, with clip and projection."""
     adam.zero_grad()
     sum(plain_terms(sae, x).values()).backward()
     unit_norm, W_dec = sae.architecture.unit_norm, sae.W_dec

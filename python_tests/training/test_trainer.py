@@ -1,4 +1,4 @@
-"""The training loop: what it learns, what it logs, and that it is the same every time."""
+"""The training loop: its results, its log, and equal bits every time."""
 
 import copy
 import json
@@ -287,7 +287,7 @@ def test_the_learning_rate_ends_its_fall_with_accumulated_batches(
     run = replace(RUN, batch_size=32, grad_acc_steps=4, max_steps=10, decay_fraction=0.5)
     trainer = _train(activations, SAEConfig(d_sae=32, k=4), replace(run, log_every=1))
     rates = [row["learning_rate"] for row in trainer.history]
-    assert len(rates) == 10  # a rate an optimiser step, not one a batch
+    assert len(rates) == 10  # one rate per optimiser step, not per batch
     assert rates[-1] == pytest.approx(max(rates) / 6)
 
 
@@ -323,7 +323,7 @@ def test_a_source_of_another_batch_size_is_refused(activations: torch.Tensor) ->
 def test_b_dec_can_start_at_the_mean(activations: torch.Tensor) -> None:
     sae = replace(SAE, b_dec_init="mean", normalize_activations="none")
     trainer = Trainer(sae, RUN, activations, show_progress=False)
-    served = trainer.source.next_batch()  # the sample has been put back
+    served = trainer.source.next_batch()  # the sample is served again
     torch.testing.assert_close(trainer.sae.b_dec.detach(), served.mean(0))
 
 

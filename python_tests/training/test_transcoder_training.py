@@ -1,4 +1,4 @@
-"""Training transcoders: from tensors, shards and given sources, what they learn, and resuming."""
+"""Training transcoders from tensors, shards and given sources, their results, and resuming."""
 
 import json
 import signal
@@ -42,7 +42,7 @@ def config(**fields: Any) -> SAEConfig:
 
 
 def mlp(x: torch.Tensor) -> torch.Tensor:
-    """Some fixed function of activations, [n, 10], far from having mean 0 and scale 1."""
+    """Return a fixed function [n, 10] of activations, with a mean and a scale."""
     generator = torch.Generator().manual_seed(9)
     inner = torch.randn(D_IN, 24, generator=generator)
     outer = torch.randn(24, D_OUT, generator=generator)
@@ -60,7 +60,7 @@ def pair() -> dict[str, torch.Tensor]:
 def shards(
     tmp_path_factory: pytest.TempPathFactory, pair: dict[str, torch.Tensor]
 ) -> tuple[Path, Path]:
-    """The same as shards of inputs and of outputs."""
+    """Write shards of inputs and of outputs."""
     parent = tmp_path_factory.mktemp("pairs")
     for name, rows, held in (("x", pair["x"], pair["held_x"]), ("y", pair["y"], pair["held_y"])):
         directory = parent / name
@@ -218,7 +218,7 @@ def _rows_of(path: Path) -> int:
 
 
 class PairSource:
-    """A caller's own supply of pairs, in order and without end."""
+    """A caller's own source of pairs, in order and without end."""
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
         self._x, self._y = x, y
@@ -338,7 +338,7 @@ def test_a_model_may_start_from_a_transcoder_but_not_from_another_kind(pair, tmp
 
 
 class EagerRecorder:
-    """In place of CUDA graphs: what was recorded is done again."""
+    """Replaces CUDA graphs: repeats the recorded work."""
 
     def side_stream(self):
         from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Every variant of TopK, stopped and resumed, equals a run that was not, to the bit."""
+"""Every variant of TopK, stopped and resumed, equals an uninterrupted run, to the bit."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _train(sae: SAEConfig, run: TrainConfig, until: int | None = None) -> Trainer:
-    """Train to the end, or to step `until`, where it saves as after a signal."""
+    """Train to the end, or to step `until` with a checkpoint as after a signal."""
     with Trainer(sae, run, show_progress=False) as trainer:
         while trainer.step < (until or trainer.total_steps):
             trainer.advance()

@@ -1,4 +1,4 @@
-"""The moving average of the weights: its values, its evaluation, its place in a run."""
+"""The moving average of the weights: its values, its evaluation, its files in a run."""
 
 import json
 from dataclasses import replace

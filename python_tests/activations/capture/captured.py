@@ -1,4 +1,4 @@
-"""Running the capture command on small models, and reading what it wrote."""
+"""Run the capture command on small models, and read the files it writes."""
 
 import json
 
@@ -11,19 +11,19 @@ from sae_fast.capture import main
 
 
 def write_texts(path, texts=None):
-    """Documents as a JSONL file."""
+    """Write documents as a JSONL file."""
     lines = [json.dumps({"text": text}) + "\n" for text in texts or make_texts(150)]
     path.write_text("".join(lines))
     return path
 
 
 def make_inputs(folder, name="llama"):
-    """A folder of a model and a file of texts, as arguments."""
+    """Make a folder with a model and a file of texts; return them as arguments."""
     return [str(save_model(folder / name, name)), str(write_texts(folder / "texts.jsonl"))]
 
 
 def arguments(inputs, out, *more):
-    """A command line that writes four shards of two layers and a held-out one."""
+    """Return a command line that writes four shards of two layers and a held-out one."""
     chosen = ["--layers", "0", "2", "--max-tokens", "1500", "--shard-tokens", "400"]
     return [
         *inputs,
@@ -41,12 +41,12 @@ def arguments(inputs, out, *more):
 
 
 def capture(inputs, out, *more):
-    """The exit code of that command."""
+    """Run the command; return its exit code."""
     return main(arguments(inputs, out, *more))
 
 
 def shards(directory):
-    """All shards below a directory: by path, the datasets of each, and the attribute checksum."""
+    """Return the datasets and the attribute checksum of all shards below a directory, by path."""
     found = {}
     for path in sorted(directory.rglob("*.h5")):
         if not path.name.startswith("."):
@@ -57,7 +57,7 @@ def shards(directory):
 
 
 def assert_same_shards(one, other):
-    """Two captures hold the same files with the same data."""
+    """Assert that two captures hold equal files."""
     first, second = shards(one), shards(other)
     assert list(first) == list(second)
     for path, (content, checksum) in first.items():
@@ -67,7 +67,7 @@ def assert_same_shards(one, other):
 
 
 def all_rows(directory, pattern="shard_*.h5"):
-    """Every row of a folder of shards: (doc_id, position, token) -> activations."""
+    """Return every row of a folder of shards: (doc_id, position, token) -> activations."""
     found = {}
     for path in sorted(directory.glob(pattern)):
         with h5py.File(path) as file:

@@ -1,4 +1,4 @@
-"""Small captures, in their own cache."""
+"""Small captures with a cache of their own."""
 
 import contextlib
 
@@ -15,7 +15,7 @@ def _own_cache(monkeypatch, tmp_path_factory):
 
 @contextlib.contextmanager
 def one_thread():
-    """Sizes here are far too small to share out: a second thread would only be waited for."""
+    """Use one thread, because tensors this small are slower with two."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -30,13 +30,13 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """A small Llama and texts."""
+    """Make a small Llama and texts."""
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="session")
 def whole(inputs, tmp_path_factory):
-    """The directory of a capture that nothing disturbed."""
+    """Return the directory of a capture that was not interrupted."""
     out = tmp_path_factory.mktemp("captured") / "whole"
     with one_thread():
         assert capture(inputs, out) == 0

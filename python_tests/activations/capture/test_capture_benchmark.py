@@ -1,4 +1,4 @@
-"""benchmarks.capture runs end to end and finds the bits of the hidden states."""
+"""benchmarks.capture runs end to end and finds that stored rows equal the hidden states."""
 
 import json
 import sys

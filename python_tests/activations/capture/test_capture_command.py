@@ -27,7 +27,7 @@ from sae_fast.capture import main
 
 
 def error_of(capsys):
-    """The one line that was said of what is wrong."""
+    """Return the single line of an error."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]

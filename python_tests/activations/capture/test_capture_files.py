@@ -1,4 +1,4 @@
-"""What a capture writes: rows, their columns, the parts, and what the files say of themselves."""
+"""The files of a capture: rows, their columns, the parts, and their metadata."""
 
 import json
 
@@ -116,7 +116,7 @@ def test_an_encoder_has_one_document_a_row_and_special_tokens_can_be_left_out(tm
 
 
 def all_rows_encoder(out):
-    """(doc_id, position, token) of an encoder's rows, whose parts share a position."""
+    """Return (doc_id, position, token) of an encoder's rows; its parts share a position."""
     found = shards(out)
     return [
         row
@@ -158,7 +158,7 @@ def test_activations_that_are_not_finite_are_named(tmp_path, capsys):
 def test_a_sample_that_float16_does_not_hold_is_stored_as_bfloat16(tmp_path, caplog, scale, said):
     network = make_network("llama")
     with torch.no_grad():
-        # One loud token, or all of them soft.
+        # One token with large activations, or all with small ones.
         network.model.embed_tokens.weight[12 if scale > 1 else slice(None)] *= scale
         for layer in network.model.layers:
             layer.self_attn.o_proj.weight.zero_()

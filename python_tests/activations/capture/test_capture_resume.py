@@ -1,4 +1,4 @@
-"""A capture that is killed anywhere goes on, and ends with the files of one that was not."""
+"""A capture that is killed at any place can be resumed, and ends with the files of a whole one."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from sae_fast.capture import main
 
 
 class Killed(BaseException):
-    """Ends a capture where a kill would."""
+    """Ends a capture like a kill."""
 
 
 def kill_at_rename(monkeypatch, number, *, before):
-    """Lets the capture die at its nth rename, of a shard, the recipe, progress or a manifest."""
+    """End the capture at its nth rename, of a shard, the recipe, progress or a manifest."""
     rename = Path.replace
     made = []
 
@@ -51,7 +51,7 @@ def test_a_capture_that_dies_at_any_rename_goes_on_to_the_same_files(
                 died = False
             except Killed:
                 pass
-        # What a kill leaves, and an exception does not.
+        # A kill leaves this file, an exception does not.
         for hook in ("residual.0", "residual.2"):
             if (out / hook).exists():
                 (out / hook / ".shard_00001.h5.123.tmp").write_bytes(b"half a shard")
@@ -84,7 +84,7 @@ def test_a_killed_process_goes_on_to_the_same_files(inputs, tmp_path, pack):
     assert_same_shards(out, tmp_path / "whole")
 
 
-# The command with a model that takes its time, so that it can be killed while it runs.
+# The command with a slow model, so that it can be killed while it runs.
 SLOWLY = """
 import sys, time
 from sae_fast.activations.capture.language_model import HookedModel
@@ -96,7 +96,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def made_shards(out):
-    """How many shards the progress of a capture tells of."""
+    """Return the number of shards in the progress of a capture."""
     path = out / "progress_00.json"
     if not path.exists():
         return 0
@@ -139,7 +139,7 @@ def test_a_complete_capture_is_left_as_it_is(inputs, whole, capsys):
 
 
 def test_the_same_capture_from_another_place_goes_on(inputs, whole, monkeypatch, capsys):
-    """Models and texts are known by what is in them, so a relative path is as good."""
+    """Models and texts are identified by their content, so a relative path is accepted."""
     folder = Path(inputs[1]).parent
     monkeypatch.chdir(folder)
     assert main(arguments(["llama", "texts.jsonl"], whole)) == 0

@@ -1,4 +1,4 @@
-"""Causal or not is found by trying, whatever a model is called, and where its blocks are."""
+"""A probe finds whether a model is causal, independent of its name, and where its blocks are."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Documents: every kind of dataset, its text column and order, and what is said of wrong ones."""
+"""Documents: every kind of dataset, its text column and order, and the errors for wrong ones."""
 
 import json
 
@@ -17,7 +17,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def write(folder, kind, texts=TEXTS):
-    """Texts as a user's file or folder of this kind; gives its path."""
+    """Write texts as a user's file or folder of this kind; return its path."""
     import datasets
 
     path = folder / f"data.{kind}"

@@ -1,4 +1,4 @@
-"""Harvests: the rows of each batch, the same in one pass, from the middle, and over ranks."""
+"""Harvests: the rows of each batch, in one pass, from the middle, and over ranks."""
 
 import threading
 
@@ -19,7 +19,7 @@ def make_harvester(name="llama", *, max_tokens=None, rank=0, world_size=1, **bat
 
 
 def everything(harvests):
-    """Rows and activations of some harvests."""
+    """Return the rows and activations of some harvests."""
     harvests = list(harvests)
     keys = [
         tuple(row)

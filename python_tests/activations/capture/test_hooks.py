@@ -1,4 +1,4 @@
-"""Hook points: which tensors they are, in every architecture, and what is said of wrong ones."""
+"""Hook points: their tensors in every architecture, and the errors for wrong names."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def some_tokens(padded):
 
 
 def plain_outputs(network, paths, tokens, mask):
-    """First outputs of modules in a whole forward pass, by ordinary hooks."""
+    """Return the first outputs of modules in a whole forward pass, taken by ordinary hooks."""
     found = {}
 
     def keep(path):
@@ -57,7 +57,7 @@ def test_residual_hooks_are_the_hidden_states_of_the_model(networks, name, padde
     plain, hidden = plain_outputs(network, [last.module], tokens, mask)
     for layer in range(LAYERS - 1):
         assert torch.equal(rows[f"residual.{layer}"], hidden[layer + 1]), layer
-    # What transformers calls the last hidden state may have gone through the final norm.
+    # The last hidden state of transformers may be the output of the final norm.
     assert torch.equal(rows[last.name], plain[last.module])
 
 

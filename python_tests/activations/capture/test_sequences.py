@@ -98,7 +98,7 @@ def test_unpacked_documents_of_a_causal_model_end_once(ends):
     found = {(number, place): token for number, place, token in sorted(rows) if number == 0}
     if ends == "eos":
         assert found == dict(zip([(0, place) for place in range(5)], [*words, EOS], strict=True))
-    else:  # each part begins with BOS, in the place before its first token
+    else:  # each part begins with BOS, at the position before its first token
         assert sorted(rows)[:6] == sorted(
             [
                 *[(0, 0, BOS), (0, 1, words[0]), (0, 2, words[1])],
@@ -131,7 +131,7 @@ def test_every_batch_can_be_the_first_again(causal, monkeypatch):
             for name in ("tokens", "kept", "doc_id", "position"):
                 assert torch.equal(getattr(again, name), getattr(first, name))
     assert every[-1].following.rows == len(rows_of(every))
-    assert every[-1].following.empty == 21  # of 150, those whose number modulo 7 is 3
+    assert every[-1].following.empty == 21  # the numbers below 150 that are 3 modulo 7
 
 
 def test_excluded_special_tokens_are_read_but_not_kept():
@@ -172,7 +172,7 @@ def test_worker_processes_give_the_same():
 
 
 def children():
-    """The processes that this one has started and that still run."""
+    """Return the child processes that still run."""
     return {child.pid for child in multiprocessing.active_children()}
 
 
@@ -207,7 +207,7 @@ def test_worker_processes_end_with_the_iterator():
     assert not children()
 
 
-# Prints its worker processes, and waits to be killed.
+# Prints its worker processes, and waits until it is killed.
 WITH_WORKERS = """
 import multiprocessing, time
 from small_texts import make_batches, make_texts
@@ -240,7 +240,7 @@ def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path):
 
 
 def runs(pid):
-    """Whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""attn_out and mlp_out are what is added to the residual stream, or are refused in one line."""
+"""attn_out and mlp_out are added to the residual stream, or they are refused in one line."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the tests of conversions share: the command, its refusals, and all rows of the result."""
+"""Helpers for the tests of conversions: the command, its refusals, and the rows of the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sae_fast.convert_shards import main
 
 @dataclass
 class Stored:
-    """The rows of all training shards of a directory, and what is beside them."""
+    """The rows of all training shards of a directory, with their columns."""
 
     rows: np.ndarray
     columns: dict[str, list[int]]
@@ -27,7 +27,7 @@ class Stored:
 
 
 def stored(directory: Path, kind: str = "train") -> Stored:
-    """Read with h5py alone."""
+    """Read a directory's shards with h5py alone."""
     rows, columns, attributes = [], {}, {}
     for path in sorted(directory.glob(f"{kind}_*.h5")):
         with h5py.File(path) as file:
@@ -43,7 +43,7 @@ def command(*arguments: object) -> int:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line of a refusal, with exit code 2."""
+    """Return the single line of a refusal, with exit code 2."""
     capsys.readouterr()
     assert command(*arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -52,7 +52,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def convert_all(source: Path, out: Path, **options: object):
-    """As the command does it, with the result."""
+    """Convert like the command; return the result."""
     paths = find_files(source)
     found = inspect(paths, choose_key(paths, None))
     return convert(prepare(found, out, ConversionOptions(**options)))

@@ -1,4 +1,4 @@
-"""Files that claim more than they hold, or were made to break a reader: one line each, at once."""
+"""Files with false headers, or made to break a reader, are refused at once, in one line each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HUGE = 1 << 40
 
 
 def npy(header: str, data: bytes = b"") -> bytes:
-    """A .npy file with this text as its header."""
+    """Write a .npy file with this text as its header."""
     text = header.encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
 
@@ -31,7 +31,7 @@ def test_tensors_that_claim_more_by_their_strides_are_refused(tmp_path, capsys, 
     base = torch.zeros(1 << 16)
     shape = (HUGE, 64) if stride[0] == 0 else ((1 << 16) - 63, 64)
     many = torch.as_strided(base, shape, stride)
-    if stride[0]:  # overlapping rows: 16 MB of a quarter of it is harmless
+    if stride[0]:  # overlapping rows: 16 MB from a storage of 4 MB are harmless
         assert many.numel() * 4 < 64 << 20
     torch.save(many, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     if stride[0]:
@@ -84,7 +84,7 @@ def test_an_archive_of_zeros_that_unpacks_to_gigabytes_is_refused(tmp_path, caps
         file.write(npy(described(f"({rows}, 64)")))
         file.write(bytes(8 << 20))
     content = bytearray((tmp_path / "a.npz").read_bytes())
-    place = content.index(b"PK\x01\x02") + 24  # the size that the archive's directory names
+    place = content.index(b"PK\x01\x02") + 24  # the size in the archive's directory
     content[place : place + 4] = (0xFFFFFFF0).to_bytes(4, "little")
     (tmp_path / "a.npz").write_bytes(bytes(content))
     line = refusal(capsys, tmp_path / "a.npz", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Converting: what is dropped, checked, resumed and refused, whatever the format."""
+"""Conversions: rows that are dropped, checks, resuming and refusals in every format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Four files of ten sequences of five tokens."""
+    """Write four files with ten sequences of five tokens each."""
     folder = tmp_path / "source"
     folder.mkdir()
     for number in range(4):
@@ -38,7 +38,7 @@ def all_rows(source: Path) -> np.ndarray:
     return torch.cat([torch.load(path).reshape(-1, 6) for path in files]).numpy()
 
 
-# ---- what is stored ----------------------------------------------------------------------------
+# ---- stored rows ----------------------------------------------------------------------------
 
 
 def test_held_out_rows_are_the_last_whole_sequences(source, tmp_path):
@@ -109,7 +109,7 @@ def test_memory_is_bounded_by_a_block_not_by_the_file(tmp_path):
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print('grown by', (after - before) // 1024)"
     )
-    # In an archive: of mapped pages, which the system may take back, those would count as well.
+    # In an archive, because mapped pages would be counted too, though the system can free them.
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a.npz"), str(tmp_path / "out")],
         cwd=ROOT,
@@ -120,7 +120,7 @@ def test_memory_is_bounded_by_a_block_not_by_the_file(tmp_path):
     assert int(done.stdout.split()[-1]) < 128  # MiB
 
 
-# ---- what is left out or refused -----------------------------------------------------------------
+# ---- rows left out or refused -----------------------------------------------------------------
 
 
 def test_rows_that_are_not_finite_are_named_or_dropped(source, tmp_path, capsys):
@@ -181,7 +181,7 @@ class Interrupted(Exception):
 
 
 def interrupted_after(shards: int, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
-    """Converts until the shard behind the given number of them is half written."""
+    """Convert until the shard after the given number of shards is half written."""
     write = conversion_module.ShardWriter.append
     begun: set[Path] = set()
 
@@ -357,7 +357,7 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_one_line(tmp_path):
             [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
         )
 
-    done = run(1_000_000)  # bytes that a file may have: less than a shard
+    done = run(1_000_000)  # largest file in bytes: less than a shard
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

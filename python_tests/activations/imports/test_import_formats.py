@@ -1,4 +1,4 @@
-"""Every format that is converted, from files made here as their own tools make them."""
+"""Every format that can be converted, from files written as by the format's own tools."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL_ROWS = torch.cat(BATCHES).reshape(-1, 8)
 
 
 def save(path: Path, tensor: torch.Tensor) -> None:
-    """One file with activations, in the format of its name."""
+    """Write a file with activations, in the format of its suffix."""
     if path.suffix == ".pt":
         torch.save(tensor, path)
     elif path.suffix == ".npy":
@@ -67,7 +67,7 @@ def test_files_become_shards_in_the_order_of_their_numbers(tmp_path, suffix, fla
 @pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
 def test_every_float_type_keeps_its_bits(tmp_path, suffix, dtype):
     rows = random_rows(50, 4, dtype=dtype)
-    if suffix == ".npy" and dtype == torch.bfloat16:  # as JAX saves it
+    if suffix == ".npy" and dtype == torch.bfloat16:  # saved like JAX does
         np.save(tmp_path / "a.npy", rows.view(torch.int16).numpy().view("V2"))
     else:
         save(tmp_path / f"a{suffix}", rows)
@@ -144,7 +144,7 @@ def test_files_of_torch_before_1_6_are_read(tmp_path):
 
 
 class Planted:
-    """Would make a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -207,7 +207,7 @@ def test_arrays_of_objects_and_columns_first_in_an_archive_are_refused(tmp_path,
     assert "it holds x ([1, 1] no numbers) and y ([3] uint64)" in line
 
 
-# Else the time that --all-keys takes would grow with the square, or the cube, of their number.
+# Otherwise the time of --all-keys would grow with the square or the cube of their number.
 @pytest.mark.parametrize(
     ("name", "looks"),
     [
@@ -252,7 +252,7 @@ def test_of_many_arrays_only_those_that_are_asked_for_are_looked_at(
 
 
 def dataset_of(columns: dict[str, torch.Tensor]) -> Any:
-    """With the features that SAELens gives activations and token_ids."""
+    """Return a dataset with the features that SAELens gives to activations and token_ids."""
     from datasets import Array2D, Dataset, Features, Sequence, Value
 
     activations = {name: x for name, x in columns.items() if name != "token_ids"}
@@ -263,7 +263,7 @@ def dataset_of(columns: dict[str, torch.Tensor]) -> Any:
 
 
 def save_as_saelens(folder: Path, columns: dict[str, torch.Tensor], shards: int) -> None:
-    """As CacheActivationsRunner of sae-lens 6: datasets saved one by one, their files then moved
+    """Save like CacheActivationsRunner of sae-lens 6: datasets saved one by one, their files moved
     together under a state.json written by hand."""
     sequences = len(columns["token_ids"])
     files = []
@@ -284,7 +284,7 @@ HOOK = "blocks.3.hook_resid_post"
 
 
 def assert_stored_cache(out: Path, acts: torch.Tensor) -> None:
-    """Activations [23, 5, 4] of HOOK, with ascending tokens."""
+    """Assert that activations [23, 5, 4] of HOOK are stored, with ascending tokens."""
     found = stored(out)
     assert np.array_equal(found.rows, acts.reshape(-1, 4).numpy())
     assert found.rows.dtype == acts.numpy().dtype

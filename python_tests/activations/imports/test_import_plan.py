@@ -1,4 +1,4 @@
-"""Plans of conversions: every entry once, in order, in shards that end where a sequence does."""
+"""Plans of conversions: every entry once, in order, in shards that end at the end of a sequence."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_entry_is_in_one_shard_in_order_and_the_last_rows_are_held_out(
         for entry in range(entries)
     ]
     tokens = [files[file][array][1] for file, array, _ in in_order]
-    # The fewest last entries that have so many rows are held out.
+    # The smallest number of last entries with enough rows is held out.
     held = next(
         n
         for n in range(len(tokens) + 1)
@@ -66,14 +66,14 @@ def test_every_entry_is_in_one_shard_in_order_and_the_last_rows_are_held_out(
                 plan_shards(source, shard_rows, heldout_rows)
         return
     shards = plan_shards(source, shard_rows, heldout_rows)
-    # Numbers count entries of the whole source.
+    # Numbers refer to entries of the whole source.
     numbered = [(*where, number) for number, where in enumerate(in_order)]
     train = [shard for shard in shards if shard.name.startswith("train")]
     assert entries_of(train) == numbered[: len(numbered) - held]
     assert entries_of(shards[len(train) :]) == numbered[len(numbered) - held :]
     for shard in shards:
         assert shard.rows <= shard_rows or len(entries_of([shard])) == 1
-    # No shard could have taken the first entry of the next one.
+    # The first entry of the next shard did not fit into this one.
     for part in (train, shards[len(train) :]):
         for one, following in itertools.pairwise(part):
             assert one.rows + following.spans[0].entry_rows > shard_rows
