@@ -13,13 +13,17 @@ WERROR := $(if $(CI),ON,OFF)
 export PATH := $(BIN):$(PATH)
 export TORCH
 
-.PHONY: demo test build build-dev lint tidy docs test-cpp test-address test-thread test-cuda \
+.PHONY: demo test check build build-dev lint tidy docs test-cpp test-address test-thread test-cuda \
   test-python campaign wheel clean
 
 demo: build
 	python -m sae_fast.train --config examples/demo.json
 
 test: lint docs test-cpp test-cuda test-python
+
+# The quick part of `make test`, for every change: linters and the tests that are not slow.
+check: lint
+	$(PYTEST) -m "not slow"
 
 # If TORCH differs from the environment's torch, the environment's torch is replaced.
 ifneq ($(TORCH),)
@@ -36,6 +40,10 @@ $(VENV)/made: constraints.txt pyproject.toml
 	$(BIN)/python tools/install_torch.py
 	$(INSTALL) setuptools pybind11 cmake ninja
 	printf '%s\n' "$$TORCH" > $@
+
+# Every core gets a process, and a file of tests runs in one process. With a passive wait policy
+# waiting OpenMP threads leave the cores to the other processes.
+PYTEST := OMP_WAIT_POLICY=passive python -m pytest -n auto --maxprocesses=8 --dist loadfile
 
 # The build folder is kept, so that only changed sources are compiled again.
 INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \
@@ -80,12 +88,10 @@ test-cuda: $(VENV)/made
 	  then python tools/cuda_resources.py; \
 	  else echo "no nvcc here: the CUDA sources were not compiled"; fi
 
-# Every core gets a process, and a file of tests runs in one process. With a passive wait policy
-# waiting OpenMP threads leave the cores to the other processes.
 test-python: build-dev
 	test "$$SAE_FAST_NATIVE" = 0 || python tools/isa_symbols.py build/native
 	python -m sae_fast.info
-	OMP_WAIT_POLICY=passive python -m pytest -n auto --maxprocesses=8 --dist loadfile --durations=10
+	$(PYTEST) --durations=10
 
 # Runs the long form of every campaign, one after the other; `TRIES=100 SEED=7 make campaign` sets
 # the number of tries and the seed.
