@@ -32,11 +32,11 @@ from benchmarks.support.tables import (
     ratio,
 )
 from benchmarks.support.timing import Sample, interleave, measure, median_ratio, summarize
-from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import TRAIN, CaptureDirectory, CaptureProgress
 from sae_fast.activations.capture.plan import Capture, made_with, open_capture
 from sae_fast.activations.capture.runner import CaptureRun
 from sae_fast.activations.capture.sequences import TokenBatch
+from sae_fast.config.model_text import CaptureConfig
 
 WHOLE, ENDED, CAPTURED = "whole forward pass", "forward pass, ended", "capture"
 ROUND = 16  # batches

@@ -26,7 +26,8 @@ from benchmarks.support.machine import command_line, describe_machine, distribut
 from benchmarks.support.tables import machine_line, markdown_table, publish
 from sae_fast import RunConfig, SAEConfig, Sweep, TrainConfig
 from sae_fast.capture import main as capture
-from sae_fast.training.from_model import FromModelConfig, open_from_model
+from sae_fast.config.model_text import FromModelConfig
+from sae_fast.training.from_model import open_from_model
 from sae_fast.training.sweep import with_settings
 
 FROM_SHARDS, FROM_MODEL = "from shards", "straight from the model"

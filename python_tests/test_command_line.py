@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 import torch
 
-from sae_fast.command_line import refusal
+from sae_fast.command_errors import refusal
 from sae_fast.json_files import read_regular
 
 

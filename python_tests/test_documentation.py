@@ -22,11 +22,9 @@ from small_texts import make_texts
 
 from sae_fast import biographies, convert_shards, plot, swap, train
 from sae_fast.activations import write_shard
-from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.model_flags import _SYNONYMS
+from sae_fast.config.model_text import CaptureConfig, FromModelConfig
 from sae_fast.training import run_directory
-from sae_fast.training.from_model import FromModelConfig
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "README.md").exists():
@@ -228,11 +226,16 @@ def test_pages_are_made_of_flags_ops_and_results(monkeypatch):
 def known_flags():
     """Return the flags of all commands, from their fields and from scripts."""
     fields = [
-        *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, train.Options),
-        *(convert_shards.ConvertOptions, plot.Options, biographies.Options, swap.Options),
+        *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, train.TrainOptions),
+        *(
+            convert_shards.ConvertOptions,
+            plot.PlotOptions,
+            biographies.BiographyOptions,
+            swap.SwapOptions,
+        ),
     ]
     names = {item.name for config in fields for item in dataclasses.fields(config)}
-    names |= SAEConfig.aliases.keys() | TrainConfig.aliases.keys() | _SYNONYMS.keys()
+    names |= SAEConfig.aliases.keys() | TrainConfig.aliases.keys() | FromModelConfig.aliases.keys()
     scripts = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("benchmarks/*.sh")]
     scripts += [*ROOT.glob("tools/**/*.py"), ROOT / "sae_fast/presets.py"]
     spelt = "".join(script.read_text(encoding="utf-8") for script in scripts)

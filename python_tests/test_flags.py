@@ -1,14 +1,18 @@
 """Errors of a command line: one line with the flag, the values it accepts and the given one."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from sae_fast.__main__ import main
 from sae_fast.config import SAEConfig, TrainConfig
-from sae_fast.config.fields import field_names
-from sae_fast.flags import _NAMED_OTHERWISE
+from sae_fast.config.command_line import parse
+from sae_fast.config.fields import ConfigFile, configuration, field_names
+from sae_fast.config.setting import rules_of, setting
 from sae_fast.train import parse_arguments
 
 
@@ -84,7 +88,77 @@ def test_a_terminal_without_box_characters_gets_the_same_lines():
     assert "---" not in lines
 
 
-def test_names_of_other_trainers_lead_to_fields_that_there_are():
+def test_names_of_other_trainers_are_those_of_one_setting_and_of_no_field():
     known = {*field_names(SAEConfig), *field_names(TrainConfig)}
-    assert set(_NAMED_OTHERWISE.values()) <= known
-    assert not _NAMED_OTHERWISE.keys() & known
+    rules = {**rules_of(SAEConfig), **rules_of(TrainConfig)}
+    elsewhere = [name for each in rules.values() for name in each.elsewhere]
+    assert len(elsewhere) == len(set(elsewhere)) > 20
+    assert not known & set(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("train m d --seed 3", "--seed is for training on shards, here give --init_seeds"),
+        ("train m d --shard_dir x", "--shard_dir is for training on shards: the activations are"),
+        ("train m d e --k 3", "unexpected 'e': MODEL and DATASET, then flags"),
+        ("train m --k 3", "MODEL DATASET, got 'm' alone"),
+        ("train m d --batch_size x", "--batch_size must be a whole number, got 'x'"),
+        ("capture m d --layer 3", "unknown flag --layer (did you mean --layers?)"),
+        ("capture m d --layers 3,5", "got '3,5': values are separated by spaces"),
+        ("capture m d --out", "--out must be a path, one value, got none"),
+        ("capture m d e --out x", "unexpected 'e': a flag begins with --"),
+        ("convert_shards a b --dtype f16", "--dtype must be one of 'float16', 'bfloat16', 'fl"),
+        ("plot a --output x", "unknown flag --output (did you mean --out?)"),
+        ("presets --measure", "--measure must be a string, one value, got none"),
+        ("trian --k 3", "unknown command 'trian': train, capture"),
+    ],
+)
+def test_every_command_names_a_mistake_with_the_remedy(flags, message, capsys):
+    assert main(flags.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@configuration()
+@dataclasses.dataclass(frozen=True)
+class Example(ConfigFile):
+    """An example."""
+
+    place: Path | None = setting(None, positional=True, metavar="PLACE")
+    """A place."""
+    rest: tuple[str, ...] = setting((), positional=True, metavar="REST")
+    """Others."""
+    pair: tuple[int, float] = setting((1, 2.0))
+    """Two."""
+    switch: bool = setting(True)
+    """Whether."""
+    number: int | None = setting(3, at_least=1, bare="7")
+    """How many."""
+
+
+def read(line):
+    return parse(Example, line.split(), "example").given
+
+
+@pytest.mark.parametrize(
+    ("line", "given"),
+    [
+        ("", {}),
+        ("a", {"place": Path("a")}),
+        ("a --pair 1 2 b", {"place": Path("a"), "pair": (1, 2.0), "rest": ("b",)}),
+        ("--switch false a", {"switch": False, "place": Path("a")}),
+        ("--no-switch a", {"switch": False, "place": Path("a")}),
+        ("--no_switch=False", {"switch": True}),
+        ("--number=4 a b c", {"number": 4, "place": Path("a"), "rest": ("b", "c")}),
+        ("--number None --number 5", {"number": 5}),
+    ],
+)
+def test_a_flag_takes_as_many_words_as_its_setting_and_the_rest_has_places(line, given):
+    assert read(line) == given
+
+
+def test_ranges_hold_on_the_command_line_as_in_files():
+    with pytest.raises(ValueError, match="number must be at least 1, got 0"):
+        read("--number 0")

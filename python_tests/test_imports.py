@@ -12,7 +12,7 @@ PACKAGE = Path(sae_fast.__file__).parent
 LAYERS = (
     (
         *("import_errors", "json_files", "tensor_files", "text_links"),
-        *("atomic_files", "directory_lock", "memory", "output_streams"),
+        *("atomic_files", "directory_lock", "memory", "output_streams", "command_errors"),
     ),
     ("config",),
     ("ops",),
@@ -22,8 +22,8 @@ LAYERS = (
     ("report",),
     ("training",),
     ("ground_truth",),
-    ("command_line", "flags", "model_flags"),
     ("train", "capture", "convert_shards", "plot", "info", "presets", "biographies", "swap"),
+    ("__main__", "completion"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 

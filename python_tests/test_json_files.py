@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sae_fast.command_line import one_line
+from sae_fast.command_errors import one_line
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.json_files import JSONError, parse_json, read_json, shown
 from sae_fast.training.metrics import MetricsLog

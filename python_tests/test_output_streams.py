@@ -102,7 +102,7 @@ def test_report_whose_reader_has_gone_is_quiet():
 
 IGNORING = """
 import sys
-from sae_fast.command_line import refusal
+from sae_fast.command_errors import refusal
 from sae_fast.output_streams import run_command
 class Ignored:
     def __init__(self, error): self.error = error

@@ -4,9 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_fast.import_errors import require_torch
 
-require_torch()  # before anything that imports it
-
-from sae_fast.ops.native import build_info  # noqa: E402
+require_torch()  # says so at once where it is missing, and does not import it
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder
@@ -18,6 +16,7 @@ if TYPE_CHECKING:
         gpt2_sae_config,
         pythia_1_4b_sae_config,
     )
+    from sae_fast.ops.native import build_info
     from sae_fast.training.from_model.loaded_model import train_from_model
     from sae_fast.training.sweep import Sweep, read_sweep
     from sae_fast.training.trainer import Trainer
@@ -40,7 +39,7 @@ __all__ = [
     "train_from_model",
 ]
 
-# Imported when first asked for: `sae_fast.info` needs none of them.
+# Imported when first asked for, so that the help of a command needs no torch.
 _HOMES = {
     "RunConfig": "sae_fast.config",
     "SAEConfig": "sae_fast.config",
@@ -48,6 +47,7 @@ _HOMES = {
     "SparseAutoencoder": "sae_fast.autoencoder",
     "Sweep": "sae_fast.training.sweep",
     "Trainer": "sae_fast.training.trainer",
+    "build_info": "sae_fast.ops.native",
     "gpt2_medium_sae_config": "sae_fast.config",
     "gpt2_sae_config": "sae_fast.config",
     "pythia_1_4b_sae_config": "sae_fast.config",

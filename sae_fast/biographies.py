@@ -1,4 +1,4 @@
-"""Makes biographies with labelled activations: `python -m sae_fast.biographies --out DIR`.
+"""Make biographies with labelled activations: `python -m sae_fast.biographies --out DIR`.
 
 Made-up people with six facts each, a small GPT-2 trained here until it knows them, and its
 activations as shards with labels, by layer. No network is needed.
@@ -16,7 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import setting
 from sae_fast.ground_truth.biographies import files
 from sae_fast.ground_truth.biographies.language_model import (
     BiographyModel,
@@ -28,52 +31,48 @@ from sae_fast.ground_truth.biographies.text import make_biographies
 from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.biographies"
+USAGE = f"{PROGRAM} --out DIR [flags]"
 KNOWS = 0.99  # accuracy below which the command warns
 
 logger = logging.getLogger(__name__)
 
 
+@configuration()
 @dataclass(frozen=True)
-class Options:
+class BiographyOptions(ConfigFile):
     """Make biographies, a language model that knows them, and shards of its activations."""
 
-    out: Path | None = None
+    out: Path | None = setting(None, metavar="DIR")
     """Directory to write: biographies.json, model/ and layer_L/ with shards. Must be empty."""
-    entities: int = 300
+    entities: int = setting(300)
     """People; each has one answer to each of six relations. [people]"""
-    templates: int = 6
+    templates: int = setting(6)
     """Phrasings of each relation. [phrasings]"""
-    answers: int = 16
+    answers: int = setting(16)
     """Answers that each relation can have. [answers]"""
-    heldout_fraction: float = 0.2
+    heldout_fraction: float = setting(0.2)
     """Share of the people whose sentences go into the held-out shards. [share]"""
-    blocks: int = 4
+    blocks: int = setting(4, at_least=1)
     """Blocks of the language model. [blocks]"""
-    d_model: int = 128
+    d_model: int = setting(128, at_least=1)
     """Width of its residual stream, the d_in of the shards. [numbers]"""
-    heads: int = 4
+    heads: int = setting(4, at_least=1)
     """Attention heads of a block. [heads]"""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = setting(None)
     """Layers that are written: L is the residual stream after block L; default: all."""
-    steps: int = 3000
+    steps: int = setting(3000, at_least=1)
     """Training steps of the language model. [steps]"""
-    batch_size: int = 64
+    batch_size: int = setting(64, at_least=1)
     """Sentences in a step. [sentences]"""
-    learning_rate: float = 1e-3
+    learning_rate: float = setting(1e-3, above=0)
     """Peak of the learning rate."""
-    num_threads: int | None = None
+    num_threads: int | None = setting(None, at_least=1)
     """CPU threads; default: torch's own choice. [threads]"""
-    seed: int = 0
-    """Of the people, the language model and its training."""
+    seed: int = setting(0)
+    """Seed of the people, the language model and its training."""
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "d_model", "heads", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, got {self.num_threads}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be greater than 0, got {self.learning_rate}")
+        """Check the settings beside each other; raise ValueError naming field and value."""
         if self.d_model % self.heads:
             raise ValueError(
                 f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"
@@ -83,13 +82,17 @@ class Options:
                 raise ValueError(f"layers must be from 0 to {self.blocks - 1}, got {layer}")
 
 
+def command_lines() -> list[CommandLine]:
+    """Return the command line of the command, for completion."""
+    return [of_one(BiographyOptions, USAGE)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, 2 for bad input."""
+    """Run the command; return its exit code, 2 for bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        options = parse(
-            Options, Options(), sys.argv[1:] if arguments is None else arguments, PROGRAM
-        )
+        given = sys.argv[1:] if arguments is None else arguments
+        options = parse(BiographyOptions, given, USAGE)
         if options.out is None:
             raise ValueError("out must be given: --out DIR")
         _make(options, options.out)
@@ -99,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _make(options: Options, out: Path) -> None:
+def _make(options: BiographyOptions, out: Path) -> None:
     biographies = make_biographies(
         options.entities,
         options.templates,
@@ -145,7 +148,7 @@ def _make(options: Options, out: Path) -> None:
 def _write(
     out: Path, model: BiographyModel, layers: Sequence[int], measured: dict[str, object]
 ) -> None:
-    """Shards and model; shows what linear probes read from each layer."""
+    """Write shards and model; print what linear probes read from each layer."""
     layers = sorted(set(layers))
     folders = files.write_shards(out, model, layers)
     probes = probe_accuracies(model, layers)
@@ -173,7 +176,7 @@ class _Progress:
         self._bar.close()
 
     def report(self, step: int, loss: float) -> None:
-        """Shows a step."""
+        """Show a step."""
         self._bar.update()
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         if self._bar.disable and step % max(1, self._steps // 8) == 0:

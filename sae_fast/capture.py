@@ -12,25 +12,30 @@ import os
 import signal
 import sys
 import time
-import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from sae_fast.activations.capture.config import CaptureConfig
-from sae_fast.activations.capture.directory import HELDOUT, CaptureDirectory
-from sae_fast.activations.capture.plan import Capture, made_with, open_capture
-from sae_fast.activations.capture.runner import CaptureResult, CaptureRun, check_space, needed_bytes
-from sae_fast.activations.capture.storage_type import with_storage_type
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line, parse, refusal
-from sae_fast.flags import first_mistake
+from sae_fast.command_errors import EXIT_BAD_INPUT, one_line, refusal
+from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.model_text import CaptureConfig
 from sae_fast.output_streams import run_command
 from sae_fast.training.signals import StopOnSignal, run_program
 
+if TYPE_CHECKING:
+    from sae_fast.activations.capture.directory import CaptureDirectory
+    from sae_fast.activations.capture.plan import Capture
+    from sae_fast.activations.capture.runner import CaptureResult
+
 PROGRAM = "python -m sae_fast.capture"
+USAGE = f"{PROGRAM} MODEL DATASET --out DIR [flags]"
 SECONDS_BETWEEN_LINES = 5.0
+
+
+def command_lines() -> list[CommandLine]:
+    """Return the command line of the command, for completion."""
+    return [of_one(CaptureConfig, USAGE)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,11 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with StopOnSignal() as stop:
             config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
             _capture(config, stop)
-    except torch.OutOfMemoryError as error:
-        print(f"{one_line(error)}: a smaller --batch-size or --ctx-len needs less", file=sys.stderr)
-        return EXIT_BAD_INPUT
     except Exception as error:
-        print(refusal(error), file=sys.stderr)
+        print(_refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr)
@@ -53,16 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str]) -> CaptureConfig:
-    """Read the flags of a capture; raise ValueError naming the flag at fault."""
-    try:
-        config = parse(CaptureConfig, CaptureConfig(), arguments, PROGRAM)
-    except ValueError:
-        kinds: dict[str, Any] = {**typing.get_type_hints(CaptureConfig), "help": bool}
-        flags = [index for index, argument in enumerate(arguments) if argument.startswith("--")]
-        mistake = first_mistake(arguments[flags[0] :], kinds) if flags else None
-        if mistake is None:
-            raise
-        raise ValueError(mistake) from None
+    """Return the capture that a command line asks for; raise ValueError naming a wrong flag."""
+    config = parse(CaptureConfig, arguments, USAGE)
     if config.model is None or config.dataset is None or config.out is None:
         raise ValueError(
             f"MODEL, DATASET and --out must be given: {PROGRAM} MODEL DATASET --layers 3 --out DIR"
@@ -70,7 +64,22 @@ def parse_arguments(arguments: Sequence[str]) -> CaptureConfig:
     return config
 
 
+def _refusal(error: Exception) -> str:
+    """Return the line of an error, with what helps where the memory of a GPU is used up."""
+    if "torch" in sys.modules:  # which neither help nor a wrong flag imports
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            return f"{one_line(error)}: a smaller --batch-size or --ctx-len needs less"
+    return refusal(error)
+
+
 def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
+    from sae_fast.activations.capture.directory import HELDOUT, CaptureDirectory
+    from sae_fast.activations.capture.plan import made_with, open_capture
+    from sae_fast.activations.capture.runner import CaptureRun
+    from sae_fast.activations.capture.storage_type import with_storage_type
+
     assert config.out is not None
     rank, world_size, local_rank = _ranks()
     started = time.monotonic()
@@ -110,6 +119,8 @@ def _ranks() -> tuple[int, int, int | None]:
 
 def _announce(capture: Capture, directory: CaptureDirectory) -> int:
     """Print what will be captured and the disk space it needs; return the rows of this rank."""
+    from sae_fast.activations.capture.runner import check_space, needed_bytes
+
     config, sequences = capture.config, capture.batches.config
     done = directory.progress()
     rows, is_estimate = capture.expected_rows()
@@ -155,7 +166,7 @@ def _conclude(
 
 
 class _ProgressBar:
-    """A bar of the tokens, or a line now and then where there is no terminal."""
+    """A progress bar of the tokens, or a line every few seconds without a terminal."""
 
     def __init__(self, total: int, done: int) -> None:
         self.rows = 0

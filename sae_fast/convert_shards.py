@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from tqdm import tqdm
 
 from sae_fast.activations.files import shards_in
@@ -30,70 +29,75 @@ from sae_fast.activations.imports.saved_activations import (
     inspect,
 )
 from sae_fast.activations.writer import ShardMetadata
-from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import setting
 from sae_fast.output_streams import run_command
 
 PROGRAM = "python -m sae_fast.convert_shards"
+USAGE = f"{PROGRAM} SRC DST [flags]"
 EXIT_INTERRUPTED = 130
 FOLDER_BYTES = 200  # in the name of a folder, of which file systems take 255
 DESCRIBED = ("model", "revision", "hook", "layer", "tokenizer", "dataset")
 
 
+@configuration()
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(ConfigFile):
     """Turn saved activations into HDF5 shards, and compare every row."""
 
-    source: Annotated[str | None, tyro.conf.arg(metavar="SRC"), tyro.conf.Positional] = None
+    source: str | None = setting(None, positional=True, metavar="SRC")
     """Directory of .pt, .npy, .npz, .safetensors, .arrow or .parquet files, one of them, or a
     quoted pattern."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="DST"), tyro.conf.Positional] = None
+    out: Path | None = setting(None, positional=True, metavar="DST")
     """Directory for the shards: new, empty, or left by the same conversion, interrupted."""
-    key: str | None = None
+    key: str | None = setting(None)
     """Name of the activations in the files; default: activations, or the only ones there."""
-    all_keys: bool = False
+    all_keys: bool = setting(False)
     """Convert all activations there are, each into a folder of its own name."""
-    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] | None = setting(None)
     """Type in which rows are stored; default: the type in the files."""
-    shard_rows: int | None = None
+    shard_rows: int | None = setting(None)
     """Rows of a shard at most, padding among them; default: a gigabyte. [rows]"""
-    compression: Literal["none", "gzip", "zstd", "blosc2"] = "none"
+    compression: Literal["none", "gzip", "zstd", "blosc2"] = setting("none")
     """Compression of the shards; zstd and blosc2 need hdf5plugin."""
-    heldout_rows: int = 0
+    heldout_rows: int = setting(0)
     """Keep the last rows, in whole sequences, for evaluation: heldout_*.h5. [rows]"""
-    d_in: int | None = None
+    d_in: int | None = setting(None, at_least=1)
     """Width of a row; joins the last axes where several make up one, such as heads. [numbers]"""
-    skip_nonfinite: bool = False
+    skip_nonfinite: bool = setting(False)
     """Drop rows that hold NaN or Inf."""
-    model: str | None = None
+    model: str | None = setting(None)
     """Noted in the shards: the model."""
-    revision: str | None = None
+    revision: str | None = setting(None)
     """Noted in the shards: its revision."""
-    hook: str | None = None
+    hook: str | None = setting(None)
     """Noted in the shards: the hook point; default: --key, where it has a dot."""
-    layer: int | None = None
+    layer: int | None = setting(None)
     """Noted in the shards: the layer; default: the number in the hook."""
-    tokenizer: str | None = None
+    tokenizer: str | None = setting(None)
     """Noted in the shards: the tokenizer."""
-    dataset: str | None = None
+    dataset: str | None = setting(None)
     """Noted in the shards: the text."""
 
     def __post_init__(self) -> None:
-        if self.d_in is not None and self.d_in < 1:
-            raise ValueError(f"d_in must be at least 1, got {self.d_in}")
+        """Check the settings beside each other; raise ValueError naming field and value."""
         if self.key is not None and self.all_keys:
             raise ValueError("all_keys takes every key: give --key or --all-keys")
+
+
+def command_lines() -> list[CommandLine]:
+    """Return the command line of the command, for completion."""
+    return [of_one(ConvertOptions, USAGE)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 for bad input, 130 for an interrupt."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        options = parse(
-            ConvertOptions,
-            ConvertOptions(),
-            sys.argv[1:] if arguments is None else arguments,
-            PROGRAM,
-        )
+        given = sys.argv[1:] if arguments is None else arguments
+        options = parse(ConvertOptions, given, USAGE)
         if options.source is None or options.out is None:
             raise ValueError(f"source and out must be given: {PROGRAM} SRC DST")
         conversions = _prepare(options, options.source, options.out)

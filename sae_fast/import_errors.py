@@ -1,12 +1,13 @@
 """How importing sae_fast fails: with an ImportError, or in one line where a command of it runs."""
 
 import importlib.util
+import os
 import sys
 from typing import NoReturn
 
 
 def refuse(error: ImportError) -> NoReturn:
-    """Raise the error, or in `python -m sae_fast...` print it in a line and exit with code 2."""
+    """Raise the error, or in a command of sae_fast print it in a line and exit with code 2."""
     if not _is_own_command():
         raise error
     print(f"error: {error}", file=sys.stderr)
@@ -26,5 +27,7 @@ def require_torch() -> None:
 
 def _is_own_command() -> bool:
     arguments = sys.orig_argv
+    if os.path.basename(sys.argv[0]) == "sae-fast":  # the console script
+        return True
     places = [place for place, word in enumerate(arguments[:-1]) if word == "-m"]
     return bool(places) and arguments[places[0] + 1].partition(".")[0] == "sae_fast"

@@ -1,21 +1,23 @@
-"""`python -m sae_fast.info`: versions, how the kernels were built, what runs on this machine."""
+"""Print versions, how the kernels were built and what runs here: `python -m sae_fast.info`."""
 
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import sae_fast
+from sae_fast.config.command_line import CommandLine
 from sae_fast.output_streams import run_command
 
 _PACKAGES = ("numpy", "h5py", "safetensors")
 
 
 def describe() -> str:
-    """The report as text, one fact a line."""
+    """Return the report as text, one fact a line."""
     lines = [
         ("sae_fast", f"{sae_fast.__version__}, {Path(sae_fast.__file__).parent}"),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
@@ -87,9 +89,15 @@ def _cuda_device_lines() -> list[tuple[str, str]]:
     return lines
 
 
-def main() -> int:
-    """Prints the report; returns the exit code."""
-    print(describe())
+def command_lines() -> list[CommandLine]:
+    """Return no command line: the command has no flags."""
+    return []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; return the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    print(__doc__ if {"-h", "--help", "--help-all"} & set(given) else describe())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Draws what training runs have logged: `python -m sae_fast.plot RUN`, also while they go on.
+"""Draw the metrics of training runs, also while they go on: `python -m sae_fast.plot RUN`.
 
 One run: RUN/plots/training.png, and RUN/plots/loss_terms.png with a panel for each term of the
 loss. With `--out FILE` all panels, of several runs over each other, go into one image.
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import setting
 from sae_fast.output_streams import run_command
 from sae_fast.report.panels import loss_terms, overview
 from sae_fast.report.plot import draw, plot_run
@@ -22,24 +23,31 @@ from sae_fast.tensor_files import require_unicode
 from sae_fast.training.history import read_history
 
 PROGRAM = "python -m sae_fast.plot"
+USAGE = f"{PROGRAM} RUN … [flags]"
 KINDS = (".png", ".pdf", ".svg")
 
 
+@configuration()
 @dataclass(frozen=True)
-class Options:
+class PlotOptions(ConfigFile):
     """Draw the metrics of a run, or of several over each other."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    runs: tuple[Path, ...] = setting((), positional=True, metavar="RUN")
     """Directories of runs, or their training_history.json."""
-    out: Path | None = None
+    out: Path | None = setting(None, metavar="FILE")
     """Image to draw everything into, .png, .pdf or .svg; by default two PNGs in RUN/plots."""
 
 
+def command_lines() -> list[CommandLine]:
+    """Return the command line of the command, for completion."""
+    return [of_one(PlotOptions, USAGE)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, 2 for bad input."""
+    """Run the command; return its exit code, 2 for bad input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = parse(Options, Options(), arguments, PROGRAM)
+        options = parse(PlotOptions, arguments, USAGE)
         _check(options)
         paths = _draw_one(options.runs[0]) if options.out is None else [_draw_all(options)]
     except Exception as error:
@@ -50,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check(options: Options) -> None:
+def _check(options: PlotOptions) -> None:
     if not options.runs:
         raise ValueError(f"runs must be given: {PROGRAM} RUN")
     if options.out is None and len(options.runs) > 1:
@@ -71,7 +79,7 @@ def _draw_one(run: Path) -> list[Path]:
     return paths
 
 
-def _draw_all(options: Options) -> Path:
+def _draw_all(options: PlotOptions) -> Path:
     assert options.out is not None
     histories = [read_history(run) for run in options.runs]
     names = _names([history.place for history in histories])
@@ -82,7 +90,7 @@ def _draw_all(options: Options) -> Path:
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """What tells runs apart: their paths without the part that they share."""
+    """Return names that tell runs apart: their paths without the part that they share."""
     resolved = [place.resolve() for place in places]
     if len(set(resolved)) < len(resolved):
         raise ValueError("runs must be different ones")

@@ -1,30 +1,34 @@
 """List the presets with the memory that each needs: `python -m sae_fast.presets`.
 
-`--measure NAME` makes a few steps of one on random activations and tells from them how long its
-training takes on this machine.
+`--measure NAME` makes a few steps of one on random activations and says how long its training takes
+on this machine.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from sae_fast.command_line import EXIT_BAD_INPUT, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.presets import PRESETS, preset
+from sae_fast.config.setting import setting
 from sae_fast.output_streams import run_command
 
 if TYPE_CHECKING:
     from sae_fast.training.trainer import Trainer
 
+USAGE = "python -m sae_fast.presets [--measure NAME]"
 MEASURED_STEPS = 3
 
 
 def first_steps(name: str, steps: int) -> Trainer:
-    """A trainer that makes so many steps of a preset's training, on random rows."""
+    """Return a trainer that makes so many steps of a preset's training, on random rows."""
+    import torch
+
     from sae_fast.training.trainer import Trainer
 
     sae, train = preset(name).configs()
@@ -39,23 +43,33 @@ def first_steps(name: str, steps: int) -> Trainer:
 
 
 def measured_tokens_per_second(name: str, steps: int = MEASURED_STEPS) -> float:
-    """Tokens a second in `steps` steps of a preset's training on random rows, after one more."""
+    """Return the tokens a second of `steps` steps of a preset on random rows, after one more."""
     trainer = first_steps(name, steps + 1)
     trainer.train()
     milliseconds = [float(row["time_per_step_ms"]) for row in trainer.history[1:]]
     return 1000 * trainer.train_config.batch_size * len(milliseconds) / sum(milliseconds)
 
 
+@configuration()
+@dataclass(frozen=True)
+class PresetOptions(ConfigFile):
+    """List the presets with the memory that each needs, or measure how long one takes here."""
+
+    measure: str | None = setting(None, metavar="NAME")
+    """Make a few steps of this preset on random activations, and tell how long its training takes
+    on this machine."""
+
+
+def command_lines() -> list[CommandLine]:
+    """Return the command line of the command, for completion."""
+    return [of_one(PresetOptions, USAGE)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """Run the command; return its exit code."""
     try:
-        if not arguments:
-            print(_listing())
-        elif len(arguments) == 2 and arguments[0] == "--measure":
-            print(_duration(arguments[1]))
-        else:
-            raise ValueError("usage: python -m sae_fast.presets [--measure NAME]")
+        options = parse(PresetOptions, sys.argv[1:] if arguments is None else arguments, USAGE)
+        print(_listing() if options.measure is None else _duration(options.measure))
     except Exception as error:
         print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT

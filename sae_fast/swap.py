@@ -1,4 +1,4 @@
-"""Swaps relation slots in a language model: `python -m sae_fast.swap CHECKPOINT --data DIR`.
+"""Swap relation slots in a language model: `python -m sae_fast.swap CHECKPOINT --data DIR`.
 
 DIR is what `python -m sae_fast.biographies` wrote; the slots are the last latents of the
 autoencoder, one a relation.
@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from sae_fast.atomic_files import write_json
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import setting
 from sae_fast.ground_truth.biographies import files
 from sae_fast.ground_truth.biographies.swap import SwapTable, swap_success
 from sae_fast.output_streams import run_command
@@ -24,37 +25,39 @@ from sae_fast.training.checkpoint import CheckpointError, find_checkpoint, read_
 from sae_fast.training.resume_state import check_state
 
 PROGRAM = "python -m sae_fast.swap"
+USAGE = f"{PROGRAM} CHECKPOINT --data DIR [flags]"
 SEED = 0  # of the choice of people, where not all are asked
 
 
+@configuration()
 @dataclass(frozen=True)
-class Options:
+class SwapOptions(ConfigFile):
     """Set the slot of the relation asked to 0 and another to a strength; see what is answered."""
 
-    checkpoint: tyro.conf.Positional[Path | None] = None
+    checkpoint: Path | None = setting(None, positional=True, metavar="CHECKPOINT")
     """A checkpoint, a run (its latest checkpoint) or a saved model."""
-    data: Path | None = None
+    data: Path | None = setting(None, metavar="DIR")
     """Directory that `python -m sae_fast.biographies` wrote."""
-    layer: int | None = None
+    layer: int | None = setting(None)
     """Layer whose activations are replaced; default: that of the shards it was trained on."""
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)
-    """In units of each slot's mean value where its relation is asked."""
-    max_entities: int | None = None
-    """How many of the held-out people are asked, chosen at random; default: all. [people]"""
-    out: Path | None = None
+    strengths: tuple[float, ...] = setting((0.5, 1.0, 2.0, 5.0, 10.0))
+    """Strengths that a slot is set to, in units of its mean value where its relation is asked."""
+    max_entities: int | None = setting(None, at_least=1)
+    """Number of the held-out people that are asked, chosen at random; default: all. [people]"""
+    out: Path | None = setting(None, metavar="FILE")
     """JSON file to write the table to, with all pairs of relations; default: none."""
 
-    def __post_init__(self) -> None:
-        if self.max_entities is not None and self.max_entities < 1:
-            raise ValueError(f"max_entities must be at least 1, got {self.max_entities}")
+
+def command_lines() -> list[CommandLine]:
+    """Return the command line of the command, for completion."""
+    return [of_one(SwapOptions, USAGE)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code, 2 for bad input."""
+    """Run the command; return its exit code, 2 for bad input."""
     try:
-        options = parse(
-            Options, Options(), sys.argv[1:] if arguments is None else arguments, PROGRAM
-        )
+        given = sys.argv[1:] if arguments is None else arguments
+        options = parse(SwapOptions, given, USAGE)
         table = _table(options)
         print(table)
         if options.out is not None:
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _table(options: Options) -> SwapTable:
+def _table(options: SwapOptions) -> SwapTable:
     if options.checkpoint is None or options.data is None:
         raise ValueError(f"a checkpoint and --data must be given: {PROGRAM} CHECKPOINT --data DIR")
     path = _model_directory(options.checkpoint)

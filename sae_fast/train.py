@@ -3,99 +3,146 @@
 The flags are the fields of SAEConfig and TrainConfig; `--config FILE` reads them from JSON, what
 stands on the command line wins. A run goes into a directory of its own: config.json, metrics.jsonl,
 training_history.json, checkpoints/ and plots/. `--sweep FILE` makes several runs of one stream of
-activations, each in a directory inside that one, with what became of all in its sweep.json.
+activations, each in a directory inside that one, with a summary of all in its sweep.json.
 
 `python -m sae_fast.train MODEL DATASET --layers 3 5` trains on the activations of a model while it
 reads a dataset, an autoencoder for each layer; `… MODEL DATASET --help` has its flags.
+
+Modules that need torch are imported where they are used, so that help and mistakes in the flags
+come at once.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tqdm import tqdm
 
-from sae_fast.activations.capture.plan import DEFAULT_CONTEXT
 from sae_fast.atomic_files import write_json
-from sae_fast.command_line import EXIT_BAD_INPUT, parse, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config.command_line import CommandLine, Given
 from sae_fast.config.effects import unchecked
-from sae_fast.config.fields import field_names, field_types, read_settings
-from sae_fast.config.presets import preset
-from sae_fast.config.sae import without_other_size
-from sae_fast.config.setting import rules_of
-from sae_fast.flags import plain_switches
-from sae_fast.json_files import read_json
-from sae_fast.model_flags import ADAM_DECAYS, FromModelLine, flag_kinds, from_model_line
-from sae_fast.output_streams import run_command
-from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
-from sae_fast.training.from_model import (
+from sae_fast.config.fields import ConfigFile, configuration, field_names, read_settings
+from sae_fast.config.model_text import (
+    DEFAULT_CONTEXT,
     DEFAULT_K,
     SAE_DEFAULTS,
     TRAIN_DEFAULTS,
-    open_from_model,
+    FromModelConfig,
 )
-from sae_fast.training.resume_state import check_state
-from sae_fast.training.run_directory import (
-    SWEEP,
-    RunDirectory,
-    claimed_run_directory,
-    describe,
-    free_name,
-    held,
-    way_on_from_model,
-)
+from sae_fast.config.presets import preset
+from sae_fast.config.sae import without_other_size
+from sae_fast.config.setting import rules_of, setting
+from sae_fast.json_files import read_json
+from sae_fast.output_streams import run_command
 from sae_fast.training.signals import EXIT_INTERRUPTED, INTERRUPTED, StopOnSignal, run_program
-from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
-from sae_fast.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from sae_fast.training.sweep import Sweep
+    from sae_fast.training.trainer import Trainer
+
+SWEEP = "sweep.json"  # the summary of a sweep
 EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
-PROGRAM = "python -m sae_fast.train"
+USAGE = "python -m sae_fast.train --shard-dir DIR [flags]"
+USAGE_FROM_MODEL = "python -m sae_fast.train MODEL DATASET [flags]"
+ADAM_DECAYS = "optimizer adam with a weight decay is adamw, decoupled from the gradient"
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Train a sparse autoencoder on activation shards, or go on with a run."""
+@configuration()
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(ConfigFile):
+    """Files and presets with settings, which the flags win over."""
 
-    preset: str | None = None
+    title: ClassVar[str] = "Settings from elsewhere"
+
+    preset: str | None = setting(
+        None,
+        metavar="NAME",
+        heading="Settings from elsewhere",
+        brief="settings for a well-known model: python -m sae_fast.presets",
+        instead={
+            "model": "--preset NAME takes the settings for a well-known model; to train on the "
+            "activations of one, MODEL DATASET come first, without a flag"
+        },
+    )
     """Settings for a well-known model, see `python -m sae_fast.presets`; all else wins over it."""
-    config: Path | None = None
+    config: Path | None = setting(None, metavar="FILE", brief="JSON file of settings")
     """JSON file with any of the settings below; the command line wins over it."""
-    sweep: Path | None = None
+    sweep: Path | None = setting(
+        None, metavar="FILE", brief="JSON file of several trainings on the same batches"
+    )
     """JSON file with several trainings on the same activations: an object of lists, of which all
     combinations are trained, or a list of objects with the settings of each."""
-    sae: SAEConfig = field(default_factory=SAEConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
-class _Sources:
-    """The flags that decide what the others' defaults are."""
+class FromModel:
+    """The part of a command line that is about a model and its text.
 
-    preset: str | None = None
-    config: Path | None = None
-    sweep: Path | None = None
-    checkpoint_dir: str | None = None
-    resume_from: str | None = None
-    d_sae: int | None = None
-    expansion_factor: float | None = None
-    arch: str | None = None
-    optimizer: str | None = None
-    weight_decay: float | None = None
+    Attributes:
+        model: a folder or a name on the hub.
+        dataset: a folder, files, or a name on the hub.
+        settings: what the model reads, and how.
+        given: the names of the settings that the line gives.
+    """
+
+    model: str
+    dataset: str
+    settings: FromModelConfig
+    given: frozenset[str]
+
+
+@functools.cache
+def on_shards() -> CommandLine:
+    """Return the command line of a training on shards."""
+    about = "Train a sparse autoencoder on activation shards, or go on with a run."
+    sections: dict[str, type[ConfigFile]]
+    sections = {"options": TrainOptions, "sae": SAEConfig, "train": TrainConfig}
+    return CommandLine(f"{USAGE}\n{USAGE_FROM_MODEL}", about, sections)
+
+
+@functools.cache
+def from_model() -> CommandLine:
+    """Return the command line of a training straight from a model, behind MODEL and DATASET."""
+    refused = {
+        name: f"is for training on shards: {rules.shards_only}"
+        if rules.shards_only
+        else f"is for training on shards, here give --{rules.decided_by}"
+        for name, rules in rules_of(TrainConfig).items()
+        if (rules.shards_only or rules.decided_by) and name not in field_names(FromModelConfig)
+    }
+    about = "Train on the activations of a model while it reads a dataset: a folder or a name each."
+    sections: dict[str, type[ConfigFile]]
+    sections = {
+        "options": TrainOptions,
+        "text": FromModelConfig,
+        "sae": SAEConfig,
+        "train": TrainConfig,
+    }
+    defaults = {"k": DEFAULT_K, **SAE_DEFAULTS, **TRAIN_DEFAULTS}
+    hidden = [name for name, rules in rules_of(SAEConfig).items() if rules.shards_only]
+    return CommandLine(USAGE_FROM_MODEL, about, sections, defaults, refused, hidden)
+
+
+def command_lines() -> list[CommandLine]:
+    """Return the command lines of both kinds of training, for completion."""
+    return [on_shards(), from_model()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, also after SIGINT, 143 after SIGTERM.
+    """Run the command; return its exit code: 0, also after SIGINT, 143 after SIGTERM.
 
     Bad input is 2, an interrupt that did not wait for its checkpoint 130.
     """
@@ -105,11 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with StopOnSignal() as stop, ExitStack() as stack:
             _refuse_several_processes()
             work, directory = _opened(given, stop, stack)
-            trainers = work.trainers if isinstance(work, Sweep) else {"": work}
+            trainers = _trainers_of(work)
             _announce(trainers)
             work.train()
-            if isinstance(work, Sweep):
-                _write_sweep(directory, trainers)
+            if trainers.keys() != {""}:
+                _write_sweep(directory / SWEEP, trainers)
     except Exception as error:
         print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -118,69 +165,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     for name, trainer in trainers.items():
         _conclude(name, trainer, stop.received)
-    if isinstance(work, Sweep):
+    if trainers.keys() != {""}:
         print(f"sweep      {directory / SWEEP}")
     return EXIT_CODES[stop.received]
 
 
 def parse_arguments(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that a command line asks for.
+    """Return the configuration that the command line of a training on shards asks for.
 
-    Defaults come from the run resumed, if any, then from the `--config` file, then from the preset.
+    What it leaves open is taken from the `--config` file, then from the preset, then from the run
+    that goes on.
 
     Raises:
         ValueError: naming the flag, field or file that is wrong.
     """
-    options = _options(arguments)
-    train = options.train
-    if train.checkpoint_dir is None:
-        train = replace(train, checkpoint_dir=str(free_name(options.sae)))
-    return RunConfig(sae=options.sae, train=train)
+    from sae_fast.training.run_directory import free_name
+
+    config = _config(on_shards().read(arguments))
+    if config.train.checkpoint_dir is not None:
+        return config
+    return _in_directory(config, free_name(config.sae))
 
 
-def _options(arguments: Sequence[str], from_model: FromModelLine | None = None) -> Options:
-    """All that a command line asks for, without defaults that are still open.
+def _config(given: Given, line: FromModel | None = None) -> RunConfig:
+    """Return the configuration that a command line gives with what stands behind it.
 
-    Of a training straight from a model the weakest defaults are what such trainings have in common.
+    Files, presets, runs and defaults are laid over each other as settings by name, the weakest
+    first; from all of them together one configuration is made.
     """
-    arguments = _canonical(arguments)
-    kinds = _flag_kinds() | ({} if from_model is None else flag_kinds())
-    sources = parse(_Sources, _Sources(), arguments, PROGRAM, partial=True, kinds=kinds)
-    with unchecked():  # flags may yet give what a setting needs
-        given = _settings_in(sources.config)
-    if sources.preset is not None:
-        chosen = preset(sources.preset)
-        weaker = without_other_size(chosen.sae, given["sae"])
-        given = {"sae": {**weaker, **given["sae"]}, "train": {**chosen.train, **given["train"]}}
-    if from_model is not None:
-        given = _as_from_model(given, sources, from_model)
-    directory = sources.checkpoint_dir or given["train"].get("checkpoint_dir")
-    reference = sources.resume_from or given["train"].get("resume_from")
-    # What one training of a sweep has on its own is not what the others begin with.
-    if reference is not None and from_model is None and sources.sweep is None:
+    options, flags = TrainOptions(**given["options"]), {key: given[key] for key in ("sae", "train")}
+    layers = _settings_in(options.config)
+    if options.preset is not None:
+        chosen = preset(options.preset)
+        layers = {
+            "sae": {**without_other_size(chosen.sae, layers["sae"]), **layers["sae"]},
+            "train": {**chosen.train, **layers["train"]},
+        }
+    if line is not None:
+        layers = _as_from_model(layers, flags, line)
+    both = {**layers["train"], **flags["train"]}
+    directory, reference = both.get("checkpoint_dir"), both.get("resume_from")
+    # The settings of one training of a sweep are not those that the others begin with.
+    if reference is not None and line is None and options.sweep is None:
         before, found = _resumed_settings(reference, directory)
-        given = {section: {**before[section], **given[section]} for section in given}
-        given["train"]["checkpoint_dir"] = directory or found
-    given["sae"] = without_other_size(given["sae"], vars(sources))
-    # Without d_in nothing is derived from the given settings that a flag may yet change.
-    d_in = given["sae"].pop("d_in", 0)
-    with unchecked():
-        base = RunConfig.from_dict(given)
-    defaults = Options(sources.preset, sources.config, sources.sweep, base.sae, base.train)
-    options = parse(Options, defaults, arguments, PROGRAM, kinds=kinds)
-    sae, train = options.sae, options.train
-    if sae.d_in == 0 and d_in != 0:
-        sae = replace(sae, d_in=d_in)
-    return replace(options, sae=sae, train=train)
+        layers = {section: {**before[section], **layers[section]} for section in layers}
+        layers["train"]["checkpoint_dir"] = directory or found
+    layers["sae"] = without_other_size(layers["sae"], flags["sae"])
+    return RunConfig.from_dict({key: {**layers[key], **flags[key]} for key in layers})
 
 
-def _as_from_model(
-    given: dict[str, dict[str, Any]], sources: _Sources, line: FromModelLine
-) -> dict[str, dict[str, Any]]:
-    """The settings given, over the defaults of a training straight from a model."""
+def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
+    """Return settings over the defaults of a training straight from a model."""
     settings = line.settings
-    sae = without_other_size(SAE_DEFAULTS, given["sae"])
-    arch = sources.arch or given["sae"].get("arch", SAEConfig.arch)
+    sae = without_other_size(SAE_DEFAULTS, layers["sae"])
+    arch = flags["sae"].get("arch") or layers["sae"].get("arch", SAEConfig.arch)
     if arch in rules_of(SAEConfig)["k"].arch:
         sae["k"] = DEFAULT_K
     own: dict[str, Any] = {
@@ -193,61 +231,55 @@ def _as_from_model(
     }
     rules = rules_of(TrainConfig)
     on_line = {name: own[name] for name in own if rules[name].decided_by in line.given}
-    if given["train"].get("batch_size") not in (None, own["batch_size"]):
+    if layers["train"].get("batch_size") not in (None, own["batch_size"]):
         logger.info("batch_size: a batch has --batch_size sequences of --ctx_len tokens here")
-    train = {name: value for name, value in given["train"].items() if value is not None}
+    train = {name: value for name, value in layers["train"].items() if value is not None}
     train |= {"batch_size": own["batch_size"], **on_line}
     own |= TRAIN_DEFAULTS
-    if sources.weight_decay and not (sources.optimizer or "optimizer" in train):
-        logger.info("weight_decay: %s", ADAM_DECAYS)
-        own["optimizer"] = "adamw"
+    _decay_with_adam(flags["train"], own, is_open="optimizer" not in train)
+    if flags["sae"].get("d_sae"):  # which overrides the factor in trainers of this kind
+        flags["sae"].pop("expansion_factor", None)
     if settings.run_name is not None:
-        if sources.checkpoint_dir is not None:
+        if flags["train"].get("checkpoint_dir") is not None:
             raise ValueError("checkpoint_dir and run_name both name the run: give one of the two")
         train["checkpoint_dir"] = str(settings.save_dir / settings.run_name)
-    elif sources.resume_from is not None:
+    elif flags["train"].get("resume_from") is not None:
         raise ValueError("resume_from needs run_name, the run in save_dir to go on with")
     if settings.log_to_wandb:
         own["wandb_project"] = "sae_fast"
-    return {"sae": {**sae, **given["sae"]}, "train": {**own, **train}}
+    return {"sae": {**sae, **layers["sae"]}, "train": {**own, **train}}
 
 
-def _flag_kinds() -> dict[str, Any]:
-    """The type of every flag's value, by name of the field."""
-    kinds: dict[str, Any] = {"preset": str, "config": str, "sweep": str, "help": bool}
-    for config in (SAEConfig, TrainConfig):
-        fields = field_types(config)
-        kinds |= fields | {alias: fields[name] for alias, name in config.aliases.items()}
-    return kinds
+def _decay_with_adam(flags: dict[str, Any], own: dict[str, Any], *, is_open: bool) -> None:
+    """Make adam with a weight decay adamw, as in other trainers of this kind.
+
+    Args:
+        flags: those of the training, changed where they name adam.
+        own: the weakest defaults, changed where no optimizer is named.
+        is_open: whether files name no optimizer.
+    """
+    if not flags.get("weight_decay"):
+        return
+    if flags.get("optimizer") == "adam":
+        flags["optimizer"] = "adamw"
+    elif "optimizer" not in flags and is_open:
+        own["optimizer"] = "adamw"
+    else:
+        return
+    logger.info("weight_decay: %s", ADAM_DECAYS)
 
 
-def _canonical(arguments: Sequence[str]) -> list[str]:
-    """The same command line with every alias of a field replaced by the field's own flag."""
-    aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
-    arguments = plain_switches(arguments, _flag_kinds())
-    result: list[str] = []
-    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
-        flag, equals, value = argument.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or name not in aliases:
-            result.append(argument)
-            continue
-        result.append(f"--{aliases[name].replace('_', '-')}{equals}{value}")
-        if name == "use_amp" and not equals and following.startswith("--"):
-            result.append("bf16")  # a bare switch, as other trainers have it
-    return result
-
-
-def _settings_in(path: Path | None) -> dict[str, dict[str, Any]]:
-    """The settings that a file gives, and no defaults, by section; checked by reading it whole."""
+def _settings_in(path: Path | None) -> Given:
+    """Return the settings in a file, by section, without defaults; it is checked as a whole."""
     sections: dict[str, type[SAEConfig] | type[TrainConfig]]
     sections = {"sae": SAEConfig, "train": TrainConfig}
     if path is None:
         return {section: {} for section in sections}
-    RunConfig.load(path)
+    with unchecked():  # flags may yet give what a setting needs
+        RunConfig.load(path)
     content = read_settings(path)
     nested = any(section in content for section in sections)
-    given: dict[str, dict[str, Any]] = {}
+    given: Given = {}
     for section, config in sections.items():
         names = {**{name: name for name in field_names(config)}, **config.aliases}
         values = content.get(section, {}) if nested else content
@@ -255,10 +287,12 @@ def _settings_in(path: Path | None) -> dict[str, dict[str, Any]]:
     return given
 
 
-def _resumed_settings(
-    reference: str, directory: str | None
-) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """The settings and directory of the run that is resumed; none where `latest` finds none."""
+def _resumed_settings(reference: str, directory: str | None) -> tuple[Given, str | None]:
+    """Return settings and directory of the run that goes on; none where `latest` finds none."""
+    from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
+    from sae_fast.training.resume_state import check_state
+    from sae_fast.training.run_directory import RunDirectory, way_on_from_model
+
     if directory is not None:
         RunDirectory(Path(directory), keep_checkpoints=1).check_free()
     path = find_checkpoint(reference, None if directory is None else Path(directory))
@@ -291,30 +325,58 @@ def _opened(
 
     What is put on the stack keeps other trainings out of that directory.
     """
-    line = from_model_line(arguments, PROGRAM, Options)
-    if line is not None:
-        line = _with_preset(line)
-    options = _options(arguments if line is None else line.rest, line)
-    if options.train.checkpoint_dir is None:
+    given, line = _read(arguments)
+    config = _config(given, line)
+    from sae_fast.training.run_directory import claimed_run_directory, held
+    from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
+    from sae_fast.training.trainer import Trainer
+
+    sweep = TrainOptions(**given["options"]).sweep
+    if config.train.checkpoint_dir is None:
         parent = Path("runs") if line is None else line.settings.save_dir
-        path = stack.enter_context(claimed_run_directory(options.sae, parent))
-        options = replace(options, train=replace(options.train, checkpoint_dir=str(path)))
-    directory = Path(str(options.train.checkpoint_dir))
+        config = _in_directory(
+            config, stack.enter_context(claimed_run_directory(config.sae, parent))
+        )
+    directory = Path(str(config.train.checkpoint_dir))
     if line is not None:
         with _named_by(line):
             stack.enter_context(held(directory))
-            return _opened_from_model(line, options, directory, stop), directory
-    base = RunConfig(sae=options.sae, train=options.train)
-    configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
+            return _opened_from_model(line, config, sweep, directory, stop), directory
+    configs = {"": config} if sweep is None else read_sweep(sweep, config)
     layers = for_every_layer(configs, directory)
-    if layers is None and options.sweep is None:
-        return Trainer(base, stop=stop), directory
+    if layers is None and sweep is None:
+        return Trainer(config, stop=stop), directory
     stack.enter_context(held(directory))
     return Sweep(layers or configs, stop=stop), directory
 
 
+def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:
+    """Return the settings on a command line, and of one from a model the part about the model."""
+    if not arguments or arguments[0].startswith("-"):
+        return on_shards().read(arguments), None
+    if len(arguments) < 2 or arguments[1].startswith("-"):
+        raise ValueError(
+            f"a model and a dataset are needed, MODEL DATASET, got {arguments[0]!r} alone "
+            "(shards are named with --shard-dir)"
+        )
+    model, dataset, *flags = arguments
+    if flags and not flags[0].startswith("-"):
+        raise ValueError(f"unexpected {flags[0]!r}: MODEL and DATASET, then flags")
+    given = from_model().read(flags)
+    text = given["text"]
+    if (name := given["options"].get("preset")) is not None:
+        text = {**preset(name).text, **text}
+    return given, FromModel(model, dataset, FromModelConfig(**text), frozenset(text))
+
+
+def _in_directory(config: RunConfig, directory: Path | None) -> RunConfig:
+    """Return a configuration with another directory of its run."""
+    place = None if directory is None else str(directory)
+    return RunConfig(sae=config.sae, train=replace(config.train, checkpoint_dir=place))
+
+
 @contextmanager
-def _named_by(line: FromModelLine) -> Iterator[None]:
+def _named_by(line: FromModel) -> Iterator[None]:
     """Let refusals of a directory speak of the flag by which the command line has named it."""
     try:
         yield
@@ -326,32 +388,33 @@ def _named_by(line: FromModelLine) -> Iterator[None]:
 
 
 def _opened_from_model(
-    line: FromModelLine, options: Options, directory: Path, stop: StopOnSignal
+    line: FromModel, config: RunConfig, sweep: Path | None, directory: Path, stop: StopOnSignal
 ) -> Sweep:
-    train = options.train
-    base = RunConfig(sae=options.sae, train=replace(train, checkpoint_dir=None))
-    configs = {"": base} if options.sweep is None else read_sweep(options.sweep, base)
+    from sae_fast.training.from_model import open_from_model
+    from sae_fast.training.sweep import read_sweep
+
+    base = _in_directory(config, None)
+    configs = {"": base} if sweep is None else read_sweep(sweep, base)
     # A file may have given what the line left open.
     settings = replace(
         line.settings,
-        max_tokens=train.max_tokens or line.settings.max_tokens,
-        shuffle_seed=train.order_seed,
-        init_seeds=line.settings.init_seeds if "init_seeds" in line.given else (train.seed,),
+        max_tokens=base.train.max_tokens or line.settings.max_tokens,
+        shuffle_seed=base.train.order_seed,
+        init_seeds=line.settings.init_seeds if "init_seeds" in line.given else (base.train.seed,),
     )
     return open_from_model(line.model, line.dataset, settings, configs, directory, stop=stop)
 
 
-def _with_preset(line: FromModelLine) -> FromModelLine:
-    """The line with the sequences of its preset, if it names one, where it gives none."""
-    name = parse(_Sources, _Sources(), _canonical(line.rest), PROGRAM, partial=True).preset
-    if name is None:
-        return line
-    text = {key: value for key, value in preset(name).text.items() if key not in line.given}
-    settings = replace(line.settings, **text)
-    return replace(line, settings=settings, given=line.given | text.keys())
+def _trainers_of(work: Trainer | Sweep) -> Mapping[str, Trainer]:
+    """Return the trainers of a sweep by name, or the one of a single training by ""."""
+    from sae_fast.training.sweep import Sweep
+
+    return work.trainers if isinstance(work, Sweep) else {"": work}
 
 
 def _announce(trainers: Mapping[str, Trainer]) -> None:
+    from sae_fast.training.run_directory import describe
+
     for name, trainer in trainers.items():
         if trainer.was_complete:
             continue
@@ -369,18 +432,18 @@ def _prefix(name: str) -> str:
     return f"{name}: " if name else ""
 
 
-def _write_sweep(directory: Path, trainers: Mapping[str, Trainer]) -> None:
-    """What became of each training of a sweep."""
+def _write_sweep(path: Path, trainers: Mapping[str, Trainer]) -> None:
+    """Write the summary of each training of a sweep."""
     runs = {name: trainer.summary for name, trainer in trainers.items()}
-    if all(trainer.was_complete for trainer in trainers.values()) and _has_sweep(directory, runs):
+    if all(trainer.was_complete for trainer in trainers.values()) and _has_sweep(path, runs):
         return
-    write_json(directory / SWEEP, {"runs": runs})
+    write_json(path, {"runs": runs})
 
 
-def _has_sweep(directory: Path, runs: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether what became of these trainings has been written, after as many steps."""
+def _has_sweep(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether the summaries of these trainings are written, after as many steps."""
     try:
-        written = read_json(directory / SWEEP)["runs"]
+        written = read_json(path)["runs"]
         steps = {name: summary["steps"] for name, summary in written.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
@@ -423,7 +486,7 @@ def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> 
 
 
 class _TqdmHandler(logging.Handler):
-    """Log lines above the progress bar instead of through it."""
+    """Writes log lines above the progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)

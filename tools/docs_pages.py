@@ -50,7 +50,7 @@ COMMANDS = (
         "python -m sae_fast.train --shard-dir DIR",
         "Flags of the run, of the model (`SAEConfig`) and of its training (`TrainConfig`).",
         (
-            "sae_fast.train:Options",
+            "sae_fast.train:TrainOptions",
             "sae_fast.config:SAEConfig",
             "sae_fast.config:TrainConfig",
         ),
@@ -60,37 +60,37 @@ COMMANDS = (
         "python -m sae_fast.train MODEL DATASET",
         "The flags below replace or add to the flags of a training on shards; "
         "see [a model and a dataset](../guide/model.md#train-straight-from-a-model).",
-        ("sae_fast.training.from_model:FromModelConfig",),
+        ("sae_fast.config.model_text:FromModelConfig",),
     ),
     Command(
         "Capture activations",
         "python -m sae_fast.capture MODEL DATASET --out DIR",
         "See [a model and a dataset](../guide/model.md).",
-        ("sae_fast.activations.capture.config:CaptureConfig",),
+        ("sae_fast.config.model_text:CaptureConfig",),
     ),
     Command(
         "Convert activations",
         "python -m sae_fast.convert_shards SRC DST",
         "See [activations you already have](../guide/your-activations.md).",
-        ("sae_fast.convert_shards:Options",),
+        ("sae_fast.convert_shards:ConvertOptions",),
     ),
     Command(
         "Plot runs",
         "python -m sae_fast.plot RUN",
         "See [plots](../guide/runs.md#plots).",
-        ("sae_fast.plot:Options",),
+        ("sae_fast.plot:PlotOptions",),
     ),
     Command(
         "Make biographies",
         "python -m sae_fast.biographies --out DIR",
         "See [biographies](../guide/slots.md#biographies).",
-        ("sae_fast.biographies:Options",),
+        ("sae_fast.biographies:BiographyOptions",),
     ),
     Command(
         "Swap slots",
         "python -m sae_fast.swap CHECKPOINT --data DIR",
         "See [biographies](../guide/slots.md#biographies).",
-        ("sae_fast.swap:Options",),
+        ("sae_fast.swap:SwapOptions",),
     ),
 )
 
@@ -118,7 +118,8 @@ def flags_page() -> str:
         "# Commands and flags",
         "Every flag is a field of a dataclass, and these tables are made from the fields. Hyphens "
         "and underscores are equal in the name of a flag. A switch `--x` is turned off by "
-        "`--no-x`. `--help` prints the same texts. Besides the commands below, "
+        "`--no-x`. `--help` prints the flags that most people use, `--help-all` all of them with "
+        "these texts. Besides the commands below, "
         "`python -m sae_fast.info` prints versions, kernels and devices, and "
         "`python -m sae_fast.presets` lists the [presets](../guide/presets.md).",
     ]

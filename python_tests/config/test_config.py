@@ -7,8 +7,8 @@ import typing
 import pytest
 
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config.model_text import FromModelConfig
 from sae_fast.config.setting import Rules, rules_of
-from sae_fast.training.from_model import FromModelConfig
 
 
 def test_d_sae_is_the_default_expansion_of_d_in():

@@ -55,9 +55,9 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path, nested: bool) -> No
     assert config.train.no_wandb is True
 
 
-def test_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_full_help_names_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["--help-all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for config in (SAEConfig, TrainConfig):

@@ -31,12 +31,14 @@ class ConfigFile:
     """Base of the frozen configuration dataclasses: dictionaries and files.
 
     Attributes:
+        title: the heading over its settings in the short help.
         section: the key of the configuration in files that hold several.
         aliases: by another name of a setting, the name of its field.
         given: the settings that the configuration was made with, by name of the field. The fields
             hold these, and defaults or what follows from the others (`completed`) for the rest.
     """
 
+    title: ClassVar[str] = "Flags"
     section: ClassVar[str] = ""
     aliases: ClassVar[dict[str, str]] = {}
     given: Mapping[str, Any]

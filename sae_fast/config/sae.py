@@ -43,6 +43,8 @@ _SLOTS_CORRELATION = 1e-2
 _SLOTS_VALUE = 0.1
 _SLOTS_VALUE_ALONE = 0.5
 
+_TARGETS = "a transcoder trains on shards: capture its two hook points first"
+_LABELS = "labels lie in shards: capture first, then add them"
 _TOPK = ("topk",)
 _WITH_K = ("topk", "batch_topk", "matryoshka")
 _MATRYOSHKA = ("matryoshka",)
@@ -88,6 +90,7 @@ class SAEConfig(ConfigFile):
     settings as they were asked for.
     """
 
+    title: ClassVar[str] = "Model"
     section: ClassVar[str] = "sae"
 
     arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "slots"] = (
@@ -107,18 +110,20 @@ class SAEConfig(ConfigFile):
         0, at_least=0, must="at least 1, or 0 to take it from the data", metavar="D_IN"
     )
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
-    transcoder: bool = setting(False, brief="predict other activations, such as an MLP's output")
+    transcoder: bool = setting(False, shards_only=_TARGETS)
     """Predict other activations, the targets, and not the input again: the output of an MLP from
     its input, for example."""
-    d_out: int = setting(0, at_least=0, must="at least 1, or 0 to take it from the data")
+    d_out: int = setting(
+        0, at_least=0, must="at least 1, or 0 to take it from the data", shards_only=_TARGETS
+    )
     """Width of a target; 0: taken from the data; without transcoder it is d_in. [numbers]"""
-    skip_connection: bool = setting(False)
+    skip_connection: bool = setting(False, shards_only=_TARGETS)
     """Add a linear map of the activation, W_skip, to the prediction of a transcoder."""
     d_sae: int = setting(
         0,
         at_least=0,
         must="at least 1, or 0 for expansion_factor * d_in",
-        brief="number of latents",
+        brief="number of latents; default: --expansion-factor times d_in",
         elsewhere=("dict_size", "d_hidden", "n_latents", "n_features", "latents"),
     )
     """Number of latents, also accepted as num_latents; 0: expansion_factor times d_in. [latents]"""
@@ -161,9 +166,7 @@ class SAEConfig(ConfigFile):
     subtract_b_dec: bool = setting(True)
     """Encode x - b_dec in place of x: f = ReLU(W_enc x + b_enc). A transcoder subtracts nothing."""
 
-    loss_fn: Literal["mse", "fvu", "ce", "kl"] = setting(
-        "mse", heading="Loss", brief="reconstruction error"
-    )
+    loss_fn: Literal["mse", "fvu", "ce", "kl"] = setting("mse", heading="Loss")
     """Reconstruction error. mse: squared, summed over d_in and averaged over tokens; fvu: as a
     share of the variance of its batch, where other weights must be about d_in times smaller. Of a
     model that is at hand, its loss where the reconstruction takes the place of the activations; ce:
@@ -298,14 +301,20 @@ class SAEConfig(ConfigFile):
     a transcoder of their targets."""
 
     probe_loss_coeff: float = setting(
-        0.0, at_least=0, heading="Probe and neighbouring tokens", slots_modes=_LATENTS
+        0.0,
+        at_least=0,
+        heading="Probe and neighbouring tokens",
+        slots_modes=_LATENTS,
+        shards_only=_LABELS,
     )
     """Weight of the loss of a linear probe that predicts probe_labels from the code."""
-    probe_labels: str | None = setting(None, nonempty=True, needs=_A_PROBE)
+    probe_labels: str | None = setting(None, nonempty=True, needs=_A_PROBE, shards_only=_LABELS)
     """Dataset of the shards with a label for each row, such as labels/rule; -1: it has none."""
-    probe_task: Literal["classification", "regression"] = setting("classification", needs=_A_PROBE)
+    probe_task: Literal["classification", "regression"] = setting(
+        "classification", needs=_A_PROBE, shards_only=_LABELS
+    )
     """Cross-entropy over classes or squared error of a number, averaged over labelled tokens."""
-    probe_classes: int | None = setting(None, at_least=2, needs=_A_PROBE)
+    probe_classes: int | None = setting(None, at_least=2, needs=_A_PROBE, shards_only=_LABELS)
     """Classes that the labels number from 0; default: the largest label + 1. [classes]"""
     temporal_smoothness_coeff: float = setting(0.0, at_least=0, slots_modes=_LATENTS)
     """Weight of the squared change of the code to the next token of its sequence, a mean."""

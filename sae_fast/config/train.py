@@ -40,6 +40,7 @@ def _has_more_terms(run: Run) -> bool:
 class TrainConfig(ConfigFile):
     """The training run: data, optimiser, schedule, precision, logging and checkpoints."""
 
+    title: ClassVar[str] = "Training"
     section: ClassVar[str] = "train"
 
     shard_dir: str | None = setting(
@@ -100,7 +101,6 @@ class TrainConfig(ConfigFile):
         False,
         on_resume="free",
         shards_only=_KEPT,
-        brief="read the shards once and keep their rows in memory",
     )
     """Keep all rows in memory, as stored, once they were read; the order stays what it is."""
     pin: bool = setting(
@@ -287,9 +287,7 @@ class TrainConfig(ConfigFile):
     """Device to train on."""
     cuda_graph: bool = setting(True, on_resume="free")
     """On a GPU, launch a whole step at once, as a CUDA graph; needs fused. The result is equal."""
-    num_threads: int | None = setting(
-        None, at_least=1, on_resume="free", brief="CPU threads; default: torch's choice"
-    )
+    num_threads: int | None = setting(None, at_least=1, on_resume="free")
     """CPU threads; default: torch's own choice. [threads]"""
     seed: int = setting(
         0,
@@ -335,7 +333,6 @@ class TrainConfig(ConfigFile):
         at_least=0,
         on_resume="free",
         decided_by="save_every",
-        brief="interval of the checkpoints",
     )
     """Interval of the checkpoints; 0: only at the end. [steps]"""
     keep_checkpoints: int = setting(3, at_least=1, on_resume="free")

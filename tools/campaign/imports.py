@@ -29,7 +29,7 @@ import torch
 
 from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside, success
 from sae_fast import convert_shards
-from sae_fast.command_line import parse
+from sae_fast.config.command_line import parse
 
 ADDRESS_SPACE = 3 << 30  # above the address space of the loaded libraries
 LEAK = 77
@@ -427,10 +427,5 @@ def _others(shared: Path) -> Sequence[Path]:
 
 
 # The parser of flags caches parts of the sources: read once here, not in every child process.
-parse(
-    convert_shards.ConvertOptions,
-    convert_shards.ConvertOptions(),
-    ["a", "b"],
-    convert_shards.PROGRAM,
-)
+parse(convert_shards.ConvertOptions, ["a", "b"], convert_shards.PROGRAM)
 CAMPAIGN = Campaign(attempt, tries=3000, short=40, prepare=prepare)

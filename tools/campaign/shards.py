@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside, success
 from sae_fast.activations import HeldOut, open_shards, write_manifest, write_shard
-from sae_fast.command_line import EXIT_BAD_INPUT, one_line
+from sae_fast.command_errors import EXIT_BAD_INPUT, one_line
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.train import main
 from sae_fast.training import run_directory

@@ -11,8 +11,8 @@ from small_models import make_network, make_tokenizer, save_model
 from small_texts import expected_rows, make_texts, rows_of
 
 from sae_fast.activations import open_shards
-from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.plan import open_capture
+from sae_fast.config.model_text import CaptureConfig
 
 
 def test_every_hook_has_shards_of_the_same_rows_and_a_part_held_out(whole):

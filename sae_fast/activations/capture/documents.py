@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from sae_fast.activations.capture.language_model import capture_package
 from sae_fast.activations.errors import one_line
+from sae_fast.config.model_text import DEFAULT_SPLIT
 
 DEFAULT_COLUMN = "text"
-DEFAULT_SPLIT = "train"
 TEXT_SPLITS = ("line", "paragraph", "document")
 FINGERPRINT_DOCUMENTS, FINGERPRINT_CHARACTERS = 1024, 1 << 16
 MAX_DOCUMENTS = 2**31  # doc_id is int32

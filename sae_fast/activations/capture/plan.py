@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.documents import Documents, load_documents
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.language_model import (
@@ -27,9 +26,9 @@ from sae_fast.activations.capture.stream_check import checked_hooks
 from sae_fast.activations.capture.tokens import CHUNK, Tokenisation, special_tokens
 from sae_fast.activations.storage import STORAGES
 from sae_fast.activations.writer import chunk_rows_of, padded_rows
+from sae_fast.config.model_text import DEFAULT_CONTEXT, CaptureConfig
 
 AUTO = "auto"  # as the type of storage, see storage_type.py
-DEFAULT_CONTEXT = 512
 # By so many documents or rows the tokens of a dataset are estimated.
 SAMPLED_DOCUMENTS, SAMPLED_ROWS = 512, 1 << 18
 COLUMN_BYTES = 3 * 4  # token_ids, doc_id and position of a row

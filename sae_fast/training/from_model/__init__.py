@@ -7,9 +7,9 @@ a sweep, take the rows of the same passes, see model_stream.py and sweep.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,12 @@ from torch import Tensor
 from sae_fast.activations import Column
 from sae_fast.activations.capture import Documents, Harvester, LanguageModel
 from sae_fast.activations.capture.cache import CachingHarvester
-from sae_fast.activations.capture.config import CaptureConfig
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config.effects import check_effects
-from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import Effect, rules_of, setting
+from sae_fast.config.model_text import TRAIN_DEFAULTS, FromModelConfig
+from sae_fast.config.setting import rules_of
 from sae_fast.json_files import is_integer
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.downstream import Downstream, DownstreamModel
@@ -36,104 +34,7 @@ from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings
 from sae_fast.training.trainer import Trainer
 
-# Defaults of the field's trainers of this kind that differ from a training on shards.
-SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
-TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
 _DEAD_SHARE = TRAIN_DEFAULTS["dead_percentage_threshold"]
-DEFAULT_K = 192
-
-
-@configuration(checkpoint_every="save_every", wandb_log_every="wandb_log_frequency")
-@dataclass(frozen=True)
-class FromModelConfig(ConfigFile):
-    """Train on the activations of a model while it reads a dataset: MODEL DATASET, then flags.
-
-    The flags of a training on shards that mean something here are among them.
-    """
-
-    layers: tuple[int, ...] = setting(
-        (), heading="Text and hook points", brief="blocks whose output is taken; default: 0"
-    )
-    """Blocks after which the residual stream is taken, from 0; default: 0."""
-    hook_points: tuple[str, ...] = setting(
-        (), metavar="NAME", brief="others: residual.L, attn_out.L, mlp_out.L, or a module"
-    )
-    """Other hook points: residual.L, attn_out.L, mlp_out.L, or the path of any module; * stands for
-    all."""
-    layer_stride: int | None = setting(None)
-    """Every so many blocks, instead of layers, and in the patterns of hook_points."""
-    max_tokens: int = setting(1_000_000, at_least=1, brief="tokens to train on")
-    """Tokens to train on. [tokens]"""
-    batch_size: int = setting(4, at_least=1, brief="sequences in a forward pass")
-    """Sequences in a forward pass; a batch has this times ctx_len tokens. [sequences]"""
-    ctx_len: int | None = setting(None, brief="tokens of a sequence; default: 512")
-    """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
-    heldout_tokens: int = setting(16_384, brief="tokens kept for evaluation")
-    """Tokens of the last documents, which are kept for evaluation; 0: none. [tokens]"""
-    cache_dir: Path | None = setting(None, metavar="DIR", brief="keep the activations here")
-    """Keep the activations as shards here, as the capture command writes them."""
-    shard_tokens: int = setting(
-        1 << 20,
-        needs=Effect(
-            "cache_dir, where the shards are kept", lambda text: text.cache_dir is not None
-        ),
-    )
-    """Rows of a shard in cache_dir. [tokens]"""
-    save_dir: Path = setting(Path("output"), metavar="DIR", brief="where runs are written")
-    """Where runs are written, each in a directory of its name."""
-    run_name: str | None = setting(
-        None, metavar="NAME", brief="name of the run's directory; default: a new one"
-    )
-    """Name of the run's directory; default: a new one, such as topk-k192-1."""
-    save_every: int = setting(1000, at_least=0, brief="interval of the checkpoints")
-    """Interval of the checkpoints; 0: only at the end. [steps]"""
-    log_to_wandb: bool = setting(False)
-    """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
-    wandb_log_frequency: int = setting(100, at_least=1)
-    """Interval of the rows that go to Weights & Biases. [steps]"""
-    init_seeds: tuple[int, ...] = setting((42,), brief="an autoencoder is trained for each")
-    """Seeds of the initialisation; an autoencoder is trained for each of them."""
-    shuffle_seed: int = setting(42)
-    """Seed of the order of documents and rows."""
-    text_column: str | None = setting(None, heading="Reading the dataset and the model")
-    """Column of the dataset with the documents; default: text, or the only one with texts."""
-    dataset_config: str | None = setting(None)
-    """Configuration of a dataset on the hub that has several."""
-    split: str = setting("train")
-    """Part of the dataset."""
-    text_split: Literal["line", "paragraph", "document"] = setting("line")
-    """What a document is in a .txt file; document: the whole file."""
-    pack: bool = setting(True)
-    """Put one document after another in a sequence; encoders have one document in each anyway."""
-    exclude_special_tokens: bool = setting(False)
-    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made."""
-    data_preprocessing_num_proc: int = setting(1)
-    """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
-    revision: str | None = setting(None)
-    """Branch, tag or commit of a model on the hub."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto")
-    """Type in which the model runs; auto: as in its checkpoint."""
-
-    def __post_init__(self) -> None:
-        """Check the settings beside each other; raise ValueError naming field and value."""
-        if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
-            given = " ".join(map(str, self.init_seeds)) or "none"
-            raise ValueError(f"init_seeds must be different numbers, got {given}")
-        check_effects(self)
-
-    def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
-        """Return the settings of the capture: what the model reads, and where it is read."""
-        names = {item.name for item in fields(CaptureConfig)} & {item.name for item in fields(self)}
-        own = {name: getattr(self, name) for name in names}
-        if not (self.layers or self.hook_points or self.layer_stride):
-            own["layers"] = (0,)
-        return CaptureConfig(
-            model=model,
-            dataset=dataset,
-            device=device,
-            num_proc=self.data_preprocessing_num_proc,
-            **own,
-        )
 
 
 @torch.inference_mode(False)  # as in Trainer

@@ -15,13 +15,13 @@ from sae_fast.activations.capture.language_model import loaded_language_model
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, TrainConfig
 from sae_fast.config.fields import reject_unknown_keys
-from sae_fast.training.from_model import (
+from sae_fast.config.model_text import (
     DEFAULT_K,
     SAE_DEFAULTS,
     TRAIN_DEFAULTS,
     FromModelConfig,
-    open_from_model,
 )
+from sae_fast.training.from_model import open_from_model
 
 # Settings that name a model or a run's place on the command line, or belong to `config` here.
 _OF_THE_COMMAND = {

@@ -1,0 +1,90 @@
+"""`python -m sae_fast` and the console script: the commands, their help, completion by TAB."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sae_fast
+from sae_fast.__main__ import COMMANDS, main
+from sae_fast.completion import script
+
+COMPLETE = """
+{script}
+COMP_WORDS=({words})
+COMP_CWORD=$(({count} - 1))
+_sae_fast
+echo "${{COMPREPLY[@]}}"
+"""
+
+
+def test_without_arguments_all_commands_are_listed(capsys):
+    assert main([]) == 0
+    listed = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.M)
+    assert listed == list(COMMANDS)
+    folder = Path(sae_fast.__file__).parent
+    commands = [
+        path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text("utf-8")
+    ]
+    assert sorted([*COMMANDS, "__main__"]) == sorted(commands)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "--help-all"])
+def test_every_command_has_help(name, flag, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main([name.replace("_", "-"), flag]) == 0
+    text = capsys.readouterr().out
+    assert f"python -m sae_fast.{name}" in text
+    assert max(map(len, text.splitlines())) <= 100
+    if flag == "--help":
+        assert len(text.splitlines()) <= 60
+
+
+def test_the_command_is_the_module(capsys):
+    assert main(["train", "--k", "x"]) == 2
+    assert capsys.readouterr().err == "error: --k must be a whole number, got 'x'\n"
+
+
+@pytest.mark.parametrize("line", ["train --help", "train m d --help", "train --k x", "capture -h"])
+def test_help_and_wrong_flags_import_no_torch(line):
+    program = (
+        "import sys\n"
+        "from sae_fast.__main__ import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    assert not {'torch', 'numpy', 'h5py'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *line.split()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module", name="bash")
+def bash_script():
+    return script("bash", COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("sae-fast tr", "train"),
+        ("sae-fast train --arch ba", "batch_topk"),
+        ("sae-fast train --learning", "--learning-rate"),
+        ("sae-fast train --no-fu", "--no-fused"),
+        ("sae-fast train --shard-dir x", ""),
+        ("sae-fast train m d --wandb-log-f", "--wandb-log-frequency"),
+        ("sae-fast capture m d --dtype bf", "bfloat16"),
+        ("sae-fast train --pin --keep-i", "--keep-in-memory"),
+        ("sae-fast convert_shards --help-", "--help-all"),
+    ],
+)
+def test_bash_completes_commands_flags_and_values(bash, words, completed):
+    line = COMPLETE.format(script=bash, words=words, count=len(words.split()))
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == completed

@@ -1,0 +1,79 @@
+"""List the commands of sae_fast: `python -m sae_fast`, or `sae-fast` where it is installed.
+
+`sae-fast train …` is `python -m sae_fast.train …`, and so are all others. `sae-fast completion
+bash` prints a script that completes commands, flags and their values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from sae_fast.command_errors import EXIT_BAD_INPUT
+from sae_fast.output_streams import run_command
+from sae_fast.training.signals import run_program
+
+# Each is a module of sae_fast with a function `main`.
+COMMANDS = {
+    "train": "train sparse autoencoders, on shards or on a model",
+    "capture": "write the activations of a model as shards",
+    "convert_shards": "turn activations that other programs saved into shards",
+    "plot": "draw the metrics of runs",
+    "presets": "list settings for well-known models, with the memory they need",
+    "info": "print versions, kernels and what runs on this machine",
+    "biographies": "make labelled activations of made-up biographies",
+    "swap": "swap relation slots of a model trained on biographies",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that the first argument names, or list all; return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    name = given[0].replace("-", "_")
+    if name == "completion":
+        return _print_completion(given[1:])
+    if name not in COMMANDS:
+        print(f"error: unknown command {given[0]!r}: {', '.join(COMMANDS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    command: Callable[[Sequence[str]], int] = importlib.import_module(f"sae_fast.{name}").main
+    return command(given[1:])
+
+
+def _print_completion(shells: Sequence[str]) -> int:
+    from sae_fast.completion import SHELLS, script
+
+    if len(shells) != 1 or shells[0] not in SHELLS:
+        print(f"error: usage: sae-fast completion {'|'.join(SHELLS)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(script(shells[0], COMMANDS), end="")
+    return 0
+
+
+def listing() -> str:
+    """Return the commands with a line on each."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sae-fast COMMAND [flags], or python -m sae_fast.COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "COMMAND --help shows the flags that most people use, COMMAND --help-all all of them.",
+            "Completion by TAB in bash or zsh: the script that `sae-fast completion bash` prints.",
+        ]
+    )
+
+
+def program() -> NoReturn:
+    """Run the console script `sae-fast`."""
+    run_program(lambda: run_command(main))
+
+
+if __name__ == "__main__":
+    program()

@@ -1,0 +1,201 @@
+"""What a language model reads, and which of its activations are taken. Part of sae_fast.config.
+
+`CaptureConfig` is the configuration of `python -m sae_fast.capture`, `FromModelConfig` that of a
+training straight from a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from sae_fast.config.effects import check_effects
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.setting import Effect, setting
+
+DEFAULT_CONTEXT = 512  # tokens of a sequence, unless the context of the model is shorter
+DEFAULT_SPLIT = "train"
+# Defaults of a training straight from a model that differ from those of a training on shards, as
+# in other trainers of this kind.
+SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
+TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
+DEFAULT_K = 192  # of the architectures that have a k
+
+
+@configuration()
+@dataclass(frozen=True)
+class CaptureConfig(ConfigFile):
+    """Run a language model over a dataset and write the activations of its layers as shards."""
+
+    title: ClassVar[str] = "Capture"
+
+    model: str | None = setting(
+        None,
+        positional=True,
+        metavar="MODEL",
+        heading="Model, text and hook points",
+        brief="a folder with a transformers model, or its name on the hub",
+    )
+    """A folder with a transformers model, or its name on the Hugging Face hub."""
+    dataset: str | None = setting(
+        None, positional=True, metavar="DATASET", brief="a dataset on the hub, a folder, or files"
+    )
+    """A dataset on the hub, a folder, or .jsonl, .json, .txt, .csv or .parquet files."""
+    out: Path | None = setting(None, metavar="DIR", brief="directory to write")
+    """Directory to write: a folder of shards for each hook point, and capture.json."""
+    layers: tuple[int, ...] = setting((), brief="blocks whose output is captured, from 0")
+    """Blocks after which the residual stream is captured, from 0."""
+    hook_points: tuple[str, ...] = setting(
+        (), metavar="NAME", brief="others: residual.L, attn_out.L, mlp_out.L, or a module"
+    )
+    """Other hook points: residual.L, attn_out.L, mlp_out.L, or a module's path; * for every
+    block."""
+    layer_stride: int | None = setting(None, at_least=1)
+    """Capture every n-th block, in place of --layers, and in the patterns of --hook-points."""
+    max_tokens: int | None = setting(
+        None, at_least=1, heading="Sequences", brief="rows to capture; default: the whole dataset"
+    )
+    """Rows to capture for each hook point; default: the whole dataset. [tokens]"""
+    heldout_tokens: int = setting(0, at_least=0, brief="rows of the last documents, held out")
+    """Rows of the last documents that go into heldout_00.h5, besides --max-tokens. [tokens]"""
+    ctx_len: int | None = setting(None, at_least=1, brief="tokens of a sequence; default: 512")
+    """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
+    batch_size: int = setting(32, at_least=1, brief="sequences in a forward pass")
+    """Sequences in a forward pass. [sequences]"""
+    pack: bool = setting(True)
+    """Put one document after another in a sequence; encoders have one document in each anyway."""
+    exclude_special_tokens: bool = setting(False, brief="leave out BOS, EOS, [CLS], [SEP] rows")
+    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, they are not stored."""
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
+        "auto", heading="Shards", brief="type that is stored"
+    )
+    """Type in which activations are stored; auto: float16, or bfloat16 where a sample of them comes
+    near the ends of float16."""
+    shard_tokens: int = setting(1 << 20, at_least=1)
+    """Rows of a shard; a capture that is killed goes on behind its last whole shard. [tokens]"""
+    compression: Literal["none", "zstd", "blosc2", "gzip"] = setting(
+        "none", brief="compression of the shards"
+    )
+    """Compression of the shards."""
+    text_column: str | None = setting(None, heading="Reading the dataset and the model")
+    """Column of the dataset with the documents; default: text, or the only one with texts."""
+    dataset_config: str | None = setting(None)
+    """Configuration of a dataset on the hub that has several."""
+    split: str = setting(DEFAULT_SPLIT, brief="part of the dataset")
+    """Part of the dataset."""
+    text_split: Literal["line", "paragraph", "document"] = setting("line")
+    """What a document is in a .txt file; document: the whole file."""
+    shuffle_seed: int | None = setting(42, at_least=0)
+    """Seed of the order of the documents; None keeps the dataset's own order."""
+    num_proc: int = setting(1, at_least=1)
+    """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
+    revision: str | None = setting(None)
+    """Branch, tag or commit of a model on the hub."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto")
+    """Type in which the model runs; auto: as in its checkpoint."""
+    device: str = setting("cpu", brief="cpu or cuda")
+    """cpu or cuda; torchrun gives each of its processes a GPU of its own."""
+    num_threads: int | None = setting(None, at_least=1)
+    """CPU threads of the model; default: torch's own choice. [threads]"""
+
+    def __post_init__(self) -> None:
+        """Check the settings beside each other; raise ValueError naming field and value."""
+        for layer in self.layers:
+            if layer < 0:
+                raise ValueError(f"layers are counted from 0, got {layer}")
+
+
+@configuration(checkpoint_every="save_every", wandb_log_every="wandb_log_frequency")
+@dataclass(frozen=True)
+class FromModelConfig(ConfigFile):
+    """Train on the activations of a model while it reads a dataset: MODEL DATASET, then flags.
+
+    The flags of a training on shards that mean something here are among them.
+    """
+
+    title: ClassVar[str] = "Model and text"
+
+    layers: tuple[int, ...] = setting(
+        (), heading="Text and hook points", brief="blocks whose output is taken; default: 0"
+    )
+    """Blocks after which the residual stream is taken, from 0; default: 0."""
+    hook_points: tuple[str, ...] = setting(
+        (), metavar="NAME", brief="others: residual.L, attn_out.L, mlp_out.L, or a module"
+    )
+    """Other hook points: residual.L, attn_out.L, mlp_out.L, or a module's path; * for every
+    block."""
+    layer_stride: int | None = setting(None)
+    """Take every n-th block, in place of layers, and in the patterns of hook_points."""
+    max_tokens: int = setting(1_000_000, at_least=1, brief="tokens to train on")
+    """Tokens to train on. [tokens]"""
+    batch_size: int = setting(4, at_least=1, brief="sequences in a forward pass")
+    """Sequences in a forward pass; a batch has this times ctx_len tokens. [sequences]"""
+    ctx_len: int | None = setting(None, brief="tokens of a sequence; default: 512")
+    """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
+    heldout_tokens: int = setting(16_384, brief="tokens kept for evaluation")
+    """Tokens of the last documents, which are kept for evaluation; 0: none. [tokens]"""
+    cache_dir: Path | None = setting(None, metavar="DIR")
+    """Keep the activations as shards here, as the capture command writes them."""
+    shard_tokens: int = setting(
+        1 << 20,
+        needs=Effect(
+            "cache_dir, where the shards are kept", lambda text: text.cache_dir is not None
+        ),
+    )
+    """Rows of a shard in cache_dir. [tokens]"""
+    save_dir: Path = setting(Path("output"), metavar="DIR")
+    """Where runs are written, each in a directory of its name."""
+    run_name: str | None = setting(
+        None, metavar="NAME", brief="name of the run's directory; default: a new one"
+    )
+    """Name of the run's directory; default: a new one, such as topk-k192-1."""
+    save_every: int = setting(1000, at_least=0)
+    """Interval of the checkpoints; 0: only at the end. [steps]"""
+    log_to_wandb: bool = setting(False)
+    """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
+    wandb_log_frequency: int = setting(100, at_least=1)
+    """Interval of the rows that go to Weights & Biases. [steps]"""
+    init_seeds: tuple[int, ...] = setting((42,), brief="an autoencoder is trained for each")
+    """Seeds of the initialisation; an autoencoder is trained for each of them."""
+    shuffle_seed: int = setting(42)
+    """Seed of the order of documents and rows."""
+    text_column: str | None = setting(None, heading="Reading the dataset and the model")
+    """Column of the dataset with the documents; default: text, or the only one with texts."""
+    dataset_config: str | None = setting(None)
+    """Configuration of a dataset on the hub that has several."""
+    split: str = setting(DEFAULT_SPLIT)
+    """Part of the dataset."""
+    text_split: Literal["line", "paragraph", "document"] = setting("line")
+    """What a document is in a .txt file; document: the whole file."""
+    pack: bool = setting(True)
+    """Put one document after another in a sequence; encoders have one document in each anyway."""
+    exclude_special_tokens: bool = setting(False)
+    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made."""
+    data_preprocessing_num_proc: int = setting(1)
+    """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
+    revision: str | None = setting(None)
+    """Branch, tag or commit of a model on the hub."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto")
+    """Type in which the model runs; auto: as in its checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Check the settings beside each other; raise ValueError naming field and value."""
+        if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
+            given = " ".join(map(str, self.init_seeds)) or "none"
+            raise ValueError(f"init_seeds must be different numbers, got {given}")
+        check_effects(self)
+
+    def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
+        """Return what is asked of the model, whose name or folder and dataset are given."""
+        names = self.defaults().keys() & CaptureConfig.defaults().keys()
+        own = {name: getattr(self, name) for name in names}
+        if not (self.layers or self.hook_points or self.layer_stride):
+            own["layers"] = (0,)
+        return CaptureConfig(
+            model=model,
+            dataset=dataset,
+            device=device,
+            num_proc=self.data_preprocessing_num_proc,
+            **own,
+        )
