@@ -161,7 +161,7 @@ def _write(
 
 
 class _Progress:
-    """A bar of the steps, or a line now and then where there is no terminal."""
+    """A progress bar of the steps, or a line after each eighth of them without a terminal."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps

@@ -15,7 +15,7 @@ def refuse(error: ImportError) -> NoReturn:
 
 
 def require_torch() -> None:
-    """Refuse the import in a Python without torch, as that of a checkout without environment is."""
+    """Refuse the import in a Python without torch, such as the one outside a checkout's .venv."""
     if importlib.util.find_spec("torch") is None:
         refuse(
             ImportError(

@@ -84,7 +84,7 @@ def shown(value: object) -> str:
 
 
 def bounded(text: str, longest: int = 900) -> str:
-    """Return a message; of one that is longer the begin and the end."""
+    """Return a message, shortened to its begin and its end where it is longer than that."""
     return text if len(text) <= longest else f"{text[: longest - 300]} ... {text[-250:]}"
 
 
@@ -95,12 +95,12 @@ def require(condition: bool, field: str, expected: str, value: object) -> None:
 
 
 def is_integer(value: object, least: int = 0, largest: int = 2**63 - 1) -> bool:
-    """True for an integer, no boolean, from `least` to `largest`."""
+    """Return whether a value is an integer, not a boolean, from `least` to `largest`."""
     return type(value) is int and least <= value <= largest
 
 
 def is_number(value: object, least: float = -math.inf) -> bool:
-    """True for a finite number, no boolean, of at least `least`."""
+    """Return whether a value is a finite number, not a boolean, of at least `least`."""
     return type(value) in (int, float) and math.isfinite(value) and value >= least  # type: ignore[arg-type, operator]
 
 

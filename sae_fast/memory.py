@@ -1,4 +1,4 @@
-"""Memory asked for before it is needed, by libraries that end the process where they get none."""
+"""Test allocations ahead of libraries that end the process where they get no memory."""
 
 from __future__ import annotations
 

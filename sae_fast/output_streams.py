@@ -1,7 +1,8 @@
-"""Output streams of a command: work goes on when they are closed or their reader has gone.
+"""Output streams of a command, which works to its end also when they are closed.
 
-A reader that has gone, as that of `… | head` has, ends a Python program with a BrokenPipeError at
-the next print; a stream that was closed from the start is None, which progress bars do not expect.
+When the reader of a pipe ends first, as `… | head` does, the next print ends a Python program with
+a BrokenPipeError; a stream that was closed from the start is None, which progress bars do not
+expect.
 
 Without memory, Python writes a traceback for each exception that it has to ignore: in a destructor,
 or in C code that calls back, as a font library does. A command says in one line that it has no
@@ -130,7 +131,7 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _open_on(descriptor: int) -> None:
-    """Let a descriptor stand for a file that takes everything."""
+    """Open a file that drops everything written to it on a descriptor."""
     null = os.open(os.devnull, os.O_WRONLY)
     if null != descriptor:
         os.dup2(null, descriptor)

@@ -39,7 +39,8 @@ class SwapOptions(ConfigFile):
     data: Path | None = setting(None, metavar="DIR")
     """Directory that `python -m sae_fast.biographies` wrote."""
     layer: int | None = setting(None)
-    """Layer whose activations are replaced; default: that of the shards it was trained on."""
+    """Layer whose activations are replaced; default: the layer of the
+    shards that the checkpoint was trained on."""
     strengths: tuple[float, ...] = setting((0.5, 1.0, 2.0, 5.0, 10.0))
     """Strengths that a slot is set to, in units of its mean value where its relation is asked."""
     max_entities: int | None = setting(None, at_least=1)
@@ -96,7 +97,7 @@ def _model_directory(path: Path) -> Path:
 
 
 def _trained_layer(path: Path) -> int:
-    """The layer of the shards that a checkpoint was trained on."""
+    """Return the layer of the shards that a checkpoint was trained on."""
     try:
         trained_on = read_newest_state(path, check_state)["config"]["train"].get("shard_dir")
     except CheckpointError:

@@ -73,7 +73,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 
 def has_checksum(path: Path) -> bool:
-    """True where `load_tensors` can tell damaged content."""
+    """Return whether `load_tensors` can tell damaged content of a file."""
     require_memory()
     try:
         with safe_open(path, framework="pt") as file:
@@ -83,7 +83,7 @@ def has_checksum(path: Path) -> bool:
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a file by their names, from its header alone; raise ValueError."""
+    """Return the shapes of the tensors in a file by name, from its header; raise ValueError."""
     _require_regular(path)
     require_memory()
     try:
@@ -103,8 +103,8 @@ def checked_tensors(
 ) -> dict[str, Tensor]:
     """Return the tensors with the types of `expected`; raise ValueError for what does not fit.
 
-    Names and shapes must be those of `expected`. A floating-point tensor may have any precision of
-    `FLOATS` and must be finite; an integer one must have the expected type.
+    Names and shapes must equal the ones in `expected`. A floating-point tensor may have any
+    precision of `FLOATS` and must be finite; an integer one must have the expected type.
 
     Args:
         place: the file, for the message.
@@ -146,14 +146,14 @@ def sha256_of(path: Path) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True where all numbers are finite; needs no memory of the tensor's size."""
+    """Return whether all numbers are finite, without memory of the tensor's size."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     return all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of names, types, shapes and bytes, whatever the order in the file."""
+    """Return a digest of names, types, shapes and bytes, independent of the order in the file."""
     value = 0
     for name in sorted(tensors):
         tensor = tensors[name]

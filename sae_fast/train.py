@@ -188,7 +188,7 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
 
 
 def _config(given: Given, line: FromModel | None = None) -> RunConfig:
-    """Return the configuration that a command line gives with what stands behind it.
+    """Return the configuration that a command line gives, with its files, preset and run.
 
     Files, presets, runs and defaults are laid over each other as settings by name, the weakest
     first; from all of them together one configuration is made.
@@ -254,7 +254,7 @@ def _decay_with_adam(flags: dict[str, Any], own: dict[str, Any], *, is_open: boo
     """Make adam with a weight decay adamw, as in other trainers of this kind.
 
     Args:
-        flags: those of the training, changed where they name adam.
+        flags: the flags of the training, changed where they name adam.
         own: the weakest defaults, changed where no optimizer is named.
         is_open: whether files name no optimizer.
     """
@@ -323,7 +323,7 @@ def _opened(
 ) -> tuple[Trainer | Sweep, Path]:
     """Make the training that a command line asks for, or several; return where runs are written.
 
-    What is put on the stack keeps other trainings out of that directory.
+    The locks put on the stack keep other trainings out of that directory.
     """
     given, line = _read(arguments)
     config = _config(given, line)

@@ -6,13 +6,13 @@ the same. A switch stands alone, or before true or false, and has a negative for
 last of two values of a setting counts. `read` returns the values that were given and no defaults,
 so that a command lays them over presets and files as dictionaries.
 
-This is a parser of its own and not argparse or tyro, because half of a parser is what it says of a
-mistake, and every message here names the flag, what it must be, what it got and the nearest name.
-argparse takes `--k 3 4` for k = 3 and an unknown argument 4, reports unknown flags last, and knows
-neither ranges nor names of other trainers; what it does well, checking one value after another, is
-`convert` in setting.py, which JSON files need as well. tyro needs a second parser to tell mistakes
-in one line and takes half a second to start. So is there one parser, one place for types, and
---help that imports neither torch nor numpy.
+Why neither argparse nor tyro reads the lines: most of a parser is its messages, and each message
+here names the flag, the values it takes, the value it got and the nearest name. argparse reads
+`--k 3 4` as k = 3 beside an unknown argument 4, reports unknown flags last, and knows neither
+ranges nor the names of settings in other trainers. What it does well, turning words into typed
+values, is `convert` in setting.py, which JSON files need as well. tyro prints a box of many lines,
+which a second parser had to turn into one. With one parser of its own the package has one place for
+types, one dependency less, and help that imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Flag:
     """A setting as a flag, or as a word with a fixed place on the command line.
 
     Attributes:
-        section: the key of its configuration among those of the command.
+        section: the key of its configuration in the command line's `sections`.
         name: the field.
         kind: the type of the field.
         default: the value where none is given, for help.
@@ -146,7 +146,7 @@ class CommandLine:
         about: what the command does, for help.
         sections: its configurations by a name for each. A field of several of them is a flag of the
             first one.
-        defaults: defaults that help shows in place of those of the fields.
+        defaults: defaults that help shows in place of the defaults of the fields.
         refused: by name of a field that is no flag of this command, the words that say so.
         hidden: names of fields that help leaves out.
     """

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from sae_fast.config.train import TrainConfig
 
 _ROOM = 1 << 20  # a width at which every default fits
-# Set while configurations are made that are not yet those of a training.
+# Set while configurations are made that other settings are still laid over.
 _is_trial = ContextVar("is_trial", default=False)
 
 
 class IdleSettingError(ValueError):
-    """A setting has no effect; `name` is that of the setting."""
+    """The setting called `name` has no effect."""
 
     def __init__(self, name: str, value: object, needs: str) -> None:
         super().__init__(f"{name} = {shown(value)} needs {needs}")
@@ -67,7 +67,7 @@ class Run:
 def unchecked() -> Iterator[None]:
     """Let configurations inside this context be made with settings that have no effect.
 
-    They are checked again where they become those of a training.
+    Outside of it, the configuration of a training is made from them and checked.
     """
     token = _is_trial.set(True)
     try:

@@ -1,7 +1,7 @@
-"""What a language model reads, and which of its activations are taken. Part of sae_fast.config.
+"""The text that a language model reads, and the activations that are taken from it.
 
-`CaptureConfig` is the configuration of `python -m sae_fast.capture`, `FromModelConfig` that of a
-training straight from a model.
+`CaptureConfig` is the configuration of `python -m sae_fast.capture`, `FromModelConfig` the
+configuration of a training straight from a model. Part of sae_fast.config.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from sae_fast.config.setting import Effect, setting
 
 DEFAULT_CONTEXT = 512  # tokens of a sequence, unless the context of the model is shorter
 DEFAULT_SPLIT = "train"
-# Defaults of a training straight from a model that differ from those of a training on shards, as
-# in other trainers of this kind.
+# Defaults of a training straight from a model that a training on shards does not have; they are the
+# defaults of other trainers of this kind.
 SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
 TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
 DEFAULT_K = 192  # of the architectures that have a k
@@ -144,17 +144,20 @@ class FromModelConfig(ConfigFile):
         ),
     )
     """Rows of a shard in cache_dir. [tokens]"""
-    save_dir: Path = setting(Path("output"), metavar="DIR")
+    save_dir: Path = setting(Path("output"), metavar="DIR", command_only=True)
     """Where runs are written, each in a directory of its name."""
     run_name: str | None = setting(
-        None, metavar="NAME", brief="name of the run's directory; default: a new one"
+        None,
+        metavar="NAME",
+        brief="name of the run's directory; default: a new one",
+        command_only=True,
     )
     """Name of the run's directory; default: a new one, such as topk-k192-1."""
-    save_every: int = setting(1000, at_least=0)
+    save_every: int = setting(1000, at_least=0, command_only=True)
     """Interval of the checkpoints; 0: only at the end. [steps]"""
-    log_to_wandb: bool = setting(False)
+    log_to_wandb: bool = setting(False, command_only=True)
     """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
-    wandb_log_frequency: int = setting(100, at_least=1)
+    wandb_log_frequency: int = setting(100, at_least=1, command_only=True)
     """Interval of the rows that go to Weights & Biases. [steps]"""
     init_seeds: tuple[int, ...] = setting((42,), brief="an autoencoder is trained for each")
     """Seeds of the initialisation; an autoencoder is trained for each of them."""
@@ -174,9 +177,11 @@ class FromModelConfig(ConfigFile):
     """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made."""
     data_preprocessing_num_proc: int = setting(1)
     """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
-    revision: str | None = setting(None)
+    revision: str | None = setting(None, command_only=True)
     """Branch, tag or commit of a model on the hub."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto")
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", command_only=True
+    )
     """Type in which the model runs; auto: as in its checkpoint."""
 
     def __post_init__(self) -> None:

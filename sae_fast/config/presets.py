@@ -17,14 +17,14 @@ from sae_fast.config.train import TrainConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings by name; what is not among them has its default.
+    """Settings by name; all others have their defaults.
 
     Attributes:
-        about: what it is for, one line.
-        tokens: what such a model is usually trained on.
-        sae: of SAEConfig.
-        train: of TrainConfig.
-        text: of FromModelConfig, in a training straight from the model.
+        about: the model it is for, in one line.
+        tokens: the number of tokens that such a model is usually trained on.
+        sae: settings of SAEConfig.
+        train: settings of TrainConfig.
+        text: settings of FromModelConfig, for a training straight from the model.
     """
 
     about: str
@@ -34,7 +34,7 @@ class Preset:
     text: dict[str, Any] = field(default_factory=dict)
 
     def configs(self) -> tuple[SAEConfig, TrainConfig]:
-        """The configurations of the preset."""
+        """Return the configurations of the preset."""
         return SAEConfig(**self.sae), TrainConfig(**self.train)
 
 
@@ -54,7 +54,7 @@ def pythia_1_4b_sae_config(expansion_factor: float | None = None, **settings: An
 
 
 def _complete(name: str, expansion_factor: float | None, settings: dict[str, Any]) -> RunConfig:
-    """The preset of a name with other settings in place of its own, and its learning rate."""
+    """Return a preset with other settings in place of its own, and its learning rate filled in."""
     if expansion_factor is not None:
         settings = {**settings, "expansion_factor": expansion_factor}
     chosen = preset(name)
@@ -138,7 +138,7 @@ PRESETS = {
 
 
 def preset(name: str) -> Preset:
-    """The preset of this name; raises ValueError with the names that there are."""
+    """Return the preset of this name; raise ValueError with the names that there are."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name]

@@ -687,7 +687,7 @@ class SAEConfig(ConfigFile):
 
     @property
     def is_end_to_end(self) -> bool:
-        """Whether the loss is that of the model behind the reconstruction."""
+        """Whether the loss is the language model's, which reads the reconstruction."""
         return self.loss_fn in ("ce", "kl")
 
     @property

@@ -48,11 +48,13 @@ class Rules:
         run_needs: what the data and the run must be for it to have an effect, see `Run`.
         within_run: it is a number of steps, and a run must have as many.
         on_resume: "free": a resumed run may have another value and stays equal to the bit; "kept":
-            a resumed run that leaves it open goes on with the value it began with. Without either
+            a resumed run that leaves it open keeps the value it began with. Without either
             a setting of the model must stay, and one of the training may change, which is logged.
         sweep: the trainings of a sweep may differ in this setting of their training.
         shards_only: why the setting has no place in a training straight from a model.
         decided_by: the setting of FromModelConfig that decides it in such a training.
+        command_only: it names a model or the place of a run on the command line, and
+            `train_from_model` does not take it.
         heading: the heading of the help under which this setting and those after it stand.
         brief: one line for the short help; settings without it are in the full help only.
         metavar: stands for the value in help; default: made from the type.
@@ -77,6 +79,7 @@ class Rules:
     sweep: bool = False
     shards_only: str = ""
     decided_by: str = ""
+    command_only: bool = False
     heading: str = ""
     brief: str = ""
     metavar: str = ""

@@ -390,8 +390,8 @@ class TrainConfig(ConfigFile):
     def from_saved(cls, values: dict[str, Any]) -> TrainConfig:
         """Make the configuration of a run from the values saved with it.
 
-        A weight decay without the name of an optimizer is that of adamw: such values were written
-        before there was a choice.
+        A weight decay without the name of an optimizer means adamw: such values were written before
+        there was a choice.
         """
         if "optimizer" not in values and values.get("weight_decay"):
             values = {**values, "optimizer": "adamw"}

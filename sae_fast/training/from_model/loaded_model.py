@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,8 @@ from sae_fast.config.model_text import (
     TRAIN_DEFAULTS,
     FromModelConfig,
 )
+from sae_fast.config.setting import rules_of
 from sae_fast.training.from_model import open_from_model
-
-# Settings that name a model or a run's place on the command line, or belong to `config` here.
-_OF_THE_COMMAND = {
-    *("save_dir", "run_name", "save_every", "log_to_wandb", "wandb_log_frequency"),
-    *("revision", "model_dtype"),
-}
 
 
 def train_from_model(
@@ -88,10 +83,11 @@ def _of(train: TrainConfig) -> dict[str, Any]:
 
 def _settings(settings: dict[str, Any]) -> FromModelConfig:
     """Return the settings of the model and its text, with lists and single values as tuples."""
-    known = {item.name: item for item in fields(FromModelConfig)}
-    reject_unknown_keys(settings, sorted(known.keys() - _OF_THE_COMMAND))
+    defaults = FromModelConfig.defaults()
+    known = [name for name, rules in rules_of(FromModelConfig).items() if not rules.command_only]
+    reject_unknown_keys(settings, sorted(known))
     values: dict[str, Any] = {
-        name: _several(value) if isinstance(known[name].default, tuple) else value
+        name: _several(value) if isinstance(defaults[name], tuple) else value
         for name, value in settings.items()
     }
     return FromModelConfig(**values)
