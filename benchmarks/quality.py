@@ -109,7 +109,8 @@ def train_reference(trainer: Trainer, seed: int) -> Quality:
     """Train plain PyTorch with the weights, rows and schedule that `trainer` would use."""
     size, weights = trainer.sae_config, weights_of(trainer.sae)
     reference = TunedTrainer(weights, size.k, 0.0, dead_after_tokens=size.dead_after_tokens)
-    source = trainer.data.open(transform_of(trainer))
+    source = trainer.source
+    source.set_transform(transform_of(trainer))
     start = time.perf_counter()
     for step in range(trainer.total_steps):
         for group in reference.optimizer.param_groups:
