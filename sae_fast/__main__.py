@@ -1,7 +1,7 @@
 """List the commands of sae_fast: `python -m sae_fast`, or `sae-fast` where it is installed.
 
-`sae-fast train …` is `python -m sae_fast.train …`, and so are all others. `sae-fast completion
-bash` prints a script that completes commands, flags and their values.
+`sae-fast train …` runs `python -m sae_fast.train …`, and each other command runs its
+module. `sae-fast completion bash` prints a script that completes commands, flags and their values.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# What file systems without locks answer; EBADF comes of network ones for a directory.
+# Errors of file systems without locks; network file systems report EBADF for a directory.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 

@@ -99,6 +99,7 @@ class SAEConfig(ConfigFile):
             heading="Architecture and sizes",
             brief="architecture",
             elsewhere=("architecture", "sae_type"),
+            of_start=True,
         )
     )
     """Architecture. topk: the k largest latents of every token; batch_topk: k latents a token on
@@ -107,17 +108,25 @@ class SAEConfig(ConfigFile):
     gated: all latents whose gate is open, with a separate strength; slots: as relu, with latents
     that are bound to labelled relations."""
     d_in: int = setting(
-        0, at_least=0, must="at least 1, or 0 to take it from the data", metavar="D_IN"
+        0,
+        at_least=0,
+        must="at least 1, or 0 to take it from the data",
+        metavar="D_IN",
+        of_start=True,
     )
     """Width of an activation, also accepted as input_dim; 0: taken from the data. [numbers]"""
-    transcoder: bool = setting(False, shards_only=_TARGETS)
+    transcoder: bool = setting(False, shards_only=_TARGETS, of_start=True)
     """Predict other activations, the targets, and not the input again: the output of an MLP from
     its input, for example."""
     d_out: int = setting(
-        0, at_least=0, must="at least 1, or 0 to take it from the data", shards_only=_TARGETS
+        0,
+        at_least=0,
+        must="at least 1, or 0 to take it from the data",
+        shards_only=_TARGETS,
+        of_start=True,
     )
     """Width of a target; 0: taken from the data; without transcoder it is d_in. [numbers]"""
-    skip_connection: bool = setting(False, shards_only=_TARGETS)
+    skip_connection: bool = setting(False, shards_only=_TARGETS, of_start=True)
     """Add a linear map of the activation, W_skip, to the prediction of a transcoder."""
     d_sae: int = setting(
         0,
@@ -125,6 +134,7 @@ class SAEConfig(ConfigFile):
         must="at least 1, or 0 for expansion_factor * d_in",
         brief="number of latents; default: --expansion-factor times d_in",
         elsewhere=("dict_size", "d_hidden", "n_latents", "n_features", "latents"),
+        of_start=True,
     )
     """Number of latents, also accepted as num_latents; 0: expansion_factor times d_in. [latents]"""
     expansion_factor: float | None = setting(
@@ -159,11 +169,11 @@ class SAEConfig(ConfigFile):
     and all of d_sae. [latents]"""
     matryoshka_weights: tuple[float, ...] | None = setting(None, arch=_MATRYOSHKA)
     """Weights of the nested dictionaries' squared errors, which are added up; default: 1 each."""
-    use_relu: bool = setting(True)
+    use_relu: bool = setting(True, of_start=True)
     """Apply ReLU to the selected values, so that codes are never negative. Without it, with arch
     relu, all latents are active, with any sign, and the penalty is on magnitudes. The activation
     abs_topk has none."""
-    subtract_b_dec: bool = setting(True)
+    subtract_b_dec: bool = setting(True, of_start=True)
     """Encode x - b_dec in place of x: f = ReLU(W_enc x + b_enc). A transcoder subtracts nothing."""
 
     loss_fn: Literal["mse", "fvu", "ce", "kl"] = setting("mse", heading="Loss")
@@ -276,7 +286,7 @@ class SAEConfig(ConfigFile):
     dead_feature_threshold. [tokens]"""
 
     normalize_activations: Literal["mean_scale", "none"] = setting(
-        "mean_scale", heading="Normalisation and initialisation"
+        "mean_scale", heading="Normalisation and initialisation", of_start=True
     )
     """mean_scale: subtract the mean and scale to an expected norm of sqrt(d_in), targets separately
     to sqrt(d_out); none: leave activations as they are."""
@@ -342,7 +352,7 @@ class SAEConfig(ConfigFile):
     """Parts of slots that are trained. joint, the default: latents and value heads;
     separate_activation: the latents alone; separate_value: the heads alone, on the model that
     --start-from names."""
-    n_relations: int | None = setting(None, at_least=1, arch=_SLOTS)
+    n_relations: int | None = setting(None, at_least=1, arch=_SLOTS, of_start=True)
     """Relation slots, the last latents; default: the largest relation + 1. [latents]"""
     n_answers: int | None = setting(None, at_least=1, arch=_SLOTS, needs=_ANSWERS)
     """Answers that the labels number from 0; default: the largest + 1. [answers]"""

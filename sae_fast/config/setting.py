@@ -50,6 +50,7 @@ class Rules:
         on_resume: "free": a resumed run may have another value and stays equal to the bit; "kept":
             a resumed run that leaves it open keeps the value it began with. Without either
             a setting of the model must stay, and one of the training may change, which is logged.
+        of_start: a training that starts from another model must have the value of that model.
         sweep: the trainings of a sweep may differ in this setting of their training.
         shards_only: why the setting has no place in a training straight from a model.
         decided_by: the setting of FromModelConfig that decides it in such a training.
@@ -76,6 +77,7 @@ class Rules:
     run_needs: Effect | None = None
     within_run: bool = False
     on_resume: Literal["free", "kept"] | None = None
+    of_start: bool = False
     sweep: bool = False
     shards_only: str = ""
     decided_by: str = ""

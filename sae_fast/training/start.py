@@ -207,12 +207,11 @@ def start_model(
         known = SparseAutoencoder.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"start_from: {error}") from error
-    for name in (
-        *("arch", "d_in", "d_sae", "normalize_activations", "n_relations"),
-        *("transcoder", "d_out", "skip_connection", "subtract_b_dec", "use_relu"),
+    names = [name for name, rules in rules_of(sae).items() if rules.of_start]
+    if sae.slots_mode == "separate_value":
         # The heads read slots in units of the target that these were trained to.
-        *(("slot_target",) if sae.slots_mode == "separate_value" else ()),
-    ):
+        names.append("slot_target")
+    for name in names:
         before, now = getattr(known.config, name), getattr(sae, name)
         if before != now:
             raise ValueError(
