@@ -13,6 +13,7 @@ if not NOTEBOOKS:
     pytest.skip("no checkout: the notebooks are not installed", allow_module_level=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
