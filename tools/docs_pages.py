@@ -293,6 +293,7 @@ def results_pages() -> dict[str, str]:
     made, lines = {}, []
     for path in sorted(RESULTS.glob("*.md")):
         text = path.read_text("utf-8")
+        text = re.sub(r"(?m)^([^-|\s].*)\n(?=- )", r"\1\n\n", text)  # a list needs an empty line
         picture = path.with_suffix(".png")
         if picture.exists():
             text += f"\n![{text.splitlines()[0].lstrip('# ')}]({picture.name})\n"
