@@ -45,6 +45,7 @@ NOT_RUN = {
     "make demo": "it builds the environment, with packages from a registry",
     "make test": "it runs this very test",
     "make build-dev": "it builds the environment, with packages from a registry",
+    "make campaign": "it computes for an hour",
     "make wheel": "it builds an environment, with packages from a registry",
     "source": "the environment of these tests is active already",
     "cmake --build": "it compiles for minutes",
