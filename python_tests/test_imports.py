@@ -12,7 +12,14 @@ PACKAGE = Path(sae_fast.__file__).parent
 LAYERS = (
     (
         *("import_errors", "json_files", "tensor_files", "text_links"),
-        *("atomic_files", "directory_lock", "memory", "output_streams", "command_errors"),
+        *(
+            "atomic_files",
+            "directory_lock",
+            "memory",
+            "output_streams",
+            "progress_bar",
+            "command_errors",
+        ),
     ),
     ("config",),
     ("ops",),

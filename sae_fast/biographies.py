@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
@@ -29,6 +28,7 @@ from sae_fast.ground_truth.biographies.language_model import (
 from sae_fast.ground_truth.biographies.probes import probe_accuracies
 from sae_fast.ground_truth.biographies.text import make_biographies
 from sae_fast.output_streams import run_command
+from sae_fast.progress_bar import progress_bar
 
 PROGRAM = "python -m sae_fast.biographies"
 USAGE = f"{PROGRAM} --out DIR [flags]"
@@ -165,9 +165,7 @@ class _Progress:
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._bar = tqdm(
-            total=steps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
+        self._bar = progress_bar(total=steps, unit="step")
 
     def __enter__(self) -> _Progress:
         return self

@@ -15,12 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from sae_fast.command_errors import EXIT_BAD_INPUT, one_line, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.model_text import CaptureConfig
 from sae_fast.output_streams import run_command
+from sae_fast.progress_bar import progress_bar
 from sae_fast.training.signals import StopOnSignal, run_program
 
 if TYPE_CHECKING:
@@ -174,14 +173,7 @@ class _ProgressBar:
         self._total = total
         self._done = done
         self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit="tok",
-            unit_scale=True,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
+        self._bar = progress_bar(total=total, initial=done, unit="tok", unit_scale=True)
 
     def __enter__(self) -> _ProgressBar:
         return self

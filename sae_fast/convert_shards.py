@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from sae_fast.activations.files import shards_in
 from sae_fast.activations.imports import Conversion, ConversionOptions, convert, prepare
 from sae_fast.activations.imports.conversion import ConversionResult, check_space
@@ -34,6 +32,7 @@ from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import setting
 from sae_fast.output_streams import run_command
+from sae_fast.progress_bar import progress_bar
 
 PROGRAM = "python -m sae_fast.convert_shards"
 USAGE = f"{PROGRAM} SRC DST [flags]"
@@ -192,13 +191,7 @@ def _convert(conversion: Conversion) -> None:
     """Convert one source with a progress bar: every row counts twice, written and compared."""
     rows = sum(shard.rows for shard in conversion.shards)
     existing = sum(shard.rows for shard in conversion.shards if shard.name in conversion.done)
-    with tqdm(
-        total=2 * rows - existing,
-        unit="row",
-        unit_scale=True,
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    with progress_bar(total=2 * rows - existing, unit="row", unit_scale=True) as bar:
         result = convert(conversion, lambda count: bar.update(count) and None)
     _conclude(conversion, result)
 

@@ -6,6 +6,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
+from sae_fast.activations import background
 from sae_fast.activations.background import THREADS, BackgroundWriter, Workers, prefetch
 
 
@@ -168,3 +169,14 @@ def test_a_thread_that_ends_for_want_of_memory_is_told(
     monkeypatch.setattr(threading.Thread, "run", fails)
     with pytest.raises(MemoryError, match=r"the thread that .* has ended"):
         use()
+
+
+def test_a_thread_that_ends_before_it_has_told_that_it_runs_is_an_error(monkeypatch):
+    """In place of the want of memory: nothing of the thread's own code runs."""
+    monkeypatch.setattr(threading.Thread, "_bootstrap", lambda self: None)
+    monkeypatch.setattr(background, "_PATIENCE_AT_START", 0.05)
+    with pytest.raises(MemoryError, match=r"a thread has not begun within"):
+        background.start_thread(lambda: None, name="test", does="tests")
+    with pytest.raises(MemoryError):
+        next(ahead(numbers(3), 1))
+    threading._limbo.clear()  # the two are listed there for ever

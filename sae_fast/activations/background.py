@@ -17,10 +17,23 @@ import torch
 
 THREADS = "sae_fast-"  # how the names of the package's threads begin
 _PATIENCE = 1.0  # seconds between two looks at whether a thread is alive
+_PATIENCE_AT_START = 60.0  # seconds after which a thread is taken for one that cannot begin
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _Task = tuple[Future[Any], Callable[[], Any]]
+
+
+class _Started(threading.Event):
+    """Replaces the event that `Thread.start` waits for, without a limit, until the thread runs.
+
+    A thread that gets no memory before it has told that it runs ends without setting the event.
+    """
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not super().wait(_PATIENCE_AT_START if timeout is None else timeout) and timeout is None:
+            raise MemoryError(f"a thread has not begun within {_PATIENCE_AT_START:.0f} s")
+        return self.is_set()
 
 
 class _Thread(threading.Thread):
@@ -30,6 +43,7 @@ class _Thread(threading.Thread):
         super().__init__(target=self._begin, name=THREADS + name, daemon=True)
         self._does, self._work, self.single = does, work, single
         self.begun = threading.Event()
+        self._started = _Started()  # an attribute of Thread, in Python 3.10 to 3.14
 
     def run(self) -> None:
         with suppress(MemoryError):
@@ -58,6 +72,17 @@ def _start(threads: Iterable[_Thread]) -> None:
             thread.check_alive()
         if thread.single:  # what it sets for itself would also become the default of later threads
             torch.set_num_threads(before)
+
+
+def start_thread(work: Callable[[], None], *, name: str, does: str) -> None:
+    """Start a daemon thread that calls `work`; raise MemoryError if it cannot begin.
+
+    Args:
+        work: called without arguments.
+        name: of the thread, after `THREADS`.
+        does: what the thread does, for the error: "watches".
+    """
+    _start([_Thread(name, does, work, single=False)])
 
 
 class Ended(Exception):

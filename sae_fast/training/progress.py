@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
-from tqdm import tqdm
 
+from sae_fast.progress_bar import progress_bar
 from sae_fast.training.metrics import Row
 
 logger = logging.getLogger(__name__)
@@ -93,13 +92,12 @@ class ProgressBar:
 
     def __init__(self, total_tokens: int, tokens: int, *, shown: bool) -> None:
         self._shown = shown
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=total_tokens,
             initial=tokens,
             unit="tok",
             unit_scale=True,
-            disable=not shown or not sys.stderr.isatty(),
-            dynamic_ncols=True,
+            shown=shown,
             smoothing=0.1,
         )
         self._last_line = time.monotonic()

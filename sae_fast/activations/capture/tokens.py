@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sae_fast.activations.background import start_thread
 from sae_fast.activations.capture.documents import Documents
 
 CHUNK = 64  # documents that are tokenised at once
@@ -188,7 +188,7 @@ def _begin_worker(path: str) -> None:
     """Begin a worker process, which ends with its parent, even a killed one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start_thread(_end_with_parent, name="parent", does="watches the parent process")
     _tokenizers[:] = [pickle.loads(Path(path).read_bytes())]
 
 
