@@ -1,4 +1,4 @@
-"""How a command fails: one line on stderr that says what is wrong, and its exit code."""
+"""Failure of a command: one line on stderr that says what is wrong, and the exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sae_fast.json_files import bounded
 from sae_fast.output_streams import memory_was_short
 
 EXIT_BAD_INPUT = 2
-# How Python, torch and C++ say that the system gives no more.
+# Messages of Python, torch and C++ when the system refuses threads or memory.
 _NO_THREAD = "can't start new thread"
 _NO_MEMORY = (
     *("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory"),

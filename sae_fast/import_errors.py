@@ -1,4 +1,4 @@
-"""How importing sae_fast fails: with an ImportError, or in one line where a command of it runs."""
+"""Failure of `import sae_fast`: an ImportError, or one line where one of its commands runs."""
 
 import importlib.util
 import os

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 
-# What HDF5 and safetensors take beside the numbers they read or write. HDF5 2.0 dereferences null
+# Memory of HDF5 and safetensors beside the numbers they read or write. HDF5 2.0 dereferences null
 # where the 0.6 MB of a file's cache are refused, Rust aborts where any memory is.
 LIBRARY_BYTES = 8 << 20
 

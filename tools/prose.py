@@ -24,9 +24,6 @@ TEXTS = {
     **{"docs": "*.md", "benchmarks": "*.md", "cmake": "*.cmake"},
     **dict.fromkeys(("CMakeLists.txt", "Makefile", "benchmarks/gpu.sh"), "*"),
 }
-ASKING = "sae_fast/"  # where some comments and docstrings still begin with a question word
-# Files and folders that are not rewritten yet, one a line.
-EXEMPT = Path(__file__).with_name("prose_exempt.txt").read_text("utf-8").split()
 VERBS = frozenset(Path(__file__).with_name("prose_verbs.txt").read_text("utf-8").split())
 PERSONS = r"\b(?:nobody|whoever|whomever|(?:some|every|any)(?:body|one(?! of))|contestants?)\b"
 RIDDLES = (
@@ -58,8 +55,7 @@ def main() -> int:
     """Print every finding; return the exit code."""
     findings: list[str] = []
     for path in _files(dict.fromkeys(PYTHON, "*.py")):
-        may_ask = _name(path).startswith(ASKING)
-        findings += in_python(_name(path), path.read_text("utf-8"), may_ask=may_ask)
+        findings += in_python(_name(path), path.read_text("utf-8"))
     for path in _files(TEXTS):
         findings += in_text(_name(path), path.read_text("utf-8"))
     for finding in findings:
@@ -67,23 +63,18 @@ def main() -> int:
     return 1 if findings else 0
 
 
-def in_python(name: str, source: str, *, may_ask: bool = False) -> Iterator[str]:
-    """Yield the findings in Python code; a test's docstring may state the fact that it tests.
-
-    With `may_ask` comments and docstrings may begin with a question word.
-    """
+def in_python(name: str, source: str) -> Iterator[str]:
+    """Yield the findings in Python code; a test's docstring may state the fact that it tests."""
     for line, text in _comments(source):
         yield from _phrases(f"{name}:{line}", text)
-        if not may_ask:
-            yield from _question(f"{name}:{line}", "comment", text)
+        yield from _question(f"{name}:{line}", "comment", text)
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, DOCUMENTED) or not (text := ast.get_docstring(node) or ""):
             continue
         place = f"{name}:{getattr(node, 'lineno', 1)}"
         yield from _phrases(place, text)
         if not isinstance(node, FUNCTIONS) or _is_property(node):
-            if not may_ask:
-                yield from _question(place, "docstring", _without_whether(node, text))
+            yield from _question(place, "docstring", _without_whether(node, text))
         elif node.name.startswith("test_"):
             continue
         elif (first := text.split()[0].rstrip(".,:;")) not in VERBS:
@@ -114,15 +105,7 @@ def _question(place: str, kind: str, text: str) -> Iterator[str]:
 def _files(patterns: dict[str, str]) -> Iterator[Path]:
     for name, pattern in patterns.items():
         path = ROOT / name
-        for file in [path] if path.is_file() else sorted(path.rglob(pattern)):
-            if not any(_is_under(file.relative_to(ROOT), exempt) for exempt in EXEMPT):
-                yield file
-
-
-def _is_under(file: Path, exempt: str) -> bool:
-    if exempt.endswith("/*.py"):
-        return file.parent == Path(exempt).parent
-    return file.is_relative_to(exempt)
+        yield from [path] if path.is_file() else sorted(path.rglob(pattern))
 
 
 def _name(path: Path) -> str:

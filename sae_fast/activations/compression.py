@@ -1,4 +1,4 @@
-"""How rows are compressed on disk: the filters that shards are written with, and reading them back.
+"""Compression of rows on disk: the filters that shards are written with, and reading them back.
 
 gzip is in every HDF5. Zstandard and Blosc2 are filters of hdf5plugin, the extra `compression`,
 which is imported when a shard that has one is written or read.

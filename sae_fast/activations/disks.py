@@ -56,7 +56,7 @@ class DiskThreads:
 
     @property
     def blocks_ahead(self) -> int:
-        """How many blocks may be asked for before they are needed."""
+        """Number of blocks that may be requested before they are needed."""
         return 8 if self._threads else 0
 
     def read(self, shards: ShardSet, shard: int, task: Task) -> Wait:

@@ -1,4 +1,4 @@
-"""Which files of a directory are shards, and which are held out."""
+"""The files of a directory that are shards, and the held-out ones among them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".h5", ".hdf5")
 # Files of tensors that are read in place.
 TENSOR_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
-# What sae_fast.convert_shards turns into shards.
+# Files that sae_fast.convert_shards turns into shards.
 IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet")
 HELDOUT_PATTERN = "heldout*"
 MODEL_CONFIG = "config.json"  # beside the tensors of a model, which are no activations

@@ -30,7 +30,7 @@ _MEMBERS = (
 
 
 class ActivationSource(Protocol):
-    """What a caller's own supply of batches must have to be trained on."""
+    """The interface of a caller's own source of batches, for training."""
 
     @property
     def d_in(self) -> int:

@@ -71,7 +71,7 @@ def _mixed_slabs(mix: ShardMix, max_rows: int | None) -> Slabs:
     parts = []
     for shards, share in zip(mix.sets, mix.shares, strict=True):
         limit = None if max_rows is None else max(1, round(max_rows * share))
-        # How much a row counts in units of a row of the first set, for which that is exactly 1.
+        # The weight of a row, in units of a row of the first set, whose weight is exactly 1.
         parts.append(
             (_shard_slabs(shards, limit), (share * first.rows) / (share_of_first * shards.rows))
         )

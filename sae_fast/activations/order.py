@@ -1,4 +1,4 @@
-"""Which rows are served in which order: a pure function of the shards, the pool size and a seed.
+"""The order in which rows are served: a pure function of the shards, the pool size and a seed.
 
 An epoch is a permutation of blocks (contiguous rows, read at once) over all shards together. It is
 cut into windows of about `pool_rows` rows; a window is read into memory and served in a random

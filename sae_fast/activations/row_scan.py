@@ -1,4 +1,4 @@
-"""What one look at every row of a shard finds: bad rows, norms, and a digest of the content.
+"""One look at every row of a shard: bad rows, norms, and a digest of the content.
 
 Rows come in pieces in any order. Zero rows, and rows equal in every bit to the row before them, are
 found where rows were never written, or where padding was kept; a few of them are normal.

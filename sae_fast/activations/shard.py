@@ -58,7 +58,7 @@ class Shard:
     file_bytes: int
     checksum: str | None  # "sha256:…" of the rows as stored, from the file's attributes
     metadata: dict[str, Any] = field(compare=False)
-    # What changes when the file does; None where numbers lie in other files too.
+    # Changes whenever the file does; None if numbers lie in other files too.
     state: FileState | None = field(compare=False, default=None)
 
     @property

@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 class _Position(NamedTuple):
-    """Where the source stood."""
+    """The position of the source."""
 
     state: dict[str, Any]
     tokens: int  # served before

@@ -19,7 +19,7 @@ from sae_fast.activations.tensor_shards import open_shard
 
 # Name of the column that the targets are served as, [N, d_out].
 TARGETS = "targets"
-# What tells that two shards were captured from the same tokens.
+# Columns that are equal if two shards were captured from the same tokens.
 _TOKEN_COLUMNS = ("token_ids", "doc_id", "position")
 
 

@@ -407,7 +407,7 @@ class SAEConfig(ConfigFile):
         self._check_correlation()
         check_effects(self)
 
-    # What is filled in
+    # Filling in
 
     def resolve(
         self, d_in: int = 0, d_out: int = 0, labels: Mapping[str, int | None] | None = None
@@ -544,7 +544,7 @@ class SAEConfig(ConfigFile):
         widths = {"d_in": self.d_in or size}
         return {**widths, "d_out": self.d_out or size} if self.transcoder else widths
 
-    # What is checked
+    # Checks
 
     def takes(self, name: str) -> bool:
         """Return whether the architecture has a setting."""
@@ -674,7 +674,7 @@ class SAEConfig(ConfigFile):
         must = f"at least 1 and below d_sae = {self.d_sae}" if self.d_sae else "at least 1"
         self._require("correlation_split", inside, must)
 
-    # What is read
+    # Reading
 
     @property
     def is_complete(self) -> bool:
@@ -745,7 +745,7 @@ class SAEConfig(ConfigFile):
 
     @property
     def group_split(self) -> int:
-        """Where the second group of latents begins; d_sae if there is none."""
+        """First latent of the second group; d_sae if there is none."""
         if self.arch == "slots":
             return self.d_sae - (self.n_relations or 0)
         return self.d_sae if self.correlation_split is None else self.correlation_split

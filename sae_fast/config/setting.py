@@ -22,7 +22,7 @@ MISMATCH = object()  # returned by `convert`
 
 
 class Effect(NamedTuple):
-    """What a setting needs to have an effect.
+    """The condition under which a setting has an effect.
 
     Attributes:
         needs: the need in words that follow "needs".

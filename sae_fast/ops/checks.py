@@ -1,4 +1,4 @@
-"""How an op's arguments are checked, and the words of every message.
+"""Checks of the arguments of ops, and the words of every message.
 
 A message is "op: argument must be ..., got ..."; the shape is checked first, then dtype, device,
 range and layout, and last, where that need not wait for a device, the numbers inside. The compiled

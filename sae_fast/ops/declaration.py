@@ -38,7 +38,7 @@ _COUNTS = {"N+1": (1, "N + 1", "none"), "F+1": (2, "d_sae + 1 >= 2", "0")}
 
 
 class Form(NamedTuple):
-    """What a declaration says of one tensor."""
+    """The part of a declaration about one tensor."""
 
     sizes: tuple[str, ...]
     sizes_with: tuple[str, ...]  # in a call with the argument `given`

@@ -2,9 +2,9 @@
 
 With `dense_grad=False` a backward appends a RowFactor to `W.row_factors`, a list on the parameter,
 in place of a dense `.grad`. Micro-batches and AuxK each leave one. The optimizer merges them into
-one latent-major list per parameter, and clears them: the codes are joined end to end, and so are
-the dense sides, unless one is the tensor of a factor before it. W_enc and W_dec come from the same
-codes, so they share the latent-major view.
+one latent-major list per parameter, and clears them: codes and dense sides are joined end to end;
+a dense side that is the tensor of an earlier factor is not repeated. W_enc and W_dec come from the
+same codes, so they share the latent-major view.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ class _Uploads:
         buffers = self._buffers[self._turn]
         if number not in buffers:
             buffers[number] = torch.empty_like(batch, device=self._device)
-            # What the allocator gave may still be in use by what the current stream has to do.
+            # Memory from the allocator may still be in use by work queued on the current stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         # From pageable memory the copy would not be asynchronous. A page-locked batch may be
         # dropped here: torch keeps its memory until the copy is done.

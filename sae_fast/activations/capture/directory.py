@@ -31,7 +31,7 @@ HELDOUT, TRAIN = "heldout", "train"
 
 @dataclass(frozen=True)
 class CaptureProgress:
-    """How far a rank has come.
+    """The progress of a rank.
 
     Attributes:
         part: the part that it is in, HELDOUT or TRAIN.

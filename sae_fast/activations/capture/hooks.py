@@ -43,7 +43,7 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the blocks of a model are."""
+    """The place of the blocks in a model."""
 
     path: str  # of the list that holds them
     modules: nn.ModuleList

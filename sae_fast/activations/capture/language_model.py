@@ -58,7 +58,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.network.parameters()).device  # type: ignore[no-any-return]
 
     @property

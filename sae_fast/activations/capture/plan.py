@@ -29,12 +29,12 @@ from sae_fast.activations.writer import chunk_rows_of, padded_rows
 from sae_fast.config.model_text import DEFAULT_CONTEXT, CaptureConfig
 
 AUTO = "auto"  # as the type of storage, see storage_type.py
-# By so many documents or rows the tokens of a dataset are estimated.
+# The number of tokens of a dataset is estimated from at most this many documents or rows.
 SAMPLED_DOCUMENTS, SAMPLED_ROWS = 512, 1 << 18
 COLUMN_BYTES = 3 * 4  # token_ids, doc_id and position of a row
 PACKAGES = ("sae_fast", "torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 
-# What a capture depends on besides model, dataset and hooks, in the recipe by which it resumes.
+# Settings in the recipe of a capture, beside model, dataset and hooks. Resuming compares recipes.
 _SETTINGS = (
     *("max_tokens", "heldout_tokens", "batch_size", "exclude_special_tokens", "dtype"),
     *("shard_tokens", "compression", "shuffle_seed", "model_dtype"),

@@ -1,4 +1,4 @@
-"""What a network does with a few tokens, where its configuration might not say it."""
+"""Runs of a network on a few tokens, to find what its configuration might not say."""
 
 from __future__ import annotations
 

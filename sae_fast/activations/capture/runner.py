@@ -31,7 +31,7 @@ FILE_OVERHEAD = 0.01  # of HDF5, at most
 
 @dataclass(frozen=True)
 class CaptureResult:
-    """What a run has done.
+    """The result of a run.
 
     Attributes:
         rows: captured now and before, for each hook point, without held-out rows.

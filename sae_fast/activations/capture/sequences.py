@@ -38,7 +38,7 @@ Integers = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class SequenceConfig:
-    """How documents become sequences.
+    """Settings by which documents become sequences.
 
     Attributes:
         ctx_len: tokens of a row, at most.
@@ -60,7 +60,7 @@ class SequenceConfig:
 
 @dataclass(frozen=True)
 class TokenCursor:
-    """Where a batch begins.
+    """The place where a batch begins.
 
     Attributes:
         document: place in the order of the documents.

@@ -17,7 +17,7 @@ from sae_fast.memory import require_memory
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WHOLE_FILE = ""  # name of the arrays of a file that has no names
 
-# What a file may claim beyond the bytes it has, such as a tensor that repeats a row by its strides.
+# Bytes that a file may claim beyond those it has, as a tensor does that repeats a row by strides.
 SMALL_BYTES = 64 << 20
 # Bytes that one compressed byte may stand for; activations are far from it, zeros reach 1,000.
 LARGEST_COMPRESSION = 100

@@ -34,7 +34,7 @@ FILE_OVERHEAD = 64 << 10  # bytes of a shard beside its rows
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """How rows are stored.
+    """The form in which rows are stored.
 
     Attributes:
         dtype: "float16", "bfloat16" or "float32"; None: as they are.
@@ -90,7 +90,7 @@ class Conversion:
 
     @property
     def job(self) -> ShardJob:
-        """The directory as that of a job that can be killed."""
+        """The directory, as a job that can be killed and resumed."""
         return _job(self.directory)
 
     def blocks(self, shard: PlannedShard) -> Iterator[SourceBlock]:

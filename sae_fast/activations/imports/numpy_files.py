@@ -25,7 +25,7 @@ from sae_fast.activations.imports.arrays import (
 )
 from sae_fast.activations.storage import Array
 
-# What NumPy makes of JAX's bfloat16 when it saves it: two bytes of nothing it knows.
+# The type under which NumPy saves JAX's bfloat16: two bytes without a meaning.
 BFLOAT16_BITS = np.dtype("V2")
 HEADER_BYTES = 10_000  # as NumPy itself limits a header, but after reading it
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what NumPy writes

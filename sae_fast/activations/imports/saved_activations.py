@@ -27,7 +27,7 @@ from sae_fast.activations.imports.formats import opener_of
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.storage import FLOAT32, Storage, storage_of
 
-# What a file may hold for each token beside its activations, by the names that are in use.
+# Columns that a file may have beside the activations, with the names in use for each.
 COLUMN_NAMES = {
     "token_ids": ("token_ids", "input_ids", "tokens"),
     "doc_id": ("doc_id", "doc_ids"),

@@ -32,7 +32,7 @@ SAFETENSORS_TYPES = {
 @contextmanager
 def open_torch(path: Path) -> Iterator[Arrays]:
     """Open the tensors of a .pt file: one, or all in nested dictionaries and lists."""
-    # What torch wrote before 1.6 is no zip archive and cannot be mapped.
+    # Files of torch before 1.6 are no zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     records = _records(path) if mapped else None
     try:

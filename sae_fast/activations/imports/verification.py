@@ -39,7 +39,7 @@ class Comparison:
 
     @property
     def change(self) -> float:
-        """How far storing has moved the rows, ‖stored − x‖ / ‖x‖."""
+        """Relative change of the rows by storing, ‖stored − x‖ / ‖x‖."""
         return math.sqrt(self.changes / self.squares) if self.squares else 0.0
 
     def joined(self, other: Comparison) -> Comparison:

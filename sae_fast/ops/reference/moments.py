@@ -27,7 +27,7 @@ _LARGEST_POWER = (127 + 125) << _MANTISSA_BITS  # 2^125
 
 @dataclass(frozen=True)
 class MomentFormat:
-    """How one of the two moments becomes 8 bits, and which of the random bits round it."""
+    """The 8-bit form of one of the two moments, and the random bits that round it."""
 
     largest_code: int
     sign_code: int
