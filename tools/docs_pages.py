@@ -324,6 +324,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the made pages and pictures; MkDocs calls this when it has listed the files."""
     from mkdocs.structure.files import File
 
-    for path, content in {**pages(), **pictures()}.items():
+    made: dict[str, str | bytes] = {**pages(), **pictures()}
+    for path, content in made.items():
         files.append(File.generated(config, path, content=content))
     return files
