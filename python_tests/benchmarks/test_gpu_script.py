@@ -49,7 +49,7 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_help_says_what_the_exit_code_means():
     done = gpu_sh("--help")
     assert done.returncode == 0
-    assert "build 1, tests 2, sanitizer 4, bench 8, profile 16" in done.stdout
+    assert "build 1, tests 2, sanitizer 4, bench 8, profile 16" in " ".join(done.stdout.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -119,7 +119,7 @@ def test_every_part_runs_with_the_tools_of_cuda_played(tools, tmp_path):
     done = gpu_sh(*options, path=tools, PYTHON=str(tools / "python-with-gpu"))
     assert done.returncode == 0, done.stdout + done.stderr
     log = (out / "log.txt").read_text()
-    assert "CMake alone then" in log
+    assert "trying CMake alone" in log
     assert "-m cuda" in log
     for tool in ("memcheck", "racecheck"):
         assert f"--tool {tool}" in log

@@ -1,5 +1,7 @@
 """dense_product against float64, and the gradients of a dense code, which use it."""
 
+import sys
+
 import pytest
 import torch
 from op_samples import LOW, PRECISIONS
@@ -153,10 +155,11 @@ def test_gradients_of_a_dense_code_are_those_of_float64(precision, most):
 
 def test_gradient_of_what_needs_none_is_not_made(monkeypatch):
     made = []
-    product = ops.dense_code.dense_product
-    monkeypatch.setattr(
-        ops.dense_code, "dense_product", lambda *a, **k: made.append(a[0].shape) or product(*a, **k)
-    )
+    product = sys.modules["sae_fast.ops.decode"].dense_product
+    for module in (sys.modules["sae_fast.ops.encode"], sys.modules["sae_fast.ops.decode"]):
+        monkeypatch.setattr(
+            module, "dense_product", lambda *a, **k: made.append(a[0].shape) or product(*a, **k)
+        )
     x, W_enc, b_enc, W_dec, b_dec = (p.to(DTYPE) for p in make_sae(20, 12, 30))
     for parameter in (W_enc, b_enc, W_dec, b_dec):
         parameter.requires_grad_()

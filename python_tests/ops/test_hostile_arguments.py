@@ -54,7 +54,7 @@ def test_a_tensor_whose_storage_was_freed_is_refused(op):
         freed.untyped_storage().resize_(argument.element_size() * (argument.numel() - 1))
         changed = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         changed[number] = freed
-        name = "values" if op == "accumulate_rows" and number == 0 else names[number]
+        name = names[number]
         with refused(f"{op}: {name} must have a storage of at least "):
             getattr(ops, op)(*changed)
 

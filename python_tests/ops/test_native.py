@@ -50,16 +50,24 @@ def test_without_a_module_the_import_fails_and_names_the_remedy(installation):
     assert "SAE_FAST_NATIVE=0" in line
 
 
+# Arguments without which a command is refused before it needs torch or the module.
+NEEDED = {
+    "train": ("--shard-dir", "shards"),
+    "capture": ("model", "dataset", "--layers", "0", "--out", "shards"),
+}
+
+
 def run_commands(installation, interpreter=(sys.executable,)):
     """Run all commands of the package at once; return exit code, stdout and stderr of each."""
-    files = installation.glob("*.py")
+    files = installation.glob("[!_]*.py")
     names = [path.stem for path in files if "__main__" in path.read_text(encoding="utf-8")]
     assert {"train", "capture", "convert_shards", "plot", "info", "presets"} <= set(names)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SAE_FAST_")}
     environment["PYTHONPATH"] = str(installation.parent)
     running = [
         subprocess.Popen(
-            [*interpreter, "-m", f"sae_fast.{name}"], cwd=installation.parent, env=environment,
+            [*interpreter, "-m", f"sae_fast.{name}", *NEEDED.get(name, ())],
+            cwd=installation.parent, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for name in names
@@ -153,7 +161,7 @@ def test_another_instruction_set_is_used_where_the_operating_system_refuses_tile
 @pytest.mark.parametrize("command", ["train", "info"])
 def test_a_command_refuses_a_wrong_variable_in_one_line(command):
     environment = {**os.environ, "SAE_FAST_NATIVE": "x", "PYTHONPATH": str(PACKAGE.parent)}
-    line = [sys.executable, "-m", f"sae_fast.{command}", "--help"]
+    line = [sys.executable, "-m", f"sae_fast.{command}", *NEEDED.get(command, ())]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: SAE_FAST_NATIVE must be 0 or 1, got 'x'\n"

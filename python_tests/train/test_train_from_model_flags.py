@@ -182,7 +182,10 @@ def test_help_shows_all_flags_of_this_mode_with_their_defaults(
 
 
 @pytest.mark.parametrize("place", [[], ["model", "dataset"]])
-def test_help_is_one_screen(place: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_one_screen(
+    place: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         main([*place, "--help"])
     assert stop.value.code == 0

@@ -67,7 +67,7 @@ def test_help_has_the_flags_of_this_mode(
     inputs: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([f"{inputs[0]}/gpt2", inputs[1], "--help"])
+        main([f"{inputs[0]}/gpt2", inputs[1], "--help-all"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for flag in ("--layers", "--init-seeds", "--log-to-wandb", "--save-every", "--ctx-len"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ from sae_fast.activations.storage import Array
 
 # The type under which NumPy saves JAX's bfloat16: two bytes without a meaning.
 BFLOAT16_BITS = np.dtype("V2")
+# Until 3.11.4 Python's parser of literals, which reads a header, fails in several threads at once.
+_parsing = threading.Lock()
 HEADER_BYTES = 10_000  # as NumPy itself limits a header, but after reading it
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what NumPy writes
 
@@ -36,7 +39,8 @@ def open_npy(path: Path) -> Iterator[Arrays]:
     """Open the array of a .npy file."""
     with path.open("rb") as file:
         _read_header(path, path.name, file)
-    whole = np.load(path, mmap_mode="r", allow_pickle=False)
+    with _parsing:
+        whole = np.load(path, mmap_mode="r", allow_pickle=False)
     array = SourceArray(
         whole.shape,
         _torch_dtype(whole.dtype),
@@ -83,7 +87,9 @@ def _read_header(
     count = int.from_bytes(length, "little")
     if count > HEADER_BYTES:
         raise ShardError(f"{path}: {short(name)} has a header of {count:,} bytes")
-    shape, by_columns, dtype = parse(io.BytesIO(length + stream.read(count)))
+    header = io.BytesIO(length + stream.read(count))
+    with _parsing:
+        shape, by_columns, dtype = parse(header)
     return shape, by_columns, dtype
 
 
