@@ -15,7 +15,8 @@ LATEST = ("--resume-from", "latest")
 
 def _files(directory: str) -> dict[str, bytes]:
     paths = (path for path in Path(directory).rglob("*") if path.is_file())
-    return {str(path): path.read_bytes() for path in paths}
+    # The record of scanned shards is made again for shards that are as young as a test's.
+    return {str(path): path.read_bytes() for path in paths if path.name != "shards.json"}
 
 
 @pytest.fixture
@@ -93,14 +94,11 @@ def test_a_complete_run_has_nothing_to_do(
     (Path("run/plots")).mkdir(exist_ok=True)
     Path("run/plots/training.png").write_bytes(b"")  # plots are left out here
     before = _files("run")
-    del before["run/shards.json"]  # made again for shards that are as young as these
     steps = metrics("run")[-1]["step"]
     code, out, _ = run_small(*flags, *LATEST, "--lr", "0.5", "--log-every", "1")
     assert code == 0
     assert out == f"nothing to do: all {steps} steps are made; raise {flag} to go on\n"
-    after = _files("run")
-    del after["run/shards.json"]
-    assert after == before
+    assert _files("run") == before
 
 
 def test_a_complete_run_gets_the_results_that_a_kill_has_kept_from_it(
