@@ -7,10 +7,8 @@ CONTRIBUTING.md, CHANGELOG.md and benchmarks/README.md, so that none of them is 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
-import inspect
 import itertools
 import json
 import re
@@ -21,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae_fast.config.command_line import field_texts
 from sae_fast.config.setting import Rules, rules_of
 from sae_fast.ops.registry import op_table
 
@@ -162,7 +161,8 @@ def _heading(kind: type[Any]) -> str:
 
 def _flags_tables(kind: type[Any], level: int) -> Iterator[str]:
     """Yield the tables of a configuration's flags, each with the heading it has in `--help`."""
-    texts, hints = field_texts(kind), typing.get_type_hints(kind, include_extras=True)
+    texts = field_texts(typing.cast(Any, kind))
+    hints = typing.get_type_hints(kind, include_extras=True)
     rules = rules_of(kind)
     lines: list[str] = []
     for item in dataclasses.fields(kind):
@@ -197,22 +197,6 @@ def _condition(rule: Rules) -> str:
     arch = f" *Architectures: {', '.join(rule.arch)}.*" if rule.arch else ""
     needs = f" *Needs {rule.needs.needs}.*" if rule.needs else ""
     return arch + needs
-
-
-def field_texts(kind: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a dataclass and of its bases, by name of the field."""
-    bases = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
-    return dict(itertools.chain.from_iterable(map(_texts_in, bases)))
-
-
-def _texts_in(kind: type[Any]) -> Iterator[tuple[str, str]]:
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(definition, ast.ClassDef)
-    for line, below in itertools.pairwise(definition.body):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(text, ast.Constant):
-                yield line.target.id, " ".join(str(text.value).split())
 
 
 def describe_type(kind: Any) -> str:

@@ -91,7 +91,8 @@ void start_block(unsigned threads) {
   }
 }
 
-// Gives one turn to every thread that can go on, except one warp's; returns whether any could.
+// Runs each thread that does not wait for one turn, except the threads of `held_warp`; returns
+// true if at least one ran.
 bool take_turns(std::vector<unsigned>& threads, unsigned held_warp) {
   std::shuffle(threads.begin(), threads.end(), order);
   bool progress = false;

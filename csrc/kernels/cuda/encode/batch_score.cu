@@ -32,8 +32,8 @@ __device__ float score_entries(const float* __restrict__ x, const Encoder& encod
   return warp_sums<kScoresAtOnce>(sums);
 }
 
-// The candidates that one launch scores: those that certainly reach the limit, or those of the rest
-// that may reach the limit of exact scores.
+// A launch scores either the candidates that certainly reach the limit or, of the other ones, the
+// candidates that may reach the limit of exact scores.
 enum class Reach { kCertain, kPossible };
 
 // The lane's entry, whether it is to be scored. Others that have no score yet lose their value.
