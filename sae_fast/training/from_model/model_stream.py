@@ -94,7 +94,41 @@ class _Window:
         }
 
 
-class ModelStream(BatchSource[HookRows]):
+class DocumentStream(BatchSource[HookRows]):
+    """Base of the streams that run a model over documents again and again: what they count.
+
+    Args:
+        max_tokens: rows that count as one pass over the data.
+        rows_per_pass: estimated rows of all documents; None: `max_tokens`.
+    """
+
+    def __init__(self, max_tokens: int, rows_per_pass: int | None) -> None:
+        self._max_tokens = max_tokens
+        self._rows_per_pass = rows_per_pass or max_tokens
+        self._tokens_served = 0
+        self._stall_seconds = 0.0
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that are taken, which count as one pass over the data."""
+        return self._max_tokens
+
+    @property
+    def tokens_served(self) -> int:
+        """Rows of each hook point served since the very beginning, over resumes."""
+        return self._tokens_served
+
+    @property
+    def stall_seconds(self) -> float:
+        """Seconds that `next_rows` has taken: rows are made in the thread that asks for them."""
+        return self._stall_seconds
+
+    def _passes(self, epoch: int, rows: int) -> float:
+        """Return the passes over the documents, after `rows` rows of pass number `epoch`."""
+        return float(epoch) + min(1.0, rows / self._rows_per_pass)
+
+
+class ModelStream(DocumentStream):
     """Batches of the activations of several hook points, of the same tokens at each.
 
     `next_rows` gives the rows [N, D] float32 of every hook point by its name. When the documents
@@ -133,10 +167,7 @@ class ModelStream(BatchSource[HookRows]):
         self.widths = dict(widths)
         self.batch_size = batch_size
         self.pool_rows = pool_rows
-        self._max_tokens = max_tokens
-        self._rows_per_pass = rows_per_pass or max_tokens
-        self._stall_seconds = 0.0
-        self._tokens_served = 0
+        super().__init__(max_tokens, rows_per_pass)
         self.columns: dict[str, Column] = {STARTS: STARTS_COLUMN} if whole_sequences else {}
         self._harvester = harvester
         self._seed = seed
@@ -156,26 +187,10 @@ class ModelStream(BatchSource[HookRows]):
         self._told = False
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Rows that are taken, which count as one pass over the data."""
-        return self._max_tokens
-
-    @property
-    def tokens_served(self) -> int:
-        """Rows of each hook point served since the very beginning, over resumes."""
-        return self._tokens_served
-
-    @property
-    def stall_seconds(self) -> float:
-        """Seconds that `next_rows` has taken: rows are made in the thread that asks for them."""
-        return self._stall_seconds
-
-    @property
     def passes(self) -> float:
         """Passes over the documents."""
         place = self._place_served
-        rows = place.cursor.rows + self._served
-        return float(place.epoch) + min(1.0, rows / self._rows_per_pass)
+        return self._passes(place.epoch, place.cursor.rows + self._served)
 
     @property
     def memory_bytes(self) -> int:

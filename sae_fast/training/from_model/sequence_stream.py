@@ -14,15 +14,15 @@ from torch import Tensor
 from sae_fast.activations import Column, Rows
 from sae_fast.activations.capture import HookedModel, TokenBatches
 from sae_fast.activations.capture.sequences import TokenBatch, saved_cursor
-from sae_fast.activations.source import BatchSource, check_state, saved_counts
+from sae_fast.activations.source import check_state, saved_counts
 from sae_fast.training.downstream import KEPT, LABELS, MASK, NO_LABEL, TOKENS
-from sae_fast.training.from_model.model_stream import HookRows
+from sae_fast.training.from_model.model_stream import DocumentStream, HookRows
 
 MASKED_SHARE = 0.15  # of the tokens, for a masked model to predict, as BERT was trained
 STATE_VERSION = 1
 
 
-class SequenceStream(BatchSource[HookRows]):
+class SequenceStream(DocumentStream):
     """Batches of whole sequences with their activations, in the order of the documents.
 
     What `next_rows` gives for each hook point are the activations [n, D] of the tokens that are
@@ -56,10 +56,7 @@ class SequenceStream(BatchSource[HookRows]):
         masked_token: int | None = None,
         rows_per_pass: int | None = None,
     ) -> None:
-        self._max_tokens = max_tokens
-        self._rows_per_pass = rows_per_pass or max_tokens
-        self._tokens_served = 0
-        self._stall_seconds = 0.0
+        super().__init__(max_tokens, rows_per_pass)
         self._model = model
         self._batches = batches
         self._identity = dict(identity)
@@ -70,24 +67,9 @@ class SequenceStream(BatchSource[HookRows]):
         self._iterator: Generator[TokenBatch, None, None] | None = None
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Rows that are taken, which count as one pass over the data."""
-        return self._max_tokens
-
-    @property
-    def tokens_served(self) -> int:
-        """Rows of each hook point served since the very beginning, over resumes."""
-        return self._tokens_served
-
-    @property
-    def stall_seconds(self) -> float:
-        """Seconds that `next_rows` has taken: rows are made in the thread that asks for them."""
-        return self._stall_seconds
-
-    @property
     def passes(self) -> float:
         """Passes over the documents."""
-        return float(self._epoch) + min(1.0, self._cursor.rows / self._rows_per_pass)
+        return self._passes(self._epoch, self._cursor.rows)
 
     def next_rows(self) -> HookRows:
         """Return the next sequences, for every hook point by its name."""
