@@ -185,14 +185,15 @@ def test_pipe_in_place_of_a_file_is_refused_without_waiting(saved):
         (("autoencoder.pt",), "a dictionary of OpenAI sparse_autoencoder, .*from_state_dict"),
         (("config.json", "model.safetensors"), "its config.json is not that of one"),
         ((), r"not a saved model, it has no config\.json"),
-        (("checkpoints/x",), r"not a saved model but a run: name .*checkpoints/latest"),
+        (("checkpoints/x",), "a run that has no checkpoint yet"),
+        (("layer.3/checkpoints/x",), r"but a folder of runs: name one, .*layer\.3"),
     ],
 )
 def test_what_is_no_saved_model_is_told_apart(tmp_path, files, message):
     place = tmp_path / "place"
     place.mkdir()
     for name in files:
-        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).parent.mkdir(exist_ok=True, parents=True)
         (place / name).write_text("{}" if name.endswith("json") else "")
     with pytest.raises((ValueError, FileNotFoundError), match=f"place: .*{message}") as caught:
         SparseAutoencoder.from_pretrained(place)

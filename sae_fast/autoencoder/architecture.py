@@ -288,6 +288,13 @@ class Architecture(ABC):
     ) -> ops.SparseCode:
         """Return the code of every token outside training."""
 
+    def thresholds(self, weights: Weights) -> Tensor | None:
+        """Return for every latent the code value that it exceeds where it is active, [F].
+
+        None: latents are active by comparison with others, or always.
+        """
+        return None
+
     def penalty(self, weights: Weights, code: ops.Code) -> Tensor:
         """Return the L1 penalty of a code without its coefficient: Σ_j |f_j|, a mean over tokens.
 

@@ -1,6 +1,7 @@
 """A model's directory: its tensors in `sae.safetensors`, its configuration in `config.json`.
 
-config.json also has the model's origin: of which activations it is, as far as their shards said.
+config.json also has the model's origin: of which activations it is, as far as their shards said,
+and the units that its parameters, thresholds and code values are in.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sae_fast.atomic_files import replacing
 from sae_fast.autoencoder.foreign import explain_missing
 from sae_fast.config import SAEConfig
 from sae_fast.json_files import read_json, shown
+from sae_fast.ops import NORMALIZED, RAW, Units
 from sae_fast.tensor_files import (
     checked_tensors,
     has_checksum,
@@ -25,10 +27,13 @@ from sae_fast.tensor_files import (
     sha256_of,
     shapes_in,
 )
+from sae_fast.text_links import followed
 
 CONFIG_FILE = "config.json"
 TENSOR_FILE = "sae.safetensors"
 ORIGIN = "origin"
+UNITS = "units"
+RUN_CHECKPOINTS = "checkpoints"
 _SUMS_FILE = "trainer.json"  # in a checkpoint
 
 
@@ -45,9 +50,26 @@ def write_model(
         save_tensors(temporary, tensors)
     with replacing(directory / CONFIG_FILE) as temporary:
         config.save(temporary)
+        content = json.loads(temporary.read_text(encoding="utf-8"))
+        content[UNITS] = units_of(config)
         if origin:
-            content = {**json.loads(temporary.read_text(encoding="utf-8")), ORIGIN: dict(origin)}
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            content[ORIGIN] = dict(origin)
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def units_of(config: SAEConfig) -> Units:
+    """Return the units of a model's parameters: "raw" where activations are not normalised."""
+    return RAW if config.normalize_activations == "none" else NORMALIZED
+
+
+def model_directory(place: str | Path) -> Path:
+    """Return the directory of a saved model, which for a run is its latest checkpoint."""
+    place = followed(place)  # `latest` or `best` of a run
+    checkpoints = place / RUN_CHECKPOINTS
+    if not (place / TENSOR_FILE).exists() and checkpoints.is_dir():
+        latest = followed(checkpoints / "latest")
+        return latest if latest.is_dir() else place
+    return place
 
 
 def read_config(directory: str | Path) -> SAEConfig:
@@ -56,7 +78,14 @@ def read_config(directory: str | Path) -> SAEConfig:
     if not all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE)):
         raise explain_missing(directory)
     _check_sums(directory)
-    config = SAEConfig.load(directory / CONFIG_FILE, saved=True)
+    path = directory / CONFIG_FILE
+    config = SAEConfig.load(path, saved=True)
+    units = read_json(path).get(UNITS, units_of(config))
+    if units != units_of(config):
+        raise ValueError(
+            f"{path}: units must be {units_of(config)!r} with normalize_activations "
+            f"{config.normalize_activations!r}, got {shown(units)}"
+        )
     if not config.is_complete:
         raise ValueError(f"{directory / CONFIG_FILE}: d_in must be given for a saved model, got 0")
     _check_sizes(directory, config)

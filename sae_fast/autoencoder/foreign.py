@@ -56,8 +56,10 @@ def explain_missing(place: Path) -> Exception:
     if layout is not None:
         return ValueError(f"{place}: {_is_foreign(layout)}")
     if (place / "checkpoints").is_dir():
-        return FileNotFoundError(
-            f"{place}: not a saved model but a run: name {place / 'checkpoints' / 'latest'}"
+        return FileNotFoundError(f"{place}: a run that has no checkpoint yet")
+    if runs := sorted(path.parent for path in place.glob("*/checkpoints")):
+        return ValueError(
+            f"{place}: not a saved model but a folder of runs: name one, as {runs[0]}"
         )
     config, tensors = (place / name for name in ("config.json", "sae.safetensors"))
     if config.is_file() and not _is_ours(config):

@@ -53,6 +53,10 @@ class JumpReLU(Thresholded):
         """Return the latents of every token that are above their thresholds."""
         return engine.encode_threshold(weights, x, weights.own[_THRESHOLD].detach())
 
+    def thresholds(self, weights: Weights) -> Tensor:
+        """Return θ, or 0 where it is below, [F]."""
+        return weights.own[_THRESHOLD].clamp_min(0)
+
     def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
         """Return squared error, sparsity penalty and the pre-activation loss of dead latents."""
         threshold = weights.own[_THRESHOLD]

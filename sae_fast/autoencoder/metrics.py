@@ -42,6 +42,7 @@ def as_code(config: SAEConfig, h: Code, n_tokens: int) -> ops.Code:
         raise ValueError(f"h must be the code of {n_tokens} tokens, got {found}")
     signed = config.has_signed_codes
     if isinstance(h, ops.SparseCode):
+        h = h.flatten()
         return h if h.signed == signed else replace(h, signed=signed)
     dense = values.reshape(-1, config.d_sae)
     return ops.DenseCode(dense, torch.full((), dense.numel(), device=h.device), signed=signed)

@@ -24,14 +24,28 @@ from sae_fast.autoencoder.architecture import (
     Weights,
 )
 from sae_fast.autoencoder.architectures import ARCHITECTURES
-from sae_fast.autoencoder.files import read_config, read_origin, read_tensors, write_model
+from sae_fast.autoencoder.files import (
+    model_directory,
+    read_config,
+    read_origin,
+    read_tensors,
+    write_model,
+)
 from sae_fast.autoencoder.folding import fold_decoder_norms_, fold_normalization_
 from sae_fast.autoencoder.guidance import Guidance
+from sae_fast.autoencoder.inference import (
+    NARROW,
+    RunResult,
+    check_units,
+    decode_rows,
+    floating_dtype,
+    inference_engine,
+    inference_weights,
+)
 from sae_fast.autoencoder.initialization import centre, initialize_weights_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.penalties import decorrelation_loss
-from sae_fast.autoencoder.probe import predictions
-from sae_fast.autoencoder.shapes import require_tensor, rows_of, rows_of_both, target_of
+from sae_fast.autoencoder.shapes import like, require_tensor, rows_of, rows_of_both, target_of
 from sae_fast.autoencoder.training_loss import batch_loss, decorrelation_term
 from sae_fast.autoencoder.transcoder import (
     SKIP,
@@ -42,7 +56,8 @@ from sae_fast.autoencoder.transcoder import (
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.ops.full_precision import addmm
-from sae_fast.text_links import followed
+
+_NOT_SHOWN = {"T_destination", "call_super_init", "dump_patches"}
 
 
 class SparseAutoencoder(nn.Module):
@@ -109,6 +124,55 @@ class SparseAutoencoder(nn.Module):
         if config.k is not None:
             sizes["k"] = config.k
         return ", ".join([config.arch, *(f"{name}={value}" for name, value in sizes.items())])
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight matrices."""
+        return self.W_enc.dtype
+
+    @property
+    def d_in(self) -> int:
+        """The width of the activations."""
+        return self.config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """The number of latents."""
+        return self.config.d_sae
+
+    @property
+    def k(self) -> int | None:
+        """The number of active latents per token; None where it is not fixed."""
+        return self.config.k
+
+    @property
+    def cfg(self) -> SAEConfig:
+        """The configuration, by the name that other libraries have for it."""
+        return self.config
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseAutoencoder:
+        """Convert parameters and buffers; mean, scale and thresholds stay float32 in 16 bits.
+
+        These few numbers are added to every activation, so that their rounding would be a bias.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in self._buffers.items():
+            if tensor is not None and tensor.dtype in NARROW:
+                exact = before[name]
+                assert exact is not None
+                self._buffers[name] = exact.to(device=tensor.device, dtype=torch.float32)
+        return self
+
+    def __dir__(self) -> list[str]:
+        """Return the names that completion shows, without torch's own that are of no use."""
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return sorted({*names} - _NOT_SHOWN)
 
     # ---- starting values ---------------------------------------------------------------------
 
@@ -224,28 +288,54 @@ class SparseAutoencoder(nn.Module):
         self,
         x: Tensor,  # [..., D], activations as they are
         *,
+        units: ops.Units = ops.NORMALIZED,
         precision: str = "screened",
         dense_grad: bool = True,
     ) -> ops.SparseCode:
-        """Return the code of every activation, one row each.
+        """Return the code of every activation: an array [..., d_sae] with few values other than 0.
 
-        Values are in normalised units: one unit of latent j adds `direction(j)` to x_hat.
+        The code is on the device of the parameters, its values in float32 (float64 where the
+        parameters are).
+
+        Args:
+            x: of any dtype and device.
+            units: of the values. "normalized": one unit of latent j adds `direction(j)` to x_hat.
+                "raw": the units of x, one unit adds the decoder row W_dec[j]. Both are equal for a
+                model without normalisation. `decode` reads the units from the code.
+            precision: mode of the product, see `ops.encode_topk`.
+            dense_grad: whether backward leaves ordinary gradients.
+
+        Raises ValueError for another width or unknown units.
         """
+        check_units(units)
         rows = self.normalize(rows_of(self, x))
-        return self.architecture.infer(self.weights, rows, Engine(precision, dense_grad))
+        engine = inference_engine(self, precision, dense_grad)
+        code = self.architecture.infer(inference_weights(self), rows, engine)
+        if units == ops.RAW:
+            code = code.with_values(code.values / self.output_scale, ops.RAW)
+        return code if x.ndim == 2 else code.shaped(x.shape[:-1])
 
     def decode(
         self,
         code: ops.SparseCode | Tensor,  # dense: [..., F]
         x: Tensor | None = None,  # [..., D], activations as they are
         *,
+        units: ops.Units | None = None,
         dense_grad: bool = True,
     ) -> Tensor:
-        """Reconstruct activations, in their own units, from a code: [N, D], or [..., D] if dense.
+        """Reconstruct activations, in their own units, from a code: [..., D] in the code's shape.
 
-        Values of the code are in the units that `encode` gives, see `direction`.
-        Of a transcoder the result is what it predicts, with d_out columns; a skip connection also
-        needs the `x` that was encoded. A dense code leaves dense gradients in any case.
+        Of a transcoder the result is what it predicts, with d_out columns. It is float32, or
+        float64 where the parameters are. A dense code leaves dense gradients in any case.
+
+        Args:
+            code: as `encode` gives it, edited or not, or a dense tensor.
+            x: the activations that were encoded, for a skip connection.
+            units: of a dense code's values, see `encode`; None: "normalized". A SparseCode has its
+                own.
+            dense_grad: whether backward leaves ordinary gradients.
+
+        Raises ValueError for another number of latents, or where x or the units do not fit.
         """
         if not isinstance(code, ops.Code):
             require_tensor(code, "code")
@@ -253,15 +343,17 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
             )
+        shape = code.shape[:-1]
+        code = self._normalized(code, units)
         if not isinstance(code, Tensor) and not self.config.use_relu:
             code = code.dense()  # every latent is in it
         if isinstance(code, Tensor):
-            h = rows_of(self, code, "h", "d_sae")
-            shape, precision = code.shape[:-1], "fp32"
-            x_hat = addmm(self.b_dec, h, self.W_dec)
+            h, precision = rows_of(self, code, "h", "d_sae"), "fp32"
+            bias, W_dec = (tensor.to(h.dtype) for tensor in (self.b_dec, self.W_dec))
+            x_hat = addmm(bias, h, W_dec)
         else:
-            shape, precision = torch.Size([code.n_rows]), code.precision
-            x_hat = ops.decode(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
+            precision = code.precision
+            x_hat = decode_rows(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
         if self.config.skip_connection:
             if x is None:
                 raise ValueError("x must be given: the model has a skip connection")
@@ -269,25 +361,68 @@ class SparseAutoencoder(nn.Module):
             x_hat = x_hat + skip(rows, self.get_parameter(SKIP), precision)
         return self.denormalize(x_hat).reshape(*shape, self.config.target_width)
 
+    def _normalized(
+        self, code: ops.SparseCode | Tensor, units: ops.Units | None
+    ) -> ops.SparseCode | Tensor:
+        """Return a code with its values in normalised units."""
+        if units is not None:
+            check_units(units)
+        if isinstance(code, Tensor):
+            return code * self.output_scale if units == ops.RAW else code
+        if units is not None and units != code.units:
+            raise ValueError(f"units must be those of the code, {code.units!r}, got {units!r}")
+        if code.units == ops.RAW:
+            code = code.with_values(code.values * self.output_scale, ops.NORMALIZED)
+        return code
+
     def direction(
         self,
         latent: int | slice | Tensor,  # int64 or bool if a tensor
+        *,
+        units: ops.Units = ops.NORMALIZED,
     ) -> Tensor:
         """Return what one unit of a latent's code value adds to x_hat, in the units of x: [D].
 
-        It is the latent's decoder row divided by the activations' scale. Of several latents the
-        shape is [..., D], of a transcoder D is d_out. To steer, add a multiple of it to x.
+        With code values in normalised units it is the latent's decoder row divided by the
+        activations' scale, with values in raw units the decoder row itself. Of several latents the
+        shape is [..., D], of a transcoder D is d_out. To steer, add a multiple of it to x: the
+        multiple is a code value in the same units.
         """
+        check_units(units)
         rows = self.W_dec[latent]
-        return rows if self.config.normalize_activations == "none" else rows / self.output_scale
+        is_raw = units == ops.RAW or self.config.normalize_activations == "none"
+        return rows if is_raw else rows / self.output_scale
+
+    def threshold_of(
+        self,
+        latent: int | slice | Tensor,  # int64 or bool if a tensor
+        *,
+        units: ops.Units = ops.NORMALIZED,
+    ) -> Tensor:
+        """Return the code value that a latent exceeds where it is active: 0-d, of several [...].
+
+        For jumprelu it is the trained threshold, for batch_topk and matryoshka the threshold of
+        inference, for gated the value at which the gate opens, and for relu 0.
+
+        Raises ValueError where there is none: topk chooses the largest of each token.
+        """
+        check_units(units)
+        thresholds = self.architecture.thresholds(inference_weights(self))
+        if thresholds is None:
+            raise ValueError(
+                f"arch {self.config.arch} has no thresholds, it chooses among the latents of a "
+                "token or a batch"
+            )
+        found = thresholds[latent]
+        return found / self.output_scale if units == ops.RAW else found
 
     def forward(
         self,
         x: Tensor,  # [..., D], activations as they are
     ) -> Tensor:
-        """Reconstruct `x`, in its shape; of a transcoder return what it predicts from `x`.
+        """Reconstruct `x`, in its shape, dtype and device; of a transcoder predict from `x`.
 
-        The result is x_hat alone and refuses to be unpacked, see `forward_with_code`.
+        The result is x_hat alone and refuses to be unpacked, see `forward_with_code` and `run`.
         """
         return refuse_unpacking(self.forward_with_code(x)[0])
 
@@ -295,19 +430,46 @@ class SparseAutoencoder(nn.Module):
         self,
         x: Tensor,  # [..., D], activations as they are
     ) -> tuple[Tensor, ops.SparseCode]:
-        """Return the reconstruction of `x`, in its shape, and the code that it is made from."""
+        """Return what `forward` returns, and the code that it is made from."""
+        code = self.encode(x)
+        return like(self.decode(code, x), x), code
+
+    def run(
+        self,
+        x: Tensor,  # [..., D], activations as they are
+        targets: Tensor | None = None,  # [..., d_out], of a transcoder, as they are
+    ) -> RunResult:
+        """Return x_hat, the code and the losses of activations; it can be unpacked.
+
+        `x_hat` and `code` are the results of `forward_with_code`. `losses` has the numbers of
+        `compute_loss_components` and `get_reconstruction_error`, and `l0`, active latents per
+        token; `total_loss_tensor` is 0-d and has a graph where gradients are recorded.
+
+        Raises ValueError where targets are missing, or given for what is no transcoder.
+        """
         code = self.encode(x)
         x_hat = self.decode(code, x)
-        return x_hat.reshape(*x.shape[:-1], self.config.target_width), code
+        wanted = target_of(self, rows_of(self, x), targets)
+        rows_hat = rows_of(self, x_hat, "x_hat", "d_out" if self.config.transcoder else "d_in")
+        losses = {
+            **self.compute_loss_components(wanted, rows_hat, code),
+            **self.get_reconstruction_error(wanted, rows_hat.detach()),
+            "l0": float(code.l0().double().mean()),
+        }
+        return RunResult(like(x_hat, x), code, losses)
 
     def probe(self, code: ops.SparseCode) -> Tensor:
-        """Return what the probe predicts from a code: logits [N, classes], or numbers [N, 1].
+        """Return what the probe predicts from a code: logits [..., classes], or numbers [..., 1].
 
         Raises ValueError where the model has no probe.
         """
         if not self.config.has_probe:
             raise ValueError("probe: the model was trained without one (see probe_loss_coeff)")
-        return predictions(self.weights.own, code)
+        normalized = self._normalized(code, None)
+        assert not isinstance(normalized, Tensor)
+        own = self.weights.own
+        predicted = decode_rows(normalized, own["W_probe"], own["b_probe"], precision="fp32")
+        return predicted.reshape(*code.shape[:-1], predicted.shape[-1])
 
     def kept_copies(self, session: object = None) -> AbstractContextManager[None]:
         """Keep the weights in the kernels' format between calls inside this context.
@@ -362,6 +524,11 @@ class SparseAutoencoder(nn.Module):
         Raises ValueError where `targets` or `downstream` do not fit the configuration.
         """
         config = self.config
+        if self.dtype in NARROW:
+            name = str(self.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"training needs float32 parameters, got {name}: sae.float() makes them"
+            )
         if targets is not None and not config.transcoder:
             raise ValueError("targets belong to a transcoder, and this model is none")
         given = {
@@ -468,7 +635,7 @@ class SparseAutoencoder(nn.Module):
         if config.normalize_activations != "none":
             error = error * self.output_scale
             rows = (rows - self.output_mean) * self.output_scale
-        code = metrics.as_code(config, h, len(error))
+        code = metrics.as_code(config, self._normalized(h, None), len(error))
         penalty = self.architecture.penalty(self.weights, code)
         terms: dict[str, float | Tensor] = {
             "recon_loss": metrics.reconstruction_term(config, error, rows),
@@ -558,16 +725,23 @@ class SparseAutoencoder(nn.Module):
         Where b_dec is not subtracted from x, the encoder takes up the mean, see folding.py.
         """
         values = {**self.config.to_dict(), "normalize_activations": "none"}
-        folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.W_dec.device)
+        folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.device, self.dtype)
         folded.load_state_dict(self.state_dict())
         folded.origin = dict(self.origin)
         fold_normalization_(folded, self)
-        return folded
+        for own, parameter in zip(folded.parameters(), self.parameters(), strict=True):
+            own.requires_grad_(parameter.requires_grad)
+        return folded.train(self.training)
 
     # ---- files -------------------------------------------------------------------------------
 
     def save(self, directory: str | Path) -> None:
-        """Write `sae.safetensors` and `config.json` into `directory`, which is made if need be."""
+        """Write `sae.safetensors` and `config.json` into `directory`, which is made if need be.
+
+        config.json says in `units` which units parameters, thresholds and code values are in:
+        "normalized", (x − activation_mean) · activation_scale, or "raw", as after
+        `fold_normalization`.
+        """
         write_model(directory, self.config, self.state_dict(), self.origin)
 
     @classmethod
@@ -577,16 +751,25 @@ class SparseAutoencoder(nn.Module):
         directory: str | Path,
         device: str | torch.device = "cpu",
         *,
+        dtype: torch.dtype | str | None = None,
         trainable: bool = False,
     ) -> SparseAutoencoder:
-        """Read what `save` wrote, or a checkpoint of a training run.
+        """Read what `save` wrote, a checkpoint of a training run, or the latest one of a run.
 
         The model is in evaluation mode and records no gradients of its parameters, so that calls
-        keep nothing but their results; with `trainable` it is ready to be trained.
+        keep nothing but their results.
+
+        Args:
+            directory: a saved model, a checkpoint, or the directory of a run.
+            device: where the parameters will be.
+            dtype: of the parameters, by its name or as torch's: float32, which is the default, or
+                for inference bfloat16, float16 or float64.
+            trainable: whether the model will be trained; it then records gradients.
 
         Raises FileNotFoundError or ValueError, one line naming the file and what is wrong with it.
         """
-        directory = followed(directory)  # `latest` or `best` of a run
+        kind = floating_dtype(dtype)
+        directory = model_directory(directory)
         config = read_config(directory)
         with torch.device("meta"):
             sae = cls(config)
@@ -595,4 +778,4 @@ class SparseAutoencoder(nn.Module):
         sae.load_state_dict(tensors, assign=True)
         if sae.no_bias is not None:  # not in the file: all zeros
             sae.no_bias = torch.zeros(config.d_in, dtype=torch.float32, device=device)
-        return sae.train(trainable).requires_grad_(trainable)
+        return sae.to(kind).train(trainable).requires_grad_(trainable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ def rows_of(
     name: str = "x",
     width: str = "d_in",
 ) -> Tensor:
-    """Return `x` as a matrix of the parameters' dtype, [N, width].
+    """Return `x` as a matrix on the parameters' device, [N, width].
+
+    It is float32, or float64 where the parameters are.
 
     Args:
         sae: the model.
@@ -32,7 +35,8 @@ def rows_of(
         raise ValueError(
             f"{name} must have {width} = {columns} columns, got shape {tuple(x.shape)}"
         )
-    return x.reshape(-1, columns).to(sae.W_enc.dtype)
+    dtype = torch.float64 if sae.W_enc.dtype == torch.float64 else torch.float32
+    return x.reshape(-1, columns).to(device=sae.W_enc.device, dtype=dtype)
 
 
 def output_rows(
@@ -76,8 +80,23 @@ def target_of(
     return y
 
 
+def like(
+    x_hat: Tensor,  # any shape
+    x: Tensor,  # any shape
+) -> Tensor:
+    """Return `x_hat` on the device of x, and in its dtype if that is a floating one."""
+    return x_hat.to(device=x.device, dtype=x.dtype if x.is_floating_point() else x_hat.dtype)
+
+
 def require_tensor(given: object, name: str) -> None:
-    """Raise TypeError for what is no tensor, such as an array of NumPy."""
-    if not isinstance(given, Tensor):
-        kind = type(given).__name__
-        raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")
+    """Raise TypeError for what is no tensor, such as an array of NumPy or a module's tuple."""
+    if isinstance(given, Tensor):
+        return
+    kind = type(given).__name__
+    if isinstance(given, tuple):
+        inside = ", ".join(type(part).__name__ for part in given[:4])
+        raise TypeError(
+            f"{name} must be a tensor, got a {kind} of {len(given)} ({inside}): name the part, "
+            "as output[0] for the hidden states that a transformer block returns first"
+        )
+    raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")

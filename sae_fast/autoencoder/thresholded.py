@@ -166,6 +166,10 @@ class ReLU(Thresholded):
             return engine.encode_dense(weights, x, relu=False).listed()
         return engine.encode_threshold(weights, x)
 
+    def thresholds(self, weights: Weights) -> Tensor | None:
+        """Return zeros [F]; None without ReLU."""
+        return torch.zeros_like(weights.b_enc) if self.config.use_relu else None
+
     def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
         """Return the squared error and the L1 or Lp penalty."""
         code: ops.Code
@@ -200,6 +204,11 @@ class Gated(Thresholded):
         """Return the magnitudes of the latents whose gates are open."""
         gate = engine.encode_threshold(weights, x)
         return gate.with_values(_magnitudes(weights, gate))
+
+    def thresholds(self, weights: Weights) -> Tensor:
+        """Return the magnitude, or 0, at which the gate of each latent opens, [F]."""
+        scale = weights.own["r_mag"].exp()
+        return (weights.own["b_mag"] - weights.b_enc * scale).relu()
 
     def loss(self, weights: Weights, batch: Batch, engine: Engine) -> ArchitectureLoss:
         """Return the squared error, the L1 penalty on the gate, and the gate's reconstruction."""

@@ -177,6 +177,12 @@ class BatchTopK(TopK):
         threshold = weights.own["threshold"].expand(len(weights.W_enc))
         return engine.encode_threshold(weights, x, threshold)
 
+    def thresholds(self, weights: Weights) -> Tensor | None:
+        """Return the threshold of inference for every latent, [F]; None before any training."""
+        if int(weights.own["threshold_updates"]) == 0:
+            return None
+        return weights.own["threshold"].clamp_min(0).expand(len(weights.W_enc))
+
     def after_step_(
         self,
         weights: Weights,

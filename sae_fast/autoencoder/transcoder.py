@@ -15,6 +15,7 @@ from sae_fast.config import SAEConfig
 from sae_fast.ops.dense_product import linear
 from sae_fast.ops.full_precision import full_precision
 from sae_fast.ops.reference import ROUNDED_DTYPES
+from sae_fast.ops.working_copies import float32_copy
 
 SKIP = "W_skip"
 
@@ -41,7 +42,13 @@ def skip(
     W_skip: Tensor,  # [d_out, D]
     precision: str = "screened",
 ) -> Tensor:
-    """Return x W_skipᵀ, [N, d_out]; with bf16 and fp16 from operands of that type."""
+    """Return x W_skipᵀ, [N, d_out]; with bf16 and fp16 from operands of that type.
+
+    In float64 it is torch's product.
+    """
+    if x.dtype == torch.float64:
+        return x @ W_skip.t()
+    W_skip = float32_copy(W_skip)
     if x.is_cuda and precision in ROUNDED_DTYPES:  # whose products its tensor cores make
         return _low_product(x, W_skip, precision)
     return linear(x, W_skip, precision=precision)

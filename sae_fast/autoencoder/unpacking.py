@@ -22,7 +22,8 @@ class Undivided(Tensor):
     def __iter__(self) -> Iterator[Tensor]:
         raise TypeError(
             "sae(x) gives x_hat alone and cannot be unpacked or iterated over: "
-            "x_hat, code = sae.forward_with_code(x) gives both, sae(x).unbind() the rows"
+            "x_hat, code = sae.forward_with_code(x) gives both, "
+            "x_hat, code, losses = sae.run(x) the losses too, sae(x).unbind() the rows"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -244,7 +244,7 @@ def field_types(cls: type[ConfigFile]) -> dict[str, Any]:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings in a JSON file, flat or in sections; raise ValueError if it holds none.
 
-    The version of the file and the origin of a model in it are left out.
+    The version of the file, and origin and units of a model in it, are left out.
     """
     values = read_json(path)
     if not isinstance(values, dict):
@@ -252,7 +252,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     version = values.pop("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise ValueError(f"format_version must be {FORMAT_VERSION}, got {shown(version)}")
-    values.pop("origin", None)
+    for name in ("origin", "units"):
+        values.pop(name, None)
     return values
 
 

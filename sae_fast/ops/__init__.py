@@ -5,7 +5,7 @@ compiled module is not in use, every op is the one in `reference`: the results a
 rounding, many times slower.
 """
 
-from sae_fast.ops.code import Code, DenseCode, SparseCode
+from sae_fast.ops.code import NORMALIZED, RAW, Code, DenseCode, SparseCode, Units
 from sae_fast.ops.decode import (
     PrefixReconstruction,
     Reconstruction,
@@ -36,6 +36,8 @@ from sae_fast.ops.update import (
 from sae_fast.ops.working_copies import drop_copies, kept_copies
 
 __all__ = [
+    "NORMALIZED",
+    "RAW",
     "Code",
     "CodeCorrelation",
     "DenseCode",
@@ -43,6 +45,7 @@ __all__ = [
     "Reconstruction",
     "RowFactor",
     "SparseCode",
+    "Units",
     "accumulate_rows",
     "code_correlation",
     "decode",

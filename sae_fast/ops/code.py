@@ -1,20 +1,33 @@
 """Codes of tokens: a SparseCode lists the few active latents of each, a DenseCode has them all.
 
 Both have what training needs, under the same names. A DenseCode is for steps while so many latents
-are active that listing them is slower.
+are active that listing them is slower. Only a SparseCode has the shape of the activations that it
+was made from, and can be indexed and edited; training uses it flat.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_fast.ops.checks import Call, check_code, check_entries
+from sae_fast.ops.code_entries import (
+    append_entries,
+    latent_numbers,
+    one_a_token,
+    places_of,
+    take_rows,
+)
+
+Units = Literal["normalized", "raw"]
+NORMALIZED: Final = "normalized"  # the units of a model's parameters
+RAW: Final = "raw"  # the units of the activations
 
 
 class CodeKey:
@@ -81,10 +94,10 @@ def per_entry(
 
 @dataclass(frozen=True, eq=False)
 class SparseCode:
-    """A sparse matrix [N, d_sae]: K entries in every row, or with `offsets` any number (CSR).
+    """A sparse array [..., d_sae]: K entries for every token, or with `offsets` any number (CSR).
 
     A latent fires where its value is greater than 0, in a signed code where it is not 0, and never
-    because its index is listed.
+    because its index is listed. The N tokens of `leading` are the rows, in row-major order.
 
     Attributes:
         values: [N, K], or [nnz] with offsets; differentiable.
@@ -95,6 +108,8 @@ class SparseCode:
         precision: of the encoder that made the code; `decode` and `reconstruct` use it too.
         signed: whether values may be negative: the encoder had no ReLU.
         base: the code whose entries these are, with other values, see `with_values`.
+        leading: the shape of the tokens; None: (N,).
+        units: "normalized" or "raw", see `SparseAutoencoder.encode`.
     """
 
     values: Tensor
@@ -105,6 +120,8 @@ class SparseCode:
     precision: str = "fp32"
     signed: bool = False
     base: SparseCode | None = None
+    leading: tuple[int, ...] | None = None
+    units: Units = NORMALIZED
 
     @functools.cached_property
     def key(self) -> CodeKey:
@@ -116,12 +133,239 @@ class SparseCode:
         """N, the number of tokens."""
         return self.indices.size(0) if self.offsets is None else self.offsets.size(0) - 1
 
+    # ---- as an array of tokens ---------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of `dense()`: the tokens' shape, then d_sae."""
+        return torch.Size((*self._tokens, self.d_sae))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the values."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def _tokens(self) -> tuple[int, ...]:
+        return (self.n_rows,) if self.leading is None else self.leading
+
+    def __len__(self) -> int:
+        """Return the first size of the tokens' shape."""
+        if not self._tokens:
+            raise TypeError("the code of a single token has no length")
+        return self._tokens[0]
+
+    def __repr__(self) -> str:
+        shape, entries = tuple(self.shape), self.n_listed
+        text = f"SparseCode(shape={shape}, {entries} entries, {self.units} units"
+        return f"{text}, {self.dtype}, device={str(self.device)!r})"
+
+    def __getitem__(self, index: Any) -> SparseCode:
+        """Return the codes of some tokens, indexed as a tensor of the tokens' shape is.
+
+        Raises IndexError for an index that also selects latents: `latent` gives a latent's values.
+        """
+        rows = torch.arange(self.n_rows, device=self.indices.device).reshape(self._tokens)
+        try:
+            rows = rows[index]
+        except IndexError as error:
+            raise IndexError(
+                f"a code of shape {tuple(self.shape)} is indexed by token: {error}; "
+                "code.latent(j) gives the values of latent j, code.dense() those of all"
+            ) from None
+        parts = take_rows(self.values, self.indices, self.offsets, rows.flatten())
+        return self._edited(*parts, leading=tuple(rows.shape))
+
+    def shaped(self, leading: Sequence[int]) -> SparseCode:
+        """Return the code with its tokens in another shape, of the same number of tokens."""
+        size = tuple(leading)
+        if not torch.compiler.is_compiling() and torch.Size(size).numel() != self.n_rows:
+            raise ValueError(f"leading must have {self.n_rows} tokens, got shape {size}")
+        return self._shaped(size)
+
+    def flatten(self) -> SparseCode:
+        """Return the code with its tokens in one dimension, shape (N, d_sae)."""
+        return self if self.leading is None else self._shaped(None)
+
+    def _shaped(self, leading: tuple[int, ...] | None) -> SparseCode:
+        """Return these entries, which keep their identity, in another shape."""
+        return SparseCode(
+            self.values,
+            self.indices,
+            self.d_sae,
+            self.offsets,
+            self.aux,
+            self.precision,
+            self.signed,
+            self if self.base is None else self.base,
+            leading,
+            self.units,
+        )
+
     def dense(self) -> Tensor:
-        """Return the whole matrix [N, d_sae]; differentiable."""
+        """Return the whole array [..., d_sae]; differentiable."""
         places = self._places().flatten()
         out = self.values.new_zeros(self.n_rows, self.d_sae)
         place = (self.entry_rows(), places)
-        return out.index_put_(place, self.values.flatten(), accumulate=True)  # no second [N, F]
+        out = out.index_put_(place, self.values.flatten(), accumulate=True)  # no second [N, F]
+        return out if self.leading is None else out.reshape(self.shape)
+
+    def to_sparse(self) -> Tensor:
+        """Return a sparse COO tensor [..., d_sae] of the values other than 0; differentiable."""
+        rows, places, values = self.entry_rows(), self._places().flatten(), self.values.flatten()
+        kept = (values != 0).nonzero().flatten()
+        tokens = torch.unravel_index(rows[kept], self._tokens) if self._tokens else ()
+        index = torch.stack([*tokens, places[kept].long()])
+        made = torch.sparse_coo_tensor(  # the indices were checked by `_places`
+            index, values[kept], self.shape, check_invariants=False
+        )
+        return made.coalesce()
+
+    def latent(self, latent: int) -> Tensor:
+        """Return the values of one latent, 0 where it is not active, in the tokens' shape."""
+        (number,) = latent_numbers(latent, self.d_sae)
+        rows = self.entry_rows()
+        values = torch.where(self.indices == number, self.values, 0)
+        if self.offsets is None:
+            return values.sum(1).reshape(self._tokens)
+        found = values.new_zeros(self.n_rows).index_add(0, rows, values)
+        return found.reshape(self._tokens)
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> SparseCode:
+        """Return the code on a device, its values as `dtype`; one argument may be either.
+
+        A tensor in place of the device gives both.
+        """
+        place: str | torch.device | None = None
+        if isinstance(device, Tensor):
+            place, dtype = device.device, device.dtype
+        elif isinstance(device, torch.dtype):
+            dtype = device
+        else:
+            place = device
+        return replace(
+            self,
+            values=self.values.to(device=place, dtype=dtype),
+            indices=self.indices.to(place),
+            offsets=None if self.offsets is None else self.offsets.to(place),
+            aux=None if self.aux is None else self.aux.to(place, dtype),
+            base=None,
+        )
+
+    def cpu(self) -> SparseCode:
+        """Return the code on the CPU."""
+        return self.to("cpu")
+
+    def detach(self) -> SparseCode:
+        """Return the code without its graph; both share memory."""
+        aux = None if self.aux is None else self.aux.detach()
+        return replace(self, values=self.values.detach(), aux=aux, base=None)
+
+    # ---- edited ------------------------------------------------------------------------------
+
+    def set(
+        self,
+        latent: int | Sequence[int] | Tensor,
+        value: float | Tensor,
+    ) -> SparseCode:
+        """Return a code in which latents have a given value for every token, active or not.
+
+        Differentiable in the other values and in `value`.
+
+        Args:
+            latent: one number, or several, without repetition.
+            value: one for all; or for one latent a tensor that broadcasts to the tokens' shape, for
+                several one that broadcasts to that shape followed by the number of latents.
+                0 ablates a latent.
+
+        Raises IndexError for a number that is no latent.
+        """
+        numbers = latent_numbers(latent, self.d_sae)
+        places = places_of(self.indices, numbers, self.d_sae)
+        values = torch.where(places >= 0, 0, self.values)
+        if isinstance(value, int | float) and value == 0:
+            return self._edited(values, self.indices, self.offsets)
+        given = one_a_token("value", value, latent, len(numbers), self._tokens, self.values)
+        signed = self.signed or isinstance(value, Tensor) or value < 0
+        parts = append_entries(values, self.indices, self.offsets, numbers, given)
+        return self._edited(*parts, signed=signed)
+
+    def scaled(
+        self,
+        latent: int | Sequence[int] | Tensor,
+        factor: float | Tensor,
+    ) -> SparseCode:
+        """Return a code in which the values of latents are multiplied by a factor.
+
+        Differentiable in the values and in `factor`. Arguments and errors as for `set`.
+        """
+        numbers = latent_numbers(latent, self.d_sae)
+        places = places_of(self.indices, numbers, self.d_sae)
+        given = one_a_token("factor", factor, latent, len(numbers), self._tokens, self.values)
+        rows = self.entry_rows().view(self.indices.shape)
+        factors = given[rows, places.clamp_min(0)]
+        values = torch.where(places >= 0, self.values * factors, self.values)
+        signed = self.signed or isinstance(factor, Tensor) or factor < 0
+        return self._edited(values, self.indices, self.offsets, signed=signed)
+
+    def mask(
+        self,
+        *,
+        tokens: Tensor | None = None,
+        latents: Sequence[int] | Tensor | None = None,
+    ) -> SparseCode:
+        """Return a code in which only some tokens and latents keep their values; others are 0.
+
+        Args:
+            tokens: bool, broadcasts to the tokens' shape: which to keep; None: all.
+            latents: bool [d_sae], or numbers: which to keep; None: all.
+        """
+        values = self.values
+        if tokens is not None:
+            kept = tokens.to(device=values.device, dtype=torch.bool).expand(self._tokens).flatten()
+            kept = kept[self.entry_rows().view(self.indices.shape)]
+            values = torch.where(kept, values, 0)
+        if latents is not None:
+            if isinstance(latents, Tensor) and latents.dtype == torch.bool:
+                if latents.shape != (self.d_sae,):
+                    got = tuple(latents.shape)
+                    raise ValueError(f"latents must have shape ({self.d_sae},), got {got}")
+                latents = latents.nonzero().flatten()
+            places = places_of(self.indices, latent_numbers(latents, self.d_sae), self.d_sae)
+            values = torch.where(places >= 0, values, 0)
+        return self._edited(values, self.indices, self.offsets)
+
+    def _edited(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        *,
+        signed: bool | None = None,
+        leading: tuple[int, ...] | None = None,
+    ) -> SparseCode:
+        """Return a code of these entries, which has its own identity."""
+        return SparseCode(
+            values,
+            indices,
+            self.d_sae,
+            offsets,
+            precision=self.precision,
+            signed=self.signed if signed is None else signed,
+            leading=self.leading if leading is None else leading,
+            units=self.units,
+        )
+
+    # ---- which latents fire ------------------------------------------------------------------
 
     def fires(self) -> Tensor:
         """Return which entries fire, bool in the shape of values; NaN does not."""
@@ -132,14 +376,14 @@ class SparseCode:
         return self.fires().sum()
 
     def l0(self) -> Tensor:
-        """Return how many latents fire in each row, [N] int64."""
+        """Return how many latents fire for each token, int64 in the tokens' shape."""
         if not torch.compiler.is_compiling():
             self.check()
         fires = self.fires()
         if self.offsets is None:
-            return fires.sum(1)
+            return fires.sum(1).reshape(self._tokens)
         counts = torch.cat([self.offsets.new_zeros(1), fires.cumsum(0)])
-        return counts[self.offsets].diff()
+        return counts[self.offsets].diff().reshape(self._tokens)
 
     def fired(self) -> Tensor:
         """Return which latents fire in any row, [d_sae] bool."""
@@ -154,6 +398,8 @@ class SparseCode:
         fired = torch.zeros(self.d_sae + 1, dtype=torch.bool, device=self.values.device)
         return fired.index_fill_(0, latents.long(), True)[:-1]
 
+    # ---- entries -----------------------------------------------------------------------------
+
     def latent_major(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the entries with a value other than 0 by latent: latent_offsets, entries, rows.
 
@@ -166,14 +412,23 @@ class SparseCode:
     def with_values(
         self,
         values: Tensor,  # in the shape of self.values
+        units: Units | None = None,
     ) -> SparseCode:
         """Return a code with these entries and other values, which are 0 wherever they were 0.
 
-        Both codes share the latent-major view.
+        Both codes share the latent-major view. Without `units` the values have the code's.
         """
         base = self if self.base is None else self.base
         return SparseCode(
-            values, self.indices, self.d_sae, self.offsets, precision=self.precision, base=base
+            values,
+            self.indices,
+            self.d_sae,
+            self.offsets,
+            precision=self.precision,
+            signed=self.signed,
+            base=base,
+            leading=self.leading,
+            units=self.units if units is None else units,
         )
 
     def spread(

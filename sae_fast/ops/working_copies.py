@@ -26,6 +26,7 @@ _ATTRIBUTE = "sae_fast_copies"
 _ENCODER = "encoder"
 _DECODER = "decoder"
 _FROZEN = "frozen"
+_FLOAT32 = "float32"
 
 
 class _Copy:
@@ -131,6 +132,22 @@ def frozen_copy(
     if not _are_kept(b):
         return b.detach().clone()
     return _current(b, _FROZEN, "fp32", lambda b: (b.clone(),))[0]
+
+
+def float32_copy(
+    W: Tensor,  # any shape and floating dtype
+) -> Tensor:
+    """Return W in float32: itself, a copy that is kept, or one that is differentiable.
+
+    Inside `kept_copies` the copies made of a kept copy last as long as it does.
+    """
+    if W.dtype == torch.float32:
+        return W
+    if (torch.is_grad_enabled() and W.requires_grad) or not _are_kept(W):
+        return W.float()
+    copy = _current(W, _FLOAT32, "fp32", lambda W: (W.float(),))[0]
+    _copies_of(copy).session = _copies_of(W).session
+    return copy
 
 
 def copies_to_refresh(

@@ -1,0 +1,109 @@
+"""Entries of a code selected, looked up and appended: what indexing and editing a code is made of.
+
+A code's entries are values and indices [N, K], or flat ones [nnz] with offsets [N + 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Entries = tuple[Tensor, Tensor, Tensor | None]  # values, indices, offsets
+
+
+def take_rows(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    rows: Tensor,  # [M] int64, below N
+) -> Entries:
+    """Return the entries of some rows, in their order."""
+    if offsets is None:
+        return values[rows], indices[rows], None
+    lengths = offsets.diff()[rows]
+    ends = lengths.cumsum(0)
+    taken = torch.cat([ends.new_zeros(1), ends])
+    shift = offsets[rows] - taken[:-1]
+    places = torch.arange(int(taken[-1]), device=rows.device) + shift.repeat_interleave(lengths)
+    return values[places], indices[places], taken
+
+
+def append_entries(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    latents: Sequence[int],
+    added: Tensor,  # [N, M], their values
+) -> Entries:
+    """Return the entries with M more at the end of every row, of the latents in `latents`."""
+    n_rows, count = added.shape
+    own = torch.tensor(latents, dtype=indices.dtype, device=indices.device).expand(n_rows, count)
+    if offsets is None:
+        return torch.cat([values, added], 1), torch.cat([indices, own], 1), None
+    step = torch.arange(n_rows + 1, device=offsets.device) * count
+    longer = offsets + step
+    rows = torch.arange(n_rows, device=offsets.device)
+    rows = rows.repeat_interleave(offsets.diff(), output_size=len(indices))
+    before = torch.arange(len(indices), device=offsets.device) + step[rows]
+    after = (longer[1:, None] - count) + torch.arange(count, device=offsets.device)
+    places = torch.cat([before, after.flatten()])
+    order = torch.empty_like(places)
+    order[places] = torch.arange(len(places), device=places.device)
+    all_values = torch.cat([values, added.flatten()])
+    return all_values[order], torch.cat([indices, own.flatten()])[order], longer
+
+
+def places_of(
+    indices: Tensor,  # int32
+    latents: Sequence[int],
+    d_sae: int,
+) -> Tensor:
+    """Return for every entry the place of its latent in `latents`, or -1, int64."""
+    places = torch.full((d_sae,), -1, device=indices.device)
+    places[list(latents)] = torch.arange(len(latents), device=indices.device)
+    return places[indices.long()]
+
+
+def latent_numbers(latent: int | Sequence[int] | Tensor, d_sae: int) -> list[int]:
+    """Return latents as numbers; raise IndexError for what is no latent, or is there twice."""
+    if isinstance(latent, Tensor):
+        if latent.is_floating_point() or latent.dtype == torch.bool:
+            raise IndexError(f"latent must be whole numbers, got a tensor of {latent.dtype}")
+        numbers = latent.flatten().tolist()
+    else:
+        numbers = list(latent) if isinstance(latent, Sequence) else [latent]
+    for number in numbers:
+        if not hasattr(number, "__index__"):
+            raise IndexError(f"latent must be a whole number, got {number!r}")
+        if not 0 <= number < d_sae:
+            raise IndexError(f"latent must be 0 to {d_sae - 1}, got {number}")
+    if len(set(numbers)) < len(numbers):
+        raise IndexError(f"latent must name each latent once, got {numbers}")
+    return [int(number) for number in numbers]
+
+
+def one_a_token(
+    name: str,
+    given: float | Tensor,
+    latent: int | Sequence[int] | Tensor,
+    count: int,
+    tokens: tuple[int, ...],
+    like: Tensor,
+) -> Tensor:
+    """Return numbers of `count` latents for every token as [N, count], in the dtype of `like`.
+
+    Raises ValueError where they do not broadcast.
+    """
+    is_one = not isinstance(latent, Sequence | Tensor) or (
+        isinstance(latent, Tensor) and latent.ndim == 0
+    )
+    wanted = tokens if is_one else (*tokens, count)
+    numbers = torch.as_tensor(given, dtype=like.dtype, device=like.device)
+    try:
+        numbers = numbers.expand(wanted)
+    except RuntimeError:
+        shape = tuple(numbers.shape)
+        raise ValueError(f"{name} must broadcast to shape {wanted}, got {shape}") from None
+    return numbers.reshape(torch.Size(tokens).numel(), count)
