@@ -25,6 +25,12 @@ def why_no_cuda():
     return None
 
 
+@pytest.fixture(autouse=True)
+def seeded_torch():
+    """Seed torch, whose numbers would otherwise depend on the tests before in the process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
     """Return each device in turn; tests skip the devices that this machine lacks."""
