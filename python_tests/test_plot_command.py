@@ -13,6 +13,7 @@ from PIL import Image
 from sae_fast import plot as command
 from sae_fast.activations import write_shard
 from sae_fast.plot import main
+from sae_fast.report.front import Point
 from sae_fast.report.panels import Panel, loss_terms, overview
 from sae_fast.train import main as train
 from sae_fast.training import run_directory
@@ -292,6 +293,133 @@ def test_any_name_of_a_run_can_be_written_above_it(runs: Path, tmp_path: Path) -
     (runs / "topk").rename(strange)
     assert main([str(strange)]) == 0
     assert main([str(strange), str(runs / "gated"), "--out", str(tmp_path / "a.png")]) == 0
+
+
+# ---- sweeps and fronts -------------------------------------------------------------------------
+
+
+def test_a_directory_of_runs_draws_them_together(
+    runs: Path, drawn: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(runs)]) == 0
+    overview_image, terms = drawn
+    names = [name if name != "slots" else "slots/joint" for name in sorted(RUNS)]
+    assert list(overview_image["runs"]) == list(terms["runs"]) == names
+    assert overview_image["title"] == "8 runs"
+    paths = [runs / "plots" / "training.png", runs / "plots" / "loss_terms.png"]
+    assert [image["path"] for image in drawn] == paths
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+
+
+def test_runs_of_a_sweep_are_in_the_order_of_the_numbers_in_their_names(
+    runs: Path, drawn: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for name in ("layer_9/k_16", "layer_9/k_2", "layer_10/k_2"):
+        shutil.copytree(runs / "topk", tmp_path / "sweep" / name)
+    (tmp_path / "sweep" / "layer_10" / "k_16").mkdir()
+    (tmp_path / "sweep" / "layer_10" / "k_16" / "metrics.jsonl").touch()  # nothing logged yet
+    assert main([str(tmp_path / "sweep"), "--out", str(tmp_path / "a.png")]) == 0
+    assert list(drawn[0]["runs"]) == ["layer_9/k_2", "layer_9/k_16", "layer_10/k_2"]
+
+
+def test_a_real_sweep_is_drawn_and_has_a_front(trained: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(json.dumps({"k": [2, 4, 8]}))
+    place = ("--shard-dir", str(trained / "shards"), "--checkpoint-dir", str(tmp_path / "runs"))
+    assert train([*BASE, "--sweep", str(sweep), *place]) == 0
+    for flags, name in (([], "training.png"), (["--front"], "front.png")):
+        assert main([str(tmp_path / "runs"), *flags]) == 0
+        with Image.open(tmp_path / "runs" / "plots" / name) as image:
+            assert image.size[0] > 900
+
+
+@pytest.fixture
+def fronts(monkeypatch: pytest.MonkeyPatch) -> list[list[Point]]:
+    """Collect the points of fronts instead of drawing them."""
+    found: list[list[Point]] = []
+
+    def note(points: list[Point], path: Path, title: str) -> Path:
+        found.append(points)
+        return path
+
+    monkeypatch.setattr(command, "draw_front", note)
+    return found
+
+
+def test_a_front_has_the_last_held_out_figures_of_each_run(
+    runs: Path, tmp_path: Path, fronts: list[list[Point]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["topk", "relu", "transcoder"]
+    out = tmp_path / "front.pdf"
+    assert main(["--front", *(str(runs / name) for name in names), "--out", str(out)]) == 0
+    rows = [_rows(runs / name)[-1] for name in names]
+    wanted = [
+        Point(kind, row["heldout_l0"], row["heldout_fvu"])
+        for kind, row in zip(("topk", "relu", "topk skip transcoder"), rows, strict=True)
+    ]
+    assert fronts == [wanted]
+    assert capsys.readouterr() == (f"{out}\n", "")
+
+
+def test_a_run_that_is_not_complete_is_left_out_of_a_front(
+    runs: Path, tmp_path: Path, fronts: list[list[Point]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "topk" / "training_history.json").unlink()
+    both = (str(runs / "topk"), str(runs / "relu"))
+    assert main([*both, "--front", "--out", str(tmp_path / "a.png")]) == 0
+    assert [point.series for point in fronts[0]] == ["relu"]
+    assert capsys.readouterr().err == "warning: topk is not complete and left out\n"
+
+
+def test_a_front_without_a_complete_run_is_one_line(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "topk" / "training_history.json").unlink()
+    assert main([str(runs / "topk"), "--front"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: front needs runs that are complete: none has a training_history.json"
+    assert not (runs / "topk" / "plots").exists()
+
+
+@pytest.mark.parametrize("missing", ["final_heldout_l0", "final_heldout_fvu", None])
+def test_a_front_without_held_out_figures_is_one_line(
+    missing: str | None, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "topk" / "training_history.json"
+    content = json.loads(path.read_text())
+    if missing is None:
+        content["summary"] = 3
+    else:
+        del content["summary"][missing]
+    path.write_text(json.dumps(content))
+    line = _refusal(capsys, runs / "topk", "--front")
+    assert f"{runs / 'topk'} has no held-out figures" in line
+    assert "--heldout" in line
+
+
+def test_a_damaged_history_is_one_line_of_a_front(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = runs / "topk" / "training_history.json"
+    for content in ("[1]", "{"):
+        path.write_text(content)
+        assert str(runs / "topk") in _refusal(capsys, runs / "topk", "--front")
+
+
+def test_the_target_l0_is_a_line_in_the_panel_of_l0(
+    runs: Path, drawn: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    history = runs / "relu" / "training_history.json"
+    both = [str(runs / "relu"), str(runs / "topk"), "--out", str(tmp_path / "a.png")]
+    for line in ([str(runs / "relu")], [str(history)], both):
+        assert main(line) == 0
+    for image in (drawn[0], drawn[2], drawn[4]):
+        rows = next(iter(image["runs"].values()))
+        assert {row["target_l0"] for row in rows} == {4.0}
+        (panel,) = (panel for panel in image["panels"] if panel.main == "l0")
+        assert panel.curves[-1].label == "target"
+        assert "target_l0" not in {panel.main for panel in image["panels"]}
+    assert "target_l0" not in list(drawn[4]["runs"].values())[1][0]  # topk has none
 
 
 # ---- bad input ---------------------------------------------------------------------------------

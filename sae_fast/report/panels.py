@@ -1,6 +1,7 @@
 """The panels in which the metrics of runs are drawn.
 
-That follows from the metrics: what only one architecture or term logs gets its panel unnamed here.
+They follow from the metrics: a metric that only one architecture or term logs gets a panel although
+it is not named here.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 Row = dict[str, Any]  # of metrics.jsonl
 
 HELD_OUT = "held out"
+TARGET = "target"
 _HELD_OUT = "heldout_"
 _AVERAGED = "averaged_"  # of the model with averaged weights, on held-out rows only
+_TARGET_L0 = "target_l0"  # a setting, see `with_target`
 
 _TITLES = {
     "loss": "Loss per token",
@@ -48,7 +51,7 @@ _WIDE = {"loss", "fvu", "l0", "grad_norm", "loss_scale", "sparsity_coeff"}
 # Not drawn: the axis, and what another panel says.
 _NO_PANEL = {
     *("step", "tokens", "epoch", "time_per_step_ms", "activation_fraction", "ce_model"),
-    *("explained_variance", "explained_variance_overall"),
+    *("explained_variance", "explained_variance_overall", _TARGET_L0),
 }
 
 
@@ -95,6 +98,18 @@ class Panel:
         return self.main.endswith(("_fraction", "_accuracy"))
 
 
+def with_target(rows: Iterable[Row], target_l0: float | None) -> list[Row]:
+    """Return rows that also hold the L0 that the run is trained for, a line in the panel of L0.
+
+    Args:
+        rows: of metrics.jsonl.
+        target_l0: the setting; None where the run has none, which leaves the rows as they are.
+    """
+    if target_l0 is None:
+        return list(rows)
+    return [{**row, _TARGET_L0: target_l0} for row in rows]
+
+
 def overview(rows: Iterable[Row]) -> list[Panel]:
     """Return a panel for each metric but the terms of the loss.
 
@@ -135,8 +150,9 @@ def _curves(name: str) -> tuple[Curve, ...]:
         return Curve("loss", "total"), Curve("recon_loss", "reconstruction")
     if name == "ce":
         return Curve("heldout_ce", HELD_OUT), Curve("heldout_ce_model", "the model by itself")
-    return (
+    curves = (
         Curve(name, "train"),
         Curve(_HELD_OUT + name, HELD_OUT),
         Curve(_AVERAGED + _HELD_OUT + name, f"{HELD_OUT}, averaged"),
     )
+    return (*curves, Curve(_TARGET_L0, TARGET)) if name == "l0" else curves

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae_fast.atomic_files import replacing
-from sae_fast.report.panels import HELD_OUT, Curve, Panel, Row, overview
+from sae_fast.report.panels import HELD_OUT, TARGET, Curve, Panel, Row, overview
 
 _PANEL = (4.2, 3.1)  # inches
 _PADDING = 0.08
@@ -18,8 +18,12 @@ _COLUMNS = {4: 2, 5: 3, 6: 3, 9: 3}  # by number of panels, 4 for other than the
 _DOTS_PER_INCH = 110
 _TITLE_LETTER, _NAME_LETTER = 0.11, 0.09  # inches
 _NAME_LENGTH = 60
-_STYLES = ("-", "--", ":")  # curves may lie on each other
-_WIDE_SPAN = 3.0  # from here on a logarithmic axis has two labels or more, see _make_logarithmic
+_STYLES = ("-", "--", ":", "-.")  # curves may lie on each other
+_LEGEND: dict[str, dict[str, Any]] = {  # of several runs
+    HELD_OUT: {"linestyle": "--", "marker": "o", "markersize": 3.5},
+    TARGET: {"linestyle": "-.", "linewidth": 1},
+}
+WIDE_SPAN = 3.0  # from here on a logarithmic axis has two labels or more, see make_logarithmic
 _LEAST_SHARE = 0.01  # the end of the axis where all are smaller
 _LEAST_R2 = -1.0  # it starts far below 0, where nothing is to be seen
 
@@ -63,18 +67,24 @@ def draw(
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     if len(runs) > 1:
-        _name_runs(figure, width, list(runs), colours, has_held_out=HELD_OUT in labels)
+        _name_runs(figure, width, list(runs), colours, labels)
     lines = textwrap.fill(title, int(width / _TITLE_LETTER))
     figure.suptitle(lines, fontsize=13, parse_math=False)  # a name may hold a $
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure, path)
+    save_figure(figure, path, _DOTS_PER_INCH)
     return path
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write the image whole or not at all: a viewer may read it while the run continues."""
+def save_figure(figure: Any, path: Path, dots_per_inch: int) -> None:
+    """Write the image whole or not at all: a viewer may read it while the run continues.
+
+    Args:
+        figure: of matplotlib.
+        path: the file, its name says of which kind; its directory is made.
+        dots_per_inch: the resolution, of a PNG.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=_DOTS_PER_INCH, format=path.suffix[1:])
+        figure.savefig(temporary, dpi=dots_per_inch, format=path.suffix[1:])
 
 
 def _draw_panel(
@@ -93,10 +103,8 @@ def _draw_panel(
             x, y = _series(rows, axis, curve.metric)
             is_off = panel.main.endswith("_loss") and not any(y)  # a term of another run
             if y and not is_off:
-                marker = "o" if curve.label.startswith(HELD_OUT) or len(y) == 1 else None
                 colour = f"C{number}" if single else colours[run]
-                style = {"label": curve.label, "marker": marker, "markersize": 3.5}
-                axes.plot(x, y, _STYLES[number], color=colour, linewidth=1.4, **style)
+                _draw_curve(axes, curve, x, y, _STYLES[number], colour)
                 drawn[curve.label] = None
                 places += x
                 values += y
@@ -112,12 +120,24 @@ def _draw_panel(
     return set(drawn)
 
 
+def _draw_curve(
+    axes: Any, curve: Curve, x: list[float], y: list[float], style: str, colour: Any
+) -> None:
+    if curve.label == TARGET:  # one value, also where a run has logged one row
+        axes.axhline(y[-1], linestyle="-.", color=colour, linewidth=1, label=curve.label)
+        return
+    marker = "o" if curve.label.startswith(HELD_OUT) or len(y) == 1 else None
+    options = {"label": curve.label, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
+    axes.plot(x, y, style, color=colour, **options)
+
+
 def _shown(panel: Panel, *, single: bool) -> Sequence[Curve]:
     """Return the curves of a panel; of several runs only those that they are compared by."""
     if single:
         return panel.curves
+    compared = (HELD_OUT, TARGET)
     return [
-        curve for curve in panel.curves if curve.metric == panel.main or curve.label == HELD_OUT
+        curve for curve in panel.curves if curve.metric == panel.main or curve.label in compared
     ]
 
 
@@ -134,8 +154,8 @@ def _scale(axes: Any, panel: Panel, values: Sequence[float]) -> None:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="grey")
         return
     least, most = min(values), max(values)
-    if panel.is_wide and least > 0 and most / least >= _WIDE_SPAN:
-        _make_logarithmic(axes, most / least)
+    if panel.is_wide and least > 0 and most / least >= WIDE_SPAN:
+        make_logarithmic(axes, "y", most / least)
         return
     if panel.main.endswith("_r2"):
         least = max(least, _LEAST_R2)
@@ -162,16 +182,23 @@ def _plain(most: float) -> Any:
     return EngFormatter(sep="") if most >= 1e4 else FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def _make_logarithmic(axes: Any, span: float) -> None:
-    """Make the axis logarithmic, its labels plain numbers, also within one decade."""
+def make_logarithmic(axes: Any, which: str, span: float) -> None:
+    """Make an axis logarithmic, its labels plain numbers, also within one decade.
+
+    Args:
+        axes: of matplotlib.
+        which: "x" or "y".
+        span: the largest value divided by the smallest.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
     decades = math.log10(span)
     parts = (1, 1.5, 2, 3, 5, 7) if decades < 1.2 else (1, 2, 5) if decades < 3 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=parts))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=parts))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _colours(count: int) -> list[Any]:
@@ -184,16 +211,20 @@ def _colours(count: int) -> list[Any]:
 
 
 def _name_runs(
-    figure: Any, width: float, names: Sequence[str], colours: Sequence[Any], *, has_held_out: bool
+    figure: Any, width: float, names: Sequence[str], colours: Sequence[Any], curves: Container[str]
 ) -> None:
-    """Draw one legend below all panels, in as many columns as there is room for."""
+    """Draw one legend below all panels, in as many columns as there is room for.
+
+    It names the runs by their colours, and held-out values and targets where `curves` has them.
+    """
     from matplotlib.lines import Line2D
 
     labels = [_shortened(name, _NAME_LENGTH) for name in names]
-    lines = [Line2D([], [], color=colour) for colour in colours]
-    if has_held_out:
-        marked = Line2D([], [], color="grey", linestyle="--", marker="o", markersize=3.5)
-        lines, labels = [*lines, marked], [*labels, HELD_OUT]
+    lines: list[Any] = [Line2D([], [], color=colour) for colour in colours]
+    for label, style in _LEGEND.items():
+        if label in curves:
+            lines.append(Line2D([], [], color="grey", **style))
+            labels.append(label)
     longest = max(map(len, labels))
     n_columns = max(1, min(len(labels), int(width / (0.7 + _NAME_LETTER * longest))))
     place = {"loc": "outside lower center", "ncols": n_columns}

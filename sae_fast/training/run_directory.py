@@ -18,6 +18,7 @@ from sae_fast.atomic_files import replacing
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import read_json
+from sae_fast.report.panels import with_target
 from sae_fast.report.plot import plot_run
 from sae_fast.tensor_files import require_unicode
 from sae_fast.training.checkpoint import (
@@ -118,7 +119,7 @@ class RunDirectory:
         self._made.clear()
 
     def prepare(self, resumed: Checkpoint | None) -> None:
-        """Hold the directory and make it ready for a run that starts, or goes on.
+        """Hold the directory and make it ready for a run that starts or continues.
 
         Raises:
             CheckpointError: when another run holds it, when it cannot be written, or holds a run
@@ -150,6 +151,7 @@ class RunDirectory:
         content = {"config": config.to_dict(), "summary": summary, "history": history}
         with replacing(self.path / HISTORY) as aside:
             aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        rows = with_target(rows, config.sae.target_l0)
         plot_run(rows, self.plot, run_title(run_name(self.path), config.sae))
 
     def has_results(self, step: int, models: Iterable[str]) -> bool:
@@ -273,7 +275,7 @@ def _all_runs_in(directory: Path) -> list[Path]:
 
 
 def way_on_from_model(run: Path) -> str | None:
-    """Return how a run that was trained straight from a model goes on; None for other runs.
+    """Return the arguments that continue a run trained straight from a model; None for others.
 
     Args:
         run: its directory, or one of its checkpoints.
@@ -321,8 +323,13 @@ def run_title(name: str, sae: SAEConfig) -> str:
 
 def describe(sae: SAEConfig) -> str:
     """Return architecture and sizes, as a title has them."""
-    sizes = f"{sae.arch}: d_in {sae.d_in}, d_sae {sae.d_sae:,}"
-    if sae.transcoder:
-        kind = "skip transcoder" if sae.skip_connection else "transcoder"
-        sizes = f"{sae.arch} {kind}: d_in {sae.d_in}, d_out {sae.d_out}, d_sae {sae.d_sae:,}"
+    widths = f"d_in {sae.d_in}, d_out {sae.d_out}" if sae.transcoder else f"d_in {sae.d_in}"
+    sizes = f"{kind_of(sae)}: {widths}, d_sae {sae.d_sae:,}"
     return sizes if sae.k is None else f"{sizes}, k {sae.k}"
+
+
+def kind_of(sae: SAEConfig) -> str:
+    """Return the architecture, with the word transcoder for one, as a title has it."""
+    if not sae.transcoder:
+        return sae.arch
+    return f"{sae.arch} skip transcoder" if sae.skip_connection else f"{sae.arch} transcoder"
