@@ -49,7 +49,10 @@ def test_the_command_is_the_module(capsys):
     assert capsys.readouterr().err == "error: --k must be a whole number, got 'x'\n"
 
 
-@pytest.mark.parametrize("line", ["train --help", "train m d --help", "train --k x", "capture -h"])
+@pytest.mark.parametrize(
+    "line",
+    [*(f"{name} --help" for name in COMMANDS), "train m d --help", "train --k x", "capture -h"],
+)
 def test_help_and_wrong_flags_import_no_torch(line):
     program = (
         "import sys\n"

@@ -134,7 +134,7 @@ def test_an_interrupt_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sae_fast.convert_shards.convert", interrupted)
+    monkeypatch.setattr("sae_fast.activations.imports.convert", interrupted)
     assert main([str(source), str(tmp_path / "out")]) == 130
     assert "the same command goes on with the next shard" in capsys.readouterr().err
 

@@ -2,6 +2,8 @@
 
 Made-up people with six facts each, a small GPT-2 trained here until it knows them, and its
 activations as shards with labels, by layer. No network is needed.
+
+Modules that need torch are imported where they are used, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -12,23 +14,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import setting
-from sae_fast.ground_truth.biographies import files
-from sae_fast.ground_truth.biographies.language_model import (
-    BiographyModel,
-    LanguageModelConfig,
-    train_language_model,
-)
-from sae_fast.ground_truth.biographies.probes import probe_accuracies
-from sae_fast.ground_truth.biographies.text import make_biographies
 from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
+
+if TYPE_CHECKING:
+    from sae_fast.ground_truth.biographies.language_model import BiographyModel
 
 PROGRAM = "python -m sae_fast.biographies"
 USAGE = f"{PROGRAM} --out DIR [flags]"
@@ -103,6 +99,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make(options: BiographyOptions, out: Path) -> None:
+    import torch
+
+    from sae_fast.ground_truth.biographies import files
+    from sae_fast.ground_truth.biographies.language_model import (
+        LanguageModelConfig,
+        train_language_model,
+    )
+    from sae_fast.ground_truth.biographies.text import make_biographies
+
     biographies = make_biographies(
         options.entities,
         options.templates,
@@ -149,6 +154,9 @@ def _write(
     out: Path, model: BiographyModel, layers: Sequence[int], measured: dict[str, object]
 ) -> None:
     """Write shards and model; print what linear probes read from each layer."""
+    from sae_fast.ground_truth.biographies import files
+    from sae_fast.ground_truth.biographies.probes import probe_accuracies
+
     layers = sorted(set(layers))
     folders = files.write_shards(out, model, layers)
     probes = probe_accuracies(model, layers)

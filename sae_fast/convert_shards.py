@@ -3,6 +3,8 @@
 SRC is a directory of .pt, .npy, .npz or .safetensors files, a dataset of Arrow or Parquet files,
 such as the cached activations of SAELens, a single file or a quoted pattern. Every row is read
 again.
+
+Modules that need torch are imported where they are used, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -14,25 +16,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from sae_fast.activations.files import shards_in
-from sae_fast.activations.imports import Conversion, ConversionOptions, convert, prepare
-from sae_fast.activations.imports.conversion import ConversionResult, check_space
-from sae_fast.activations.imports.formats import find_files
-from sae_fast.activations.imports.saved_activations import (
-    SavedActivations,
-    candidates,
-    choose_key,
-    inspect,
-)
-from sae_fast.activations.writer import ShardMetadata
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import setting
 from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
+
+if TYPE_CHECKING:
+    from sae_fast.activations import ShardMetadata
+    from sae_fast.activations.imports import Conversion
+    from sae_fast.activations.imports.conversion import ConversionResult
+    from sae_fast.activations.imports.saved_activations import SavedActivations
 
 PROGRAM = "python -m sae_fast.convert_shards"
 USAGE = f"{PROGRAM} SRC DST [flags]"
@@ -114,6 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(options: ConvertOptions, place: str, out: Path) -> list[Conversion]:
     """Prepare a conversion for every key."""
+    from sae_fast.activations import ShardMetadata
+    from sae_fast.activations.imports import ConversionOptions, prepare
+    from sae_fast.activations.imports.formats import find_files
+    from sae_fast.activations.imports.saved_activations import candidates, choose_key, inspect
+
     stored = ConversionOptions(
         options.dtype,
         options.shard_rows,
@@ -155,6 +157,8 @@ def _described(metadata: ShardMetadata, key: str) -> ShardMetadata:
 
 def _announce(conversions: list[Conversion]) -> None:
     """Print the files to convert and the space that their shards take."""
+    from sae_fast.activations.imports.conversion import check_space
+
     free = check_space(conversions)
     for conversion in conversions:
         source, storage = conversion.source, conversion.storage.name
@@ -189,6 +193,8 @@ def _count(number: int, what: str) -> str:
 
 def _convert(conversion: Conversion) -> None:
     """Convert one source with a progress bar: every row counts twice, written and compared."""
+    from sae_fast.activations.imports import convert
+
     rows = sum(shard.rows for shard in conversion.shards)
     existing = sum(shard.rows for shard in conversion.shards if shard.name in conversion.done)
     with progress_bar(total=2 * rows - existing, unit="row", unit_scale=True) as bar:
@@ -197,6 +203,8 @@ def _convert(conversion: Conversion) -> None:
 
 
 def _conclude(conversion: Conversion, result: ConversionResult) -> None:
+    from sae_fast.activations.files import shards_in
+
     directory = conversion.directory
     paths = shards_in(directory)
     size = sum(path.stat().st_size for path in paths)

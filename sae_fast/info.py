@@ -1,13 +1,13 @@
 """Print versions, how the kernels were built and what runs here: `python -m sae_fast.info`."""
 
+from __future__ import annotations
+
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-
-import torch
 
 import sae_fast
 from sae_fast.config.command_line import CommandLine
@@ -18,6 +18,8 @@ _PACKAGES = ("numpy", "h5py", "safetensors")
 
 def describe() -> str:
     """Return the report as text, one fact a line."""
+    import torch
+
     lines = [
         ("sae_fast", f"{sae_fast.__version__}, {Path(sae_fast.__file__).parent}"),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
@@ -76,6 +78,8 @@ def _usable_cores() -> int:
 
 
 def _cuda_device_lines() -> list[tuple[str, str]]:
+    import torch
+
     if torch.version.cuda is None:
         return [("CUDA devices", "none: the installed torch is a CPU build")]
     if not torch.cuda.is_available():

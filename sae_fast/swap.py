@@ -2,6 +2,8 @@
 
 DIR is what `python -m sae_fast.biographies` wrote; the slots are the last latents of the
 autoencoder, one a relation.
+
+Modules that need torch are imported where they are used, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -11,18 +13,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_fast.atomic_files import write_json
-from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import setting
-from sae_fast.ground_truth.biographies import files
-from sae_fast.ground_truth.biographies.swap import SwapTable, swap_success
 from sae_fast.output_streams import run_command
-from sae_fast.training.checkpoint import CheckpointError, find_checkpoint, read_newest_state
-from sae_fast.training.resume_state import check_state
+
+if TYPE_CHECKING:
+    from sae_fast.ground_truth.biographies.swap import SwapTable
 
 PROGRAM = "python -m sae_fast.swap"
 USAGE = f"{PROGRAM} CHECKPOINT --data DIR [flags]"
@@ -72,6 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _table(options: SwapOptions) -> SwapTable:
     if options.checkpoint is None or options.data is None:
         raise ValueError(f"a checkpoint and --data must be given: {PROGRAM} CHECKPOINT --data DIR")
+    from sae_fast.autoencoder import SparseAutoencoder
+    from sae_fast.ground_truth.biographies import files
+    from sae_fast.ground_truth.biographies.swap import swap_success
+
     path = _model_directory(options.checkpoint)
     layer = _trained_layer(path) if options.layer is None else options.layer
     model = files.load(options.data)
@@ -87,22 +92,28 @@ def _table(options: SwapOptions) -> SwapTable:
 def _model_directory(path: Path) -> Path:
     if (path / "sae.safetensors").is_file():
         return path
+    from sae_fast.training.checkpoint import CheckpointError, find_checkpoint
+
     try:
-        found = find_checkpoint(str(path), None)
+        checkpoint = find_checkpoint(str(path), None)
     except CheckpointError:
-        found = None
-    if found is None:
+        checkpoint = None
+    if checkpoint is None:
         raise ValueError(f"{path} is no saved model, no checkpoint and no run that has one")
-    return found
+    return checkpoint
 
 
 def _trained_layer(path: Path) -> int:
     """Return the layer of the shards that a checkpoint was trained on."""
+    from sae_fast.ground_truth.biographies.files import layer_of
+    from sae_fast.training.checkpoint import CheckpointError, read_newest_state
+    from sae_fast.training.resume_state import check_state
+
     try:
         trained_on = read_newest_state(path, check_state)["config"]["train"].get("shard_dir")
     except CheckpointError:
         trained_on = None
-    layer = None if trained_on is None else files.layer_of(Path(trained_on))
+    layer = None if trained_on is None else layer_of(Path(trained_on))
     if layer is None:
         raise ValueError(f"layer must be given: {path} does not tell which it was trained on")
     return layer

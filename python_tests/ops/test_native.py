@@ -54,6 +54,10 @@ def test_without_a_module_the_import_fails_and_names_the_remedy(installation):
 NEEDED = {
     "train": ("--shard-dir", "shards"),
     "capture": ("model", "dataset", "--layers", "0", "--out", "shards"),
+    "convert_shards": ("files", "shards"),
+    "plot": ("run",),
+    "biographies": ("--out", "biographies"),
+    "swap": ("checkpoint", "--data", "biographies"),
 }
 
 
