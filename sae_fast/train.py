@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 @configuration()
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(ConfigFile):
-    """Files and presets with settings, which the flags win over."""
+    """Files and presets with settings; flags take precedence over them."""
 
     title: ClassVar[str] = "Settings from elsewhere"
 
@@ -107,7 +107,7 @@ class FromModel:
 @functools.cache
 def on_shards() -> CommandLine:
     """Return the command line of a training on shards."""
-    about = "Train a sparse autoencoder on activation shards, or go on with a run."
+    about = "Train a sparse autoencoder on activation shards, or continue a run."
     sections: dict[str, type[ConfigFile]]
     sections = {"options": TrainOptions, "sae": SAEConfig, "train": TrainConfig}
     return CommandLine(f"{USAGE}\n{USAGE_FROM_MODEL}", about, sections)
@@ -174,7 +174,7 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     """Return the configuration that the command line of a training on shards asks for.
 
     What it leaves open is taken from the `--config` file, then from the preset, then from the run
-    that goes on.
+    that is resumed.
 
     Raises:
         ValueError: naming the flag, field or file that is wrong.
@@ -221,15 +221,12 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     arch = flags["sae"].get("arch") or layers["sae"].get("arch", SAEConfig.arch)
     if arch in rules_of(SAEConfig)["k"].arch:
         sae["k"] = DEFAULT_K
-    own: dict[str, Any] = {
-        "checkpoint_every": settings.save_every,
-        "wandb_log_every": settings.wandb_log_frequency,
-        "max_tokens": settings.max_tokens,
-        "batch_size": settings.batch_size * (settings.ctx_len or DEFAULT_CONTEXT),
-        "shuffle_seed": settings.shuffle_seed,
-        "seed": settings.init_seeds[0],
-    }
     rules = rules_of(TrainConfig)
+    own: dict[str, Any] = {
+        name: getattr(settings, rule.decided_by) for name, rule in rules.items() if rule.decided_by
+    }
+    own["batch_size"] *= settings.ctx_len or DEFAULT_CONTEXT
+    own["seed"] = settings.init_seeds[0]
     on_line = {name: own[name] for name in own if rules[name].decided_by in line.given}
     if layers["train"].get("batch_size") not in (None, own["batch_size"]):
         logger.info("batch_size: a batch has --batch_size sequences of --ctx_len tokens here")
@@ -288,7 +285,7 @@ def _settings_in(path: Path | None) -> Given:
 
 
 def _resumed_settings(reference: str, directory: str | None) -> tuple[Given, str | None]:
-    """Return settings and directory of the run that goes on; none where `latest` finds none."""
+    """Return settings and directory of the run to resume; none where `latest` finds none."""
     from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
     from sae_fast.training.resume_state import check_state
     from sae_fast.training.run_directory import RunDirectory, way_on_from_model
@@ -351,7 +348,7 @@ def _opened(
 
 
 def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:
-    """Return the settings on a command line, and of one from a model the part about the model."""
+    """Return the settings on a command line, and the part about the model if it names one."""
     if not arguments or arguments[0].startswith("-"):
         return on_shards().read(arguments), None
     if len(arguments) < 2 or arguments[1].startswith("-"):

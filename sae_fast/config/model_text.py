@@ -54,28 +54,38 @@ class CaptureConfig(ConfigFile):
     layer_stride: int | None = setting(None, at_least=1)
     """Capture every n-th block, in place of --layers, and in the patterns of --hook-points."""
     max_tokens: int | None = setting(
-        None, at_least=1, heading="Sequences", brief="rows to capture; default: the whole dataset"
+        None,
+        at_least=1,
+        recipe="shards",
+        heading="Sequences",
+        brief="rows to capture; default: the whole dataset",
     )
     """Rows to capture for each hook point; default: the whole dataset. [tokens]"""
-    heldout_tokens: int = setting(0, at_least=0, brief="rows of the last documents, held out")
+    heldout_tokens: int = setting(
+        0, at_least=0, recipe="rows", brief="rows of the last documents, held out"
+    )
     """Rows of the last documents that go into heldout_00.h5, besides --max-tokens. [tokens]"""
-    ctx_len: int | None = setting(None, at_least=1, brief="tokens of a sequence; default: 512")
+    ctx_len: int | None = setting(
+        None, at_least=1, recipe="rows", brief="tokens of a sequence; default: 512"
+    )
     """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
-    batch_size: int = setting(32, at_least=1, brief="sequences in a forward pass")
+    batch_size: int = setting(32, at_least=1, recipe="rows", brief="sequences in a forward pass")
     """Sequences in a forward pass. [sequences]"""
-    pack: bool = setting(True)
+    pack: bool = setting(True, recipe="rows")
     """Put one document after another in a sequence; encoders have one document in each anyway."""
-    exclude_special_tokens: bool = setting(False, brief="leave out BOS, EOS, [CLS], [SEP] rows")
+    exclude_special_tokens: bool = setting(
+        False, recipe="rows", brief="leave out BOS, EOS, [CLS], [SEP] rows"
+    )
     """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, they are not stored."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
-        "auto", heading="Shards", brief="type that is stored"
+        "auto", recipe="shards", heading="Shards", brief="type that is stored"
     )
     """Type in which activations are stored; auto: float16, or bfloat16 where a sample of them comes
     near the ends of float16."""
-    shard_tokens: int = setting(1 << 20, at_least=1)
-    """Rows of a shard; a capture that is killed goes on behind its last whole shard. [tokens]"""
+    shard_tokens: int = setting(1 << 20, at_least=1, recipe="shards")
+    """Rows of a shard; a capture that was killed continues after its last whole shard. [tokens]"""
     compression: Literal["none", "zstd", "blosc2", "gzip"] = setting(
-        "none", brief="compression of the shards"
+        "none", recipe="shards", brief="compression of the shards"
     )
     """Compression of the shards."""
     text_column: str | None = setting(None, heading="Reading the dataset and the model")
@@ -86,13 +96,13 @@ class CaptureConfig(ConfigFile):
     """Part of the dataset."""
     text_split: Literal["line", "paragraph", "document"] = setting("line")
     """What a document is in a .txt file; document: the whole file."""
-    shuffle_seed: int | None = setting(42, at_least=0)
+    shuffle_seed: int | None = setting(42, at_least=0, recipe="rows")
     """Seed of the order of the documents; None keeps the dataset's own order."""
     num_proc: int = setting(1, at_least=1)
     """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
     revision: str | None = setting(None)
     """Branch, tag or commit of a model on the hub."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto")
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", recipe="rows")
     """Type in which the model runs; auto: as in its checkpoint."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda; torchrun gives each of its processes a GPU of its own."""

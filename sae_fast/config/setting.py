@@ -54,6 +54,10 @@ class Rules:
         sweep: the trainings of a sweep may differ in this setting of their training.
         shards_only: why the setting has no place in a training straight from a model.
         decided_by: the setting of FromModelConfig that decides it in such a training.
+        of_files: it is about files of rows; rows in memory do not have it.
+        of_transcoder: only the training of a transcoder has it.
+        recipe: a capture that is continued must have the same value. "rows": the activations of the
+            model, or their order, depend on it; "shards": only the shards do that are written.
         command_only: it names a model or the place of a run on the command line, and
             `train_from_model` does not take it.
         heading: the heading of the help under which this setting and those after it stand.
@@ -81,6 +85,9 @@ class Rules:
     sweep: bool = False
     shards_only: str = ""
     decided_by: str = ""
+    of_files: bool = False
+    of_transcoder: bool = False
+    recipe: Literal["rows", "shards"] | None = None
     command_only: bool = False
     heading: str = ""
     brief: str = ""

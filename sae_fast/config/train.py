@@ -48,6 +48,7 @@ class TrainConfig(ConfigFile):
         nonempty=True,
         on_resume="free",
         shards_only=_OF_MODEL,
+        of_files=True,
         metavar="DIR",
         heading="Data",
         brief="directory of shards with the activations to train on",
@@ -59,6 +60,7 @@ class TrainConfig(ConfigFile):
         None,
         on_resume="free",
         shards_only=_OF_MODEL,
+        of_files=True,
         metavar="DIR:WEIGHT",
         brief="several directories in place of --shard-dir, with weights",
     )
@@ -68,6 +70,7 @@ class TrainConfig(ConfigFile):
         "activations",
         nonempty=True,
         shards_only=_OF_MODEL,
+        of_files=True,
         run_needs=Effect("shards whose data sets have names", lambda run: run.has_names()),
     )
     """Name of the data set inside a shard."""
@@ -76,23 +79,36 @@ class TrainConfig(ConfigFile):
         nonempty=True,
         on_resume="free",
         shards_only="heldout_tokens holds back the last documents",
+        of_files=True,
     )
     """Held-out shards, a directory or a glob; default: the files heldout*.h5 in shard_dir."""
     target_key: str | None = setting(
         None,
         nonempty=True,
         shards_only=_TARGETS,
+        of_files=True,
+        of_transcoder=True,
         run_needs=Effect("targets whose data sets have names", lambda run: run.has_target_names()),
     )
     """Name of the data set with a transcoder's targets; default: with target_shard_dir that of the
     activations."""
     target_shard_dir: str | None = setting(
-        None, nonempty=True, on_resume="free", shards_only=_TARGETS
+        None,
+        nonempty=True,
+        on_resume="free",
+        shards_only=_TARGETS,
+        of_files=True,
+        of_transcoder=True,
     )
     """Directory with the targets of shard_dir, in files of the same names; default: the shards
     themselves hold them."""
     target_heldout: str | None = setting(
-        None, nonempty=True, on_resume="free", shards_only=_TARGETS
+        None,
+        nonempty=True,
+        on_resume="free",
+        shards_only=_TARGETS,
+        of_files=True,
+        of_transcoder=True,
     )
     """Directory with the targets of the held-out shards; default: target_shard_dir."""
     pool_rows: int = setting(65_536, at_least=1, run_needs=_A_SHUFFLE)
@@ -101,6 +117,7 @@ class TrainConfig(ConfigFile):
         False,
         on_resume="free",
         shards_only=_KEPT,
+        of_files=True,
     )
     """Keep all rows in memory, as stored, once they were read; the order stays what it is."""
     pin: bool = setting(
@@ -111,7 +128,7 @@ class TrainConfig(ConfigFile):
     )
     """Lock the rows that keep_in_memory keeps, so that they are never swapped out. Batches for a
     GPU are always page-locked."""
-    device_cache: bool = setting(False, on_resume="free", shards_only=_KEPT)
+    device_cache: bool = setting(False, on_resume="free", shards_only=_KEPT, of_files=True)
     """Keep all rows on the GPU, as stored, once they were read, and make the batches there."""
     skip_nonfinite: bool = setting(
         False,
@@ -123,7 +140,9 @@ class TrainConfig(ConfigFile):
     )
     """Drop and count rows with NaN or infinity instead of stopping at them."""
     repeated_rows: Literal["refuse", "drop", "keep"] = setting(
-        "refuse", shards_only="no row is left out, and all of them are computed"
+        "refuse",
+        shards_only="no row is left out, and all of them are computed",
+        of_files=True,
     )
     """Rows of shards that are zero or equal to the row before them, as rows never written and
     padding are. refuse: more than 1 % of a shard are an error; drop: all are dropped and counted;
@@ -263,7 +282,7 @@ class TrainConfig(ConfigFile):
             lambda train: train.optimizer != "adam",
         ),
     )
-    """Weight decay, per step and unit of learning rate: decoupled, but of sgd in the gradient."""
+    """Weight decay, per step and unit of learning rate: decoupled; of sgd part of the gradient."""
     grad_clip: float = setting(1.0, at_least=0, sweep=True)
     """Largest global norm of the gradient; 0: no clipping."""
     optimizer_states: Literal["fp32", "bf16", "8bit"] = setting("fp32", sweep=True)
@@ -351,10 +370,10 @@ class TrainConfig(ConfigFile):
         nonempty=True,
         on_resume="free",
         metavar="RUN",
-        brief="go on with a run: its directory, or latest of --checkpoint-dir",
+        brief="continue a run: its directory, or latest of --checkpoint-dir",
         elsewhere=("resume",),
     )
-    """Where to go on from: latest or best of checkpoint_dir, or a checkpoint, or another run."""
+    """Continue a run from latest or best of checkpoint_dir, a checkpoint, or another run."""
     wandb_project: str | None = setting(
         None,
         on_resume="free",

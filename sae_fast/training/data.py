@@ -33,6 +33,7 @@ from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.activations.tensor_stream import digest_of
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config.setting import rules_of
 from sae_fast.training.device import checked_device
 from sae_fast.training.labels import check_columns, label_columns, needs_sequences
 from sae_fast.training.shard_files import open_heldout_shards, open_training_shards
@@ -89,7 +90,7 @@ def open_source(
         shards = data.shards
         reader = data.source.reader(_all, shards.d_in, shards.columns, full_origin(shards))
         return OpenedSource("shards", reader, shards, shards.targets)
-    _refuse_settings_of_shards(config)
+    _refuse_settings_of_files(config)
     if isinstance(data, SharedReader):
         return OpenedSource("model", data)
     if isinstance(data, Tensor):
@@ -278,17 +279,12 @@ class TrainingData:
         return targets.reshape(rows, self.d_out).float()
 
 
-# Settings of the rows of shards, and of reading them, which data in memory do not have.
-_OF_SHARDS = (
-    *("shard_dir", "mix", "activations_key", "target_key", "target_shard_dir", "target_heldout"),
-    *("keep_in_memory", "device_cache", "repeated_rows", "heldout"),
-)
-
-
-def _refuse_settings_of_shards(config: TrainConfig) -> None:
+def _refuse_settings_of_files(config: TrainConfig) -> None:
     """Raise ValueError naming a setting that given data would leave without effect."""
-    for name in _OF_SHARDS:
-        if (value := getattr(config, name)) != getattr(TrainConfig, name):
+    defaults = TrainConfig.defaults()
+    for name, rules in rules_of(TrainConfig).items():
+        value = getattr(config, name)
+        if rules.of_files and value != defaults[name]:
             raise ValueError(f"{name} = {value!r} is for shards, not for given data")
 
 

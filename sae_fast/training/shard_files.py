@@ -26,11 +26,10 @@ from sae_fast.activations import (
 from sae_fast.activations.normalization import sample_spans
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config.setting import rules_of
 from sae_fast.training.labels import label_columns, needs_sequences
 
 logger = logging.getLogger(__name__)
-
-_TARGET_SETTINGS = ("target_key", "target_shard_dir", "target_heldout")
 
 
 def open_training_shards(
@@ -127,8 +126,8 @@ def _target_files(
 ) -> TargetFiles | None:
     """Find the targets of shards; None: the model has none."""
     if not sae.transcoder:
-        for name in _TARGET_SETTINGS:
-            if (value := getattr(config, name)) is not None:
+        for name, rules in rules_of(TrainConfig).items():
+            if rules.of_transcoder and (value := getattr(config, name)) is not None:
                 raise ValueError(
                     f"{name} belongs to a transcoder and must be left out without --transcoder, "
                     f"got {value!r}"

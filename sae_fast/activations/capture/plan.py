@@ -27,6 +27,7 @@ from sae_fast.activations.capture.tokens import CHUNK, Tokenisation, special_tok
 from sae_fast.activations.storage import STORAGES
 from sae_fast.activations.writer import chunk_rows_of, padded_rows
 from sae_fast.config.model_text import DEFAULT_CONTEXT, CaptureConfig
+from sae_fast.config.setting import rules_of
 
 AUTO = "auto"  # as the type of storage, see storage_type.py
 # The number of tokens of a dataset is estimated from at most this many documents or rows.
@@ -34,16 +35,10 @@ SAMPLED_DOCUMENTS, SAMPLED_ROWS = 512, 1 << 18
 COLUMN_BYTES = 3 * 4  # token_ids, doc_id and position of a row
 PACKAGES = ("sae_fast", "torch", "transformers", "tokenizers", "datasets", "numpy", "h5py")
 
-# Settings in the recipe of a capture, beside model, dataset and hooks. Resuming compares recipes.
-_SETTINGS = (
-    *("max_tokens", "heldout_tokens", "batch_size", "exclude_special_tokens", "dtype"),
-    *("shard_tokens", "compression", "shuffle_seed", "model_dtype"),
-)
-
 
 @dataclass(frozen=True)
 class Capture:
-    """All that a capture needs to run.
+    """A capture that is ready to run.
 
     Attributes:
         config: the settings.
@@ -92,10 +87,19 @@ class Capture:
         return sample * batches.stop // max(1, count), count < batches.stop
 
     def recipe(self, world_size: int) -> dict[str, Any]:
-        """Return everything by which the same activations can be captured again."""
+        """Return origin and settings of the activations; a capture by them gives the same."""
         config, sequences = self.config, self.batches.config
         documents = self.batches.documents
-        settings = {name: getattr(config, name) for name in _SETTINGS}
+        resolved = {
+            "ctx_len": sequences.ctx_len,
+            "pack": sequences.pack,
+            "world_size": world_size,
+        }
+        settings = {
+            name: getattr(config, name)
+            for name, rules in rules_of(config).items()
+            if rules.recipe and name not in resolved
+        }
         return {
             "model": {
                 "name": config.model,
@@ -116,17 +120,12 @@ class Capture:
             "hooks": [
                 {**asdict(hook), "d_in": self.widths[hook.name]} for hook in self.hooked.hooks
             ],
-            "settings": {
-                **settings,
-                "ctx_len": sequences.ctx_len,
-                "pack": sequences.pack,
-                "world_size": world_size,
-            },
+            "settings": {**settings, **resolved},
         }
 
 
 def made_with(device: str) -> dict[str, str]:
-    """Return versions and device, which are recorded but need not be equal to go on."""
+    """Return versions and device, which are recorded and may differ when a capture is continued."""
     versions = {}
     for package in PACKAGES:
         try:

@@ -262,11 +262,14 @@ def _heldout_rows(capture: Capture) -> dict[str, Tensor]:
 
 
 def _identity(capture: Capture) -> dict[str, Any]:
-    """Return what rows and their order depend on, which a resumed run must have again."""
+    """Return the values that rows and their order depend on; a resumed run must have the same."""
     recipe = capture.recipe(1)
     settings = recipe["settings"]
-    names = ("heldout_tokens", "batch_size", "ctx_len", "pack", "exclude_special_tokens")
-    own = {name: settings[name] for name in (*names, "shuffle_seed", "model_dtype")}
-    # The column as it was asked for, by which runs begun before it was always recorded go on.
+    of_rows = {
+        name: settings[name]
+        for name, rules in rules_of(capture.config).items()
+        if rules.recipe == "rows"
+    }
+    # The column as it was asked for: older runs recorded nothing else, and they can be resumed.
     dataset = {**recipe["dataset"], "text_column": capture.config.text_column}
-    return {"model": recipe["model"], "dataset": dataset, "hooks": recipe["hooks"], **own}
+    return {"model": recipe["model"], "dataset": dataset, "hooks": recipe["hooks"], **of_rows}
