@@ -1,13 +1,12 @@
 """Make the pages of the documentation that come from the code and from committed results.
 
-`mkdocs.yml` names this file as a hook. It adds the tables of flags (from the configuration
-dataclasses), the list of ops (from `csrc/ops/schema.cpp`), the tables of `benchmarks/results/`, and
+`mkdocs.yml` names this file as a hook. It adds the tables of flags (from the command lines of the
+commands), the list of ops (from `csrc/ops/schema.cpp`), the tables of `benchmarks/results/`, and
 CONTRIBUTING.md, CHANGELOG.md and benchmarks/README.md, so that none of them is written twice.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import itertools
 import json
@@ -15,19 +14,19 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_fast.config.command_line import field_texts
-from sae_fast.config.setting import Rules, rules_of
+from sae_fast.config.command_line import CommandLine, Flag
+from sae_fast.config.setting import Rules
 from sae_fast.ops.registry import op_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RESULTS_INTRO = """# Results
 
-Every table states the machine, the versions and the command that made it. The tables are those of
+Every table states the machine, the versions and the command that made it. They lie in
 `benchmarks/results/`, where the same numbers are in JSON beside them;
 [Benchmarks](../development/benchmarks.md) says how they are measured and how to repeat them.
 
@@ -47,62 +46,52 @@ The tables:
 
 
 class Command(NamedTuple):
-    """A command whose flags are the fields of dataclasses."""
+    """A command line of a module of sae_fast, which is called by `line`.
+
+    Attributes:
+        title: the heading.
+        module: the name below sae_fast.
+        text: one sentence on the command.
+        number: the place of the command line among the command lines of the module.
+        sections: the sections of flags that are shown; empty: all.
+    """
 
     title: str
-    line: str
+    module: str
     text: str
-    classes: tuple[str, ...]  # module:name
+    number: int = 0
+    sections: tuple[str, ...] = ()
+
+    def line(self) -> CommandLine:
+        """Return the command line with its flags."""
+        module = importlib.import_module(f"sae_fast.{self.module}")
+        lines: list[CommandLine] = module.command_lines()
+        return lines[self.number]
 
 
 COMMANDS = (
     Command(
         "Train on shards",
-        "python -m sae_fast.train --shard-dir DIR",
+        "train",
         "Flags of the run, of the model (`SAEConfig`) and of its training (`TrainConfig`).",
-        (
-            "sae_fast.train:TrainOptions",
-            "sae_fast.config:SAEConfig",
-            "sae_fast.config:TrainConfig",
-        ),
     ),
     Command(
         "Train straight from a model",
-        "python -m sae_fast.train MODEL DATASET",
+        "train",
         "The flags below replace or add to the flags of a training on shards; "
         "see [a model and a dataset](../guide/model.md#train-straight-from-a-model).",
-        ("sae_fast.config.model_text:FromModelConfig",),
+        number=1,
+        sections=("text",),
     ),
-    Command(
-        "Capture activations",
-        "python -m sae_fast.capture MODEL DATASET --out DIR",
-        "See [a model and a dataset](../guide/model.md).",
-        ("sae_fast.config.model_text:CaptureConfig",),
-    ),
+    Command("Capture activations", "capture", "See [a model and a dataset](../guide/model.md)."),
     Command(
         "Convert activations",
-        "python -m sae_fast.convert_shards SRC DST",
+        "convert_shards",
         "See [activations you already have](../guide/your-activations.md).",
-        ("sae_fast.convert_shards:ConvertOptions",),
     ),
-    Command(
-        "Plot runs",
-        "python -m sae_fast.plot RUN",
-        "See [plots](../guide/runs.md#plots).",
-        ("sae_fast.plot:PlotOptions",),
-    ),
-    Command(
-        "Make biographies",
-        "python -m sae_fast.biographies --out DIR",
-        "See [biographies](../guide/slots.md#biographies).",
-        ("sae_fast.biographies:BiographyOptions",),
-    ),
-    Command(
-        "Swap slots",
-        "python -m sae_fast.swap CHECKPOINT --data DIR",
-        "See [biographies](../guide/slots.md#biographies).",
-        ("sae_fast.swap:SwapOptions",),
-    ),
+    Command("Plot runs", "plot", "See [plots](../guide/runs.md#plots)."),
+    Command("Make biographies", "biographies", "See [biographies](../guide/slots.md#biographies)."),
+    Command("Swap slots", "swap", "See [biographies](../guide/slots.md#biographies)."),
 )
 
 
@@ -135,53 +124,39 @@ def flags_page() -> str:
         "`python -m sae_fast.presets` lists the [presets](../guide/presets.md).",
     ]
     for command in COMMANDS:
-        parts += [f"## {command.title}", f"`{command.line}`", command.text]
-        for place in command.classes:
-            kind = _load(place)
-            if len(command.classes) > 1:
-                parts.append(f"### {_heading(kind)}")
-            parts += _flags_tables(kind, 4 if len(command.classes) > 1 else 3)
+        line = command.line()
+        usage = line.usage.splitlines()[0].removesuffix(" [flags]")
+        parts += [f"## {command.title}", f"`{usage}`", command.text]
+        sections = command.sections or tuple(line.sections)
+        level = 4 if len(sections) > 1 else 3
+        for section in sections:
+            if len(sections) > 1:
+                parts.append(f"### {line.sections[section].title}")
+            flags = [flag for flag in line.flags() if flag.section == section]
+            title = line.sections[section].title if len(sections) > 1 else ""
+            parts += _flags_tables(flags, title, level)
     return "\n\n".join(parts) + "\n"
 
 
-def _load(place: str) -> type[Any]:
-    """Return the class that MODULE:NAME names; a NAME of Options is the module's own."""
-    module, name = place.split(":")
-    content = vars(importlib.import_module(module))
-    if name == "Options":
-        own = [kind for kind in content.values() if getattr(kind, "__module__", "") == module]
-        (name,) = (kind.__name__ for kind in own if kind.__name__.endswith(name))
-    kind: type[Any] = content[name]
-    return kind
-
-
-def _heading(kind: type[Any]) -> str:
-    return {"SAEConfig": "The model", "TrainConfig": "The training"}.get(kind.__name__, "The run")
-
-
-def _flags_tables(kind: type[Any], level: int) -> Iterator[str]:
-    """Yield the tables of a configuration's flags, each with the heading it has in `--help`."""
-    texts = field_texts(typing.cast(Any, kind))
-    hints = typing.get_type_hints(kind, include_extras=True)
-    rules = rules_of(kind)
+def _flags_tables(flags: Iterable[Flag], title: str, level: int) -> Iterator[str]:
+    """Yield the tables of flags, each with the heading it has in `--help-all`."""
     lines: list[str] = []
-    for item in dataclasses.fields(kind):
-        rule = rules[item.name]
-        if rule.heading and lines:
+    for flag in flags:
+        heading = flag.rules.heading
+        if heading == title:  # it is the heading of the section
+            heading = ""
+        if heading and lines:
             yield "\n".join(lines)
             lines = []
-        if rule.heading:
-            yield f"{'#' * level} {rule.heading}"
-        if item.name not in texts:  # a nested configuration
-            continue
+        if heading:
+            yield f"{'#' * level} {heading}"
         lines = lines or ["| flag | values | default | meaning |", "|---|---|---|---|"]
-        flag = f"`--{item.name.replace('_', '-')}`"
-        if rule.positional or "Positional" in str(hints[item.name]):
-            flag = f"`{rule.metavar or item.name.upper()}`"
-        values = describe_type(hints[item.name])
-        if _has_range(rule):
-            values += f", {rule.range}"
-        cells = (flag, values, _default(item), texts[item.name] + _condition(rule))
+        name = flag.rules.metavar if flag.rules.positional else flag.spellings[0]
+        values = describe_type(flag.kind)
+        if _has_range(flag.rules):
+            values += f", {flag.rules.range}"
+        text = flag.text + _condition(flag.rules)
+        cells = (f"`{name}`", values, _default(flag.default), text)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if lines:
         yield "\n".join(lines)
@@ -209,15 +184,12 @@ def describe_type(kind: Any) -> str:
     if origin is tuple:
         parts = [describe_type(part) for part in arguments if part is not Ellipsis]
         return f"list of {parts[0]}" if Ellipsis in arguments else " and ".join(parts)
-    if origin is typing.Annotated:
-        return describe_type(arguments[0])
     names = {bool: "switch", int: "whole number", float: "number", str: "text", Path: "path"}
     return names.get(kind, str(kind))
 
 
-def _default(item: dataclasses.Field[Any]) -> str:
-    value = item.default
-    if value is None or value is dataclasses.MISSING or value == ():
+def _default(value: object) -> str:
+    if value is None or value == ():
         return ""
     if isinstance(value, bool):
         return "on" if value else "off"
