@@ -1,8 +1,8 @@
 """Capture activations: `python -m sae_fast.capture MODEL DATASET --layers 3 5 --out DIR`.
 
-Runs a transformers model over a dataset and writes a folder of shards for each hook point. After a
-kill at any moment the same command goes on behind the last whole shard. Under torchrun each process
-writes the shards of its batches.
+The command runs a transformers model over a dataset and writes a folder of shards for each hook
+point. After a kill at any moment the same command continues after the last whole shard. Under
+torchrun each process writes the shards of its batches.
 """
 
 from __future__ import annotations

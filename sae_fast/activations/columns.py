@@ -3,7 +3,7 @@
 A column has one number a row, in a dataset as long as the rows: labels, whole or real. (Only the
 targets of a transcoder, which are served as a column too, have more: targets.py.) A label of -1
 says that the token has none. A sequence is a run of rows with one `doc_id` and consecutive
-`position`, as far as these datasets exist, and never goes on from one entry of a 3-D dataset of
+`position`, as far as these datasets exist, and never continues from one entry of a 3-D dataset of
 activations to the next.
 """
 
@@ -26,8 +26,8 @@ from sae_fast.activations.tensor_shards import open_shard
 
 RowNumbers = npt.NDArray[np.int64]
 
-# Name of the column that whole sequences bring with them: which rows do not go on from the row
-# before them in the batch, [N] bool. The first row of a batch never does.
+# Name of the column that whole sequences bring with them, [N] bool: the rows that do not continue
+# the sequence of the row before them in the batch. The first row of a batch is always one of them.
 STARTS = "starts"
 SEQUENCE_COLUMNS = ("doc_id", "position")
 NO_LABEL = -1
@@ -84,7 +84,7 @@ STARTS_COLUMN = Column(STARTS, torch.bool, 0, 1, "")
 
 def inspect_columns(
     shard: Shard,
-    dropped: RowNumbers,  # rows that are left out: no sequence goes on over one
+    dropped: RowNumbers,  # rows that are left out: no sequence continues over one
     names: Sequence[str],
     whole_sequences: bool,
 ) -> ShardColumns:

@@ -183,7 +183,7 @@ class GivenSource(Source):
         return Rows(x, {name: self._column(column, served[1]) for name, column in known.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the source's position; a copy, as the source may go on before it is saved."""
+        """Return the source's position; a copy, as the source may advance before it is saved."""
         state: dict[str, Any] = copy.deepcopy(self._given.state_dict())
         try:
             json.dumps(state)

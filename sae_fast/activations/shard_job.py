@@ -2,7 +2,7 @@
 
     DIR/<record>            says what the job is; written before the first shard
     DIR/<lock>              exists while a process writes to the directory
-    DIR/**/.*.tmp           a file that was not whole at a kill; removed when the job goes on
+    DIR/**/.*.tmp           a file that was not whole at a kill; removed when the job continues
     DIR/**/manifest.json    beside the shards, written at the end
 
 A shard appears when it is whole, see `replacing`. So the same job, started again, finds what is

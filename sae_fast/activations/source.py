@@ -112,7 +112,7 @@ def take(
 
 
 class BatchSource(ABC, Generic[Batch]):
-    """Batches in an order that a seed decides, without end, and the position to go on from.
+    """Batches in an order that a seed decides, without end, and the position to continue from.
 
     The base of `Source`, and of what reads the rows of several hook points at once.
     """

@@ -150,7 +150,7 @@ def _jump(
     bandwidth: float,
     ste_to_input: bool,
 ) -> Tensor:
-    """Return f = π · Return 1[π > θ] in the shape of `above`."""
+    """Return f = π · 1[π > θ] in the shape of `above`."""
     f: Tensor = _Jump.apply(above, threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]
     return f
 

@@ -197,7 +197,7 @@ def orthogonality_loss(
 
 def temporal_smoothness_loss(
     code: ops.Code,
-    starts: Tensor,  # [N] bool, which tokens do not go on from the one before them
+    starts: Tensor,  # [N] bool, which tokens begin a sequence
 ) -> Tensor:
     """Return Σ_j (f_nj − f_(n+1)j)², averaged over the pairs of neighbours in a sequence.
 

@@ -89,7 +89,7 @@ def check_effects(config: ConfigFile) -> None:
 def check_run_effects(run: Run, before: RunConfig | None = None) -> None:
     """Raise IdleSettingError for a given setting that has no effect in a training.
 
-    With `before`, the configuration of the run that goes on, settings that it had are left alone.
+    With `before`, the configuration of the resumed run, settings that it had are left alone.
     """
     for config in (run.sae, run.train):
         for name, value, rules in _asked_for(config):

@@ -176,7 +176,7 @@ class _Uploads:
             return buffers[number].copy_(pinned, non_blocking=True)
 
     def hand_over(self, waited: float) -> None:
-        """Let the current stream go on when the copies are done, for which the host `waited`."""
+        """Let the current stream wait for the copies; the host has `waited` for the batches."""
         current = torch.cuda.current_stream(self._device)
         current.wait_event(self._copied)
         if waited > 0:

@@ -6,7 +6,7 @@ places, the learning rate is a tensor, and what it allocates lies in a pool of i
 batches are captured together with their update: their row factors must all live until then.
 
 Nothing of what Python does at capture happens at replay. Of that only the version counters matter,
-by which autograd and the working copies notice an update: `_announce` counts them on.
+by which autograd and the working copies notice an update: `_announce` advances them.
 """
 
 from __future__ import annotations

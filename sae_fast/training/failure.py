@@ -28,7 +28,7 @@ def divergence(
     No parameter has changed since before that step.
 
     Args:
-        reading: what was read of the device.
+        reading: the metrics that were read from the device.
         step: the bad step, counted from 1.
         shards: what it may have read.
         bad_rows: how many rows of its batches are not finite, None where it is not known any more.

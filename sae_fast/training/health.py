@@ -1,8 +1,8 @@
 """`RunHealth`: warnings in plain words about a training that collapses or does not learn.
 
-They follow from the logged metrics alone. From half of the run on a collapse that three rows in
-turn show is logged once; at the end all that holds then is collected for the summary. Each warning
-names the flags that help.
+They follow from the logged metrics alone. From half of the run on, a collapse that three successive
+rows show is logged once; the summary has all warnings that hold at the end. Each warning names the
+flags that help.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class RunHealth:
         return settled
 
     def _collapse(self, row: Row) -> dict[str, str]:
-        """Return warnings, by kind, of one row that shows a model which has stopped to encode."""
+        """Return warnings, by kind, of one row that shows a model which has stopped encoding."""
         found: dict[str, str] = {}
         sae = self._sae
         l0, fvu = row.get("l0"), row.get("fvu")

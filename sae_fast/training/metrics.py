@@ -121,7 +121,7 @@ class WandbLog:
         project: the project to log to.
         directory: where it keeps its files (`WANDB_MODE=offline` leaves them all there).
         config: the configuration of the run, flat or nested.
-        run_id: the run to go on with, None for a new one.
+        run_id: the run to continue; None for a new one.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class WandbLog:
                 resume="allow",
                 reinit="create_new",  # a sweep has several at a time
             )
-            # Rows after a resume have steps again that W&B has seen, and of its own step count it
-            # takes none twice.
+            # After a resume rows repeat steps that W&B has seen, and it takes no value of its own
+            # step count twice.
             self._run.define_metric(STEP)
             self._run.define_metric("*", step_metric=STEP)
         except Exception as error:  # without a key, a network, or with settings that it refuses

@@ -74,7 +74,7 @@ def sized_config(
         d_out: width of a transcoder's targets.
 
     Raises:
-        CheckpointError: naming the first field in which the checkpoint's model is another.
+        CheckpointError: naming the first field in which the checkpoint's model differs.
     """
     if checkpoint is None:
         return config.resolve(d_in, d_out)
@@ -182,7 +182,7 @@ def start_model(
     Args:
         sae: the configuration of the model to train.
         config: names the model to start from.
-        origin: of which activations the training's are, as far as is known.
+        origin: the origin of the training's activations, as far as it is known.
 
     Raises:
         ValueError: naming the setting, where it cannot be what this training starts from, or is of
@@ -229,7 +229,7 @@ def start_model(
 def warn_of_other_units(sae: SparseAutoencoder, data: TrainingData) -> None:
     """Warn where a model's mean and scale are far from what the rows have.
 
-    Plain tensors and files do not say of which model and hook they are.
+    Plain tensors and files do not say from which model and hook they come.
     """
     if sae.config.normalize_activations == "none":
         return

@@ -165,7 +165,7 @@ class Sweep:
     def _prune(self) -> None:
         """Remove old checkpoints, once all trainings have made the step.
 
-        The newest step that has a checkpoint in all of them is kept: there they go on after a kill.
+        The newest step with a checkpoint in all of them is kept: they continue there after a kill.
         """
         trainers = list(self.trainers.values())
         stores = [trainer.checkpoints for trainer in trainers]

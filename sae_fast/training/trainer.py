@@ -355,8 +355,8 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; the model is loaded apart from it.
 
-        Raises ValueError where the data or the settings do not let the run go on, or the state does
-        not fit the model; nothing of it has been taken over then.
+        Raises ValueError where the data or the settings do not let the run continue, or the state
+        does not fit the model; nothing of it has been taken over then.
         """
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         optimizer = {

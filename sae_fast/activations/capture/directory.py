@@ -84,7 +84,7 @@ class CaptureDirectory:
         self._job.__exit__()
 
     def prepare(self, recipe: dict[str, Any], made_with: dict[str, str]) -> None:
-        """Begin a capture or go on with it; raise ValueError where another one is there."""
+        """Begin or continue a capture; raise ValueError where another one is there."""
         earlier = self._recipe()
         if earlier is None:
             if self._job.names():

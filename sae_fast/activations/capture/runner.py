@@ -76,7 +76,7 @@ class CaptureRun:
         """Capture what is not there yet.
 
         Raises:
-            ValueError, OSError: in one line; whole shards are kept, and a later run goes on.
+            ValueError, OSError: in one line; whole shards are kept, and a later run continues.
         """
         progress, empty, stopped = self._directory.progress(), 0, False
         if progress.complete:

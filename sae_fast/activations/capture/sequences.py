@@ -1,7 +1,7 @@
 """Sequences of tokens, as a model reads them, in batches; any batch can be the first again.
 
 Packed: documents one after another, in rows of ctx_len. A document that does not end in its row
-goes on in the next. Each begins with the token that begins texts (BOS); where the tokenizer has
+continues in the next. Each begins with the token that begins texts (BOS); where the tokenizer has
 none, it ends with the one that ends them (EOS). A token sees the documents before its own in the
 row, as in pretraining.
 
@@ -10,7 +10,8 @@ each with the special tokens round it. Rows of like length make a batch, within 
 and the batches of a window come in a random order.
 
 Every token has the number of its document in the dataset and its position there: 0 is the special
-token in front, or the first token where there is none. Positions go on over the rows of a document.
+token in front, or the first token where there is none. Positions count on over the rows of a
+document.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class ShardSeries:
         directory: the directory of the capture.
         hooks: the hook points.
         metadata: attributes of the shards, apart from the hook point.
-        progress: where to go on.
+        progress: where to continue.
         dtype: in which rows are stored.
         compression: of the shards, or None.
         shard_tokens: rows of a shard; the held-out part is one shard.

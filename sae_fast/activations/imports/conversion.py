@@ -68,7 +68,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is ready to begin, or to go on."""
+    """A conversion that is ready to begin or to continue."""
 
     source: SavedActivations
     options: ConversionOptions
@@ -145,7 +145,7 @@ def convert(conversion: Conversion, report: Report = lambda rows: None) -> Conve
     """Write the shards and their manifest; each is read again and compared with the source.
 
     Raises ShardError for what cannot be stored; the shards written before it stay, and converting
-    again goes on behind them.
+    again continues after them.
     """
     directory = conversion.directory
     total = Comparison()

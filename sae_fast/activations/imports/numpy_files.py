@@ -108,7 +108,7 @@ def _stream_array(path: Path, info: zipfile.ZipInfo, stream: IO[bytes]) -> Sourc
     entry_bytes = dtype.itemsize * math.prod(shape[1:])
 
     def read(start: int, stop: int) -> Tensor:
-        # Going on where the last piece ended keeps the archive's checksum of it in force.
+        # Reading on where the last piece ended keeps the archive's checksum of it in force.
         if stream.tell() != (place := begin + start * entry_bytes):
             stream.seek(place)
         data = bytearray((stop - start) * entry_bytes)

@@ -2,7 +2,7 @@
 
 Shards are cut at whole entries of the first axis, so that no sequence is in two of them, and by the
 rows there are before padding is dropped. The same source and settings give the same plan, by which
-a conversion that was interrupted goes on.
+an interrupted conversion continues.
 """
 
 from __future__ import annotations
