@@ -7,6 +7,7 @@ prints what each number counts. docs/development/layout.md describes the layout 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -168,7 +169,7 @@ def module_name(path: Path) -> str:
 
 def imports_of(path: Path) -> Iterator[tuple[str, str]]:
     """Yield module and name of each import, except for type checking."""
-    left: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    left: list[ast.AST] = [_tree(path)]
     while left:
         node = left.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -198,7 +199,12 @@ def _only_reexports(path: Path) -> bool:
 
 def _trees() -> Iterator[tuple[Path, ast.Module]]:
     for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, ast.parse(path.read_text("utf-8"))
+        yield path, _tree(path)
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
 
 
 def _name(path: Path) -> str:
