@@ -42,6 +42,21 @@ std::tuple<Tensor, Tensor, Tensor> pack_encoder_cuda(const Tensor& W_enc,
   return {packed, stats, rounded};
 }
 
+// `option` is the argument that only this op has.
+void check_encoder_device(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
+                          const Tensor& b_dec, const NamedTensor& option,
+                          const OptionalTensor& packed, const OptionalTensor& stats,
+                          const OptionalTensor& rounded) {
+  check_same_device(op, {{"x", x},
+                         {"W_enc", W_enc},
+                         {"b_enc", b_enc},
+                         {"b_dec", b_dec},
+                         option,
+                         {"packed", packed},
+                         {"stats", stats},
+                         {"rounded", rounded}});
+}
+
 // The part of a result that belongs to the tokens from `first` on.
 cuda::TopK topk_of_block(const cuda::TopK& topk, int64_t first) {
   cuda::TopK block = topk;
@@ -85,14 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_topk_cuda(
   constexpr const char* kOp = "encode_topk";
   check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
   check_selection(kOp, W_enc.size(0), k, dead_mask, k_aux);
-  check_same_device(kOp, {{"x", x},
-                          {"W_enc", W_enc},
-                          {"b_enc", b_enc},
-                          {"b_dec", b_dec},
-                          {"dead_mask", dead_mask},
-                          {"packed", packed},
-                          {"stats", stats},
-                          {"rounded", rounded}});
+  check_encoder_device(kOp, x, W_enc, b_enc, b_dec, {"dead_mask", dead_mask}, packed, stats,
+                       rounded);
   const DeviceGuard guard(x.get_device_index());
   const CudaEncoder encoder(kOp, W_enc, b_enc, b_dec, precision, packed, stats, rounded);
   const Input dead(dead_mask);
@@ -172,14 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk_cuda(
   const cuda::BatchSize size{x.size(0), W_enc.size(0), k};
   SAE_FAST_CHECK(size.tokens <= INT32_MAX / k, kOp, ": at most ", INT32_MAX, " entries, got ",
                  size.tokens, " * ", k);
-  check_same_device(kOp, {{"x", x},
-                          {"W_enc", W_enc},
-                          {"b_enc", b_enc},
-                          {"b_dec", b_dec},
-                          {"dead_mask", dead_mask},
-                          {"packed", packed},
-                          {"stats", stats},
-                          {"rounded", rounded}});
+  check_encoder_device(kOp, x, W_enc, b_enc, b_dec, {"dead_mask", dead_mask}, packed, stats,
+                       rounded);
   const DeviceGuard guard(x.get_device_index());
   const CudaEncoder encoder(kOp, W_enc, b_enc, b_dec, precision, packed, stats, rounded);
   const Input dead(dead_mask);
@@ -330,14 +333,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_threshold_cuda(
   constexpr const char* kOp = "encode_threshold";
   check_encoder(kOp, x, W_enc, b_enc, b_dec, precision);
   check_float(kOp, "threshold", threshold, {W_enc.size(0)});
-  check_same_device(kOp, {{"x", x},
-                          {"W_enc", W_enc},
-                          {"b_enc", b_enc},
-                          {"b_dec", b_dec},
-                          {"threshold", threshold},
-                          {"packed", packed},
-                          {"stats", stats},
-                          {"rounded", rounded}});
+  check_encoder_device(kOp, x, W_enc, b_enc, b_dec, {"threshold", threshold}, packed, stats,
+                       rounded);
   const DeviceGuard guard(x.get_device_index());
   const CudaEncoder encoder(kOp, W_enc, b_enc, b_dec, precision, packed, stats, rounded);
   return ThresholdCode(x, encoder, threshold).result();
