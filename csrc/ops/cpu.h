@@ -1,4 +1,4 @@
-// What the CPU ops share: how they are registered, torch's thread pool as the kernels'
+// Helpers of the CPU ops: their registration, torch's thread pool as the kernels'
 // parallel-for, and the sparse code.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the CUDA ops share: all arguments on one device, its current stream, the sparse code's
+// Helpers of the CUDA ops: all arguments on one device, its current stream, the sparse code's
 // layout and scratch memory. Values of indices and offsets are not checked: reading them would wait
 // for the device.
 #pragma once

@@ -60,7 +60,7 @@ cpu::TopKProblem topk_problem(const EncoderInput& encoder, const Input& x, const
   return problem;
 }
 
-// What encode_topk and encode_batch_topk share: values and indices are laid out by the caller.
+// The part that encode_topk and encode_batch_topk share; the caller lays out values and indices.
 struct AuxCode {
   Tensor values, indices;  // [N, k_aux]
 };

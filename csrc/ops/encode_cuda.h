@@ -1,4 +1,4 @@
-// What the CUDA encoder ops share: the packed encoder, and the walk over blocks of tokens and
+// Parts that the CUDA encoder ops share: the packed encoder, and the walk over blocks of tokens and
 // chunks of latents with the library's product of each.
 #pragma once
 

@@ -67,7 +67,7 @@ inline UpdateRule checked_rule(const char* op, const std::string& rule) {
   return UpdateRule::kScheduleFreeSignum;
 }
 
-// What only some rules have.
+// Checks a tensor that only some rules have.
 inline void check_of_rule(const char* op, const char* name, const OptionalTensor& tensor,
                           const std::string& rule, bool wanted) {
   SAE_FAST_CHECK(tensor.has_value() || !wanted, op, ": ", name, " must be given where rule is ",
@@ -126,7 +126,7 @@ inline Moments checked_moments(const char* op, const std::string& rule, const Te
   return moments;
 }
 
-// What row_gradient_norm returned, and update_scalars.
+// Checks the results of row_gradient_norm and update_scalars.
 inline void check_cache(const char* op, const Tensor& sums, const Tensor& cached,
                         const Tensor& cache_slots, const Tensor& scalars, int64_t d_sae,
                         int64_t d_in) {

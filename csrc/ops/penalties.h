@@ -15,7 +15,7 @@ inline void check_groups(const char* op, const Tensor& h, int64_t split) {
 // Gram matrices of codes: without a second group there is one.
 inline int64_t gram_matrices(const Tensor& h, int64_t split) { return split < h.size(1) ? 2 : 1; }
 
-// What the forward left: means float64 [F], inverse_norms [F], gram [G, N, N].
+// Checks the results of the forward: means float64 [F], inverse_norms [F], gram [G, N, N].
 inline void check_correlation(const char* op, const OptionalTensor& grad_within,
                               const OptionalTensor& grad_between, const Tensor& h, int64_t split,
                               const Tensor& means, const Tensor& inverse_norms,

@@ -151,7 +151,7 @@ Correlations code_correlation(const Tensor& h, int64_t split) {
   const int64_t N = h.size(0);
   const int64_t d_sae = h.size(1);
   const int64_t groups = gram_matrices(h, split);
-  // What no kernel writes is zero: nothing where h is empty, no matrix of an empty first group.
+  // Zeros where no kernel writes: h is empty, or the first group, which then has no matrix.
   const bool blank = h.numel() == 0 || split == 0;
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
     return blank ? torch::stable::new_zeros(h, sizes, type)

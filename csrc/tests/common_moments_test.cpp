@@ -12,7 +12,7 @@ namespace {
 
 constexpr uint32_t kChoices = 1u << 16;
 
-// The same bits for either moment.
+// Returns random bits that are equal for both moments.
 uint32_t both_halves(uint32_t random) { return random << 16 | random; }
 
 template <class Moment>

@@ -63,7 +63,7 @@ struct CorrelationProblem {
   }
 };
 
-// What the kernels give.
+// The results of the kernels.
 struct CorrelationResult {
   double within, between;
   int64_t n_active[2];

@@ -97,7 +97,7 @@ class EncodeProblem {
     }
   }
 
-  // What begin_* must have left for the library to multiply.
+  // Checks the matrices that begin_* has left for the library to multiply.
   void check_rounded_tokens() const {
     for (size_t i = 0; i < rounded_x_.size(); ++i) {
       check(same(from_bits(rounded_x_[i], type()), rounded(centred(i), type())),

@@ -28,7 +28,7 @@ void test_normalize(Random& random) {
   }
 }
 
-// What latent_major and accumulate_rows should give.
+// The expected results of latent_major and accumulate_rows.
 struct Expected {
   Expected(const CodeProblem& code, int64_t d_sae, const Matrix& dense, int64_t d_in)
       : latent_offsets(1, 0),

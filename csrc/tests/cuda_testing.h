@@ -1,4 +1,4 @@
-// What the tests of the emulated CUDA kernels share.
+// Helpers of the tests of the emulated CUDA kernels.
 #pragma once
 
 #include <cuda_fp16.h>

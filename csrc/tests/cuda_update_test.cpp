@@ -149,7 +149,7 @@ NormResult test_norm(const UpdateProblem& problem) {
   return result;
 }
 
-// What fused_update changes.
+// The arrays that fused_update changes.
 struct UpdateResult {
   explicit UpdateResult(const UpdateProblem& problem)
       : W(problem.W),

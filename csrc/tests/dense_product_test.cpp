@@ -115,7 +115,7 @@ bool has_tiles() {
   return level == "amx" || level == "amx_emulated";
 }
 
-// What tiles cannot do is left to others, and said.
+// Tiles refuse the products that they cannot make, and the result says so.
 void check_refusals(Random& random) {
   Dense left(random, random.integer(1, 40), random.integer(1, 200), 0);
   const Dense right(random, random.integer(1, 40), left.depth, 0);

@@ -105,8 +105,8 @@ void test_vector(Random& random) {
 
 }  // namespace
 
-// The same update of the floats that the codes stand for, whose moments are then rounded one by
-// one.
+// Compares with the update of the floats that the codes stand for, whose moments are then rounded
+// one by one.
 void test_moments(uint64_t seed) {
   Random random(seed);
   test_vector(random);

@@ -1,4 +1,4 @@
-// What the kernel tests share: checks, random problems, and std::thread as the parallel-for, whose
+// Helpers of the kernel tests: checks, random problems, and std::thread as the parallel-for, whose
 // threads a sanitizer can see.
 #pragma once
 
@@ -48,8 +48,8 @@ inline cpu::Parallel four_threads() {
   return {run, 4};
 }
 
-// How the numbers of a problem are drawn. Small integers make every sum exact in every order and
-// in every format, so results can be compared bit for bit, ties included.
+// The distribution of the numbers of a problem. Small integers make every sum exact in every order
+// and in every format, so results can be compared bit for bit, ties included.
 enum class Numbers { kIntegers, kIntegersAndSpecials, kNormal };
 
 class Random {

@@ -28,7 +28,7 @@ inline UpdateStep some_update_step(const UpdateSettings& settings, double lr, in
   return make_update_step(settings, lr, step, static_cast<double>(step) * lr * lr);
 }
 
-// Whether rounding cannot decide the sign of a gradient that is a sum of numbers of about 1.
+// Returns true if rounding cannot decide the sign of a gradient, a sum of numbers of about 1.
 inline bool has_clear_signs(UpdateRule rule, const std::vector<double>& gradient) {
   return rule != UpdateRule::kScheduleFreeSignum ||
          std::all_of(gradient.begin(), gradient.end(),

@@ -1,4 +1,4 @@
-// How the entries of the latents are divided among thread blocks, and how much room that takes.
+// The division of the latents' entries among thread blocks, and the room that it takes.
 // Only the device knows how many entries each latent has: the bounds hold for any numbers.
 #pragma once
 

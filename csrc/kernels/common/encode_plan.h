@@ -1,5 +1,6 @@
-// How the CUDA encoder cuts its work: tokens into blocks, latents into chunks whose product stays
-// in the L2 cache, and how many candidates of a row it keeps. Plain arithmetic, tested on the host.
+// The division of the CUDA encoder's work: tokens into blocks, latents into chunks whose product
+// stays in the L2 cache; and the number of candidates of a row that it keeps. Plain arithmetic,
+// tested on the host.
 #pragma once
 
 #include <algorithm>

@@ -22,7 +22,7 @@ SAE_FAST_HOST_DEVICE inline int32_t ordered_key(float value) {
   return bits < 0 ? -magnitude : magnitude;
 }
 
-// Whether candidate a comes before candidate b.
+// Returns true if candidate a comes before candidate b.
 SAE_FAST_HOST_DEVICE inline bool better(float value_a, int32_t index_a, float value_b,
                                         int32_t index_b) {
   const int32_t key_a = ordered_key(value_a);

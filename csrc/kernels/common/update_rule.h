@@ -26,12 +26,12 @@ namespace sae_fast {
 
 enum class UpdateRule { kAdam, kSgd, kSignum, kScheduleFreeSignum };
 
-// Whether a rule has exp_avg_sq beside exp_avg.
+// Returns true if a rule has exp_avg_sq beside exp_avg.
 SAE_FAST_HOST_DEVICE constexpr bool has_exp_avg_sq(UpdateRule rule) {
   return rule == UpdateRule::kAdam;
 }
 
-// Whether exp_avg is a difference of weights, which is divided by what a row is divided by.
+// Returns true if exp_avg is a difference of weights, which is divided by the norm of its row too.
 SAE_FAST_HOST_DEVICE constexpr bool scales_with_weights(UpdateRule rule) {
   return rule == UpdateRule::kScheduleFreeSignum;
 }
@@ -59,8 +59,8 @@ struct UpdateSettings {
   bool skip_overflow;  // whether a gradient that is not finite is left out rather than the end
 };
 
-// What a step needs that does not depend on the parameter; 0 where the rule has no use for it. All
-// of it is computed in double first: 1 - beta2 taken in float would be off by 5e-5 relative, which
+// The numbers of a step that all parameters share; 0 where the rule does not use them. All of
+// them are computed in double first: 1 - beta2 taken in float would be off by 5e-5 relative, which
 // shows after one step.
 struct UpdateStep {
   float decay;  // 1 - lr * weight_decay; SGD and schedule-free: 1

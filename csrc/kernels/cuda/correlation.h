@@ -1,8 +1,8 @@
-// What the squared correlations between latents' activations need beside matrix products. With z_i
+// The part of the squared correlations of latents that matrix products leave to do. With z_i
 // [N] the activations of latent i less their mean, at unit length (zeros where it is silent), and
-// K = sum of z_i z_i' [N, N] over a group of latents, they are |K|^2 less the active latents within
-// a group and <K_A, K_B> between two. The gradient with respect to z_i is a matrix of tokens times
-// z_i, 4 K_A and 2 K_B, less the part along z_i. Nothing is [F, F].
+// K = sum of z_i z_i' [N, N] over a group of latents, the correlations are |K|^2 less the active
+// latents within a group and <K_A, K_B> between two. The gradient with respect to z_i is a matrix
+// of tokens times z_i, 4 K_A and 2 K_B, less the part along z_i. Nothing is [F, F].
 //
 // The products run in tensor cores on pairs of float16 halves, to the bounds of decorrelation.h.
 // Latents are columns of h, so halves stand as [2N, columns], the high ones first:

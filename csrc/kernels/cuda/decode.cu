@@ -233,9 +233,9 @@ __global__ void __launch_bounds__(kReconstructThreads, kReconstructBlocks)
 
 // ---- launchers
 
-// How many entries a block of reconstruct stages: as many as a typical row has, if two blocks still
-// fit into a multiprocessor's shared memory. It depends on shapes and on the device's kind alone,
-// so results are the same in every run.
+// Returns how many entries a block of reconstruct stages: a typical row's number, if two blocks
+// still fit into a multiprocessor's shared memory. It depends on shapes and on the device's kind
+// alone, so results are the same in every run.
 template <typename Weight, int kWidth>
 cudaError_t staging_capacity(const CodeRows& code, int warps, int* capacity) {
   int device = 0;

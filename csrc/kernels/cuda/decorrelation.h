@@ -1,6 +1,6 @@
-// What the decorrelation penalty needs beside its two matrix products. With u_j the rows at unit
-// length and S = U'U [D, D] it is |S|^2 - sum of |u_j|^4, and its gradient with respect to row j
-// is 4 u_j S, less the part along u_j, over the row's length. Nothing is [F, F].
+// The part of the decorrelation penalty beside its two matrix products. With u_j the rows at unit
+// length and S = U'U [D, D] the penalty is |S|^2 - sum of |u_j|^4, and its gradient with respect to
+// row j is 4 u_j S, less the part along u_j, over the row's length. Nothing is [F, F].
 //
 // The products run in tensor cores on pairs of float16 halves, x = (high + low / 2^11) / scale,
 // which hold x to 2^-23; only the product of two lows, 2^-24 of the whole, is left out:

@@ -12,7 +12,7 @@
 
 namespace sae_fast::cuda {
 
-// Where a moment of a row is: its codes, and for kUInt8 its scales and a row of shared memory.
+// The memory of a moment: its codes, and for kUInt8 its scales and a row of shared memory.
 struct MomentPlace {
   void* codes;    // [F, D]
   float* scales;  // [F, moment_blocks(D)]
@@ -178,7 +178,7 @@ template <UpdateRule kRule, DType kType>
 class RowMoments {
   using Mean = RowMoment<kType, ExpAvg>;
   using Square = std::conditional_t<has_exp_avg_sq(kRule), RowMoment<kType, ExpAvgSq>, NoMoment>;
-  // What is divided with the row is written when it has been: until then floats in shared memory.
+  // A moment that is divided with the row is written after that; until then it is in shared memory.
   static constexpr bool kHeld = scales_with_weights(kRule);
   static_assert(!kHeld || !has_exp_avg_sq(kRule), "one row is held");
 

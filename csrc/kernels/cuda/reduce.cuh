@@ -60,7 +60,7 @@ __device__ inline float warp_sums(float (&values)[kCount]) {
   return sum;
 }
 
-// Which of kCount sums warp_sums leaves in this lane: the lane's leading bits, one a halving.
+// Returns which of kCount sums warp_sums leaves in this lane: its leading bits, one a halving.
 template <int kCount>
 __device__ inline int owned_sum() {
   return (static_cast<int>(threadIdx.x) % kWarpSize) / (kWarpSize / kCount);

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kEntryThreads)
   }
 }
 
-// How many of the ascending numbers are below `bound`.
+// Returns how many of the ascending numbers are below `bound`.
 template <typename Number>
 __device__ int64_t count_below(const Number* __restrict__ ascending, int64_t count, Number bound) {
   int64_t low = 0;

@@ -1,5 +1,5 @@
-// What every CUDA launcher's signature is made of. Launchers take raw device pointers and a stream,
-// return the launch's error, never allocate and never wait for the device.
+// The types in the signatures of all CUDA launchers. Launchers take raw device pointers and a
+// stream, return the launch's error, never allocate and never wait for the device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,8 +17,8 @@ struct TypedPointer {
   DType type;
 };
 
-// Which entries of the flat code belong to a row: offsets[row] .. offsets[row + 1], or k each where
-// offsets is null.
+// The entries of each row in a flat code: offsets[row] .. offsets[row + 1], or k each where offsets
+// is null.
 struct CodeRows {
   const int64_t* offsets;  // [N + 1] or null
   int64_t k;               // entries a row, where offsets is null

@@ -35,7 +35,7 @@ cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
                               int32_t* cache_slots,       // [F]
                               void* scratch, cudaStream_t stream);
 
-// What the second pass writes.
+// The arrays that the second pass writes.
 struct RowState {
   float* W;         // [F, D]
   Moments moments;  // of W; its step is on the device

@@ -90,7 +90,7 @@ __device__ inline float add_dot(float sum, const Vector<float, kWidth>& a,
   return sum;
 }
 
-// Whether every row of these [*, d_in] arrays starts where a vector of `width` may be loaded.
+// Returns true if every row of these [*, d_in] arrays starts where a vector of `width` can be read.
 inline bool vectors_fit(int64_t d_in, int width, std::initializer_list<const void*> arrays) {
   bool aligned = d_in % width == 0;
   for (const void* array : arrays) {

@@ -40,7 +40,7 @@ struct Latents {
   int64_t end_of(int64_t panel) const {
     return (panel + 1) * kPanel < count ? (panel + 1) * kPanel : count;
   }
-  // Whether latents [first, end) of these are side by side.
+  // Returns true if latents [first, end) of these are side by side.
   bool neighbours(int64_t first, int64_t end) const {
     return at[end - 1] - at[first] == end - 1 - first;
   }

@@ -21,7 +21,7 @@ inline bool strips_pay(const cpu::GradientTerms& terms) {
          entries >= wanted * terms.lists.d_sae;
 }
 
-// Where the gradient of a latent is kept.
+// The memory of the gradients of the latents that are kept.
 struct GradientRows {
   float* rows;           // [kept][d_in]
   const int32_t* slots;  // [d_sae]: row of a latent, or -1; null: all are kept in their order

@@ -17,8 +17,8 @@ template <class Product>
 constexpr bool kFiltersSums = false;
 #endif
 
-// Whether a product's sums are the scores, so that candidates need no second scoring. True for
-// tiles when scores are defined on bfloat16 rows, which tiles represent exactly; the order of a
+// True if a product's sums are the scores, so that candidates need no second scoring: for tiles
+// when scores are defined on bfloat16 rows, which tiles represent exactly; the order of a
 // tile's sum depends on d_in alone. Tokens and latents excluded from screening are scored in
 // strips.
 template <class Product, class T>

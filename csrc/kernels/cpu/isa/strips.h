@@ -22,7 +22,7 @@ constexpr int64_t kStripBytes = int64_t{1024} << 10;
 constexpr int kNarrowStrip = 32 / kLanes;  // vectors
 constexpr int kWideStrip = kLanes == 4 ? kNarrowStrip : 64 / kLanes;
 
-// How a table is cut, from its shape alone: bits of results depend on it.
+// The division of a table, from its shape alone: bits of results depend on it.
 struct StripPlan {
   StripPlan(int64_t rows, int64_t d_in)
       : wide(rows * kWideStrip * kLanes * 4 <= kStripBytes),

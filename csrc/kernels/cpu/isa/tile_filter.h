@@ -67,7 +67,7 @@ class TileFilter {
  private:
   static constexpr int32_t kRows = 32;
 
-  // Where the first of 32 sums of a row is; the other 16 are a tile further.
+  // Returns the place of the first of 32 sums of a row; the other 16 are a tile further.
   static int32_t offset_of(int32_t row) { return (row & 16) << 5 | (row & 15) << 4; }
   static constexpr int32_t kNextTile = 256;
 

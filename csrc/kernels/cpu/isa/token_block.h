@@ -72,7 +72,7 @@ class TokenBlock {
     return dot_in_strips(x_ + row * d_in_, latent, d_in_) + bias;
   }
 
-  // Whether a candidate, the approximate score of which is known, is still to be scored.
+  // Returns true if a candidate has an approximate score and must still be scored.
   bool is_approximate(int64_t row, float screening_bias) const {
     return !kSumsAreScores<Product, T> || !(errors_[row] < INFINITY) || std::isnan(screening_bias);
   }

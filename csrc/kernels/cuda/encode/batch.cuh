@@ -49,7 +49,7 @@ struct Places {
   }
 };
 
-// Where a radix selection stands: the leading bits of the last entry that is wanted.
+// The progress of a radix selection: the leading bits of the last entry that is wanted.
 struct Cut {
   uint32_t value, value_bits;  // the bits found so far, and which they are
   uint64_t place, place_bits;

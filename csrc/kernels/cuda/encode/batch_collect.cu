@@ -10,7 +10,7 @@ constexpr int kScanThreads = 256;
 constexpr int kScanWarps = kScanThreads / kWarpSize;
 constexpr int kCompactBlocks = 512;
 
-// What a pass over a chunk does.
+// The work of a pass over a chunk.
 enum class Work { kCount, kCollect, kBoth };
 
 // The least value that a pass visits. Only lower bounds in a better bin than the limit's count:

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kEndThreads)
 
 // ---- launchers
 
-// What the end of a call needs beside the state.
+// The memory that the end of a call needs beside the state.
 struct EndScratch {
   BatchState state;
   Selected selected;

@@ -1,4 +1,4 @@
-// How far a pre-activation from the 16-bit product can be from the float32 result.
+// The largest distance of a pre-activation by the 16-bit product from the float32 result.
 //
 // Let u = 2^-24, x = fl(x - b_dec) and w the float32 operands, x', w' the rounded ones, g the
 // product, b the bias, f the float32 dot product of encode_score.cuh. Then

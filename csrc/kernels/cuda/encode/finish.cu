@@ -19,7 +19,7 @@ struct RowList {
   float threshold;
 };
 
-// Which row of the code a list becomes.
+// The rows of the code that lists become.
 struct ListOutput {
   float* values;     // [N, k]
   int32_t* indices;  // [N, k]

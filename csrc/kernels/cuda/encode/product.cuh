@@ -28,7 +28,7 @@ __device__ inline Columns load_lane(const float* __restrict__ row, int column, i
   return loaded;
 }
 
-// Where a warp is: a segment of one row of the chunk.
+// The place of a warp: a segment of one row of the chunk.
 struct RowSegment {
   const float* __restrict__ product;  // [columns]
   const float* __restrict__ b_enc;    // [columns] of the chunk's latents
@@ -91,8 +91,8 @@ __device__ inline unsigned not_below(const Columns (&values)[kStrips], float lim
   return bits;
 }
 
-// Where the lane's bits of a strip go in a list that ascends by latent: the number of set bits
-// before the lane's, and of all of them.
+// The places of a lane's bits of a strip in a list that ascends by latent: the number of set bits
+// before the lane's, and the number of all.
 struct StripPlaces {
   int first, total;
 

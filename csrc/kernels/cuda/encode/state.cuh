@@ -1,5 +1,5 @@
-// What the kernels of one encoder call hand to each other, and how it is prepared: per token its
-// error bound and lists of candidates, per segment of latents the coarse bound and who is dead.
+// The memory that the kernels of one encoder call share, and its preparation: per token its error
+// bound and lists of candidates, per segment of latents the coarse bound and the dead latents.
 #pragma once
 
 #include "kernels/common/encode_plan.h"
@@ -77,7 +77,7 @@ struct EncodeState {
   }
 };
 
-// What becomes of a token that screening has no bound for.
+// The treatment of a token that screening has no bound for.
 enum class Unbounded {
   kList,       // it is listed for the fallback
   kPassEvery,  // its bound is infinite: every latent is a candidate

@@ -27,8 +27,8 @@ __device__ inline bool passes(float value, float threshold) {
   return (value > threshold && value > 0.0f) || value != value;
 }
 
-// Whether a score within `error` of the value might pass. Where nothing is known, of a NaN or with
-// an infinite error, it might.
+// Returns true if a score within `error` of the value might pass. A NaN or an infinite error says
+// nothing about the score: it might.
 __device__ inline bool may_pass(float value, float threshold, float error) {
   const float high = value + error;
   return !(error < INFINITY) || (!(high <= 0.0f) && !(high <= threshold));
@@ -67,7 +67,7 @@ __device__ inline void note_overflow(int64_t count, int64_t* kept, unsigned long
 
 // ---- kernels
 
-// One warp a row of the chunk. A row goes on counting when its room is full.
+// One warp a row of the chunk. A row keeps counting when its room is full.
 template <bool kExact, bool kVector>
 __global__ void __launch_bounds__(kCollectThreads, kCollectBlocks)
     collect_kernel(Encoder encoder, Product product, int64_t rows,
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 }
 
-// Where the product is the result every candidate has passed; only overflow is to be found.
+// Finds rows without enough room, where the product is the result and every candidate has passed.
 __global__ void __launch_bounds__(kCollectThreads)
     room_kernel(CandidateRows candidates, int64_t rows, int64_t* __restrict__ kept_counts,
                 unsigned long long* most) {

@@ -109,7 +109,7 @@ __device__ bool append_segment(RowCandidates& list, const RowSegment& at, unsign
 
 // ---- kernels
 
-// What one launch selects: the k best of all latents, or of the dead ones.
+// The selection of one launch: the k best of all latents, or of the dead ones.
 struct Selection {
   Lists lists;
   int32_t list;  // kMainList or kAuxList
