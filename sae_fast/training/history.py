@@ -109,8 +109,8 @@ def heldout_result(history: History) -> tuple[float, float] | None:
         return None
     content = read_json(path, _LARGEST_HISTORY)
     summary = content.get("summary") if isinstance(content, dict) else None
-    figures: Row = summary if isinstance(summary, dict) else {}
-    l0, fvu = (figures.get(f"final_{name}") for name in ("heldout_l0", "heldout_fvu"))
+    figures: Any = summary if isinstance(summary, dict) else {}
+    l0, fvu = figures.get("final_heldout_l0"), figures.get("final_heldout_fvu")
     if not (is_number(l0) and is_number(fvu)):
         raise ValueError(
             f"{place} has no held-out figures: it was trained without held-out shards, which "
