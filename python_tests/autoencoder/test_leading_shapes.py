@@ -158,3 +158,12 @@ def test_code_of_another_model_is_refused():
     code = sae.encode(make_raw(sae, 2, 3))
     with pytest.raises(ValueError, match="code must have 50 latents as the model has, got 40"):
         make_form("topk", d_sae=50).decode(code)
+
+
+def test_reconstruction_returns_to_the_device_of_the_activations(cuda_device):
+    sae = make_form("topk").to(cuda_device)
+    x = make_raw(sae, 2, 3).cpu()
+    assert sae(x).device == x.device
+    assert sae.encode(x).device == sae.device
+    assert sae.encode(x).cpu().dense().device == x.device
+    torch.testing.assert_close(sae(x.to(cuda_device)).cpu(), sae(x))

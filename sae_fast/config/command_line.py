@@ -17,10 +17,8 @@ types, one dependency less, and help that imports neither torch nor numpy.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import functools
 import inspect
 import itertools
 import shutil
@@ -32,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sae_fast.config.fields import ConfigFile, field_types
+from sae_fast.config.fields import ConfigFile, field_texts, field_types
 from sae_fast.config.setting import MISMATCH, Rules, convert, describe, rules_of
 
 _SWITCH_WORDS = {"true": True, "false": False}
@@ -285,20 +283,6 @@ def parse(config: type[Parsed], arguments: Sequence[str], usage: str) -> Parsed:
         SystemExit: with code 0, after help.
     """
     return config(**of_one(config, usage).read(arguments)[""])
-
-
-@functools.cache
-def field_texts(config: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a dataclass, its help, by name."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    assert isinstance(definition, ast.ClassDef)
-    texts = {}
-    for line, below in itertools.pairwise(definition.body):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-            text = below.value if isinstance(below, ast.Expr) else None
-            if isinstance(text, ast.Constant):
-                texts[line.target.id] = " ".join(str(text.value).split())
-    return texts
 
 
 def _grouped(arguments: Iterable[str]) -> Iterator[tuple[str, list[str]]]:

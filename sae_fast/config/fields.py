@@ -6,18 +6,22 @@ the fields alone at its top level.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
+import inspect
+import itertools
 import json
 import operator
+import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sae_fast.config.effects import IdleSettingError
-from sae_fast.config.setting import checked, rules_of
+from sae_fast.config.setting import checked, describe, rules_of
 from sae_fast.json_files import JSONError, bounded, read_json, shown
 
 FORMAT_VERSION = 1
@@ -155,6 +159,8 @@ def configuration(**aliases: str) -> Callable[[type[Config]], type[Config]]:
         cls.aliases = dict(aliases)
         if cls.section:
             _SECTION_CONFIGS[cls.section] = cls
+            summary = inspect.cleandoc(cls.__doc__ or "")
+            cls.__doc__ = _Documentation(summary)  # type: ignore[assignment]
         return cls
 
     return decorate
@@ -239,6 +245,47 @@ def field_types(cls: type[ConfigFile]) -> dict[str, Any]:
         hints = typing.get_type_hints(cls)
         _types[cls] = {name: hints[name] for name in field_names(cls)}
     return _types[cls]
+
+
+@functools.cache
+def field_texts(config: type[Any]) -> dict[str, str]:
+    """Return the text under each field of a dataclass, its help, by name."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for line, below in itertools.pairwise(definition.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            text = below.value if isinstance(below, ast.Expr) else None
+            if isinstance(text, ast.Constant):
+                texts[line.target.id] = " ".join(str(text.value).split())
+    return texts
+
+
+class _Documentation:
+    """The docstring of a configuration's class, followed by the text of every setting.
+
+    It is put together when it is asked for: the texts are read from the source.
+    """
+
+    def __init__(self, summary: str) -> None:
+        self.summary = summary
+
+    def __get__(self, instance: object, owner: type[ConfigFile]) -> str:
+        try:
+            texts, kinds = field_texts(typing.cast(Any, owner)), field_types(owner)
+        except OSError:  # there is no source
+            return self.summary
+        lines = [self.summary, "", "Settings:"]
+        for name, text in texts.items():
+            kind, default = describe(kinds[name]), owner.defaults()[name]
+            head = f"{name}: {kind}; default {shown(default)}"
+            lines += ["", *_wrapped(head, 4), *_wrapped(text, 8)]
+        return "\n".join(lines)
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    lines = textwrap.wrap(text, 92 - indent, break_on_hyphens=False)
+    return [" " * indent + line for line in lines]
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

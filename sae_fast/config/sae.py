@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_fast.config.effects import Run, check_effects
 from sae_fast.config.fields import ConfigFile, configuration
@@ -92,6 +92,11 @@ class SAEConfig(ConfigFile):
 
     title: ClassVar[str] = "Model"
     section: ClassVar[str] = "sae"
+
+    if TYPE_CHECKING:  # the other names of settings, which `configuration` adds
+        input_dim: int = 0
+        num_latents: int = 0
+        dead_feature_threshold: int = 0
 
     arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "slots"] = (
         setting(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_fast.config.effects import Run, check_effects
 from sae_fast.config.fields import ConfigFile, configuration
@@ -42,6 +42,10 @@ class TrainConfig(ConfigFile):
 
     title: ClassVar[str] = "Training"
     section: ClassVar[str] = "train"
+
+    if TYPE_CHECKING:  # the other names of settings, which `configuration` adds
+        lr: float = 0.0
+        use_amp: bool | Literal["off", "bf16", "fp16"] = "off"
 
     shard_dir: str | None = setting(
         None,
