@@ -30,18 +30,18 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that the first argument names, or list all; return the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
         print(listing())
         return 0
-    name = given[0].replace("-", "_")
+    name = words[0].replace("-", "_")
     if name == "completion":
-        return _print_completion(given[1:])
+        return _print_completion(words[1:])
     if name not in COMMANDS:
-        print(f"error: unknown command {given[0]!r}: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown command {words[0]!r}: {', '.join(COMMANDS)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     command: Callable[[Sequence[str]], int] = importlib.import_module(f"sae_fast.{name}").main
-    return command(given[1:])
+    return command(words[1:])
 
 
 def _print_completion(shells: Sequence[str]) -> int:

@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 for bad input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        options = parse(BiographyOptions, given, USAGE)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        options = parse(BiographyOptions, arguments, USAGE)
         if options.out is None:
             raise ValueError("out must be given: --out DIR")
         _make(options, options.out)

@@ -92,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 for bad input, 130 for an interrupt."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        options = parse(ConvertOptions, given, USAGE)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        options = parse(ConvertOptions, arguments, USAGE)
         if options.source is None or options.out is None:
             raise ValueError(f"source and out must be given: {PROGRAM} SRC DST")
         conversions = _prepare(options, options.source, options.out)

@@ -100,8 +100,8 @@ def command_lines() -> list[CommandLine]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; return the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    print(__doc__ if {"-h", "--help", "--help-all"} & set(given) else describe())
+    arguments = sys.argv[1:] if arguments is None else arguments
+    print(__doc__ if {"-h", "--help", "--help-all"} & set(arguments) else describe())
     return 0
 
 

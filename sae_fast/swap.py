@@ -58,8 +58,8 @@ def command_lines() -> list[CommandLine]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 for bad input."""
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        options = parse(SwapOptions, given, USAGE)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        options = parse(SwapOptions, arguments, USAGE)
         table = _table(options)
         print(table)
         if options.out is not None:

@@ -147,11 +147,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Bad input is 2, an interrupt that did not wait for its checkpoint 130.
     """
     _log_to_stderr()
-    given = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with StopOnSignal() as stop, ExitStack() as stack:
             _refuse_several_processes()
-            work, directory = _opened(given, stop, stack)
+            work, directory = _opened(arguments, stop, stack)
             trainers = _trainers_of(work)
             _announce(trainers)
             work.train()
@@ -222,18 +222,18 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     if arch in rules_of(SAEConfig)["k"].arch:
         sae["k"] = DEFAULT_K
     rules = rules_of(TrainConfig)
-    own: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         name: getattr(settings, rule.decided_by) for name, rule in rules.items() if rule.decided_by
     }
-    own["batch_size"] *= settings.ctx_len or DEFAULT_CONTEXT
-    own["seed"] = settings.init_seeds[0]
-    on_line = {name: own[name] for name in own if rules[name].decided_by in line.given}
-    if layers["train"].get("batch_size") not in (None, own["batch_size"]):
+    defaults["batch_size"] *= settings.ctx_len or DEFAULT_CONTEXT
+    defaults["seed"] = settings.init_seeds[0]
+    on_line = {name: defaults[name] for name in defaults if rules[name].decided_by in line.given}
+    if layers["train"].get("batch_size") not in (None, defaults["batch_size"]):
         logger.info("batch_size: a batch has --batch_size sequences of --ctx_len tokens here")
     train = {name: value for name, value in layers["train"].items() if value is not None}
-    train |= {"batch_size": own["batch_size"], **on_line}
-    own |= TRAIN_DEFAULTS
-    _decay_with_adam(flags["train"], own, is_open="optimizer" not in train)
+    train |= {"batch_size": defaults["batch_size"], **on_line}
+    defaults |= TRAIN_DEFAULTS
+    _decay_with_adam(flags["train"], defaults, is_open="optimizer" not in train)
     if flags["sae"].get("d_sae"):  # which overrides the factor in trainers of this kind
         flags["sae"].pop("expansion_factor", None)
     if settings.run_name is not None:
@@ -243,16 +243,16 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     elif flags["train"].get("resume_from") is not None:
         raise ValueError("resume_from needs run_name, the run in save_dir to go on with")
     if settings.log_to_wandb:
-        own["wandb_project"] = "sae_fast"
-    return {"sae": {**sae, **layers["sae"]}, "train": {**own, **train}}
+        defaults["wandb_project"] = "sae_fast"
+    return {"sae": {**sae, **layers["sae"]}, "train": {**defaults, **train}}
 
 
-def _decay_with_adam(flags: dict[str, Any], own: dict[str, Any], *, is_open: bool) -> None:
+def _decay_with_adam(flags: dict[str, Any], defaults: dict[str, Any], *, is_open: bool) -> None:
     """Make adam with a weight decay adamw, as in other trainers of this kind.
 
     Args:
         flags: the flags of the training, changed where they name adam.
-        own: the weakest defaults, changed where no optimizer is named.
+        defaults: the weakest defaults, changed where no optimizer is named.
         is_open: whether files name no optimizer.
     """
     if not flags.get("weight_decay"):
@@ -260,7 +260,7 @@ def _decay_with_adam(flags: dict[str, Any], own: dict[str, Any], *, is_open: boo
     if flags.get("optimizer") == "adam":
         flags["optimizer"] = "adamw"
     elif "optimizer" not in flags and is_open:
-        own["optimizer"] = "adamw"
+        defaults["optimizer"] = "adamw"
     else:
         return
     logger.info("weight_decay: %s", ADAM_DECAYS)

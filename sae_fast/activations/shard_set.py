@@ -121,11 +121,11 @@ class ShardSet:
 
     def contents(self) -> list[str]:
         """Return the digest of all rows of each shard and its targets; empty where unknown."""
-        own = list(self.digests) or [""] * len(self.shards)
+        digests = list(self.digests) or [""] * len(self.shards)
         if self.targets is None:
-            return own
+            return digests
         beside = self.targets.contents()
-        return [f"{x} {y}" if x and y else "" for x, y in zip(own, beside, strict=True)]
+        return [f"{x} {y}" if x and y else "" for x, y in zip(digests, beside, strict=True)]
 
 
 class _Checked(NamedTuple):
@@ -217,9 +217,9 @@ def _open_targets(
     elsewhere = tuple(
         target for shard, target in zip(shards, targets, strict=True) if shard.path != target.path
     )
-    own = _check_rows(targets, elsewhere, checks)
-    both = (np.union1d(*pair) for pair in zip(dropped, own.dropped, strict=True))
-    return ShardSet(targets, tuple(both), digests=own.digests)
+    checked = _check_rows(targets, elsewhere, checks)
+    both = (np.union1d(*pair) for pair in zip(dropped, checked.dropped, strict=True))
+    return ShardSet(targets, tuple(both), digests=checked.digests)
 
 
 def _check_rows(

@@ -126,19 +126,19 @@ def correlation_losses(
     """Compute `independence_loss` and `orthogonality_loss` at the cost of one of them."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be scaled, mean or sum, got {reduction!r}")
-    found = ops.code_correlation(h, split)
+    sums = ops.code_correlation(h, split)
     if reduction == "sum":
-        return CorrelationLosses(found.within, found.between)
-    first, second = found.n_active.unbind()
+        return CorrelationLosses(sums.within, sums.between)
+    first, second = sums.n_active.unbind()
     if reduction == "scaled":
         directions = max(len(h) - 1, 1)
         return CorrelationLosses(
-            _per_latent(found.within, first, first, directions),
-            _per_latent(found.between, first, second, directions),
+            _per_latent(sums.within, first, first, directions),
+            _per_latent(sums.between, first, second, directions),
         )
     own_pairs, pairs = first * (first - 1), first * second
     return CorrelationLosses(
-        found.within / own_pairs.clamp_min(1), found.between / pairs.clamp_min(1)
+        sums.within / own_pairs.clamp_min(1), sums.between / pairs.clamp_min(1)
     )
 
 

@@ -222,14 +222,14 @@ class CommandLine:
 
     def flags(self) -> list[Flag]:
         """Return the settings of all configurations in order, those refused and by place too."""
-        found: dict[str, Flag] = {}
+        flags: dict[str, Flag] = {}
         for section, config in self.sections.items():
             kinds, defaults = field_types(config), config.defaults()
             for name, rules in rules_of(config).items():
                 aliases = tuple(key for key, field in config.aliases.items() if field == name)
-                if name in found or any(name in flag.aliases for flag in found.values()):
+                if name in flags or any(name in flag.aliases for flag in flags.values()):
                     continue
-                found[name] = Flag(
+                flags[name] = Flag(
                     section,
                     name,
                     kinds[name],
@@ -239,7 +239,7 @@ class CommandLine:
                     aliases,
                     config,
                 )
-        return list(found.values())
+        return list(flags.values())
 
     def _places(self) -> list[Flag]:
         return [flag for flag in self.flags() if flag.rules.positional]
@@ -287,16 +287,16 @@ def parse(config: type[Parsed], arguments: Sequence[str], usage: str) -> Parsed:
 
 def _grouped(arguments: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield each flag with the words behind it; words before all flags begin with the first."""
-    found: list[tuple[str, list[str]]] = []
+    groups: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("--"):
             flag, equals, value = word.partition("=")
-            found.append((flag, [value] if equals else []))
-        elif found:
-            found[-1][1].append(word)
+            groups.append((flag, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
         else:
-            found.append((word, []))
-    yield from found
+            groups.append((word, []))
+    yield from groups
 
 
 def _read_one(flag: str, text: str, kind: Any, more: str = "") -> Any:

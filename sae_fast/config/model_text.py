@@ -204,13 +204,13 @@ class FromModelConfig(ConfigFile):
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
         """Return what is asked of the model, whose name or folder and dataset are given."""
         names = self.defaults().keys() & CaptureConfig.defaults().keys()
-        own = {name: getattr(self, name) for name in names}
+        shared = {name: getattr(self, name) for name in names}
         if not (self.layers or self.hook_points or self.layer_stride):
-            own["layers"] = (0,)
+            shared["layers"] = (0,)
         return CaptureConfig(
             model=model,
             dataset=dataset,
             device=device,
             num_proc=self.data_preprocessing_num_proc,
-            **own,
+            **shared,
         )

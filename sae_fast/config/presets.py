@@ -60,8 +60,8 @@ def _complete(name: str, expansion_factor: float | None, settings: dict[str, Any
     chosen = preset(name)
     aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
     given = {aliases.get(key, key): value for key, value in settings.items()}
-    own = without_other_size({**chosen.sae, **chosen.train}, given)
-    config = RunConfig(**{key: own[key] for key in own.keys() - given.keys()}, **settings)
+    defaults = without_other_size({**chosen.sae, **chosen.train}, given)
+    config = RunConfig(**{key: defaults[key] for key in defaults.keys() - given.keys()}, **settings)
     rate = config.train.peak_learning_rate(config.sae.d_sae)
     return replace(config, train=replace(config.train, learning_rate=rate))
 

@@ -46,10 +46,10 @@ def evaluate_slots(
         wanted = None if answers is None else answers[rows].to(x.device, torch.int64)
         counts += torch.stack(slots.measure(sae.weights, x, bound, wanted)).cpu()
     slots_right, n_relations, answers_right, n_answers = counts.tolist()
-    found = {"heldout_slot_accuracy": slots_right / max(n_relations, 1)}
+    shares = {"heldout_slot_accuracy": slots_right / max(n_relations, 1)}
     if answers is not None:
-        found["heldout_value_accuracy"] = answers_right / max(n_answers, 1)
-    return found
+        shares["heldout_value_accuracy"] = answers_right / max(n_answers, 1)
+    return shares
 
 
 @torch.no_grad()
@@ -94,14 +94,14 @@ def evaluate(
             active += code.l0().sum()
             fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
             rows += len(x)
-    fvu, found = sums.fvu(), {}
+    fvu, extra = sums.fvu(), {}
     if ordinary_norm is not None and fvu > 0:
         ratio = ordinary.fvu() / fvu
         if ratio >= _MUCH or ratio <= 1 / _MUCH:
-            found["heldout_ordinary_fvu"] = ordinary.fvu()
+            extra["heldout_ordinary_fvu"] = ordinary.fvu()
     return {
         "heldout_fvu": fvu,
-        **found,
+        **extra,
         "heldout_explained_variance": 1 - fvu,
         "heldout_explained_variance_overall": sums.overall_explained_variance(),
         "heldout_l0": float(active / rows),

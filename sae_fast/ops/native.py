@@ -137,14 +137,14 @@ def _why_not(error: str, module: Path) -> str:
 def _other_pythons() -> str:
     """Name the versions of Python for which there is a module."""
     names = [path.name for path in Path(__file__).parents[1].glob("_C.*.so")]
-    found = [match for name in names if (match := _VERSION.search(name)) is not None]
-    versions = sorted({f"{match[1]}.{match[2]}" for match in found})
+    matches = [match for name in names if (match := _VERSION.search(name)) is not None]
+    versions = sorted({f"{match[1]}.{match[2]}" for match in matches})
     return f", only for {', '.join(versions)}" if versions else ""
 
 
 def _built_with(module: Path) -> str:
-    found = re.search(rb"sae_fast (built with torch [\w.+]+)", module.read_bytes())
-    return found[1].decode() if found else "of an unknown build"
+    match = re.search(rb"sae_fast (built with torch [\w.+]+)", module.read_bytes())
+    return match[1].decode() if match else "of an unknown build"
 
 
 def _find(name: str) -> ModuleSpec | None:

@@ -263,12 +263,12 @@ def read_checkpoint(path: Path, check: StateCheck | None = None) -> Checkpoint:
     state = _read_state(path / STATE, check)
     for name, digest in state["sha256"].items():
         try:
-            found = sha256_of(path / name)
+            actual = sha256_of(path / name)
         except OSError as error:
             raise CheckpointError(f"{path / name}: {error.strerror}") from error
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        if found != digest:
+        if actual != digest:
             raise CheckpointError(f"{path / name} is corrupted: its checksum does not match")
     try:
         return Checkpoint(path, state["step"], load_tensors(path / TENSORS), state)
@@ -282,7 +282,7 @@ def read_newest_intact(path: Path, check: StateCheck | None = None) -> Checkpoin
     Raises:
         CheckpointError: when neither it nor any before it is intact.
     """
-    return _first_intact(path, lambda found: read_checkpoint(found, check), logging.WARNING)
+    return _first_intact(path, lambda place: read_checkpoint(place, check), logging.WARNING)
 
 
 def read_newest_state(path: Path, check: StateCheck | None = None) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def read_newest_state(path: Path, check: StateCheck | None = None) -> dict[str, 
     Raises:
         CheckpointError: when there is none.
     """
-    return _first_intact(path, lambda found: _read_state(found / STATE, check), logging.DEBUG)
+    return _first_intact(path, lambda place: _read_state(place / STATE, check), logging.DEBUG)
 
 
 def _first_intact(path: Path, read: Callable[[Path], Content], level: int) -> Content:

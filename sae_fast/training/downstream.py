@@ -65,13 +65,16 @@ class DownstreamModel:
     @torch.no_grad()
     def evaluate(self, sae: SparseAutoencoder, batches: Sequence[Rows]) -> dict[str, float]:
         """Return the mean loss over batches with the reconstruction, and of ce also without it."""
-        spliced = own = 0.0
+        spliced = original = 0.0
         for rows in batches:
             spliced += float(self.loss(sae(rows.x), rows.columns))
             if self._loss_fn == "ce":
-                own += float(self._cross_entropy(self._logits(rows.columns, None), rows.columns))
-        found = {f"heldout_{self._loss_fn}": spliced / len(batches)}
-        return found | ({"heldout_ce_model": own / len(batches)} if self._loss_fn == "ce" else {})
+                logits = self._logits(rows.columns, None)
+                original += float(self._cross_entropy(logits, rows.columns))
+        losses = {f"heldout_{self._loss_fn}": spliced / len(batches)}
+        if self._loss_fn == "ce":
+            losses["heldout_ce_model"] = original / len(batches)
+        return losses
 
     def _logits(self, columns: Mapping[str, Tensor], x_hat: Tensor | None) -> Tensor:
         """Return the model's logits [B, T, words] float32, with x̂ in place of the activations."""
@@ -81,10 +84,10 @@ class DownstreamModel:
 
             def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
                 is_tuple = isinstance(output, tuple)
-                own = output[0] if is_tuple else output
-                places = kept.view(own.shape[:-1])
-                changed = own.detach().clone()
-                changed[places] = rows.to(own.dtype)
+                activations = output[0] if is_tuple else output
+                places = kept.view(activations.shape[:-1])
+                changed = activations.detach().clone()
+                changed[places] = rows.to(activations.dtype)
                 return (changed, *output[1:]) if is_tuple else changed
 
             handle = self._module.register_forward_hook(replace)

@@ -60,9 +60,9 @@ class RunHealth:
         self._recent.append(row)
         if len(self._recent) < _ROWS_IN_TURN or not self._is_judged(self._recent[0]["step"]):
             return
-        found = [self._collapse(recent) for recent in self._recent]
-        lasting = [kind for kind in found[-1] if all(kind in each for each in found)]
-        self._tell({kind: found[-1][kind] for kind in lasting}, row["step"])
+        collapses = [self._collapse(recent) for recent in self._recent]
+        lasting = [kind for kind in collapses[-1] if all(kind in each for each in collapses)]
+        self._tell({kind: collapses[-1][kind] for kind in lasting}, row["step"])
 
     def conclude(self, rows: Sequence[Row]) -> list[str]:
         """Return the warnings that hold at the end of the rows of a run; log those not yet told."""
@@ -71,15 +71,15 @@ class RunHealth:
             last |= row
         if not last:
             return []
-        found = _undefined(last)
+        warnings = _undefined(last)
         last = {name: value for name, value in last.items() if value is not None}
         if self._is_judged(last["step"]):
-            found |= self._collapse(last) | self._misses(last) | self._stagnation(rows)
-        self._tell(found, last["step"])
-        return list(found.values())
+            warnings |= self._collapse(last) | self._misses(last) | self._stagnation(rows)
+        self._tell(warnings, last["step"])
+        return list(warnings.values())
 
-    def _tell(self, found: dict[str, str], step: int) -> None:
-        for kind, text in found.items():
+    def _tell(self, warnings: dict[str, str], step: int) -> None:
+        for kind, text in warnings.items():
             if kind not in self._told:
                 self._told.add(kind)
                 logger.warning("step %d: %s", step, text)
@@ -101,63 +101,63 @@ class RunHealth:
 
     def _collapse(self, row: Row) -> dict[str, str]:
         """Return warnings, by kind, of one row that shows a model which has stopped encoding."""
-        found: dict[str, str] = {}
+        warnings: dict[str, str] = {}
         sae = self._sae
         l0, fvu = row.get("l0"), row.get("fvu")
         if l0 is not None and l0 < min(1.0, 0.5 * (self._asked_l0 or 2.0)):
-            found["l0"] = (
+            warnings["l0"] = (
                 f"L0 is {l0:.2g}: fewer than one latent is active for a token; {self._sparser()}"
             )
         if fvu is not None and fvu > _NO_FIT and self._trains_reconstruction:
             says = "no more than" if fvu >= 1 else "hardly more than"
-            found["fvu"] = (
+            warnings["fvu"] = (
                 f"FVU is {fvu:.3g}: the reconstruction explains {says} the mean of the rows does; "
                 f"{self._sparser()}{self._more_steps(fvu)}"
             )
         silent = row.get("silent_fraction")
         if silent is not None and silent > _LARGE_SHARE and sae.slots_mode != "separate_value":
             window = silent_window(sae, row["tokens"])
-            found["silent"] = (
+            warnings["silent"] = (
                 f"{round(silent * sae.d_sae):,} of {sae.d_sae:,} latents have fired for none of "
                 f"the last {window:,} tokens (silent so far; they count as dead after "
                 f"{sae.dead_after_tokens:,}); {self._reviving(row['tokens'])}"
             )
         skipped = row.get("skipped_steps", 0)
         if skipped > _OVERFLOWS * row["step"]:
-            found["skipped"] = (
+            warnings["skipped"] = (
                 f"{skipped:,.0f} of {row['step']:,} steps were skipped because gradients "
                 "overflowed in fp16, and trained nothing; use --amp bf16 or --amp off"
             )
-        return found
+        return warnings
 
     def _misses(self, last: Row) -> dict[str, str]:
         """Return warnings of an L0 far from its target and of held-out rows not explained."""
-        found: dict[str, str] = {}
+        warnings: dict[str, str] = {}
         l0, asked = last.get("heldout_l0", last.get("l0")), self._asked_l0
         # Of more than half of the latents ReLU leaves fewer than were selected.
         is_half = self._sae.k is not None and self._sae.k > self._sae.d_sae / 2
         lowest = 0 if is_half else (asked or 0) / _FAR_L0
         if l0 is not None and asked is not None and not lowest <= l0 <= asked * _FAR_L0:
             flag = "--k" if self._sae.k is not None else "--target-l0"
-            found["target"] = (
+            warnings["target"] = (
                 f"L0 is {l0:.3g}, and {flag} asks for {asked:g}; {self._towards(l0 > asked)}"
             )
         heldout, fvu = last.get("heldout_fvu"), last.get("fvu")
         ordinary = last.get("heldout_ordinary_fvu")
         if ordinary is not None and heldout is not None and ordinary > heldout:
-            found["outliers"] = (
+            warnings["outliers"] = (
                 f"held-out FVU is {heldout:.3g}, and {ordinary:.3g} without the 1 % of rows that "
                 "have the largest norms: a few rows decide mean, scale, loss and figures; leave "
                 "them out of the shards (first tokens: capture with --exclude-special-tokens)"
             )
         fits = fvu is not None and fvu <= _NO_FIT
         if heldout is not None and heldout > _NO_FIT and fits and self._trains_reconstruction:
-            found["heldout"] = (
+            warnings["heldout"] = (
                 f"held-out FVU is {heldout:.3g}, in training {fvu:.3g}: the held-out rows may be "
                 "of another model or layer, or there are too few rows to train on (--heldout "
                 "names others, --max-epochs limits the passes)"
             )
-        return found
+        return warnings
 
     def _stagnation(self, rows: Sequence[Row]) -> dict[str, str]:
         """Return a warning where the loss has not fallen since its terms had their full weights.
@@ -267,13 +267,13 @@ def _has_fallen(first: float, last: float) -> bool:
 
 def _undefined(row: Row) -> dict[str, str]:
     """Return a warning for each FVU that is not a number: its rows have no variance."""
-    found = {}
+    warnings = {}
     for name, where in (("fvu", "of the last batch"), ("heldout_fvu", "held out")):
         value = row.get(name, 0.0)
         if value is None or not math.isfinite(value):
-            found[name] = (
+            warnings[name] = (
                 f"{name} is not defined: the rows {where} are all equal, or one row only, so that "
                 "there is no variance to explain; look at the shards (--shard-dir, --heldout) and "
                 "at --batch-size"
             )
-    return found
+    return warnings

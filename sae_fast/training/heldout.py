@@ -50,6 +50,6 @@ class HeldoutEvaluation:
         if sae.config.arch == "slots" and self._data.heldout_labels:
             measured |= evaluate_slots(sae, self._data.heldout, self._data.heldout_labels)
         if averaged is not None:
-            found = evaluate(averaged(), *rows, *rates)
-            measured |= {f"averaged_{name}": value for name, value in found.items()}
+            of_average = evaluate(averaged(), *rows, *rates)
+            measured |= {f"averaged_{name}": value for name, value in of_average.items()}
         return measured

@@ -57,15 +57,15 @@ def with_label_counts(sae: SAEConfig, columns: Mapping[str, Column]) -> SAEConfi
     if sae.arch != "slots":
         return sae.resolve(labels=counts)
     names = _slot_labels(sae).items()
-    found = {name: _count(name, getattr(sae, name), columns[label]) for name, label in names}
-    slots = found["n_relations"]
+    label_counts = {name: _count(name, getattr(sae, name), columns[label]) for name, label in names}
+    slots = label_counts["n_relations"]
     if 0 < sae.d_sae <= slots:
         labels = columns[sae.relation_labels or RELATION_LABELS]
         raise ValueError(
             f"{labels.place}: {labels.name} has the label {slots - 1}, "
             f"and {slots:,} relation slots leave no free one of d_sae = {sae.d_sae:,}"
         )
-    return sae.resolve(labels={**counts, **found})
+    return sae.resolve(labels={**counts, **label_counts})
 
 
 def check_heldout_labels(sae: SAEConfig, labels: Mapping[str, Tensor]) -> None:

@@ -157,8 +157,8 @@ def _check_scheduler(step: int, scheduler: Any) -> None:
         return
     place = "scheduler_state"
     require(isinstance(scheduler, dict), place, "a JSON object", scheduler)
-    found = scheduler.get("step")
-    require(found == step and is_integer(found), f"{place}.step", f"the {step} steps made", found)
+    made = scheduler.get("step")
+    require(made == step and is_integer(made), f"{place}.step", f"the {step} steps made", made)
     for name in ("last_learning_rate", "peak_learning_rate"):
         require(is_number(scheduler.get(name), 0), f"{place}.{name}", _AMOUNT, scheduler.get(name))
     for name in ("warmup_steps", "decay_steps", "total_steps"):

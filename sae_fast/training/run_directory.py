@@ -82,8 +82,10 @@ class RunDirectory:
         require_unicode(self.path)
         directory = self.checkpoints.directory
         try:
-            own = [self.path / name for name in _WRITTEN_AT_START]
-            missing = [path for path in (*own, directory, *directory.parents) if not path.exists()]
+            files = [self.path / name for name in _WRITTEN_AT_START]
+            missing = [
+                path for path in (*files, directory, *directory.parents) if not path.exists()
+            ]
             directory.mkdir(parents=True, exist_ok=True)
             self._made.extend(missing)
             try:
@@ -126,18 +128,20 @@ class RunDirectory:
                 that is not resumed.
         """
         self.hold()
-        own = resumed if resumed is not None and self.owns(resumed) else None
-        if own is None and (newest := self.checkpoints.newest()) is not None:
+        continued = resumed if resumed is not None and self.owns(resumed) else None
+        if continued is None and (newest := self.checkpoints.newest()) is not None:
             raise CheckpointError(
                 f"{self.path} already holds a run ({newest.name}): go on with it by "
                 "--resume-from latest, or name another --checkpoint-dir"
             )
         self.checkpoints.prepare()
         _remove_leftovers(self.path)
+        if continued is None:
+            return
         # Compared by name: the run may be named by another path to it.
-        if own is not None and own.path.name == self.checkpoints.path_of(own.step).name:
-            best = own.state.get("best")
-            self.checkpoints.rewind(own.step, None if best is None else best["step"])
+        if continued.path.name == self.checkpoints.path_of(continued.step).name:
+            best = continued.state.get("best")
+            self.checkpoints.rewind(continued.step, None if best is None else best["step"])
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json whole or not at all."""
@@ -251,8 +255,8 @@ def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
     if config.checkpoint_dir is None:
         return
     directory = Path(config.checkpoint_dir)
-    own = MODE_DIRECTORIES.values() if sae.arch == "slots" else ()
-    runs = [run for run in _all_runs_in(directory) if str(run.relative_to(directory)) not in own]
+    modes = MODE_DIRECTORIES.values() if sae.arch == "slots" else ()
+    runs = [run for run in _all_runs_in(directory) if str(run.relative_to(directory)) not in modes]
     if not runs or has_checkpoint(directory):
         return
     names = listed([str(run.relative_to(directory)) for run in runs])
@@ -266,12 +270,12 @@ def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
 
 def _all_runs_in(directory: Path) -> list[Path]:
     """Return the runs in a directory, and those further inside that its sweep.json names."""
-    found = runs_in(directory)
+    runs = runs_in(directory)
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         names = [name for name in read_json(directory / SWEEP)["runs"] if isinstance(name, str)]
         inner = [path for name in names if (path := directory / name).is_relative_to(directory)]
-        found += [run for path in inner for run in runs_at(path) if run not in found]
-    return found
+        runs += [run for path in inner for run in runs_at(path) if run not in runs]
+    return runs
 
 
 def way_on_from_model(run: Path) -> str | None:

@@ -212,17 +212,17 @@ def with_settings(base: RunConfig, name: str, settings: Mapping[str, Any]) -> Ru
 
     Raises ValueError for settings that all trainings must share."""
     aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
-    own = {aliases.get(key, key): value for key, value in settings.items()}
+    by_field = {aliases.get(key, key): value for key, value in settings.items()}
     known = [*field_names(SAEConfig), *field_names(TrainConfig), *aliases]
     reject_unknown_keys(settings, known)
     rules = rules_of(TrainConfig)
-    for key in own:
+    for key in by_field:
         if key in rules and not rules[key].sweep:
             raise ValueError(f"{key} is the same for all trainings of a sweep: give it beside it")
     # Of the model what was asked for, so that its defaults follow from the settings of each.
-    sae = without_other_size(dict(base.sae.given), own)
-    sae |= {key: value for key, value in own.items() if key not in rules}
-    train = base.train.to_dict() | {key: value for key, value in own.items() if key in rules}
+    sae = without_other_size(dict(base.sae.given), by_field)
+    sae |= {key: value for key, value in by_field.items() if key not in rules}
+    train = base.train.to_dict() | {key: value for key, value in by_field.items() if key in rules}
     train["shuffle_seed"] = base.train.order_seed
     if base.train.checkpoint_dir is not None:
         train["checkpoint_dir"] = str(Path(base.train.checkpoint_dir) / name)
@@ -249,14 +249,14 @@ def for_every_layer(
         return None
     require_one_kind(Path(place))
     warn_of_unread(Path(place), "the folders in it hold shards")
-    found = {}
-    for layer, (own, config) in itertools.product(layers, configs.items()):
-        name = f"{layer.name}/{own}" if own else layer.name
+    trainings = {}
+    for layer, (training, config) in itertools.product(layers, configs.items()):
+        name = f"{layer.name}/{training}" if training else layer.name
         places = _places_of_layer(config.train, layer)
         run = None if directory is None else str(directory / name)
         train = replace(config.train, **places, checkpoint_dir=run)
-        found[name] = RunConfig(sae=config.sae, train=train)
-    return found or None
+        trainings[name] = RunConfig(sae=config.sae, train=train)
+    return trainings or None
 
 
 def _places_of_layer(config: TrainConfig, layer: Path) -> dict[str, Any]:
@@ -331,8 +331,8 @@ def _require_one_step(trainers: Mapping[str, Trainer]) -> None:
     """Raise ValueError for runs at different steps, as after a damaged checkpoint."""
     steps = {name: trainer.step for name, trainer in trainers.items()}
     if len(set(steps.values())) > 1:
-        found = ", ".join(f"{name} at step {step}" for name, step in steps.items())
-        raise ValueError(f"the trainings of a sweep must be at the same step, got {found}")
+        places = ", ".join(f"{name} at step {step}" for name, step in steps.items())
+        raise ValueError(f"the trainings of a sweep must be at the same step, got {places}")
 
 
 def _listed(path: Path, content: Any) -> list[Any]:

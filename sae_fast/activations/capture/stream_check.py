@@ -96,16 +96,16 @@ def _kind(hook: HookPoint) -> str | None:
 def _checked(
     network: nn.Module, hook: HookPoint, known: dict[str, HookPoint], block: _Block | None
 ) -> HookPoint:
-    own = None if block is None else block.outputs.get(hook.module)
-    if block is None or own is None:  # what is wrong with it is said when it is captured
+    output = None if block is None else block.outputs.get(hook.module)
+    if block is None or output is None:  # what is wrong with it is said when it is captured
         return hook
     kind = _kind(hook)
     starts = block.stream[:1] if kind == ATTENTION else block.stream
     other = known.get(f"{FEED_FORWARD if kind == ATTENTION else ATTENTION}.{hook.layer}")
     beside = None if other is None else block.outputs.get(other.module)
-    if block.adds(own, starts) is not False:
+    if block.adds(output, starts) is not False:
         return hook
-    both = own + beside if beside is not None and beside.shape == own.shape else None
+    both = output + beside if beside is not None and beside.shape == output.shape else None
     if both is not None and block.adds(both, block.stream[:1]) is not False:
         return hook
     for path in _candidates(hook.module, block):
@@ -113,7 +113,7 @@ def _checked(
             return replace(hook, module=path)
     raise ValueError(
         f"{hook.name}: {type(network).__name__} does not add the output of {hook.module} to the "
-        f"residual stream{_scale(own, block, starts)}, and no module puts out what it adds; to "
+        f"residual stream{_scale(output, block, starts)}, and no module puts out what it adds; to "
         f"capture that output as it is give --hook-points {hook.module}"
     )
 

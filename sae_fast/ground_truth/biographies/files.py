@@ -33,8 +33,8 @@ def layer_directory(directory: Path, layer: int) -> Path:
 
 def layer_of(path: Path) -> int | None:
     """Return the layer whose shards a directory holds, by its name."""
-    found = re.fullmatch(r"layer_(\d+)", path.name)
-    return None if found is None else int(found[1])
+    match = re.fullmatch(r"layer_(\d+)", path.name)
+    return None if match is None else int(match[1])
 
 
 def prepare(directory: Path) -> None:
@@ -107,8 +107,8 @@ def _rows(
     columns = {**label_columns(model.biographies, sentences), "position": prompts.last}
     columns["token_ids"] = prompts.tokens[torch.arange(len(prompts)), prompts.last]
     columns["doc_id"] = torch.arange(len(prompts))
-    for part, found in model.activations(prompts, layers):
-        for layer, rows in found.items():
+    for part, by_layer in model.activations(prompts, layers):
+        for layer, rows in by_layer.items():
             yield layer, rows, {key: column[part] for key, column in columns.items()}
 
 

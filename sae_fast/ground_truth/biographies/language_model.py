@@ -122,15 +122,15 @@ class BiographyModel:
         activations: Tensor | None = None,  # [N, D]
     ) -> Tensor:
         """Return the most probable next tokens [N], with `activations` in place of the layer's."""
-        found = []
+        answers = []
         for begin in range(0, len(prompts), BATCH):
             part = prompts[begin : begin + BATCH]
             with ExitStack() as stack:
                 if layer is not None and activations is not None:
                     rows = activations[begin : begin + BATCH]
                     stack.enter_context(self._replacing(layer, part.last, rows))
-                found.append(self.logits(part).argmax(1))
-        return torch.cat(found)
+                answers.append(self.logits(part).argmax(1))
+        return torch.cat(answers)
 
     def accuracy(self, prompts: Prompts) -> float:
         """Return the share of the prompts after which the answer comes."""
@@ -143,12 +143,12 @@ class BiographyModel:
         """Yield the activations [n, D] of these layers, some prompts at a time."""
         for begin in range(0, len(prompts), BATCH):
             part = prompts[begin : begin + BATCH]
-            found: dict[int, Tensor] = {}
+            by_layer: dict[int, Tensor] = {}
             with ExitStack() as stack:
                 for layer in layers:
-                    stack.enter_context(self._keeping(layer, part.last, found))
+                    stack.enter_context(self._keeping(layer, part.last, by_layer))
                 self.network.transformer(part.tokens, use_cache=False)
-            yield slice(begin, begin + len(part)), found
+            yield slice(begin, begin + len(part)), by_layer
 
     def save(self, directory: Path) -> None:
         """Write the network; transformers' from_pretrained reads it too."""
@@ -197,9 +197,9 @@ class BiographyModel:
             yield
 
     @contextmanager
-    def _keeping(self, layer: int, last: Tensor, found: dict[int, Tensor]) -> Iterator[None]:
+    def _keeping(self, layer: int, last: Tensor, by_layer: dict[int, Tensor]) -> Iterator[None]:
         def keep(_module: Any, _inputs: Any, hidden: Tensor) -> None:
-            found[layer] = hidden[torch.arange(len(last)), last]
+            by_layer[layer] = hidden[torch.arange(len(last)), last]
 
         with self._hooked(layer, keep):
             yield

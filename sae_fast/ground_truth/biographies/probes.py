@@ -23,7 +23,7 @@ def probe_accuracies(model: BiographyModel, layers: Sequence[int]) -> dict[int, 
     sides = []
     for heldout in (False, True):
         sentences = model.biographies.sentences(heldout=heldout)
-        parts = [found for _, found in model.activations(model.prompts(sentences), layers)]
+        parts = [by_layer for _, by_layer in model.activations(model.prompts(sentences), layers)]
         rows = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
         sides.append((rows, label_columns(model.biographies, sentences)))
     (train, labels), (heldout_rows, heldout_labels) = sides

@@ -216,8 +216,8 @@ def _decoded(sae: SparseAutoencoder, rows: Tensor, count: int) -> tuple[Tensor, 
         is_slot = code.indices >= first
         values = torch.where(is_slot, code.values, 0).flatten()
         place = torch.where(is_slot, code.indices - first, 0).flatten().long()
-        found = values.new_zeros(len(part), count)
-        slots.append(found.index_put_((code.entry_rows(), place), values, accumulate=True))
+        activations = values.new_zeros(len(part), count)
+        slots.append(activations.index_put_((code.entry_rows(), place), values, accumulate=True))
         reconstructions.append(sae.decode(code))
     return torch.cat(slots), torch.cat(reconstructions)
 

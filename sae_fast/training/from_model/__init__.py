@@ -72,13 +72,13 @@ def open_from_model(
         torch.set_num_threads(first.num_threads)
     capture = _open_capture(model, dataset, settings, first.device)
     tokens = capture.batches.config
-    own: dict[str, Any] = {
+    of_passes: dict[str, Any] = {
         "batch_size": tokens.batch_size * tokens.ctx_len,
         "checkpoint_dir": directory and str(directory),
     }
     if capture.heldout is None and first.dead_percentage_threshold == _DEAD_SHARE:
-        own["dead_percentage_threshold"] = 0.0  # the default, of rows that there are not
-    every = _for_every_hook(capture, settings.init_seeds, configs, own)
+        of_passes["dead_percentage_threshold"] = 0.0  # the default, of rows that there are not
+    every = _for_every_hook(capture, settings.init_seeds, configs, of_passes)
     saes = [config.sae for config in configs.values()]
     is_end_to_end = any(sae.is_end_to_end for sae in saes)
     make = (_through_model if is_end_to_end else _shuffled)(capture, settings, every)
@@ -240,10 +240,10 @@ def _for_every_hook(
     """Return the trainings by hook point, setting and seed, each in a directory of these names."""
     found = {}
     for hook in capture.hooked.hooks:
-        for own, config in configs.items():
+        for training, config in configs.items():
             base = RunConfig(sae=config.sae, train=replace(config.train, **changes))
             for seed in seeds:
-                parts = [hook.name, own, f"seed_{seed}" if len(seeds) > 1 else ""]
+                parts = [hook.name, training, f"seed_{seed}" if len(seeds) > 1 else ""]
                 name = "/".join(filter(None, parts))
                 found[name] = with_settings(base, name, {"seed": seed})
     return found

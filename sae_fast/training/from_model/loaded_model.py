@@ -60,25 +60,27 @@ def train_from_model(
         config = RunConfig(**SAE_DEFAULTS, **TRAIN_DEFAULTS, k=DEFAULT_K)
     else:
         settings = _of(config.train) | settings
-    own = _settings(settings)
+    text = _settings(settings)
     train = replace(
         config.train,
-        shuffle_seed=own.shuffle_seed,
-        max_tokens=own.max_tokens,
+        shuffle_seed=text.shuffle_seed,
+        max_tokens=text.max_tokens,
         device=str(loaded.device),
     )
     configs = {"": RunConfig(sae=config.sae, train=train)}
-    documents = texts if isinstance(texts, str) else _documents(texts, own)
+    documents = texts if isinstance(texts, str) else _documents(texts, text)
     place = None if directory is None else Path(directory)
     with _unchanged(model):
-        sweep = open_from_model(loaded, documents, own, configs, place, show_progress=show_progress)
+        sweep = open_from_model(
+            loaded, documents, text, configs, place, show_progress=show_progress
+        )
         return sweep.train()
 
 
 def _of(train: TrainConfig) -> dict[str, Any]:
     """Return the settings of a training that are settings of the model's text too."""
-    own = {"shuffle_seed": train.order_seed, "init_seeds": (train.seed,)}
-    return own if train.max_tokens is None else {**own, "max_tokens": train.max_tokens}
+    shared = {"shuffle_seed": train.order_seed, "init_seeds": (train.seed,)}
+    return shared if train.max_tokens is None else {**shared, "max_tokens": train.max_tokens}
 
 
 def _settings(settings: dict[str, Any]) -> FromModelConfig:

@@ -37,9 +37,9 @@ def check_states(
     kept_as = {dtype: name for name, dtype in STATE_DTYPES.items()}
     first = FIRST_MOMENTS[rule]
     for name in ROWS:
-        own = exp_avg.get(name)
+        expected = exp_avg.get(name)
         moment = state.get(f"{name}.{first}")
-        if own is not None and moment is not None and moment.dtype != own.dtype:
+        if expected is not None and moment is not None and moment.dtype != expected.dtype:
             raise ValueError(
                 f"optimiser state: {name}.{first} is of a run with optimizer_states = "
                 f"{kept_as.get(moment.dtype, moment.dtype)}, this one has {states}"
