@@ -56,7 +56,7 @@ def save(directory: Path, model: BiographyModel, measured: dict[str, Any]) -> No
 
 
 def load(directory: Path) -> BiographyModel:
-    """Read what `save` wrote; raises OSError or ValueError, naming the file."""
+    """Read the files that `save` wrote; raise OSError or ValueError, naming the file."""
     path = directory / BIOGRAPHIES
     try:
         content = parse_json(read_regular(path))
@@ -72,7 +72,7 @@ def load(directory: Path) -> BiographyModel:
 
 
 def write_shards(directory: Path, model: BiographyModel, layers: Sequence[int]) -> list[Path]:
-    """Write the activations of these layers, one row a sentence; gives their directories.
+    """Write the activations of these layers, one row a sentence; return their directories.
 
     A row has its labels/relation, labels/answer (among the answers of all relations),
     labels/entity and labels/template; doc_id is the number of the sentence, token_ids and position

@@ -159,7 +159,7 @@ class BiographyModel:
 
     @classmethod
     def load(cls, directory: Path, biographies: Biographies) -> BiographyModel:
-        """Read what `save` wrote; raises OSError or ValueError, naming the file."""
+        """Read the files that `save` wrote; raise OSError or ValueError, naming the file."""
         transformers = _transformers()
         for name in (MODEL_CONFIG, MODEL_TENSORS):
             if not (directory / name).is_file():

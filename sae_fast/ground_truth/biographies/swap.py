@@ -52,8 +52,8 @@ class SwapTable:
             nothing swapped.
         patch_success: success with the activation of the same person's prompt of t in place, which
             is what a swap can hope for at this layer.
-        typical: each slot's mean value over the prompts of its relation; a slot whose is 0 can not
-            be moved.
+        typical: each slot's mean value over the prompts of its relation; a slot with a mean of
+            0 cannot be moved.
         strengths: the swaps.
     """
 

@@ -168,7 +168,7 @@ class SparseOptimizer(ABC):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a `state_dict`; raises ValueError naming a tensor that does not fit."""
+        """Take over a `state_dict`; raise ValueError naming a tensor that does not fit."""
         self.check_rule(state)
         for name, tensor in self.state_dict().items():
             if name not in state:
