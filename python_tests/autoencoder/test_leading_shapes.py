@@ -120,7 +120,7 @@ class TestRun:
 
     def test_loss_of_a_trainable_model_can_be_minimised(self):
         sae = make_form("topk").requires_grad_(True)
-        sae.run(make_raw(sae, 6)).losses["total_loss_tensor"].backward()
+        sae.run(make_raw(sae, 6)).loss.backward()
         assert sae.W_enc.grad.any()
         assert sae.W_dec.grad.any()
 

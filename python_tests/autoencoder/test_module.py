@@ -163,7 +163,7 @@ class TestCompilers:
         compiled = torch.compile(steer, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), steer(x))
 
-    @pytest.mark.parametrize("form", ["topk", "relu"])
+    @pytest.mark.parametrize("form", ["topk", "relu", "batch_topk"])
     def test_exported_model_is_the_same_function_for_every_number_of_tokens(self, form):
         sae = make_form(form)
         batch = torch.export.Dim("batch", min=2)
@@ -174,10 +174,20 @@ class TestCompilers:
             x = make_raw(sae, n_tokens, 3)
             assert torch.equal(program.module()(x), sae(x))
 
-    def test_vmap_over_a_model_is_a_loop_over_its_calls(self):
-        sae = make_form("topk")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_vmap_over_a_model_is_a_loop_over_its_calls(self, form):
+        sae = make_form(form)
         x = make_raw(sae, 4, 3)
         assert torch.equal(torch.func.vmap(sae)(x), sae(x))
+        nested = torch.func.vmap(torch.func.vmap(sae), in_dims=1)
+        assert torch.equal(nested(x), sae(x).movedim(1, 0))
+
+    def test_gradients_pass_through_vmap(self):
+        sae = make_form("gated").requires_grad_(True)
+        x = make_raw(sae, 4, 3).requires_grad_()
+        (found,) = torch.autograd.grad(torch.func.vmap(sae)(x).square().sum(), x)
+        (expected,) = torch.autograd.grad(sae(x).square().sum(), x)
+        assert torch.equal(found, expected)
 
     def test_functional_call_takes_other_parameters(self):
         sae, other = make_form("topk"), make_form("topk", d_sae=40)
@@ -215,7 +225,7 @@ class TestWrappers:
     @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")  # about in-place edits
     def test_model_in_fsdp_gives_the_same_result_and_gradients(self):
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         sae, alone = (make_form("topk").requires_grad_(True) for _ in range(2))
         x = make_raw(sae, 2, 3)
@@ -224,6 +234,10 @@ class TestWrappers:
         assert torch.equal(found, self.gradients_and_output(alone, alone, x))
         for one, other in zip(sae.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+        for name in ("encode", "decode"):
+            register_fsdp_forward_method(sae, name)
+        with torch.no_grad():
+            assert torch.equal(sae.decode(sae.encode(x)), found)
 
 
 class TestCompletion:

@@ -1,6 +1,8 @@
 """A SparseCode as an array of tokens: its shape, indexing, conversions and edits."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -238,3 +240,13 @@ def test_values_that_do_not_broadcast_are_refused(code):
 def test_repr_names_shape_and_units_without_the_numbers(code):
     text = f"SparseCode(shape=(4, 5, 70), {code.n_listed} entries, raw units"
     assert repr(code).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda code: pickle.loads(pickle.dumps(code))]
+)
+def test_code_is_copied_whole(code, duplicate):
+    code.latent_major()
+    other = duplicate(code)
+    assert torch.equal(other.dense(), code.dense())
+    assert (other.shape, other.units, other.precision) == (code.shape, code.units, code.precision)

@@ -7,7 +7,7 @@ gathered as they are. In float64, which is for checks, plain PyTorch computes ev
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ class RunResult(NamedTuple):
     x_hat: Tensor
     code: ops.SparseCode
     losses: dict[str, float | Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """The total loss, 0-d, with its graph."""
+        loss = self.losses["total_loss_tensor"]
+        assert isinstance(loss, Tensor)
+        return loss
 
 
 def check_units(units: str) -> None:
@@ -106,6 +113,41 @@ def decode_rows(
         else:  # gathered as it is, in any precision
             precision = "fp32"
     return ops.decode(code, W, bias, precision=precision, dense_grad=dense_grad)
+
+
+def is_vmapped(tensor: object) -> bool:
+    """Return whether a tensor is one of the batches that `torch.func.vmap` runs over."""
+    return isinstance(tensor, Tensor) and torch._C._functorch.is_batchedtensor(tensor)
+
+
+def under_vmap(
+    sae: SparseAutoencoder,
+    x: Tensor,  # [..., D], batched by vmap
+) -> Tensor:
+    """Return the reconstruction of `x` from one call for all batches, as vmap expects it.
+
+    A model takes any leading shape, and codes of different sizes could not be stacked.
+    """
+    x_hat: Tensor = _UnderVmap.apply(sae, x)  # type: ignore[no-untyped-call]
+    return x_hat
+
+
+class _UnderVmap(torch.autograd.Function):
+    """The rule by which vmap calls a model: its ops are recorded outside of vmap, by autograd."""
+
+    @staticmethod
+    def forward(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+        return sae.forward_with_code(x)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, int], sae: SparseAutoencoder, x: Tensor
+    ) -> tuple[Tensor, int]:
+        return sae(x.movedim(in_dims[1], 0)), 0
 
 
 class Float64Engine(Engine):

@@ -41,6 +41,8 @@ from sae_fast.autoencoder.inference import (
     floating_dtype,
     inference_engine,
     inference_weights,
+    is_vmapped,
+    under_vmap,
 )
 from sae_fast.autoencoder.initialization import centre, initialize_weights_, sample_rows
 from sae_fast.autoencoder.losses import TrainingLoss
@@ -369,6 +371,8 @@ class SparseAutoencoder(nn.Module):
             check_units(units)
         if isinstance(code, Tensor):
             return code * self.output_scale if units == ops.RAW else code
+        if code.device != self.device:
+            code = code.to(self.device)
         if units is not None and units != code.units:
             raise ValueError(f"units must be those of the code, {code.units!r}, got {units!r}")
         if code.units == ops.RAW:
@@ -424,6 +428,8 @@ class SparseAutoencoder(nn.Module):
 
         The result is x_hat alone and refuses to be unpacked, see `forward_with_code` and `run`.
         """
+        if is_vmapped(x) and not is_vmapped(self.W_enc):
+            return under_vmap(self, x)
         return refuse_unpacking(self.forward_with_code(x)[0])
 
     def forward_with_code(

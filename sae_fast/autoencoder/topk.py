@@ -172,7 +172,12 @@ class BatchTopK(TopK):
         engine: Engine,
     ) -> ops.SparseCode:
         """Return the latents above the threshold; before any training as in a batch."""
-        if int(weights.own["threshold_updates"]) == 0:
+        n_updates = weights.own["threshold_updates"].item()
+        if torch.compiler.is_exporting():  # a program without the branch, which checks this
+            torch._check(  # type: ignore[no-untyped-call]
+                n_updates > 0, lambda: "the model was exported before any training"
+            )
+        if n_updates == 0:
             return self.encode(weights, x, engine)
         threshold = weights.own["threshold"].expand(len(weights.W_enc))
         return engine.encode_threshold(weights, x, threshold)
