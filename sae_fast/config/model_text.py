@@ -49,8 +49,8 @@ class CaptureConfig(ConfigFile):
     hook_points: tuple[str, ...] = setting(
         (), metavar="NAME", brief="others: residual.L, attn_out.L, mlp_out.L, or a module"
     )
-    """Other hook points: residual.L, attn_out.L, mlp_out.L, or a module's path; * for every
-    block."""
+    """Other hook points: residual.L, resid_pre.L, attn_out.L, mlp_in.L, mlp_out.L, z.L (heads), a
+    module's path, or a path with :in for the module's input; * for every block."""
     layer_stride: int | None = setting(None, at_least=1)
     """Capture every n-th block, in place of --layers, and in the patterns of --hook-points."""
     max_tokens: int | None = setting(
@@ -133,8 +133,8 @@ class FromModelConfig(ConfigFile):
     hook_points: tuple[str, ...] = setting(
         (), metavar="NAME", brief="others: residual.L, attn_out.L, mlp_out.L, or a module"
     )
-    """Other hook points: residual.L, attn_out.L, mlp_out.L, or a module's path; * for every
-    block."""
+    """Other hook points: residual.L, resid_pre.L, attn_out.L, mlp_in.L, mlp_out.L, z.L (heads), a
+    module's path, or a path with :in for the module's input; * for every block."""
     layer_stride: int | None = setting(None)
     """Take every n-th block, in place of layers, and in the patterns of hook_points."""
     max_tokens: int = setting(1_000_000, at_least=1, brief="tokens to train on")

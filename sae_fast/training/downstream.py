@@ -10,15 +10,17 @@ there, and its loss is the autoencoder's (arXiv:2405.12241). The model itself is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from sae_fast.activations import Rows
 from sae_fast.activations.capture import HookPoint
+from sae_fast.activations.capture.splicing import hooked
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 
@@ -39,7 +41,7 @@ class DownstreamModel:
 
     def __init__(self, network: Any, hook: HookPoint, loss_fn: str, *, causal: bool) -> None:
         self._network = network
-        self._module = network.get_submodule(hook.module)
+        self._hook = hook
         self._loss_fn = loss_fn
         self._causal = causal
 
@@ -78,29 +80,22 @@ class DownstreamModel:
 
     def _logits(self, columns: Mapping[str, Tensor], x_hat: Tensor | None) -> Tensor:
         """Return the model's logits [B, T, words] float32, with x̂ in place of the activations."""
-        handle = None
-        if x_hat is not None:
-            kept, rows = columns[KEPT], x_hat
+        kept = columns[KEPT]
 
-            def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-                is_tuple = isinstance(output, tuple)
-                activations = output[0] if is_tuple else output
-                places = kept.view(activations.shape[:-1])
-                changed = activations.detach().clone()
-                changed[places] = rows.to(activations.dtype)
-                return (changed, *output[1:]) if is_tuple else changed
+        def replace(activations: Tensor) -> Tensor:
+            changed = activations.detach().clone()
+            assert x_hat is not None
+            changed[kept.view(activations.shape[:-1])] = x_hat.to(activations.dtype)
+            return changed
 
-            handle = self._module.register_forward_hook(replace)
-        try:
-            mask = columns[MASK]
+        mask = columns[MASK]
+        spliced = nullcontext() if x_hat is None else hooked(self._network, self._hook, replace)
+        with spliced:
             logits: Tensor = self._network(
                 input_ids=columns[TOKENS],
                 attention_mask=None if bool(mask.all()) else mask.to(torch.int64),
                 **({"use_cache": False} if hasattr(self._network.config, "use_cache") else {}),
             ).logits
-        finally:
-            if handle is not None:
-                handle.remove()
         return logits.float()
 
     def _cross_entropy(self, logits: Tensor, columns: Mapping[str, Tensor]) -> Tensor:

@@ -164,7 +164,8 @@ def test_experts_in_a_block_are_not_taken_for_blocks():
         (
             {"hook_points": ["mlp_ot.1"]},
             r"no 'mlp_ot.1' \(did you mean mlp_out.1\?\); there are residual.0 to residual.2, "
-            "attn_out.0 to attn_out.2, mlp_out.0 to mlp_out.2, and its modules, such as",
+            "attn_out.0 to attn_out.2, mlp_out.0 to mlp_out.2, resid_pre.0 to resid_pre.2, "
+            "mlp_in.0 to mlp_in.2, z.0 to z.2, and its modules, such as",
         ),
         (
             {"hook_points": ["transformer.h.0.mlp.c_fk"]},

@@ -38,6 +38,13 @@ def checked(network, names, tokenizer=None):
         ("gemma3_text", HEADS, ("post_attention_layernorm", "post_feedforward_layernorm")),
         ("glm4", HEADS, ("post_self_attn_layernorm", "post_mlp_layernorm")),
         ("olmo2", {}, ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("olmo3", {}, ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("exaone4", {}, ("post_attention_layernorm", "post_feedforward_layernorm")),
+        ("gpt2", {"n_layer": 2, "n_head": 2, "n_embd": 32}, ("attn", "mlp")),
+        ("phi", {}, ("self_attn", "mlp")),
+        ("cohere", {}, ("self_attn", "mlp")),
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, ("self_attn", "fc2")),
+        ("mixtral", {"num_local_experts": 2}, ("self_attn", "mlp")),
         ("bloom", {"n_layer": 2, "n_head": 2}, ("self_attention.dense", "mlp.dense_4h_to_h")),
         (
             "mpt",
@@ -73,13 +80,30 @@ def test_modules_whose_output_is_added_stay(name):
         assert found == hooks
 
 
+@pytest.mark.parametrize("kind", ["granite", "granitemoe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_that_the_model_scales_is_captured_as_it_is_added(kind, dtype):
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1} if kind == "granitemoe" else {}
+    network = network_of(kind, residual_multiplier=0.22, **experts).to(dtype)
+    hooks = checked(network, NAMES)
+    assert [hook.scale for hook in hooks] == [1.0, 1.0, 0.22, 0.22]
+    tokens = torch.arange(7, 16)[None]
+    rows = HookedModel(network, hooks).activations(tokens)
+    before, behind, attention, feed_forward = (rows[name] for name in NAMES)
+    assert torch.equal(before + attention + feed_forward, behind)
+    (same,) = checked(network, (hooks[2].module,))
+    own = HookedModel(network, [same]).activations(tokens)[same.name]
+    assert torch.equal(own * 0.22, attention)
+
+
 @pytest.mark.parametrize("hook", ["attn_out.1", "mlp_out.1"])
-def test_an_output_that_is_scaled_before_it_is_added_is_refused(hook):
+def test_an_output_whose_scale_nothing_states_is_refused(hook):
     network = network_of("granite", residual_multiplier=0.22)
+    network.model.layers[1].residual_multiplier = torch.tensor(0.37)  # no number of the block
     module = "self_attn" if hook == "attn_out.1" else "mlp"
     with pytest.raises(ValueError, match=f"^{hook}: GraniteForCausalLM does not add") as error:
         checked(network, (hook,))
-    assert "(it adds 0.22 times it)" in str(error.value)
+    assert "(it adds 0.37 times it)" in str(error.value)
     path = f"model.layers.1.{module}"
     assert str(error.value).endswith(f"give --hook-points {path}")
     (same,) = checked(network, (path,))
@@ -100,6 +124,6 @@ def test_a_capture_of_another_module_by_the_same_name_is_not_gone_on_with(tmp_pa
     (out / "capture.json").write_text(json.dumps(recipe))
     assert main(arguments) == 2
     assert (
-        "its mlp_out.1 is the output of model.layers.1.mlp, asked for is that of "
+        "its mlp_out.1 is the output of model.layers.1.mlp, asked for is the output of "
         "model.layers.1.post_feedforward_layernorm" in capsys.readouterr().err
     )

@@ -204,17 +204,25 @@ def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
     hooks = [sorted(hook["name"] for hook in recipe.get("hooks", ())) for recipe in (there, asked)]
     if hooks[0] != hooks[1]:
         return f"its hook points are {', '.join(hooks[0])}, asked for are {', '.join(hooks[1])}"
-    modules = [
-        {hook["name"]: hook["module"] for hook in recipe["hooks"]} for recipe in (there, asked)
-    ]
-    for name, module in modules[1].items():
-        if modules[0][name] != module:
-            return f"its {name} is the output of {modules[0][name]}, asked for is that of {module}"
+    places = [{hook["name"]: _place(hook) for hook in recipe["hooks"]} for recipe in (there, asked)]
+    for name, place in places[1].items():
+        if places[0][name] != place:
+            return f"its {name} is {places[0][name]}, asked for is {place}"
     settings = there.get("settings", {})
     for name, value in asked["settings"].items():
         if settings.get(name) != value:
             return f"its {name} is {settings.get(name)}, asked for is {value}"
     return None
+
+
+def _place(hook: dict[str, Any]) -> str:
+    """Return in words what a hook point of a recipe is."""
+    side = "input" if hook.get("is_input", False) else "output"
+    scale = hook.get("scale", 1.0)
+    times = "" if scale == 1 else f"{scale:g} times "
+    columns = hook.get("columns")
+    part = "" if columns is None else f"columns {columns[0]} to {columns[1] - 1} of "
+    return f"{part}{times}the {side} of {hook['module']}"
 
 
 def next_part(progress: CaptureProgress) -> CaptureProgress:

@@ -1,10 +1,13 @@
-"""Hook points: the places of a transformers model whose activations are captured.
+"""Hook points: the places of a transformers model whose activations are captured or replaced.
 
 `residual.L` is the residual stream after block L, counted from 0: the output of that block.
-`attn_out.L` and `mlp_out.L` are what its attention and its feed-forward part add to that stream,
-which stream_check.py makes sure of. Anything else is the path of a module, and means that module's
-output. `*` in a name stands for every block, or for every name at that place of a path. Where the
-blocks are is found from the model's structure.
+`resid_pre.L` is the residual stream before it. `attn_out.L` and `mlp_out.L` are what its attention
+and its feed-forward part add to that stream, which stream_check.py makes sure of. `mlp_in.L` is
+the input of its feed-forward part, and `z.L` the input of the last matrix of its attention: the
+heads' results side by side, of which `z.L.H` is head H. Anything else is the path of a module and
+means that module's output, or with `:in` behind it that module's input. `*` in a name stands for
+every block, or for every name at that place of a path. Where the blocks are is found from the
+model's structure. Names of TransformerLens mean the hook points that correspond to them.
 """
 
 from __future__ import annotations
@@ -12,33 +15,68 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 RESIDUAL, ATTENTION, FEED_FORWARD = "residual", "attn_out", "mlp_out"
+BEFORE, FEED_FORWARD_INPUT, HEADS = "resid_pre", "mlp_in", "z"
+INPUT = ":in"  # behind the path of a module
 
 _ATTENTION_NAMES = re.compile(r"attn|attention")
 _FEED_FORWARD_NAMES = re.compile(r"mlp|ffn|feed_?forward|moe|^ff$")
 _OTHER_SENSES = re.compile(r"visual|vision|image|video|audio|speech")
 _NORM_NAMES = re.compile(r"norm|ln|dropout", re.IGNORECASE)
+_LAST_MATRIX = re.compile(r"(^|\.)(o_proj|out_proj|c_proj|dense|out_lin|wo|o)$")
+_LENS = re.compile(r"(^|\.)hook_\w+$")
+# Attributes of attention modules that hold the width of a head's result.
+_HEAD_WIDTHS = ("v_head_dim", "head_dim", "attention_head_size", "head_size")
+
+# Names of TransformerLens, of block L, and the kinds of hook points that they mean.
+_LENS_NAMES = {
+    "hook_resid_post": RESIDUAL,
+    "hook_resid_pre": BEFORE,
+    "hook_attn_out": ATTENTION,
+    "hook_mlp_out": FEED_FORWARD,
+    "mlp.hook_out": FEED_FORWARD,
+    "mlp.hook_in": FEED_FORWARD_INPUT,
+    "ln2.hook_normalized": FEED_FORWARD_INPUT,
+    "attn.hook_z": HEADS,
+}
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One place whose activations are captured.
+    """One place whose activations are captured or replaced.
 
     Attributes:
         name: as it is asked for, such as residual.3; also names its folder of shards.
-        module: path of the module whose output it is.
+        module: path of the module whose output or input it is.
         layer: the block it is in or after; None: it is outside of all blocks.
+        is_input: whether it is the input of the module.
+        scale: by which the model multiplies what the module puts out before it adds it to the
+            residual stream; the activations are the product.
+        columns: the first column and the one after the last, of one head; None: all.
     """
 
     name: str
     module: str
     layer: int | None
+    is_input: bool = False
+    scale: float = 1.0
+    columns: tuple[int, int] | None = None
+
+    @property
+    def place(self) -> str:
+        """The module whose output it is, or with `:in` the module whose input it is."""
+        return self.module + (INPUT if self.is_input else "")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the fields as a dictionary, without the ones that have their defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
 
 
 @dataclass(frozen=True)
@@ -132,13 +170,44 @@ def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
         (RESIDUAL, lambda _block: ""),
         (ATTENTION, _attention_path),
         (FEED_FORWARD, _feed_forward_path),
+        (BEFORE, lambda _block: ""),
+        (FEED_FORWARD_INPUT, _feed_forward_input_path),
+        (HEADS, _last_matrix_path),
     )
     for kind, part_of in parts:
+        is_input = kind in (BEFORE, FEED_FORWARD_INPUT, HEADS)
         for layer, block in enumerate(blocks.modules):
             part = part_of(block)
             if part is not None:
                 path = ".".join(filter(None, (blocks.path, str(layer), part)))
-                hooks[f"{kind}.{layer}"] = HookPoint(f"{kind}.{layer}", path, layer)
+                hooks[f"{kind}.{layer}"] = HookPoint(f"{kind}.{layer}", path, layer, is_input)
+    return hooks
+
+
+def _single_heads(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
+    """Return the hook points of the single heads, by name, where their width is known."""
+    hooks = {}
+    for layer, block in enumerate(blocks.modules):
+        path, attention = _last_matrix_path(block), _children_named(block, _ATTENTION_NAMES)
+        if path is None:
+            continue
+        matrix, module = block.get_submodule(path), block.get_submodule(attention[0])
+        width, heads = _input_width(matrix), _configured(network, "num_attention_heads")
+        head = next(
+            (
+                size
+                for name in _HEAD_WIDTHS
+                for part in module.modules()
+                if isinstance(size := getattr(part, name, None), int)
+            ),
+            None,
+        )
+        if width is None or heads is None or head is None or heads * head != width:
+            continue
+        for number in range(heads):
+            name, whole = f"{HEADS}.{layer}.{number}", f"{blocks.path}.{layer}.{path}"
+            columns = (number * head, (number + 1) * head)
+            hooks[name] = HookPoint(name, whole, layer, is_input=True, columns=columns)
     return hooks
 
 
@@ -157,6 +226,35 @@ def _feed_forward_path(block: nn.Module) -> str | None:
     names = _children_named(block, _FEED_FORWARD_NAMES)
     others = ("output.dense", "fc2")  # BERT, OPT: its last matrix, there is no module of the whole
     return next(iter([*names, *(name for name in others if _has(block, name))]), None)
+
+
+def _feed_forward_input_path(block: nn.Module) -> str | None:
+    """Return the path of the module whose input a feed-forward network reads."""
+    names = _children_named(block, _FEED_FORWARD_NAMES)
+    others = ("intermediate", "fc1")  # BERT, OPT: its first matrix
+    return next(iter([*names, *(name for name in others if _has(block, name))]), None)
+
+
+def _last_matrix_path(block: nn.Module) -> str | None:
+    """Return the path of the matrix that makes attention's output of the heads' results."""
+    names = _children_named(block, _ATTENTION_NAMES)
+    if not names:
+        return None
+    paths = [
+        path
+        for path, module in block.get_submodule(names[0]).named_modules()
+        if _LAST_MATRIX.search(path) and next(module.children(), None) is None
+    ]
+    return f"{names[0]}.{paths[-1]}" if paths else None
+
+
+def _input_width(matrix: nn.Module) -> int | None:
+    """Return how many columns a matrix multiplies; None: the module does not say."""
+    if isinstance(width := getattr(matrix, "in_features", None), int):
+        return width
+    if isinstance(width := getattr(matrix, "nx", None), int):  # Conv1D of GPT-2
+        return width
+    return None
 
 
 def _children_named(block: nn.Module, names: re.Pattern[str]) -> list[str]:
@@ -181,11 +279,24 @@ def _matching(
     hooks = [hook for name, hook in known.items() if _matches(name, pattern)]
     if hooks:
         return hooks
-    return [
-        HookPoint(path, path, blocks.layer_of(path))
-        for path in _module_paths(network)
-        if _matches(path, pattern)
+    if pattern.startswith(f"{HEADS}."):
+        heads = _single_heads(network, blocks)
+        hooks = [hook for name, hook in heads.items() if _matches(name, pattern)]
+    path, is_input = pattern.removesuffix(INPUT), pattern.endswith(INPUT)
+    hooks = hooks or [
+        HookPoint(name + (INPUT if is_input else ""), name, blocks.layer_of(name), is_input)
+        for name in _module_paths(network)
+        if _matches(name, path)
     ]
+    meant = None if hooks else _meant_by_transformer_lens(pattern)
+    return hooks if meant is None else _matching(meant, known, network, blocks)
+
+
+def _meant_by_transformer_lens(name: str) -> str | None:
+    """Return our name of a hook point that has a name of TransformerLens; None: it is another."""
+    match = re.fullmatch(r"blocks\.(\d+|\*)\.(.+)", name)
+    kind = None if match is None else _LENS_NAMES.get(match[2])
+    return None if match is None or kind is None else f"{kind}.{match[1]}"
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -202,13 +313,17 @@ def _module_paths(network: nn.Module) -> Iterator[str]:
 
 def _unknown(pattern: str, known: dict[str, HookPoint], network: nn.Module) -> str:
     there = []
-    for kind in (RESIDUAL, ATTENTION, FEED_FORWARD):
+    for kind in (RESIDUAL, ATTENTION, FEED_FORWARD, BEFORE, FEED_FORWARD_INPUT, HEADS):
         layers = [hook.layer for name, hook in known.items() if name.startswith(f"{kind}.")]
         if layers:
             there.append(f"{kind}.{layers[0]} to {kind}.{layers[-1]}")
     paths = list(_module_paths(network))
     near = difflib.get_close_matches(pattern, [*known, *paths], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
+    if _LENS.search(pattern):
+        pairs = {kind: f"blocks.L.{name}" for name, kind in reversed(_LENS_NAMES.items())}
+        hint = " (of TransformerLens's names these are known: "
+        hint += ", ".join(f"{name} for {kind}.L" for kind, name in pairs.items()) + ")"
     return (
         f"hook_points: {type(network).__name__} has no {pattern!r}{hint}; there are "
         f"{', '.join(there)}, and its modules, such as {', '.join(_examples(paths))}"
@@ -229,9 +344,14 @@ def _is_in_list(network: nn.Module, path: str) -> bool:
 
 
 def _configured_layers(network: nn.Module) -> int | None:
+    return _configured(network, "num_hidden_layers")
+
+
+def _configured(network: nn.Module, name: str) -> int | None:
+    """Return a number of a model's configuration; None: it does not have it."""
     config: Any = getattr(network, "config", None)
     if config is None:
         return None
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    return getattr(config, "num_hidden_layers", None)
+    return getattr(config, name, None)

@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sae_fast.activations.capture.hooks import HookPoint
 from sae_fast.activations.capture.probe import probe_tokens, run_on_tokens, sees_later_tokens
+from sae_fast.activations.capture.splicing import hooked
 
 
 def capture_package(name: str) -> Any:
@@ -147,7 +148,8 @@ class HookedModel:
             raise ValueError("hooks: at least one is needed")
         self.network = network
         self.hooks = tuple(hooks)
-        self._modules = [network.get_submodule(hook.module) for hook in hooks]
+        for hook in hooks:
+            network.get_submodule(hook.module)
 
     @torch.no_grad()
     def activations(
@@ -157,25 +159,21 @@ class HookedModel:
     ) -> dict[str, Tensor]:
         """Run the model; return the activations [B, T, D] of each hook point by its name.
 
-        Raises ValueError where a hook point puts out something else, or more than once.
+        Raises ValueError where a hook point has something else, or runs more than once.
         """
         outputs: dict[str, Tensor] = {}
         versions: dict[str, int] = {}
-        handles = []
-        try:
-            for hook, module in zip(self.hooks, self._modules, strict=True):
-                handles.append(
-                    module.register_forward_hook(self._keeper(hook, tokens, outputs, versions))
-                )
+        with ExitStack() as handles:
+            for hook in self.hooks:
+                keep = self._keeper(hook, tokens, outputs, versions)
+                handles.enter_context(hooked(self.network, hook, keep))
             self._run(tokens, mask)
-        finally:
-            for handle in handles:
-                handle.remove()
         for hook in self.hooks:
             if hook.name not in outputs:
                 raise ValueError(f"{hook.name}: the model does not run {hook.module}")
             if outputs[hook.name]._version != versions[hook.name]:
-                raise ValueError(f"{hook.name}: the model changes this output in place afterwards")
+                side = "input" if hook.is_input else "output"
+                raise ValueError(f"{hook.name}: the model changes this {side} in place afterwards")
         return {hook.name: outputs[hook.name] for hook in self.hooks}
 
     def widths(self) -> dict[str, int]:
@@ -189,9 +187,8 @@ class HookedModel:
 
     def _keeper(
         self, hook: HookPoint, tokens: Tensor, outputs: dict[str, Tensor], versions: dict[str, int]
-    ) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            rows = output[0] if isinstance(output, tuple | list) else output
+    ) -> Callable[[Any], None]:
+        def keep(rows: Any) -> None:
             if hook.name in outputs:
                 raise ValueError(f"{hook.name}: {hook.module} runs more than once in a pass")
             if isinstance(rows, Tensor) and rows.shape[:-1] == (tokens.numel(),):
@@ -199,8 +196,8 @@ class HookedModel:
             if not isinstance(rows, Tensor) or rows.shape[:-1] != tokens.shape:
                 got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
                 raise ValueError(
-                    f"{hook.name}: {hook.module} must put out one vector a token, "
-                    f"[{tokens.shape[0]}, {tokens.shape[1]}, D], got {got}"
+                    f"{hook.name}: {hook.module} must {'read' if hook.is_input else 'put out'} one "
+                    f"vector a token, [{tokens.shape[0]}, {tokens.shape[1]}, D], got {got}"
                 )
             outputs[hook.name] = rows
             versions[hook.name] = rows._version

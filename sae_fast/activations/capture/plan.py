@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -118,7 +118,7 @@ class Capture:
                 "fingerprint": documents.fingerprint(),
             },
             "hooks": [
-                {**asdict(hook), "d_in": self.widths[hook.name]} for hook in self.hooked.hooks
+                {**hook.recorded(), "d_in": self.widths[hook.name]} for hook in self.hooked.hooks
             ],
             "settings": {**settings, **resolved},
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,17 +16,37 @@ PROBE_TOKENS = 8
 PROBED_BLOCKS = 4  # some models look ahead only in every second or third block
 
 
-def probe_tokens(network: nn.Module, tokenizer: Any, context: int | None) -> Tensor | None:
-    """Return ordinary tokens [1, T + 1] int64; None: too few, or none are known."""
+_PROBING: ContextVar[bool] = ContextVar("probing", default=False)
+
+
+def is_probing() -> bool:
+    """Return whether the network runs on tokens that only try it out."""
+    return _PROBING.get()
+
+
+def probe_tokens(
+    network: nn.Module, tokenizer: Any = None, context: int | None = None
+) -> Tensor | None:
+    """Return ordinary tokens [1, T + 1] int64; None: too few, or none are known.
+
+    Without a tokenizer they are tokens that the configuration does not name.
+    """
     embeddings = getattr(network, "get_input_embeddings", lambda: None)()
-    known = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else len(tokenizer)
-    special = {*tokenizer.all_special_ids, *_configured_tokens(getattr(network, "config", None))}
+    rows = embeddings.num_embeddings if isinstance(embeddings, nn.Embedding) else None
+    known = min([number for number in (rows, _length(tokenizer)) if number is not None], default=0)
+    special = {*_configured_tokens(getattr(network, "config", None))}
+    if tokenizer is not None:
+        special |= set(tokenizer.all_special_ids)
     length = min(PROBE_TOKENS, context or PROBE_TOKENS)
-    ordinary = [token for token in range(min(known, len(tokenizer))) if token not in special]
+    ordinary = [token for token in range(known) if token not in special]
     if length < 2 or len(ordinary) < length + 1:
         return None
     step = max(1, len(ordinary) // (2 * PROBE_TOKENS))  # the last ones often stand for pictures
     return torch.tensor([ordinary[: step * (length + 1) : step]])
+
+
+def _length(tokenizer: Any) -> int | None:
+    return None if tokenizer is None else len(tokenizer)
 
 
 def _configured_tokens(config: Any) -> Iterator[int]:
@@ -106,13 +127,18 @@ def run_on_tokens(network: nn.Module, tokens: Tensor, mask: Tensor | None = None
 
 @contextmanager
 def as_evaluated(network: nn.Module) -> Iterator[None]:
-    """Run a network without gradients and without dropout, and leave it as it was."""
+    """Run a network without gradients and without dropout, and leave it as it was.
+
+    Meanwhile what is hooked into it by `splicing.hooked` rests.
+    """
     training = [module for module in network.modules() if module.training]
     network.eval()
+    token = _PROBING.set(True)
     try:
         with torch.no_grad():
             yield
     finally:
+        _PROBING.reset(token)
         for module in training:
             module.training = True
 

@@ -4,12 +4,13 @@ The output of the module called attention or MLP is that in most models. Some mo
 first (Gemma 2, OLMo 2), some scale it (Granite), and some modules add the residual stream
 themselves (BLOOM). Two tensors s and t of the stream have to be found with s + output = t, or s +
 attention + MLP = t in a block that runs both in parallel; s and t are inputs of modules or the
-block's output.
+block's output. An output may be multiplied by a scale that the block or the configuration has.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,9 +24,11 @@ from sae_fast.activations.capture.hooks import (
     HookPoint,
     find_blocks,
     named_hooks,
+    resolve_hooks,
 )
-from sae_fast.activations.capture.probe import as_evaluated, run_on_tokens
+from sae_fast.activations.capture.probe import as_evaluated, probe_tokens, run_on_tokens
 
+_SCALE_NAMES = re.compile(r"multiplier|scal")
 RELATIVE = 1e-3  # beyond the rounding of the model's type, by which the stream is added up
 
 
@@ -65,7 +68,7 @@ class _Block:
 def checked_hooks(
     network: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor
 ) -> tuple[HookPoint, ...]:
-    """Replace attn_out and mlp_out by the module whose output is added, if it is another.
+    """Replace attn_out and mlp_out by the module whose output is added, or add its scale.
 
     Args:
         network: the model.
@@ -88,6 +91,26 @@ def checked_hooks(
     )
 
 
+def find_hook(network: nn.Module, name: str) -> HookPoint:
+    """Return the one hook point of a name, checked as `checked_hooks` does where that is needed.
+
+    Raises ValueError in one line, where there is none of this name, or several, or it cannot be
+    told which module's output is added to the residual stream.
+    """
+    hooks = resolve_hooks(network, (), (name,))
+    if len(hooks) > 1:
+        raise ValueError(
+            f"hook: {name!r} means {len(hooks)} hook points, from {hooks[0].name} to "
+            f"{hooks[-1].name}: give one"
+        )
+    tokens = probe_tokens(network) if _kind(hooks[0]) is not None else None
+    if tokens is None:
+        return hooks[0]
+    embeddings = network.get_input_embeddings()  # type: ignore[operator]  # found by probe_tokens
+    (hook,) = checked_hooks(network, hooks, tokens.to(embeddings.weight.device))
+    return hook
+
+
 def _kind(hook: HookPoint) -> str | None:
     kind = hook.name.partition(".")[0]
     return kind if kind in (ATTENTION, FEED_FORWARD) and hook.layer is not None else None
@@ -108,6 +131,10 @@ def _checked(
     both = output + beside if beside is not None and beside.shape == output.shape else None
     if both is not None and block.adds(both, block.stream[:1]) is not False:
         return hook
+    for scale in _stated_scales(network, hook):
+        alone, together = scale * output, None if both is None else scale * both
+        if block.adds(alone, starts) or (together is not None and block.adds(together, starts[:1])):
+            return replace(hook, scale=scale)
     for path in _candidates(hook.module, block):
         if block.adds(block.outputs[path], starts):
             return replace(hook, module=path)
@@ -125,6 +152,21 @@ def _candidates(path: str, block: _Block) -> Iterator[str]:
     inside = [other for other in paths[:place] if other.startswith(f"{path}.")]
     yield from reversed(inside)
     yield from paths[place + 1 :]
+
+
+def _stated_scales(network: nn.Module, hook: HookPoint) -> list[float]:
+    """Return the numbers, called a scale, that a block or a model's configuration has."""
+    blocks = find_blocks(network)
+    config: Any = getattr(network, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    stated = [vars(blocks.modules[hook.layer or 0]), getattr(text, "__dict__", {})]
+    found = [
+        value
+        for numbers in stated
+        for name, value in numbers.items()
+        if isinstance(value, float) and value not in (0.0, 1.0) and _SCALE_NAMES.search(name)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _scale(added: Tensor, block: _Block, starts: Sequence[Tensor]) -> str:
