@@ -135,6 +135,15 @@ def test_dense_switch_times_both_ways_of_every_architecture(run, tmp_path):
     assert len(rows_of(table)) == 1 + 3 * (7 + 1)
 
 
+def test_encode_calls_times_every_way_for_every_number_of_tokens(run):
+    result, table = run("encode_calls", "--sizes", SIZE, "--tokens", "1,8", "--rounds", "2")
+    (found,) = result["sizes"].values()
+    assert list(found) == ["1 token", "8 tokens", "W_enc"]
+    assert list(found["1 token"]) == ["as it is", "kept_copies", "bfloat16"]
+    assert all(row["seconds"] > 0 for rows in found.values() for row in rows.values())
+    assert len(rows_of(table)) == 1 + 3 + 3 + 2
+
+
 @pytest.mark.slow
 def test_dense_step_times_every_implementation_from_one_loss(run, tmp_path):
     result, table = run("dense_step", "--sizes", SIZE, "--rounds", "3")
