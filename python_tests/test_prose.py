@@ -44,6 +44,8 @@ PHRASES = {
     "as are": "latents are sorted, as are tokens",
     "so are the": "codes are joined, so are the rows",
     "would else": "threads would else wait",
+    "Return … Return": "Return the rows, Return their number",
+    "twice": "the sum of of a row",
     "Were the": "It stops. Were the copy kept, it would crash",
 }
 PLAIN = (
@@ -77,6 +79,15 @@ def test_phrases_are_found_over_line_ends_with_the_line_they_begin_in(prose):
 
 def test_comments_beside_code_are_separate(prose):
     assert list(prose.in_python("a.py", "x = 1  # rows like those\ny = 2  # of a shard\n")) == []
+
+
+def test_comments_of_cpp_are_read_and_its_code_is_not(prose):
+    code = "// The rows are those\n// of a shard.\nint f();  // what f is\n"
+    code += 'const char* kLink = "https://those of a shard";\n// What a shard holds.\n'
+    assert list(prose.in_cpp("a.h", code)) == [
+        "a.h:1: 'those of' makes readers guess",
+        "a.h:5: the comment starts with 'What' and makes readers guess",
+    ]
 
 
 def test_text_in_backquotes_is_left_out(prose):

@@ -1,4 +1,4 @@
-"""Check the English of docstrings, comments and texts; `make lint` runs it.
+"""Check the English of docstrings, comments of Python and C++, and texts; `make lint` runs it.
 
 A function's docstring starts with a verb in the imperative, such as "Return", so that it can be
 understood alone; prose_verbs.txt lists the verbs and can be extended. Other docstrings and comments
@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHON = ("sae_fast", "tools", "benchmarks", "setup.py", "python_tests")
+CPP = ("*.h", "*.cpp", "*.cu", "*.cuh")  # in csrc
 TEXTS = {
     **dict.fromkeys(("README.md", "CONTRIBUTING.md", "CHANGELOG.md"), "*.md"),
     **{"docs": "*.md", "benchmarks": "*.md", "cmake": "*.cmake"},
@@ -35,7 +36,7 @@ RIDDLES = (
     r"\bof which there (?:is|are) no\b",
     r"\b(?:[Bb]y|[Ff]or|[Oo]f|[Ww]ith|[Aa]fter) so many\b",
     r"\bfrom which on\b",
-    r"\bgoes? on with\b",
+    r"\bgo(?:es|ing)? on with\b",
     r"\bfor want of\b",
     r"\b(?:tells?|comes) of\b",
     r"\banother than\b",
@@ -43,6 +44,9 @@ RIDDLES = (
     r"\b[Ss]o are (?:the|its|their|those|all)\b",
     r"\b(?:would|may|might|could|as) else\b",
     r"(?:^|(?<=[.;:]\s))(?:Were|Had) (?:the|an?|it|there|they)\b",
+    # Left by rewrites: a second sentence within the first, and a word twice.
+    r"\bReturn\b[^.;:]*\bReturn\b",
+    r"\b(?P<twice>the|of|to|is|in|and|that|a|for|with) (?P=twice)\b(?![\[(])",
 )
 # A phrase may be broken over lines.
 PHRASES = re.compile("|".join([PERSONS, *RIDDLES]).replace(" ", r"\s+"))
@@ -56,6 +60,8 @@ def main() -> int:
     findings: list[str] = []
     for path in _files(dict.fromkeys(PYTHON, "*.py")):
         findings += in_python(_name(path), path.read_text("utf-8"))
+    for path in [path for kind in CPP for path in _files({"csrc": kind})]:
+        findings += in_cpp(_name(path), path.read_text("utf-8"))
     for path in _files(TEXTS):
         findings += in_text(_name(path), path.read_text("utf-8"))
     for finding in findings:
@@ -79,6 +85,18 @@ def in_python(name: str, source: str) -> Iterator[str]:
             continue
         elif (first := text.split()[0].rstrip(".,:;")) not in VERBS:
             yield f"{place}: {node.name}'s docstring starts with {first!r}, not with a verb"
+
+
+def in_cpp(name: str, source: str) -> Iterator[str]:
+    """Yield the findings in the comments of C++ or CUDA code."""
+    lines = []
+    for number, line in enumerate(source.splitlines(), 1):
+        code, slashes, text = line.partition("//")
+        if slashes and code.count('"') % 2 == 0:
+            lines.append((number, not code.strip(), text.strip()))
+    for number, text in _blocks(lines):
+        yield from _phrases(f"{name}:{number}", text)
+        yield from _question(f"{name}:{number}", "comment", text)
 
 
 def in_text(name: str, text: str) -> Iterator[str]:
@@ -113,10 +131,18 @@ def _name(path: Path) -> str:
 
 
 def _comments(source: str) -> Iterator[tuple[int, str]]:
-    """Yield line and text of each comment, with comments on successive lines as one text."""
+    yield from _blocks(_comment_lines(source))
+
+
+def _blocks(comments: Iterable[tuple[int, bool, str]]) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each comment, with comments on successive lines as one text.
+
+    Args:
+        comments: the line of each, whether it has the line to itself, and its text.
+    """
     block: list[str] = []
     begin = end = -1
-    for line, is_alone, text in _comment_lines(source):
+    for line, is_alone, text in comments:
         if not (is_alone and line == end + 1):
             yield from _joined(begin, block)
             begin, block = line, []

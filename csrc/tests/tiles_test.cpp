@@ -1,5 +1,5 @@
-// The products of level amx: emulated tiles against those of the processor, where it has them, bit
-// for bit; and the error bound of the screening product against data that stress every part of it.
+// The products of level amx: emulated tiles against the processor's own, where it has them, bit for
+// bit; and the error bound of the screening product against data that stress every part of it.
 #include <algorithm>
 #include <string>
 

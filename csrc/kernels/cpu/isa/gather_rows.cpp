@@ -7,7 +7,7 @@ namespace sae_fast::SAE_FAST_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 32;
-// Rows are asked for so many ahead: they lie anywhere in a pool far larger than the caches.
+// Rows are fetched this far ahead: they lie anywhere in a pool far larger than the caches.
 constexpr int64_t kAhead = 4;
 
 template <bool kHasMean>

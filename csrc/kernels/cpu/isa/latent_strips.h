@@ -6,9 +6,9 @@
 
 namespace sae_fast::SAE_FAST_ISA {
 
-// Returns true if strips beat whole rows, from shapes alone: copying pays with so many entries a
-// token, visiting a latent once a strip with so many a latent. Rows of 16 bits gain less, and a
-// projection needs one more pass over the rows. Measured at F = 3072 to 32768: at these numbers
+// Returns true if strips beat whole rows, from shapes alone: a token needs enough entries to
+// pay for copying, a latent enough to pay for a visit in each strip. Rows of 16 bits gain less, and
+// a projection needs one more pass over the rows. Measured at F = 3072 to 32768: at these numbers
 // strips are even or a little ahead, at 21 entries a latent twice as fast (float, no projection).
 // Short vectors take so long for the sums that little is left to gain: there strips are even at 21.
 inline bool strips_pay(const cpu::GradientTerms& terms) {

@@ -92,10 +92,10 @@ inline bool shares_strips(int64_t entries, int64_t d_sae, int64_t threads) {
   return threads > 1 && entries < 8 * threads * d_sae && entries <= 64 * d_sae;
 }
 
-// Returns true if strips beat whole rows, from shapes alone. Copying pays with so many entries a
-// latent, visiting a token once a strip with so many a token. Rows of 16 bits gain less. A table
-// that L2 holds as it is gives its rows fast enough for sums, but not for dots, which take fewer
-// instructions in strips.
+// Returns true if strips beat whole rows, from shapes alone: a latent needs enough entries to
+// pay for copying, a token enough to pay for a visit in each strip. Rows of 16 bits gain less. A
+// table that L2 holds as it is gives its rows fast enough for sums, but not for dots, which take
+// fewer instructions in strips.
 inline bool strips_pay(TokenWork work, const cpu::Code& code, const cpu::Decoder& decoder) {
   const int64_t entries = code.begin(code.tokens);
   if (entries == 0 || decoder.d_in == 0) return false;

@@ -58,7 +58,8 @@ cudaError_t pack_encoder(const float* W_enc,  // [F, D]
 
 // ---- top-k
 
-// Sets `streams` to whether lists of so many candidates fit the device; if not, use exact_topk.
+// Sets `streams` to whether lists of k and of k_aux candidates fit the device; if not, use
+// exact_topk.
 cudaError_t topk_streams(int64_t k, int64_t k_aux, bool* streams);
 int64_t topk_row_bytes(int64_t k, int64_t k_aux);
 size_t topk_scratch_bytes(int64_t rows, int64_t d_sae, int64_t k, int64_t k_aux);
