@@ -7,10 +7,10 @@ normalised. A transcoder reconstructs targets y in place of x, see transcoder.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.ops.full_precision import addmm
 
 _NOT_SHOWN = {"T_destination", "call_super_init", "dump_patches"}
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.intervention import Intervention, Mode
 
 
 class SparseAutoencoder(nn.Module):
@@ -693,6 +696,89 @@ class SparseAutoencoder(nn.Module):
     def mean_squared_cosine(self) -> Tensor:
         """Return the mean of (ŵ_i·ŵ_j)² over pairs of different decoder rows, 0-d; 0 of one row."""
         return decorrelation_loss(self.W_dec, "gram_mean", None, self.config.decorrelation_chunk)
+
+    # ---- inside a model ----------------------------------------------------------------------
+
+    def attached(
+        self,
+        model: nn.Module,
+        hook: str | None = None,
+        mode: Mode = "replace",
+        *,
+        target_hook: str | None = None,
+        record: bool = True,
+        gradients: bool = False,
+    ) -> AbstractContextManager[Intervention]:
+        """Put the autoencoder into a transformers model: `with sae.attached(model, …) as run:`.
+
+        Inside the context every forward pass of the model goes through it, also in `generate`.
+        `run` is an `Intervention`: its `add`, `set`, `scale`, `clamp` and `ablate` edit codes,
+        `run.codes` has the code of every pass, and `run.calls` their number. After the context,
+        also after an error, the model is as it was. Several autoencoders may be attached at once,
+        each in a context of its own; at one hook point they act in the order in which they were
+        attached, each on the activations that the one before has left there.
+
+        The activations keep their dtype and device. Padding, where an attention mask says what it
+        is, is neither changed nor encoded.
+
+        Args:
+            model: a transformers model, or any module that takes input_ids.
+            hook: a hook point as in a capture: residual.3, attn_out.3, mlp_out.3, resid_pre.3,
+                mlp_in.3, z.3, a module's path, or one with :in for its input; or a name of
+                TransformerLens. None: the one of the activations that it was trained on.
+            mode: "replace", "error" or "observe", see `Intervention`.
+            target_hook: of a transcoder, where its prediction is put, as mlp_out.3; None: where the
+                targets that it was trained on are from.
+            record: whether to keep the code of every pass.
+            gradients: whether `run.attribution` is to be called.
+
+        Raises:
+            ValueError: in one line, for a hook point that there is not, or of another width.
+        """
+        from sae_fast.autoencoder.attached import attach
+
+        return attach(self, model, hook, mode, target_hook, record=record, gradients=gradients)
+
+    def hook(
+        self, mode: Mode = "replace", *, record: bool = True, gradients: bool = False
+    ) -> Intervention:
+        """Return the autoencoder as a function that is put into a model by other means.
+
+        `module.register_forward_hook(sae.hook())`, `run_with_hooks(tokens, fwd_hooks=[(name,
+        sae.hook())])` of TransformerLens, and `layer.output = hook(layer.output)` in a trace of
+        nnsight. It knows nothing of padding, and positions are counted from the first token of a
+        pass. Arguments as for `attached`. A transcoder, which reads and writes at two places, needs
+        `attached`.
+        """
+        from sae_fast.autoencoder.intervention import Intervention
+
+        if self.config.transcoder:
+            raise ValueError("a transcoder reads and writes at two places: use attached, not hook")
+        return Intervention(self, mode, record=record, gradients=gradients)
+
+    def attribution(
+        self,
+        metric: Callable[[Any], Tensor],
+        model: nn.Module,
+        inputs: Mapping[str, Any] | Tensor,
+        hook: str | None = None,
+        mode: Mode = "error",
+        *,
+        target_hook: str | None = None,
+    ) -> ops.SparseCode:
+        """Return the effect of every active latent on a metric of a model's output.
+
+        It is gradient times value, see `Intervention.attribution`, from one forward and one
+        backward pass: `sae.attribution(lambda out: out.logits[0, -1, 5], model, tokens)`.
+
+        Args:
+            metric: takes the output of the model, returns a 0-d tensor.
+            model, hook, mode, target_hook: see `attached`.
+            inputs: keyword arguments of the model, or input_ids [B, T].
+        """
+        from sae_fast.autoencoder.attached import attribute
+
+        return attribute(self, metric, model, inputs, hook, mode, target_hook)
 
     # ---- the same function by other parameters -----------------------------------------------
 

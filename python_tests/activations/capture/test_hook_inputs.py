@@ -94,6 +94,9 @@ def test_heads_make_the_output_of_attention():
         ("blocks.1.hook_mlp_out", "mlp_out.1"),
         ("blocks.1.mlp.hook_in", "mlp_in.1"),
         ("blocks.1.attn.hook_z", "z.1"),
+        ("blocks.1.hook_out", "residual.1"),
+        ("blocks.1.hook_in", "resid_pre.1"),
+        ("blocks.1.attn.o.hook_in", "z.1"),
     ],
 )
 def test_names_of_transformer_lens_mean_hook_points(name, meant):

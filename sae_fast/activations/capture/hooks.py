@@ -44,6 +44,10 @@ _LENS_NAMES = {
     "mlp.hook_in": FEED_FORWARD_INPUT,
     "ln2.hook_normalized": FEED_FORWARD_INPUT,
     "attn.hook_z": HEADS,
+    "hook_out": RESIDUAL,  # from here on as version 4 calls them
+    "hook_in": BEFORE,
+    "attn.hook_out": ATTENTION,
+    "attn.o.hook_in": HEADS,
 }
 
 
