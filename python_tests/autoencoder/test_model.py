@@ -254,4 +254,6 @@ def test_an_array_is_refused_in_a_line_that_names_the_remedy(call):
     ],
 )
 def test_repr_names_architecture_and_sizes(fields, text):
-    assert repr(make_sae(**fields)) == text
+    sae = make_sae(**fields)
+    assert repr(sae) == text
+    assert repr(sae.bfloat16()) == text.replace(")", ", bfloat16)")

@@ -157,7 +157,9 @@ class TestCompilers:
         sae = make_form("topk")
 
         def steer(x):
-            return sae.decode(sae.encode(x, units="raw").set(3, 2.0).scaled(5, 0.5))
+            code = sae.encode(x, units="raw")
+            edited = code.set([3, 4], 2.0).set(7, code.latent(7) + 1).scaled(5, 0.5)
+            return sae.decode(edited.mask(latents=range(30)))
 
         x = make_raw(sae, 2, 3)
         compiled = torch.compile(steer, backend="eager", fullgraph=True)

@@ -87,6 +87,10 @@ def test_code_of_one_token_has_no_length(code):
 def test_values_of_a_latent_are_a_column_of_the_dense_array(code):
     for latent in (0, 69, int(code.indices.flatten()[3])):
         assert torch.equal(code.latent(latent), code.dense()[..., latent])
+    several = [69, 3, int(code.indices.flatten()[3])]
+    assert torch.equal(code.latent(several), code.dense()[..., several])
+    assert torch.equal(code.latent(torch.tensor(3)), code.latent(3))
+    assert code[0, 0].latent(several).shape == (3,)
 
 
 def test_sparse_tensor_holds_the_values_other_than_zero(code):
@@ -233,6 +237,8 @@ def test_values_that_do_not_broadcast_are_refused(code):
         code.set(3, torch.ones(7))
     with pytest.raises(ValueError, match=r"factor must broadcast to shape \(4, 5, 2\)"):
         code.scaled([3, 4], torch.ones(3))
+    with pytest.raises(ValueError, match=r"tokens must broadcast to shape \(4, 5\), got \(3,\)"):
+        code.mask(tokens=[True, False, True])
     with pytest.raises(ValueError, match=r"latents must have shape \(70,\), got \(3,\)"):
         code.mask(latents=torch.tensor([True, False, True]))
 

@@ -120,7 +120,7 @@ class SparseAutoencoder(nn.Module):
             initialize_weights_(self.W_enc, self.W_dec, config, None)
 
     def extra_repr(self) -> str:
-        """Return the architecture and its sizes, which `repr` shows."""
+        """Return the architecture, its sizes and a dtype other than float32, which `repr` shows."""
         config = self.config
         sizes: dict[str, Any] = {"d_in": config.d_in}
         if config.transcoder:
@@ -128,7 +128,10 @@ class SparseAutoencoder(nn.Module):
         sizes["d_sae"] = config.d_sae
         if config.k is not None:
             sizes["k"] = config.k
-        return ", ".join([config.arch, *(f"{name}={value}" for name, value in sizes.items())])
+        parts = [config.arch, *(f"{name}={value}" for name, value in sizes.items())]
+        if self.dtype != torch.float32:
+            parts.append(str(self.dtype).removeprefix("torch."))
+        return ", ".join(parts)
 
     @property
     def device(self) -> torch.device:

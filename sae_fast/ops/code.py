@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from sae_fast.ops.checks import Call, check_code, check_entries
 from sae_fast.ops.code_entries import (
     append_entries,
+    expanded,
+    is_one,
     latent_numbers,
     one_a_token,
     places_of,
@@ -226,15 +228,19 @@ class SparseCode:
         )
         return made.coalesce()
 
-    def latent(self, latent: int) -> Tensor:
-        """Return the values of one latent, 0 where it is not active, in the tokens' shape."""
-        (number,) = latent_numbers(latent, self.d_sae)
-        rows = self.entry_rows()
-        values = torch.where(self.indices == number, self.values, 0)
-        if self.offsets is None:
-            return values.sum(1).reshape(self._tokens)
-        found = values.new_zeros(self.n_rows).index_add(0, rows, values)
-        return found.reshape(self._tokens)
+    def latent(self, latent: int | Sequence[int] | Tensor) -> Tensor:
+        """Return the values of a latent, 0 where it is not active, in the tokens' shape.
+
+        Of several latents the result is [..., number of latents]. Differentiable.
+
+        Raises IndexError for a number that is no latent.
+        """
+        numbers = latent_numbers(latent, self.d_sae)
+        places = places_of(self.indices, numbers, self.d_sae).flatten()
+        values = torch.where(places >= 0, self.values.flatten(), 0)
+        found = values.new_zeros(self.n_rows, len(numbers))
+        found = found.index_put((self.entry_rows(), places.clamp_min(0)), values, accumulate=True)
+        return found.reshape(self._tokens if is_one(latent) else (*self._tokens, len(numbers)))
 
     def to(
         self,
@@ -320,7 +326,7 @@ class SparseCode:
     def mask(
         self,
         *,
-        tokens: Tensor | None = None,
+        tokens: Sequence[bool] | Tensor | None = None,
         latents: Sequence[int] | Tensor | None = None,
     ) -> SparseCode:
         """Return a code in which only some tokens and latents keep their values; others are 0.
@@ -328,10 +334,13 @@ class SparseCode:
         Args:
             tokens: bool, broadcasts to the tokens' shape: which to keep; None: all.
             latents: bool [d_sae], or numbers: which to keep; None: all.
+
+        Raises ValueError for another shape, IndexError for a number that is no latent.
         """
         values = self.values
         if tokens is not None:
-            kept = tokens.to(device=values.device, dtype=torch.bool).expand(self._tokens).flatten()
+            chosen = torch.as_tensor(tokens, dtype=torch.bool, device=values.device)
+            kept = expanded("tokens", chosen, self._tokens).flatten()
             kept = kept[self.entry_rows().view(self.indices.shape)]
             values = torch.where(kept, values, 0)
         if latents is not None:

@@ -96,14 +96,20 @@ def one_a_token(
 
     Raises ValueError where they do not broadcast.
     """
-    is_one = not isinstance(latent, Sequence | Tensor) or (
-        isinstance(latent, Tensor) and latent.ndim == 0
-    )
-    wanted = tokens if is_one else (*tokens, count)
+    wanted = tokens if is_one(latent) else (*tokens, count)
     numbers = torch.as_tensor(given, dtype=like.dtype, device=like.device)
+    return expanded(name, numbers, wanted).reshape(torch.Size(tokens).numel(), count)
+
+
+def is_one(latent: int | Sequence[int] | Tensor) -> bool:
+    """Return whether a single latent is named, and no list of them."""
+    return latent.ndim == 0 if isinstance(latent, Tensor) else not isinstance(latent, Sequence)
+
+
+def expanded(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor broadcast to a shape; raise ValueError, naming it, where that cannot be."""
     try:
-        numbers = numbers.expand(wanted)
+        return tensor.expand(shape)
     except RuntimeError:
-        shape = tuple(numbers.shape)
-        raise ValueError(f"{name} must broadcast to shape {wanted}, got {shape}") from None
-    return numbers.reshape(torch.Size(tokens).numel(), count)
+        got = tuple(tensor.shape)
+        raise ValueError(f"{name} must broadcast to shape {shape}, got {got}") from None
