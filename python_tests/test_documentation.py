@@ -24,6 +24,7 @@ from sae_fast import biographies, convert_shards, plot, swap, train
 from sae_fast.activations import write_shard
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.model_text import CaptureConfig, FromModelConfig
+from sae_fast.config.output import OutputConfig
 from sae_fast.training import run_directory
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,9 @@ if not (ROOT / "README.md").exists():
     pytest.skip("no checkout: the documents are not installed", allow_module_level=True)
 PAGES = ("README.md", "benchmarks/README.md", "CONTRIBUTING.md")
 PAGES += tuple(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")))
+# Flags of torchrun, pip, TensorBoard and SLURM.
+OF_OTHERS = {"nproc_per_node", "no_deps", "logdir"}
+OF_OTHERS |= {"job_name", "array", "time", "signal", "requeue", "open_mode"}
 LANGUAGES = {
     "bash",
     "python",
@@ -227,7 +231,8 @@ def test_pages_are_made_of_flags_ops_and_results(monkeypatch):
 def known_flags():
     """Return the flags of all commands, from their fields and from scripts."""
     fields = [
-        *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, train.TrainOptions),
+        *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, OutputConfig),
+        train.TrainOptions,
         *(
             convert_shards.ConvertOptions,
             plot.PlotOptions,
@@ -247,7 +252,7 @@ def known_flags():
 def test_every_flag_that_a_page_names_exists(page):
     found = re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))
     named = {name.replace("-", "_") for name in found}
-    known = known_flags() | {"help", "nproc_per_node", "no_deps"}  # of torchrun and pip
+    known = known_flags() | {"help", "version", *OF_OTHERS}
     assert {name for name in named - known if name.removeprefix("no_") not in known} == set()
 
 

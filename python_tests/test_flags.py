@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from sae_fast.__main__ import main
+from sae_fast.capture import parse_arguments as parse_capture
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.command_line import parse
 from sae_fast.config.fields import ConfigFile, configuration, field_names
+from sae_fast.config.model_text import DEFAULT_K, SAE_DEFAULTS, TRAIN_DEFAULTS
 from sae_fast.config.setting import rules_of, setting
 from sae_fast.train import parse_arguments
 
@@ -162,3 +164,51 @@ def test_a_flag_takes_as_many_words_as_its_setting_and_the_rest_has_places(line,
 def test_ranges_hold_on_the_command_line_as_in_files():
     with pytest.raises(ValueError, match="number must be at least 1, got 0"):
         read("--number 0")
+
+
+@pytest.mark.parametrize("flag", ["--batch-tokens", "--batch_tokens", "--batch-size"])
+def test_a_batch_of_shards_is_a_number_of_tokens(flag):
+    assert parse_arguments([flag, "64"]).train.batch_size == 64
+    assert parse_arguments([flag, "64"]).train.batch_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train --batch-sequences 4", "a batch of shards has --batch-tokens tokens"),
+        ("train --batch-tokens x", "--batch-tokens must be a whole number, got 'x'"),
+        ("train m d --batch-tokens 64", "a batch has --batch-sequences sequences of --ctx-len"),
+        ("train m d --batch-sequences x", "--batch-sequences must be a whole number, got 'x'"),
+        ("capture m d --batch-sequences x", "--batch-sequences must be a whole number, got 'x'"),
+        ("train --batch-tokens 4 --config x --verify no", "must be one of 'off', 'lazy', 'full'"),
+    ],
+)
+def test_a_batch_says_its_unit(line, message, capsys):
+    assert main(line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_capture_takes_sequences_by_either_name():
+    for flag in ("--batch-sequences", "--batch-size"):
+        given, _ = parse_capture(["m", "d", "--out", "o", flag, "7"])
+        assert given.batch_size == given.batch_sequences == 7
+
+
+def test_help_tells_of_defaults_that_depend_on_the_mode(capsys):
+    for place in ([], ["m", "d"]):
+        with pytest.raises(SystemExit):
+            main(["train", *place, "--help"])
+    on_shards, from_model = capsys.readouterr().out.split("usage: ")[1:]
+    for name, value in {**SAE_DEFAULTS, **TRAIN_DEFAULTS, "k": DEFAULT_K}.items():
+        assert f"{name} {value}" in " ".join(on_shards.split())
+    words = " ".join(from_model.split())
+    for told in ("default here: 192; on shards: 32", "default here: 32; on shards: 8"):
+        assert told in words
+    with pytest.raises(SystemExit):
+        main(["train", "m", "d", "--help-all"])
+    full = " ".join(capsys.readouterr().out.split())
+    shards = TrainConfig.defaults()
+    assert f"on shards {shards['checkpoint_every']} by default" in full
+    assert f"batch_tokens, by default {shards['batch_size']}" in full
+    assert f"on shards the default is seed {shards['seed']}" in full.replace("On", "on")
+    assert f"on shards: {shards['dead_percentage_threshold']}" in full

@@ -23,6 +23,7 @@ LAYERS = (
             "memory",
             "output_streams",
             "progress_bar",
+            "log_output",
             "command_errors",
         ),
     ),

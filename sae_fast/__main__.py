@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from sae_fast.command_errors import EXIT_BAD_INPUT
+from sae_fast.config.command_line import version
 from sae_fast.output_streams import run_command
 from sae_fast.training.signals import run_program
 
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(listing())
+        return 0
+    if words[0] == "--version":
+        print(version())
         return 0
     name = words[0].replace("-", "_")
     if name == "completion":
@@ -65,6 +69,7 @@ def listing() -> str:
             *lines,
             "",
             "COMMAND --help shows the flags that most people use, COMMAND --help-all all of them.",
+            "--version prints the version, `sae-fast info` also versions and kernels around it.",
             "Completion by TAB in bash or zsh: the script that `sae-fast completion bash` prints.",
         ]
     )

@@ -7,6 +7,8 @@ torchrun each process writes the shards of its batches.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
 import signal
@@ -16,8 +18,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sae_fast.command_errors import EXIT_BAD_INPUT, one_line, refusal
-from sae_fast.config.command_line import CommandLine, of_one, parse
+from sae_fast.config.command_line import CommandLine
 from sae_fast.config.model_text import CaptureConfig
+from sae_fast.config.output import OutputConfig
+from sae_fast.log_output import CommandOutput, command_output, has_log_file
 from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
 from sae_fast.training.signals import StopOnSignal, run_program
@@ -32,20 +36,34 @@ USAGE = f"{PROGRAM} MODEL DATASET --out DIR [flags]"
 SECONDS_BETWEEN_LINES = 5.0
 
 
+@functools.cache
+def command_line() -> CommandLine:
+    """Return the command line of the command."""
+    sections = {"capture": CaptureConfig, "output": OutputConfig}
+    return CommandLine(USAGE, inspect.getdoc(CaptureConfig) or "", sections)
+
+
 def command_lines() -> list[CommandLine]:
     """Return the command line of the command, for completion."""
-    return [of_one(CaptureConfig, USAGE)]
+    return [command_line()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 2 for bad input, 130 or 143 after a signal."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Run the command; return its exit code: 2 for bad input, 128 and its number after a signal."""
+    with command_output(logging.WARNING) as output:
+        return _run(sys.argv[1:] if arguments is None else arguments, output)
+
+
+def _run(arguments: Sequence[str], output: CommandOutput) -> int:
     try:
         with StopOnSignal() as stop:
-            config = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-            _capture(config, stop)
+            config, shown = parse_arguments(arguments)
+            output.configure(quiet=shown.quiet, log_file=shown.log_file)
+            _capture(config, stop, output)
     except Exception as error:
-        print(_refusal(error), file=sys.stderr)
+        line = _refusal(error)
+        print(line, file=sys.stderr)
+        output.note(line, logging.ERROR)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on", file=sys.stderr)
@@ -53,14 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if stop.received is None else 128 + stop.received
 
 
-def parse_arguments(arguments: Sequence[str]) -> CaptureConfig:
-    """Return the capture that a command line asks for; raise ValueError naming a wrong flag."""
-    config = parse(CaptureConfig, arguments, USAGE)
+def parse_arguments(arguments: Sequence[str]) -> tuple[CaptureConfig, OutputConfig]:
+    """Return the capture that a command line asks for, and its output.
+
+    Raises ValueError naming a wrong flag.
+    """
+    given = command_line().read(arguments)
+    config, output = CaptureConfig(**given["capture"]), OutputConfig(**given["output"])
     if config.model is None or config.dataset is None or config.out is None:
         raise ValueError(
             f"MODEL, DATASET and --out must be given: {PROGRAM} MODEL DATASET --layers 3 --out DIR"
         )
-    return config
+    return config, output
 
 
 def _refusal(error: Exception) -> str:
@@ -73,7 +95,7 @@ def _refusal(error: Exception) -> str:
     return refusal(error)
 
 
-def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
+def _capture(config: CaptureConfig, stop: StopOnSignal, output: CommandOutput) -> None:
     from sae_fast.activations.capture.directory import HELDOUT, CaptureDirectory
     from sae_fast.activations.capture.plan import made_with, open_capture
     from sae_fast.activations.capture.runner import CaptureRun
@@ -91,10 +113,11 @@ def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
         directory.prepare(recipe, made_with(device))
         done = directory.progress()
         if done.complete and directory.finish():
-            print(f"{config.out} is complete: {done.rows:,} tokens, nothing to do")
+            output.say(f"{config.out} is complete: {done.rows:,} tokens, nothing to do")
             return
-        total = _announce(capture, directory)
-        with _ProgressBar(total, done.rows if done.part != HELDOUT else 0) as progress:
+        total = _announce(capture, directory, output)
+        rows = done.rows if done.part != HELDOUT else 0
+        with _ProgressBar(total, rows, output) as progress:
             run = CaptureRun(
                 capture,
                 directory,
@@ -105,7 +128,8 @@ def _capture(config: CaptureConfig, stop: StopOnSignal) -> None:
             result = run.run()
         if not result.stopped:
             directory.finish()
-    _conclude(result, capture, progress.rows, time.monotonic() - started, progress.seconds)
+    seconds = time.monotonic() - started
+    _conclude(result, capture, progress.rows, seconds, progress.seconds, output)
 
 
 def _ranks() -> tuple[int, int, int | None]:
@@ -116,7 +140,7 @@ def _ranks() -> tuple[int, int, int | None]:
     return int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _announce(capture: Capture, directory: CaptureDirectory) -> int:
+def _announce(capture: Capture, directory: CaptureDirectory, output: CommandOutput) -> int:
     """Print what will be captured and the disk space it needs; return the rows of this rank."""
     from sae_fast.activations.capture.runner import check_space, needed_bytes
 
@@ -131,49 +155,57 @@ def _announce(capture: Capture, directory: CaptureDirectory) -> int:
     if directory.rank == 0:
         hooks = ", ".join(f"{name} ({width})" for name, width in capture.widths.items())
         how = "packed" if sequences.pack else "one document each"
-        print(
+        output.say(
             f"capturing {hooks} of {config.model} over {len(capture.batches.documents):,} "
             f"documents in sequences of {sequences.ctx_len} tokens, {how}"
         )
         if done.rows or done.heldout_rows:
-            print(f"going on behind {done.rows:,} tokens in {done.shards} shards")
+            output.say(f"going on behind {done.rows:,} tokens in {done.shards} shards")
         free = check_space(directory, needed)
-        print(
+        output.say(
             f"{about}{left:,} tokens need {about}{at_most}{needed / 1e9:,.2f} GB "
-            f"of {free / 1e9:,.2f} GB free in {directory.path}",
-            flush=True,
+            f"of {free / 1e9:,.2f} GB free in {directory.path}"
         )
     return rows_all // directory.world_size
 
 
 def _conclude(
-    result: CaptureResult, capture: Capture, captured: int, seconds: float, running: float
+    result: CaptureResult,
+    capture: Capture,
+    captured: int,
+    seconds: float,
+    running: float,
+    output: CommandOutput,
 ) -> None:
     empty = f", {result.empty:,} documents without text skipped" if result.empty else ""
     heldout = f" and {result.heldout_rows:,} held-out" if result.heldout_rows else ""
     verb = "stopped: the same command goes on behind" if result.stopped else "captured"
     rank, world_size, _ = _ranks()
     who = f"rank {rank}: " if world_size > 1 else ""
-    print(
+    output.say(
         f"{who}{verb} {result.rows:,}{heldout} tokens of {len(capture.widths)} hook points "
         f"({captured:,} of them in {seconds:.1f} s, {captured / max(running, 1e-9):,.0f} "
         f"tokens/s{empty})"
     )
     limit = capture.config.max_tokens
     if limit is not None and not result.stopped and result.rows < limit and world_size == 1:
-        print(f"the dataset has no more, {limit:,} were asked for")
+        output.say(f"the dataset has no more, {limit:,} were asked for")
 
 
 class _ProgressBar:
     """A progress bar of the tokens, or a line every few seconds without a terminal."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, output: CommandOutput) -> None:
         self.rows = 0
         self.seconds = 0.0
         self._total = total
         self._done = done
         self._started = self._last_line = time.monotonic()
-        self._bar = progress_bar(total=total, initial=done, unit="tok", unit_scale=True)
+        self._output = output
+        shown = not output.is_quiet
+        self._bar = progress_bar(
+            total=total, initial=done, unit="tok", unit_scale=True, shown=shown
+        )
 
     def __enter__(self) -> _ProgressBar:
         return self
@@ -187,13 +219,14 @@ class _ProgressBar:
         self.rows += rows
         self._bar.update(rows)
         now = time.monotonic()
-        if self._bar.disable and now - self._last_line >= SECONDS_BETWEEN_LINES:
+        is_told = self._bar.disable or has_log_file()
+        if is_told and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             rate = self.rows / (now - self._started)
-            print(
-                f"{self._done + self.rows:,} of {self._total:,} tokens, {rate:,.0f} tokens/s",
-                file=sys.stderr,
-            )
+            line = f"{self._done + self.rows:,} of {self._total:,} tokens, {rate:,.0f} tokens/s"
+            if self._bar.disable and not self._output.is_quiet:
+                print(line, file=sys.stderr)
+            self._output.note(line)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def _case(name: str) -> str:
     ]
     if others := [flag for flag in flags if not flag.choices and not flag.is_switch]:
         cases.append(f"{_either(others)}) ;;")  # the shell completes names of files
-    words = [*(spelling for flag in flags for spelling in flag.spellings), "--help", "--help-all"]
+    own = ("--help", "--help-all", "--version")
+    words = [*(spelling for flag in flags for spelling in flag.spellings), *own]
     return f"case $before in {' '.join(cases)} *) words={_quoted(words)} ;; esac"
 
 

@@ -25,8 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tqdm import tqdm
-
 from sae_fast.atomic_files import write_json
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
@@ -40,19 +38,29 @@ from sae_fast.config.model_text import (
     TRAIN_DEFAULTS,
     FromModelConfig,
 )
+from sae_fast.config.output import OutputConfig
 from sae_fast.config.presets import preset
 from sae_fast.config.sae import without_other_size
 from sae_fast.config.setting import rules_of, setting
 from sae_fast.json_files import read_json
+from sae_fast.log_output import CommandOutput, command_output
 from sae_fast.output_streams import run_command
-from sae_fast.training.signals import EXIT_INTERRUPTED, INTERRUPTED, StopOnSignal, run_program
+from sae_fast.training.signals import (
+    EXIT_INTERRUPTED,
+    INTERRUPTED,
+    STOPPING,
+    StopOnSignal,
+    run_program,
+)
 
 if TYPE_CHECKING:
     from sae_fast.training.sweep import Sweep
     from sae_fast.training.trainer import Trainer
 
 SWEEP = "sweep.json"  # the summary of a sweep
-EXIT_CODES = {None: 0, signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM}
+EXIT_CODES: dict[signal.Signals | None, int]
+EXIT_CODES = {None: 0, **{number: 128 + number for number in STOPPING}, signal.SIGINT: 0}
+EXIT_OUT_OF_TIME = 75  # EX_TEMPFAIL of sysexits.h: there is more to do, try again
 USAGE = "python -m sae_fast.train --shard-dir DIR [flags]"
 USAGE_FROM_MODEL = "python -m sae_fast.train MODEL DATASET [flags]"
 ADAM_DECAYS = "optimizer adam with a weight decay is adamw, decoupled from the gradient"
@@ -109,8 +117,16 @@ def on_shards() -> CommandLine:
     """Return the command line of a training on shards."""
     about = "Train a sparse autoencoder on activation shards, or continue a run."
     sections: dict[str, type[ConfigFile]]
-    sections = {"options": TrainOptions, "sae": SAEConfig, "train": TrainConfig}
-    return CommandLine(f"{USAGE}\n{USAGE_FROM_MODEL}", about, sections)
+    sections = {
+        "options": TrainOptions,
+        "sae": SAEConfig,
+        "train": TrainConfig,
+        "output": OutputConfig,
+    }
+    own = {"k": DEFAULT_K, **SAE_DEFAULTS, **TRAIN_DEFAULTS}
+    other = ", ".join(f"{name} {value}" for name, value in own.items())
+    note = f"MODEL DATASET has other defaults, which its --help shows: {other}, and more."
+    return CommandLine(f"{USAGE}\n{USAGE_FROM_MODEL}", about, sections, note=note)
 
 
 @functools.cache
@@ -130,6 +146,7 @@ def from_model() -> CommandLine:
         "text": FromModelConfig,
         "sae": SAEConfig,
         "train": TrainConfig,
+        "output": OutputConfig,
     }
     defaults = {"k": DEFAULT_K, **SAE_DEFAULTS, **TRAIN_DEFAULTS}
     hidden = [name for name, rules in rules_of(SAEConfig).items() if rules.shards_only]
@@ -142,32 +159,42 @@ def command_lines() -> list[CommandLine]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0, also after SIGINT, 143 after SIGTERM.
+    """Run the command; return its exit code.
 
-    Bad input is 2, an interrupt that did not wait for its checkpoint 130.
+    0: all is done, or SIGINT has stopped it. 129, 140, 143: SIGHUP, SIGUSR2 or SIGTERM has stopped
+    it. 75: max_hours are over. 2: bad input. 130: an interrupt did not wait for its checkpoint.
     """
-    _log_to_stderr()
     arguments = sys.argv[1:] if arguments is None else arguments
+    with command_output() as output:
+        return _run(arguments, output)
+
+
+def _run(arguments: Sequence[str], output: CommandOutput) -> int:
     try:
         with StopOnSignal() as stop, ExitStack() as stack:
             _refuse_several_processes()
-            work, directory = _opened(arguments, stop, stack)
+            work, directory = _opened(arguments, stop, stack, output)
             trainers = _trainers_of(work)
-            _announce(trainers)
+            _announce(trainers, output)
             work.train()
             if trainers.keys() != {""}:
                 _write_sweep(directory / SWEEP, trainers)
     except Exception as error:
-        print(refusal(error), file=sys.stderr)
+        line = refusal(error)
+        print(line, file=sys.stderr)
+        output.note(line, logging.ERROR)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:  # the second: no time for a checkpoint
         print(INTERRUPTED, end="", file=sys.stderr)
         return EXIT_INTERRUPTED
+    stopped_by = None if stop.received is None else stop.received.name
+    if stop.received is None and work.is_out_of_time:
+        stopped_by = "--max-hours"
     for name, trainer in trainers.items():
-        _conclude(name, trainer, stop.received)
+        _conclude(name, trainer, stopped_by, output)
     if trainers.keys() != {""}:
-        print(f"sweep      {directory / SWEEP}")
-    return EXIT_CODES[stop.received]
+        output.say(f"sweep      {directory / SWEEP}")
+    return EXIT_OUT_OF_TIME if stopped_by == "--max-hours" else EXIT_CODES[stop.received]
 
 
 def parse_arguments(arguments: Sequence[str]) -> RunConfig:
@@ -316,13 +343,15 @@ def _refuse_several_processes() -> None:
 
 
 def _opened(
-    arguments: Sequence[str], stop: StopOnSignal, stack: ExitStack
+    arguments: Sequence[str], stop: StopOnSignal, stack: ExitStack, output: CommandOutput
 ) -> tuple[Trainer | Sweep, Path]:
     """Make the training that a command line asks for, or several; return where runs are written.
 
     The locks put on the stack keep other trainings out of that directory.
     """
     given, line = _read(arguments)
+    shown = OutputConfig(**given["output"])
+    output.configure(quiet=shown.quiet, log_file=shown.log_file)
     config = _config(given, line)
     from sae_fast.training.run_directory import claimed_run_directory, held
     from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
@@ -338,13 +367,13 @@ def _opened(
     if line is not None:
         with _named_by(line):
             stack.enter_context(held(directory))
-            return _opened_from_model(line, config, sweep, directory, stop), directory
+            return _opened_from_model(line, config, sweep, directory, stop, shown), directory
     configs = {"": config} if sweep is None else read_sweep(sweep, config)
     layers = for_every_layer(configs, directory)
     if layers is None and sweep is None:
-        return Trainer(config, stop=stop), directory
+        return Trainer(config, stop=stop, show_progress=not shown.quiet), directory
     stack.enter_context(held(directory))
-    return Sweep(layers or configs, stop=stop), directory
+    return Sweep(layers or configs, stop=stop, show_progress=not shown.quiet), directory
 
 
 def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:
@@ -385,7 +414,12 @@ def _named_by(line: FromModel) -> Iterator[None]:
 
 
 def _opened_from_model(
-    line: FromModel, config: RunConfig, sweep: Path | None, directory: Path, stop: StopOnSignal
+    line: FromModel,
+    config: RunConfig,
+    sweep: Path | None,
+    directory: Path,
+    stop: StopOnSignal,
+    shown: OutputConfig,
 ) -> Sweep:
     from sae_fast.training.from_model import open_from_model
     from sae_fast.training.sweep import read_sweep
@@ -399,7 +433,11 @@ def _opened_from_model(
         shuffle_seed=base.train.order_seed,
         init_seeds=line.settings.init_seeds if "init_seeds" in line.given else (base.train.seed,),
     )
-    return open_from_model(line.model, line.dataset, settings, configs, directory, stop=stop)
+    return open_from_model(
+        *(line.model, line.dataset, settings, configs, directory),
+        stop=stop,
+        show_progress=not shown.quiet,
+    )
 
 
 def _trainers_of(work: Trainer | Sweep) -> Mapping[str, Trainer]:
@@ -409,19 +447,18 @@ def _trainers_of(work: Trainer | Sweep) -> Mapping[str, Trainer]:
     return work.trainers if isinstance(work, Sweep) else {"": work}
 
 
-def _announce(trainers: Mapping[str, Trainer]) -> None:
+def _announce(trainers: Mapping[str, Trainer], output: CommandOutput) -> None:
     from sae_fast.training.run_directory import describe
 
     for name, trainer in trainers.items():
         if trainer.was_complete:
             continue
         sae, train = trainer.sae_config, trainer.train_config
-        print(trainer.memory_plan)
-        print(
+        output.say(trainer.memory_plan)
+        output.say(
             f"{_prefix(name)}training {describe(sae)}; "
             f"{trainer.source.rows_per_epoch:,} rows, {trainer.total_steps:,} steps of "
-            f"{trainer.tokens_per_step:,} tokens into {train.checkpoint_dir}",
-            flush=True,
+            f"{trainer.tokens_per_step:,} tokens into {train.checkpoint_dir}"
         )
 
 
@@ -447,18 +484,18 @@ def _has_sweep(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> bool:
     return steps == {name: summary["steps"] for name, summary in runs.items()}
 
 
-def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> None:
+def _conclude(run: str, trainer: Trainer, stopped_by: str | None, output: CommandOutput) -> None:
     summary = trainer.summary
     if trainer.was_complete:
         flag = f"--{trainer.schedules.limit.replace('_', '-')}"
-        print(
+        output.say(
             f"{_prefix(run)}nothing to do: all {trainer.step:,} steps are made; "
             f"raise {flag} to go on"
         )
         return
-    verb = "trained" if stopped_by is None else f"stopped by {stopped_by.name} after"
+    verb = "trained" if stopped_by is None else f"stopped by {stopped_by} after"
     rate = summary["tokens"] / max(summary["seconds"], 1e-9)
-    print(
+    output.say(
         f"{_prefix(run)}{verb} {summary['steps']:,} steps, {summary['tokens']:,} tokens "
         f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s, "
         f"{summary['reader_stall_fraction']:.1%} of it waiting for the reader)"
@@ -472,28 +509,15 @@ def _conclude(run: str, trainer: Trainer, stopped_by: signal.Signals | None) -> 
         *("heldout_slot_accuracy", "heldout_value_accuracy"),
     )
     figures = [(name, summary.get(f"final_{name}")) for name in names]
-    print(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))
+    output.say(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))
     for name in ("plot", "checkpoint"):
         if name in summary:
-            print(f"{name:<10} {summary[name]}")
+            output.say(f"{name:<10} {summary[name]}")
     if summary.get("skipped_steps"):
-        print(f"skipped    {summary['skipped_steps']:,} steps whose gradients overflowed in fp16")
+        steps = summary["skipped_steps"]
+        output.say(f"skipped    {steps:,} steps whose gradients overflowed in fp16")
     for text in summary["warnings"]:
-        print(f"warning    {text}")
-
-
-class _TqdmHandler(logging.Handler):
-    """Writes log lines above the progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def _log_to_stderr() -> None:
-    package = logging.getLogger("sae_fast")
-    if not package.handlers:
-        package.addHandler(_TqdmHandler())
-    package.setLevel(logging.INFO)
+        output.say(f"warning    {text}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ ELSEWHERE = {
     *("start_from", "device", "cuda_graph", "num_threads", "log_every", "wandb_log_every"),
     *("eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir", "resume_from"),
     *("wandb_project", "no_wandb", "batch_size", "max_steps", "max_tokens", "max_epochs"),
+    *("wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "logger", "verify"),
+    *("checkpoint_minutes", "max_hours"),
 }
 # By setting, the architectures for which it changes nothing, and why.
 UNCHANGED = {

@@ -16,6 +16,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig, effects
 from sae_fast.config.setting import rules_of
 from sae_fast.train import main, parse_arguments
+from sae_fast.training import preflight
 from sae_fast.training import trainer as trainer_file
 from sae_fast.training.trainer import Trainer
 
@@ -171,7 +172,8 @@ def test_a_run_that_began_with_a_setting_without_effect_goes_on(
     settings = {**BASE, "shard_dir": "shards", "checkpoint_dir": "run", "warmup_steps": 1}
     settings |= {"decay_fraction": 0.0}
     with monkeypatch.context() as older:  # like a version that accepted all settings
-        older.setattr(trainer_file, "check_run_effects", lambda *_: None)
+        for file in (preflight, trainer_file):
+            older.setattr(file, "check_run_effects", lambda *_: None)
         idle = {"multi_topk_coeff": 0.4, "sparsity_warmup_steps": 3, "correlation_pairs": "sum"}
         with effects.unchecked():
             Trainer(RunConfig(**settings, **idle), show_progress=False).train()

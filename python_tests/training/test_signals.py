@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM are recorded, and the previous handlers are restored."""
+"""Signals stop a training or ask for a checkpoint, and the previous handlers are restored."""
 
 import contextlib
 import os
@@ -79,3 +79,32 @@ def _exit_code(work: Callable[[], int]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
+def test_a_cluster_and_a_closed_terminal_stop_a_training(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopOnSignal() as stop:
+        signal.raise_signal(number)
+        assert stop.received is number
+    assert signal.getsignal(number) is before
+
+
+def test_a_checkpoint_is_asked_for_once_and_nothing_stops() -> None:
+    with StopOnSignal() as stop:
+        assert not stop.take_save()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.take_save()
+        assert not stop.take_save()
+        assert stop.received is None
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

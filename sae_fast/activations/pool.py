@@ -59,6 +59,8 @@ class BlockReader:
         else:
             stored = np.empty(size, shard.storage.numpy_dtype)
         self._file(block.shard).read(block.start, block.stop, stored)
+        if self._shards.first_reads is not None:
+            self._shards.first_reads.note(block.shard, block.start, stored)
         bad = nonfinite_rows(stored, shard.storage)
         dropped = self._shards.dropped[block.shard]
         first, last = np.searchsorted(dropped, (block.start, block.stop))

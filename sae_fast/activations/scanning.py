@@ -1,7 +1,8 @@
 """One pass over a shard before training, for its checksum and its rows, and a record of it.
 
-A `ScanRecord` in the directory of a run says what was found in which file. It is trusted only where
-nothing about the file has changed since, so that a resumed run reads no shard twice.
+A `ScanRecord` says what was found in which file. It lies in the directory of a run, and where
+shards have a manifest also beside that, for all runs. It is trusted only where nothing about the
+file has changed since, so that neither a resumed run nor the next one reads a shard twice.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.kept_rows import KeptRows
-from sae_fast.activations.manifest import file_sha256
+from sae_fast.activations.manifest import MANIFEST_NAME, file_sha256
 from sae_fast.activations.row_scan import (
     RepeatedRows,
     RowScan,
@@ -34,40 +35,55 @@ from sae_fast.atomic_files import replacing
 from sae_fast.json_files import read_json
 
 RECORD_NAME = "shards.json"
-RECORD_VERSION = 2
+BESIDE_MANIFEST = ".verified.json"
+RECORD_VERSION = 3
 # A file that changes twice within a tick of the kernel's clock, 10 ms at most, may keep its times.
 TICK_NS = 20_000_000
 
 
 class ScanRecord:
-    """Findings of scans of shards, by file and dataset."""
+    """Findings of scans of shards, by file and dataset.
+
+    Attributes:
+        is_changed: whether there are findings that `save` has not written yet.
+    """
 
     def __init__(self) -> None:
+        self.is_changed = False
         self._known: dict[str, dict[str, Any]] = {}
+        self._beside: dict[Path, dict[str, Any]] = {}  # by directory, as they were read
+        self._new: dict[Path, dict[str, Any]] = {}  # by directory, to be written there
 
     @classmethod
     def load(cls, path: Path) -> ScanRecord:
         """Read a record; anything that is not a record counts as an empty one."""
         record = cls()
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            content = read_json(path)
-            if content["format_version"] == RECORD_VERSION:
-                record._known = dict(content["shards"])
+        record._known = _read_entries(path)
         return record
 
-    def find(self, shard: Shard, verified: str | None) -> RowScan | None:
-        """Return the findings for a shard that has not changed, with the checksum `verified`."""
-        known = self._known.get(_name(shard))
-        if known is None or shard.state is None:
+    def find(self, shard: Shard, *verified: str | None) -> RowScan | None:
+        """Return the findings for a shard that has not changed, with one of these checksums."""
+        if shard.state is None:
             return None
-        try:
-            is_settled = int(known["scanned_at"]) - max(known["state"][3:]) > TICK_NS
-            described = [known["verified"], known["state"], known["rows"], known["storage"]]
-            if not is_settled or described != [verified, *_described(shard)]:
-                return None
-            return RowScan.from_dict(known, shard.rows)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
+        for known in (self._known.get(_name(shard)), self._known_beside(shard)):
+            try:
+                if known is None or not _fits(known, shard, verified):
+                    continue
+                found = RowScan.from_dict(known, shard.rows)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            if self._known.get(_name(shard)) is not known:
+                self._known[_name(shard)], self.is_changed = known, True
+            return found
+        return None
+
+    def _known_beside(self, shard: Shard) -> dict[str, Any] | None:
+        """Return the entry of a shard in the record beside its manifest."""
+        directory = shard.path.parent
+        if directory not in self._beside:
+            self._beside[directory] = _read_entries(directory / BESIDE_MANIFEST)
+        found: dict[str, Any] | None = self._beside[directory].get(_name_beside(shard))
+        return found
 
     def note(self, shard: Shard, verified: str | None, scanned_at: int, scan: RowScan) -> None:
         """Remember a scan that began at a time [ns], unless the file has changed since."""
@@ -78,15 +94,24 @@ class ScanRecord:
                 return
         state, rows, storage = _described(shard)
         about = {"state": state, "rows": rows, "storage": storage, "verified": verified}
-        self._known[_name(shard)] = {**about, "scanned_at": scanned_at, **scan.to_dict()}
+        entry = {**about, "scanned_at": scanned_at, **scan.to_dict()}
+        self._known[_name(shard)], self.is_changed = entry, True
+        self._new.setdefault(shard.path.parent, {})[_name_beside(shard)] = entry
 
     def save(self, path: Path) -> None:
         """Write the record, if it holds anything, whole or not at all; raise OSError."""
-        if not self._known:
-            return
-        content = {"format_version": RECORD_VERSION, "shards": self._known}
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        self.is_changed = False
+        if known := dict(self._known):
+            _write_entries(path, known)
+
+    def save_beside_manifests(self) -> None:
+        """Add the new findings to the records beside manifests, where these can be written."""
+        for directory, entries in list(self._new.items()):
+            if (directory / MANIFEST_NAME).exists():
+                path = directory / BESIDE_MANIFEST
+                with suppress(OSError):
+                    _write_entries(path, {**_read_entries(path), **entries})
+        self._new.clear()
 
 
 @dataclass(frozen=True)
@@ -95,12 +120,14 @@ class Checks:
 
     Attributes:
         verify: whether checksums are compared.
+        lazy: whether rows are looked at when they are first read, and not before.
         skip_nonfinite: whether rows with NaN or infinity are dropped instead of refused.
         repeated_rows: what becomes of rows that are zero or equal to the row before them.
         record: findings of earlier scans, where this one is noted too.
     """
 
     verify: bool = True
+    lazy: bool = False
     skip_nonfinite: bool = False
     repeated_rows: RepeatedRows = "refuse"
     record: ScanRecord = field(default_factory=ScanRecord)
@@ -119,15 +146,29 @@ def scan_shard(
     """
     if not checks.verify:
         sha256 = checksum = None
-    verified = checksum if sha256 is None else f"file:{sha256}"
-    known = checks.record.find(shard, verified)
-    if known is not None:
-        _require_allowed(shard, known, checks)
+    verified = verified_by(sha256, checksum)
+    if (known := recalled(shard, checks, verified)) is not None:
         return known
     scanned_at = time.time_ns()
     scan = _scan(shard, sha256, checksum, checks, kept)
     checks.record.note(shard, verified, scanned_at, scan)
     return scan
+
+
+def verified_by(sha256: str | None, checksum: str | None) -> str | None:
+    """Return what a record says of a shard that was compared with these sums."""
+    return checksum if sha256 is None else f"file:{sha256}"
+
+
+def recalled(shard: Shard, checks: Checks, *verified: str | None) -> RowScan | None:
+    """Return what an earlier scan with one of these sums has found, None where there was none.
+
+    Raises ShardError for what is refused now.
+    """
+    known = checks.record.find(shard, *verified)
+    if known is not None:
+        _require_allowed(shard, known, checks)
+    return known
 
 
 def _scan(
@@ -206,5 +247,31 @@ def _name(shard: Shard) -> str:
     return f"{os.path.realpath(shard.path)}::{shard.key}"
 
 
+def _name_beside(shard: Shard) -> str:
+    return f"{shard.path.name}::{shard.key}"
+
+
 def _described(shard: Shard) -> list[Any]:
-    return [list(shard.state or ()), shard.rows, shard.storage.name]
+    # Without the device: each machine of a cluster gives a network file system a number.
+    return [list((shard.state or ())[1:]), shard.rows, shard.storage.name]
+
+
+def _fits(known: dict[str, Any], shard: Shard, verified: tuple[str | None, ...]) -> bool:
+    """Return whether an entry of a record is of a shard as it is, checked by one of these."""
+    is_settled = int(known["scanned_at"]) - max(known["state"][2:]) > TICK_NS
+    described = [known["state"], known["rows"], known["storage"]]
+    return is_settled and known["verified"] in verified and described == _described(shard)
+
+
+def _read_entries(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_json(path)
+        if content["format_version"] == RECORD_VERSION:
+            return dict(content["shards"])
+    return {}
+
+
+def _write_entries(path: Path, entries: dict[str, Any]) -> None:
+    content = {"format_version": RECORD_VERSION, "shards": entries}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")

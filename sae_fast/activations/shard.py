@@ -37,6 +37,7 @@ FORMAT_VERSION = 1
 CHUNK_CACHE_BYTES = 1 << 20
 READ_BYTES = 2 << 20  # a read is about this long where the chunks allow it
 MAX_ATTRIBUTE = 1 << 20  # values of an attribute
+ROW_DIGEST = "row_digest"  # attribute
 SPLIT_BYTES = 32 << 20  # an uncompressed chunk longer than this is read in parts
 
 
@@ -279,6 +280,12 @@ def inspect_shard(path: Path, key: str = DEFAULT_KEY, option: str = "--activatio
         )
 
 
+def stated_digest(shard: Shard) -> str | None:
+    """Return the digest of its rows that a shard states, see row_digest.py; None: it has none."""
+    value = shard.metadata.get(ROW_DIGEST)
+    return value if isinstance(value, str) else None
+
+
 def file_state(status: os.stat_result) -> FileState:
     """Return the parts of a file's status that change with its content."""
     times = status.st_mtime_ns, status.st_ctime_ns
@@ -369,7 +376,8 @@ def _check_attributes(path: Path, metadata: dict[str, Any], rows: int, d_in: int
     """
     is_own = metadata.get("format") == FORMAT_NAME
     if not is_own or d_in is None:
-        metadata.pop("checksum", None)  # whatever another tool means by that name
+        for name in ("checksum", ROW_DIGEST):
+            metadata.pop(name, None)  # whatever another tool means by that name
     if not is_own:
         return
     version = metadata.get("format_version")

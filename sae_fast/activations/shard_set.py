@@ -18,6 +18,7 @@ from sae_fast.activations.background import Workers
 from sae_fast.activations.columns import Column, RowNumbers, ShardColumns, inspect_columns
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
+from sae_fast.activations.first_reads import FirstReads, verified_lazily
 from sae_fast.activations.kept_rows import KEPT_BYTES, KeptRows, Span
 from sae_fast.activations.manifest import Manifest, check_entry, check_listing, read_manifest
 from sae_fast.activations.row_scan import (
@@ -28,8 +29,14 @@ from sae_fast.activations.row_scan import (
     RowScan,
     outliers_of,
 )
-from sae_fast.activations.scanning import Checks, ScanRecord, scan_shard
-from sae_fast.activations.shard import DEFAULT_KEY, Shard
+from sae_fast.activations.scanning import (
+    Checks,
+    ScanRecord,
+    recalled,
+    scan_shard,
+    verified_by,
+)
+from sae_fast.activations.shard import DEFAULT_KEY, Shard, stated_digest
 from sae_fast.activations.storage import FLOAT32, Storage
 from sae_fast.activations.targets import TARGETS, TargetFiles, check_pair
 from sae_fast.activations.tensor_shards import describe_shard, open_shard
@@ -58,6 +65,8 @@ class ShardSet:
     digests: tuple[str, ...] = field(default=(), compare=False)
     # Per shard the rows that the scan has kept of it; empty where none were asked for.
     kept: tuple[KeptRows, ...] = field(default=(), compare=False)
+    # Checks rows when they are first read; None: they were checked before, or are not.
+    first_reads: FirstReads | None = field(default=None, compare=False)
 
     @property
     def d_in(self) -> int:
@@ -134,6 +143,7 @@ class _Checked(NamedTuple):
     dropped: tuple[RowNumbers, ...]  # per shard, the rows left out
     is_zero: bool
     digests: tuple[str, ...]
+    first_reads: FirstReads | None = None
 
 
 def open_shards(
@@ -141,6 +151,7 @@ def open_shards(
     *,
     key: str = DEFAULT_KEY,
     verify: bool = True,
+    lazy: bool = False,
     skip_nonfinite: bool = False,
     columns: Sequence[str] = (),
     whole_sequences: bool = False,
@@ -157,6 +168,7 @@ def open_shards(
     Rows that are zero or equal to the row before them are what is left of rows that were never
     written: where they are more than a hundredth of a shard, `repeated_rows` says whether they are
     refused, dropped or kept. A shard that `record` knows, and that has not changed, is not read.
+    With `lazy` rows are looked at when a stream first reads them instead, and none is dropped.
     Rows that `sample` chooses are kept from the reading, if they are not too many.
     `columns` names datasets of labels that are served beside the rows; `whole_sequences` asks for
     the rows of a sequence together, see columns.py. Both are read once here and checked. `targets`
@@ -168,10 +180,12 @@ def open_shards(
         raise ShardError("no activation shards given")
     if TARGETS in columns and targets is not None:
         raise ValueError(f"columns: {TARGETS!r} is the name of what targets are served as")
-    checks = Checks(verify, skip_nonfinite, repeated_rows, record or ScanRecord())
+    if lazy and (skip_nonfinite or repeated_rows == "drop"):
+        raise ValueError("lazy: which rows are dropped must be known before the first is served")
+    checks = Checks(verify, lazy, skip_nonfinite, repeated_rows, record or ScanRecord())
     shards = tuple(describe_shard(path, key) for path in paths)
-    kept = () if sample is None else _kept_rows(shards, sample)
-    dropped, is_zero, digests = _check_rows(shards, shards, checks, kept)
+    kept = () if sample is None or lazy else _kept_rows(shards, sample)
+    dropped, is_zero, digests, first_reads = _check_rows(shards, shards, checks, kept)
     paired = None
     if targets is not None:
         paired = _open_targets(shards, dropped, targets, checks)
@@ -179,7 +193,8 @@ def open_shards(
     shard_columns: tuple[ShardColumns, ...] = ()
     if columns or whole_sequences:
         shard_columns = _find_columns(shards, dropped, columns, whole_sequences)
-    result = ShardSet(shards, dropped, shard_columns, paired, is_zero, digests, kept)
+    own = (is_zero, digests, kept, first_reads)
+    result = ShardSet(shards, dropped, shard_columns, paired, *own)
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
@@ -219,7 +234,7 @@ def _open_targets(
     )
     checked = _check_rows(targets, elsewhere, checks)
     both = (np.union1d(*pair) for pair in zip(dropped, checked.dropped, strict=True))
-    return ShardSet(targets, tuple(both), digests=checked.digests)
+    return ShardSet(targets, tuple(both), digests=checked.digests, first_reads=checked.first_reads)
 
 
 def _check_rows(
@@ -238,16 +253,21 @@ def _check_rows(
             )
     if not checks.verify and not checks.skip_nonfinite:
         return _Checked(tuple(NO_ROWS for _ in shards), False, ())
+    unchecked = {shard.path for shard in files}
+
+    def sha256_of(shard: Shard) -> str | None:
+        manifest = manifests.get(shard.path.parent) if shard.path in unchecked else None
+        return None if manifest is None else manifest[shard.path.name].sha256
+
+    if checks.lazy:
+        return _check_later(shards, checks, sha256_of)
     if checks.verify and files:
         total = sum(shard.file_bytes for shard in files)
         logger.info("verifying %d shards, %.2f GB", len(files), total / 1e9)
-    unchecked = {shard.path for shard in files}
     keeps = {id(shard): part for shard, part in zip(shards, kept, strict=False)}
 
     def scan(shard: Shard) -> RowScan:
-        manifest = manifests.get(shard.path.parent) if shard.path in unchecked else None
-        sha256 = None if manifest is None else manifest[shard.path.name].sha256
-        return scan_shard(shard, sha256, shard.checksum, checks, keeps.get(id(shard)))
+        return scan_shard(shard, sha256_of(shard), shard.checksum, checks, keeps.get(id(shard)))
 
     scans = _for_each(shards, scan)
     _warn(shards, scans, checks)
@@ -256,6 +276,33 @@ def _check_rows(
     if checks.repeated_rows == "drop":
         dropped = tuple(np.union1d(result.nonfinite, result.repeated) for result in scans)
     return _Checked(dropped, is_zero, tuple(result.digest for result in scans))
+
+
+def _check_later(
+    shards: tuple[Shard, ...], checks: Checks, sha256_of: Callable[[Shard], str | None]
+) -> _Checked:
+    """Take what is known of shards, and let the others be checked when they are first read."""
+    found = [
+        recalled(
+            shard, checks, verified_by(sha256_of(shard), shard.checksum), verified_lazily(shard)
+        )
+        for shard in shards
+    ]
+    unknown = [number for number, scan in enumerate(found) if scan is None]
+    undated = sum(stated_digest(shards[number]) is None for number in unknown)
+    if undated:
+        logger.warning(
+            "verify lazy: %d of %d shards state no digest of their rows: NaN and repeated rows are "
+            "noticed, other damage is not (--verify full reads them first)",
+            undated,
+            len(shards),
+        )
+    return _Checked(
+        tuple(NO_ROWS for _ in shards),
+        False,
+        tuple("" if scan is None else scan.digest for scan in found),
+        FirstReads(shards, unknown, checks) if unknown else None,
+    )
 
 
 def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -> None:

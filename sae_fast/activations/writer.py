@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.compression import dataset_options
-from sae_fast.activations.shard import DEFAULT_KEY, FORMAT_NAME, FORMAT_VERSION
+from sae_fast.activations.row_digest import RowDigest
+from sae_fast.activations.shard import DEFAULT_KEY, FORMAT_NAME, FORMAT_VERSION, ROW_DIGEST
 from sae_fast.activations.storage import (
     BFLOAT16,
     STORAGES,
@@ -102,6 +103,7 @@ class ShardWriter:
         self._chunk_rows = chunk_rows
         self._filters = dataset_options(compression)
         self._digest = hashlib.sha256()
+        self._row_digest: RowDigest | None = None  # once the width of a row is known
         self._pending: dict[str, list[Array]] = {}
         self._pending_rows = 0
         self._d_in = 0
@@ -151,6 +153,8 @@ class ShardWriter:
         for name, column in columns.items():
             self._pending.setdefault(name, []).append(column)
         self._digest.update(rows.data)
+        if len(rows):
+            self._note_rows(rows)
         self.rows += len(rows)
         self._pending_rows += len(rows)
         self._flush(whole_chunks=True)
@@ -196,6 +200,14 @@ class ShardWriter:
                 f"{self.path}: row {self.rows + int(bad[0])} is not finite in {self._storage.name}"
             )
         return rows
+
+    def _note_rows(self, rows: Array) -> None:
+        """Add rows to the digest that has no order, which is checked as they are first read."""
+        if self._row_digest is None:
+            self._row_digest = RowDigest(self._d_in * self._storage.itemsize)
+        hashes = np.empty(len(rows), np.uint64)
+        self._row_digest.hash(rows, hashes)
+        self._row_digest.add(self.rows, hashes)
 
     def _flush(self, *, whole_chunks: bool) -> None:
         """Write pending rows; before the end only whole chunks, so that each is written once."""
@@ -249,6 +261,8 @@ class ShardWriter:
             "rows": self.rows,
             "checksum": f"sha256:{self._digest.hexdigest()}",
         }
+        if self._row_digest is not None:
+            own[ROW_DIGEST] = self._row_digest.text()
         for name, value in {**self._metadata.attributes(), **own}.items():
             self._file.attrs[name] = value
         if self._storage is BFLOAT16:

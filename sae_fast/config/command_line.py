@@ -35,6 +35,7 @@ from sae_fast.config.setting import MISMATCH, Rules, convert, describe, rules_of
 
 _SWITCH_WORDS = {"true": True, "false": False}
 _HELP = ("-h", "--help", "--help-all")
+_VERSION = "--version"
 _WIDEST, _NARROWEST = 100, 50  # columns of help
 _COLUMN = 29  # where the texts of the short help begin
 
@@ -89,7 +90,8 @@ class Flag:
         if self.rules.positional:
             return []
         negative = [f"no_{self.name}"] if self.is_switch and self.default else []
-        return [_spelt(name) for name in (self.name, *self.aliases, *negative)]
+        names = sorted((self.name, *self.aliases), key=lambda name: name != self.rules.spelt)
+        return [_spelt(name) for name in (*names, *negative)]
 
     @property
     def is_switch(self) -> bool:
@@ -147,6 +149,7 @@ class CommandLine:
         defaults: defaults that help shows in place of the defaults of the fields.
         refused: by name of a field that is no flag of this command, the words that say so.
         hidden: names of fields that help leaves out.
+        note: the last lines of the help.
     """
 
     usage: str
@@ -155,14 +158,18 @@ class CommandLine:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     hidden: Collection[str] = ()
+    note: str = ""
 
     def read(self, arguments: Sequence[str]) -> Given:
         """Return the values that a command line gives, by section and field; print help if asked.
 
         Raises:
             ValueError: in one line that names the flag at fault and what helps.
-            SystemExit: with code 0, after help.
+            SystemExit: with code 0, after help or the version.
         """
+        if _VERSION in arguments:
+            print(version())
+            raise SystemExit(0)
         if asked := [word for word in arguments if word in _HELP]:
             print(self.help(everything="--help-all" in asked))
             raise SystemExit(0)
@@ -198,7 +205,7 @@ class CommandLine:
             raise ValueError(self._unknown(word, key, names))
         if flag.name in self.refused:
             raise ValueError(f"{word} {self.refused[flag.name]}")
-        if key in flag.aliases:
+        if key in flag.aliases and key != flag.rules.spelt:
             word = _spelt(flag.name)
         if flag.is_switch:
             is_on = positive == key
@@ -262,12 +269,23 @@ class CommandLine:
                 if flag.rules.heading or number == 0:
                     lines += ["", flag.rules.heading or "Flags"]
                 lines += _full(flag, width)
-            return "\n".join(lines)
+            return "\n".join([*lines, *self._note(width)])
         for section, group in itertools.groupby(brief, lambda flag: flag.section):
             lines += ["", self.sections[section].title]
             lines += itertools.chain.from_iterable(_short(flag, width) for flag in group)
         more = len(flags) - len(brief)
-        return "\n".join([*lines, "", f"--help-all shows {more} more flags, and all in full"])
+        last = f"--help-all shows {more} more flags, and all in full; --version the version"
+        return "\n".join([*lines, *self._note(width), "", last])
+
+    def _note(self, width: int) -> list[str]:
+        return ["", *textwrap.wrap(self.note, width)] if self.note else []
+
+
+def version() -> str:
+    """Return the name and the version of the package, as `--version` prints them."""
+    import sae_fast
+
+    return f"sae_fast {sae_fast.__version__}"
 
 
 def of_one(config: type[ConfigFile], usage: str) -> CommandLine:
@@ -353,15 +371,24 @@ def _metavar(kind: Any) -> str:
     return {int: "INT", float: "FLOAT", bool: "", Path: "PATH"}.get(kind, "TEXT")
 
 
-def _default(flag: Flag) -> str:
-    """Return the default for help; empty where there is none or the text says it."""
+def _default(flag: Flag, on_shards: str | None = None) -> str:
+    """Return the default for help; empty where there is none or the text says it.
+
+    Args:
+        flag: the setting; the command may have a default of its own.
+        on_shards: the default of a training on shards in words, where the field has none.
+    """
     value = flag.default
     if value is None or value == () or value is False:
         return ""
     if value is True:
         return " (default: on)"
     words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    return f" (default here: {words})" if flag.is_own_default else f" (default: {words})"
+    if not flag.is_own_default:
+        return f" (default: {words})"
+    elsewhere = flag.config.defaults()[flag.name] if on_shards is None else on_shards
+    also = "" if elsewhere is None else f"; on shards: {elsewhere}"
+    return f" (default here: {words}{also})"
 
 
 def _full(flag: Flag, width: int) -> list[str]:
@@ -375,13 +402,14 @@ def _full(flag: Flag, width: int) -> list[str]:
 
 def _short(flag: Flag, width: int) -> list[str]:
     value = flag.rules.metavar or ("" if flag.choices else _metavar(flag.value_kind))
-    name = value if flag.rules.positional else f"{_spelt(flag.name)} {value}".strip()
-    brief = flag.rules.brief or flag.text
+    spelt = _spelt(flag.rules.spelt or flag.name)
+    name = value if flag.rules.positional else f"{spelt} {value}".strip()
+    brief, on_shards = flag.rules.brief or flag.text, ""
     if flag.is_own_default:
-        brief = brief.partition("; default:")[0]
+        brief, _, on_shards = brief.partition("; default: ")
     text = f"{brief}: {', '.join(flag.choices)}" if flag.choices else brief
     if "default:" not in text:
-        text += _default(flag)
+        text += _default(flag, on_shards or None)
     indent = " " * _COLUMN
     wrapped = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
     return [f"  {name}".ljust(_COLUMN) + wrapped[0][_COLUMN:], *wrapped[1:]]

@@ -23,7 +23,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_thresh
 DEFAULT_K = 192  # of the architectures that have a k
 
 
-@configuration()
+@configuration(batch_sequences="batch_size")
 @dataclass(frozen=True)
 class CaptureConfig(ConfigFile):
     """Run a language model over a dataset and write the activations of its layers as shards."""
@@ -69,8 +69,14 @@ class CaptureConfig(ConfigFile):
         None, at_least=1, recipe="rows", brief="tokens of a sequence; default: 512"
     )
     """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
-    batch_size: int = setting(32, at_least=1, recipe="rows", brief="sequences in a forward pass")
-    """Sequences in a forward pass. [sequences]"""
+    batch_size: int = setting(
+        32,
+        at_least=1,
+        spelt="batch_sequences",
+        recipe="rows",
+        brief="sequences in a forward pass",
+    )
+    """Sequences in a forward pass, also --batch-size. [sequences]"""
     pack: bool = setting(True, recipe="rows")
     """Put one document after another in a sequence; encoders have one document in each anyway."""
     exclude_special_tokens: bool = setting(
@@ -116,7 +122,11 @@ class CaptureConfig(ConfigFile):
                 raise ValueError(f"layers are counted from 0, got {layer}")
 
 
-@configuration(checkpoint_every="save_every", wandb_log_every="wandb_log_frequency")
+@configuration(
+    checkpoint_every="save_every",
+    wandb_log_every="wandb_log_frequency",
+    batch_sequences="batch_size",
+)
 @dataclass(frozen=True)
 class FromModelConfig(ConfigFile):
     """Train on the activations of a model while it reads a dataset: MODEL DATASET, then flags.
@@ -138,9 +148,18 @@ class FromModelConfig(ConfigFile):
     layer_stride: int | None = setting(None)
     """Take every n-th block, in place of layers, and in the patterns of hook_points."""
     max_tokens: int = setting(1_000_000, at_least=1, brief="tokens to train on")
-    """Tokens to train on. [tokens]"""
-    batch_size: int = setting(4, at_least=1, brief="sequences in a forward pass")
-    """Sequences in a forward pass; a batch has this times ctx_len tokens. [sequences]"""
+    """Tokens to train on; on shards one pass over the data is the default. [tokens]"""
+    batch_size: int = setting(
+        4,
+        at_least=1,
+        spelt="batch_sequences",
+        brief="sequences in a forward pass",
+        instead={
+            "batch_tokens": "a batch has --batch-sequences sequences of --ctx-len tokens here"
+        },
+    )
+    """Sequences in a forward pass, also --batch_size; a batch has this times ctx_len tokens, on
+    shards it has batch_tokens, by default 4096. [sequences]"""
     ctx_len: int | None = setting(None, brief="tokens of a sequence; default: 512")
     """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
     heldout_tokens: int = setting(16_384, brief="tokens kept for evaluation")
@@ -164,15 +183,18 @@ class FromModelConfig(ConfigFile):
     )
     """Name of the run's directory; default: a new one, such as topk-k192-1."""
     save_every: int = setting(1000, at_least=0, command_only=True)
-    """Interval of the checkpoints; 0: only at the end. [steps]"""
+    """Interval of the checkpoints, on shards 500 by default; 0: only at the end. [steps]"""
     log_to_wandb: bool = setting(False, command_only=True)
-    """Log to Weights & Biases, to wandb_project or, without one, to sae_fast."""
+    """Log to Weights & Biases, to wandb_project or, without one, to sae_fast; also --logger
+    wandb."""
     wandb_log_frequency: int = setting(100, at_least=1, command_only=True)
-    """Interval of the rows that go to Weights & Biases. [steps]"""
+    """Interval of the rows that go to Weights & Biases and TensorBoard; on shards log_every is the
+    default. [steps]"""
     init_seeds: tuple[int, ...] = setting((42,), brief="an autoencoder is trained for each")
-    """Seeds of the initialisation; an autoencoder is trained for each of them."""
+    """Seeds of the initialisation; an autoencoder is trained for each of them. On shards the
+    default is seed 0."""
     shuffle_seed: int = setting(42)
-    """Seed of the order of documents and rows."""
+    """Seed of the order of documents and rows; on shards seed is the default."""
     text_column: str | None = setting(None, heading="Reading the dataset and the model")
     """Column of the dataset with the documents; default: text, or the only one with texts."""
     dataset_config: str | None = setting(None)

@@ -63,6 +63,7 @@ class Rules:
         heading: the heading of the help under which this setting and those after it stand.
         brief: one line for the short help; settings without it are in the full help only.
         metavar: stands for the value in help; default: made from the type.
+        spelt: the other name of the setting that help shows first; default: the field's name.
         positional: the value is given by its place on the command line, without a flag.
         bare: the value of the flag where none follows it.
         elsewhere: names of the setting in other trainers, for which an error proposes this one.
@@ -92,6 +93,7 @@ class Rules:
     heading: str = ""
     brief: str = ""
     metavar: str = ""
+    spelt: str = ""
     positional: bool = False
     bare: str = ""
     elsewhere: tuple[str, ...] = ()

@@ -23,6 +23,12 @@ _ADAM = Effect(
     lambda train: train.optimizer not in _AVERAGES_GRADIENTS,
 )
 
+_WANDB = Effect(
+    "logger wandb, or wandb_project",
+    lambda train: train.wandb_project is not None or "wandb" in train.logger,
+)
+DEFAULT_PROJECT = "sae_fast"  # of Weights & Biases
+
 
 def _has_sparsity(run: Run) -> bool:
     weights = run.sae.term_coefficients
@@ -35,7 +41,7 @@ def _has_more_terms(run: Run) -> bool:
     )
 
 
-@configuration(lr="learning_rate", use_amp="amp")
+@configuration(lr="learning_rate", use_amp="amp", batch_tokens="batch_size")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ConfigFile):
     """The training run: data, optimiser, schedule, precision, logging and checkpoints."""
@@ -46,6 +52,7 @@ class TrainConfig(ConfigFile):
     if TYPE_CHECKING:  # the other names of settings, which `configuration` adds
         lr: float = 0.0
         use_amp: bool | Literal["off", "bf16", "fp16"] = "off"
+        batch_tokens: int = 4096
 
     shard_dir: str | None = setting(
         None,
@@ -143,6 +150,12 @@ class TrainConfig(ConfigFile):
         ),
     )
     """Drop and count rows with NaN or infinity instead of stopping at them."""
+    verify: Literal["off", "lazy", "full"] = setting(
+        "full", on_resume="free", shards_only="the rows are computed, not read", of_files=True
+    )
+    """Checks of the shards. full: before the first step each is read once, unless it is known and
+    unchanged; lazy: rows are looked at when they are first read; off: only NaN and infinity are
+    noticed."""
     repeated_rows: Literal["refuse", "drop", "keep"] = setting(
         "refuse",
         shards_only="no row is left out, and all of them are computed",
@@ -156,10 +169,13 @@ class TrainConfig(ConfigFile):
         4096,
         at_least=1,
         decided_by="batch_size",
+        spelt="batch_tokens",
         heading="Batches and length",
         brief="tokens in a batch",
+        instead={"batch_sequences": "a batch of shards has --batch-tokens tokens"},
     )
-    """Tokens per forward pass; an optimiser step takes grad_acc_steps of these. [tokens]"""
+    """Tokens per forward pass, also --batch-size; an optimiser step takes grad_acc_steps of these.
+    [tokens]"""
     grad_acc_steps: int = setting(1, at_least=1)
     """Batches whose gradients are averaged into one optimiser step; the variance of fvu, target_l0
     and the selection of batch_topk are of the whole step. [batches]"""
@@ -338,7 +354,7 @@ class TrainConfig(ConfigFile):
     wandb_log_every: int | None = setting(
         None, at_least=1, on_resume="free", decided_by="wandb_log_frequency"
     )
-    """Interval of the rows that go to W&B; default: log_every. [steps]"""
+    """Interval of the rows that go to W&B and TensorBoard; default: log_every. [steps]"""
     eval_every: int = setting(500, at_least=0, on_resume="free")
     """Interval of the held-out evaluation; 0: only at the end. [steps]"""
     dead_percentage_threshold: float = setting(
@@ -358,6 +374,12 @@ class TrainConfig(ConfigFile):
         decided_by="save_every",
     )
     """Interval of the checkpoints; 0: only at the end. [steps]"""
+    checkpoint_minutes: float | None = setting(None, above=0, on_resume="free")
+    """Write a checkpoint also when so much time has passed since the last one; default: only every
+    checkpoint_every steps. [minutes]"""
+    max_hours: float | None = setting(None, above=0, on_resume="free")
+    """Write a checkpoint and stop when this process has trained for so long; the exit code is 75
+    then, and the run goes on with resume_from. At least one step is made. [hours]"""
     keep_checkpoints: int = setting(3, at_least=1, on_resume="free")
     """Number of the last checkpoints that are kept. [checkpoints]"""
     checkpoint_dir: str | None = setting(
@@ -378,6 +400,9 @@ class TrainConfig(ConfigFile):
         elsewhere=("resume",),
     )
     """Continue a run from latest or best of checkpoint_dir, a checkpoint, or another run."""
+    logger: tuple[Literal["wandb", "tensorboard", "none"], ...] = setting((), on_resume="free")
+    """Where metrics go beside metrics.jsonl: wandb, tensorboard, both, or none; default: wandb
+    where wandb_project is given. TensorBoard's files lie in the directory of the run."""
     wandb_project: str | None = setting(
         None,
         on_resume="free",
@@ -385,9 +410,18 @@ class TrainConfig(ConfigFile):
         brief="log to this project of Weights & Biases",
         elsewhere=("wandb", "log_to_wandb", "use_wandb"),
     )
-    """Weights & Biases project to log to; default: none."""
+    """Weights & Biases project to log to; default: none, with logger wandb it is sae_fast."""
+    wandb_entity: str | None = setting(None, on_resume="free", metavar="NAME", needs=_WANDB)
+    """User or team of Weights & Biases that the project belongs to; default: your own."""
+    wandb_name: str | None = setting(None, on_resume="free", metavar="NAME", needs=_WANDB)
+    """Name of the run in Weights & Biases; default: the name of its directory. The trainings of a
+    sweep add their own."""
+    wandb_group: str | None = setting(None, on_resume="free", metavar="NAME", needs=_WANDB)
+    """Group of the run in Weights & Biases; default: none, of a sweep the name of its directory."""
+    wandb_tags: tuple[str, ...] = setting((), on_resume="free", metavar="TAG", needs=_WANDB)
+    """Tags of the run in Weights & Biases."""
     no_wandb: bool = setting(False, on_resume="free")
-    """Do not log to Weights & Biases, whatever wandb_project says."""
+    """Do not log to Weights & Biases, whatever wandb_project and logger say."""
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
@@ -398,6 +432,14 @@ class TrainConfig(ConfigFile):
             )
         if self.optimizer == "schedule_free_signum":
             self._check_schedule_free()
+        if "none" in self.logger and len(self.logger) > 1:
+            raise ValueError(f"logger none stands alone, got {' '.join(self.logger)}")
+        if self.verify != "full" and self.repeated_rows == "drop":
+            raise ValueError(
+                f"repeated_rows drop needs verify full, which finds the rows, got {self.verify!r}"
+            )
+        if self.verify == "lazy" and self.skip_nonfinite:
+            raise ValueError("skip_nonfinite needs verify full or off, got 'lazy'")
         self._check_mix()
         self._check_cache()
         check_effects(self)
@@ -461,6 +503,17 @@ class TrainConfig(ConfigFile):
                 f"device_cache needs a GPU, got device = {self.device!r}: "
                 "keep_in_memory keeps the rows in memory"
             )
+
+    @property
+    def loggers(self) -> tuple[Literal["wandb", "tensorboard"], ...]:
+        """The services and files that metrics go to beside metrics.jsonl."""
+        is_open = not self.logger and self.wandb_project is not None
+        found: list[Literal["wandb", "tensorboard"]] = []
+        if (is_open or "wandb" in self.logger) and not self.no_wandb:
+            found.append("wandb")
+        if "tensorboard" in self.logger:
+            found.append("tensorboard")
+        return tuple(found)
 
     @property
     def mix_weights(self) -> tuple[tuple[str, Fraction], ...]:

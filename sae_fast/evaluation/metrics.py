@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 
 import torch
@@ -59,6 +59,7 @@ def evaluate(
     targets: Iterable[Tensor] | None = None,
     dead_rate: float = 0.0,
     ordinary_norm: float | None = None,
+    note_rates: Callable[[Tensor], object] | None = None,
 ) -> dict[str, float]:
     """Return the FVU, the L0 and the share of latents that hardly ever fire on held-out rows.
 
@@ -74,6 +75,7 @@ def evaluate(
             on exactly this share does not.
         ordinary_norm: what `largest_ordinary_norm` gives; the FVU of the rows up to it is added
             where it is another one.
+        note_rates: called with the share of the rows on which each latent fires, [F] float64.
     """
     device = sae.W_enc.device
     sums, ordinary = (_Sums(sae.config.target_width, device) for _ in range(2))
@@ -94,6 +96,8 @@ def evaluate(
             active += code.l0().sum()
             fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
             rows += len(x)
+    if note_rates is not None:
+        note_rates(fired.double() / rows)
     fvu, extra = sums.fvu(), {}
     if ordinary_norm is not None and fvu > 0:
         ratio = ordinary.fvu() / fvu

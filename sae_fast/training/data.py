@@ -58,6 +58,12 @@ class OpenedSource(NamedTuple):
     targets: ShardMix | Tensor | None = None
 
 
+def check_one_heldout(config: TrainConfig, *, is_given: bool) -> None:
+    """Raise ValueError where held-out rows are given beside held-out shards."""
+    if is_given and config.heldout is not None:
+        raise ValueError(f"heldout = {config.heldout!r}, and a tensor: give one of the two")
+
+
 def open_source(
     config: TrainConfig,
     sae: SAEConfig,
@@ -85,7 +91,7 @@ def open_source(
     if data is None:
         is_scaled = sae.normalize_activations != "none" and config.resume_from is None
         shards = open_training_shards(config, [sae], scans, sample=is_scaled)
-        return OpenedSource("shards", _open_stream(config, shards, device), shards, shards.targets)
+        return OpenedSource("shards", open_stream(config, shards, device), shards, shards.targets)
     if isinstance(data, SharedShards):
         shards = data.shards
         reader = data.source.reader(_all, shards.d_in, shards.columns, full_origin(shards))
@@ -150,8 +156,7 @@ class TrainingData:
     ) -> None:
         if heldout_columns is not None and heldout is None:
             raise ValueError("heldout_columns go with heldout, and none is given")
-        if heldout is not None and config.heldout is not None:
-            raise ValueError(f"heldout = {config.heldout!r}, and a tensor: give one of the two")
+        check_one_heldout(config, is_given=heldout is not None)
         self._config = config
         self._sae = sae
         self.scans = data.scans if isinstance(data, SharedShards) else known_scans(config)
@@ -168,6 +173,7 @@ class TrainingData:
         self._heldout_identity: dict[str, Any] | None = None
         self._heldout_parts: ShardSet | dict[str, Tensor] = {}
         self.heldout = self._open_heldout(heldout, targets)
+        self.scans.save_beside_manifests()
 
     def normalization(self) -> Transform:
         """Estimate the mean of the rows, and the scale that brings their norm to sqrt(D)."""
@@ -197,9 +203,7 @@ class TrainingData:
 
     def has_names(self, *, of_targets: bool = False) -> bool:
         """Return whether any file has a name for its data, as a bare tensor or array has not."""
-        sets = [] if self._shards is None else self._shards.sets
-        known = [part.targets if of_targets else part for part in sets]
-        return any(_is_named(shard) for part in known if part for shard in part.shards)
+        return self._shards is not None and have_names(self._shards, of_targets=of_targets)
 
     @property
     def heldout_identity(self) -> dict[str, Any] | None:
@@ -294,6 +298,12 @@ def _require_tensor(what: str, given: object) -> None:
         raise ValueError(f"{what} must be a tensor (see torch.as_tensor), got {kind}")
 
 
+def have_names(shards: ShardMix, *, of_targets: bool = False) -> bool:
+    """Return whether any file has a name for its data, as a bare tensor or array has not."""
+    known = [part.targets if of_targets else part for part in shards.sets]
+    return any(_is_named(shard) for part in known if part for shard in part.shards)
+
+
 def _is_named(shard: Shard) -> bool:
     with open_shard(shard) as file:
         return file.has(shard.key)
@@ -318,7 +328,8 @@ def share_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> SharedShards
     """Open the shards of a run for a training of each model, on the same batches."""
     scans = known_scans(config)
     shards = open_training_shards(config, saes, scans)
-    stream = _open_stream(config, shards, checked_device(config.device))
+    scans.save_beside_manifests()
+    stream = open_stream(config, shards, checked_device(config.device))
     return SharedShards(shards, SharedSource(stream, len(saes)), scans)
 
 
@@ -329,7 +340,7 @@ def known_scans(config: TrainConfig) -> ScanRecord:
     return ScanRecord.load(Path(config.checkpoint_dir) / RECORD_NAME)
 
 
-def _open_stream(config: TrainConfig, shards: ShardMix, device: torch.device) -> ActivationStream:
+def open_stream(config: TrainConfig, shards: ShardMix, device: torch.device) -> ActivationStream:
     """Open the batches of shards, for a device."""
     keep_on = torch.device("cpu") if config.keep_in_memory else None
     return ActivationStream(

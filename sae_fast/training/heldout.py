@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.metrics import evaluate, evaluate_slots, largest_ordinary_norm
 from sae_fast.training.data import TrainingData
@@ -17,6 +19,10 @@ class HeldoutEvaluation:
         data: of the run, with or without held-out rows.
         dead_rate: see `evaluate`.
         downstream: the model that continues from the reconstruction, and its held-out batches.
+
+    Attributes:
+        rates: the share of the rows on which each latent of the model fired at the last evaluation,
+            [F] float64; None before the first one, and without held-out rows.
     """
 
     def __init__(self, data: TrainingData, dead_rate: float, downstream: Downstream) -> None:
@@ -24,6 +30,7 @@ class HeldoutEvaluation:
         self._dead_rate = dead_rate
         self._downstream = downstream
         self._ordinary_norm: float | None = None
+        self.rates: Tensor | None = None
 
     def evaluate(
         self, sae: SparseAutoencoder, averaged: Callable[[], SparseAutoencoder] | None = None
@@ -45,7 +52,7 @@ class HeldoutEvaluation:
             outputs = rows[0] if rows[1] is None else rows[1]
             self._ordinary_norm = largest_ordinary_norm(outputs)
         rates = (self._dead_rate, self._ordinary_norm)
-        measured |= evaluate(sae, *rows, *rates)
+        measured |= evaluate(sae, *rows, *rates, note_rates=self._note_rates)
         measured |= self._downstream.evaluate(sae)
         if sae.config.arch == "slots" and self._data.heldout_labels:
             measured |= evaluate_slots(sae, self._data.heldout, self._data.heldout_labels)
@@ -53,3 +60,6 @@ class HeldoutEvaluation:
             of_average = evaluate(averaged(), *rows, *rates)
             measured |= {f"averaged_{name}": value for name, value in of_average.items()}
         return measured
+
+    def _note_rates(self, rates: Tensor) -> None:
+        self.rates = rates

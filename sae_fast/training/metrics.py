@@ -1,4 +1,4 @@
-"""The logs of a run's metrics: metrics.jsonl, one row a step, and Weights & Biases.
+"""The rows of a run's metrics, and metrics.jsonl, which has one row a step.
 
 Names: step, tokens, epoch, loss, recon_loss, l1_loss, decorr_loss, aux_loss, terms that only some
 architectures have (multi_topk_loss), fvu, l0, explained_variance (1 - fvu), activation_fraction,
@@ -16,10 +16,9 @@ these, by an estimate of their tokens where they are many.
 """
 
 import json
-import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ import torch
 from sae_fast.json_files import JSONError, is_integer, is_number, parse_json, shown
 
 Row = dict[str, Any]
-
-logger = logging.getLogger(__name__)
 
 STEP = "step"
 _LONGEST_ROW = 1 << 20  # bytes
@@ -77,8 +74,11 @@ class MetricsLog:
         if self.path is None:
             self._in_memory.append(row)
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # of which a full disk does not name the file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _lines(self) -> Iterator[tuple[Row, int]]:
         """Yield each row of the file and the byte at which it ends.
@@ -112,67 +112,6 @@ class MetricsLog:
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-class WandbLog:
-    """Weights & Biases, imported only when a project is named.
-
-    Args:
-        project: the project to log to.
-        directory: where it keeps its files (`WANDB_MODE=offline` leaves them all there).
-        config: the configuration of the run, flat or nested.
-        run_id: the run to continue; None for a new one.
-    """
-
-    def __init__(
-        self, project: str, directory: Path, config: dict[str, Any], run_id: str | None
-    ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            remedy = "install it (pip install 'sae_fast[wandb]') or pass --no-wandb"
-            raise ValueError(f"wandb_project = {project!r} needs wandb: {remedy}") from error
-        try:
-            self._run = wandb.init(
-                project=project,
-                dir=str(directory.resolve()),  # its service keeps the working directory it began in
-                config=config,
-                id=run_id,
-                resume="allow",
-                reinit="create_new",  # a sweep has several at a time
-            )
-            # After a resume rows repeat steps that W&B has seen, and it takes no value of its own
-            # step count twice.
-            self._run.define_metric(STEP)
-            self._run.define_metric("*", step_metric=STEP)
-        except Exception as error:  # without a key, a network, or with settings that it refuses
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"wandb_project = {project!r}: Weights & Biases does not start ({reason[:300]}); "
-                f"WANDB_MODE=offline keeps the log in {directory}, --no-wandb does without"
-            ) from error
-        self.run_id: str | None = self._run.id
-        self._has_failed = False
-
-    def write(self, row: Row) -> None:
-        """Log one row; its step is a metric, over which W&B draws the others."""
-        self._attempt(lambda: self._run.log(row))
-
-    def finish(self, summary: dict[str, Any], *, failed: bool = False) -> None:
-        """Record the summary and close the run."""
-        self._attempt(lambda: self._run.summary.update(summary))
-        self._attempt(lambda: self._run.finish(exit_code=1 if failed else 0))
-
-    def _attempt(self, work: Callable[[], object]) -> None:
-        """Do without W&B from its first failure on; metrics.jsonl has all rows in any case."""
-        if self._has_failed:
-            return
-        try:
-            work()
-        except Exception as error:
-            self._has_failed = True
-            reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("Weights & Biases fails and gets no more rows: %s", reason[:300])
 
 
 def _parse(line: bytes) -> Row:

@@ -10,6 +10,7 @@ from types import TracebackType
 
 import torch
 
+from sae_fast.log_output import BESIDE_BAR, has_log_file
 from sae_fast.progress_bar import progress_bar
 from sae_fast.training.metrics import Row
 
@@ -82,7 +83,8 @@ class StepClock:
 class ProgressBar:
     """Context manager: a progress bar with tokens/s, loss, FVU, L0 and the time left.
 
-    Without a terminal the figures are logged instead, a line every few seconds.
+    Where there is neither a terminal nor a notebook the figures are logged instead, a line every
+    few seconds; a log file gets these lines in any case.
 
     Args:
         total_tokens: tokens of the whole run.
@@ -135,10 +137,12 @@ class ProgressBar:
             text = f"mean of {len(logged)} trainings: {text}"
         self._bar.set_postfix_str(text, refresh=False)
         due = time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
-        if self._shown and self._bar.disable and (due or last):
+        is_logged = (self._shown and self._bar.disable) or has_log_file()
+        if is_logged and (due or last):
             self._last_line = time.monotonic()
             rate = row.get("tokens_per_second", 0.0)
-            logger.info("step %d: %s, %.0f tokens/s", row["step"], text, rate)
+            beside = {BESIDE_BAR: not self._bar.disable}
+            logger.info("step %d: %s, %.0f tokens/s", row["step"], text, rate, extra=beside)
 
 
 def _mean(rows: Sequence[Row]) -> Row:

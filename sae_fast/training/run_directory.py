@@ -105,6 +105,19 @@ class RunDirectory:
             self.hold()
             self.release()
 
+    def check_resumes(self, resumed: Checkpoint | None) -> Checkpoint | None:
+        """Return the checkpoint if it is one of the directory's.
+
+        Raises CheckpointError where it is not, and the directory holds a run.
+        """
+        own = resumed if resumed is not None and self.owns(resumed) else None
+        if own is None and (newest := self.checkpoints.newest()) is not None:
+            raise CheckpointError(
+                f"{self.path} already holds a run ({newest.name}): go on with it by "
+                "--resume-from latest, or name another --checkpoint-dir"
+            )
+        return own
+
     def release(self) -> None:
         """Let other runs use the directory.
 
@@ -128,12 +141,7 @@ class RunDirectory:
                 that is not resumed.
         """
         self.hold()
-        continued = resumed if resumed is not None and self.owns(resumed) else None
-        if continued is None and (newest := self.checkpoints.newest()) is not None:
-            raise CheckpointError(
-                f"{self.path} already holds a run ({newest.name}): go on with it by "
-                "--resume-from latest, or name another --checkpoint-dir"
-            )
+        continued = self.check_resumes(resumed)
         self.checkpoints.prepare()
         _remove_leftovers(self.path)
         if continued is None:

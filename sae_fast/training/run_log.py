@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig
 from sae_fast.training.best import Best
 from sae_fast.training.health import RunHealth
-from sae_fast.training.metrics import MetricsLog, Row, WandbLog
-from sae_fast.training.run_directory import RunDirectory
+from sae_fast.training.loggers import Loggers, open_loggers
+from sae_fast.training.metrics import MetricsLog, Row
+from sae_fast.training.run_directory import RunDirectory, run_name
 
 
 class RunLog:
-    """The metrics of one run, on disk and on Weights & Biases, its summary and its results.
+    """The metrics of one run, on disk and with its loggers, its summary and its results.
 
     Args:
         run: the directory of the run; None: rows are kept in memory and nothing is written.
@@ -36,7 +39,8 @@ class RunLog:
         self._run, self._config, self._health = run, config, health
         self._metrics = MetricsLog(None if run is None else run.metrics)
         self._metrics.rewind(step)
-        self._wandb: WandbLog | None = None
+        self._step = step
+        self._loggers: Loggers | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -44,32 +48,44 @@ class RunLog:
         return self._metrics.rows
 
     @property
-    def has_wandb(self) -> bool:
-        """Whether a run on Weights & Biases is open."""
-        return self._wandb is not None
+    def has_loggers(self) -> bool:
+        """Whether rows go to a logger beside metrics.jsonl."""
+        return self._loggers is not None
 
-    def open_wandb(self) -> None:
-        """Open the run on Weights & Biases, if the configuration asks for one."""
+    def open_loggers(self) -> None:
+        """Open the loggers that the configuration asks for; raise ValueError where one fails."""
         config = self._config.train
-        if config.wandb_project is not None and not config.no_wandb:
-            directory = Path.cwd() if self._run is None else self._run.path
-            given = config.wandb_project, directory, self._config.to_dict(), self.wandb_id
-            self._wandb = WandbLog(*given)
-            self.wandb_id = self._wandb.run_id
+        if not config.loggers:
+            return
+        self._loggers, self.wandb_id = open_loggers(
+            config,
+            self._config.to_dict(),
+            None if self._run is None else self._run.path,
+            name=None if self._run is None else run_name(self._run.path),
+            step=self._step,
+            wandb_id=self.wandb_id,
+        )
 
-    def write(self, row: Row, *, to_wandb: bool) -> None:
-        """Append a row, and log what it says about the training's health."""
+    def write(self, row: Row, *, to_loggers: bool, rates: Tensor | None = None) -> None:
+        """Append a row, and log what it says about the training's health.
+
+        Args:
+            row: of metrics.
+            to_loggers: whether the loggers get it too.
+            rates: the share of the held-out rows on which each latent fires [F], which loggers draw
+                as a histogram.
+        """
         self._metrics.write(row)
         self._health.watch(row)
-        if self._wandb is not None and to_wandb:
-            self._wandb.write(row)
+        if self._loggers is not None and to_loggers:
+            self._loggers.write(row, rates)
 
     def flush(self) -> None:
         """Flush the rows to the disk, so that no checkpoint outlives a row before it."""
         self._metrics.flush()
 
     def continue_wandb(self, run_id: str | None) -> None:
-        """Let `open_wandb` continue the run of this id; None: it opens a new one."""
+        """Let `open_loggers` continue the W&B run of this id; None: it opens a new one."""
         self.wandb_id = run_id
 
     def note_checkpoint(self, path: Path) -> None:
@@ -121,7 +137,7 @@ class RunLog:
         self._run.write_results(config, self.rows, self.summary)
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the run on Weights & Biases, with the summary, if it is open."""
-        if self._wandb is not None:
-            self._wandb.finish(self.summary, failed=failed)
-            self._wandb = None
+        """Close the loggers, with the summary."""
+        if self._loggers is not None:
+            self._loggers.finish(self.summary, failed=failed)
+            self._loggers = None

@@ -32,6 +32,23 @@ from sae_fast.training.labels import label_columns, needs_sequences
 logger = logging.getLogger(__name__)
 
 
+def describe_training_shards(config: TrainConfig, sae: SAEConfig) -> ShardMix:
+    """Open the shards to train on without reading a row, and without labels and sequences."""
+    parts = _parts(config)
+    sets = []
+    for name, _ in parts:
+        paths, held = find_shards(name, config.heldout)
+        targets = _target_files(config, sae, paths, config.target_shard_dir, held)
+        described = open_shards(paths, key=config.activations_key, verify=False, targets=targets)
+        sets.append(described)
+    return mix_shards(sets, [weight for _, weight in parts])
+
+
+def has_heldout_shards(config: TrainConfig) -> bool:
+    """Return whether there are shards to evaluate with."""
+    return any(find_shards(name, config.heldout)[1] for name, _ in _parts(config))
+
+
 def open_training_shards(
     config: TrainConfig, saes: Sequence[SAEConfig], record: ScanRecord, *, sample: bool = False
 ) -> ShardMix:
@@ -58,6 +75,8 @@ def open_training_shards(
         shards = open_shards(
             paths,
             key=config.activations_key,
+            verify=config.verify != "off",
+            lazy=config.verify == "lazy",
             skip_nonfinite=config.skip_nonfinite,
             columns=tuple(labels),
             whole_sequences=whole_sequences,
@@ -93,6 +112,8 @@ def open_heldout_shards(
     shards = open_shards(
         held,
         key=config.activations_key,
+        verify=config.verify != "off",
+        lazy=config.verify == "lazy",
         skip_nonfinite=config.skip_nonfinite,
         columns=label_columns(sae) if sae.arch == "slots" else (),
         targets=_heldout_target_files(config, sae, held),

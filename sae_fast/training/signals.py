@@ -1,4 +1,4 @@
-"""Stopping at the next step boundary when SIGINT or SIGTERM arrives."""
+"""Signals to a training: stop at the next step boundary, or write a checkpoint there and go on."""
 
 import contextlib
 import os
@@ -11,27 +11,39 @@ from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 INTERRUPTED = "error: interrupted; what was saved before is intact\n"
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+SAVING = signal.SIGUSR1
 
 
 class StopOnSignal:
-    """Context manager: note the first SIGINT or SIGTERM; a second SIGINT interrupts at once.
+    """Context manager: note signals, on which the training acts between two steps.
 
-    The second one is handed to the handler that was there before: Python's own raises
-    KeyboardInterrupt, the one of `run_program` ends the process. Entered again inside itself, the
-    context manager changes nothing.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR2 stop the training, which writes a checkpoint first; SIGUSR1
+    asks for a checkpoint and lets it go on. SIGHUP does nothing where it is ignored already, as
+    behind nohup.
+
+    A second SIGINT interrupts at once: it is handed to the handler that was there before. Python's
+    own handler raises KeyboardInterrupt, the one of `run_program` ends the process. Entered again
+    inside itself, the context manager changes nothing.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
+
+    Attributes:
+        received: the last signal that stops the training; None: there was none.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._is_save_asked = False
         self._depth = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
         self._depth += 1
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (*STOPPING, SAVING):
+                if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -47,7 +59,15 @@ class StopOnSignal:
                 signal.signal(number, handler)
             self._previous.clear()
 
+    def take_save(self) -> bool:
+        """Return whether SIGUSR1 has asked for a checkpoint since the last call."""
+        asked, self._is_save_asked = self._is_save_asked, False
+        return asked
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVING:
+            self._is_save_asked = True
+            return
         if self.received is signal.SIGINT and number == signal.SIGINT:
             previous = self._previous.get(signal.SIGINT)
             if callable(previous):

@@ -16,7 +16,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +38,17 @@ from sae_fast.config.fields import field_names, reject_unknown_keys
 from sae_fast.config.sae import without_other_size
 from sae_fast.config.setting import rules_of
 from sae_fast.json_files import read_json, shown
+from sae_fast.log_output import show_log
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
 from sae_fast.training.metrics import Row
+from sae_fast.training.preflight import check_before_reading
 from sae_fast.training.progress import ProgressBar
 from sae_fast.training.run_directory import in_mode_directory
 from sae_fast.training.signals import StopOnSignal
+from sae_fast.training.start import resumed_checkpoint
 from sae_fast.training.trainer import Trainer
+from sae_fast.training.wall_clock import WallClock
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +67,12 @@ class Sweep:
         configs: of each training, by its name; see `read_sweep`.
         make: makes the trainer of one, all of them readers of one shared source; None: the shards
             in `shard_dir` are shared.
-        stop: tells when to stop; None: at SIGINT and SIGTERM, during `train`.
-        show_progress: whether to show a progress bar.
+        stop: tells when to stop; None: signals do, during `train`.
+        show_progress: as of a `Trainer`.
 
     Attributes:
         trainers: by name.
+        is_out_of_time: True where `max_hours` have ended `train` before its last step.
 
     Raises:
         ValueError: naming the training whose data, configuration, memory or directory is wrong.
@@ -86,12 +91,17 @@ class Sweep:
             raise ValueError("a sweep needs at least one training")
         self._stop = stop
         self._show_progress = show_progress
+        if show_progress:
+            show_log()
+        self._wall_clock = WallClock(next(iter(configs.values())).train)
+        self.is_out_of_time = False
         self._opened = ExitStack()
-        make = make or _on_shards(list(configs.values()))
+        configs = at_one_step(configs)
+        make = make or _on_shards(configs)
         self.trainers: dict[str, Trainer] = {}
-        for name, config in at_one_step(configs).items():
+        for name, config in configs.items():
             try:
-                self.trainers[name] = make(name, config)
+                self.trainers[name] = make(name, told_apart(name, config))
             except BaseException as error:
                 self._close()
                 if isinstance(error, ValueError):
@@ -110,9 +120,12 @@ class Sweep:
         """
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
             while (left := self._unfinished()) and stop.received is None:
-                rows = self.advance()
+                if self.is_out_of_time:
+                    break
+                rows = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
                 progress.advance(sum(trainer.tokens_per_step for trainer in left))
                 progress.show(rows, last=not self._unfinished())
+                self.is_out_of_time = bool(self._unfinished()) and self._wall_clock.is_over
         return {name: trainer.model() for name, trainer in self.trainers.items()}
 
     def __enter__(self) -> Sweep:
@@ -140,15 +153,19 @@ class Sweep:
                 trainer.finish(prune=False)
             self._prune()
 
-    def advance(self) -> list[Row]:
+    def advance(self, *, save: bool = False) -> list[Row]:
         """Make one step of each training that is not complete; return the rows they logged.
 
         A row is empty where none was due; see `Trainer.advance`.
+
+        Args:
+            save: whether each writes a checkpoint also where `checkpoint_every` asks for none.
         """
         left = self._unfinished()
         saved = [trainer.saved_step for trainer in left]
-        rows = [trainer.advance(prune=False) for trainer in left]
+        rows = [trainer.advance(prune=False, save=save) for trainer in left]
         if saved != [trainer.saved_step for trainer in left]:
+            self._wall_clock.note_save()
             self._prune()
         return rows
 
@@ -227,6 +244,25 @@ def with_settings(base: RunConfig, name: str, settings: Mapping[str, Any]) -> Ru
     if base.train.checkpoint_dir is not None:
         train["checkpoint_dir"] = str(Path(base.train.checkpoint_dir) / name)
     return RunConfig(sae=SAEConfig.from_dict(sae), train=TrainConfig.from_dict(train))
+
+
+def told_apart(name: str, config: RunConfig) -> RunConfig:
+    """Return the configuration of one training, with its name and group for Weights & Biases.
+
+    Args:
+        name: of the training in its sweep, behind which the name of the run is given.
+        config: of the training; without W&B it is returned as it is.
+    """
+    train = config.train
+    if "wandb" not in train.loggers:
+        return config
+    group = train.wandb_group
+    if group is None and train.checkpoint_dir is not None:
+        place = Path(train.checkpoint_dir).resolve()
+        group = place.parents[len(Path(name).parts) - 1].name
+    full = name if train.wandb_name is None else f"{train.wandb_name}/{name}"
+    named = replace(train, wandb_name=full, wandb_group=group)
+    return RunConfig(sae=config.sae, train=named)
 
 
 def for_every_layer(
@@ -309,10 +345,16 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     }
 
 
-def _on_shards(configs: Sequence[RunConfig]) -> MakeTrainer:
+def _on_shards(configs: Mapping[str, RunConfig]) -> MakeTrainer:
     """Return what makes trainers on shards; trainers with the same directory share them."""
     sharing: dict[str | None, list[RunConfig]] = {}
-    for config in configs:
+    for name, config in configs.items():
+        train = in_mode_directory(config.sae, config.train)
+        own = RunConfig(sae=config.sae, train=train)
+        try:
+            check_before_reading(own, resumed_checkpoint(train))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         sharing.setdefault(config.train.shard_dir, []).append(config)
     shared = {
         place: share_shards(group[0].train, [config.sae for config in group])

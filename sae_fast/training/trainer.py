@@ -26,7 +26,11 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
 from sae_fast.json_files import require
+from sae_fast.log_output import show_log
 from sae_fast.ops.native import build_info, describe_kernels
+from sae_fast.report.panels import with_target
+from sae_fast.report.picture import Picture, picture_of
+from sae_fast.report.plot import plot_run
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
@@ -46,6 +50,7 @@ from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
 from sae_fast.training.optimizer.weight_average import WeightAverage
+from sae_fast.training.preflight import check_before_reading
 from sae_fast.training.progress import ProgressBar, StepClock
 from sae_fast.training.random_state import (
     random_tensors,
@@ -59,7 +64,10 @@ from sae_fast.training.run_directory import (
     FINAL,
     RunDirectory,
     check_holds_no_runs,
+    describe,
     in_mode_directory,
+    run_name,
+    run_title,
 )
 from sae_fast.training.run_log import RunLog
 from sae_fast.training.schedule import make_schedules
@@ -77,6 +85,7 @@ from sae_fast.training.start import (
     warn_of_other_units,
 )
 from sae_fast.training.step import TrainingStep
+from sae_fast.training.wall_clock import WallClock
 
 __all__ = ["Trainer", "TrainingError"]
 
@@ -105,10 +114,12 @@ class Trainer:
         heldout_columns: beside a tensor `heldout` the labels of arch slots, for its accuracies,
             and targets.
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
-        stop: what tells to stop; None: SIGINT and SIGTERM do, during `train`.
-        show_progress: whether to show a progress bar.
+        stop: what tells to stop; None: signals do, during `train`.
+        show_progress: whether to show a progress bar, and the log lines of the package where
+            `logging` is not set up.
 
     Attributes:
+        is_out_of_time: True where `max_hours` have ended `train` before its last step.
         was_complete: True where all steps had been made when the run was resumed: then `train`
             only writes those results that are missing.
 
@@ -132,6 +143,9 @@ class Trainer:
         show_progress: bool = True,
     ) -> None:
         sae_config, train_config = _both_configs(sae_config, train_config)
+        clock = WallClock(train_config)
+        if show_progress:
+            show_log()
         _check_variance(sae_config, train_config)
         self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
@@ -140,6 +154,9 @@ class Trainer:
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = resumed_checkpoint(train_config)
+        if data is None:
+            config = RunConfig(sae=sae_config, train=train_config)
+            check_before_reading(config, checkpoint, has_heldout=heldout is not None)
         given = (data, heldout, self.device, sae_config, columns, heldout_columns)
         self.data = TrainingData(train_config, *given)
         self.source = self.data.source
@@ -172,6 +189,7 @@ class Trainer:
         has_heldout = self.data.heldout is not None
         self._best_rule = BestRule(self.sae_config, self.schedules, has_heldout=has_heldout)
         self._stop, self._show_progress = stop, show_progress
+        self._wall_clock, self.is_out_of_time = clock, False
         self.saved_step = -1
         self._warning: str | None = None
         self._is_open = False
@@ -200,9 +218,12 @@ class Trainer:
         """
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
             while self.step < self.total_steps and stop.received is None:
-                row = self.advance()
+                row = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
                 progress.advance(self.tokens_per_step)
                 progress.show([row], last=self.step == self.total_steps)
+                self.is_out_of_time = self.step < self.total_steps and self._wall_clock.is_over
+                if self.is_out_of_time:
+                    break
         return self.model()
 
     def _progress(self) -> ProgressBar:
@@ -234,7 +255,7 @@ class Trainer:
 
     @torch.inference_mode(False)
     @torch.enable_grad()
-    def advance(self, *, prune: bool = True) -> Row:
+    def advance(self, *, prune: bool = True, save: bool = False) -> Row:
         """Make one optimiser step, then log, evaluate and save what is due after it.
 
         On a GPU the step may only have been launched when this returns. Call it inside
@@ -242,6 +263,7 @@ class Trainer:
 
         Args:
             prune: whether a checkpoint that is written replaces the oldest; see `keep_checkpoints`.
+            save: whether to write a checkpoint also where `checkpoint_every` does not ask for one.
 
         Returns the row of metrics that was logged, empty where none was due. Raises what `train`
         does, and RuntimeError where the trainer is not open or all its steps are made.
@@ -254,7 +276,7 @@ class Trainer:
             self.step += 1
             self.tokens += self.tokens_per_step
             self.clock.count_step()
-            return self._report(prune)
+            return self._report(prune, save=save)
 
     @torch.inference_mode(False)
     def finish(self, *, prune: bool = True) -> None:
@@ -326,6 +348,28 @@ class Trainer:
     def history(self) -> list[Row]:
         """The rows of metrics so far, those before a resume included."""
         return self._log.rows
+
+    def plot(self, path: str | Path | None = None) -> Picture:
+        """Draw the metrics so far, one panel a quantity; a notebook shows the picture.
+
+        It is shown where it is the value of a cell; elsewhere call IPython's `display` on it.
+
+        Args:
+            path: also write the panels into this file, a .png, .pdf or .svg.
+
+        Raises ValueError where nothing has been logged yet.
+        """
+        if not (rows := self.history):
+            raise ValueError(
+                f"nothing has been logged yet: log_every is {self.train_config.log_every}"
+            )
+        rows = with_target(rows, self.sae_config.target_l0)
+        title = describe(self.sae_config)
+        if self._run is not None:
+            title = run_title(run_name(self._run.path), self.sae_config)
+        if path is not None:
+            plot_run(rows, Path(path), title)
+        return picture_of(rows, title)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs beside the model that is saved: tensors and JSON values.
@@ -405,6 +449,7 @@ class Trainer:
             TrainingError: when a step since the last reading went wrong.
         """
         self.saved_step = self.step
+        self._wall_clock.note_save()
         if self._run is None:
             return None
         self._launcher.read()
@@ -412,7 +457,15 @@ class Trainer:
         state, store = self.state_dict(), self._run.checkpoints
         path = store.save(state, self.model().save, best=best, prune=prune)
         self._log.note_checkpoint(path)
+        if self.data.scans.is_changed:
+            self._save_scans()
         return path
+
+    def _save_scans(self) -> None:
+        """Remember what was found in the shards, for this run and for others on them."""
+        assert self._run is not None
+        self.data.scans.save(self._run.path / RECORD_NAME)
+        self.data.scans.save_beside_manifests()
 
     def _open(self) -> None:
         if self._run is not None:
@@ -421,7 +474,7 @@ class Trainer:
             self.source.start()  # reads beside what comes first
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
-            self._log.open_wandb()
+            self._log.open_loggers()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
         self.clock.resume()
@@ -460,11 +513,11 @@ class Trainer:
     def _newest_checkpoint(self) -> Path | None:
         return None if self._run is None else self._run.checkpoints.newest()
 
-    def _report(self, prune: bool) -> Row:
+    def _report(self, prune: bool, *, save: bool) -> Row:
         """Log, evaluate and save what is due after a step; return the row that was logged."""
         config = self.train_config
-        look, save = self._is_due(config.eval_every), self._is_due(config.checkpoint_every)
-        tell = self._log.has_wandb and self._is_due(config.wandb_log_every or config.log_every)
+        look, save = self._is_due(config.eval_every), save or self._is_due(config.checkpoint_every)
+        tell = self._log.has_loggers and self._is_due(config.wandb_log_every or config.log_every)
         log = tell or self._is_due(config.log_every)
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
@@ -485,7 +538,8 @@ class Trainer:
         if row:
             epoch = self.batches.passes(self.tokens)
             row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
-            self._log.write(row, to_wandb=tell or look)
+            rates = self._heldout.rates if look else None
+            self._log.write(row, to_loggers=tell or look, rates=rates)
         if save or improved:
             self.save_checkpoint(best=improved, prune=prune)
         self.clock.resume()
@@ -534,7 +588,7 @@ class Trainer:
                 if self.was_complete:  # its files tell how it was trained
                     self._recorded = saved_config(checkpoint)
             self._run.write_config(self._recorded)
-            self.data.scans.save(self._run.path / RECORD_NAME)
+            self._save_scans()
         step = -1 if checkpoint is None else checkpoint.step
         self._log = RunLog(self._run, self.config, health, step)
         if self._run is not None and self.data.heldout is None:
@@ -587,7 +641,9 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
         warn_of_changes(checkpoint, self.config, self.schedules.rate, self.sae)
-        if self._run is not None and self._run.owns(checkpoint):
+        if self._run is None or not self._run.owns(checkpoint):
+            self._log.continue_wandb(None)  # another run, with a line of its own in the charts
+        else:
             self.saved_step = self.step
             self._log.note_checkpoint(self._run.checkpoints.path_of(self.step))
         logger.info("resumed from %s", checkpoint.path)

@@ -186,8 +186,9 @@ _tokenizers: list[Any] = []  # of a worker process
 
 def _begin_worker(path: str) -> None:
     """Begin a worker process, which ends with its parent, even a killed one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A terminal and a cluster send signals to every process of a command.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     start_thread(_end_with_parent, name="parent", does="watches the parent process")
     _tokenizers[:] = [pickle.loads(Path(path).read_bytes())]
 
