@@ -25,9 +25,11 @@ struct Barrier {
   uint64_t passed = 0;
 };
 
+using Place = std::array<void*, 5>;  // of __builtin_setjmp
+
 struct Fiber {
-  ucontext_t context{};
-  std::vector<char> stack = std::vector<char>(kStackBytes);
+  Place place{};
+  std::vector<char> stack;  // empty before its first turn
   Barrier* waits_for = nullptr;
   uint64_t passed_before = 0;
   bool finished = false;
@@ -44,9 +46,19 @@ std::vector<uint64_t> shared_memory;
 Barrier barrier_of_block;
 unsigned running = 0;  // threads of the block that have not returned
 unsigned current = 0;
-ucontext_t scheduler;
+Place scheduler;
 const std::function<void()>* kernel_body = nullptr;
 std::mt19937 order(1);
+
+// The two functions below change the stack. swapcontext would make two system calls each time, and
+// AddressSanitizer would clear its record of the whole stack.
+[[noreturn, gnu::noinline, gnu::no_sanitize_address]] void jump(Place& to) {
+  __builtin_longjmp(to.data(), 1);
+}
+
+[[gnu::noinline, gnu::no_sanitize_address]] void end_turn(Fiber& fiber) {
+  if (__builtin_setjmp(fiber.place.data()) == 0) jump(scheduler);
+}
 
 void pass_if_complete(Barrier& barrier, unsigned needed) {
   if (barrier.arrived == 0 || barrier.arrived < needed) return;
@@ -60,7 +72,7 @@ void wait_at(Barrier& barrier, unsigned needed) {
   fiber.passed_before = barrier.passed;
   ++barrier.arrived;
   pass_if_complete(barrier, needed);
-  while (barrier.passed == fiber.passed_before) swapcontext(&fiber.context, &scheduler);
+  while (barrier.passed == fiber.passed_before) end_turn(fiber);
   fiber.waits_for = nullptr;
 }
 
@@ -69,9 +81,30 @@ bool waits(const Fiber& fiber) {
 }
 
 void fiber_main() {
-  (*kernel_body)();
-  fibers[current].finished = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  for (;;) {  // a turn behind the end begins with the next block
+    (*kernel_body)();
+    fibers[current].finished = true;
+    end_turn(fibers[current]);
+  }
+}
+
+// Starts a fiber on a stack of its own.
+[[noreturn]] void start(Fiber& fiber) {
+  fiber.stack.resize(kStackBytes);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.data();
+  context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&context, fiber_main, 0);
+  setcontext(&context);
+  std::abort();
+}
+
+// Gives a fiber its turn.
+[[gnu::noinline, gnu::no_sanitize_address]] void take_turn(Fiber& fiber) {
+  if (__builtin_setjmp(scheduler.data()) != 0) return;
+  if (fiber.stack.empty()) start(fiber);
+  jump(fiber.place);
 }
 
 void start_block(unsigned threads) {
@@ -83,11 +116,6 @@ void start_block(unsigned threads) {
     Fiber& fiber = fibers[thread];
     fiber.finished = false;
     fiber.waits_for = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, fiber_main, 0);
   }
 }
 
@@ -102,7 +130,7 @@ bool take_turns(std::vector<unsigned>& threads, unsigned held_warp) {
     progress = true;
     current = thread;
     threadIdx = dim3(thread, 0, 0);
-    swapcontext(&scheduler, &fibers[thread].context);
+    take_turn(fibers[thread]);
     if (!fibers[thread].finished) continue;
     --running;
     pass_if_complete(barrier_of_block, running);  // as the hardware counts those that returned
