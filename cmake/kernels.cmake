@@ -15,7 +15,6 @@ set(isa_definitions_amx SAE_FAST_TILES)
 set(isa_definitions_amx_emulated SAE_FAST_TILES SAE_FAST_EMULATE_TILES)
 
 set(ISA_LEVELS portable)
-set(dispatch_definitions "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   list(APPEND ISA_LEVELS avx2 avx512 avx512vnni)
   include(CheckCXXSourceCompiles)  # the assembler may be older than the compiler
@@ -23,13 +22,21 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     SAE_FAST_HAS_TILE_INSTRUCTIONS)
   if(SAE_FAST_HAS_TILE_INSTRUCTIONS AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
     list(APPEND ISA_LEVELS amx)
-    list(APPEND dispatch_definitions SAE_FAST_WITH_AMX)
   endif()
   if(SAE_FAST_TESTS)  # the kernels of level amx on tiles in memory, for any processor with AVX2
     list(APPEND ISA_LEVELS amx_emulated)
-    list(APPEND dispatch_definitions SAE_FAST_WITH_EMULATED_AMX)
   endif()
 endif()
+if(SAE_FAST_SANITIZE MATCHES thread)
+  # The threads of all levels run the same code, apart from the code for tiles. ThreadSanitizer sees
+  # the loads and stores of emulated tiles, and misses those of the tile instructions.
+  list(FILTER ISA_LEVELS INCLUDE REGEX "^(portable|amx|amx_emulated)$")
+endif()
+set(dispatch_definitions "")
+foreach(level IN LISTS ISA_LEVELS)
+  string(TOUPPER SAE_FAST_WITH_${level} definition)
+  list(APPEND dispatch_definitions ${definition})
+endforeach()
 
 # Contraction improves accuracy and speed; -ffast-math would break NaN and infinities.
 add_library(kernel_flags INTERFACE)

@@ -34,17 +34,12 @@ if("amx_emulated" IN_LIST ISA_LEVELS)
     target_link_libraries(kernels_test PRIVATE tile_case_hardware)
   endif()
 endif()
-set(problems 60)
+set(problems 40)
 if(SAE_FAST_SANITIZE MATCHES thread)
-  set(problems 20)  # every problem uses as many threads and takes several times longer
+  set(problems 12)  # every problem uses as many threads and takes several times longer
 endif()
 math(EXPR emulated_problems "${problems} / 3")  # tiles in memory take five times longer
 foreach(level IN LISTS ISA_LEVELS)
-  # All levels share the code that threads run; under ThreadSanitizer those with code of their own
-  # for each product are enough.
-  if(SAE_FAST_SANITIZE MATCHES thread AND level MATCHES "^(avx2|avx512)$")
-    continue()
-  endif()
   set(level_problems ${problems})
   if(level STREQUAL "amx_emulated")
     set(level_problems ${emulated_problems})

@@ -17,7 +17,7 @@ int main(int argc, char** argv) {
   const long problems = argc > 1 ? std::atol(argv[1]) : 60;
   for (long seed = 0; seed < problems; ++seed) {
     sae_fast::testing::test_encode(static_cast<uint64_t>(seed));
-#if defined(SAE_FAST_WITH_EMULATED_AMX)
+#if defined(SAE_FAST_WITH_AMX_EMULATED)
     sae_fast::testing::test_tiles(static_cast<uint64_t>(seed));
 #endif
     sae_fast::testing::test_decode(static_cast<uint64_t>(seed));

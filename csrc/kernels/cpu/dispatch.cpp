@@ -13,29 +13,34 @@
 
 namespace sae_fast {
 
+// Defined by CMake are SAE_FAST_WITH_<LEVEL> of all levels that are compiled in.
 namespace portable {
 const cpu::Kernels& kernel_table();
 }
-#if defined(__x86_64__)
+#if defined(SAE_FAST_WITH_AVX2)
 namespace avx2 {
 const cpu::Kernels& kernel_table();
 }
+#endif
+#if defined(SAE_FAST_WITH_AVX512)
 namespace avx512 {
 const cpu::Kernels& kernel_table();
 }
+#endif
+#if defined(SAE_FAST_WITH_AVX512VNNI)
 namespace avx512vnni {
 const cpu::Kernels& kernel_table();
 }
+#endif
 #if defined(SAE_FAST_WITH_AMX)
 namespace amx {
 const cpu::Kernels& kernel_table();
 }
 #endif
-#if defined(SAE_FAST_WITH_EMULATED_AMX)
+#if defined(SAE_FAST_WITH_AMX_EMULATED)
 namespace amx_emulated {
 const cpu::Kernels& kernel_table();
 }
-#endif
 #endif
 
 namespace cpu {
@@ -74,17 +79,23 @@ std::vector<const Kernels*> available() {
       !__builtin_cpu_supports("f16c")) {
     return tables;
   }
-#if defined(SAE_FAST_WITH_EMULATED_AMX)
+#if defined(SAE_FAST_WITH_AMX_EMULATED)
   tables.push_back(&amx_emulated::kernel_table());
 #endif
+#if defined(SAE_FAST_WITH_AVX2)
   tables.push_back(&avx2::kernel_table());
+#endif
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return tables;
   }
+#if defined(SAE_FAST_WITH_AVX512)
   tables.push_back(&avx512::kernel_table());
+#endif
   if (!__builtin_cpu_supports("avx512vnni")) return tables;
+#if defined(SAE_FAST_WITH_AVX512VNNI)
   tables.push_back(&avx512vnni::kernel_table());
+#endif
 #if defined(SAE_FAST_WITH_AMX)
   if (has_tiles() && tile_permission() == 0) tables.push_back(&amx::kernel_table());
 #endif
