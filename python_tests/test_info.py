@@ -43,11 +43,13 @@ def test_the_report_names_the_instruction_set_in_use():
     assert bool(built["cuda"]) != bool(built["why_no_cuda"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sae_fast.build_info()["backend"] != "native", reason="no compiled module")
 def test_an_instruction_set_can_be_chosen():
     assert facts(run_info(SAE_FAST_ISA="portable"))["instruction set"].startswith("portable ")
 
 
+@pytest.mark.slow
 def test_the_reference_says_so_and_why():
     report = facts(run_info(SAE_FAST_NATIVE="0"))
     assert report["kernels"].startswith("pure-PyTorch reference")

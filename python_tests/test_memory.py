@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow_cases import slow_after
 
 from sae_fast.activations import write_shard
 from sae_fast.activations.shard import inspect_shard
@@ -71,7 +72,7 @@ def test_tensors_are_written_without_a_copy_of_them(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", LIMITS)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("use", slow_after(1, USES))
 def test_little_memory_is_an_error_and_no_signal(files, use, kind):
     codes = {code_of_child(lambda: USES[use](files), kind, n * MIB // 4) for n in range(12)}
     assert codes <= {3, 4}

@@ -82,6 +82,7 @@ def test_characters_that_an_encoding_lacks_are_escaped(tmp_path):
     assert done.stdout.startswith("\\udcff 0 ")
 
 
+@pytest.mark.slow
 def test_training_ends_well_though_nothing_reads_what_it_prints(tmp_path):
     write_shard(tmp_path / "a.h5", torch.randn(300, 8))
     flags = ["--k", "2", "--d-sae", "16", "--batch-size", "32", "--max-steps", "3"]
@@ -93,6 +94,7 @@ def test_training_ends_well_though_nothing_reads_what_it_prints(tmp_path):
     assert (tmp_path / "run" / "training_history.json").exists()
 
 
+@pytest.mark.slow
 def test_report_whose_reader_has_gone_is_quiet():
     gone = _gone()
     done = _run(["-m", "sae_fast.info"], gone, subprocess.PIPE)

@@ -135,6 +135,7 @@ def _refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # ---- plots -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_drawn_into_two_images(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(runs / "topk")]) == 0
     plots = runs / "topk" / "plots"
@@ -164,6 +165,7 @@ def test_everything_an_architecture_logs_has_its_panel(arch: str, trained: Path)
     assert len({panel.title for panel in panels}) == len(panels)
 
 
+@pytest.mark.slow
 def test_several_runs_are_drawn_over_each_other(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +290,7 @@ def test_a_configuration_of_another_version_costs_no_more_than_the_title(
     assert drawn[0]["title"] == "topk"
 
 
+@pytest.mark.slow
 def test_any_name_of_a_run_can_be_written_above_it(runs: Path, tmp_path: Path) -> None:
     strange = runs / f"_$a_{{$ {'long ' * 40}"
     (runs / "topk").rename(strange)

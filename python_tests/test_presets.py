@@ -6,6 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from slow_cases import slow_after
 
 import sae_fast.config
 from sae_fast.autoencoder import SparseAutoencoder
@@ -38,7 +39,7 @@ def test_every_preset_makes_complete_configurations(name):
     assert config.peak_learning_rate(sae.d_sae) > 0
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", slow_after(2, PRESETS))
 def test_a_preset_trains_from_the_command_line(name, tmp_path, capsys):
     d_in = preset(name).sae["d_in"]
     write_random_shard(tmp_path / "rows.h5", d_in)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import sysconfig
@@ -17,14 +18,15 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
-def documentation_strings() -> list[str]:
+@functools.cache
+def documentation_strings() -> tuple[str, ...]:
     """Return the standard library's documentation strings, file by file, each once."""
     found: dict[str, None] = {}
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if not _OTHERS & set(path.relative_to(library).parts):
             found.update(dict.fromkeys(_strings_in(path)))
-    return list(found)
+    return tuple(found)
 
 
 def write_documentation(path: Path) -> int:

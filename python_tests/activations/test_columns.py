@@ -94,6 +94,7 @@ CORPORA = st.lists(
 ).filter(lambda corpus: any(length > 1 for shard in corpus for length in shard))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(
     corpus=CORPORA,
@@ -132,6 +133,7 @@ def test_columns_go_with_their_rows(
         assert STARTS not in batches[0].columns
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(
     corpus=CORPORA,

@@ -100,6 +100,7 @@ def without_hdf5plugin(code: str, *arguments: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", PLUGINS)
 def test_without_hdf5plugin_reading_and_writing_name_the_extra(tmp_path, compression):
     path = tmp_path / "a.h5"
@@ -125,6 +126,7 @@ def test_without_hdf5plugin_reading_and_writing_name_the_extra(tmp_path, compres
     assert gzip == "2"
 
 
+@pytest.mark.slow
 def test_a_shard_is_read_by_a_process_that_never_wrote_one(tmp_path):
     path = tmp_path / "a.h5"
     write_shard(path, torch.full((8, 2), 3.0), compression="zstd")

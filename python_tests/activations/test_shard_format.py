@@ -98,6 +98,7 @@ def test_a_failed_write_leaves_the_old_shard_and_nothing_else(tmp_path):
     assert torch.equal(read_all(path), torch.zeros(4, 2))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_no_crash_at_exit(tmp_path):
     # A limit on file sizes replaces a full disk: the call that reserves space fails with both.
     # HDF5 2.0 kills the process at its end if its own write has failed.

@@ -56,6 +56,7 @@ def test_every_row_is_served_once_an_epoch(
         assert torch.equal(rows.sort().values, torch.arange(total, dtype=torch.float32))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),

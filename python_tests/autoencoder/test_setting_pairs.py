@@ -25,6 +25,7 @@ from setting_values import (
     values_of,
     with_all,
 )
+from slow_cases import slow_after
 from test_slots import correlation_sum
 from test_slots import plain_terms as plain_slots_terms
 from torch.nn import functional
@@ -173,7 +174,7 @@ def test_each_setting_is_refused_by_name_or_trained_as_in_plain_pytorch(arch):
     assert wrong((arch, settings) for settings in [{}, *VALUES]) == ""
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", slow_after(1, range(8)))
 def test_each_two_settings_are_refused_by_name_or_trained_as_in_plain_pytorch(part):
     tried = list(pairs())[part::8]
     assert len(tried) > 100

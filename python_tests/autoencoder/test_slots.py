@@ -295,6 +295,7 @@ def test_a_model_needs_its_counts(missing):
         SparseAutoencoder(SAEConfig(arch="slots", d_in=8, **fields))
 
 
+@pytest.mark.slow
 def test_heads_tell_apart_answers_by_the_strength_of_one_slot():
     """From their initial values heads learn to tell ten answers apart with a small rate."""
     generator = torch.Generator().manual_seed(0)

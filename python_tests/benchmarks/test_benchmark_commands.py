@@ -216,6 +216,7 @@ def test_presets_tells_memory_and_time_of_each(run, tmp_path):
     assert "\n\nmodular_addition: " in table
 
 
+@pytest.mark.slow
 def test_presets_refuses_a_name_that_is_none(tmp_path):
     command = [sys.executable, "-m", "benchmarks.presets", "--presets", "gpt5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

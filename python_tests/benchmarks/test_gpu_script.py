@@ -52,6 +52,7 @@ def test_help_says_what_the_exit_code_means():
     assert "build 1, tests 2, sanitizer 4, bench 8, profile 16" in " ".join(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_rehearsal_is_named(tmp_path):
     done = gpu_sh("--out", tmp_path)
@@ -59,6 +60,7 @@ def test_without_a_gpu_the_rehearsal_is_named(tmp_path):
     assert "--device cpu tries the script" in done.stderr
 
 
+@pytest.mark.slow
 def test_parts_without_time_fail_and_the_exit_code_says_which(tmp_path):
     parts = ["--only", "profile,sanitizer", "--no-build", "--seconds", "4"]
     done = gpu_sh("--device", "cpu", *parts, "--out", tmp_path)

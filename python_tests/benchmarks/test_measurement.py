@@ -168,6 +168,7 @@ def test_commands_are_recorded_without_paths(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_implementation_steps_in_a_process_of_its_own(tiny):
     with PeerProcess("eager", LOCAL_LOOP, sys.executable, tiny, 2, 1) as process:
         taken = [process.step(count) for count in (1, 3, 2)]
@@ -176,6 +177,7 @@ def test_an_implementation_steps_in_a_process_of_its_own(tiny):
     assert "torch" in process.versions
 
 
+@pytest.mark.slow
 def test_the_end_of_the_errors_of_a_failing_implementation_is_shown(tiny):
     impossible = dataclasses.replace(tiny, k=1000)
     with PeerProcess("eager", LOCAL_LOOP, sys.executable, impossible, 1, 1) as process:

@@ -62,6 +62,7 @@ def test_biographies_survive_json() -> None:
     assert Biographies.from_dict(json.loads(json.dumps(biographies.to_dict()))) == biographies
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
     for name, seed in (("one", 7), ("two", 7), ("three", 8)):
         flags = ("--steps", "3", "--seed", str(seed), "--out", str(tmp_path / name))
@@ -74,6 +75,7 @@ def test_same_seed_same_bits_and_another_seed_others(tmp_path: Path) -> None:
         assert one != three
 
 
+@pytest.mark.slow
 def test_held_out_people_are_in_no_training_shard(data: Path) -> None:
     entities = files.load(data).biographies.entities
     for layer in (0, 1):

@@ -183,6 +183,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "joint"
 
 
+@pytest.mark.slow
 def test_the_command_takes_the_layer_from_the_run(data: Path, run: Path, capsys: Any) -> None:
     out = run / "swap" / "table.json"
     flags = ("--data", str(data), "--strengths", "1", "4", "--out", str(out))

@@ -171,6 +171,7 @@ def test_copies_of_the_encoder_come_together():
         ops.fused_update_(*update(rounded=torch.zeros(20, 6), precision="fp32"))
 
 
+@pytest.mark.slow
 def test_a_daemon_thread_that_computes_does_not_disturb_the_end():
     code = (
         "import threading, torch\n"

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from slow_cases import slow_after
 
 import sae_fast
 
@@ -16,7 +17,7 @@ import sys, torch, sae_fast
 from sae_fast import ops
 torch.manual_seed(0)
 codes = []
-for n, d_in, d_sae, k in ((600, 96, 1000, 24), (130, 200, 3000, 300), (40, 33, 500, 5)):
+for n, d_in, d_sae, k in ((300, 96, 1000, 24), (70, 200, 3000, 300), (40, 33, 500, 5)):
     x, W = torch.randn(n, d_in), torch.randn(d_sae, d_in)
     b_enc, b_dec = torch.randn(d_sae), torch.randn(d_in)
     for precision in ("screened", "bf16", "fp16"):
@@ -52,7 +53,7 @@ def codes_of(tmp_path_factory):
 
 
 @pytest.mark.skipif(len(AVAILABLE) < 2, reason="one instruction set at most")
-@pytest.mark.parametrize("level", AVAILABLE[1:])
+@pytest.mark.parametrize("level", slow_after(1, AVAILABLE[:0:-1]))
 def test_codes_are_those_of_the_portable_kernels(codes_of, level):
     for (values, indices), (wanted, wanted_indices) in zip(
         codes_of(level)[0], codes_of("portable")[0], strict=True
@@ -63,7 +64,7 @@ def test_codes_are_those_of_the_portable_kernels(codes_of, level):
 
 
 @pytest.mark.skipif(len(AVAILABLE) < 2, reason="one instruction set at most")
-@pytest.mark.parametrize("level", AVAILABLE[1:])
+@pytest.mark.parametrize("level", slow_after(1, AVAILABLE[:0:-1]))
 def test_dense_products_are_those_of_the_portable_kernels(codes_of, level):
     products = zip(codes_of(level)[1], codes_of("portable")[1], strict=True)
     for product, wanted in products:

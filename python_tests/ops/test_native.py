@@ -96,6 +96,7 @@ def test_without_torch_every_command_ends_in_one_line(installation):
         assert errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_module_is_told_as_such(installation):
     (installation / MODULE).write_bytes(b"\0sae_fast built with torch 2.12.0+cpu\0")
     line = last_line(import_from(installation))
@@ -103,26 +104,31 @@ def test_a_damaged_module_is_told_as_such(installation):
     assert "run `pip install .`" in line
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_the_reference(installation):
     done = import_from(installation, "0")
     assert done.stdout == "{'backend': 'reference', 'reason': 'SAE_FAST_NATIVE=0 is set'}\n"
 
 
+@pytest.mark.slow
 def test_a_reference_install_says_what_it_is(installation):
     (installation / "_reference_install.py").touch()
     done = import_from(installation)
     assert "'reason': 'installed with SAE_FAST_NATIVE=0'" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_reference_install_is_refused_where_the_compiled_module_was_asked_for(installation):
     (installation / "_reference_install.py").touch()
     assert "no compiled module" in last_line(import_from(installation, "1"))
 
 
+@pytest.mark.slow
 def test_a_wrong_value_of_SAE_FAST_NATIVE_is_refused(installation):
     assert "SAE_FAST_NATIVE must be 0 or 1, got 'no'" in last_line(import_from(installation, "no"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.load() is None, reason="no compiled module")
 def test_an_unknown_instruction_set_is_an_error_that_lists_the_others():
     environment = {**os.environ, "SAE_FAST_ISA": "sse9"}
@@ -149,6 +155,7 @@ print(info.describe())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "amx" not in sae_fast.build_info().get("available_instruction_sets", ()),
     reason="this processor has no AMX, or the module was built without it",
@@ -162,6 +169,7 @@ def test_another_instruction_set_is_used_where_the_operating_system_refuses_tile
     assert "amx: the operating system does not hand out the tile registers (No space" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "info"])
 def test_a_command_refuses_a_wrong_variable_in_one_line(command):
     environment = {**os.environ, "SAE_FAST_NATIVE": "x", "PYTHONPATH": str(PACKAGE.parent)}
@@ -171,6 +179,7 @@ def test_a_command_refuses_a_wrong_variable_in_one_line(command):
     assert done.stderr == "error: SAE_FAST_NATIVE must be 0 or 1, got 'x'\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.load() is None, reason="no compiled module")
 def test_a_command_refuses_an_unknown_instruction_set_in_one_line():
     environment = {**os.environ, "SAE_FAST_ISA": "nonsense", "PYTHONPATH": str(PACKAGE.parent)}
@@ -213,6 +222,7 @@ def test_the_cause_of_a_failed_load_is_named(error, said, tmp_path):
     assert "\n" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     native.load() is None or sys.platform != "linux", reason="no compiled module, or no glibc"
 )
@@ -249,6 +259,7 @@ def elf_hash(name):
     return struct.pack("<I", value)
 
 
+@pytest.mark.slow
 def test_modules_of_other_pythons_are_named(installation):
     (installation / "_C.cpython-37m-x86_64-linux-gnu.so").touch()
     assert ", only for 3.7: run `pip install .`" in last_line(import_from(installation))

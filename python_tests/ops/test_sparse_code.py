@@ -25,6 +25,7 @@ def test_dense_holds_the_values_at_their_indices(code):
     assert torch.equal(sparse(code, 70).dense().double(), code.dense(70))
 
 
+@pytest.mark.slow
 def test_dense_makes_its_array_once():
     """Measured as the growth of the highest memory use of a process."""
     made = "SparseCode(torch.rand(256, 4), torch.zeros(256, 4, dtype=torch.int32), 2**18)"

@@ -42,6 +42,7 @@ def test_plot_is_a_readable_image(tmp_path: Path, rows: list[Row]) -> None:
         assert image.size[0] > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [_FULL[:1], _FULL, [*_FULL, _HELD_OUT]])
 def test_no_text_of_a_plot_lies_on_another(
     tmp_path: Path, rows: list[Row], figures: list[Figure]
@@ -87,6 +88,7 @@ def test_an_axis_is_logarithmic_where_values_span_much_and_are_above_0(
     assert with_zero == ["linear", "linear", "linear"]
 
 
+@pytest.mark.slow
 def test_every_axis_has_two_labels_or_more(tmp_path: Path, figures: list[Figure]) -> None:
     for number, span in enumerate((1.0, 1.5, 2.9, 3.1, 8.0, 60.0, 2e4)):
         rows = [{"step": step, "loss": 0.52 * span ** (step / 20)} for step in range(21)]
@@ -108,6 +110,7 @@ def test_an_accuracy_is_drawn_on_an_axis_from_0_to_all(
     assert "100 %" in labels
 
 
+@pytest.mark.slow
 def test_every_run_has_a_colour_of_its_own(tmp_path: Path, figures: list[Figure]) -> None:
     runs = {str(number): _FULL[:2] for number in range(14)}
     draw(runs, overview(_FULL), tmp_path / "a.png", "runs")

@@ -165,6 +165,7 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return logged
 
 
+@pytest.mark.slow
 def test_wandb_offline_gets_the_same_names(
     run_small: Run, shards: Path, logged: list[dict[str, Any]]
 ) -> None:

@@ -115,6 +115,7 @@ def test_sequences_are_whole_where_a_loss_needs_them(run_on_model: Run) -> None:
     assert all(row["temporal_loss"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_log_to_wandb_true_works_as_written(
     run_on_model: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def _shards(directory: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [None, 1, 6])
 def test_the_shards_that_are_kept_are_those_of_a_capture(
     run_on_model: Run, inputs: tuple[str, str], step: int | None

@@ -54,6 +54,7 @@ def minilm(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_sample_of_minilm_trains_with_probe_and_smoothness(run: Run, minilm: Path) -> None:
     flags = (
         *("--shard-dir", minilm, "--d-sae", 768, "--k", 16, "--batch-size", 512, "--lr", "3e-3"),

@@ -29,7 +29,10 @@ def _started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[s
             process.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_ends_with_its_code(
     shards: Path, number: signal.Signals, code: int
 ) -> None:

@@ -65,6 +65,7 @@ def test_every_run_has_its_own_wandb_run(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len(list(Path("runs", name, "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_stopped_by_a_signal_goes_on() -> None:
     _write({"k": [1, 2]})
     command = [sys.executable, "-m", "sae_fast.train", *FLAGS, "--sweep", "sweep.json"]

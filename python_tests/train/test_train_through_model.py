@@ -11,6 +11,7 @@ from train_runs import Run, assert_same, killed_at, metrics, refused
 from sae_fast.train import main
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
 @pytest.mark.parametrize("loss_fn", ["ce", "kl"])
 def test_training_through_the_model(run_on_model: Run, model: str, loss_fn: str) -> None:
@@ -35,6 +36,7 @@ def test_training_through_the_model(run_on_model: Run, model: str, loss_fn: str)
         )
 
 
+@pytest.mark.slow
 def test_cross_entropy_falls_where_the_model_knows_something(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

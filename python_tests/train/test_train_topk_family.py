@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from slow_cases import slow_after
 
 from sae_fast.train import main
 
@@ -28,7 +29,7 @@ COMMON = (
 )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", slow_after(2, VARIANTS))
 def test_variant_trains_from_the_command_line(variant: str) -> None:
     assert main([*COMMON, *VARIANTS[variant]]) == 0
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]

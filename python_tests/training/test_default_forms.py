@@ -42,6 +42,7 @@ def latents_in_groups() -> torch.Tensor:
     return (is_on * (0.5 + torch.rand(6000, 64, generator=generator))) @ directions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("coefficient", "figure"), [("independence_coeff", 0), ("orthogonality_coeff", 1)]
 )

@@ -13,6 +13,7 @@ from setting_values import (
     over_base,
     values_of,
 )
+from slow_cases import slow_after
 
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.fields import field_names
@@ -145,7 +146,7 @@ def tried(form, settings, base):
     return "changes something now" if is_listed else "changes nothing"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_after(3, FORMS))
 def test_every_setting_is_refused_by_name_or_changes_the_training(form):
     base = trained(over_base(form.partition(",")[0], few_of(form)), {})
     found = []

@@ -104,6 +104,7 @@ def test_without_guided_terms_nothing_of_them_is_logged(train: Train) -> None:
     assert not {"probe_loss", "temporal_loss", "probe_accuracy", "probe_r2"} & set(row)
 
 
+@pytest.mark.slow
 def test_the_probe_learns_the_labels_from_the_code(train: Train) -> None:
     run = replace(RUN, max_steps=300, log_every=100)
     trainer = train(sae_config(**CLASSES), run)

@@ -79,6 +79,7 @@ def test_a_loss_that_rises_while_k_falls_is_no_warning(activations: torch.Tensor
     assert _warnings(activations, TOPK, run) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["make demo", "first SAE"])
 def test_the_commands_of_the_readme_are_quiet(name: str) -> None:
     if name == "make demo":

@@ -217,6 +217,7 @@ print(sum(trainer.memory_plan.parts.values()), status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_dense_gradients_with_an_optimiser_of_torch_stay_within_the_plan() -> None:
     ran = subprocess.run(

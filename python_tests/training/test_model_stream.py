@@ -68,6 +68,7 @@ def test_order_is_that_of_the_seed() -> None:
     assert not torch.equal(first, other.next_rows()[HOOKS[0]].x)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 11), st.sampled_from([1, 60, 64, 150, 400]), st.booleans())
 def test_a_position_goes_on_with_the_same_bits(before: int, pool: int, whole: bool) -> None:

@@ -124,6 +124,7 @@ def test_run_is_not_resumed_with_other_states(
         Trainer(sae, again, show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", LOW)
 def test_real_activations_are_learnt_as_with_float32(states: str) -> None:
     reached = {}

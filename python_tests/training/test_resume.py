@@ -248,6 +248,7 @@ def _kill_after(rows: int, command: list[str], directory: Path, pause: float) ->
         process.kill()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_bit_equal(shard_dir: Path, tmp_path: Path) -> None:
     def flags(name: str) -> list[str]:
         return [

@@ -76,6 +76,7 @@ def train(shards, sae=None, **changes):
     return trainer
 
 
+@pytest.mark.slow
 def test_slots_and_heads_learn_their_labels(shards, tmp_path):
     run = {"checkpoint_dir": str(tmp_path), "max_steps": 600, "log_every": 100}
     trainer = train(shards, slots(independence_coeff=0.0), **run)
@@ -92,6 +93,7 @@ def test_slots_and_heads_learn_their_labels(shards, tmp_path):
     assert all(torch.equal(t, final.state_dict()[n]) for n, t in trainer.sae.state_dict().items())
 
 
+@pytest.mark.slow
 def test_sparsity_and_alignment_bind_with_their_default_weights(shards):
     found = [
         train(shards, slots(**fields), max_steps=300, log_every=100).history[-1]

@@ -161,6 +161,7 @@ def _stop_after(step: int, configs: dict[str, RunConfig], *, saves: bool) -> Non
             raise InterruptedError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [True, False], ids=["signal", "kill"])
 def test_stopped_sweeps_end_bit_equal(tmp_path: Path, base: RunConfig, saves: bool) -> None:
     configs = _read(tmp_path, base, DIFFERENT[1:])

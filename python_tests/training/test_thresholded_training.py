@@ -129,6 +129,7 @@ def test_resumed_run_equals_a_straight_one_to_the_bit(
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
 
 
+@pytest.mark.slow
 def test_run_begins_on_all_latents_and_ends_on_few(
     activations: torch.Tensor, fields: dict[str, Any]
 ) -> None:

@@ -44,6 +44,7 @@ def _parameters(trainer: Trainer) -> list[torch.Tensor]:
     return [value.clone() for value in trainer.sae.state_dict().values()]
 
 
+@pytest.mark.slow
 def test_a_planted_dictionary_is_learnt(activations: torch.Tensor, heldout: torch.Tensor) -> None:
     run = replace(RUN, max_steps=500, log_every=100, learning_rate=1e-2)
     trainer = _train(activations, run=run, heldout=heldout)

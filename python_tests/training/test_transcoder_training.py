@@ -104,6 +104,7 @@ def test_every_architecture_learns_to_predict_the_targets(arch, pair):
     assert row["heldout_fvu"] == pytest.approx(float(error / variance), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_skip_connection_learns_a_linear_map_by_itself(pair):
     generator = torch.Generator().manual_seed(3)
     linear = torch.randn(D_IN, D_OUT, generator=generator)

@@ -22,9 +22,9 @@ def make_inputs(folder, name="llama"):
     return [str(save_model(folder / name, name)), str(write_texts(folder / "texts.jsonl"))]
 
 
-def arguments(inputs, out, *more):
-    """Return a command line that writes four shards of two layers and a held-out one."""
-    chosen = ["--layers", "0", "2", "--max-tokens", "1500", "--shard-tokens", "400"]
+def arguments(inputs, out, *more, max_tokens=1500):
+    """Return a command line for two layers that writes a shard for every 400 tokens."""
+    chosen = ["--layers", "0", "2", "--max-tokens", str(max_tokens), "--shard-tokens", "400"]
     return [
         *inputs,
         *chosen,
@@ -40,9 +40,9 @@ def arguments(inputs, out, *more):
     ]
 
 
-def capture(inputs, out, *more):
+def capture(inputs, out, *more, **sizes):
     """Run the command; return its exit code."""
-    return main(arguments(inputs, out, *more))
+    return main(arguments(inputs, out, *more, **sizes))
 
 
 def shards(directory):

@@ -26,6 +26,7 @@ def test_capture_writes_speeds_and_finds_no_other_bits(tmp_path, monkeypatch):
     assert str(tmp_path) not in (tmp_path / "result.md").read_text()
 
 
+@pytest.mark.slow
 def test_documentation_strings_are_english_and_each_there_once():
     texts = documentation_strings()
     assert len(texts) == len(set(texts)) > 1000

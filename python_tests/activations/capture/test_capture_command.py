@@ -87,6 +87,7 @@ def test_a_captured_folder_is_trained_on_with_its_part_held_out(whole, tmp_path,
     assert "heldout_fvu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_directory_of_several_hook_points_is_trained_on_hook_point_by_hook_point(
     whole, tmp_path, capsys
 ):

@@ -37,17 +37,19 @@ def kill_at_rename(monkeypatch, number, *, before):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(("before", "pack"), [(True, "--pack"), (False, "--no-pack")])
 def test_a_capture_that_dies_at_any_rename_goes_on_to_the_same_files(
-    inputs, whole, tmp_path, monkeypatch, before
+    inputs, tmp_path, monkeypatch, before, pack
 ):
+    whole = tmp_path / "whole"
+    assert capture(inputs, whole, pack, max_tokens=500) == 0
     number, died = 1, True
     while died:
         out = tmp_path / f"out{number}"
         with monkeypatch.context() as patched:
             made = kill_at_rename(patched, number, before=before)
             try:
-                capture(inputs, out)
+                capture(inputs, out, pack, max_tokens=500)
                 died = False
             except Killed:
                 pass
@@ -55,22 +57,20 @@ def test_a_capture_that_dies_at_any_rename_goes_on_to_the_same_files(
         for hook in ("residual.0", "residual.2"):
             if (out / hook).exists():
                 (out / hook / ".shard_00001.h5.123.tmp").write_bytes(b"half a shard")
-        assert capture(inputs, out) == 0
+        assert capture(inputs, out, pack, max_tokens=500) == 0
         assert_same_shards(out, whole)
         if died:
             assert not list(out.rglob("*.tmp"))
         number += 1
-    # Recipe, held-out shards of two hooks, progress, four times shards and progress, the manifests.
-    assert len(made) == 1 + 2 + 1 + 4 * 3 + 1 + 2
+    # Recipe, held-out shards of two hooks, progress, twice shards and progress, the manifests.
+    assert len(made) == 1 + 2 + 1 + 2 * 3 + 1 + 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pack", ["--pack", "--no-pack"])
-def test_a_killed_process_goes_on_to_the_same_files(inputs, tmp_path, pack):
-    assert capture(inputs, tmp_path / "whole", pack) == 0
+def test_a_killed_process_goes_on_to_the_same_files(inputs, whole, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *arguments(inputs, out, pack)],
+        [sys.executable, "-c", SLOWLY, *arguments(inputs, out)],
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 240
@@ -80,8 +80,8 @@ def test_a_killed_process_goes_on_to_the_same_files(inputs, tmp_path, pack):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert 0 < shards < 4
-    assert capture(inputs, out, pack) == 0
-    assert_same_shards(out, tmp_path / "whole")
+    assert capture(inputs, out) == 0
+    assert_same_shards(out, whole)
 
 
 # The command with a slow model, so that it can be killed while it runs.

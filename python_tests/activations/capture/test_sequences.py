@@ -176,6 +176,7 @@ def children():
     return {child.pid for child in multiprocessing.active_children()}
 
 
+@pytest.mark.slow
 def test_a_worker_process_that_is_ended_is_one_line():
     batches = make_batches(make_texts(4000), processes=2).iterate()
     next(batches)
@@ -185,6 +186,7 @@ def test_a_worker_process_that_is_ended_is_one_line():
         list(batches)
 
 
+@pytest.mark.slow
 def test_a_worker_process_leaves_signals_to_its_parent():
     context = multiprocessing.get_context("spawn")
     with (
@@ -199,6 +201,7 @@ def test_a_worker_process_leaves_signals_to_its_parent():
                 os.kill(pid, signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_worker_processes_end_with_the_iterator():
     batches = make_batches(make_texts(1000), processes=2).iterate()
     next(batches)

@@ -338,6 +338,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_leaves_no_half_shard_and_one_line(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()

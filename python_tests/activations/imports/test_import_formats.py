@@ -338,6 +338,7 @@ def test_parquet_is_decoded_one_row_group_after_the_other(tmp_path, monkeypatch)
     assert decoded == [*range(5), *range(5)]  # once to write them, once to compare
 
 
+@pytest.mark.slow
 def test_without_datasets_pyarrow_alone_reads_them(tmp_path):
     source, acts = tmp_path / "cache", random_rows(4, 5, 3)
     source.mkdir()
