@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 export TORCH
 
 .PHONY: demo test check build build-dev lint tidy docs test-cpp test-address test-thread test-cuda \
-  test-python campaign wheel clean
+  test-python test-quick campaign wheel clean
 
 demo: build
 	python -m sae_fast.train --config examples/demo.json
@@ -22,8 +22,15 @@ demo: build
 test: lint docs test-cpp test-cuda test-python
 
 # The quick part of `make test`, for every change: linters and the tests that are not slow.
-check: lint
-	$(PYTEST) -m "not slow"
+check: lint test-quick
+
+# Two targets run at once, because pip, mypy and mkdocs use one core, and the end of a compilation or
+# of the tests often uses one too. Each target's output is printed when it ends. Ninja would try to
+# share the jobs of make, which it cannot do from a recipe.
+ifneq ($(filter test check,$(MAKECMDGOALS)),)
+MAKEFLAGS += --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+unexport MAKEFLAGS
+endif
 
 # If TORCH differs from the environment's torch, the environment's torch is replaced.
 ifneq ($(TORCH),)
@@ -32,13 +39,18 @@ ifneq ($(TORCH),$(shell cat $(VENV)/made 2>/dev/null))
 endif
 endif
 
-# torch is installed first, so that the build finds the torch that it will run with.
-$(VENV)/made: constraints.txt pyproject.toml
+# The tools that compile C++; the tests of the kernels need no others.
+$(VENV)/tools: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "sae_fast needs Python 3.10 or newer: PYTHON=python3.12 make ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt cmake ninja
+	touch $@
+
+# torch is installed first, so that the build finds the torch that it will run with.
+$(VENV)/made: $(VENV)/tools pyproject.toml
 	$(BIN)/python tools/install_torch.py
-	$(INSTALL) setuptools pybind11 cmake ninja
+	$(INSTALL) setuptools pybind11
 	printf '%s\n' "$$TORCH" > $@
 
 # Every core gets a process, and a file of tests runs in one process. With a passive wait policy
@@ -77,7 +89,7 @@ SANITIZE_thread := thread
 
 test-cpp: test-address test-thread
 
-test-address test-thread: test-%: $(VENV)/made
+test-address test-thread: test-%: $(VENV)/tools
 	cmake -S . -B build/$* -G Ninja -DSAE_FAST_MODULE=OFF -DSAE_FAST_TESTS=ON \
 	  -DSAE_FAST_SANITIZE=$(SANITIZE_$*) -DSAE_FAST_WERROR=$(WERROR) --log-level=WARNING
 	cmake --build build/$*
@@ -92,6 +104,9 @@ test-python: build-dev
 	test "$$SAE_FAST_NATIVE" = 0 || python tools/isa_symbols.py build/native
 	python -m sae_fast.info
 	$(PYTEST) --durations=10
+
+test-quick: build-dev
+	$(PYTEST) --durations=10 -m "not slow"
 
 # Runs the long form of every campaign, one after the other; `TRIES=100 SEED=7 make campaign` sets
 # the number of tries and the seed.
