@@ -28,8 +28,7 @@ MEAN, SCALE = torch.linspace(-2, 3, 12), 1 / 42
 
 def make_form(form, dtype=torch.float32, **fields):
     """Make the model of a form, normalised by a mean and a scale of 1/42, without gradients."""
-    given = {name: value for name, value in {**FORMS[form], **fields}.items() if value is not None}
-    sae = make_sae(**({"k": None} if FORMS[form].get("k", 5) is None else {}), **given)
+    sae = make_sae(**{**FORMS[form], **fields})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in sae.named_parameters():

@@ -95,6 +95,31 @@ def test_row_factors_of_a_shaped_code_share_its_key():
     assert keys == {code.key}
 
 
+def test_codes_in_other_forms_are_decoded():
+    sae = make_form("jumprelu")
+    x = make_raw(sae, 2, 3)
+    for units in ("normalized", "raw"):
+        code = sae.encode(x, units=units)
+        expected = sae.decode(code)
+        found = sae.decode(code.to_sparse(), units=units)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 1e-1)):
+            found = sae.decode(code.to(dtype))
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
+            found = sae.decode(code.dense().to(dtype), units=units)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=20 * tolerance)
+
+
+def test_dense_code_of_a_training_step_is_decoded_and_probed():
+    sae = make_form("probe", arch="jumprelu", k=None)
+    x = make_raw(sae, 6)
+    code = sae.training_loss(sae.normalize(x), labels=torch.zeros(6, dtype=torch.int64)).code
+    assert type(code).__name__ == "DenseCode"
+    torch.testing.assert_close(sae.decode(code), sae.decode(code.dense()))
+    torch.testing.assert_close(sae.probe(code), sae.probe(code.listed()))
+
+
 class TestRun:
     @pytest.mark.parametrize("form", FORMS)
     def test_run_gives_reconstruction_code_and_losses(self, form):

@@ -325,7 +325,7 @@ class SparseAutoencoder(nn.Module):
 
     def decode(
         self,
-        code: ops.SparseCode | Tensor,  # dense: [..., F]
+        code: ops.Code | Tensor,  # as a tensor: [..., F], also a sparse one
         x: Tensor | None = None,  # [..., D], activations as they are
         *,
         units: ops.Units | None = None,
@@ -351,17 +351,19 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
             )
-        shape = code.shape[:-1]
-        code = self._normalized(code, units)
-        if not isinstance(code, Tensor) and not self.config.use_relu:
-            code = code.dense()  # every latent is in it
-        if isinstance(code, Tensor):
-            h, precision = rows_of(self, code, "h", "d_sae"), "fp32"
+        normalized = self._normalized(code, units)
+        shape = normalized.shape[:-1]
+        if not isinstance(normalized, Tensor) and not self.config.use_relu:
+            normalized = normalized.dense()  # every latent is in it
+        if isinstance(normalized, Tensor):
+            if normalized.layout != torch.strided:
+                normalized = normalized.to_dense()
+            h, precision = rows_of(self, normalized, "h", "d_sae"), "fp32"
             bias, W_dec = (tensor.to(h.dtype) for tensor in (self.b_dec, self.W_dec))
             x_hat = addmm(bias, h, W_dec)
         else:
-            precision = code.precision
-            x_hat = decode_rows(code, self.W_dec, self.b_dec, dense_grad=dense_grad)
+            precision = normalized.precision
+            x_hat = decode_rows(normalized, self.W_dec, self.b_dec, dense_grad=dense_grad)
         if self.config.skip_connection:
             if x is None:
                 raise ValueError("x must be given: the model has a skip connection")
@@ -370,19 +372,26 @@ class SparseAutoencoder(nn.Module):
         return self.denormalize(x_hat).reshape(*shape, self.config.target_width)
 
     def _normalized(
-        self, code: ops.SparseCode | Tensor, units: ops.Units | None
+        self, code: ops.Code | Tensor, units: ops.Units | None
     ) -> ops.SparseCode | Tensor:
-        """Return a code with its values in normalised units."""
+        """Return a code on the model's device, with its values in normalised units."""
         if units is not None:
             check_units(units)
+        scale = self.output_scale
         if isinstance(code, Tensor):
-            return code * self.output_scale if units == ops.RAW else code
-        if code.device != self.device:
-            code = code.to(self.device)
+            code = code.to(scale.device)
+            if units == ops.RAW:
+                code = code.to(torch.promote_types(code.dtype, scale.dtype)) * scale
+            return code
+        if isinstance(code, ops.DenseCode):
+            code = code.listed()
         if units is not None and units != code.units:
             raise ValueError(f"units must be those of the code, {code.units!r}, got {units!r}")
+        if code.device != scale.device:
+            code = code.to(scale.device)
         if code.units == ops.RAW:
-            code = code.with_values(code.values * self.output_scale, ops.NORMALIZED)
+            values = code.values.to(torch.promote_types(code.dtype, scale.dtype))
+            code = code.with_values(values * scale, ops.NORMALIZED)
         return code
 
     def direction(
@@ -470,7 +479,7 @@ class SparseAutoencoder(nn.Module):
         }
         return RunResult(like(x_hat, x), code, losses)
 
-    def probe(self, code: ops.SparseCode) -> Tensor:
+    def probe(self, code: ops.Code) -> Tensor:
         """Return what the probe predicts from a code: logits [..., classes], or numbers [..., 1].
 
         Raises ValueError where the model has no probe.
@@ -481,7 +490,7 @@ class SparseAutoencoder(nn.Module):
         assert not isinstance(normalized, Tensor)
         own = self.weights.own
         predicted = decode_rows(normalized, own["W_probe"], own["b_probe"], precision="fp32")
-        return predicted.reshape(*code.shape[:-1], predicted.shape[-1])
+        return predicted.reshape(*normalized.shape[:-1], predicted.shape[-1])
 
     def kept_copies(self, session: object = None) -> AbstractContextManager[None]:
         """Keep the weights in the kernels' format between calls inside this context.
