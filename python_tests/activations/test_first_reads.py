@@ -14,10 +14,14 @@ from torch import Tensor
 from sae_fast.activations import (
     ActivationStream,
     ShardError,
+    estimate_normalization,
     open_shards,
     write_manifest,
     write_shard,
 )
+from sae_fast.activations.normalization import sample_spans
+from sae_fast.activations.order import Block
+from sae_fast.activations.pool import BlockReader
 from sae_fast.activations.row_scan import RowScanner
 from sae_fast.activations.scanning import BESIDE_MANIFEST, ScanRecord
 from sae_fast.activations.shard import inspect_shard, stated_digest
@@ -129,6 +133,26 @@ def test_rows_cannot_be_dropped_lazily(tmp_path: Path) -> None:
     for options in ({"skip_nonfinite": True}, {"repeated_rows": "drop"}):
         with pytest.raises(ValueError, match="lazy: which rows are dropped must be known"):
             open_shards(tmp_path, lazy=True, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_sample_for_mean_and_scale_is_read_once_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    write_shard(tmp_path / "a.h5", random_rows())
+    expected = estimate_normalization(open_shards(tmp_path))
+    read: list[int] = []
+    read_block = BlockReader.read
+
+    def noted(self: BlockReader, block: Block, *out: Tensor) -> None:
+        read.extend(range(block.start, block.stop))
+        read_block(self, block, *out)
+
+    monkeypatch.setattr(BlockReader, "read", noted)
+    found = estimate_normalization(open_shards(tmp_path, lazy=lazy, sample=sample_spans))
+    assert read == (list(range(600)) if lazy else [])
+    assert torch.equal(found.mean, expected.mean)
+    assert found.scale == expected.scale
 
 
 # ---- beside the manifest -----------------------------------------------------------------------

@@ -49,5 +49,5 @@ class KeptRows:
         return self._rows[start, stop] if self._left.get((start, stop)) == 0 else None
 
     def clear(self) -> None:
-        """Forget all rows."""
-        self._rows, self._left = {}, {}
+        """Forget all rows, and keep none from now on."""
+        self._spans, self._rows, self._left = [], {}, {}

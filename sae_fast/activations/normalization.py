@@ -14,7 +14,7 @@ from sae_fast.activations.order import Block, split_blocks, split_shard
 from sae_fast.activations.pool import iterate_blocks
 from sae_fast.activations.shard_set import ShardSet
 from sae_fast.activations.source import Transform
-from sae_fast.activations.storage import as_tensor
+from sae_fast.activations.storage import as_numpy, as_tensor
 from sae_fast.activations.tensor_stream import checked_rows
 
 DEFAULT_MAX_ROWS = 1 << 17
@@ -101,12 +101,26 @@ def _chosen_blocks(shards: ShardSet, max_rows: int | None) -> list[Block]:
 
 
 def _rows_of(shards: ShardSet, blocks: list[Block]) -> Iterator[Tensor]:
-    """Yield the served rows of each block, read unless they were kept; memory is reused."""
+    """Yield the served rows of each block, read unless they were kept; memory is reused.
+
+    Rows that are read are kept where there is room for them, as the norms need them again.
+    """
     known = [_kept_rows(shards, block) for block in blocks]
     unknown = [block for block, rows in zip(blocks, known, strict=True) if rows is None]
     read = iterate_blocks(shards, unknown)
-    for rows in known:
-        yield next(read) if rows is None else rows
+    for block, rows in zip(blocks, known, strict=True):
+        if rows is None:
+            rows = next(read)
+            _keep(shards, block, rows)
+        yield rows
+
+
+def _keep(shards: ShardSet, block: Block, rows: Tensor) -> None:
+    """Keep the rows of a block, if they are as stored and the set keeps its sample."""
+    storage = shards.shards[block.shard].storage
+    is_whole = block.kept == block.stop - block.start
+    if shards.kept and is_whole and storage is shards.storage:
+        shards.kept[block.shard].note(block.start, as_numpy(rows, storage))
 
 
 def _kept_rows(shards: ShardSet, block: Block) -> Tensor | None:

@@ -184,7 +184,7 @@ def open_shards(
         raise ValueError("lazy: which rows are dropped must be known before the first is served")
     checks = Checks(verify, lazy, skip_nonfinite, repeated_rows, record or ScanRecord())
     shards = tuple(describe_shard(path, key) for path in paths)
-    kept = () if sample is None or lazy else _kept_rows(shards, sample)
+    kept = () if sample is None else _kept_rows(shards, sample)
     dropped, is_zero, digests, first_reads = _check_rows(shards, shards, checks, kept)
     paired = None
     if targets is not None:
