@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_runs import PATIENCE, SMALL
+from train_runs import PATIENCE, SMALL, Run, refused
 
 
 @contextlib.contextmanager
@@ -33,8 +33,8 @@ def _started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[s
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_and_ends_with_its_code(
-    shards: Path, number: signal.Signals, code: int
+def test_a_signal_saves_and_ends_with_its_code_and_no_other_process_has_the_run(
+    run: Run, shards: Path, number: signal.Signals, code: int
 ) -> None:
     deadline = time.monotonic() + PATIENCE
     arguments = ("--shard-dir", shards, "--checkpoint-dir", "run", "--max-steps", 10**7)
@@ -43,6 +43,8 @@ def test_a_signal_saves_and_ends_with_its_code(
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        again = run("--checkpoint-dir", "run", "--resume-from", "latest")
+        refused(again, f"run is in use: another run writes to it (process {process.pid} on ")
         process.send_signal(number)
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
