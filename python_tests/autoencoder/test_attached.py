@@ -1,5 +1,6 @@
 """An autoencoder inside a transformers model: what it changes, records and leaves behind."""
 
+import copy
 import warnings
 from importlib.metadata import version
 
@@ -8,6 +9,7 @@ import torch
 from small_models import VOCABULARY, make_network, make_tokenizer, save_model
 
 from sae_fast import SAEConfig, SparseAutoencoder
+from sae_fast.activations.capture import find_blocks
 
 WIDTH, LATENTS = 16, 48
 HOOK = "residual.1"
@@ -88,6 +90,44 @@ def test_replacing_is_an_ordinary_hook_with_the_reconstruction(dtype):
         x = network(tokens, output_hidden_states=True).hidden_states[2]
     raw = sae.encode(x, units="raw")
     torch.testing.assert_close(run.codes[0].dense(), raw.dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_dictionary_of_another_dtype_does_what_it_does_in_float32(dtype):
+    network, tokens, sae = make_network("llama"), some_tokens(), make_sae()
+    other = copy.deepcopy(sae).to(dtype)
+    found = []
+    for each in (sae, other):
+        with each.attached(network, HOOK) as run:
+            run.add(3, 2.0).scale(range(10), 0.5)
+            found.append(logits(network, tokens))
+    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found[1], found[0], atol=rounding, rtol=rounding)
+
+
+def test_a_model_of_pictures_has_positions_too():
+    import transformers
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**sizes, intermediate_size=32, image_size=16, patch_size=8)
+    network, pictures = transformers.ViTModel(config).eval(), torch.randn(2, 3, 16, 16)
+
+    def states():
+        seen = []
+        block = find_blocks(network).modules[2]
+        handle = block.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        with torch.no_grad():
+            network(pictures)
+        handle.remove()
+        return seen[0]
+
+    sae, clean = make_sae(), states()
+    with sae.attached(network, HOOK, "error") as run:
+        run.add(3, 2.0, positions=0)
+        found = states()
+    assert run.codes[0].shape == (2, 5, LATENTS)
+    torch.testing.assert_close(found[:, 0], clean[:, 0] + 2.0 * sae.W_dec[3])
+    assert torch.equal(found[:, 1:], clean[:, 1:])
 
 
 def test_padding_is_left_as_it_is():

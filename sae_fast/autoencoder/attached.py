@@ -52,8 +52,8 @@ def attach(
     if not run.has_run:
         warnings.warn(
             f"{source.name} of {type(model).__name__} never ran while the autoencoder was attached "
-            "to it, so nothing was changed or recorded: run that very model inside the context, "
-            "and compile it there if it is compiled",
+            "to it, so nothing was changed or recorded: run that model in the context, and not "
+            "one that torch.compile compiled before",
             stacklevel=3,  # the line of `with`, past contextlib
         )
 
