@@ -144,6 +144,15 @@ def test_encode_calls_times_every_way_for_every_number_of_tokens(run):
     assert len(rows_of(table)) == 1 + 3 + 3 + 2
 
 
+def test_attached_times_every_mode(run):
+    result, table = run("attached", "--sizes", SIZE, "--shapes", "2x4,1x1", "--rounds", "2")
+    (found,) = result["sizes"].values()
+    assert list(found) == ["2x4", "1x1"]
+    assert all(len(rows) == 6 for rows in found.values())
+    assert all(row["seconds"] > 0 for rows in found.values() for row in rows.values())
+    assert len(rows_of(table)) == 1 + 2 * 6
+
+
 @pytest.mark.slow
 def test_dense_step_times_every_implementation_from_one_loss(run, tmp_path):
     result, table = run("dense_step", "--sizes", SIZE, "--rounds", "3")
