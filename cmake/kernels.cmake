@@ -29,7 +29,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
 endif()
 if(SAE_FAST_SANITIZE MATCHES thread)
   # The threads of all levels run the same code, apart from the code for tiles. ThreadSanitizer sees
-  # the loads and stores of emulated tiles, and misses those of the tile instructions.
+  # the loads and stores of emulated tiles, and misses the ones of tile instructions.
   list(FILTER ISA_LEVELS INCLUDE REGEX "^(portable|amx|amx_emulated)$")
 endif()
 set(dispatch_definitions "")
