@@ -306,8 +306,8 @@ def test_l0_is_told_of_the_batch_and_at_the_threshold(
 
 
 def test_what_is_no_tensor_is_refused_by_its_name(activations: torch.Tensor) -> None:
-    rows: Any = activations.numpy()
-    refused = "must be a tensor .*, got ndarray"
+    rows: Any = 3
+    refused = "must be a tensor or a NumPy array .*, got int"
     with pytest.raises(ValueError, match=f"^data {refused}"):
         Trainer(SAEConfig(), TrainConfig(), data=rows)
     with pytest.raises(ValueError, match=f"^heldout {refused}"):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from sae_fast.activations import (
     full_origin,
     read_labels,
 )
+from sae_fast.activations.given_arrays import Given, as_given_tensor
 from sae_fast.activations.given_source import GivenSource
 from sae_fast.activations.pool import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
@@ -113,7 +115,7 @@ def open_source(
         )
         return OpenedSource("tensor", stream, data, targets)
     if not hasattr(data, "next_batch"):
-        _require_tensor("data", data)
+        as_given_tensor("data", data)  # says that it is neither a tensor nor a source
     return OpenedSource("source", GivenSource(data, config.batch_size))
 
 
@@ -122,8 +124,8 @@ class TrainingData:
 
     Args:
         config: says where the shards are, and the sizes of batch and pool.
-        data: rows [n, D], a source of raw rows, or shards that other trainings read too; None: the
-            shards of `config`.
+        data: rows [n, D] in a tensor or an array, a source of raw rows, or shards that other
+            trainings read too; None: the shards of `config`.
         heldout: rows [n, D] for evaluation; None: the held-out shards of `config`, if any.
         device: what the batches are for.
         sae: the model, which may need labels or sequences.
@@ -147,12 +149,12 @@ class TrainingData:
     def __init__(
         self,
         config: TrainConfig,
-        data: Tensor | ActivationSource | SharedShards | None,
-        heldout: Tensor | None,
+        data: Given | ActivationSource | SharedShards | None,
+        heldout: Given | None,
         device: torch.device,
         sae: SAEConfig,
-        columns: Mapping[str, Tensor] | None = None,
-        heldout_columns: Mapping[str, Tensor] | None = None,
+        columns: Mapping[str, Given] | None = None,
+        heldout_columns: Mapping[str, Given] | None = None,
     ) -> None:
         if heldout_columns is not None and heldout is None:
             raise ValueError("heldout_columns go with heldout, and none is given")
@@ -160,7 +162,10 @@ class TrainingData:
         self._config = config
         self._sae = sae
         self.scans = data.scans if isinstance(data, SharedShards) else known_scans(config)
-        opened = open_source(config, sae, data, columns, device, self.scans)
+        if isinstance(data, np.ndarray):
+            data = as_given_tensor("data", data)
+        labels = _as_tensors("columns", columns)
+        opened = open_source(config, sae, data, labels, device, self.scans)
         self.kind, self.source, self._rows, self._targets = opened
         self._shards = self._rows if isinstance(self._rows, ShardMix) else None
         if config.pin:
@@ -169,10 +174,12 @@ class TrainingData:
         self.d_out = self.source.columns[TARGETS].width if sae.transcoder else 0
         self.heldout_labels: Mapping[str, Tensor]
         self.heldout_targets: Iterable[Tensor] | None = None
-        self.heldout_labels, targets = _split_targets("heldout_columns", heldout_columns, sae)
+        labels = _as_tensors("heldout_columns", heldout_columns)
+        self.heldout_labels, targets = _split_targets("heldout_columns", labels, sae)
         self._heldout_identity: dict[str, Any] | None = None
         self._heldout_parts: ShardSet | dict[str, Tensor] = {}
-        self.heldout = self._open_heldout(heldout, targets)
+        rows = None if heldout is None else as_given_tensor("heldout", heldout)
+        self.heldout = self._open_heldout(rows, targets)
         self.scans.save_beside_manifests()
 
     def normalization(self) -> Transform:
@@ -234,7 +241,6 @@ class TrainingData:
     ) -> Iterable[Tensor] | None:
         config = self._config
         if heldout is not None:
-            _require_tensor("heldout", heldout)
             if heldout.shape[-1] != self.source.d_in:
                 width = heldout.shape[-1]
                 raise ValueError(
@@ -292,10 +298,11 @@ def _refuse_settings_of_files(config: TrainConfig) -> None:
             raise ValueError(f"{name} = {value!r} is for shards, not for given data")
 
 
-def _require_tensor(what: str, given: object) -> None:
-    if not isinstance(given, Tensor):
-        kind = type(given).__name__
-        raise ValueError(f"{what} must be a tensor (see torch.as_tensor), got {kind}")
+def _as_tensors(what: str, columns: Mapping[str, Given] | None) -> dict[str, Tensor] | None:
+    """Return columns by name as tensors; None where none are given."""
+    if columns is None:
+        return None
+    return {name: as_given_tensor(f"{what}: {name}", part) for name, part in columns.items()}
 
 
 def have_names(shards: ShardMix, *, of_targets: bool = False) -> bool:
@@ -314,8 +321,6 @@ def _split_targets(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Split columns into labels and targets; raise ValueError for targets without use."""
     labels = dict(columns or {})
-    for name, given in labels.items():
-        _require_tensor(f"{what}: {name}", given)
     if sae.transcoder:
         targets = labels.pop(TARGETS, None)
         return labels, targets

@@ -21,6 +21,7 @@ from torch import Tensor
 import sae_fast
 from sae_fast import ops
 from sae_fast.activations import ActivationSource
+from sae_fast.activations.given_arrays import Given
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
@@ -106,8 +107,9 @@ class Trainer:
     Args:
         sae_config: the model; its sizes may be left to the data. A RunConfig holds both.
         train_config: its training. Without `checkpoint_dir` nothing is written.
-        data: activations [n, D], a source of them, or shards shared with other trainers (see
-            sweep.py); None: the shards in `train_config.shard_dir`.
+        data: activations [n, D] in a tensor, a NumPy array or a memory map, which are not copied, a
+            source of them, or shards shared with other trainers (see sweep.py); None: the shards
+            in `train_config.shard_dir`.
         heldout: activations [n, D] for evaluation; None: the held-out shards, if there are any.
         columns: beside a tensor `data`, labels [n] by the name that `probe_labels` has, and where
             sequences matter doc_id or position; of a transcoder "targets", [n, d_out].
@@ -133,11 +135,11 @@ class Trainer:
         self,
         sae_config: SAEConfig | RunConfig,
         train_config: TrainConfig | None = None,
-        data: Tensor | ActivationSource | SharedShards | None = None,
+        data: Given | ActivationSource | SharedShards | None = None,
         *,
-        heldout: Tensor | None = None,
-        columns: Mapping[str, Tensor] | None = None,
-        heldout_columns: Mapping[str, Tensor] | None = None,
+        heldout: Given | None = None,
+        columns: Mapping[str, Given] | None = None,
+        heldout_columns: Mapping[str, Given] | None = None,
         downstream: Downstream | None = None,
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
