@@ -30,7 +30,16 @@ class FirstReads:
     """
 
     def __init__(self, shards: Sequence[Shard], unknown: Collection[int], checks: Checks) -> None:
+        self._checks = checks
         self._unread = {number: _UnreadShard(shards[number], checks) for number in unknown}
+
+    def after(self, first: int) -> FirstReads:
+        """Return the rows of the shards from number `first` on, which has the number 0 there."""
+        part = FirstReads((), (), self._checks)
+        part._unread = {
+            number - first: shard for number, shard in self._unread.items() if number >= first
+        }
+        return part
 
     def note(self, number: int, start: int, rows: Array) -> None:
         """Look at rows [n, D] of a shard as stored, as far as they are new; several threads may.

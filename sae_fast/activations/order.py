@@ -123,6 +123,12 @@ def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
     ]
 
 
+def _served_end(dropped: Indices, rows: int) -> int:
+    """Return the number behind the last row that is served, of `rows`."""
+    at_end = dropped == np.arange(rows - len(dropped), rows)
+    return rows - int(np.argmin(np.append(at_end[::-1], False)))
+
+
 def split_shard(shards: ShardSet, number: int, step: int) -> list[Block]:
     """Return the blocks of one shard that serve a row, of `step` rows each but the last.
 
@@ -132,6 +138,7 @@ def split_shard(shards: ShardSet, number: int, step: int) -> list[Block]:
     dropped, rows = shards.dropped[number], shards.shards[number].rows
     edges = np.arange(0, rows, step)
     if (starts := shards.starts(number)) is not None:
+        rows = _served_end(dropped, rows)
         following = np.unique(np.searchsorted(starts, edges))
         edges = starts[following[following < len(starts)]]
     for start, stop in pairwise([*edges.tolist(), rows]):

@@ -67,6 +67,10 @@ class ShardSet:
     kept: tuple[KeptRows, ...] = field(default=(), compare=False)
     # Checks rows when they are first read; None: they were checked before, or are not.
     first_reads: FirstReads | None = field(default=None, compare=False)
+    # How many of the dropped rows another set serves, see cutting.py.
+    elsewhere: int = 0
+    # The rows that were cut from this set, to evaluate with; None: none were.
+    held: ShardSet | None = field(default=None, compare=False)
 
     @property
     def d_in(self) -> int:
@@ -85,7 +89,7 @@ class ShardSet:
     @property
     def nonfinite_rows(self) -> int:
         """Rows left out: those that hold NaN or Inf and, where asked for, repeated ones."""
-        return sum(len(rows) for rows in self.dropped)
+        return sum(len(rows) for rows in self.dropped) - self.elsewhere
 
     @property
     def storage(self) -> Storage:

@@ -93,6 +93,20 @@ class TrainConfig(ConfigFile):
         of_files=True,
     )
     """Held-out shards, a directory or a glob; default: the files heldout*.h5 in shard_dir."""
+    heldout_fraction: float = setting(
+        0.0,
+        at_least=0,
+        below=1,
+        must="a share, from 0 to below 1",
+        shards_only="heldout_tokens holds back the last documents",
+        run_needs=Effect(
+            "shards or a tensor; give the held-out rows themselves beside a source",
+            lambda run: run.data in ("shards", "tensor"),
+        ),
+        elsewhere=("val_fraction", "validation_fraction", "test_split"),
+    )
+    """Share of the rows that is held out, the last ones of each directory or of a tensor, where no
+    held-out shards are given; 0: none. [share]"""
     target_key: str | None = setting(
         None,
         nonempty=True,
@@ -432,6 +446,11 @@ class TrainConfig(ConfigFile):
             )
         if self.optimizer == "schedule_free_signum":
             self._check_schedule_free()
+        if self.heldout is not None and self.heldout_fraction:
+            raise ValueError(
+                f"heldout = {self.heldout!r}, and heldout_fraction = {self.heldout_fraction:g}: "
+                "give one of the two"
+            )
         if "none" in self.logger and len(self.logger) > 1:
             raise ValueError(f"logger none stands alone, got {' '.join(self.logger)}")
         if self.verify != "full" and self.repeated_rows == "drop":

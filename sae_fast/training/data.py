@@ -25,6 +25,7 @@ from sae_fast.activations import (
     full_origin,
     read_labels,
 )
+from sae_fast.activations.cutting import cut_tensors
 from sae_fast.activations.given_arrays import Given, as_given_tensor
 from sae_fast.activations.given_source import GivenSource
 from sae_fast.activations.pool import check_lockable
@@ -33,7 +34,7 @@ from sae_fast.activations.shard import Shard
 from sae_fast.activations.shard_identity import check_same_shards, identity_of
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.activations.tensor_shards import open_shard
-from sae_fast.activations.tensor_stream import digest_of
+from sae_fast.activations.tensor_stream import digest_of, finite_rows
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.setting import rules_of
 from sae_fast.training.device import checked_device
@@ -62,8 +63,9 @@ class OpenedSource(NamedTuple):
 
 def check_one_heldout(config: TrainConfig, *, is_given: bool) -> None:
     """Raise ValueError where held-out rows are given beside held-out shards."""
-    if is_given and config.heldout is not None:
-        raise ValueError(f"heldout = {config.heldout!r}, and a tensor: give one of the two")
+    for name in ("heldout", "heldout_fraction"):
+        if is_given and (value := getattr(config, name)):
+            raise ValueError(f"{name} = {value!r}, and a tensor: give one of the two")
 
 
 def open_source(
@@ -165,7 +167,13 @@ class TrainingData:
         if isinstance(data, np.ndarray):
             data = as_given_tensor("data", data)
         labels = _as_tensors("columns", columns)
+        cut: Tensor | None = None
+        cut_labels = _as_tensors("heldout_columns", heldout_columns)
+        if config.heldout_fraction and isinstance(data, Tensor):
+            data, cut, labels, cut_labels = cut_tensors(data, labels, config.heldout_fraction)
         opened = open_source(config, sae, data, labels, device, self.scans)
+        if cut is not None:
+            cut, cut_labels = _finite_heldout(config, sae, cut, cut_labels or {})
         self.kind, self.source, self._rows, self._targets = opened
         self._shards = self._rows if isinstance(self._rows, ShardMix) else None
         if config.pin:
@@ -174,11 +182,10 @@ class TrainingData:
         self.d_out = self.source.columns[TARGETS].width if sae.transcoder else 0
         self.heldout_labels: Mapping[str, Tensor]
         self.heldout_targets: Iterable[Tensor] | None = None
-        labels = _as_tensors("heldout_columns", heldout_columns)
-        self.heldout_labels, targets = _split_targets("heldout_columns", labels, sae)
+        self.heldout_labels, targets = _split_targets("heldout_columns", cut_labels, sae)
         self._heldout_identity: dict[str, Any] | None = None
         self._heldout_parts: ShardSet | dict[str, Tensor] = {}
-        rows = None if heldout is None else as_given_tensor("heldout", heldout)
+        rows = cut if heldout is None else as_given_tensor("heldout", heldout)
         self.heldout = self._open_heldout(rows, targets)
         self.scans.save_beside_manifests()
 
@@ -296,6 +303,26 @@ def _refuse_settings_of_files(config: TrainConfig) -> None:
         value = getattr(config, name)
         if rules.of_files and value != defaults[name]:
             raise ValueError(f"{name} = {value!r} is for shards, not for given data")
+
+
+def _finite_heldout(
+    config: TrainConfig, sae: SAEConfig, held: Tensor, columns: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return rows [n, D] that were cut off, and their columns, without rows that are dropped.
+
+    Raises ValueError for a row that is not finite, unless such rows are dropped.
+    """
+    parts = {"held-out rows": held}
+    if sae.transcoder and TARGETS in columns:
+        parts[TARGETS] = columns[TARGETS]
+    (rows, *_), dropped = finite_rows(parts, config.skip_nonfinite, held.device)
+    keep = torch.ones(len(rows) + len(dropped), dtype=torch.bool)
+    keep[torch.from_numpy(dropped)] = False
+    beside = {}
+    for name, column in columns.items():
+        shape = (len(keep), -1) if name in parts else (len(keep),)
+        beside[name] = column.reshape(shape)[keep.to(column.device)]
+    return rows, beside
 
 
 def _as_tensors(what: str, columns: Mapping[str, Given] | None) -> dict[str, Tensor] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from sae_fast.activations import (
     mix_shards,
     open_shards,
 )
+from sae_fast.activations.cutting import cut_shards, joined
 from sae_fast.activations.normalization import sample_spans
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
@@ -37,15 +39,17 @@ def describe_training_shards(config: TrainConfig, sae: SAEConfig) -> ShardMix:
     parts = _parts(config)
     sets = []
     for name, _ in parts:
-        paths, held = find_shards(name, config.heldout)
+        paths, held = _find_shards(config, name)
         targets = _target_files(config, sae, paths, config.target_shard_dir, held)
         described = open_shards(paths, key=config.activations_key, verify=False, targets=targets)
-        sets.append(described)
+        sets.append(_without_held(config, described))
     return mix_shards(sets, [weight for _, weight in parts])
 
 
 def has_heldout_shards(config: TrainConfig) -> bool:
     """Return whether there are shards to evaluate with."""
+    if config.heldout_fraction:
+        return True
     return any(find_shards(name, config.heldout)[1] for name, _ in _parts(config))
 
 
@@ -66,7 +70,7 @@ def open_training_shards(
     whole_sequences = any(needs_sequences(sae) for sae in saes)
     sets = []
     for name, _ in parts:
-        paths, held = find_shards(name, config.heldout)
+        paths, held = _find_shards(config, name)
         targets = [
             _target_files(config, sae, paths, config.target_shard_dir, held)
             for sae in saes
@@ -87,7 +91,7 @@ def open_training_shards(
         )
         if shards.is_zero:
             raise ShardError(f"{name}: all rows are zero, there is nothing to train on")
-        sets.append(shards)
+        sets.append(_without_held(config, shards))
     mix = mix_shards(sets, [weight for _, weight in parts])
     if len(sets) > 1:
         for (name, _), shards, share in zip(parts, sets, mix.shares, strict=True):
@@ -102,8 +106,12 @@ def open_heldout_shards(
 ) -> ShardSet | None:
     """Open the shards to evaluate with, of every directory of a mix; None: there are none.
 
+    With `heldout_fraction` they are the rows that were cut from those to train on.
+
     Raises ShardError and ValueError as `open_training_shards` does.
     """
+    if cut := [shards.held for shards in train.sets if shards.held is not None]:
+        return joined(cut)
     held: list[Path] = []
     for name, _ in _parts(config):
         held += [path for path in find_shards(name, config.heldout)[1] if path not in held]
@@ -123,6 +131,28 @@ def open_heldout_shards(
     check_same_width(train.sets[0], shards)
     check_same_origin(*train.sets, shards)
     return shards
+
+
+def _find_shards(config: TrainConfig, name: str) -> tuple[list[Path], list[Path]]:
+    """Return the shards of a directory to train on, and to evaluate with.
+
+    Raises ValueError where there are shards to evaluate with and a fraction of the others too.
+    """
+    paths, held = find_shards(name, config.heldout)
+    if held and config.heldout_fraction:
+        raise ValueError(
+            f"heldout_fraction = {config.heldout_fraction:g} needs a directory without held-out "
+            f"shards, and there is {held[0]}"
+        )
+    return paths, held
+
+
+def _without_held(config: TrainConfig, shards: ShardSet) -> ShardSet:
+    """Return a set without its last rows, which are its `held`, where a fraction is held out."""
+    if not config.heldout_fraction:
+        return shards
+    train, held = cut_shards(shards, config.heldout_fraction)
+    return replace(train, held=held)
 
 
 def _parts(config: TrainConfig) -> tuple[tuple[str, Fraction], ...]:
