@@ -44,7 +44,7 @@ def cut_tensors(
     rows = data.shape[1] if data.ndim == 3 else 1
     before, after = {}, {}
     for name, column in (columns or {}).items():
-        # One number a row, in one dimension or in those of the rows.
+        # One number a row, in one dimension or in the dimensions of the rows.
         place = kept * rows if len(column) == len(data) * rows else kept
         before[name], after[name] = column[:place], column[place:]
     return data[:kept], data[kept:], before, after

@@ -67,7 +67,7 @@ class ShardSet:
     kept: tuple[KeptRows, ...] = field(default=(), compare=False)
     # Checks rows when they are first read; None: they were checked before, or are not.
     first_reads: FirstReads | None = field(default=None, compare=False)
-    # How many of the dropped rows another set serves, see cutting.py.
+    # Dropped rows that another set serves, see cutting.py.
     elsewhere: int = 0
     # The rows that were cut from this set, to evaluate with; None: none were.
     held: ShardSet | None = field(default=None, compare=False)

@@ -214,6 +214,13 @@ class Source(BatchSource[Rows]):
     ) -> None:
         """Serve rows and targets transformed from the next batch on; None: as they are."""
 
+    def peek(self, count: int) -> list[Rows]:
+        """Return the next `count` batches, fewer where the data end; they are served again."""
+        position = self.state_dict()
+        found = [self.next_rows() for _ in range(count)]
+        self.load_state_dict(position)
+        return found
+
     def next_batch(self) -> Tensor:
         """Return the rows [N, D] of the next batch alone; the caller owns the tensor."""
         return self.next_rows().x

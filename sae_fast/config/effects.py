@@ -47,7 +47,8 @@ class Run:
     Attributes:
         sae: the complete configuration of the model.
         train: the configuration of its training.
-        data: "shards", "tensor", "source" (a caller's own) or "model" (rows of a forward pass).
+        data: "shards", "tensor", "source" (a caller's own), "iterator" (one tensor after the other)
+            or "model" (rows of a forward pass).
         has_heldout: whether there are held-out rows.
         has_names: returns whether the files name their activations; it opens them.
         has_target_names: returns whether the files of targets name these; it opens them.
@@ -56,7 +57,7 @@ class Run:
 
     sae: SAEConfig
     train: TrainConfig
-    data: Literal["shards", "tensor", "source", "model"]
+    data: Literal["shards", "tensor", "source", "iterator", "model"]
     has_heldout: bool
     has_names: Callable[[], bool]
     has_target_names: Callable[[], bool]

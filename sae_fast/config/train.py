@@ -100,13 +100,13 @@ class TrainConfig(ConfigFile):
         must="a share, from 0 to below 1",
         shards_only="heldout_tokens holds back the last documents",
         run_needs=Effect(
-            "shards or a tensor; give the held-out rows themselves beside a source",
-            lambda run: run.data in ("shards", "tensor"),
+            "shards, a tensor or an iterator; give the held-out rows themselves beside a source",
+            lambda run: run.data in ("shards", "tensor", "iterator"),
         ),
         elsewhere=("val_fraction", "validation_fraction", "test_split"),
     )
-    """Share of the rows that is held out, the last ones of each directory or of a tensor, where no
-    held-out shards are given; 0: none. [share]"""
+    """Share of the rows that is held out, the last ones of each directory or of a tensor, the first
+    ones of an iterator, where no held-out shards are given; 0: none. [share]"""
     target_key: str | None = setting(
         None,
         nonempty=True,
@@ -356,7 +356,7 @@ class TrainConfig(ConfigFile):
         decided_by="shuffle_seed",
         run_needs=Effect(
             "shards, a tensor or a model; a source has an order of its own",
-            lambda run: run.data != "source",
+            lambda run: run.data in ("shards", "tensor", "model"),
         ),
     )
     """Seed of the order of the data; default: seed."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from sae_fast.activations import (
 from sae_fast.activations.cutting import cut_tensors
 from sae_fast.activations.given_arrays import Given, as_given_tensor
 from sae_fast.activations.given_source import GivenSource
+from sae_fast.activations.passing_source import PassingSource
 from sae_fast.activations.pool import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
 from sae_fast.activations.shard import Shard
@@ -40,6 +42,8 @@ from sae_fast.config.setting import rules_of
 from sae_fast.training.device import checked_device
 from sae_fast.training.labels import check_columns, label_columns, needs_sequences
 from sae_fast.training.shard_files import open_heldout_shards, open_training_shards
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED_BATCHES = 16
 
@@ -55,7 +59,8 @@ class SharedShards(NamedTuple):
 class OpenedSource(NamedTuple):
     """The source of a run, and what the mean and scale of its rows are estimated from."""
 
-    kind: Literal["shards", "tensor", "source", "model"]  # "source": a caller's own
+    # "source": a caller's own; "iterator": what gives one tensor after the other.
+    kind: Literal["shards", "tensor", "source", "iterator", "model"]
     source: Source
     rows: ShardMix | Tensor | None = None  # None: the first batches
     targets: ShardMix | Tensor | None = None
@@ -71,7 +76,7 @@ def check_one_heldout(config: TrainConfig, *, is_given: bool) -> None:
 def open_source(
     config: TrainConfig,
     sae: SAEConfig,
-    data: Tensor | ActivationSource | SharedShards | None,
+    data: Tensor | ActivationSource | Iterable[Any] | SharedShards | None,
     columns: Mapping[str, Tensor] | None,
     device: torch.device,
     scans: ScanRecord,
@@ -116,9 +121,12 @@ def open_source(
             targets=targets,
         )
         return OpenedSource("tensor", stream, data, targets)
+    if _gives_parts(data):
+        return OpenedSource("iterator", _open_parts(config, data))
     if not hasattr(data, "next_batch"):
         as_given_tensor("data", data)  # says that it is neither a tensor nor a source
-    return OpenedSource("source", GivenSource(data, config.batch_size))
+    given: Any = data
+    return OpenedSource("source", GivenSource(given, config.batch_size))
 
 
 class TrainingData:
@@ -126,8 +134,9 @@ class TrainingData:
 
     Args:
         config: says where the shards are, and the sizes of batch and pool.
-        data: rows [n, D] in a tensor or an array, a source of raw rows, or shards that other
-            trainings read too; None: the shards of `config`.
+        data: rows [n, D] in a tensor or an array, what gives one such tensor after the other, a
+            source of raw rows, or shards that other trainings read too; None: the shards of
+            `config`.
         heldout: rows [n, D] for evaluation; None: the held-out shards of `config`, if any.
         device: what the batches are for.
         sae: the model, which may need labels or sequences.
@@ -136,7 +145,8 @@ class TrainingData:
         heldout_columns: labels beside `heldout`, which arch slots is evaluated with, and targets.
 
     Attributes:
-        kind: where the rows come from; "source": a caller's own, "model": its forward passes.
+        kind: where the rows come from; "source": a caller's own, "iterator": what gives one tensor
+            after the other, "model": its forward passes.
         source: the batches to train on, as they are stored until it is told a transform.
         d_out: width of the targets of a transcoder; 0: there are none.
         heldout: the rows for evaluation, if any, batch by batch.
@@ -151,7 +161,7 @@ class TrainingData:
     def __init__(
         self,
         config: TrainConfig,
-        data: Given | ActivationSource | SharedShards | None,
+        data: Given | ActivationSource | Iterable[Any] | SharedShards | None,
         heldout: Given | None,
         device: torch.device,
         sae: SAEConfig,
@@ -172,6 +182,8 @@ class TrainingData:
         if config.heldout_fraction and isinstance(data, Tensor):
             data, cut, labels, cut_labels = cut_tensors(data, labels, config.heldout_fraction)
         opened = open_source(config, sae, data, labels, device, self.scans)
+        if isinstance(opened.source, PassingSource):
+            cut = opened.source.held
         if cut is not None:
             cut, cut_labels = _finite_heldout(config, sae, cut, cut_labels or {})
         self.kind, self.source, self._rows, self._targets = opened
@@ -210,10 +222,7 @@ class TrainingData:
     def _sampled(self) -> list[Rows]:
         """Return the first batches of the source as they are, which are served again."""
         self.source.set_transform(None)
-        position = self.source.state_dict()
-        sample = [self.source.next_rows() for _ in range(_SAMPLED_BATCHES)]
-        self.source.load_state_dict(position)
-        return sample
+        return self.source.peek(_SAMPLED_BATCHES)
 
     def has_names(self, *, of_targets: bool = False) -> bool:
         """Return whether any file has a name for its data, as a bare tensor or array has not."""
@@ -303,6 +312,28 @@ def _refuse_settings_of_files(config: TrainConfig) -> None:
         value = getattr(config, name)
         if rules.of_files and value != defaults[name]:
             raise ValueError(f"{name} = {value!r} is for shards, not for given data")
+
+
+def _gives_parts(data: object) -> TypeGuard[Iterable[Any]]:
+    """Return whether data give one tensor after the other; a source gives batches, a text none."""
+    is_other = isinstance(data, str | bytes | Mapping) or hasattr(data, "next_batch")
+    return isinstance(data, Iterable) and not is_other
+
+
+def _open_parts(config: TrainConfig, data: Iterable[Any]) -> PassingSource:
+    """Open an iterator, a DataLoader or an iterable of tensors as the batches of a run."""
+    limits = [] if config.max_tokens is None else [config.max_tokens]
+    if config.max_steps is not None:
+        limits.append(config.max_steps * config.batch_size * config.grad_acc_steps)
+    logger.info("the rows are trained on in the order in which they come")
+    return PassingSource(
+        data,
+        config.batch_size,
+        seed=config.seed,
+        wanted=min(limits, default=None),
+        epochs=config.max_epochs,
+        held_fraction=config.heldout_fraction,
+    )
 
 
 def _finite_heldout(

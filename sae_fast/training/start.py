@@ -164,9 +164,7 @@ def initialize_(
     wanted = min(sample_rows(sae.config), rows_per_epoch)
     if wanted == 0:
         return sae.initialize_(generator)
-    position = source.state_dict()
-    batches = [source.next_rows() for _ in range(math.ceil(wanted / config.batch_size))]
-    source.load_state_dict(position)
+    batches = source.peek(math.ceil(wanted / config.batch_size))
     sample = torch.cat([x for x, _ in batches])
     if not sae.config.transcoder:
         return sae.initialize_(generator, sample)

@@ -9,7 +9,7 @@ run, to the bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -107,9 +107,10 @@ class Trainer:
     Args:
         sae_config: the model; its sizes may be left to the data. A RunConfig holds both.
         train_config: its training. Without `checkpoint_dir` nothing is written.
-        data: activations [n, D] in a tensor, a NumPy array or a memory map, which are not copied, a
-            source of them, or shards shared with other trainers (see sweep.py); None: the shards
-            in `train_config.shard_dir`.
+        data: activations [n, D] in a tensor, a NumPy array or a memory map, which are not copied;
+            an iterator, a DataLoader or an iterable of such tensors, read in its order; a source of
+            batches; or shards shared with other trainers (see sweep.py). None: the shards in
+            `train_config.shard_dir`.
         heldout: activations [n, D] for evaluation; None: the held-out shards, if there are any.
         columns: beside a tensor `data`, labels [n] by the name that `probe_labels` has, and where
             sequences matter doc_id or position; of a transcoder "targets", [n, d_out].
@@ -135,7 +136,7 @@ class Trainer:
         self,
         sae_config: SAEConfig | RunConfig,
         train_config: TrainConfig | None = None,
-        data: Given | ActivationSource | SharedShards | None = None,
+        data: Given | ActivationSource | Iterable[Any] | SharedShards | None = None,
         *,
         heldout: Given | None = None,
         columns: Mapping[str, Given] | None = None,
@@ -216,6 +217,7 @@ class Trainer:
         Raises:
             TrainingError: when the loss is not finite, naming step and shards, or memory runs out.
             ShardError: when a shard cannot be read any more.
+            ValueError: when an iterator ends before the run.
             CheckpointError: when a checkpoint cannot be written.
         """
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
