@@ -33,7 +33,7 @@ MODEL = [name for name in field_names(SAEConfig) if name not in ("arch", "d_in",
 ELSEWHERE = {
     *("shard_dir", "mix", "activations_key", "heldout", "target_key", "target_shard_dir"),
     *("target_heldout", "keep_in_memory", "pin", "device_cache", "pool_rows", "skip_nonfinite"),
-    *("repeated_rows", "heldout_fraction"),
+    *("repeated_rows", "heldout_fraction", "max_norm_multiple"),
     *("start_from", "device", "cuda_graph", "num_threads", "log_every", "wandb_log_every"),
     *("eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir", "resume_from"),
     *("wandb_project", "no_wandb", "batch_size", "max_steps", "max_tokens", "max_epochs"),

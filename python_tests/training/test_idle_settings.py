@@ -54,6 +54,8 @@ def made(data: str, **settings: Any) -> Trainer:
 
 IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("source", {"skip_nonfinite": True}, "skip_nonfinite = True needs shards or a tensor"),
+    ("source", {"max_norm_multiple": 9.0}, "max_norm_multiple = 9.0 needs shards or a tensor"),
+    ("source", {"heldout_fraction": 0.5}, "heldout_fraction = 0.5 needs shards, a tensor or an"),
     ("source", {"shuffle_seed": 3}, "shuffle_seed = 3 needs shards, a tensor or a model"),
     ("bare", {"activations_key": "x"}, "activations_key = 'x' needs shards whose data sets have"),
     (

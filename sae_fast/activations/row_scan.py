@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.row_digest import RowDigest
@@ -100,18 +101,10 @@ def outliers_of(norms: Sequence[Mapping[int, int]]) -> Outliers | None:
 
     `norms` are the counts of each shard by norm, as in `RowScan`.
     """
-    counts: dict[int, int] = {}
-    for part in norms:
-        for number, count in part.items():
-            counts[number] = counts.get(number, 0) + count
-    total, passed, median = sum(counts.values()), 0, None
-    for number in sorted(counts):
-        passed += counts[number]
-        if 2 * passed >= total:
-            median = number
-            break
-    if median is None or median <= -MAX_BIN:
+    counts = _together(norms)
+    if (median := _median(counts)) is None:
         return None
+    total = sum(counts.values())
     limit = median + BINS_PER_OCTAVE * math.log2(OUTLIER_RATIO)
     energies = {
         number: count * 2.0 ** (2 * (number - median) / BINS_PER_OCTAVE)
@@ -123,6 +116,48 @@ def outliers_of(norms: Sequence[Mapping[int, int]]) -> Outliers | None:
         return None
     ratio = 2.0 ** ((max(counts) - median) / BINS_PER_OCTAVE)
     return Outliers(rows / total, energy / sum(energies.values()), ratio)
+
+
+def norm_limit(norms: Sequence[Mapping[int, int]], multiple: float) -> float:
+    """Return the bin above which norms are more than `multiple` times the median.
+
+    `norms` are the counts of each shard by norm, as in `RowScan`. The median is known to within a
+    bin, a fifth of it; where it is 0 the limit is infinite.
+    """
+    median = _median(_together(norms))
+    return math.inf if median is None else median + BINS_PER_OCTAVE * math.log2(multiple)
+
+
+def norm_bins(x: Tensor) -> Array:
+    """Return the bin [n] float of the norm of each row [n, D]; NaN where a row holds NaN."""
+    norms = torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy()
+    with np.errstate(divide="ignore"):
+        bins: Array = np.floor(BINS_PER_OCTAVE * np.log2(norms)).clip(-MAX_BIN, MAX_BIN)
+    return bins
+
+
+def count_bins(bins: Array) -> dict[int, int]:
+    """Return how many rows there are by bin, without rows of NaN."""
+    numbers, counts = np.unique(bins[~np.isnan(bins)].astype(np.int64), return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _together(norms: Sequence[Mapping[int, int]]) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for part in norms:
+        for number, count in part.items():
+            counts[number] = counts.get(number, 0) + count
+    return counts
+
+
+def _median(counts: Mapping[int, int]) -> int | None:
+    """Return the bin of the median norm; None where it is 0, and without rows."""
+    total, passed = sum(counts.values()), 0
+    for number in sorted(counts):
+        passed += counts[number]
+        if 2 * passed >= total:
+            return number if number > -MAX_BIN else None
+    return None
 
 
 class RowScanner:

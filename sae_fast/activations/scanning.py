@@ -17,19 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.kept_rows import KeptRows
 from sae_fast.activations.manifest import MANIFEST_NAME, file_sha256
 from sae_fast.activations.row_scan import (
+    NO_ROWS,
     RepeatedRows,
+    RowNumbers,
     RowScan,
     RowScanner,
     nonfinite_error,
+    norm_bins,
     repeated_error,
     repeated_limit,
 )
 from sae_fast.activations.shard import OpenShard, Shard, file_state, iterate_stored
-from sae_fast.activations.storage import Array
+from sae_fast.activations.storage import Array, as_tensor
 from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.atomic_files import replacing
 from sae_fast.json_files import read_json
@@ -124,6 +129,7 @@ class Checks:
         skip_nonfinite: whether rows with NaN or infinity are dropped instead of refused.
         repeated_rows: what becomes of rows that are zero or equal to the row before them.
         record: findings of earlier scans, where this one is noted too.
+        max_norm_multiple: rows with a larger norm, by the median, are dropped; None: none are.
     """
 
     verify: bool = True
@@ -131,6 +137,7 @@ class Checks:
     skip_nonfinite: bool = False
     repeated_rows: RepeatedRows = "refuse"
     record: ScanRecord = field(default_factory=ScanRecord)
+    max_norm_multiple: float | None = None
 
 
 def scan_shard(
@@ -153,6 +160,16 @@ def scan_shard(
     scan = _scan(shard, sha256, checksum, checks, kept)
     checks.record.note(shard, verified, scanned_at, scan)
     return scan
+
+
+def large_rows(shard: Shard, limit: float) -> RowNumbers:
+    """Read a shard and return ascending numbers of the rows with norms above a limit, a bin."""
+    found, start = [NO_ROWS], 0
+    with open_shard(shard) as file:
+        for rows in iterate_stored(file):
+            found.append(start + np.flatnonzero(norm_bins(as_tensor(rows, shard.storage)) > limit))
+            start += len(rows)
+    return np.concatenate(found)
 
 
 def verified_by(sha256: str | None, checksum: str | None) -> str | None:

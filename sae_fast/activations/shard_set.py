@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,13 @@ from sae_fast.activations.row_scan import (
     OUTLIER_RATIO,
     RepeatedRows,
     RowScan,
+    norm_limit,
     outliers_of,
 )
 from sae_fast.activations.scanning import (
     Checks,
     ScanRecord,
+    large_rows,
     recalled,
     scan_shard,
     verified_by,
@@ -163,6 +166,7 @@ def open_shards(
     repeated_rows: RepeatedRows = "refuse",
     record: ScanRecord | None = None,
     sample: Sample | None = None,
+    max_norm_multiple: float | None = None,
 ) -> ShardSet:
     """Check the training shards of a directory, or the given files, and describe them.
 
@@ -173,6 +177,8 @@ def open_shards(
     written: where they are more than a hundredth of a shard, `repeated_rows` says whether they are
     refused, dropped or kept. A shard that `record` knows, and that has not changed, is not read.
     With `lazy` rows are looked at when a stream first reads them instead, and none is dropped.
+    With `max_norm_multiple` rows whose norm is more than so many times the median are dropped; it
+    needs `verify`, and the shards that have such rows are read once more.
     Rows that `sample` chooses are kept from the reading, if they are not too many.
     `columns` names datasets of labels that are served beside the rows; `whole_sequences` asks for
     the rows of a sequence together, see columns.py. Both are read once here and checked. `targets`
@@ -186,7 +192,10 @@ def open_shards(
         raise ValueError(f"columns: {TARGETS!r} is the name of what targets are served as")
     if lazy and (skip_nonfinite or repeated_rows == "drop"):
         raise ValueError("lazy: which rows are dropped must be known before the first is served")
-    checks = Checks(verify, lazy, skip_nonfinite, repeated_rows, record or ScanRecord())
+    if max_norm_multiple is not None and (lazy or not verify):
+        raise ValueError("max_norm_multiple needs verify, which finds the norms")
+    allowed = (verify, lazy, skip_nonfinite, repeated_rows)
+    checks = Checks(*allowed, record or ScanRecord(), max_norm_multiple)
     shards = tuple(describe_shard(path, key) for path in paths)
     kept = () if sample is None else _kept_rows(shards, sample)
     dropped, is_zero, digests, first_reads = _check_rows(shards, shards, checks, kept)
@@ -202,9 +211,7 @@ def open_shards(
     if result.rows == 0:
         raise ShardError(f"{shards[0].path}: no finite row in it or in the other shards")
     if result.nonfinite_rows:
-        logger.warning(
-            "dropping %d rows that %s", result.nonfinite_rows, _what_is_dropped(repeated_rows)
-        )
+        logger.warning("dropping %d rows that %s", result.nonfinite_rows, _what_is_dropped(checks))
     return result
 
 
@@ -217,8 +224,11 @@ def _kept_rows(shards: tuple[Shard, ...], sample: Sample) -> tuple[KeptRows, ...
     return kept if sum(part.bytes for part in kept) <= KEPT_BYTES else ()
 
 
-def _what_is_dropped(repeated_rows: RepeatedRows) -> str:
-    also = ", or are zero or equal to the row before them" if repeated_rows == "drop" else ""
+def _what_is_dropped(checks: Checks) -> str:
+    is_dropped = checks.repeated_rows == "drop"
+    also = ", or are zero or equal to the row before them" if is_dropped else ""
+    if checks.max_norm_multiple is not None:
+        also += f", or have norms above {checks.max_norm_multiple:g} times the median"
     return f"hold NaN or Inf{also}"
 
 
@@ -274,12 +284,25 @@ def _check_rows(
         return scan_shard(shard, sha256_of(shard), shard.checksum, checks, keeps.get(id(shard)))
 
     scans = _for_each(shards, scan)
-    _warn(shards, scans, checks)
+    norms = [result.served_norms(checks.repeated_rows) for result in scans]
+    limit = math.inf
+    if checks.max_norm_multiple is not None:
+        limit = norm_limit(norms, checks.max_norm_multiple)
+    _warn(shards, scans, checks, limit)
     is_zero = all(result.is_zero for result in scans)
     dropped = tuple(result.nonfinite for result in scans)
     if checks.repeated_rows == "drop":
         dropped = tuple(np.union1d(result.nonfinite, result.repeated) for result in scans)
+    if limit < math.inf:
+        parts = dict(zip(shards, scans, strict=True))
+        large = _for_each(shards, lambda shard: _large_rows(shard, parts[shard], limit))
+        dropped = tuple(np.union1d(*pair) for pair in zip(dropped, large, strict=True))
     return _Checked(dropped, is_zero, tuple(result.digest for result in scans))
+
+
+def _large_rows(shard: Shard, scan: RowScan, limit: float) -> RowNumbers:
+    """Return the rows of a shard with norms above a limit; it is read only where there are some."""
+    return large_rows(shard, limit) if max(scan.norms, default=-MAX_BIN) > limit else NO_ROWS
 
 
 def _check_later(
@@ -309,7 +332,9 @@ def _check_later(
     )
 
 
-def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -> None:
+def _warn(
+    shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks, limit: float
+) -> None:
     """Tell of rows that can be trained on, but may not be what they should be."""
     repeated = sum(len(result.repeated) for result in scans)
     if repeated and checks.repeated_rows != "drop":
@@ -323,20 +348,24 @@ def _warn(shards: tuple[Shard, ...], scans: Sequence[RowScan], checks: Checks) -
             len(scans[worst].repeated),
             shards[worst].path.name,
         )
-    norms = [result.served_norms(checks.repeated_rows) for result in scans]
+    norms = [
+        {number: count for number, count in part.items() if number <= limit}
+        for part in (result.served_norms(checks.repeated_rows) for result in scans)
+    ]
     if (outliers := outliers_of(norms)) is not None:
         worst = max(range(len(norms)), key=lambda number: max(norms[number], default=-MAX_BIN))
         logger.warning(
             "%s: %.2g %% of the rows have norms above %d times the median, up to %s times, and "
             "hold %.3g %% of the sum of squares: they decide mean, scale, loss and FVU. The "
             "largest is in %s. Capture without the tokens that they belong to, such as the first "
-            "of each text, for figures of ordinary rows",
+            "of each text, for figures of ordinary rows (--max-norm-multiple %d leaves them out)",
             shards[0].path.parent,
             100 * outliers.share,
             OUTLIER_RATIO,
             f"{outliers.ratio:.0f}" if outliers.ratio < 1e6 else f"{outliers.ratio:.1e}",
             100 * outliers.energy,
             shards[worst].path.name,
+            OUTLIER_RATIO,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sae_fast.activations.columns import STARTS, Column, RowNumbers, tensor_columns
 from sae_fast.activations.order import shuffled_rows
+from sae_fast.activations.row_scan import count_bins, norm_bins, norm_limit
 from sae_fast.activations.source import (
     Rows,
     Source,
@@ -27,6 +29,8 @@ from sae_fast.activations.source import (
 from sae_fast.activations.storage import Storage, as_numpy, nonfinite_rows, storage_of
 from sae_fast.activations.targets import TARGETS
 
+logger = logging.getLogger(__name__)
+
 STATE_VERSION = 1
 CPU = torch.device("cpu")
 SAMPLED_ROWS = 1024
@@ -39,7 +43,8 @@ class TensorStream(Source):
     Batches are made when they are asked for, without a thread. The tensor is not copied, so it must
     not be changed. `device` is what the batches are for: from a tensor on that GPU they are made
     there, from another in memory that a GPU can be copied to from. Raises ValueError for a row that
-    is not finite, unless `skip_nonfinite`.
+    is not finite, unless `skip_nonfinite`. With `max_norm_multiple` rows and targets whose norm is
+    more than so many times the median are left out.
 
     `columns` are labels, one number a row, that `next_rows` serves with the rows. With
     `whole_sequences` sequences are shuffled, not rows: the sequences of a 3-D tensor, or what
@@ -62,6 +67,7 @@ class TensorStream(Source):
         whole_sequences: bool = False,
         targets: Tensor | None = None,
         target_transform: Transform | None = None,
+        max_norm_multiple: float | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -72,7 +78,9 @@ class TensorStream(Source):
         if targets is not None:
             _check_pairs(activations, targets)
             parts[TARGETS] = targets
-        (self._rows, *paired), dropped = finite_rows(parts, skip_nonfinite, place)
+        (self._rows, *paired), dropped = finite_rows(
+            parts, skip_nonfinite, place, max_norm_multiple
+        )
         tokens = activations.shape[1] if activations.ndim == 3 else 1
         beside = tensor_columns(columns or {}, len(self._rows), tokens, dropped, whole_sequences)
         self._column_info, self._starts = beside.info, beside.starts
@@ -114,8 +122,18 @@ class TensorStream(Source):
 
     @property
     def nonfinite_rows(self) -> int:
-        """Rows of the tensor that are left out because they hold NaN or Inf."""
+        """Rows of the tensor that are left out: those with NaN or Inf, or with too large a norm."""
         return self._nonfinite_rows
+
+    @property
+    def kept(self) -> Tensor:
+        """The rows [n, D] that are served, as they are stored."""
+        return self._rows
+
+    @property
+    def kept_targets(self) -> Tensor | None:
+        """The targets [n, d_out] that are served, as they are stored; None: there are none."""
+        return self._columns.get(TARGETS)
 
     @property
     def stall_seconds(self) -> float:
@@ -207,22 +225,44 @@ def checked_rows(activations: Tensor, skip_nonfinite: bool, device: torch.device
 
 
 def finite_rows(
-    parts: Mapping[str, Tensor], skip_nonfinite: bool, device: torch.device
+    parts: Mapping[str, Tensor],
+    skip_nonfinite: bool,
+    device: torch.device,
+    max_norm_multiple: float | None = None,
 ) -> tuple[list[Tensor], RowNumbers]:
-    """Return rows [n, D] of tensors on the device, and ascending numbers of dropped rows."""
+    """Return rows [n, D] of tensors on the device, and ascending numbers of dropped rows.
+
+    Rows whose norm is more than `max_norm_multiple` times the median are dropped too.
+    """
     wholes = [_rows_on(device, name, part) for name, part in parts.items()]
     bad = [_nonfinite(rows, storage_of(rows.dtype)) for rows in wholes]
-    if not any(numbers.size for numbers in bad):
-        return wholes, bad[0]
-    if not skip_nonfinite:
+    if any(numbers.size for numbers in bad) and not skip_nonfinite:
         name, numbers = next(pair for pair in zip(parts, bad, strict=True) if pair[1].size)
         raise ValueError(f"{name}: row {int(numbers[0])} holds NaN or Inf")
+    if max_norm_multiple is not None:
+        bad += [
+            _large(name, rows, max_norm_multiple) for name, rows in zip(parts, wholes, strict=True)
+        ]
     dropped = np.unique(np.concatenate(bad))
+    if not dropped.size:
+        return wholes, dropped
     keep = torch.ones(len(wholes[0]), dtype=torch.bool, device=device)
     keep[torch.from_numpy(dropped).to(device)] = False
     if not keep.any():
         raise ValueError(f"{' and '.join(parts)}: no row is finite")
     return [rows[keep] for rows in wholes], dropped
+
+
+def _large(name: str, rows: Tensor, multiple: float) -> RowNumbers:
+    """Return ascending numbers of the rows whose norm is so many times the median, and tell."""
+    bins = np.concatenate([norm_bins(part) for part in torch.split(rows, CHECKED_ROWS)])
+    found: RowNumbers = np.flatnonzero(bins > norm_limit([count_bins(bins)], multiple))
+    if found.size:
+        logger.warning(
+            "%s: dropping %d of %d rows, whose norms are above %g times the median",
+            *(name, len(found), len(rows), multiple),
+        )
+    return found
 
 
 def _rows_on(device: torch.device, name: str, part: Tensor) -> Tensor:

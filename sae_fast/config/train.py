@@ -164,6 +164,18 @@ class TrainConfig(ConfigFile):
         ),
     )
     """Drop and count rows with NaN or infinity instead of stopping at them."""
+    max_norm_multiple: float | None = setting(
+        None,
+        above=1,
+        shards_only="no row is left out, every token is trained on",
+        run_needs=Effect(
+            "shards or a tensor; rows of a source are not left out",
+            lambda run: run.data in ("shards", "tensor"),
+        ),
+    )
+    """Drop and count rows whose norm is more than so many times the median norm, as the norms of
+    attention sinks are; mean and scale are of the rows that are left. The median is known to within
+    a fifth. Default: none are dropped."""
     verify: Literal["off", "lazy", "full"] = setting(
         "full", on_resume="free", shards_only="the rows are computed, not read", of_files=True
     )
@@ -456,6 +468,10 @@ class TrainConfig(ConfigFile):
         if self.verify != "full" and self.repeated_rows == "drop":
             raise ValueError(
                 f"repeated_rows drop needs verify full, which finds the rows, got {self.verify!r}"
+            )
+        if self.verify != "full" and self.max_norm_multiple is not None:
+            raise ValueError(
+                f"max_norm_multiple needs verify full, which finds the norms, got {self.verify!r}"
             )
         if self.verify == "lazy" and self.skip_nonfinite:
             raise ValueError("skip_nonfinite needs verify full or off, got 'lazy'")

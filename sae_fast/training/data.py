@@ -119,7 +119,10 @@ def open_source(
             columns=labels,
             whole_sequences=needs_sequences(sae),
             targets=targets,
+            max_norm_multiple=config.max_norm_multiple,
         )
+        if config.max_norm_multiple is not None:  # mean and scale of the rows that are left
+            return OpenedSource("tensor", stream, stream.kept, stream.kept_targets)
         return OpenedSource("tensor", stream, data, targets)
     if _gives_parts(data):
         return OpenedSource("iterator", _open_parts(config, data))
@@ -346,7 +349,8 @@ def _finite_heldout(
     parts = {"held-out rows": held}
     if sae.transcoder and TARGETS in columns:
         parts[TARGETS] = columns[TARGETS]
-    (rows, *_), dropped = finite_rows(parts, config.skip_nonfinite, held.device)
+    limits = (config.skip_nonfinite, held.device, config.max_norm_multiple)
+    (rows, *_), dropped = finite_rows(parts, *limits)
     keep = torch.ones(len(rows) + len(dropped), dtype=torch.bool)
     keep[torch.from_numpy(dropped)] = False
     beside = {}

@@ -88,6 +88,7 @@ def open_training_shards(
             repeated_rows=config.repeated_rows,
             record=record,
             sample=sample_spans if sample and len(parts) == 1 else None,
+            max_norm_multiple=config.max_norm_multiple,
         )
         if shards.is_zero:
             raise ShardError(f"{name}: all rows are zero, there is nothing to train on")
@@ -127,6 +128,7 @@ def open_heldout_shards(
         targets=_heldout_target_files(config, sae, held),
         repeated_rows=config.repeated_rows,
         record=record,
+        max_norm_multiple=config.max_norm_multiple,
     )
     check_same_width(train.sets[0], shards)
     check_same_origin(*train.sets, shards)
