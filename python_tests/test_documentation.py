@@ -22,9 +22,11 @@ from small_texts import make_texts
 
 from sae_fast import biographies, convert_shards, plot, swap, train
 from sae_fast.activations import write_shard
+from sae_fast.autoencoder.architectures import unregister_architecture
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.model_text import CaptureConfig, FromModelConfig
 from sae_fast.config.output import OutputConfig
+from sae_fast.config.sae import registered
 from sae_fast.training import run_directory
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +138,9 @@ def place(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     yield tmp_path
     torch.set_num_threads(threads)
+    for name in registered():  # by a page about architectures of one's own
+        unregister_architecture(name)
+    sys.modules.pop("gained_topk", None)
 
 
 def make_model():
@@ -253,6 +258,7 @@ def test_every_flag_that_a_page_names_exists(page):
     found = re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(page))
     named = {name.replace("-", "_") for name in found}
     known = known_flags() | {"help", "version", *OF_OTHERS}
+    known.add("gain_decay")  # of examples/gained_topk.py
     assert {name for name in named - known if name.removeprefix("no_") not in known} == set()
 
 

@@ -8,6 +8,8 @@ require_torch()  # says so at once where it is missing, and does not import it
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder
+    from sae_fast.autoencoder.architectures import register_architecture
+    from sae_fast.autoencoder.loss_terms import LossTerm
     from sae_fast.config import (
         RunConfig,
         SAEConfig,
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
         pythia_1_4b_sae_config,
     )
     from sae_fast.ops.native import build_info
+    from sae_fast.training.callbacks import Callback
     from sae_fast.training.from_model.loaded_model import train_from_model
     from sae_fast.training.sweep import Sweep, read_sweep
     from sae_fast.training.trainer import Trainer
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
+    "LossTerm",
     "RunConfig",
     "SAEConfig",
     "SparseAutoencoder",
@@ -36,11 +41,14 @@ __all__ = [
     "gpt2_sae_config",
     "pythia_1_4b_sae_config",
     "read_sweep",
+    "register_architecture",
     "train_from_model",
 ]
 
 # Imported when first asked for, so that the help of a command needs no torch.
 _HOMES = {
+    "Callback": "sae_fast.training.callbacks",
+    "LossTerm": "sae_fast.autoencoder.loss_terms",
     "RunConfig": "sae_fast.config",
     "SAEConfig": "sae_fast.config",
     "TrainConfig": "sae_fast.config",
@@ -52,6 +60,7 @@ _HOMES = {
     "gpt2_sae_config": "sae_fast.config",
     "pythia_1_4b_sae_config": "sae_fast.config",
     "read_sweep": "sae_fast.training.sweep",
+    "register_architecture": "sae_fast.autoencoder.architectures",
     "train_from_model": "sae_fast.training.from_model.loaded_model",
 }
 

@@ -14,7 +14,7 @@ come at once.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 import os
 import signal
@@ -39,8 +39,10 @@ from sae_fast.config.model_text import (
     FromModelConfig,
 )
 from sae_fast.config.output import OutputConfig
+from sae_fast.config.plugins import load_plugin
 from sae_fast.config.presets import preset
-from sae_fast.config.sae import without_other_size
+from sae_fast.config.run import sections_of
+from sae_fast.config.sae import config_of, registered, without_other_size
 from sae_fast.config.setting import rules_of, setting
 from sae_fast.json_files import read_json
 from sae_fast.log_output import CommandOutput, command_output
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from sae_fast.training.sweep import Sweep
     from sae_fast.training.trainer import Trainer
 
+_OWN = "sae of "  # before the name of a registered architecture, as a section
 SWEEP = "sweep.json"  # the summary of a sweep
 EXIT_CODES: dict[signal.Signals | None, int]
 EXIT_CODES = {None: 0, **{number: 128 + number for number in STOPPING}, signal.SIGINT: 0}
@@ -86,6 +89,9 @@ class TrainOptions(ConfigFile):
         },
     )
     """Settings for a well-known model, see `python -m sae_fast.presets`; all else wins over it."""
+    plugin: str | None = setting(None, metavar="FILE_OR_MODULE")
+    """Python file, or module, that registers an architecture of your own, which --arch then names.
+    An installed package that names it as an entry point needs no --plugin."""
     config: Path | None = setting(None, metavar="FILE", brief="JSON file of settings")
     """JSON file with any of the settings below; the command line wins over it."""
     sweep: Path | None = setting(
@@ -112,7 +118,6 @@ class FromModel:
     given: frozenset[str]
 
 
-@functools.cache
 def on_shards() -> CommandLine:
     """Return the command line of a training on shards."""
     about = "Train a sparse autoencoder on activation shards, or continue a run."
@@ -120,6 +125,7 @@ def on_shards() -> CommandLine:
     sections = {
         "options": TrainOptions,
         "sae": SAEConfig,
+        **_own_sections(),
         "train": TrainConfig,
         "output": OutputConfig,
     }
@@ -129,7 +135,6 @@ def on_shards() -> CommandLine:
     return CommandLine(f"{USAGE}\n{USAGE_FROM_MODEL}", about, sections, note=note)
 
 
-@functools.cache
 def from_model() -> CommandLine:
     """Return the command line of a training straight from a model, behind MODEL and DATASET."""
     refused = {
@@ -145,12 +150,62 @@ def from_model() -> CommandLine:
         "options": TrainOptions,
         "text": FromModelConfig,
         "sae": SAEConfig,
+        **_own_sections(),
         "train": TrainConfig,
         "output": OutputConfig,
     }
     defaults = {"k": DEFAULT_K, **SAE_DEFAULTS, **TRAIN_DEFAULTS}
     hidden = [name for name, rules in rules_of(SAEConfig).items() if rules.shards_only]
     return CommandLine(USAGE_FROM_MODEL, about, sections, defaults, refused, hidden)
+
+
+def _own_sections() -> dict[str, type[ConfigFile]]:
+    """Return the configurations of registered architectures, whose further settings are flags."""
+    return {f"{_OWN}{name}": config for name, config in registered().items()}
+
+
+def _read_line(line: CommandLine, arguments: Sequence[str]) -> Given:
+    """Return the settings on a command line, with own settings of architectures under "sae"."""
+    given = line.read(arguments)
+    for section in [section for section in given if section.startswith(_OWN)]:
+        given["sae"] |= given.pop(section)
+    return given
+
+
+def _load_architectures(arguments: Sequence[str]) -> None:
+    """Import the module of --plugin, and the installed package that has the named architecture.
+
+    The line is read afterwards: their settings are flags of it. Without these flags nothing is
+    imported, so that help and mistakes come as fast as ever.
+    """
+    for flag, value in _values_of(("plugin", "arch"), arguments):
+        if flag == "arch":
+            config_of(value)
+            continue
+        before = registered()
+        load_plugin(value)
+        if not (registered().keys() - before.keys() or _registers(value)):
+            raise ValueError(
+                f"plugin {value}: it registers no architecture "
+                "(sae_fast.register_architecture does)"
+            )
+
+
+def _registers(reference: str) -> bool:
+    """Return whether a module that was loaded before is one that registers an architecture."""
+    name = Path(reference).stem if reference.endswith(".py") else reference
+    return any(config.__module__ == name for config in registered().values())
+
+
+def _values_of(names: Sequence[str], arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the values of these flags on a command line that is not read yet, by their names."""
+    for name in names:
+        flag = f"--{name}"
+        for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+            if word == flag and following and not following.startswith("--"):
+                yield name, following
+            elif word.startswith(f"{flag}="):
+                yield name, word.partition("=")[2]
 
 
 def command_lines() -> list[CommandLine]:
@@ -208,7 +263,8 @@ def parse_arguments(arguments: Sequence[str]) -> RunConfig:
     """
     from sae_fast.training.run_directory import free_name
 
-    config = _config(on_shards().read(arguments))
+    _load_architectures(arguments)
+    config = _config(_read_line(on_shards(), arguments))
     if config.train.checkpoint_dir is not None:
         return config
     return _in_directory(config, free_name(config.sae))
@@ -246,7 +302,7 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     settings = line.settings
     sae = without_other_size(SAE_DEFAULTS, layers["sae"])
     arch = flags["sae"].get("arch") or layers["sae"].get("arch", SAEConfig.arch)
-    if arch in rules_of(SAEConfig)["k"].arch:
+    if arch in rules_of(SAEConfig)["k"].arch or "k" in config_of(arch).shared:
         sae["k"] = DEFAULT_K
     rules = rules_of(TrainConfig)
     defaults: dict[str, Any] = {
@@ -295,13 +351,12 @@ def _decay_with_adam(flags: dict[str, Any], defaults: dict[str, Any], *, is_open
 
 def _settings_in(path: Path | None) -> Given:
     """Return the settings in a file, by section, without defaults; it is checked as a whole."""
-    sections: dict[str, type[SAEConfig] | type[TrainConfig]]
-    sections = {"sae": SAEConfig, "train": TrainConfig}
     if path is None:
-        return {section: {} for section in sections}
+        return {"sae": {}, "train": {}}
     with unchecked():  # flags may yet give what a setting needs
         RunConfig.load(path)
     content = read_settings(path)
+    sections = sections_of(content)
     nested = any(section in content for section in sections)
     given: Given = {}
     for section, config in sections.items():
@@ -378,8 +433,9 @@ def _opened(
 
 def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:
     """Return the settings on a command line, and the part about the model if it names one."""
+    _load_architectures(arguments)
     if not arguments or arguments[0].startswith("-"):
-        return on_shards().read(arguments), None
+        return _read_line(on_shards(), arguments), None
     if len(arguments) < 2 or arguments[1].startswith("-"):
         raise ValueError(
             f"a model and a dataset are needed, MODEL DATASET, got {arguments[0]!r} alone "
@@ -388,7 +444,7 @@ def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:
     model, dataset, *flags = arguments
     if flags and not flags[0].startswith("-"):
         raise ValueError(f"unexpected {flags[0]!r}: MODEL and DATASET, then flags")
-    given = from_model().read(flags)
+    given = _read_line(from_model(), flags)
     text = given["text"]
     if (name := given["options"].get("preset")) is not None:
         text = {**preset(name).text, **text}

@@ -218,6 +218,7 @@ class ArchitectureLoss:
 
     Attributes:
         code: of the batch, for statistics.
+        residual: [N, D], x̂ − x, of a transcoder ŷ − y, with its gradient.
         squared_error: [N], Σ_d (x̂ − x)², of a transcoder Σ_d (ŷ − y)².
         recon_loss: 0-d, the batch's `error_term` of it; or what the architecture has in its place.
         terms: its other terms by name, 0-d, with their coefficients.
@@ -225,6 +226,7 @@ class ArchitectureLoss:
     """
 
     code: ops.Code
+    residual: Tensor
     squared_error: Tensor
     recon_loss: Tensor
     terms: dict[str, Tensor]
@@ -235,6 +237,9 @@ class Architecture(ABC):
     """Base of the architectures.
 
     Attributes:
+        name: of an architecture outside of the package, as `arch` names it.
+        Settings: of such an architecture, a class with the settings that it adds to SAEConfig.
+        shared: of such an architecture, settings of others that it has as well, such as "k".
         unit_norm: whether decoder rows are kept at unit length, their gradients projected.
         compares_latents: whether it compares values of different latents to choose among them.
         full_k_aux: the most dead latents per token that AuxK takes; 0: there is no AuxK.
@@ -247,6 +252,11 @@ class Architecture(ABC):
         metric_names: names of the metrics of `loss`, in every step the same.
     """
 
+    class Settings:
+        """No settings beside those in SAEConfig."""
+
+    name: str = ""
+    shared: tuple[str, ...] = ()
     unit_norm = True
     compares_latents = False
     full_k_aux = 0

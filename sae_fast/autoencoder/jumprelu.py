@@ -77,7 +77,7 @@ class JumpReLU(Thresholded):
             "pre_act_loss": self._pre_act_loss(weights, batch),
         }
         metrics = {"mean_threshold": threshold.detach().mean()}
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
+        return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
 
     @property
     def needs_step_l0(self) -> bool:  # type: ignore[override]

@@ -109,8 +109,10 @@ class SparseAutoencoder(nn.Module):
         draw = torch.zeros((), dtype=torch.int64) if has_chunks else None
         self.register_buffer("decorrelation_draw", draw)
         for name, start in self._own_parameters().items():
+            self._check_new(name)
             self.register_parameter(name, nn.Parameter(start))
         for name, start in (self.architecture.buffers() | transcoder_buffers(config)).items():
+            self._check_new(name)
             self.register_buffer(name, start)
         subtracts_nothing = config.transcoder or not config.subtract_b_dec
         no_bias = torch.zeros(d_in, dtype=dtype) if subtracts_nothing else None
@@ -213,6 +215,13 @@ class SparseAutoencoder(nn.Module):
         """Return start values of the architecture's parameters, the probe's and the skip's."""
         own = self.architecture.parameters() | self.guidance.parameters()
         return own | transcoder_parameters(self.config)
+
+    def _check_new(self, name: str) -> None:
+        if hasattr(self, name):
+            raise ValueError(
+                f"arch {self.config.arch}: a parameter or buffer is called {name}, and a model has "
+                "that already"
+            )
 
     def _own_start(self) -> dict[str, Tensor]:
         """Return start values of the own parameters and of the architecture's buffers."""

@@ -123,7 +123,7 @@ class Slots(ReLU):
             if self.config.l1_penalty_coeff:
                 terms["l1_loss"] = self.l1_loss(weights, code, batch)
             metrics |= binding.accuracies(self.config.has_value_heads)
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
+        return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
 
     def _bound_terms(
         self, weights: Weights, batch: Batch, engine: Engine

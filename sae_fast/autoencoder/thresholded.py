@@ -182,7 +182,7 @@ class ReLU(Thresholded):
         terms = {"l1_loss": self.l1_loss(weights, code, batch)}
         modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
         metrics = self.metrics(weights)
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
+        return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
 
 
 class Gated(Thresholded):
@@ -223,7 +223,7 @@ class Gated(Thresholded):
             "aux_loss": batch.error_term(by_gate.squared_error),
         }
         metrics = self.metrics(weights)
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms, metrics)
+        return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
         """Multiply the magnitudes' bias by `factor`, as the code's values were."""

@@ -126,7 +126,7 @@ class TopK(Architecture):
             # One encoder call gives both codes, so that the gradient of either reaches W_enc.
             _, multi_loss = self.reconstruct(weights, wide, batch, engine)
             terms["multi_topk_loss"] = config.multi_topk_coeff * multi_loss
-        return ArchitectureLoss(code, modelled.squared_error, recon_loss, terms)
+        return ArchitectureLoss(code, *modelled, recon_loss, terms)
 
     def _auxiliary_loss(
         self,

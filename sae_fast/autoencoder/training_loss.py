@@ -20,6 +20,7 @@ from sae_fast.autoencoder.architecture import (
     StepSettings,
     WholeStep,
 )
+from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.penalties import decorrelation_loss
 from sae_fast.autoencoder.shapes import rows_of, target_of
@@ -37,6 +38,7 @@ def batch_loss(
     *,
     downstream: Callable[[Tensor], Tensor] | None = None,
     whole: WholeStep | None = None,
+    loss_terms: Sequence[LossTerm] = (),
 ) -> TrainingLoss:
     """Return the weighted sum of the loss terms of a batch.
 
@@ -53,6 +55,7 @@ def batch_loss(
             from a reconstruction [N, D], normalised.
         whole: the optimiser step that the batch is one of several parts of, see
             `whole_step`; the mean loss of the parts is then the loss of all their tokens.
+        loss_terms: added to the terms of the model.
 
     Raises ValueError where `downstream` or a column does not fit the configuration.
     """
@@ -82,7 +85,18 @@ def batch_loss(
         ),
         engine,
     )
-    total, components = _weighted_sum(sae, own, batch, settings)
+    further = {}
+    if loss_terms and not settings.reconstruction_only:
+        x_hat = y + own.residual.to(y.dtype)
+        further = {term.name: term.of(sae, batch, own.code, x_hat) for term in loss_terms}
+    elif loss_terms:
+        further = {term.name: sae.b_dec.new_zeros(()) for term in loss_terms}
+    if unknown := own.terms.keys() - {*sae.term_names}:
+        raise ValueError(
+            f"arch {sae.config.arch}: loss returns the term {min(unknown)}, which is not in its "
+            "term_names"
+        )
+    total, components = _weighted_sum(sae, own, batch, settings, further)
     components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
     components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)
     if sae.config.transcoder:
@@ -123,7 +137,11 @@ def decorrelation_term(sae: SparseAutoencoder) -> Tensor:
 
 
 def _weighted_sum(
-    sae: SparseAutoencoder, own: ArchitectureLoss, batch: Rows, settings: StepSettings
+    sae: SparseAutoencoder,
+    own: ArchitectureLoss,
+    batch: Rows,
+    settings: StepSettings,
+    further: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of the terms with their coefficients; and terms and metrics, detached."""
     none, alone = sae.b_dec.new_zeros(()), settings.reconstruction_only
@@ -139,7 +157,7 @@ def _weighted_sum(
         terms = {name: t if name == "recon_loss" else none for name, t in terms.items()}
     else:
         guided, measured = sae.guidance.terms(sae.weights.own, own.code, batch.columns)
-    terms |= guided
+    terms |= guided | further
     components = {name: term.detach() for name, term in terms.items()}
     return torch.stack(list(terms.values())).sum(), components | own.metrics | measured
 

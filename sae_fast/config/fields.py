@@ -7,6 +7,7 @@ the fields alone at its top level.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -18,7 +19,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from sae_fast.config.effects import IdleSettingError
 from sae_fast.config.setting import checked, describe, rules_of
@@ -38,6 +39,8 @@ class ConfigFile:
         title: the heading over its settings in the short help.
         section: the key of the configuration in files that hold several.
         aliases: by another name of a setting, the name of its field.
+        declared_in: the classes whose source declares the settings and their texts; default: the
+            configuration.
         given: the settings that the configuration was made with, by name of the field. The fields
             hold these, and defaults or what follows from the others (`completed`) for the rest.
     """
@@ -45,6 +48,7 @@ class ConfigFile:
     title: ClassVar[str] = "Flags"
     section: ClassVar[str] = ""
     aliases: ClassVar[dict[str, str]] = {}
+    declared_in: ClassVar[tuple[type, ...]] = ()
     given: Mapping[str, Any]
 
     @classmethod
@@ -158,7 +162,7 @@ def configuration(**aliases: str) -> Callable[[type[Config]], type[Config]]:
             setattr(cls, alias, property(operator.attrgetter(name)))
         cls.aliases = dict(aliases)
         if cls.section:
-            _SECTION_CONFIGS[cls.section] = cls
+            _SECTION_CONFIGS.setdefault(cls.section, cls)
             summary = inspect.cleandoc(cls.__doc__ or "")
             cls.__doc__ = _Documentation(summary)  # type: ignore[assignment]
         return cls
@@ -247,9 +251,22 @@ def field_types(cls: type[ConfigFile]) -> dict[str, Any]:
     return _types[cls]
 
 
+def set_choices(cls: type[ConfigFile], name: str, choices: Iterable[str]) -> None:
+    """Let a field of a configuration, which is one of several words, be one of these words."""
+    field_types(cls)[name] = typing.cast(Any, Literal)[tuple(choices)]
+
+
 @functools.cache
 def field_texts(config: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a dataclass, its help, by name."""
+    """Return the text under each field of a configuration, its help, by name."""
+    texts = _texts_in(config.declared_in[0] if config.declared_in else config)
+    for place in config.declared_in[1:]:
+        with contextlib.suppress(OSError, TypeError):  # it has no source, as in a notebook
+            texts |= _texts_in(place)
+    return texts
+
+
+def _texts_in(config: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     assert isinstance(definition, ast.ClassDef)
     texts = {}

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_fast.config.effects import Run, check_effects
-from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.fields import (
+    ConfigFile,
+    configuration,
+    field_names,
+    field_types,
+    reject_unknown_keys,
+    set_choices,
+)
+from sae_fast.config.plugins import load_installed
 from sae_fast.config.setting import Effect, require, rules_of, setting
+from sae_fast.json_files import shown
 
 DEFAULT_EXPANSION_FACTOR = 8
 DEFAULT_K = 32
@@ -78,6 +88,51 @@ def _is_new_model(run: Run) -> bool:
 
 _A_NEW_MODEL = Effect("a training without start_from, whose model has it already", _is_new_model)
 
+_REGISTERED_BY = "registered_by"  # in saved configurations
+_registered: dict[str, type[SAEConfig]] = {}  # of the architectures outside of the package
+
+
+def built_in() -> tuple[str, ...]:
+    """Return the names of the architectures of the package."""
+    names = typing.get_args(field_types(SAEConfig)["arch"])
+    return tuple(name for name in names if name not in _registered)
+
+
+def registered() -> dict[str, type[SAEConfig]]:
+    """Return the configurations of the registered architectures by name."""
+    return dict(_registered)
+
+
+def register(name: str, config: type[SAEConfig] | None) -> None:
+    """Let an architecture have a configuration of its own; None: forget the architecture."""
+    own = built_in()
+    if config is None:
+        _registered.pop(name, None)
+    else:
+        _registered[name] = config
+    set_choices(SAEConfig, "arch", (*own, *_registered))
+
+
+def config_of(arch: object, registered_by: object = None) -> type[SAEConfig]:
+    """Return the configuration of an architecture, also of one in an installed package.
+
+    Args:
+        arch: the name; of an unknown one `SAEConfig` is returned, which refuses it.
+        registered_by: the module that has registered it where a configuration was saved.
+
+    Raises ValueError where only that module is known.
+    """
+    if not isinstance(arch, str) or arch in _registered or arch in built_in():
+        return _registered.get(str(arch), SAEConfig)
+    if load_installed(arch) and arch in _registered:
+        return _registered[arch]
+    if registered_by is not None:
+        raise ValueError(
+            f"arch {shown(arch)} is not registered here: first import {shown(registered_by)} "
+            "(on the command line: --plugin FILE_OR_MODULE)"
+        )
+    return SAEConfig
+
 
 @configuration(input_dim="d_in", num_latents="d_sae", dead_feature_threshold="dead_after_tokens")
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +142,14 @@ class SAEConfig(ConfigFile):
     Settings that are left open follow from the others (`completed`) as soon as the widths are
     known: `SAEConfig(d_in=384).d_sae` is 3072. With `d_in=0`, the default, and `d_out=0` of a
     transcoder they stay open until `resolve` is told the widths of the data. `given` has the
-    settings as they were asked for.
+    settings as they were asked for. With a registered architecture the configuration has the
+    settings of that architecture as well.
     """
 
     title: ClassVar[str] = "Model"
     section: ClassVar[str] = "sae"
+    shared: ClassVar[tuple[str, ...]] = ()
+    registered_by: ClassVar[str] = ""
 
     if TYPE_CHECKING:  # the other names of settings, which `configuration` adds
         input_dim: int = 0
@@ -399,6 +457,27 @@ class SAEConfig(ConfigFile):
     value_hidden: int | None = setting(None, at_least=1, arch=_SLOTS, needs=_ANSWERS)
     """Width of a value head's hidden layer; default: 256. [numbers]"""
 
+    def __new__(cls, **settings: Any) -> SAEConfig:
+        """Make the configuration of the architecture, which for a registered one is its own."""
+        own = config_of(settings.get("arch")) if cls is SAEConfig else cls
+        return object.__new__(own)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SAEConfig:
+        """Make the configuration from JSON values; raise ValueError naming every unknown key.
+
+        Raises ValueError where the architecture is registered by a module not yet imported.
+        """
+        values = dict(values)
+        own = config_of(values.get("arch"), values.pop(_REGISTERED_BY, None))
+        reject_unknown_keys(values, [*field_names(own), *own.aliases])
+        return own(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values, and the module that registers the architecture."""
+        by = {_REGISTERED_BY: self.registered_by} if self.registered_by else {}
+        return {**super().to_dict(), **by}
+
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
         self._check_architecture()
@@ -433,7 +512,7 @@ class SAEConfig(ConfigFile):
         if d_out and self.d_out not in (0, d_out):
             raise ValueError(f"d_out must be {d_out}, the width of the targets, got {self.d_out}")
         widths = {"d_in": d_in or self.d_in, "d_out": d_out or self.d_out}
-        return SAEConfig(**{**self.given, **widths, **(labels or {})})
+        return type(self)(**{**self.given, **widths, **(labels or {})})
 
     def with_d_in(self, d_in: int, d_out: int = 0) -> SAEConfig:
         """Return the configuration for activations of width d_in, see `resolve`."""
@@ -476,7 +555,9 @@ class SAEConfig(ConfigFile):
     def _defaults_of_selection(self) -> dict[str, Any]:
         filled: dict[str, Any] = {"aux_k_coeff": 0.0}
         if self.takes("k"):
-            filled = {"k": min(DEFAULT_K, self.d_sae), "aux_k_coeff": DEFAULT_AUX_K_COEFF}
+            filled["k"] = min(DEFAULT_K, self.d_sae)
+        if self.takes("aux_k_coeff"):
+            filled["aux_k_coeff"] = DEFAULT_AUX_K_COEFF
         if self.arch == "matryoshka":
             halvings = {max(self.d_sae >> times, 1) for times in range(MATRYOSHKA_SIZES)}
             sizes = self.matryoshka_prefixes or tuple(sorted(halvings))
@@ -554,7 +635,7 @@ class SAEConfig(ConfigFile):
     def takes(self, name: str) -> bool:
         """Return whether the architecture has a setting."""
         architectures = rules_of(self)[name].arch
-        return not architectures or self.arch in architectures
+        return not architectures or self.arch in architectures or name in self.shared
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         require(name, condition, expected, getattr(self, name))
@@ -565,7 +646,7 @@ class SAEConfig(ConfigFile):
         for name, rules in rules_of(self).items():
             value = getattr(self, name)
             is_off = value in (defaults[name], None, 0.0)
-            if rules.arch and self.arch not in rules.arch and not is_off:
+            if not self.takes(name) and not is_off:
                 raise ValueError(
                     f"{name} belongs to arch {' or '.join(rules.arch)} and must be left out "
                     f"with arch {self.arch}, got {value!r}"

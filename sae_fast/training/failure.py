@@ -42,7 +42,7 @@ def divergence(
     terms = ", ".join(f"{n} {v:g}" for n, v in metrics.items() if n not in (LOSS, GRAD_NORM))
     found = f"step {step}{origin}: the {what} is {value} ({terms})"
     cause = _cause(reading.variance, bad_rows)
-    return TrainingError(f"{found}; {cause}{_intact(newest_checkpoint)}")
+    return TrainingError(f"{found}; {cause}{intact(newest_checkpoint)}")
 
 
 def out_of_memory(
@@ -55,7 +55,7 @@ def out_of_memory(
     return TrainingError(
         f"step {step}: out of memory{told_by}; {plan.summary()}; lower batch_size, "
         f"expansion_factor or d_sae, or pool_rows where the host's memory is full"
-        f"{_intact(newest_checkpoint)}"
+        f"{intact(newest_checkpoint)}"
     )
 
 
@@ -93,5 +93,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _intact(checkpoint: Path | None) -> str:
+def intact(checkpoint: Path | None) -> str:
+    """Return the end of an error's line, which names the checkpoint written last, if any."""
     return f"; {checkpoint} is intact" if checkpoint else ""

@@ -50,6 +50,8 @@ def explain_no_graph(step: TrainingStep) -> str | None:
         )
     if step.downstream is not None:
         return f"loss_fn {step.sae.config.loss_fn}: the model runs in it"
+    if step.loss_terms:
+        return "loss_terms: what their functions do on the host would not be repeated"
     return None
 
 

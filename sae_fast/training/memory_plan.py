@@ -8,7 +8,7 @@ import torch
 
 from sae_fast.activations.stream import PREFETCHED_BATCHES
 from sae_fast.autoencoder.architectures import ARCHITECTURES
-from sae_fast.autoencoder.thresholded import DENSE_FROM
+from sae_fast.autoencoder.thresholded import DENSE_FROM, Thresholded
 from sae_fast.autoencoder.topk import MULTI
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.reference.moments import moment_blocks
@@ -166,12 +166,12 @@ def plan_memory(
         )
     step = _step_parts(sae, train)
     parts |= step
-    if sae.arch in _DENSE_MOMENTS:
+    if _dense_moments(sae):
         _take_larger_phase(parts, sae, train)
     host = {_WHOLE if train.keep_in_memory else _POOL: pool_bytes}
     if on_gpu:
         batch = train.batch_size * (sae.d_in + sae.d_out) * _FLOAT
-        graph = train.cuda_graph and train.fused and native and sae.arch not in _DENSE_MOMENTS
+        graph = train.cuda_graph and train.fused and native and not _dense_moments(sae)
         parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
         if graph:  # beside what the steps before a capture took
             parts["pool of the CUDA graphs"] = sum(step.values())
@@ -180,9 +180,29 @@ def plan_memory(
     return MemoryPlan(parts | host, frozenset(host), device, free, available_memory())
 
 
+def _dense_moments(sae: SAEConfig) -> tuple[tuple[float, int], ...]:
+    """Return the moments of an architecture that works on all latents; of another one none.
+
+    A registered architecture has the moments of the one that it is derived from.
+    """
+    own = ARCHITECTURES[sae.arch]
+    for base in own.__mro__:
+        for name, moments in _DENSE_MOMENTS.items():
+            if ARCHITECTURES[name] is base:
+                return moments
+    return _DENSE_MOMENTS["gated"] if issubclass(own, Thresholded) else ()
+
+
 def _extra_parameters(sae: SAEConfig) -> int:
-    """Count the numbers in the probe, the skip connection and the value heads."""
+    """Count the numbers in the probe, the skip connection and the value heads.
+
+    Of a registered architecture also the numbers in its own parameters and buffers.
+    """
     probe = sae.probe_outputs * (sae.d_sae + 1)
+    if sae.registered_by:
+        architecture = ARCHITECTURES[sae.arch](sae)
+        own = architecture.parameters() | architecture.buffers()
+        probe += sum(tensor.numel() for tensor in own.values())
     if sae.skip_connection:
         probe += sae.d_in * sae.d_out
     if not sae.has_value_heads:
@@ -212,6 +232,8 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     aux = (sae.aux_k or sae.target_width // 2) if sae.aux_k_coeff else 0
     k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + MULTI if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
+    if sae.registered_by and k == 0:  # it lists any number
+        k = round(DENSE_FROM * sae.d_sae)
     entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
     accumulated = train.grad_acc_steps * (inputs + outputs + entries)
     parts = {}
@@ -231,13 +253,13 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         rows = sae.d_sae + 4 * train.batch_size
         parts["probe"] = sae.probe_outputs * rows * _FLOAT
     if sae.independence_coeff or sae.orthogonality_coeff:  # latents by tokens, tokens by tokens
-        dense = (1 if sae.arch in _DENSE_MOMENTS else 2) * sae.d_sae
+        dense = (1 if _dense_moments(sae) else 2) * sae.d_sae
         parts["correlations of latents"] = (
             train.batch_size * _FLOAT * (dense + 4 * train.batch_size)
         )
     if sae.temporal_smoothness_coeff > 0:
         listed = (sae.k or round(DENSE_FROM * sae.d_sae)) * _BYTES_PER_MATCHED_ENTRY
-        dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if sae.arch in _DENSE_MOMENTS else 0
+        dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if _dense_moments(sae) else 0
         parts["temporal smoothness"] = train.batch_size * max(listed, dense)
     return parts
 
@@ -253,7 +275,7 @@ def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig
     accumulated = 2 if train.grad_acc_steps > 1 else 0
     matrices = {
         moment: (moment[1] + accumulated) * matrix if train.fused else 0.0
-        for moment in _DENSE_MOMENTS[sae.arch]
+        for moment in _dense_moments(sae)
     }
     moment = max(matrices, key=lambda moment: moment[0] * all_latents + matrices[moment])
     dense = round(moment[0] * all_latents) * _FLOAT

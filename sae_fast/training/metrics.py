@@ -29,6 +29,14 @@ from sae_fast.json_files import JSONError, is_integer, is_number, parse_json, sh
 Row = dict[str, Any]
 
 STEP = "step"
+# Names that rows have beside the terms of the loss and the metrics of the architecture.
+ROW_NAMES = (
+    *("step", "tokens", "epoch", "loss", "fvu", "l0", "explained_variance", "activation_fraction"),
+    *("dead_fraction", "silent_fraction", "learning_rate", "grad_norm", "variance"),
+    *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction", "gram_mean"),
+    *("probe_accuracy", "probe_r2", "loss_scale", "skipped_steps", "k", "skipped_rows"),
+    *("sparsity_coeff", "max_decoder_cosine"),
+)
 _LONGEST_ROW = 1 << 20  # bytes
 
 

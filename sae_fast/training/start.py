@@ -92,8 +92,13 @@ def sized_config(
         if rules[name].on_resume == "kept" and getattr(config, name) is None
     }
     config = replace(config, **forms).resolve(d_in, d_out)
-    for name, value in config.to_dict().items():
-        known = getattr(before, name)
+    if type(before) is not type(config):
+        raise CheckpointError(
+            f"{checkpoint.path} is of a model with arch = {before.arch}, "
+            f"this run's has {config.arch}"
+        )
+    for name in rules:
+        value, known = getattr(config, name), getattr(before, name)
         if rules[name].on_resume != "free" and known != value:
             raise CheckpointError(
                 f"{checkpoint.path} is of a model with {name} = {known}, this run's has {value}"

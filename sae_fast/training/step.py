@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
+from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.training_loss import batch_loss, whole_step
 from sae_fast.ops import Code
@@ -60,6 +61,7 @@ class TrainingStep:
         precision: mode of the encoder's product.
         average: of the weights, if there is to be one.
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
+        loss_terms: added to the terms of the model.
     """
 
     def __init__(
@@ -70,16 +72,19 @@ class TrainingStep:
         precision: str,
         average: WeightAverage | None = None,
         downstream: DownstreamModel | None = None,
+        loss_terms: Sequence[LossTerm] = (),
     ) -> None:
         self.sae = sae
         self.downstream = downstream
+        self.loss_terms = loss_terms
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
         self._engine = Engine(precision, optimizer.dense_grad)
         self.average = average
         self._copy_session = object()
-        self._components = (*sae.term_names, *sae.metric_names)
+        further = (term.name for term in loss_terms)
+        self._components = (*sae.term_names, *further, *sae.metric_names)
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), dtype=torch.float32, device=device)
@@ -144,6 +149,7 @@ class TrainingStep:
             self._engine,
             downstream=self._downstream_loss(batch.columns),
             whole=whole,
+            loss_terms=self.loss_terms,
         )
         loss.total.backward(weight)  # type: ignore[no-untyped-call]
         self._poison_by(loss.total.detach())

@@ -35,7 +35,7 @@ from sae_fast.activations.files import (
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.fields import field_names, reject_unknown_keys
-from sae_fast.config.sae import without_other_size
+from sae_fast.config.sae import config_of, without_other_size
 from sae_fast.config.setting import rules_of
 from sae_fast.json_files import read_json, shown
 from sae_fast.log_output import show_log
@@ -230,7 +230,8 @@ def with_settings(base: RunConfig, name: str, settings: Mapping[str, Any]) -> Ru
     Raises ValueError for settings that all trainings must share."""
     aliases = {**SAEConfig.aliases, **TrainConfig.aliases}
     by_field = {aliases.get(key, key): value for key, value in settings.items()}
-    known = [*field_names(SAEConfig), *field_names(TrainConfig), *aliases]
+    model = config_of(by_field.get("arch", base.sae.arch))
+    known = [*field_names(model), *field_names(TrainConfig), *aliases]
     reject_unknown_keys(settings, known)
     rules = rules_of(TrainConfig)
     for key in by_field:

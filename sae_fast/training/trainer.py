@@ -9,7 +9,7 @@ run, to the bit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ from sae_fast.activations import ActivationSource
 from sae_fast.activations.given_arrays import Given
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.architectures import ARCHITECTURES
+from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
 from sae_fast.json_files import require
@@ -35,6 +37,7 @@ from sae_fast.report.plot import plot_run
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
+from sae_fast.training.callbacks import Callback, Callbacks
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from sae_fast.training.cuda_graph import GraphRecorder
 from sae_fast.training.data import SharedShards, TrainingData
@@ -46,7 +49,7 @@ from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
 from sae_fast.training.launcher import Launcher, explain_no_graph, wants_graph
 from sae_fast.training.memory_plan import plan_memory
-from sae_fast.training.metrics import Row
+from sae_fast.training.metrics import ROW_NAMES, Row
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.optimizer.schedule_free import ScheduleFreeWeights
@@ -92,6 +95,7 @@ __all__ = ["Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 
+_LOSS_TERMS = "loss_terms"  # in a state, where there are any
 _OPTIMIZER = "optimizer."  # before the names of the optimiser's tensors in a state
 
 
@@ -117,6 +121,10 @@ class Trainer:
         heldout_columns: beside a tensor `heldout` the labels of arch slots, for its accuracies,
             and targets.
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
+        loss_terms: terms of one's own, which are added to the loss and logged, see `LossTerm`. A
+            resumed run must be given them again.
+        callbacks: called at the start, after steps, evaluations and checkpoints, and at the end,
+            see `Callback`.
         stop: what tells to stop; None: signals do, during `train`.
         show_progress: whether to show a progress bar, and the log lines of the package where
             `logging` is not set up.
@@ -142,9 +150,12 @@ class Trainer:
         columns: Mapping[str, Given] | None = None,
         heldout_columns: Mapping[str, Given] | None = None,
         downstream: Downstream | None = None,
+        loss_terms: Sequence[LossTerm] = (),
+        callbacks: Sequence[Callback] = (),
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
     ) -> None:
+        self._callbacks = Callbacks(self, callbacks)
         sae_config, train_config = _both_configs(sae_config, train_config)
         clock = WallClock(train_config)
         if show_progress:
@@ -167,6 +178,8 @@ class Trainer:
         check_heldout_labels(sae_config, self.data.heldout_labels)
         self.sae_config = sized_config(sae_config, self.source.d_in, checkpoint, self.data.d_out)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
+        architecture = ARCHITECTURES[self.sae_config.arch](self.sae_config)
+        self.loss_terms = checked_terms(loss_terms, architecture, ROW_NAMES)
         rows = self.source.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
@@ -195,7 +208,7 @@ class Trainer:
         self._wall_clock, self.is_out_of_time = clock, False
         self.saved_step = -1
         self._warning: str | None = None
-        self._is_open = False
+        self._is_open = self._is_stopped = False
         with self._explained_memory(), self._refusing_start():
             self._open_run_directory(checkpoint)
             self._make_model(checkpoint)
@@ -220,8 +233,9 @@ class Trainer:
             ValueError: when an iterator ends before the run.
             CheckpointError: when a checkpoint cannot be written.
         """
+        self._is_stopped = False
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
-            while self.step < self.total_steps and stop.received is None:
+            while not (self.step == self.total_steps or stop.received or self._is_stopped):
                 row = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
                 progress.advance(self.tokens_per_step)
                 progress.show([row], last=self.step == self.total_steps)
@@ -229,6 +243,10 @@ class Trainer:
                 if self.is_out_of_time:
                     break
         return self.model()
+
+    def stop(self) -> None:
+        """Let `train` end after the current step, with a checkpoint, as after a signal."""
+        self._is_stopped = True
 
     def _progress(self) -> ProgressBar:
         return ProgressBar(self.total_tokens, self.tokens, shown=self._show_progress)
@@ -238,7 +256,8 @@ class Trainer:
         """Start the reader and the logs, and write the first checkpoint."""
         try:
             self._open()
-        except BaseException:
+        except BaseException as error:
+            self._callbacks.end(error)
             self._abort()
             raise
         return self
@@ -252,7 +271,9 @@ class Trainer:
     ) -> None:
         """Call `finish` if that was not done; after an error only close."""
         try:
-            if kind is None and self._is_open:
+            if error is not None:
+                self._callbacks.end(error)
+            elif self._is_open:
                 self.finish()
         finally:
             self._abort()
@@ -280,11 +301,21 @@ class Trainer:
             self.step += 1
             self.tokens += self.tokens_per_step
             self.clock.count_step()
-            return self._report(prune, save=save)
+            row = self._report(prune, save=save)
+            self._callbacks.step(row)
+            return row
 
     @torch.inference_mode(False)
     def finish(self, *, prune: bool = True) -> None:
         """Save what is not saved yet, and write the results of a run that is complete."""
+        try:
+            self._finish(prune)
+        except BaseException as error:
+            self._callbacks.end(error)
+            raise
+        self._callbacks.end(None)
+
+    def _finish(self, prune: bool) -> None:
         with self._explained_memory():
             self.clock.pause(self.batches.take_stalled_seconds)
         if self.saved_step < self.step:
@@ -397,6 +428,7 @@ class Trainer:
             "heldout": self.data.heldout_identity,
             "random": random_values(),
             "wandb_id": self._log.wandb_id,
+            **self._own_terms(),
             **self._own_tensors(),
         }
 
@@ -431,6 +463,11 @@ class Trainer:
         self._log.continue_wandb(state.get("wandb_id"))
         restore_random(tensors, state["random"])
 
+    def _own_terms(self) -> dict[str, dict[str, float]]:
+        """Return the coefficients of `loss_terms` by name, as `state_dict` has them, if any."""
+        weights = {term.name: float(term.coefficient) for term in self.loss_terms}
+        return {_LOSS_TERMS: weights} if weights else {}
+
     def _own_tensors(self) -> dict[str, Tensor]:
         """Return the tensors of `state_dict`."""
         optimizer = self.optimizer.state_dict()
@@ -463,6 +500,7 @@ class Trainer:
         self._log.note_checkpoint(path)
         if self.data.scans.is_changed:
             self._save_scans()
+        self._callbacks.checkpoint(path)
         return path
 
     def _save_scans(self) -> None:
@@ -479,6 +517,7 @@ class Trainer:
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
             self._log.open_loggers()
+        self._callbacks.start()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
         self.clock.resume()
@@ -544,6 +583,8 @@ class Trainer:
             row = {"step": self.step, "tokens": self.tokens, "epoch": epoch, **row}
             rates = self._heldout.rates if look else None
             self._log.write(row, to_loggers=tell or look, rates=rates)
+        if look:
+            self._callbacks.evaluation(evaluation)
         if save or improved:
             self.save_checkpoint(best=improved, prune=prune)
         self.clock.resume()
@@ -631,7 +672,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         settings = (self.scaler, config.precision, self.average, self._downstream.model)
-        step = TrainingStep(self.sae, self.optimizer, *settings)
+        step = TrainingStep(self.sae, self.optimizer, *settings, self.loss_terms)
         self._launcher = Launcher(
             *(step, self.batches, config, self.step, self._newest_checkpoint),
             ahead=ahead,
@@ -645,6 +686,9 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
         warn_of_changes(checkpoint, self.config, self.schedules.rate, self.sae)
+        terms = [values.get(_LOSS_TERMS, {}) for values in (checkpoint.state, self._own_terms())]
+        if terms[0] != terms[1]:
+            logger.warning("resumed with other loss_terms than before: %s -> %s", *terms)
         if self._run is None or not self._run.owns(checkpoint):
             self._log.continue_wandb(None)  # another run, with a line of its own in the charts
         else:

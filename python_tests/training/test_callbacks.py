@@ -1,0 +1,114 @@
+"""Callbacks of a training: when they are called, how they stop it, and how their errors end it."""
+
+import pytest
+import torch
+
+from sae_fast import Callback, SAEConfig, SparseAutoencoder, TrainConfig, Trainer
+from sae_fast.training.trainer import TrainingError
+
+
+def make(activations, callbacks, tmp_path=None, heldout=None, **settings):
+    defaults = {"batch_size": 64, "max_steps": 4, "log_every": 2}
+    train = TrainConfig(**{**defaults, **settings}, checkpoint_dir=tmp_path and str(tmp_path))
+    sae = SAEConfig(d_sae=32, k=4)
+    given = {"heldout": heldout, "callbacks": callbacks, "show_progress": False}
+    return Trainer(sae, train, activations, **given)
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.calls = []
+
+    def on_start(self, trainer):
+        self.calls.append(("start", trainer.step))
+
+    def on_step(self, trainer, row):
+        assert not torch.is_grad_enabled()
+        self.calls.append(("step", trainer.step, row.get("loss") is not None))
+
+    def on_checkpoint(self, trainer, path):
+        assert SparseAutoencoder.from_pretrained(path).d_sae == 32
+        self.calls.append(("checkpoint", path.name))
+
+    def on_evaluation(self, trainer, figures):
+        assert "gram_mean" in figures
+        self.calls.append(("evaluation", trainer.step))
+
+    def on_end(self, trainer, error):
+        self.calls.append(("end", trainer.summary.get("steps"), error))
+
+
+def test_each_event_is_told_in_order(activations, heldout, tmp_path):
+    recorder = Recorder()
+    make(activations, [recorder], tmp_path, heldout, eval_every=0, checkpoint_every=0).train()
+    assert recorder.calls == [
+        ("start", 0),
+        ("checkpoint", "step-00000000"),
+        ("step", 1, False),
+        ("step", 2, True),
+        ("step", 3, False),
+        ("evaluation", 4),
+        ("checkpoint", "step-00000004"),
+        ("step", 4, True),
+        ("end", 4, None),
+    ]
+
+
+def test_callbacks_change_no_result(activations):
+    plain, watched = make(activations, []), make(activations, [Recorder()])
+    for one, other in zip(plain.train().parameters(), watched.train().parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Stopper(Callback):
+    def on_step(self, trainer, row):
+        if trainer.step == 2:
+            trainer.stop()
+
+
+def test_a_callback_stops_a_training_that_can_be_resumed(activations, tmp_path):
+    stopped = make(activations, [Stopper()], tmp_path)
+    stopped.train()
+    assert stopped.step == 2
+    recorder = Recorder()
+    resumed = make(activations, [recorder], tmp_path, resume_from="latest")
+    resumed.train()
+    assert resumed.step == 4
+    assert recorder.calls[0] == ("start", 2)
+    straight = make(activations, [])
+    assert torch.equal(resumed.model().W_enc, straight.train().W_enc)
+
+
+def failing(method, error):
+    def fail(self, trainer, *given):
+        raise error
+
+    return type("Mine", (Callback,), {method: fail})()
+
+
+@pytest.mark.parametrize("method", ["on_start", "on_step", "on_checkpoint", "on_end"])
+def test_an_error_ends_the_training_and_leaves_the_directory_free(method, activations, tmp_path):
+    recorder = Recorder()
+    trainer = make(activations, [recorder, failing(method, KeyError("mood"))], tmp_path)
+    words = rf"^step \d: Mine.{method} failed with KeyError: 'mood'"
+    with pytest.raises(TrainingError, match=words):
+        trainer.train()
+    assert recorder.calls[-1][0] == "end"
+    assert (recorder.calls[-1][2] is None) == (method == "on_end")
+    has_begun = method != "on_start"
+    again = make(activations, [], tmp_path, **({"resume_from": "latest"} if has_begun else {}))
+    again.train()
+    assert again.step == 4
+
+
+def test_an_error_of_on_end_does_not_hide_the_one_that_ended_the_training(activations, caplog):
+    callbacks = [failing("on_step", ValueError("first")), failing("on_end", ValueError("second"))]
+    with pytest.raises(TrainingError, match="first"):
+        make(activations, callbacks).train()
+    assert "Mine.on_end failed with ValueError: second" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "found"), [(print, "builtin_function"), (Recorder, "Recorder")])
+def test_an_object_that_is_no_callback_is_refused(given, found, activations):
+    with pytest.raises(ValueError, match=f"derived from sae_fast.Callback.*got {found}"):
+        make(activations, [given])
