@@ -96,6 +96,9 @@ class CaptureConfig(ConfigFile):
     """Compression of the shards."""
     text_column: str | None = setting(None, heading="Reading the dataset and the model")
     """Column of the dataset with the documents; default: text, or the only one with texts."""
+    tokens_column: str | None = setting(None, nonempty=True)
+    """Column of the dataset with documents that are tokens already, in place of texts, such as
+    input_ids; they must be of the model's own tokenizer."""
     dataset_config: str | None = setting(None)
     """Configuration of a dataset on the hub that has several."""
     split: str = setting(DEFAULT_SPLIT, brief="part of the dataset")
@@ -110,6 +113,9 @@ class CaptureConfig(ConfigFile):
     """Branch, tag or commit of a model on the hub."""
     model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", recipe="rows")
     """Type in which the model runs; auto: as in its checkpoint."""
+    trust_remote_code: bool = setting(False)
+    """Run the code that comes with a model in its folder or on the hub. It can do anything that you
+    can: read it before."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda; torchrun gives each of its processes a GPU of its own."""
     num_threads: int | None = setting(None, at_least=1)
@@ -120,6 +126,7 @@ class CaptureConfig(ConfigFile):
         for layer in self.layers:
             if layer < 0:
                 raise ValueError(f"layers are counted from 0, got {layer}")
+        _check_columns(self.text_column, self.tokens_column)
 
 
 @configuration(
@@ -197,6 +204,9 @@ class FromModelConfig(ConfigFile):
     """Seed of the order of documents and rows; on shards seed is the default."""
     text_column: str | None = setting(None, heading="Reading the dataset and the model")
     """Column of the dataset with the documents; default: text, or the only one with texts."""
+    tokens_column: str | None = setting(None, nonempty=True)
+    """Column of the dataset with documents that are tokens already, in place of texts, such as
+    input_ids; they must be of the model's own tokenizer."""
     dataset_config: str | None = setting(None)
     """Configuration of a dataset on the hub that has several."""
     split: str = setting(DEFAULT_SPLIT)
@@ -215,12 +225,16 @@ class FromModelConfig(ConfigFile):
         "auto", command_only=True
     )
     """Type in which the model runs; auto: as in its checkpoint."""
+    trust_remote_code: bool = setting(False, command_only=True)
+    """Run the code that comes with a model in its folder or on the hub. It can do anything that you
+    can: read it before."""
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             given = " ".join(map(str, self.init_seeds)) or "none"
             raise ValueError(f"init_seeds must be different numbers, got {given}")
+        _check_columns(self.text_column, self.tokens_column)
         check_effects(self)
 
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
@@ -235,4 +249,13 @@ class FromModelConfig(ConfigFile):
             device=device,
             num_proc=self.data_preprocessing_num_proc,
             **shared,
+        )
+
+
+def _check_columns(text_column: str | None, tokens_column: str | None) -> None:
+    """Raise ValueError where documents are to be both texts and tokens."""
+    if text_column is not None and tokens_column is not None:
+        raise ValueError(
+            f"text_column = {text_column!r} and tokens_column = {tokens_column!r}: give one of the "
+            "two"
         )

@@ -116,6 +116,38 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path, mo
     assert "did you mean" not in str(error.value)
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_is_run_where_that_is_asked_for(tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "trusted"
+    save_model(folder, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"auto_map": own, "model_type": "own", "architectures": ["OwnForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE)
+    with pytest.raises(ValueError, match="which --trust-remote-code does"):
+        load_language_model(str(folder))
+    model = load_language_model(str(folder), trust_remote_code=True)
+    assert type(model.network).__name__ == "OwnForCausalLM"
+    assert model.causal
+
+
 def test_a_model_that_cannot_be_loaded_is_not_its_own_hint(tmp_path):
     save_model(tmp_path / "broken", "llama")
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "nonsense"}')

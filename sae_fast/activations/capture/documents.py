@@ -55,11 +55,12 @@ class Documents:
 
     Attributes:
         column: the column of the dataset that holds the texts; None: they are in memory.
+        is_tokenised: whether the documents are tokens, which `read_tokens` returns.
     """
 
     def __init__(
         self,
-        texts: Sequence[str | None] | TextColumn,
+        texts: Sequence[str | None] | TextColumn | TokenColumn,
         name: str = "documents",
         shuffle_seed: int | None = None,
     ) -> None:
@@ -68,8 +69,12 @@ class Documents:
         if len(texts) > MAX_DOCUMENTS:
             raise ValueError(f"dataset: {name} has {len(texts):,} documents, at most 2^31 are read")
         self.name = name
-        self._texts = texts if isinstance(texts, TextColumn) else _Listed(texts)
+        self._tokens = texts if isinstance(texts, TokenColumn) else None
+        self._texts: TextColumn | TokenColumn = (
+            texts if isinstance(texts, TextColumn | TokenColumn) else _Listed(texts)
+        )
         self.column = self._texts.name
+        self.is_tokenised = self._tokens is not None
         self._order: Numbers | None = None
         if shuffle_seed is not None:
             self._order = np.random.default_rng(shuffle_seed).permutation(len(texts))
@@ -79,18 +84,31 @@ class Documents:
 
     def read(self, start: int, stop: int) -> tuple[Numbers, list[str]]:
         """Return numbers in the dataset and texts of documents start..stop of the order."""
-        places = np.arange(start, min(stop, len(self)))
-        numbers = places if self._order is None else self._order[places]
+        assert isinstance(self._texts, TextColumn)
+        numbers = self._numbers(start, stop)
         return numbers, [text or "" for text in self._texts.take(numbers)]
+
+    def read_tokens(self, start: int, stop: int) -> tuple[Numbers, list[Numbers]]:
+        """Return numbers in the dataset and tokens of documents start..stop of the order."""
+        assert self._tokens is not None
+        numbers = self._numbers(start, stop)
+        return numbers, self._tokens.take(numbers)
+
+    def _numbers(self, start: int, stop: int) -> Numbers:
+        places = np.arange(start, min(stop, len(self)))
+        return places if self._order is None else self._order[places]
 
     def fingerprint(self) -> str:
         """Return a hash of the number of documents and of some of them, evenly spread."""
         count = min(len(self), FINGERPRINT_DOCUMENTS)
         digest = hashlib.sha256(f"{len(self)}".encode())
-        for text in self._texts.take(np.arange(count) * len(self) // count):
-            text = text or ""
-            content = text[:FINGERPRINT_CHARACTERS].encode(errors="surrogatepass")
-            digest.update(len(text).to_bytes(8, "little") + content)
+        for document in self._texts.take(np.arange(count) * len(self) // count):
+            if isinstance(document, np.ndarray):
+                content = document[:FINGERPRINT_CHARACTERS].astype("<i8").tobytes()
+            else:
+                document = document or ""
+                content = document[:FINGERPRINT_CHARACTERS].encode(errors="surrogatepass")
+            digest.update(len(document).to_bytes(8, "little") + content)
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -109,6 +127,23 @@ class TextColumn:
         """Return the texts of the entries with these numbers."""
         texts: list[str | None] = self._dataset[numbers.tolist()][self._column]
         return texts
+
+
+class TokenColumn:
+    """One column of tokens of a dataset of the datasets package."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self.name: str | None = column
+        self._dataset = dataset.select_columns([column])
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def take(self, numbers: Numbers) -> list[Numbers]:
+        """Return the tokens of the entries with these numbers; none where an entry has none."""
+        documents = self._dataset[numbers.tolist()][self._column]
+        return [np.array(tokens or [], np.int64) for tokens in documents]
 
 
 @dataclass(frozen=True)
@@ -133,6 +168,7 @@ def load_documents(
     text_column: str | None = None,
     text_split: str = TEXT_SPLITS[0],
     shuffle_seed: int | None = None,
+    tokens_column: str | None = None,
 ) -> Documents:
     """Open a dataset.
 
@@ -144,6 +180,7 @@ def load_documents(
             holds lists, such as the turns of a conversation or tokens, which may be the documents.
         text_split: what a document of a .txt file is, one of TEXT_SPLITS.
         shuffle_seed: seed of the order; None keeps the dataset's own order.
+        tokens_column: column with documents that are tokens, in place of `text_column`.
 
     Raises:
         ValueError: in one line, naming what is missing.
@@ -153,6 +190,9 @@ def load_documents(
     datasets = capture_package("datasets")
     with _quiet(datasets), _explained(name):
         dataset = _open(datasets, name, config, split, text_split)
+    if tokens_column is not None:
+        _check_tokens_column(dataset, name, tokens_column)
+        return Documents(TokenColumn(dataset, tokens_column), name, shuffle_seed)
     column = _text_column(dataset, name, text_column)
     return Documents(TextColumn(dataset, column), name, shuffle_seed)
 
@@ -220,8 +260,22 @@ def _text_column(dataset: Any, name: str, wanted: str | None) -> str:
     )
 
 
+def _check_tokens_column(dataset: Any, name: str, wanted: str) -> None:
+    """Raise ValueError unless a column holds lists of tokens."""
+    held = {
+        column: _held_by(feature)
+        for column, feature in dataset.features.items()
+        if hasattr(feature, "feature") or isinstance(feature, list)
+    }
+    if held.get(wanted) == "tokens":
+        return
+    kind = "column" if wanted not in dataset.column_names else "column of tokens"
+    there = ", ".join(dataset.column_names)
+    raise ValueError(f"tokens_column: {name} has no {kind} {wanted!r}; it has {there}")
+
+
 _REMEDIES = {
-    "tokens": "tokenizer.decode",
+    "tokens": "tokenizer.decode, or name it with --tokens-column",
     "conversations": "tokenizer.apply_chat_template with tokenize=False",
     "lists": "join them",
 }

@@ -87,7 +87,12 @@ class LanguageModel:
 
 
 def load_language_model(
-    name: str, *, revision: str | None = None, dtype: str = AUTO, device: str = "cpu"
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = AUTO,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a model from a folder or the hub, as the class that its checkpoint names.
 
@@ -96,6 +101,7 @@ def load_language_model(
         revision: a branch, tag or commit on the hub.
         dtype: one of MODEL_DTYPES; auto: the type of the checkpoint.
         device: where it runs.
+        trust_remote_code: whether code that comes with the model is run.
 
     Raises:
         ValueError: in one line, where there is no such model or it cannot be captured from.
@@ -107,7 +113,7 @@ def load_language_model(
     kind = dtype if dtype == AUTO else getattr(torch, dtype)
     with _quiet(transformers), _explained(name):
         # False: code that comes with a model is neither run nor asked about.
-        where: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+        where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name, **where)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("an encoder and a decoder in one are not captured, only either alone")
@@ -271,8 +277,8 @@ def _explained(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"model: {name} cannot be loaded: it needs code of its own to be run, which is not "
-                "done here; load it yourself, and train on it from Python"
+                f"model: {name} cannot be loaded: it needs code of its own to be run, which "
+                "--trust-remote-code does; read that code before"
             ) from error
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         others = [other for other in _known_models(name) if Path(other) != Path(name)]

@@ -114,6 +114,7 @@ class Capture:
                 "split": config.split,
                 "text_column": documents.column,
                 "text_split": config.text_split,
+                **({"is_tokenised": True} if documents.is_tokenised else {}),
                 "documents": len(documents),
                 "fingerprint": documents.fingerprint(),
             },
@@ -165,9 +166,14 @@ def open_capture(
         text_column=config.text_column,
         text_split=config.text_split,
         shuffle_seed=config.shuffle_seed,
+        tokens_column=config.tokens_column,
     )
     model = model or load_language_model(
-        config.model, revision=config.revision, dtype=config.model_dtype, device=device
+        config.model,
+        revision=config.revision,
+        dtype=config.model_dtype,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
     )
     hooks = resolve_hooks(model.network, config.layers, config.hook_points, config.layer_stride)
     some = probe_tokens(model.network, model.tokenizer, model.context)
@@ -181,7 +187,8 @@ def open_capture(
         config.exclude_special_tokens,
     )
     special = special_tokens(model.tokenizer, causal=model.causal)
-    tokens = Tokenisation(model.tokenizer, special, config.num_proc)
+    vocabulary = model.network.get_input_embeddings().num_embeddings
+    tokens = Tokenisation(model.tokenizer, special, config.num_proc, vocabulary)
     batches = TokenBatches(documents, tokens, sequences)
     heldout = None
     if config.heldout_tokens:

@@ -85,23 +85,39 @@ class Tokenisation:
         tokenizer: of transformers.
         special: its special tokens.
         processes: 1: this one, with the threads that the tokenizer itself uses.
+        vocabulary: tokens that the model has, which documents of tokens are checked against; None:
+            they are not checked.
     """
 
-    def __init__(self, tokenizer: Any, special: SpecialTokens, processes: int = 1) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        special: SpecialTokens,
+        processes: int = 1,
+        vocabulary: int | None = None,
+    ) -> None:
         if processes < 1:
             raise ValueError(f"num_proc must be at least 1, got {processes}")
         self.special = special
         self._tokenizer = tokenizer
         self._processes = processes
+        self._vocabulary = vocabulary
 
     def iterate(
         self, documents: Documents, start: int, stop: int
     ) -> Iterator[tuple[int, int, Integers]]:
         """Yield place, number in the dataset and tokens of documents start..stop of the order.
 
-        A document without text has no tokens.
+        A document without text has no tokens. Of a document that is tokens already, the special
+        tokens that are put round documents are left out where it has them.
         """
         chunks = ((begin, min(begin + CHUNK, stop)) for begin in range(start, stop, CHUNK))
+        if documents.is_tokenised:
+            for begin, end in chunks:
+                numbers, given = documents.read_tokens(begin, end)
+                of_documents = [self._checked(*pair) for pair in zip(numbers, given, strict=True)]
+                yield from _labelled(begin, numbers, of_documents)
+            return
         if self._processes == 1 or stop - start <= CHUNK:  # starting processes takes seconds
             for begin, end in chunks:
                 numbers, texts = documents.read(begin, end)
@@ -131,6 +147,27 @@ class Tokenisation:
                 raise OSError("num_proc: a process that tokenises was ended") from None
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _checked(self, number: np.int64, tokens: npt.NDArray[np.int64]) -> Integers:
+        """Return the tokens [n] of a document; raise ValueError for one that the model has not."""
+        limit = 2**31 if self._vocabulary is None else self._vocabulary
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < limit:
+            wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
+            raise ValueError(
+                f"tokens_column: document {number} holds the token {wrong}, the model has tokens "
+                f"from 0 to {limit - 1}: they must be of its own tokenizer"
+            )
+        return _without_special(tokens.astype(np.int32), self.special)
+
+
+def _without_special(tokens: Integers, special: SpecialTokens) -> Integers:
+    """Return tokens without the special ones at their ends that are put round them anyway."""
+    before, after = special.before, special.after
+    if len(before) and np.array_equal(tokens[: len(before)], before):
+        tokens = tokens[len(before) :]
+    if len(after) and np.array_equal(tokens[-len(after) :], after):
+        tokens = tokens[: -len(after)]
+    return tokens
 
 
 def tokenise(tokenizer: Any, texts: list[str]) -> list[Integers]:
