@@ -79,6 +79,16 @@ def test_a_callback_stops_a_training_that_can_be_resumed(activations, tmp_path):
     assert torch.equal(resumed.model().W_enc, straight.train().W_enc)
 
 
+def test_a_training_that_is_stopped_at_its_start_makes_no_step(activations):
+    class Never(Callback):
+        def on_start(self, trainer):
+            trainer.stop()
+
+    trainer = make(activations, [Never()])
+    trainer.train()
+    assert trainer.step == 0
+
+
 def failing(method, error):
     def fail(self, trainer, *given):
         raise error

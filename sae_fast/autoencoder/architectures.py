@@ -80,7 +80,8 @@ def _place(cls: type) -> tuple[str, str]:
 
 def _origin(cls: type) -> str:
     """Return what to import so that an architecture is registered, for errors."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    module = sys.modules.get(cls.__module__)
+    file = None if module is None else vars(module).get("__file__")
     if cls.__module__ == "__main__":
         return f"class {cls.__qualname__} of {file or 'a notebook'}"
     return cls.__module__ if file is None else f"{cls.__module__} ({file})"

@@ -235,7 +235,7 @@ class Trainer:
         """
         self._is_stopped = False
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
-            while not (self.step == self.total_steps or stop.received or self._is_stopped):
+            while self.step < self.total_steps and not (stop.received or self._is_stopped):
                 row = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
                 progress.advance(self.tokens_per_step)
                 progress.show([row], last=self.step == self.total_steps)
