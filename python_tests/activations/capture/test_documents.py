@@ -1,6 +1,7 @@
 """Documents: every kind of dataset, its text column and order, and the errors for wrong ones."""
 
 import json
+import os
 
 import pytest
 from small_texts import make_texts
@@ -184,3 +185,22 @@ def test_the_configurations_of_a_dataset_are_named_where_one_has_to_be_chosen(tm
         load_documents(str(tmp_path))
     assert "name one with --dataset-config" in str(error.value)
     assert load_documents(str(tmp_path), config="part_b").read(0, 1)[1] == ["b"]
+
+
+def test_files_elsewhere_are_read_with_a_protocol_of_fsspec():
+    import fsspec
+
+    place = f"texts_{os.getpid()}"
+    for number, text in enumerate(("a cat", "a dog")):
+        with fsspec.open(f"memory://{place}/{number}.jsonl", "w") as file:
+            file.write(json.dumps({"text": text}) + "\n")
+    documents = load_documents(f"memory://{place}/1.jsonl")
+    assert documents.read(0, 9)[1] == ["a dog"]
+    assert load_documents(f"memory://{place}/*.jsonl").read(0, 9)[1] == ["a cat", "a dog"]
+    with fsspec.open(f"memory://{place}/1.jsonl", "w") as file:
+        file.write(json.dumps({"text": "two dogs"}) + "\n")
+    assert load_documents(f"memory://{place}/1.jsonl").read(0, 9)[1] == ["two dogs"]
+    for wrong in (f"memory://{place}/none.jsonl", f"memory://{place}/0.pdf", "nowhere://a.jsonl"):
+        with pytest.raises(ValueError, match="cannot be read") as caught:
+            load_documents(wrong)
+        assert "\n" not in str(caught.value)

@@ -173,7 +173,8 @@ def load_documents(
     """Open a dataset.
 
     Args:
-        name: of the dataset on the hub, or a folder, a file or a pattern of files.
+        name: of the dataset on the hub, or a folder, a file or a pattern of files, which may lie
+            elsewhere, with a protocol of fsspec: s3://bucket/texts-*.jsonl.
         config: configuration of a dataset on the hub that has several.
         split: which part of the dataset.
         text_column: default: text, or else the only column with texts, unless another column
@@ -198,6 +199,8 @@ def load_documents(
 
 
 def _open(datasets: Any, name: str, config: str | None, split: str, text_split: str) -> Any:
+    if "://" in name:
+        return _load_files(datasets, name, _fetched(datasets, name), split, text_split)
     path = Path(name)
     if path.is_dir() and any((path / marker).is_file() for marker in _SAVED):
         saved = datasets.load_from_disk(name)
@@ -208,19 +211,46 @@ def _open(datasets: Any, name: str, config: str | None, split: str, text_split: 
         return saved[split]
     if path.is_dir():
         return datasets.load_dataset(name, config, split=split)
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
-    suffix = suffixes[-1] if suffixes else ""
     files = sorted(glob.glob(name)) if not path.is_file() else [name]
     if files:
-        if suffix not in _LOADERS:
-            raise ValueError(f"a file must be one of {', '.join(_LOADERS)}, got {suffix or name}")
-        loader, options = _LOADERS[suffix]
-        if loader == "text":
-            options = {"sample_by": text_split}
-        return datasets.load_dataset(loader, data_files=files, split=split, **options)
-    if suffix in _LOADERS or name.startswith((".", "/", "~")) or glob.has_magic(name):
+        return _load_files(datasets, name, files, split, text_split)
+    if _suffix(name) in _LOADERS or name.startswith((".", "/", "~")) or glob.has_magic(name):
         raise ValueError("no such file or folder")
     return datasets.load_dataset(name, config, split=split)
+
+
+def _load_files(datasets: Any, name: str, files: list[str], split: str, text_split: str) -> Any:
+    """Open files of one format, on this machine or with a protocol of fsspec such as s3."""
+    suffix = _suffix(name)
+    if suffix not in _LOADERS:
+        raise ValueError(f"a file must be one of {', '.join(_LOADERS)}, got {suffix or name}")
+    loader, options = _LOADERS[suffix]
+    if loader == "text":
+        options = {"sample_by": text_split}
+    return datasets.load_dataset(loader, data_files=files, split=split, **options)
+
+
+def _fetched(datasets: Any, name: str) -> list[str]:
+    """Copy files of a protocol of fsspec into the cache of datasets; return where they are.
+
+    Files that were copied before and have not changed since are not copied again.
+    """
+    folder = hashlib.sha256(name.encode()).hexdigest()[:32]
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "fetched" / folder
+    kept = {"cache_storage": str(place), "same_names": True, "check_files": True}
+    found = capture_package("fsspec").open_local(f"filecache::{name}", filecache=kept)
+    files = [found] if isinstance(found, str) else sorted(found)
+    if not files:
+        raise ValueError("no such file")
+    if len(set(files)) < len(files):
+        raise ValueError("two of its files have the same name: name the folders one by one")
+    return files
+
+
+def _suffix(name: str) -> str:
+    """Return the suffix of a file or pattern, without that of a compression."""
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
+    return suffixes[-1] if suffixes else ""
 
 
 def _text_column(dataset: Any, name: str, wanted: str | None) -> str:
