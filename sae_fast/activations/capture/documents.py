@@ -248,7 +248,7 @@ def _fetched(datasets: Any, name: str) -> list[str]:
 
 
 def _suffix(name: str) -> str:
-    """Return the suffix of a file or pattern, without that of a compression."""
+    """Return the suffix of a file or pattern, leaving out the suffix of a compression."""
     suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
