@@ -91,3 +91,5 @@ def test_a_plugin_that_cannot_be_used_is_refused_in_one_line(
     refused(run("--plugin", "json.py", *given), "a module of the name json is loaded already")
     refused(run("--arch", "gained_topk", *given), "--arch must be one of", "got 'gained_topk'")
     refused(run("--gain-decay", "1", *given), "unknown flag --gain-decay")
+    left_out = "gain_decay belongs to arch gained_topk and must be left out with arch topk, got 1.0"
+    refused(run("--plugin", PLUGIN, "--gain-decay", "1", *given), left_out)

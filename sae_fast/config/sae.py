@@ -470,7 +470,14 @@ class SAEConfig(ConfigFile):
         """
         values = dict(values)
         own = config_of(values.get("arch"), values.pop(_REGISTERED_BY, None))
-        reject_unknown_keys(values, [*field_names(own), *own.aliases])
+        known = [*field_names(own), *own.aliases]
+        for name, other in _registered.items():
+            if strange := [key for key in values if key in field_names(other) and key not in known]:
+                raise ValueError(
+                    f"{strange[0]} belongs to arch {name} and must be left out with arch "
+                    f"{values.get('arch', SAEConfig.arch)}, got {shown(values[strange[0]])}"
+                )
+        reject_unknown_keys(values, known)
         return own(**values)
 
     def to_dict(self) -> dict[str, Any]:
