@@ -148,7 +148,7 @@ class WandbLog:
         except ImportError as error:
             remedy = "install it (pip install 'sae_fast[wandb]') or pass --no-wandb"
             raise ValueError(f"{_asked_for(config)} needs wandb: {remedy}") from error
-        self._histogram: Any = getattr(wandb, "Histogram", None)
+        self._histogram: Any = wandb.Histogram
         place = Path.cwd() if directory is None else directory
         try:
             self._run: Any = wandb.init(
