@@ -53,9 +53,10 @@ $(VENV)/made: $(VENV)/tools pyproject.toml
 	$(INSTALL) setuptools pybind11
 	printf '%s\n' "$$TORCH" > $@
 
-# Every core gets a process, and a file of tests runs in one process. With a passive wait policy
-# waiting OpenMP threads leave the cores to the other processes.
-PYTEST := OMP_WAIT_POLICY=passive python -m pytest -n auto --maxprocesses=8 --dist loadfile
+# One process more than cores, because tests often wait for a disk; a file of tests runs in one
+# process. With a passive wait policy waiting OpenMP threads leave the cores to other processes.
+PYTEST = OMP_WAIT_POLICY=passive python -m pytest --dist loadfile \
+  -n $$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) + 1))')
 
 # The build folder is kept, so that only changed sources are compiled again.
 INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \
