@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.encode_calls import make_model, time_calls
+from benchmarks.encode_calls import make_model, table_of_calls, time_calls
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Size, parse_size
-from benchmarks.support.tables import machine_line, markdown_table, milliseconds, publish, ratio
+from benchmarks.support.tables import machine_line, publish
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.intervention import Intervention
 
@@ -88,16 +88,8 @@ def report(result: dict[str, Any]) -> str:
     """Return the explanation and the tables as Markdown."""
     parts = ["# A model with an autoencoder attached", "", __doc__.split("\n\n")[2].strip()]
     for name, found in result["sizes"].items():
-        body = [
-            (
-                *(shape, call, milliseconds(row["seconds"]), ratio(row["first_over_this"])),
-                f"{row['quiet_rounds']}/{row['rounds']}",
-            )
-            for shape, rows in found.items()
-            for call, row in rows.items()
-        ]
-        headings = ["tokens", "pass", "ms", f"({FLOOR}) / this", "quiet rounds"]
-        parts += ["", f"## {name}", "", markdown_table(headings, body)]
+        table = table_of_calls(("tokens", "pass", f"({FLOOR}) / this"), found)
+        parts += ["", f"## {name}", "", table]
     parts += ["", machine_line(result["machine"]), "", f"`{result['command']}`"]
     return "\n".join(parts)
 

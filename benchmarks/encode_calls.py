@@ -59,6 +59,25 @@ def time_calls(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     }
 
 
+def table_of_calls(headings: tuple[str, str, str], found: dict[str, Any]) -> str:
+    """Return a table of the results of `time_calls` by name.
+
+    Args:
+        headings: of the names, of the calls, and of the ratios of the first call to them.
+        found: the results.
+    """
+    body = [
+        (
+            *(name, call, milliseconds(row["seconds"]), ratio(row["first_over_this"])),
+            f"{row['quiet_rounds']}/{row['rounds']}",
+        )
+        for name, rows in found.items()
+        for call, row in rows.items()
+    ]
+    names, calls, ratios = headings
+    return markdown_table([names, calls, "ms", ratios, "quiet rounds"], body)
+
+
 def time_tokens(size: Size, x: Tensor, rounds: int) -> dict[str, Any]:
     """Return the times of encoding `x` in the three ways."""
     sae = make_model(size, x.device)
@@ -86,17 +105,7 @@ def report(result: dict[str, Any]) -> str:
     """Return the explanations and the tables as Markdown."""
     parts = ["# Calls of encode", "", __doc__.split("\n\n")[2].strip()]
     for name, found in result["sizes"].items():
-        parts += ["", f"## {name}", ""]
-        body = [
-            (
-                *(what, call, milliseconds(row["seconds"]), ratio(row["first_over_this"])),
-                f"{row['quiet_rounds']}/{row['rounds']}",
-            )
-            for what, rows in found.items()
-            for call, row in rows.items()
-        ]
-        headings = ["of", "call", "ms", "first / this", "quiet rounds"]
-        parts.append(markdown_table(headings, body))
+        parts += ["", f"## {name}", "", table_of_calls(("of", "call", "first / this"), found)]
     parts += ["", machine_line(result["machine"]), "", f"`{result['command']}`"]
     return "\n".join(parts)
 

@@ -12,18 +12,21 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success flush it to disk and rename it to `path`.
 
-    After a failure, or a kill at any moment, whatever was at `path` before is still there.
+    After a failure, or a kill at any moment, whatever was at `path` before is still there. Without
+    `flush`, which waits for the disk, that does not hold for a power cut.
     """
     # The leading dot and the ending keep an abandoned file from being taken for a shard.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush(temporary)
+        if flush:
+            _flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)  # a rename survives a power cut only then
+        if flush:
+            _flush(path.parent)  # a rename survives a power cut only then
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -16,20 +16,6 @@ _POINTS = [
 ]
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collect the figures that are written."""
-    found: list[Figure] = []
-    write = Figure.savefig
-
-    def note(figure: Figure, *arguments: object, **options: object) -> None:
-        found.append(figure)
-        write(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", note)
-    return found
-
-
 def test_a_front_leaves_out_points_that_others_surpass() -> None:
     points = [Point("a", 4, 0.2), Point("a", 2, 0.4), Point("a", 3, 0.4), Point("a", 4, 0.3)]
     assert front(points) == [Point("a", 2, 0.4), Point("a", 4, 0.2)]

@@ -21,20 +21,6 @@ _FULL = [
 _HELD_OUT: Row = {"step": 3, "tokens": 9, "heldout_fvu": 0.2, "averaged_heldout_fvu": 0.3}
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Collect the figures that are written."""
-    found: list[Figure] = []
-    write = Figure.savefig
-
-    def note(figure: Figure, *arguments: object, **options: object) -> None:
-        found.append(figure)
-        write(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", note)
-    return found
-
-
 @pytest.mark.parametrize("rows", [[], _FULL[:1], _FULL, [_HELD_OUT]])
 def test_plot_is_a_readable_image(tmp_path: Path, rows: list[Row]) -> None:
     path = plot_run(rows, tmp_path / "plots" / "training.png", "a run")

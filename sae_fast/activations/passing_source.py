@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from sae_fast.activations.cutting import count_held
 from sae_fast.activations.given_arrays import as_given_tensor
 from sae_fast.activations.source import (
     Rows,
@@ -92,13 +93,9 @@ class PassingSource(Source):
             )
         self._held_rows = 0
         if held_fraction and rows is not None:
-            self._held_rows = max(1, round(held_fraction * rows))
+            self._held_rows = count_held(rows, held_fraction)
         elif held_fraction and wanted is not None:
             self._held_rows = max(1, round(held_fraction / (1 - held_fraction) * wanted))
-        if rows is not None and self._held_rows >= rows:
-            raise ValueError(
-                f"heldout_fraction = {held_fraction:g} of {rows:,} rows leaves none to train on"
-            )
         self._rows = rows - self._held_rows if rows is not None else wanted or 0
         limits = [] if epochs is None else [epochs * self._rows]
         limits += [] if wanted is None else [wanted]

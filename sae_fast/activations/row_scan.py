@@ -130,16 +130,19 @@ def norm_limit(norms: Sequence[Mapping[int, int]], multiple: float) -> float:
 
 def norm_bins(x: Tensor) -> Array:
     """Return the bin [n] float of the norm of each row [n, D]; NaN where a row holds NaN."""
-    norms = torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy()
-    with np.errstate(divide="ignore"):
-        bins: Array = np.floor(BINS_PER_OCTAVE * np.log2(norms)).clip(-MAX_BIN, MAX_BIN)
-    return bins
+    return _bins_of(torch.linalg.vector_norm(x.float(), dim=1).cpu().numpy())
 
 
 def count_bins(bins: Array) -> dict[int, int]:
     """Return how many rows there are by bin, without rows of NaN."""
     numbers, counts = np.unique(bins[~np.isnan(bins)].astype(np.int64), return_counts=True)
     return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _bins_of(norms: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        bins: Array = np.floor(BINS_PER_OCTAVE * np.log2(norms)).clip(-MAX_BIN, MAX_BIN)
+    return bins
 
 
 def _together(norms: Sequence[Mapping[int, int]]) -> dict[int, int]:
@@ -209,9 +212,7 @@ class RowScanner:
             is_finite[bad] = False
             exact = torch.linalg.vector_norm(x.double(), dim=1).numpy()
             exact[bad] = 0  # whose bins are not counted
-        with np.errstate(divide="ignore"):
-            numbers = np.floor(BINS_PER_OCTAVE * np.log2(exact))
-        bins = numbers.clip(-MAX_BIN, MAX_BIN).astype(np.int64) + MAX_BIN
+        bins = _bins_of(exact).astype(np.int64) + MAX_BIN
         _count(self._norms, bins if exact is norms else bins[is_finite])
         repeated, is_next = self._note_repeated(start, rows, norms)
         if repeated.any():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_fast import ops
-from sae_fast.ops.code_entries import latent_numbers
+from sae_fast.ops.code_entries import chosen_latents, places_of
 
 Latents = int | Sequence[int] | Tensor
 Positions = int | slice | Sequence[int] | Tensor | None
@@ -80,13 +80,7 @@ def make_edit(
     upper: float | Tensor = math.inf,
 ) -> Edit:
     """Return an edit; raise IndexError or ValueError for latents or positions that cannot be."""
-    if isinstance(latents, Tensor) and latents.dtype == torch.bool:
-        if latents.shape != (d_sae,):
-            got = tuple(latents.shape)
-            raise ValueError(f"latents: a mask must have shape ({d_sae},), got {got}")
-        chosen = latents.nonzero().flatten().cpu()
-    else:
-        chosen = torch.tensor(latent_numbers(latents, d_sae), dtype=torch.int64)
+    chosen = torch.tensor(chosen_latents(latents, d_sae), dtype=torch.int64)
     count = len(chosen)
     return Edit(
         chosen,
@@ -132,11 +126,10 @@ def edited(
             new = new if at is None else torch.where(at[:, None], new, own)
             columns = columns.index_copy(1, places, new)
         if not bool(has_column.all()):
-            numbers = torch.full((code.d_sae,), -1, device=device)
-            numbers[latents[~has_column]] = (~has_column).nonzero().flatten()
-            of_entry = numbers[code.indices.long()]
-            concerned = of_entry >= 0 if at is None else (of_entry >= 0) & at[rows]
-            new = edit.apply(values, of_entry.clamp_min(0))
+            listed = (~has_column).nonzero().flatten()
+            place = places_of(code.indices, latents[listed], code.d_sae)
+            concerned = place >= 0 if at is None else (place >= 0) & at[rows]
+            new = edit.apply(values, listed[place.clamp_min(0)])
             values, is_changed = torch.where(concerned, new, values), True
     return before, EditedCode(values, filled, columns, is_changed)
 
@@ -145,9 +138,8 @@ def divided(code: ops.SparseCode, latents: Tensor, dtype: torch.dtype) -> Edited
     """Divide a code into the columns of some latents, [E] ascending, and the other entries."""
     if not len(latents):
         return EditedCode(code.values, latents, None, False)
-    place = torch.full((code.d_sae,), len(latents), device=latents.device)
-    place[latents] = torch.arange(len(latents), device=latents.device)
-    of_entry = place[code.indices.long()]
+    place = places_of(code.indices, latents, code.d_sae)
+    of_entry = torch.where(place < 0, len(latents), place)  # the last column is dropped
     columns = torch.zeros(code.n_rows, len(latents) + 1, dtype=dtype, device=latents.device)
     if code.offsets is None:
         columns = columns.scatter_add(1, of_entry, code.values.to(dtype))

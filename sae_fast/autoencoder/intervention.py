@@ -259,8 +259,7 @@ class Intervention:
         with torch.set_grad_enabled(torch.is_grad_enabled() and changes):
             code = sae.encode(x, units=RAW)
             if mask is not None:
-                flat = mask.to(code.device).flatten()[code.entry_rows()].view(code.values.shape)
-                code = code.with_values(torch.where(flat, code.values, 0))
+                code = code.mask(tokens=mask)
         if self._record:
             self.codes.append(_of_tokens(code.detach(), tokens))
         plain = code

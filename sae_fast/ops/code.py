@@ -19,10 +19,12 @@ from torch.autograd.function import once_differentiable
 from sae_fast.ops.checks import Call, check_code, check_entries
 from sae_fast.ops.code_entries import (
     append_entries,
+    chosen_latents,
     expanded,
     is_one,
     latent_numbers,
     one_a_token,
+    per_entry,
     places_of,
     take_rows,
 )
@@ -80,18 +82,6 @@ def _checked_entry_rows(offsets: Tensor, n_entries: int) -> Tensor:
 @_checked_entry_rows.register_fake
 def _(offsets: Tensor, n_entries: int) -> Tensor:
     return offsets.new_empty(n_entries)
-
-
-def per_entry(
-    rows: Tensor,  # [N]
-    offsets: Tensor,  # [N + 1]
-    n_entries: int,
-) -> Tensor:
-    """Return for every entry of a code with offsets its row's number, [nnz]."""
-    # With offsets that do not ascend repeat_interleave would write past its result.
-    if not offsets.is_cuda and not torch.compiler.is_compiling():
-        Call("SparseCode", "offsets", offsets).partition("offsets", offsets, n_entries)
-    return rows.repeat_interleave(offsets.diff(), output_size=n_entries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,12 +334,8 @@ class SparseCode:
             kept = kept[self.entry_rows().view(self.indices.shape)]
             values = torch.where(kept, values, 0)
         if latents is not None:
-            if isinstance(latents, Tensor) and latents.dtype == torch.bool:
-                if latents.shape != (self.d_sae,):
-                    got = tuple(latents.shape)
-                    raise ValueError(f"latents must have shape ({self.d_sae},), got {got}")
-                latents = latents.nonzero().flatten()
-            places = places_of(self.indices, latent_numbers(latents, self.d_sae), self.d_sae)
+            numbers = chosen_latents(latents, self.d_sae)
+            places = places_of(self.indices, numbers, self.d_sae)
             values = torch.where(places >= 0, values, 0)
         return self._edited(values, self.indices, self.offsets)
 

@@ -10,7 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sae_fast.ops.checks import Call
+
 Entries = tuple[Tensor, Tensor, Tensor | None]  # values, indices, offsets
+
+
+def per_entry(
+    rows: Tensor,  # [N]
+    offsets: Tensor,  # [N + 1]
+    n_entries: int,
+) -> Tensor:
+    """Return for every entry of a code with offsets its row's number, [nnz]."""
+    # With offsets that do not ascend repeat_interleave would write past its result.
+    if not offsets.is_cuda and not torch.compiler.is_compiling():
+        Call("SparseCode", "offsets", offsets).partition("offsets", offsets, n_entries)
+    return rows.repeat_interleave(offsets.diff(), output_size=n_entries)
 
 
 def take_rows(
@@ -44,8 +58,7 @@ def append_entries(
         return torch.cat([values, added], 1), torch.cat([indices, own], 1), None
     step = torch.arange(n_rows + 1, device=offsets.device) * count
     longer = offsets + step
-    rows = torch.arange(n_rows, device=offsets.device)
-    rows = rows.repeat_interleave(offsets.diff(), output_size=len(indices))
+    rows = per_entry(torch.arange(n_rows, device=offsets.device), offsets, len(indices))
     before = torch.arange(len(indices), device=offsets.device) + step[rows]
     after = (longer[1:, None] - count) + torch.arange(count, device=offsets.device)
     places = torch.cat([before, after.flatten()])
@@ -57,13 +70,28 @@ def append_entries(
 
 def places_of(
     indices: Tensor,  # int32
-    latents: Sequence[int],
+    latents: Sequence[int] | Tensor,  # int64 if a tensor
     d_sae: int,
 ) -> Tensor:
     """Return for every entry the place of its latent in `latents`, or -1, int64."""
     places = torch.full((d_sae,), -1, device=indices.device)
-    places[list(latents)] = torch.arange(len(latents), device=indices.device)
+    numbers = torch.as_tensor(latents, dtype=torch.int64, device=indices.device)
+    places[numbers] = torch.arange(len(numbers), device=indices.device)
     return places[indices.long()]
+
+
+def chosen_latents(latents: int | Sequence[int] | Tensor, d_sae: int) -> list[int]:
+    """Return latents as numbers, see `latent_numbers`; a bool mask [d_sae] is True for them.
+
+    Raises ValueError for a mask of another shape.
+    """
+    if not isinstance(latents, Tensor) or latents.dtype != torch.bool:
+        return latent_numbers(latents, d_sae)
+    if latents.shape != (d_sae,):
+        got = tuple(latents.shape)
+        raise ValueError(f"latents must have shape ({d_sae},), got {got}")
+    numbers: list[int] = latents.nonzero().flatten().tolist()
+    return numbers
 
 
 def latent_numbers(latent: int | Sequence[int] | Tensor, d_sae: int) -> list[int]:

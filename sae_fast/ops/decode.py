@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_fast.ops.checks import FLOAT32, Call, check_usable
-from sae_fast.ops.code import Code, SparseCode, per_entry
+from sae_fast.ops.code import Code, SparseCode
+from sae_fast.ops.code_entries import per_entry
 from sae_fast.ops.dense_product import dense_product
 from sae_fast.ops.reference import ROUNDED_DTYPES
 from sae_fast.ops.registry import differentiable

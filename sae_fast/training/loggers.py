@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from sae_fast.activations.errors import one_line
+from sae_fast.atomic_files import replacing
 from sae_fast.config import TrainConfig
 from sae_fast.config.train import DEFAULT_PROJECT
 from sae_fast.json_files import is_integer, read_json
@@ -74,7 +75,7 @@ class Loggers:
                 work(each)
             except Exception as error:
                 del self._working[name]
-                logger.warning("%s fails and gets no more rows: %s", name, _one_line(error))
+                logger.warning("%s fails and gets no more rows: %s", name, _reason(error))
 
 
 def open_loggers(
@@ -169,7 +170,7 @@ class WandbLog:
             known = None if run_id is None else summary.get(STEP)
         except Exception as error:  # without a key, a network, or with settings that it refuses
             raise ValueError(
-                f"{_asked_for(config)}: Weights & Biases does not start ({_one_line(error)}); "
+                f"{_asked_for(config)}: Weights & Biases does not start ({_reason(error)}); "
                 f"WANDB_MODE=offline keeps the log in {place}, --no-wandb does without"
             ) from error
         self.run_id: str | None = self._run.id
@@ -207,9 +208,9 @@ class WandbLog:
 
     def _note_step(self) -> None:
         if self._progress is not None:
-            aside = self._progress.with_name(f".{PROGRESS}.{os.getpid()}.tmp")
-            aside.write_text(json.dumps({"id": self.run_id, STEP: self._last}), encoding="utf-8")
-            aside.replace(self._progress)
+            note = json.dumps({"id": self.run_id, STEP: self._last})
+            with replacing(self._progress, flush=False) as temporary:  # with every row
+                temporary.write_text(note, encoding="utf-8")
 
 
 class TensorboardLog:
@@ -258,5 +259,5 @@ def _asked_for(config: TrainConfig) -> str:
     return f"wandb_project = {config.wandb_project!r}"
 
 
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+def _reason(error: Exception) -> str:
+    return one_line(error)[:300]

@@ -112,7 +112,7 @@ class Documents:
         return f"sha256:{digest.hexdigest()}"
 
 
-class TextColumn:
+class _Column:
     """One column of a dataset of the datasets package."""
 
     def __init__(self, dataset: Any, column: str) -> None:
@@ -123,27 +123,25 @@ class TextColumn:
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def _entries(self, numbers: Numbers) -> list[Any]:
+        entries: list[Any] = self._dataset[numbers.tolist()][self._column]
+        return entries
+
+
+class TextColumn(_Column):
+    """One column of texts of a dataset of the datasets package."""
+
     def take(self, numbers: Numbers) -> list[str | None]:
         """Return the texts of the entries with these numbers."""
-        texts: list[str | None] = self._dataset[numbers.tolist()][self._column]
-        return texts
+        return self._entries(numbers)
 
 
-class TokenColumn:
+class TokenColumn(_Column):
     """One column of tokens of a dataset of the datasets package."""
-
-    def __init__(self, dataset: Any, column: str) -> None:
-        self.name: str | None = column
-        self._dataset = dataset.select_columns([column])
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._dataset)
 
     def take(self, numbers: Numbers) -> list[Numbers]:
         """Return the tokens of the entries with these numbers; none where an entry has none."""
-        documents = self._dataset[numbers.tolist()][self._column]
-        return [np.array(tokens or [], np.int64) for tokens in documents]
+        return [np.array(tokens or [], np.int64) for tokens in self._entries(numbers)]
 
 
 @dataclass(frozen=True)
