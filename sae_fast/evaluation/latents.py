@@ -1,0 +1,269 @@
+"""The page of every latent, out of one pass over rows: the numbers and contexts, without a viewer.
+
+The rows are encoded once and their codes kept on disk (code_store.py). Three readings of the codes
+follow: of the largest activations; of histograms, samples and latents that fire together, which
+need the largest activation of each latent; of the values round the chosen rows. Memory is
+O(d_sae · contexts), whatever the number of rows, and 12 bytes a row for its token and document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from sae_fast.evaluation.code_store import BlockCodes, CodeStore, Floats
+from sae_fast.evaluation.cofiring import cofiring_neighbours, sample_rate
+from sae_fast.evaluation.contexts import TOP, Contexts, apart, gather_contexts
+from sae_fast.evaluation.neighbours import nearest_decoder_rows
+from sae_fast.evaluation.text_rows import Integers, TextRows
+from sae_fast.evaluation.top_entries import EMPTY, TopEntries, hashed, priority_of
+
+Report = Callable[[str, int], object]  # takes the name of a reading and rows done since the last
+
+ENCODING, COUNTING, GATHERING = "encode", "count", "gather"
+# A context hides at most the peaks of the two cells beside its own, see `apart`.
+_PEAKS_PER_CONTEXT = 3
+_PRIORITY_BITS = 33  # of 64 that are dropped to leave a whole number of 31 bits
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """Sizes of the pages of latents.
+
+    Attributes:
+        contexts: the largest contexts of each latent.
+        context_tokens: tokens of a context.
+        intervals: of activations, of equal width from 0 to the latent's largest.
+        samples: rows of each interval, drawn at random.
+        bins: of the histogram of activations, of equal width from 0 to the latent's largest.
+        neighbours: latents that are listed as neighbours, by decoder rows and by firing.
+        cofiring_rows: rows on which latents that fire together are counted, at most.
+        seed: of the samples.
+    """
+
+    contexts: int = 20
+    context_tokens: int = 32
+    intervals: int = 5
+    samples: int = 5
+    bins: int = 40
+    neighbours: int = 10
+    cofiring_rows: int = 1 << 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LatentPages:
+    """The numbers of all pages; latents are rows.
+
+    Attributes:
+        rows: rows that were encoded.
+        fired: [F] int64, rows on which each latent fires.
+        largest: [F] float32, the largest magnitude of each latent, 0 where it never fires.
+        mean: [F] float64, the mean magnitude over the rows on which it fires.
+        histogram: [F, bins] int64, rows by magnitude, from above 0 to `largest`.
+        contexts: the largest contexts and the samples of all latents.
+        decoder_cosines, decoder_latents: [F, m], see `nearest_decoder_rows`.
+        cofiring_phi, cofiring_latents, cofiring_counts: [F, m], see `cofiring_neighbours`.
+        cofiring_rows: rows on which latents that fire together were counted.
+        cofiring_fired: [F], on how many of these each latent fires.
+    """
+
+    rows: int
+    fired: Integers
+    largest: Floats
+    mean: npt.NDArray[np.float64]
+    histogram: Integers
+    contexts: Contexts
+    decoder_cosines: Floats
+    decoder_latents: Integers
+    cofiring_phi: Floats
+    cofiring_latents: Integers
+    cofiring_counts: Integers
+    cofiring_rows: int
+    cofiring_fired: Integers
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.fired)
+
+
+class _Largest:
+    """First reading: counts, sums and the largest peaks of all latents."""
+
+    def __init__(self, d_sae: int, settings: PageSettings, text: TextRows) -> None:
+        self.fired = np.zeros(d_sae, np.int64)
+        self.sums = np.zeros(d_sae, np.float64)
+        self.largest = np.zeros(d_sae, np.float32)
+        self.peaks = TopEntries(d_sae, _PEAKS_PER_CONTEXT * settings.contexts)
+        self._text = text
+
+    def add(self, codes: BlockCodes) -> None:
+        """Take the codes of a block."""
+        if not codes.rows.size:
+            return
+        latents, strengths = codes.latents(), codes.strengths()
+        self.fired += np.diff(codes.offsets)
+        np.add.at(
+            self.sums, latents, strengths.astype(np.float64)
+        )  # one by one: no sum depends on the blocks
+        filled = np.flatnonzero(np.diff(codes.offsets))
+        peaks = np.maximum.reduceat(strengths, codes.offsets[filled])
+        self.largest[filled] = np.maximum(self.largest[filled], peaks)
+        cells = self._text.cells(codes.first + np.arange(codes.n_rows))[codes.rows]
+        entries = first_of_largest(latents, cells, strengths)
+        rows = codes.first + codes.rows[entries].astype(np.int64)
+        self.peaks.add(latents[entries], priority_of(strengths[entries]), rows)
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Return the mean magnitude where a latent fires, [F]."""
+        return self.sums / np.maximum(self.fired, 1)
+
+
+class _Distribution:
+    """Second reading: histograms, samples of intervals, and a sample of whole rows."""
+
+    def __init__(self, largest: Floats, share: float, settings: PageSettings) -> None:
+        self._largest = largest.astype(np.float64)
+        self._settings = settings
+        self._least_hash = np.uint64(min(int(share * 2**64), 2**64 - 1))
+        d_sae = len(largest)
+        self.histogram = np.zeros(d_sae * settings.bins, np.int64)
+        self.samples = TopEntries(d_sae * settings.intervals, settings.samples)
+        self.n_rows = 0
+        self._rows: list[Integers] = []
+        self._latents: list[Integers] = []
+
+    def add(self, codes: BlockCodes, places: Integers) -> None:
+        """Take the codes of a block, and the places in it of the rows that are served."""
+        settings = self._settings
+        self._sample_rows(codes, places)
+        if not codes.rows.size:
+            return
+        latents = codes.latents()
+        share = codes.strengths() / self._largest[latents]
+        bins = np.minimum((share * settings.bins).astype(np.int64), settings.bins - 1)
+        self.histogram += np.bincount(latents * settings.bins + bins, minlength=len(self.histogram))
+        if not settings.samples:
+            return
+        intervals = np.minimum(
+            (share * settings.intervals).astype(np.int64), settings.intervals - 1
+        )
+        rows = codes.first + codes.rows.astype(np.int64)
+        bits = hashed(rows * codes.d_sae + latents, settings.seed) >> np.uint64(_PRIORITY_BITS)
+        slots = latents * settings.intervals + intervals
+        self.samples.add(slots, bits.astype(np.int32), rows)
+
+    def sample(self) -> tuple[Integers, Integers]:
+        """Return row, from 0, and latent of the entries of the sampled rows."""
+        none = [np.zeros(0, np.int64)]
+        return np.concatenate(none + self._rows), np.concatenate(none + self._latents)
+
+    def _sample_rows(self, codes: BlockCodes, places: Integers) -> None:
+        chosen = hashed(codes.first + places, self._settings.seed + 1) <= self._least_hash
+        numbers = np.full(codes.n_rows, EMPTY, np.int64)
+        numbers[places[chosen]] = self.n_rows + np.arange(int(chosen.sum()))
+        self.n_rows += int(chosen.sum())
+        of_entry = numbers[codes.rows]
+        kept = np.flatnonzero(of_entry != EMPTY)
+        self._rows.append(of_entry[kept])
+        self._latents.append(codes.latents()[kept])
+
+
+def make_pages(
+    store: CodeStore,
+    W_dec: Tensor,  # [F, D]
+    settings: PageSettings,
+    report: Report = lambda reading, rows: None,
+) -> LatentPages:
+    """Return the pages of all latents, from the codes of the rows of `store`.
+
+    A latent has one peak in each cell of `context_tokens` tokens: its largest magnitude there, of
+    equal ones the first. Its contexts are round the largest peaks, of equal ones the first, and
+    a peak that is less than `context_tokens` from a larger one is left out, so that contexts do not
+    overlap. The samples are entries of each interval drawn by a hash of row and latent.
+    """
+    text, d_sae = store.text, len(W_dec)
+    first = _Largest(d_sae, settings, text)
+    for codes in store:
+        first.add(codes)
+        report(ENCODING, codes.n_rows)
+    first.peaks.merge()
+    served = sum(item.block.kept for item in store.blocks)
+    mean_l0 = float(first.fired.sum()) / max(served, 1)
+    share = sample_rate(served, mean_l0, settings.cofiring_rows)
+    second = _Distribution(first.largest, share, settings)
+    for item, codes in zip(store.blocks, store, strict=True):
+        second.add(codes, text.places(item))
+        report(COUNTING, codes.n_rows)
+    second.samples.merge()
+    sampled_rows, sampled_latents = second.sample()
+    phi, partners, together = cofiring_neighbours(
+        sampled_rows, sampled_latents, second.n_rows, d_sae, settings.neighbours
+    )
+    cosines, nearest = nearest_decoder_rows(W_dec.detach(), settings.neighbours)
+    chosen = _chosen_rows(first.peaks, second.samples, settings, text)
+    contexts = gather_contexts(
+        *chosen, text, settings.context_tokens, _reported(store, report, GATHERING)
+    )
+    return LatentPages(
+        served,
+        first.fired,
+        first.largest,
+        first.mean(),
+        second.histogram.reshape(d_sae, settings.bins),
+        contexts,
+        cosines.numpy(),
+        nearest.numpy(),
+        phi,
+        partners,
+        together,
+        second.n_rows,
+        np.bincount(sampled_latents, minlength=d_sae),
+    )
+
+
+def first_of_largest(
+    latents: Integers,  # [n] ascending
+    cells: Integers,  # [n] ascending within a latent
+    strengths: Floats,  # [n]
+) -> Integers:
+    """Return the first entry with the largest strength in each cell of each latent."""
+    is_start = np.ones(len(latents), bool)
+    is_start[1:] = (latents[1:] != latents[:-1]) | (cells[1:] != cells[:-1])
+    starts = np.flatnonzero(is_start)
+    largest = np.maximum.reduceat(strengths, starts)
+    group = np.cumsum(is_start) - 1
+    entries = np.flatnonzero(strengths == largest[group])
+    _, firsts = np.unique(group[entries], return_index=True)
+    chosen: Integers = entries[firsts]
+    return chosen
+
+
+def _chosen_rows(
+    peaks: TopEntries, samples: TopEntries, settings: PageSettings, text: TextRows
+) -> tuple[Integers, Integers, Integers]:
+    """Return latent, interval and row of all contexts, by latent.
+
+    The largest come first, then samples from the highest interval down, in the order of the text.
+    """
+    d_sae = len(peaks.rows)
+    top = apart(peaks.rows, settings.contexts, settings.context_tokens, text)
+    drawn = samples.rows.reshape(d_sae, settings.intervals, settings.samples)
+    drawn = np.sort(np.where(drawn == EMPTY, np.iinfo(np.int64).max, drawn), axis=2)[:, ::-1]
+    last = np.where(drawn == np.iinfo(np.int64).max, EMPTY, drawn).reshape(d_sae, -1)
+    order = np.arange(settings.intervals)[::-1].repeat(settings.samples)
+    rows = np.concatenate([top, last], axis=1)
+    intervals = np.concatenate([np.full(settings.contexts, TOP), order])
+    latents, places = np.nonzero(rows != EMPTY)
+    return latents, intervals[places], rows[latents, places]
+
+
+def _reported(store: CodeStore, report: Report, reading: str) -> Iterator[BlockCodes]:
+    for codes in store:
+        yield codes
+        report(reading, codes.n_rows)
