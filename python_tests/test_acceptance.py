@@ -63,6 +63,6 @@ def test_a_docstring_without_a_verb_is_found(acceptance, package):
 
 
 def test_a_missing_link_of_the_map_is_found(acceptance, package, tmp_path):
-    (tmp_path / "loop.py").write_text("while self.step < self.total_steps")
+    (tmp_path / "loop.py").write_text("while not (self.is_done")
     (tmp_path / "README.md").write_text("## Where to look\n[loop](loop.py)\n## More\n[x](y.py)\n")
     assert acceptance.map_of_the_readme().places == ["the loss", "the update"]

@@ -29,7 +29,7 @@ FOREIGN = {
 FEWEST_NAMES = 3  # of settings, in a table
 FLAG = ("--shard-dir", "DIR", "--k", "64", "--checkpoint-dir", "RUN")
 MAP = {  # in the README: what a newcomer looks for, and words of the code that is it
-    "the loop": "while self.step < self.total_steps",
+    "the loop": "while not (self.is_done",
     "the loss": "def batch_loss",
     "the update": "weight_decay",
 }

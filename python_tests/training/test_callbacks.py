@@ -89,6 +89,21 @@ def test_a_training_that_is_stopped_at_its_start_makes_no_step(activations):
     assert trainer.step == 0
 
 
+def test_a_loop_by_hand_ends_where_a_callback_stops_it(activations, tmp_path):
+    with make(activations, [Stopper()], tmp_path) as trainer:
+        while not trainer.is_done:
+            trainer.advance()
+        assert (trainer.step, trainer.saved_step, trainer.is_stopped) == (2, 2, True)
+        with pytest.raises(RuntimeError, match=r"cannot advance: it was stopped at step 2"):
+            trainer.advance()
+    with make(activations, [], tmp_path, resume_from="latest") as trainer:
+        while not trainer.is_done:
+            trainer.advance()
+        assert (trainer.step, trainer.is_stopped) == (4, False)
+        with pytest.raises(RuntimeError, match="all its steps are made"):
+            trainer.advance()
+
+
 def failing(method, error):
     def fail(self, trainer, *given):
         raise error

@@ -12,9 +12,10 @@ import torch
 from small_models import make_network, make_tokenizer, save_model
 from small_texts import make_texts
 
-from sae_fast import RunConfig, train_from_model
+from sae_fast import Callback, LossTerm, RunConfig, Trainer, train_from_model
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.train import main
+from sae_fast.training.metrics import Row
 
 TEXTS = [text or "" for text in make_texts(60)]
 FROM_MODEL = {"max_tokens": 256, "ctx_len": 16, "batch_size": 4, "heldout_tokens": 64}
@@ -65,6 +66,28 @@ def test_one_layer_or_hook_point_stands_by_itself() -> None:
     assert list(_train(layers=1)) == ["residual.1"]
     assert list(_train(hook_points="mlp_out.2")) == ["mlp_out.2"]
     assert list(_train(layers=1, init_seeds=3)) == ["residual.1"]
+
+
+class Watcher(Callback):
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int]] = []
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        self.steps.append((trainer.sae.origin["hook"], trainer.step))
+        if trainer.step == 2:
+            trainer.stop()
+
+
+@pytest.mark.parametrize("loss_fn", ["mse", "kl"])
+def test_loss_terms_and_callbacks_are_of_every_layer(loss_fn: str, tmp_path: Path) -> None:
+    watcher = Watcher()
+    terms = [LossTerm("square", lambda sae, batch, code, x_hat: x_hat.square().mean(), 0.5)]
+    config = RunConfig(k=4, expansion_factor=2, lr=1e-2, loss_fn=loss_fn, log_every=1)
+    own = {"loss_terms": terms, "callbacks": [watcher], "directory": tmp_path}
+    _train(config=config, layers=[0, 1], **own)
+    assert watcher.steps == [(f"residual.{layer}", step) for step in (1, 2) for layer in (0, 1)]
+    rows = (tmp_path / "residual.1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["square"] > 0 for row in rows] == [True, True]
 
 
 def test_without_a_configuration_the_defaults_are_those_of_the_command() -> None:

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_fast import Callback, LossTerm
 from sae_fast.activations import ActivationStream, Rows, TensorStream, Transform, write_shard
 from sae_fast.activations.shared import SharedSource
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.training.metrics import Row
 from sae_fast.training.sweep import Sweep, read_sweep
 from sae_fast.training.trainer import Trainer
 
@@ -103,6 +105,64 @@ def test_each_training_is_to_the_bit_what_it_is_alone(tmp_path: Path, base: RunC
         alone.train()
         _assert_same(alone, sweep.trainers[name])
         assert models[name] is sweep.trainers[name].model()
+
+
+def square_loss(sae: Any, batch: Any, code: Any, x_hat: torch.Tensor) -> torch.Tensor:
+    return x_hat.square().mean()
+
+
+class StopsOne(Callback):
+    def __init__(self, step: int) -> None:
+        self.step, self.seen, self.errors = step, [], []  # type: ignore[var-annotated]
+
+    def on_step(self, trainer: Trainer, row: Row) -> None:
+        self.seen.append((trainer.sae_config.k, trainer.step))
+        if trainer.step == self.step and trainer.sae_config.k == 1:
+            trainer.stop()
+
+    def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        self.errors.append(error)
+
+
+def test_loss_terms_and_callbacks_are_of_every_training(tmp_path: Path, base: RunConfig) -> None:
+    configs = _read(tmp_path, base, {"k": [1, 2]})
+    terms = [LossTerm("square", square_loss, 0.3)]
+    stopper = StopsOne(step=4)
+    stopped = Sweep(configs, loss_terms=terms, callbacks=[stopper], show_progress=False)
+    assert len(stopped.train()) == 2
+    assert stopper.seen == [(k, step) for step in range(1, 5) for k in (1, 2)]
+    assert stopper.errors == [None, None]
+    again = replace(base, train=replace(base.train, resume_from="latest"))
+    resumed = Sweep(_read(tmp_path, again, {"k": [1, 2]}), loss_terms=terms, show_progress=False)
+    resumed.train()
+    for name, config in configs.items():
+        train = replace(config.train, checkpoint_dir=str(tmp_path / "alone" / name))
+        alone = Trainer(config.sae, train, loss_terms=terms, show_progress=False)
+        alone.train()
+        assert alone.history[-1]["square"] > 0
+        _assert_same(alone, resumed.trainers[name])
+
+
+def test_a_loop_of_a_sweep_ends_where_one_training_is_stopped(
+    tmp_path: Path, base: RunConfig
+) -> None:
+    with Sweep(
+        _read(tmp_path, base, {"k": [1, 2]}), callbacks=[StopsOne(2)], show_progress=False
+    ) as sweep:
+        while not sweep.is_done:
+            sweep.advance()
+        assert [trainer.step for trainer in sweep.trainers.values()] == [2, 2]
+        with pytest.raises(RuntimeError, match=r"cannot advance: k_1 was stopped"):
+            sweep.advance()
+
+
+def test_loss_terms_beside_make_are_refused(tmp_path: Path, base: RunConfig) -> None:
+    def make(name: str, config: RunConfig) -> Trainer:
+        return Trainer(config, show_progress=False)
+
+    terms = [LossTerm("square", square_loss)]
+    with pytest.raises(ValueError, match="must be left out beside make"):
+        Sweep(_read(tmp_path, base, {"k": [1]}), make, loss_terms=terms, show_progress=False)
 
 
 def test_labels_and_sequences_that_one_training_needs_are_read_for_all(

@@ -16,12 +16,12 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -33,12 +33,14 @@ from sae_fast.activations.files import (
     warn_of_unread,
 )
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.fields import field_names, reject_unknown_keys
 from sae_fast.config.sae import config_of, without_other_size
 from sae_fast.config.setting import rules_of
 from sae_fast.json_files import read_json, shown
 from sae_fast.log_output import show_log
+from sae_fast.training.callbacks import Callback
 from sae_fast.training.checkpoint import CheckpointStore, newest_common_step
 from sae_fast.training.data import share_shards
 from sae_fast.training.metrics import Row
@@ -58,15 +60,29 @@ MOST_TRAININGS = 4096
 MakeTrainer = Callable[[str, RunConfig], Trainer]
 
 
+class OwnCode(TypedDict):
+    """Loss terms and callbacks of one's own, as `Trainer` takes them by keyword."""
+
+    loss_terms: Sequence[LossTerm]
+    callbacks: Sequence[Callback]
+
+
 class Sweep:
     """Train several autoencoders on the same batches, one step each in turn.
 
-    `train` makes all steps. To make them one by one, open the sweep: `with sweep: sweep.advance()`.
+    `train` makes all steps. To make them one by one, open the sweep:
+
+        with sweep:
+            while not sweep.is_done:
+                rows = sweep.advance()
 
     Args:
         configs: of each training, by its name; see `read_sweep`.
         make: makes the trainer of one, all of them readers of one shared source; None: the shards
             in `shard_dir` are shared.
+        loss_terms: of every training, see `Trainer`.
+        callbacks: called by every training with its trainer, see `Trainer`. `trainer.stop()` ends
+            all trainings after the current step, because they go on together.
         stop: tells when to stop; None: signals do, during `train`.
         show_progress: as of a `Trainer`.
 
@@ -84,11 +100,17 @@ class Sweep:
         configs: Mapping[str, RunConfig],
         make: MakeTrainer | None = None,
         *,
+        loss_terms: Sequence[LossTerm] = (),
+        callbacks: Sequence[Callback] = (),
         stop: StopOnSignal | None = None,
         show_progress: bool = True,
     ) -> None:
         if not configs:
             raise ValueError("a sweep needs at least one training")
+        if make is not None and (loss_terms or callbacks):
+            raise ValueError(
+                "loss_terms and callbacks must be left out beside make, which has them"
+            )
         self._stop = stop
         self._show_progress = show_progress
         if show_progress:
@@ -97,7 +119,8 @@ class Sweep:
         self.is_out_of_time = False
         self._opened = ExitStack()
         configs = at_one_step(configs)
-        make = make or _on_shards(configs)
+        own: OwnCode = {"loss_terms": loss_terms, "callbacks": callbacks}
+        make = make or _on_shards(configs, own)
         self.trainers: dict[str, Trainer] = {}
         for name, config in configs.items():
             try:
@@ -119,9 +142,8 @@ class Sweep:
         Raises what `Trainer.train` does; the first error ends all trainings.
         """
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
-            while (left := self._unfinished()) and stop.received is None:
-                if self.is_out_of_time:
-                    break
+            while not (self.is_done or stop.received or self.is_out_of_time):
+                left = self._unfinished()
                 rows = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
                 progress.advance(sum(trainer.tokens_per_step for trainer in left))
                 progress.show(rows, last=not self._unfinished())
@@ -160,7 +182,15 @@ class Sweep:
 
         Args:
             save: whether each writes a checkpoint also where `checkpoint_every` asks for none.
+
+        Raises:
+            RuntimeError: after one of the trainers was told to stop, see `is_done`.
         """
+        stopped = [name for name, trainer in self.trainers.items() if trainer.is_stopped]
+        if stopped:
+            raise RuntimeError(
+                f"this sweep cannot advance: {stopped[0]} was stopped, and all go on together"
+            )
         left = self._unfinished()
         saved = [trainer.saved_step for trainer in left]
         rows = [trainer.advance(prune=False, save=save) for trainer in left]
@@ -168,6 +198,12 @@ class Sweep:
             self._wall_clock.note_save()
             self._prune()
         return rows
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left to make: all are made, or one of the trainers was stopped."""
+        any_stopped = any(trainer.is_stopped for trainer in self.trainers.values())
+        return any_stopped or not self._unfinished()
 
     def _unfinished(self) -> list[Trainer]:
         trainers = self.trainers.values()
@@ -346,14 +382,14 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     }
 
 
-def _on_shards(configs: Mapping[str, RunConfig]) -> MakeTrainer:
+def _on_shards(configs: Mapping[str, RunConfig], own: OwnCode) -> MakeTrainer:
     """Return what makes trainers on shards; trainers with the same directory share them."""
     sharing: dict[str | None, list[RunConfig]] = {}
     for name, config in configs.items():
         train = in_mode_directory(config.sae, config.train)
-        own = RunConfig(sae=config.sae, train=train)
+        placed = RunConfig(sae=config.sae, train=train)
         try:
-            check_before_reading(own, resumed_checkpoint(train))
+            check_before_reading(placed, resumed_checkpoint(train))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         sharing.setdefault(config.train.shard_dir, []).append(config)
@@ -363,9 +399,8 @@ def _on_shards(configs: Mapping[str, RunConfig]) -> MakeTrainer:
     }
 
     def make(name: str, config: RunConfig) -> Trainer:
-        return Trainer(
-            config.sae, config.train, shared[config.train.shard_dir], show_progress=False
-        )
+        shards = shared[config.train.shard_dir]
+        return Trainer(config.sae, config.train, shards, **own, show_progress=False)
 
     return make
 

@@ -105,7 +105,7 @@ class Trainer:
     `train` makes all steps. To make them one by one, open the trainer:
 
         with Trainer(sae_config, train_config, data) as trainer:
-            while trainer.step < trainer.total_steps:
+            while not trainer.is_done:
                 row = trainer.advance()
 
     Args:
@@ -131,6 +131,7 @@ class Trainer:
 
     Attributes:
         is_out_of_time: True where `max_hours` have ended `train` before its last step.
+        is_stopped: True where `stop` was called since the trainer was opened.
         was_complete: True where all steps had been made when the run was resumed: then `train`
             only writes those results that are missing.
 
@@ -208,7 +209,7 @@ class Trainer:
         self._wall_clock, self.is_out_of_time = clock, False
         self.saved_step = -1
         self._warning: str | None = None
-        self._is_open = self._is_stopped = False
+        self._is_open = self.is_stopped = False
         with self._explained_memory(), self._refusing_start():
             self._open_run_directory(checkpoint)
             self._make_model(checkpoint)
@@ -233,9 +234,8 @@ class Trainer:
             ValueError: when an iterator ends before the run.
             CheckpointError: when a checkpoint cannot be written.
         """
-        self._is_stopped = False
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
-            while self.step < self.total_steps and not (stop.received or self._is_stopped):
+            while not (self.is_done or stop.received):
                 row = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
                 progress.advance(self.tokens_per_step)
                 progress.show([row], last=self.step == self.total_steps)
@@ -245,8 +245,16 @@ class Trainer:
         return self.model()
 
     def stop(self) -> None:
-        """Let `train` end after the current step, with a checkpoint, as after a signal."""
-        self._is_stopped = True
+        """End the training after the current step, with a checkpoint, as after a signal.
+
+        `train` returns then, and `advance` makes no further step until the trainer is opened again.
+        """
+        self.is_stopped = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left to make: all are made, or `stop` was called."""
+        return self.step >= self.total_steps or self.is_stopped
 
     def _progress(self) -> ProgressBar:
         return ProgressBar(self.total_tokens, self.tokens, shown=self._show_progress)
@@ -254,6 +262,7 @@ class Trainer:
     @torch.inference_mode(False)
     def __enter__(self) -> Trainer:
         """Start the reader and the logs, and write the first checkpoint."""
+        self.is_stopped = False
         try:
             self._open()
         except BaseException as error:
@@ -291,10 +300,14 @@ class Trainer:
             save: whether to write a checkpoint also where `checkpoint_every` does not ask for one.
 
         Returns the row of metrics that was logged, empty where none was due. Raises what `train`
-        does, and RuntimeError where the trainer is not open or all its steps are made.
+        does, and RuntimeError where the trainer is not open, all its steps are made, or `stop` was
+        called: see `is_done`.
         """
-        if not self._is_open or self.step >= self.total_steps:
-            reason = "all its steps are made" if self._is_open else "use it inside `with trainer:`"
+        if not self._is_open or self.is_done:
+            reason = "use it inside `with trainer:`"
+            if self._is_open:
+                reason = f"it was stopped at step {self.step}; is_done tells when a loop has to end"
+                reason = reason if self.is_stopped else "all its steps are made"
             raise RuntimeError(f"this trainer cannot advance: {reason}")
         with self._explained_memory():
             self._launcher.launch(self.schedules.at(self.step))
@@ -303,6 +316,8 @@ class Trainer:
             self.clock.count_step()
             row = self._report(prune, save=save)
             self._callbacks.step(row)
+            if self.is_stopped and self.saved_step < self.step:
+                self.save_checkpoint(prune=prune)
             return row
 
     @torch.inference_mode(False)

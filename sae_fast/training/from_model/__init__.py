@@ -20,10 +20,12 @@ from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.shared import SharedReader, SharedSource
+from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.model_text import TRAIN_DEFAULTS, FromModelConfig
 from sae_fast.config.setting import rules_of
 from sae_fast.json_files import is_integer
+from sae_fast.training.callbacks import Callback
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
 from sae_fast.training.downstream import Downstream, DownstreamModel
 from sae_fast.training.from_model.model_stream import HookRows, ModelStream
@@ -31,7 +33,7 @@ from sae_fast.training.from_model.sequence_stream import SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
 from sae_fast.training.resume_state import check_state
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.sweep import MakeTrainer, Sweep, with_settings
+from sae_fast.training.sweep import MakeTrainer, OwnCode, Sweep, with_settings
 from sae_fast.training.trainer import Trainer
 
 _DEAD_SHARE = TRAIN_DEFAULTS["dead_percentage_threshold"]
@@ -45,6 +47,8 @@ def open_from_model(
     configs: Mapping[str, RunConfig],
     directory: Path | None = None,
     *,
+    loss_terms: Sequence[LossTerm] = (),
+    callbacks: Sequence[Callback] = (),
     stop: StopOnSignal | None = None,
     show_progress: bool = True,
 ) -> Sweep:
@@ -58,6 +62,8 @@ def open_from_model(
             Their batch size is replaced by the tokens of a forward pass, `checkpoint_dir` by one
             in `directory`.
         directory: where the runs are written; None: nowhere.
+        loss_terms: of every training, see `Sweep`.
+        callbacks: called by every training, see `Sweep`.
         stop: tells when to stop, see `Sweep`.
         show_progress: whether to show a progress bar.
 
@@ -81,7 +87,8 @@ def open_from_model(
     every = _for_every_hook(capture, settings.init_seeds, configs, of_passes)
     saes = [config.sae for config in configs.values()]
     is_end_to_end = any(sae.is_end_to_end for sae in saes)
-    make = (_through_model if is_end_to_end else _shuffled)(capture, settings, every)
+    own: OwnCode = {"loss_terms": loss_terms, "callbacks": callbacks}
+    make = (_through_model if is_end_to_end else _shuffled)(capture, settings, every, own)
     return Sweep(every, make, stop=stop, show_progress=show_progress)
 
 
@@ -100,7 +107,7 @@ def _open_capture(
 
 
 def _shuffled(
-    capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig]
+    capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
 ) -> MakeTrainer:
     """Return what makes trainers on rows in a random order."""
     first = next(iter(configs.values())).train
@@ -126,7 +133,8 @@ def _shuffled(
         hook = name.partition("/")[0]
         reader = _reader(shared, hook, capture, stream.columns)
         rows = heldout.get(hook)
-        return Trainer(config.sae, config.train, reader, heldout=rows, show_progress=False)
+        given = (config.sae, config.train, reader)
+        return Trainer(*given, heldout=rows, **own, show_progress=False)
 
     return make
 
@@ -150,7 +158,7 @@ def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
 
 
 def _through_model(
-    capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig]
+    capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
 ) -> MakeTrainer:
     """Return what makes trainers on whole sequences, whose loss is the language model's."""
     losses = {config.sae.loss_fn for config in configs.values()}
@@ -197,6 +205,7 @@ def _through_model(
             *(config.sae, config.train, reader),
             heldout=rows,
             downstream=downstream,
+            **own,
             show_progress=False,
         )
 

@@ -13,6 +13,7 @@ from torch import nn
 from sae_fast.activations.capture import Documents
 from sae_fast.activations.capture.language_model import loaded_language_model
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, TrainConfig
 from sae_fast.config.fields import reject_unknown_keys
 from sae_fast.config.model_text import (
@@ -22,6 +23,7 @@ from sae_fast.config.model_text import (
     FromModelConfig,
 )
 from sae_fast.config.setting import rules_of
+from sae_fast.training.callbacks import Callback
 from sae_fast.training.from_model import open_from_model
 
 
@@ -32,6 +34,8 @@ def train_from_model(
     config: RunConfig | None = None,
     *,
     directory: str | Path | None = None,
+    loss_terms: Sequence[LossTerm] = (),
+    callbacks: Sequence[Callback] = (),
     show_progress: bool = True,
     **settings: Any,
 ) -> dict[str, SparseAutoencoder]:
@@ -47,6 +51,9 @@ def train_from_model(
         config: of the autoencoders and their training, but for their batches; None: the defaults of
             a training straight from a model.
         directory: where the runs are written, each in a folder of its name; None: nowhere.
+        loss_terms: of every training, see `Trainer`.
+        callbacks: called by every training with its trainer, see `Trainer`; `trainer.sae.origin`
+            says of which hook point it is. `trainer.stop()` ends all trainings.
         show_progress: whether to show a progress bar.
         settings: of FromModelConfig, such as layers, hook_points (of which one may stand by
             itself), max_tokens, batch_size (in sequences), ctx_len and heldout_tokens; seeds and
@@ -72,7 +79,10 @@ def train_from_model(
     place = None if directory is None else Path(directory)
     with _unchanged(model):
         sweep = open_from_model(
-            loaded, documents, text, configs, place, show_progress=show_progress
+            *(loaded, documents, text, configs, place),
+            loss_terms=loss_terms,
+            callbacks=callbacks,
+            show_progress=show_progress,
         )
         return sweep.train()
 
