@@ -99,6 +99,16 @@ class CaptureConfig(ConfigFile):
     tokens_column: str | None = setting(None, nonempty=True)
     """Column of the dataset with documents that are tokens already, in place of texts, such as
     input_ids; they must be of the model's own tokenizer."""
+    chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
+    """Read conversations, lists of messages, with the template that the tokenizer has (the bare
+    flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
+    roles: tuple[str, ...] = setting(
+        (),
+        metavar="ROLE",
+        needs=Effect("chat_template", lambda text: text.chat_template is not None),
+    )
+    """Make rows only of the content of messages of these roles, such as assistant; where a template
+    has {% generation %}, that part is the assistant's. Default: all tokens become rows."""
     dataset_config: str | None = setting(None)
     """Configuration of a dataset on the hub that has several."""
     split: str = setting(DEFAULT_SPLIT, brief="part of the dataset")
@@ -126,7 +136,8 @@ class CaptureConfig(ConfigFile):
         for layer in self.layers:
             if layer < 0:
                 raise ValueError(f"layers are counted from 0, got {layer}")
-        _check_columns(self.text_column, self.tokens_column)
+        _check_columns(self.text_column, self.tokens_column, self.chat_template)
+        check_effects(self)
 
 
 @configuration(
@@ -207,6 +218,16 @@ class FromModelConfig(ConfigFile):
     tokens_column: str | None = setting(None, nonempty=True)
     """Column of the dataset with documents that are tokens already, in place of texts, such as
     input_ids; they must be of the model's own tokenizer."""
+    chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
+    """Read conversations, lists of messages, with the template that the tokenizer has (the bare
+    flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
+    roles: tuple[str, ...] = setting(
+        (),
+        metavar="ROLE",
+        needs=Effect("chat_template", lambda text: text.chat_template is not None),
+    )
+    """Make rows only of the content of messages of these roles, such as assistant; where a template
+    has {% generation %}, that part is the assistant's. Default: all tokens become rows."""
     dataset_config: str | None = setting(None)
     """Configuration of a dataset on the hub that has several."""
     split: str = setting(DEFAULT_SPLIT)
@@ -234,7 +255,7 @@ class FromModelConfig(ConfigFile):
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             given = " ".join(map(str, self.init_seeds)) or "none"
             raise ValueError(f"init_seeds must be different numbers, got {given}")
-        _check_columns(self.text_column, self.tokens_column)
+        _check_columns(self.text_column, self.tokens_column, self.chat_template)
         check_effects(self)
 
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
@@ -252,10 +273,13 @@ class FromModelConfig(ConfigFile):
         )
 
 
-def _check_columns(text_column: str | None, tokens_column: str | None) -> None:
-    """Raise ValueError where documents are to be both texts and tokens."""
-    if text_column is not None and tokens_column is not None:
-        raise ValueError(
-            f"text_column = {text_column!r} and tokens_column = {tokens_column!r}: give one of the "
-            "two"
-        )
+def _check_columns(
+    text_column: str | None, tokens_column: str | None, chat_template: str | None
+) -> None:
+    """Raise ValueError where documents are to be of two kinds."""
+    others = {"text_column": text_column, "chat_template": chat_template}
+    for name, value in others.items():
+        if value is not None and tokens_column is not None:
+            raise ValueError(
+                f"{name} = {value!r} and tokens_column = {tokens_column!r}: give one of the two"
+            )

@@ -195,7 +195,10 @@ def test_a_worker_process_leaves_signals_to_its_parent():
     ):
         expected = tokens.tokenise(make_tokenizer(True), ["the cat"])[0].tolist()
         for _ in range(2):
-            assert pool.submit(tokens._tokenise_here, ["the cat"]).result()[0].tolist() == expected
+            assert (
+                pool.submit(tokens._encode_here, [0], ["the cat"]).result()[0].tokens.tolist()
+                == expected
+            )
             for pid in children():
                 os.kill(pid, signal.SIGINT)
                 os.kill(pid, signal.SIGTERM)

@@ -7,7 +7,7 @@ from captured import assert_same_shards, make_inputs, shards, write_texts
 from small_models import CAUSAL, make_tokenizer, save_model
 from small_texts import make_texts
 
-from sae_fast.activations.capture.documents import load_documents
+from sae_fast.activations.capture.documents import Kind, load_documents
 from sae_fast.capture import main
 
 TEXTS = [text for text in make_texts(60) if text and not text.isspace()]
@@ -46,13 +46,13 @@ def test_tokens_give_the_shards_of_their_texts(tmp_path, name, special):
 def test_documents_of_tokens_keep_an_order_and_may_be_empty(tmp_path):
     path = write_tokens(tmp_path / "tokens.jsonl", [[1, 2, 3], [], [4], None])
     documents = load_documents(path, tokens_column="input_ids")
-    assert documents.is_tokenised
+    assert documents.kind is Kind.TOKENS
     assert documents.column == "input_ids"
-    numbers, tokens = documents.read_tokens(0, 9)
+    numbers, tokens = documents.read(0, 9)
     assert numbers.tolist() == [0, 1, 2, 3]
     assert [part.tolist() for part in tokens] == [[1, 2, 3], [], [4], []]
     shuffled = load_documents(path, tokens_column="input_ids", shuffle_seed=1)
-    numbers, parts = shuffled.read_tokens(0, 4)
+    numbers, parts = shuffled.read(0, 4)
     assert [part.tolist() for part in parts] == [tokens[i].tolist() for i in numbers]
     other = write_tokens(tmp_path / "other.jsonl", [[1, 2, 4], [], [4], None])
     assert load_documents(other, tokens_column="input_ids").fingerprint() != documents.fingerprint()

@@ -192,10 +192,10 @@ def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
     """
     for section, fields in (
         ("model", ("class", "weights", "tokenizer")),
-        ("dataset", ("documents", "fingerprint")),
+        ("dataset", ("documents", "fingerprint", "chat")),
     ):
         one, other = there.get(section, {}), asked[section]
-        changed = [name for name in fields if one.get(name) != other[name]]
+        changed = [name for name in fields if one.get(name) != other.get(name)]
         if changed:
             return (
                 f"its {section} is {one.get('name')}, asked for is {other['name']} "

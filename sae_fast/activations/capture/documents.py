@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from sae_fast.activations.errors import one_line
 from sae_fast.config.model_text import DEFAULT_SPLIT
 
 DEFAULT_COLUMN = "text"
+CONVERSATION_COLUMNS = ("messages", "conversations")
 TEXT_SPLITS = ("line", "paragraph", "document")
 FINGERPRINT_DOCUMENTS, FINGERPRINT_CHARACTERS = 1024, 1 << 16
 MAX_DOCUMENTS = 2**31  # doc_id is int32
@@ -45,74 +48,84 @@ _SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves
 Numbers = npt.NDArray[np.int64]
 
 
+class Kind(Enum):
+    """The kinds of documents, by the names of the settings that ask for them."""
+
+    TEXTS = "text_column"
+    TOKENS = "tokens_column"
+    CONVERSATIONS = "chat_template"
+
+
 class Documents:
-    """Texts in the order in which they are captured.
+    """Documents in the order in which they are captured.
 
     Args:
-        texts: the texts as they stand in the dataset; None where an entry has none.
+        entries: the documents as they stand in the dataset: texts, lists of tokens, or lists of
+            messages; None where an entry has none.
         name: of the dataset, for errors.
         shuffle_seed: seed of the order; None keeps the dataset's own order.
+        kind: what the documents are.
 
     Attributes:
-        column: the column of the dataset that holds the texts; None: they are in memory.
-        is_tokenised: whether the documents are tokens, which `read_tokens` returns.
+        column: the column of the dataset that holds the documents; None: they are in memory.
     """
 
     def __init__(
         self,
-        texts: Sequence[str | None] | TextColumn | TokenColumn,
+        entries: Sequence[Any] | Column,
         name: str = "documents",
         shuffle_seed: int | None = None,
+        kind: Kind = Kind.TEXTS,
     ) -> None:
-        if not len(texts):
+        if not len(entries):
             raise ValueError(f"dataset: {name} has no documents")
-        if len(texts) > MAX_DOCUMENTS:
-            raise ValueError(f"dataset: {name} has {len(texts):,} documents, at most 2^31 are read")
+        if len(entries) > MAX_DOCUMENTS:
+            raise ValueError(
+                f"dataset: {name} has {len(entries):,} documents, at most 2^31 are read"
+            )
         self.name = name
-        self._tokens = texts if isinstance(texts, TokenColumn) else None
-        self._texts: TextColumn | TokenColumn = (
-            texts if isinstance(texts, TextColumn | TokenColumn) else _Listed(texts)
-        )
-        self.column = self._texts.name
-        self.is_tokenised = self._tokens is not None
+        self.kind = kind
+        self._entries = entries if isinstance(entries, Column) else _Listed(entries)
+        self.column = self._entries.name
         self._order: Numbers | None = None
         if shuffle_seed is not None:
-            self._order = np.random.default_rng(shuffle_seed).permutation(len(texts))
+            self._order = np.random.default_rng(shuffle_seed).permutation(len(entries))
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._entries)
 
-    def read(self, start: int, stop: int) -> tuple[Numbers, list[str]]:
-        """Return numbers in the dataset and texts of documents start..stop of the order."""
-        assert isinstance(self._texts, TextColumn)
-        numbers = self._numbers(start, stop)
-        return numbers, [text or "" for text in self._texts.take(numbers)]
+    def read(self, start: int, stop: int) -> tuple[Numbers, list[Any]]:
+        """Return numbers in the dataset and documents start..stop of the order.
 
-    def read_tokens(self, start: int, stop: int) -> tuple[Numbers, list[Numbers]]:
-        """Return numbers in the dataset and tokens of documents start..stop of the order."""
-        assert self._tokens is not None
-        numbers = self._numbers(start, stop)
-        return numbers, self._tokens.take(numbers)
-
-    def _numbers(self, start: int, stop: int) -> Numbers:
+        A document is a text, tokens [n] int64, or a list of messages; one that is not there is
+        empty.
+        """
         places = np.arange(start, min(stop, len(self)))
-        return places if self._order is None else self._order[places]
+        numbers = places if self._order is None else self._order[places]
+        return numbers, self._documents(numbers)
+
+    def _documents(self, numbers: Numbers) -> list[Any]:
+        found = self._entries.take(numbers)
+        if self.kind is Kind.TOKENS:
+            return [np.array(tokens or [], np.int64) for tokens in found]
+        nothing: Any = "" if self.kind is Kind.TEXTS else []
+        return [document or nothing for document in found]
 
     def fingerprint(self) -> str:
         """Return a hash of the number of documents and of some of them, evenly spread."""
         count = min(len(self), FINGERPRINT_DOCUMENTS)
         digest = hashlib.sha256(f"{len(self)}".encode())
-        for document in self._texts.take(np.arange(count) * len(self) // count):
+        for document in self._documents(np.arange(count) * len(self) // count):
             if isinstance(document, np.ndarray):
                 content = document[:FINGERPRINT_CHARACTERS].astype("<i8").tobytes()
             else:
-                document = document or ""
-                content = document[:FINGERPRINT_CHARACTERS].encode(errors="surrogatepass")
+                text = document if isinstance(document, str) else json.dumps(document, default=str)
+                content = text[:FINGERPRINT_CHARACTERS].encode(errors="surrogatepass")
             digest.update(len(document).to_bytes(8, "little") + content)
         return f"sha256:{digest.hexdigest()}"
 
 
-class _Column:
+class Column:
     """One column of a dataset of the datasets package."""
 
     def __init__(self, dataset: Any, column: str) -> None:
@@ -123,39 +136,24 @@ class _Column:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def _entries(self, numbers: Numbers) -> list[Any]:
+    def take(self, numbers: Numbers) -> list[Any]:
+        """Return the entries with these numbers; None where there is nothing."""
         entries: list[Any] = self._dataset[numbers.tolist()][self._column]
         return entries
 
 
-class TextColumn(_Column):
-    """One column of texts of a dataset of the datasets package."""
-
-    def take(self, numbers: Numbers) -> list[str | None]:
-        """Return the texts of the entries with these numbers."""
-        return self._entries(numbers)
-
-
-class TokenColumn(_Column):
-    """One column of tokens of a dataset of the datasets package."""
-
-    def take(self, numbers: Numbers) -> list[Numbers]:
-        """Return the tokens of the entries with these numbers; none where an entry has none."""
-        return [np.array(tokens or [], np.int64) for tokens in self._entries(numbers)]
-
-
 @dataclass(frozen=True)
-class _Listed(TextColumn):
-    """Texts that are in memory."""
+class _Listed(Column):
+    """Documents that are in memory."""
 
-    texts: Sequence[str | None]
+    entries: Sequence[Any]
     name: str | None = None
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.entries)
 
-    def take(self, numbers: Numbers) -> list[str | None]:
-        return [self.texts[number] for number in numbers.tolist()]
+    def take(self, numbers: Numbers) -> list[Any]:
+        return [self.entries[number] for number in numbers.tolist()]
 
 
 def load_documents(
@@ -167,6 +165,7 @@ def load_documents(
     text_split: str = TEXT_SPLITS[0],
     shuffle_seed: int | None = None,
     tokens_column: str | None = None,
+    conversations: bool = False,
 ) -> Documents:
     """Open a dataset.
 
@@ -180,6 +179,8 @@ def load_documents(
         text_split: what a document of a .txt file is, one of TEXT_SPLITS.
         shuffle_seed: seed of the order; None keeps the dataset's own order.
         tokens_column: column with documents that are tokens, in place of `text_column`.
+        conversations: whether the documents are lists of messages, in `text_column`; default:
+            messages or conversations, or the only column with conversations.
 
     Raises:
         ValueError: in one line, naming what is missing.
@@ -190,10 +191,13 @@ def load_documents(
     with _quiet(datasets), _explained(name):
         dataset = _open(datasets, name, config, split, text_split)
     if tokens_column is not None:
+        kind, column = Kind.TOKENS, tokens_column
         _check_tokens_column(dataset, name, tokens_column)
-        return Documents(TokenColumn(dataset, tokens_column), name, shuffle_seed)
-    column = _text_column(dataset, name, text_column)
-    return Documents(TextColumn(dataset, column), name, shuffle_seed)
+    elif conversations:
+        kind, column = Kind.CONVERSATIONS, _conversation_column(dataset, name, text_column)
+    else:
+        kind, column = Kind.TEXTS, _text_column(dataset, name, text_column)
+    return Documents(Column(dataset, column), name, shuffle_seed, kind)
 
 
 def _open(datasets: Any, name: str, config: str | None, split: str, text_split: str) -> Any:
@@ -268,11 +272,7 @@ def _text_column(dataset: Any, name: str, wanted: str | None) -> str:
         return wanted
     if DEFAULT_COLUMN in columns:
         return DEFAULT_COLUMN
-    nested = {
-        column: _held_by(feature)
-        for column, feature in dataset.features.items()
-        if hasattr(feature, "feature") or isinstance(feature, list)
-    }
+    nested = _nested(dataset)
     if nested:
         column, what = next(iter(nested.items()))
         raise ValueError(
@@ -290,23 +290,46 @@ def _text_column(dataset: Any, name: str, wanted: str | None) -> str:
 
 def _check_tokens_column(dataset: Any, name: str, wanted: str) -> None:
     """Raise ValueError unless a column holds lists of tokens."""
-    held = {
-        column: _held_by(feature)
-        for column, feature in dataset.features.items()
-        if hasattr(feature, "feature") or isinstance(feature, list)
-    }
-    if held.get(wanted) == "tokens":
+    if _nested(dataset).get(wanted) == "tokens":
         return
     kind = "column" if wanted not in dataset.column_names else "column of tokens"
     there = ", ".join(dataset.column_names)
     raise ValueError(f"tokens_column: {name} has no {kind} {wanted!r}; it has {there}")
 
 
+def _conversation_column(dataset: Any, name: str, wanted: str | None) -> str:
+    """Return the name of the column with the conversations."""
+    columns = [column for column, held in _nested(dataset).items() if held == "conversations"]
+    there = ", ".join(dataset.column_names)
+    if wanted is not None:
+        if wanted not in columns:
+            kind = "column" if wanted not in dataset.column_names else "column of conversations"
+            raise ValueError(f"text_column: {name} has no {kind} {wanted!r}; it has {there}")
+        return wanted
+    usual = [column for column in CONVERSATION_COLUMNS if column in columns]
+    if not usual and len(columns) != 1:
+        raise ValueError(
+            f"chat_template: {name} has {len(columns) or 'no'} columns of conversations (lists of "
+            "messages with role and content), none of them messages or conversations: "
+            f"{'name one with --text-column; ' if columns else ''}it has {there}"
+        )
+    return (usual or columns)[0]
+
+
 _REMEDIES = {
     "tokens": "tokenizer.decode, or name it with --tokens-column",
-    "conversations": "tokenizer.apply_chat_template with tokenize=False",
+    "conversations": "tokenizer.apply_chat_template with tokenize=False, or give --chat-template",
     "lists": "join them",
 }
+
+
+def _nested(dataset: Any) -> dict[str, str]:
+    """Return what each column of lists holds, by its name."""
+    return {
+        column: _held_by(feature)
+        for column, feature in dataset.features.items()
+        if hasattr(feature, "feature") or isinstance(feature, list)
+    }
 
 
 def _held_by(feature: Any) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from sae_fast.activations.capture.documents import Documents, load_documents
+from sae_fast.activations.capture.conversations import check_roles, open_chat_template
+from sae_fast.activations.capture.documents import Documents, Kind, load_documents
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.language_model import (
     HookedModel,
@@ -89,7 +90,7 @@ class Capture:
     def recipe(self, world_size: int) -> dict[str, Any]:
         """Return origin and settings of the activations; a capture by them gives the same."""
         config, sequences = self.config, self.batches.config
-        documents = self.batches.documents
+        documents, chat = self.batches.documents, self.batches.tokenisation.chat
         resolved = {
             "ctx_len": sequences.ctx_len,
             "pack": sequences.pack,
@@ -114,7 +115,8 @@ class Capture:
                 "split": config.split,
                 "text_column": documents.column,
                 "text_split": config.text_split,
-                **({"is_tokenised": True} if documents.is_tokenised else {}),
+                **({"is_tokenised": True} if documents.kind is Kind.TOKENS else {}),
+                **({} if chat is None else {"chat": chat.recorded()}),
                 "documents": len(documents),
                 "fingerprint": documents.fingerprint(),
             },
@@ -167,6 +169,7 @@ def open_capture(
         text_split=config.text_split,
         shuffle_seed=config.shuffle_seed,
         tokens_column=config.tokens_column,
+        conversations=config.chat_template is not None,
     )
     model = model or load_language_model(
         config.model,
@@ -186,9 +189,7 @@ def open_capture(
         config.pack and model.causal,
         config.exclude_special_tokens,
     )
-    special = special_tokens(model.tokenizer, causal=model.causal)
-    vocabulary = model.network.get_input_embeddings().num_embeddings
-    tokens = Tokenisation(model.tokenizer, special, config.num_proc, vocabulary)
+    tokens = _tokenisation(config, model, documents)
     batches = TokenBatches(documents, tokens, sequences)
     heldout = None
     if config.heldout_tokens:
@@ -196,6 +197,19 @@ def open_capture(
         heldout = TokenBatches(documents, tokens, sequences, start=place)
         batches = TokenBatches(documents, tokens, sequences, stop=place)
     return Capture(config, model, hooked, hooked.widths(), batches, heldout)
+
+
+def _tokenisation(
+    config: CaptureConfig, model: LanguageModel, documents: Documents
+) -> Tokenisation:
+    special = special_tokens(model.tokenizer, causal=model.causal)
+    chat = None
+    if config.chat_template is not None:
+        chat = open_chat_template(model.tokenizer, config.chat_template, config.roles)
+        check_roles(chat.roles, documents)
+        special = special.without_surroundings()  # the template writes them itself
+    vocabulary = model.network.get_input_embeddings().num_embeddings
+    return Tokenisation(model.tokenizer, special, config.num_proc, vocabulary, chat)
 
 
 def _context(config: CaptureConfig, model: LanguageModel) -> int:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae_fast.activations.capture.conversations import EncodedDocument
 from sae_fast.activations.capture.documents import Documents
 from sae_fast.activations.capture.tokens import SpecialTokens, Tokenisation
 from sae_fast.activations.source import saved_counts
@@ -116,6 +117,7 @@ class _Row:
     """A part of a document in a row of its own."""
 
     tokens: Integers
+    wanted: Integers  # 1 or 0 for each of them
     doc_id: int
     position: int  # of its first token
 
@@ -163,36 +165,41 @@ class TokenBatches:
         begin = self.start if cursor is None else cursor
         return self._packed(begin) if self.config.pack else self._padded(begin)
 
-    def kept_of(self, text: Integers) -> int:
+    def kept_of(self, document: EncodedDocument) -> int:
         """Return how many tokens are kept of a document with these tokens."""
-        special = self.special
+        text, special, wanted = document.tokens, self.special, document.wanted
         if self.config.exclude_special_tokens:
-            return int(np.isin(text, special.excluded, invert=True).sum())
+            is_kept = np.isin(text, special.excluded, invert=True)
+            return int((is_kept if wanted is None else is_kept & wanted).sum())
         if not len(text):
             return 0
         if self.config.pack:
-            return len(special.before) + len(text) + len(special.after)
-        return sum(len(row.tokens) for row, _ in self._rows(0, text, 0))
+            unwanted = 0 if wanted is None else int((~wanted).sum())
+            return len(special.before) + len(text) + len(special.after) - unwanted
+        return sum(int(row.wanted.sum()) for row, _ in self._rows(0, document, 0))
 
-    def _tokens(self, place: int) -> Iterator[tuple[int, int, Integers]]:
+    def _tokens(self, place: int) -> Iterator[tuple[int, int, EncodedDocument]]:
         """Yield place, number and tokens of each document from a place on."""
         return self.tokenisation.iterate(self.documents, place, self.stop)
 
     def _packed(self, cursor: TokenCursor) -> Generator[TokenBatch, None, None]:
         size = self.config.batch_size * self.config.ctx_len
-        buffer = np.empty((3, size), np.int32)  # tokens, doc_id, position
+        buffer = np.empty((4, size), np.int32)  # tokens, doc_id, position, wanted
         have, empty, offset = 0, cursor.empty, cursor.offset
-        for place, number, text in self._tokens(cursor.document):
-            if not len(text):
+        before, after = self.special.before, self.special.after
+        for place, number, document in self._tokens(cursor.document):
+            if not len(document):
                 empty += 1
                 continue
-            tokens = np.concatenate([self.special.before, text, self.special.after])
+            tokens = np.concatenate([before, document.tokens, after])
+            wanted = np.concatenate([np.ones_like(before), _wanted(document), np.ones_like(after)])
             while offset < len(tokens):
                 count = min(size - have, len(tokens) - offset)
                 part = slice(have, have + count)
                 buffer[0, part] = tokens[offset : offset + count]
                 buffer[1, part] = number
                 buffer[2, part] = np.arange(offset, offset + count)
+                buffer[3, part] = wanted[offset : offset + count]
                 have, offset = have + count, offset + count
                 if have == size:
                     done = offset == len(tokens)
@@ -209,26 +216,26 @@ class TokenBatches:
     def _flat_batch(
         self, tokens: Integers, cursor: TokenCursor, following: TokenCursor
     ) -> TokenBatch:
-        """Make a batch of tokens [3, n] in rows of ctx_len, the last of them padded."""
+        """Make a batch of tokens [4, n] in rows of ctx_len, the last of them padded."""
         length = min(self.config.ctx_len, tokens.shape[1])
         rows = -(-tokens.shape[1] // length)
-        padded = np.zeros((3, rows * length), np.int32)
+        padded = np.zeros((4, rows * length), np.int32)
         padded[0] = self.special.padding
         padded[:, : tokens.shape[1]] = tokens
         lengths = np.full(rows, length)
         lengths[-1] = tokens.shape[1] - (rows - 1) * length
-        return self._batch(padded.reshape(3, rows, length), lengths, cursor, following)
+        return self._batch(padded.reshape(4, rows, length), lengths, cursor, following)
 
     def _padded(self, cursor: TokenCursor) -> Generator[TokenBatch, None, None]:
         size = self.config.batch_size * WINDOW
         rows: deque[_Row] = deque()
         window = replace(cursor, skip=0)
         skip, empty, offset = cursor.skip, cursor.empty, cursor.offset
-        for place, number, text in self._tokens(cursor.document):
-            if not len(text):
+        for place, number, document in self._tokens(cursor.document):
+            if not len(document):
                 empty += 1
                 continue
-            for row, end in self._rows(number, text, offset):
+            for row, end in self._rows(number, document, offset):
                 rows.append(row)
                 if len(rows) == size:
                     at = TokenCursor(place + 1, 0) if end is None else TokenCursor(place, end)
@@ -243,16 +250,25 @@ class TokenBatches:
             at = TokenCursor(self.stop, 0, empty=empty)
             yield from self._window(list(rows), window, skip, at)
 
-    def _rows(self, number: int, text: Integers, offset: int) -> Iterator[tuple[_Row, int | None]]:
+    def _rows(
+        self, number: int, document: EncodedDocument, offset: int
+    ) -> Iterator[tuple[_Row, int | None]]:
         """Yield the rows of a document from a token on, and the first token of the next row."""
         before, after = self.special.before, self.special.after
+        text, wanted = document.tokens, _wanted(document)
         if not self.special.surround:  # what ends a document is not at the end of every row
-            text, after = np.concatenate([text, after]), after[:0]
+            text, wanted = (
+                np.concatenate([text, after]),
+                np.concatenate([wanted, np.ones_like(after)]),
+            )
+            after = after[:0]
         room = self.config.ctx_len - len(before) - len(after)
+        ones = np.ones_like(before), np.ones_like(after)
         for begin in range(offset, len(text), room):
             end = begin + room
             tokens = np.concatenate([before, text[begin:end], after])
-            yield _Row(tokens, number, begin), end if end < len(text) else None
+            row = _Row(tokens, np.concatenate([ones[0], wanted[begin:end], ones[1]]), number, begin)
+            yield row, end if end < len(text) else None
 
     def _window(
         self, rows: list[_Row], window: TokenCursor, skip: int, following: TokenCursor
@@ -275,26 +291,27 @@ class TokenBatches:
         self, rows: Sequence[_Row], cursor: TokenCursor, following: TokenCursor
     ) -> TokenBatch:
         lengths = np.array([len(row.tokens) for row in rows])
-        padded = np.zeros((3, len(rows), lengths.max()), np.int32)
+        padded = np.zeros((4, len(rows), lengths.max()), np.int32)
         padded[0] = self.special.padding
         for index, row in enumerate(rows):
             length = len(row.tokens)
             padded[0, index, :length] = row.tokens
             padded[1, index, :length] = row.doc_id
             padded[2, index, :length] = np.arange(row.position, row.position + length)
+            padded[3, index, :length] = row.wanted
         return self._batch(padded, lengths, cursor, following)
 
     def _batch(
         self,
-        padded: Integers,  # [3, B, T]
+        padded: Integers,  # [4, B, T]: tokens, doc_id, position, wanted
         lengths: npt.NDArray[Any],  # [B]
         cursor: TokenCursor,
         following: TokenCursor,
     ) -> TokenBatch:
         mask = np.arange(padded.shape[2]) < lengths[:, None]
-        kept = mask
+        kept = mask & (padded[3] != 0)
         if self.config.exclude_special_tokens:
-            kept = mask & ~np.isin(padded[0], self.special.excluded)
+            kept = kept & ~np.isin(padded[0], self.special.excluded)
         counted = replace(
             following, batch=cursor.batch + 1, rows=cursor.rows + int(np.count_nonzero(kept))
         )
@@ -307,3 +324,10 @@ class TokenBatches:
             cursor,
             counted,
         )
+
+
+def _wanted(document: EncodedDocument) -> Integers:
+    """Return 1 for each token of a document that becomes a row, and 0 for the others."""
+    if document.wanted is None:
+        return np.ones(len(document), np.int32)
+    return document.wanted.astype(np.int32)

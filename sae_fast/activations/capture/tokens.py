@@ -8,11 +8,11 @@ import pickle
 import signal
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_fast.activations.background import start_thread
-from sae_fast.activations.capture.documents import Documents
+from sae_fast.activations.capture.conversations import ChatTemplate, EncodedDocument
+from sae_fast.activations.capture.documents import Documents, Kind, Numbers
 
 CHUNK = 64  # documents that are tokenised at once
 
@@ -44,6 +45,10 @@ class SpecialTokens:
     surround: bool
     excluded: Integers
     padding: int
+
+    def without_surroundings(self) -> SpecialTokens:
+        """Return them for documents that have their special tokens already."""
+        return replace(self, before=self.before[:0], after=self.after[:0], surround=False)
 
 
 def special_tokens(tokenizer: Any, *, causal: bool) -> SpecialTokens:
@@ -87,6 +92,7 @@ class Tokenisation:
         processes: 1: this one, with the threads that the tokenizer itself uses.
         vocabulary: tokens that the model has, which documents of tokens are checked against; None:
             they are not checked.
+        chat: the template of documents that are conversations.
     """
 
     def __init__(
@@ -95,48 +101,56 @@ class Tokenisation:
         special: SpecialTokens,
         processes: int = 1,
         vocabulary: int | None = None,
+        chat: ChatTemplate | None = None,
     ) -> None:
         if processes < 1:
             raise ValueError(f"num_proc must be at least 1, got {processes}")
         self.special = special
+        self.chat = chat
         self._tokenizer = tokenizer
         self._processes = processes
         self._vocabulary = vocabulary
 
     def iterate(
         self, documents: Documents, start: int, stop: int
-    ) -> Iterator[tuple[int, int, Integers]]:
+    ) -> Iterator[tuple[int, int, EncodedDocument]]:
         """Yield place, number in the dataset and tokens of documents start..stop of the order.
 
         A document without text has no tokens. Of a document that is tokens already, the special
         tokens that are put round documents are left out where it has them.
         """
-        chunks = ((begin, min(begin + CHUNK, stop)) for begin in range(start, stop, CHUNK))
-        if documents.is_tokenised:
-            for begin, end in chunks:
-                numbers, given = documents.read_tokens(begin, end)
-                of_documents = [self._checked(*pair) for pair in zip(numbers, given, strict=True)]
-                yield from _labelled(begin, numbers, of_documents)
+        chunks = _chunks(documents, start, stop)
+        if documents.kind is Kind.TOKENS:
+            for begin, numbers, given in chunks:
+                encoded = [self._checked(*pair) for pair in zip(numbers, given, strict=True)]
+                yield from _labelled(begin, numbers, encoded)
             return
+        encoder = self._tokenizer if documents.kind is Kind.TEXTS else self.chat
+        if encoder is None:
+            raise ValueError("dataset: conversations need a chat template")
         if self._processes == 1 or stop - start <= CHUNK:  # starting processes takes seconds
-            for begin, end in chunks:
-                numbers, texts = documents.read(begin, end)
-                tokens_of_texts = tokenise(self._tokenizer, texts)
-                yield from _labelled(begin, numbers, tokens_of_texts)
+            for begin, numbers, given in chunks:
+                yield from _labelled(begin, numbers, encode(encoder, numbers.tolist(), given))
             return
+        yield from self._ahead(encoder, chunks)
+
+    def _ahead(
+        self, encoder: Any, chunks: Iterator[tuple[int, Numbers, list[Any]]]
+    ) -> Iterator[tuple[int, int, EncodedDocument]]:
+        """Yield what other processes make of the chunks, in their order."""
         # A fork would copy locks that torch's and the tokenizer's threads hold.
         context = multiprocessing.get_context("spawn")
-        waiting: deque[tuple[int, npt.NDArray[np.int64], Future[list[Integers]]]] = deque()
+        waiting: deque[tuple[int, Numbers, Future[list[EncodedDocument]]]] = deque()
         with (
-            _stored(self._tokenizer) as path,
+            _stored(encoder) as path,
             ProcessPoolExecutor(
                 self._processes, context, initializer=_begin_worker, initargs=(path,)
             ) as pool,
         ):
             try:
-                for begin, end in chunks:
-                    numbers, texts = documents.read(begin, end)
-                    waiting.append((begin, numbers, pool.submit(_tokenise_here, texts)))
+                for begin, numbers, given in chunks:
+                    made = pool.submit(_encode_here, numbers.tolist(), given)
+                    waiting.append((begin, numbers, made))
                     if len(waiting) > 2 * self._processes:
                         first, numbers, future = waiting.popleft()
                         yield from _labelled(first, numbers, future.result())
@@ -148,7 +162,7 @@ class Tokenisation:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _checked(self, number: np.int64, tokens: npt.NDArray[np.int64]) -> Integers:
+    def _checked(self, number: np.int64, tokens: Numbers) -> EncodedDocument:
         """Return the tokens [n] of a document; raise ValueError for one that the model has not."""
         limit = 2**31 if self._vocabulary is None else self._vocabulary
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < limit:
@@ -157,7 +171,16 @@ class Tokenisation:
                 f"tokens_column: document {number} holds the token {wrong}, the model has tokens "
                 f"from 0 to {limit - 1}: they must be of its own tokenizer"
             )
-        return _without_special(tokens.astype(np.int32), self.special)
+        return EncodedDocument(_without_special(tokens.astype(np.int32), self.special))
+
+
+def _chunks(
+    documents: Documents, start: int, stop: int
+) -> Iterator[tuple[int, Numbers, list[Any]]]:
+    """Yield the documents start..stop of the order, CHUNK at once, with the place of the first."""
+    for begin in range(start, stop, CHUNK):
+        numbers, given = documents.read(begin, min(begin + CHUNK, stop))
+        yield begin, numbers, given
 
 
 def _without_special(tokens: Integers, special: SpecialTokens) -> Integers:
@@ -170,7 +193,14 @@ def _without_special(tokens: Integers, special: SpecialTokens) -> Integers:
     return tokens
 
 
-def tokenise(tokenizer: Any, texts: list[str]) -> list[Integers]:
+def encode(encoder: Any, numbers: Sequence[int], given: Sequence[Any]) -> list[EncodedDocument]:
+    """Return the tokens of documents: texts with a tokenizer, conversations with a template."""
+    if isinstance(encoder, ChatTemplate):
+        return [encoder.encode(*pair) for pair in zip(given, numbers, strict=True)]
+    return [EncodedDocument(tokens) for tokens in tokenise(encoder, given)]
+
+
+def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[Integers]:
     """Return the tokens [n] of each text, without special ones; none for white space."""
     filled = [index for index, text in enumerate(texts) if text and not text.isspace()]
     tokens_of_texts = [np.empty(0, np.int32) for _ in texts]
@@ -189,10 +219,10 @@ def tokenise(tokenizer: Any, texts: list[str]) -> list[Integers]:
 
 
 def _labelled(
-    begin: int, numbers: npt.NDArray[np.int64], tokens_of_texts: list[Integers]
-) -> Iterator[tuple[int, int, Integers]]:
-    for index, tokens in enumerate(tokens_of_texts):
-        yield begin + index, int(numbers[index]), tokens
+    begin: int, numbers: Numbers, encoded: list[EncodedDocument]
+) -> Iterator[tuple[int, int, EncodedDocument]]:
+    for index, document in enumerate(encoded):
+        yield begin + index, int(numbers[index]), document
 
 
 def _round_text(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -206,19 +236,19 @@ def _round_text(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 @contextmanager
-def _stored(tokenizer: Any) -> Iterator[str]:
-    """Write a tokenizer to a file for worker processes, and remove it at the end.
+def _stored(encoder: Any) -> Iterator[str]:
+    """Write a tokenizer or a template to a file for worker processes, and remove it at the end.
 
     As an argument of the processes it would be longer than a pipe holds, and a worker that is ended
     while it starts would leave this process waiting for ever.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer"
-        path.write_bytes(pickle.dumps(tokenizer))
+        path = Path(folder) / "encoder"
+        path.write_bytes(pickle.dumps(encoder))
         yield str(path)
 
 
-_tokenizers: list[Any] = []  # of a worker process
+_encoders: list[Any] = []  # of a worker process
 
 
 def _begin_worker(path: str) -> None:
@@ -227,7 +257,7 @@ def _begin_worker(path: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     start_thread(_end_with_parent, name="parent", does="watches the parent process")
-    _tokenizers[:] = [pickle.loads(Path(path).read_bytes())]
+    _encoders[:] = [pickle.loads(Path(path).read_bytes())]
 
 
 def _end_with_parent() -> None:
@@ -237,5 +267,5 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _tokenise_here(texts: list[str]) -> list[Integers]:
-    return tokenise(_tokenizers[0], texts)
+def _encode_here(numbers: list[int], given: list[Any]) -> list[EncodedDocument]:
+    return encode(_encoders[0], numbers, given)
