@@ -448,6 +448,108 @@ def test_attribution_in_one_call_is_the_one_of_a_run():
     assert one.dense().abs().sum() > 0
 
 
+def patched_case(**settings):
+    network, sae = make_network("gpt2").double(), make_sae(1, **settings).double()
+    inputs, other = some_tokens(1, 6), some_tokens(1, 6, seed=7)
+    with sae.attached(network, "residual.0", "observe") as run, torch.no_grad():
+        network(inputs)
+        network(other)
+    return network, sae, inputs, other, [code.dense() for code in run.codes]
+
+
+def with_dense_code(network, sae, inputs, clean, dense):
+    """Return the metric of a model in which a dense code takes the place of the clean one."""
+
+    def behind(_module, _args, output):
+        added = (dense - clean) @ sae.W_dec
+        return (output[0] + added, *output[1:]) if isinstance(output, tuple) else output + added
+
+    handle = network.get_submodule("transformer.h.0").register_forward_hook(behind)
+    try:
+        with torch.no_grad():
+            return float(metric_of(network(inputs)))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("settings", [{}, {"arch": "relu", "k": None}], ids=["topk", "relu"])
+def test_effects_of_a_patch_are_finite_differences(settings):
+    network, sae, inputs, other, (clean, ends) = patched_case(**settings)
+    effects = sae.attribution(metric_of, network, inputs, "residual.0", patched=other).dense()
+    only_patched = ((clean == 0) & (ends != 0)).nonzero()[:6].tolist()
+    in_both = ((clean != 0) & (ends != 0)).nonzero()[:6].tolist()
+    only_clean = ((clean != 0) & (ends == 0)).nonzero()[:6].tolist()
+    if not settings:  # the bias decides here which latents of relu are active
+        assert only_patched
+        assert only_clean
+    assert in_both
+    for place in map(tuple, only_patched + in_both + only_clean):
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = clean.clone()
+            moved[place] += step * (clean - ends)[place]
+            values.append(with_dense_code(network, sae, inputs, clean, moved))
+        wanted = (values[0] - values[1]) / 2e-5
+        assert float(effects[place]) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
+    assert not effects[(clean == 0) & (ends == 0)].any()
+
+
+@pytest.mark.parametrize("has_other", [False, True])
+def test_integrated_gradients_add_up_to_what_the_whole_change_does(has_other):
+    network, sae, inputs, other, (clean, ends) = patched_case()
+    given = {"patched": other} if has_other else {}
+    ends = ends if has_other else torch.zeros_like(clean)
+    lost = with_dense_code(network, sae, inputs, clean, clean)
+    lost -= with_dense_code(network, sae, inputs, clean, ends)
+    errors = []
+    for steps in (None, 1, 24):
+        effects = sae.attribution(metric_of, network, inputs, "residual.0", steps=steps, **given)
+        assert effects.shape == (1, 6, LATENTS)
+        errors.append(abs(float(effects.dense().sum()) - lost))
+    assert errors[2] < 1e-2 * abs(lost)
+    assert errors[2] < 0.1 * max(errors[:2])
+
+
+def test_a_patch_gives_the_values_of_the_other_inputs():
+    network, sae, inputs, other, (clean, ends) = patched_case()
+    with sae.attached(network, "residual.0", "observe") as run:
+        logits(network, other)
+    code = run.codes[0]
+    for share in (1.0, 0.25):
+        between = torch.lerp(clean, ends, share)
+        wanted = with_dense_code(network, sae, inputs, clean, between)
+        with sae.attached(network, "residual.0", "error") as run, torch.no_grad():
+            run.patch(code, share)
+            found = float(metric_of(network(inputs)))
+        assert found == pytest.approx(wanted)
+    with sae.attached(network, "residual.0", "error") as run:
+        run.patch(code).reset()
+        found = logits(network, inputs)
+    assert torch.equal(found, logits(network, inputs))
+    padded = {"input_ids": inputs, "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+    effects = sae.attribution(metric_of, network, padded, "residual.0", patched=other)
+    assert not effects.dense()[0, :2].any()
+
+
+def test_a_patch_that_does_not_fit_is_refused_in_one_line():
+    network, sae, inputs, _, _ = patched_case()
+    with pytest.raises(ValueError, match=r"patch: .* shape of the pass, \(1, 6, 48\), got \(1, 5"):
+        sae.attribution(metric_of, network, inputs, HOOK, patched=some_tokens(1, 5))
+    with pytest.raises(ValueError, match="steps must be a whole number from 1, got 0"):
+        sae.attribution(metric_of, network, inputs, HOOK, steps=0)
+    with pytest.raises(TypeError, match="metric must be a tensor, got float"):
+        sae.attribution(lambda output: 1.0, network, inputs, HOOK)
+    run, code = sae.hook("error"), sae.encode(torch.randn(1, 6, WIDTH, dtype=torch.float64))
+    with pytest.raises(ValueError, match="must be in raw units, got normalized"):
+        run.patch(code)(torch.randn(1, 6, WIDTH, dtype=torch.float64))
+    with pytest.raises(ValueError, match="share must be from 0 to 1, got 2"):
+        run.patch(code, 2)
+    with pytest.raises(TypeError, match="code must be a code, as in codes, got Tensor"):
+        run.patch(code.dense())
+    with pytest.raises(ValueError, match="a patch needs mode error or replace"):
+        sae.hook("observe").patch(code)
+
+
 def test_attribution_asked_for_without_what_it_needs_is_refused():
     network, tokens, sae = make_network("llama"), some_tokens(), make_sae()
     with sae.attached(network, HOOK, "error") as run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,12 +99,32 @@ def attribute(
     hook: str | None,
     mode: Mode,
     target_hook: str | None,
+    patched_inputs: Mapping[str, Any] | Tensor | None,
+    steps: int | None,
 ) -> ops.SparseCode:
     """Return the effects of latents on a metric, see `SparseAutoencoder.attribution`."""
+    if steps is not None and (not hasattr(steps, "__index__") or steps < 1):
+        raise ValueError(f"steps must be a whole number from 1, got {steps!r}")
+    other = None
+    if patched_inputs is not None or steps is not None:
+        ends = inputs if patched_inputs is None else patched_inputs
+        with torch.no_grad(), attach(sae, model, hook, "observe", target_hook) as run:
+            _outputs(model, ends)
+        other = run.codes[0] if patched_inputs is not None else run.codes[0].mask(latents=[])
     attached = attach(sae, model, hook, mode, target_hook, gradients=True)
+    effects: list[ops.SparseCode] = []
     with torch.enable_grad(), attached as run:
-        output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        return run.attribution(metric(output))
+        for share in [0.0] if steps is None else [(step + 0.5) / steps for step in range(steps)]:
+            run.clear()
+            if other is not None:
+                run.patch(other, share)
+            effects.append(run.attribution(metric(_outputs(model, inputs))))
+    mean = torch.stack([effect.values for effect in effects]).mean(0)
+    return replace(effects[0], values=mean)
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def _places(

@@ -26,6 +26,7 @@ from sae_fast.autoencoder.edits import (
     make_edit,
 )
 from sae_fast.autoencoder.inference import decode_rows
+from sae_fast.autoencoder.patching import patched
 from sae_fast.ops.code import RAW
 
 if TYPE_CHECKING:
@@ -50,6 +51,20 @@ class _Read(NamedTuple):
     plain: ops.SparseCode | None
     tokens: TokensOfPass | None
     mask: Tensor | None
+
+
+class _Probe(NamedTuple):
+    """Hold the code of a pass, for its gradients.
+
+    Attributes:
+        code: of the pass, detached, with the entries of the patch if there is one.
+        ablated: what each entry loses where it is ablated, or patched.
+        added: zeros that were added to the values, for their gradients.
+    """
+
+    code: ops.SparseCode
+    ablated: Tensor
+    added: Tensor
 
 
 class Intervention:
@@ -91,7 +106,8 @@ class Intervention:
         self._record = record
         self._gradients = gradients
         self._edits: list[Edit] = []
-        self._probes: list[tuple[ops.SparseCode, Tensor]] = []
+        self._probes: list[_Probe] = []
+        self._patch: tuple[ops.SparseCode, float] | None = None
 
     def __repr__(self) -> str:
         edits = f"{len(self._edits)} edit{'s' * (len(self._edits) != 1)}"
@@ -144,9 +160,28 @@ class Intervention:
         """Set the values of latents to 0; return the intervention."""
         return self._edit(latents, positions, factor=0.0)
 
+    def patch(self, code: ops.SparseCode, share: float = 1.0) -> Intervention:
+        """Give all latents the values of another code, before the edits; return the intervention.
+
+        With a `share` below 1 they go only so far from their own values, 0, to the other ones, 1.
+
+        Args:
+            code: in raw units, of the tokens of a later pass, as `codes` has it of another input.
+            share: from 0 to 1.
+        """
+        if self.mode == "observe":
+            raise ValueError("a patch needs mode error or replace, got observe")
+        if not isinstance(code, ops.SparseCode):
+            raise TypeError(f"patch: code must be a code, as in codes, got {type(code).__name__}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"patch: share must be from 0 to 1, got {share}")
+        self._patch = code.detach(), share
+        return self
+
     def reset(self) -> Intervention:
-        """Remove all edits; return the intervention."""
+        """Remove all edits, and the patch; return the intervention."""
         self._edits.clear()
+        self._patch = None
         return self
 
     def clear(self) -> None:
@@ -169,6 +204,8 @@ class Intervention:
         It is the first-order estimate of what the metric loses when the latent alone is ablated at
         that token (attribution patching). The result is a code in the shape of `codes[0]`; a
         latent's effect over all tokens is a sum of `dense()` over the dimensions of the tokens.
+        With a `patch` its values take the place of 0: the effect is gradient times the difference
+        of the value and the other one, also of latents that only the patch has.
 
         Args:
             metric: 0-d, computed from the output of the one forward pass since `clear`; it may
@@ -178,15 +215,15 @@ class Intervention:
             ValueError: without `gradients=True`, for more than one pass, or where the metric
                 does not depend on the code.
         """
-        code, gradient = self._gradient(metric)
-        return replace(code.with_values(code.values * gradient), signed=True)
+        (code, ablated, _), gradient = self._gradient(metric)
+        return replace(code, values=ablated * gradient, signed=True, base=None)
 
     def gradient(self, metric: Tensor) -> ops.SparseCode:
         """Return a metric's gradient to the value of every active latent, see `attribution`."""
-        code, gradient = self._gradient(metric)
+        (code, _, _), gradient = self._gradient(metric)
         return replace(code, values=gradient, signed=True, base=None)
 
-    def _gradient(self, metric: Tensor) -> tuple[ops.SparseCode, Tensor]:
+    def _gradient(self, metric: Tensor) -> tuple[_Probe, Tensor]:
         if not self._gradients:
             raise ValueError("gradients of codes are recorded with gradients=True only")
         if len(self._probes) != 1:
@@ -194,16 +231,18 @@ class Intervention:
                 f"attribution is of one forward pass with gradients enabled, and there were "
                 f"{len(self._probes)}: call clear() before the pass, and leave out torch.no_grad()"
             )
-        (code, probe) = self._probes[0]
+        (probe,) = self._probes
+        if not isinstance(metric, Tensor):
+            raise TypeError(f"metric must be a tensor, got {type(metric).__name__}")
         if metric.ndim != 0 or not metric.requires_grad:
             raise ValueError(
                 f"metric must be 0-d and depend on the model's output, got shape "
                 f"{tuple(metric.shape)}{'' if metric.requires_grad else ' without a gradient'}"
             )
-        (found,) = torch.autograd.grad(metric, probe, retain_graph=True, allow_unused=True)
+        (found,) = torch.autograd.grad(metric, probe.added, retain_graph=True, allow_unused=True)
         if found is None:
             raise ValueError("metric does not depend on the code: the hook point is behind it")
-        return code, found
+        return probe, found
 
     # ---- calls -------------------------------------------------------------------------------
 
@@ -253,7 +292,8 @@ class Intervention:
         if tokens is not None and tokens.mask is not None:
             mask = tokens.mask.to(x.device).reshape(x.shape[:-1])
             x = torch.where(mask[..., None], x, 0)  # padding may be NaN
-        changes = self.mode == "replace" or bool(self._edits) or self._gradients
+        is_edited = bool(self._edits) or self._patch is not None
+        changes = self.mode == "replace" or is_edited or self._gradients
         if not (changes and self.mode != "observe") and not self._record:
             return _Read(x, None, None, tokens, mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and changes):
@@ -262,11 +302,16 @@ class Intervention:
                 code = code.mask(tokens=mask)
         if self._record:
             self.codes.append(_of_tokens(code.detach(), tokens))
-        plain = code
+        plain, ablated = code, code.values
+        if self._patch is not None and self.mode != "observe":
+            both = patched(code, self._patch[0])
+            plain, ablated = both.before, both.before.values - both.other
+            code = both.between(self._patch[1])
         if self._gradients and torch.is_grad_enabled():
-            probe = torch.zeros_like(code.values, requires_grad=True)
-            code = code.with_values(code.values + probe)
-            self._probes.append((_of_tokens(plain.detach(), tokens), probe))
+            added = torch.zeros_like(code.values, requires_grad=True)
+            code = code.with_values(code.values + added)
+            known = _of_tokens(plain.detach(), tokens)
+            self._probes.append(_Probe(known, ablated.detach(), added))
         return _Read(x, code, plain, tokens, mask)
 
     def write(self, y: Tensor, read: _Read) -> Tensor | None:

@@ -786,20 +786,31 @@ class SparseAutoencoder(nn.Module):
         mode: Mode = "error",
         *,
         target_hook: str | None = None,
+        patched: Mapping[str, Any] | Tensor | None = None,
+        steps: int | None = None,
     ) -> ops.SparseCode:
         """Return the effect of every active latent on a metric of a model's output.
 
         It is gradient times value, see `Intervention.attribution`, from one forward and one
-        backward pass: `sae.attribution(lambda out: out.logits[0, -1, 5], model, tokens)`.
+        backward pass: `sae.attribution(lambda out: out.logits[0, -1, 5], model, tokens)`. It
+        estimates what the metric loses when the latent alone is ablated at that token, or with
+        `patched` when it gets the value that it has there (attribution patching).
 
         Args:
             metric: takes the output of the model, returns a 0-d tensor.
             model, hook, mode, target_hook: see `attached`.
             inputs: keyword arguments of the model, or input_ids [B, T].
+            patched: inputs of as many tokens, whose codes take the place of 0.
+            steps: the number of points between the values and those in their place, at which
+                gradients are taken and averaged (integrated gradients), a pass for each: then the
+                sum of all effects approaches what the metric loses when all latents change. None:
+                the gradient at the values themselves.
+
+        Raises ValueError for `patched` of another number of tokens, and what `attached` raises.
         """
         from sae_fast.autoencoder.attached import attribute
 
-        return attribute(self, metric, model, inputs, hook, mode, target_hook)
+        return attribute(self, metric, model, inputs, hook, mode, target_hook, patched, steps)
 
     # ---- the same function by other parameters -----------------------------------------------
 
