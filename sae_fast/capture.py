@@ -154,10 +154,12 @@ def _announce(capture: Capture, directory: CaptureDirectory, output: CommandOutp
     at_most = "at most " if config.compression != "none" else ""
     if directory.rank == 0:
         hooks = ", ".join(f"{name} ({width})" for name, width in capture.widths.items())
+        count = capture.batches.documents.count
+        documents = "a stream of documents" if count is None else f"{count:,} documents"
         how = "packed" if sequences.pack else "one document each"
         output.say(
-            f"capturing {hooks} of {config.model} over {len(capture.batches.documents):,} "
-            f"documents in sequences of {sequences.ctx_len} tokens, {how}"
+            f"capturing {hooks} of {config.model} over {documents} in sequences of "
+            f"{sequences.ctx_len} tokens, {how}"
         )
         if done.rows or done.heldout_rows:
             output.say(f"going on behind {done.rows:,} tokens in {done.shards} shards")

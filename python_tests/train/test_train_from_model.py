@@ -90,7 +90,9 @@ def test_a_sweep_is_trained_on_every_layer(run_on_model: Run) -> None:
     assert found == {f"residual.{layer}/k_{k}": k for layer in (0, 1) for k in (1, 3)}
 
 
-@pytest.mark.parametrize("more", [(), ("--amp", "bf16", "--grad_acc_steps", "2")])
+@pytest.mark.parametrize(
+    "more", [(), ("--amp", "bf16", "--grad_acc_steps", "2"), ("--streaming", "always")]
+)
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(
     run_on_model: Run, more: tuple[str, ...]
 ) -> None:

@@ -113,6 +113,10 @@ class CaptureConfig(ConfigFile):
     """Configuration of a dataset on the hub that has several."""
     split: str = setting(DEFAULT_SPLIT, brief="part of the dataset")
     """Part of the dataset."""
+    streaming: Literal["auto", "always", "never"] = setting("auto")
+    """Read a dataset from its beginning, no further than --max-tokens needs, and shuffle it in
+    blocks of 1000 documents; the held-out ones are the first. auto: datasets on the hub, unless
+    they are in the cache, and files of more than 64 MiB, where --max-tokens is given."""
     text_split: Literal["line", "paragraph", "document"] = setting("line")
     """What a document is in a .txt file; document: the whole file."""
     shuffle_seed: int | None = setting(42, at_least=0, recipe="rows")
@@ -133,6 +137,8 @@ class CaptureConfig(ConfigFile):
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
+        if self.streaming == "always" and self.max_tokens is None:
+            raise ValueError("streaming = 'always' needs max_tokens, the rows to read")
         for layer in self.layers:
             if layer < 0:
                 raise ValueError(f"layers are counted from 0, got {layer}")
@@ -232,6 +238,10 @@ class FromModelConfig(ConfigFile):
     """Configuration of a dataset on the hub that has several."""
     split: str = setting(DEFAULT_SPLIT)
     """Part of the dataset."""
+    streaming: Literal["auto", "always", "never"] = setting("auto")
+    """Read a dataset from its beginning, no further than --max-tokens needs, and shuffle it in
+    blocks of 1000 documents; the held-out ones are the first. auto: datasets on the hub, unless
+    they are in the cache, and files of more than 64 MiB, where --max-tokens is given."""
     text_split: Literal["line", "paragraph", "document"] = setting("line")
     """What a document is in a .txt file; document: the whole file."""
     pack: bool = setting(True)

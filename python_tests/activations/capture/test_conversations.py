@@ -16,7 +16,8 @@ from sae_fast.activations.capture import (
     special_tokens,
 )
 from sae_fast.activations.capture.conversations import open_chat_template
-from sae_fast.activations.capture.documents import Kind, load_documents
+from sae_fast.activations.capture.documents import Kind
+from sae_fast.activations.capture.opening import load_documents
 from sae_fast.capture import main
 
 # Headers are words of the small tokenizer: "far" opens a message, "away" ends it.

@@ -7,7 +7,8 @@ from captured import assert_same_shards, make_inputs, shards, write_texts
 from small_models import CAUSAL, make_tokenizer, save_model
 from small_texts import make_texts
 
-from sae_fast.activations.capture.documents import Kind, load_documents
+from sae_fast.activations.capture.documents import Kind
+from sae_fast.activations.capture.opening import load_documents
 from sae_fast.capture import main
 
 TEXTS = [text for text in make_texts(60) if text and not text.isspace()]

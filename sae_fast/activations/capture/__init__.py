@@ -7,7 +7,7 @@ batches = TokenBatches(documents, tokens, SequenceConfig(ctx_len=512, batch_size
 for harvest in Harvester(HookedModel(model.network, hooks), batches): ...
 """
 
-from sae_fast.activations.capture.documents import Documents, load_documents
+from sae_fast.activations.capture.documents import Documents
 from sae_fast.activations.capture.harvest import Harvest, Harvester
 from sae_fast.activations.capture.hooks import HookPoint, find_blocks, resolve_hooks
 from sae_fast.activations.capture.language_model import (
@@ -15,6 +15,7 @@ from sae_fast.activations.capture.language_model import (
     LanguageModel,
     load_language_model,
 )
+from sae_fast.activations.capture.opening import load_documents
 from sae_fast.activations.capture.sequences import (
     SequenceConfig,
     TokenBatch,

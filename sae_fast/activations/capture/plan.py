@@ -1,7 +1,7 @@
 """A capture before it runs: the model with its hooks, the documents in two parts, and the recipe.
 
-The last documents of the order can be held out. They are captured first, and no document is in
-both parts.
+The last documents of the order can be held out, of a stream the first. They are captured first, and
+no document is in both parts.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from sae_fast.activations.capture.conversations import check_roles, open_chat_template
-from sae_fast.activations.capture.documents import Documents, Kind, load_documents
+from sae_fast.activations.capture.documents import Documents, Kind
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.language_model import (
     HookedModel,
     LanguageModel,
     load_language_model,
 )
+from sae_fast.activations.capture.opening import load_documents
 from sae_fast.activations.capture.probe import probe_tokens
 from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
 from sae_fast.activations.capture.stream_check import checked_hooks
@@ -78,8 +79,13 @@ class Capture:
         return rows, is_estimate
 
     def estimated_rows(self) -> tuple[int, bool]:
-        """Return the rows of all documents not held out, and whether they are an estimate."""
+        """Return the rows of all documents not held out, and whether they are an estimate.
+
+        Of a stream they are the rows that are asked for.
+        """
         batches = self.batches
+        if batches.documents.count is None:
+            return self.config.max_tokens or 0, True
         sample, count = 0, 0
         while count < min(SAMPLED_DOCUMENTS, batches.stop) and sample < SAMPLED_ROWS:
             end = min(count + CHUNK, batches.stop)
@@ -117,7 +123,7 @@ class Capture:
                 "text_split": config.text_split,
                 **({"is_tokenised": True} if documents.kind is Kind.TOKENS else {}),
                 **({} if chat is None else {"chat": chat.recorded()}),
-                "documents": len(documents),
+                "documents": documents.count,
                 "fingerprint": documents.fingerprint(),
             },
             "hooks": [
@@ -161,16 +167,18 @@ def open_capture(
     device = config.device
     if device == "cuda" and local_rank is not None:
         device = f"cuda:{local_rank}"
-    documents = documents or load_documents(
-        config.dataset,
-        config=config.dataset_config,
-        split=config.split,
-        text_column=config.text_column,
-        text_split=config.text_split,
-        shuffle_seed=config.shuffle_seed,
-        tokens_column=config.tokens_column,
-        conversations=config.chat_template is not None,
-    )
+    if documents is None:
+        documents = load_documents(
+            config.dataset,
+            config=config.dataset_config,
+            split=config.split,
+            text_column=config.text_column,
+            text_split=config.text_split,
+            shuffle_seed=config.shuffle_seed,
+            tokens_column=config.tokens_column,
+            conversations=config.chat_template is not None,
+            streaming="never" if config.max_tokens is None else config.streaming,
+        )
     model = model or load_language_model(
         config.model,
         revision=config.revision,
@@ -193,9 +201,14 @@ def open_capture(
     batches = TokenBatches(documents, tokens, sequences)
     heldout = None
     if config.heldout_tokens:
-        place = _heldout_place(batches, config.heldout_tokens)
-        heldout = TokenBatches(documents, tokens, sequences, start=place)
-        batches = TokenBatches(documents, tokens, sequences, stop=place)
+        if documents.count is None:
+            place = _first_place(batches, config.heldout_tokens)
+            heldout = TokenBatches(documents, tokens, sequences, stop=place)
+            batches = TokenBatches(documents, tokens, sequences, start=place)
+        else:
+            place = _heldout_place(batches, config.heldout_tokens)
+            heldout = TokenBatches(documents, tokens, sequences, start=place)
+            batches = TokenBatches(documents, tokens, sequences, stop=place)
     return Capture(config, model, hooked, hooked.widths(), batches, heldout)
 
 
@@ -238,6 +251,19 @@ def _heldout_place(batches: TokenBatches, rows: int) -> int:
         f"heldout_tokens must leave documents to train on, got {rows:,}: "
         f"{batches.documents.name} has {counted:,} tokens in {batches.stop:,} documents (fewer "
         "held-out tokens, or 0 for none, leave some)"
+    )
+
+
+def _first_place(batches: TokenBatches, rows: int) -> int:
+    """Return the place in the order of documents before which there are `rows` rows."""
+    counted = 0
+    for place, _, document in batches.tokenisation.iterate(batches.documents, 0, batches.stop):
+        counted += batches.kept_of(document)
+        if counted >= rows:
+            return place + 1
+    raise ValueError(
+        f"heldout_tokens must leave documents to train on, got {rows:,}: "
+        f"{batches.documents.name} has {counted:,} tokens"
     )
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations.capture.conversations import EncodedDocument
-from sae_fast.activations.capture.documents import Documents
+from sae_fast.activations.capture.documents import MAX_DOCUMENTS, Documents
 from sae_fast.activations.capture.tokens import SpecialTokens, Tokenisation
 from sae_fast.activations.source import saved_counts
 
@@ -153,7 +153,8 @@ class TokenBatches:
         self.documents = documents
         self.tokenisation = tokenisation
         self.start = replace(START, document=start)
-        self.stop = len(documents) if stop is None else stop
+        count = MAX_DOCUMENTS if documents.count is None else documents.count
+        self.stop = count if stop is None else stop
 
     @property
     def special(self) -> SpecialTokens:

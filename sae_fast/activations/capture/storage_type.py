@@ -24,6 +24,7 @@ from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
 logger = logging.getLogger(__name__)
 
 SAMPLED_PLACES = 8  # of the order of the documents, the first and the last among them
+SAMPLED_OF_STREAM = 256  # documents, which are read anyway
 SAMPLED_SEQUENCES = 4  # at each of them
 MARGIN = 4  # by which rows that were not sampled may be louder, or softer, than those that were
 FLOAT16 = torch.finfo(torch.float16)
@@ -72,7 +73,8 @@ def _sample(capture: Capture) -> Iterator[dict[str, Tensor]]:
         config.pack,
         config.exclude_special_tokens,
     )
-    last = len(batches.documents) - 1
+    count = batches.documents.count
+    last = (SAMPLED_OF_STREAM if count is None else count) - 1
     for place in sorted({n * last // (SAMPLED_PLACES - 1) for n in range(SAMPLED_PLACES)}):
         part = TokenBatches(batches.documents, batches.tokenisation, few, start=place)
         with closing(Harvester(capture.hooked, part).harvest()) as harvests:

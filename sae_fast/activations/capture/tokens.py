@@ -179,8 +179,11 @@ def _chunks(
 ) -> Iterator[tuple[int, Numbers, list[Any]]]:
     """Yield the documents start..stop of the order, CHUNK at once, with the place of the first."""
     for begin in range(start, stop, CHUNK):
-        numbers, given = documents.read(begin, min(begin + CHUNK, stop))
+        end = min(begin + CHUNK, stop)
+        numbers, given = documents.read(begin, end)
         yield begin, numbers, given
+        if len(given) < end - begin:  # the end of a stream
+            return
 
 
 def _without_special(tokens: Integers, special: SpecialTokens) -> Integers:
