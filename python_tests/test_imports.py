@@ -35,7 +35,10 @@ LAYERS = (
     ("report",),
     ("training",),
     ("ground_truth",),
-    ("train", "capture", "convert_shards", "plot", "info", "presets", "biographies", "swap"),
+    (
+        *("train", "capture", "convert_shards", "latents", "plot", "info", "presets"),
+        *("biographies", "swap"),
+    ),
     ("__main__", "completion"),
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train sparse autoencoders, on shards or on a model",
     "capture": "write the activations of a model as shards",
     "convert_shards": "turn activations that other programs saved into shards",
+    "latents": "write a page on every latent, to look at in a browser",
     "plot": "draw the metrics of runs",
     "presets": "list settings for well-known models, with the memory they need",
     "info": "print versions, kernels and what runs on this machine",

@@ -1,0 +1,314 @@
+"""`python -m sae_fast.latents`: its files, its viewer in a browser, resuming, and bad input."""
+
+import base64
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from small_models import save_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from sae_fast import SparseAutoencoder
+from sae_fast.activations import ShardMetadata, write_shard
+from sae_fast.config import SAEConfig
+from sae_fast.latents import main
+
+D_IN, D_SAE, ROWS = 16, 70, 260  # two files of pages
+HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;b&gt;", "\n"]
+VOCABULARY = ["[UNK]", "a", *HOSTILE, *(f"word{n}" for n in range(30)), "`${1}'\"\\"]
+FLAGS = ("--context-tokens", "8", "--contexts", "4", "--samples", "2", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Make a model, shards of its origin, and a tokenizer with tokens that look like markup."""
+    directory = tmp_path_factory.mktemp("latents")
+    generator = torch.Generator().manual_seed(0)
+    shards = directory / "shards"
+    shards.mkdir()
+    for number, name in enumerate(("train_00", "heldout_00")):
+        tokens = torch.randint(1, len(VOCABULARY), (ROWS,), generator=generator)
+        rows = torch.randn(ROWS, D_IN, generator=generator) + tokens[:, None] % 5
+        columns = {
+            "token_ids": tokens,
+            "doc_id": torch.arange(ROWS) // 50 + 100 * number,
+            "position": torch.arange(ROWS) % 50,
+        }
+        metadata = ShardMetadata(model="some/model", hook="residual.3", layer=3)
+        write_shard(shards / f"{name}.h5", rows, metadata=metadata, **columns)
+    sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=D_SAE, k=4))
+    sae.initialize_(generator)
+    sae.origin = {"model": "some/model", "hook": "residual.3", "layer": "3"}
+    sae.save(directory / "<b>sae")
+    ids = {text: number for number, text in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def run(place, out, *flags):
+    given = ("--shard-dir", place / "shards", "--out", out, "--tokenizer", place / "tokenizer.json")
+    return main([str(word) for word in (place / "<b>sae", *given, *FLAGS, *flags)])
+
+
+@pytest.fixture(scope="module")
+def made(place):
+    assert run(place, place / "pages") == 0
+    return place / "pages"
+
+
+def arguments_of(path):
+    """Return the arguments of the call that a file of data makes, arrays decoded."""
+    text = path.read_text("ascii")
+    call = re.fullmatch(r"saeFast\.\w+\((.*)\);\n", text, flags=re.S)
+    return json.loads(f"[{call[1]}]")
+
+
+def arrays_of(given):
+    return {
+        name: np.frombuffer(base64.b64decode(text), kind) for name, (kind, text) in given.items()
+    }
+
+
+def contents(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_folder_has_the_viewer_and_its_data_and_nothing_else(made):
+    assert set(contents(made)) == {
+        *("index.html", "viewer.js", "viewer.css", "start.js", "pages.json"),
+        *(f"data/{name}.js" for name in ("meta", "vocabulary", "table")),
+        *("data/latents_00000.js", "data/latents_00001.js"),
+    }
+    assert json.loads((made / "pages.json").read_text())["contexts"] == 4
+
+
+def test_data_are_the_codes_of_the_rows(place, made):
+    import h5py
+
+    with h5py.File(place / "shards" / "train_00.h5") as file:
+        x, tokens, documents = (file[name][:] for name in ("activations", "token_ids", "doc_id"))
+    sae = SparseAutoencoder.from_pretrained(place / "<b>sae")
+    code = sae.encode(torch.from_numpy(x)).dense().numpy()
+    table = arrays_of(arguments_of(made / "data" / "table.js")[0])
+    assert table["fired"].tolist() == (code > 0).sum(0).tolist()
+    np.testing.assert_array_equal(table["largest"], code.max(0))
+    number, given = arguments_of(made / "data" / "latents_00001.js")
+    assert number == 1
+    part = arrays_of(given)
+    assert len(part["pieces"]) == D_SAE - 64 + 1
+    checked = 0
+    for latent in range(64, D_SAE):
+        for piece in range(*part["pieces"][latent - 64 : latent - 64 + 2]):
+            row, peak = int(part["row"][piece]), int(part["peak"][piece])
+            span = slice(*part["token_offsets"][piece : piece + 2])
+            first = row - peak
+            shown = part["tokens"][span]
+            assert shown.tolist() == tokens[first : first + len(shown)].tolist()
+            assert part["document"][piece] == documents[row]
+            entries = slice(*part["entry_offsets"][piece : piece + 2])
+            values = np.zeros(len(shown), np.float32)
+            values[part["places"][entries]] = part["values"][entries]
+            np.testing.assert_array_equal(values, code[first : first + len(shown), latent])
+            checked += 1
+    assert checked > 10
+
+
+def test_no_text_of_the_data_can_end_a_script(made):
+    for path in (made / "data").iterdir():
+        assert "<" not in path.read_text("ascii")
+    vocabulary = arguments_of(made / "data" / "vocabulary.js")[0]
+    texts = [text.strip(" ") for text in vocabulary["texts"]]
+    assert set(HOSTILE) <= set(texts)
+    assert arguments_of(made / "data" / "meta.js")[0]["title"] == "<b>sae"
+
+
+def test_a_second_run_has_nothing_to_do_and_another_one_is_refused(place, made, capsys):
+    before = contents(made)
+    assert run(place, made, "--batch-size", "64", "--no-quiet") == 0
+    assert "is complete, nothing to do" in capsys.readouterr().out
+    assert refusal(capsys, place, made, "--contexts", "5").endswith(
+        "holds pages of another pass, which differs in contexts: name another --out, or remove it"
+    )
+    assert contents(made) == before
+
+
+def test_a_stopped_pass_continues_and_ends_with_the_same_bytes(place, made, tmp_path, monkeypatch):
+    class StopsWhenItBegins:
+        def write(self, text):
+            if "codes take about" in text:
+                signal.raise_signal(signal.SIGTERM)
+
+        def flush(self):
+            pass
+
+    out = tmp_path / "pages"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", StopsWhenItBegins())
+        assert run(place, out, "--no-quiet", "--batch-size", "64") == 128 + signal.SIGTERM
+    codes = sorted((out / "codes").glob("codes_*"))
+    assert len(codes) == 1
+    (out / "codes" / f".{codes[0].name}.1.tmp").write_bytes(b"half")
+    assert not (out / "pages.json").exists()
+    assert run(place, out, "--batch-size", "64") == 0
+    found, wanted = contents(out), contents(made)
+    assert json.loads(found.pop("pages.json")) != json.loads(wanted.pop("pages.json"))  # batch size
+    assert found == wanted
+
+
+def refusal(capsys, place, out, *flags):
+    """Return the single line of a refusal, with exit code 2."""
+    capsys.readouterr()
+    assert run(place, out, *flags) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_shards_of_another_place_are_refused_unless_forced(place, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    rows = torch.randn(60, D_IN)
+    metadata = ShardMetadata(model="some/model", hook="residual.5", layer=5)
+    write_shard(shards / "train.h5", rows, metadata=metadata, doc_id=torch.zeros(60))
+    line = refusal(capsys, place, tmp_path / "pages", "--shard-dir", shards)
+    assert "residual.3" in line
+    assert "residual.5" in line
+    assert "--force" in line
+    assert run(place, tmp_path / "pages", "--shard-dir", shards, "--force") == 0
+    assert "no token_ids: pages show no text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--contexts", "0"), "contexts must be between 1 and 1000, got 0"),
+        (("--rows", "none"), "--rows must be one of 'train', 'heldout', 'all', got 'none'"),
+        (("--tokenizer", "nowhere/at-all"), "tokenizer: nowhere/at-all cannot be loaded"),
+        (("--model", "nowhere/at-all"), "model: nowhere/at-all cannot be loaded"),
+        (("--shard-dir", "nowhere"), "nowhere: no such directory"),
+    ],
+)
+def test_bad_input_is_one_line(place, tmp_path, capsys, monkeypatch, flags, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message in refusal(capsys, place, tmp_path / "pages", *flags)
+
+
+def test_sae_shards_and_out_must_be_given(capsys):
+    assert main([]) == 2
+    assert "SAE, --shard-dir and --out must be given" in capsys.readouterr().err
+
+
+def test_rows_of_another_width_are_refused_also_by_force(place, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shard(shards / "train.h5", torch.randn(60, 12), doc_id=torch.zeros(60))
+    flags = ("--shard-dir", shards, "--force")
+    line = refusal(capsys, place, tmp_path / "pages", *flags)
+    assert "d_in = 16" in line
+    assert line.endswith("have 12")
+
+
+def test_a_folder_with_other_files_is_left_alone(place, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "is not empty and holds no pages" in refusal(capsys, place, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_tokenizer_with_fewer_tokens_is_refused(place, tmp_path, capsys):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.save(str(tmp_path / "small.json"))
+    line = refusal(capsys, place, tmp_path / "pages", "--tokenizer", tmp_path / "small.json")
+    assert "has 2 tokens, and the shards hold token 36: they are of another tokenizer" in line
+
+
+def test_a_full_disk_is_noticed_before_the_pass(place, tmp_path, capsys, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    line = refusal(capsys, place, tmp_path / "pages")
+    assert "has 0.0 MB free, and the pass needs" in line
+    assert not list((tmp_path / "pages" / "codes").glob("codes_*"))
+
+
+def test_a_model_adds_the_logits_and_its_own_texts(place, tmp_path):
+    save_model(tmp_path / "model", "gpt2")
+    tokens = torch.randint(0, 10, (60,))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shard(shards / "train.h5", torch.randn(60, D_IN), token_ids=tokens, position=tokens * 0)
+    out = tmp_path / "pages"
+    words = (place / "<b>sae", "--shard-dir", shards, "--out", out, "--model", tmp_path / "model")
+    assert main([*map(str, words), "--logits", "3", "--quiet"]) == 0
+    assert arguments_of(out / "data" / "meta.js")[0]["logits"] == 3
+    part = arrays_of(arguments_of(out / "data" / "latents_00000.js")[1])
+    assert part["promoted"].shape == (64 * 3,)
+    assert (part["promoted_logits"] > part["suppressed_logits"]).all()
+    vocabulary = arguments_of(out / "data" / "vocabulary.js")[0]
+    assert set(part["promoted"]) <= set(vocabulary["ids"])
+    assert " cat" in vocabulary["texts"]
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("part", ["", "#latent=65"])
+def test_a_browser_shows_the_pages_from_the_disk_without_errors(made, tmp_path, part):
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+    flags += ("--virtual-time-budget=3000", f"--user-data-dir={tmp_path}")
+    shown = subprocess.run(
+        [BROWSER, *flags, "--enable-logging=stderr", "--v=0", f"file://{made}/index.html{part}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    page = shown.stdout
+    assert "&lt;b&gt;sae</a>" in page
+    assert page.count("<script") == 5  # the one of the chunk has been removed
+    assert "<img" not in page
+    if not part:
+        assert " of 70 latents" in page
+        assert page.count('class="row"') > 5
+        return
+    assert "Latent 65" in page
+    assert "Largest activations" in page
+    vocabulary = set(re.findall(r">([^<>]*)</span>", page))
+    assert any("word" in text for text in vocabulary)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_tokens_that_look_like_markup_as_text(made, tmp_path):
+    """All pages of a folder hold such a token somewhere; the first one that does is opened."""
+    ids = arguments_of(made / "data" / "vocabulary.js")[0]
+    hostile = {i for i, text in zip(ids["ids"], ids["texts"], strict=True) if "<img" in text}
+    part = arrays_of(arguments_of(made / "data" / "latents_00000.js")[1])
+    place = int(np.flatnonzero(np.isin(part["tokens"], list(hostile)))[0])
+    piece = int(np.searchsorted(part["token_offsets"], place, side="right")) - 1
+    latent = int(np.searchsorted(part["pieces"], piece, side="right")) - 1
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+    flags += ("--virtual-time-budget=3000", f"--user-data-dir={tmp_path}")
+    shown = subprocess.run(
+        [BROWSER, *flags, f"file://{made}/index.html#latent={latent}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shown.stdout
+    assert "<img" not in shown.stdout

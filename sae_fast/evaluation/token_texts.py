@@ -1,0 +1,91 @@
+"""The text of tokens, as they stand within a text, from any tokenizer of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sae_fast.activations.capture.language_model import capture_package
+
+TOKENIZER_FILE = "tokenizer.json"
+_UNKNOWN_CHARACTER = "\ufffd"  # in place of bytes that are part of a character
+
+
+class TokenTexts:
+    """The texts of the tokens of one vocabulary.
+
+    Args:
+        tokenizer: of tokenizers or transformers.
+        name: of it, for errors.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
+        self._is_plain = hasattr(tokenizer, "get_vocab_size")  # of the library tokenizers
+        encoded = tokenizer.encode("a", add_special_tokens=False)
+        ids = encoded.ids if self._is_plain else encoded
+        self._before = list(ids[-1:])
+
+    @property
+    def size(self) -> int:
+        """Tokens of the vocabulary."""
+        is_plain = self._is_plain
+        return int(self._tokenizer.get_vocab_size() if is_plain else len(self._tokenizer))
+
+    def require(self, largest: int) -> None:
+        """Raise ValueError where a token, the largest of the shards, is not in the vocabulary."""
+        if largest >= self.size:
+            raise ValueError(
+                f"tokenizer: {self.name} has {self.size:,} tokens, and the shards hold token "
+                f"{largest}: they are of another tokenizer"
+            )
+
+    def of(self, tokens: Iterable[int]) -> list[str]:
+        """Return the text of each token behind another word: " cat" begins a word, "s" does not.
+
+        A token that is only a part of a character, or no text, has the vocabulary's own name.
+        """
+        before = self._decode(self._before)
+        return [self._text(token, before) for token in tokens]
+
+    def _text(self, token: int, before: str) -> str:
+        whole = self._decode([*self._before, token])
+        text = whole[len(before) :] if whole.startswith(before) else ""
+        if text and _UNKNOWN_CHARACTER not in text:
+            return text
+        tokenizer = self._tokenizer
+        name = (
+            tokenizer.id_to_token(token)
+            if self._is_plain
+            else tokenizer.convert_ids_to_tokens(token)
+        )
+        return str(name)
+
+    def _decode(self, tokens: list[int]) -> str:
+        if self._is_plain:
+            return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+        decode = self._tokenizer.decode
+        return str(decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:
+    """Return the texts of a tokenizer: a tokenizer.json, a folder, or a name on the hub.
+
+    Args:
+        place: of the tokenizer.
+        only_here: whether the hub is not asked, but only what was downloaded before.
+
+    Raises ValueError in one line where there is no such tokenizer.
+    """
+    path = Path(place)
+    file = path / TOKENIZER_FILE if path.is_dir() else path
+    try:
+        if file.is_file():
+            return TokenTexts(capture_package("tokenizers").Tokenizer.from_file(str(file)), place)
+        auto = capture_package("transformers").AutoTokenizer
+        return TokenTexts(auto.from_pretrained(place, local_files_only=only_here), place)
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"tokenizer: {place} cannot be loaded: {reason}") from error

@@ -1,0 +1,1 @@
+saeFast.start();
