@@ -270,7 +270,7 @@ def test_other_columns_are_not_those_of_the_position(tmp_path: Path, kind: str) 
     with h5py.File(directory / "train_01.h5", "a") as file:
         file[LABELS][3] = 4
     other = opened(rule=torch.ones(30, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"not those of the checkpoint"):
+    with pytest.raises(ValueError, match=r"differ from the ones that the checkpoint was made with"):
         other.load_state_dict(state)
 
 

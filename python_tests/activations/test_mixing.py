@@ -160,7 +160,10 @@ def test_other_weights_are_refused_on_resume(tmp_path):
             stream.load_state_dict(state)
     with (
         ActivationStream(mix_shards(mix.sets[::-1], [1, 1]), batch_size=8, pool_rows=20) as stream,
-        pytest.raises(ValueError, match=r"not those of the checkpoint: train_00.h5 has other"),
+        pytest.raises(
+            ValueError,
+            match=r"differ from the ones that the checkpoint was made with: train_00.h5 has other",
+        ),
     ):
         stream.load_state_dict(state)
 

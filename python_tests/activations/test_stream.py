@@ -234,7 +234,9 @@ def test_changed_shards_are_noticed_on_resume(make_shards):
     def message() -> str:
         with (
             ActivationStream(directory, **options) as stream,
-            pytest.raises(ValueError, match="not those of the checkpoint") as caught,
+            pytest.raises(
+                ValueError, match="differ from the ones that the checkpoint was made with"
+            ) as caught,
         ):
             stream.load_state_dict(state)
         return str(caught.value)
@@ -273,7 +275,7 @@ def test_a_changed_row_without_a_checksum_is_noticed_on_resume(tmp_path, listed,
         stream.load_state_dict(state)
     write(row=100)
     with opened() as stream:
-        with pytest.raises(ValueError, match=r"checkpoint: a\.h5 has other content$"):
+        with pytest.raises(ValueError, match=r"checkpoint was made with: a\.h5 has other content$"):
             stream.load_state_dict(state)
         del state["contents"]  # like positions of earlier releases
         stream.load_state_dict(state)

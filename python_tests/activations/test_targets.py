@@ -197,7 +197,9 @@ def test_other_targets_of_a_tensor_are_noticed_too() -> None:
     x = inputs(0, ROWS)
     state = TensorStream(x, targets=targets_of(x), batch_size=8).state_dict()
     other = TensorStream(x, targets=targets_of(x) + 1, batch_size=8)
-    with pytest.raises(ValueError, match="the activations are not those of the checkpoint"):
+    with pytest.raises(
+        ValueError, match="the activations differ from the ones that the checkpoint was made with"
+    ):
         other.load_state_dict(state)
 
 

@@ -97,7 +97,9 @@ def test_rows_for_a_gpu_come_in_page_locked_memory():
 def test_other_data_is_refused_on_resume():
     state = TensorStream(numbered(20), batch_size=4).state_dict()
     for rows in (numbered(21), numbered(20) + 1, numbered(20).half()):
-        with pytest.raises(ValueError, match="not those of the checkpoint"):
+        with pytest.raises(
+            ValueError, match="differ from the ones that the checkpoint was made with"
+        ):
             TensorStream(rows, batch_size=4).load_state_dict(state)
     with pytest.raises(ValueError, match="seed is 1"):
         TensorStream(numbered(20), batch_size=4, seed=1).load_state_dict(state)

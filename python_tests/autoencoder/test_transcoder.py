@@ -315,7 +315,9 @@ def test_targets_that_do_not_go_with_the_model_are_one_line():
         ValueError, match=r"targets must have d_out = 7 columns, got shape \(30, 12\)"
     ):
         transcoder.training_loss(x, x)
-    with pytest.raises(ValueError, match="targets must be those of 30 tokens, got 29"):
+    with pytest.raises(
+        ValueError, match="targets must have 30 rows, one for each row of x, got 29"
+    ):
         transcoder.training_loss(x, targets[1:])
     with pytest.raises(ValueError, match="x must be given: the model has a skip connection"):
         transcoder.decode(transcoder.encode(x))

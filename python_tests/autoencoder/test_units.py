@@ -101,7 +101,7 @@ def test_unknown_units_are_refused(call):
 def test_other_units_than_those_of_the_code_are_refused():
     sae = make_form("relu")
     code = sae.encode(make_raw(sae, 2))
-    with pytest.raises(ValueError, match="units must be those of the code, 'normalized'"):
+    with pytest.raises(ValueError, match="the code is in units 'normalized', but units is"):
         sae.decode(code, units="raw")
 
 

@@ -107,7 +107,10 @@ def test_a_shard_without_a_checksum_that_changed_is_refused_on_resume(
     with h5py.File(path, "r+") as file:
         file["activations"][100] = 1
     result = run("--resume-from", "run", "--max-steps", 5)
-    refused(result, "the shards are not those of the checkpoint: a.h5 has other content")
+    refused(
+        result,
+        "the shards differ from the ones that the checkpoint was made with: a.h5 has other content",
+    )
 
 
 @pytest.mark.parametrize("where", ["beside", "apart"])
@@ -126,7 +129,8 @@ def test_a_held_out_shard_that_changed_is_refused_on_resume(
         file.attrs.pop("checksum", None)
         file["activations"].attrs.pop("checksum", None)
         file["activations"][rows // 2] = 1
-    words = f"the held-out shards are not those of the checkpoint: {held.name} has other content"
+    differ = "the held-out shards differ from the ones that the checkpoint was made with"
+    words = f"{differ}: {held.name} has other content"
     refused(run("--resume-from", "run", "--max-steps", 5), words)
     other = held.rename(held.with_name("heldout_other.h5"))
     changed = ("--heldout", other) if where == "apart" else ()

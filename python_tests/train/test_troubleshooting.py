@@ -50,7 +50,10 @@ AGAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "other rows": (
         ("--shard-dir", "other", "--resume-from", "latest"),
-        ("the shards are not those of the checkpoint: train_00.h5 has other content",),
+        (
+            "the shards differ from the ones that the checkpoint was made with: "
+            "train_00.h5 has other content",
+        ),
     ),
 }
 

@@ -207,7 +207,10 @@ def test_a_position_of_another_stream_is_refused() -> None:
     _, _, stream = make_stream("gpt2")
     for changes, message in (
         ({"seed": 4}, "seed is 4, but the checkpoint was made with 3"),
-        ({"identity": {"model": "other"}}, "not those of the checkpoint: model changed"),
+        (
+            {"identity": {"model": "other"}},
+            "differ from the ones that the checkpoint was made with: model changed",
+        ),
     ):
         _, _, other = make_stream("gpt2", **changes)
         with pytest.raises(ValueError, match=message):

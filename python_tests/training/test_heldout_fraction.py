@@ -133,7 +133,7 @@ def test_a_run_is_resumed_with_the_same_part_only(tmp_path: Path) -> None:
     run = replace(run, checkpoint_dir=str(tmp_path / "run"), checkpoint_every=3)
     _trainer(replace(run, max_steps=3, decay_fraction=0.0)).train()
     again = replace(run, resume_from="latest")
-    with pytest.raises(ValueError, match="are not those of the checkpoint"):
+    with pytest.raises(ValueError, match="differ from the ones that the checkpoint was made with"):
         _trainer(replace(again, heldout_fraction=0.5))
     assert _trainer(again).train().d_sae == 40
 

@@ -113,7 +113,10 @@ def test_a_resumed_run_has_the_bits_of_a_straight_one(
     _check_equal(resumed, straight)
     other: Any = ROWS.flip(0).repeat(2, 1).split(32)
     other = iter(other) if kind == "iterator" else other
-    with pytest.raises(ValueError, match="are not those of the checkpoint, or come in another"):
+    with pytest.raises(
+        ValueError,
+        match="differ from the ones that the checkpoint was made with, or come in another",
+    ):
         _trainer(other, replace(again, checkpoint_dir=None))
 
 

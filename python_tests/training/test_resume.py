@@ -182,7 +182,9 @@ def test_other_held_out_rows_and_labels_are_refused(tmp_path: Path) -> None:
     trainer(held, labels["relation"], **further).train()
     further["max_steps"] = 5
     for other, own in ((held + 1, labels["relation"]), (held, labels["relation"].flip(0))):
-        with pytest.raises(CheckpointError, match="the held-out rows are not those of the check"):
+        with pytest.raises(
+            CheckpointError, match="the held-out rows differ from the ones that the check"
+        ):
             trainer(other, own, **further)
 
 

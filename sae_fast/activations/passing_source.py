@@ -212,8 +212,8 @@ class PassingSource(Source):
             found = _digest(rows[-1])
         if self._read.epoch != epoch or found != position.digest:
             raise ValueError(
-                "the data are not those of the checkpoint, or come in another order: a resumed run "
-                "needs all of them from the start, as they were"
+                "the rows differ from the ones that the checkpoint was made with, or come in "
+                "another order: a resumed run needs all of them from the start, as they were"
             )
         self._read = self._served = position
 

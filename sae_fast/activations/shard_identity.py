@@ -41,7 +41,10 @@ def check_same_shards(
             f"{name} has other content" for (name, _), x, y in contents if x and y and x != y
         ]
     if changes:
-        raise ValueError(f"{what} are not those of the checkpoint: {listed(changes, _NAMED)}")
+        raise ValueError(
+            f"{what} differ from the ones that the checkpoint was made with: "
+            f"{listed(changes, _NAMED)}"
+        )
 
 
 def saved_shards(position: Any) -> list[tuple[str, str]]:

@@ -252,7 +252,8 @@ def check_state(
     changed = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
     if changed:
         raise ValueError(
-            f"the activations are not those of the checkpoint: {', '.join(changed)} changed"
+            "the activations differ from the ones that the checkpoint was made with: "
+            f"{', '.join(changed)} changed"
         )
 
 

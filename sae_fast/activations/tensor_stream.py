@@ -194,7 +194,9 @@ class TensorStream(Source):
         expected = {"seed": self.seed, "whole_sequences": self._starts is not None}
         check_state(state, STATE_VERSION, expected)
         if state.get("content") != self._content():
-            raise ValueError("the activations are not those of the checkpoint")
+            raise ValueError(
+                "the activations differ from the ones that the checkpoint was made with"
+            )
         self._tokens = saved_counts(state, "tokens")[0]
 
     def close(self) -> None:

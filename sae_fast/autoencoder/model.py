@@ -395,7 +395,7 @@ class SparseAutoencoder(nn.Module):
         if isinstance(code, ops.DenseCode):
             code = code.listed()
         if units is not None and units != code.units:
-            raise ValueError(f"units must be those of the code, {code.units!r}, got {units!r}")
+            raise ValueError(f"the code is in units {code.units!r}, but units is {units!r}")
         if code.device != scale.device:
             code = code.to(scale.device)
         if code.units == ops.RAW:

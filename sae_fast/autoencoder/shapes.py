@@ -76,7 +76,7 @@ def target_of(
         raise ValueError("targets must be given: the model is a transcoder")
     y = output_rows(sae, targets, "targets")
     if len(y) != len(x):
-        raise ValueError(f"targets must be those of {len(x)} tokens, got {len(y)}")
+        raise ValueError(f"targets must have {len(x)} rows, one for each row of x, got {len(y)}")
     return y
 
 

@@ -253,7 +253,9 @@ class TrainingData:
         if "shards" in before and "shards" in now:
             check_same_shards(before, now, "the held-out shards")
         elif before != now:
-            raise ValueError("the held-out rows are not those of the checkpoint")
+            raise ValueError(
+                "the held-out rows differ from the ones that the checkpoint was made with"
+            )
 
     def _open_heldout(
         self, heldout: Tensor | None, targets: Tensor | None
