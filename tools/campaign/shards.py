@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside, success
 from sae_fast.activations import HeldOut, open_shards, write_manifest, write_shard
+from sae_fast.activations.scanning import BESIDE_MANIFEST
 from sae_fast.command_errors import EXIT_BAD_INPUT, one_line
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.train import main
@@ -69,7 +70,7 @@ def attempt(try_: Try) -> str:
     ended = run_aside(
         lambda: _train(train, directory, known, kinds), folder=try_.folder, seconds=20
     )
-    leftovers(try_.folder)
+    leftovers(try_.folder, known=(BESIDE_MANIFEST,))  # what was checked, beside a manifest
     if ended.code == 2:
         refusal(ended)
         return f"{change.__name__}: refused"
