@@ -1,7 +1,9 @@
 """An autoencoder inside a transformers model: what it changes, records and leaves behind."""
 
 import copy
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 import pytest
@@ -658,6 +660,85 @@ def test_what_does_not_fit_is_said_where_it_is_met():
         make_sae().hook().add([3, 4], torch.ones(3))
     with pytest.raises(ValueError, match="use attached, not hook"):
         transcoder.hook()
+
+
+def test_threads_have_passes_of_their_own():
+    network, sae = make_network("gpt2"), make_sae()
+    transcoder = make_sae(transcoder=True, d_out=WIDTH)
+    inputs = []
+    for number in (1, 2):
+        tokens = some_tokens(2, 4 + number, seed=number)
+        mask = torch.ones_like(tokens)
+        mask[0, :number] = 0
+        inputs.append((tokens, mask))
+    together = threading.Barrier(2, timeout=60)
+    waits = False
+
+    def meet(*_):  # both threads have begun their passes before one goes on
+        if waits:
+            together.wait()
+
+    handle = network.transformer.h[0].register_forward_hook(meet)
+    with (
+        sae.attached(network, HOOK),
+        transcoder.attached(network, "mlp_in.2", target_hook="mlp_out.2"),
+    ):
+        wanted = [logits(network, tokens, attention_mask=mask) for tokens, mask in inputs]
+        waits = True
+        with ThreadPoolExecutor(2) as pool:
+            found = list(
+                pool.map(lambda one: logits(network, one[0], attention_mask=one[1]), inputs)
+            )
+    handle.remove()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_compiled_model_is_edited_as_the_model_is():
+    network, tokens, sae = make_network("gpt2"), some_tokens(), make_sae()
+    with sae.attached(network, HOOK, "error") as run:
+        run.add(3, 1.0)
+        wanted = logits(network, tokens)
+    compiled = torch.compile(network, backend="eager")
+    with sae.attached(compiled, HOOK, "error") as run:
+        run.add(3, 1.0)
+        found = logits(compiled, tokens)
+    torch.testing.assert_close(found, wanted)
+    assert run.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda sae, run: run.add(3, None), TypeError, "value must be a number or a tensor"),
+        (lambda sae, run: run.scale(3, "a"), TypeError, "factor must be a number or a tensor"),
+        (lambda sae, run: run.clamp(3, 2.0, 1.0), ValueError, "minimum must be at most maximum"),
+        (lambda sae, run: run.add(3, 1.0, positions="a"), ValueError, "positions must be whole"),
+        (lambda sae, run: run.add(3, 1.0, positions=True), ValueError, "positions must be whole"),
+        (lambda sae, run: run(None), TypeError, "activations must be a tensor, got NoneType"),
+        (lambda sae, run: run(torch.tensor(1.0)), ValueError, "d_in 16, .* have 0 columns"),
+        (lambda sae, run: sae(torch.zeros(1, 16) * 1j), TypeError, "x must be real numbers"),
+        (lambda sae, run: sae.direction(-1), IndexError, "latent must be 0 to 47, got -1"),
+        (lambda sae, run: sae.direction(48), IndexError, "latent must be 0 to 47, got 48"),
+        (
+            lambda sae, run: sae.encode(torch.zeros(1, 16)).set(3, [1.0]),
+            TypeError,
+            "value must be a number or a tensor, got list",
+        ),
+    ],
+)
+def test_what_is_no_number_or_no_tensor_is_refused_in_one_line(call, error, message):
+    sae = make_sae()
+    with pytest.raises(error, match=message) as caught:
+        call(sae, sae.hook("error"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_truth_values_is_a_mask_of_positions():
+    sae, x = make_sae(), torch.randn(2, 3, WIDTH)
+    found = sae.hook("error").add(5, 3.0, positions=[False, True, False])(x)
+    wanted = sae.hook("error").add(5, 3.0, positions=1)(x)
+    assert torch.equal(found, wanted)
 
 
 # ---- as a function -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from sae_fast import ops
 from sae_fast.activations import TARGETS
 from sae_fast.activations.capture.hooks import HookPoint
 from sae_fast.activations.capture.passes import PassWatch
-from sae_fast.activations.capture.splicing import hooked
+from sae_fast.activations.capture.splicing import Change, hooked
 from sae_fast.activations.capture.stream_check import find_hook
 from sae_fast.autoencoder.intervention import Intervention, Mode
 
@@ -46,7 +47,7 @@ def attach(
                 x = _activations(x, source)
                 return run.write(x, run.read(x, watch.tokens))
 
-            stack.enter_context(hooked(model, source, both))
+            stack.enter_context(hooked(model, source, _uncompiled(both)))
         else:
             _attach_both_sides(stack, model, run, watch, source, target)
         yield run
@@ -68,13 +69,13 @@ def _attach_both_sides(
     target: HookPoint,
 ) -> None:
     """Read at one hook point and write at another, which the model comes to later."""
-    waiting: list[Any] = []
+    waiting = threading.local()  # of each thread what was read in its pass
 
     def read(x: Any) -> None:
-        waiting[:] = [run.read(_activations(x, source), watch.tokens)]
+        waiting.read = run.read(_activations(x, source), watch.tokens)
 
     def write(y: Any) -> Tensor | None:
-        if not waiting:
+        if "read" not in waiting.__dict__:
             raise ValueError(
                 f"target_hook: the model comes to {target.name} before {source.name}, which the "
                 "transcoder reads"
@@ -85,10 +86,10 @@ def _attach_both_sides(
                 f"the transcoder has d_out {width}, the activations at {target.name} have "
                 f"{own.shape[-1]} columns: it is of another hook point or model"
             )
-        return run.write(own, waiting.pop())
+        return run.write(own, waiting.__dict__.pop("read"))
 
-    stack.enter_context(hooked(model, source, read))
-    stack.enter_context(hooked(model, target, write))
+    stack.enter_context(hooked(model, source, _uncompiled(read)))
+    stack.enter_context(hooked(model, target, _uncompiled(write)))
 
 
 def attribute(
@@ -154,6 +155,12 @@ def _given(argument: str, name: str | None, known: Any) -> str:
             "activations it is"
         )
     return str(known if name is None else name)
+
+
+def _uncompiled(change: Change) -> Change:
+    """Return a function that torch.compile leaves out of what it makes of the model."""
+    outside: Change = torch.compiler.disable(change)  # type: ignore[no-untyped-call, unused-ignore]
+    return outside
 
 
 def _activations(rows: Any, hook: HookPoint) -> Tensor:

@@ -82,7 +82,7 @@ def make_edit(
     """Return an edit; raise IndexError or ValueError for latents or positions that cannot be."""
     chosen = torch.tensor(chosen_latents(latents, d_sae), dtype=torch.int64)
     count = len(chosen)
-    return Edit(
+    edit = Edit(
         chosen,
         _one_a_latent("factor", factor, count),
         _one_a_latent("value", offset, count),
@@ -90,6 +90,9 @@ def make_edit(
         _one_a_latent("maximum", upper, count),
         _checked_positions(positions),
     )
+    if bool((edit.lower > edit.upper).any()):
+        raise ValueError(f"minimum must be at most maximum, got {lower} and {upper}")
+    return edit
 
 
 def edited(
@@ -184,11 +187,18 @@ def positions_mask(
 
 
 def _checked_positions(positions: Positions) -> Positions:
-    """Return positions; raise ValueError for negative ones, whose place depends on the pass."""
+    """Return positions, a mask as a tensor.
+
+    Raises ValueError for negative ones, whose place depends on the pass.
+    """
+    if isinstance(positions, list | tuple) and positions and isinstance(positions[0], bool):
+        positions = torch.tensor(positions)
     if positions is None or (isinstance(positions, Tensor) and positions.dtype == torch.bool):
         return positions
     if isinstance(positions, slice):
         numbers = [positions.start or 0, positions.stop or 0, (positions.step or 1) - 1]
+    elif isinstance(positions, str | bool):
+        numbers = [None]
     else:
         numbers = torch.as_tensor(positions).flatten().tolist()
     if any(not hasattr(number, "__index__") or number < 0 for number in numbers):
@@ -201,7 +211,10 @@ def _checked_positions(positions: Positions) -> Positions:
 
 def _one_a_latent(name: str, given: float | Tensor, count: int) -> Tensor:
     """Return numbers as [count] float64; raise ValueError for another count, and for NaN."""
-    numbers = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+    try:
+        numbers = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or a tensor, got {given!r}") from None
     if numbers.ndim > 1 or (numbers.ndim == 1 and len(numbers) not in (1, count)):
         got = tuple(numbers.shape)
         raise ValueError(

@@ -27,6 +27,7 @@ from sae_fast.autoencoder.edits import (
 )
 from sae_fast.autoencoder.inference import decode_rows
 from sae_fast.autoencoder.patching import patched
+from sae_fast.autoencoder.shapes import require_tensor
 from sae_fast.ops.code import RAW
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ class Intervention:
                 "a transcoder reads at one place and writes at another: use attached, not hook"
             )
         width = self._sae.config.d_in
+        require_tensor(x, "activations")
         if x.ndim > 2 and x.shape[-1] != width and x.shape[-1] * x.shape[-2] == width:
             new = self.write(x.flatten(-2), self.read(x.flatten(-2), None))
             return x if new is None else new.reshape(x.shape)
@@ -279,10 +281,12 @@ class Intervention:
     def read(self, x: Tensor, tokens: TokensOfPass | None) -> _Read:
         """Encode activations [..., D] and record their code; called once a pass."""
         sae, width = self._sae, self._sae.config.d_in
-        if x.shape[-1] != width:
+        require_tensor(x, "activations")
+        if x.ndim == 0 or x.shape[-1] != width:
+            columns = x.shape[-1] if x.ndim else 0
             raise ValueError(
-                f"the autoencoder has d_in {width}, the activations here have {x.shape[-1]} "
-                f"columns: it is of another hook point or model"
+                f"the autoencoder has d_in {width}, the activations here have {columns} columns: "
+                "it is of another hook point or model"
             )
         self.calls, self.has_run = self.calls + 1, True
         if tokens is not None and x.shape[:-1] != tokens.shape:

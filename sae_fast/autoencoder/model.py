@@ -57,6 +57,7 @@ from sae_fast.autoencoder.transcoder import (
 )
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
+from sae_fast.ops.code_entries import latent_numbers
 from sae_fast.ops.full_precision import addmm
 
 _NOT_SHOWN = {"T_destination", "call_super_init", "dump_patches"}
@@ -417,6 +418,8 @@ class SparseAutoencoder(nn.Module):
         multiple is a code value in the same units.
         """
         check_units(units)
+        if isinstance(latent, int):
+            latent_numbers(latent, self.config.d_sae)  # no negative ones, as everywhere
         rows = self.W_dec[latent]
         is_raw = units == ops.RAW or self.config.normalize_activations == "none"
         return rows if is_raw else rows / self.output_scale
@@ -441,6 +444,8 @@ class SparseAutoencoder(nn.Module):
                 f"arch {self.config.arch} has no thresholds, it chooses among the latents of a "
                 "token or a batch"
             )
+        if isinstance(latent, int):
+            latent_numbers(latent, self.config.d_sae)
         found = thresholds[latent]
         return found / self.output_scale if units == ops.RAW else found
 

@@ -35,6 +35,8 @@ def rows_of(
         raise ValueError(
             f"{name} must have {width} = {columns} columns, got shape {tuple(x.shape)}"
         )
+    if x.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {x.dtype}")
     dtype = torch.float64 if sae.W_enc.dtype == torch.float64 else torch.float32
     return x.reshape(-1, columns).to(device=sae.W_enc.device, dtype=dtype)
 

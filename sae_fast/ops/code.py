@@ -291,7 +291,7 @@ class SparseCode:
         if isinstance(value, int | float) and value == 0:
             return self._edited(values, self.indices, self.offsets)
         given = one_a_token("value", value, latent, len(numbers), self._tokens, self.values)
-        signed = self.signed or isinstance(value, Tensor) or value < 0
+        signed = self.signed or not isinstance(value, int | float) or value < 0
         parts = append_entries(values, self.indices, self.offsets, numbers, given)
         return self._edited(*parts, signed=signed)
 

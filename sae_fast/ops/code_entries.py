@@ -124,6 +124,8 @@ def one_a_token(
 
     Raises ValueError where they do not broadcast.
     """
+    if not isinstance(given, int | float | Tensor):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(given).__name__}")
     wanted = tokens if is_one(latent) else (*tokens, count)
     numbers = torch.as_tensor(given, dtype=like.dtype, device=like.device)
     return expanded(name, numbers, wanted).reshape(torch.Size(tokens).numel(), count)

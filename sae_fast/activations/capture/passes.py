@@ -8,6 +8,7 @@ the part of it that holds the blocks, for callers that leave out the head.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,10 +34,19 @@ class TokensOfPass:
 
 
 class PassWatch:
-    """Knows the tokens of the current pass of a network, inside `watching`."""
+    """Knows the tokens of the current pass of a network, inside `watching`.
+
+    Every thread has passes of its own.
+    """
 
     def __init__(self) -> None:
-        self._passes: list[TokensOfPass | None] = []
+        self._threads = threading.local()
+
+    @property
+    def _passes(self) -> list[TokensOfPass | None]:
+        """The passes of this thread, each inside of the one before."""
+        passes: list[TokensOfPass | None] = self._threads.__dict__.setdefault("passes", [])
+        return passes
 
     @property
     def tokens(self) -> TokensOfPass | None:
