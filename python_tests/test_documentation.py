@@ -26,6 +26,7 @@ from sae_fast import biographies, convert_shards, plot, swap, train
 from sae_fast.activations import write_shard
 from sae_fast.autoencoder.architectures import unregister_architecture
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config.compare import CompareConfig
 from sae_fast.config.latents import LatentsConfig
 from sae_fast.config.model_text import CaptureConfig, FromModelConfig
 from sae_fast.config.output import OutputConfig
@@ -249,7 +250,7 @@ def known_flags():
     """Return the flags of all commands, from their fields and from scripts."""
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, OutputConfig),
-        *(train.TrainOptions, LatentsConfig),
+        *(train.TrainOptions, CompareConfig, LatentsConfig),
         *(
             convert_shards.ConvertOptions,
             plot.PlotOptions,

@@ -36,7 +36,7 @@ LAYERS = (
     ("training",),
     ("ground_truth",),
     (
-        *("train", "capture", "convert_shards", "latents", "plot", "info", "presets"),
+        *("train", "capture", "convert_shards", "compare", "latents", "plot", "info", "presets"),
         *("biographies", "swap"),
     ),
     ("__main__", "completion"),

@@ -22,6 +22,7 @@ COMMANDS = {
     "capture": "write the activations of a model as shards",
     "convert_shards": "turn activations that other programs saved into shards",
     "latents": "write a page on every latent, to look at in a browser",
+    "compare": "match the latents of dictionaries, such as several seeds",
     "plot": "draw the metrics of runs",
     "presets": "list settings for well-known models, with the memory they need",
     "info": "print versions, kernels and what runs on this machine",

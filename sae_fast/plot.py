@@ -10,7 +10,6 @@ Modules that need torch are imported where they are used, so that help comes at 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import setting
 from sae_fast.output_streams import run_command
 from sae_fast.report.front import Point, draw_front
+from sae_fast.report.names import distinct_names
 from sae_fast.report.panels import loss_terms, overview
 from sae_fast.report.plot import draw, plot_run
 
@@ -89,7 +89,7 @@ def _draw(options: PlotOptions) -> list[Path]:
         return [_draw_front(histories, options.out or plots / "front.png")]
     if options.out is None and is_single:
         return _draw_one(histories[0], plots)
-    names = _names([history.place for history in histories])
+    names = distinct_names([history.place for history in histories], "runs")
     runs = {name: history.rows for name, history in zip(names, histories, strict=True)}
     rows = [row for run in runs.values() for row in run]
     if options.out is not None:
@@ -133,7 +133,7 @@ def _of_terms(title: str) -> str:
 def _draw_front(histories: Sequence[History], path: Path) -> Path:
     from sae_fast.training.history import heldout_result
 
-    names = _names([history.place for history in histories])
+    names = distinct_names([history.place for history in histories], "runs")
     points = []
     for name, history in zip(names, histories, strict=True):
         if (result := heldout_result(history)) is None:
@@ -144,15 +144,6 @@ def _draw_front(histories: Sequence[History], path: Path) -> Path:
         raise ValueError("front needs runs that are complete: none has a training_history.json")
     count = f"{len(points)} runs" if len(points) > 1 else names[0]
     return draw_front(points, path, count)
-
-
-def _names(places: Sequence[Path]) -> list[str]:
-    """Return names that tell runs apart: their paths without the part that they share."""
-    resolved = [place.resolve() for place in places]
-    if len(set(resolved)) < len(resolved):
-        raise ValueError("runs must be different ones")
-    shared = os.path.commonpath([path.parent for path in resolved])
-    return [path.relative_to(shared).as_posix() for path in resolved]
 
 
 if __name__ == "__main__":

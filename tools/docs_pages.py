@@ -90,6 +90,7 @@ COMMANDS = (
         "See [activations you already have](../guide/your-activations.md).",
     ),
     Command("Pages of latents", "latents", "See [look at your latents](../guide/latents.md)."),
+    Command("Compare dictionaries", "compare", "See [compare](../guide/compare.md)."),
     Command("Plot runs", "plot", "See [plots](../guide/runs.md#plots)."),
     Command("Make biographies", "biographies", "See [biographies](../guide/slots.md#biographies)."),
     Command("Swap slots", "swap", "See [biographies](../guide/slots.md#biographies)."),

@@ -55,6 +55,8 @@ NEEDED = {
     "train": ("--shard-dir", "shards"),
     "capture": ("model", "dataset", "--layers", "0", "--out", "shards"),
     "convert_shards": ("files", "shards"),
+    "compare": ("one", "two"),
+    "latents": ("sae", "--shard-dir", "shards", "--out", "pages"),
     "plot": ("run",),
     "biographies": ("--out", "biographies"),
     "swap": ("checkpoint", "--data", "biographies"),
