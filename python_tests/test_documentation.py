@@ -27,6 +27,7 @@ from sae_fast.activations import write_shard
 from sae_fast.autoencoder.architectures import unregister_architecture
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.compare import CompareConfig
+from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.config.latents import LatentsConfig
 from sae_fast.config.model_text import CaptureConfig, FromModelConfig
 from sae_fast.config.output import OutputConfig
@@ -250,7 +251,7 @@ def known_flags():
     """Return the flags of all commands, from their fields and from scripts."""
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, OutputConfig),
-        *(train.TrainOptions, CompareConfig, LatentsConfig),
+        *(train.TrainOptions, CompareConfig, EvaluateConfig, LatentsConfig),
         *(
             convert_shards.ConvertOptions,
             plot.PlotOptions,

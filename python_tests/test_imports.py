@@ -36,8 +36,8 @@ LAYERS = (
     ("training",),
     ("ground_truth",),
     (
-        *("train", "capture", "convert_shards", "compare", "latents", "plot", "info", "presets"),
-        *("biographies", "swap"),
+        *("train", "capture", "convert_shards", "compare", "evaluate", "latents", "plot", "info"),
+        *("presets", "biographies", "swap"),
     ),
     ("__main__", "completion"),
 )

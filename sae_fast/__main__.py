@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train sparse autoencoders, on shards or on a model",
     "capture": "write the activations of a model as shards",
     "convert_shards": "turn activations that other programs saved into shards",
+    "evaluate": "measure dictionaries on rows, and inside the language model",
     "latents": "write a page on every latent, to look at in a browser",
     "compare": "match the latents of dictionaries, such as several seeds",
     "plot": "draw the metrics of runs",

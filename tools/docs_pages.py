@@ -89,6 +89,7 @@ COMMANDS = (
         "convert_shards",
         "See [activations you already have](../guide/your-activations.md).",
     ),
+    Command("Measure dictionaries", "evaluate", "See [evaluate](../guide/evaluate.md)."),
     Command("Pages of latents", "latents", "See [look at your latents](../guide/latents.md)."),
     Command("Compare dictionaries", "compare", "See [compare](../guide/compare.md)."),
     Command("Plot runs", "plot", "See [plots](../guide/runs.md#plots)."),

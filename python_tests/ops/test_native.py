@@ -56,6 +56,7 @@ NEEDED = {
     "capture": ("model", "dataset", "--layers", "0", "--out", "shards"),
     "convert_shards": ("files", "shards"),
     "compare": ("one", "two"),
+    "evaluate": ("sae", "--shard-dir", "shards", "--out", "out"),
     "latents": ("sae", "--shard-dir", "shards", "--out", "pages"),
     "plot": ("run",),
     "biographies": ("--out", "biographies"),

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from sae_fast.evaluation import dictionary
 from sae_fast.training import absorption
 from sae_fast.training.absorption import mean_largest_cosine
 
 
 def test_it_is_that_of_all_pairs(monkeypatch):
-    monkeypatch.setattr(absorption, "ROWS", 7)
+    monkeypatch.setattr(dictionary, "ROWS", 7)
     W_dec = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 3
     cosines = torch.nn.functional.cosine_similarity(W_dec[:, None], W_dec[None], dim=2)
     expected = (cosines - 3 * torch.eye(50)).amax(dim=1).mean()

@@ -14,7 +14,8 @@ from torch.nn import functional
 from sae_fast.activations.capture import HookedModel, resolve_hooks
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.training.downstream import KEPT, LABELS, MASK, TOKENS, DownstreamModel
+from sae_fast.evaluation.language_model import KEPT, LABELS, MASK, TOKENS
+from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.from_model.sequence_stream import SequenceStream
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.trainer import Trainer

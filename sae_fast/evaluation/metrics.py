@@ -109,7 +109,7 @@ def evaluate(
         "heldout_explained_variance": 1 - fvu,
         "heldout_explained_variance_overall": sums.overall_explained_variance(),
         "heldout_l0": float(active / rows),
-        "heldout_dead_fraction": float(_is_dead(fired, rows, dead_rate).double().mean()),
+        "heldout_dead_fraction": float(is_dead(fired, rows, dead_rate).double().mean()),
     }
 
 
@@ -152,7 +152,7 @@ class _Sums:
         return float(1 - self._squared_error / numbers / overall)
 
 
-def _is_dead(
+def is_dead(
     fired: Tensor,  # [F] int64, on how many rows a latent fires
     rows: int,
     dead_rate: float,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_fast.evaluation.dictionary import largest_cosines
+
 SAMPLED_LATENTS = 1024  # evenly spaced; all of a smaller dictionary
-ROWS = 128  # whose cosines with all others are in memory at a time
 
 
 @torch.no_grad()
@@ -15,13 +16,5 @@ def mean_largest_cosine(
 ) -> Tensor:
     """Return the largest cosine of a decoder row with another one, a mean over latents, 0-d."""
     count = len(W_dec)
-    if count < 2:
-        return W_dec.new_zeros(())
-    norms = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
     chosen = torch.arange(0, count, max(1, count // SAMPLED_LATENTS), device=W_dec.device)
-    largest = []
-    for part in torch.split(chosen, ROWS):
-        cosines = W_dec[part] @ W_dec.T / norms[part, None] / norms
-        cosines[torch.arange(len(part), device=part.device), part] = -1.0
-        largest.append(cosines.amax(dim=1))
-    return torch.cat(largest).mean()
+    return largest_cosines(W_dec, chosen).mean() if count > 1 else W_dec.new_zeros(())

@@ -10,7 +10,6 @@ there, and its loss is the autoencoder's (arXiv:2405.12241). The model itself is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,9 @@ from torch.nn import functional
 
 from sae_fast.activations import Rows
 from sae_fast.activations.capture import HookPoint
-from sae_fast.activations.capture.splicing import hooked
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-
-# Columns of a batch of sequences: what the model read, each [B, T].
-TOKENS, MASK, KEPT, LABELS = "tokens", "mask", "kept", "labels"
-NO_LABEL = -100
+from sae_fast.evaluation.language_model import MASK, SplicedModel
 
 
 class DownstreamModel:
@@ -40,10 +35,8 @@ class DownstreamModel:
     """
 
     def __init__(self, network: Any, hook: HookPoint, loss_fn: str, *, causal: bool) -> None:
-        self._network = network
-        self._hook = hook
+        self._model = SplicedModel(network, hook, causal=causal)
         self._loss_fn = loss_fn
-        self._causal = causal
 
     def loss(
         self,
@@ -51,11 +44,11 @@ class DownstreamModel:
         columns: Mapping[str, Tensor],
     ) -> Tensor:
         """Return the loss, 0-d, with a gradient to x̂."""
-        logits = self._logits(columns, x_hat)
+        logits = self._model.logits(columns, x_hat)
         if self._loss_fn == "ce":
             return self._cross_entropy(logits, columns)
         with torch.no_grad():
-            wanted = self._logits(columns, None)
+            wanted = self._model.logits(columns, None)
         kept = columns[MASK]
         return functional.kl_div(
             logits[kept].log_softmax(-1),
@@ -71,44 +64,17 @@ class DownstreamModel:
         for rows in batches:
             spliced += float(self.loss(sae(rows.x), rows.columns))
             if self._loss_fn == "ce":
-                logits = self._logits(rows.columns, None)
+                logits = self._model.logits(rows.columns, None)
                 original += float(self._cross_entropy(logits, rows.columns))
         losses = {f"heldout_{self._loss_fn}": spliced / len(batches)}
         if self._loss_fn == "ce":
             losses["heldout_ce_model"] = original / len(batches)
         return losses
 
-    def _logits(self, columns: Mapping[str, Tensor], x_hat: Tensor | None) -> Tensor:
-        """Return the model's logits [B, T, words] float32, with x̂ in place of the activations."""
-        kept = columns[KEPT]
-
-        def replace(activations: Tensor) -> Tensor:
-            changed = activations.detach().clone()
-            assert x_hat is not None
-            changed[kept.view(activations.shape[:-1])] = x_hat.to(activations.dtype)
-            return changed
-
-        mask = columns[MASK]
-        spliced = nullcontext() if x_hat is None else hooked(self._network, self._hook, replace)
-        with spliced:
-            logits: Tensor = self._network(
-                input_ids=columns[TOKENS],
-                attention_mask=None if bool(mask.all()) else mask.to(torch.int64),
-                **({"use_cache": False} if hasattr(self._network.config, "use_cache") else {}),
-            ).logits
-        return logits.float()
-
     def _cross_entropy(self, logits: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        tokens, mask, labels = columns[TOKENS], columns[MASK], columns[LABELS]
-        if self._causal:
-            labels = tokens[:, 1:].masked_fill(~mask[:, 1:], NO_LABEL)
-            logits = logits[:, :-1]
-        flat = labels.flatten()
+        total, predicted = self._model.summed_cross_entropy(logits, columns)
         # Of a batch in which nothing is masked the mean would be 0 / 0.
-        total = functional.cross_entropy(
-            logits.flatten(0, 1), flat, ignore_index=NO_LABEL, reduction="sum"
-        )
-        return total / (flat != NO_LABEL).sum().clamp_min(1)
+        return total / predicted.clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,22 @@ from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from sae_fast.activations import Column, Rows
 from sae_fast.activations.capture import HookedModel, TokenBatches
 from sae_fast.activations.capture.sequences import TokenBatch, saved_cursor
 from sae_fast.activations.source import check_state, saved_counts
-from sae_fast.training.downstream import KEPT, LABELS, MASK, NO_LABEL, TOKENS
+from sae_fast.evaluation.language_model import (
+    KEPT,
+    LABELS,
+    MASK,
+    TOKENS,
+    masked_tokens,
+    read_columns,
+)
 from sae_fast.training.from_model.model_stream import DocumentStream, HookRows
 
-MASKED_SHARE = 0.15  # of the tokens, for a masked model to predict, as BERT was trained
 STATE_VERSION = 1
 
 
@@ -83,11 +87,11 @@ class SequenceStream(DocumentStream):
 
     def rows_of(self, batch: TokenBatch) -> HookRows:
         """Compute the activations of a batch of tokens; return them with what the model read."""
-        tokens, labels = self._masked(batch)
-        mask = torch.ones_like(batch.kept) if batch.mask is None else batch.mask
+        seeds = (self._seed, self._epoch)
+        special = torch.from_numpy(self._batches.special.excluded)
+        tokens, labels = masked_tokens(batch, special, self._masked_token, seeds)
         device = next(self._model.network.parameters()).device
-        read = {TOKENS: tokens, MASK: mask, KEPT: batch.kept, LABELS: labels}
-        columns = {name: column.to(device) for name, column in read.items()}
+        columns = read_columns(batch, tokens, labels, device)
         found = self._model.activations(
             columns[TOKENS], None if batch.mask is None else columns[MASK]
         )
@@ -132,18 +136,3 @@ class SequenceStream(DocumentStream):
             self._iterator = None
             self._epoch, self._cursor = self._epoch + 1, self._batches.start
         raise ValueError("dataset: no document has a token that is kept")
-
-    def _masked(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return the tokens [B, T] as the model reads them, and its labels, -100: none."""
-        nothing = torch.full_like(batch.tokens, NO_LABEL)
-        if self._masked_token is None:
-            return batch.tokens, nothing
-        special = torch.from_numpy(self._batches.special.excluded)
-        text = ~torch.isin(batch.tokens, special)
-        if batch.mask is not None:
-            text &= batch.mask
-        entropy = np.random.SeedSequence([self._seed, self._epoch, batch.cursor.batch])
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
-        chosen = text & (torch.rand(batch.tokens.shape, generator=generator) < MASKED_SHARE)
-        tokens = torch.where(chosen, self._masked_token, batch.tokens)
-        return tokens, torch.where(chosen, batch.tokens, nothing)

@@ -1,0 +1,226 @@
+"""`python -m sae_fast.evaluate`: its files, its rows, and what it refuses in one line."""
+
+import csv
+import json
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+from small_models import WORDS, save_model
+
+from sae_fast.activations import ShardMetadata, write_shard
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+from sae_fast.evaluate import main
+from sae_fast.evaluation.core import core_metrics
+from sae_fast.evaluation.results import NOT_MEASURED
+
+D_IN, D_SAE, ROWS = 16, 30, 200
+ORIGIN = {"model": "some/model", "hook": "residual.1", "layer": "1"}
+
+
+def _save(path: Path, seed: int = 0, **fields: object) -> SparseAutoencoder:
+    origin = fields.pop("origin", ORIGIN)
+    sae = SparseAutoencoder(SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "k": 4, **fields}))
+    sae.initialize_(torch.Generator().manual_seed(seed))
+    sae.origin = dict(origin)  # type: ignore[call-overload]
+    sae.save(path)
+    return sae.eval()
+
+
+def _rows(seed: int) -> torch.Tensor:
+    return torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    metadata = ShardMetadata(model="some/model", hook="residual.1", layer=1)
+    for number, name in enumerate(("train_00", "heldout_00")):
+        documents = {"doc_id": torch.arange(ROWS) // 9}
+        write_shard(shards / f"{name}.h5", _rows(number), metadata=metadata, **documents)
+    return tmp_path
+
+
+def _run(*words: object) -> int:
+    return main([*map(str, words), "--quiet"])
+
+
+def test_held_out_rows_are_measured_and_all_files_written(place: Path) -> None:
+    sae = _save(place / "sae")
+    out = place / "out"
+    assert _run(place / "sae", "--shard-dir", place / "shards", "--out", out) == 0
+    names = {"metrics.json", "metrics.md", "latents.csv", "saebench_core.json"}
+    assert {path.name for path in out.iterdir()} == names
+    content = json.loads((out / "metrics.json").read_text())
+    expected = core_metrics(sae, [_rows(1)])
+    quality = content["metrics"]["reconstruction_quality"]
+    assert quality["fvu"] == pytest.approx(expected.sections["reconstruction_quality"]["fvu"])
+    assert content["measured_on"]["rows"] == ROWS
+    assert content["sae"]["origin"] == ORIGIN
+    assert sum(content["density_histogram"]["latents"]) == int(
+        (expected.latents["feature_density"] > 0).sum()
+    )
+    table = list(csv.DictReader((out / "latents.csv").read_text().splitlines()))
+    assert [int(row["latent"]) for row in table] == list(range(D_SAE))
+    assert float(table[3]["feature_density"]) == pytest.approx(
+        float(expected.latents["feature_density"][3])
+    )
+    assert "consistent_activation_heuristic" in table[0]  # the shards have documents
+    saebench = json.loads((out / "saebench_core.json").read_text())
+    assert saebench["eval_result_metrics"]["sparsity"]["l0"] == pytest.approx(4)
+    losses = saebench["eval_result_metrics"]["model_performance_preservation"]
+    assert losses["ce_loss_score"] == NOT_MEASURED
+    assert len(saebench["eval_result_details"]) == D_SAE
+
+
+def test_the_rows_are_those_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sae = _save(place / "sae")
+
+    def fvu(*flags: object) -> float:
+        words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out", *flags)
+        assert _run(*words) == 0
+        content = json.loads((place / "out" / "metrics.json").read_text())
+        return float(content["metrics"]["reconstruction_quality"]["fvu"])
+
+    def expected(*parts: torch.Tensor) -> float:
+        found = core_metrics(sae, [torch.cat(parts)]).sections["reconstruction_quality"]
+        return pytest.approx(found["fvu"], rel=1e-5)  # type: ignore[no-any-return]
+
+    assert fvu("--rows", "all") == expected(_rows(0), _rows(1))
+    assert fvu("--max-rows", 30, "--batch-size", 7) == expected(_rows(1)[:30])
+    (place / "shards" / "heldout_00.h5").rename(place / "other.h5")
+    assert fvu("--heldout", place / "other.h5") == expected(_rows(1))
+    assert fvu("--heldout-fraction", 0.25) == expected(_rows(0)[150:])
+    capsys.readouterr()
+    assert fvu() == expected(_rows(0))
+    assert "has no held-out shards: measuring on all rows" in capsys.readouterr().err
+
+
+def test_several_dictionaries_are_beside_each_other(place: Path) -> None:
+    for seed in (0, 1):
+        _save(place / f"seed_{seed}", seed)
+    saes = [place / "seed_0", place / "seed_1"]
+    assert _run(*saes, "--shard-dir", place / "shards", "--out", place / "out") == 0
+    text = (place / "out" / "metrics.md").read_text()
+    assert "| metric | seed_0 | seed_1 | definition |" in text
+    assert (place / "out" / "seed_1" / "metrics.json").is_file()
+
+
+def test_a_transcoder_is_measured_on_its_targets(place: Path) -> None:
+    sae = _save(place / "sae", transcoder=True, d_out=5)
+    for number, name in enumerate(("train_00", "heldout_00")):
+        (place / "shards" / f"{name}.h5").unlink()
+        columns = {"outputs": _rows(number + 5)[:, :5]}
+        write_shard(place / "shards" / f"{name}.h5", _rows(number))
+        _add_dataset(place / "shards" / f"{name}.h5", columns["outputs"])
+    flags = ("--target-key", "outputs", "--out", place / "out")
+    assert _run(place / "sae", "--shard-dir", place / "shards", *flags) == 0
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    plain = sae.get_reconstruction_error(_rows(6)[:, :5], sae(_rows(1)))
+    quality = content["metrics"]["reconstruction_quality"]
+    assert quality["fvu"] == pytest.approx(plain["fvu"], rel=1e-4)
+
+
+def _add_dataset(path: Path, rows: torch.Tensor) -> None:
+    with h5py.File(path, "a") as file:
+        file["outputs"] = rows.numpy()
+
+
+def test_losses_inside_the_model_are_measured_without_shards(place: Path) -> None:
+    save_model(place / "llama", "llama")
+    words = [" ".join(WORDS[n % len(WORDS)] for n in range(k, k + 9)) for k in range(30)]
+    (place / "texts.txt").write_text("\n".join(words))
+    origin = {"model": str(place / "llama"), "hook": "residual.1"}
+    _save(place / "sae", origin=origin)
+    flags = ("--dataset", place / "texts.txt", "--max-tokens", 100, "--batch-sequences", 2)
+    assert _run(place / "sae", *flags, "--ctx-len", 16, "--out", place / "out") == 0
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    losses = content["metrics"]["model_performance_preservation"]
+    assert losses["ce_loss_increase"] == pytest.approx(
+        losses["ce_loss_with_sae"] - losses["ce_loss_without_sae"]
+    )
+    assert 100 <= content["measured_on"]["rows"] < 140
+    assert content["metrics"]["misc_metrics"]["frac_alive"] > 0
+
+
+REFUSED = {
+    "no dictionary": ((), "SAE and --out must be given"),
+    "no rows": (("{sae}", "--out", "{out}"), "--shard-dir or --dataset must be given"),
+    "another width": (("{wide}", "{rows}"), "the dictionary has d_in 8, the rows of"),
+    "another place": (
+        ("{other}", "{rows}"),
+        "the dictionary is of hook 'residual.7', not 'residual.1' as",
+    ),
+    "the same twice": (("{sae}", "{sae}", "{rows}"), "dictionaries must be different ones"),
+    "no such dictionary": (("{nothing}", "{rows}"), "nothing"),
+    "no such shards": (
+        ("{sae}", "--shard-dir", "{nothing}", "--out", "{out}"),
+        "no such directory",
+    ),
+    "targets of no transcoder": (
+        ("{sae}", "{rows}", "--target-key", "x"),
+        "target_shard_dir and target_key belong to a transcoder",
+    ),
+    "a hook without a text": (
+        ("{sae}", "{rows}", "--hook", "residual.0"),
+        "hook = 'residual.0' needs",
+    ),
+    "two kinds of rows": (
+        ("{sae}", "{rows}", "--heldout", "x", "--heldout-fraction", "0.1"),
+        "give one of the two",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line(
+    case: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    _save(place / "wide", d_in=8)
+    _save(place / "other", origin={**ORIGIN, "hook": "residual.7"})
+    words, message = REFUSED[case]
+    given: list[object] = []
+    for word in words:
+        if word == "{rows}":
+            given += ["--shard-dir", place / "shards", "--out", place / "out"]
+        else:
+            given.append(place / word[1:-1] if word.startswith("{") else word)
+    assert _run(*given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_force_measures_on_another_place(place: Path) -> None:
+    _save(place / "other", origin={**ORIGIN, "hook": "residual.7"})
+    flags = ("--shard-dir", place / "shards", "--out", place / "out", "--force")
+    assert _run(place / "other", *flags) == 0
+
+
+def test_rows_that_are_not_finite_are_refused_or_left_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae, path = _save(place / "sae"), place / "shards" / "heldout_00.h5"
+    damaged = _rows(1)
+    damaged[7, 3] = torch.nan
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        file["activations"] = damaged.numpy()
+    words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out")
+    assert _run(*words) == 2
+    assert "row 7 holds NaN or Inf (--skip-nonfinite drops such rows)" in capsys.readouterr().err
+    assert _run(*words, "--skip-nonfinite") == 0
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    others = core_metrics(sae, [torch.cat([_rows(1)[:7], _rows(1)[8:]])])
+    assert content["measured_on"]["rows"] == ROWS - 1
+    assert content["metrics"]["reconstruction_quality"]["fvu"] == pytest.approx(
+        others.sections["reconstruction_quality"]["fvu"], rel=1e-5
+    )
+    assert content["metrics"]["misc_metrics"]["frac_alive"] == pytest.approx(
+        others.sections["misc_metrics"]["frac_alive"]
+    )

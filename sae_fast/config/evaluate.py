@@ -1,0 +1,128 @@
+"""`EvaluateConfig`: what `python -m sae_fast.evaluate` measures. Part of sae_fast.config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from sae_fast.config.effects import check_effects
+from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.model_text import DEFAULT_SPLIT, CaptureConfig
+from sae_fast.config.setting import Effect, setting
+
+_MODEL = Effect("a dataset that the model reads, --dataset", lambda own: own.dataset is not None)
+_SHARDS = Effect("shards, --shard-dir", lambda own: own.shard_dir is not None)
+
+
+@configuration(batch_size="batch_tokens")
+@dataclass(frozen=True)
+class EvaluateConfig(ConfigFile):
+    """Measure dictionaries on shards of activations, and inside the language model.
+
+    Each SAE is the directory of a run, a checkpoint or a saved model. With --shard-dir rows are
+    read from shards; with --dataset the model reads a text, and its losses with reconstructions in
+    place of its activations are measured too.
+    """
+
+    title: ClassVar[str] = "Evaluation"
+
+    saes: tuple[Path, ...] = setting((), positional=True, metavar="SAE")
+    """Directories of runs, of checkpoints or of saved models."""
+    out: Path | None = setting(None, metavar="DIR", heading="What is written", brief="directory")
+    """Directory to write: metrics.json, metrics.md, latents.csv and saebench_core.json, with
+    several dictionaries in a folder for each, and their metrics beside each other in metrics.md."""
+    shard_dir: Path | None = setting(
+        None, metavar="DIR", heading="Rows", brief="shards to measure on, the held-out ones of them"
+    )
+    """Directory of shards; its held-out shards are measured on, or all rows where it has none."""
+    heldout: str | None = setting(None, nonempty=True, needs=_SHARDS)
+    """Other held-out shards: a directory or a glob pattern."""
+    rows: Literal["heldout", "all"] = setting("heldout", needs=_SHARDS)
+    """all: measure on the rows of every shard, the ones that were trained on among them."""
+    heldout_fraction: float = setting(
+        0.0, at_least=0, below=1, must="a share, from 0 to below 1", needs=_SHARDS
+    )
+    """Measure on the last rows of the shards: the rows that a training with this value held out."""
+    max_rows: int | None = setting(None, at_least=1, needs=_SHARDS, brief="rows to measure on")
+    """Measure on the first rows only; default: on all. [tokens]"""
+    batch_tokens: int = setting(4096, at_least=2)
+    """Rows of a batch, also --batch-size; few metrics depend on it, as their texts say. [tokens]"""
+    activations_key: str = setting("activations", nonempty=True, needs=_SHARDS)
+    """Name of the data set inside a shard."""
+    skip_nonfinite: bool = setting(False, needs=_SHARDS)
+    """Leave out rows that hold NaN or Inf, which are refused otherwise."""
+    target_shard_dir: Path | None = setting(None, metavar="DIR", needs=_SHARDS)
+    """Directory with the targets of a transcoder, in files named as the shards are."""
+    target_key: str | None = setting(None, nonempty=True, needs=_SHARDS)
+    """Name of the data set with a transcoder's targets."""
+    dead_percentage_threshold: float = setting(
+        0.0, at_least=0, below=1, must="a share, from 0 to below 1"
+    )
+    """Share of the rows below which a latent counts as dead in dead_fraction."""
+    model: str | None = setting(
+        None, nonempty=True, needs=_MODEL, heading="Inside the model", brief="folder or hub name"
+    )
+    """A folder with a transformers model, or its name on the hub; default: the model that the
+    dictionary names as its origin."""
+    dataset: str | None = setting(None, nonempty=True, brief="text that the model reads")
+    """A dataset on the hub, a folder, or .jsonl, .json, .txt, .csv or .parquet files."""
+    hook: str | None = setting(None, nonempty=True, needs=_MODEL)
+    """Hook point of the dictionary, such as residual.3; default: the one of its origin."""
+    target_hook: str | None = setting(None, nonempty=True, needs=_MODEL)
+    """Hook point that a transcoder writes; default: the one of its origin."""
+    max_tokens: int = setting(100_000, at_least=1, needs=_MODEL, brief="tokens to read")
+    """Tokens of the text, about: whole batches are read. [tokens]"""
+    ctx_len: int | None = setting(None, at_least=1, needs=_MODEL)
+    """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
+    batch_sequences: int = setting(8, at_least=1, needs=_MODEL)
+    """Sequences in a forward pass. [sequences]"""
+    pack: bool = setting(True, needs=_MODEL)
+    """Put one document after another in a sequence; encoders have one document in each anyway."""
+    exclude_special_tokens: bool = setting(False, needs=_MODEL)
+    """Leave the activations of BOS, EOS, [CLS], [SEP] and the like as they are."""
+    text_column: str | None = setting(None, needs=_MODEL)
+    """Column of the dataset with the documents; default: text, or the only one with texts."""
+    tokens_column: str | None = setting(None, nonempty=True, needs=_MODEL)
+    """Column of the dataset with documents that are tokens already."""
+    dataset_config: str | None = setting(None, needs=_MODEL)
+    """Configuration of a dataset on the hub that has several."""
+    split: str = setting(DEFAULT_SPLIT, needs=_MODEL)
+    """Part of the dataset."""
+    text_split: Literal["line", "paragraph", "document"] = setting("line", needs=_MODEL)
+    """What a document is in a .txt file; document: the whole file."""
+    shuffle_seed: int | None = setting(42, at_least=0, needs=_MODEL)
+    """Seed of the order of the documents, and of the tokens that a masked model predicts; None
+    keeps the dataset's own order."""
+    revision: str | None = setting(None, needs=_MODEL)
+    """Branch, tag or commit of a model on the hub."""
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", needs=_MODEL)
+    """Type in which the model runs; auto: as in its checkpoint."""
+    trust_remote_code: bool = setting(False, needs=_MODEL)
+    """Run the code that comes with a model in its folder or on the hub. It can do anything that you
+    can: read it before."""
+    force: bool = setting(False, heading="More", brief="measure on activations of another place")
+    """Measure although the dictionary says that it is of another model, hook point or layer."""
+    device: str = setting("cpu", brief="cpu or cuda")
+    """cpu or cuda."""
+    num_threads: int | None = setting(None, at_least=1)
+    """CPU threads; default: torch's own choice. [threads]"""
+
+    def __post_init__(self) -> None:
+        """Check the settings beside each other; raise ValueError naming field and value."""
+        if self.heldout is not None and self.heldout_fraction:
+            raise ValueError(
+                f"heldout = {self.heldout!r}, and heldout_fraction = {self.heldout_fraction:g}: "
+                "give one of the two"
+            )
+        if self.rows == "all" and (self.heldout is not None or self.heldout_fraction):
+            raise ValueError("rows = 'all' needs neither heldout nor heldout_fraction")
+        check_effects(self)
+
+    def capture_config(self, model: str, hooks: tuple[str, ...]) -> CaptureConfig:
+        """Return what is asked of the model, which reads `dataset`."""
+        names = self.defaults().keys() & CaptureConfig.defaults().keys() - {"model", "out"}
+        shared = {name: getattr(self, name) for name in names}
+        return CaptureConfig(
+            model=model, hook_points=hooks, batch_size=self.batch_sequences, **shared
+        )

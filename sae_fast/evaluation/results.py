@@ -1,0 +1,242 @@
+"""Files with the metrics of a dictionary: JSON, Markdown, CSV, and SAEBench's core output."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae_fast import __version__
+from sae_fast.atomic_files import replacing, write_json
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
+from sae_fast.evaluation.definitions import DEFINITIONS, LATENTS
+
+JSON, MARKDOWN, CSV, SAEBENCH = "metrics.json", "metrics.md", "latents.csv", "saebench_core.json"
+NOT_MEASURED = -1.0  # SAEBench's own value where a metric was not computed
+_DIGITS = 10
+# The metrics in SAEBench's core output, by group.
+_SAEBENCH: dict[str, tuple[str, ...]] = {
+    "model_behavior_preservation": ("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"),
+    "model_performance_preservation": (
+        *("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"),
+    ),
+    "reconstruction_quality": (
+        *("explained_variance", "explained_variance_legacy", "mse", "cossim"),
+    ),
+    "shrinkage": ("l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"),
+    "sparsity": ("l0", "l1"),
+    "token_stats": ("total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"),
+    "misc_metrics": (
+        *("freq_over_1_percent", "freq_over_10_percent"),
+        *("normalized_freq_over_1_percent", "normalized_freq_over_10_percent"),
+        *("average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim", "frac_alive"),
+    ),
+}
+_SAEBENCH_LATENTS = (
+    *("feature_density", "consistent_activation_heuristic", "encoder_bias", "encoder_norm"),
+    *("encoder_decoder_cosine_sim", "max_decoder_cosine_sim", "max_encoder_cosine_sim"),
+)
+
+
+@dataclass
+class Evaluation:
+    """The metrics of one dictionary.
+
+    Attributes:
+        name: tells it apart from others.
+        sae: the dictionary.
+        place: where it is.
+        measured_on: what the metrics were measured on, as JSON values.
+        sections: metrics by name, by the name of their group.
+        latents: a number for each latent [F], by name.
+        density_histogram: see `CoreMetrics`.
+    """
+
+    name: str
+    sae: SparseAutoencoder
+    place: str
+    measured_on: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, Section] = field(default_factory=dict)
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    density_histogram: list[int] = field(default_factory=list)
+
+    def add(self, sections: Mapping[str, Section]) -> None:
+        """Add metrics to their groups."""
+        for group, metrics in sections.items():
+            self.sections.setdefault(group, {}).update(metrics)
+
+    def add_core(self, core: CoreMetrics) -> None:
+        """Add the metrics of rows."""
+        self.add(core.sections)
+        self.latents |= core.latents
+        self.density_histogram = core.density_histogram
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what metrics.json holds; a metric that has no value, such as 0 / 0, is null."""
+        config = self.sae.config
+        return {
+            "sae": {
+                "path": self.place,
+                "origin": dict(self.sae.origin),
+                "arch": config.arch,
+                "d_in": config.d_in,
+                "d_sae": config.d_sae,
+                "k": config.k,
+            },
+            "measured_on": self.measured_on,
+            "sae_fast": __version__,
+            "metrics": {
+                group: {name: _finite(value) for name, value in self.sections[group].items()}
+                for group in DEFINITIONS
+                if group in self.sections
+            },
+            "density_histogram": {
+                "log10_edges": list(LOG_DENSITIES),
+                "latents": self.density_histogram,
+            },
+        }
+
+    def saebench(self) -> dict[str, Any]:
+        """Return the metrics in the layout of SAEBench's core output, with −1 for missing ones."""
+        metrics = {
+            group: {name: self._saebench_number(group, name) for name in names}
+            for group, names in _SAEBENCH.items()
+        }
+        stats = metrics["token_stats"]
+        metrics["token_stats"] = {name: max(0, round(value)) for name, value in stats.items()}
+        columns = {
+            name: self.latents[name].tolist() if name in self.latents else None
+            for name in _SAEBENCH_LATENTS
+        }
+        details = [
+            {
+                "index": latent,
+                **{
+                    name: NOT_MEASURED if column is None else round(column[latent], _DIGITS)
+                    for name, column in columns.items()
+                },
+            }
+            for latent in range(self.sae.d_sae)
+        ]
+        origin = self.sae.origin
+        has_model = "model_performance_preservation" in self.sections
+        return {
+            "eval_type_id": "core",
+            "eval_config": {
+                "model_name": str(origin.get("model", "")),
+                "llm_dtype": str(self.measured_on.get("model_dtype", "")),
+                "dataset": str(self.measured_on.get("dataset", "")),
+                "context_size": int(self.measured_on.get("ctx_len", 0)),
+                "compute_kl": has_model,
+                "compute_ce_loss": has_model,
+                "compute_l2_norms": True,
+                "compute_sparsity_metrics": True,
+                "compute_variance_metrics": True,
+                "compute_featurewise_density_statistics": True,
+                "compute_featurewise_weight_based_metrics": True,
+            },
+            "eval_id": str(uuid.uuid4()),
+            "datetime_epoch_millis": int(time.time() * 1000),
+            "eval_result_metrics": metrics,
+            "eval_result_details": details,
+            "sae_bench_commit_hash": "",
+            "sae_lens_id": self.name,
+            "sae_lens_release_id": f"sae_fast {__version__}",
+            "sae_lens_version": "",
+            "sae_cfg_dict": {
+                "architecture": self.sae.config.arch,
+                "d_in": self.sae.d_in,
+                "d_sae": self.sae.d_sae,
+                "model_name": origin.get("model"),
+                "hook_name": origin.get("hook"),
+                "hook_layer": origin.get("layer"),
+            },
+            "eval_result_unstructured": {"measured_on": self.measured_on},
+        }
+
+    def _saebench_number(self, group: str, name: str) -> float:
+        value = self.sections.get(group, {}).get(name, NOT_MEASURED)
+        return float(value) if math.isfinite(value) else NOT_MEASURED
+
+
+def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
+    """Write metrics.json, metrics.md, latents.csv and saebench_core.json into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / JSON, evaluation.to_dict())
+    write_json(directory / SAEBENCH, evaluation.saebench())
+    _write_text(directory / CSV, _latent_table(evaluation.latents))
+    _write_text(directory / MARKDOWN, markdown([evaluation]))
+
+
+def write_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
+    """Write metrics.md with the metrics of several dictionaries beside each other."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_text(directory / MARKDOWN, markdown(evaluations))
+
+
+def markdown(evaluations: Sequence[Evaluation]) -> str:
+    """Return the metrics of dictionaries as tables, with the definition of each metric."""
+    lines = ["# Metrics of dictionaries", ""]
+    for evaluation in evaluations:
+        config = evaluation.sae.config
+        kind = f"{config.arch}, {config.d_in} to {config.d_sae:,} latents"
+        told = ", ".join(f"{name} {value}" for name, value in evaluation.measured_on.items())
+        lines += [f"- **{evaluation.name}** ({kind}), measured on {told}"]
+    names = [evaluation.name for evaluation in evaluations]
+    for group, definitions in DEFINITIONS.items():
+        rows = [
+            [f"`{name}`", *(_shown(item, group, name) for item in evaluations), text]
+            for name, text in definitions.items()
+            if any(name in item.sections.get(group, {}) for item in evaluations)
+        ]
+        if rows:
+            lines += ["", f"## {group}", "", _table(["metric", *names, "definition"], rows)]
+    lines += ["", "## latents.csv", ""]
+    lines += [f"- `{name}`: {text}" for name, text in LATENTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; definitions hold bars, which would end a cell."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
+def _shown(evaluation: Evaluation, group: str, name: str) -> str:
+    value = evaluation.sections.get(group, {}).get(name)
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return "no value"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _latent_table(latents: Mapping[str, Tensor]) -> str:
+    names = [name for name in LATENTS if name in latents]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["latent", *names])
+    columns = [latents[name].tolist() for name in names]
+    for number, row in enumerate(zip(*columns, strict=True)):
+        table.writerow([number, *(f"{value:.9g}" for value in row)])
+    return text.getvalue()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
