@@ -95,7 +95,7 @@ def _draw_cosines(axes: Any, comparison: Comparison) -> None:
     axes.tick_params(labelsize=9)
     axes.grid(alpha=0.3)
     if is_named:
-        legend = axes.legend(fontsize=8, frameon=False, loc="upper left")
+        legend = axes.legend(fontsize=8, frameon=False, loc="best")
         for text in legend.get_texts():
             text.set_parse_math(False)
 
