@@ -79,8 +79,9 @@ class EvaluateConfig(ConfigFile):
     """Sequences in a forward pass. [sequences]"""
     pack: bool = setting(True, needs=_MODEL)
     """Put one document after another in a sequence; encoders have one document in each anyway."""
-    exclude_special_tokens: bool = setting(False, needs=_MODEL)
-    """Leave the activations of BOS, EOS, [CLS], [SEP] and the like as they are."""
+    exclude_special_tokens: bool | None = setting(None, needs=_MODEL)
+    """Leave the activations of BOS, EOS, [CLS], [SEP] and the like as they are; default: of protein
+    models (ESM) only, as in a capture."""
     text_column: str | None = setting(None, needs=_MODEL)
     """Column of the dataset with the documents; default: text, or the only one with texts."""
     tokens_column: str | None = setting(None, nonempty=True, needs=_MODEL)

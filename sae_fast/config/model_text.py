@@ -79,10 +79,11 @@ class CaptureConfig(ConfigFile):
     """Sequences in a forward pass, also --batch-size. [sequences]"""
     pack: bool = setting(True, recipe="rows")
     """Put one document after another in a sequence; encoders have one document in each anyway."""
-    exclude_special_tokens: bool = setting(
-        False, recipe="rows", brief="leave out BOS, EOS, [CLS], [SEP] rows"
+    exclude_special_tokens: bool | None = setting(
+        None, recipe="rows", brief="leave out BOS, EOS, [CLS], [SEP] rows"
     )
-    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, they are not stored."""
+    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, they are not stored.
+    Default: they are stored, but not those that a protein model (ESM) puts round a sequence."""
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = setting(
         "auto", recipe="shards", heading="Shards", brief="type that is stored"
     )
@@ -246,8 +247,9 @@ class FromModelConfig(ConfigFile):
     """What a document is in a .txt file; document: the whole file."""
     pack: bool = setting(True)
     """Put one document after another in a sequence; encoders have one document in each anyway."""
-    exclude_special_tokens: bool = setting(False)
-    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made."""
+    exclude_special_tokens: bool | None = setting(None)
+    """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made. Default:
+    rows are made of them, but not of those that a protein model (ESM) puts round a sequence."""
     data_preprocessing_num_proc: int = setting(1)
     """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
     revision: str | None = setting(None, command_only=True)

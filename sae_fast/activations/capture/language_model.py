@@ -36,6 +36,7 @@ def capture_package(name: str) -> Any:
 
 AUTO = "auto"
 MODEL_DTYPES = (AUTO, "float32", "bfloat16", "float16")
+PROTEIN_MODELS = ("esm",)  # model_type of ESM-1b and ESM-2
 DIGEST_NUMBERS = 1024  # of each parameter that go into the digest of the weights
 
 
@@ -66,6 +67,11 @@ class LanguageModel:
     def context(self) -> int | None:
         """The longest sequence that the model takes; None: it does not say."""
         return context_length(self.network, self.tokenizer)
+
+    @property
+    def reads_proteins(self) -> bool:
+        """Whether its texts are sequences of amino acids, in which special tokens mean nothing."""
+        return self.network.config.model_type in PROTEIN_MODELS
 
     def weights_digest(self) -> str:
         """Return a hash of the first numbers of each parameter, by which models are told apart."""

@@ -100,6 +100,7 @@ class Capture:
         resolved = {
             "ctx_len": sequences.ctx_len,
             "pack": sequences.pack,
+            "exclude_special_tokens": sequences.exclude_special_tokens,
             "world_size": world_size,
         }
         settings = {
@@ -195,7 +196,9 @@ def open_capture(
         _context(config, model),
         config.batch_size,
         config.pack and model.causal,
-        config.exclude_special_tokens,
+        model.reads_proteins
+        if config.exclude_special_tokens is None
+        else config.exclude_special_tokens,
     )
     tokens = _tokenisation(config, model, documents)
     batches = TokenBatches(documents, tokens, sequences)
