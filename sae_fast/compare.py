@@ -86,7 +86,7 @@ def _warn_of_origins(dictionaries: Mapping[str, Dictionary]) -> None:
 def _write(config: CompareConfig, comparison: Comparison) -> None:
     if config.out is None:
         return
-    from sae_fast.atomic_files import replacing, write_json
+    from sae_fast.atomic_files import write_json, write_text
     from sae_fast.report.overlap import draw_overlap
 
     out = config.out
@@ -99,8 +99,7 @@ def _write(config: CompareConfig, comparison: Comparison) -> None:
     write_json(out / "latents.json", comparison.latents())
     texts = {"compare.md": f"{comparison.table()}\n", "latents.csv": comparison.latents_csv()}
     for name, text in texts.items():
-        with replacing(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     draw_overlap(comparison, out / "compare.png")
     print(out)
 

@@ -144,7 +144,7 @@ class _RowSums:
         self.count = 0
         self._sums = torch.zeros(_NONZERO + 1, dtype=torch.float64, device=device)
         self._total = torch.zeros(width, dtype=torch.float64, device=device)
-        self._numbers = 0.0  # Σ of the rows' legacy ratios
+        self._legacy = 0.0  # Σ of the rows' ratios
         self._batch_averaged = 0.0
         self._batched_rows = 0
         self._largest = _LargestRows(extreme_rows, width, device)
@@ -165,7 +165,7 @@ class _RowSums:
         if variance > 0:  # not of a single row, which is its own mean
             self._batch_averaged += len(y) * (1 - float(numbers[:, _ERROR].sum()) / variance)
             legacy = 1 - numbers[:, _ERROR] / apart
-            self._numbers += float(torch.where(apart > 0, legacy, 0.0).sum())
+            self._legacy += float(torch.where(apart > 0, legacy, 0.0).sum())
             self._batched_rows += len(y)
 
     def sections(self) -> dict[str, Section]:
@@ -173,7 +173,7 @@ class _RowSums:
         batched = max(self._batched_rows, 1)
         quality, shrinkage = whole
         quality["explained_variance_batch_averaged"] = self._batch_averaged / batched
-        quality["explained_variance_legacy"] = self._numbers / batched
+        quality["explained_variance_legacy"] = self._legacy / batched
         found: dict[str, Section] = {"reconstruction_quality": quality, "shrinkage": shrinkage}
         left_out = self._largest.count
         if 0 < left_out < self.count:

@@ -20,10 +20,10 @@ from sae_fast.activations.capture.sequences import TokenBatch, TokenBatches
 from sae_fast.activations.capture.splicing import hooked
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.core import CorePass, Section
+from sae_fast.evaluation.text_rows import DOCUMENT
 
 # Columns of a batch of sequences: what the model read, each [B, T].
 TOKENS, MASK, KEPT, LABELS = "tokens", "mask", "kept", "labels"
-DOCUMENT = "doc_id"
 NO_LABEL = -100
 MASKED_SHARE = 0.15  # of the tokens, for a masked model to predict, as BERT was trained
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_fast import __version__
-from sae_fast.atomic_files import replacing, write_json
+from sae_fast.atomic_files import write_json, write_text
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
 from sae_fast.evaluation.definitions import DEFINITIONS, LATENTS
@@ -173,14 +173,14 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / JSON, evaluation.to_dict())
     write_json(directory / SAEBENCH, evaluation.saebench())
-    _write_text(directory / CSV, _latent_table(evaluation.latents))
-    _write_text(directory / MARKDOWN, markdown([evaluation]))
+    write_text(directory / CSV, _latent_table(evaluation.latents))
+    write_text(directory / MARKDOWN, markdown([evaluation]))
 
 
 def write_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
     """Write metrics.md with the metrics of several dictionaries beside each other."""
     directory.mkdir(parents=True, exist_ok=True)
-    _write_text(directory / MARKDOWN, markdown(evaluations))
+    write_text(directory / MARKDOWN, markdown(evaluations))
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
@@ -235,8 +235,3 @@ def _latent_table(latents: Mapping[str, Tensor]) -> str:
     for number, row in enumerate(zip(*columns, strict=True)):
         table.writerow([number, *(f"{value:.9g}" for value in row)])
     return text.getvalue()
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

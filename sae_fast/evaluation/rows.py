@@ -26,8 +26,7 @@ from sae_fast.activations.heldout import HeldOut, read_labels
 from sae_fast.activations.mixing import single
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
-
-DOCUMENT = "doc_id"
+from sae_fast.evaluation.text_rows import DOCUMENT
 
 
 @dataclass(frozen=True)
