@@ -254,7 +254,25 @@ def check_state(
         raise ValueError(
             "the activations differ from the ones that the checkpoint was made with: "
             f"{', '.join(changed)} changed"
+            f"{reading_difference(before.get('dataset'), identity.get('dataset'))}"
         )
+
+
+def reading_difference(before: Any, now: Any) -> str:
+    """Return the flag that reads a dataset as before; nothing where it is read as before.
+
+    Both are what a recipe says of a dataset: of a stream it has no number of documents.
+    """
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return ""
+    if before.get("name") != now.get("name") or not {"documents"} <= before.keys() & now.keys():
+        return ""
+    was_stream, is_stream = before["documents"] is None, now["documents"] is None
+    if was_stream == is_stream:
+        return ""
+    if is_stream:
+        return ": it was not read as a stream, --streaming never goes on with it"
+    return ": it was read as a stream, --streaming always goes on with it"
 
 
 def saved_counts(values: Any, *names: str) -> list[int]:

@@ -10,6 +10,7 @@ from small_models import WORDS, make_tokenizer, save_model
 
 from sae_fast.activations.capture import load_documents, opening
 from sae_fast.activations.capture.streamed import SHUFFLED_DOCUMENTS, StreamedDocuments
+from sae_fast.activations.source import check_state
 from sae_fast.capture import main
 
 COUNT = 2 * SHUFFLED_DOCUMENTS + 300
@@ -174,3 +175,21 @@ def test_what_a_stream_cannot_do_is_refused_in_one_line(tmp_path, capsys, flags,
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.parametrize(("before", "now"), [("never", "always"), ("always", "never")])
+def test_a_capture_that_was_read_in_another_way_names_the_flag(
+    inputs, tmp_path, capsys, before, now
+):
+    assert capture(inputs, tmp_path / "out", "--streaming", before) == 0
+    capsys.readouterr()
+    assert capture(inputs, tmp_path / "out", "--streaming", now) == 2
+    assert f"stream, --streaming {before} goes on with it" in capsys.readouterr().err
+    assert capture(inputs, tmp_path / "out", "--streaming", before) == 0
+
+
+def test_a_position_that_was_read_in_another_way_names_the_flag():
+    known = {"name": "texts", "documents": 9}
+    state = {"version": 1, "identity": {"dataset": known}}
+    with pytest.raises(ValueError, match=r"dataset changed: .*--streaming never goes on with it"):
+        check_state(state, 1, {}, {"dataset": {**known, "documents": None}})

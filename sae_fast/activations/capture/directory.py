@@ -20,6 +20,7 @@ from typing import Any
 from sae_fast.activations.capture.sequences import TokenCursor
 from sae_fast.activations.errors import one_line
 from sae_fast.activations.shard_job import ShardJob
+from sae_fast.activations.source import reading_difference
 from sae_fast.atomic_files import write_json
 from sae_fast.directory_lock import HeldError
 from sae_fast.json_files import parse_json, read_regular
@@ -199,7 +200,7 @@ def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str | None:
         if changed:
             return (
                 f"its {section} is {one.get('name')}, asked for is {other['name']} "
-                f"(another {' and '.join(changed)})"
+                f"(another {' and '.join(changed)}){reading_difference(one, other)}"
             )
     hooks = [sorted(hook["name"] for hook in recipe.get("hooks", ())) for recipe in (there, asked)]
     if hooks[0] != hooks[1]:
