@@ -129,14 +129,17 @@ def _add_dataset(path: Path, rows: torch.Tensor) -> None:
         file["outputs"] = rows.numpy()
 
 
-def test_losses_inside_the_model_are_measured_without_shards(place: Path) -> None:
+def test_losses_inside_the_model_are_measured_without_shards(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_model(place / "llama", "llama")
     words = [" ".join(WORDS[n % len(WORDS)] for n in range(k, k + 9)) for k in range(30)]
     (place / "texts.txt").write_text("\n".join(words))
     origin = {"model": str(place / "llama"), "hook": "residual.1"}
     _save(place / "sae", origin=origin)
     flags = ("--dataset", place / "texts.txt", "--max-tokens", 100, "--batch-sequences", 2)
-    assert _run(place / "sae", *flags, "--ctx-len", 16, "--out", place / "out") == 0
+    ablated = ("--ablate-top", 2, "--ablate-latents", 5, 3)
+    assert _run(place / "sae", *flags, *ablated, "--ctx-len", 16, "--out", place / "out") == 0
     content = json.loads((place / "out" / "metrics.json").read_text())
     losses = content["metrics"]["model_performance_preservation"]
     assert losses["ce_loss_increase"] == pytest.approx(
@@ -144,6 +147,16 @@ def test_losses_inside_the_model_are_measured_without_shards(place: Path) -> Non
     )
     assert 100 <= content["measured_on"]["rows"] < 140
     assert content["metrics"]["misc_metrics"]["frac_alive"] > 0
+    causal = list(csv.DictReader((place / "out" / "causal.csv").read_text().splitlines()))
+    numbers = [int(row["latent"]) for row in causal]
+    assert {3, 5} <= set(numbers)
+    assert 2 <= len(numbers) <= 4
+    assert numbers == [row["latent"] for row in content["causal_impact"]]
+    assert "## causal_impact" in (place / "out" / "metrics.md").read_text()
+    words = [place / "sae", *flags, "--ablate-latents", 30, "--out", place / "out"]
+    capsys.readouterr()
+    assert _run(*words) == 2
+    assert "ablate_latents must be from 0 to 29" in capsys.readouterr().err
 
 
 REFUSED = {

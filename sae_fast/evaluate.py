@@ -150,10 +150,19 @@ def _measure_in_model(
     core: CorePass | None,
     output: CommandOutput,
 ) -> None:
+    from sae_fast.evaluation.causal import causal_impact, check_latents
     from sae_fast.evaluation.language_model import language_model_metrics
 
+    sae, latents = evaluation.sae, config.ablate_latents
+    check_latents(latents, sae.d_sae)
     with _Progress(2 * config.max_tokens, "tok", output) as progress:
-        evaluation.add(language_model_metrics(evaluation.sae, text, core, progress.report))
+        evaluation.add(language_model_metrics(sae, text, core, progress.report))
+    if config.ablate_top or latents:
+        top, by = config.ablate_top, config.ablate_by
+        with _Progress(2 * config.max_tokens, "tok", output) as progress:
+            evaluation.add_causal(
+                causal_impact(sae, text, top=top, by=by, latents=latents, report=progress.report)
+            )
     if core is not None:
         found = core.result()
         evaluation.add_core(found)

@@ -173,3 +173,12 @@ def test_a_text_without_tokens_is_refused() -> None:
     text = _text("gpt2")._replace(batches=lambda: iter(()))
     with pytest.raises(ValueError, match="no token whose activations are kept"):
         language_model_metrics(_sae(), text)
+
+
+def test_four_whole_passes_are_made_for_a_batch() -> None:
+    """The model's own pass gives the activations too; the others have replaced ones."""
+    text, calls = _text("gpt2"), []
+    handle = text.network.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    language_model_metrics(_sae(), text)
+    handle.remove()
+    assert len(calls) == 4 * len(list(text.batches()))

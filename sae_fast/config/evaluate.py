@@ -30,7 +30,8 @@ class EvaluateConfig(ConfigFile):
     saes: tuple[Path, ...] = setting((), positional=True, metavar="SAE")
     """Directories of runs, of checkpoints or of saved models."""
     out: Path | None = setting(None, metavar="DIR", heading="What is written", brief="directory")
-    """Directory to write: metrics.json, metrics.md, latents.csv and saebench_core.json, with
+    """Directory to write: metrics.json, metrics.md, the tables latents.csv and, where latents were
+    ablated, causal.csv, and saebench_core.json; with
     several dictionaries in a folder for each, and their metrics beside each other in metrics.md."""
     shard_dir: Path | None = setting(
         None, metavar="DIR", heading="Rows", brief="shards to measure on, the held-out ones of them"
@@ -102,6 +103,14 @@ class EvaluateConfig(ConfigFile):
     trust_remote_code: bool = setting(False, needs=_MODEL)
     """Run the code that comes with a model in its folder or on the hub. It can do anything that you
     can: read it before."""
+    ablate_top: int = setting(10, at_least=0, needs=_MODEL, brief="latents to ablate one at a time")
+    """Latents to ablate in the model one at a time, the first ones by --ablate-by; 0: none."""
+    ablate_by: Literal["mass", "frequency", "attribution"] = setting("mass", needs=_MODEL)
+    """Order in which latents are ablated. mass: the norm of what a latent adds to the activations,
+    averaged over tokens; frequency: how often it is active; attribution: the size of the
+    first-order estimate of its impact."""
+    ablate_latents: tuple[int, ...] = setting((), at_least=0, needs=_MODEL, metavar="LATENT")
+    """Further latents to ablate, by number."""
     force: bool = setting(False, heading="More", brief="measure on activations of another place")
     """Measure although the dictionary says that it is of another model, hook point or layer."""
     device: str = setting("cpu", brief="cpu or cuda")

@@ -112,6 +112,21 @@ DEFINITIONS["without_largest_norms"] = {
     },
 }
 
+CAUSAL: dict[str, str] = {
+    "loss_change": (
+        "CE with the latent ablated − CE, in nats a predicted token; an ablation subtracts "
+        "f_j · W_dec[j] from the activations and leaves all else"
+    ),
+    "attribution": (
+        "first-order estimate of loss_change, attribution patching: "
+        "−Σ f_j · (∂CE/∂activations · W_dec[j]) over tokens"
+    ),
+    "kl_div": "KL(p ‖ q) a token, p the model's prediction, q the one with the latent ablated",
+    "logit_change": "|change of a logit|, averaged over the vocabulary and over tokens",
+    "mass": "|f_j| · |W_dec[j]|, averaged over tokens",
+    "frequency": "share of the tokens on which the latent is active",
+}
+
 LATENTS: dict[str, str] = {
     "feature_density": "share of the rows on which the latent is active",
     "mean_activation": "|f_j|, averaged over the rows on which it is active",
@@ -122,4 +137,5 @@ LATENTS: dict[str, str] = {
     "encoder_decoder_cosine_sim": "cosine of its encoder row and its decoder row",
     "max_encoder_cosine_sim": "largest cosine of its encoder row with another latent's",
     "max_decoder_cosine_sim": "largest cosine of its decoder row with another latent's",
+    "attribution": CAUSAL["attribution"],
 }

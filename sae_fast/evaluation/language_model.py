@@ -7,7 +7,7 @@ predicts tokens that were replaced by its mask.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from sae_fast.activations.capture import HookedModel, HookPoint
 from sae_fast.activations.capture.sequences import TokenBatch, TokenBatches
-from sae_fast.activations.capture.splicing import hooked
+from sae_fast.activations.capture.splicing import Change, hooked
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.core import CorePass, Section
 from sae_fast.evaluation.text_rows import DOCUMENT
@@ -58,9 +58,31 @@ class SplicedModel:
             changed[kept.view(activations.shape[:-1])] = x_hat.to(activations.dtype)
             return changed
 
+        return self.run(columns, *([] if x_hat is None else [(self._hook, replace)]))
+
+    def observed(self, columns: Columns, *hooks: HookPoint) -> tuple[Tensor, list[Tensor]]:
+        """Return the model's own logits [B, T, words], and its activations [n, D] at hook points.
+
+        The activations are of the tokens that are kept, float32.
+        """
+        kept, found = columns[KEPT], {}
+
+        def keeper(hook: HookPoint) -> Change:
+            def keep(activations: Tensor) -> None:
+                rows = activations.detach()[kept.view(activations.shape[:-1])]
+                found[hook.name] = rows.float()
+
+            return keep
+
+        logits = self.run(columns, *((hook, keeper(hook)) for hook in hooks))
+        return logits, [found[hook.name] for hook in hooks]
+
+    def run(self, columns: Columns, *changes: tuple[HookPoint, Change]) -> Tensor:
+        """Return the logits [B, T, words] float32 with activations changed at hook points."""
         mask = columns[MASK]
-        spliced = nullcontext() if x_hat is None else hooked(self._network, self._hook, replace)
-        with spliced:
+        with ExitStack() as stack:
+            for hook, change in changes:
+                stack.enter_context(hooked(self._network, hook, change))
             logits: Tensor = self._network(
                 input_ids=columns[TOKENS],
                 attention_mask=None if bool(mask.all()) else mask.to(torch.int64),
@@ -74,15 +96,35 @@ class SplicedModel:
         columns: Columns,
     ) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of the predicted tokens, a sum, and their number, 0-d both."""
-        tokens, mask, labels = columns[TOKENS], columns[MASK], columns[LABELS]
-        if self._causal:
-            labels = tokens[:, 1:].masked_fill(~mask[:, 1:], NO_LABEL)
-            logits = logits[:, :-1]
+        logits, labels = self._predictions(logits, columns)
         flat = labels.flatten()
         total = functional.cross_entropy(
             logits.flatten(0, 1), flat, ignore_index=NO_LABEL, reduction="sum"
         )
         return total, (flat != NO_LABEL).sum()
+
+    def sequence_cross_entropies(
+        self,
+        logits: Tensor,  # [B, T, words]
+        columns: Columns,
+    ) -> Tensor:
+        """Return the cross-entropy of the predicted tokens of each sequence, sums, [B] float64."""
+        logits, labels = self._predictions(logits, columns)
+        each = functional.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=NO_LABEL, reduction="none"
+        )
+        return each.sum(1, dtype=torch.float64)
+
+    def _predictions(
+        self,
+        logits: Tensor,  # [B, T, words]
+        columns: Columns,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits of predictions, and the tokens that they are to predict."""
+        if not self._causal:
+            return logits, columns[LABELS]
+        tokens, mask = columns[TOKENS], columns[MASK]
+        return logits[:, :-1], tokens[:, 1:].masked_fill(~mask[:, 1:], NO_LABEL)
 
 
 def masked_tokens(
@@ -236,10 +278,9 @@ def _losses(
     sums = {name: _Sums(*torch.zeros(2, dtype=torch.float64)) for name in names}
     predicted = tokens = 0
     for columns in text.batches():
-        x, _ = _rows_of(text, columns)
+        own, (x,) = model.observed(columns, text.source)
         x_hat = sae(x)
         mask = columns[MASK]
-        own = model.logits(columns, None)
         log_own = own[mask].log_softmax(-1)
         for name in names:
             if name == "without":

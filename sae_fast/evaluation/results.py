@@ -17,10 +17,12 @@ from torch import Tensor
 from sae_fast import __version__
 from sae_fast.atomic_files import write_json, write_text
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.evaluation.causal import CausalImpact
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
-from sae_fast.evaluation.definitions import DEFINITIONS, LATENTS
+from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS, LATENTS
 
 JSON, MARKDOWN, CSV, SAEBENCH = "metrics.json", "metrics.md", "latents.csv", "saebench_core.json"
+CAUSAL_CSV = "causal.csv"
 NOT_MEASURED = -1.0  # SAEBench's own value where a metric was not computed
 _DIGITS = 10
 # The metrics in SAEBench's core output, by group.
@@ -59,6 +61,7 @@ class Evaluation:
         sections: metrics by name, by the name of their group.
         latents: a number for each latent [F], by name.
         density_histogram: see `CoreMetrics`.
+        causal: what ablations of latents change, if they were made.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Evaluation:
     sections: dict[str, Section] = field(default_factory=dict)
     latents: dict[str, Tensor] = field(default_factory=dict)
     density_histogram: list[int] = field(default_factory=list)
+    causal: CausalImpact | None = None
 
     def add(self, sections: Mapping[str, Section]) -> None:
         """Add metrics to their groups."""
@@ -79,6 +83,11 @@ class Evaluation:
         self.add(core.sections)
         self.latents |= core.latents
         self.density_histogram = core.density_histogram
+
+    def add_causal(self, causal: CausalImpact) -> None:
+        """Add what ablations of latents change, and its estimate for all latents."""
+        self.causal = causal
+        self.latents["attribution"] = causal.all_latents.attribution
 
     def to_dict(self) -> dict[str, Any]:
         """Return what metrics.json holds; a metric that has no value, such as 0 / 0, is null."""
@@ -103,6 +112,7 @@ class Evaluation:
                 "log10_edges": list(LOG_DENSITIES),
                 "latents": self.density_histogram,
             },
+            **({} if self.causal is None else {"causal_impact": list(self.causal.rows())}),
         }
 
     def saebench(self) -> dict[str, Any]:
@@ -175,6 +185,8 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     write_json(directory / SAEBENCH, evaluation.saebench())
     write_text(directory / CSV, _latent_table(evaluation.latents))
     write_text(directory / MARKDOWN, markdown([evaluation]))
+    if evaluation.causal is not None:
+        write_text(directory / CAUSAL_CSV, _causal_table(evaluation.causal))
 
 
 def write_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
@@ -200,9 +212,25 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         ]
         if rows:
             lines += ["", f"## {group}", "", _table(["metric", *names, "definition"], rows)]
+    for evaluation in evaluations:
+        if evaluation.causal is not None:
+            lines += _causal_section(evaluation, is_alone=len(evaluations) == 1)
     lines += ["", "## latents.csv", ""]
     lines += [f"- `{name}`: {text}" for name, text in LATENTS.items()]
     return "\n".join(lines) + "\n"
+
+
+def _causal_section(evaluation: Evaluation, *, is_alone: bool) -> list[str]:
+    """Return the lines of Markdown about the latents that were ablated, the strongest first."""
+    assert evaluation.causal is not None
+    ending = "" if is_alone else f" of {evaluation.name}"
+    rows = [
+        [str(int(row["latent"])), *(f"{row[name]:.4g}" for name in CAUSAL)]
+        for row in evaluation.causal.rows()
+    ]
+    lines = ["", f"## causal_impact{ending}", ""]
+    lines += [_table(["latent", *CAUSAL], rows), ""]
+    return lines + [f"- `{name}`: {text}" for name, text in CAUSAL.items()]
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -224,6 +252,15 @@ def _shown(evaluation: Evaluation, group: str, name: str) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _causal_table(causal: CausalImpact) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["latent", *CAUSAL])
+    for row in causal.rows():
+        table.writerow([int(row["latent"]), *(f"{row[name]:.9g}" for name in CAUSAL)])
+    return text.getvalue()
 
 
 def _latent_table(latents: Mapping[str, Tensor]) -> str:
