@@ -21,6 +21,7 @@ LAYERS = (
             "atomic_files",
             "directory_lock",
             "memory",
+            "own_code",
             "output_streams",
             "progress_bar",
             "log_output",

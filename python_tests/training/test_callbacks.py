@@ -137,3 +137,45 @@ def test_an_error_of_on_end_does_not_hide_the_one_that_ended_the_training(activa
 def test_an_object_that_is_no_callback_is_refused(given, found, activations):
     with pytest.raises(ValueError, match=f"derived from sae_fast.Callback.*got {found}"):
         make(activations, [given])
+
+
+@pytest.mark.parametrize("given", [Recorder(), None, "abc"])
+def test_callbacks_that_are_no_list_are_refused(given, activations):
+    with pytest.raises(ValueError, match="callbacks must be a list of callbacks, got "):
+        make(activations, given)
+
+
+WRONG_METHODS = {
+    r"Mine.on_steps is never called \(did you mean on_step\?\)": ("on_steps", print),
+    r"Mine.on_step must take \(self, trainer, row\), got \(self\)": ("on_step", lambda self: 0),
+    "Mine.on_step must be a method, got int": ("on_step", 3),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_METHODS)
+def test_a_method_that_cannot_be_called_is_refused_before_the_training(words, activations):
+    name, method = WRONG_METHODS[words]
+    with pytest.raises(ValueError, match=words):
+        make(activations, [type("Mine", (Callback,), {name: method})()])
+
+
+@pytest.mark.parametrize(
+    ("method", "work", "words"),
+    [
+        ("on_step", Trainer.advance, "cannot advance: one of its callbacks is running"),
+        ("on_start", Trainer.train, "cannot be opened: one of its callbacks is running"),
+    ],
+)
+def test_a_callback_cannot_make_steps_itself(method, work, words, activations):
+    mine = type("Mine", (Callback,), {method: lambda self, trainer, *given: work(trainer)})()
+    with pytest.raises(TrainingError, match=f"Mine.{method} failed with RuntimeError: .*{words}"):
+        make(activations, [mine]).train()
+
+
+def test_an_error_says_which_line_of_the_callback_failed(activations):
+    def fail(self, trainer, row):
+        return row["no such metric"]
+
+    mine = type("Mine", (Callback,), {"on_step": fail})()
+    with pytest.raises(TrainingError, match=r"'no such metric' \(test_callbacks.py, line \d+\)"):
+        make(activations, [mine]).train()

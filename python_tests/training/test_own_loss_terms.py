@@ -1,5 +1,7 @@
 """Trainings with loss terms of one's own: they act, are logged, and are remembered."""
 
+import re
+
 import pytest
 import torch
 
@@ -66,3 +68,58 @@ def test_an_object_that_is_no_term_is_refused(activations):
     config = SAEConfig(k=4), TrainConfig(batch_size=64, max_steps=1)
     with pytest.raises(ValueError, match=r"must be a list of sae_fast.LossTerm, got function"):
         Trainer(*config, activations, loss_terms=[mean_square])
+
+
+WRONG = {
+    "loss term a: function must take (sae, batch, code, x_hat), got int": ("a", 3),
+    "loss term a: function must take (sae, batch, code, x_hat), got one that takes (sae)": (
+        *("a", lambda sae: 1),
+    ),
+    "loss term: name must be a word such as my_loss, got 3": (3, mean_square),
+    "loss term a: coefficient must be a finite number, got 'x'": ("a", mean_square, "x"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_term_that_cannot_be_called_is_refused_in_one_line(words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        LossTerm(*WRONG[words])
+
+
+def fail(sae, batch, code, x_hat):
+    return code.values.sum() / {}["rate"]
+
+
+def change_batch(sae, batch, code, x_hat):
+    batch.x.zero_()
+    return code.values.sum()
+
+
+AT_WORK = {
+    "loss term a failed with KeyError: 'rate' (test_own_loss_terms.py, line": fail,
+    "backward through loss term a failed with RuntimeError: one of the variables": change_batch,
+    "loss term a: the function must return a tensor, got float": lambda *given: 1.0,
+    "loss term a: the function must return a 0-d tensor of floats, got torch.float32 of shape": (
+        lambda sae, batch, code, x_hat: code.values.sum(1)
+    ),
+    "; of the terms of the loss only a is not finite": (
+        lambda sae, batch, code, x_hat: code.values.sum() * torch.nan
+    ),
+}
+
+
+@pytest.mark.parametrize("words", AT_WORK)
+def test_a_term_that_fails_is_named_in_one_line(words, activations):
+    config = SAEConfig(d_sae=32, k=4), TrainConfig(batch_size=64, max_steps=1, lr=1e-2)
+    terms = [LossTerm("a", AT_WORK[words])]
+    trainer = Trainer(*config, activations, loss_terms=terms, show_progress=False)
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        trainer.train()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [LossTerm("a", mean_square), None, "a"])
+def test_terms_that_are_no_list_are_refused(given, activations):
+    config = SAEConfig(k=4), TrainConfig(batch_size=64, max_steps=1)
+    with pytest.raises(ValueError, match=r"loss_terms must be a list of sae_fast.LossTerm, got"):
+        Trainer(*config, activations, loss_terms=given)

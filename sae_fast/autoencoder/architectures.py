@@ -9,11 +9,12 @@ from typing import TypeVar
 
 from sae_fast.autoencoder.architecture import Architecture
 from sae_fast.autoencoder.jumprelu import JumpReLU
+from sae_fast.autoencoder.own_architecture import check_class, checked_class
 from sae_fast.autoencoder.slots import Slots
 from sae_fast.autoencoder.thresholded import Gated, ReLU
 from sae_fast.autoencoder.topk import BatchTopK, Matryoshka, TopK
 from sae_fast.config.own_settings import own_config
-from sae_fast.config.sae import built_in, register, registered
+from sae_fast.config.sae import SAEConfig, built_in, register, registered
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "topk": TopK,
@@ -25,6 +26,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "slots": Slots,
 }
 _NAME = re.compile("[a-z][a-z0-9_]*")
+_checked: dict[str, type[Architecture]] = {}  # of each registered one the class that is made
 
 Registered = TypeVar("Registered", bound=type[Architecture])
 
@@ -40,13 +42,14 @@ def register_architecture(cls: Registered) -> Registered:
     Args:
         cls: a class derived from `Architecture`, with a `name`, `loss` and `infer`.
 
-    Raises ValueError, one line, for a class that lacks one of them, a name that is in use, or a
-    setting whose name is in use.
+    Raises ValueError, one line, for a class that lacks one of them or has a method with other
+    arguments, a name that is in use, or a setting that is none or whose name is in use. A method
+    that returns something else than it must is refused in one line when it is called.
     """
     if not (isinstance(cls, type) and issubclass(cls, Architecture)):
         raise ValueError(f"register_architecture: {cls!r} is no class derived from Architecture")
     name = cls.name
-    if not _NAME.fullmatch(name):
+    if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise ValueError(
             f"register_architecture: {cls.__name__}.name must be a word of small letters, digits "
             f"and _, such as my_topk, got {name!r}"
@@ -60,10 +63,17 @@ def register_architecture(cls: Registered) -> Registered:
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         raise ValueError(f"register_architecture: {cls.__name__} lacks {missing}")
+    check_class(cls)
     config = own_config(name, cls.__name__, cls.Settings, cls.shared, _origin(cls))
     register(name, config)
     ARCHITECTURES[name] = cls
+    _checked[name] = checked_class(cls, make_architecture)
     return cls
+
+
+def make_architecture(config: SAEConfig) -> Architecture:
+    """Return the architecture of a configuration; a registered one checks what its methods give."""
+    return _checked.get(config.arch, ARCHITECTURES[config.arch])(config)
 
 
 def unregister_architecture(name: str) -> None:
@@ -71,7 +81,7 @@ def unregister_architecture(name: str) -> None:
     if name not in registered():
         raise ValueError(f"unregister_architecture: no architecture {name!r} is registered")
     register(name, None)
-    del ARCHITECTURES[name]
+    del ARCHITECTURES[name], _checked[name]
 
 
 def _place(cls: type) -> tuple[str, str]:

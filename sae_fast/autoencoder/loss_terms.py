@@ -7,8 +7,9 @@ leaves an ordinary gradient on it, which the optimizer adds to the factors.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.activations import Rows
 from sae_fast.autoencoder.architecture import Architecture
+from sae_fast.own_code import call
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 # Beginnings of names that rows of metrics and summaries make of other names.
 _PREFIXES = ("heldout_", "averaged_", "final_", "best_")
+_COEFFICIENT = "sparsity_coeff"  # which relu and gated have, and what is derived from them
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class LossTerm:
             active; both have `values`, `n_rows` and `dense()`.
         coefficient: the weight of the term.
 
-    Raises ValueError for a name that is no word, or a coefficient that is not finite.
+    Raises ValueError for a name that is no word, a coefficient that is not finite, or a function
+    that does not take four arguments.
     """
 
     name: str
@@ -48,17 +52,22 @@ class LossTerm:
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
+        if not (isinstance(self.name, str) and self.name.isidentifier()):
             raise ValueError(f"loss term: name must be a word such as my_loss, got {self.name!r}")
-        if not math.isfinite(self.coefficient):
+        self._check_function()
+        is_number = isinstance(self.coefficient, int | float)
+        if not is_number or not math.isfinite(self.coefficient):
             raise ValueError(
                 f"loss term {self.name}: coefficient must be a finite number, "
                 f"got {self.coefficient!r}"
             )
 
     def of(self, sae: SparseAutoencoder, batch: Rows, code: ops.Code, x_hat: Tensor) -> Tensor:
-        """Return the term of a batch, 0-d; raise ValueError where the function returns another."""
-        value: object = self.function(sae, batch, code, x_hat)
+        """Return the term of a batch, 0-d.
+
+        Raises ValueError, one line, where the function fails or returns something else.
+        """
+        value: object = call(f"loss term {self.name}", self.function, sae, batch, code, x_hat)
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"loss term {self.name}: the function must return a tensor, "
@@ -81,16 +90,40 @@ class LossTerm:
             )
         return self.coefficient * value.to(x_hat.dtype)
 
+    def _check_function(self) -> None:
+        """Raise ValueError for a function that cannot be called as `of` calls it."""
+        expected = f"loss term {self.name}: function must take (sae, batch, code, x_hat)"
+        if not callable(self.function):
+            raise ValueError(f"{expected}, got {type(self.function).__name__}")
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # of a function in C
+            return
+        try:
+            signature.bind(*range(4))
+        except TypeError:
+            names = ", ".join(signature.parameters)
+            raise ValueError(f"{expected}, got one that takes ({names})") from None
+
 
 def checked_terms(
-    terms: Sequence[object], architecture: Architecture, taken: Collection[str]
+    terms: object, architecture: Architecture, taken: Collection[str]
 ) -> tuple[LossTerm, ...]:
     """Return the loss terms given to a training of an architecture.
 
     Raises ValueError for one whose name is in use, by another term or one of the metrics `taken`,
-    and where none can act because neither encoder nor decoder is trained.
+    where a registered architecture has such a name, and where no term can act because neither
+    encoder nor decoder is trained.
     """
     config = architecture.config
+    if isinstance(terms, str) or not isinstance(terms, Iterable):
+        kind = type(terms).__name__
+        raise ValueError(f"loss_terms must be a list of sae_fast.LossTerm, got {kind}")
+    terms = list(terms)
+    own = {*architecture.term_names, *architecture.metric_names} if config.registered_by else set()
+    for name in sorted(own):
+        if name in {*taken} - {_COEFFICIENT} or name.startswith(_PREFIXES):
+            raise ValueError(f"arch {config.arch}: {name} is the name of another metric, rename it")
     if terms and architecture.trained() is not None:
         raise ValueError(
             f"loss_terms must be left out with slots_mode {config.slots_mode}, which trains "

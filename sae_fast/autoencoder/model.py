@@ -23,7 +23,7 @@ from sae_fast.autoencoder.architecture import (
     StepSettings,
     Weights,
 )
-from sae_fast.autoencoder.architectures import ARCHITECTURES
+from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.files import (
     model_directory,
     read_config,
@@ -95,7 +95,7 @@ class SparseAutoencoder(nn.Module):
             )
         self.config = config
         self.origin: dict[str, Any] = {}
-        self.architecture = ARCHITECTURES[config.arch](config)
+        self.architecture = make_architecture(config)
         self.guidance = Guidance(config)
         dtype = torch.float32  # whatever the default is: the kernels take no other
         d_in, d_sae, width = config.d_in, config.d_sae, config.target_width

@@ -91,11 +91,6 @@ def batch_loss(
         further = {term.name: term.of(sae, batch, own.code, x_hat) for term in loss_terms}
     elif loss_terms:
         further = {term.name: sae.b_dec.new_zeros(()) for term in loss_terms}
-    if unknown := own.terms.keys() - {*sae.term_names}:
-        raise ValueError(
-            f"arch {sae.config.arch}: loss returns the term {min(unknown)}, which is not in its "
-            "term_names"
-        )
     total, components = _weighted_sum(sae, own, batch, settings, further)
     components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
     components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)

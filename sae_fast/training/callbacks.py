@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sae_fast.own_code import failed
 from sae_fast.training.failure import TrainingError, intact
 from sae_fast.training.metrics import Row
 
@@ -46,11 +49,19 @@ class Callback:
 class Callbacks:
     """The callbacks of one training, called one after another.
 
-    Raises ValueError for an object that is no `Callback`.
+    Attributes:
+        is_running: whether one of them is being called; the training cannot go on meanwhile.
+
+    Raises ValueError for an object that is no `Callback`, or has a method that would not be called
+    or cannot be called as it is.
     """
 
-    def __init__(self, trainer: Trainer, callbacks: Sequence[object]) -> None:
+    def __init__(self, trainer: Trainer, callbacks: object) -> None:
         checked = []
+        if isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+            raise ValueError(
+                f"callbacks must be a list of callbacks, got {type(callbacks).__name__}"
+            )
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 found = callback if isinstance(callback, type) else type(callback)
@@ -59,10 +70,12 @@ class Callbacks:
                     "callbacks must be objects of classes derived from sae_fast.Callback"
                     f"{hint}, got {found.__name__}"
                 )
+            _check_methods(type(callback))
             checked.append(callback)
         self._trainer = trainer
         self._callbacks = tuple(checked)
         self._has_begun = False
+        self.is_running = False
 
     def start(self) -> None:
         """Call `on_start` of all."""
@@ -104,15 +117,42 @@ class Callbacks:
             self._call_one(method, callback, call)
 
     def _call_one(self, method: str, callback: Callback, call: Callable[[Callback], None]) -> None:
+        before, self.is_running = self.is_running, True
         try:
             with torch.no_grad():
                 call(callback)
         except Exception as error:
-            reason = " ".join(str(error).split())
-            what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
             store = self._trainer.checkpoints
             newest = None if store is None else store.newest()
-            raise TrainingError(
-                f"step {self._trainer.step}: {type(callback).__name__}.{method} failed with {what}"
-                f"{intact(newest)}"
-            ) from error
+            what = failed(f"{type(callback).__name__}.{method}", error)
+            raise TrainingError(f"step {self._trainer.step}: {what}{intact(newest)}") from error
+        finally:
+            self.is_running = before
+
+
+def _check_methods(kind: type[Callback]) -> None:
+    """Raise ValueError for a method that `Callback` lacks, or that takes other arguments."""
+    known = {name for name in vars(Callback) if name.startswith("on_")}
+    for name in dir(kind):
+        if not name.startswith("on_"):
+            continue
+        method = getattr(kind, name)
+        if name not in known:
+            if near := difflib.get_close_matches(name, known, n=1):
+                raise ValueError(
+                    f"callbacks: {kind.__name__}.{name} is never called (did you mean {near[0]}?)"
+                )
+            continue
+        if not callable(method):
+            raise ValueError(
+                f"callbacks: {kind.__name__}.{name} must be a method, got {type(method).__name__}"
+            )
+        expected = [*inspect.signature(getattr(Callback, name)).parameters]
+        is_bound = not inspect.isfunction(inspect.getattr_static(kind, name))
+        try:
+            inspect.signature(method).bind(*expected[is_bound:])
+        except TypeError:
+            raise ValueError(
+                f"callbacks: {kind.__name__}.{name} must take ({', '.join(expected)}), got "
+                f"({', '.join(inspect.signature(method).parameters)})"
+            ) from None

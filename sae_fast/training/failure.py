@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from sae_fast.training.memory_plan import MemoryPlan
 from sae_fast.training.step import GRAD_NORM, LOSS, Reading
+
+RECON_LOSS = "recon_loss"
 
 
 class TrainingError(ValueError):
@@ -22,6 +24,7 @@ def divergence(
     shards: list[Path],
     bad_rows: int | None,
     newest_checkpoint: Path | None,
+    term_names: Sequence[str] = (),
 ) -> TrainingError:
     """Return the error of a step whose loss or gradient norm is not finite.
 
@@ -33,6 +36,7 @@ def divergence(
         shards: what it may have read.
         bad_rows: how many rows of its batches are not finite, None where it is not known any more.
         newest_checkpoint: the last one written.
+        term_names: the terms of the loss, among the metrics.
     """
     metrics = reading.metrics
     what, value = "loss", metrics[LOSS]
@@ -41,7 +45,8 @@ def divergence(
     origin = f", reading {', '.join(str(shard) for shard in shards)}" if shards else ""
     terms = ", ".join(f"{n} {v:g}" for n, v in metrics.items() if n not in (LOSS, GRAD_NORM))
     found = f"step {step}{origin}: the {what} is {value} ({terms})"
-    cause = _cause(reading.variance, bad_rows)
+    bad_terms = [name for name in term_names if not math.isfinite(metrics[name])]
+    cause = _cause(reading.variance, bad_rows, bad_terms)
     return TrainingError(f"{found}; {cause}{intact(newest_checkpoint)}")
 
 
@@ -78,11 +83,13 @@ def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
     return int(torch.cuda.memory_stats(device).get("num_ooms", 0)) > 0
 
 
-def _cause(variance: float, bad_rows: int | None) -> str:
+def _cause(variance: float, bad_rows: int | None, bad_terms: Sequence[str]) -> str:
     if bad_rows or (bad_rows is None and math.isnan(variance)):
         return "rows hold NaN or Inf" if bad_rows is None else f"{bad_rows} rows hold NaN or Inf"
     if math.isinf(variance):
         return "rows hold numbers too large to square"
+    if bad_terms and RECON_LOSS not in bad_terms:
+        return f"of the terms of the loss only {', '.join(bad_terms)} is not finite"
     return "a lower learning rate may help"
 
 

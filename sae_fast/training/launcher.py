@@ -110,7 +110,9 @@ class Launcher:
             bad_rows = sum(_count_bad(rows) for rows in batches)
             shards = self._batches.current_shards()
             newest = self._newest_checkpoint()
-            raise divergence(self._step.read({}), self._made, shards, bad_rows, newest)
+            raise divergence(
+                self._step.read({}), self._made, shards, bad_rows, newest, self._step.term_names
+            )
 
     def kept_copies(self) -> AbstractContextManager[None]:
         """Keep the working copies that the steps made, for what the host does between them."""
@@ -147,7 +149,8 @@ class Launcher:
     def _late_divergence(self, reading: Reading, bad_step: int) -> Exception:
         step = self._first + bad_step
         shards = dict(self._recent).get(step, [])
-        return divergence(reading, step, shards, None, self._newest_checkpoint())
+        newest = self._newest_checkpoint()
+        return divergence(reading, step, shards, None, newest, self._step.term_names)
 
     def _steps_to_reading(self) -> int:
         """Return after how many steps the host reads the device again, at the latest."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sae_fast.activations.stream import PREFETCHED_BATCHES
-from sae_fast.autoencoder.architectures import ARCHITECTURES
+from sae_fast.autoencoder.architectures import ARCHITECTURES, make_architecture
 from sae_fast.autoencoder.thresholded import DENSE_FROM, Thresholded
 from sae_fast.autoencoder.topk import MULTI
 from sae_fast.config import SAEConfig, TrainConfig
@@ -200,7 +200,7 @@ def _extra_parameters(sae: SAEConfig) -> int:
     """
     probe = sae.probe_outputs * (sae.d_sae + 1)
     if sae.registered_by:
-        architecture = ARCHITECTURES[sae.arch](sae)
+        architecture = make_architecture(sae)
         own = architecture.parameters() | architecture.buffers()
         probe += sum(tensor.numel() for tensor in own.values())
     if sae.skip_connection:

@@ -23,6 +23,7 @@ from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.training_loss import batch_loss, whole_step
 from sae_fast.ops import Code
+from sae_fast.own_code import call
 from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
@@ -83,8 +84,11 @@ class TrainingStep:
         self._engine = Engine(precision, optimizer.dense_grad)
         self.average = average
         self._copy_session = object()
-        further = (term.name for term in loss_terms)
-        self._components = (*sae.term_names, *further, *sae.metric_names)
+        self.term_names = (*sae.term_names, *(term.name for term in loss_terms))
+        own = [f"arch {sae.config.arch}"] if sae.config.registered_by else []
+        own += [f"loss term {term.name}" for term in loss_terms]
+        self._own_code = ", ".join(own)  # which an error of backward may come from
+        self._components = (*self.term_names, *sae.metric_names)
         self._names = (LOSS, *self._components, GRAD_NORM, _VARIANCE)
         device = sae.W_enc.device
         self._poison = torch.zeros((), dtype=torch.float32, device=device)
@@ -151,7 +155,10 @@ class TrainingStep:
             whole=whole,
             loss_terms=self.loss_terms,
         )
-        loss.total.backward(weight)  # type: ignore[no-untyped-call]
+        if self._own_code:
+            call(f"backward through {self._own_code}", loss.total.backward, weight)
+        else:
+            loss.total.backward(weight)  # type: ignore[no-untyped-call]
         self._poison_by(loss.total.detach())
         return loss
 

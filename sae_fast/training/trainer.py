@@ -24,7 +24,7 @@ from sae_fast.activations import ActivationSource
 from sae_fast.activations.given_arrays import Given
 from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architectures import ARCHITECTURES
+from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
@@ -179,7 +179,7 @@ class Trainer:
         check_heldout_labels(sae_config, self.data.heldout_labels)
         self.sae_config = sized_config(sae_config, self.source.d_in, checkpoint, self.data.d_out)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
-        architecture = ARCHITECTURES[self.sae_config.arch](self.sae_config)
+        architecture = make_architecture(self.sae_config)
         self.loss_terms = checked_terms(loss_terms, architecture, ROW_NAMES)
         rows = self.source.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
@@ -262,6 +262,8 @@ class Trainer:
     @torch.inference_mode(False)
     def __enter__(self) -> Trainer:
         """Start the reader and the logs, and write the first checkpoint."""
+        if self._callbacks.is_running:
+            raise RuntimeError("this trainer cannot be opened: one of its callbacks is running")
         self.is_stopped = False
         try:
             self._open()
@@ -303,9 +305,11 @@ class Trainer:
         does, and RuntimeError where the trainer is not open, all its steps are made, or `stop` was
         called: see `is_done`.
         """
-        if not self._is_open or self.is_done:
+        if not self._is_open or self.is_done or self._callbacks.is_running:
             reason = "use it inside `with trainer:`"
-            if self._is_open:
+            if self._callbacks.is_running:
+                reason = "one of its callbacks is running"
+            elif self._is_open:
                 reason = f"it was stopped at step {self.step}; is_done tells when a loop has to end"
                 reason = reason if self.is_stopped else "all its steps are made"
             raise RuntimeError(f"this trainer cannot advance: {reason}")
