@@ -29,6 +29,7 @@ def test_without_arguments_all_commands_are_listed(capsys):
     commands = [
         path.stem for path in folder.glob("*.py") if "\ndef main(" in path.read_text("utf-8")
     ]
+    commands += [path.parent.name for path in folder.glob("*/__main__.py")]
     assert sorted([*COMMANDS, "__main__"]) == sorted(commands)
 
 

@@ -28,6 +28,7 @@ from sae_fast.autoencoder.architectures import unregister_architecture
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.compare import CompareConfig
 from sae_fast.config.evaluate import EvaluateConfig
+from sae_fast.config.ground_truth import GroundTruthConfig
 from sae_fast.config.latents import LatentsConfig
 from sae_fast.config.model_text import CaptureConfig, FromModelConfig
 from sae_fast.config.output import OutputConfig
@@ -84,6 +85,10 @@ SMALLER = {
     "--target-key mlp_out --k 32": "--target-key mlp_out --k 32 --batch-size 64",
     "--reconstruction-epochs 50 --max-epochs 150": "--reconstruction-epochs 1 --max-epochs 2",
     "--reconstruction-epochs 5 --max-epochs 40": "--reconstruction-epochs 1 --max-epochs 2",
+    "superposition --max-steps 3000": "superposition --max-steps 2 --rows 300 --heldout-rows 100 "
+    "--batch-size 64 --seeds 1 2",
+    "relu --max-steps 2000": "relu --max-steps 2 --p 7 --model-steps 3 --d-sae 64 --batch-size 32 "
+    "--seeds 1 2",
     "--out biographies": "--out biographies --entities 12 --templates 2 --heldout-fraction 0.2 "
     "--heads 2 --blocks 2 --d-model 32 --steps 2",
     "biographies/layer_0 --d-sae 2006 --batch-size 64": "biographies/layer_0 --d-sae 206 "
@@ -252,6 +257,7 @@ def known_flags():
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, OutputConfig),
         *(train.TrainOptions, CompareConfig, EvaluateConfig, LatentsConfig),
+        *GroundTruthConfig.__subclasses__(),
         *(
             convert_shards.ConvertOptions,
             plot.PlotOptions,

@@ -26,6 +26,7 @@ LAYERS = (
             "progress_bar",
             "log_output",
             "command_errors",
+            "machine",
         ),
     ),
     ("config",),

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure dictionaries on rows, and inside the language model",
     "latents": "write a page on every latent, to look at in a browser",
     "compare": "match the latents of dictionaries, such as several seeds",
+    "ground_truth": "score dictionaries on tasks whose right answer is known",
     "plot": "draw the metrics of runs",
     "presets": "list settings for well-known models, with the memory they need",
     "info": "print versions, kernels and what runs on this machine",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import sae_fast
 from sae_fast.config.command_line import CommandLine
+from sae_fast.machine import cpu_name, usable_cores
 from sae_fast.output_streams import run_command
 
 _PACKAGES = ("numpy", "h5py", "safetensors")
@@ -26,7 +26,7 @@ def describe() -> str:
         ("torch", torch.__version__),  # its package metadata may leave out which build it is
         *((name, _version(name)) for name in _PACKAGES),
         *_kernel_lines(sae_fast.build_info()),
-        ("CPU", f"{_cpu_name()}, {_usable_cores()} usable cores"),
+        ("CPU", f"{cpu_name()}, {usable_cores()} usable cores"),
         ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS or torch.set_num_threads)"),
         *_cuda_device_lines(),
     ]
@@ -60,21 +60,6 @@ def _kernel_lines(info: dict[str, object]) -> list[tuple[str, str]]:
 
 def _words(names: object) -> str:
     return " ".join(map(str, names)) if isinstance(names, (list, tuple)) else str(names)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cuda_device_lines() -> list[tuple[str, str]]:

@@ -92,6 +92,17 @@ COMMANDS = (
     Command("Measure dictionaries", "evaluate", "See [evaluate](../guide/evaluate.md)."),
     Command("Pages of latents", "latents", "See [look at your latents](../guide/latents.md)."),
     Command("Compare dictionaries", "compare", "See [compare](../guide/compare.md)."),
+    Command(
+        "Score on superposition",
+        "ground_truth",
+        "See [known answers](../guide/ground-truth.md#superposition).",
+    ),
+    Command(
+        "Score on modular addition",
+        "ground_truth",
+        "See [known answers](../guide/ground-truth.md#modular-addition).",
+        number=1,
+    ),
     Command("Plot runs", "plot", "See [plots](../guide/runs.md#plots)."),
     Command("Make biographies", "biographies", "See [biographies](../guide/slots.md#biographies)."),
     Command("Swap slots", "swap", "See [biographies](../guide/slots.md#biographies)."),
@@ -112,7 +123,8 @@ def pages() -> dict[str, str]:
 
 def pictures() -> dict[str, bytes]:
     """Return the committed pictures by their path below docs/."""
-    return {f"results/{path.name}": path.read_bytes() for path in sorted(RESULTS.glob("*.png"))}
+    paths = [*sorted(RESULTS.glob("*.png")), *sorted(RESULTS.glob("ground_truth/*/*.png"))]
+    return {f"results/{path.relative_to(RESULTS)}": path.read_bytes() for path in paths}
 
 
 def flags_page() -> str:
@@ -270,6 +282,10 @@ def results_pages() -> dict[str, str]:
             text += f"\n![{text.splitlines()[0].lstrip('# ')}]({picture.name})\n"
         made[f"results/{path.name}"] = text
         lines.append(f"- [{text.splitlines()[0].lstrip('# ')}]({path.name}): `{path.name}`")
+    for path in sorted(RESULTS.glob("ground_truth/*/results.md")):  # pictures are in their text
+        name, text = path.relative_to(RESULTS).as_posix(), path.read_text("utf-8")
+        made[f"results/{name}"] = text
+        lines.append(f"- [{text.splitlines()[0].lstrip('# ')}]({name}): `{name}`")
     return {**made, "results/index.md": RESULTS_INTRO + "\n".join(lines) + "\n"}
 
 

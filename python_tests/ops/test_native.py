@@ -60,6 +60,7 @@ NEEDED = {
     "latents": ("sae", "--shard-dir", "shards", "--out", "pages"),
     "plot": ("run",),
     "biographies": ("--out", "biographies"),
+    "ground_truth": ("superposition", "--out", "out"),
     "swap": ("checkpoint", "--data", "biographies"),
 }
 
@@ -68,6 +69,7 @@ def run_commands(installation, interpreter=(sys.executable,)):
     """Run all commands of the package at once; return exit code, stdout and stderr of each."""
     files = installation.glob("[!_]*.py")
     names = [path.stem for path in files if "__main__" in path.read_text(encoding="utf-8")]
+    names += [path.parent.name for path in installation.glob("*/__main__.py")]
     assert {"train", "capture", "convert_shards", "plot", "info", "presets"} <= set(names)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SAE_FAST_")}
     environment["PYTHONPATH"] = str(installation.parent)

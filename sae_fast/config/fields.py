@@ -40,7 +40,7 @@ class ConfigFile:
         section: the key of the configuration in files that hold several.
         aliases: by another name of a setting, the name of its field.
         declared_in: the classes whose source declares the settings and their texts; default: the
-            configuration.
+            configuration and those that it is derived from.
         given: the settings that the configuration was made with, by name of the field. The fields
             hold these, and defaults or what follows from the others (`completed`) for the rest.
     """
@@ -259,8 +259,10 @@ def set_choices(cls: type[ConfigFile], name: str, choices: Iterable[str]) -> Non
 @functools.cache
 def field_texts(config: type[Any]) -> dict[str, str]:
     """Return the text under each field of a configuration, its help, by name."""
-    texts = _texts_in(config.declared_in[0] if config.declared_in else config)
-    for place in config.declared_in[1:]:
+    bases = [cls for cls in reversed(config.__mro__[1:]) if dataclasses.is_dataclass(cls)]
+    first, *others = config.declared_in or (*bases, config)
+    texts = _texts_in(first)
+    for place in others:
         with contextlib.suppress(OSError, TypeError):  # it has no source, as in a notebook
             texts |= _texts_in(place)
     return texts

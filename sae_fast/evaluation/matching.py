@@ -83,7 +83,7 @@ def match(
         raise ValueError(f"a and b must have equal widths, got {a.shape[1]} and {b.shape[1]}")
     if max(len(a), len(b)) < exact_below:
         cosines = _cosines(a, b, absolute)
-        rows, columns = _best_matching(cosines)
+        rows, columns = best_matching(cosines)
         matched = cosines[rows, columns]
         nearest = cosines.amax(1), cosines.amax(0)
         return Matching(rows, columns, matched, *nearest, is_exact=True)
@@ -138,9 +138,12 @@ def _nearest(a: Tensor, b: Tensor, count: int, absolute: bool) -> tuple[Tensor, 
     return values, torch.cat([block.indices for block in blocks])
 
 
-def _best_matching(cosines: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows, ascending, and columns of the matching with the largest sum, of a matrix."""
-    rows, columns = _scipy("optimize").linear_sum_assignment(cosines.numpy(), maximize=True)
+def best_matching(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows, ascending, and columns of the matching with the largest sum, of a matrix.
+
+    Raises ValueError without scipy.
+    """
+    rows, columns = _scipy("optimize").linear_sum_assignment(scores.numpy(), maximize=True)
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
@@ -185,7 +188,7 @@ def _complete_(partner: Tensor, a: Tensor, b: Tensor, absolute: bool, exact_belo
         is_small = max(len(left), len(free)) < exact_below
         count = len(left) if is_small else max(1, _BLOCK_NUMBERS // len(free))
         block, left = left[:count], left[count:]
-        rows, columns = _best_matching(_cosines(a[block], b[free], absolute))
+        rows, columns = best_matching(_cosines(a[block], b[free], absolute))
         partner[block[rows]] = free[columns]
         is_free[free[columns]] = False
         free = is_free.nonzero().squeeze(1)

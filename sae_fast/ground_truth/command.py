@@ -1,0 +1,141 @@
+"""Score dictionaries against known answers: `python -m sae_fast.ground_truth NAME --out DIR`.
+
+Each task makes its data, trains its own model where it has one, trains every architecture on the
+activations, and compares the latents with what is known.
+
+Modules that need torch are imported where they are used, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.config.command_line import CommandLine
+from sae_fast.config.ground_truth import (
+    GroundTruthConfig,
+    ModularAdditionConfig,
+    SuperpositionConfig,
+)
+from sae_fast.config.output import OutputConfig
+from sae_fast.log_output import CommandOutput, command_output
+
+if TYPE_CHECKING:
+    from sae_fast.ground_truth.task import Task
+
+PROGRAM = "python -m sae_fast.ground_truth"
+
+
+class _Entry(NamedTuple):
+    """A task in the list: its settings, the module and class that make it, and a line on it."""
+
+    config: type[GroundTruthConfig]
+    module: str
+    maker: str
+    about: str
+
+
+TASKS = {
+    "superposition": _Entry(
+        SuperpositionConfig,
+        "superposition",
+        "Superposition",
+        "a known dictionary: more features than dimensions, heavy tails, groups, a hierarchy",
+    ),
+    "modular_addition": _Entry(
+        ModularAdditionConfig,
+        "modular_addition",
+        "ModularAddition",
+        "the frequencies with which a transformer adds modulo p",
+    ),
+}
+
+
+def command_lines() -> list[CommandLine]:
+    """Return the command line of each task, for completion."""
+    return [command_line(name) for name in TASKS]
+
+
+def command_line(name: str) -> CommandLine:
+    """Return the command line of a task."""
+    config = TASKS[name].config
+    sections = {"task": config, "output": OutputConfig}
+    usage = f"{PROGRAM} {name} --out DIR [flags]"
+    return CommandLine(usage, inspect.getdoc(config) or "", sections)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code, 2 for bad input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("-h", "--help", "--help-all"):
+        print(listing())
+        return 0
+    with command_output(logging.WARNING) as output:
+        try:
+            name, entry = _task(words)
+            given = command_line(name).read(words[1:])
+            config, shown = entry.config(**given["task"]), OutputConfig(**given["output"])
+            output.configure(quiet=shown.quiet, log_file=shown.log_file)
+            if config.out is None:
+                raise ValueError("out must be given: --out DIR")
+            _run(entry, config, config.out, _command(words), output)
+        except Exception as error:
+            line = refusal(error)
+            print(line, file=sys.stderr)
+            output.note(line, logging.ERROR)
+            return EXIT_BAD_INPUT
+    return 0
+
+
+def listing() -> str:
+    """Return the tasks with a line on each."""
+    width = max(map(len, TASKS)) + 2
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} NAME --out DIR [flags]",
+            "",
+            "Train every architecture on a task whose right answer is known, and score it.",
+            "",
+            *(f"  {name:<{width}}{entry.about}" for name, entry in TASKS.items()),
+            "",
+            f"{PROGRAM} NAME --help shows the flags of a task.",
+        ]
+    )
+
+
+def _task(words: Sequence[str]) -> tuple[str, _Entry]:
+    """Return the task that the first word names; raise ValueError where there is none."""
+    known = ", ".join(TASKS)
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"the name of a task must come first, one of {known}")
+    name = words[0].replace("-", "_")
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"unknown task {words[0]!r}{hint}: one of {known}")
+    return name, TASKS[name]
+
+
+def _run(
+    entry: _Entry, config: GroundTruthConfig, out: Path, command: str, output: CommandOutput
+) -> None:
+    from sae_fast.ground_truth.runs import run
+
+    module = importlib.import_module(f"sae_fast.ground_truth.{entry.module}")
+    task: Task = vars(module)[entry.maker](config)
+    results = run(task, out, command, output.say, show_progress=not output.is_quiet)
+    output.say(results.table())
+    output.say(f"wrote {out}")
+
+
+def _command(words: Sequence[str]) -> str:
+    """Return the command as it was called, with paths shortened to their last part."""
+    return shlex.join([*PROGRAM.split(), *(word.rsplit("/", 1)[-1] for word in words)])
