@@ -159,6 +159,39 @@ def test_losses_inside_the_model_are_measured_without_shards(
     assert "ablate_latents must be from 0 to 29" in capsys.readouterr().err
 
 
+def _add_labels(place: Path, labels: torch.Tensor) -> None:
+    for name in ("train_00", "heldout_00"):
+        with h5py.File(place / "shards" / f"{name}.h5", "a") as file:
+            file["labels/kind"] = labels.numpy()
+            file["token_ids"] = (torch.arange(ROWS) % 7).numpy()
+
+
+def test_tokens_and_labels_of_latents_are_told(place: Path) -> None:
+    pytest.importorskip("sklearn")
+    _save(place / "sae")
+    _add_labels(place, (_rows(1)[:, 0] > 1).long())
+    flags = ("--labels", "labels/kind", "--top-rows", 4, "--probe-rows", 150)
+    words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out", *flags)
+    assert _run(*words) == 0
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    probing, purity = (content["metrics"][name] for name in ("sparse_probing", "purity"))
+    assert probing["probe_rows_accuracy"] > 0.9
+    assert 0.5 < probing["probe_1_latents_accuracy"] <= 1
+    assert 100 <= probing["probe_train_rows"] + probing["probe_test_rows"] <= 150
+    assert purity["token_commonest_share"] == pytest.approx(29 / ROWS)
+    tables = {
+        name: list(csv.DictReader((place / "out" / f"{name}.csv").read_text().splitlines()))
+        for name in ("tokens", "probes", "latents")
+    }
+    latents = tables["latents"]
+    strongest = [row for row in tables["tokens"] if row["latent"] == "0"]
+    assert strongest[0]["token"] == latents[0]["top_token"]
+    assert float(strongest[0]["share"]) == float(latents[0]["token_purity"])
+    assert sum(float(row["share"]) for row in strongest) == pytest.approx(1)
+    assert [row["latents"].count(" ") for row in tables["probes"][1:4]] == [0, 1, 4]
+    assert tables["probes"][0]["latents"] == "rows"
+
+
 REFUSED = {
     "no dictionary": ((), "SAE and --out must be given"),
     "no rows": (("{sae}", "--out", "{out}"), "--shard-dir or --dataset must be given"),
@@ -180,6 +213,18 @@ REFUSED = {
     "a hook without a text": (
         ("{sae}", "{rows}", "--hook", "residual.0"),
         "hook = 'residual.0' needs",
+    ),
+    "labels that are not there": (
+        ("{sae}", "{rows}", "--labels", "labels/kind"),
+        "labels/kind",
+    ),
+    "probes without labels": (
+        ("{sae}", "{rows}", "--probe-rows", "9"),
+        "probe_rows = 9 needs labels to probe for, --labels",
+    ),
+    "a tokenizer without tokens": (
+        ("{sae}", "{rows}", "--tokenizer", "x"),
+        "tokenizer = 'x' needs shards with tokens",
     ),
     "two kinds of rows": (
         ("{sae}", "{rows}", "--heldout", "x", "--heldout-fraction", "0.1"),

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sae_fast.activations import ShardSet
     from sae_fast.activations.capture import LanguageModel
     from sae_fast.autoencoder import SparseAutoencoder
     from sae_fast.evaluation.core import CorePass
@@ -121,6 +124,7 @@ def _measure(
 
 
 def _measure_rows(config: EvaluateConfig, evaluation: Evaluation, output: CommandOutput) -> None:
+    from sae_fast.evaluation.concepts import ConceptPass
     from sae_fast.evaluation.core import EXTREME_SHARE, core_metrics
     from sae_fast.evaluation.rows import open_rows
 
@@ -131,6 +135,13 @@ def _measure_rows(config: EvaluateConfig, evaluation: Evaluation, output: Comman
             config.shard_dir,
         )
     evaluation.measured_on |= {"shards": str(config.shard_dir), "rows": rows.count}
+    columns = rows.columns()
+    concepts = ConceptPass(
+        *(evaluation.sae.d_sae, columns, config.labels),
+        top=config.top_rows,
+        probe_rows=config.probe_rows,
+    )
+    texts = _token_texts(config, rows.shards, columns)
     with _Progress(rows.count, "rows", output) as progress:
         found = core_metrics(
             evaluation.sae,
@@ -139,8 +150,32 @@ def _measure_rows(config: EvaluateConfig, evaluation: Evaluation, output: Comman
             documents=rows.documents(),
             dead_rate=config.dead_percentage_threshold,
             extreme_rows=math.ceil(EXTREME_SHARE * rows.count),
+            watch=concepts,
         )
     evaluation.add_core(found)
+    evaluation.add_concepts(concepts.result(), texts)
+
+
+def _token_texts(
+    config: EvaluateConfig, shards: ShardSet, columns: Mapping[str, Tensor]
+) -> dict[int, str]:
+    """Return the texts of the tokens in the shards; none where no tokenizer is known."""
+    from sae_fast.evaluation.text_rows import TOKENS
+    from sae_fast.evaluation.token_texts import token_texts_of
+
+    if TOKENS not in columns:
+        if config.tokenizer is not None:
+            raise ValueError(
+                f"tokenizer = {config.tokenizer!r} needs shards with tokens, and "
+                f"{config.shard_dir} holds no {TOKENS}"
+            )
+        return {}
+    texts = token_texts_of(shards, config.tokenizer)
+    if texts is None or not config.top_rows:
+        return {}
+    tokens = sorted(set(columns[TOKENS].tolist()))
+    texts.require(max(tokens))
+    return dict(zip(tokens, texts.of(tokens), strict=True))
 
 
 def _measure_in_model(

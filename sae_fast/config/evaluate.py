@@ -30,8 +30,7 @@ class EvaluateConfig(ConfigFile):
     saes: tuple[Path, ...] = setting((), positional=True, metavar="SAE")
     """Directories of runs, of checkpoints or of saved models."""
     out: Path | None = setting(None, metavar="DIR", heading="What is written", brief="directory")
-    """Directory to write: metrics.json, metrics.md, the tables latents.csv and, where latents were
-    ablated, causal.csv, and saebench_core.json; with
+    """Directory to write: metrics.json, metrics.md, saebench_core.json and tables of latents; with
     several dictionaries in a folder for each, and their metrics beside each other in metrics.md."""
     shard_dir: Path | None = setting(
         None, metavar="DIR", heading="Rows", brief="shards to measure on, the held-out ones of them"
@@ -61,6 +60,28 @@ class EvaluateConfig(ConfigFile):
         0.0, at_least=0, below=1, must="a share, from 0 to below 1"
     )
     """Share of the rows below which a latent counts as dead in dead_fraction."""
+    top_rows: int = setting(
+        32,
+        at_least=0,
+        needs=_SHARDS,
+        heading="Tokens and labels",
+        brief="strongest rows to compare",
+    )
+    """Strongest rows of each latent whose tokens and labels are compared; 0: none. [tokens]"""
+    labels: str | None = setting(None, nonempty=True, needs=_SHARDS, brief="data set with labels")
+    """Name of the data set in the shards with a label of each row, a whole number, -1: none. The
+    strongest rows of a latent are compared by it, and probes on a few latents are trained for
+    it."""
+    probe_rows: int = setting(
+        20_000,
+        at_least=0,
+        needs=Effect("labels to probe for, --labels", lambda own: own.labels is not None),
+    )
+    """Rows with a label that probes are trained and tested on, taken evenly; 0: no probes.
+    [tokens]"""
+    tokenizer: str | None = setting(None, nonempty=True, metavar="NAME", needs=_SHARDS)
+    """A tokenizer, for the text of tokens: a folder, a tokenizer.json or a name on the hub;
+    default: the one that the shards name, where it has been downloaded."""
     model: str | None = setting(
         None, nonempty=True, needs=_MODEL, heading="Inside the model", brief="folder or hub name"
     )

@@ -5,7 +5,7 @@ definitions.py has the formula of each metric.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -23,6 +23,7 @@ EXTREME_SHARE = 0.001  # of the rows, those with the largest norms: `without_lar
 LOG_DENSITIES = tuple(number / 4 for number in range(-32, 1))
 
 Section = dict[str, float]
+Watch = Callable[[Tensor, ops.SparseCode], object]  # of rows [n, D] and their code
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def core_metrics(
     documents: Iterable[Tensor] | None = None,
     dead_rate: float = 0.0,
     extreme_rows: int = 0,
+    watch: Watch | None = None,
 ) -> CoreMetrics:
     """Return the core metrics of a dictionary, out of one pass over rows.
 
@@ -63,10 +65,11 @@ def core_metrics(
             another; None: `consistent_activation_heuristic` is left out.
         dead_rate: the share of rows below which a latent counts as dead in `dead_fraction`.
         extreme_rows: rows with the largest norms that `without_largest_norms` leaves out.
+        watch: called with the rows of each batch and their code, in the units of the rows.
 
     Raises ValueError without rows, and for rows that hold NaN or Inf.
     """
-    measuring = CorePass(sae, dead_rate=dead_rate, extreme_rows=extreme_rows)
+    measuring = CorePass(sae, dead_rate=dead_rate, extreme_rows=extreme_rows, watch=watch)
     sides = (repeat(None) if side is None else side for side in (targets, documents))
     with sae.kept_copies():
         for x, target, document in zip(batches, *sides, strict=False):
@@ -81,12 +84,19 @@ class CorePass:
         sae: see `core_metrics`.
         dead_rate: see `core_metrics`.
         extreme_rows: see `core_metrics`.
+        watch: see `core_metrics`.
     """
 
     def __init__(
-        self, sae: SparseAutoencoder, *, dead_rate: float = 0.0, extreme_rows: int = 0
+        self,
+        sae: SparseAutoencoder,
+        *,
+        dead_rate: float = 0.0,
+        extreme_rows: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         self._sae = sae
+        self._watch = watch
         self._dead_rate = dead_rate
         self._rows = _RowSums(sae.config.target_width, sae.device, extreme_rows)
         self._firing = _Firing(sae)
@@ -110,6 +120,8 @@ class CorePass:
         code = sae.encode(x, units=ops.RAW)
         self._rows.add(y, sae.decode(code, x))
         self._firing.add(code, x, document)
+        if self._watch is not None:
+            self._watch(x, code)
         self._has_documents &= document is not None
 
     def result(self) -> CoreMetrics:

@@ -95,6 +95,37 @@ DEFINITIONS: dict[str, dict[str, str]] = {
         "kl_div_with_mean_ablation": f"KL(p ‖ q) with {_MEAN}",
         "kl_div_score_mean_ablation": "kl_div_score with the mean in place of zeros",
     },
+    "purity": {
+        "token_purity": (
+            "share of the commonest token among the 32 rows (--top-rows) on which a latent is "
+            "strongest, averaged over latents that are active on as many rows"
+        ),
+        "token_entropy": "entropy of these tokens in nats, averaged over these latents",
+        "token_pure_fraction": "share of these latents whose strongest rows all hold one token",
+        "token_commonest_share": "share of the commonest token among all rows, active or not",
+        "token_latents": "latents that are active on as many rows",
+        "label_purity": "token_purity with labels (--labels) in place of tokens",
+        "label_entropy": "token_entropy with labels in place of tokens",
+        "label_pure_fraction": "token_pure_fraction with labels in place of tokens",
+        "label_commonest_share": "share of the commonest label among all rows that have one",
+        "label_latents": "latents that are active on as many rows with a label",
+    },
+    "sparse_probing": {
+        "probe_rows_accuracy": (
+            "balanced accuracy on test rows of a logistic regression that tells the rows with a "
+            "label from the others, on all numbers of a row, averaged over labels; 0.5 is chance"
+        ),
+        **{
+            f"probe_{size}_latents_accuracy": (
+                f"probe_rows_accuracy with the codes of {size} latent{'s' * (size > 1)} in place "
+                "of the row: the ones whose mean differs most between both kinds of training rows"
+            )
+            for size in (1, 2, 5)
+        },
+        "probe_labels": "labels that have rows enough, of the 32 commonest",
+        "probe_train_rows": "rows that probes are trained on",
+        "probe_test_rows": "rows that they are tested on: a fifth of the documents, or of the rows",
+    },
     "token_stats": {
         "total_tokens_eval_sparsity_variance": "rows of all metrics but the model's",
         "rows_of_norm_0": "rows that are zero",
@@ -138,4 +169,10 @@ LATENTS: dict[str, str] = {
     "max_encoder_cosine_sim": "largest cosine of its encoder row with another latent's",
     "max_decoder_cosine_sim": "largest cosine of its decoder row with another latent's",
     "attribution": CAUSAL["attribution"],
+    "top_token": "commonest token of the rows on which it is strongest; of equal ones the smaller",
+    "token_purity": "share of that token among them",
+    "token_entropy": "entropy of the tokens of these rows in nats",
+    "top_label": "commonest label of the rows with a label on which it is strongest",
+    "label_purity": "share of that label among them",
+    "label_entropy": "entropy of the labels of these rows in nats",
 }

@@ -18,11 +18,13 @@ from sae_fast import __version__
 from sae_fast.atomic_files import write_json, write_text
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.causal import CausalImpact
+from sae_fast.evaluation.concepts import TOKEN, Concepts
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS, LATENTS
+from sae_fast.evaluation.purity import token_rows
 
 JSON, MARKDOWN, CSV, SAEBENCH = "metrics.json", "metrics.md", "latents.csv", "saebench_core.json"
-CAUSAL_CSV = "causal.csv"
+CAUSAL_CSV, TOKENS_CSV, PROBES_CSV = "causal.csv", "tokens.csv", "probes.csv"
 NOT_MEASURED = -1.0  # SAEBench's own value where a metric was not computed
 _DIGITS = 10
 # The metrics in SAEBench's core output, by group.
@@ -62,6 +64,8 @@ class Evaluation:
         latents: a number for each latent [F], by name.
         density_histogram: see `CoreMetrics`.
         causal: what ablations of latents change, if they were made.
+        concepts: the tokens and labels that latents stand for.
+        token_texts: texts of tokens, by token, as far as they are known.
     """
 
     name: str
@@ -72,6 +76,8 @@ class Evaluation:
     latents: dict[str, Tensor] = field(default_factory=dict)
     density_histogram: list[int] = field(default_factory=list)
     causal: CausalImpact | None = None
+    concepts: Concepts = field(default_factory=Concepts)
+    token_texts: Mapping[int, str] = field(default_factory=dict)
 
     def add(self, sections: Mapping[str, Section]) -> None:
         """Add metrics to their groups."""
@@ -88,6 +94,12 @@ class Evaluation:
         """Add what ablations of latents change, and its estimate for all latents."""
         self.causal = causal
         self.latents["attribution"] = causal.all_latents.attribution
+
+    def add_concepts(self, concepts: Concepts, texts: Mapping[int, str]) -> None:
+        """Add what latents stand for, with the texts of tokens."""
+        self.add(concepts.sections)
+        self.latents |= concepts.latents
+        self.concepts, self.token_texts = concepts, texts
 
     def to_dict(self) -> dict[str, Any]:
         """Return what metrics.json holds; a metric that has no value, such as 0 / 0, is null."""
@@ -186,7 +198,23 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     write_text(directory / CSV, _latent_table(evaluation.latents))
     write_text(directory / MARKDOWN, markdown([evaluation]))
     if evaluation.causal is not None:
-        write_text(directory / CAUSAL_CSV, _causal_table(evaluation.causal))
+        names = ("latent", *CAUSAL)
+        rows = [[_cell(row[name]) for name in names] for row in evaluation.causal.rows()]
+        write_text(directory / CAUSAL_CSV, _csv(names, rows))
+    concepts = evaluation.concepts
+    if TOKEN in concepts.purity:
+        names = ("latent", "token", "text", "share")
+        found = token_rows(concepts.purity[TOKEN], evaluation.token_texts)
+        write_text(
+            directory / TOKENS_CSV, _csv(names, [[_cell(value) for value in row] for row in found])
+        )
+    if concepts.probes:
+        names = ("label", "latents", "accuracy")
+        probes = [
+            [str(probe.label), " ".join(map(str, probe.latents)) or "rows", _cell(probe.accuracy)]
+            for probe in concepts.probes
+        ]
+        write_text(directory / PROBES_CSV, _csv(names, probes))
 
 
 def write_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
@@ -254,21 +282,26 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _causal_table(causal: CausalImpact) -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["latent", *CAUSAL])
-    for row in causal.rows():
-        table.writerow([int(row["latent"]), *(f"{row[name]:.9g}" for name in CAUSAL)])
-    return text.getvalue()
-
-
 def _latent_table(latents: Mapping[str, Tensor]) -> str:
     names = [name for name in LATENTS if name in latents]
+    columns = [latents[name].tolist() for name in names]
+    rows = [
+        [str(number), *map(_cell, row)] for number, row in enumerate(zip(*columns, strict=True))
+    ]
+    return _csv(("latent", *names), rows)
+
+
+def _csv(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as CSV."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["latent", *names])
-    columns = [latents[name].tolist() for name in names]
-    for number, row in enumerate(zip(*columns, strict=True)):
-        table.writerow([number, *(f"{value:.9g}" for value in row)])
+    table.writerow(names)
+    table.writerows(rows)
     return text.getvalue()
+
+
+def _cell(value: str | float) -> str:
+    """Return a value as it stands in a table; a number that there is not is an empty cell."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.9g}" if math.isfinite(value) else ""

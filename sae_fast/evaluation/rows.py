@@ -24,9 +24,11 @@ from sae_fast.activations import (
 from sae_fast.activations.cutting import cut_shards
 from sae_fast.activations.heldout import HeldOut, read_labels
 from sae_fast.activations.mixing import single
+from sae_fast.activations.shard import Shard
+from sae_fast.activations.tensor_shards import describe_shard, open_shard
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
-from sae_fast.evaluation.text_rows import DOCUMENT
+from sae_fast.evaluation.text_rows import DOCUMENT, TOKENS
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,12 @@ class EvaluationRows:
 
     def documents(self) -> Iterator[Tensor] | None:
         """Return the document of each row, [n] each time; None: the shards do not say."""
-        if DOCUMENT not in self.shards.columns:
-            return None
-        numbers = read_labels(self.shards)[DOCUMENT][: self.count]
-        return iter(torch.split(numbers, self.batch_tokens))
+        numbers = self.columns().get(DOCUMENT)
+        return None if numbers is None else iter(torch.split(numbers, self.batch_tokens))
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the numbers beside the rows [rows] by column: documents, tokens and labels."""
+        return {name: numbers[: self.count] for name, numbers in read_labels(self.shards).items()}
 
     def _of(self, shards: ShardSet) -> HeldOut:
         return HeldOut(shards, batch_size=self.batch_tokens, max_rows=self.max_rows)
@@ -120,9 +124,26 @@ def _open(
     open_with = partial(
         open_shards, paths, key=key, verify=skip, skip_nonfinite=skip, targets=targets
     )
-    with suppress(ShardError):  # shards of other programs have no such column
-        return open_with(columns=(DOCUMENT,))
+    if config.labels is not None:
+        return open_with(columns=_columns(paths, key, config.labels))
+    with suppress(ShardError):  # shards of other programs may have other numbers by these names
+        return open_with(columns=_columns(paths, key))
     return open_with()
+
+
+def _columns(paths: list[Path], key: str, *labels: str) -> list[str]:
+    """Return the columns to read: labels, and documents and tokens where every shard has them."""
+    shards = [describe_shard(path, key) for path in paths]
+    found = list(labels)
+    for name in (DOCUMENT, TOKENS):
+        if name not in labels and all(_has(shard, name) for shard in shards):
+            found.append(name)
+    return found
+
+
+def _has(shard: Shard, column: str) -> bool:
+    with open_shard(shard) as file:
+        return file.has(column)
 
 
 def check_belongs(sae: SparseAutoencoder, shards: ShardSet, *, force: bool) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sae_fast.activations import ShardSet
 from sae_fast.activations.capture.language_model import capture_package
+from sae_fast.activations.mixing import origin_of
 
 TOKENIZER_FILE = "tokenizer.json"
 _UNKNOWN_CHARACTER = "\ufffd"  # in place of bytes that are part of a character
@@ -89,3 +91,24 @@ def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:
     except Exception as error:  # tokenizers raises Exception itself
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"tokenizer: {place} cannot be loaded: {reason}") from error
+
+
+def token_texts_of(shards: ShardSet, name: str | None) -> TokenTexts | None:
+    """Return the texts of a tokenizer, or of the one that shards name; None: it is not there.
+
+    Args:
+        shards: name the tokenizer, or the model, of their rows.
+        name: of a tokenizer to load in any case; None: the one of the shards is taken, where it
+            has been downloaded.
+
+    Raises ValueError in one line where `name` is no tokenizer.
+    """
+    if name is not None:
+        return load_token_texts(name)
+    named = shards.shards[0].metadata.get("tokenizer") or origin_of(shards).get("model")
+    if not named:
+        return None
+    try:
+        return load_token_texts(str(named), only_here=True)
+    except ValueError:
+        return None
