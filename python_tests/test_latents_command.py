@@ -156,12 +156,12 @@ def test_a_stopped_pass_continues_and_ends_with_the_same_bytes(place, made, tmp_
     out = tmp_path / "pages"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", StopsWhenItBegins())
-        assert run(place, out, "--no-quiet", "--batch-size", "64") == 128 + signal.SIGTERM
+        assert run(place, out, "--no-quiet", "--batch-size", "16") == 128 + signal.SIGTERM
     codes = sorted((out / "codes").glob("codes_*"))
-    assert len(codes) == 1
+    assert 0 < len(codes) < ROWS // 16 // 2  # a thread encodes a few blocks ahead
     (out / "codes" / f".{codes[0].name}.1.tmp").write_bytes(b"half")
     assert not (out / "pages.json").exists()
-    assert run(place, out, "--batch-size", "64") == 0
+    assert run(place, out, "--batch-size", "16") == 0
     found, wanted = contents(out), contents(made)
     assert json.loads(found.pop("pages.json")) != json.loads(wanted.pop("pages.json"))  # batch size
     assert found == wanted

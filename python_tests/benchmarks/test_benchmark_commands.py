@@ -106,6 +106,15 @@ def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(
 
 
 @pytest.mark.slow
+def test_latents_compares_the_pages_with_encoding_the_tokens(run):
+    result, table = run("latents", "--sizes", "600x32x128x4", "--rounds", "2")
+    found = result["sizes"]["600, 32, 128, 4"]
+    seconds = found["seconds"]
+    assert found["ratios"] == [seconds["pages"][n] / seconds["encode"][n] for n in range(2)]
+    assert len(rows_of(table)) == 2
+
+
+@pytest.mark.slow
 def test_kernels_writes_a_row_for_every_op_and_the_reader(run, tmp_path):
     result, table = run("kernels", "--sizes", SIZE, "--rounds", "2")
     names = " ".join(row["op"] for row in result["sizes"][SIZE]["ops"])

@@ -7,7 +7,7 @@ entry takes 8 bytes: 256 bytes a row at an L0 of 32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sae_fast.activations.background import prefetch
 from sae_fast.atomic_files import replacing
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.evaluation.text_rows import Integers, RowBlock, TextRows
+from sae_fast.evaluation.text_rows import AHEAD, Integers, RowBlock, TextRows
 from sae_fast.tensor_files import load_tensors, save_tensors
 
 Floats = npt.NDArray[np.float32]
@@ -76,8 +77,14 @@ class CodeStore:
         self.blocks = text.blocks(block_rows)
         self._sae = sae
 
-    def __iter__(self) -> Iterator[BlockCodes]:
-        """Yield the codes of each block in order; the missing ones are encoded and written."""
+    def __iter__(self) -> Generator[BlockCodes, None, None]:
+        """Yield the codes of each block in order; the missing ones are encoded and written.
+
+        A thread encodes or reads them ahead of the caller.
+        """
+        return prefetch(self._all(), AHEAD, name="codes", does="encodes")
+
+    def _all(self) -> Generator[BlockCodes, None, None]:
         missing = [item for item in self.blocks if not self._path(item).exists()]
         fresh = self._encode(missing)
         awaited = iter(missing)
@@ -121,7 +128,7 @@ class CodeStore:
             item.first,
             item.rows,
             offsets.numpy().astype(np.int64),
-            places[rows.numpy()].astype(np.int32),
+            places.astype(np.int32)[rows.numpy()] if len(places) < item.rows else rows.numpy(),
             values.numpy(),
         )
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from sae_fast.evaluation.neighbours import top_columns
+from sae_fast.evaluation.top_entries import place_in_run
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 MOST_PAIRS = 1 << 25  # pairs of entries that are counted, for the number of rows in the sample
-_BLOCK_NUMBERS = 1 << 22  # counts that are held together
+_BLOCK_PAIRS = 1 << 17  # that are counted together, in a cache
+_LARGEST = 2**31 - 1
 NONE = -1  # in place of a latent where there are fewer neighbours
 
 
@@ -56,33 +56,68 @@ def cofiring_neighbours(
     rows_by_latent = rows[by_latent]
     fires = np.bincount(latents, minlength=d_sae)
     latent_offsets = np.concatenate([[0], np.cumsum(fires)])
-    spread = torch.from_numpy(np.sqrt(fires.astype(np.float64) * (n_rows - fires)))
-    inverse = torch.where(spread > 0, 1 / spread, 0).float()  # 0: it fires on no row, or on all
-    of_chance = torch.from_numpy(fires).float() * inverse
-    step = max(1, _BLOCK_NUMBERS // d_sae)
-    for first in range(0, d_sae, step):
-        stop = min(first + step, d_sae)
-        own_rows = rows_by_latent[latent_offsets[first] : latent_offsets[stop]]
-        if not own_rows.size:
-            continue
-        own = np.repeat(np.arange(stop - first), fires[first:stop])
-        begins = row_offsets[own_rows]
-        lengths = row_offsets[own_rows + 1] - begins
-        others = latents_by_row[expanded_ranges(begins, lengths)]
-        keys = np.repeat(own * d_sae, lengths) + others
-        counts = np.bincount(keys, minlength=(stop - first) * d_sae).reshape(-1, d_sae)
-        counts[np.arange(stop - first), np.arange(first, stop)] = 0  # not itself
-        # phi = C_ij · S / (s_i s_j) − (n_i / s_i) (n_j / s_j), in place: [F, F] numbers in all.
-        scores = torch.from_numpy(counts).float()
-        scores.mul_(n_rows * inverse[first:stop, None]).mul_(inverse)
-        scores.addr_(of_chance[first:stop], of_chance, alpha=-1)
-        values, columns = top_columns(scores, count)
-        is_none = values <= 0
-        phi[first:stop] = values.masked_fill(is_none, 0).numpy()
-        found[first:stop] = columns.masked_fill(is_none, NONE).numpy()
-        counted = np.take_along_axis(counts, columns.numpy(), 1)
-        together[first:stop] = np.where(is_none.numpy(), 0, counted)
+    spread = np.sqrt(fires.astype(np.float64) * (n_rows - fires))
+    inverse = np.divide(1, spread, out=np.zeros(d_sae), where=spread > 0)  # 0: on no row, or on all
+    lengths = np.diff(row_offsets)[rows_by_latent]
+    n_pairs = np.concatenate([[0], np.cumsum(lengths)])[latent_offsets]  # of the latents below
+    first = 0
+    while first < d_sae:
+        stop = int(np.searchsorted(n_pairs, n_pairs[first] + _BLOCK_PAIRS, side="right")) - 1
+        stop = max(first + 1, stop)
+        part = slice(latent_offsets[first], latent_offsets[stop])
+        numbers = np.repeat(np.arange(first, stop), fires[first:stop])
+        kind = np.int32 if (stop - first) * d_sae <= _LARGEST else np.int64
+        partners = expanded_ranges(row_offsets[rows_by_latent[part]], lengths[part])
+        pairs = np.repeat(((numbers - first) * d_sae).astype(kind), lengths[part])
+        pairs += latents_by_row[partners].astype(kind)
+        cells, counts = _counted(pairs)
+        own, others = np.divmod(cells, d_sae)
+        own += first
+        # phi of each pair; of a latent with itself it is no number that is asked for.
+        excess = n_rows * counts - fires[own] * fires[others]
+        scores = (excess * inverse[own] * inverse[others]).astype(np.float32)
+        scores[own == others] = 0
+        own, others, scores = _largest_of_each(own - first, others, scores, d_sae, count)
+        latent, places = first + own, place_in_run(own)
+        phi[latent, places] = scores
+        found[latent, places] = others
+        together[latent, places] = counts[np.searchsorted(cells, own * d_sae + others)]
+        first = stop
     return phi, found, together
+
+
+def _counted(
+    numbers: npt.NDArray[np.int32] | Integers,  # [n]
+) -> tuple[Integers, Integers]:
+    """Return the different numbers, ascending, and how many there are of each."""
+    numbers.sort()
+    is_start = np.ones(len(numbers), bool)
+    is_start[1:] = numbers[1:] != numbers[:-1]
+    starts = np.flatnonzero(is_start)
+    return numbers[starts].astype(np.int64), np.diff(np.append(starts, len(numbers)))
+
+
+def _largest_of_each(
+    own: Integers,  # [n] ascending
+    others: Integers,  # [n], below d_sae
+    scores: Floats,  # [n]
+    d_sae: int,
+    count: int,
+) -> tuple[Integers, Integers, Floats]:
+    """Return own, others and scores of the largest scores above 0 of each `own`, best first.
+
+    Equal scores are ordered by ascending `others`.
+    """
+    kept = np.flatnonzero(scores > 0)
+    bits = scores[kept].view(np.int32).astype(np.int64)  # ordered as the scores are
+    column_bits = (d_sae - 1).bit_length()
+    keys = (own[kept] << (31 + column_bits)) | ((_LARGEST - bits) << column_bits) | others[kept]
+    keys.sort()  # far faster than finding the order, and a key holds all that is asked for
+    owners = keys >> (31 + column_bits)
+    is_in = place_in_run(owners) < count
+    keys = keys[is_in]
+    bits = _LARGEST - ((keys >> column_bits) & _LARGEST)
+    return owners[is_in], keys & ((1 << column_bits) - 1), bits.astype(np.int32).view(np.float32)
 
 
 def expanded_ranges(begins: Integers, lengths: Integers) -> Integers:

@@ -9,6 +9,7 @@ O(d_sae · contexts), whatever the number of rows, and 12 bytes a row for its to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from sae_fast.evaluation.cofiring import cofiring_neighbours, sample_rate
 from sae_fast.evaluation.contexts import TOP, Contexts, apart, gather_contexts
 from sae_fast.evaluation.neighbours import nearest_decoder_rows
 from sae_fast.evaluation.text_rows import Integers, TextRows
-from sae_fast.evaluation.top_entries import EMPTY, TopEntries, hashed, priority_of
+from sae_fast.evaluation.top_entries import EMPTY, MOST_ROWS, TopEntries, hashed, priority_of
 
 Report = Callable[[str, int], object]  # takes the name of a reading and rows done since the last
 
@@ -98,26 +99,32 @@ class _Largest:
     def __init__(self, d_sae: int, settings: PageSettings, text: TextRows) -> None:
         self.fired = np.zeros(d_sae, np.int64)
         self.sums = np.zeros(d_sae, np.float64)
-        self.largest = np.zeros(d_sae, np.float32)
         self.peaks = TopEntries(d_sae, _PEAKS_PER_CONTEXT * settings.contexts)
         self._text = text
 
     def add(self, codes: BlockCodes) -> None:
         """Take the codes of a block."""
-        if not codes.rows.size:
+        counts, strengths = np.diff(codes.offsets), codes.strengths()
+        latents = codes.latents()
+        self.fired += counts
+        # One by one: no sum depends on the blocks.
+        np.add.at(self.sums, latents, strengths.astype(np.float64))
+        priorities = priority_of(strengths)
+        # A peak is the largest of its cell: where it is too small, all of its cell are.
+        kept = np.flatnonzero(priorities > np.repeat(self.peaks.least, counts))
+        if not kept.size:
             return
-        latents, strengths = codes.latents(), codes.strengths()
-        self.fired += np.diff(codes.offsets)
-        np.add.at(
-            self.sums, latents, strengths.astype(np.float64)
-        )  # one by one: no sum depends on the blocks
-        filled = np.flatnonzero(np.diff(codes.offsets))
-        peaks = np.maximum.reduceat(strengths, codes.offsets[filled])
-        self.largest[filled] = np.maximum(self.largest[filled], peaks)
-        cells = self._text.cells(codes.first + np.arange(codes.n_rows))[codes.rows]
-        entries = first_of_largest(latents, cells, strengths)
+        cells = self._text.cells(codes.first + np.arange(codes.n_rows))[codes.rows[kept]]
+        entries = kept[first_of_largest(latents[kept], cells, strengths[kept])]
         rows = codes.first + codes.rows[entries].astype(np.int64)
-        self.peaks.add(latents[entries], priority_of(strengths[entries]), rows)
+        self.peaks.add(latents[entries], priorities[entries], rows)
+
+    def largest(self) -> Floats:
+        """Return the largest magnitude of each latent, [F], 0 where it never fires."""
+        self.peaks.merge()
+        highest = np.maximum(self.peaks.priorities[:, 0], 0)
+        largest: Floats = highest.view(np.float32)
+        return largest
 
     def mean(self) -> npt.NDArray[np.float64]:
         """Return the mean magnitude where a latent fires, [F]."""
@@ -140,30 +147,25 @@ class _Distribution:
 
     def add(self, codes: BlockCodes, places: Integers) -> None:
         """Take the codes of a block, and the places in it of the rows that are served."""
-        settings = self._settings
-        self._sample_rows(codes, places)
-        if not codes.rows.size:
-            return
-        latents = codes.latents()
-        share = codes.strengths() / self._largest[latents]
-        bins = np.minimum((share * settings.bins).astype(np.int64), settings.bins - 1)
-        self.histogram += np.bincount(latents * settings.bins + bins, minlength=len(self.histogram))
+        settings, latents = self._settings, codes.latents()
+        self._sample_rows(codes, latents, places)
+        share = codes.strengths() / np.repeat(self._largest, np.diff(codes.offsets))
+        np.add.at(self.histogram, _cut(share, latents, settings.bins), 1)
         if not settings.samples:
             return
-        intervals = np.minimum(
-            (share * settings.intervals).astype(np.int64), settings.intervals - 1
-        )
+        slots = _cut(share, latents, settings.intervals)
         rows = codes.first + codes.rows.astype(np.int64)
         bits = hashed(rows * codes.d_sae + latents, settings.seed) >> np.uint64(_PRIORITY_BITS)
-        slots = latents * settings.intervals + intervals
-        self.samples.add(slots, bits.astype(np.int32), rows)
+        kept = np.flatnonzero(bits.astype(np.int32) > self.samples.least[slots])
+        kept = kept[np.argsort(slots[kept], kind="stable")]
+        self.samples.add(slots[kept], bits[kept].astype(np.int32), rows[kept])
 
     def sample(self) -> tuple[Integers, Integers]:
         """Return row, from 0, and latent of the entries of the sampled rows."""
         none = [np.zeros(0, np.int64)]
         return np.concatenate(none + self._rows), np.concatenate(none + self._latents)
 
-    def _sample_rows(self, codes: BlockCodes, places: Integers) -> None:
+    def _sample_rows(self, codes: BlockCodes, latents: Integers, places: Integers) -> None:
         chosen = hashed(codes.first + places, self._settings.seed + 1) <= self._least_hash
         numbers = np.full(codes.n_rows, EMPTY, np.int64)
         numbers[places[chosen]] = self.n_rows + np.arange(int(chosen.sum()))
@@ -171,7 +173,18 @@ class _Distribution:
         of_entry = numbers[codes.rows]
         kept = np.flatnonzero(of_entry != EMPTY)
         self._rows.append(of_entry[kept])
-        self._latents.append(codes.latents()[kept])
+        self._latents.append(latents[kept])
+
+
+def _cut(
+    share: npt.NDArray[np.float64],  # [n], above 0, at most 1
+    latents: Integers,  # [n]
+    parts: int,
+) -> Integers:
+    """Return the number, over all latents, of the part of equal width that each share is in."""
+    part = np.minimum((share * parts).astype(np.int32), parts - 1)
+    numbers: Integers = latents * parts + part
+    return numbers
 
 
 def make_pages(
@@ -188,18 +201,18 @@ def make_pages(
     overlap. The samples are entries of each interval drawn by a hash of row and latent.
     """
     text, d_sae = store.text, len(W_dec)
+    if text.rows > MOST_ROWS:
+        raise ValueError(f"pages are made of at most {MOST_ROWS:,} rows, got {text.rows:,}")
     first = _Largest(d_sae, settings, text)
-    for codes in store:
+    for codes in _reported(store, report, ENCODING):
         first.add(codes)
-        report(ENCODING, codes.n_rows)
-    first.peaks.merge()
+    largest = first.largest()
     served = sum(item.block.kept for item in store.blocks)
     mean_l0 = float(first.fired.sum()) / max(served, 1)
     share = sample_rate(served, mean_l0, settings.cofiring_rows)
-    second = _Distribution(first.largest, share, settings)
-    for item, codes in zip(store.blocks, store, strict=True):
+    second = _Distribution(largest, share, settings)
+    for item, codes in zip(store.blocks, _reported(store, report, COUNTING), strict=True):
         second.add(codes, text.places(item))
-        report(COUNTING, codes.n_rows)
     second.samples.merge()
     sampled_rows, sampled_latents = second.sample()
     phi, partners, together = cofiring_neighbours(
@@ -213,7 +226,7 @@ def make_pages(
     return LatentPages(
         served,
         first.fired,
-        first.largest,
+        largest,
         first.mean(),
         second.histogram.reshape(d_sae, settings.bins),
         contexts,
@@ -264,6 +277,7 @@ def _chosen_rows(
 
 
 def _reported(store: CodeStore, report: Report, reading: str) -> Iterator[BlockCodes]:
-    for codes in store:
-        yield codes
-        report(reading, codes.n_rows)
+    with closing(iter(store)) as blocks:  # also where `report` raises to stop the pass
+        for codes in blocks:
+            yield codes
+            report(reading, codes.n_rows)

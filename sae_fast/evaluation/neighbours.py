@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_fast.ops import encode_topk
+
 _BLOCK_NUMBERS = 1 << 22  # cosines that are computed together
-_COLUMN_BITS = 32
-_LOW_BITS = 0x7FFFFFFF
 
 
 def top_columns(
@@ -20,24 +20,26 @@ def top_columns(
     """
     values, columns = scores.topk(count + 1, dim=1)
     # Sorted by column, then stably by score. Only where equal scores lie on both sides of the end
-    # is it open which of them are in, and the keys, which are all different, decide.
+    # is it open which of them are in.
     after = values[:, count]
     columns, order = columns[:, :count].sort(dim=1)
     values, order = values[:, :count].gather(1, order).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, order)
     is_open = (after == values[:, -1]).nonzero().flatten()
     if len(is_open):
-        columns[is_open] = _columns_by_key(scores[is_open], count)
+        _fill_by_column_(columns, values, scores, is_open)
     return values, columns
 
 
-def _columns_by_key(scores: Tensor, count: int) -> Tensor:
-    """Return the columns of the largest scores, of equal ones the lower columns."""
-    bits = (scores + 0.0).contiguous().view(torch.int32)  # + 0.0: -0 equals 0
-    ordered = torch.where(bits < 0, bits ^ _LOW_BITS, bits).long()
-    columns = torch.arange(scores.size(1), device=scores.device)
-    keys = (ordered << _COLUMN_BITS) | (_LOW_BITS - columns)
-    return _LOW_BITS - (keys.topk(count, dim=1).values & _LOW_BITS)
+def _fill_by_column_(columns: Tensor, values: Tensor, scores: Tensor, rows: Tensor) -> None:
+    """Put the lowest columns that have the last score in the places of that score."""
+    last = values[rows, -1:]
+    row, column = (scores[rows] == last).nonzero(as_tuple=True)
+    numbers = torch.arange(len(row), device=row.device)
+    begins = torch.searchsorted(row, torch.arange(len(rows), device=row.device))
+    place = numbers - begins[row] + (values[rows] > last).sum(1)[row]
+    is_in = place < columns.size(1)
+    columns[rows[row[is_in]], place[is_in]] = column[is_in]
 
 
 @torch.no_grad()
@@ -50,17 +52,21 @@ def nearest_decoder_rows(
     The cosines are [F, count] float32, descending, equal ones by ascending latent; the latents are
     int64. A row of zeros has the cosine 0 with all. The count is at most F − 1.
     """
-    n_latents = len(W_dec)
+    n_latents, width = W_dec.shape
     count = min(count, n_latents - 1)
+    if not count:
+        return torch.empty(n_latents, 0), torch.empty(n_latents, 0, dtype=torch.int64)
     rows = torch.nn.functional.normalize(W_dec.float(), dim=1)
-    step = max(1, _BLOCK_NUMBERS // n_latents)
-    cosines = torch.empty(n_latents, count)
-    latents = torch.empty(n_latents, count, dtype=torch.int64)
-    for first in range(0, n_latents, step):
-        block = rows[first : first + step]
-        own = torch.arange(first, first + len(block), device=rows.device)
-        scores = (block @ rows.T).clamp_(-1, 1)
-        scores.scatter_(1, own[:, None], -2.0)  # not itself
-        values, columns = top_columns(scores, count)
-        cosines[first : first + step], latents[first : first + step] = values, columns
-    return cosines, latents
+    # The encoder lists the largest products of every row, if they are above 0; one is its own.
+    code = encode_topk(rows, rows, rows.new_zeros(n_latents), rows.new_zeros(width), count + 1)
+    latents = code.indices.long()
+    own = latents == torch.arange(n_latents, device=rows.device)[:, None]
+    own[:, -1] |= ~own.any(1)  # so many equal rows come before it
+    cosines = code.values[~own].view(n_latents, count).clamp(max=1)
+    latents = latents[~own].view(n_latents, count)
+    others = (cosines[:, -1] <= 0).nonzero().flatten()
+    for part in torch.split(others, max(1, _BLOCK_NUMBERS // n_latents)):
+        scores = (rows[part] @ rows.T).clamp_(-1, 1)
+        scores.scatter_(1, part[:, None], -2.0)  # not itself
+        cosines[part], latents[part] = top_columns(scores, count)
+    return cosines.cpu(), latents.cpu()

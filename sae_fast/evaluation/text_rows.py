@@ -9,7 +9,7 @@ end where a cell does, so that no result depends on the size of the blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import ShardSet
+from sae_fast.activations.background import prefetch
 from sae_fast.activations.columns import sequence_starts
 from sae_fast.activations.order import Block
 from sae_fast.activations.pool import BlockReader
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Integers = npt.NDArray[np.int64]
 TOKENS, DOCUMENT, POSITION = "token_ids", "doc_id", "position"
+AHEAD = 2  # blocks that a thread may be ahead
 UNKNOWN = -1  # in place of a number that the shards do not hold
 
 
@@ -43,6 +45,9 @@ class RowBlock:
     def rows(self) -> int:
         """Rows of the block, with rows that are left out."""
         return self.block.stop - self.block.start
+
+
+ReadRows = tuple[RowBlock, Tensor, Integers]
 
 
 class TextRows:
@@ -80,8 +85,14 @@ class TextRows:
                 start = end
         return found
 
-    def read(self, blocks: list[RowBlock]) -> Iterator[tuple[RowBlock, Tensor, Integers]]:
-        """Yield the rows of each block that are served, [n, D] float32, and their places in it."""
+    def read(self, blocks: list[RowBlock]) -> Iterator[ReadRows]:
+        """Yield the rows of each block that are served, [n, D] float32, and their places in it.
+
+        A thread reads ahead of the caller.
+        """
+        return prefetch(self._read(blocks), AHEAD, name="rows", does="reads rows")
+
+    def _read(self, blocks: list[RowBlock]) -> Generator[ReadRows, None, None]:
         reader = BlockReader(self.shards, open_files=1)
         try:
             for item in blocks:

@@ -4,69 +4,93 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 Integers = npt.NDArray[np.int64]
 Priorities = npt.NDArray[np.int32]
 
 EMPTY = -1  # priority and row of a place that holds nothing
-_LARGEST = 2**31 - 1
-_LEAST_PENDING = 1 << 16  # entries that wait before they are sorted in
+MOST_ROWS = 1 << 32
+_ROW_BITS = 32
+_LAST_ROW = MOST_ROWS - 1
 
 
 class TopEntries:
     """Keeps for each slot the `count` entries with the largest priorities, in O(slots · count).
 
-    Of equal priorities the entries that were added first stay, and come first: with rows in
-    ascending order, the lower ones. So the result does not depend on how entries are cut into
-    calls.
+    Of equal priorities the entries with the lower rows stay, and come first. Rows are added in
+    ascending order, so the result does not depend on how entries are cut into calls.
+
+    A slot has twice `count` places. It is sorted when all of them are taken, and its lower half is
+    dropped; from then on only larger entries than the last one that stayed are taken.
+
+    Attributes:
+        least: [slots] int32: entries of a slot with this priority or a lower one are not kept.
+        priorities: [slots, count] int32, descending, EMPTY at the end; complete after `merge`.
+        rows: [slots, count] int64, EMPTY at the end; complete after `merge`.
     """
 
     def __init__(self, slots: int, count: int) -> None:
+        self.least = np.full(slots, EMPTY, np.int32)
         self.priorities = np.full((slots, count), EMPTY, np.int32)
         self.rows = np.full((slots, count), EMPTY, np.int64)
-        self._pending: list[tuple[Integers, Priorities, Integers]] = []
-        self._n_pending = 0
+        self._count = count
+        # The priority in the upper half of a key, the row counted from the last one in the lower.
+        self._keys = np.full((slots, 2 * count), EMPTY, np.int64)
+        self._filled = np.zeros(slots, np.int64)
 
     def add(
         self,
-        slots: Integers,  # [n]
+        slots: Integers,  # [n] ascending
         priorities: Priorities,  # [n], at least 0
-        rows: Integers,  # [n], ascending within a slot
+        rows: Integers,  # [n], below MOST_ROWS, ascending within a slot
     ) -> None:
         """Add entries; the ones that are too small already are not kept."""
-        if not self.priorities.size:
+        if not self._count:
             return
-        kept = np.flatnonzero(priorities > self.priorities[:, -1][slots])
-        if not kept.size:
-            return
-        self._pending.append((slots[kept], priorities[kept], rows[kept]))
-        self._n_pending += kept.size
-        if self._n_pending > max(self.priorities.size, _LEAST_PENDING):
-            self.merge()
+        places = 2 * self._count
+        keys = (priorities.astype(np.int64) << _ROW_BITS) | (_LAST_ROW - rows)
+        while slots.size:
+            is_kept = priorities > self.least[slots]
+            slots, priorities, keys = slots[is_kept], priorities[is_kept], keys[is_kept]
+            place = self._filled[slots] + place_in_run(slots)
+            is_placed = place < places
+            touched, place = slots[is_placed], place[is_placed]
+            self._keys[touched, place] = keys[is_placed]
+            self._filled[touched] = place + 1  # of one slot in ascending order: the last one stays
+            self._drop_lower_half(touched[place == places - 1])
+            left = ~is_placed
+            slots, priorities, keys = slots[left], priorities[left], keys[left]
 
     def merge(self) -> None:
-        """Sort in what waits; `priorities` and `rows` are complete then."""
-        if not self._pending:
+        """Sort all slots; `priorities` and `rows` are complete then."""
+        if not self._count:
             return
-        waiting = np.concatenate([part[0] for part in self._pending])
-        touched = np.flatnonzero(np.bincount(waiting))
-        count = self.priorities.shape[1]
-        old = np.repeat(touched, count)
-        slots = np.concatenate([old, waiting])
-        priorities = np.concatenate(
-            [self.priorities[touched].ravel(), *(part[1] for part in self._pending)]
-        )
-        rows = np.concatenate([self.rows[touched].ravel(), *(part[2] for part in self._pending)])
-        self._pending, self._n_pending = [], 0
-        # By slot, then by descending priority; a stable sort keeps the order of equal ones.
-        keys = (slots << 32) | (_LARGEST - priorities.astype(np.int64))
-        order = torch.sort(torch.from_numpy(keys), stable=True).indices.numpy()
-        slots = slots[order]
-        begins = np.searchsorted(slots, touched)  # of at least `count` entries each
-        chosen = order[(begins[:, None] + np.arange(count)).ravel()]
-        self.priorities[touched] = priorities[chosen].reshape(-1, count)
-        self.rows[touched] = rows[chosen].reshape(-1, count)
+        self._drop_lower_half(np.arange(len(self._keys)))
+        keys = self._keys[:, : self._count]
+        is_empty = keys == EMPTY
+        self.priorities = np.where(is_empty, EMPTY, keys >> _ROW_BITS).astype(np.int32)
+        self.rows = np.where(is_empty, EMPTY, _LAST_ROW - (keys & _LAST_ROW))
+
+    def _drop_lower_half(self, slots: Integers) -> None:
+        """Sort slots, and keep their `count` largest entries."""
+        count = self._count
+        keys = np.sort(self._keys[slots])[:, ::-1][:, :count]
+        self._keys[slots, :count] = keys
+        self._keys[slots, count:] = EMPTY
+        self._filled[slots] = np.minimum(self._filled[slots], count)
+        self.least[slots] = keys[:, -1] >> _ROW_BITS  # EMPTY stays EMPTY
+
+
+def place_in_run(
+    numbers: Integers,  # [n] ascending
+) -> Integers:
+    """Return for each number how many equal ones are in front of it."""
+    is_start = np.ones(len(numbers), bool)
+    is_start[1:] = numbers[1:] != numbers[:-1]
+    starts = np.flatnonzero(is_start)
+    lengths = np.diff(np.append(starts, len(numbers)))
+    places: Integers = np.arange(len(numbers)) - np.repeat(starts, lengths)
+    return places
 
 
 def priority_of(strengths: npt.NDArray[np.float32]) -> Priorities:

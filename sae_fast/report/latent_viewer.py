@@ -28,6 +28,7 @@ from sae_fast.evaluation.latents import LatentPages
 from sae_fast.evaluation.logits import LogitEffects
 from sae_fast.evaluation.text_rows import DOCUMENT, POSITION, TOKENS, TextRows
 from sae_fast.evaluation.token_texts import TokenTexts
+from sae_fast.evaluation.top_entries import place_in_run
 
 CHUNK = 64  # latents whose pages are in one file
 PEAKS = 5  # tokens of the largest contexts that the table shows
@@ -68,17 +69,17 @@ class Viewer:
         """Write all files into a folder, which is made; each appears when it is whole."""
         data = out / "data"
         data.mkdir(parents=True, exist_ok=True)
-        used = np.zeros(0, np.int64)
+        used = _UsedTokens()
         for number in range(-(-self.pages.d_sae // CHUNK)):
             arrays = self._chunk(range(number * CHUNK, min((number + 1) * CHUNK, self.pages.d_sae)))
-            _write_call(data / f"latents_{number:05d}.js", "chunk", number, _encoded(arrays))
-            used = np.union1d(used, arrays["tokens"])
+            _write_call(data / f"latents_{number:05d}.js", "chunk", str(number), _encoded(arrays))
+            used.add(arrays["tokens"])
         if self.logits is not None:
-            for tokens in (self.logits.promoted, self.logits.suppressed):
-                used = np.union1d(used, tokens)
-        _write_call(data / "vocabulary.js", "vocabulary", self._vocabulary(used))
+            used.add(self.logits.promoted)
+            used.add(self.logits.suppressed)
+        _write_call(data / "vocabulary.js", "vocabulary", _json(self._vocabulary(used.numbers())))
         _write_call(data / "table.js", "table", _encoded(self._table()))
-        _write_call(data / "meta.js", "meta", self._meta())
+        _write_call(data / "meta.js", "meta", _json(self._meta()))
         folder = files("sae_fast.report") / "viewer"
         for name in _OWN_FILES:
             with replacing(out / name, flush=False) as temporary:
@@ -102,7 +103,7 @@ class Viewer:
     def _vocabulary(self, used: Array) -> dict[str, Any] | None:
         if self.tokens is None:
             return None
-        ids = [int(token) for token in used if token >= 0]
+        ids = used.tolist()
         return {"ids": ids, "texts": self.tokens.of(ids)}
 
     def _table(self) -> dict[str, Array]:
@@ -121,14 +122,17 @@ class Viewer:
         contexts = self.pages.contexts
         tokens = self.text.numbers(TOKENS, contexts.rows)
         found = np.full((self.pages.d_sae, PEAKS), NO_TOKEN)
-        lists: dict[int, dict[int, None]] = {}
         is_top = contexts.intervals == TOP
-        pairs = zip(contexts.latents[is_top].tolist(), tokens[is_top].tolist(), strict=True)
-        for latent, token in pairs:
-            lists.setdefault(latent, {})[token] = None
-        for latent, different in lists.items():
-            first = list(different)[:PEAKS]
-            found[latent, : len(first)] = first
+        latents, tokens = contexts.latents[is_top], tokens[is_top]
+        by_token = np.lexsort((tokens, latents))  # stable: of equal tokens the first comes first
+        is_first = np.ones(len(tokens), bool)
+        is_first[by_token[1:]] = (latents[by_token[1:]] != latents[by_token[:-1]]) | (
+            tokens[by_token[1:]] != tokens[by_token[:-1]]
+        )
+        latents, tokens = latents[is_first], tokens[is_first]
+        places = place_in_run(latents)
+        shown = places < PEAKS
+        found[latents[shown], places[shown]] = tokens[shown]
         return found
 
     def _chunk(self, latents: range) -> dict[str, Array]:
@@ -167,22 +171,45 @@ class Viewer:
         return arrays
 
 
+class _UsedTokens:
+    """The set of tokens that are shown; negative numbers are no tokens."""
+
+    def __init__(self) -> None:
+        self._is_used = np.zeros(0, bool)
+
+    def add(self, tokens: Array) -> None:
+        """Add tokens, which may be repeated."""
+        size = int(tokens.max(initial=NO_TOKEN)) + 1
+        if size > len(self._is_used):
+            self._is_used = np.append(self._is_used, np.zeros(size - len(self._is_used), bool))
+        self._is_used[tokens[tokens >= 0]] = True
+
+    def numbers(self) -> Array:
+        """Return the tokens, ascending."""
+        return np.flatnonzero(self._is_used)
+
+
 def _first_column(array: Array) -> Array:
     return array[:, 0] if array.shape[1] else np.zeros(len(array), array.dtype)
 
 
-def _encoded(arrays: Mapping[str, Array]) -> dict[str, tuple[str, str]]:
-    """Return arrays as type and base64 of their bytes, whole numbers as int32."""
-    encoded = {}
+def _encoded(arrays: Mapping[str, Array]) -> str:
+    """Return arrays as JSON: type and base64 of their bytes, whole numbers as int32."""
+    parts = []
     for name, array in arrays.items():
-        kind = np.int32 if array.dtype.kind in "iu" else array.dtype
-        flat = np.ascontiguousarray(array, kind).astype(np.dtype(kind).newbyteorder("<"))
-        encoded[name] = (np.dtype(kind).name, base64.b64encode(flat.tobytes()).decode())
-    return encoded
+        kind = np.dtype(np.int32) if array.dtype.kind in "iu" else array.dtype
+        flat = np.ascontiguousarray(array, kind.newbyteorder("<"))
+        text = base64.b64encode(flat.data.cast("B") if flat.size else b"").decode("ascii")
+        parts.append(f'"{name}": ["{kind.name}", "{text}"]')
+    return f"{{{', '.join(parts)}}}"
 
 
-def _write_call(path: Path, function: str, *arguments: Any) -> None:
-    """Write a script that calls a function of the viewer with JSON, which has no `<` in it."""
-    texts = (json.dumps(argument).replace("<", "\\u003c") for argument in arguments)
+def _json(value: Any) -> str:
+    """Return JSON without `<`, which could end a script."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _write_call(path: Path, function: str, *arguments: str) -> None:
+    """Write a script that calls a function of the viewer with arguments in JSON."""
     with replacing(path, flush=False) as temporary:
-        temporary.write_text(f"saeFast.{function}({', '.join(texts)});\n", encoding="ascii")
+        temporary.write_text(f"saeFast.{function}({', '.join(arguments)});\n", encoding="ascii")
