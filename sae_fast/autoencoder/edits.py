@@ -180,9 +180,14 @@ def positions_mask(
         return mask.expand(leading).reshape(-1)
     except RuntimeError:
         shape = tuple(positions.shape) if isinstance(positions, Tensor) else ()
+        repeats, rest = divmod(leading[0], shape[0]) if leading and shape and shape[0] else (0, 1)
+        hint = (
+            f"; generate repeats each sequence for its beams and samples, as "
+            f"mask.repeat_interleave({repeats}, 0) does"
+        )
         raise ValueError(
             f"positions: a mask must have the shape of the tokens, {leading}, or of one sequence, "
-            f"got {shape}"
+            f"got {shape}{'' if rest or len(shape) != len(leading) else hint}"
         ) from None
 
 

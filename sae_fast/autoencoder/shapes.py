@@ -27,7 +27,7 @@ def rows_of(
         name: of `x` in errors.
         width: the setting of the model that says how wide `x` must be.
 
-    Raises ValueError for another width, and TypeError for what is no tensor.
+    Raises ValueError for another width and on the meta device, and TypeError for what is no tensor.
     """
     require_tensor(x, name)
     columns: int = getattr(sae.config, width)
@@ -37,6 +37,11 @@ def rows_of(
         )
     if x.is_complex():
         raise TypeError(f"{name} must be real numbers, got {x.dtype}")
+    if x.device.type == "meta" and sae.W_enc.device.type != "meta":
+        raise ValueError(
+            f"{name} must hold numbers, got a tensor on the meta device: load the weights of the "
+            "model that it comes from"
+        )
     dtype = torch.float64 if sae.W_enc.dtype == torch.float64 else torch.float32
     return x.reshape(-1, columns).to(device=sae.W_enc.device, dtype=dtype)
 
@@ -101,4 +106,6 @@ def require_tensor(given: object, name: str) -> None:
             f"{name} must be a tensor, got a {kind} of {len(given)} ({inside}): name the part, "
             "as output[0] for the hidden states that a transformer block returns first"
         )
-    raise TypeError(f"{name} must be a tensor, got {kind}: torch.from_numpy makes one")
+    makes = {"ndarray": "torch.from_numpy makes one", "list": "torch.tensor makes one"}
+    named = "name the part of it that is one, as in output.last_hidden_state"
+    raise TypeError(f"{name} must be a tensor, got {kind}: {makes.get(kind, named)}")

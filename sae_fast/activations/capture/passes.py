@@ -42,6 +42,13 @@ class PassWatch:
     def __init__(self) -> None:
         self._threads = threading.local()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse a copy: the copied model would keep the hooks beyond the context."""
+        raise TypeError(
+            "this model is watched, as by an autoencoder that is attached to it: copy, pickle or "
+            "save it outside of the context; its state_dict can be saved inside"
+        )
+
     @property
     def _passes(self) -> list[TokensOfPass | None]:
         """The passes of this thread, each inside of the one before."""
