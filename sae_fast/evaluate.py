@@ -229,7 +229,7 @@ class _Model:
         Raises ValueError where the dictionary is of another model, hook point or width.
         """
         from sae_fast.activations.capture.plan import open_capture
-        from sae_fast.evaluation.language_model import ModelText, token_columns
+        from sae_fast.evaluation.model_text import check_predicts, model_text
         from sae_fast.evaluation.rows import check_same_place
 
         config = self._config
@@ -238,11 +238,7 @@ class _Model:
             raise ValueError(f"all dictionaries must be of one model, got {self._name} and {name}")
         capture = open_capture(config.capture_config(name, hooks), model=self._loaded)
         self._loaded, self._name = capture.model, name
-        network = capture.model.network
-        if network.get_output_embeddings() is None:
-            raise ValueError(
-                f"the losses of a model need its head: {type(network).__name__} predicts no tokens"
-            )
+        check_predicts(capture.model)
         found = {hook.name: hook for hook in capture.hooked.hooks}
         if len(found) != len(set(hooks)):
             raise ValueError(f"hook must name one hook point, got {' '.join(found)}")
@@ -251,26 +247,12 @@ class _Model:
             known = {"model": _last(sae.origin.get("model")), "hook": sae.origin.get("hook")}
             ours = {key: value for key, value in known.items() if value}
             check_same_place(ours, {"model": _last(name), "hook": source.name}, "the model's")
-        for hook, width in ((source, sae.d_in), *((t, sae.config.target_width) for t in targets)):
-            if capture.widths[hook.name] != width:
-                raise ValueError(
-                    f"the dictionary has {width} numbers a row, {hook.name} of {name} has "
-                    f"{capture.widths[hook.name]}"
-                )
-        masked = None if capture.model.causal else capture.model.tokenizer.mask_token_id
-        if masked is None and not capture.model.causal:
-            raise ValueError(f"{name} predicts masked tokens, and its tokenizer has no mask token")
-        return ModelText(
-            network,
-            source,
-            targets[0] if targets else None,
-            capture.model.causal,
-            lambda: token_columns(
-                capture.batches, masked, config.shuffle_seed or 0, config.max_tokens, network.device
-            ),
-            name,
-            capture.batches.config.ctx_len,
-        )
+        return model_text(
+            *(capture, capture.batches, (source, *targets)),
+            (sae.d_in, *(sae.config.target_width for _ in targets)),
+            seed=config.shuffle_seed or 0,
+            max_tokens=config.max_tokens,
+        )._replace(name=name)
 
     def _places(self, sae: SparseAutoencoder) -> tuple[str, tuple[str, ...]]:
         """Return the name of the model, and the hook points that a dictionary reads and writes."""

@@ -561,7 +561,13 @@ def _conclude(run: str, trainer: Trainer, stopped_by: str | None, output: Comman
         *("loss", *weighted, "fvu", "l0", "gram_mean"),
         *("probe_accuracy", "probe_r2", "slot_accuracy", "value_accuracy"),
         *("heldout_fvu", "heldout_l0", "heldout_dead_fraction"),
-        *("heldout_ce", "heldout_ce_model", "heldout_kl"),
+        *(
+            "heldout_ce",
+            "heldout_ce_model",
+            "heldout_kl",
+            "heldout_ce_increase",
+            "heldout_ce_score",
+        ),
         *("heldout_slot_accuracy", "heldout_value_accuracy"),
     )
     figures = [(name, summary.get(f"final_{name}")) for name in names]

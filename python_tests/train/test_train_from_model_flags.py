@@ -41,6 +41,7 @@ TAKEN = {
     "num_threads": 1,
     "log_every": 3,
     "eval_every": 7,
+    "eval_metrics": 3,
     "dead_percentage_threshold": 0.25,
     "keep_checkpoints": 2,
     "checkpoint_dir": "place",

@@ -39,6 +39,7 @@ ELSEWHERE = {
     *("wandb_project", "no_wandb", "batch_size", "max_steps", "max_tokens", "max_epochs"),
     *("wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "logger", "verify"),
     *("checkpoint_minutes", "max_hours"),
+    *("eval_metrics", "eval_dataset", "eval_model", "eval_hook", "eval_tokens"),
 }
 # By setting, the architectures for which it changes nothing, and why.
 UNCHANGED = {

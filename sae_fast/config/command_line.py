@@ -113,7 +113,7 @@ class Flag:
         if kind is not self.kind and list(values) == ["None"]:
             return None
         if not values and self.rules.bare:
-            return self.rules.bare
+            return int(self.rules.bare) if kind is int else self.rules.bare
         if typing.get_origin(kind) is tuple:
             return self._read_several(flag, values, typing.get_args(kind))
         if len(values) != 1:

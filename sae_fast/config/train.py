@@ -14,6 +14,8 @@ from sae_fast.config.setting import Effect, require, setting
 _OF_MODEL = "the activations are those of MODEL while it reads DATASET"
 _TARGETS = "a transcoder trains on shards: capture its two hook points first"
 _KEPT = "the rows are computed, cache_dir keeps them as shards"
+_OWN_TEXT = "eval_metrics takes the model and its held-out text"
+_EVAL_METRICS = Effect("eval_metrics, above 0", lambda train: train.eval_metrics > 0)
 _AVERAGES_GRADIENTS = ("sgd", "signum", "schedule_free_signum")
 _A_SHUFFLE = Effect(
     "loss_fn mse or fvu, where rows are shuffled", lambda run: not run.sae.is_end_to_end
@@ -383,6 +385,30 @@ class TrainConfig(ConfigFile):
     """Interval of the rows that go to W&B and TensorBoard; default: log_every. [steps]"""
     eval_every: int = setting(500, at_least=0, on_resume="free")
     """Interval of the held-out evaluation; 0: only at the end. [steps]"""
+    eval_metrics: int = setting(0, at_least=0, on_resume="free", bare="1")
+    """At every so many evaluations, and at the end, measure what the language model loses with the
+    reconstructions in place of its activations: heldout_ce and more; 0: never. A training from
+    a model reads its held-out text, a training on shards a dataset that is named for it.
+    [evaluations]"""
+    eval_dataset: str | None = setting(
+        None, nonempty=True, on_resume="free", needs=_EVAL_METRICS, shards_only=_OWN_TEXT
+    )
+    """Text that the model reads for eval_metrics: a dataset on the hub, a folder, or .jsonl, .json,
+    .txt, .csv or .parquet files."""
+    eval_model: str | None = setting(
+        None, nonempty=True, on_resume="free", needs=_EVAL_METRICS, shards_only=_OWN_TEXT
+    )
+    """The model of the activations, for eval_metrics: a folder, or a name on the hub; default: the
+    one that the shards name."""
+    eval_hook: str | None = setting(
+        None, nonempty=True, on_resume="free", needs=_EVAL_METRICS, shards_only=_OWN_TEXT
+    )
+    """Hook point of the activations in that model, such as residual.3; default: the one that the
+    shards name."""
+    eval_tokens: int = setting(
+        16_384, at_least=1, on_resume="free", needs=_EVAL_METRICS, shards_only=_OWN_TEXT
+    )
+    """Tokens of the text, about: whole batches are read. [tokens]"""
     dead_percentage_threshold: float = setting(
         0.0,
         at_least=0,

@@ -335,3 +335,63 @@ def _sections(sums: Mapping[str, _Sums], predicted: int, tokens: int) -> dict[st
 def _ratio(part: float, whole: float) -> float:
     """Return a quotient; NaN where the whole is 0, as of an ablation that changes nothing."""
     return part / whole if whole else float("nan")
+
+
+class SplicedLosses:
+    """Losses of a model with reconstructions in it, of a dictionary that is being trained.
+
+    The activations and the losses that do not depend on the dictionary are computed once.
+
+    Args:
+        text: the model and what it reads; both are kept, with the activations, in memory.
+    """
+
+    def __init__(self, text: ModelText) -> None:
+        self._text = text
+        self._model = SplicedModel(text.network, text.target or text.source, causal=text.causal)
+        self._batches: list[tuple[Columns, Tensor]] = []  # with the activations [n, D]
+        self._own = self._ablated = 0.0  # cross-entropies of a token
+        self._predicted = 0
+
+    @torch.no_grad()
+    def evaluate(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """Return the model's losses by their names in metrics, but for `heldout_`.
+
+        ce, ce_model, ce_increase and ce_score are ce_loss_with_sae, ce_loss_without_sae,
+        ce_loss_increase and ce_loss_score of definitions.py.
+
+        Raises ValueError where the text has no token to predict.
+        """
+        if not self._predicted:
+            self._read()
+        spliced = 0.0
+        with sae.kept_copies():
+            for columns, x in self._batches:
+                spliced += self._sum(self._model.logits(columns, sae(x)), columns)
+        ce = spliced / self._predicted
+        return {
+            "ce": ce,
+            "ce_model": self._own,
+            "ce_increase": ce - self._own,
+            "ce_score": _ratio(self._ablated - ce, self._ablated - self._own),
+        }
+
+    def _read(self) -> None:
+        own = ablated = 0.0
+        predicted = 0
+        batches: list[tuple[Columns, Tensor]] = []
+        for columns in self._text.batches():
+            places = [self._text.source, *filter(None, [self._text.target])]
+            logits, (x, *others) = self._model.observed(columns, *places)
+            batches.append((columns, x))
+            own += self._sum(logits, columns)
+            nothing = torch.zeros_like(others[0] if others else x)
+            ablated += self._sum(self._model.logits(columns, nothing), columns)
+            predicted += int(self._model.summed_cross_entropy(logits, columns)[1])
+        if not predicted:
+            raise ValueError("the text has no token that the model predicts")
+        self._own, self._ablated = own / predicted, ablated / predicted
+        self._batches, self._predicted = batches, predicted
+
+    def _sum(self, logits: Tensor, columns: Columns) -> float:
+        return float(self._model.summed_cross_entropy(logits, columns)[0].double())

@@ -42,6 +42,8 @@ _TITLES = {
     "pre_act_loss": "Pre-activation loss of dead latents",
     "temporal_loss": "Temporal smoothness loss",
     "ce": "Cross-entropy with the reconstruction",
+    "ce_increase": "Cross-entropy that the reconstruction adds [nats]",
+    "ce_score": "CE loss score: 1 as the model itself, 0 as with zeros",
     "kl": "Divergence from the model's prediction",
     "alignment_loss": "Alignment loss of relation slots",
 }

@@ -21,7 +21,7 @@ from sae_fast.activations import Rows
 from sae_fast.activations.capture import HookPoint
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
-from sae_fast.evaluation.language_model import MASK, SplicedModel
+from sae_fast.evaluation.language_model import MASK, SplicedLosses, SplicedModel
 
 
 class DownstreamModel:
@@ -79,21 +79,29 @@ class DownstreamModel:
 
 @dataclass(frozen=True)
 class Downstream:
-    """The model that continues from the reconstruction, for loss_fn ce and kl.
+    """The model that continues from the reconstruction, for loss_fn ce and kl, and eval_metrics.
 
     Attributes:
         model: from the hook point on; None: the loss is computed on the activations.
         heldout: batches that its loss is measured on.
+        losses: what eval_metrics measures; None: it is not asked for.
     """
 
     model: DownstreamModel | None = None
     heldout: Sequence[Rows] = ()
+    losses: SplicedLosses | None = None
 
     def evaluate(self, sae: SparseAutoencoder) -> dict[str, float]:
         """Return the model's loss with the reconstructions of the held-out batches, if any."""
         if self.model is None or not self.heldout:
             return {}
         return self.model.evaluate(sae, self.heldout)
+
+    def eval_metrics(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """Return what eval_metrics measures, by the names of metrics; nothing unless asked for."""
+        if self.losses is None:
+            return {}
+        return {f"heldout_{name}": value for name, value in self.losses.evaluate(sae).items()}
 
 
 def checked_downstream(downstream: Downstream | None, sae: SAEConfig) -> Downstream:

@@ -33,7 +33,11 @@ class HeldoutEvaluation:
         self.rates: Tensor | None = None
 
     def evaluate(
-        self, sae: SparseAutoencoder, averaged: Callable[[], SparseAutoencoder] | None = None
+        self,
+        sae: SparseAutoencoder,
+        averaged: Callable[[], SparseAutoencoder] | None = None,
+        *,
+        in_model: bool = False,
     ) -> dict[str, float]:
         """Return the figures of a model by their names in a row of metrics.
 
@@ -43,8 +47,11 @@ class HeldoutEvaluation:
             sae: the model.
             averaged: makes the model with averaged weights; its figures have averaged_ before
                 their names.
+            in_model: whether eval_metrics is due.
         """
         measured = {"gram_mean": float(sae.mean_squared_cosine())}
+        if in_model:
+            measured |= self._downstream.eval_metrics(sae)
         if self._data.heldout is None:
             return measured
         rows = (self._data.heldout, self._data.heldout_targets)

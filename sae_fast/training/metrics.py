@@ -10,9 +10,10 @@ heldout_explained_variance and, by one variance of all numbers, heldout_explaine
 heldout_l0, heldout_dead_fraction; with fp16 loss_scale and skipped_steps; with k_anneal_start k;
 with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff; with jumprelu sparsity_loss,
 pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and the model's own,
-heldout_ce_model, with kl heldout_kl; with wandb_log_every, at that interval, max_decoder_cosine, a
-latent's largest one, a mean over latents. Where a model reads documents epoch counts passes over
-these, by an estimate of their tokens where they are many.
+heldout_ce_model, with kl heldout_kl; where eval_metrics is due heldout_ce, heldout_ce_model,
+heldout_ce_increase and heldout_ce_score, see `SplicedLosses`; with wandb_log_every, at that
+interval, max_decoder_cosine, a latent's largest one, a mean over latents. Where a model reads
+documents epoch counts passes over these, by an estimate of their tokens where they are many.
 """
 
 import json

@@ -43,6 +43,7 @@ from sae_fast.training.cuda_graph import GraphRecorder
 from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
 from sae_fast.training.downstream import Downstream, checked_downstream
+from sae_fast.training.eval_metrics import with_eval_metrics
 from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_memory
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import HeldoutEvaluation
@@ -187,6 +188,10 @@ class Trainer:
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
         before = None if checkpoint is None else saved_config(checkpoint)
         check_run_effects(self._run_effects(), before)
+        if train_config.eval_metrics and self._downstream.losses is None:
+            self._downstream = with_eval_metrics(
+                self._downstream, self.config, self.source.origin, is_named=data is None
+            )
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
         )
@@ -379,10 +384,13 @@ class Trainer:
         """Return what is measured on the held-out rows, and gram_mean where there are none.
 
         With an average of the weights the figures of the averaged model are added, with averaged_
-        before their names.
+        before their names. Where eval_metrics is due after the last step, the losses of the
+        language model are added.
         """
         averaged = None if self.average is None else self.average.model
-        return self._heldout.evaluate(self.model(), averaged)
+        config = self.train_config
+        in_model = config.eval_metrics > 0 and self._is_due(config.eval_metrics * config.eval_every)
+        return self._heldout.evaluate(self.model(), averaged, in_model=in_model)
 
     def kept_copies(self) -> AbstractContextManager[None]:
         """Keep the working copies that the steps made of the weights, for calls of `sae`."""

@@ -24,6 +24,8 @@ from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.model_text import TRAIN_DEFAULTS, FromModelConfig
 from sae_fast.config.setting import rules_of
+from sae_fast.evaluation.language_model import SplicedLosses
+from sae_fast.evaluation.model_text import model_text
 from sae_fast.json_files import is_integer
 from sae_fast.training.callbacks import Callback
 from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
@@ -132,11 +134,31 @@ def _shuffled(
     def make(name: str, config: RunConfig) -> Trainer:
         hook = name.partition("/")[0]
         reader = _reader(shared, hook, capture, stream.columns)
-        rows = heldout.get(hook)
-        given = (config.sae, config.train, reader)
-        return Trainer(*given, heldout=rows, **own, show_progress=False)
+        return Trainer(
+            *(config.sae, config.train, reader),
+            heldout=heldout.get(hook),
+            downstream=Downstream(losses=_losses(capture, hook, config)),
+            **own,
+            show_progress=False,
+        )
 
     return make
+
+
+def _losses(capture: Capture, hook: str, config: RunConfig) -> SplicedLosses | None:
+    """Return what eval_metrics measures at a hook point, on the held-out text; None: nothing."""
+    every = config.train.eval_metrics
+    if not every:
+        return None
+    if capture.heldout is None:
+        raise ValueError(f"eval_metrics = {every} needs held-out text, heldout_tokens above 0")
+    hooks = tuple(item for item in capture.hooked.hooks if item.name == hook)
+    text = model_text(
+        *(capture, capture.heldout, hooks, (capture.widths[hook],)),
+        seed=config.train.order_seed,
+        max_tokens=capture.config.heldout_tokens,
+    )
+    return SplicedLosses(text)
 
 
 def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
@@ -195,11 +217,12 @@ def _through_model(
         hook = hooks[name.partition("/")[0]]
         reader = _reader(shared, hook.name, capture, stream.columns)
         batches = [rows[hook.name] for rows in heldout]
-        downstream = None
+        losses = _losses(capture, hook.name, config)
+        downstream = Downstream(losses=losses)
         if config.sae.is_end_to_end:
             kind = config.sae.loss_fn
             rest = DownstreamModel(model.network, hook, kind, causal=model.causal)
-            downstream = Downstream(rest, batches)
+            downstream = Downstream(rest, batches, losses)
         rows = torch.cat([rows.x for rows in batches]).cpu() if batches else None
         return Trainer(
             *(config.sae, config.train, reader),
