@@ -12,50 +12,21 @@ import numpy as np
 import pytest
 import torch
 from small_models import save_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_pages import D_IN, D_SAE, HOSTILE, ROWS, command, make_place
+from tokenizers import Tokenizer, models
 
 from sae_fast import SparseAutoencoder
 from sae_fast.activations import ShardMetadata, write_shard
-from sae_fast.config import SAEConfig
 from sae_fast.latents import main
-
-D_IN, D_SAE, ROWS = 16, 70, 260  # two files of pages
-HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&lt;b&gt;", "\n"]
-VOCABULARY = ["[UNK]", "a", *HOSTILE, *(f"word{n}" for n in range(30)), "`${1}'\"\\"]
-FLAGS = ("--context-tokens", "8", "--contexts", "4", "--samples", "2", "--quiet")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Make a model, shards of its origin, and a tokenizer with tokens that look like markup."""
-    directory = tmp_path_factory.mktemp("latents")
-    generator = torch.Generator().manual_seed(0)
-    shards = directory / "shards"
-    shards.mkdir()
-    for number, name in enumerate(("train_00", "heldout_00")):
-        tokens = torch.randint(1, len(VOCABULARY), (ROWS,), generator=generator)
-        rows = torch.randn(ROWS, D_IN, generator=generator) + tokens[:, None] % 5
-        columns = {
-            "token_ids": tokens,
-            "doc_id": torch.arange(ROWS) // 50 + 100 * number,
-            "position": torch.arange(ROWS) % 50,
-        }
-        metadata = ShardMetadata(model="some/model", hook="residual.3", layer=3)
-        write_shard(shards / f"{name}.h5", rows, metadata=metadata, **columns)
-    sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=D_SAE, k=4))
-    sae.initialize_(generator)
-    sae.origin = {"model": "some/model", "hook": "residual.3", "layer": "3"}
-    sae.save(directory / "<b>sae")
-    ids = {text: number for number, text in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
+    return make_place(tmp_path_factory.mktemp("latents"))
 
 
 def run(place, out, *flags):
-    given = ("--shard-dir", place / "shards", "--out", out, "--tokenizer", place / "tokenizer.json")
-    return main([str(word) for word in (place / "<b>sae", *given, *FLAGS, *flags)])
+    return main(command(place, out, *flags))
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +189,8 @@ def test_rows_of_another_width_are_refused_also_by_force(place, tmp_path, capsys
     write_shard(shards / "train.h5", torch.randn(60, 12), doc_id=torch.zeros(60))
     flags = ("--shard-dir", shards, "--force")
     line = refusal(capsys, place, tmp_path / "pages", *flags)
-    assert "d_in = 16" in line
-    assert line.endswith("have 12")
+    assert "the dictionary has d_in 16" in line
+    assert line.endswith("have 12 numbers")
 
 
 def test_a_folder_with_other_files_is_left_alone(place, tmp_path, capsys):

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sae_fast.evaluation.logits import LogitEffects
     from sae_fast.evaluation.text_rows import TextRows
     from sae_fast.evaluation.token_texts import TokenTexts
+    from sae_fast.report.latent_viewer import Viewer
+    from sae_fast.report.page_source import PageSource
 
 PROGRAM = "python -m sae_fast.latents"
 USAGE = f"{PROGRAM} SAE --shard-dir DIR --out DIR [flags]"
@@ -50,6 +52,10 @@ _READINGS = 3
 _SAMPLE_ROWS = 1024  # that say how many entries a row has, for the disk space
 _TOKEN_BYTES = 4 * 4 / 3  # in base64
 _CONTEXT_BYTES = 150
+_TEXT_BYTES = 20  # of a token and its value, as JSON
+_NUMBER_BYTES = 10  # as JSON
+_LOCATION_BYTES = 14  # of an entry in delphi's cache, at most
+_FILES_OF_TOKENS = 5  # in each of which delphi has all tokens
 _OF_CODES = ("sae", "shards", "max_tokens", "context_tokens", "batch_size", "rows")
 
 
@@ -130,6 +136,7 @@ def _write_pages(config: LatentsConfig, stop: StopOnSignal, output: CommandOutpu
             output.say(f"{config.out / INDEX} is complete, nothing to do")
             return
         tokens = _token_texts(config, shards, text)
+        source = _page_source(config, sae, shards, text, tokens)
         logits = _logit_effects(config, sae)
         store = CodeStore(config.out / CODES, sae, text, config.batch_size)
         _check_space(config, store, sae, output)
@@ -147,6 +154,8 @@ def _write_pages(config: LatentsConfig, stop: StopOnSignal, output: CommandOutpu
         lines = _title(config), _subtitle(sae, pages.rows)
         viewer = Viewer(pages, text, *lines, config.intervals, logits, tokens)
         viewer.write(config.out)
+        if source is not None:
+            _write_others(config, store, sae, viewer, source, stop)
         _finish(config, recipe)
     alive = int((pages.fired > 0).sum())
     output.say(
@@ -158,14 +167,8 @@ def _write_pages(config: LatentsConfig, stop: StopOnSignal, output: CommandOutpu
 
 def _open(config: LatentsConfig, sae: SparseAutoencoder) -> ShardSet:
     """Return the shards, checked against the model; raise ValueError where they do not fit."""
-    from sae_fast.activations import (
-        ShardError,
-        find_shards,
-        full_origin,
-        open_shards,
-        origin_difference,
-    )
-    from sae_fast.activations.mixing import single
+    from sae_fast.activations import ShardError, find_shards, open_shards
+    from sae_fast.evaluation.rows import check_belongs
 
     assert config.shard_dir is not None
     train, heldout = find_shards(config.shard_dir)
@@ -173,17 +176,7 @@ def _open(config: LatentsConfig, sae: SparseAutoencoder) -> ShardSet:
     if not paths:
         raise ShardError(f"{config.shard_dir}: no held-out shards there")
     shards = open_shards(paths, key=config.activations_key, skip_nonfinite=config.skip_nonfinite)
-    if shards.d_in != sae.d_in:
-        raise ValueError(
-            f"{config.sae} reads rows of d_in = {sae.d_in} numbers, rows of "
-            f"{shards.shards[0].path} have {shards.d_in}"
-        )
-    difference = origin_difference(sae.origin, full_origin(single(shards)))
-    if difference is not None and not config.force:
-        raise ValueError(
-            f"{config.sae} is of {difference} as {config.shard_dir} is; --force makes the pages "
-            "nevertheless"
-        )
+    check_belongs(sae, shards, force=config.force)
     return shards
 
 
@@ -210,6 +203,7 @@ def _recipe(config: LatentsConfig, shards: ShardSet) -> dict[str, Any]:
         "sae": [sha256_of(directory / name) for name in (TENSOR_FILE, CONFIG_FILE)],
         "shards": [list(identity) for identity in shards.identities()],
         **settings,
+        "write": list(config.write),
     }
 
 
@@ -250,8 +244,9 @@ def _of_pages(recipe: dict[str, Any]) -> list[str]:
 
 
 def _require_equal(out: Path, before: Any, recipe: dict[str, Any], names: Sequence[str]) -> None:
-    is_known = isinstance(before, dict)
-    other = [name for name in names if not is_known or before.get(name) != recipe[name]]
+    if not isinstance(before, dict):
+        before = {}
+    other = [name for name in names if before.get(name) != recipe[name]]
     if other:
         raise ValueError(
             f"{out} holds pages of another pass, which differs in {', '.join(other)}: name another "
@@ -300,6 +295,78 @@ def _logit_effects(config: LatentsConfig, sae: SparseAutoencoder) -> LogitEffect
     return logit_effects(directions, model.network, config.logits, causal=model.causal)
 
 
+def _page_source(
+    config: LatentsConfig,
+    sae: SparseAutoencoder,
+    shards: ShardSet,
+    text: TextRows,
+    tokens: TokenTexts | None,
+) -> PageSource | None:
+    """Return the place that files for other programs name; None where none are asked for.
+
+    Raises ValueError where something that these need is not known.
+    """
+    if not config.write:
+        return None
+    from datetime import datetime, timezone
+
+    from sae_fast.activations import full_origin
+    from sae_fast.activations.mixing import single
+    from sae_fast.autoencoder.files import TENSOR_FILE, model_directory
+    from sae_fast.evaluation.text_rows import TOKENS
+    from sae_fast.report.page_source import page_source
+
+    assert config.sae is not None
+    if TOKENS not in text.columns:
+        raise ValueError(f"--write needs the tokens of the rows: {config.shard_dir}: no token_ids")
+    if tokens is None and set(config.write) != {"delphi"}:
+        raise ValueError("--write needs the texts of tokens: name a tokenizer with --tokenizer")
+    set_name = config.set_name or config.sae.resolve().name
+    # Equal pages are equal files, so the time is the one of the model.
+    changed = (model_directory(config.sae) / TENSOR_FILE).stat().st_mtime
+    created = datetime.fromtimestamp(int(changed), timezone.utc).isoformat()
+    origins = (sae.origin, full_origin(single(shards)))
+    names = (set_name, config.release or set_name, config.creator, created)
+    return page_source(origins, *names)
+
+
+def _write_others(
+    config: LatentsConfig,
+    store: CodeStore,
+    sae: SparseAutoencoder,
+    viewer: Viewer,
+    source: PageSource,
+    stop: StopOnSignal,
+) -> None:
+    """Write the files for other programs that are asked for."""
+    from sae_fast.report.delphi_cache import write_delphi
+    from sae_fast.report.neuronpedia import write_neuronpedia
+    from sae_fast.report.saedashboard import Dashboard, write_saedashboard
+
+    assert config.out is not None
+    pages, text = viewer.pages, viewer.text
+
+    def check(*_: object) -> None:
+        if stop.received is not None:
+            raise _StoppedError
+
+    if "delphi" in config.write:
+        entries, length = int(pages.fired.sum()), config.sequence_tokens
+        out = config.out / "delphi"
+        write_delphi(store, pages.d_sae, entries, source, length, out, check)
+    if viewer.tokens is None:
+        return
+    directions = sae.direction(slice(None)).detach().float().cpu().numpy()
+    dashboard = Dashboard(
+        pages, text, viewer.tokens, directions, source, config.context_tokens, viewer.logits
+    )
+    if "saedashboard" in config.write:
+        settings = asdict(_settings(config))
+        write_saedashboard(dashboard, config.out / "saedashboard", settings, check)
+    if "neuronpedia" in config.write:
+        write_neuronpedia(dashboard, config.out / "neuronpedia", check)
+
+
 def _check_space(
     config: LatentsConfig, store: CodeStore, sae: SparseAutoencoder, output: CommandOutput
 ) -> None:
@@ -313,6 +380,10 @@ def _check_space(
     codes = store.text.rows * entries * ENTRY_BYTES + len(store.blocks) * block
     pieces = sae.d_sae * (config.contexts + config.intervals * config.samples)
     pages = pieces * (config.context_tokens * _TOKEN_BYTES + _CONTEXT_BYTES)
+    if {"saedashboard", "neuronpedia"} & set(config.write):
+        pages += pieces * config.context_tokens * _TEXT_BYTES + sae.W_dec.numel() * _NUMBER_BYTES
+    if "delphi" in config.write:
+        pages += store.text.rows * (entries * _LOCATION_BYTES + _FILES_OF_TOKENS * 8)
     there = sum(path.stat().st_size for path in store.directory.iterdir())
     free = shutil.disk_usage(config.out).free
     output.say(

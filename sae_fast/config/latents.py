@@ -61,6 +61,19 @@ class LatentsConfig(ConfigFile):
     """Tokens that are listed as raised, and as lowered."""
     seed: int = setting(0, at_least=0, at_most=2**31 - 1)
     """Seed of the rows that are drawn."""
+    write: tuple[Literal["saedashboard", "neuronpedia", "delphi"], ...] = setting(
+        (), heading="Files for other programs", brief="write the pages for other programs too"
+    )
+    """Write the pages also as SAEDashboard's batch-N.json, as Neuronpedia's import, or the codes as
+    delphi's cache, into a folder of this name in OUT."""
+    set_name: str | None = setting(None, metavar="NAME", brief="of the dictionaries of all layers")
+    """Name of the set of dictionaries, one a layer, in these files; default: the name of SAE."""
+    release: str | None = setting(None, metavar="NAME")
+    """Name of the release that the set belongs to; default: the name of the set."""
+    creator: str = setting("", metavar="NAME", brief="who publishes the dictionary")
+    """Name of the person or group that publishes the dictionary."""
+    sequence_tokens: int = setting(256, at_least=1, at_most=65536)
+    """Tokens of a sequence in delphi's cache, a multiple of its example length. [tokens]"""
     batch_size: int = setting(8192, at_least=1, heading="The pass")
     """Rows that are encoded together; it changes no page. [tokens]"""
     force: bool = setting(False)

@@ -66,6 +66,7 @@ class LatentPages:
         largest: [F] float32, the largest magnitude of each latent, 0 where it never fires.
         mean: [F] float64, the mean magnitude over the rows on which it fires.
         histogram: [F, bins] int64, rows by magnitude, from above 0 to `largest`.
+        intervals: [F, intervals] int64, rows by the interval that samples are drawn from.
         contexts: the largest contexts and the samples of all latents.
         decoder_cosines, decoder_latents: [F, m], see `nearest_decoder_rows`.
         cofiring_phi, cofiring_latents, cofiring_counts: [F, m], see `cofiring_neighbours`.
@@ -78,6 +79,7 @@ class LatentPages:
     largest: Floats
     mean: npt.NDArray[np.float64]
     histogram: Integers
+    intervals: Integers
     contexts: Contexts
     decoder_cosines: Floats
     decoder_latents: Integers
@@ -140,6 +142,7 @@ class _Distribution:
         self._least_hash = np.uint64(min(int(share * 2**64), 2**64 - 1))
         d_sae = len(largest)
         self.histogram = np.zeros(d_sae * settings.bins, np.int64)
+        self.intervals = np.zeros(d_sae * settings.intervals, np.int64)
         self.samples = TopEntries(d_sae * settings.intervals, settings.samples)
         self.n_rows = 0
         self._rows: list[Integers] = []
@@ -151,9 +154,10 @@ class _Distribution:
         self._sample_rows(codes, latents, places)
         share = codes.strengths() / np.repeat(self._largest, np.diff(codes.offsets))
         np.add.at(self.histogram, _cut(share, latents, settings.bins), 1)
+        slots = _cut(share, latents, settings.intervals)
+        np.add.at(self.intervals, slots, 1)
         if not settings.samples:
             return
-        slots = _cut(share, latents, settings.intervals)
         rows = codes.first + codes.rows.astype(np.int64)
         bits = hashed(rows * codes.d_sae + latents, settings.seed) >> np.uint64(_PRIORITY_BITS)
         kept = np.flatnonzero(bits.astype(np.int32) > self.samples.least[slots])
@@ -229,6 +233,7 @@ def make_pages(
         largest,
         first.mean(),
         second.histogram.reshape(d_sae, settings.bins),
+        second.intervals.reshape(d_sae, settings.intervals),
         contexts,
         cosines.numpy(),
         nearest.numpy(),

@@ -1,0 +1,89 @@
+"""`PageSource`: what other programs want to know about a dictionary besides its pages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Hook points, and the names of TransformerLens inside of a block that correspond to them.
+_LENS_NAMES = {
+    "residual": "hook_resid_post",
+    "resid_pre": "hook_resid_pre",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "mlp_in": "ln2.hook_normalized",
+    "z": "attn.hook_z",
+}
+_BLOCK = re.compile(r"^blocks\.\d+\.")
+
+
+@dataclass(frozen=True)
+class PageSource:
+    """The place of a dictionary, and the names under which its pages are published.
+
+    Attributes:
+        model: the model, as the shards name it.
+        layer: the number of the block.
+        hook: the hook point, as the shards name it.
+        dataset: the texts.
+        set_name: of dictionaries that belong together, one a layer.
+        release: of sets that are published together.
+        creator: who publishes them.
+        created: the time, as ISO 8601 has it.
+    """
+
+    model: str
+    layer: int
+    hook: str
+    dataset: str
+    set_name: str
+    release: str
+    creator: str
+    created: str
+
+    @property
+    def model_id(self) -> str:
+        """The last part of the model's name."""
+        return self.model.rstrip("/").rpartition("/")[2]
+
+    @property
+    def source_id(self) -> str:
+        """The name of this dictionary in its set."""
+        return f"{self.layer}-{self.set_name}"
+
+    @property
+    def hook_name(self) -> str:
+        """The hook point as TransformerLens names it, where it has a name there."""
+        kind = self.hook.partition(".")[0]
+        name = _LENS_NAMES.get(kind, _BLOCK.sub("", self.hook))
+        return f"blocks.{self.layer}.{name}"
+
+
+def page_source(
+    origins: tuple[Mapping[str, Any], ...], set_name: str, release: str, creator: str, created: str
+) -> PageSource:
+    """Return the source that origins describe, of which the first ones come first.
+
+    Raises ValueError where none of them says model, hook point or layer.
+    """
+    found: dict[str, Any] = {}
+    for origin in reversed(origins):
+        found |= {name: value for name, value in origin.items() if value is not None}
+    for name in ("model", "hook", "layer"):
+        if name not in found:
+            raise ValueError(
+                f"--write: other programs file pages by model and layer, and neither the "
+                f"autoencoder nor the shards say their {name}"
+            )
+    return PageSource(
+        str(found["model"]),
+        int(found["layer"]),
+        str(found["hook"]),
+        str(found.get("dataset", "")),
+        set_name,
+        release,
+        creator,
+        created,
+    )
