@@ -64,6 +64,7 @@ _NOT_SHOWN = {"T_destination", "call_super_init", "dump_patches"}
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.intervention import Intervention, Mode
+    from sae_fast.autoencoder.saebench import SaebenchModel
 
 
 class SparseAutoencoder(nn.Module):
@@ -861,6 +862,31 @@ class SparseAutoencoder(nn.Module):
         for own, parameter in zip(folded.parameters(), self.parameters(), strict=True):
             own.requires_grad_(parameter.requires_grad)
         return folded.train(self.training)
+
+    def to_saebench(
+        self,
+        *,
+        model_name: str | None = None,
+        hook_name: str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> SaebenchModel:
+        """Return the autoencoder as the evaluators of SAEBench and SAELens take it.
+
+        It has `W_enc` [D, F], `W_dec` [F, D] with rows of unit length, `b_enc`, `b_dec`, `cfg`, and
+        `encode`, `decode` and `forward` on dense codes [..., F], in the units of the activations:
+        normalisation and norms are folded in. Codes are made by the rule of inference.
+
+        Args:
+            model_name: of the language model; None: as the origin has it.
+            hook_name: hook point, such as residual.3, which gets its name in TransformerLens; None:
+                as the origin has it.
+            dtype: of the weights; None: as they are.
+
+        Raises ValueError for a transcoder, and where no hook point is known.
+        """
+        from sae_fast.autoencoder.saebench import to_saebench
+
+        return to_saebench(self, model_name, hook_name, dtype)
 
     # ---- files -------------------------------------------------------------------------------
 

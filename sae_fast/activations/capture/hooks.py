@@ -359,3 +359,10 @@ def _configured(network: nn.Module, name: str) -> int | None:
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return getattr(config, name, None)
+
+
+def transformer_lens_name(hook: str) -> str:
+    """Return the name that a hook point such as residual.3 has in TransformerLens; others stay."""
+    names = {kind: name for name, kind in reversed(_LENS_NAMES.items())}
+    kind, _, layer = hook.rpartition(".")
+    return f"blocks.{layer}.{names[kind]}" if kind in names and layer.isdigit() else hook
