@@ -87,7 +87,13 @@ SMALLER = {
     "--reconstruction-epochs 5 --max-epochs 40": "--reconstruction-epochs 1 --max-epochs 2",
     "superposition --max-steps 3000": "superposition --max-steps 2 --rows 300 --heldout-rows 100 "
     "--batch-size 64 --seeds 1 2",
-    "relu --max-steps 2000": "relu --max-steps 2 --p 7 --model-steps 3 --d-sae 64 --batch-size 32 "
+    "states --arch topk slots --max-steps 1000": "states --arch topk slots --max-steps 2 --seeds 1 "
+    "--rows 200 --heldout-rows 100 --model-steps 2",
+    "circuit --arch topk --max-steps 1000": "circuit --arch topk --max-steps 2 --seeds 1 "
+    "--rows 200 --heldout-rows 100 --model-steps 2",
+    "people --arch topk slots --max-steps 1000": "people --arch topk slots --max-steps 2 --seeds 1 "
+    "--entities 12 --templates 2 --d-model 32 --model-steps 2",
+    "relu --max-steps 1000": "relu --max-steps 2 --p 7 --model-steps 3 --d-sae 64 --batch-size 32 "
     "--seeds 1 2",
     "--out biographies": "--out biographies --entities 12 --templates 2 --heldout-fraction 0.2 "
     "--heads 2 --blocks 2 --d-model 32 --steps 2",

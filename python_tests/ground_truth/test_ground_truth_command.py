@@ -1,42 +1,87 @@
 """`python -m sae_fast.ground_truth`: its files, its repetition, and what it refuses."""
 
+import importlib
 import json
 
 import pytest
 
-from sae_fast.ground_truth import main
+from sae_fast.ground_truth import main, pictures
 from sae_fast.ground_truth.command import TASKS
+from sae_fast.ground_truth.results import Results
 from sae_fast.ground_truth.superposition import Superposition
 
 pytest.importorskip("scipy")
 TINY = ("superposition", "--rows", "600", "--heldout-rows", "200", "--max-steps", "4")
 TINY += ("--batch-size", "64", "--seeds", "1", "2", "--num-threads", "1")
 TWO = ("--arch", "topk", "relu")
+SMALL = (
+    "--max-steps",
+    "3",
+    "--batch-size",
+    "32",
+    "--d-sae",
+    "32",
+    "--k",
+    "2",
+    "--num-threads",
+    "1",
+)
+OTHERS = {  # tiny flags and the pictures of the other tasks
+    "modular_addition": (
+        ("--p", "7", "--d-model", "8", "--heads", "2", "--d-mlp", "16", "--model-steps", "4"),
+        {"transformer.png", "waves.png"},
+    ),
+    "state_machine": (
+        ("--hidden", "8", "--model-steps", "3", "--rows", "200", "--heldout-rows", "150"),
+        {"states.png"},
+    ),
+    "circuit": (
+        (
+            *("--d-model", "8", "--heads", "2", "--model-steps", "3", "--rows", "200"),
+            *("--heldout-rows", "150", "--vocabulary", "8", "--length", "16", "--model-batch", "4"),
+        ),
+        {"tokens.png"},
+    ),
+    "biographies": (
+        (
+            *("--entities", "10", "--templates", "2", "--answers", "3", "--blocks", "1"),
+            *("--d-model", "16", "--heads", "2", "--model-steps", "3", "--model-batch", "8"),
+        ),
+        {"truths.png"},
+    ),
+}
 
 
-def test_all_files_are_written_and_repeat_to_the_bit(tmp_path, capsys):
-    outs = [tmp_path / name for name in ("a", "b")]
-    for out in outs:
-        assert main([*TINY, "--out", str(out)]) == 0
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Let pictures be made and not drawn, which takes long."""
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dots: path.touch())
+
+
+def test_all_files_are_written_and_repeat_to_the_bit(tmp_path, capsys, monkeypatch):
+    out, again = tmp_path / "a", tmp_path / "b"
+    assert main([*TINY, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    names = {path.name for path in outs[0].iterdir()}
-    assert names == {
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dots: path.touch())
+    assert main([*TINY, "--arch", "jumprelu", "--out", str(again)]) == 0
+    assert {path.name for path in out.iterdir()} == {
         *("results.json", "results.md", "scores.png", "features.png", "models", "task"),
     }
-    one, other = (json.loads((out / "results.json").read_text()) for out in outs)
-    assert one.pop("command") != other.pop("command")
-    assert one == other
+    one, other = (json.loads((place / "results.json").read_text()) for place in (out, again))
+    assert [entry for entry in one["entries"] if entry["arch"] == "jumprelu"] == other["entries"]
+    assert one["overlap"]["jumprelu"] == other["overlap"]["jumprelu"]
     arches = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "untrained")
     assert [(entry["arch"], entry["seed"]) for entry in one["entries"]] == [
         (arch, seed) for arch in arches for seed in (1, 2)
     ]
     assert set(one["overlap"]) == set(arches[:-1])
     assert one["overlap"]["topk"]["pw_mcc"] > 0
-    text = (outs[0] / "results.md").read_text()
+    text = (out / "results.md").read_text()
     assert all(f"{score.heading} (`{score.name}`) | " in text for score in Superposition.scores)
     assert text.split("\n\n")[3] in printed
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_second_call_keeps_what_is_finished(tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*TINY, *TWO, "--out", str(out)]) == 0
@@ -50,6 +95,7 @@ def test_a_second_call_keeps_what_is_finished(tmp_path, capsys):
     assert json.loads((out / "results.json").read_text()) == whole
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_architectures_join_those_that_are_there(tmp_path):
     out = tmp_path / "out"
     assert main([*TINY, "--arch", "relu", "--out", str(out)]) == 0
@@ -59,6 +105,61 @@ def test_other_architectures_join_those_that_are_there(tmp_path):
     assert set(content["overlap"]) == {"relu", "topk"}
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_task_runs_and_keeps_its_model(name, tmp_path, capsys):
+    if name == "biographies":
+        pytest.importorskip("transformers")
+    flags, images = OTHERS[name]
+    out = tmp_path / "out"
+    has_labels = name in ("state_machine", "biographies")
+    arches = ("relu", "slots", "untrained") if has_labels else ("relu", "untrained")
+    call = (name, *flags, *SMALL, "--seeds", "5", "--arch", *arches, "--out", str(out))
+    assert main(call) == 0
+    model = next(path for path in (out / "task").rglob("*.safetensors"))
+    written = model.stat().st_mtime_ns
+    names = {path.name for path in out.iterdir()}
+    assert names == {"results.json", "results.md", "scores.png", "models", "task", *images}
+    content = json.loads((out / "results.json").read_text())
+    scores = [score.name for score in Results(task_of(name), "").scores]
+    for entry in content["entries"]:
+        assert list(entry["scores"]) == [*scores[-3:], *scores[:-3]]
+    # The transformer, LSTM or language model is kept, and a training made again is equal.
+    (out / "results.json").write_text(json.dumps({**content, "entries": []}))
+    assert main(call) == 0
+    assert model.stat().st_mtime_ns == written
+    assert json.loads((out / "results.json").read_text()) == content
+    assert ": kept" not in capsys.readouterr().out
+
+
+def task_of(name):
+    entry = TASKS[name]
+    module = importlib.import_module(f"sae_fast.ground_truth.{entry.module}")
+    return getattr(module, entry.maker)(entry.config())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("modular_addition", "--p", "8"), "p must be an odd number, got 8"),
+        (("modular_addition", "--heads", "3"), "d_model must be a multiple of heads = 3, got 128"),
+        (("state_machine", "--automaton", "tomita"), "--automaton must be one of 'reber'"),
+        (("circuit", "--layer", "3"), "layer must be between 1 and 2, got 3"),
+        (("circuit", "--d-model", "6"), "d_model must be a multiple of heads = 4, got 6"),
+        (("biographies", "--layer", "2"), "layer must be below blocks = 2, got 2"),
+        (("biographies", "--entities", "2"), "entities"),
+        (("circuit", "--rows", "1"), "rows must be at least 2, got 1"),
+    ],
+)
+def test_settings_of_a_task_are_checked_in_one_line(arguments, message, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main([*TINY, "--arch", "topk", "--out", out]) == 0

@@ -110,7 +110,8 @@ class ModularAdditionConfig(GroundTruthConfig):
 
     d_sae: int = setting(1024, at_least=1)
     k: int = setting(32, at_least=1)
-    max_steps: int = setting(2000, at_least=1)
+    max_steps: int = setting(1000, at_least=1)
+    batch_size: int = setting(512, at_least=1)
     p: int = setting(59, at_least=5, heading="Transformer")
     """Modulus, an odd number. [numbers]"""
     site: Literal["residual", "mlp_out"] = setting("residual")
@@ -139,3 +140,122 @@ class ModularAdditionConfig(GroundTruthConfig):
             raise ValueError(
                 f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"
             )
+
+
+@configuration()
+@dataclass(frozen=True, kw_only=True)
+class StateMachineConfig(GroundTruthConfig):
+    """Find the states of a finite automaton in an LSTM that has learned its strings.
+
+    Autoencoders train on the hidden state after each symbol, and latents are compared with the
+    state that the automaton is in.
+    """
+
+    d_sae: int = setting(256, at_least=1)
+    k: int = setting(4, at_least=1)
+    max_steps: int = setting(1000, at_least=1)
+    batch_size: int = setting(512, at_least=1)
+    automaton: Literal["reber", "embedded_reber"] = setting("embedded_reber", heading="LSTM")
+    """reber: Reber's grammar; embedded_reber: two copies of it between a symbol and its repetition,
+    so that the first symbol must be remembered up to the end."""
+    hidden: int = setting(64, at_least=1)
+    """Width of the LSTM's state, the d_in of the rows. [numbers]"""
+    model_steps: int = setting(1000, at_least=1)
+    """Training steps of the LSTM. [steps]"""
+    model_batch: int = setting(64, at_least=1)
+    """Strings in a step. [strings]"""
+    model_learning_rate: float = setting(5e-3, above=0)
+    """Its learning rate, which falls to 0 in the last third."""
+    rows: int = setting(100_000, at_least=2)
+    """Rows to train on, a row a symbol. [rows]"""
+    heldout_rows: int = setting(20_000, at_least=1)
+    """Rows to score on, of other strings. [rows]"""
+
+
+@configuration()
+@dataclass(frozen=True, kw_only=True)
+class CircuitConfig(GroundTruthConfig):
+    """Find the variables of induction in a transformer of two attention layers.
+
+    The transformer predicts sequences in which spans of random tokens are repeated: it looks for an
+    earlier occurrence of the present token and expects the token that followed it. Latents of its
+    residual stream are compared with the variables of this circuit.
+    """
+
+    d_sae: int = setting(512, at_least=1)
+    k: int = setting(16, at_least=1)
+    max_steps: int = setting(1000, at_least=1)
+    batch_size: int = setting(512, at_least=1)
+    vocabulary: int = setting(32, at_least=4, heading="Transformer")
+    """Tokens of the vocabulary. [tokens]"""
+    length: int = setting(48, at_least=16)
+    """Tokens of a sequence. [tokens]"""
+    layer: int = setting(2, at_least=1, at_most=2)
+    """Layer after which the residual stream is taken: 1 or 2."""
+    d_model: int = setting(64, at_least=4)
+    """Width of the residual stream, the d_in of the rows. [numbers]"""
+    heads: int = setting(4, at_least=1)
+    """Attention heads of a layer. [heads]"""
+    model_steps: int = setting(1500, at_least=1)
+    """Training steps of the transformer. [steps]"""
+    model_batch: int = setting(64, at_least=1)
+    """Sequences in a step. [sequences]"""
+    model_learning_rate: float = setting(3e-3, above=0)
+    """Its learning rate, which falls to 0 in the last two thirds."""
+    rows: int = setting(100_000, at_least=2)
+    """Rows to train on, a row a token. [rows]"""
+    heldout_rows: int = setting(20_000, at_least=1)
+    """Rows to score on, of other sequences. [rows]"""
+
+    def __post_init__(self) -> None:
+        """Check the settings beside each other; raise ValueError naming field and value."""
+        if self.d_model % self.heads:
+            raise ValueError(
+                f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"
+            )
+
+
+@configuration()
+@dataclass(frozen=True, kw_only=True)
+class BiographiesConfig(GroundTruthConfig):
+    """Find relations and answers in a small GPT-2 that knows facts about invented people.
+
+    Autoencoders train on the residual stream at the last token of the prompts. The language model
+    needs transformers.
+    """
+
+    d_sae: int = setting(512, at_least=1)
+    k: int = setting(8, at_least=1)
+    max_steps: int = setting(1000, at_least=1)
+    batch_size: int = setting(512, at_least=1)
+    entities: int = setting(150, heading="Biographies and language model")
+    """People; each has one answer to each of six relations. [people]"""
+    templates: int = setting(6)
+    """Phrasings of each relation. [phrasings]"""
+    answers: int = setting(8)
+    """Answers that each relation can have. [answers]"""
+    heldout_fraction: float = setting(0.2)
+    """Share of the people whose prompts are scored on and not trained on. [share]"""
+    layer: int | None = setting(None, at_least=0)
+    """Block after which the residual stream is taken, from 0; default: the last one."""
+    blocks: int = setting(2, at_least=1)
+    """Blocks of the language model. [blocks]"""
+    d_model: int = setting(128, at_least=1)
+    """Width of its residual stream, the d_in of the rows. [numbers]"""
+    heads: int = setting(4, at_least=1)
+    """Attention heads of a block. [heads]"""
+    model_steps: int = setting(1500, at_least=1)
+    """Training steps of the language model. [steps]"""
+    model_batch: int = setting(64, at_least=1)
+    """Prompts in a step. [prompts]"""
+    model_learning_rate: float = setting(1e-3, above=0)
+    """Peak of its learning rate."""
+
+    def __post_init__(self) -> None:
+        """Check the settings beside each other; raise ValueError naming field and value."""
+        if self.d_model % self.heads:
+            raise ValueError(
+                f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"
+            )
+        if self.layer is not None and self.layer >= self.blocks:
+            raise ValueError(f"layer must be below blocks = {self.blocks}, got {self.layer}")

@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.ground_truth import (
+    BiographiesConfig,
+    CircuitConfig,
     GroundTruthConfig,
     ModularAdditionConfig,
+    StateMachineConfig,
     SuperpositionConfig,
 )
 from sae_fast.config.output import OutputConfig
@@ -55,6 +58,24 @@ TASKS = {
         "modular_addition",
         "ModularAddition",
         "the frequencies with which a transformer adds modulo p",
+    ),
+    "state_machine": _Entry(
+        StateMachineConfig,
+        "state_machine",
+        "StateMachine",
+        "the states of a finite automaton in an LSTM",
+    ),
+    "circuit": _Entry(
+        CircuitConfig,
+        "circuit",
+        "Circuit",
+        "the variables of induction in a transformer of two attention layers",
+    ),
+    "biographies": _Entry(
+        BiographiesConfig,
+        "biographies.task",
+        "Biographies",
+        "relations and answers in a language model that knows invented people",
     ),
 }
 

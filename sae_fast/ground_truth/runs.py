@@ -39,6 +39,7 @@ _DEAD_SHARE = 20  # a latent is dead after this part of the run without firing
 _QUICK_TARGET: dict[str, dict[str, Any]] = {
     "relu": {"l1_penalty_coeff": 1.5, "target_l0_rate": 0.02},
     "gated": {"target_l0_rate": 0.02},
+    "slots": {"target_l0_rate": 0.02},
     "jumprelu": {"sparsity_penalty_coeff": 30.0, "jumprelu_threshold_lr": 10.0},
 }
 
