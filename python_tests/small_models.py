@@ -53,6 +53,37 @@ MASKED = {
     },
 }
 
+# Models with an encoder of two blocks and a decoder of three, which begins with the token 2.
+_T5 = {
+    "vocab_size": len(VOCABULARY),
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": LAYERS,
+    "num_heads": 2,
+    "decoder_start_token_id": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+}
+_BART = {
+    "vocab_size": len(VOCABULARY),
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": LAYERS,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 4,
+    "eos_token_id": 5,
+    "forced_eos_token_id": 5,
+}
+PAIRED = {"t5": _T5, "bart": _BART, "umt5": _T5}
+
 # Sizes by the names in most configurations of transformers.
 TRANSFORMER = {
     "vocab_size": 40,
@@ -84,6 +115,22 @@ def make_network(name, seed=0, **settings):
                 if isinstance(module, nn.LayerNorm):
                     module.weight.normal_(1, 0.1)
                     module.bias.normal_(0, 0.1)
+    return network
+
+
+def make_encoder_decoder(name, *, head=True, **settings):
+    """Make a model with an encoder and a decoder; settings of transformers."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(name, **PAIRED[name] | settings)
+    kind = transformers.AutoModelForSeq2SeqLM if head else transformers.AutoModel
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = kind.from_config(config).eval()
+        for weight in network.parameters():  # T5 begins with weights too small to tell apart
+            weight.data.add_(0.1 * torch.randn_like(weight))
+    if head:
+        network.generation_config.pad_token_id = 0
     return network
 
 

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from small_models import save_model
+from small_models import make_encoder_decoder, make_tokenizer, save_model
 from small_texts import make_texts
 
 from sae_fast import biographies, convert_shards, plot, swap, train
@@ -202,6 +202,11 @@ def test_commands_of_a_page_run(page, place, monkeypatch, capsys):
     text = "\n".join(RUNNABLE[page])
     if "gpt2 " in text:
         make_model()
+    if "t5-small" in text:
+        make_encoder_decoder("t5").save_pretrained("google-t5/t5-small")
+        make_tokenizer(False).save_pretrained("google-t5/t5-small")
+        pairs = [{"article": "the cat sat", "summary": "the cat"}, {"article": "a", "summary": "a"}]
+        Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     if re.search(r"\b(SRC|DIR|MLP_IN)\b", text):
         make_rows()
     if "tokenizer.json" in text:

@@ -271,8 +271,8 @@ def reading_difference(before: Any, now: Any) -> str:
     if was_stream == is_stream:
         return ""
     if is_stream:
-        return ": it was not read as a stream, --streaming never goes on with it"
-    return ": it was read as a stream, --streaming always goes on with it"
+        return ": it was not read as a stream, --streaming never continues it"
+    return ": it was read as a stream, --streaming always continues it"
 
 
 def saved_counts(values: Any, *names: str) -> list[int]:

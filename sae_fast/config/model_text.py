@@ -100,6 +100,9 @@ class CaptureConfig(ConfigFile):
     tokens_column: str | None = setting(None, nonempty=True)
     """Column of the dataset with documents that are tokens already, in place of texts, such as
     input_ids; they must be of the model's own tokenizer."""
+    target_column: str | None = setting(None, nonempty=True)
+    """Column of the dataset with the texts that a decoder reads (T5) while its encoder reads the
+    ones of --text-column, for hook points such as decoder.residual.L."""
     chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
     """Read conversations, lists of messages, with the template that the tokenizer has (the bare
     flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
@@ -143,7 +146,7 @@ class CaptureConfig(ConfigFile):
         for layer in self.layers:
             if layer < 0:
                 raise ValueError(f"layers are counted from 0, got {layer}")
-        _check_columns(self.text_column, self.tokens_column, self.chat_template)
+        _check_columns(self)
         check_effects(self)
 
 
@@ -225,6 +228,9 @@ class FromModelConfig(ConfigFile):
     tokens_column: str | None = setting(None, nonempty=True)
     """Column of the dataset with documents that are tokens already, in place of texts, such as
     input_ids; they must be of the model's own tokenizer."""
+    target_column: str | None = setting(None, nonempty=True)
+    """Column of the dataset with the texts that a decoder reads (T5) while its encoder reads the
+    ones of --text-column, for hook points such as decoder.residual.L."""
     chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
     """Read conversations, lists of messages, with the template that the tokenizer has (the bare
     flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
@@ -267,7 +273,7 @@ class FromModelConfig(ConfigFile):
         if not self.init_seeds or len(set(self.init_seeds)) < len(self.init_seeds):
             given = " ".join(map(str, self.init_seeds)) or "none"
             raise ValueError(f"init_seeds must be different numbers, got {given}")
-        _check_columns(self.text_column, self.tokens_column, self.chat_template)
+        _check_columns(self)
         check_effects(self)
 
     def capture_config(self, model: str, dataset: str, device: str) -> CaptureConfig:
@@ -285,13 +291,15 @@ class FromModelConfig(ConfigFile):
         )
 
 
-def _check_columns(
-    text_column: str | None, tokens_column: str | None, chat_template: str | None
-) -> None:
+def _check_columns(config: CaptureConfig | FromModelConfig) -> None:
     """Raise ValueError where documents are to be of two kinds."""
-    others = {"text_column": text_column, "chat_template": chat_template}
-    for name, value in others.items():
-        if value is not None and tokens_column is not None:
-            raise ValueError(
-                f"{name} = {value!r} and tokens_column = {tokens_column!r}: give one of the two"
-            )
+    exclusive = (
+        ("text_column", "tokens_column"),
+        ("chat_template", "tokens_column"),
+        ("target_column", "tokens_column"),
+        ("target_column", "chat_template"),
+    )
+    for pair in exclusive:
+        one, other = (getattr(config, name) for name in pair)
+        if one is not None and other is not None:
+            raise ValueError(f"{pair[0]} = {one!r} and {pair[1]} = {other!r}: give one of the two")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sae_fast.activations.capture import LanguageModel
 from sae_fast.activations.capture.hooks import HookPoint
+from sae_fast.activations.capture.language_model import check_reads_once
 from sae_fast.activations.capture.plan import Capture
 from sae_fast.activations.capture.sequences import TokenBatches
 from sae_fast.evaluation.language_model import ModelText, token_columns
@@ -56,9 +57,10 @@ def model_text(
 
 
 def check_predicts(model: LanguageModel) -> None:
-    """Raise ValueError for a model without a head, which predicts no tokens."""
+    """Raise ValueError for a model without a head, or one that reads two texts."""
     if model.network.get_output_embeddings() is None:
         raise ValueError(
             "the losses of a model need its head: "
             f"{type(model.network).__name__} predicts no tokens"
         )
+    check_reads_once(model.network)

@@ -184,12 +184,12 @@ def test_a_capture_that_was_read_in_another_way_names_the_flag(
     assert capture(inputs, tmp_path / "out", "--streaming", before) == 0
     capsys.readouterr()
     assert capture(inputs, tmp_path / "out", "--streaming", now) == 2
-    assert f"stream, --streaming {before} goes on with it" in capsys.readouterr().err
+    assert f"stream, --streaming {before} continues it" in capsys.readouterr().err
     assert capture(inputs, tmp_path / "out", "--streaming", before) == 0
 
 
 def test_a_position_that_was_read_in_another_way_names_the_flag():
     known = {"name": "texts", "documents": 9}
     state = {"version": 1, "identity": {"dataset": known}}
-    with pytest.raises(ValueError, match=r"dataset changed: .*--streaming never goes on with it"):
+    with pytest.raises(ValueError, match=r"dataset changed: .*--streaming never continues it"):
         check_state(state, 1, {}, {"dataset": {**known, "documents": None}})

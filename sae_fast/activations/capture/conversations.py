@@ -43,10 +43,13 @@ class EncodedDocument:
     Attributes:
         tokens: [n] int32.
         wanted: [n] bool, the tokens that become rows; None: all.
+        source: [s] int32, what the encoder reads while the decoder reads the tokens; None: there is
+            no decoder beside an encoder.
     """
 
     tokens: npt.NDArray[np.int32]
     wanted: npt.NDArray[np.bool_] | None = None
+    source: npt.NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

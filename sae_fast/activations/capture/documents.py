@@ -1,6 +1,7 @@
 """The documents of a dataset, in the order in which they are captured, which a seed decides.
 
-A document is one entry of a column: a text, tokens, or a conversation.
+A document is one entry of a column: a text, tokens, or a conversation. Or it is a pair of texts, in
+two columns: what an encoder reads, and what its decoder does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Kind(Enum):
     TEXTS = "text_column"
     TOKENS = "tokens_column"
     CONVERSATIONS = "chat_template"
+    PAIRS = "target_column"
 
 
 class Documents:
@@ -75,8 +77,8 @@ class Documents:
     def read(self, start: int, stop: int) -> tuple[Numbers, list[Any]]:
         """Return numbers in the dataset and documents start..stop of the order.
 
-        A document is a text, tokens [n] int64, or a list of messages; one that is not there is
-        empty.
+        A document is a text, tokens [n] int64, a list of messages, or a pair of texts; one that is
+        not there is empty.
         """
         places = np.arange(start, min(stop, len(self)))
         numbers = places if self._order is None else self._order[places]
@@ -86,6 +88,8 @@ class Documents:
         """Return entries of the dataset as the documents that they are."""
         if self.kind is Kind.TOKENS:
             return [np.array(tokens or [], np.int64) for tokens in found]
+        if self.kind is Kind.PAIRS:
+            return [(source or "", target or "") for source, target in found]
         nothing: Any = "" if self.kind is Kind.TEXTS else []
         return [document or nothing for document in found]
 
@@ -124,6 +128,20 @@ class Column:
         """Return the entries with these numbers; None where there is nothing."""
         entries: list[Any] = self._dataset[numbers.tolist()][self._column]
         return entries
+
+
+class PairedColumns(Column):
+    """Two columns of a dataset of the datasets package, whose entries are pairs."""
+
+    def __init__(self, dataset: Any, column: str, other: str) -> None:
+        super().__init__(dataset, column)
+        self._dataset = dataset.select_columns([column, other])
+        self._other = other
+
+    def take(self, numbers: Numbers) -> list[Any]:
+        """Return the pairs with these numbers; None where there is no text."""
+        found = self._dataset[numbers.tolist()]
+        return list(zip(found[self._column], found[self._other], strict=True))
 
 
 @dataclass(frozen=True)

@@ -113,14 +113,16 @@ class Harvester:
                     yield self._run(batch, kept, device)
 
     def _run(self, batch: TokenBatch, kept: Tensor, device: torch.device) -> Harvest:
-        highest = int(batch.tokens.max())
+        source = None if batch.source is None else batch.source.to(device)
+        read = [batch.tokens, *([] if batch.source is None else [batch.source.tokens])]
+        highest = max(int(tokens.max()) for tokens in read)
         if self._vocabulary is not None and highest >= self._vocabulary:
             raise ValueError(
                 f"model: its vocabulary has {self._vocabulary:,} tokens, the tokenizer gave token "
                 f"{highest:,}: is it the tokenizer of another model?"
             )
         mask = None if batch.mask is None else batch.mask.to(device)
-        activations = self.model.activations(batch.tokens.to(device), mask)
+        activations = self.model.activations(batch.tokens.to(device), mask, source)
         # Found on the host: a mask on a GPU would have the host wait for its count.
         places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1).to(device)
         flat = {name: rows.flatten(0, 1) for name, rows in activations.items()}

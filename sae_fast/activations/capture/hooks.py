@@ -8,6 +8,9 @@ heads' results side by side, of which `z.L.H` is head H. Anything else is the pa
 means that module's output, or with `:in` behind it that module's input. `*` in a name stands for
 every block, or for every name at that place of a path. Where the blocks are is found from the
 model's structure. Names of TransformerLens mean the hook points that correspond to them.
+
+In a model with an encoder and a decoder these names mean the encoder, and with `decoder.` in front
+of them (`decoder.residual.L`) the decoder.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,16 +26,20 @@ from torch import nn
 
 RESIDUAL, ATTENTION, FEED_FORWARD = "residual", "attn_out", "mlp_out"
 BEFORE, FEED_FORWARD_INPUT, HEADS = "resid_pre", "mlp_in", "z"
+DECODER = "decoder."  # in front of the names of hook points
 INPUT = ":in"  # behind the path of a module
 
 _ATTENTION_NAMES = re.compile(r"attn|attention")
-_FEED_FORWARD_NAMES = re.compile(r"mlp|ffn|feed_?forward|moe|^ff$")
+_FEED_FORWARD_NAMES = re.compile(r"mlp|ffn|feed_?forward|moe|^ff$|^densereludense$")
 _OTHER_SENSES = re.compile(r"visual|vision|image|video|audio|speech")
 _NORM_NAMES = re.compile(r"norm|ln|dropout", re.IGNORECASE)
 _LAST_MATRIX = re.compile(r"(^|\.)(o_proj|out_proj|c_proj|dense|out_lin|wo|o)$")
 _LENS = re.compile(r"(^|\.)hook_\w+$")
 # Attributes of attention modules that hold the width of a head's result.
-_HEAD_WIDTHS = ("v_head_dim", "head_dim", "attention_head_size", "head_size")
+_HEAD_WIDTHS = (
+    *("v_head_dim", "head_dim", "attention_head_size", "head_size"),
+    "key_value_proj_dim",  # T5
+)
 
 # Names of TransformerLens, of block L, and the kinds of hook points that they mean.
 _LENS_NAMES = {
@@ -89,6 +96,7 @@ class Blocks:
 
     path: str  # of the list that holds them
     modules: nn.ModuleList
+    prefix: str = ""  # of the names of their hook points: "" or DECODER
 
     def layer_of(self, path: str) -> int | None:
         """Return the number of the block that a module is in; None: it is in no block."""
@@ -99,14 +107,61 @@ class Blocks:
 def find_blocks(network: nn.Module) -> Blocks:
     """Find the list of blocks: as long as the configuration says, or else the longest list.
 
-    Lists of a part that sees pictures or hears sounds come behind all others. Lists inside of
-    another list, such as the experts of a block, do not count. Raises ValueError where there is no
-    list at all.
+    Of a model with an encoder and a decoder it is the list of the encoder. Lists of a part that
+    sees pictures or hears sounds come behind all others. Lists inside of another list, such as the
+    experts of a block, do not count. Raises ValueError where there is no list at all.
     """
+    parts = find_parts(network)
+    return _longest(network, "") if parts is None else _longest(network, parts.encoder)
+
+
+def find_stacks(network: nn.Module) -> tuple[Blocks, ...]:
+    """Find the lists of blocks of a model: one, or the encoder's and the decoder's."""
+    parts = find_parts(network)
+    if parts is None:
+        return (find_blocks(network),)
+    return find_blocks(network), replace(_longest(network, parts.decoder), prefix=DECODER)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The paths of the encoder and of the decoder in a model that has both."""
+
+    encoder: str
+    decoder: str
+
+    def is_in_decoder(self, path: str) -> bool:
+        """Return whether the decoder is, or holds, the module at a path."""
+        return f"{path}.".startswith(f"{self.decoder}.")
+
+    def is_in_encoder(self, path: str) -> bool:
+        """Return whether the encoder is, or holds, the module at a path."""
+        return f"{path}.".startswith(f"{self.encoder}.")
+
+
+def find_parts(network: nn.Module) -> Parts | None:
+    """Return where a model has its encoder and its decoder; None: it does not have both."""
+    config: Any = getattr(network, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    paths = {module: path for path, module in network.named_modules()}
+    found = [
+        paths.get(part()) if callable(part := getattr(network, name, None)) else None
+        for name in ("get_encoder", "get_decoder")
+    ]
+    if not found[0] or not found[1]:  # the network itself is one of them
+        return None
+    return Parts(found[0], found[1])
+
+
+def _longest(network: nn.Module, part: str) -> Blocks:
+    """Return the list of blocks in a part of a network, see `find_blocks`."""
     lists = [
         Blocks(path, module)
         for path, module in network.named_modules()
-        if isinstance(module, nn.ModuleList) and not _is_in_list(network, path)
+        if isinstance(module, nn.ModuleList)
+        and not _is_in_list(network, path)
+        and path.startswith(f"{part}." if part else "")
     ]
     if not lists:
         raise ValueError(f"model: {type(network).__name__} has no list of blocks to hook")
@@ -148,17 +203,17 @@ def resolve_hooks(
             hook_points = hook_points or (f"{RESIDUAL}.*",)
     if not layers and not hook_points:
         raise ValueError("no hook: give layers, layer_stride or hook_points")
-    blocks = find_blocks(network)
-    count = len(blocks.modules)
+    stacks = find_stacks(network)
+    count = len(stacks[0].modules)
     for layer in layers:
         if not 0 <= layer < count:
             raise ValueError(
                 f"layers: {type(network).__name__} has blocks 0 to {count - 1}, got {layer}"
             )
-    known = named_hooks(network, blocks)
+    known = {name: hook for blocks in stacks for name, hook in named_hooks(blocks).items()}
     chosen = [known[f"{RESIDUAL}.{layer}"] for layer in layers]
     for pattern in hook_points:
-        matching = _matching(pattern, known, network, blocks)
+        matching = _matching(pattern, known, network, stacks)
         if not matching:
             raise ValueError(_unknown(pattern, known, network))
         if layer_stride is not None and "*" in pattern:
@@ -167,8 +222,8 @@ def resolve_hooks(
     return tuple({hook.name: hook for hook in chosen}.values())
 
 
-def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
-    """Return all hook points that have a name of their own, by that name."""
+def named_hooks(blocks: Blocks) -> dict[str, HookPoint]:
+    """Return all hook points of some blocks that have a name of their own, by that name."""
     hooks = {}
     parts: tuple[tuple[str, Callable[[nn.Module], str | None]], ...] = (
         (RESIDUAL, lambda _block: ""),
@@ -184,7 +239,8 @@ def named_hooks(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
             part = part_of(block)
             if part is not None:
                 path = ".".join(filter(None, (blocks.path, str(layer), part)))
-                hooks[f"{kind}.{layer}"] = HookPoint(f"{kind}.{layer}", path, layer, is_input)
+                name = f"{blocks.prefix}{kind}.{layer}"
+                hooks[name] = HookPoint(name, path, layer, is_input)
     return hooks
 
 
@@ -192,11 +248,13 @@ def _single_heads(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
     """Return the hook points of the single heads, by name, where their width is known."""
     hooks = {}
     for layer, block in enumerate(blocks.modules):
-        path, attention = _last_matrix_path(block), _children_named(block, _ATTENTION_NAMES)
+        path, attention = _last_matrix_path(block), _parts_named(block, _ATTENTION_NAMES)
         if path is None:
             continue
         matrix, module = block.get_submodule(path), block.get_submodule(attention[0])
         width, heads = _input_width(matrix), _configured(network, "num_attention_heads")
+        if blocks.prefix == DECODER:
+            heads = _configured(network, "decoder_attention_heads") or heads
         head = next(
             (
                 size
@@ -209,7 +267,8 @@ def _single_heads(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
         if width is None or heads is None or head is None or heads * head != width:
             continue
         for number in range(heads):
-            name, whole = f"{HEADS}.{layer}.{number}", f"{blocks.path}.{layer}.{path}"
+            name = f"{blocks.prefix}{HEADS}.{layer}.{number}"
+            whole = f"{blocks.path}.{layer}.{path}"
             columns = (number * head, (number + 1) * head)
             hooks[name] = HookPoint(name, whole, layer, is_input=True, columns=columns)
     return hooks
@@ -217,7 +276,7 @@ def _single_heads(network: nn.Module, blocks: Blocks) -> dict[str, HookPoint]:
 
 def _attention_path(block: nn.Module) -> str | None:
     """Return the path of the module whose output attention adds to the residual stream."""
-    names = _children_named(block, _ATTENTION_NAMES)
+    names = _parts_named(block, _ATTENTION_NAMES)
     if not names:
         return None
     # BERT's attention adds the residual stream and normalises; its `output.dense` does not yet.
@@ -227,21 +286,21 @@ def _attention_path(block: nn.Module) -> str | None:
 
 def _feed_forward_path(block: nn.Module) -> str | None:
     """Return the path of the module whose output a feed-forward network adds."""
-    names = _children_named(block, _FEED_FORWARD_NAMES)
+    names = _parts_named(block, _FEED_FORWARD_NAMES)
     others = ("output.dense", "fc2")  # BERT, OPT: its last matrix, there is no module of the whole
     return next(iter([*names, *(name for name in others if _has(block, name))]), None)
 
 
 def _feed_forward_input_path(block: nn.Module) -> str | None:
     """Return the path of the module whose input a feed-forward network reads."""
-    names = _children_named(block, _FEED_FORWARD_NAMES)
+    names = _parts_named(block, _FEED_FORWARD_NAMES)
     others = ("intermediate", "fc1")  # BERT, OPT: its first matrix
     return next(iter([*names, *(name for name in others if _has(block, name))]), None)
 
 
 def _last_matrix_path(block: nn.Module) -> str | None:
     """Return the path of the matrix that makes attention's output of the heads' results."""
-    names = _children_named(block, _ATTENTION_NAMES)
+    names = _parts_named(block, _ATTENTION_NAMES)
     if not names:
         return None
     paths = [
@@ -261,11 +320,23 @@ def _input_width(matrix: nn.Module) -> int | None:
     return None
 
 
-def _children_named(block: nn.Module, names: re.Pattern[str]) -> list[str]:
-    return [
-        name
-        for name, _ in block.named_children()
-        if names.search(name.lower()) and not _NORM_NAMES.search(name)
+def _parts_named(block: nn.Module, names: re.Pattern[str]) -> list[str]:
+    """Return the paths of a block's parts with such names.
+
+    They are its children, or the children of the modules in its lists, as T5 has them.
+    """
+
+    def is_named(name: str) -> bool:
+        return names.search(name.lower()) is not None and not _NORM_NAMES.search(name)
+
+    own = [name for name, _ in block.named_children() if is_named(name)]
+    return own or [
+        f"{name}.{number}.{inner}"
+        for name, child in block.named_children()
+        if isinstance(child, nn.ModuleList)
+        for number, part in enumerate(child)
+        for inner, _ in part.named_children()
+        if is_named(inner)
     ]
 
 
@@ -278,22 +349,29 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _matching(
-    pattern: str, known: dict[str, HookPoint], network: nn.Module, blocks: Blocks
+    pattern: str, known: dict[str, HookPoint], network: nn.Module, stacks: Sequence[Blocks]
 ) -> list[HookPoint]:
     hooks = [hook for name, hook in known.items() if _matches(name, pattern)]
     if hooks:
         return hooks
-    if pattern.startswith(f"{HEADS}."):
-        heads = _single_heads(network, blocks)
-        hooks = [hook for name, hook in heads.items() if _matches(name, pattern)]
+    for blocks in stacks:
+        if pattern.startswith(f"{blocks.prefix}{HEADS}."):
+            heads = _single_heads(network, blocks)
+            hooks += [hook for name, hook in heads.items() if _matches(name, pattern)]
     path, is_input = pattern.removesuffix(INPUT), pattern.endswith(INPUT)
     hooks = hooks or [
-        HookPoint(name + (INPUT if is_input else ""), name, blocks.layer_of(name), is_input)
+        HookPoint(name + (INPUT if is_input else ""), name, _layer_of(name, stacks), is_input)
         for name in _module_paths(network)
         if _matches(name, path)
     ]
     meant = None if hooks else _meant_by_transformer_lens(pattern)
-    return hooks if meant is None else _matching(meant, known, network, blocks)
+    return hooks if meant is None else _matching(meant, known, network, stacks)
+
+
+def _layer_of(path: str, stacks: Sequence[Blocks]) -> int | None:
+    """Return the number of the block that a module is in; None: it is in no block."""
+    layers = (blocks.layer_of(path) for blocks in stacks)
+    return next((layer for layer in layers if layer is not None), None)
 
 
 def _meant_by_transformer_lens(name: str) -> str | None:
@@ -317,7 +395,8 @@ def _module_paths(network: nn.Module) -> Iterator[str]:
 
 def _unknown(pattern: str, known: dict[str, HookPoint], network: nn.Module) -> str:
     there = []
-    for kind in (RESIDUAL, ATTENTION, FEED_FORWARD, BEFORE, FEED_FORWARD_INPUT, HEADS):
+    kinds = (RESIDUAL, ATTENTION, FEED_FORWARD, BEFORE, FEED_FORWARD_INPUT, HEADS)
+    for kind in (*kinds, *(DECODER + kind for kind in kinds)):
         layers = [hook.layer for name, hook in known.items() if name.startswith(f"{kind}.")]
         if layers:
             there.append(f"{kind}.{layers[0]} to {kind}.{layers[-1]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,8 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_fast.activations.capture.hooks import HookPoint
-from sae_fast.activations.capture.probe import probe_tokens, run_on_tokens, sees_later_tokens
+from sae_fast.activations.capture.hooks import HookPoint, find_parts
+from sae_fast.activations.capture.probe import (
+    Source,
+    probe_tokens,
+    run_on_tokens,
+    sees_later_tokens,
+    whole_source,
+)
 from sae_fast.activations.capture.splicing import hooked
 
 
@@ -121,10 +128,9 @@ def load_language_model(
         # False: code that comes with a model is neither run nor asked about.
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name, **where)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError("an encoder and a decoder in one are not captured, only either alone")
-        loader = getattr(transformers, _auto_class(config))
+        loader = getattr(transformers, _class_of(config, transformers))
         network = loader.from_pretrained(name, dtype=kind, **where)
+        _check_parts(network)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
     network = network.to(place).eval().requires_grad_(False)
     commit = getattr(config, "_commit_hash", None)
@@ -141,8 +147,7 @@ def loaded_language_model(network: Any, tokenizer: Any) -> LanguageModel:
         raise ValueError(
             f"tokenizer must be that of the model, of transformers, got {type(tokenizer).__name__}"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError("an encoder and a decoder in one are not captured, only either alone")
+    _check_parts(network)
     name = getattr(network, "name_or_path", "") or type(network).__name__
     return LanguageModel(network, tokenizer, name, None, _sees_only_earlier(network, tokenizer))
 
@@ -162,24 +167,34 @@ class HookedModel:
         self.hooks = tuple(hooks)
         for hook in hooks:
             network.get_submodule(hook.module)
+        self.decodes = decodes(network, hooks)
+        """Whether the hook points are in a decoder, which needs a source for its encoder."""
 
     @torch.no_grad()
     def activations(
         self,
         tokens: Tensor,  # [B, T] int64
         mask: Tensor | None = None,  # [B, T] bool, False for padding; None: there is none
+        source: Source | None = None,
     ) -> dict[str, Tensor]:
         """Run the model; return the activations [B, T, D] of each hook point by its name.
 
+        Where the hook points are in a decoder, it reads the tokens, and its encoder the source.
+
         Raises ValueError where a hook point has something else, or runs more than once.
         """
+        if self.decodes != (source is not None):
+            raise ValueError(
+                "a decoder needs a source" if self.decodes else "only a decoder has a source"
+            )
         outputs: dict[str, Tensor] = {}
         versions: dict[str, int] = {}
         with ExitStack() as handles:
             for hook in self.hooks:
                 keep = self._keeper(hook, tokens, outputs, versions)
                 handles.enter_context(hooked(self.network, hook, keep))
-            self._run(tokens, mask)
+            with suppress(_AllFoundError):
+                run_on_tokens(self.network, tokens, mask, source)
         for hook in self.hooks:
             if hook.name not in outputs:
                 raise ValueError(f"{hook.name}: the model does not run {hook.module}")
@@ -191,11 +206,9 @@ class HookedModel:
     def widths(self) -> dict[str, int]:
         """Return the width D of each hook point by its name, found by running one token."""
         tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(self.network.parameters()).device)
-        return {name: rows.shape[-1] for name, rows in self.activations(tokens).items()}
-
-    def _run(self, tokens: Tensor, mask: Tensor | None) -> None:
-        with suppress(_AllFoundError):
-            run_on_tokens(self.network, tokens, mask)
+        source = whole_source(tokens) if self.decodes else None
+        found = self.activations(tokens, source=source)
+        return {name: rows.shape[-1] for name, rows in found.items()}
 
     def _keeper(
         self, hook: HookPoint, tokens: Tensor, outputs: dict[str, Tensor], versions: dict[str, int]
@@ -217,6 +230,28 @@ class HookedModel:
                 raise _AllFoundError
 
         return keep
+
+
+def decodes(network: nn.Module, hooks: Sequence[HookPoint]) -> bool:
+    """Return whether hook points are in the decoder of a model that has an encoder too.
+
+    Raises ValueError where some are in the one and some in the other, or one is in neither.
+    """
+    parts = find_parts(network)
+    if parts is None:
+        return False
+    inside = {}
+    for hook in hooks:
+        in_encoder = parts.is_in_encoder(hook.module)
+        if in_encoder == parts.is_in_decoder(hook.module):
+            raise ValueError(f"{hook.name}: it is neither in the encoder nor in the decoder")
+        inside[in_encoder] = hook.name
+    if len(inside) == 2:
+        raise ValueError(
+            f"hook_points: {inside[True]} is in the encoder and {inside[False]} in the decoder, "
+            "which read other tokens: capture one after the other"
+        )
+    return False in inside
 
 
 def context_length(network: Any, tokenizer: Any) -> int | None:
@@ -252,8 +287,37 @@ def is_causal(config: Any) -> bool:
     )
 
 
-def _auto_class(config: Any) -> str:
-    """Return the auto class, with the head if the checkpoint has one, for losses of the model."""
+def _check_parts(network: nn.Module) -> None:
+    """Raise ValueError unless an encoder and a decoder in one can be told apart and read tokens."""
+    if not getattr(network.config, "is_encoder_decoder", False):
+        return
+    kind, parts = type(network).__name__, find_parts(network)
+    if parts is None:
+        raise ValueError(f"{kind} does not say which part of it is the encoder")
+    for path in (parts.encoder, parts.decoder):
+        if "input_ids" not in inspect.signature(network.get_submodule(path).forward).parameters:
+            raise ValueError(f"{kind} reads no tokens in its {path}, only texts are read by both")
+
+
+def check_reads_once(network: nn.Module) -> None:
+    """Raise ValueError for a model with an encoder and a decoder, whose losses need two texts."""
+    if find_parts(network) is not None:
+        raise ValueError(
+            f"the losses of a model need a single text: {type(network).__name__} has an encoder "
+            "and a decoder, which read two (loss_fn mse and fvu need no losses of the model)"
+        )
+
+
+def _class_of(config: Any, transformers: Any) -> str:
+    """Return the class to load, with the head if the checkpoint has one, for losses of a model."""
+    alone: list[str] = [
+        name for name in config.architectures or () if name.endswith("EncoderModel")
+    ]
+    if alone and hasattr(transformers, alone[0]):  # T5EncoderModel, half of what AutoModel loads
+        return alone[0]
+    if getattr(config, "is_encoder_decoder", False):
+        has_head = _class_named(config, "ForConditionalGeneration", "MTModel", "LMHeadModel")
+        return "AutoModelForSeq2SeqLM" if has_head else "AutoModel"
     if _class_named(config, "ForCausalLM", "LMHeadModel"):
         return "AutoModelForCausalLM"
     if _class_named(config, "ForMaskedLM", "ForPreTraining"):

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sae_fast.activations.capture.documents import Column, Documents, Kind
+from sae_fast.activations.capture.documents import Column, Documents, Kind, PairedColumns
 from sae_fast.activations.capture.language_model import capture_package
 from sae_fast.activations.capture.streamed import StreamedDocuments
 from sae_fast.activations.errors import one_line
@@ -53,6 +53,7 @@ def load_documents(
     shuffle_seed: int | None = None,
     tokens_column: str | None = None,
     conversations: bool = False,
+    target_column: str | None = None,
     streaming: str = NEVER,
 ) -> Documents:
     """Open a dataset.
@@ -69,6 +70,8 @@ def load_documents(
         tokens_column: column with documents that are tokens, in place of `text_column`.
         conversations: whether the documents are lists of messages, in `text_column`; default:
             messages or conversations, or the only column with conversations.
+        target_column: column with the texts that a decoder reads while its encoder reads the ones
+            of `text_column`.
         streaming: one of STREAMING: whether documents are read from the beginning on, no further
             than asked for, and shuffled in blocks; auto: those on the hub that are not in the cache
             of datasets, and files of more than STREAMED_BYTES together.
@@ -94,9 +97,20 @@ def load_documents(
         kind, column = Kind.CONVERSATIONS, _conversation_column(features, name, text_column)
     else:
         kind, column = Kind.TEXTS, _text_column(features, name, text_column)
+    if target_column is not None:
+        kind = Kind.PAIRS
+        _text_column(features, name, target_column, "target_column")
+        if target_column == column:
+            raise ValueError(
+                f"target_column = {target_column!r} is the column that the encoder reads too: name "
+                "another, or that of the encoder with --text-column"
+            )
     if is_stream:
         explained = partial(_explained, name)
-        return StreamedDocuments(dataset, column, name, shuffle_seed, kind, explained)
+        columns = [column, *([] if target_column is None else [target_column])]
+        return StreamedDocuments(dataset, columns, name, shuffle_seed, kind, explained)
+    if target_column is not None:
+        return Documents(PairedColumns(dataset, column, target_column), name, shuffle_seed, kind)
     return Documents(Column(dataset, column), name, shuffle_seed, kind)
 
 
@@ -189,7 +203,7 @@ def _suffix(name: str) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _text_column(features: Any, name: str, wanted: str | None) -> str:
+def _text_column(features: Any, name: str, wanted: str | None, setting: str = "text_column") -> str:
     """Return the name of the column with the documents."""
     columns: list[str] = [
         column
@@ -202,7 +216,7 @@ def _text_column(features: Any, name: str, wanted: str | None) -> str:
             near = difflib.get_close_matches(wanted, columns, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             kind = "column" if wanted not in features else "column of texts"
-            raise ValueError(f"text_column: {name} has no {kind} {wanted!r}{hint}; it has {there}")
+            raise ValueError(f"{setting}: {name} has no {kind} {wanted!r}{hint}; it has {there}")
         return wanted
     if DEFAULT_COLUMN in columns:
         return DEFAULT_COLUMN

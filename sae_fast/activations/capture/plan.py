@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sae_fast.activations.capture.conversations import check_roles, open_chat_template
+from sae_fast.activations.capture.conversations import ChatTemplate, check_roles, open_chat_template
 from sae_fast.activations.capture.documents import Documents, Kind
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.language_model import (
@@ -25,7 +25,13 @@ from sae_fast.activations.capture.opening import load_documents
 from sae_fast.activations.capture.probe import probe_tokens
 from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
 from sae_fast.activations.capture.stream_check import checked_hooks
-from sae_fast.activations.capture.tokens import CHUNK, Tokenisation, special_tokens
+from sae_fast.activations.capture.tokens import (
+    CHUNK,
+    PairEncoder,
+    Tokenisation,
+    decoder_tokens,
+    special_tokens,
+)
 from sae_fast.activations.storage import STORAGES
 from sae_fast.activations.writer import chunk_rows_of, padded_rows
 from sae_fast.config.model_text import DEFAULT_CONTEXT, CaptureConfig
@@ -96,7 +102,8 @@ class Capture:
     def recipe(self, world_size: int) -> dict[str, Any]:
         """Return origin and settings of the activations; a capture by them gives the same."""
         config, sequences = self.config, self.batches.config
-        documents, chat = self.batches.documents, self.batches.tokenisation.chat
+        documents, encoder = self.batches.documents, self.batches.tokenisation.encoder
+        chat = encoder if isinstance(encoder, ChatTemplate) else None
         resolved = {
             "ctx_len": sequences.ctx_len,
             "pack": sequences.pack,
@@ -124,6 +131,7 @@ class Capture:
                 "text_split": config.text_split,
                 **({"is_tokenised": True} if documents.kind is Kind.TOKENS else {}),
                 **({} if chat is None else {"chat": chat.recorded()}),
+                **({"target_column": config.target_column} if documents.kind is Kind.PAIRS else {}),
                 "documents": documents.count,
                 "fingerprint": documents.fingerprint(),
             },
@@ -178,6 +186,7 @@ def open_capture(
             shuffle_seed=config.shuffle_seed,
             tokens_column=config.tokens_column,
             conversations=config.chat_template is not None,
+            target_column=config.target_column,
             streaming="never" if config.max_tokens is None else config.streaming,
         )
     model = model or load_language_model(
@@ -192,6 +201,7 @@ def open_capture(
     if some is not None:
         hooks = checked_hooks(model.network, hooks, some.to(model.device))
     hooked = HookedModel(model.network, hooks)
+    _check_target(config, hooked)
     sequences = SequenceConfig(
         _context(config, model),
         config.batch_size,
@@ -200,7 +210,7 @@ def open_capture(
         if config.exclude_special_tokens is None
         else config.exclude_special_tokens,
     )
-    tokens = _tokenisation(config, model, documents)
+    tokens = _tokenisation(config, model, documents, sequences.ctx_len)
     batches = TokenBatches(documents, tokens, sequences)
     heldout = None
     if config.heldout_tokens:
@@ -216,16 +226,54 @@ def open_capture(
 
 
 def _tokenisation(
-    config: CaptureConfig, model: LanguageModel, documents: Documents
+    config: CaptureConfig, model: LanguageModel, documents: Documents, ctx_len: int
 ) -> Tokenisation:
     special = special_tokens(model.tokenizer, causal=model.causal)
-    chat = None
+    encoder: ChatTemplate | PairEncoder | None = None
+    if documents.kind is Kind.PAIRS:
+        encoder = PairEncoder(model.tokenizer, special, ctx_len)
+        special = decoder_tokens(special, _decoder_start(model.network))
     if config.chat_template is not None:
         chat = open_chat_template(model.tokenizer, config.chat_template, config.roles)
         check_roles(chat.roles, documents)
         special = special.without_surroundings()  # the template writes them itself
+        encoder = chat
     vocabulary = model.network.get_input_embeddings().num_embeddings
-    return Tokenisation(model.tokenizer, special, config.num_proc, vocabulary, chat)
+    return Tokenisation(model.tokenizer, special, config.num_proc, vocabulary, encoder)
+
+
+def _check_target(config: CaptureConfig, hooked: HookedModel) -> None:
+    """Raise ValueError unless there is a text for the decoder just where one is read."""
+    first = hooked.hooks[0].name
+    if hooked.decodes and config.target_column is None:
+        raise ValueError(
+            f"hook_points: {first} is in the decoder, which reads a text of its own: name the "
+            "column of these texts with --target-column"
+        )
+    if not hooked.decodes and config.target_column is not None:
+        raise ValueError(
+            f"target_column = {config.target_column!r} is read by a decoder beside an encoder, and "
+            f"{first} is in none: hook points such as decoder.residual.0 are"
+        )
+
+
+def _decoder_start(network: Any) -> int:
+    """Return the token with which a decoder begins; raise ValueError where the model has none."""
+    places = (network.config, getattr(network, "generation_config", None))
+    start = next(
+        (
+            token
+            for place in places
+            if isinstance(token := getattr(place, "decoder_start_token_id", None), int)
+        ),
+        None,
+    )
+    if start is None:
+        raise ValueError(
+            f"{type(network).__name__} does not say with which token its decoder begins "
+            "(decoder_start_token_id)"
+        )
+    return start
 
 
 def _context(config: CaptureConfig, model: LanguageModel) -> int:

@@ -5,18 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae_fast.activations.capture.hooks import find_blocks
+from sae_fast.activations.capture.hooks import find_blocks, find_parts
 
 PROBE_TOKENS = 8
 PROBED_BLOCKS = 4  # some models look ahead only in every second or third block
 
 
 _PROBING: ContextVar[bool] = ContextVar("probing", default=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The texts that an encoder reads while a decoder reads others.
+
+    Attributes:
+        tokens: [B, S] int64.
+        mask: [B, S] bool, False for padding.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> Source:
+        """Return it on a device."""
+        return Source(self.tokens.to(device), self.mask.to(device))
+
+
+def whole_source(tokens: Tensor) -> Source:
+    """Return tokens [B, S] without padding as a source."""
+    return Source(tokens, torch.ones_like(tokens, dtype=torch.bool))
 
 
 def is_probing() -> bool:
@@ -115,14 +138,33 @@ def _output_of(network: nn.Module, module: nn.Module, tokens: Tensor) -> Tensor 
     return outputs[0] if outputs else None
 
 
-def run_on_tokens(network: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> None:
-    """Run a network on tokens [B, T], without a cache for the next ones."""
+def run_on_tokens(
+    network: nn.Module,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    source: Source | None = None,
+) -> None:
+    """Run a network on tokens [B, T], without a cache for the next ones.
+
+    Of a model with an encoder and a decoder the encoder alone reads the tokens, or with a source
+    the decoder does while the encoder reads the source.
+    """
+    parts = find_parts(network)
     caches = hasattr(getattr(network, "config", None), "use_cache")
-    network(
-        input_ids=tokens,
-        attention_mask=None if mask is None else mask.to(torch.int64),
-        **({"use_cache": False} if caches else {}),
-    )
+    without_cache = {"use_cache": False} if caches else {}
+    given = None if mask is None else mask.to(torch.int64)
+    if parts is None:
+        network(input_ids=tokens, attention_mask=given, **without_cache)
+    elif source is None:
+        network.get_submodule(parts.encoder)(input_ids=tokens, attention_mask=given)
+    else:
+        network(
+            input_ids=source.tokens,
+            attention_mask=source.mask.to(torch.int64),
+            decoder_input_ids=tokens,
+            decoder_attention_mask=given,
+            **without_cache,
+        )
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sae_fast.activations.capture.conversations import EncodedDocument
 from sae_fast.activations.capture.documents import MAX_DOCUMENTS, Documents
+from sae_fast.activations.capture.probe import Source
 from sae_fast.activations.capture.tokens import SpecialTokens, Tokenisation
 from sae_fast.activations.source import saved_counts
 
@@ -101,6 +102,8 @@ class TokenBatch:
         position: [B, T] int32, place in the document.
         cursor: where the batch begins.
         following: where the next batch begins.
+        source: what an encoder reads while a decoder reads the tokens; None: there is no decoder
+            beside an encoder.
     """
 
     tokens: Tensor
@@ -110,6 +113,7 @@ class TokenBatch:
     position: Tensor
     cursor: TokenCursor
     following: TokenCursor
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class _Row:
     wanted: Integers  # 1 or 0 for each of them
     doc_id: int
     position: int  # of its first token
+    source: Integers | None
 
 
 class TokenBatches:
@@ -268,7 +273,8 @@ class TokenBatches:
         for begin in range(offset, len(text), room):
             end = begin + room
             tokens = np.concatenate([before, text[begin:end], after])
-            row = _Row(tokens, np.concatenate([ones[0], wanted[begin:end], ones[1]]), number, begin)
+            kept = np.concatenate([ones[0], wanted[begin:end], ones[1]])
+            row = _Row(tokens, kept, number, begin, document.source)
             yield row, end if end < len(text) else None
 
     def _window(
@@ -300,7 +306,18 @@ class TokenBatches:
             padded[1, index, :length] = row.doc_id
             padded[2, index, :length] = np.arange(row.position, row.position + length)
             padded[3, index, :length] = row.wanted
-        return self._batch(padded, lengths, cursor, following)
+        batch = self._batch(padded, lengths, cursor, following)
+        sources = [row.source for row in rows if row.source is not None]
+        return replace(batch, source=self._source(sources)) if sources else batch
+
+    def _source(self, texts: Sequence[Integers]) -> Source:
+        """Pad what the encoder reads."""
+        lengths = np.array([len(text) for text in texts])
+        tokens = np.full((len(texts), lengths.max()), self.special.padding, np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = text
+        mask = np.arange(tokens.shape[1]) < lengths[:, None]
+        return Source(torch.from_numpy(tokens), torch.from_numpy(mask))
 
     def _batch(
         self,

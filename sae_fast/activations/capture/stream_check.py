@@ -20,13 +20,21 @@ from torch import Tensor, nn
 
 from sae_fast.activations.capture.hooks import (
     ATTENTION,
+    DECODER,
     FEED_FORWARD,
+    Blocks,
     HookPoint,
-    find_blocks,
+    find_parts,
+    find_stacks,
     named_hooks,
     resolve_hooks,
 )
-from sae_fast.activations.capture.probe import as_evaluated, probe_tokens, run_on_tokens
+from sae_fast.activations.capture.probe import (
+    as_evaluated,
+    probe_tokens,
+    run_on_tokens,
+    whole_source,
+)
 
 _SCALE_NAMES = re.compile(r"multiplier|scal")
 RELATIVE = 1e-3  # beyond the rounding of the model's type, by which the stream is added up
@@ -78,17 +86,19 @@ def checked_hooks(
     Raises:
         ValueError: in one line, if no module's output is what is added.
     """
-    blocks = find_blocks(network)
-    parts = {hook.layer for hook in hooks if _kind(hook) is not None}
-    known = named_hooks(network, blocks)
-    seen = {
-        layer: _look(network, blocks.modules[layer], f"{blocks.path}.{layer}", tokens)
-        for layer in sorted(layer for layer in parts if layer is not None)
-    }
-    return tuple(
-        hook if _kind(hook) is None else _checked(network, hook, known, seen[hook.layer or 0])
-        for hook in hooks
-    )
+    stacks = {blocks.prefix: blocks for blocks in find_stacks(network)}
+    seen: dict[tuple[str, int], _Block | None] = {}
+    found = []
+    for hook in hooks:
+        if _kind(hook) is None or hook.layer is None:
+            found.append(hook)
+            continue
+        blocks, place = stacks[_prefix(hook)], (_prefix(hook), hook.layer)
+        if place not in seen:
+            path = f"{blocks.path}.{hook.layer}"
+            seen[place] = _look(network, blocks.modules[hook.layer], path, tokens)
+        found.append(_checked(network, hook, blocks, seen[place]))
+    return tuple(found)
 
 
 def find_hook(network: nn.Module, name: str) -> HookPoint:
@@ -111,27 +121,32 @@ def find_hook(network: nn.Module, name: str) -> HookPoint:
     return hook
 
 
+def _prefix(hook: HookPoint) -> str:
+    return DECODER if hook.name.startswith(DECODER) else ""
+
+
 def _kind(hook: HookPoint) -> str | None:
-    kind = hook.name.partition(".")[0]
+    kind = hook.name.removeprefix(DECODER).partition(".")[0]
     return kind if kind in (ATTENTION, FEED_FORWARD) and hook.layer is not None else None
 
 
 def _checked(
-    network: nn.Module, hook: HookPoint, known: dict[str, HookPoint], block: _Block | None
+    network: nn.Module, hook: HookPoint, blocks: Blocks, block: _Block | None
 ) -> HookPoint:
     output = None if block is None else block.outputs.get(hook.module)
     if block is None or output is None:  # what is wrong with it is said when it is captured
         return hook
     kind = _kind(hook)
     starts = block.stream[:1] if kind == ATTENTION else block.stream
-    other = known.get(f"{FEED_FORWARD if kind == ATTENTION else ATTENTION}.{hook.layer}")
+    other_kind = FEED_FORWARD if kind == ATTENTION else ATTENTION
+    other = named_hooks(blocks).get(f"{blocks.prefix}{other_kind}.{hook.layer}")
     beside = None if other is None else block.outputs.get(other.module)
     if block.adds(output, starts) is not False:
         return hook
     both = output + beside if beside is not None and beside.shape == output.shape else None
     if both is not None and block.adds(both, block.stream[:1]) is not False:
         return hook
-    for scale in _stated_scales(network, hook):
+    for scale in _stated_scales(network, blocks.modules[hook.layer or 0]):
         alone, together = scale * output, None if both is None else scale * both
         if block.adds(alone, starts) or (together is not None and block.adds(together, starts[:1])):
             return replace(hook, scale=scale)
@@ -154,12 +169,11 @@ def _candidates(path: str, block: _Block) -> Iterator[str]:
     yield from paths[place + 1 :]
 
 
-def _stated_scales(network: nn.Module, hook: HookPoint) -> list[float]:
+def _stated_scales(network: nn.Module, block: nn.Module) -> list[float]:
     """Return the numbers, called a scale, that a block or a model's configuration has."""
-    blocks = find_blocks(network)
     config: Any = getattr(network, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    stated = [vars(blocks.modules[hook.layer or 0]), getattr(text, "__dict__", {})]
+    stated = [vars(block), getattr(text, "__dict__", {})]
     found = [
         value
         for numbers in stated
@@ -205,6 +219,8 @@ def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _B
         if module is block:
             raise _Left
 
+    parts = find_parts(network)
+    in_decoder = parts is not None and parts.is_in_decoder(path)
     paths = {module: f"{path}.{name}" for name, module in block.named_modules()}
     handles: list[Any] = [
         handle
@@ -216,7 +232,7 @@ def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _B
     ]
     try:
         with as_evaluated(network):
-            run_on_tokens(network, tokens)
+            run_on_tokens(network, tokens, source=whole_source(tokens) if in_decoder else None)
     except _Left:
         return seen
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):

@@ -8,7 +8,7 @@ again: the stream begins anew and passes over what lies before its block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,7 +25,7 @@ class StreamedDocuments(Documents):
 
     Args:
         dataset: an IterableDataset of the datasets package.
-        column: with the documents.
+        columns: with the documents, or the two with the texts of pairs.
         name: of the dataset, for errors.
         shuffle_seed: seed of the order in each block; None keeps the dataset's own order.
         kind: what the documents are.
@@ -35,20 +35,21 @@ class StreamedDocuments(Documents):
     def __init__(
         self,
         dataset: Any,
-        column: str,
+        columns: Sequence[str],
         name: str,
         shuffle_seed: int | None,
         kind: Kind,
         explained: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._dataset = dataset.select_columns([column])
+        self._dataset = dataset.select_columns(list(columns))
         self._iterator: Iterator[dict[str, list[Any]]] | None = None
         self._next = 0  # number of the block that the iterator gives next
         self._blocks: dict[int, list[Any]] = {}
         self._lock = threading.Lock()  # a thread may tokenise ahead
         self._seed = shuffle_seed
         self._explained = explained
-        self.name, self.column, self.kind = name, column, kind
+        self.name, self.column, self.kind = name, columns[0], kind
+        self._columns = tuple(columns)
         if not self._block(0):
             raise ValueError(f"dataset: {name} has no documents")
 
@@ -95,7 +96,10 @@ class StreamedDocuments(Documents):
                     rest = self._dataset.skip(number * SHUFFLED_DOCUMENTS)
                     self._iterator = iter(rest.iter(batch_size=SHUFFLED_DOCUMENTS))
                 batch = next(self._iterator, None)
-            entries = [] if batch is None else batch[str(self.column)]
+            found = [] if batch is None else [batch[column] for column in self._columns]
+            entries: list[Any] = (
+                [*zip(*found, strict=True)] if len(found) > 1 else [*found[0]] if found else []
+            )
             self._next = number + 1
             if len(entries) < SHUFFLED_DOCUMENTS:
                 self._iterator = None

@@ -92,7 +92,8 @@ class Tokenisation:
         processes: 1: this one, with the threads that the tokenizer itself uses.
         vocabulary: tokens that the model has, which documents of tokens are checked against; None:
             they are not checked.
-        chat: the template of documents that are conversations.
+        encoder: of documents that are not single texts: the template of conversations, or what
+            makes tokens of pairs.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class Tokenisation:
         special: SpecialTokens,
         processes: int = 1,
         vocabulary: int | None = None,
-        chat: ChatTemplate | None = None,
+        encoder: ChatTemplate | PairEncoder | None = None,
     ) -> None:
         if processes < 1:
             raise ValueError(f"num_proc must be at least 1, got {processes}")
         self.special = special
-        self.chat = chat
+        self.encoder = encoder
         self._tokenizer = tokenizer
         self._processes = processes
         self._vocabulary = vocabulary
@@ -125,9 +126,9 @@ class Tokenisation:
                 encoded = [self._checked(*pair) for pair in zip(numbers, given, strict=True)]
                 yield from _labelled(begin, numbers, encoded)
             return
-        encoder = self._tokenizer if documents.kind is Kind.TEXTS else self.chat
+        encoder = self._tokenizer if documents.kind is Kind.TEXTS else self.encoder
         if encoder is None:
-            raise ValueError("dataset: conversations need a chat template")
+            raise ValueError(f"dataset: {documents.name} needs {documents.kind.value}")
         if self._processes == 1 or stop - start <= CHUNK:  # starting processes takes seconds
             for begin, numbers, given in chunks:
                 yield from _labelled(begin, numbers, encode(encoder, numbers.tolist(), given))
@@ -196,10 +197,53 @@ def _without_special(tokens: Integers, special: SpecialTokens) -> Integers:
     return tokens
 
 
+@dataclass(frozen=True)
+class PairEncoder:
+    """Makes tokens of pairs of texts: what an encoder reads, and what its decoder does.
+
+    Attributes:
+        tokenizer: of transformers.
+        special: its special tokens, which are put round what the encoder reads.
+        ctx_len: tokens of the encoder's text, behind which it is cut off.
+    """
+
+    tokenizer: Any
+    special: SpecialTokens
+    ctx_len: int
+
+    def encode(self, pairs: Sequence[tuple[str, str]]) -> list[EncodedDocument]:
+        """Return the tokens of pairs; one whose second text is empty has none."""
+        before, after = self.special.before, self.special.after
+        room = max(0, self.ctx_len - len(before) - len(after))
+        sources = tokenise(self.tokenizer, [source for source, _ in pairs])
+        targets = tokenise(self.tokenizer, [target for _, target in pairs])
+        return [
+            EncodedDocument(target, source=np.concatenate([before, source[:room], after]))
+            for source, target in zip(sources, targets, strict=True)
+        ]
+
+
+def decoder_tokens(special: SpecialTokens, start: int) -> SpecialTokens:
+    """Return the special tokens of a decoder's text, which begins with the token `start`.
+
+    It reads the text as its tokenizer writes it, but for the last token, which it predicts.
+    """
+    before = np.concatenate([np.array([start], np.int32), special.before])
+    return replace(
+        special,
+        before=before,
+        after=special.after[:-1],
+        surround=False,
+        excluded=np.union1d(special.excluded, before).astype(np.int32),
+    )
+
+
 def encode(encoder: Any, numbers: Sequence[int], given: Sequence[Any]) -> list[EncodedDocument]:
     """Return the tokens of documents: texts with a tokenizer, conversations with a template."""
     if isinstance(encoder, ChatTemplate):
         return [encoder.encode(*pair) for pair in zip(given, numbers, strict=True)]
+    if isinstance(encoder, PairEncoder):
+        return encoder.encode(given)
     return [EncodedDocument(tokens) for tokens in tokenise(encoder, given)]
 
 

@@ -18,6 +18,7 @@ from sae_fast.activations import Column
 from sae_fast.activations.capture import Documents, Harvester, LanguageModel
 from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.directory import CaptureDirectory
+from sae_fast.activations.capture.language_model import check_reads_once
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.autoencoder.loss_terms import LossTerm
@@ -190,6 +191,7 @@ def _through_model(
             f"loss_fn {' and '.join(sorted(losses))} needs a model that predicts tokens: "
             f"{type(model.network).__name__} has no language-model head"
         )
+    check_reads_once(model.network)
     if settings.cache_dir is not None:
         raise ValueError("cache_dir needs loss_fn mse or fvu")
     for config in configs.values():
