@@ -185,7 +185,8 @@ def test_the_digest_is_of_all_rows_in_their_order(tmp_path, dtype, d_in):
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_what_is_remembered_is_not_read_again(tmp_path, monkeypatch, listed):
+def test_what_is_remembered_is_not_read_again(tmp_path, monkeypatch, caplog, listed):
+    caplog.set_level("INFO")
     write_shard(tmp_path / "a.h5", random_rows())
     if listed:
         write_manifest(tmp_path)
@@ -196,6 +197,11 @@ def test_what_is_remembered_is_not_read_again(tmp_path, monkeypatch, listed):
     again = ScanRecord.load(tmp_path / "shards.json")
     monkeypatch.setattr(RowScanner, "add", lambda *_: pytest.fail("read again"))
     assert open_shards(tmp_path, record=again).rows == 4000
+    told = [line for line in caplog.messages if "verif" in line]
+    assert told == [
+        "verifying 1 shards, 0.00 GB",
+        "1 shards are unchanged since they were verified",
+    ]
 
 
 def test_a_file_that_changed_in_any_way_is_read_again(tmp_path):

@@ -275,9 +275,8 @@ def _check_rows(
 
     if checks.lazy:
         return _check_later(shards, checks, sha256_of)
-    if checks.verify and files:
-        total = sum(shard.file_bytes for shard in files)
-        logger.info("verifying %d shards, %.2f GB", len(files), total / 1e9)
+    if checks.verify:
+        _tell(files, checks, sha256_of)
     keeps = {id(shard): part for shard, part in zip(shards, kept, strict=False)}
 
     def scan(shard: Shard) -> RowScan:
@@ -298,6 +297,23 @@ def _check_rows(
         large = _for_each(shards, lambda shard: _large_rows(shard, parts[shard], limit))
         dropped = tuple(np.union1d(*pair) for pair in zip(dropped, large, strict=True))
     return _Checked(dropped, is_zero, tuple(result.digest for result in scans))
+
+
+def _tell(
+    files: tuple[Shard, ...], checks: Checks, sha256_of: Callable[[Shard], str | None]
+) -> None:
+    """Log how many shards are read to check them, and how many were checked before."""
+    unread = [
+        shard
+        for shard in files
+        if recalled(shard, checks, verified_by(sha256_of(shard), shard.checksum)) is None
+    ]
+    if unread:
+        total = sum(shard.file_bytes for shard in unread)
+        logger.info("verifying %d shards, %.2f GB", len(unread), total / 1e9)
+    if len(unread) < len(files):
+        known = len(files) - len(unread)
+        logger.info("%d shards are unchanged since they were verified", known)
 
 
 def _large_rows(shard: Shard, scan: RowScan, limit: float) -> RowNumbers:
