@@ -1,7 +1,7 @@
 """`--write` of `sae_fast.latents`: the files of SAEDashboard, Neuronpedia and delphi.
 
 The fields are the ones that the programs' own classes have: SAEDashboard 0.8.0 and Neuronpedia
-ebb8426. docs/guide/latents.md says with which versions the files were loaded by these programs.
+ebb8426f. docs/guide/latents.md says with which versions the files were loaded by these programs.
 """
 
 import gzip
@@ -16,6 +16,7 @@ from small_pages import D_SAE, ROWS, command, make_place
 from sae_fast import SparseAutoencoder
 from sae_fast.activations import write_shard
 from sae_fast.latents import main
+from sae_fast.report.page_source import page_source
 
 BATCH = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
 SHARED = {
@@ -36,23 +37,37 @@ DASHBOARD_ACTIVATION = {
 FEATURE = SHARED | {
     *("modelId", "layer", "index", "creatorId", "createdAt", "maxActApprox", "hasVector"),
     *("vector", "vectorLabel", "vectorDefaultSteerStrength", "hookName", "topkCosSimIndices"),
-    "topkCosSimValues",
+    *("topkCosSimValues", "sourceSetName"),
 }
 ACTIVATION = {
     *("id", "tokens", "index", "layer", "modelId", "maxValue", "maxValueTokenIndex", "minValue"),
     *("values", "creatorId", "createdAt", "dataSource", "dataIndex", "dfaValues"),
     *("dfaTargetIndex", "dfaMaxValue", "lossValues", "logitContributions", "binMin", "binMax"),
-    *("binContains", "qualifyingTokenIndex"),
+    *("binContains", "qualifyingTokenIndex", "zIndices", "zValues"),
 }
 MADE = {"creatorId", "createdAt", "visibility"}
 HEADS = {
-    "release": MADE
-    | {"name", "description", "descriptionShort", "urls", "creatorNameShort", "creatorName"},
-    "model": MADE
-    | {"id", "instruct", "displayNameShort", "displayName", "layers", "neuronsPerLayer"}
-    | {"updatedAt"},
-    "sourceset": MADE | {"modelId", "name", "description", "creatorName", "releaseName"},
-    "source": MADE | {"id", "modelId", "setName", "dataset", "num_prompts", "num_tokens_in_prompt"},
+    "release": {
+        *("name", "description", "descriptionShort", "urls", "creatorNameShort", "creatorName"),
+        *("creatorEmail", "isNewUi", "featured", "defaultSourceSetName", "defaultSourceId"),
+        "defaultUmapSourceIds",
+    },
+    "model": {
+        *("id", "instruct", "displayNameShort", "displayName", "tlensId", "dimension", "layers"),
+        *("neuronsPerLayer", "defaultSourceSetName", "defaultSourceId", "inferenceEnabled"),
+        *("owner", "website", "updatedAt"),
+    },
+    "sourceset": {
+        *("modelId", "name", "description", "creatorName", "creatorEmail", "releaseName", "type"),
+        *("urls", "hasDashboards", "defaultOfModelId", "defaultRange", "defaultShowBreaks"),
+        *("showDfa", "showCorrelated", "showHeadAttribution", "showUmap"),
+    },
+    "source": {
+        *("id", "modelId", "setName", "dataset", "num_prompts", "num_tokens_in_prompt", "notes"),
+        *("hasDashboards", "inferenceEnabled", "inferenceHosts", "saelensConfig"),
+        *("saelensRelease", "saelensSaeId", "hfRepoId", "hfFolderId", "defaultOfModelId"),
+        *("hasUmap", "hasUmapLogSparsity", "hasUmapClusters"),
+    },
 }
 WRITE = ("--write", "saedashboard", "neuronpedia", "delphi", "--sequence-tokens", "32")
 NAMES = ("--set-name", "res-70", "--release", "small", "--creator", "a group")
@@ -137,7 +152,9 @@ def lines_of(path):
 def test_an_import_of_neuronpedia_has_its_fields_and_the_pages(made):
     folder = made / "neuronpedia" / "model" / "3-res-70"
     heads = {name: json.loads((folder / f"{name}.jsonl").read_text()) for name in HEADS}
-    assert {name: set(head) for name, head in heads.items()} == HEADS
+    assert {name: set(head) for name, head in heads.items()} == {
+        name: fields | MADE for name, fields in HEADS.items()
+    }
     assert heads["release"]["name"] == heads["sourceset"]["releaseName"] == "small"
     assert heads["source"]["id"] == "3-res-70"
     assert heads["source"]["setName"] == heads["sourceset"]["name"] == "res-70"
@@ -225,6 +242,20 @@ def test_rows_without_tokens_or_texts_are_refused(place, tmp_path, capsys, monke
     other = ("--shard-dir", str(shards), "--out", str(tmp_path / "other"))
     line = refusal(capsys, [*arguments, *other])
     assert line.endswith("--write needs the tokens of the rows: " + f"{shards}: no token_ids")
+
+
+@pytest.mark.parametrize(
+    ("hook", "name", "folder"),
+    [
+        ("residual.3", "blocks.3.hook_resid_post", "residual.3"),
+        ("mlp_out.3", "blocks.3.hook_mlp_out", "mlp_out.3"),
+        ("blocks.3.attn.hook_z", "blocks.3.attn.hook_z", "blocks.3.attn.hook_z"),
+        ("hidden_states[3] (after a norm)", None, "layer_3"),
+    ],
+)
+def test_hook_points_have_the_names_of_other_programs(hook, name, folder):
+    source = page_source(({"model": "a/b", "hook": hook, "layer": "3"},), "set", "all", "", "now")
+    assert (source.hook_name, source.folder) == (name, folder)
 
 
 def test_other_writers_than_the_known_ones_are_refused(place, tmp_path, capsys):

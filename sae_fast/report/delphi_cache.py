@@ -76,7 +76,7 @@ def write_delphi(
             "whole sequences only"
         )
     tokens = store.text.numbers(TOKENS, served[: sequences * length]).reshape(sequences, length)
-    folder = out / CACHE / source.hook.replace("/", "_")
+    folder = out / CACHE / source.folder
     folder.mkdir(parents=True, exist_ok=True)
     bounds = split_bounds(d_sae, entries)
     for first, stop in pairwise(bounds):

@@ -4,8 +4,8 @@
     OUT/MODEL/LAYER-SET/features/batch-0.jsonl.gz …
     OUT/MODEL/LAYER-SET/activations/batch-0.jsonl.gz …
 
-The fields are the ones that Neuronpedia's converter writes. A file has equal bytes
-whenever it is written of equal pages: the numbers of contexts are hashes of their places.
+The fields are the ones that Neuronpedia's converter writes. A file has equal bytes whenever it is
+written of equal pages: the numbers of contexts are hashes of their places.
 """
 
 from __future__ import annotations
@@ -81,6 +81,12 @@ def _heads(dashboard: Dashboard) -> dict[str, dict[str, Any]]:
             "urls": [],
             "creatorNameShort": source.creator,
             "creatorName": source.creator,
+            "creatorEmail": None,
+            "isNewUi": False,
+            "featured": False,
+            "defaultSourceSetName": None,
+            "defaultSourceId": None,
+            "defaultUmapSourceIds": [],
             **made,
         },
         "model": {
@@ -88,8 +94,15 @@ def _heads(dashboard: Dashboard) -> dict[str, dict[str, Any]]:
             "instruct": source.model_id.endswith("-it"),
             "displayNameShort": source.model_id,
             "displayName": source.model_id,
+            "tlensId": None,
+            "dimension": None,
+            "defaultSourceSetName": None,
+            "defaultSourceId": None,
+            "inferenceEnabled": False,
             "layers": 0,
             "neuronsPerLayer": 0,
+            "owner": "",
+            "website": None,
             "updatedAt": source.created,
             **made,
         },
@@ -98,7 +111,18 @@ def _heads(dashboard: Dashboard) -> dict[str, dict[str, Any]]:
             "name": source.set_name,
             "description": f"{source.hook}, {dashboard.pages.d_sae:,} latents",
             "creatorName": source.creator,
+            "creatorEmail": None,
             "releaseName": source.release,
+            "type": "",
+            "urls": [],
+            "hasDashboards": True,
+            "defaultOfModelId": None,
+            "defaultRange": 1,
+            "defaultShowBreaks": True,
+            "showDfa": False,
+            "showCorrelated": False,
+            "showHeadAttribution": False,
+            "showUmap": False,
             **made,
         },
         "source": {
@@ -108,6 +132,19 @@ def _heads(dashboard: Dashboard) -> dict[str, dict[str, Any]]:
             "dataset": source.dataset,
             "num_prompts": dashboard.n_prompts,
             "num_tokens_in_prompt": dashboard.context_tokens,
+            "notes": None,
+            "hasDashboards": True,
+            "inferenceEnabled": False,
+            "inferenceHosts": [],
+            "saelensConfig": None,
+            "saelensRelease": None,
+            "saelensSaeId": None,
+            "hfRepoId": None,
+            "hfFolderId": None,
+            "defaultOfModelId": None,
+            "hasUmap": False,
+            "hasUmapLogSparsity": False,
+            "hasUmapClusters": False,
             **made,
         },
     }
@@ -129,6 +166,7 @@ def _feature(source: PageSource, feature: Mapping[str, Any]) -> dict[str, Any]:
         "hookName": source.hook_name,
         "topkCosSimIndices": [],
         "topkCosSimValues": [],
+        "sourceSetName": None,
         **{name: feature[name] for name in _SAME},
     }
 
@@ -162,6 +200,8 @@ def _activation(
         "qualifyingTokenIndex": activation["qualifying_token_index"],
         "dataIndex": None,
         "dataSource": None,
+        "zIndices": None,
+        "zValues": None,
     }
 
 

@@ -16,7 +16,8 @@ _LENS_NAMES = {
     "mlp_in": "ln2.hook_normalized",
     "z": "attn.hook_z",
 }
-_BLOCK = re.compile(r"^blocks\.\d+\.")
+_IN_BLOCK = re.compile(r"^blocks\.\d+\.[\w.]+$")
+_FOLDER = re.compile(r"^\w[\w.:-]*$")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,17 @@ class PageSource:
         return f"{self.layer}-{self.set_name}"
 
     @property
-    def hook_name(self) -> str:
-        """The hook point as TransformerLens names it, where it has a name there."""
-        kind = self.hook.partition(".")[0]
-        name = _LENS_NAMES.get(kind, _BLOCK.sub("", self.hook))
-        return f"blocks.{self.layer}.{name}"
+    def hook_name(self) -> str | None:
+        """The hook point as TransformerLens names it; None where it has no name there."""
+        if _IN_BLOCK.match(self.hook):
+            return self.hook
+        name = _LENS_NAMES.get(self.hook.partition(".")[0])
+        return None if name is None else f"blocks.{self.layer}.{name}"
+
+    @property
+    def folder(self) -> str:
+        """The hook point as the name of a folder."""
+        return self.hook if _FOLDER.match(self.hook) else f"layer_{self.layer}"
 
 
 def page_source(
