@@ -27,6 +27,7 @@ from sae_fast.activations import write_shard
 from sae_fast.autoencoder.architectures import unregister_architecture
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.compare import CompareConfig
+from sae_fast.config.convert import ConvertConfig, VerifyConfig
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.config.ground_truth import GroundTruthConfig
 from sae_fast.config.latents import LatentsConfig
@@ -268,6 +269,7 @@ def known_flags():
     fields = [
         *(SAEConfig, TrainConfig, FromModelConfig, CaptureConfig, OutputConfig),
         *(train.TrainOptions, CompareConfig, EvaluateConfig, LatentsConfig),
+        *(ConvertConfig, VerifyConfig),
         *GroundTruthConfig.__subclasses__(),
         *(
             convert_shards.ConvertOptions,

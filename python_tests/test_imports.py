@@ -32,6 +32,7 @@ LAYERS = (
     ("config",),
     ("ops",),
     ("activations",),
+    ("interop",),
     ("autoencoder",),
     ("evaluation",),
     ("report",),
@@ -39,7 +40,7 @@ LAYERS = (
     ("ground_truth",),
     (
         *("train", "capture", "convert_shards", "compare", "evaluate", "latents", "plot", "info"),
-        *("presets", "biographies", "swap"),
+        *("presets", "biographies", "swap", "convert", "verify"),
     ),
     ("__main__", "completion"),
 )

@@ -25,6 +25,8 @@ COMMANDS = {
     "latents": "write a page on every latent, to look at in a browser",
     "compare": "match the latents of dictionaries, such as several seeds",
     "ground_truth": "score dictionaries on tasks whose right answer is known",
+    "convert": "turn dictionaries of one library into dictionaries of another",
+    "verify": "check that converted dictionaries still give their codes",
     "plot": "draw the metrics of runs",
     "presets": "list settings for well-known models, with the memory they need",
     "info": "print versions, kernels and what runs on this machine",

@@ -121,6 +121,8 @@ COMMANDS = (
         "See [known answers](../guide/ground-truth.md#biographies).",
         number=4,
     ),
+    Command("Convert dictionaries", "convert", "See [convert](../guide/convert.md)."),
+    Command("Verify dictionaries", "verify", "See [convert](../guide/convert.md)."),
     Command("Plot runs", "plot", "See [plots](../guide/runs.md#plots)."),
     Command("Make biographies", "biographies", "See [biographies](../guide/slots.md#biographies)."),
     Command("Swap slots", "swap", "See [biographies](../guide/slots.md#biographies)."),

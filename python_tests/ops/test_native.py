@@ -58,6 +58,8 @@ NEEDED = {
     "compare": ("one", "two"),
     "evaluate": ("sae", "--shard-dir", "shards", "--out", "out"),
     "latents": ("sae", "--shard-dir", "shards", "--out", "pages"),
+    "convert": ("one", "two"),
+    "verify": ("one",),
     "plot": ("run",),
     "biographies": ("--out", "biographies"),
     "ground_truth": ("superposition", "--out", "out"),

@@ -72,10 +72,15 @@ def model_directory(place: str | Path) -> Path:
     return place
 
 
+def is_saved_model(directory: Path) -> bool:
+    """Return whether both files of a saved model are there."""
+    return all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE))
+
+
 def read_config(directory: str | Path) -> SAEConfig:
     """Read the configuration of a saved model; raise ValueError where it is another file."""
     directory = Path(directory)
-    if not all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE)):
+    if not is_saved_model(directory):
         raise explain_missing(directory)
     _check_sums(directory)
     path = directory / CONFIG_FILE

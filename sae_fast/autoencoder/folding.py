@@ -58,6 +58,27 @@ def fold_normalization_(folded: SparseAutoencoder, sae: SparseAutoencoder) -> No
         scale.fill_(1.0)
 
 
+@torch.no_grad()
+def unfold_normalization_(sae: SparseAutoencoder) -> None:
+    """Change parameters of raw activations into ones of normalised activations, in place.
+
+    The model's mean and scale are set; its other tensors are of a model without normalisation. It
+    is the inverse of `fold_normalization_`: the function of raw activations stays.
+    """
+    ratio, mean = sae.output_scale / sae.activation_scale, sae.activation_mean
+    if sae.no_bias is not None:
+        moved = sae.W_enc @ mean
+        sae.b_enc.add_(moved)
+        sae.architecture.rebase_(sae.weights, -moved)
+        if sae.config.skip_connection:
+            sae.b_dec.add_(sae.get_parameter(SKIP) @ mean)
+            sae.get_parameter(SKIP).mul_(ratio)
+        sae.W_enc.mul_(ratio)
+    sae.b_dec.sub_(sae.output_mean).mul_(sae.output_scale)
+    sae.b_enc.mul_(sae.output_scale)
+    _rescale_(sae, sae.output_scale)
+
+
 def _rescale_(sae: SparseAutoencoder, factor: Tensor) -> None:
     """Change what has the code's unit to fit values multiplied by `factor`, 0-d or [F]."""
     sae.architecture.rescale_(sae.weights, factor)

@@ -1,60 +1,61 @@
-"""Explain why a directory is no saved model: another library's layout, or a file missing.
-
-Layouts are told by the names of their files, and no content is read but for a key or two.
-"""
+"""Read dictionaries of other libraries where a saved model is asked for, or say why not."""
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_fast import interop
 from sae_fast.json_files import JSONError, read_json
 
+logger = logging.getLogger(__name__)
+
+_OWN_FILES = ("sae.safetensors", "config.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The layout of another library's files, and the call that reads them.
+def local_place(place: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    """Return a directory or file on this machine, downloaded where `place` names a repository.
 
-    Attributes:
-        files: names that must all be there; a * stands for anything.
-        name: of the library or release.
-        reader: the call that reads it.
+    Raises ValueError or OSError, in one line, where it cannot be had.
     """
+    if looks_like_hub_name(place):
+        return interop.download(str(place), subfolder, revision)
+    if revision is not None:
+        raise ValueError(f"{place}: is on this machine, where there is no revision {revision!r}")
+    return Path(place) if subfolder is None else Path(place) / subfolder
 
-    files: tuple[str, ...]
-    name: str
-    reader: str
+
+def foreign_dictionary(place: Path) -> interop.PlainDictionary | None:
+    """Read a dictionary of another library; None where the place holds none.
+
+    Raises DictionaryError, in one line, for one that is damaged or has no counterpart here.
+    """
+    if not place.exists() or place.name in _OWN_FILES:
+        return None
+    if interop.recognise(place) is None:
+        is_run = (place / "checkpoints").is_dir() or any(place.glob("*/checkpoints"))
+        if not place.is_dir() or is_run or not interop.dictionaries_in(place):
+            return None
+    dictionary = interop.read(place)
+    for remark in dictionary.remarks:
+        logger.warning("%s", remark)
+    return dictionary
 
 
-_LAYOUTS = (
-    _Layout(("cfg.json", "sae_weights.safetensors"), "SAELens", "sae_lens.SAE.load_from_disk"),
-    _Layout(("params.npz",), "Gemma Scope", "sae_lens.SAE.from_pretrained"),
-    _Layout(("config.json", "ae.pt"), "dictionary_learning", "dictionary_learning.load_dictionary"),
-    _Layout(("ae.pt",), "dictionary_learning", "dictionary_learning.AutoEncoder.from_pretrained"),
-    _Layout(("cfg.json", "sae.safetensors"), "sparsify", "sparsify.SparseCoder.load_from_disk"),
-    _Layout(("*/cfg.json", "*/sae.safetensors"), "sparsify", "sparsify.SparseCoder.load_many"),
-    _Layout(
-        ("autoencoder.pt",),
-        "OpenAI sparse_autoencoder",
-        "sparse_autoencoder.Autoencoder.from_state_dict",
-    ),
-)
-_OPENAI_NAMES = re.compile(r"(autoencoder|\d+)\.pt")
+def looks_like_hub_name(place: str | Path) -> bool:
+    """Return whether a place that does not exist may be owner/name on the Hugging Face hub."""
+    return _HUB_NAME.fullmatch(str(place)) is not None and not Path(place).exists()
 
 
 def explain_missing(place: Path) -> Exception:
     """Return the error, in one line, for a place that is not a whole saved model."""
     if not place.exists():
-        return FileNotFoundError(_of_nothing(place))
+        return FileNotFoundError(f"{place}: no such directory")
     if place.is_file():
         return ValueError(_of_file(place))
-    layout = _layout(place)
-    if layout is not None:
-        return ValueError(f"{place}: {_is_foreign(layout)}")
     if (place / "checkpoints").is_dir():
         return FileNotFoundError(f"{place}: a run that has no checkpoint yet")
     if runs := sorted(path.parent for path in place.glob("*/checkpoints")):
@@ -63,44 +64,24 @@ def explain_missing(place: Path) -> Exception:
         )
     config, tensors = (place / name for name in ("config.json", "sae.safetensors"))
     if config.is_file() and not _is_ours(config):
-        return ValueError(f"{place}: not a saved model, its config.json is not that of one")
-    missing = tensors if config.is_file() else config
-    return FileNotFoundError(f"{place}: not a saved model, it has no {missing.name}")
-
-
-def _of_nothing(place: Path) -> str:
-    if _HUB_NAME.fullmatch(str(place)):
-        return (
-            f"{place}: no such directory; a name on the Hugging Face hub is not read, "
-            f"download it first: hf download {place} --local-dir DIR"
+        return ValueError(
+            f"{place}: not a saved model, its config.json is not the one of a model, and no "
+            f"dictionary of {_known()}"
         )
-    return f"{place}: no such directory"
+    missing = tensors if config.is_file() else config
+    return FileNotFoundError(
+        f"{place}: not a saved model, it has no {missing.name}, and no dictionary of {_known()}"
+    )
 
 
 def _of_file(place: Path) -> str:
-    if place.name in ("sae.safetensors", "config.json"):
+    if place.name in _OWN_FILES:
         return f"{place}: a file of a saved model: name its directory, {place.parent}"
-    for layout in _LAYOUTS:
-        if place.name in layout.files and place.name != "cfg.json":
-            return f"{place}: {_is_foreign(layout)}"
-    if _OPENAI_NAMES.fullmatch(place.name):
-        return f"{place}: {_is_foreign(_LAYOUTS[-1])}"
-    return f"{place}: a file, and a saved model is a directory"
+    return f"{place}: a file, and neither a saved model, which is a directory, nor of {_known()}"
 
 
-def _layout(place: Path) -> _Layout | None:
-    for layout in _LAYOUTS:
-        if all(any(place.glob(name)) for name in layout.files):
-            return layout
-    if any(_OPENAI_NAMES.fullmatch(path.name) for path in place.iterdir()):
-        return _LAYOUTS[-1]
-    return None
-
-
-def _is_foreign(layout: _Layout) -> str:
-    return (
-        f"a dictionary of {layout.name}, which is not read here yet; {layout.reader} reads it there"
-    )
+def _known() -> str:
+    return ", ".join(known.title for known in interop.FORMATS)
 
 
 def _is_ours(config: Path) -> bool:

@@ -25,6 +25,7 @@ from sae_fast.autoencoder.architecture import (
 )
 from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.files import (
+    is_saved_model,
     model_directory,
     read_config,
     read_origin,
@@ -32,6 +33,7 @@ from sae_fast.autoencoder.files import (
     write_model,
 )
 from sae_fast.autoencoder.folding import fold_decoder_norms_, fold_normalization_
+from sae_fast.autoencoder.foreign import foreign_dictionary, local_place
 from sae_fast.autoencoder.guidance import Guidance
 from sae_fast.autoencoder.inference import (
     NARROW,
@@ -45,6 +47,7 @@ from sae_fast.autoencoder.inference import (
     under_vmap,
 )
 from sae_fast.autoencoder.initialization import centre, initialize_weights_, sample_rows
+from sae_fast.autoencoder.interchange import config_for, state_for
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.penalties import decorrelation_loss
 from sae_fast.autoencoder.shapes import like, require_tensor, rows_of, rows_of_both, target_of
@@ -63,6 +66,7 @@ from sae_fast.ops.full_precision import addmm
 _NOT_SHOWN = {"T_destination", "call_super_init", "dump_patches"}
 
 if TYPE_CHECKING:
+    from sae_fast.autoencoder.expected_codes import Agreement
     from sae_fast.autoencoder.intervention import Intervention, Mode
     from sae_fast.autoencoder.saebench import SaebenchModel
 
@@ -899,6 +903,25 @@ class SparseAutoencoder(nn.Module):
         """
         write_model(directory, self.config, self.state_dict(), self.origin)
 
+    def export(self, directory: str | Path, to: str = "saelens") -> Agreement:
+        """Write a dictionary that another library reads, and return how well it agrees.
+
+        It takes and gives raw activations: the normalisation is folded in. Beside it are rows with
+        the codes that it must give, `expected_codes.safetensors`, with which what was written is
+        read again and compared here, and by `python -m sae_fast.verify` at any later time.
+
+        Args:
+            directory: must not be there, or be empty; with "circuit_tracer" it may have other
+                layers.
+            to: "saelens", "sparsify", "dictionary_learning", "circuit_tracer" or "sae_fast".
+
+        Raises ValueError for what the format cannot express, with the reason, before anything is
+        written, and for a directory with something in it.
+        """
+        from sae_fast.autoencoder.exporting import export
+
+        return export(self, directory, to)
+
     @classmethod
     @torch.inference_mode(False)
     def from_pretrained(
@@ -908,28 +931,39 @@ class SparseAutoencoder(nn.Module):
         *,
         dtype: torch.dtype | str | None = None,
         trainable: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
     ) -> SparseAutoencoder:
-        """Read what `save` wrote, a checkpoint of a training run, or the latest one of a run.
+        """Read what `save` wrote, a checkpoint, a run's latest one, or another library's files.
 
         The model is in evaluation mode and records no gradients of its parameters, so that calls
-        keep nothing but their results.
+        keep nothing but their results. Dictionaries of SAELens, sparsify, dictionary_learning and
+        others are recognised by their files; such a model takes and gives raw activations.
 
         Args:
-            directory: a saved model, a checkpoint, or the directory of a run.
+            directory: a saved model, a checkpoint, the directory of a run, a directory or file of
+                another library, or owner/name on the Hugging Face hub.
             device: where the parameters will be.
             dtype: of the parameters, by its name or as torch's: float32, which is the default, or
                 for inference bfloat16, float16 or float64.
             trainable: whether the model will be trained; it then records gradients.
+            subfolder: below the directory, where that is of several dictionaries.
+            revision: of a repository on the hub, a branch, tag or commit; None: the newest.
 
         Raises FileNotFoundError or ValueError, one line naming the file and what is wrong with it.
         """
         kind = floating_dtype(dtype)
-        directory = model_directory(directory)
-        config = read_config(directory)
+        place = model_directory(local_place(directory, subfolder, revision))
+        dictionary = None if is_saved_model(place) else foreign_dictionary(place)
+        config = read_config(place) if dictionary is None else config_for(dictionary)
         with torch.device("meta"):
             sae = cls(config)
-        sae.origin = read_origin(directory)
-        tensors = read_tensors(directory, sae.state_dict(), device)
+        if dictionary is None:
+            sae.origin = read_origin(place)
+            tensors = read_tensors(place, sae.state_dict(), device)
+        else:
+            sae.origin = dict(dictionary.origin)
+            tensors = state_for(sae, dictionary, device)
         sae.load_state_dict(tensors, assign=True)
         if sae.no_bias is not None:  # not in the file: all zeros
             sae.no_bias = torch.zeros(config.d_in, dtype=torch.float32, device=device)

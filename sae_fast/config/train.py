@@ -43,7 +43,7 @@ def _has_more_terms(run: Run) -> bool:
     )
 
 
-@configuration(lr="learning_rate", use_amp="amp", batch_tokens="batch_size")
+@configuration(lr="learning_rate", use_amp="amp", batch_tokens="batch_size", init_from="start_from")
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ConfigFile):
     """The training run: data, optimiser, schedule, precision, logging and checkpoints."""
@@ -236,7 +236,9 @@ class TrainConfig(ConfigFile):
     )
     """Passes over the data, at the start, whose loss is the reconstruction alone. [epochs]"""
     start_from: str | None = setting(None, nonempty=True, sweep=True)
-    """Model to start from, a checkpoint or a directory that save wrote; default: a new one."""
+    """Model to start from, also --init-from: a checkpoint, a run, a directory that save wrote, a
+    dictionary of another library, or owner/name on the Hugging Face hub; its architecture and sizes
+    are taken where none are given; default: a new one."""
     start_from_elsewhere: bool = setting(
         False,
         sweep=True,

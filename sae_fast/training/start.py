@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from sae_fast import interop
 from sae_fast.activations import TARGETS, Source, Transform, origin_difference
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.folding import unfold_normalization_
+from sae_fast.autoencoder.foreign import looks_like_hub_name
 from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.setting import rules_of
@@ -30,6 +33,9 @@ from sae_fast.training.schedule import Schedule
 logger = logging.getLogger(__name__)
 
 _COUNTERS = ("tokens_since_fired",)
+_NORMALIZATION = ("activation_mean", "activation_scale", "target_mean", "target_scale")
+_SELECTION = ("k", "activation", "matryoshka_prefixes", "decoder_norm")
+_UNIT = 1e-4  # how far the norm of a decoder row may be from 1 and be called 1
 _OTHER_UNITS = 4.0  # factor of the variance
 
 
@@ -177,12 +183,67 @@ def initialize_(
     return sae.initialize_(generator, sample, targets)
 
 
-def start_model(
-    sae: SAEConfig, config: TrainConfig, origin: Mapping[str, Any]
-) -> SparseAutoencoder | None:
-    """Read the model that `start_from` names; None where the run starts from a new one.
+def model_to_start_from(config: TrainConfig) -> SparseAutoencoder | None:
+    """Read the model that `start_from` names, also of another library; None: it names none.
+
+    Raises ValueError, naming the setting, where it names no model.
+    """
+    if config.start_from is None:
+        if config.start_from_elsewhere:
+            raise ValueError("start_from_elsewhere needs start_from, the model to start from")
+        return None
+    place = config.start_from
+    if looks_like_hub_name(place):
+        return _read_start(place)
+    path = Path(place)
+    try:
+        if not (path / "sae.safetensors").exists() and interop.recognise(path) is None:
+            path = find_checkpoint(place, None) or path
+    except CheckpointError:
+        raise ValueError(f"start_from: {path} is no model, no checkpoint and no run") from None
+    except ValueError as error:
+        raise ValueError(f"start_from: {error}") from None
+    return _read_start(path)
+
+
+def _read_start(place: str | Path) -> SparseAutoencoder:
+    try:
+        return SparseAutoencoder.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"start_from: {error}") from error
+
+
+def taken_from(known: SparseAutoencoder | None, sae: SAEConfig) -> SAEConfig:
+    """Return the configuration with what a model to start from decides, where that was left open.
+
+    That is the architecture, its sizes and its selection of latents.
+    """
+    if known is None:
+        return sae
+    before, given = known.config, dict(sae.given)
+    if given.get("arch", before.arch) != before.arch:
+        return sae  # which `check_start` refuses
+    rules = rules_of(before)
+    left = [name for name in rules if rules[name].of_start and name not in ("d_in", "d_out")]
+    left += [name for name in _SELECTION if before.takes(name)]
+    if "expansion_factor" in given:
+        left.remove("d_sae")
+    if before.normalize_activations == "none":
+        left.remove("normalize_activations")  # raw parameters fit any normalisation
+    taken = {name: getattr(before, name) for name in left if name not in given}
+    return type(before)(**{**taken, **given})
+
+
+def check_start(
+    known: SparseAutoencoder | None,
+    sae: SAEConfig,
+    config: TrainConfig,
+    origin: Mapping[str, Any],
+) -> None:
+    """Check that a training may start from a model.
 
     Args:
+        known: the model; None where the run starts from a new one.
         sae: the configuration of the model to train.
         config: names the model to start from.
         origin: the origin of the training's activations, as far as it is known.
@@ -191,29 +252,20 @@ def start_model(
         ValueError: naming the setting, where it cannot be what this training starts from, or is of
             other activations and the settings do not ask for that.
     """
-    if config.start_from is None:
-        if config.start_from_elsewhere:
-            raise ValueError("start_from_elsewhere needs start_from, the model to start from")
+    if known is None:
         if sae.slots_mode == "separate_value":
             raise ValueError(
                 "slots_mode separate_value trains the value heads alone: "
                 "name the model with trained slots by --start-from"
             )
-        return None
-    path = Path(config.start_from)
-    try:
-        if not (path / "sae.safetensors").exists():
-            path = find_checkpoint(config.start_from, None) or path
-    except CheckpointError:
-        raise ValueError(f"start_from: {path} is no model, no checkpoint and no run") from None
-    try:
-        known = SparseAutoencoder.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"start_from: {error}") from error
+        return
+    path = config.start_from
     names = [name for name, rules in rules_of(sae).items() if rules.of_start]
     if sae.slots_mode == "separate_value":
         # The heads read slots in units of the target that these were trained to.
         names.append("slot_target")
+    if known.config.normalize_activations == "none":
+        names.remove("normalize_activations")
     for name in names:
         before, now = getattr(known.config, name), getattr(sae, name)
         if before != now:
@@ -226,7 +278,6 @@ def start_model(
             f"start_from: {path} is of {difference}, which these activations are of; "
             "--start-from-elsewhere starts from it on purpose"
         )
-    return known
 
 
 def warn_of_other_units(sae: SparseAutoencoder, data: TrainingData) -> None:
@@ -251,16 +302,43 @@ def warn_of_other_units(sae: SparseAutoencoder, data: TrainingData) -> None:
 
 
 @torch.no_grad()
-def start_from_(sae: SparseAutoencoder, known: SparseAutoencoder) -> None:
+def start_from_(sae: SparseAutoencoder, known: SparseAutoencoder, data: TrainingData) -> None:
     """Copy what both models have, normalisation included; the dead-latent counters start anew.
+
+    A model of raw activations starts one with a normalisation, of this data, as the same function.
 
     Raises ValueError where a tensor has another shape.
     """
-    state = known.state_dict()
+    is_raw = known.config.normalize_activations == "none"
+    unfolds = is_raw and sae.config.normalize_activations != "none"
+    if unfolds:
+        normalize_(sae, data)
+    else:
+        warn_of_other_units(known, data)
+    state, kept = known.state_dict(), (*_COUNTERS, *(_NORMALIZATION if unfolds else ()))
     for name, tensor in sae.state_dict().items():
-        if name not in state or name in _COUNTERS:
+        if name not in state or name in kept:
             continue
         if state[name].shape != tensor.shape:
             shapes = tuple(state[name].shape), tuple(tensor.shape)
             raise ValueError(f"start_from: {name} has shape {shapes[0]}, this model's {shapes[1]}")
         tensor.copy_(state[name])
+    if unfolds:
+        unfold_normalization_(sae)
+    _fit_norms_(sae)
+
+
+def _fit_norms_(sae: SparseAutoencoder) -> None:
+    """Put decoder rows to unit length where training will keep them so."""
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+    if not sae.architecture.unit_norm or bool(((norms - 1).abs() <= _UNIT).all()):
+        return
+    if sae.architecture.compares_latents:
+        logger.warning(
+            "start_from: decoder rows have norms from %.3g to %.3g, and training puts them to 1, "
+            "which changes the reconstructions",
+            float(norms.min()),
+            float(norms.max()),
+        )
+    else:
+        sae.fold_decoder_norms()

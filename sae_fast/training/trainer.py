@@ -78,16 +78,17 @@ from sae_fast.training.run_log import RunLog
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.start import (
+    check_start,
     initialize_,
+    model_to_start_from,
     normalize_,
     resumed_checkpoint,
     saved_config,
     serve_in_units_of,
     sized_config,
     start_from_,
-    start_model,
+    taken_from,
     warn_of_changes,
-    warn_of_other_units,
 )
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.wall_clock import WallClock
@@ -178,6 +179,8 @@ class Trainer:
         self.source = self.data.source
         sae_config = with_label_counts(sae_config, self.source.columns)
         check_heldout_labels(sae_config, self.data.heldout_labels)
+        known = None if checkpoint is not None else model_to_start_from(train_config)
+        sae_config = taken_from(known, sae_config)
         self.sae_config = sized_config(sae_config, self.source.d_in, checkpoint, self.data.d_out)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         architecture = make_architecture(self.sae_config)
@@ -217,7 +220,7 @@ class Trainer:
         self._is_open = self.is_stopped = False
         with self._explained_memory(), self._refusing_start():
             self._open_run_directory(checkpoint)
-            self._make_model(checkpoint)
+            self._make_model(checkpoint, known)
 
     def _run_effects(self) -> Run:
         """Return what decides which settings have an effect in this run."""
@@ -666,15 +669,15 @@ class Trainer:
         if self._run is not None and self.data.heldout is None:
             logger.info("no held-out rows: best is the checkpoint with the lowest training loss")
 
-    def _make_model(self, checkpoint: Checkpoint | None) -> None:
-        """Make the model, new or from a checkpoint, and with it the optimiser and the source."""
+    def _make_model(self, checkpoint: Checkpoint | None, known: SparseAutoencoder | None) -> None:
+        """Make the model, new, from a checkpoint or from another, and optimiser and source."""
         config = self.train_config
         seed_everything(config.seed)
         if checkpoint is None:
+            check_start(known, self.sae_config, config, self.source.origin)
             self.sae = SparseAutoencoder(self.sae_config)
-            if (known := start_model(self.sae_config, config, self.source.origin)) is not None:
-                start_from_(self.sae, known)
-                warn_of_other_units(self.sae, self.data)
+            if known is not None:
+                start_from_(self.sae, known, self.data)
             else:
                 normalize_(self.sae, self.data)
         else:

@@ -31,7 +31,8 @@ class SourceArray:
     Attributes:
         shape: of the whole array.
         dtype: as torch has it; None: one that torch does not have, such as text.
-        read: reads entries start..stop of its first axis, into memory of their own.
+        read: reads entries start..stop of its first axis, into memory of their own; a scalar is
+            entry 0..1.
         stored: bytes of the file that hold it, where compressed as many as these may stand for.
     """
 

@@ -32,6 +32,21 @@ SAFETENSORS_TYPES = {
 @contextmanager
 def open_torch(path: Path) -> Iterator[Arrays]:
     """Open the tensors of a .pt file: one, or all in nested dictionaries and lists."""
+    content, records = _load(path)
+    yield _Collection(path, records).of(content)
+
+
+def read_torch_values(path: Path) -> dict[str, int | float | str]:
+    """Return the numbers and texts beside the tensors of a .pt file that holds a dictionary."""
+    content, _ = _load(path)
+    if not isinstance(content, Mapping):
+        return {}
+    kinds = int | float | str
+    return {str(name): value for name, value in content.items() if isinstance(value, kinds)}
+
+
+def _load(path: Path) -> tuple[Any, Counter[int] | None]:
+    """Return the content of a .pt file, its tensors mapped, and the sizes of its records."""
     # Files of torch before 1.6 are no zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     records = _records(path) if mapped else None
@@ -46,7 +61,7 @@ def open_torch(path: Path) -> Iterator[Arrays]:
             f"{path}: holds Python objects beside tensors{f' ({what})' if what else ''}, and "
             "loading those would run their code; save the tensors alone, with torch.save"
         ) from error
-    yield _Collection(path, records).of(content)
+    return content, records
 
 
 def _records(path: Path) -> Counter[int]:
@@ -108,8 +123,9 @@ class _Collection:
                     f"{self._path}: a tensor{_of(name)} is larger than what the file has for it"
                 )
             self._records[stored] -= 1
+        entries = whole if whole.ndim else whole.reshape(1)
         return SourceArray(
-            tuple(whole.shape), whole.dtype, lambda start, stop: whole[start:stop].clone(), stored
+            tuple(whole.shape), whole.dtype, lambda start, stop: entries[start:stop].clone(), stored
         )
 
 
@@ -122,10 +138,13 @@ def open_safetensors(path: Path) -> Iterator[Arrays]:
     """Open the tensors of a .safetensors file."""
     with safetensors.safe_open(path, framework="pt", device="cpu") as file:
         size = path.stat().st_size
-        yield LazyArrays(file.keys(), lambda name: _slice_array(file.get_slice(name), size))
+        yield LazyArrays(file.keys(), lambda name: _slice_array(file, name, size))
 
 
-def _slice_array(piece: Any, size: int) -> SourceArray:
+def _slice_array(file: Any, name: str, size: int) -> SourceArray:
+    piece = file.get_slice(name)
     dtype = SAFETENSORS_TYPES.get(str(piece.get_dtype()))
     shape = tuple(piece.get_shape())
+    if not shape:  # of which the library gives no slice
+        return SourceArray(shape, dtype, lambda _start, _stop: file.get_tensor(name)[None], size)
     return SourceArray(shape, dtype, lambda start, stop: piece[start:stop], size)

@@ -1,0 +1,176 @@
+"""Dictionaries written for other libraries are read back as they were, in their layouts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from plain_models import D_IN, D_SAE, KINDS, ORIGIN, make, rows
+from safetensors import safe_open
+
+from sae_fast import SparseAutoencoder, interop
+from sae_fast.autoencoder.interchange import to_plain
+from sae_fast.interop import FORMATS, DictionaryError
+
+FOREIGN = Path(__file__).parent / "foreign"
+WRITTEN = tuple(known.name for known in FORMATS if known.can_write)
+# Kinds that a format has no form for.
+REFUSED = {
+    "saelens": {"groupmax", "topk skip transcoder"},
+    "sparsify": {
+        kind for kind in KINDS if "topk" not in kind.split("_")[0] and kind != "groupmax"
+    } | {"abs_topk", "batch_topk", "batch_topk transcoder of two widths"},
+    "dictionary_learning": {kind for kind in KINDS if "transcoder" in kind} | {
+        "abs_topk", "groupmax",
+    },
+    "circuit_tracer": {
+        kind for kind in KINDS if kind not in ("relu transcoder", "jumprelu skip transcoder")
+    },
+}  # fmt: skip
+# Where the format has another rule of subtraction, b_enc changes and the function does not.
+SUBTRACTED = {
+    "sparsify": {"topk without subtraction"},
+    "dictionary_learning": {
+        *("topk without subtraction", "gated without subtraction", "jumprelu"),
+    },
+}
+CASES = [(kind, to) for kind in KINDS for to in WRITTEN]
+
+
+@pytest.mark.parametrize("normalize", ["mean_scale", "none"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_formula_is_the_model(kind, normalize):
+    sae, x = make(kind, normalize), rows()
+    plain, code = to_plain(sae), sae.encode(x, units="raw")
+    reference = plain.encode(x)
+    torch.testing.assert_close(code.dense().double(), reference, atol=2e-5, rtol=1e-5)
+    x_hat = sae.decode(code, x).double()
+    torch.testing.assert_close(x_hat, plain.decode(reference, x), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "to"), CASES)
+def test_a_round_trip_keeps_all_bits(kind, to, tmp_path):
+    plain, x = to_plain(make(kind)), rows()
+    if kind in REFUSED[to]:
+        with pytest.raises(DictionaryError, match="cannot express") as told:
+            interop.write(plain, tmp_path / "out", to)
+        assert "\n" not in str(told.value)
+        assert not (tmp_path / "out").exists()
+        return
+    place = interop.write(plain, tmp_path / "out", to)
+    back = interop.read(place)
+    expected = plain.tensors()
+    if kind in SUBTRACTED.get(to, ()):
+        back = interop.with_subtraction(back, plain.subtract_b_dec)
+        for name, tensor in back.tensors().items():
+            torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
+    else:
+        assert back.tensors().keys() == expected.keys()
+        assert all(torch.equal(part, expected[name]) for name, part in back.tensors().items())
+    assert (back.arch, back.k, back.prefixes) == (plain.arch, plain.k, plain.prefixes)
+    torch.testing.assert_close(back.encode(x), plain.encode(x), atol=1e-5, rtol=1e-5)
+    loaded = SparseAutoencoder.from_pretrained(place)
+    code = loaded.encode(x)
+    torch.testing.assert_close(code.dense().double(), plain.encode(x), atol=2e-5, rtol=1e-5)
+    if to in ("saelens", "circuit_tracer"):
+        assert {**ORIGIN, **loaded.origin} == {**ORIGIN, **plain.origin}
+
+
+# A dictionary of the library itself, and the kind of ours that is written in its form.
+SAME_LAYOUT = {
+    "saelens/topk": "topk",
+    "saelens/abstopk": "abs_topk",
+    "saelens/standard": "relu",
+    "saelens/jumprelu": "jumprelu",
+    "saelens/batchtopk_for_inference": "batch_topk",
+    "saelens/gated": "gated",
+    "saelens/transcoder": "relu transcoder",
+    "saelens/jumprelu_skip_transcoder": "jumprelu skip transcoder",
+    "sparsify/layers.3": "topk",
+    "sparsify/layers.5.mlp": "topk skip transcoder",
+    "dictionary_learning/AutoEncoder": "relu",
+    "dictionary_learning/AutoEncoderNew": "relu without subtraction",
+    "dictionary_learning/AutoEncoderTopK": "topk",
+    "dictionary_learning/BatchTopKSAE": "batch_topk",
+    "dictionary_learning/MatryoshkaBatchTopKSAE": "matryoshka",
+    "dictionary_learning/JumpReluAutoEncoder": "jumprelu",
+    "dictionary_learning/GatedAutoEncoder": "gated",
+    "circuit_tracer/jumprelu_skip": "jumprelu skip transcoder",
+}
+
+
+def layout_of(directory):
+    """Return the types and shapes of all tensors, sizes by name, and the keys of the settings."""
+    found = {}
+    for path in directory.iterdir():
+        if path.suffix == ".pt":
+            state = torch.load(path, weights_only=True)
+            found |= {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
+        elif path.suffix == ".safetensors" and not path.name.startswith("expected"):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found |= {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    sizes = {8: "D", D_IN: "D", 10: "M", 24: "F", D_SAE: "F"}
+    return {name: (kind, [sizes.get(n, n) for n in shape]) for name, (kind, shape) in found.items()}
+
+
+@pytest.mark.parametrize("theirs", SAME_LAYOUT)
+def test_the_layout_is_the_one_that_the_library_writes(theirs, tmp_path):
+    to = theirs.split("/")[0]
+    interop.write(to_plain(make(SAME_LAYOUT[theirs])), tmp_path, to)
+    ours, own = layout_of(tmp_path), layout_of(FOREIGN / theirs)
+    own = {
+        name: (kind, ["D" if n == "M" else n for n in shape]) for name, (kind, shape) in own.items()
+    }
+    own.pop("group_sizes", None), ours.pop("group_sizes", None)
+    assert ours == own
+
+
+@pytest.mark.parametrize("theirs", [name for name in SAME_LAYOUT if name.startswith("saelens")])
+def test_the_settings_of_saelens_are_all_there(theirs, tmp_path):
+    interop.write(to_plain(make(SAME_LAYOUT[theirs])), tmp_path, "saelens")
+    ours, own = (
+        json.loads((place / "cfg.json").read_text()) for place in (tmp_path, FOREIGN / theirs)
+    )
+    assert ours.keys() == own.keys()
+    assert ours["architecture"] == own["architecture"]
+    assert ours["metadata"]["sae_lens_version"].split(".")[0] == "6"
+
+
+def test_several_layers_of_circuit_tracer_share_a_directory(tmp_path):
+    for layer in (0, 1):
+        sae = make("jumprelu skip transcoder")
+        sae.origin = {
+            "model": "gpt2",
+            "hook": f"mlp_in.{layer}",
+            "layer": layer,
+            "targets": {"model": "gpt2", "hook": f"mlp_out.{layer}", "layer": layer},
+        }
+        sae.export(tmp_path, "circuit_tracer")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.yaml", "layer_0.safetensors", "layer_1.safetensors"),
+        *(f"expected_codes_layer_{layer}.safetensors" for layer in (0, 1)),
+    }
+    text = (tmp_path / "config.yaml").read_text()
+    assert 'feature_input_hook: "ln2.hook_normalized"\n' in text
+    assert 'feature_output_hook: "hook_mlp_out"\n' in text
+    sae.origin["model"] = "another"
+    with pytest.raises(DictionaryError, match="model_name is 'gpt2', and this transcoder has"):
+        sae.export(tmp_path, "circuit_tracer")
+
+
+def test_what_no_format_has_is_refused(tmp_path):
+    from sae_fast import SAEConfig
+
+    slots = SparseAutoencoder(SAEConfig(arch="slots", d_in=8, d_sae=24, n_relations=2, n_answers=3))
+    with pytest.raises(DictionaryError, match="arch slots is of sae_fast alone"):
+        slots.export(tmp_path, "saelens")
+    linear = SparseAutoencoder(SAEConfig(arch="relu", use_relu=False, d_in=8, d_sae=24))
+    for to in WRITTEN:
+        with pytest.raises(DictionaryError, match="cannot express"):
+            linear.export(tmp_path / to, to)
+    fresh = SparseAutoencoder(SAEConfig(arch="batch_topk", d_in=8, d_sae=24, k=2))
+    with pytest.raises(DictionaryError, match="set in training"):
+        fresh.export(tmp_path / "fresh", "saelens")
+    with pytest.raises(DictionaryError, match="to must be one of saelens"):
+        make("topk").export(tmp_path / "other", "gemma_scope")

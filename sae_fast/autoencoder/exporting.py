@@ -1,0 +1,41 @@
+"""Write a model in a format of another library, with rows to prove it by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_fast import interop
+from sae_fast.autoencoder import expected_codes
+from sae_fast.autoencoder.expected_codes import Agreement
+from sae_fast.autoencoder.interchange import to_plain
+from sae_fast.interop import DictionaryError
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.model import SparseAutoencoder
+
+OWN = "sae_fast"
+_ADDED_TO = "circuit_tracer"  # a directory of several dictionaries
+
+
+def export(sae: SparseAutoencoder, directory: str | Path, to: str = OWN) -> Agreement:
+    """Write a model, read it again, and return how well both agree.
+
+    See `SparseAutoencoder.export`.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise DictionaryError(f"{directory}: is a file")
+    if to != _ADDED_TO and directory.is_dir() and any(directory.iterdir()):
+        raise DictionaryError(f"{directory}: is not empty: name a new directory")
+    place, plain = directory, to_plain(sae)
+    if to == OWN:
+        sae.save(directory)
+    else:
+        place = interop.write(plain, directory, to)
+    expected_codes.write(plain, place)
+    written = type(sae).from_pretrained(place)
+    agreement = expected_codes.check(to_plain(written), written, place)
+    if not agreement.holds:
+        raise DictionaryError(f"{place}: what was written differs: {agreement}")
+    return agreement

@@ -1,0 +1,208 @@
+"""A dictionary in plain terms, which each format is read into and written from.
+
+Formats differ in what they subtract, select by, scale and store. Here all of that is resolved:
+parameters take and give raw activations, rows of both matrices are latents, and one formula holds,
+
+    pre = (x − b_dec) W_encᵀ + b_enc,   f = select(pre),   x̂ = f W_dec + b_dec + x W_skipᵀ,
+
+where b_dec is subtracted only if `subtract_b_dec`, and W_skip is there only if it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated")
+_BLOCK = 4096  # rows that the plain formula is computed for at once
+
+
+@dataclass(frozen=True)
+class PlainDictionary:
+    """A dictionary without a convention of any library.
+
+    Attributes:
+        arch: one of `ARCHITECTURES`; how latents are selected, as `SAEConfig.arch` says.
+        W_enc: [F, D] float32.
+        b_enc: [F] float32; of arch gated the gate's.
+        W_dec: [F, d_out] float32; rows of any length.
+        b_dec: [d_out] float32.
+        subtract_b_dec: whether b_dec is subtracted from x; never of a transcoder.
+        transcoder: whether the output is another activation than the input.
+        k: latents per token, of arch topk, batch_topk and matryoshka.
+        activation: of arch topk: "topk", "abs_topk" or "groupmax", see `SAEConfig.activation`.
+        threshold: of arch jumprelu [F]; of batch_topk and matryoshka 0-d, or None where the file
+            has none: then the latents of a batch compete, as in training.
+        r_mag, b_mag: of arch gated, [F]: f = ReLU((pre − b_enc) e^r_mag + b_mag) where pre > 0.
+        W_skip: [d_out, D], of a transcoder that has a skip connection.
+        prefixes: of arch matryoshka, the sizes of the nested dictionaries, ascending.
+        use_relu: False: of arch relu, all latents are active, with any sign.
+        origin: model, hook, layer and what else the file says of the activations.
+        remarks: what a user of the dictionary should know, a sentence each.
+    """
+
+    arch: str
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    subtract_b_dec: bool
+    transcoder: bool = False
+    k: int | None = None
+    activation: str = "topk"
+    threshold: Tensor | None = None
+    r_mag: Tensor | None = None
+    b_mag: Tensor | None = None
+    W_skip: Tensor | None = None
+    prefixes: tuple[int, ...] | None = None
+    use_relu: bool = True
+    origin: dict[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def d_in(self) -> int:
+        """The width of the activations."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """The number of latents."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """The width of the reconstruction."""
+        return self.W_dec.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that there are by name."""
+        names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "r_mag", "b_mag", "W_skip")
+        found = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,  # [N, D], raw
+    ) -> Tensor:
+        """Return the dense code [N, F] in float64, by the formula in plain PyTorch.
+
+        It is the reference that converted files are checked against. Rows of batch_topk and
+        matryoshka without a threshold compete as one batch.
+        """
+        if self.arch in ("batch_topk", "matryoshka") and self.threshold is None:
+            return self._select(self._pre_acts(x))
+        return torch.cat([self._select(self._pre_acts(part)) for part in torch.split(x, _BLOCK)])
+
+    @torch.no_grad()
+    def decode(
+        self,
+        code: Tensor,  # [N, F]
+        x: Tensor,  # [N, D], raw
+    ) -> Tensor:
+        """Return the reconstruction [N, d_out] in float64."""
+        x_hat = code.double() @ self.W_dec.double() + self.b_dec.double()
+        return x_hat if self.W_skip is None else x_hat + x.double() @ self.W_skip.double().t()
+
+    def _pre_acts(self, x: Tensor) -> Tensor:
+        x = x.double() - self.b_dec.double() if self.subtract_b_dec else x.double()
+        return x @ self.W_enc.double().t() + self.b_enc.double()
+
+    def _select(
+        self,
+        pre_acts: Tensor,  # [N, F] float64
+    ) -> Tensor:
+        if self.arch == "relu":
+            return pre_acts.relu() if self.use_relu else pre_acts
+        if self.arch == "gated":
+            assert self.r_mag is not None
+            assert self.b_mag is not None
+            magnitude = (pre_acts - self.b_enc) * self.r_mag.double().exp() + self.b_mag
+            return torch.where(pre_acts > 0, magnitude.relu(), 0.0)
+        if self.threshold is not None:
+            return torch.where(pre_acts > self.threshold.double(), pre_acts, 0.0).relu()
+        assert self.k is not None
+        if self.arch != "topk":
+            flat = pre_acts.flatten()
+            return _only(flat, flat.topk(self.k * len(pre_acts)).indices).relu().view_as(pre_acts)
+        if self.activation == "abs_topk":
+            return _only(pre_acts, pre_acts.abs().topk(self.k, dim=1).indices)
+        if self.activation == "groupmax":
+            groups = pre_acts.view(len(pre_acts), self.k, -1)
+            return _only(groups, groups.argmax(dim=2, keepdim=True)).relu().view_as(pre_acts)
+        return _only(pre_acts, pre_acts.topk(self.k, dim=1).indices).relu()
+
+
+def _only(
+    values: Tensor,
+    places: Tensor,  # along the last dimension
+) -> Tensor:
+    """Return the values at some places, and 0 elsewhere."""
+    return torch.zeros_like(values).scatter_(-1, places, values.gather(-1, places))
+
+
+def with_rescaled_codes(
+    dictionary: PlainDictionary,
+    factor: Tensor,  # [F], greater than 0
+) -> PlainDictionary:
+    """Return the same function with codes multiplied by `factor` and decoder rows divided by it.
+
+    Latents that are compared with each other are compared after it: a format that weighs
+    pre-activations by decoder norms is read by multiplying by these norms.
+    """
+    return replace(
+        dictionary,
+        W_enc=dictionary.W_enc * factor[:, None],
+        b_enc=dictionary.b_enc * factor,
+        W_dec=dictionary.W_dec / factor[:, None],
+        threshold=None if dictionary.threshold is None else dictionary.threshold * factor,
+        b_mag=None if dictionary.b_mag is None else dictionary.b_mag * factor,
+    )
+
+
+def folded(
+    dictionary: PlainDictionary,
+    input_scale: float,
+    output_scale: float,
+) -> PlainDictionary:
+    """Return the dictionary of raw activations for one of scaled ones, x · s and x̂ / t.
+
+    With codes in raw units, f / s: W_enc stays, b_enc, thresholds and magnitudes are divided by s,
+    W_dec is multiplied by s / t, b_dec divided by t. s and t must be equal where b_dec is
+    subtracted from x.
+    """
+    s, t = input_scale, output_scale
+    return replace(
+        dictionary,
+        b_enc=dictionary.b_enc / s,
+        W_dec=dictionary.W_dec * (s / t),
+        b_dec=dictionary.b_dec / t,
+        threshold=None if dictionary.threshold is None else dictionary.threshold / s,
+        b_mag=None if dictionary.b_mag is None else dictionary.b_mag / s,
+        W_skip=None if dictionary.W_skip is None else dictionary.W_skip * (s / t),
+    )
+
+
+def with_subtraction(dictionary: PlainDictionary, subtract: bool) -> PlainDictionary:
+    """Return the same function with b_dec subtracted from x, or without.
+
+    (x − b_dec) W_encᵀ + b_enc = x W_encᵀ + (b_enc − W_enc b_dec). Of arch gated b_mag moves with
+    it. A dictionary that is so already is returned as it is, to the bit.
+    """
+    if subtract == dictionary.subtract_b_dec:
+        return dictionary
+    moved = (dictionary.W_enc.double() @ dictionary.b_dec.double()) * (1 if subtract else -1)
+    b_mag = dictionary.b_mag
+    if b_mag is not None:
+        assert dictionary.r_mag is not None
+        # (pre − b_enc) is the product alone, which loses what b_enc gains.
+        b_mag = (b_mag + moved * dictionary.r_mag.double().exp()).float()
+    return replace(
+        dictionary,
+        b_enc=(dictionary.b_enc.double() + moved).float(),
+        b_mag=b_mag,
+        subtract_b_dec=subtract,
+    )

@@ -1,0 +1,57 @@
+"""Names of hook points as TransformerLens has them, and as a capture has them here."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# Of block L, the first name of each kind is the one that is written.
+_LENS = {
+    "residual": ("hook_resid_post", "hook_out"),
+    "resid_pre": ("hook_resid_pre", "hook_in"),
+    "attn_out": ("hook_attn_out", "attn.hook_out"),
+    "mlp_out": ("hook_mlp_out", "mlp.hook_out"),
+    "mlp_in": ("ln2.hook_normalized", "mlp.hook_in", "hook_mlp_in"),
+    "z": ("attn.hook_z", "attn.o.hook_in"),
+}
+_OURS = {name: ours for ours, names in _LENS.items() for name in names}
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_NUMBERED = re.compile(r"(\w+)\.(\d+)")
+
+
+def from_lens(name: str) -> str:
+    """Return residual.3 for blocks.3.hook_resid_post and so on; another name as it is."""
+    match = _BLOCK.fullmatch(name)
+    if match is None or match[2] not in _OURS:
+        return name
+    return f"{_OURS[match[2]]}.{int(match[1])}"
+
+
+def to_lens(name: str) -> str:
+    """Return blocks.3.hook_resid_post for residual.3 and so on; another name as it is."""
+    match = _NUMBERED.fullmatch(name)
+    if match is None or match[1] not in _LENS:
+        return name
+    return f"blocks.{int(match[2])}.{_LENS[match[1]][0]}"
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the block in the name of a hook point; None: it names none."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return None if match is None else int(match[1])
+
+
+def origin(model: str | None, hook: str | None, **further: Any) -> dict[str, Any]:
+    """Return the origin of a dictionary as it is kept here, without what is not known.
+
+    Args:
+        model: its name.
+        hook: the hook point, by any of its names.
+        **further: texts and whole numbers; None and empty texts are left out.
+    """
+    known: dict[str, Any] = {"model": model}
+    if hook:
+        known["hook"] = from_lens(hook)
+        known["layer"] = layer_of(known["hook"])
+    known |= further
+    return {name: value for name, value in known.items() if value is not None and value != ""}

@@ -1,0 +1,83 @@
+"""The Hugging Face hub: the files of one dictionary of a repository, and only these."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sae_fast.activations.errors import listed, one_line
+from sae_fast.interop.errors import DictionaryError
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
+_SETTINGS = (".json", ".yaml")
+# Names of weights of which a folder may have other files beside; any other name must be alone.
+_KNOWN = ("sae.safetensors", "sae_weights.safetensors", "ae.pt", "params.npz", "params.safetensors")
+_DEEP = "checkpoints/final.safetensors"  # of Llama Scope
+
+
+def download(name: str, subfolder: str | None = None, revision: str | None = None) -> Path:
+    """Return the directory or file of a dictionary, downloaded unless the cache has it.
+
+    Args:
+        name: of the repository, owner/name.
+        subfolder: of the dictionary, a folder or a file; None: the repository itself.
+        revision: a branch, tag or commit; None: the newest.
+
+    Raises DictionaryError where the repository cannot be reached, has no dictionary there, or has
+    several.
+    """
+    hub = _library()
+    try:
+        files = hub.HfApi().list_repo_files(name, revision=revision)
+    except Exception as error:  # of the network, of the name, of the rights
+        raise DictionaryError(
+            f"{name}: no such directory, and the Hugging Face hub answers: {one_line(error)}"
+        ) from None
+    wanted = _files_of(name, files, subfolder)
+    try:
+        root = Path(hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        raise DictionaryError(f"{name}: cannot be downloaded: {one_line(error)}") from None
+    return root if subfolder is None else root / subfolder
+
+
+def _files_of(name: str, files: list[str], subfolder: str | None) -> list[str]:
+    """Return the files of one dictionary, or raise DictionaryError naming what there is."""
+    if subfolder in files:
+        beside = PurePosixPath(str(subfolder)).parent
+        settings = [file for file in files if _is_in(file, beside) and file.endswith(_SETTINGS)]
+        return [str(subfolder), *settings]
+    folder = PurePosixPath(subfolder or ".")
+    inside = [file for file in files if _is_in(file, folder)]
+    weights = [file for file in inside if file.endswith(_WEIGHTS)]
+    known = [file for file in weights if PurePosixPath(file).name in _KNOWN]
+    deep = str(folder / _DEEP)
+    if deep in files:
+        known, inside = [deep], [*inside, deep]
+    if len(weights) == 1 or known:
+        chosen = known or weights
+        return [*chosen, *(file for file in inside if file.endswith(_SETTINGS))]
+    below = [file for file in files if file.endswith(_WEIGHTS)]
+    if not below:
+        raise DictionaryError(f"{name}: the repository has no dictionary")
+    places = [file if len(weights) > 1 else str(PurePosixPath(file).parent) for file in below]
+    there = listed(list(dict.fromkeys(places)), 4)
+    where = f" in {subfolder}" if subfolder else ""
+    raise DictionaryError(
+        f"{name}: has {'several dictionaries' if len(weights) > 1 else 'no dictionary'}{where}: "
+        f"name one as subfolder, as {there}"
+    )
+
+
+def _is_in(file: str, folder: PurePosixPath) -> bool:
+    return PurePosixPath(file).parent == folder
+
+
+def _library() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise DictionaryError(
+            "the Hugging Face hub needs huggingface_hub: pip install huggingface_hub"
+        ) from None
+    return huggingface_hub

@@ -1,0 +1,250 @@
+"""OpenMOSS: Llamascopium's own files, the release Llama Scope, and Llama Scope R1 Distill.
+
+All encode without subtracting b_dec, by JumpReLU, TopK or ReLU. Training sees x · s with
+s = √D / norm, norm being the mean norm of the data set at the hook point; that scale is folded in
+here, the thresholds too where they are of scaled pre-activations. Where `sparsity_include_decoder_
+norm` is set, latents are selected by pre-activations times decoder norms.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sae_fast.interop.dictionary import PlainDictionary, folded, with_rescaled_codes
+from sae_fast.interop.errors import DictionaryError
+from sae_fast.interop.format import Format, Settings
+from sae_fast.interop.hook_names import origin
+from sae_fast.interop.tensor_file import TensorFile, open_tensors
+
+CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
+_NORM = "dataset_average_activation_norm."
+_LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
+_SCOPE_CONFIG, _SCOPE_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
+_SCOPE_FOLDER = re.compile(r"Llama3_1-8B-Base-L(\d+)(R|A|M|TC)-\d+x")
+
+
+class Llamascopium(Format):
+    """Dictionaries of OpenMOSS's Llamascopium, named Language-Model-SAEs before."""
+
+    name = "openmoss"
+    title = "OpenMOSS Llamascopium"
+
+    def recognises(self, place: Path) -> bool:
+        """Return whether both files are there and the tensors have its names."""
+        return _has_both(place) and "W_E" in _names(place)
+
+    def read(self, place: Path) -> PlainDictionary:
+        """Read a sparse autoencoder or transcoder."""
+        directory = _directory(place)
+        settings = Settings.read(directory / CONFIG)
+        kind = settings.text("sae_type", "sae")
+        if kind not in ("sae", "transcoder"):
+            raise DictionaryError(f"{settings.path}: sae_type {kind!r} has no counterpart here")
+        settings.must_be("use_glu_encoder", False, None, because="an encoder here has one matrix")
+        d_in = settings.needed_size("d_model")
+        d_sae = settings.size("d_sae") or _d_sae(settings, d_in)
+        hooks = settings.text("hook_point_in") or "", settings.text("hook_point_out") or ""
+        is_transcoder = hooks[1] not in ("", hooks[0])
+        with open_tensors(directory / WEIGHTS) as file:
+            if "W_E_glu" in file:
+                raise DictionaryError(f"{file.path}: W_E_glu: an encoder here has one matrix")
+            dictionary = PlainDictionary(
+                "relu",
+                W_enc=file.read("W_E", shape=(d_in, d_sae)).t().contiguous(),
+                b_enc=file.read("b_E", shape=(d_sae,)),
+                W_dec=file.read("W_D", shape=(d_sae, d_in)),
+                b_dec=_b_dec(file, settings, d_in),
+                subtract_b_dec=False,
+                transcoder=is_transcoder,
+            )
+            dictionary = _activated(dictionary, file, settings)
+            scales = [_scale(file, settings, hook, d_in) for hook in hooks]
+        if settings.flag("sparsity_include_decoder_norm", True):
+            dictionary = _weighted(dictionary)
+        scale_in, scale_out = scales[0], scales[1] if is_transcoder else scales[0]
+        dictionary = folded(dictionary, scale_in, scale_out)
+        return replace(dictionary, origin=_origin(settings, hooks, is_transcoder))
+
+
+class LlamaScope(Format):
+    """The release Llama Scope: dictionaries of Llama 3.1 8B."""
+
+    name = "llama_scope"
+    title = "Llama Scope"
+
+    def recognises(self, place: Path) -> bool:
+        """Return whether hyperparams.json and checkpoints/final.safetensors are there."""
+        return all((place / name).is_file() for name in (_SCOPE_CONFIG, _SCOPE_WEIGHTS))
+
+    def read(self, place: Path) -> PlainDictionary:
+        """Read a sparse autoencoder or transcoder of the release."""
+        settings = Settings.read(place / _SCOPE_CONFIG)
+        settings.must_be("act_fn", "jumprelu", "relu")
+        settings.must_be("apply_decoder_bias_to_pre_encoder", False, None)
+        settings.must_be("use_glu_encoder", False, None)
+        settings.must_be("norm_activation", "dataset-wise", None)
+        d_in, d_sae = settings.needed_size("d_model"), settings.needed_size("d_sae")
+        norms = settings.section("dataset_average_activation_norm")
+        scales = [math.sqrt(d_in) / _positive(norms, name) for name in ("in", "out")]
+        hooks = settings.text("hook_point_in") or "", settings.text("hook_point_out") or ""
+        is_transcoder = hooks[1] not in ("", hooks[0])
+        with open_tensors(place / _SCOPE_WEIGHTS) as file:
+            dictionary = _linear(file, d_in, d_sae, is_transcoder)
+        dictionary = folded(dictionary, *scales)
+        if settings.text("act_fn") == "jumprelu":
+            # The file has the threshold in raw units already.
+            threshold = torch.full((d_sae,), settings.number("jump_relu_threshold"))
+            dictionary = replace(dictionary, arch="jumprelu", threshold=threshold)
+        told = _origin(settings, hooks, is_transcoder)
+        folder = _SCOPE_FOLDER.search(str(place.resolve()))
+        if folder is not None:
+            told.setdefault("model", "meta-llama/Llama-3.1-8B")
+        return replace(dictionary, origin=told)
+
+
+class LlamaScopeR1(Format):
+    """The release Llama Scope R1 Distill."""
+
+    name = "llama_scope_r1"
+    title = "Llama Scope R1 Distill"
+
+    def recognises(self, place: Path) -> bool:
+        """Return whether both files are there and the tensors have its names."""
+        return _has_both(place) and {"encoder.weight", "log_jumprelu_threshold"} <= _names(place)
+
+    def read(self, place: Path) -> PlainDictionary:
+        """Read a sparse autoencoder of the release."""
+        directory = _directory(place)
+        settings = Settings.read(directory / CONFIG)
+        d_in = settings.needed_size("d_model")
+        d_sae = settings.size("d_sae") or _d_sae(settings, d_in)
+        hooks = settings.text("hook_point_in") or "", settings.text("hook_point_out") or ""
+        norms = settings.section("dataset_average_activation_norm")
+        with open_tensors(directory / WEIGHTS) as file:
+            dictionary = _linear(file, d_in, d_sae, is_transcoder=False)
+            threshold = file.read("log_jumprelu_threshold", shape=(d_sae,)).exp()
+        dictionary = replace(dictionary, arch="jumprelu", threshold=threshold)
+        if norms.names():
+            scale = math.sqrt(d_in) / _positive(norms, "in" if "in" in norms else hooks[0])
+            dictionary = folded(dictionary, scale, scale)
+        else:
+            dictionary = replace(
+                dictionary,
+                remarks=(
+                    f"{settings.path} has no dataset_average_activation_norm: activations must be "
+                    "scaled to a mean norm of sqrt(d_in) first",
+                ),
+            )
+        return replace(dictionary, origin=_origin(settings, hooks, is_transcoder=False))
+
+
+def _directory(place: Path) -> Path:
+    return place.parent if place.name in (CONFIG, WEIGHTS) else place
+
+
+def _has_both(place: Path) -> bool:
+    directory = _directory(place)
+    return all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
+def _names(place: Path) -> set[str]:
+    with open_tensors(_directory(place) / WEIGHTS) as file:
+        return file.names()
+
+
+def _d_sae(settings: Settings, d_in: int) -> int:
+    factor = settings.number("expansion_factor")
+    d_sae = round(d_in * factor) if factor * d_in < 1 << 40 else 0
+    if d_sae < 1:
+        raise DictionaryError(f"{settings.path}: expansion_factor {factor:g} leaves no latents")
+    return d_sae
+
+
+def _b_dec(file: TensorFile, settings: Settings, d_in: int) -> torch.Tensor:
+    if not settings.flag("use_decoder_bias", True) and "b_D" not in file:
+        return torch.zeros(d_in)
+    return file.read("b_D", shape=(d_in,))
+
+
+def _activated(
+    dictionary: PlainDictionary, file: TensorFile, settings: Settings
+) -> PlainDictionary:
+    kind = (settings.text("act_fn", "relu") or "").lower()
+    if kind == "relu":
+        return dictionary
+    if kind == "jumprelu":
+        threshold = file.read(_LOG_THRESHOLD, shape=(dictionary.d_sae,)).exp()
+        return replace(dictionary, arch="jumprelu", threshold=threshold)
+    if kind == "topk":
+        return replace(dictionary, arch="topk", k=settings.needed_size("top_k"))
+    raise DictionaryError(
+        f"{settings.path}: act_fn {kind!r} has no counterpart here; "
+        "there are counterparts of relu, jumprelu and topk"
+    )
+
+
+def _weighted(dictionary: PlainDictionary) -> PlainDictionary:
+    """Return a dictionary whose latents are selected by pre-activations times decoder norms.
+
+    By thresholds that is the same as thresholds divided by the norms, and codes stay.
+    """
+    norms = torch.linalg.vector_norm(dictionary.W_dec, dim=1).clamp_min(1e-8)
+    if dictionary.threshold is not None:
+        return replace(dictionary, threshold=dictionary.threshold / norms)
+    return dictionary if dictionary.arch == "relu" else with_rescaled_codes(dictionary, norms)
+
+
+def _scale(file: TensorFile, settings: Settings, hook: str, d_in: int) -> float:
+    """Return the scale by which training multiplied activations; 1: it is folded in."""
+    mode = settings.text("norm_activation", "dataset-wise")
+    if mode == "inference":
+        return 1.0
+    if mode != "dataset-wise":
+        raise DictionaryError(
+            f"{settings.path}: norm_activation {mode!r} scales by the batch or the token, "
+            "and a dictionary here has one scale"
+        )
+    if not hook:
+        return 1.0
+    norm = float(file.read(_NORM + hook, shape=()))
+    if not norm > 0:
+        raise DictionaryError(f"{file.path}: {_NORM}{hook} must be greater than 0, got {norm:g}")
+    return math.sqrt(d_in) / norm
+
+
+def _positive(settings: Settings, name: str) -> float:
+    value = settings.number(name)
+    if value == 0:
+        raise DictionaryError(f"{settings.path}: the norm {name!r} must be greater than 0")
+    return value
+
+
+def _linear(file: TensorFile, d_in: int, d_sae: int, is_transcoder: bool) -> PlainDictionary:
+    return PlainDictionary(
+        "relu",
+        W_enc=file.read("encoder.weight", shape=(d_sae, d_in)),
+        b_enc=file.read("encoder.bias", shape=(d_sae,)),
+        W_dec=file.read("decoder.weight", shape=(d_sae, d_in), transposed=True),
+        b_dec=(
+            file.read("decoder.bias", shape=(d_in,))
+            if "decoder.bias" in file
+            else torch.zeros(d_in)
+        ),
+        subtract_b_dec=False,
+        transcoder=is_transcoder,
+    )
+
+
+def _origin(
+    settings: Settings, hooks: tuple[str, str], is_transcoder: bool
+) -> dict[str, str | int]:
+    model = settings.text("model_name")
+    told = origin(model, hooks[0])
+    if is_transcoder:
+        told["targets"] = origin(model, hooks[1])
+    return told

@@ -1,0 +1,144 @@
+"""The tensors of a foreign file, whose shapes are checked before any of them is read.
+
+Files are untrusted. Pickles are loaded with weights_only and mapped, so that a tensor that claims
+more than the file holds, compressed records and Python objects are refused, see
+sae_fast.activations.imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae_fast.activations.imports.arrays import Arrays, SourceArray, contents_of, opened, short
+from sae_fast.activations.imports.formats import OPENERS
+from sae_fast.interop.errors import DictionaryError
+from sae_fast.tensor_files import FLOATS, is_finite
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
+
+
+class TensorFile:
+    """The tensors of a file by name.
+
+    Args:
+        path: of the file, for messages.
+        arrays: what it holds.
+    """
+
+    def __init__(self, path: Path, arrays: Arrays) -> None:
+        self.path = path
+        self._arrays = arrays
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        return set(self._arrays)
+
+    def shape(self, *names: str) -> tuple[int, ...]:
+        """Return the shape of the tensor that has one of the names; raise DictionaryError."""
+        return self._array(names).shape
+
+    def read(
+        self,
+        *names: str,
+        shape: Sequence[int] | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
+        """Read a tensor of floating-point numbers as float32.
+
+        Args:
+            names: the names that it may have, of which one must be there.
+            shape: that the result must have; None: any.
+            transposed: whether the file has rows and columns exchanged.
+
+        Raises DictionaryError, naming the file and the tensor, before anything of its size is read.
+        """
+        tensor = self._read(names, shape, transposed, FLOATS, "floating-point numbers")
+        result = tensor.to(torch.float32)
+        if not is_finite(result):
+            raise DictionaryError(f"{self.path}: {self._name(names)} holds NaN or Inf")
+        return result.t().contiguous() if transposed else result.contiguous()
+
+    def integer(self, name: str) -> int:
+        """Read a whole number that is stored as a tensor; raise DictionaryError."""
+        array = self._array((name,))
+        if array.shape not in ((), (1,)) or array.dtype not in _INTEGERS:
+            raise DictionaryError(f"{self.path}: {name} must be one whole number")
+        return int(array.read(0, 1).reshape(-1)[0])
+
+    def integers(self, name: str, most: int) -> list[int]:
+        """Read a list of at most `most` whole numbers; raise DictionaryError."""
+        array = self._array((name,))
+        if len(array.shape) != 1 or array.dtype not in _INTEGERS or array.shape[0] > most:
+            raise DictionaryError(
+                f"{self.path}: {name} must be a list of at most {most} whole numbers"
+            )
+        return [int(number) for number in array.read(0, array.shape[0])]
+
+    def _read(
+        self,
+        names: tuple[str, ...],
+        shape: Sequence[int] | None,
+        transposed: bool,
+        dtypes: Sequence[torch.dtype],
+        kind: str,
+    ) -> Tensor:
+        array, name = self._array(names), self._name(names)
+        if transposed and len(array.shape) != 2:
+            raise DictionaryError(f"{self.path}: {name} must be a matrix, got {list(array.shape)}")
+        expected = None if shape is None else tuple(shape)
+        if transposed and expected is not None:
+            expected = expected[::-1]
+        if expected is not None and array.shape != expected:
+            raise DictionaryError(
+                f"{self.path}: {name} must have shape {list(expected)}, got {list(array.shape)}"
+            )
+        if array.dtype not in dtypes:
+            found = str(array.dtype).removeprefix("torch.")
+            raise DictionaryError(f"{self.path}: {name} must be of {kind}, got {found}")
+        if array.shape == ():
+            return array.read(0, 1).reshape(())
+        return array.read(0, array.shape[0])
+
+    def _name(self, names: tuple[str, ...]) -> str:
+        for name in names:
+            if name in self._arrays:
+                return short(name)
+        raise DictionaryError(
+            f"{self.path}: has no tensor {' or '.join(names)}, it has {contents_of(self._arrays)}"
+        )
+
+    def _array(self, names: tuple[str, ...]) -> SourceArray:
+        name = self._name(names)
+        arrays = self._arrays[name]
+        if len(arrays) != 1:
+            raise DictionaryError(f"{self.path}: {name} must be a tensor, it is a list")
+        if not arrays[0].is_backed:
+            raise DictionaryError(
+                f"{self.path}: {name} claims {arrays[0].claimed:,} bytes, more than the file holds"
+            )
+        return arrays[0]
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Open a .safetensors, .pt, .pth or .npz file.
+
+    Raises DictionaryError, naming it, for a damaged or hostile one.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DictionaryError(f"{path}: must be one of {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DictionaryError(f"{path}: no such file")
+    with opened(path, OPENERS[path.suffix]) as arrays:
+        yield TensorFile(path, arrays)
