@@ -2,13 +2,15 @@
 
 import importlib
 import json
+import signal
 
 import pytest
 
-from sae_fast.ground_truth import main, pictures
+from sae_fast.ground_truth import main, pictures, runs
 from sae_fast.ground_truth.command import TASKS
 from sae_fast.ground_truth.results import Results
 from sae_fast.ground_truth.superposition import Superposition
+from sae_fast.training.signals import StopOnSignal
 
 pytest.importorskip("scipy")
 TINY = ("superposition", "--rows", "600", "--heldout-rows", "200", "--max-steps", "4")
@@ -93,6 +95,24 @@ def test_a_second_call_keeps_what_is_finished(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith(": kept") for line in lines[:4]] == [True, True, True, False]
     assert json.loads((out / "results.json").read_text()) == whole
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_training_that_a_signal_stops_is_no_result(tmp_path, capsys, monkeypatch):
+    class Stopping(StopOnSignal):
+        def __init__(self):
+            super().__init__()
+            self.received = signal.SIGTERM
+
+    out = tmp_path / "out"
+    call = [*TINY, "--arch", "topk", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "StopOnSignal", Stopping)
+        assert main(call) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.startswith("stopped by SIGTERM; what is finished is kept")
+    assert json.loads((out / "results.json").read_text())["entries"] == []
+    assert main(call) == 0
+    assert len(json.loads((out / "results.json").read_text())["entries"]) == 2
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sae_fast.ground_truth.variables import auc, count
+from sae_fast.ground_truth.variables import auc, best_f1, count
 
 # Six rows in the states 0 0 0 1 1 2.
 STATES = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 1, 2]), 3).bool()
@@ -13,9 +13,10 @@ STATES = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 1, 2]), 3).bool()
 
 def test_one_latent_a_state_is_pure_and_finds_all():
     order = [2, 0, 1]
-    found = count(3.0 * STATES[:, order].float(), STATES)
+    values = 3.0 * STATES[:, order].float()
+    found = count(values, STATES)
     assert (found.purity(), found.latent_purity()) == (1, 1)
-    f1, latents = found.best_f1()
+    f1, latents = best_f1(values, STATES)
     assert f1.tolist() == [1, 1, 1]
     assert latents.tolist() == [1, 2, 0]
 
@@ -28,7 +29,7 @@ def test_purity_is_weighted_by_firings_and_dead_latents_do_not_count():
     assert found.latent_purity() == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert found.alive.tolist() == [True, True, False]
     # F1: 2 · 3 / (4 + 3), 2 · 1 / (2 + 2) against 2 · 1 / (4 + 2), 2 · 1 / (2 + 1)
-    f1, latents = found.best_f1()
+    f1, latents = best_f1(values, STATES)
     assert f1.tolist() == pytest.approx([6 / 7, 1 / 2, 2 / 3])
     assert latents.tolist() == [0, 1, 1]
 
@@ -36,7 +37,18 @@ def test_purity_is_weighted_by_firings_and_dead_latents_do_not_count():
 def test_nothing_fires_has_no_purity_and_no_f1():
     found = count(torch.zeros(6, 2), STATES)
     assert (found.purity(), found.latent_purity()) == (None, None)
-    assert found.best_f1()[0].tolist() == [0, 0, 0]
+    assert best_f1(torch.zeros(6, 2), STATES)[0].tolist() == [0, 0, 0]
+
+
+def test_the_best_of_ten_thresholds_counts():
+    # One latent fires on all rows. Above 0.1 of its largest value are the rows 0, 1, 3 and 5, above
+    # 0.3 the rows 0, 1 and 3, above 0.5 the rows 0 and 1. Of state 0 they leave out row 2.
+    values = torch.tensor([[10.0], [6.0], [0.5], [4.0], [1.0], [2.0]])
+    f1, _ = best_f1(values, STATES)
+    state_0 = max(2 * 3 / (6 + 3), 2 * 2 / (2 + 3), 2 * 2 / (3 + 3))
+    state_1 = max(2 * 2 / (6 + 2), 2 * 1 / (3 + 2))  # rows 3 and 4
+    state_2 = max(2 * 1 / (6 + 1), 2 * 1 / (4 + 1))  # row 5
+    assert f1.tolist() == pytest.approx([state_0, state_1, state_2])
 
 
 def test_a_latent_that_always_fires_has_the_f1_of_the_share():

@@ -111,7 +111,7 @@ class ModularAdditionConfig(GroundTruthConfig):
     d_sae: int = setting(1024, at_least=1)
     k: int = setting(32, at_least=1)
     max_steps: int = setting(1000, at_least=1)
-    batch_size: int = setting(512, at_least=1)
+    batch_size: int = setting(256, at_least=1)
     p: int = setting(59, at_least=5, heading="Transformer")
     """Modulus, an odd number. [numbers]"""
     site: Literal["residual", "mlp_out"] = setting("residual")

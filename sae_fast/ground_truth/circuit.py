@@ -27,7 +27,7 @@ from sae_fast.ground_truth.induction import (
 )
 from sae_fast.ground_truth.pictures import draw_dots, finish, new_figure
 from sae_fast.ground_truth.task import Progress, Score, Scored, Task
-from sae_fast.ground_truth.variables import auc, count
+from sae_fast.ground_truth.variables import F1_SOURCE, F1_TEXT, auc, best_f1
 from sae_fast.tensor_files import load_tensors, save_tensors
 
 COPIES = 0.6  # accuracy inside copied spans, below which the command warns; 0.3 without induction
@@ -53,7 +53,8 @@ def _scores() -> tuple[Score, ...]:
     found = []
     for key, heading in FLAGS.items():
         best = f"of a latent as a detector of: {told[key]}."
-        found.append(Score(f"{key}_f1", f"{heading}, F1", f"The largest F1 of firing {best}"))
+        text = f"The largest F1, {F1_TEXT}, {best}"
+        found.append(Score(f"{key}_f1", f"{heading}, F1", text, F1_SOURCE))
         found.append(
             Score(
                 f"{key}_auc",
@@ -68,7 +69,7 @@ def _scores() -> tuple[Score, ...]:
     }
     for key, heading in TOKENS.items():
         text = f"The largest F1 of a latent as a detector of: {values[key]}; mean over tokens t."
-        found.append(Score(f"{key}_f1", f"{heading}, F1", text))
+        found.append(Score(f"{key}_f1", f"{heading}, F1", text, F1_SOURCE))
     return tuple(found)
 
 
@@ -187,7 +188,7 @@ class Circuit(Task):
         """Return the scores of a dictionary, and the F1 of each token."""
         values = sae.encode(self.heldout_rows).dense().float().cpu()
         flags = torch.stack([self.truth[name] for name in FLAGS], 1)
-        f1, _ = count(values, flags).best_f1()
+        f1, _ = best_f1(values, flags)
         scores: dict[str, float | None] = {}
         for place, name in enumerate(FLAGS):
             scores[f"{name}_f1"] = float(f1[place])
@@ -197,7 +198,7 @@ class Circuit(Task):
         for name in TOKENS:
             column = self.truth[name]
             truth = functional.one_hot(column + 1, self.config.vocabulary + 1)[:, 1:].bool()
-            by_token, _ = count(values, truth).best_f1()
+            by_token, _ = best_f1(values, truth)
             scores[f"{name}_f1"] = float(by_token[truth.any(0)].mean())
             details[name] = [round(float(x), 4) for x in by_token]
         return Scored(scores, details)

@@ -94,7 +94,7 @@ def command_line(name: str) -> CommandLine:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code, 2 for bad input."""
+    """Run the command; return its exit code, 2 for bad input, 128 + its number for a signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-h", "--help", "--help-all"):
         print(listing())
@@ -107,13 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output.configure(quiet=shown.quiet, log_file=shown.log_file)
             if config.out is None:
                 raise ValueError("out must be given: --out DIR")
-            _run(entry, config, config.out, _command(words), output)
+            return _run(entry, config, config.out, _command(words), output)
         except Exception as error:
             line = refusal(error)
             print(line, file=sys.stderr)
             output.note(line, logging.ERROR)
             return EXIT_BAD_INPUT
-    return 0
 
 
 def listing() -> str:
@@ -147,14 +146,21 @@ def _task(words: Sequence[str]) -> tuple[str, _Entry]:
 
 def _run(
     entry: _Entry, config: GroundTruthConfig, out: Path, command: str, output: CommandOutput
-) -> None:
-    from sae_fast.ground_truth.runs import run
+) -> int:
+    """Run a task and show its table; return the exit code, 128 and the number after a signal."""
+    from sae_fast.ground_truth.runs import Stopped, run
 
     module = importlib.import_module(f"sae_fast.ground_truth.{entry.module}")
     task: Task = vars(module)[entry.maker](config)
-    results = run(task, out, command, output.say, show_progress=not output.is_quiet)
+    try:
+        results = run(task, out, command, output.say, show_progress=not output.is_quiet)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        output.note(stopped, logging.WARNING)
+        return 128 + stopped.signal
     output.say(results.table())
     output.say(f"wrote {out}")
+    return 0
 
 
 def _command(words: Sequence[str]) -> str:

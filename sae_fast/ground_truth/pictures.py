@@ -57,10 +57,10 @@ def draw_scores(results: Results, path: Path) -> Path:
         if score.is_share:
             axes.set_ylim(-0.03, 1.03)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     for axes in cells[len(scores) :]:
         axes.set_axis_off()
-    return finish(figure, f"{results.task.title}: a dot for each seed, a line at the mean", path)
+    return finish(figure, f"{results.task.title} (a dot for each seed, a line at the mean)", path)
 
 
 def draw_dots(axes: Any, names: list[str], values: Callable[[str], list[float]]) -> None:

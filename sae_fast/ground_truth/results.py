@@ -14,6 +14,7 @@ import torch
 
 import sae_fast
 from sae_fast.atomic_files import write_text
+from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.ground_truth.overlap import OVERLAP
 from sae_fast.ground_truth.task import Score, Task
 from sae_fast.json_files import JSONError, read_json, shown
@@ -66,10 +67,13 @@ class Results:
         return any((entry["arch"], entry["seed"]) == (arch, seed) for entry in self.entries)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Add the entry of a training, in place of an earlier one."""
+        """Add the entry of a training; entries are in the order of the list of architectures."""
+        places = {name: place for place, name in enumerate(ARCHITECTURES)}
         key = entry["arch"], entry["seed"]
         others = [item for item in self.entries if (item["arch"], item["seed"]) != key]
-        self.entries = [*others, entry]
+        self.entries = sorted(
+            [*others, entry], key=lambda item: places.get(str(item["arch"]), len(places))
+        )
 
     def seeds_of(self, arch: str) -> list[int]:
         """Return the seeds of an architecture's finished trainings."""

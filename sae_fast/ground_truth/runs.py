@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from sae_fast.ground_truth.pictures import draw_scores
 from sae_fast.ground_truth.results import Results, read_results
 from sae_fast.ground_truth.task import Say, Task
 from sae_fast.progress_bar import progress_bar
+from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
 UNTRAINED = "untrained"  # an entry of the table: a topk before its first step
@@ -39,9 +41,23 @@ _DEAD_SHARE = 20  # a latent is dead after this part of the run without firing
 _QUICK_TARGET: dict[str, dict[str, Any]] = {
     "relu": {"l1_penalty_coeff": 1.5, "target_l0_rate": 0.02},
     "gated": {"target_l0_rate": 0.02},
-    "slots": {"target_l0_rate": 0.02},
     "jumprelu": {"sparsity_penalty_coeff": 30.0, "jumprelu_threshold_lr": 10.0},
 }
+
+
+class Stopped(Exception):
+    """A signal has stopped a training, which is not among the results then.
+
+    Attributes:
+        signal: the signal.
+    """
+
+    def __init__(self, number: Signals) -> None:
+        super().__init__(
+            f"stopped by {number.name}; what is finished is kept, and a call with equal flags goes "
+            "on from there"
+        )
+        self.signal = number
 
 
 def run(
@@ -59,6 +75,7 @@ def run(
     Raises:
         ValueError: in one line, for an unknown architecture, settings that do not fit, or a folder
             with results of other settings.
+        Stopped: when a signal stops a training.
     """
     config = task.config
     wanted = _wanted(task)
@@ -113,7 +130,7 @@ def sae_config(config: GroundTruthConfig, arch: str, task: Task) -> SAEConfig:
     values: dict[str, Any] = {"d_sae": config.d_sae}
     if bare.takes("k"):
         values["k"] = config.k
-    elif bare.takes("target_l0"):
+    elif bare.takes("target_l0") and name != _SLOTS:  # its L0 counts the relation slots too
         values |= {"target_l0": float(config.k), **_QUICK_TARGET.get(name, {})}
     if name == _SLOTS:
         values |= {"slots_mode": "separate_activation", "relation_labels": task.labels_of}
@@ -185,6 +202,7 @@ def _trained(task: Task, arch: str, seed: int, *, show_progress: bool) -> Sparse
     columns, heldout_columns = None, None
     if arch == _SLOTS and task.labels_of is not None:
         columns, heldout_columns = ({task.labels_of: labels} for labels in task.labels())
+    stop = StopOnSignal()
     trainer = Trainer(
         sae_config(task.config, arch, task),
         train_config(task.config, seed),
@@ -192,12 +210,17 @@ def _trained(task: Task, arch: str, seed: int, *, show_progress: bool) -> Sparse
         heldout=task.heldout_rows if columns else None,
         columns=columns,
         heldout_columns=heldout_columns,
+        stop=stop,
         show_progress=show_progress,
     )
     if arch == UNTRAINED:
         trainer.close()
         return trainer.model()
-    return trainer.train()
+    sae = trainer.train()
+    if trainer.step < trainer.total_steps:
+        assert stop.received is not None
+        raise Stopped(stop.received)
+    return sae
 
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:

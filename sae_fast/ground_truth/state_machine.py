@@ -27,7 +27,7 @@ from sae_fast.ground_truth.automata import (
 )
 from sae_fast.ground_truth.pictures import finish, new_figure
 from sae_fast.ground_truth.task import Progress, Score, Scored, Task
-from sae_fast.ground_truth.variables import count
+from sae_fast.ground_truth.variables import F1_SOURCE, F1_TEXT, best_f1, count
 from sae_fast.tensor_files import load_tensors, save_tensors
 
 KNOWN = 0.05  # nats above the smallest loss, beyond which the command warns
@@ -65,8 +65,9 @@ class StateMachine(Task):
         Score(
             "state_f1",
             "state F1",
-            "Of each state, the largest F1 that the firing of a latent has as its detector; mean "
-            "over states.",
+            f"Of each state, the largest F1 of a latent as its detector, {F1_TEXT}; mean over "
+            "states.",
+            F1_SOURCE,
         ),
         Score("found", "found", "Share of the states for which this F1 is at least 0.9."),
     )
@@ -148,8 +149,9 @@ class StateMachine(Task):
         """Return the scores of a dictionary, and the F1 of each state."""
         names = self.automaton.states[1:]  # no symbol leads to the start
         truth = torch.nn.functional.one_hot(self.states - 1, len(names)).bool()
-        found = count(sae.encode(self.heldout_rows).dense().float().cpu(), truth)
-        f1, latents = found.best_f1()
+        values = sae.encode(self.heldout_rows).dense().float().cpu()
+        found = count(values, truth)
+        f1, latents = best_f1(values, truth)
         seen = found.true > 0
         shares = found.both[latents] / found.fires[latents].clamp_min(1)[:, None]
         return Scored(

@@ -29,7 +29,7 @@ from sae_fast.ground_truth.biographies.probes import probe_accuracies
 from sae_fast.ground_truth.biographies.text import make_biographies
 from sae_fast.ground_truth.pictures import draw_dots, finish, new_figure
 from sae_fast.ground_truth.task import Progress, Score, Scored, Task
-from sae_fast.ground_truth.variables import count
+from sae_fast.ground_truth.variables import F1_SOURCE, F1_TEXT, best_f1, count
 
 KNOWS = 0.99  # accuracy below which the command warns
 FOUND = 0.9  # F1 from which a relation counts as found
@@ -55,8 +55,9 @@ class Biographies(Task):
         Score(
             "relation_f1",
             "relation F1",
-            "Of each relation, the largest F1 that the firing of a latent has as its detector; "
-            "mean over relations.",
+            f"Of each relation, the largest F1 of a latent as its detector, {F1_TEXT}; mean over "
+            "relations.",
+            F1_SOURCE,
         ),
         Score("found", "found", "Share of the relations for which this F1 is at least 0.9."),
         Score(
@@ -70,6 +71,7 @@ class Biographies(Task):
             "answer F1",
             "Of each answer, the largest F1 of a latent as its detector; mean over the answers "
             "that occur.",
+            F1_SOURCE,
         ),
         Score("answer_purity", "answer purity", "The purity of latents, of answers."),
     )
@@ -164,8 +166,8 @@ class Biographies(Task):
         answers = functional.one_hot(self.columns["answer"]).bool()
         answers = answers[:, answers.any(0)]
         by_relation, by_answer = count(values, relations), count(values, answers)
-        relation_f1, _ = by_relation.best_f1()
-        answer_f1, _ = by_answer.best_f1()
+        relation_f1, _ = best_f1(values, relations)
+        answer_f1, _ = best_f1(values, answers)
         return Scored(
             {
                 "relation_f1": float(relation_f1.mean()),
