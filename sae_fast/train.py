@@ -56,6 +56,7 @@ from sae_fast.training.signals import (
 )
 
 if TYPE_CHECKING:
+    from sae_fast.training.callbacks import Callback
     from sae_fast.training.sweep import Sweep
     from sae_fast.training.trainer import Trainer
 
@@ -99,6 +100,11 @@ class TrainOptions(ConfigFile):
     )
     """JSON file with several trainings on the same activations: an object of lists, of which all
     combinations are trained, or a list of objects with the settings of each."""
+    live: Path | None = setting(None, metavar="DIR", brief="directory for pages of the latents")
+    """Directory for the pages of all latents, written again and again while one model is trained on
+    shards, in 5 % of the time; open the index.html in it."""
+    live_tokenizer: str | None = setting(None, metavar="NAME")
+    """A tokenizer for the texts of these pages: a folder, a tokenizer.json or a name."""
 
 
 @dataclass(frozen=True)
@@ -412,7 +418,8 @@ def _opened(
     from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
     from sae_fast.training.trainer import Trainer
 
-    sweep = TrainOptions(**given["options"]).sweep
+    options = TrainOptions(**given["options"])
+    sweep = options.sweep
     if config.train.checkpoint_dir is None:
         parent = Path("runs") if line is None else line.settings.save_dir
         config = _in_directory(
@@ -420,15 +427,32 @@ def _opened(
         )
     directory = Path(str(config.train.checkpoint_dir))
     if line is not None:
+        _refuse_live(options)
         with _named_by(line):
             stack.enter_context(held(directory))
             return _opened_from_model(line, config, sweep, directory, stop, shown), directory
     configs = {"": config} if sweep is None else read_sweep(sweep, config)
     layers = for_every_layer(configs, directory)
     if layers is None and sweep is None:
-        return Trainer(config, stop=stop, show_progress=not shown.quiet), directory
+        callbacks = _live_pages(options)
+        trainer = Trainer(config, callbacks=callbacks, stop=stop, show_progress=not shown.quiet)
+        return trainer, directory
+    _refuse_live(options)
     stack.enter_context(held(directory))
     return Sweep(layers or configs, stop=stop, show_progress=not shown.quiet), directory
+
+
+def _live_pages(options: TrainOptions) -> list[Callback]:
+    if options.live is None:
+        return []
+    from sae_fast.training.live_pages import LivePages
+
+    return [LivePages(options.live, options.live_tokenizer)]
+
+
+def _refuse_live(options: TrainOptions) -> None:
+    if options.live is not None:
+        raise ValueError("--live is for one training on shards")
 
 
 def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:

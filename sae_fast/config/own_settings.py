@@ -28,7 +28,7 @@ from sae_fast.json_files import shown
 
 _NAME = re.compile("[a-z][a-z0-9_]*")
 # Flags of the command line beside the settings of model and training.
-COMMAND_FLAGS = ("preset", "plugin", "config", "sweep")
+COMMAND_FLAGS = ("preset", "plugin", "config", "sweep", "live", "live_tokenizer")
 
 
 def own_config(

@@ -4,6 +4,9 @@
     OUT/data/meta.js, vocabulary.js, table.js         sizes, texts of tokens, all latents
     OUT/data/latents_00000.js …                       the pages of CHUNK latents each
 
+The data of a training that goes on are in a folder for each step in place of data, and OUT/live.js
+tells an open page the newest step.
+
 A page that is opened from the disk may load scripts, but no other files, so the data are scripts
 that call a function with arrays in base64. Texts are JSON without `<`, and the viewer puts them
 into text nodes only: a token that looks like markup is shown as it is.
@@ -33,6 +36,7 @@ from sae_fast.evaluation.top_entries import place_in_run
 CHUNK = 64  # latents whose pages are in one file
 PEAKS = 5  # tokens of the largest contexts that the table shows
 NO_TOKEN = -1
+DATA = "data"
 INDEX = "index.html"
 _OWN_FILES = (
     "viewer.js",
@@ -55,6 +59,7 @@ class Viewer:
         intervals: of activations, from which samples are drawn.
         logits: tokens that latents raise and lower; None: not known.
         tokens: texts of tokens; None: their numbers are shown.
+        step: of a training that goes on; None: the model is trained.
     """
 
     pages: LatentPages
@@ -64,10 +69,12 @@ class Viewer:
     intervals: int
     logits: LogitEffects | None = None
     tokens: TokenTexts | None = None
+    step: int | None = None
 
     def write(self, out: Path) -> None:
         """Write all files into a folder, which is made; each appears when it is whole."""
-        data = out / "data"
+        name = DATA if self.step is None else live_folder(f"{self.step:09d}")
+        data = out / name
         data.mkdir(parents=True, exist_ok=True)
         used = _UsedTokens()
         for number in range(-(-self.pages.d_sae // CHUNK)):
@@ -81,9 +88,13 @@ class Viewer:
         _write_call(data / "table.js", "table", _encoded(self._table()))
         _write_call(data / "meta.js", "meta", _json(self._meta()))
         folder = files("sae_fast.report") / "viewer"
-        for name in _OWN_FILES:
-            with replacing(out / name, flush=False) as temporary:
-                temporary.write_bytes((folder / name).read_bytes())
+        for own in _OWN_FILES:
+            text = (folder / own).read_text("utf-8")
+            if own == INDEX:
+                text = text.replace(f'"{DATA}/', f'"{name}/')
+                text = text.replace(f'data-folder="{DATA}"', f'data-folder="{name}"')
+            with replacing(out / own, flush=False) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     def _meta(self) -> dict[str, Any]:
         pages = self.pages
@@ -98,6 +109,7 @@ class Viewer:
             "intervals": self.intervals,
             "neighbours": pages.decoder_latents.shape[1],
             "logits": 0 if self.logits is None else self.logits.promoted.shape[1],
+            "step": self.step,
         }
 
     def _vocabulary(self, used: Array) -> dict[str, Any] | None:
@@ -169,6 +181,16 @@ class Viewer:
         if self.logits is not None:
             arrays |= {name: array[own] for name, array in vars(self.logits).items()}
         return arrays
+
+
+def live_folder(step: str) -> str:
+    """Return the name of the folder with the data of a step, which is nine digits, or a pattern."""
+    return f"{DATA}_{step}"
+
+
+def write_live(out: Path, step: int) -> None:
+    """Tell open pages the newest step; its data are complete."""
+    _write_call(out / "live.js", "live", str(step))
 
 
 class _UsedTokens:

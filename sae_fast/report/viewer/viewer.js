@@ -1,12 +1,14 @@
 // The viewer of latents: a table of all, and a page for each. It runs from a folder without a
 // server: data are in scripts that call saeFast.meta, vocabulary, table and chunk, and the chunk of
-// a latent is loaded when its page is opened. Texts come from data and are only ever put into text
+// a latent is loaded when its page is opened. While a model is trained, saeFast.live tells of newer
+// data. Texts come from data and are only ever put into text
 // nodes, never into markup.
 "use strict";
 
 const saeFast = (() => {
   const ROW = 32; // pixels of a row of the table, as in viewer.css
   const KEPT_CHUNKS = 12;
+  const LIVE_PAUSE = 10000; // milliseconds between two looks at whether there are newer pages
   const kinds = {
     int8: Int8Array, int16: Int16Array, int32: Int32Array, float32: Float32Array,
     float64: Float64Array,
@@ -28,16 +30,25 @@ const saeFast = (() => {
     return Object.fromEntries(Object.entries(arrays).map(([name, array]) => [name, decoded(array)]));
   }
 
+  function load(source, onError) {
+    const script = document.createElement("script");
+    script.src = source;
+    script.onerror = () => { script.remove(); onError(); };
+    script.onload = () => script.remove();
+    document.body.append(script);
+  }
+
+  function lookForNewer() {
+    if (!document.hidden) load(`live.js?${Date.now()}`, () => {}); // never from a cache
+  }
+
   function loaded(number) {
     if (chunks.has(number)) return chunks.get(number);
     const promise = new Promise((keep, fail) => {
       waiting.set(number, keep);
-      const script = document.createElement("script");
-      const name = `data/latents_${String(number).padStart(5, "0")}.js`;
-      script.src = name;
-      script.onerror = () => { chunks.delete(number); fail(new Error(`${name} cannot be read`)); };
-      script.onload = () => script.remove();
-      document.body.append(script);
+      const name = `${document.body.dataset.folder}/latents_${String(number).padStart(5, "0")}.js`;
+      const older = meta.step === null ? "" : ": there are newer pages, reload";
+      load(name, () => { chunks.delete(number); fail(new Error(`${name} cannot be read${older}`)); });
     });
     chunks.set(number, promise);
     if (chunks.size > KEPT_CHUNKS) chunks.delete(chunks.keys().next().value);
@@ -142,12 +153,8 @@ const saeFast = (() => {
     }));
   }
 
-  function drawRows() {
-    const scroller = byId("scroller");
-    const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - 6);
-    const count = Math.ceil(scroller.clientHeight / ROW) + 12;
-    byId("rows").style.top = `${first * ROW}px`;
-    byId("rows").replaceChildren(...order.slice(first, first + count).map((j) => make(
+  function rowOf(j) {
+    return make(
       "a", {class: "row", href: `#latent=${j}`, role: "row"},
       make("span", {class: "id"}, String(j)),
       make("span", {}, ...peaksOf(j).map(chip)),
@@ -156,7 +163,25 @@ const saeFast = (() => {
       make("span", {class: "number wide"}, shortened(table.mean[j])),
       make("span", {class: "number wide"}, table.cosine[j].toFixed(2)),
       make("span", {class: "number wide"}, table.phi[j].toFixed(2)),
-    )));
+    );
+  }
+
+  let shown = new Map(); // by latent: its row, of the rows that are drawn
+  let isDue = false;
+
+  function drawRows() {
+    const scroller = byId("scroller");
+    const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - 6);
+    const count = Math.ceil(scroller.clientHeight / ROW) + 12;
+    byId("rows").style.top = `${first * ROW}px`;
+    shown = new Map(order.slice(first, first + count).map((j) => [j, shown.get(j) || rowOf(j)]));
+    byId("rows").replaceChildren(...shown.values());
+  }
+
+  function drawRowsSoon() { // once a frame, however many events there are
+    if (isDue) return;
+    isDue = true;
+    requestAnimationFrame(() => { isDue = false; drawRows(); });
   }
 
   // ---- the page of a latent ---------------------------------------------------------------
@@ -364,6 +389,11 @@ const saeFast = (() => {
     meta(given) { meta = given; },
     vocabulary(given) { texts = given && new Map(given.ids.map((id, i) => [id, given.texts[i]])); },
     table(given) { table = decodedAll(given); },
+    live(step) {
+      const button = byId("newer");
+      button.hidden = step <= meta.step;
+      button.textContent = `Step ${step.toLocaleString("en")} is there: reload`;
+    },
     chunk(number, given) {
       const keep = waiting.get(number);
       waiting.delete(number);
@@ -378,8 +408,10 @@ const saeFast = (() => {
         refresh();
       });
       byId("alive").addEventListener("change", refresh);
-      byId("scroller").addEventListener("scroll", drawRows, {passive: true});
+      byId("scroller").addEventListener("scroll", drawRowsSoon, {passive: true});
       byId("theme").addEventListener("click", turn);
+      byId("newer").addEventListener("click", () => location.reload());
+      if (meta.step !== null) setInterval(lookForNewer, LIVE_PAUSE);
       addEventListener("resize", () => { if (current === null) drawRows(); });
       addEventListener("hashchange", show);
       addEventListener("keydown", onKey);

@@ -1,0 +1,139 @@
+"""`LivePages`: pages of the latents while a model is trained."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from small_pages import make_place
+
+from sae_fast import Trainer
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.train import main
+from sae_fast.training.callbacks import Callback
+from sae_fast.training.live_pages import LivePages, first_shards
+from sae_fast.training.trainer import TrainingError
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return make_place(tmp_path_factory.mktemp("live"))
+
+
+class Folders(Callback):
+    """Note the folders of data after each step."""
+
+    def __init__(self, out):
+        self.out, self.found = out, []
+
+    def on_step(self, trainer, row):
+        self.found.append(sorted(path.name for path in self.out.glob("data_*")))
+
+
+def train(place, callbacks=(), **settings):
+    config = TrainConfig(
+        shard_dir=str(place / "shards"), batch_size=64, max_steps=STEPS, log_every=1, **settings
+    )
+    trainer = Trainer(SAEConfig(d_sae=40, k=4), config, callbacks=callbacks, show_progress=False)
+    trainer.train()
+    return trainer
+
+
+def test_pages_are_of_the_steps_and_do_not_change_the_training(place, tmp_path):
+    out = tmp_path / "pages"
+    folders = Folders(out)
+    live = LivePages(out, str(place / "tokenizer.json"), rows=100, share=1.0)
+    with_pages, without = train(place, [live, folders]), train(place)
+    # Share 1 lets pages follow each other; the two newest stay.
+    assert folders.found == [
+        [f"data_{step:09d}" for step in range(max(1, last - 1), last + 1)]
+        for last in range(1, STEPS + 1)
+    ]
+    assert (out / "live.js").read_text() == f"saeFast.live({STEPS});\n"
+    index = (out / "index.html").read_text()
+    assert f'data-folder="data_{STEPS:09d}"' in index
+    assert index.count(f'src="data_{STEPS:09d}/') == 3
+    assert {path.name for path in out.iterdir()} == {
+        *("index.html", "viewer.js", "viewer.css", "start.js", "live.js"),
+        *(f"data_{step:09d}" for step in (STEPS - 1, STEPS)),
+    }
+    meta = (out / f"data_{STEPS:09d}" / "meta.js").read_text()
+    assert f'"step": {STEPS}' in meta
+    assert '"rows": 100' in meta
+    ours, theirs = with_pages.sae.state_dict(), without.sae.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [[row["loss"] for row in trainer.history] for trainer in (with_pages, without)]
+    assert losses[0] == losses[1]
+
+
+def test_pages_keep_to_their_share_of_the_time_and_end_with_the_last_step(place, tmp_path):
+    out = tmp_path / "pages"
+    folders = Folders(out)
+    train(place, [LivePages(out, rows=100, share=1e-9), folders])
+    first = ["data_000000001"]
+    assert folders.found == [first] * STEPS
+    assert sorted(path.name for path in out.glob("data_*")) == [*first, f"data_{STEPS:09d}"]
+
+
+def test_only_the_first_shards_are_opened_for_a_few_rows(place):
+    paths = sorted((place / "shards").glob("*.h5"))
+    assert len(paths) == 2
+    assert len(first_shards(paths, "activations", 100).shards) == 1
+    assert len(first_shards(paths, "activations", 300).shards) == 2
+    assert len(first_shards(paths, "activations", 10**9).shards) == 2
+
+
+def test_live_pages_need_shards(tmp_path):
+    config = TrainConfig(batch_size=32, max_steps=1)
+    with pytest.raises(TrainingError, match="live pages need shards"):
+        Trainer(
+            SAEConfig(d_sae=40, k=4),
+            config,
+            data=torch.randn(64, 16),
+            callbacks=[LivePages(tmp_path)],
+            show_progress=False,
+        ).train()
+
+
+@pytest.mark.parametrize("settings", [{"share": 0}, {"share": 1.5}, {"rows": 0}])
+def test_settings_out_of_range_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LivePages(tmp_path, **settings)
+
+
+def test_the_flag_writes_pages_and_is_for_one_training(place, tmp_path, capsys):
+    small = ["--d-sae", "40", "--k", "4", "--batch-size", "64", "--max-steps", "2", "--quiet"]
+    small += ["--shard-dir", str(place / "shards"), "--checkpoint-dir", str(tmp_path / "run")]
+    live = ["--live", str(tmp_path / "pages"), "--live-tokenizer", str(place / "tokenizer.json")]
+    assert main([*small, *live]) == 0
+    assert (tmp_path / "pages" / "index.html").exists()
+    vocabulary = (tmp_path / "pages" / "data_000000002" / "vocabulary.js").read_text()
+    assert "word1" in vocabulary
+    (tmp_path / "sweep.json").write_text('{"k": [2, 4]}')
+    capsys.readouterr()
+    assert main([*small, *live, "--sweep", str(tmp_path / "sweep.json")]) == 2
+    assert "--live is for one training on shards" in capsys.readouterr().err
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_an_open_page_tells_of_newer_pages(place, tmp_path):
+    out = tmp_path / "pages"
+    train(place, [LivePages(out, rows=100)])
+    (out / "live.js").write_text("saeFast.live(1200);\n")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+    flags += ("--virtual-time-budget=12000", f"--user-data-dir={tmp_path / 'profile'}")
+    shown = subprocess.run(
+        [BROWSER, *flags, f"file://{out}/index.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert re.search(r'<button [^>]*id="newer">Step 1,200 is there: reload</button>', shown.stdout)
