@@ -33,7 +33,14 @@ def test_all_files_are_written(models, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*models, "--out", str(out), "--thresholds", "0.5"]) == 0
     assert {path.name for path in out.iterdir()} == {
-        *("compare.json", "compare.md", "compare.png", "latents.csv", "latents.json"),
+        *(
+            "compare.json",
+            "compare.md",
+            "compare.png",
+            "report.html",
+            "latents.csv",
+            "latents.json",
+        ),
     }
     figures = json.loads((out / "compare.json").read_text())
     assert [entry["name"] for entry in figures["dictionaries"]] == ["seed_0", "seed_1", "seed_2"]

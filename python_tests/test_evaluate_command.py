@@ -52,7 +52,7 @@ def test_held_out_rows_are_measured_and_all_files_written(place: Path) -> None:
     sae = _save(place / "sae")
     out = place / "out"
     assert _run(place / "sae", "--shard-dir", place / "shards", "--out", out) == 0
-    names = {"metrics.json", "metrics.md", "latents.csv", "saebench_core.json"}
+    names = {"metrics.json", "metrics.md", "latents.csv", "saebench_core.json", "report.html"}
     assert {path.name for path in out.iterdir()} == names
     content = json.loads((out / "metrics.json").read_text())
     expected = core_metrics(sae, [_rows(1)])

@@ -3,7 +3,7 @@
 The latents of every two are matched one to one by the cosine of their decoder directions. Printed
 are the mean matched cosine (PW-MCC) and the shares of latents that both have. With `--out DIR` it
 writes compare.json and compare.md with the figures, latents.csv and latents.json with a row a
-latent, and compare.png with heatmaps.
+latent, compare.png with heatmaps, and all of it in report.html.
 
 Modules that need torch are imported where they are used, so that help comes at once.
 """
@@ -87,7 +87,9 @@ def _write(config: CompareConfig, comparison: Comparison) -> None:
     if config.out is None:
         return
     from sae_fast.atomic_files import write_json, write_text
+    from sae_fast.report.comparison_page import comparison_page
     from sae_fast.report.overlap import draw_overlap
+    from sae_fast.report.page import REPORT
 
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,8 @@ def _write(config: CompareConfig, comparison: Comparison) -> None:
     texts = {"compare.md": f"{comparison.table()}\n", "latents.csv": comparison.latents_csv()}
     for name, text in texts.items():
         write_text(out / name, text)
-    draw_overlap(comparison, out / "compare.png")
+    picture = draw_overlap(comparison, out / "compare.png")
+    comparison_page(comparison, picture.read_bytes()).write(out / REPORT)
     print(out)
 
 

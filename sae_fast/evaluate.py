@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +96,24 @@ def _evaluate(config: EvaluateConfig, output: CommandOutput) -> None:
         done.append(evaluation)
         output.say(_summary(evaluation))
         output.say(f"wrote {directory}")
+        _write_report([evaluation], directory)
     if len(done) > 1:
+        _write_report(done, config.out)
         write_overview(done, config.out)
         output.say(f"wrote {config.out / 'metrics.md'}")
+
+
+def _write_report(evaluations: Sequence[Evaluation], directory: Path) -> None:
+    """Write report.html, with the metrics of the trainings of dictionaries that are runs."""
+    from sae_fast.report.evaluation_page import evaluation_page
+    from sae_fast.report.page import REPORT
+    from sae_fast.training.history import read_history
+
+    runs = {}
+    for evaluation in evaluations:
+        with suppress(OSError, ValueError):  # a checkpoint or a saved model is no run
+            runs[evaluation.name] = read_history(Path(evaluation.place)).rows
+    evaluation_page(evaluations, runs).write(directory / REPORT)
 
 
 def _measure(

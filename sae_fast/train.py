@@ -596,7 +596,7 @@ def _conclude(run: str, trainer: Trainer, stopped_by: str | None, output: Comman
     )
     figures = [(name, summary.get(f"final_{name}")) for name in names]
     output.say(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))
-    for name in ("plot", "checkpoint"):
+    for name in ("plot", "report", "checkpoint"):
         if name in summary:
             output.say(f"{name:<10} {summary[name]}")
     if summary.get("skipped_steps"):

@@ -52,6 +52,19 @@ def test_purity_by_hand() -> None:
     assert token_rows(found, {5: "five"})[:2] == [(0, 5, "five", 1 / 3), (0, 7, "", 1 / 3)]
 
 
+def test_the_strongest_rows_are_the_ones_of_a_dense_code() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(300, 10, generator=generator).relu()
+    strongest = StrongestRows(10, torch.randint(0, 5, (300,), generator=generator), top=7)
+    for first in range(0, 300, 64):
+        strongest.add(_code(dense[first : first + 64], 6), first)
+    kept = torch.zeros_like(dense).scatter_(1, dense.topk(6, dim=1).indices, 1.0)
+    values, rows = (dense * kept).topk(7, dim=0)
+    found = strongest.result()
+    torch.testing.assert_close(found.strengths, values.T.contiguous())
+    torch.testing.assert_close(found.strongest, rows.T.contiguous())
+
+
 def test_a_pure_latent_has_purity_1_and_entropy_0() -> None:
     numbers = torch.tensor([4, 4, 4, 1])
     strongest = StrongestRows(1, numbers, top=3)

@@ -67,7 +67,8 @@ def test_all_files_are_written_and_repeat_to_the_bit(tmp_path, capsys, monkeypat
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dots: path.touch())
     assert main([*TINY, "--arch", "jumprelu", "--out", str(again)]) == 0
     assert {path.name for path in out.iterdir()} == {
-        *("results.json", "results.md", "scores.png", "features.png", "models", "task"),
+        *("results.json", "results.md", "report.html", "scores.png", "features.png", "models"),
+        "task",
     }
     one, other = (json.loads((place / "results.json").read_text()) for place in (out, again))
     assert [entry for entry in one["entries"] if entry["arch"] == "jumprelu"] == other["entries"]
@@ -139,7 +140,15 @@ def test_every_task_runs_and_keeps_its_model(name, tmp_path, capsys):
     model = next(path for path in (out / "task").rglob("*.safetensors"))
     written = model.stat().st_mtime_ns
     names = {path.name for path in out.iterdir()}
-    assert names == {"results.json", "results.md", "scores.png", "models", "task", *images}
+    assert names == {
+        "results.json",
+        "results.md",
+        "report.html",
+        "scores.png",
+        "models",
+        "task",
+        *images,
+    }
     content = json.loads((out / "results.json").read_text())
     scores = [score.name for score in Results(task_of(name), "").scores]
     for entry in content["entries"]:

@@ -250,7 +250,9 @@ def test_a_run_directory_holds_what_a_run_makes(
     run = replace(RUN, checkpoint_dir=str(tmp_path / "run"))
     trainer = _train(activations, run=run, heldout=heldout)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {*("config.json", "metrics.jsonl", "training_history.json", "checkpoints")}
+    assert names == {
+        *("config.json", "metrics.jsonl", "training_history.json", "checkpoints", "report.html")
+    }
     history = json.loads((tmp_path / "run" / "training_history.json").read_text())
     assert history["history"]["loss"] == _losses(trainer)
     assert history["summary"]["final_loss"] == _losses(trainer)[-1]

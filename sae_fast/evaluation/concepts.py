@@ -33,12 +33,14 @@ class Concepts:
         latents: a number for each latent [F] float64, by name.
         purity: by kind, token or label.
         probes: for each label.
+        columns: numbers beside the rows, [rows], by column.
     """
 
     sections: dict[str, Section] = field(default_factory=dict)
     latents: dict[str, Tensor] = field(default_factory=dict)
     purity: dict[str, Purity] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class ConceptPass:
@@ -63,6 +65,7 @@ class ConceptPass:
         top: int,
         probe_rows: int,
     ) -> None:
+        self._columns = columns
         of_rows = None if labels is None else _checked(labels, columns[labels])
         kinds = {TOKEN: columns.get(TOKENS), LABEL: of_rows}
         self._strongest = {
@@ -85,7 +88,7 @@ class ConceptPass:
 
     def result(self) -> Concepts:
         """Return what was found; too few labelled rows for a probe are told in a warning."""
-        found = Concepts()
+        found = Concepts(columns=self._columns)
         for kind, strongest in self._strongest.items():
             purity = found.purity[kind] = strongest.result()
             found.sections.setdefault("purity", {}).update(purity.section(kind))

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.activations.columns import NO_LABEL
 from sae_fast.evaluation.core import Section
-from sae_fast.evaluation.top_entries import EMPTY, TopEntries, priority_of
+from sae_fast.evaluation.top_entries import EMPTY, TopEntries, priority_of, strengths_of
 
 COMMONEST = 5  # numbers of a latent that are listed
 
@@ -32,6 +32,8 @@ class Purity:
         entropy: of the numbers in nats, [F] float64; NaN without rows.
         commonest_share: the share of the commonest number among all rows, active or not.
         top: the rows that were looked at, at most.
+        strongest: their numbers, the strongest first, [F, top] int64; -1: there is none.
+        strengths: |f| on them, [F, top] float32.
     """
 
     rows: Tensor
@@ -40,6 +42,8 @@ class Purity:
     entropy: Tensor
     commonest_share: float
     top: int
+    strongest: Tensor
+    strengths: Tensor
 
     @property
     def purity(self) -> Tensor:
@@ -88,10 +92,11 @@ class StrongestRows:
 
     def add(self, code: ops.SparseCode, first: int) -> None:
         """Add the codes of consecutive rows, the first of which has the number `first`."""
-        rows = code.entry_rows().cpu() + first
-        kept = code.fires().flatten().cpu() & (self._numbers[rows] != NO_LABEL)
-        latents = code.indices.flatten().cpu()[kept].long()
-        strengths = code.values.detach().flatten().cpu()[kept].abs().float()
+        offsets, entries, of_entries = (part.cpu() for part in code.latent_major())
+        rows, entries = of_entries.long() + first, entries.long()
+        kept = code.fires().flatten().cpu()[entries] & (self._numbers[rows] != NO_LABEL)
+        latents = torch.arange(code.d_sae).repeat_interleave(offsets.diff())[kept]
+        strengths = code.values.detach().flatten().cpu()[entries[kept]].abs().float()
         self._entries.add(latents.numpy(), priority_of(strengths.numpy()), rows[kept].numpy())
 
     def result(self) -> Purity:
@@ -103,7 +108,8 @@ class StrongestRows:
         labelled = self._numbers[self._numbers != NO_LABEL]
         all_counts = np.unique(labelled.numpy(), return_counts=True)[1]
         share = float(all_counts.max() / len(labelled)) if len(labelled) else 0.0
-        return Purity(there.sum(1), *_counted(found), share, self._top)
+        strengths = torch.from_numpy(strengths_of(self._entries.priorities))
+        return Purity(there.sum(1), *_counted(found), share, self._top, rows, strengths)
 
 
 _NOTHING = int(np.iinfo(np.int64).min)

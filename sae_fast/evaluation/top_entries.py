@@ -98,6 +98,11 @@ def priority_of(strengths: npt.NDArray[np.float32]) -> Priorities:
     return np.ascontiguousarray(strengths, np.float32).view(np.int32)
 
 
+def strengths_of(priorities: Priorities) -> npt.NDArray[np.float32]:
+    """Return the values that have these priorities; 0 where a place holds nothing."""
+    return np.where(priorities == EMPTY, 0, priorities).astype(np.int32).view(np.float32)
+
+
 def hashed(numbers: Integers, seed: int) -> npt.NDArray[np.uint64]:
     """Return 64 random-looking bits for each number, by splitmix64; equal on every machine."""
     with np.errstate(over="ignore"):

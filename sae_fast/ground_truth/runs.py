@@ -25,10 +25,12 @@ from sae_fast.config.sae import config_of
 from sae_fast.directory_lock import FileLock
 from sae_fast.evaluation.metrics import evaluate
 from sae_fast.ground_truth.overlap import seed_overlap
+from sae_fast.ground_truth.page import results_page
 from sae_fast.ground_truth.pictures import draw_scores
 from sae_fast.ground_truth.results import Results, read_results
 from sae_fast.ground_truth.task import Say, Task
 from sae_fast.progress_bar import progress_bar
+from sae_fast.report.page import REPORT
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
@@ -241,8 +243,10 @@ def _conclude(task: Task, results: Results, wanted: Sequence[tuple[str, int]], o
             models = {str(seed): out / _MODELS / f"{arch}_{seed}" for seed in seeds}
             results.overlap[arch] = seed_overlap(models)
     results.write(out / _RESULTS)
-    pictures = {path.name: path.stem for path in _pictures(task, results, out)}
-    write_text(out / _MARKDOWN, results.markdown(pictures))
+    drawn = _pictures(task, results, out)
+    write_text(out / _MARKDOWN, results.markdown({path.name: path.stem for path in drawn}))
+    page = results_page(results, {path.stem: path.read_bytes() for path in drawn})
+    page.write(out / REPORT)
 
 
 def _pictures(task: Task, results: Results, out: Path) -> list[Path]:

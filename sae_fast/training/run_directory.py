@@ -18,8 +18,10 @@ from sae_fast.atomic_files import replacing
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.directory_lock import FileLock, HeldError
 from sae_fast.json_files import read_json
+from sae_fast.report.page import REPORT
 from sae_fast.report.panels import with_target
 from sae_fast.report.plot import plot_run
+from sae_fast.report.training_page import LatentFigures, training_page
 from sae_fast.tensor_files import require_unicode
 from sae_fast.training.checkpoint import (
     MODE_DIRECTORIES,
@@ -156,15 +158,24 @@ class RunDirectory:
         with replacing(self.path / CONFIG) as aside:
             config.save(aside)
 
-    def write_results(self, config: RunConfig, rows: list[Row], summary: dict[str, Any]) -> None:
-        """Write the history of all metrics with the summary, and draw the plot."""
+    def write_results(
+        self,
+        config: RunConfig,
+        rows: list[Row],
+        summary: dict[str, Any],
+        latents: LatentFigures,
+    ) -> None:
+        """Write the history of all metrics with the summary, the report and the plot."""
         names = dict.fromkeys(name for row in rows for name in row)
         history = {name: [row.get(name) for row in rows] for name in names}
         content = {"config": config.to_dict(), "summary": summary, "history": history}
         with replacing(self.path / HISTORY) as aside:
             aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
         rows = with_target(rows, config.sae.target_l0)
-        plot_run(rows, self.plot, run_title(run_name(self.path), config.sae))
+        title = run_title(run_name(self.path), config.sae)
+        page = training_page(title, rows, summary, content["config"], latents)
+        page.write(self.path / REPORT)
+        plot_run(rows, self.plot, title)
 
     def has_results(self, step: int, models: Iterable[str]) -> bool:
         """Return whether the results of a run of `step` steps are there, these models included.

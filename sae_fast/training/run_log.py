@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import RunConfig
+from sae_fast.report.page import REPORT
+from sae_fast.report.training_page import LatentFigures
 from sae_fast.training.best import Best
 from sae_fast.training.health import RunHealth
 from sae_fast.training.loggers import Loggers, open_loggers
@@ -121,20 +123,25 @@ class RunLog:
             self.summary |= {"best_step": best["step"]}
         if self._run is not None and is_complete:
             self.summary["plot"] = str(self._run.plot)
+            self.summary["report"] = str(self._run.path / REPORT)
 
     def write_results(
-        self, config: RunConfig, models: Mapping[str, Callable[[], SparseAutoencoder]]
+        self,
+        config: RunConfig,
+        models: Mapping[str, Callable[[], SparseAutoencoder]],
+        latents: LatentFigures,
     ) -> None:
-        """Write the models, the history and the plot of a run that is complete.
+        """Write the models, the history, the report and the plot of a run that is complete.
 
         Args:
             config: the configuration that the run was trained with.
             models: makes each further model to save, by its directory's name.
+            latents: for the report.
         """
         assert self._run is not None
         for name, model in models.items():
             model().save(self._run.path / name)
-        self._run.write_results(config, self.rows, self.summary)
+        self._run.write_results(config, self.rows, self.summary, latents)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the loggers, with the summary."""

@@ -28,12 +28,14 @@ from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
+from sae_fast.evaluation.dictionary import largest_cosines
 from sae_fast.json_files import require
 from sae_fast.log_output import show_log
 from sae_fast.ops.native import build_info, describe_kernels
 from sae_fast.report.panels import with_target
 from sae_fast.report.picture import Picture, picture_of
 from sae_fast.report.plot import plot_run
+from sae_fast.report.training_page import LatentFigures
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
@@ -97,6 +99,7 @@ __all__ = ["Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 
+_COSINES = 1024  # latents whose largest cosines the report shows
 _LOSS_TERMS = "loss_terms"  # in a state, where there are any
 _OPTIMIZER = "optimizer."  # before the names of the optimiser's tensors in a state
 
@@ -741,8 +744,14 @@ class Trainer:
         if self._run is not None and is_complete:
             models = self._models_to_leave()
             if not (self.was_complete and self._run.has_results(self.step, models)):
-                self._log.write_results(self._recorded, models)
+                self._log.write_results(self._recorded, models, self._latent_figures())
         self._log.close()
+
+    def _latent_figures(self) -> LatentFigures:
+        """Return numbers of the latents for the report, cosines of a sample where they are many."""
+        W_dec = self.model().W_dec.detach().float()
+        chosen = torch.linspace(0, len(W_dec) - 1, min(len(W_dec), _COSINES), device=W_dec.device)
+        return LatentFigures(self._heldout.rates, largest_cosines(W_dec, chosen.long()).cpu())
 
     def _models_to_leave(self) -> dict[str, Callable[[], SparseAutoencoder]]:
         """Return what makes the models that a complete run saves beside its checkpoints."""

@@ -1,0 +1,171 @@
+"""Reports in one file: what they show, that they load nothing, and a browser's view of them."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config import SAEConfig
+from sae_fast.evaluation.comparison import compare
+from sae_fast.evaluation.concepts import ConceptPass
+from sae_fast.evaluation.core import LOG_DENSITIES, core_metrics
+from sae_fast.evaluation.dictionary import dictionary_metrics
+from sae_fast.evaluation.excerpts import AFTER, BEFORE, excerpts
+from sae_fast.evaluation.results import Evaluation
+from sae_fast.report.charts import Chart, Series
+from sae_fast.report.comparison_page import comparison_page
+from sae_fast.report.evaluation_page import evaluation_page
+from sae_fast.report.page import Page, Row
+from sae_fast.report.run_charts import cosine_chart, density_chart, density_counts, front_chart
+from sae_fast.report.training_page import LatentFigures, training_page
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+HOSTILE = "<img src=x onerror=alert(1)>"
+ROWS = [
+    {"step": n, "tokens": 100 * n, "loss": 5 / n, "fvu": 1 / n, "l0": 8.0, "dead_fraction": 0.0}
+    | ({"heldout_fvu": 1.1 / n, "heldout_l0": 9.0 - n / 10} if n % 2 == 0 else {})
+    for n in range(1, 11)
+]
+
+
+def _evaluation(name: str = "first") -> Evaluation:
+    generator = torch.Generator().manual_seed(0)
+    sae = SparseAutoencoder(SAEConfig(d_in=8, d_sae=24, k=3)).eval()
+    sae.initialize_(generator)
+    rows = torch.randn(200, 8, generator=generator)
+    columns = {"token_ids": torch.arange(200) % 6, "doc_id": torch.arange(200) // 50}
+    watch = ConceptPass(24, columns, None, top=4, probe_rows=0)
+    found = Evaluation(name, sae, "place", {"rows": 200})
+    found.add_core(core_metrics(sae, rows.split(64), watch=watch))
+    found.add_concepts(watch.result(), {1: " the", 2: HOSTILE, 3: "line\n"})
+    section, latents = dictionary_metrics(sae)
+    found.add({"misc_metrics": section})
+    found.latents |= latents
+    return found
+
+
+def _loads_nothing(html: str) -> None:
+    assert "default-src 'none'" in html
+    assert "<script" not in html
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html)
+    assert "url(" not in html
+
+
+def test_the_report_of_an_evaluation_has_figures_charts_and_contexts() -> None:
+    html = evaluation_page([_evaluation(), _evaluation("second")], {"first": ROWS}).html()
+    _loads_nothing(html)
+    assert "<code>explained_variance</code><small>1 − Σ |e|² / Σ |y − mean(y)|²" in html
+    assert html.count("<svg") == 1 + 2 * 2 + 4
+    assert HOSTILE not in html
+    assert "&lt;img src=x onerror=alert(1)&gt;" in html
+    assert "line↵" in html
+    for heading in ("Latents at a glance", "Metrics", "Contexts, second", "Training"):
+        assert f">{heading}</h2>" in html
+
+
+def test_excerpts_stay_within_the_document_and_begin_with_the_strongest() -> None:
+    evaluation = _evaluation()
+    concepts = evaluation.concepts
+    purity = concepts.purity["token"]
+    tokens, documents = concepts.columns["token_ids"], concepts.columns["doc_id"]
+    for latent in range(24):
+        found = excerpts(purity, latent, concepts.columns, {}, 9)
+        values = [item.activation for item in found]
+        assert values == sorted(values, reverse=True)
+        if values:
+            largest = float(evaluation.latents["max_activation"][latent])
+            assert values[0] == pytest.approx(largest, rel=1e-6)
+        for item, row in zip(found, purity.strongest[latent].tolist(), strict=False):
+            first = row - item.place
+            last = first + len(item.texts)
+            assert item.texts == [f" {token}" for token in tokens[first:last].tolist()]
+            assert len(documents[first:last].unique()) == 1
+            begins = first == 0 or documents[first - 1] != documents[row]
+            ends = last == 200 or documents[last] != documents[row]
+            assert begins or item.place == BEFORE
+            assert ends or last - row - 1 == AFTER
+
+
+def test_the_report_of_a_training_has_its_figures_curves_and_settings() -> None:
+    summary = {"steps": 10, "tokens": 1000, "seconds": 2.0, "warnings": ["<b>careful</b>"]}
+    summary |= {"final_heldout_fvu": 0.11, "final_loss": 0.5, "final_l1_loss": 0.0}
+    figures = LatentFigures(torch.rand(50), torch.rand(50))
+    page = training_page("a run", ROWS, summary, {"sae": {"k": 3, "d_out": None}}, figures)
+    html = page.html()
+    _loads_nothing(html)
+    assert "Warning: &lt;b&gt;careful&lt;/b&gt;" in html
+    assert html.index("heldout_fvu</code>") < html.index("<code>loss</code>")
+    assert "l1_loss" not in html
+    assert "<code>k</code>" in html
+    assert "d_out" not in html
+    assert html.count("<svg") >= 4 + 3
+
+
+def test_the_report_of_a_comparison_has_its_pairs_and_the_heatmap() -> None:
+    torch.manual_seed(0)
+    a = torch.randn(12, 6)
+    comparison = compare({"a": a, "b": a + 0.3 * torch.randn(12, 6)})
+    html = comparison_page(comparison, b"PNG").html()
+    _loads_nothing(html)
+    assert f"{comparison.mean_pw_mcc():.4f}" in html
+    assert 'src="data:image/png;base64,UE5H"' in html
+    assert "Matched cosines" in html
+
+
+def test_charts_place_numbers_where_they_are() -> None:
+    linear = Chart("t", "x", "y", [Series([(0.0, 0.0), (10.0, 100.0)])]).svg()
+    assert 'd="M54.0 210.0L408.0 10.0"' in linear
+    assert ">100</text>" in linear
+    points = [(1.0, 1.0), (1000.0, 2.0)]
+    logarithmic = Chart("t", "x", "y", [Series(points)], may_be_logarithmic=(True, True)).svg()
+    assert ">10</text>" in logarithmic
+    constant = Chart("t", "x", "y", [Series([(1.0, 5.0), (2.0, 5.0)])]).svg()
+    assert "nan" not in constant
+    single = Chart("t", "x", "y", [Series([(0.0, 0.0)])]).svg()
+    assert "<circle" in single
+
+
+def test_histograms_count_every_latent() -> None:
+    rates = torch.tensor([1.0, 0.5, 1e-3, 0.0, 1e-9])
+    counts = density_counts(rates)
+    assert sum(counts) == 4
+    assert len(counts) == len(LOG_DENSITIES) - 1
+    heights = [height for _, height in density_chart(counts, "t").series[0].points]
+    assert sum(heights) == 4
+    cosines = cosine_chart(torch.tensor([-0.2, 0.3, 1.0, torch.nan]), "t")
+    assert sum(height for _, height in cosines.series[0].points) == 3
+
+
+def test_the_front_is_the_line_that_no_point_surpasses() -> None:
+    chart = front_chart({"a": [(1.0, 0.5), (2.0, 0.6)], "b": [(3.0, 0.2)]}, "")
+    assert chart.series[-1].points == [(1.0, 0.5), (3.0, 0.2)]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_a_report_without_errors_or_requests(tmp_path: Path) -> None:
+    path = evaluation_page([_evaluation()], {"first": ROWS}).write(tmp_path / "report.html")
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
+    flags += (f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0")
+    flags += (f"--log-net-log={tmp_path / 'net.json'}", "--window-size=390,800")
+    assert BROWSER is not None
+    shown = subprocess.run(
+        [BROWSER, *flags, f"file://{path}"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    assert shown.stdout.count("<svg") == path.read_text().count("<svg")
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shown.stdout
+
+
+def test_a_table_escapes_what_it_shows() -> None:
+    page = Page("<t>", ["<l>"])
+    page.heading("<h>", "<about>")
+    page.table(["<a>", "<b>"], [Row("<n>", ("<c>",), "<d>")])
+    html = page.html()
+    for letter in ("t", "l", "h", "about", "a", "n", "c", "d"):
+        assert f"&lt;{letter}&gt;" in html
+    assert not re.search(r"<(t|l|n|d|about)>", html)
