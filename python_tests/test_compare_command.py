@@ -29,6 +29,12 @@ def models(tmp_path):
     return [save(tmp_path / f"seed_{seed}", seed) for seed in range(3)]
 
 
+def test_a_file_in_the_place_of_the_directory_is_refused(models, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([*models, "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file, and must be a directory" in capsys.readouterr().err
+
+
 def test_all_files_are_written(models, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([*models, "--out", str(out), "--thresholds", "0.5"]) == 0

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from small_models import WORDS, save_model
@@ -214,6 +215,10 @@ REFUSED = {
         ("{sae}", "{rows}", "--hook", "residual.0"),
         "hook = 'residual.0' needs",
     ),
+    "a file in the place of the directory": (
+        ("{sae}", "--shard-dir", "{shards}", "--out", "{shards}/train_00.h5"),
+        "train_00.h5 is a file, and must be a directory",
+    ),
     "labels that are not there": (
         ("{sae}", "{rows}", "--labels", "labels/kind"),
         "labels/kind",
@@ -246,12 +251,43 @@ def test_bad_input_is_refused_in_one_line(
         if word == "{rows}":
             given += ["--shard-dir", place / "shards", "--out", place / "out"]
         else:
-            given.append(place / word[1:-1] if word.startswith("{") else word)
+            given.append(word.replace("{", f"{place}/").replace("}", ""))
     assert _run(*given) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flags", "count"), [(("--max-rows", 1), 1), ((), 200)])
+def test_rows_without_variance_are_measured_as_far_as_that_goes(
+    place: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], count: int
+) -> None:
+    _save(place / "sae")
+    (place / "shards" / "heldout_00.h5").unlink()
+    with h5py.File(place / "shards" / "heldout_00.h5", "w") as file:
+        file["activations"] = np.arange(16, dtype=np.float32)[None].repeat(ROWS, 0)
+    words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out", *flags)
+    assert _run(*words) == 0
+    error = capsys.readouterr().err
+    assert f"have no value: the {count} rows measured have no variance" in error
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    quality = content["metrics"]["reconstruction_quality"]
+    assert quality["fvu"] is None
+    assert quality["mse"] >= 0
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    save_model(place / "llama", "llama")
+    for name in ("train_00", "heldout_00"):
+        with h5py.File(place / "shards" / f"{name}.h5", "a") as file:
+            file["token_ids"] = (torch.arange(ROWS) + 500).numpy()
+    flags = ("--shard-dir", place / "shards", "--tokenizer", place / "llama")
+    assert _run(place / "sae", *flags, "--out", place / "out") == 2
+    assert "has 18 tokens, and the shards hold token 699" in capsys.readouterr().err
 
 
 def test_force_measures_on_another_place(place: Path) -> None:

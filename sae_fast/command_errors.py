@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sae_fast.json_files import bounded
 from sae_fast.output_streams import memory_was_short
 
@@ -19,6 +21,15 @@ _LONGEST_REASON = 200
 # keeps, so that the system gets it.
 _reserve = [bytearray(1 << 20)]
 LONGEST_ERROR = 1500  # characters
+
+
+def check_out(directory: Path) -> None:
+    """Raise ValueError where the directory that --out names, which is made, cannot be one."""
+    for place in (directory, *directory.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise ValueError(f"--out {directory}: {place} is a file, and must be a directory")
 
 
 def refusal(error: Exception) -> str:

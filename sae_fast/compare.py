@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, check_out, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.compare import CompareConfig
 from sae_fast.output_streams import run_command
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(CompareConfig, arguments, USAGE)
         if len(config.saes) < 2:
             raise ValueError(f"two dictionaries or more must be given: {PROGRAM} SAE SAE")
+        if config.out is not None:
+            check_out(config.out)
         comparison = run(config)
         print(comparison.table())
         print(f"mean PW-MCC {comparison.mean_pw_mcc():.4f}")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, check_out, refusal
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.config.output import OutputConfig
@@ -72,6 +72,7 @@ def _check(config: EvaluateConfig) -> None:
         raise ValueError(f"SAE and --out must be given: {USAGE}")
     if config.shard_dir is None and config.dataset is None:
         raise ValueError("--shard-dir or --dataset must be given: rows to measure on")
+    check_out(config.out)
 
 
 def _evaluate(config: EvaluateConfig, output: CommandOutput) -> None:

@@ -130,6 +130,15 @@ def test_charts_place_numbers_where_they_are() -> None:
     assert "<circle" in single
 
 
+def test_points_without_a_value_are_left_out() -> None:
+    series = Series([(1.0, float("nan")), (2.0, 3.0)], kind="points", names=["a", "b"])
+    chart = Chart("t", "x", "y", [series]).svg()
+    assert chart.count("<circle") == 1
+    assert "<title>b</title>" in chart
+    nothing = front_chart({"a": [(1.0, float("nan"))]}, "")
+    assert nothing.svg() == '<p class="soft">There is no value to draw.</p>'
+
+
 def test_histograms_count_every_latent() -> None:
     rates = torch.tensor([1.0, 0.5, 1e-3, 0.0, 1e-9])
     counts = density_counts(rates)

@@ -5,6 +5,8 @@ definitions.py has the formula of each metric.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -17,6 +19,8 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import Engine
 from sae_fast.autoencoder.topk import BatchTopK
 from sae_fast.evaluation.metrics import is_dead
+
+logger = logging.getLogger(__name__)
 
 EXTREME_SHARE = 0.001  # of the rows, those with the largest norms: `without_largest_norms`
 # Edges of the density histogram: log10 of the share of rows on which a latent is active.
@@ -130,6 +134,11 @@ class CorePass:
         if rows == 0:
             raise ValueError("there are no rows to measure the dictionary on")
         sections = self._rows.sections()
+        if not math.isfinite(sections["reconstruction_quality"]["fvu"]):
+            logger.warning(
+                "fvu and explained_variance have no value: the %d rows measured have no variance",
+                rows,
+            )
         sparsity, misc, latents = self._firing.metrics(rows, self._dead_rate)
         sections |= {"sparsity": sparsity, "misc_metrics": misc}
         if not self._has_documents:

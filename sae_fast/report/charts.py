@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Literal
 
@@ -32,6 +32,14 @@ class Series:
     kind: Kind = "curve"
     names: Sequence[str] = ()
 
+    def finite(self) -> Series:
+        """Return the series without points that have no value."""
+        kept = [n for n, point in enumerate(self.points) if all(map(math.isfinite, point))]
+        if len(kept) == len(self.points):
+            return self
+        names = [self.names[n] for n in kept] if self.names else ()
+        return replace(self, points=[self.points[n] for n in kept], names=names)
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -55,9 +63,12 @@ class Chart:
     bar_width: float = 0.0
 
     def svg(self) -> str:
-        """Return the chart as an SVG element."""
-        has_bars = any(series.kind == "bars" for series in self.series)
-        points = [point for series in self.series for point in series.points]
+        """Return the chart as an SVG element, or a line where no point has a value."""
+        drawn = [series.finite() for series in self.series]
+        has_bars = any(series.kind == "bars" for series in drawn)
+        points = [point for series in drawn for point in series.points]
+        if not points:
+            return '<p class="soft">There is no value to draw.</p>'
         horizontal = _Axis(
             [*(p[0] for p in points), *(p[0] + self.bar_width for p in points if has_bars)],
             *(_LEFT, _WIDTH - _RIGHT, self.may_be_logarithmic[0]),
@@ -67,7 +78,7 @@ class Chart:
             *(_HEIGHT - _BOTTOM, _TOP, self.may_be_logarithmic[1]),
         )
         parts = [*_grid(horizontal, vertical, self.x, self.y)]
-        for number, series in enumerate(self.series):
+        for number, series in enumerate(drawn):
             parts += _drawn(series, f"var(--c{number % 7})", horizontal, vertical, self.bar_width)
         return (
             f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>{escape(self.title)}</title>'

@@ -56,7 +56,10 @@ def front_chart(points: Mapping[str, Sequence[tuple[float, float]]], about: str)
         about: a line below it.
     """
     series = [Series(list(found), name, "points") for name, found in points.items()]
-    best = front(Point("", *point) for found in points.values() for point in found)
+    every = [
+        point for found in points.values() for point in found if all(map(math.isfinite, point))
+    ]
+    best = front(Point("", *point) for point in every)
     series.append(Series([(point.l0, point.fvu) for point in best], "front", "curve"))
     return Chart("FVU over L0", "L0: active latents a row", "FVU", series, about, (True, True))
 
