@@ -3,9 +3,11 @@
 import importlib
 import json
 import signal
+import sys
 
 import pytest
 
+from sae_fast.directory_lock import FileLock
 from sae_fast.ground_truth import main, pictures, runs
 from sae_fast.ground_truth.command import TASKS
 from sae_fast.ground_truth.results import Results
@@ -217,6 +219,25 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert message in error
+
+
+def test_two_calls_do_not_share_a_folder(tmp_path, capsys):
+    lock = FileLock(tmp_path / ".lock")
+    lock.take()
+    assert main([*TINY, "--out", str(tmp_path)]) == 2
+    assert "is locked by process" in capsys.readouterr().err
+    lock.release()
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_scipy_is_named_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    assert main([*TINY, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        "error: matching latents needs scipy: install it (pip install 'sae_fast[evaluate]')\n"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_the_tasks_and_their_flags(capsys):

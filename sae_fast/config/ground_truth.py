@@ -125,7 +125,7 @@ class ModularAdditionConfig(GroundTruthConfig):
     """Attention heads. [heads]"""
     d_mlp: int = setting(512, at_least=1)
     """Neurons of the MLP. [neurons]"""
-    model_steps: int = setting(2000, at_least=1)
+    model_steps: int = setting(1500, at_least=1)
     """Training steps of the transformer, each on all its pairs. [steps]"""
     model_learning_rate: float = setting(1e-3, above=0)
     """Its learning rate, which falls to 0 in the last third."""

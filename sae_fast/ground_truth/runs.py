@@ -23,6 +23,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.ground_truth import GroundTruthConfig
 from sae_fast.config.sae import config_of
 from sae_fast.directory_lock import FileLock
+from sae_fast.evaluation.matching import best_matching
 from sae_fast.evaluation.metrics import evaluate
 from sae_fast.ground_truth.overlap import seed_overlap
 from sae_fast.ground_truth.page import results_page
@@ -76,9 +77,10 @@ def run(
 
     Raises:
         ValueError: in one line, for an unknown architecture, settings that do not fit, or a folder
-            with results of other settings.
+            with results of other settings, or without scipy.
         Stopped: when a signal stops a training.
     """
+    best_matching(torch.ones(1, 1))  # scipy is needed at the end: refused now where it is missing
     config = task.config
     wanted = _wanted(task)
     for arch, _ in wanted:
