@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import save_model
-from small_pages import D_IN, D_SAE, HOSTILE, ROWS, command, make_place
+from small_pages import D_IN, D_SAE, HOSTILE, ROWS, VOCABULARY, command, make_place
 from tokenizers import Tokenizer, models
 
 from sae_fast import SparseAutoencoder
@@ -204,6 +204,87 @@ def test_a_tokenizer_with_fewer_tokens_is_refused(place, tmp_path, capsys):
     tokenizer.save(str(tmp_path / "small.json"))
     line = refusal(capsys, place, tmp_path / "pages", "--tokenizer", tmp_path / "small.json")
     assert "has 2 tokens, and the shards hold token 36: they are of another tokenizer" in line
+
+
+@pytest.fixture
+def named_tokenizer(place, tmp_path):
+    """Write shards that name a folder with a tokenizer, in which two tokens have changed places."""
+    texts = [*VOCABULARY[:6], VOCABULARY[7], VOCABULARY[6], *VOCABULARY[8:]]
+    ids = {text: number for number, text in enumerate(texts)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    columns = {"token_ids": torch.arange(60) % len(VOCABULARY), "position": torch.arange(60)}
+    metadata = ShardMetadata(tokenizer=str(tmp_path / "model"))
+    write_shard(shards / "train.h5", torch.randn(60, D_IN), metadata=metadata, **columns)
+    return tmp_path
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_unless_forced(place, named_tokenizer, capsys):
+    shards, model = named_tokenizer / "shards", named_tokenizer / "model"
+    out = named_tokenizer / "pages"
+    line = refusal(capsys, place, out, "--shard-dir", shards)
+    assert f"token 6 is ' word0' in {place / 'tokenizer.json'} and ' word1' in {model}" in line
+    assert line.endswith("which the shards name: --force takes it all the same")
+    assert run(place, out, "--shard-dir", shards, "--force") == 0
+    others = ("--shard-dir", shards, "--tokenizer", model)
+    assert run(place, named_tokenizer / "right", *others) == 0
+
+
+def test_shards_with_a_hash_of_their_tokenizer_mean_the_one_of_their_model(
+    place, named_tokenizer, capsys
+):
+    shards, model = named_tokenizer / "shards", named_tokenizer / "model"
+    metadata = ShardMetadata(model=str(model), tokenizer="sha256:00")
+    (shards / "train.h5").unlink()
+    columns = {"token_ids": torch.full((60,), 6), "position": torch.arange(60)}
+    write_shard(shards / "train.h5", torch.randn(60, D_IN), metadata=metadata, **columns)
+    line = refusal(capsys, place, named_tokenizer / "pages", "--shard-dir", shards)
+    assert "model" in line  # the model of the autoencoder is another one
+    sae = SparseAutoencoder.from_pretrained(place / "<b>sae")
+    sae.origin = {}
+    sae.save(named_tokenizer / "sae")
+    words = command(place, named_tokenizer / "other", "--shard-dir", shards)
+    assert main([str(named_tokenizer / "sae"), *words[1:]]) == 2
+    assert f"in {model}, which the shards name" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import sae_fast.evaluation.latents, sae_fast.report.latent_viewer, sae_fast.report.neuronpedia
+from sae_fast.latents import main
+replace = Path.replace
+for limit in (2, 6, 14, 22):
+    child = os.fork()
+    if child == 0:
+        done = 0
+        def counted(path, target):
+            global done
+            done += 1
+            if done == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(path, target)
+        Path.replace = counted
+        os._exit(main(sys.argv[1:]))
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (limit, status)
+"""
+
+
+def test_a_pass_killed_at_any_file_continues_and_ends_with_the_same_bytes(place, tmp_path):
+    others = ("--write", "saedashboard", "neuronpedia", "delphi", "--sequence-tokens", "32")
+    assert run(place, tmp_path / "whole", *others, "--batch-size", "16") == 0
+    arguments = command(place, tmp_path / "killed", *others, "--batch-size", "16")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "killed" / "pages.json").exists()
+    assert main(arguments) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_full_disk_is_noticed_before_the_pass(place, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ from small_pages import D_SAE, ROWS, command, make_place
 from sae_fast import SparseAutoencoder
 from sae_fast.activations import write_shard
 from sae_fast.latents import main
-from sae_fast.report.page_source import page_source
+from sae_fast.report.page_source import as_name, page_source
 
 BATCH = {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
 SHARED = {
@@ -256,6 +256,12 @@ def test_rows_without_tokens_or_texts_are_refused(place, tmp_path, capsys, monke
 def test_hook_points_have_the_names_of_other_programs(hook, name, folder):
     source = page_source(({"model": "a/b", "hook": hook, "layer": "3"},), "set", "all", "", "now")
     assert (source.hook_name, source.folder) == (name, folder)
+
+
+def test_names_that_are_no_folders_are_refused(place, tmp_path, capsys):
+    arguments = command(place, tmp_path / "pages", "--write", "delphi", "--set-name", "../up")
+    assert "set_name must be of letters, digits" in refusal(capsys, arguments)
+    assert as_name("a/model <b>") == "a-model-b"
 
 
 def test_other_writers_than_the_known_ones_are_refused(place, tmp_path, capsys):

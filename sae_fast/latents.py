@@ -49,6 +49,8 @@ RECIPE = "recipe.json"  # in CODES: what the codes are of
 RECORD = "pages.json"  # in OUT: written last
 _LOCK = ".lock"
 _READINGS = 3
+_HASH = "sha256:"  # how a hash in place of a name begins
+_COMPARED_ROWS = 4096  # in whose tokens two tokenizers are compared
 _SAMPLE_ROWS = 1024  # that say how many entries a row has, for the disk space
 _TOKEN_BYTES = 4 * 4 / 3  # in base64
 _CONTEXT_BYTES = 150
@@ -232,7 +234,7 @@ def _directory(out: Path, recipe: dict[str, Any]) -> Iterator[bool]:
         if record.exists():
             _require_equal(out, read_json(record), recipe, _OF_CODES)
         write_json(record, recipe)
-        for abandoned in (out / CODES).glob(".*.tmp"):
+        for abandoned in out.rglob(".*.tmp"):  # of a pass that was killed
             abandoned.unlink()
         yield False
     finally:
@@ -258,18 +260,23 @@ def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> Tok
     """Return the texts of tokens; None, with a warning, where no tokenizer is known."""
     from sae_fast.activations.mixing import origin_of
     from sae_fast.evaluation.text_rows import TOKENS
-    from sae_fast.evaluation.token_texts import load_token_texts
+    from sae_fast.evaluation.token_texts import load_token_texts, texts_here
 
     log = logging.getLogger("sae_fast")
     if TOKENS not in text.columns:
         log.warning("%s: no token_ids: pages show no text", config.shard_dir)
         return None
     name = config.tokenizer or config.model
-    named = [shard.metadata.get("tokenizer") for shard in shards.shards[:1]]
-    implied = next(filter(None, named), None) or origin_of(shards).get("model")
+    # Shards name their tokenizer, or have a hash of it; then it is the one of their model.
+    named = str(shards.shards[0].metadata.get("tokenizer") or _HASH)
+    implied = origin_of(shards).get("model") if named.startswith(_HASH) else named
     texts = None
     if name is not None:
         texts = load_token_texts(name)
+        theirs = None if implied is None or config.force else texts_here(str(implied))
+        texts.require(int(text.columns[TOKENS].max()))
+        if theirs is not None:
+            texts.require_equal(theirs, _some_tokens(text))
     elif implied is not None:
         try:
             texts = load_token_texts(str(implied), only_here=True)
@@ -277,9 +284,19 @@ def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> Tok
             log.warning("pages show the numbers of tokens (--tokenizer names one): %s", error)
     else:
         log.warning("pages show the numbers of tokens: --tokenizer names a tokenizer")
-    if texts is not None:
+    if texts is not None and name is None:
         texts.require(int(text.columns[TOKENS].max()))
     return texts
+
+
+def _some_tokens(text: TextRows) -> list[int]:
+    """Return different tokens of the first rows, ascending."""
+    import numpy as np
+
+    from sae_fast.evaluation.text_rows import TOKENS
+
+    tokens: list[int] = np.unique(text.columns[TOKENS][:_COMPARED_ROWS]).tolist()
+    return tokens
 
 
 def _logit_effects(config: LatentsConfig, sae: SparseAutoencoder) -> LogitEffects | None:
@@ -314,14 +331,14 @@ def _page_source(
     from sae_fast.activations.mixing import single
     from sae_fast.autoencoder.files import TENSOR_FILE, model_directory
     from sae_fast.evaluation.text_rows import TOKENS
-    from sae_fast.report.page_source import page_source
+    from sae_fast.report.page_source import as_name, page_source
 
     assert config.sae is not None
     if TOKENS not in text.columns:
         raise ValueError(f"--write needs the tokens of the rows: {config.shard_dir}: no token_ids")
     if tokens is None and set(config.write) != {"delphi"}:
         raise ValueError("--write needs the texts of tokens: name a tokenizer with --tokenizer")
-    set_name = config.set_name or config.sae.resolve().name
+    set_name = config.set_name or as_name(config.sae.resolve().name)
     # Equal pages are equal files, so the time is the one of the model.
     changed = (model_directory(config.sae) / TENSOR_FILE).stat().st_mtime
     created = datetime.fromtimestamp(int(changed), timezone.utc).isoformat()

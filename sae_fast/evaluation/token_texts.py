@@ -44,6 +44,28 @@ class TokenTexts:
                 f"{largest}: they are of another tokenizer"
             )
 
+    def require_equal(self, other: TokenTexts, tokens: Iterable[int]) -> None:
+        """Raise ValueError, naming both, where another tokenizer reads one of the tokens otherwise.
+
+        A token that the other one does not have counts as different.
+        """
+        tokens = list(tokens)
+        inside = [token for token in tokens if token < other.size]
+        first = next((token for token in tokens if token >= other.size), None)
+        found = zip(inside, self.of(inside), other.of(inside), strict=True)
+        different = next(((t, a, b) for t, a, b in found if a != b), None)
+        if different is not None:
+            token, ours, theirs = different
+            raise ValueError(
+                f"tokenizer: token {token} is {ours!r} in {self.name} and {theirs!r} in "
+                f"{other.name}, which the shards name: --force takes it all the same"
+            )
+        if first is not None:
+            raise ValueError(
+                f"tokenizer: {other.name}, which the shards name, has {other.size:,} tokens, and "
+                f"they hold token {first}: --force takes {self.name} all the same"
+            )
+
     def of(self, tokens: Iterable[int]) -> list[str]:
         """Return the text of each token behind another word: " cat" begins a word, "s" does not.
 
@@ -70,6 +92,24 @@ class TokenTexts:
             return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
         decode = self._tokenizer.decode
         return str(decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def texts_here(place: str) -> TokenTexts | None:
+    """Return the texts of a tokenizer.json on this machine; None where there is none.
+
+    Args:
+        place: a folder with one, or a name on the hub, whose files may have been downloaded before.
+    """
+    path = Path(place) / TOKENIZER_FILE
+    if not path.is_file():
+        try:
+            found = capture_package("huggingface_hub").try_to_load_from_cache(place, TOKENIZER_FILE)
+        except ValueError:  # what is no name on the hub
+            return None
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+    return TokenTexts(capture_package("tokenizers").Tokenizer.from_file(str(path)), place)
 
 
 def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:

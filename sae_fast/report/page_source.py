@@ -47,7 +47,7 @@ class PageSource:
     @property
     def model_id(self) -> str:
         """The last part of the model's name."""
-        return self.model.rstrip("/").rpartition("/")[2]
+        return as_name(self.model.rstrip("/").rpartition("/")[2])
 
     @property
     def source_id(self) -> str:
@@ -68,13 +68,23 @@ class PageSource:
         return self.hook if _FOLDER.match(self.hook) else f"layer_{self.layer}"
 
 
+def as_name(text: str) -> str:
+    """Return a text as a name of letters, digits, dots, underscores and hyphens."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "unnamed"
+
+
 def page_source(
     origins: tuple[Mapping[str, Any], ...], set_name: str, release: str, creator: str, created: str
 ) -> PageSource:
     """Return the source that origins describe, of which the first ones come first.
 
-    Raises ValueError where none of them says model, hook point or layer.
+    Raises ValueError where none of them says model, hook point or layer, or the set has a name that
+    is no name of a folder.
     """
+    if set_name != as_name(set_name):
+        raise ValueError(
+            f"set_name must be of letters, digits, dots, underscores and hyphens, got {set_name!r}"
+        )
     found: dict[str, Any] = {}
     for origin in reversed(origins):
         found |= {name: value for name, value in origin.items() if value is not None}
