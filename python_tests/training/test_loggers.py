@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -202,6 +203,43 @@ def test_several_loggers_get_the_rows(activations: torch.Tensor, tmp_path: Path)
     train(activations, tmp_path, logger=("wandb", "tensorboard"), max_steps=4)
     assert [row["step"] for row in wandb_rows(tmp_path)] == [2, 4]
     assert [event.step for event in scalars(tmp_path).Scalars("loss")] == [2, 4]
+
+
+def test_a_quiet_training_lets_wandb_print_no_history(
+    activations: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SILENT", raising=False)
+    train(activations, tmp_path, logger=("wandb",), max_steps=2)
+    assert [row["step"] for row in wandb_rows(tmp_path)] == [2]
+    assert "history" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("offline")
+def test_wandb_that_does_not_start_is_one_line_before_any_step(
+    activations: torch.Tensor, tmp_path: Path
+) -> None:
+    words = r"^wandb_project = 'a/b': Weights & Biases does not start .*Invalid project name"
+    with pytest.raises(ValueError, match=words) as caught:
+        train(activations, tmp_path / "run", wandb_project="a/b")
+    assert "\n" not in str(caught.value)
+    assert "WANDB_MODE=offline keeps the log in" in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_logger_that_is_not_installed_is_named_with_what_installs_it(
+    activations: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    module = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    words = rf"logger {name} needs {name}: install it \(pip install 'sae_fast\[{name}\]'\)"
+    with pytest.raises(ValueError, match=words):
+        train(activations, tmp_path, logger=(name,))
 
 
 @pytest.mark.parametrize(

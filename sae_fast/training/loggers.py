@@ -86,6 +86,7 @@ def open_loggers(
     name: str | None,
     step: int,
     wandb_id: str | None,
+    quiet: bool = False,
 ) -> tuple[Loggers, str | None]:
     """Open the loggers that a run asks for; return them, and the id of its run on W&B.
 
@@ -96,13 +97,14 @@ def open_loggers(
         name: of the run, where the configuration gives none.
         step: of the checkpoint that the run was resumed from, -1 for a new run.
         wandb_id: of the run on W&B to continue; None: a new one.
+        quiet: whether W&B prints no more than where the run is.
 
     Raises:
         ValueError: in one line, where a logger is not installed or does not start.
     """
     opened: dict[str, Logger] = {}
     if "wandb" in config.loggers:
-        wandb_log = WandbLog(config, settings, directory, name=name, run_id=wandb_id)
+        wandb_log = WandbLog(config, settings, directory, name=name, run_id=wandb_id, quiet=quiet)
         opened["Weights & Biases"], wandb_id = wandb_log, wandb_log.run_id
     if "tensorboard" in config.loggers:
         if directory is None:
@@ -133,6 +135,7 @@ class WandbLog:
         directory: where it keeps its files (`WANDB_MODE=offline` leaves them all there).
         name: of the run, where the configuration gives none.
         run_id: the run to continue; None for a new one.
+        quiet: whether W&B prints no more than where the run is.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class WandbLog:
         *,
         name: str | None,
         run_id: str | None,
+        quiet: bool = False,
     ) -> None:
         try:
             import wandb
@@ -163,6 +167,8 @@ class WandbLog:
                 id=run_id,
                 resume="allow",
                 reinit="create_new",  # a sweep has several at a time
+                # Without a key, a silent one would log offline.
+                settings=wandb.Settings(quiet=True) if quiet else None,
             )
             self._run.define_metric(STEP)
             self._run.define_metric("*", step_metric=STEP)

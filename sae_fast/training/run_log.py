@@ -54,8 +54,11 @@ class RunLog:
         """Whether rows go to a logger beside metrics.jsonl."""
         return self._loggers is not None
 
-    def open_loggers(self) -> None:
-        """Open the loggers that the configuration asks for; raise ValueError where one fails."""
+    def open_loggers(self, *, quiet: bool = False) -> None:
+        """Open the loggers that the configuration asks for; raise ValueError where one fails.
+
+        With `quiet` W&B prints no more than where the run is.
+        """
         config = self._config.train
         if not config.loggers:
             return
@@ -66,6 +69,7 @@ class RunLog:
             name=None if self._run is None else run_name(self._run.path),
             step=self._step,
             wandb_id=self.wandb_id,
+            quiet=quiet,
         )
 
     def write(self, row: Row, *, to_loggers: bool, rates: Tensor | None = None) -> None:

@@ -549,7 +549,7 @@ class Trainer:
             self.source.start()  # reads beside what comes first
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
-            self._log.open_loggers()
+            self._log.open_loggers(quiet=not self._show_progress)
         self._callbacks.start()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
