@@ -110,6 +110,13 @@ def test_factors_of_one_code_share_its_key():
     assert other.key is not code.key
 
 
+def test_sink_of_factors_has_its_keys_before_the_backward():
+    problem = make_problem().requires_grad()
+    dead = torch.ones(len(problem.W_enc), dtype=torch.bool)
+    code = ops.encode_topk(*problem.encoder, 5, dead_mask=dead, k_aux=3, dense_grad=False)
+    assert code.values.grad_fn.sink.keys == (code.key, code.aux.key)
+
+
 def test_code_with_replaced_values_has_a_key_and_a_view_of_its_own():
     code = sparse(make_code(20, 70, 6), 70)
     active = code.latent_major()[0][-1]

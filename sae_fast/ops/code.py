@@ -7,9 +7,8 @@ was made from, and can be indexed and edited; training uses it flat.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import torch
@@ -102,6 +101,8 @@ class SparseCode:
         base: the code whose entries these are, with other values, see `with_values`.
         leading: the shape of the tokens; None: (N,).
         units: "normalized" or "raw", see `SparseAutoencoder.encode`.
+        key: the identity of this code, shared by `with_values`, not by `dataclasses.replace`.
+        made_key: the key, if an encoder made it before the code; None: the key of `base`, or new.
     """
 
     values: Tensor
@@ -114,11 +115,12 @@ class SparseCode:
     base: SparseCode | None = None
     leading: tuple[int, ...] | None = None
     units: Units = NORMALIZED
+    key: CodeKey = field(init=False)
+    made_key: InitVar[CodeKey | None] = None
 
-    @functools.cached_property
-    def key(self) -> CodeKey:
-        """The identity of this code, shared by `with_values`, not by `dataclasses.replace`."""
-        return CodeKey() if self.base is None else self.base.key
+    def __post_init__(self, made_key: CodeKey | None) -> None:
+        shared = None if self.base is None else self.base.key
+        object.__setattr__(self, "key", made_key or shared or CodeKey())
 
     @property
     def n_rows(self) -> int:

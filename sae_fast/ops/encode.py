@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sae_fast.ops.checks import check_usable
-from sae_fast.ops.code import DenseCode, SparseCode
+from sae_fast.ops.code import CodeKey, DenseCode, SparseCode
 from sae_fast.ops.dense_product import dense_product
 from sae_fast.ops.reference import ROUNDED_DTYPES
 from sae_fast.ops.reference.chunks import chunks
@@ -107,13 +107,11 @@ def encode_threshold(
     check_usable("encode_threshold", W_enc=W_enc)
     options = (threshold, precision, *encoder_copy(W_enc, precision))
     op = torch.ops.sae_fast.encode_threshold.default
-    sink = None if dense_grad else FactorSink("encode_threshold", "W_enc", W_enc)
+    key = CodeKey()
+    sink = None if dense_grad else FactorSink("encode_threshold", "W_enc", W_enc, key)
     outputs = _encode(op, (x, W_enc, b_enc, b_dec), options, precision, sink)
     values, indices, offsets = outputs
-    code = SparseCode(values, indices, W_enc.size(0), offsets, precision=precision)
-    if sink is not None:
-        sink.keys = (code.key,)
-    return code
+    return SparseCode(values, indices, len(W_enc), offsets, precision=precision, made_key=key)
 
 
 def encode_abs_topk(
@@ -269,17 +267,18 @@ def _encode_selected(
     if k_aux is None:
         k_aux = 0 if dead_mask is None else min(x.shape[-1] // 2, int(dead_mask.sum()))
     options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
-    sink = None if dense_grad else FactorSink(name, "W_enc", W_enc)
+    key, aux_key = CodeKey(), CodeKey()
+    sink = None if dense_grad else FactorSink(name, "W_enc", W_enc, key, aux_key)
     outputs = _encode(op, tensors, options, precision, sink)
     (values, indices), (aux_values, aux_indices) = outputs[:2], outputs[-2:]
     offsets = outputs[2] if len(outputs) == 5 else None
     d_sae = W_enc.size(0)
-    aux = SparseCode(aux_values, aux_indices, d_sae, precision=precision, signed=signed)
-    shown = None if dead_mask is None else aux
-    code = SparseCode(values, indices, d_sae, offsets, shown, precision, signed)
-    if sink is not None:
-        sink.keys = code.key, aux.key
-    return code
+    aux = None
+    if dead_mask is not None:
+        aux = SparseCode(
+            aux_values, aux_indices, d_sae, precision=precision, signed=signed, made_key=aux_key
+        )
+    return SparseCode(values, indices, d_sae, offsets, aux, precision, signed, made_key=key)
 
 
 def _encode_given(
@@ -292,11 +291,8 @@ def _encode_given(
     """Run an encoder of given latents, which needs no working copy; return its signed values."""
     _, W_enc, *_ = tensors
     precision = options[-1]
-    sink = None if dense_grad else FactorSink(name, "W_enc", W_enc)
-    values, indices, *_ = _encode(op, tensors, options, precision, sink)
-    if sink is not None:
-        code = SparseCode(values, indices, W_enc.size(0), precision=precision, signed=True)
-        sink.keys = (code.key,)
+    sink = None if dense_grad else FactorSink(name, "W_enc", W_enc, CodeKey())
+    values, *_ = _encode(op, tensors, options, precision, sink)
     return values
 
 

@@ -54,6 +54,9 @@ class RowFactor:
 class FactorSink:
     """The parameter on which the backward of one call leaves its factors, and its codes' keys.
 
+    The keys are made before the call, so that the sink never changes: an encoder has one for its
+    code and one for its aux, a decoder has the key of the code which it decodes.
+
     Raises RuntimeError for a tensor that is not a leaf: nothing would find the factors on it.
     """
 
