@@ -1,8 +1,11 @@
 // The optimiser's kernels, compiled for the host (the row sums they build on come with
 // cuda_rows_test.cpp).
-#include "kernels/cuda/update.cu"
-
 #include "kernels/cuda/scalars.cu"
+#include "kernels/cuda/update/gradient_norm.cu"
+#include "kernels/cuda/update/step.cu"
+#include "kernels/cuda/update/step_bfloat16.cu"
+#include "kernels/cuda/update/step_float32.cu"
+#include "kernels/cuda/update/step_uint8.cu"
 #include "tests/cuda_testing.h"
 #include "tests/moment_codes.h"
 #include "tests/update_formulas.h"
