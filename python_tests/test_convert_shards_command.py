@@ -136,7 +136,7 @@ def test_an_interrupt_says_how_to_go_on(source, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("sae_fast.activations.imports.convert", interrupted)
     assert main([str(source), str(tmp_path / "out")]) == 130
-    assert "the same command goes on with the next shard" in capsys.readouterr().err
+    assert "the same command continues with the next shard" in capsys.readouterr().err
 
 
 # ---- bad input -----------------------------------------------------------------------------------

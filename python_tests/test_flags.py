@@ -102,7 +102,7 @@ def test_names_of_other_trainers_are_those_of_one_setting_and_of_no_field():
     ("flags", "message"),
     [
         ("train m d --seed 3", "--seed is for training on shards, here give --init_seeds"),
-        ("train m d --shard_dir x", "--shard_dir is for training on shards: the activations are"),
+        ("train m d --shard_dir x", "--shard_dir is for training on shards: MODEL computes"),
         ("train m d e --k 3", "unexpected 'e': MODEL and DATASET, then flags"),
         ("train m --k 3", "MODEL DATASET, got 'm' alone"),
         ("train m d --batch_size x", "--batch_size must be a whole number, got 'x'"),

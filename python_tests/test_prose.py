@@ -63,6 +63,15 @@ def test_a_phrase_is_found_in_text_comment_and_docstring(prose, sentence):
     assert len(list(prose.in_python("a.py", f'class A:\n    """A class: {sentence}."""\n'))) == 1
 
 
+@pytest.mark.parametrize("sentence", PHRASES.values(), ids=PHRASES)
+def test_a_phrase_is_found_in_a_message_of_the_package(prose, sentence):
+    error = f'raise ValueError(f"{{path}}: {sentence}")\n'
+    assert len(list(prose.in_python("sae_fast/a.py", error))) == 1
+    setting = f'class A:\n    """A class."""\n    k: int = 1\n    """{sentence}."""\n'
+    assert len(list(prose.in_python("sae_fast/a.py", setting))) == 1
+    assert list(prose.in_python("python_tests/a.py", error)) == []
+
+
 @pytest.mark.parametrize("sentence", PLAIN)
 def test_plain_sentences_pass(prose, sentence):
     assert list(prose.in_text("a.md", sentence)) == []

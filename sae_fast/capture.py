@@ -66,7 +66,7 @@ def _run(arguments: Sequence[str], output: CommandOutput) -> int:
         output.note(line, logging.ERROR)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
+        print("error: interrupted; the same command continues", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0 if stop.received is None else 128 + stop.received
 
@@ -162,7 +162,7 @@ def _announce(capture: Capture, directory: CaptureDirectory, output: CommandOutp
             f"{sequences.ctx_len} tokens, {how}"
         )
         if done.rows or done.heldout_rows:
-            output.say(f"going on behind {done.rows:,} tokens in {done.shards} shards")
+            output.say(f"continuing after {done.rows:,} tokens in {done.shards} shards")
         free = check_space(directory, needed)
         output.say(
             f"{about}{left:,} tokens need {about}{at_most}{needed / 1e9:,.2f} GB "
@@ -181,7 +181,7 @@ def _conclude(
 ) -> None:
     empty = f", {result.empty:,} documents without text skipped" if result.empty else ""
     heldout = f" and {result.heldout_rows:,} held-out" if result.heldout_rows else ""
-    verb = "stopped: the same command goes on behind" if result.stopped else "captured"
+    verb = "stopped: the same command continues after" if result.stopped else "captured"
     rank, world_size, _ = _ranks()
     who = f"rank {rank}: " if world_size > 1 else ""
     output.say(

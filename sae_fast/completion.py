@@ -33,7 +33,7 @@ def script(shell: str, commands: Iterable[str]) -> str:
 
 
 def _case(name: str) -> str:
-    """Return the choice of words behind a command, by the word before the one that is typed."""
+    """Return the choice of words after a command, by the word before the one that is typed."""
     module = importlib.import_module(f"sae_fast.{name}")
     lines: list[CommandLine] = module.command_lines()
     every = {flag.name: flag for line in lines for flag in line.flags()}

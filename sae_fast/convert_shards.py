@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(refusal(error), file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on with the next shard", file=sys.stderr)
+        print("error: interrupted; the same command continues with the next shard", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 
@@ -173,7 +173,7 @@ def _announce(conversions: list[Conversion]) -> None:
             print("  finished already: every row is compared once more")
         elif conversion.done:
             print(
-                f"  going on: {len(conversion.done)} of {len(conversion.shards)} shards are there"
+                f"  continuing: {len(conversion.done)} of {len(conversion.shards)} shards are there"
             )
     needed = sum(conversion.bytes_at_most for conversion in conversions)
     print(f"up to {needed / 1e9:.3f} GB to write, {free / 1e9:.1f} GB free", flush=True)

@@ -142,7 +142,7 @@ def on_shards() -> CommandLine:
 
 
 def from_model() -> CommandLine:
-    """Return the command line of a training straight from a model, behind MODEL and DATASET."""
+    """Return the command line of a training straight from a model, after MODEL and DATASET."""
     refused = {
         name: f"is for training on shards: {rules.shards_only}"
         if rules.shards_only
@@ -330,7 +330,7 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
             raise ValueError("checkpoint_dir and run_name both name the run: give one of the two")
         train["checkpoint_dir"] = str(settings.save_dir / settings.run_name)
     elif flags["train"].get("resume_from") is not None:
-        raise ValueError("resume_from needs run_name, the run in save_dir to go on with")
+        raise ValueError("resume_from needs run_name, the run in save_dir to continue")
     if settings.log_to_wandb:
         defaults["wandb_project"] = "sae_fast"
     return {"sae": {**sae, **layers["sae"]}, "train": {**defaults, **train}}
@@ -386,7 +386,7 @@ def _resumed_settings(reference: str, directory: str | None) -> tuple[Given, str
     run = path.parent.parent if path.parent.name == "checkpoints" else None
     if (way := way_on_from_model(path)) is not None:
         name = run if reference in ("latest", "best") else reference
-        raise ValueError(f"{name} is a run from a model: go on with it by {way}")
+        raise ValueError(f"{name} is a run from a model: continue it with {way}")
     saved = RunConfig.from_saved(read_newest_state(path, check_state)["config"])
     settings = saved.to_dict()
     del settings["train"]["resume_from"]
@@ -570,7 +570,7 @@ def _conclude(run: str, trainer: Trainer, stopped_by: str | None, output: Comman
         flag = f"--{trainer.schedules.limit.replace('_', '-')}"
         output.say(
             f"{_prefix(run)}nothing to do: all {trainer.step:,} steps are made; "
-            f"raise {flag} to go on"
+            f"raise {flag} to continue"
         )
         return
     verb = "trained" if stopped_by is None else f"stopped by {stopped_by} after"

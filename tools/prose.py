@@ -1,10 +1,11 @@
-"""Check the English of docstrings, comments of Python and C++, and texts; `make lint` runs it.
+"""Check the English of docstrings, comments of Python and C++, messages and texts, for `make lint`.
 
 A function's docstring starts with a verb in the imperative, such as "Return", so that it can be
 understood alone; prose_verbs.txt lists the verbs and can be extended. Other docstrings and comments
 do not begin with a question word ("What a shard holds"), except "Whether" in a property. Phrases
-that make readers guess and words for persons are refused in all of them. The exit code is 1 if
-there are findings; each is printed with its place.
+that make readers guess and words for persons are refused in all of them, and in the strings of the
+package: errors, log lines and the texts of settings. The exit code is 1 if there are findings; each
+is printed with its place.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def in_python(name: str, source: str) -> Iterator[str]:
     for line, text in _comments(source):
         yield from _phrases(f"{name}:{line}", text)
         yield from _question(f"{name}:{line}", "comment", text)
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    if name.startswith("sae_fast/"):
+        for line, text in _messages(tree):
+            yield from _phrases(f"{name}:{line}", text)
+    for node in ast.walk(tree):
         if not isinstance(node, DOCUMENTED) or not (text := ast.get_docstring(node) or ""):
             continue
         place = f"{name}:{getattr(node, 'lineno', 1)}"
@@ -113,6 +118,22 @@ def in_text(name: str, text: str) -> Iterator[str]:
 def _phrases(place: str, text: str) -> Iterator[str]:
     for match in PHRASES.finditer(text):
         yield f"{place}: {' '.join(match[0].split())!r} makes readers guess"
+
+
+def _messages(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and text of each string that is no docstring; an expression in one is a blank."""
+    seen: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) and node.body:
+            seen.update(map(id, ast.iter_child_nodes(node.body[0])))
+        if isinstance(node, ast.JoinedStr):
+            seen.update(map(id, node.values))
+            parts = [part.value if isinstance(part, ast.Constant) else " " for part in node.values]
+            yield node.lineno, "".join(map(str, parts))
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in seen
+        ):
+            yield node.lineno, node.value
 
 
 def _question(place: str, kind: str, text: str) -> Iterator[str]:

@@ -339,7 +339,7 @@ def test_a_column_at_fault_is_one_line_with_shard_and_column(
 
 def test_shards_without_neighbours_are_refused(tmp_path: Path) -> None:
     directory = write_corpus(tmp_path, [[1, 1, 1], [1, 1]])
-    with pytest.raises(ShardError, match=r"train_00\.h5: no row goes on from the row before it"):
+    with pytest.raises(ShardError, match=r"train_00\.h5: no row continues the sequence of the row"):
         open_shards(directory, whole_sequences=True)
 
 
@@ -351,7 +351,7 @@ def test_shards_without_neighbours_are_refused(tmp_path: Path) -> None:
         ({"a": torch.full((6,), -3)}, False, "a: row 0 holds -3; a label is at least 0, or -1"),
         ({STARTS: torch.zeros(6)}, False, "'starts' is the name of what whole_sequences gives"),
         ({}, True, "no doc_id, no position, and the activations are not 3-D"),
-        ({"position": torch.zeros(6)}, True, "no row goes on from the row before it"),
+        ({"position": torch.zeros(6)}, True, "no row continues the sequence of the row"),
     ],
 )
 def test_bad_columns_of_a_tensor_are_named(

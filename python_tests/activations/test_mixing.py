@@ -268,7 +268,7 @@ def captured(directory: Path, d_in: int = 4, **origin: str | int) -> Path:
     [
         ({"model": "gpt2", "hook": "layers.4"}, r"hook 'layers.4', .* of 'layers.3'"),
         ({"model": "bert", "hook": "layers.3"}, r"model 'bert', .* of 'gpt2'"),
-        ({"d_in": 5}, r"rows are 5 wide, those of .*a.h5 are 4"),
+        ({"d_in": 5}, r"rows are 5 wide, but 4 wide in .*a.h5"),
     ],
 )
 def test_sets_of_another_place_are_refused(tmp_path, other, message):

@@ -156,14 +156,14 @@ def test_different_widths_name_both_files(tmp_path):
     write_shard(tmp_path / "a.h5", torch.ones(3, 2))
     write_shard(tmp_path / "b.h5", torch.ones(3, 5))
     message = message_of(tmp_path)
-    assert f"{tmp_path}/b.h5: rows are 5 wide, those of {tmp_path}/a.h5 are 2" in message
+    assert f"{tmp_path}/b.h5: rows are 5 wide, but 2 wide in {tmp_path}/a.h5" in message
 
 
 def test_held_out_rows_of_another_width_name_both_files(tmp_path):
     write_shard(tmp_path / "a.h5", torch.ones(3, 2))
     write_shard(tmp_path / "heldout_00.h5", torch.ones(3, 5))
     train = open_shards(tmp_path)
-    with pytest.raises(ShardError, match=r"heldout_00.h5: rows are 5 wide, those of .*a.h5 are 2"):
+    with pytest.raises(ShardError, match=r"heldout_00.h5: rows are 5 wide, but 2 wide in .*a.h5"):
         open_heldout(tmp_path, train=train)
     check_same_width(train, train)
 

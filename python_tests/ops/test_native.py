@@ -244,7 +244,7 @@ def test_an_older_libstdcxx_is_told_as_such(tmp_path):
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: sae_fast's compiled module needs GLIBCXX_3.4.")
-    assert f"{tmp_path}/libstdc++.so.6, is older than that of the compiler" in done.stderr
+    assert f"{tmp_path}/libstdc++.so.6, is older than the compiler's" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

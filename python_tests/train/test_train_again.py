@@ -97,7 +97,7 @@ def test_a_complete_run_has_nothing_to_do(
     steps = metrics("run")[-1]["step"]
     code, out, _ = run_small(*flags, *LATEST, "--lr", "0.5", "--log-every", "1")
     assert code == 0
-    assert out == f"nothing to do: all {steps} steps are made; raise {flag} to go on\n"
+    assert out == f"nothing to do: all {steps} steps are made; raise {flag} to continue\n"
     assert _files("run") == before
 
 
@@ -140,7 +140,7 @@ def test_a_complete_sweep_has_nothing_to_do(run_small: Run, sweep: tuple[str, ..
     before = _files("sw")
     code, out, _ = run_small(*sweep, "--sweep", "two.json", *LATEST)
     assert code == 0
-    said = "nothing to do: all 6 steps are made; raise --max-steps to go on"
+    said = "nothing to do: all 6 steps are made; raise --max-steps to continue"
     assert out.splitlines() == [f"a: {said}", f"b: {said}", "sweep      sw/sweep.json"]
     assert _files("sw") == before
 
@@ -179,14 +179,14 @@ def test_an_extended_run_from_a_model_is_bit_equal_after_a_kill(run_on_model: Ru
 
 def test_a_run_from_a_model_is_told_from_one_on_shards(run_on_model: Run, run: Run) -> None:
     assert run_on_model("--run_name", "two", "--init_seeds", "1", "2")[0] == 0
-    way = "go on with it by MODEL DATASET --run_name two --resume_from latest"
+    way = "continue it with MODEL DATASET --run_name two --resume_from latest"
     place = "output/two/residual.0/seed_1"
     for flags in (("--resume-from", place), ("--checkpoint-dir", place, *LATEST)):
         refused(run(*flags), f"{place} is a run from a model: {way}")
-    way = "go on by MODEL DATASET --run_name two --resume_from latest"
+    way = "continue with MODEL DATASET --run_name two --resume_from latest"
     for place in ("output/two", "output/two/residual.0"):
         flags = ("--checkpoint-dir", place, "--d-sae", "32", "--k", "2", *LATEST)
-        refused(run(*flags), f"{place} holds the runs", "seed_1 and", "of a model", way)
+        refused(run(*flags), f"{place} holds the runs", "seed_1 and", "from a model", way)
 
 
 def test_a_run_name_that_is_taken_is_answered_in_its_own_words(run_on_model: Run) -> None:

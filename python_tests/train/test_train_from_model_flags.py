@@ -117,7 +117,7 @@ def test_settings_of_shards_are_refused(run_on_model: Run, name: str) -> None:
 def test_a_file_with_settings_of_shards_is_refused(run_on_model: Run) -> None:
     Path("run.json").write_text(json.dumps({"shard_dir": "nowhere", "k": 4}))
     line = refused(run_on_model("--config", "run.json"), "shard_dir = 'nowhere'")
-    assert "the activations are those of MODEL" in line
+    assert "MODEL computes the activations" in line
 
 
 def test_a_file_gives_what_the_line_leaves_open(run_on_model: Run, opened: list[Trainer]) -> None:

@@ -163,7 +163,7 @@ BAD_INPUT = {
     "no neighbours": (
         SMOOTH,
         "alone",
-        ("train_00.h5", "no row goes on from the row before it"),
+        ("train_00.h5", "no row continues the sequence of the row"),
     ),
 }
 

@@ -169,7 +169,7 @@ BAD: dict[str, tuple[tuple[str, ...], Callable[[Path], None] | None, str]] = {
     "other tokens": (
         ("--transcoder", *APART),
         _swapped,
-        "y/train_00.h5: row 0 is of another token",
+        "y/train_00.h5: row 0 belongs to another token",
     ),
     "one file for all": (
         ("--transcoder", "--target-shard-dir", "y/train_00.h5"),

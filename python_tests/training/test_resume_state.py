@@ -94,10 +94,10 @@ def _set(*path: Any, to: Any) -> Callable[[State], object]:
     ("edit", "message"),
     [
         (_set("step", to="6"), "step must be a whole number"),
-        (_set("step", to=5), "step must be that of step-00000006"),
+        (_set("step", to=5), "step must be the number in step-00000006"),
         (_set("tokens", to=None), "tokens must be a whole number"),
-        (_set("tokens", to=2), "tokens must be those of 6 steps"),
-        (_set("tokens", to=0), "tokens must be those of 6 steps"),
+        (_set("tokens", to=2), "tokens must be a number that fits 6 steps"),
+        (_set("tokens", to=0), "tokens must be a number that fits 6 steps"),
         (_set("seconds", to=-1), "seconds must be a number of at least 0"),
         (_set("stalled_seconds", to="x"), "stalled_seconds must be a number"),
         (_set("config", to=[]), "config must be settings"),
@@ -224,10 +224,10 @@ def test_run_that_is_extended_tells_how_the_rate_goes_on(
     before, now = make_schedule(RUN, 32, 6), make_schedule(longer, 32, 9)
     Trainer(SAE, longer, show_progress=False)
     assert (
-        "the run has 9 steps now, not 6: the learning rate goes on from "
+        "the run has 9 steps now, not 6: the learning rate continues from "
         f"{before(5):.3g} at step 6 to {now(6):.3g} at the next" in caplog.text
     )
     assert f"and ends with {now(8):.3g}" in caplog.text
     caplog.clear()
     Trainer(SAE, replace(longer, max_steps=6), show_progress=False)
-    assert "the learning rate goes on" not in caplog.text
+    assert "the learning rate continues" not in caplog.text

@@ -1,4 +1,4 @@
-"""Threads that work beside their caller: ahead of it, behind it, or on tasks that it hands out.
+"""Threads beside their caller: they work before it or after it, or on tasks that it hands out.
 
 A thread that gets no memory to begin ends without an error that anything could catch. So whatever
 waits here for a thread looks from time to time whether it is alive, and raises MemoryError if not.
@@ -123,7 +123,7 @@ class Prefetcher(Generic[Item]):
         return not self._made.empty()
 
     def get(self) -> Item:
-        """Wait for the next item; raise what kept it from being made, or Ended behind the last."""
+        """Wait for the next item; raise what kept it from being made, or Ended after the last."""
         while True:
             try:
                 item = self._made.get(timeout=_PATIENCE)

@@ -147,7 +147,7 @@ def tensor_columns(
     begins[without_dropped(starts, dropped, rows)] = True
     tensors[STARTS] = torch.from_numpy(begins[keep])
     if begins.sum() == kept:
-        raise ValueError("no row goes on from the row before it: every one is its own sequence")
+        raise ValueError("no row continues the sequence of the row before it: each is a sequence")
     return TensorColumns({**info, STARTS: STARTS_COLUMN}, tensors, np.flatnonzero(begins[keep]))
 
 

@@ -124,7 +124,7 @@ def split_blocks(shards: ShardSet, limit: int | None = None) -> list[Block]:
 
 
 def _served_end(dropped: Indices, rows: int) -> int:
-    """Return the number behind the last row that is served, of `rows`."""
+    """Return the number after the last row that is served, of `rows`."""
     at_end = dropped == np.arange(rows - len(dropped), rows)
     return rows - int(np.argmin(np.append(at_end[::-1], False)))
 

@@ -39,7 +39,7 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class _Position:
-    """A position behind `row` rows of an epoch, of which the last one has a digest."""
+    """A position after `row` rows of an epoch, of which the last one has a digest."""
 
     epoch: int = 0
     row: int = 0
@@ -228,7 +228,7 @@ class PassingSource(Source):
         return Rows((batch - mean).mul_(scale), {})
 
     def _read_batch(self) -> tuple[Tensor, _Position]:
-        """Read a batch [batch_size, D] float32, and return it with the position behind it."""
+        """Read a batch [batch_size, D] float32, and return it with the position after it."""
         tokens = self._read.tokens + self._batch_size
         parts, missing = [], self._batch_size
         while missing:

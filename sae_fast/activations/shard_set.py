@@ -263,7 +263,7 @@ def _check_rows(
         if shard.d_in != shards[0].d_in:
             raise ShardError(
                 f"{shard.path}: rows are {shard.d_in} wide, "
-                f"those of {shards[0].path} are {shards[0].d_in}"
+                f"but {shards[0].d_in} wide in {shards[0].path}"
             )
     if not checks.verify and not checks.skip_nonfinite:
         return _Checked(tuple(NO_ROWS for _ in shards), False, ())
@@ -392,7 +392,7 @@ def check_same_width(train: ShardSet, heldout: ShardSet) -> None:
     if train.d_in != heldout.d_in:
         first, other = heldout.shards[0], train.shards[0]
         raise ShardError(
-            f"{first.path}: rows are {first.d_in} wide, those of {other.path} are {other.d_in}"
+            f"{first.path}: rows are {first.d_in} wide, but {other.d_in} wide in {other.path}"
         )
 
 
@@ -434,8 +434,8 @@ def _find_columns(
         sequences = sum(len(part.starts) for part in parts if part.starts is not None)
         if sequences == sum(shard.rows for shard in shards) - sum(map(len, dropped)):
             raise ShardError(
-                f"{shards[0].path}: no row goes on from the row before it, in it or in the other "
-                "shards: doc_id or position says that every row is a sequence of its own"
+                f"{shards[0].path}: no row continues the sequence of the row before it, in this "
+                "shard or in another: by doc_id or position every row is a sequence of its own"
             )
     return tuple(parts)
 

@@ -85,6 +85,6 @@ def check_pair(shard: Shard, targets: Shard) -> None:
             if (differing := np.flatnonzero(one != other)).size:
                 row = int(differing[0])
                 raise ShardError(
-                    f"{targets.path}: row {row} is of another token than that of {shard.path}: "
+                    f"{targets.path}: row {row} belongs to another token than in {shard.path}: "
                     f"{name} is {other[row]}, there {one[row]}"
                 )

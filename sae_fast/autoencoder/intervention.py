@@ -242,7 +242,7 @@ class Intervention:
             )
         (found,) = torch.autograd.grad(metric, probe.added, retain_graph=True, allow_unused=True)
         if found is None:
-            raise ValueError("metric does not depend on the code: the hook point is behind it")
+            raise ValueError("metric does not depend on the code: the hook point comes after it")
         return probe, found
 
     # ---- calls -------------------------------------------------------------------------------

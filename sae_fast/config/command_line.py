@@ -1,7 +1,7 @@
 """The command line of every command, made from the fields of its configurations.
 
 One grammar serves all commands. A word that begins with -- names a setting, with hyphens or
-underscores; the words behind it, as many as the setting takes, are its values. `--flag=value` is
+underscores; the words after it, as many as the setting takes, are its values. `--flag=value` is
 the same. A switch stands alone, or before true or false, and has a negative form, --no-flag. The
 last of two values of a setting counts. `read` returns the values that were given and no defaults,
 so that a command lays them over presets and files as dictionaries.
@@ -197,7 +197,7 @@ class CommandLine:
     def _read_flag(
         self, word: str, values: list[str], names: Mapping[str, Flag], has_places: bool
     ) -> tuple[Flag, Any, list[str]]:
-        """Return a flag, its value, and the words behind it that are not its values."""
+        """Return a flag, its value, and the words after it that are not its values."""
         key = _key(word)
         positive = key.removeprefix("no_") if key not in names else key
         flag = names.get(positive)
@@ -304,7 +304,7 @@ def parse(config: type[Parsed], arguments: Sequence[str], usage: str) -> Parsed:
 
 
 def _grouped(arguments: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each flag with the words behind it; words before all flags begin with the first."""
+    """Yield each flag with the words after it; words before all flags begin with the first."""
     groups: list[tuple[str, list[str]]] = []
     for word in arguments:
         if word.startswith("--"):

@@ -262,9 +262,9 @@ class SAEConfig(ConfigFile):
         slots_modes=_LATENTS,
     )
     """Weight of the L1 penalty: the sum of a token's code values, each times the norm of its
-    decoder row, averaged over tokens; with gated the sum of its gates, with slots that of the free
-    ones; default: 5 with relu and gated, 0.1 sqrt(d_in) with slots, d_in / 1000 with slots_l1_mean,
-    each divided by d_in with loss_fn fvu; otherwise 0."""
+    decoder row, averaged over tokens; with gated the sum of its gates, with slots the sum over the
+    free ones; default: 5 with relu and gated, 0.1 sqrt(d_in) with slots, d_in / 1000 with
+    slots_l1_mean, each divided by d_in with loss_fn fvu; otherwise 0."""
     sparsity_norm_p: float = setting(1.0, above=0, at_most=1, arch=("relu",), needs=_AN_L1)
     """Power to which the values in that sum are raised with relu, 0 to 1; 1: L1."""
     target_l0: float | None = setting(
@@ -323,7 +323,7 @@ class SAEConfig(ConfigFile):
     """Width of the window around a threshold whose entries move it, in units of
     E|x| / sqrt(d_in)."""
     jumprelu_threshold_lr: float = setting(1.0, above=0, arch=_JUMPRELU)
-    """Learning rate of the thresholds, as a share of that of the other parameters."""
+    """Learning rate of the thresholds, as a share of the other parameters' rate."""
     jumprelu_ste_to_input: bool = setting(False, arch=_JUMPRELU)
     """Let the entries in the window move the encoder too, and not only the thresholds."""
     jumprelu_tanh_scale: float = setting(
@@ -439,7 +439,7 @@ class SAEConfig(ConfigFile):
     where a slot that is off gets no gradient; default: before it."""
     slots_l1_mean: bool = setting(False, arch=_SLOTS, needs=_AN_L1)
     """Average the L1 penalty over the free slots, as L_sparse is written, in place of a sum over
-    them. Its default weight is then that of the paper, which hardly acts."""
+    them. Its default weight is then the paper's, which hardly acts."""
     slot_target: float | None = setting(
         None,
         above=0,

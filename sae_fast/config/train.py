@@ -11,7 +11,7 @@ from sae_fast.config.effects import Run, check_effects
 from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.setting import Effect, require, setting
 
-_OF_MODEL = "the activations are those of MODEL while it reads DATASET"
+_OF_MODEL = "MODEL computes the activations while it reads DATASET"
 _TARGETS = "a transcoder trains on shards: capture its two hook points first"
 _KEPT = "the rows are computed, cache_dir keeps them as shards"
 _OWN_TEXT = "eval_metrics takes the model and its held-out text"
@@ -117,8 +117,8 @@ class TrainConfig(ConfigFile):
         of_transcoder=True,
         run_needs=Effect("targets whose data sets have names", lambda run: run.has_target_names()),
     )
-    """Name of the data set with a transcoder's targets; default: with target_shard_dir that of the
-    activations."""
+    """Name of the data set with a transcoder's targets; default: with target_shard_dir the name
+    of the activations' data set."""
     target_shard_dir: str | None = setting(
         None,
         nonempty=True,
@@ -218,14 +218,14 @@ class TrainConfig(ConfigFile):
     max_steps: int | None = setting(
         None,
         at_least=1,
-        brief="stop after so many steps",
+        brief="stop after this number of steps",
         elsewhere=("steps", "n_steps", "num_steps", "training_steps"),
     )
-    """Stop after so many optimiser steps. [steps]"""
+    """Stop after this number of optimiser steps. [steps]"""
     max_tokens: int | None = setting(
-        None, at_least=1, decided_by="max_tokens", brief="stop after so many tokens"
+        None, at_least=1, decided_by="max_tokens", brief="stop after this number of tokens"
     )
-    """Stop after so many tokens. [tokens]"""
+    """Stop after this number of tokens. [tokens]"""
 
     reconstruction_epochs: float = setting(
         0.0,
@@ -273,7 +273,7 @@ class TrainConfig(ConfigFile):
     )
     """Linear rise of the weight of the sparsity penalties; default: 5 % of the run. [steps]"""
     k_anneal_start: int | None = setting(None, at_least=1, sweep=True)
-    """k of the first step, from which it falls linearly to that of the model; default: no fall. In
+    """k of the first step, from which it falls linearly to the model's k; default: no fall. In
     between it takes at most 4 values per halving. [latents]"""
     k_anneal_steps: int | None = setting(
         None,
@@ -429,11 +429,11 @@ class TrainConfig(ConfigFile):
     )
     """Interval of the checkpoints; 0: only at the end. [steps]"""
     checkpoint_minutes: float | None = setting(None, above=0, on_resume="free")
-    """Write a checkpoint also when so much time has passed since the last one; default: only every
+    """Write a checkpoint also when this time has passed since the last one; default: only every
     checkpoint_every steps. [minutes]"""
     max_hours: float | None = setting(None, above=0, on_resume="free")
-    """Write a checkpoint and stop when this process has trained for so long; the exit code is 75
-    then, and the run goes on with resume_from. At least one step is made. [hours]"""
+    """Write a checkpoint and stop when this process has trained for this time; the exit code is
+    then 75, and resume_from continues the run. At least one step is made. [hours]"""
     keep_checkpoints: int = setting(3, at_least=1, on_resume="free")
     """Number of the last checkpoints that are kept. [checkpoints]"""
     checkpoint_dir: str | None = setting(

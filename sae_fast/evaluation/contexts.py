@@ -25,7 +25,7 @@ class Contexts:
         latents: [P].
         intervals: [P]: TOP, or the interval of activations that the row is a sample of, from 0.
         rows: [P], the numbers of the rows.
-        begins, ends: [P], the first row of each piece and the row behind its last one.
+        begins, ends: [P], the first row of each piece and the row after its last one.
         offsets: [P + 1]: piece p has the entries from offsets[p] up to offsets[p + 1].
         places: [nnz], ascending within a piece: places of tokens in it on which the latent fires.
         values: [nnz].

@@ -112,7 +112,7 @@ class TextRows:
         return np.delete(np.arange(item.rows), inside)
 
     def sequence_bounds(self, rows: Integers) -> tuple[Integers, Integers]:
-        """Return the first row of the sequence of each row, and the row behind its last one."""
+        """Return the first row of the sequence of each row, and the row after its last one."""
         number = np.searchsorted(self.starts, rows, side="right") - 1
         ends = np.append(self.starts[1:], self.rows)
         return self.starts[number], np.minimum(ends[number], self.rows)

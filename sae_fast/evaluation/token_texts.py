@@ -67,7 +67,7 @@ class TokenTexts:
             )
 
     def of(self, tokens: Iterable[int]) -> list[str]:
-        """Return the text of each token behind another word: " cat" begins a word, "s" does not.
+        """Return the text of each token after another word: " cat" begins a word, "s" does not.
 
         A token that is only a part of a character, or no text, has the vocabulary's own name.
         """

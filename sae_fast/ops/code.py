@@ -170,7 +170,7 @@ class SparseCode:
         except IndexError as error:
             raise IndexError(
                 f"a code of shape {tuple(self.shape)} is indexed by token: {error}; "
-                "code.latent(j) gives the values of latent j, code.dense() those of all"
+                "code.latent(j) gives the values of latent j, code.dense() all values"
             ) from None
         parts = take_rows(self.values, self.indices, self.offsets, rows.flatten())
         return self._edited(*parts, leading=tuple(rows.shape))

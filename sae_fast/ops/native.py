@@ -111,7 +111,7 @@ def _why_not(error: str, module: Path) -> str:
     if missing and "libstdc++" in missing[1]:
         return (
             f"{start} needs {missing[2]}, and the C++ library that was found first, {missing[1]}, "
-            "is older than that of the compiler: put the newer libstdc++.so.6 first in "
+            "is older than the compiler's: put the newer libstdc++.so.6 first in "
             f"LD_LIBRARY_PATH or update it (conda: `conda install libstdcxx-ng`), {_REFERENCE} "
             f"{end}"
         )

@@ -390,7 +390,7 @@ def _cell(name: str, form: Form | None) -> str:
 
 
 def _define_reference() -> torch.library.Library:
-    """Define the ops and register the reference, behind its checks, for every device."""
+    """Define the ops and register the reference, after its checks, for every device."""
     library = torch.library.Library("sae_fast", "DEF")  # type: ignore[no-untyped-call]
     for declared in OPS.values():
         library.define(declared.schema)  # type: ignore[no-untyped-call]

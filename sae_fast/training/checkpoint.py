@@ -419,7 +419,9 @@ def _check_names(path: Path, state: dict[str, Any]) -> None:
     require(is_integer(state.get("step")), "step", "a whole number", state.get("step"))
     digits = path.parent.name.removeprefix(_PREFIX)
     if path.parent.name.startswith(_PREFIX) and digits.isdigit():
-        require(int(digits) == state["step"], "step", f"that of {path.parent.name}", state["step"])
+        require(
+            int(digits) == state["step"], "step", f"the number in {path.parent.name}", state["step"]
+        )
     sums = state.get("sha256")
     known = {"sae.safetensors", "config.json", TENSORS}
     present = {name for name in known if (path.parent / name).exists()}

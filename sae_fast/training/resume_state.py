@@ -49,7 +49,7 @@ def check_values(step: int, state: Mapping[str, Any]) -> None:
             raise ValueError(f"has no {name}")
     require(is_integer(state["tokens"]), "tokens", _COUNT, state["tokens"])
     fits = state["tokens"] >= step and (state["tokens"] == 0) == (step == 0)
-    require(fits, "tokens", f"those of {step} steps", state["tokens"])
+    require(fits, "tokens", f"a number that fits {step} steps", state["tokens"])
     for name in ("seconds", "stalled_seconds"):
         require(is_number(state[name], 0), name, _AMOUNT, state[name])
     _check_config(state["config"])

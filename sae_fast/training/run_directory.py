@@ -115,7 +115,7 @@ class RunDirectory:
         own = resumed if resumed is not None and self.owns(resumed) else None
         if own is None and (newest := self.checkpoints.newest()) is not None:
             raise CheckpointError(
-                f"{self.path} already holds a run ({newest.name}): go on with it by "
+                f"{self.path} already holds a run ({newest.name}): continue it with "
                 "--resume-from latest, or name another --checkpoint-dir"
             )
         return own
@@ -280,7 +280,7 @@ def check_holds_no_runs(sae: SAEConfig, config: TrainConfig) -> None:
         return
     names = listed([str(run.relative_to(directory)) for run in runs])
     if (way := way_on_from_model(runs[0])) is not None:
-        way = f"they are of a model, go on by {way}"
+        way = f"their activations come from a model, continue with {way}"
     raise CheckpointError(
         f"{directory} holds the run{'s' if len(runs) > 1 else ''} {names}: "
         f"{way or 'add --sweep FILE, or name one of them'}"

@@ -51,7 +51,7 @@ class Schedule:
         end = f", falls from step {max(decay, step):,} on" if self.decay_steps else ""
         return (
             f"the run has {self.total_steps:,} steps now, not {state['total_steps']:,}: the "
-            f"learning rate goes on from {before:.3g} at step {step:,} to {now:.3g} at the next"
+            f"learning rate continues from {before:.3g} at step {step:,} to {now:.3g} at the next"
             f"{end} and ends with {self(self.total_steps - 1):.3g}"
         )
 

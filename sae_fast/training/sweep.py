@@ -189,7 +189,8 @@ class Sweep:
         stopped = [name for name, trainer in self.trainers.items() if trainer.is_stopped]
         if stopped:
             raise RuntimeError(
-                f"this sweep cannot advance: {stopped[0]} was stopped, and all go on together"
+                f"this sweep cannot advance: {stopped[0]} was stopped, and its trainings advance "
+                "only together"
             )
         left = self._unfinished()
         saved = [trainer.saved_step for trainer in left]
@@ -287,7 +288,7 @@ def told_apart(name: str, config: RunConfig) -> RunConfig:
     """Return the configuration of one training, with its name and group for Weights & Biases.
 
     Args:
-        name: of the training in its sweep, behind which the name of the run is given.
+        name: of the training in its sweep; the name of the run is put before it.
         config: of the training; without W&B it is returned as it is.
     """
     train = config.train
@@ -358,7 +359,7 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
     for name, config in configs.items():
         if config.train.resume_from != "latest" or config.train.checkpoint_dir is None:
             raise ValueError(
-                "the trainings of a sweep go on together: resume_from must be 'latest', of "
+                "the trainings of a sweep are resumed together: resume_from must be 'latest', of "
                 f"checkpoint_dir, got {config.train.resume_from!r}"
             )
         directory = in_mode_directory(config.sae, config.train).checkpoint_dir

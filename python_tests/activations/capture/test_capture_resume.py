@@ -121,10 +121,10 @@ def test_a_signal_ends_behind_a_whole_shard_and_says_so(
         patched.setattr(runner, "bring_to_host", interrupting)
         assert capture(inputs, tmp_path / "out") == 128 + signal.SIGTERM
     assert (
-        "stopped: the same command goes on behind 800 and 100 held-out" in capsys.readouterr().out
+        "stopped: the same command continues after 800 and 100 held-out" in capsys.readouterr().out
     )
     assert capture(inputs, tmp_path / "out") == 0
-    assert "going on behind 800 tokens in 2 shards" in capsys.readouterr().out
+    assert "continuing after 800 tokens in 2 shards" in capsys.readouterr().out
     assert_same_shards(tmp_path / "out", whole)
 
 

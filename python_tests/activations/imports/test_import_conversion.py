@@ -208,7 +208,7 @@ def test_an_interrupted_conversion_goes_on_at_the_next_shard(
     assert len(before) == shards
     assert command(source, out, "--shard-rows", "50") == 0
     if shards:
-        assert f"going on: {shards} of 4 shards are there" in capsys.readouterr().out
+        assert f"continuing: {shards} of 4 shards are there" in capsys.readouterr().out
     assert np.array_equal(stored(out).rows, all_rows(source))
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.h5")}
     assert len(after) == 4

@@ -4,7 +4,7 @@
     DIR/progress_RR.json    how far rank RR has come
     DIR/<hook point>/       shard_00000.h5 …, heldout_00.h5 and, at the end, manifest.json
 
-Shards of all hook points end at the same rows, and the progress is written behind the last of
+Shards of all hook points end at the same rows, and the progress is written after the last of
 them. So after a kill at any moment it says what is whole, and the rest is made again.
 """
 

@@ -5,7 +5,7 @@
 and its feed-forward part add to that stream, which stream_check.py makes sure of. `mlp_in.L` is
 the input of its feed-forward part, and `z.L` the input of the last matrix of its attention: the
 heads' results side by side, of which `z.L.H` is head H. Anything else is the path of a module and
-means that module's output, or with `:in` behind it that module's input. `*` in a name stands for
+means that module's output, or with `:in` after it that module's input. `*` in a name stands for
 every block, or for every name at that place of a path. Where the blocks are is found from the
 model's structure. Names of TransformerLens mean the hook points that correspond to them.
 
@@ -108,7 +108,7 @@ def find_blocks(network: nn.Module) -> Blocks:
     """Find the list of blocks: as long as the configuration says, or else the longest list.
 
     Of a model with an encoder and a decoder it is the list of the encoder. Lists of a part that
-    sees pictures or hears sounds come behind all others. Lists inside of another list, such as the
+    sees pictures or hears sounds come after all others. Lists inside of another list, such as the
     experts of a block, do not count. Raises ValueError where there is no list at all.
     """
     parts = find_parts(network)

@@ -145,7 +145,7 @@ def loaded_language_model(network: Any, tokenizer: Any) -> LanguageModel:
         raise ValueError(f"model must be a transformers model or the name of one, got {kind}")
     if not hasattr(tokenizer, "special_tokens_map"):
         raise ValueError(
-            f"tokenizer must be that of the model, of transformers, got {type(tokenizer).__name__}"
+            f"tokenizer must be the model's, of transformers, got {type(tokenizer).__name__}"
         )
     _check_parts(network)
     name = getattr(network, "name_or_path", "") or type(network).__name__

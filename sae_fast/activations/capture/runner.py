@@ -1,4 +1,4 @@
-"""The run of a capture: the model in this thread, the shards in another behind it."""
+"""The run of a capture: the model in this thread, the writing of shards in another thread."""
 
 from __future__ import annotations
 

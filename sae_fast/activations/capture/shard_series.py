@@ -191,7 +191,7 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             f"{directory}: cannot be written: {error.strerror or one_line(error)}; whole shards "
-            "are kept, and the same command goes on behind them"
+            "are kept, and the same command continues after them"
         ) from error
 
 

@@ -244,4 +244,4 @@ def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _B
 
 
 class _Left(Exception):
-    """Ends a forward pass behind the block."""
+    """Ends a forward pass after the block."""

@@ -273,7 +273,7 @@ def _labelled(
 
 
 def _round_text(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the special tokens in front of a text and behind it."""
+    """Return the special tokens before a text and after it."""
     text = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a", add_special_tokens=True)["input_ids"]
     for begin in range(len(whole) - len(text) + 1):
