@@ -13,6 +13,13 @@ WERROR := $(if $(CI),ON,OFF)
 export PATH := $(BIN):$(PATH)
 export TORCH
 
+# CI makes an environment for one run, which imports few of its modules: they are compiled at their
+# first import, once, and not all of them by pip. "no" is the value that turns --no-compile on.
+ifneq ($(CI),)
+export PIP_NO_COMPILE := no
+unexport PYTHONDONTWRITEBYTECODE
+endif
+
 .PHONY: demo test check build build-dev lint tidy docs test-cpp test-address test-thread test-cuda \
   test-python test-quick campaign wheel clean
 
@@ -54,8 +61,9 @@ $(VENV)/made: $(VENV)/tools pyproject.toml
 	printf '%s\n' "$$TORCH" > $@
 
 # One process more than cores, because tests often wait for a disk; a file of tests runs in one
-# process. With a passive wait policy waiting OpenMP threads leave the cores to other processes.
-PYTEST = OMP_WAIT_POLICY=passive python -m pytest --dist loadfile \
+# process. With a passive wait policy waiting OpenMP threads leave the cores to other processes. The
+# many processes that tests start share their compiled modules.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive python -m pytest --dist loadfile \
   -n $$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) + 1))')
 
 # The build folder is kept, so that only changed sources are compiled again.

@@ -103,7 +103,7 @@ def load_documents(
         if target_column == column:
             raise ValueError(
                 f"target_column = {target_column!r} is the column that the encoder reads too: name "
-                "another, or that of the encoder with --text-column"
+                "another, or give the encoder another with --text-column"
             )
     if is_stream:
         explained = partial(_explained, name)
