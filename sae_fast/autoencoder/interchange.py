@@ -61,12 +61,7 @@ def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
 
 def config_for(dictionary: PlainDictionary) -> SAEConfig:
     """Return the configuration of a model that is this dictionary."""
-    settings: dict[str, Any] = {
-        "arch": dictionary.arch,
-        "d_in": dictionary.d_in,
-        "d_sae": dictionary.d_sae,
-        "normalize_activations": "none",
-    }
+    settings: dict[str, Any] = {"arch": dictionary.arch, "normalize_activations": "none"}
     if dictionary.k is not None:
         settings["k"] = dictionary.k
     if dictionary.activation != "topk":
@@ -84,7 +79,7 @@ def config_for(dictionary: PlainDictionary) -> SAEConfig:
         settings["skip_connection"] = dictionary.W_skip is not None
     elif not dictionary.subtract_b_dec:
         settings["subtract_b_dec"] = False
-    return SAEConfig(**settings)
+    return SAEConfig(d_in=dictionary.d_in, d_sae=dictionary.d_sae, **settings)
 
 
 def state_for(

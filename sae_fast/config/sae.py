@@ -211,9 +211,10 @@ class SAEConfig(ConfigFile):
         heading="Selection of latents",
         brief="latents active per token; default: 32",
         elsewhere=("topk", "top_k", "activation_k"),
+        at_start=True,
     )
     """Latents active per token, on average where a batch selects; default: 32. [latents]"""
-    activation: Literal["topk", "abs_topk", "groupmax"] = setting("topk", arch=_TOPK)
+    activation: Literal["topk", "abs_topk", "groupmax"] = setting("topk", arch=_TOPK, at_start=True)
     """The k latents of a token that arch topk selects, in training and after. topk: the largest;
     abs_topk: the largest in magnitude, with their sign; groupmax: the largest of each of k
     groups."""
@@ -227,7 +228,7 @@ class SAEConfig(ConfigFile):
         1 / 8, at_least=0, arch=_TOPK, needs=Effect("multi_topk", lambda sae: sae.multi_topk)
     )
     """Weight of the squared error of these 4k latents."""
-    matryoshka_prefixes: tuple[int, ...] | None = setting(None, arch=_MATRYOSHKA)
+    matryoshka_prefixes: tuple[int, ...] | None = setting(None, arch=_MATRYOSHKA, at_start=True)
     """Sizes of the nested dictionaries, ascending, the last one d_sae; default: 1/16, 1/8, 1/4, 1/2
     and all of d_sae. [latents]"""
     matryoshka_weights: tuple[float, ...] | None = setting(None, arch=_MATRYOSHKA)
@@ -361,7 +362,7 @@ class SAEConfig(ConfigFile):
     components that hold 99 % of the variance of the first activations; kaiming: W_enc is uniform
     within 1/sqrt(d_in), and W_dec its rows at unit length. With a transcoder the two are drawn
     independently, W_dec within the components of the targets."""
-    decoder_norm: Literal["unit", "free"] | None = setting(None, arch=_THRESHOLDED)
+    decoder_norm: Literal["unit", "free"] | None = setting(None, arch=_THRESHOLDED, at_start=True)
     """unit: decoder rows keep norm 1; free: they have any; default: free with relu, else unit."""
     decoder_init_norm: float | None = setting(
         None, above=0, arch=_THRESHOLDED, run_needs=_A_NEW_MODEL

@@ -51,6 +51,7 @@ class Rules:
             a resumed run that leaves it open keeps the value it began with. Without either
             a setting of the model must stay, and one of the training may change, which is logged.
         of_start: a training that starts from another model must have the value of that model.
+        at_start: a training that starts from another model and leaves it open takes its value.
         sweep: the trainings of a sweep may differ in this setting of their training.
         shards_only: why the setting has no place in a training straight from a model.
         decided_by: the setting of FromModelConfig that decides it in such a training.
@@ -83,6 +84,7 @@ class Rules:
     within_run: bool = False
     on_resume: Literal["free", "kept"] | None = None
     of_start: bool = False
+    at_start: bool = False
     sweep: bool = False
     shards_only: str = ""
     decided_by: str = ""

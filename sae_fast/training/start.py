@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _COUNTERS = ("tokens_since_fired",)
 _NORMALIZATION = ("activation_mean", "activation_scale", "target_mean", "target_scale")
-_SELECTION = ("k", "activation", "matryoshka_prefixes", "decoder_norm")
 _UNIT = 1e-4  # how far the norm of a decoder row may be from 1 and be called 1
 _OTHER_UNITS = 4.0  # factor of the variance
 
@@ -225,7 +224,7 @@ def taken_from(known: SparseAutoencoder | None, sae: SAEConfig) -> SAEConfig:
         return sae  # which `check_start` refuses
     rules = rules_of(before)
     left = [name for name in rules if rules[name].of_start and name not in ("d_in", "d_out")]
-    left += [name for name in _SELECTION if before.takes(name)]
+    left += [name for name in rules if rules[name].at_start and before.takes(name)]
     if "expansion_factor" in given:
         left.remove("d_sae")
     if before.normalize_activations == "none":
