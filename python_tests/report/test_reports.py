@@ -119,7 +119,8 @@ def test_the_report_of_a_comparison_has_its_pairs_and_the_heatmap() -> None:
 
 def test_charts_place_numbers_where_they_are() -> None:
     linear = Chart("t", "x", "y", [Series([(0.0, 0.0), (10.0, 100.0)])]).svg()
-    assert 'd="M54.0 210.0L408.0 10.0"' in linear
+    # 3 % of the axis is left at both ends: of 354 and 200 units.
+    assert f'd="M{54 + 354 * 0.03 / 1.06:.1f} {210 - 200 * 0.03 / 1.06:.1f}L' in linear
     assert ">100</text>" in linear
     points = [(1.0, 1.0), (1000.0, 2.0)]
     logarithmic = Chart("t", "x", "y", [Series(points)], may_be_logarithmic=(True, True)).svg()

@@ -10,6 +10,7 @@ from typing import Literal
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40  # margins
+_ROOM = 0.03  # of an axis, between its ends and the outermost points
 _TICKS = 5
 _WIDE = 10.0  # from here on an axis that may be logarithmic is
 
@@ -69,13 +70,14 @@ class Chart:
         points = [point for series in drawn for point in series.points]
         if not points:
             return '<p class="soft">There is no value to draw.</p>'
+        room = 0.0 if has_bars else _ROOM
         horizontal = _Axis(
             [*(p[0] for p in points), *(p[0] + self.bar_width for p in points if has_bars)],
-            *(_LEFT, _WIDTH - _RIGHT, self.may_be_logarithmic[0]),
+            *(_LEFT, _WIDTH - _RIGHT, self.may_be_logarithmic[0], room),
         )
         vertical = _Axis(
             [*(p[1] for p in points), *([0.0] if has_bars else [])],
-            *(_HEIGHT - _BOTTOM, _TOP, self.may_be_logarithmic[1]),
+            *(_HEIGHT - _BOTTOM, _TOP, self.may_be_logarithmic[1], room),
         )
         parts = [*_grid(horizontal, vertical, self.x, self.y)]
         for number, series in enumerate(drawn):
@@ -107,7 +109,12 @@ class _Axis:
     """Places numbers between two ends of the drawing."""
 
     def __init__(
-        self, values: Sequence[float], start: float, end: float, may_be_logarithmic: bool
+        self,
+        values: Sequence[float],
+        start: float,
+        end: float,
+        may_be_logarithmic: bool,
+        room: float,
     ) -> None:
         low, high = min(values), max(values)
         self._is_logarithmic = may_be_logarithmic and low > 0 and high / low >= _WIDE
@@ -115,7 +122,9 @@ class _Axis:
             low, high = math.log10(low), math.log10(high)
         if high <= low:
             low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
-        self._low, self._high, self._start, self._end = low, high, start, end
+        margin = room * (high - low)
+        self._low, self._high = low - margin, high + margin
+        self._start, self._end = start, end
 
     def place(self, value: float) -> float:
         """Return where a number is."""

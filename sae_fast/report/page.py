@@ -104,7 +104,9 @@ class Page:
         lines = []
         for value, texts, place in contexts:
             shown = [escape(text.replace("\n", "↵")) for text in texts]
-            shown[place] = f"<mark>{shown[place]}</mark>"
+            bare = shown[place].lstrip(" ") or shown[place]
+            blank = shown[place][: len(shown[place]) - len(bare)]
+            shown[place] = f"{blank}<mark>{bare}</mark>"
             lines.append(f'<p class="context"><b>{value:7.3g}</b>  {"".join(shown)}</p>')
         self._parts.append(
             f'<div class="latent"><h3>{escape(title)}</h3><p class="soft">{escape(about)}</p>'
