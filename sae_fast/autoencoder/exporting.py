@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_fast import interop
 from sae_fast.autoencoder import expected_codes
 from sae_fast.autoencoder.expected_codes import Agreement
 from sae_fast.autoencoder.interchange import to_plain
+from sae_fast.autoencoder.model_card import model_card
 from sae_fast.interop import DictionaryError
 
 if TYPE_CHECKING:
@@ -39,3 +42,23 @@ def export(sae: SparseAutoencoder, directory: str | Path, to: str = OWN) -> Agre
     if not agreement.holds:
         raise DictionaryError(f"{place}: what was written differs: {agreement}")
     return agreement
+
+
+def push_to_hub(
+    sae: SparseAutoencoder,
+    name: str,
+    to: str,
+    subfolder: str | None,
+    private: bool | None,
+    figures: Mapping[str, Any] | None,
+) -> str:
+    """Write a model and its card, upload both, and return the address of the commit.
+
+    See `SparseAutoencoder.push_to_hub`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "dictionary"
+        export(sae, directory, to)
+        card = model_card(sae, name, to, figures)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        return interop.upload(directory, name, subfolder, private)

@@ -922,6 +922,34 @@ class SparseAutoencoder(nn.Module):
 
         return export(self, directory, to)
 
+    def push_to_hub(
+        self,
+        name: str,
+        to: str = "sae_fast",
+        *,
+        subfolder: str | None = None,
+        private: bool | None = None,
+        figures: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload the dictionary to the Hugging Face hub, with a page on it; return the address.
+
+        It needs huggingface_hub, and an account that `hf auth login` or HF_TOKEN names. What is
+        uploaded is what `export` writes, so that `from_pretrained(name)` reads it.
+
+        Args:
+            name: of the repository, owner/name; it is made if need be.
+            to: the format, as `export` takes it.
+            subfolder: of the repository, for one of several dictionaries.
+            private: whether a new repository is private; None: the account's default.
+            figures: numbers and texts for the page by name, such as `get_reconstruction_error`
+                returns, or the metrics of `sae_fast.evaluate`.
+
+        Raises ValueError, in one line, for what the format cannot express or the hub refuses.
+        """
+        from sae_fast.autoencoder.exporting import push_to_hub
+
+        return push_to_hub(self, name, to, subfolder, private, figures)
+
     @classmethod
     @torch.inference_mode(False)
     def from_pretrained(

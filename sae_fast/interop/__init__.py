@@ -8,7 +8,7 @@ from sae_fast.interop.dictionary import PlainDictionary, folded, with_subtractio
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import Format
 from sae_fast.interop.formats import FORMATS, dictionaries_in, read, recognise, write
-from sae_fast.interop.hub import download
+from sae_fast.interop.hub import download, upload
 
 __all__ = [
     "FORMATS",
@@ -20,6 +20,7 @@ __all__ = [
     "folded",
     "read",
     "recognise",
+    "upload",
     "with_subtraction",
     "write",
 ]

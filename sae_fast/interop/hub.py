@@ -33,7 +33,7 @@ def download(name: str, subfolder: str | None = None, revision: str | None = Non
         raise DictionaryError(
             f"{name}: no such directory, and the Hugging Face hub answers: {one_line(error)}"
         ) from None
-    wanted = _files_of(name, files, subfolder)
+    wanted = files_of(name, files, subfolder)
     try:
         root = Path(hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
@@ -41,7 +41,33 @@ def download(name: str, subfolder: str | None = None, revision: str | None = Non
     return root if subfolder is None else root / subfolder
 
 
-def _files_of(name: str, files: list[str], subfolder: str | None) -> list[str]:
+def upload(directory: Path, name: str, subfolder: str | None, private: bool | None) -> str:
+    """Upload the files of a directory into a repository, made if need be; return its address.
+
+    Args:
+        directory: of the files.
+        name: of the repository, owner/name.
+        subfolder: of the repository, where the files go; None: its root.
+        private: whether a new repository is private; None: the default of the account.
+
+    Raises DictionaryError where the hub does not take them.
+    """
+    hub = _library()
+    try:
+        api = hub.HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=name,
+            folder_path=directory,
+            path_in_repo=subfolder,
+            commit_message="Upload a dictionary",
+        )
+    except Exception as error:  # of the network, of the name, of the rights
+        raise DictionaryError(f"{name}: cannot be uploaded: {one_line(error)}") from None
+    return str(done.commit_url)
+
+
+def files_of(name: str, files: list[str], subfolder: str | None) -> list[str]:
     """Return the files of one dictionary, or raise DictionaryError naming what there is."""
     if subfolder in files:
         beside = PurePosixPath(str(subfolder)).parent
@@ -61,7 +87,7 @@ def _files_of(name: str, files: list[str], subfolder: str | None) -> list[str]:
     if not below:
         raise DictionaryError(f"{name}: the repository has no dictionary")
     places = [file if len(weights) > 1 else str(PurePosixPath(file).parent) for file in below]
-    there = listed(list(dict.fromkeys(places)), 4)
+    there = listed(sorted(dict.fromkeys(places)), 4)
     where = f" in {subfolder}" if subfolder else ""
     raise DictionaryError(
         f"{name}: has {'several dictionaries' if len(weights) > 1 else 'no dictionary'}{where}: "

@@ -1,0 +1,70 @@
+"""The page that a repository of a dictionary shows: what it is, its figures, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_fast.autoencoder.model import SparseAutoencoder
+
+_FIELDS = ("d_in", "d_out", "d_sae", "k", "activation", "target_l0")
+
+
+def model_card(
+    sae: SparseAutoencoder, name: str, to: str, figures: Mapping[str, Any] | None = None
+) -> str:
+    """Return a page in Markdown with the head that the Hugging Face hub reads.
+
+    Args:
+        sae: the model.
+        name: of the repository, owner/name.
+        to: the format of its files.
+        figures: numbers and texts by name, such as the metrics of an evaluation.
+    """
+    config, origin = sae.config, sae.origin
+    head: dict[str, Any] = {
+        "library_name": "sae_lens" if to == "saelens" else "sae_fast",
+        "tags": ["sparse-autoencoder", "mechanistic-interpretability"],
+    }
+    if "model" in origin:
+        head["base_model"] = origin["model"]
+    place = " of ".join(str(origin[key]) for key in ("hook", "model") if key in origin)
+    kind = "transcoder" if config.transcoder else "sparse autoencoder"
+    facts: dict[str, Any] = {"architecture": config.arch}
+    facts |= {field: getattr(config, field) for field in _FIELDS if getattr(config, field)}
+    if config.activation == "topk":
+        facts.pop("activation", None)
+    facts |= {key: value for key, value in origin.items() if not isinstance(value, dict)}
+    targets = origin.get("targets")
+    if isinstance(targets, dict):
+        facts |= {f"target {key}": value for key, value in targets.items()}
+    call = f'SparseAutoencoder.from_pretrained("{name}")'
+    parts = [
+        "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items()) + "\n---",
+        f"# A {kind}{f' of {place}' if place else ''}",
+        _table("what", "value", facts),
+    ]
+    if figures:
+        shown = {key: _shown(value) for key, value in figures.items()}
+        parts += ["## Figures", _table("figure", "value", shown)]
+    parts += [
+        "## Use",
+        f"```python\nfrom sae_fast import SparseAutoencoder\n\nsae = {call}\n"
+        "code = sae.encode(activations)  # raw activations of the hook point above\n```",
+        "`expected_codes.safetensors` has rows with the codes that the files must give; "
+        "`python -m sae_fast.verify DIR` compares them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(left: str, right: str, entries: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in entries.items()
+    ]
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *rows])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
