@@ -44,7 +44,7 @@ def _version(package: str) -> str:
 def _kernel_lines(info: dict[str, object]) -> list[tuple[str, str]]:
     if info["backend"] == "reference":
         return [("kernels", f"pure-PyTorch reference, many times slower: {info['reason']}")]
-    cuda = f"none: {info['why_no_cuda']}"
+    cuda = f"none; reason at the build: {info['why_no_cuda']}"
     if info["cuda"]:
         cuda = f"CUDA {info['cuda']}, architectures {_words(info['cuda_architectures'])}"
     lines = [
