@@ -243,12 +243,15 @@ class ModularAddition(Task):
         for row, (name, entry) in enumerate(first.items()):
             for column, wave in enumerate(entry["details"]["waves"]):
                 axes = cells[row * n_columns + column]
-                axes.plot(wave["means"], color=f"C{row}", linewidth=1.2)
+                phases = int(wave["frequency"]) * torch.arange(self.config.p) % self.config.p
+                order = phases.argsort(stable=True).tolist()
+                shown = [wave["means"][t] for t in order]  # a wave of this frequency is one period
+                axes.plot(shown, color=f"C{row}", linewidth=1.2)
                 title = f"frequency {wave['frequency']}, by {wave['variable']}"
                 axes.set_title(f"{title}: {wave['strength']:.2f}", fontsize=8)
                 axes.tick_params(labelsize=7)
                 axes.grid(alpha=0.3)
                 if column == 0:
                     axes.set_ylabel(name, fontsize=9)
-        title = "Mean activation of the latent of each key frequency, and its strength; first seed"
+        title = "Mean activation by w · t mod p of the latent of each key frequency w; first seed"
         return finish(figure, title, out / "waves.png")
