@@ -84,6 +84,26 @@ _BART = {
 }
 PAIRED = {"t5": _T5, "bart": _BART, "umt5": _T5}
 
+_EYE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_DINO = {**_EYE, "mlp_ratio": 2, "layerscale_value": 0.5}
+_READER = {**_SHAPE, "num_hidden_layers": 2}
+# Models that read images of 16 x 16 in patches of 4 x 4.
+SEEING = {
+    "clip": {"vision_config": _EYE, "text_config": _READER, "projection_dim": 8},
+    "clip_vision_model": _EYE,
+    "siglip": {"vision_config": _EYE, "text_config": _READER},
+    "dinov2": _DINO,
+    "dinov2_with_registers": {**_DINO, "num_register_tokens": 2},
+    "vit": _EYE,
+}
+
 # Sizes by the names in most configurations of transformers.
 TRANSFORMER = {
     "vocab_size": 40,
@@ -132,6 +152,27 @@ def make_encoder_decoder(name, *, head=True, **settings):
     if head:
         network.generation_config.pad_token_id = 0
     return network
+
+
+def make_image_model(name):
+    """Make a model that reads images, and its image processor, with random weights."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(name, **SEEING[name])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = transformers.AutoModel.from_config(config).eval()
+        for weight in network.parameters():
+            weight.data.add_(0.1 * torch.randn_like(weight))
+    size = {"height": 16, "width": 16}
+    return network, transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=size)
+
+
+def save_image_model(directory, name):
+    """Write a model that reads images as a user's folder of it."""
+    for part in make_image_model(name):
+        part.save_pretrained(directory)
+    return directory
 
 
 def make_tokenizer(causal, *, bos="<s>", eos="</s>"):

@@ -19,7 +19,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from small_models import make_encoder_decoder, make_tokenizer, save_model
+from matplotlib.image import imsave
+from small_models import (
+    make_encoder_decoder,
+    make_tokenizer,
+    save_image_model,
+    save_model,
+)
 from small_texts import make_texts
 
 from sae_fast import biographies, convert_shards, plot, swap, train
@@ -208,6 +214,10 @@ def test_commands_of_a_page_run(page, place, monkeypatch, capsys):
         make_tokenizer(False).save_pretrained("google-t5/t5-small")
         pairs = [{"article": "the cat sat", "summary": "the cat"}, {"article": "a", "summary": "a"}]
         Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    if "dinov2-base" in text:
+        save_image_model("facebook/dinov2-base", "dinov2")
+        Path("photos").mkdir()
+        imsave("photos/noise.png", np.random.default_rng(0).random((20, 20)))
     if re.search(r"\b(SRC|DIR|MLP_IN)\b", text):
         make_rows()
     if "tokenizer.json" in text:

@@ -142,6 +142,7 @@ def _ranks() -> tuple[int, int, int | None]:
 
 def _announce(capture: Capture, directory: CaptureDirectory, output: CommandOutput) -> int:
     """Print what will be captured and the disk space it needs; return the rows of this rank."""
+    from sae_fast.activations.capture.documents import Kind
     from sae_fast.activations.capture.runner import check_space, needed_bytes
 
     config, sequences = capture.config, capture.batches.config
@@ -155,8 +156,9 @@ def _announce(capture: Capture, directory: CaptureDirectory, output: CommandOutp
     if directory.rank == 0:
         hooks = ", ".join(f"{name} ({width})" for name, width in capture.widths.items())
         count = capture.batches.documents.count
-        documents = "a stream of documents" if count is None else f"{count:,} documents"
-        how = "packed" if sequences.pack else "one document each"
+        kind = "image" if capture.batches.documents.kind is Kind.IMAGES else "document"
+        documents = f"a stream of {kind}s" if count is None else f"{count:,} {kind}s"
+        how = "packed" if sequences.pack else f"one {kind} each"
         output.say(
             f"capturing {hooks} of {config.model} over {documents} in sequences of "
             f"{sequences.ctx_len} tokens, {how}"

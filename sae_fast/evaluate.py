@@ -254,8 +254,7 @@ class _Model:
         if self._loaded is not None and name != self._name:
             raise ValueError(f"all dictionaries must be of one model, got {self._name} and {name}")
         capture = open_capture(config.capture_config(name, hooks), model=self._loaded)
-        self._loaded, self._name = capture.model, name
-        check_predicts(capture.model)
+        self._loaded, self._name = check_predicts(capture.model), name
         found = {hook.name: hook for hook in capture.hooked.hooks}
         if len(found) != len(set(hooks)):
             raise ValueError(f"hook must name one hook point, got {' '.join(found)}")

@@ -41,7 +41,7 @@ class CaptureConfig(ConfigFile):
     dataset: str | None = setting(
         None, positional=True, metavar="DATASET", brief="a dataset on the hub, a folder, or files"
     )
-    """A dataset on the hub, a folder, or .jsonl, .json, .txt, .csv or .parquet files."""
+    """A dataset on the hub, a folder, or .jsonl, .json, .txt, .csv, .parquet or image files."""
     out: Path | None = setting(None, metavar="DIR", brief="directory to write")
     """Directory to write: a folder of shards for each hook point, and capture.json."""
     layers: tuple[int, ...] = setting((), brief="blocks whose output is captured, from 0")
@@ -103,6 +103,9 @@ class CaptureConfig(ConfigFile):
     target_column: str | None = setting(None, nonempty=True)
     """Column of the dataset with the texts that a decoder reads (T5) while its encoder reads the
     ones of --text-column, for hook points such as decoder.residual.L."""
+    image_column: str | None = setting(None, nonempty=True)
+    """Column of the dataset with images, whose patches become rows (CLIP, SigLIP, DINOv2); default:
+    the only one, where no column holds texts."""
     chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
     """Read conversations, lists of messages, with the template that the tokenizer has (the bare
     flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
@@ -134,6 +137,11 @@ class CaptureConfig(ConfigFile):
     trust_remote_code: bool = setting(False)
     """Run the code that comes with a model in its folder or on the hub. It can do anything that you
     can: read it before."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = setting(None)
+    """Divide the model over the GPUs with accelerate, and where they are too small, over the memory
+    of the host; in place of --device."""
+    quantization: Literal["none", "8bit", "4bit"] = setting("none")
+    """Bits of the model's matrices, by bitsandbytes."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda; torchrun gives each of its processes a GPU of its own."""
     num_threads: int | None = setting(None, at_least=1)
@@ -231,6 +239,9 @@ class FromModelConfig(ConfigFile):
     target_column: str | None = setting(None, nonempty=True)
     """Column of the dataset with the texts that a decoder reads (T5) while its encoder reads the
     ones of --text-column, for hook points such as decoder.residual.L."""
+    image_column: str | None = setting(None, nonempty=True)
+    """Column of the dataset with images, whose patches become rows (CLIP, SigLIP, DINOv2); default:
+    the only one, where no column holds texts."""
     chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
     """Read conversations, lists of messages, with the template that the tokenizer has (the bare
     flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
@@ -264,6 +275,8 @@ class FromModelConfig(ConfigFile):
         "auto", command_only=True
     )
     """Type in which the model runs; auto: as in its checkpoint."""
+    quantization: Literal["none", "8bit", "4bit"] = setting("none", command_only=True)
+    """Bits of the model's matrices, by bitsandbytes."""
     trust_remote_code: bool = setting(False, command_only=True)
     """Run the code that comes with a model in its folder or on the hub. It can do anything that you
     can: read it before."""
@@ -298,6 +311,10 @@ def _check_columns(config: CaptureConfig | FromModelConfig) -> None:
         ("chat_template", "tokens_column"),
         ("target_column", "tokens_column"),
         ("target_column", "chat_template"),
+        ("image_column", "text_column"),
+        ("image_column", "tokens_column"),
+        ("image_column", "target_column"),
+        ("image_column", "chat_template"),
     )
     for pair in exclusive:
         one, other = (getattr(config, name) for name in pair)

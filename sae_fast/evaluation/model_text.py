@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sae_fast.activations.capture import LanguageModel
 from sae_fast.activations.capture.hooks import HookPoint
+from sae_fast.activations.capture.image_model import ImageModel
+from sae_fast.activations.capture.images import ImageBatches
 from sae_fast.activations.capture.language_model import check_reads_once
 from sae_fast.activations.capture.plan import Capture
 from sae_fast.activations.capture.sequences import TokenBatches
@@ -12,7 +14,7 @@ from sae_fast.evaluation.language_model import ModelText, token_columns
 
 def model_text(
     capture: Capture,
-    batches: TokenBatches,
+    batches: TokenBatches | ImageBatches,
     hooks: tuple[HookPoint, ...],
     widths: tuple[int, ...],
     *,
@@ -31,8 +33,8 @@ def model_text(
 
     Raises ValueError for a model without a head, and a dictionary of another width.
     """
-    model = capture.model
-    check_predicts(model)
+    model = check_predicts(capture.model)
+    assert isinstance(batches, TokenBatches)  # which a language model reads
     for hook, width in zip(hooks, widths, strict=True):
         if capture.widths[hook.name] != width:
             raise ValueError(
@@ -56,11 +58,12 @@ def model_text(
     )
 
 
-def check_predicts(model: LanguageModel) -> None:
-    """Raise ValueError for a model without a head, or one that reads two texts."""
-    if model.network.get_output_embeddings() is None:
+def check_predicts(model: LanguageModel | ImageModel) -> LanguageModel:
+    """Return a model; raise ValueError where it has no head, or reads images or two texts."""
+    if isinstance(model, ImageModel) or model.network.get_output_embeddings() is None:
         raise ValueError(
             "the losses of a model need its head: "
             f"{type(model.network).__name__} predicts no tokens"
         )
     check_reads_once(model.network)
+    return model

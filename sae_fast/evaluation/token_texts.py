@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.activations import ShardSet
-from sae_fast.activations.capture.language_model import capture_package
+from sae_fast.activations.capture.packages import capture_package
 from sae_fast.activations.mixing import origin_of
 
 TOKENIZER_FILE = "tokenizer.json"

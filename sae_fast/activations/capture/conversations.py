@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sae_fast.activations.capture.documents import Documents
-from sae_fast.activations.capture.language_model import capture_package
+from sae_fast.activations.capture.packages import capture_package
 
 OWN_TEMPLATE = "tokenizer"  # as the name of a template: the one that the tokenizer has
 ASSISTANT = "assistant"

@@ -1,7 +1,8 @@
 """The documents of a dataset, in the order in which they are captured, which a seed decides.
 
 A document is one entry of a column: a text, tokens, or a conversation. Or it is a pair of texts, in
-two columns: what an encoder reads, and what its decoder does.
+two columns: what an encoder reads, and what its decoder does. Or it is an image, as datasets keeps
+it: a dictionary with its bytes, or with the path of its file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ class Kind(Enum):
     TOKENS = "tokens_column"
     CONVERSATIONS = "chat_template"
     PAIRS = "target_column"
+    IMAGES = "image_column"
 
 
 class Documents:
@@ -77,8 +80,8 @@ class Documents:
     def read(self, start: int, stop: int) -> tuple[Numbers, list[Any]]:
         """Return numbers in the dataset and documents start..stop of the order.
 
-        A document is a text, tokens [n] int64, a list of messages, or a pair of texts; one that is
-        not there is empty.
+        A document is a text, tokens [n] int64, a list of messages, or a pair of texts, and empty
+        where there is none; or it is an image, and None where there is none.
         """
         places = np.arange(start, min(stop, len(self)))
         numbers = places if self._order is None else self._order[places]
@@ -90,6 +93,8 @@ class Documents:
             return [np.array(tokens or [], np.int64) for tokens in found]
         if self.kind is Kind.PAIRS:
             return [(source or "", target or "") for source, target in found]
+        if self.kind is Kind.IMAGES:
+            return found
         nothing: Any = "" if self.kind is Kind.TEXTS else []
         return [document or nothing for document in found]
 
@@ -100,7 +105,10 @@ class Documents:
         """
         digest = hashlib.sha256(f"{'stream' if self.count is None else self.count}".encode())
         for document in self._sampled():
-            if isinstance(document, np.ndarray):
+            if self.kind is Kind.IMAGES:
+                document = _content_of(document)
+                content = document[:FINGERPRINT_CHARACTERS]
+            elif isinstance(document, np.ndarray):
                 content = document[:FINGERPRINT_CHARACTERS].astype("<i8").tobytes()
             else:
                 text = document if isinstance(document, str) else json.dumps(document, default=str)
@@ -111,6 +119,16 @@ class Documents:
     def _sampled(self) -> list[Any]:
         count = min(len(self), FINGERPRINT_DOCUMENTS)
         return self.converted(self._entries.take(np.arange(count) * len(self) // count))
+
+
+def _content_of(image: Any) -> bytes:
+    """Return the bytes of an image as they are stored, or its address where it is elsewhere."""
+    if image is None:
+        return b""
+    if image.get("bytes") is not None:
+        return bytes(image["bytes"])
+    path = Path(image["path"])
+    return path.read_bytes() if path.is_file() else str(image["path"]).encode()
 
 
 class Column:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast.activations.background import prefetch
+from sae_fast.activations.capture.images import ImageBatches
 from sae_fast.activations.capture.language_model import HookedModel
+from sae_fast.activations.capture.loading import device_of
 from sae_fast.activations.capture.sequences import TokenBatch, TokenBatches, TokenCursor
 
 AHEAD = 4  # batches that are tokenised ahead of the model
@@ -68,7 +70,7 @@ class Harvester:
     def __init__(
         self,
         model: HookedModel,
-        batches: TokenBatches,
+        batches: TokenBatches | ImageBatches,
         *,
         max_tokens: int | None = None,
         rank: int = 0,
@@ -98,7 +100,7 @@ class Harvester:
 
         Raises ValueError for a token that the model does not know.
         """
-        device = next(self.model.network.parameters()).device
+        device = device_of(self.model.network)
         made = prefetch(
             self.batches.iterate(cursor), AHEAD, name="tokens", does="tokenises the documents"
         )
@@ -115,6 +117,7 @@ class Harvester:
     def _run(self, batch: TokenBatch, kept: Tensor, device: torch.device) -> Harvest:
         source = None if batch.source is None else batch.source.to(device)
         read = [batch.tokens, *([] if batch.source is None else [batch.source.tokens])]
+        pixels = None if batch.pixels is None else batch.pixels.to(device)
         highest = max(int(tokens.max()) for tokens in read)
         if self._vocabulary is not None and highest >= self._vocabulary:
             raise ValueError(
@@ -122,13 +125,13 @@ class Harvester:
                 f"{highest:,}: is it the tokenizer of another model?"
             )
         mask = None if batch.mask is None else batch.mask.to(device)
-        activations = self.model.activations(batch.tokens.to(device), mask, source)
+        activations = self.model.activations(batch.tokens.to(device), mask, source, pixels)
         # Found on the host: a mask on a GPU would have the host wait for its count.
         places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1).to(device)
         flat = {name: rows.flatten(0, 1) for name, rows in activations.items()}
         return Harvest(
             {
-                name: rows if places is None else rows.index_select(0, places)
+                name: rows if places is None else rows.index_select(0, places.to(rows.device))
                 for name, rows in flat.items()
             },
             batch.tokens[kept].int(),

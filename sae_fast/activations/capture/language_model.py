@@ -6,21 +6,31 @@ the last hook point has given its activations, which are the very bits of a whol
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import inspect
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_fast.activations.capture.hooks import HookPoint, find_parts
+from sae_fast.activations.capture.image_model import run_on_pixels
+from sae_fast.activations.capture.loading import (
+    AUTO,
+    NONE,
+    Placement,
+    checked_device,
+    device_of,
+    explained,
+    load_network,
+    model_dtype,
+    quiet,
+    weights_digest,
+)
+from sae_fast.activations.capture.packages import capture_package
 from sae_fast.activations.capture.probe import (
     Source,
     probe_tokens,
@@ -30,21 +40,7 @@ from sae_fast.activations.capture.probe import (
 )
 from sae_fast.activations.capture.splicing import hooked
 
-
-def capture_package(name: str) -> Any:
-    """Import transformers or datasets; raise ValueError saying how to install them."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"capturing needs {name}: install it (pip install 'sae_fast[capture]')"
-        ) from error
-
-
-AUTO = "auto"
-MODEL_DTYPES = (AUTO, "float32", "bfloat16", "float16")
 PROTEIN_MODELS = ("esm",)  # model_type of ESM-1b and ESM-2
-DIGEST_NUMBERS = 1024  # of each parameter that go into the digest of the weights
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return next(self.network.parameters()).device  # type: ignore[no-any-return]
+        return device_of(self.network)
 
     @property
     def context(self) -> int | None:
@@ -82,12 +78,7 @@ class LanguageModel:
 
     def weights_digest(self) -> str:
         """Return a hash of the first numbers of each parameter, by which models are told apart."""
-        digest = hashlib.sha256()
-        for name, parameter in self.network.named_parameters():
-            first = parameter.detach().flatten()[:DIGEST_NUMBERS].float().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(first.numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        return weights_digest(self.network)
 
     def tokenizer_digest(self) -> str:
         """Return a hash of all that decides how text becomes tokens."""
@@ -105,6 +96,8 @@ def load_language_model(
     revision: str | None = None,
     dtype: str = AUTO,
     device: str = "cpu",
+    device_map: str | None = None,
+    quantization: str = NONE,
     trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a model from a folder or the hub, as the class that its checkpoint names.
@@ -114,25 +107,26 @@ def load_language_model(
         revision: a branch, tag or commit on the hub.
         dtype: one of MODEL_DTYPES; auto: the type of the checkpoint.
         device: where it runs.
+        device_map: how accelerate divides it over devices, one of DEVICE_MAPS; None: it does not.
+        quantization: bits of its matrices, one of QUANTIZATIONS, by bitsandbytes.
         trust_remote_code: whether code that comes with the model is run.
 
     Raises:
         ValueError: in one line, where there is no such model or it cannot be captured from.
     """
-    if dtype not in MODEL_DTYPES:
-        raise ValueError(f"model_dtype must be one of {', '.join(MODEL_DTYPES)}, got {dtype!r}")
-    place = _checked_device(device)
+    kind = model_dtype(dtype)
+    placement = Placement(device, device_map, quantization)
+    checked_device(device)
     transformers = capture_package("transformers")
-    kind = dtype if dtype == AUTO else getattr(torch, dtype)
-    with _quiet(transformers), _explained(name):
+    with quiet(transformers), explained(name):
         # False: code that comes with a model is neither run nor asked about.
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(name, **where)
+        _check_reads_texts(config, transformers)
         loader = getattr(transformers, _class_of(config, transformers))
-        network = loader.from_pretrained(name, dtype=kind, **where)
+        network, _ = load_network(loader, name, kind, placement, **where)
         _check_parts(network)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
-    network = network.to(place).eval().requires_grad_(False)
     commit = getattr(config, "_commit_hash", None)
     return LanguageModel(network, tokenizer, name, commit, _sees_only_earlier(network, tokenizer))
 
@@ -176,10 +170,12 @@ class HookedModel:
         tokens: Tensor,  # [B, T] int64
         mask: Tensor | None = None,  # [B, T] bool, False for padding; None: there is none
         source: Source | None = None,
+        pixels: Tensor | None = None,  # [B, 3, H, W] float32, of a model that reads images
     ) -> dict[str, Tensor]:
         """Run the model; return the activations [B, T, D] of each hook point by its name.
 
-        Where the hook points are in a decoder, it reads the tokens, and its encoder the source.
+        Where the hook points are in a decoder, it reads the tokens, and its encoder the source. A
+        model that reads images reads the pixels; of the tokens only the shape counts.
 
         Raises ValueError where a hook point has something else, or runs more than once.
         """
@@ -194,7 +190,10 @@ class HookedModel:
                 keep = self._keeper(hook, tokens, outputs, versions)
                 handles.enter_context(hooked(self.network, hook, keep))
             with suppress(_AllFoundError):
-                run_on_tokens(self.network, tokens, mask, source)
+                if pixels is not None:
+                    run_on_pixels(self.network, pixels)
+                else:
+                    run_on_tokens(self.network, tokens, mask, source)
         for hook in self.hooks:
             if hook.name not in outputs:
                 raise ValueError(f"{hook.name}: the model does not run {hook.module}")
@@ -203,12 +202,15 @@ class HookedModel:
                 raise ValueError(f"{hook.name}: the model changes this {side} in place afterwards")
         return {hook.name: outputs[hook.name] for hook in self.hooks}
 
-    def widths(self) -> dict[str, int]:
-        """Return the width D of each hook point by its name, found by running one token."""
-        tokens = torch.zeros(1, 1, dtype=torch.int64, device=next(self.network.parameters()).device)
+    def widths(self, pixels: Tensor | None = None, rows: int = 1) -> dict[str, int]:
+        """Return the width D of each hook point by its name.
+
+        It is found by running one token, or an image [1, 3, H, W] with its number of rows.
+        """
+        tokens = torch.zeros(1, rows, dtype=torch.int64, device=device_of(self.network))
         source = whole_source(tokens) if self.decodes else None
-        found = self.activations(tokens, source=source)
-        return {name: rows.shape[-1] for name, rows in found.items()}
+        found = self.activations(tokens, source=source, pixels=pixels)
+        return {name: activations.shape[-1] for name, activations in found.items()}
 
     def _keeper(
         self, hook: HookPoint, tokens: Tensor, outputs: dict[str, Tensor], versions: dict[str, int]
@@ -299,6 +301,19 @@ def _check_parts(network: nn.Module) -> None:
             raise ValueError(f"{kind} reads no tokens in its {path}, only texts are read by both")
 
 
+def _check_reads_texts(config: Any, transformers: Any) -> None:
+    """Raise ValueError for a model that reads images alone."""
+    auto = capture_package("transformers.models.auto.modeling_auto")
+    kind = auto.MODEL_MAPPING_NAMES.get(config.model_type)
+    if hasattr(config, "text_config") or not isinstance(kind, str):
+        return
+    if getattr(getattr(transformers, kind, None), "main_input_name", None) == "pixel_values":
+        raise ValueError(
+            "it reads images, and the documents are texts: give a folder of image files, or name "
+            "the column of images with --image-column"
+        )
+
+
 def check_reads_once(network: nn.Module) -> None:
     """Raise ValueError for a model with an encoder and a decoder, whose losses need two texts."""
     if find_parts(network) is not None:
@@ -327,58 +342,6 @@ def _class_of(config: Any, transformers: Any) -> str:
 
 def _class_named(config: Any, *endings: str) -> bool:
     return any(name.endswith(endings) for name in config.architectures or ())
-
-
-def _checked_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: torch has no device {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: torch finds no CUDA device, got {name!r}")
-    return device
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn any error of transformers while it loads a model into a ValueError of one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"model: {name} cannot be loaded: it needs code of its own to be run, which "
-                "--trust-remote-code does; read that code before"
-            ) from error
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        others = [other for other in _known_models(name) if Path(other) != Path(name)]
-        near = difflib.get_close_matches(name, others, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"model: {name} cannot be loaded{hint}: {first}") from error
-
-
-def _known_models(name: str) -> list[str]:
-    """List models on this machine: downloaded ones, and folders beside the one named."""
-    constants = capture_package("huggingface_hub.constants")
-    cached = Path(constants.HF_HUB_CACHE).glob("models--*")
-    names = [path.name.removeprefix("models--").replace("--", "/") for path in cached]
-    beside = Path(name).parent.glob("*/config.json")
-    return [*names, *(str(path.parent) for path in beside)]
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Turn transformers' progress bars and advice off while it loads."""
-    logs = transformers.utils.logging
-    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity(logging.ERROR)
-    logs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logs.set_verbosity(level)
-        if bars:
-            logs.enable_progress_bar()
 
 
 class _AllFoundError(Exception):

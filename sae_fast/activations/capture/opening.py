@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_fast.activations.capture.documents import Column, Documents, Kind, PairedColumns
-from sae_fast.activations.capture.language_model import capture_package
+from sae_fast.activations.capture.packages import capture_package
 from sae_fast.activations.capture.streamed import StreamedDocuments
 from sae_fast.activations.errors import one_line
 from sae_fast.config.model_text import DEFAULT_SPLIT
@@ -39,6 +39,7 @@ _LOADERS = {
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk leaves in a folder
 
@@ -54,6 +55,7 @@ def load_documents(
     tokens_column: str | None = None,
     conversations: bool = False,
     target_column: str | None = None,
+    image_column: str | None = None,
     streaming: str = NEVER,
 ) -> Documents:
     """Open a dataset.
@@ -72,6 +74,7 @@ def load_documents(
             messages or conversations, or the only column with conversations.
         target_column: column with the texts that a decoder reads while its encoder reads the ones
             of `text_column`.
+        image_column: column of images; default: the only one, where no column holds texts.
         streaming: one of STREAMING: whether documents are read from the beginning on, no further
             than asked for, and shuffled in blocks; auto: those on the hub that are not in the cache
             of datasets, and files of more than STREAMED_BYTES together.
@@ -95,6 +98,9 @@ def load_documents(
         _check_tokens_column(features, name, tokens_column)
     elif conversations:
         kind, column = Kind.CONVERSATIONS, _conversation_column(features, name, text_column)
+    elif (images := _image_column(features, name, image_column, text_column)) is not None:
+        kind, column = Kind.IMAGES, images
+        dataset = dataset.cast_column(images, datasets.Image(decode=False))
     else:
         kind, column = Kind.TEXTS, _text_column(features, name, text_column)
     if target_column is not None:
@@ -162,7 +168,11 @@ def _open(
     files = sorted(glob.glob(name)) if not path.is_file() else [name]
     if files:
         return _load_files(datasets, name, files, text_split, how)
-    if _suffix(name) in _LOADERS or name.startswith((".", "/", "~")) or glob.has_magic(name):
+    if (
+        _suffix(name) in (*_LOADERS, *IMAGE_SUFFIXES)
+        or name.startswith((".", "/", "~"))
+        or glob.has_magic(name)
+    ):
         raise ValueError("no such file or folder")
     return datasets.load_dataset(name, config, **how)
 
@@ -172,8 +182,12 @@ def _load_files(
 ) -> Any:
     """Open files of one format, on this machine or with a protocol of fsspec such as s3."""
     suffix = _suffix(name)
+    if suffix.lower() in IMAGE_SUFFIXES:
+        return datasets.load_dataset("imagefolder", data_files=files, **how, drop_labels=True)
     if suffix not in _LOADERS:
-        raise ValueError(f"a file must be one of {', '.join(_LOADERS)}, got {suffix or name}")
+        raise ValueError(
+            f"a file must be one of {', '.join(_LOADERS)}, or of images, got {suffix or name}"
+        )
     loader, options = _LOADERS[suffix]
     if loader == "text":
         options = {"sample_by": text_split}
@@ -205,11 +219,7 @@ def _suffix(name: str) -> str:
 
 def _text_column(features: Any, name: str, wanted: str | None, setting: str = "text_column") -> str:
     """Return the name of the column with the documents."""
-    columns: list[str] = [
-        column
-        for column, feature in features.items()
-        if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
+    columns: list[str] = [column for column, feature in features.items() if _is_text(feature)]
     there = ", ".join(features)
     if wanted is not None:
         if wanted not in columns:
@@ -234,6 +244,36 @@ def _text_column(features: Any, name: str, wanted: str | None, setting: str = "t
         f"text_column: {name} has {len(columns) or 'no'} columns of texts, none of them "
         f"{DEFAULT_COLUMN!r}: name one with --text-column; it has {there}"
     )
+
+
+def _image_column(
+    features: Any, name: str, wanted: str | None, text_column: str | None
+) -> str | None:
+    """Return the name of the column with images; None: the documents are texts."""
+    columns: list[str] = [column for column, feature in features.items() if _is_image(feature)]
+    texts = [column for column, feature in features.items() if _is_text(feature)]
+    there = ", ".join(features)
+    if wanted is not None:
+        if wanted not in columns:
+            kind = "column" if wanted not in features else "column of images"
+            raise ValueError(f"image_column: {name} has no {kind} {wanted!r}; it has {there}")
+        return wanted
+    if text_column is not None or texts or not columns:
+        return None
+    if len(columns) > 1:
+        raise ValueError(
+            f"image_column: {name} has {len(columns)} columns of images: name one with "
+            f"--image-column; it has {there}"
+        )
+    return columns[0]
+
+
+def _is_image(feature: Any) -> bool:
+    return type(feature).__name__ == "Image"
+
+
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _check_tokens_column(features: Any, name: str, wanted: str) -> None:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sae_fast.activations.capture.conversations import ChatTemplate, check_roles, open_chat_template
 from sae_fast.activations.capture.documents import Documents, Kind
 from sae_fast.activations.capture.hooks import resolve_hooks
+from sae_fast.activations.capture.image_model import ImageModel, load_image_model
+from sae_fast.activations.capture.images import ImageBatches, open_images
 from sae_fast.activations.capture.language_model import (
     HookedModel,
     LanguageModel,
     load_language_model,
 )
+from sae_fast.activations.capture.loading import Placement
 from sae_fast.activations.capture.opening import load_documents
 from sae_fast.activations.capture.probe import probe_tokens
 from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
@@ -50,7 +53,7 @@ class Capture:
 
     Attributes:
         config: the settings.
-        model: the language model with its tokenizer.
+        model: the language model with its tokenizer, or what reads images.
         hooked: the same network with its hook points.
         widths: width of a row, by name of the hook point.
         batches: what is captured.
@@ -58,11 +61,11 @@ class Capture:
     """
 
     config: CaptureConfig
-    model: LanguageModel
+    model: LanguageModel | ImageModel
     hooked: HookedModel
     widths: dict[str, int]
-    batches: TokenBatches
-    heldout: TokenBatches | None
+    batches: TokenBatches | ImageBatches
+    heldout: TokenBatches | ImageBatches | None
 
     def stored_bytes(self, rows: int) -> int:
         """Return the bytes of `rows` rows of every hook point, uncompressed, in whole chunks."""
@@ -95,15 +98,14 @@ class Capture:
         sample, count = 0, 0
         while count < min(SAMPLED_DOCUMENTS, batches.stop) and sample < SAMPLED_ROWS:
             end = min(count + CHUNK, batches.stop)
-            sample += sum(_rows_by_document(batches, count, end))
+            sample += sum(batches.rows_by_document(count, end))
             count = end
         return sample * batches.stop // max(1, count), count < batches.stop
 
     def recipe(self, world_size: int) -> dict[str, Any]:
         """Return origin and settings of the activations; a capture by them gives the same."""
         config, sequences = self.config, self.batches.config
-        documents, encoder = self.batches.documents, self.batches.tokenisation.encoder
-        chat = encoder if isinstance(encoder, ChatTemplate) else None
+        documents, chat = self.batches.documents, _chat_of(self.batches)
         resolved = {
             "ctx_len": sequences.ctx_len,
             "pack": sequences.pack,
@@ -132,6 +134,7 @@ class Capture:
                 **({"is_tokenised": True} if documents.kind is Kind.TOKENS else {}),
                 **({} if chat is None else {"chat": chat.recorded()}),
                 **({"target_column": config.target_column} if documents.kind is Kind.PAIRS else {}),
+                **({"has_images": True} if documents.kind is Kind.IMAGES else {}),
                 "documents": documents.count,
                 "fingerprint": documents.fingerprint(),
             },
@@ -158,7 +161,7 @@ def open_capture(
     config: CaptureConfig,
     local_rank: int | None = None,
     *,
-    model: LanguageModel | None = None,
+    model: LanguageModel | ImageModel | None = None,
     documents: Documents | None = None,
 ) -> Capture:
     """Load what a capture needs; raise ValueError or OSError in one line for what is wrong.
@@ -187,15 +190,34 @@ def open_capture(
             tokens_column=config.tokens_column,
             conversations=config.chat_template is not None,
             target_column=config.target_column,
+            image_column=config.image_column,
             streaming="never" if config.max_tokens is None else config.streaming,
         )
-    model = model or load_language_model(
-        config.model,
-        revision=config.revision,
-        dtype=config.model_dtype,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    placement = Placement(device, config.device_map, config.quantization)
+    if documents.kind is Kind.IMAGES:
+        return _of_images(config, documents, placement, model)
+    return _of_texts(config, documents, placement, model)
+
+
+def _of_texts(
+    config: CaptureConfig,
+    documents: Documents,
+    placement: Placement,
+    model: LanguageModel | ImageModel | None,
+) -> Capture:
+    """Open a capture of texts, see `open_capture`."""
+    if model is None:
+        model = load_language_model(
+            str(config.model),
+            revision=config.revision,
+            dtype=config.model_dtype,
+            device=placement.device,
+            device_map=placement.device_map,
+            quantization=placement.quantization,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if isinstance(model, ImageModel):
+        raise ValueError(f"{model.name} reads images, and {documents.name} holds none")
     hooks = resolve_hooks(model.network, config.layers, config.hook_points, config.layer_stride)
     some = probe_tokens(model.network, model.tokenizer, model.context)
     if some is not None:
@@ -211,18 +233,66 @@ def open_capture(
         else config.exclude_special_tokens,
     )
     tokens = _tokenisation(config, model, documents, sequences.ctx_len)
-    batches = TokenBatches(documents, tokens, sequences)
-    heldout = None
-    if config.heldout_tokens:
-        if documents.count is None:
-            place = _first_place(batches, config.heldout_tokens)
-            heldout = TokenBatches(documents, tokens, sequences, stop=place)
-            batches = TokenBatches(documents, tokens, sequences, start=place)
-        else:
-            place = _heldout_place(batches, config.heldout_tokens)
-            heldout = TokenBatches(documents, tokens, sequences, start=place)
-            batches = TokenBatches(documents, tokens, sequences, stop=place)
+    batches, heldout = _split(TokenBatches(documents, tokens, sequences), config.heldout_tokens)
     return Capture(config, model, hooked, hooked.widths(), batches, heldout)
+
+
+def _of_images(
+    config: CaptureConfig,
+    documents: Documents,
+    placement: Placement,
+    model: LanguageModel | ImageModel | None,
+) -> Capture:
+    """Open a capture of images, see `open_capture`."""
+    if config.ctx_len is not None:
+        raise ValueError(
+            f"ctx_len = {config.ctx_len} is for texts: an image has as many tokens as its model "
+            "makes of it"
+        )
+    if model is None:
+        model = load_image_model(
+            str(config.model),
+            revision=config.revision,
+            dtype=config.model_dtype,
+            placement=placement,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if not isinstance(model, ImageModel):
+        raise ValueError(f"{model.name} reads texts, and {documents.name} holds images")
+    images = open_images(
+        documents,
+        model,
+        config.batch_size,
+        keep_all=config.exclude_special_tokens is False,
+        threads=config.num_proc,
+    )
+    network, rows = model.network, len(images.shape.kinds)
+    pixels = torch.randn(1, *images.shape.pixels, generator=torch.Generator().manual_seed(0))
+    hooks = resolve_hooks(network, config.layers, config.hook_points, config.layer_stride)
+    hooks = checked_hooks(network, hooks, torch.zeros(1, rows, dtype=torch.int64), pixels)
+    hooked = HookedModel(network, hooks)
+    batches, heldout = _split(images, config.heldout_tokens)
+    return Capture(config, model, hooked, hooked.widths(pixels, rows), batches, heldout)
+
+
+Batches = TypeVar("Batches", TokenBatches, ImageBatches)
+
+
+def _split(batches: Batches, heldout_rows: int) -> tuple[Batches, Batches | None]:
+    """Return the batches to train on and, where rows are held out, the batches of these."""
+    if not heldout_rows:
+        return batches, None
+    if batches.documents.count is None:
+        place = _first_place(batches, heldout_rows)
+        return batches.between(place), batches.between(0, place)
+    place = _heldout_place(batches, heldout_rows)
+    return batches.between(0, place), batches.between(place)
+
+
+def _chat_of(batches: TokenBatches | ImageBatches) -> ChatTemplate | None:
+    """Return the template of conversations; None: the documents are none."""
+    encoder = None if isinstance(batches, ImageBatches) else batches.tokenisation.encoder
+    return encoder if isinstance(encoder, ChatTemplate) else None
 
 
 def _tokenisation(
@@ -287,12 +357,12 @@ def _context(config: CaptureConfig, model: LanguageModel) -> int:
     return config.ctx_len
 
 
-def _heldout_place(batches: TokenBatches, rows: int) -> int:
+def _heldout_place(batches: TokenBatches | ImageBatches, rows: int) -> int:
     """Return the place in the order of documents after which there are `rows` rows."""
     counted, stop = 0, batches.stop
     while stop > 0:
         start = max(0, stop - CHUNK)
-        counts = _rows_by_document(batches, start, stop)
+        counts = batches.rows_by_document(start, stop)
         for place in range(stop - 1, start - 1, -1):
             counted += counts[place - start]
             if counted >= rows and place > 0:
@@ -305,20 +375,18 @@ def _heldout_place(batches: TokenBatches, rows: int) -> int:
     )
 
 
-def _first_place(batches: TokenBatches, rows: int) -> int:
+def _first_place(batches: TokenBatches | ImageBatches, rows: int) -> int:
     """Return the place in the order of documents before which there are `rows` rows."""
     counted = 0
-    for place, _, document in batches.tokenisation.iterate(batches.documents, 0, batches.stop):
-        counted += batches.kept_of(document)
-        if counted >= rows:
-            return place + 1
+    for begin in range(0, batches.stop, CHUNK):
+        counts = batches.rows_by_document(begin, min(begin + CHUNK, batches.stop))
+        for place, count in enumerate(counts, begin + 1):
+            counted += count
+            if counted >= rows:
+                return place
+        if not counts:
+            break
     raise ValueError(
         f"heldout_tokens must leave documents to train on, got {rows:,}: "
         f"{batches.documents.name} has {counted:,} tokens"
     )
-
-
-def _rows_by_document(batches: TokenBatches, start: int, stop: int) -> list[int]:
-    """Return the number of rows that each document makes."""
-    documents = batches.tokenisation.iterate(batches.documents, start, stop)
-    return [batches.kept_of(text) for *_, text in documents]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_fast.activations.capture.hooks import find_blocks, find_parts
+from sae_fast.activations.capture.loading import device_of
 
 PROBE_TOKENS = 8
 PROBED_BLOCKS = 4  # some models look ahead only in every second or third block
@@ -93,7 +94,7 @@ def sees_later_tokens(network: nn.Module, tokens: Tensor) -> bool | None:
     try:
         blocks = find_blocks(network).modules
         one, other = tokens[:, :-1], torch.cat([tokens[:, :-2], tokens[:, -1:]], dim=1)
-        device = next(network.parameters()).device
+        device = device_of(network)
         rows = _output_of(
             network, blocks[min(PROBED_BLOCKS, len(blocks)) - 1], torch.cat([one, other]).to(device)
         )

@@ -16,6 +16,7 @@ from sae_fast.activations.capture.directory import (
     next_part,
 )
 from sae_fast.activations.capture.harvest import Harvester
+from sae_fast.activations.capture.images import ImageBatches
 from sae_fast.activations.capture.plan import Capture
 from sae_fast.activations.capture.sequences import TokenBatches
 from sae_fast.activations.capture.shard_series import (
@@ -102,7 +103,7 @@ class CaptureRun:
         return CaptureResult(progress.rows, progress.heldout_rows, empty, stopped)
 
     def part(
-        self, batches: TokenBatches, limit: int | None, progress: CaptureProgress
+        self, batches: TokenBatches | ImageBatches, limit: int | None, progress: CaptureProgress
     ) -> tuple[CaptureProgress, int, bool]:
         """Capture one part to its end, from `progress` on, up to `limit` rows.
 

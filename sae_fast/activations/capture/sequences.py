@@ -104,6 +104,8 @@ class TokenBatch:
         following: where the next batch begins.
         source: what an encoder reads while a decoder reads the tokens; None: there is no decoder
             beside an encoder.
+        pixels: [B, 3, H, W] float32, the images of a model that reads images, whose tokens say what
+            each row is; None: it reads the tokens.
     """
 
     tokens: Tensor
@@ -114,6 +116,7 @@ class TokenBatch:
     cursor: TokenCursor
     following: TokenCursor
     source: Source | None = None
+    pixels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,21 @@ class TokenBatches:
     def special(self) -> SpecialTokens:
         """The special tokens that are put round documents."""
         return self.tokenisation.special
+
+    def between(self, start: int, stop: int | None = None) -> TokenBatches:
+        """Return the batches of the documents start..stop of the order."""
+        given = self.documents, self.tokenisation, self.config
+        return TokenBatches(*given, start=start, stop=stop)
+
+    def sample(self, place: int, sequences: int) -> TokenBatches:
+        """Return batches of at most `sequences` rows, from a place on."""
+        few = replace(self.config, batch_size=min(sequences, self.config.batch_size))
+        return TokenBatches(self.documents, self.tokenisation, few, start=place, stop=self.stop)
+
+    def rows_by_document(self, start: int, stop: int) -> list[int]:
+        """Return the number of rows that each document of the order start..stop makes."""
+        documents = self.tokenisation.iterate(self.documents, start, stop)
+        return [self.kept_of(document) for *_, document in documents]
 
     def iterate(self, cursor: TokenCursor | None = None) -> Generator[TokenBatch, None, None]:
         """Yield the batches from a cursor on, however often they have been made before."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.harvest import Harvester
 from sae_fast.activations.capture.plan import AUTO, Capture
-from sae_fast.activations.capture.sequences import SequenceConfig, TokenBatches
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +65,10 @@ def _against_float16(capture: Capture) -> str | None:
 def _sample(capture: Capture) -> Iterator[dict[str, Tensor]]:
     """Yield activations [n, D] of some sequences, by name of the hook point."""
     batches = capture.batches
-    config = batches.config
-    few = SequenceConfig(
-        config.ctx_len,
-        min(config.batch_size, SAMPLED_SEQUENCES),
-        config.pack,
-        config.exclude_special_tokens,
-    )
     count = batches.documents.count
     last = (SAMPLED_OF_STREAM if count is None else count) - 1
     for place in sorted({n * last // (SAMPLED_PLACES - 1) for n in range(SAMPLED_PLACES)}):
-        part = TokenBatches(batches.documents, batches.tokenisation, few, start=place)
+        part = batches.sample(place, SAMPLED_SEQUENCES)
         with closing(Harvester(capture.hooked, part).harvest()) as harvests:
             harvest = next(harvests, None)
         if harvest is not None:

@@ -29,6 +29,8 @@ from sae_fast.activations.capture.hooks import (
     named_hooks,
     resolve_hooks,
 )
+from sae_fast.activations.capture.image_model import probe_pixels, row_kinds, run_on_pixels
+from sae_fast.activations.capture.loading import device_of
 from sae_fast.activations.capture.probe import (
     as_evaluated,
     probe_tokens,
@@ -74,14 +76,18 @@ class _Block:
 
 
 def checked_hooks(
-    network: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor
+    network: nn.Module,
+    hooks: Sequence[HookPoint],
+    tokens: Tensor,
+    pixels: Tensor | None = None,
 ) -> tuple[HookPoint, ...]:
     """Replace attn_out and mlp_out by the module whose output is added, or add its scale.
 
     Args:
         network: the model.
         hooks: hook points; those with other names are left as they are.
-        tokens: [1, T] int64, ordinary ones.
+        tokens: [1, T] int64, ordinary ones; of a model that reads images only T counts.
+        pixels: [1, 3, H, W], an image that such a model reads.
 
     Raises:
         ValueError: in one line, if no module's output is what is added.
@@ -96,7 +102,7 @@ def checked_hooks(
         blocks, place = stacks[_prefix(hook)], (_prefix(hook), hook.layer)
         if place not in seen:
             path = f"{blocks.path}.{hook.layer}"
-            seen[place] = _look(network, blocks.modules[hook.layer], path, tokens)
+            seen[place] = _look(network, blocks.modules[hook.layer], path, tokens, pixels)
         found.append(_checked(network, hook, blocks, seen[place]))
     return tuple(found)
 
@@ -113,11 +119,19 @@ def find_hook(network: nn.Module, name: str) -> HookPoint:
             f"hook: {name!r} means {len(hooks)} hook points, from {hooks[0].name} to "
             f"{hooks[-1].name}: give one"
         )
-    tokens = probe_tokens(network) if _kind(hooks[0]) is not None else None
+    if _kind(hooks[0]) is None:
+        return hooks[0]
+    pixels = probe_pixels(network)
+    if pixels is not None:
+        kinds = row_kinds(network, pixels)
+        if kinds is None:
+            return hooks[0]
+        (hook,) = checked_hooks(network, hooks, torch.zeros(1, len(kinds)).long(), pixels)
+        return hook
+    tokens = probe_tokens(network)
     if tokens is None:
         return hooks[0]
-    embeddings = network.get_input_embeddings()  # type: ignore[operator]  # found by probe_tokens
-    (hook,) = checked_hooks(network, hooks, tokens.to(embeddings.weight.device))
+    (hook,) = checked_hooks(network, hooks, tokens.to(device_of(network)))
     return hook
 
 
@@ -194,7 +208,9 @@ def _scale(added: Tensor, block: _Block, starts: Sequence[Tensor]) -> str:
     return ""
 
 
-def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _Block | None:
+def _look(
+    network: nn.Module, block: nn.Module, path: str, tokens: Tensor, pixels: Tensor | None
+) -> _Block | None:
     """Run a network once and record a block's stream; None: the run does not reach the block."""
     seen = _Block()
 
@@ -232,7 +248,11 @@ def _look(network: nn.Module, block: nn.Module, path: str, tokens: Tensor) -> _B
     ]
     try:
         with as_evaluated(network):
-            run_on_tokens(network, tokens, source=whole_source(tokens) if in_decoder else None)
+            if pixels is not None:
+                run_on_pixels(network, pixels)
+            else:
+                source = whole_source(tokens) if in_decoder else None
+                run_on_tokens(network, tokens, source=source)
     except _Left:
         return seen
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError):

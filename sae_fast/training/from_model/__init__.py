@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import Column
-from sae_fast.activations.capture import Documents, Harvester, LanguageModel
+from sae_fast.activations.capture import Documents, Harvester, LanguageModel, TokenBatches
 from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.directory import CaptureDirectory
+from sae_fast.activations.capture.image_model import ImageModel
 from sae_fast.activations.capture.language_model import check_reads_once
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.shared import SharedReader, SharedSource
@@ -186,12 +187,13 @@ def _through_model(
     """Return what makes trainers on whole sequences, whose loss is the language model's."""
     losses = {config.sae.loss_fn for config in configs.values()}
     model = capture.model
-    if model.network.get_output_embeddings() is None:
+    if isinstance(model, ImageModel) or model.network.get_output_embeddings() is None:
         raise ValueError(
             f"loss_fn {' and '.join(sorted(losses))} needs a model that predicts tokens: "
             f"{type(model.network).__name__} has no language-model head"
         )
     check_reads_once(model.network)
+    assert isinstance(capture.batches, TokenBatches)  # which a language model reads
     if settings.cache_dir is not None:
         raise ValueError("cache_dir needs loss_fn mse or fvu")
     for config in configs.values():
