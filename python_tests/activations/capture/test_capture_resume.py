@@ -89,8 +89,8 @@ SLOWLY = """
 import sys, time
 from sae_fast.activations.capture.language_model import HookedModel
 from sae_fast.capture import main
-run = HookedModel._run
-HookedModel._run = lambda *given: (time.sleep(0.1), run(*given))
+run = HookedModel.activations
+HookedModel.activations = lambda *given, **named: (time.sleep(0.1), run(*given, **named))[1]
 sys.exit(main(sys.argv[1:]))
 """
 
