@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sae_fast.activations.capture.conversations import ChatTemplate, check_roles, open_chat_template
+from sae_fast.activations.capture.conversations import check_roles, open_chat_template
 from sae_fast.activations.capture.documents import Documents, Kind
 from sae_fast.activations.capture.hooks import resolve_hooks
 from sae_fast.activations.capture.image_model import ImageModel, load_image_model
@@ -105,7 +105,8 @@ class Capture:
     def recipe(self, world_size: int) -> dict[str, Any]:
         """Return origin and settings of the activations; a capture by them gives the same."""
         config, sequences = self.config, self.batches.config
-        documents, chat = self.batches.documents, _chat_of(self.batches)
+        documents, batches = self.batches.documents, self.batches
+        chat = batches.tokenisation.chat if isinstance(batches, TokenBatches) else None
         resolved = {
             "ctx_len": sequences.ctx_len,
             "pack": sequences.pack,
@@ -289,27 +290,20 @@ def _split(batches: Batches, heldout_rows: int) -> tuple[Batches, Batches | None
     return batches.between(0, place), batches.between(place)
 
 
-def _chat_of(batches: TokenBatches | ImageBatches) -> ChatTemplate | None:
-    """Return the template of conversations; None: the documents are none."""
-    encoder = None if isinstance(batches, ImageBatches) else batches.tokenisation.encoder
-    return encoder if isinstance(encoder, ChatTemplate) else None
-
-
 def _tokenisation(
     config: CaptureConfig, model: LanguageModel, documents: Documents, ctx_len: int
 ) -> Tokenisation:
     special = special_tokens(model.tokenizer, causal=model.causal)
-    encoder: ChatTemplate | PairEncoder | None = None
+    chat, pairs = None, None
     if documents.kind is Kind.PAIRS:
-        encoder = PairEncoder(model.tokenizer, special, ctx_len)
+        pairs = PairEncoder(model.tokenizer, special, ctx_len)
         special = decoder_tokens(special, _decoder_start(model.network))
     if config.chat_template is not None:
         chat = open_chat_template(model.tokenizer, config.chat_template, config.roles)
         check_roles(chat.roles, documents)
         special = special.without_surroundings()  # the template writes them itself
-        encoder = chat
     vocabulary = model.network.get_input_embeddings().num_embeddings
-    return Tokenisation(model.tokenizer, special, config.num_proc, vocabulary, encoder)
+    return Tokenisation(model.tokenizer, special, config.num_proc, vocabulary, chat, pairs)
 
 
 def _check_target(config: CaptureConfig, hooked: HookedModel) -> None:

@@ -92,8 +92,8 @@ class Tokenisation:
         processes: 1: this one, with the threads that the tokenizer itself uses.
         vocabulary: tokens that the model has, which documents of tokens are checked against; None:
             they are not checked.
-        encoder: of documents that are not single texts: the template of conversations, or what
-            makes tokens of pairs.
+        chat: the template of documents that are conversations.
+        pairs: makes tokens of documents that are pairs of texts.
     """
 
     def __init__(
@@ -102,12 +102,14 @@ class Tokenisation:
         special: SpecialTokens,
         processes: int = 1,
         vocabulary: int | None = None,
-        encoder: ChatTemplate | PairEncoder | None = None,
+        chat: ChatTemplate | None = None,
+        pairs: PairEncoder | None = None,
     ) -> None:
         if processes < 1:
             raise ValueError(f"num_proc must be at least 1, got {processes}")
         self.special = special
-        self.encoder = encoder
+        self.chat = chat
+        self._pairs = pairs
         self._tokenizer = tokenizer
         self._processes = processes
         self._vocabulary = vocabulary
@@ -126,7 +128,7 @@ class Tokenisation:
                 encoded = [self._checked(*pair) for pair in zip(numbers, given, strict=True)]
                 yield from _labelled(begin, numbers, encoded)
             return
-        encoder = self._tokenizer if documents.kind is Kind.TEXTS else self.encoder
+        encoder = self._encoder(documents.kind)
         if encoder is None:
             raise ValueError(f"dataset: {documents.name} needs {documents.kind.value}")
         if self._processes == 1 or stop - start <= CHUNK:  # starting processes takes seconds
@@ -134,6 +136,14 @@ class Tokenisation:
                 yield from _labelled(begin, numbers, encode(encoder, numbers.tolist(), given))
             return
         yield from self._ahead(encoder, chunks)
+
+    def _encoder(self, kind: Kind) -> Any:
+        """Return what makes tokens of documents of a kind; None: it is missing."""
+        return {
+            Kind.TEXTS: self._tokenizer,
+            Kind.CONVERSATIONS: self.chat,
+            Kind.PAIRS: self._pairs,
+        }.get(kind)
 
     def _ahead(
         self, encoder: Any, chunks: Iterator[tuple[int, Numbers, list[Any]]]
