@@ -91,14 +91,6 @@ def test_a_wrong_option_is_named(tmp_path, option, message):
         load_language_model(str(tmp_path), **option)
 
 
-def test_a_model_that_encodes_and_decodes_is_refused(tmp_path):
-    import transformers
-
-    transformers.T5Config(vocab_size=10).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"an encoder and a decoder in one are not captured"):
-        load_language_model(str(tmp_path))
-
-
 def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path, monkeypatch):
     folder = tmp_path / "remote"
     save_model(folder, "llama")
