@@ -174,10 +174,7 @@ def test_no_file_to_convert_is_one_line(tmp_path, capsys):
     )
     folder.mkdir()
     line = refusal(capsys, folder, out)
-    assert (
-        ".pt, .pth, .npy, .npz, .safetensors, .arrow, .parquet file there, the directory is empty"
-        in line
-    )
+    assert ".safetensors, .arrow, .parquet, .zarr file there, the directory is empty" in line
     (folder / "acts.csv").write_text("1,2")
     assert "no .pt, .pth" in refusal(capsys, folder, out)
     assert "acts.csv: is no .pt, .pth" in refusal(capsys, folder / "acts.csv", out)

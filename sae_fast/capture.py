@@ -100,8 +100,11 @@ def _capture(config: CaptureConfig, stop: StopOnSignal, output: CommandOutput) -
     from sae_fast.activations.capture.plan import made_with, open_capture
     from sae_fast.activations.capture.runner import CaptureRun
     from sae_fast.activations.capture.storage_type import with_storage_type
+    from sae_fast.activations.remote import check_writable
 
     assert config.out is not None
+    if config.copy_to is not None:
+        check_writable(config.copy_to)
     rank, world_size, local_rank = _ranks()
     started = time.monotonic()
     capture = open_capture(config, local_rank)
@@ -114,6 +117,7 @@ def _capture(config: CaptureConfig, stop: StopOnSignal, output: CommandOutput) -
         done = directory.progress()
         if done.complete and directory.finish():
             output.say(f"{config.out} is complete: {done.rows:,} tokens, nothing to do")
+            _copy(config, output)
             return
         total = _announce(capture, directory, output)
         rows = done.rows if done.part != HELDOUT else 0
@@ -126,10 +130,21 @@ def _capture(config: CaptureConfig, stop: StopOnSignal, output: CommandOutput) -
                 report=progress.report,
             )
             result = run.run()
-        if not result.stopped:
-            directory.finish()
+        is_finished = not result.stopped and directory.finish()
     seconds = time.monotonic() - started
     _conclude(result, capture, progress.rows, seconds, progress.seconds, output)
+    if is_finished:
+        _copy(config, output)
+
+
+def _copy(config: CaptureConfig, output: CommandOutput) -> None:
+    """Copy a finished capture to where it is asked for, if anywhere."""
+    from sae_fast.activations.remote import copy_to
+
+    if config.copy_to is None or config.out is None:
+        return
+    count = copy_to(config.out, config.copy_to)
+    output.say(f"copied {count:,} files to {config.copy_to}")
 
 
 def _ranks() -> tuple[int, int, int | None]:

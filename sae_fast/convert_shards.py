@@ -1,8 +1,8 @@
 """Turn saved activations into shards: `python -m sae_fast.convert_shards SRC DST`.
 
-SRC is a directory of .pt, .npy, .npz or .safetensors files, a dataset of Arrow or Parquet files,
-such as the cached activations of SAELens, a single file or a quoted pattern. Every row is read
-again.
+SRC is a directory of .pt, .npy, .npz or .safetensors files, a folder of zarr, a dataset of Arrow or
+Parquet files, such as the cached activations of SAELens, a single file or a quoted pattern. Every
+row is read again.
 
 Modules that need torch are imported where they are used, so that help comes at once.
 """
@@ -44,8 +44,8 @@ class ConvertOptions(ConfigFile):
     """Turn saved activations into HDF5 shards, and compare every row."""
 
     source: str | None = setting(None, positional=True, metavar="SRC")
-    """Directory of .pt, .npy, .npz, .safetensors, .arrow or .parquet files, one of them, or a
-    quoted pattern."""
+    """Directory of .pt, .npy, .npz, .safetensors, .arrow or .parquet files or of zarr folders, one
+    of them, or a quoted pattern; also an address of fsspec, such as s3://bucket/folder."""
     out: Path | None = setting(None, positional=True, metavar="DST")
     """Directory for the shards: new, empty, or left by the same conversion, interrupted."""
     key: str | None = setting(None)

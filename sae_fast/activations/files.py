@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from sae_fast.activations.errors import ShardError, listed, one_line
+from sae_fast.activations.remote import address_of, local_place
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +19,10 @@ SUFFIXES = (".h5", ".hdf5")
 # Files of tensors that are read in place.
 TENSOR_SUFFIXES = (".pt", ".pth", ".npy", ".safetensors")
 # Files that sae_fast.convert_shards turns into shards.
-IMPORTED_SUFFIXES = (".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet")
+IMPORTED_SUFFIXES = (
+    *(".pt", ".pth", ".npy", ".npz", ".safetensors", ".arrow", ".parquet"),
+    ".zarr",
+)
 HELDOUT_PATTERN = "heldout*"
 MODEL_CONFIG = "config.json"  # beside the tensors of a model, which are no activations
 SHOWN_FOLDERS = 10
@@ -52,13 +56,14 @@ def find_shards(
 ) -> tuple[list[Path], list[Path]]:
     """Return training and held-out shards, sorted by path, or by the numbers in it.
 
-    `shard_dir` is a directory, or one file. A directory without HDF5 files may hold files of
+    `shard_dir` is a directory, or one file, also with an address of fsspec such as s3://, for which
+    its copy on this machine is returned. A directory without HDF5 files may hold files of
     tensors instead, of one format, which are sorted by the numbers in their names. Held-out shards
     are its files named heldout*; where `heldout` is given, a directory or a glob pattern, they are
     its files instead. None of them is ever trained on. Where there are no shards, but files that
     can be converted, the error names the command that does it.
     """
-    directory = Path(shard_dir)
+    directory = local_place(shard_dir)
     if directory.is_dir():
         if shards := shards_in(directory):
             warn_of_unread(directory, "it holds HDF5 shards")
@@ -180,7 +185,10 @@ def _folders_by_kind(directory: Path) -> tuple[list[Path], list[Path]]:
 
 def _matching(heldout: str) -> list[Path]:
     """Return the shards of a directory, or the files that a glob pattern names."""
-    if Path(heldout).is_dir():
+    if address_of(heldout) is not None:
+        copy = local_place(heldout)
+        paths = [copy] if copy.is_file() else shards_in(copy) or tensor_files_in(copy)
+    elif Path(heldout).is_dir():
         paths = shards_in(Path(heldout)) or tensor_files_in(Path(heldout))
     else:
         paths = sorted(Path(name) for name in glob.glob(heldout))

@@ -14,6 +14,7 @@ import numpy as np
 
 from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import shards_in
+from sae_fast.activations.remote import local_place
 from sae_fast.activations.shard import Shard
 from sae_fast.activations.tensor_shards import open_shard
 
@@ -50,7 +51,7 @@ def find_targets(
     """
     if place is None:
         return TargetFiles(tuple(shards), key)
-    directory = Path(place)
+    directory = local_place(place)
     if directory.is_file():
         if len(shards) > 1:
             raise ShardError(f"{directory}: targets of one shard, but there are {len(shards)}")

@@ -44,6 +44,8 @@ class CaptureConfig(ConfigFile):
     """A dataset on the hub, a folder, or .jsonl, .json, .txt, .csv, .parquet or image files."""
     out: Path | None = setting(None, metavar="DIR", brief="directory to write")
     """Directory to write: a folder of shards for each hook point, and capture.json."""
+    copy_to: str | None = setting(None, nonempty=True, metavar="ADDRESS")
+    """Copy the finished capture to an address of fsspec, such as s3://bucket/folder."""
     layers: tuple[int, ...] = setting((), brief="blocks whose output is captured, from 0")
     """Blocks after which the residual stream is captured, from 0."""
     hook_points: tuple[str, ...] = setting(

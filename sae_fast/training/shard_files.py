@@ -26,6 +26,7 @@ from sae_fast.activations import (
 )
 from sae_fast.activations.cutting import cut_shards, joined
 from sae_fast.activations.normalization import sample_spans
+from sae_fast.activations.remote import local_place
 from sae_fast.activations.scanning import ScanRecord
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.setting import rules_of
@@ -202,7 +203,7 @@ def _heldout_target_files(
     place = config.target_shard_dir
     if place is None:
         return _target_files(config, sae, held, place)
-    if Path(place).is_file():
+    if local_place(place).is_file():
         raise ValueError(
             f"target_heldout is missing: {place} is one file, with the targets to train on"
         )

@@ -32,6 +32,7 @@ from sae_fast.activations.files import (
     tensor_files_in,
     warn_of_unread,
 )
+from sae_fast.activations.remote import local_place
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
@@ -314,7 +315,8 @@ def for_every_layer(
     Raises ValueError naming a setting that holds one place for all layers, or folders with files of
     another kind.
     """
-    place = next(iter(configs.values())).train.shard_dir
+    given = next(iter(configs.values())).train.shard_dir
+    place = None if given is None else local_place(given)
     if place is None or not Path(place).is_dir() or shards_in(Path(place)):
         return None
     layers = folders_of_shards(Path(place))
@@ -345,9 +347,10 @@ def _places_of_layer(config: TrainConfig, layer: Path) -> dict[str, Any]:
     for name in ("heldout", "start_from"):
         if (value := getattr(config, name)) is None:
             continue
-        if not (Path(value) / layer.name).is_dir():
+        folder = local_place(value) / layer.name
+        if not folder.is_dir():
             raise ValueError(f"{name} must have a folder {layer.name} too, got {value!r}")
-        places[name] = str(Path(value) / layer.name)
+        places[name] = str(folder)
     return places
 
 

@@ -106,8 +106,7 @@ class Documents:
         digest = hashlib.sha256(f"{'stream' if self.count is None else self.count}".encode())
         for document in self._sampled():
             if self.kind is Kind.IMAGES:
-                document = _content_of(document)
-                content = document[:FINGERPRINT_CHARACTERS]
+                document = content = _first_bytes(document)
             elif isinstance(document, np.ndarray):
                 content = document[:FINGERPRINT_CHARACTERS].astype("<i8").tobytes()
             else:
@@ -121,14 +120,17 @@ class Documents:
         return self.converted(self._entries.take(np.arange(count) * len(self) // count))
 
 
-def _content_of(image: Any) -> bytes:
-    """Return the bytes of an image as they are stored, or its address where it is elsewhere."""
+def _first_bytes(image: Any) -> bytes:
+    """Return the first bytes of an image as it is stored, or its address where it is elsewhere."""
     if image is None:
         return b""
     if image.get("bytes") is not None:
-        return bytes(image["bytes"])
+        return bytes(image["bytes"][:FINGERPRINT_CHARACTERS])
     path = Path(image["path"])
-    return path.read_bytes() if path.is_file() else str(image["path"]).encode()
+    if not path.is_file():
+        return str(image["path"]).encode()
+    with path.open("rb") as file:
+        return file.read(FINGERPRINT_CHARACTERS)
 
 
 class Column:

@@ -12,6 +12,8 @@ from sae_fast.activations.imports.arrays import Opener, short
 from sae_fast.activations.imports.arrow_files import open_arrow, open_parquet
 from sae_fast.activations.imports.numpy_files import open_npy, open_npz
 from sae_fast.activations.imports.tensor_files import open_safetensors, open_torch
+from sae_fast.activations.imports.zarr_files import ZARR_SUFFIX, open_zarr
+from sae_fast.activations.remote import local_place
 from sae_fast.json_files import parse_json, read_regular
 
 OPENERS: dict[str, Opener] = {
@@ -22,6 +24,7 @@ OPENERS: dict[str, Opener] = {
     ".safetensors": open_safetensors,
     ".arrow": open_arrow,
     ".parquet": open_parquet,
+    ZARR_SUFFIX: open_zarr,
 }
 DATASET_STATE = "state.json"  # of a dataset that `datasets` saved; names its files in order
 
@@ -34,10 +37,14 @@ def opener_of(path: Path) -> Opener:
 def find_files(source: str | Path) -> list[Path]:
     """Find the files of a directory or a glob pattern, or one file, sorted by their numbers.
 
+    What has an address of fsspec is copied, and the copy is read. A folder of zarr is one file.
+
     Raises ShardError where there are none, or several formats.
     """
-    place = Path(source)
-    if place.is_dir():
+    place = local_place(source)
+    if place.suffix.lower() == ZARR_SUFFIX and place.is_dir():
+        candidates = [place]
+    elif place.is_dir():
         candidates = [path for path in place.iterdir() if not path.name.startswith(".")]
         if any(path.name == DATASET_STATE for path in candidates):
             return _dataset_files(place)
@@ -47,7 +54,7 @@ def find_files(source: str | Path) -> list[Path]:
         candidates = [Path(name) for name in glob.glob(str(source))]
         if not candidates:
             raise ShardError(f"{source}: no such file or directory, and no file matches it")
-    files = [path for path in candidates if path.suffix.lower() in OPENERS and path.is_file()]
+    files = [path for path in candidates if path.suffix.lower() in OPENERS and _is_source(path)]
     if not files:
         raise ShardError(f"{source}: {_what_instead(place, candidates)}")
     kinds = Counter(OPENERS[path.suffix.lower()] for path in files)
@@ -58,6 +65,11 @@ def find_files(source: str | Path) -> list[Path]:
             f"{source}: holds {there} files; convert one kind at a time, as in '{source}/*.pt'"
         )
     return sorted(files, key=natural_key)
+
+
+def _is_source(path: Path) -> bool:
+    """Return whether a path is a file, or a folder of zarr."""
+    return path.is_dir() if path.suffix.lower() == ZARR_SUFFIX else path.is_file()
 
 
 def _dataset_files(directory: Path) -> list[Path]:

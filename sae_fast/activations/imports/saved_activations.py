@@ -24,6 +24,7 @@ from sae_fast.activations.imports.arrays import (
     short,
 )
 from sae_fast.activations.imports.formats import opener_of
+from sae_fast.activations.imports.zarr_files import bytes_of
 from sae_fast.activations.shard import DEFAULT_KEY
 from sae_fast.activations.storage import FLOAT32, Storage, storage_of
 
@@ -144,7 +145,7 @@ def inspect(paths: Sequence[Path], key: str, d_in: int | None = None) -> SavedAc
                 width = next((a.shape[-1] for a in arrays[key] if a.shape and a.shape[0]), None)
             layouts = tuple(_layout(path, array, width, d_in) for array in arrays[key])
             columns, mask = _beside(path, key, arrays, layouts)
-        files.append(SourceFile(path, path.stat().st_size, layouts, columns, mask))
+        files.append(SourceFile(path, bytes_of(path), layouts, columns, mask))
         _check_like_first(files)
     source = SavedActivations(tuple(files), key, width or 0)
     if source.rows == 0:
