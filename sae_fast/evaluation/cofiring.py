@@ -10,7 +10,7 @@ from sae_fast.evaluation.top_entries import place_in_run
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-MOST_PAIRS = 1 << 25  # pairs of entries that are counted, for the number of rows in the sample
+MOST_PAIRS = 1 << 24  # pairs of entries that are counted, for the number of rows in the sample
 _BLOCK_PAIRS = 1 << 17  # that are counted together, in a cache
 _LARGEST = 2**31 - 1
 NONE = -1  # in place of a latent where there are fewer neighbours

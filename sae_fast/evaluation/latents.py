@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from sae_fast.activations.background import Workers
 from sae_fast.evaluation.code_store import BlockCodes, CodeStore, Floats
 from sae_fast.evaluation.cofiring import cofiring_neighbours, sample_rate
 from sae_fast.evaluation.contexts import TOP, Contexts, apart, gather_contexts
@@ -219,14 +220,15 @@ def make_pages(
         second.add(codes, text.places(item))
     second.samples.merge()
     sampled_rows, sampled_latents = second.sample()
-    phi, partners, together = cofiring_neighbours(
-        sampled_rows, sampled_latents, second.n_rows, d_sae, settings.neighbours
-    )
-    cosines, nearest = nearest_decoder_rows(W_dec.detach(), settings.neighbours)
-    chosen = _chosen_rows(first.peaks, second.samples, settings, text)
-    contexts = gather_contexts(
-        *chosen, text, settings.context_tokens, _reported(store, report, GATHERING)
-    )
+    sample = sampled_rows, sampled_latents, second.n_rows, d_sae, settings.neighbours
+    with Workers(1, name="pairs", does="counts pairs") as beside:
+        cofiring = beside.submit(lambda: cofiring_neighbours(*sample))
+        cosines, nearest = nearest_decoder_rows(W_dec.detach(), settings.neighbours)
+        chosen = _chosen_rows(first.peaks, second.samples, settings, text)
+        contexts = gather_contexts(
+            *chosen, text, settings.context_tokens, _reported(store, report, GATHERING)
+        )
+        phi, partners, together = beside.wait(cofiring)
     return LatentPages(
         served,
         first.fired,
