@@ -51,7 +51,7 @@ TASKS = {
         SuperpositionConfig,
         "superposition",
         "Superposition",
-        "a known dictionary: more features than dimensions, heavy tails, groups, a hierarchy",
+        "a known dictionary, larger than the width, with heavy tails, groups, a hierarchy",
     ),
     "modular_addition": _Entry(
         ModularAdditionConfig,
