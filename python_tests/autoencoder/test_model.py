@@ -257,3 +257,27 @@ def test_repr_names_architecture_and_sizes(fields, text):
     sae = make_sae(**fields)
     assert repr(sae) == text
     assert repr(sae.bfloat16()) == text.replace(")", ", bfloat16)")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.to("meta"), "x must hold numbers, got a tensor on the meta device"),
+        (
+            lambda x: x.to_sparse(),
+            r"x is a sparse tensor, sparse_coo: x\.to_dense",
+        ),
+        (
+            lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+            r"x is quantised, torch\.qint8: x\.dequantize\(\) can be taken",
+        ),
+        (lambda x: x + 0j, "x must be real numbers, got torch.complex64"),
+    ],
+    ids=["meta", "sparse", "quantised", "complex"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch deprecates quantised tensors
+@pytest.mark.parametrize("call", ["encode", "__call__", "run"])
+def test_activations_of_another_kind_are_refused_by_name(call, make, message):
+    sae = SparseAutoencoder(SAEConfig(d_in=8, d_sae=16, k=2))
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(sae, call)(make(torch.randn(3, 8)))

@@ -27,9 +27,11 @@ def rows_of(
         name: of `x` in errors.
         width: the setting of the model that says how wide `x` must be.
 
-    Raises ValueError for another width and on the meta device, and TypeError for what is no tensor.
+    Raises ValueError for another width and on the meta device, and TypeError for what is no
+    dense tensor of real numbers.
     """
     require_tensor(x, name)
+    _require_dense(x, name)
     columns: int = getattr(sae.config, width)
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(
@@ -109,3 +111,12 @@ def require_tensor(given: object, name: str) -> None:
     makes = {"ndarray": "torch.from_numpy makes one", "list": "torch.tensor makes one"}
     named = "name the part of it that is one, as in output.last_hidden_state"
     raise TypeError(f"{name} must be a tensor, got {kind}: {makes.get(kind, named)}")
+
+
+def _require_dense(x: Tensor, name: str) -> None:
+    """Raise TypeError for a quantised or sparse tensor."""
+    if x.is_quantized:
+        raise TypeError(f"{name} is quantised, {x.dtype}: {name}.dequantize() can be taken")
+    if x.layout != torch.strided:
+        kind = str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a sparse tensor, {kind}: {name}.to_dense() can be taken")

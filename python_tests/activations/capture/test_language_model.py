@@ -73,6 +73,14 @@ def test_an_unknown_model_is_one_line_with_the_nearest_there_is(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_is_no_model_gets_no_hint(tmp_path):
+    for name in ("my_llama", "my_lama"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "my_llama" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^model: .*my_lama cannot be loaded: "):
+        load_language_model(str(tmp_path / "my_lama"))
+
+
 def test_a_folder_without_a_model_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^model: .* cannot be loaded") as caught:
         load_language_model(str(tmp_path))

@@ -156,7 +156,7 @@ def explained(name: str) -> Iterator[None]:
                 "--trust-remote-code does; read that code before"
             ) from error
         first = str(error).strip().partition("\n")[0] or type(error).__name__
-        others = [other for other in _known_models(name) if Path(other) != Path(name)]
+        others = [] if Path(name).exists() else _known_models(name)
         near = difflib.get_close_matches(name, others, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"model: {name} cannot be loaded{hint}: {first}") from error
