@@ -244,7 +244,7 @@ def _require_inside(path: Path, home: Path, filename: str, what: str) -> Path:
     """Return the file that a link names, which must be a file in the directory of the shard."""
     target = home / filename
     if Path(os.path.realpath(target)).parent != Path(os.path.realpath(home)):
-        raise ShardError(f"{path}: {what} {filename!r}, which is outside {home}")
+        raise ShardError(f"{path}: {what} {filename!r}, which is not directly in {home}")
     require_regular(target)
     return target
 
