@@ -90,7 +90,7 @@ def _run(arguments: Sequence[str], output: CommandOutput) -> int:
             output.configure(quiet=shown.quiet, log_file=shown.log_file)
             _write_pages(config, stop, output)
     except _StoppedError:
-        output.say("stopped: the same command continues behind the codes in OUT/codes")
+        output.say("stopped: the same command continues after the codes in OUT/codes")
     except Exception as error:
         line = refusal(error)
         print(line, file=sys.stderr)

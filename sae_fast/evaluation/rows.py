@@ -178,5 +178,5 @@ def check_same_place(ours: Mapping[str, Any], theirs: Mapping[str, Any], what: s
     """
     if (difference := origin_difference(ours, theirs)) is not None:
         raise ValueError(
-            f"the dictionary is of {difference} as {what}: --force goes on all the same"
+            f"the dictionary is of {difference} as {what}: --force continues all the same"
         )
