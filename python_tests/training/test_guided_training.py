@@ -14,7 +14,7 @@ from planted import D_IN, planted
 from sae_fast.activations import STARTS, ActivationStream, Rows, TensorStream, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import StepSettings
-from sae_fast.autoencoder.model import ARCHITECTURES
+from sae_fast.autoencoder.architectures import ARCHITECTURES
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.cuda_graph import WARMUP_STEPS, GraphedStep
