@@ -694,6 +694,7 @@ def test_threads_have_passes_of_their_own():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_edited_as_the_model_is():
     network, tokens, sae = make_network("gpt2"), some_tokens(), make_sae()
     with sae.attached(network, HOOK, "error") as run:

@@ -135,6 +135,7 @@ def test_a_tensor_that_claims_more_than_its_file_is_not_allocated(tmp_path):
     assert "cannot be read" in read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_compressed_bomb_is_refused(tmp_path):
     array = io.BytesIO()
     np.save(array, np.zeros((1 << 13, 1 << 13), np.float32))

@@ -165,6 +165,7 @@ def test_shuffled_documents_keep_their_numbers():
     assert rows == rows_of(make_batches(texts, seed=5).iterate())
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same():
     texts = make_texts(300)
     alone = rows_of(make_batches(texts).iterate())
