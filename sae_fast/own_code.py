@@ -40,11 +40,11 @@ def failed(what: str, error: BaseException) -> str:
     """Return in one line that something failed: with the error, and its line in the user's code."""
     reason = " ".join(str(error).split())
     kind = type(error).__name__
-    return f"{what} failed with {bounded(f'{kind}: {reason}') if reason else kind}{_place(error)}"
+    return f"{what} failed with {bounded(f'{kind}: {reason}') if reason else kind}{place_of(error)}"
 
 
-def _place(error: BaseException) -> str:
-    """Return file and line of the innermost call outside of libraries; empty: there is none."""
+def place_of(error: BaseException) -> str:
+    """Return file and line of the innermost call outside of libraries, or an empty text."""
     trace, found = error.__traceback__, ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename

@@ -84,7 +84,8 @@ def test_a_plugin_that_cannot_be_used_is_refused_in_one_line(
     refused(run("--plugin", "no.py", *given), "plugin no.py: there is no such file")
     refused(run("--plugin", "no_module", *given), "plugin no_module: ModuleNotFoundError")
     (tmp_path / "broken_plugin.py").write_text("1 / 0\n")
-    refused(run("--plugin", "broken_plugin.py", *given), "ZeroDivisionError: division by zero")
+    broken = "ZeroDivisionError: division by zero (broken_plugin.py, line 1)"
+    refused(run("--plugin", "broken_plugin.py", *given), broken)
     (tmp_path / "empty_plugin.py").write_text("")
     refused(run("--plugin", "empty_plugin.py", *given), "it registers no architecture")
     (tmp_path / "json.py").write_text("")
@@ -93,3 +94,17 @@ def test_a_plugin_that_cannot_be_used_is_refused_in_one_line(
     refused(run("--gain-decay", "1", *given), "unknown flag --gain-decay")
     left_out = "gain_decay belongs to arch gained_topk and must be left out with arch topk, got 1.0"
     refused(run("--plugin", PLUGIN, "--gain-decay", "1", *given), left_out)
+
+
+def test_an_architecture_that_fails_ends_the_command_in_one_line(
+    run: Run, shards: Path, tmp_path: Path
+) -> None:
+    given = ("--shard-dir", shards, *SMALL)
+    text = Path(PLUGIN).read_text().replace("self.config.k)", "self.config.kk)")
+    (tmp_path / "failing_plugin.py").write_text(text.replace("gained_topk", "failing_topk"))
+    failing = run("--plugin", "failing_plugin.py", "--arch", "failing_topk", *given)
+    refused(
+        failing,
+        "arch failing_topk: GainedTopK.infer failed with AttributeError",
+        "(failing_plugin.py, line ",
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sae_fast.json_files import bounded
+from sae_fast.own_code import place_of
 
 GROUP = "sae_fast.architectures"
 
@@ -64,7 +65,8 @@ def _attempt(what: str, work: Callable[[], object]) -> None:
         work()
     except Exception as error:
         reason = bounded(" ".join(str(error).split()))
-        raise ValueError(f"{what}: {type(error).__name__}: {reason}") from error
+        place = "" if isinstance(error, SyntaxError) else place_of(error)  # whose text has it
+        raise ValueError(f"{what}: {type(error).__name__}: {reason}{place}") from error
 
 
 def _is_file_of(module: ModuleType, path: Path) -> bool:
