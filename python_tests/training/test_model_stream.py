@@ -115,9 +115,9 @@ def test_the_model_reads_nothing_in_vain(monkeypatch: pytest.MonkeyPatch) -> Non
     passes = []
     activations = HookedModel.activations
 
-    def counted(self: HookedModel, *tokens: Any) -> dict[str, Tensor]:
+    def counted(self: HookedModel, *tokens: Any, **others: Any) -> dict[str, Tensor]:
         passes.append(tokens)
-        return activations(self, *tokens)
+        return activations(self, *tokens, **others)
 
     monkeypatch.setattr(HookedModel, "activations", counted)
     stream = make_stream(max_tokens=5 * TOKENS, pool_rows=2 * TOKENS)
