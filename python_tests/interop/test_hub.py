@@ -76,7 +76,7 @@ for below in (None, "for_saelens"):
     assert 'library_name: "sae_lens"' in files["for_saelens/README.md"].decode()
 
 
-def test_only_thefiles_of_one_dictionary_are_downloaded(hub, tmp_path):
+def test_only_the_files_of_one_dictionary_are_downloaded(hub, tmp_path):
     put(hub, "owner/many", FOREIGN / "sparsify")
     hub.files["owner/many"]["layers.3/optimizer.bin"] = b"x" * 1000
     printed = run(hub, tmp_path, """
@@ -125,7 +125,7 @@ except ValueError as error:
         (["a/ae.pt"], "b", "has no dictionary in b: name one as subfolder, as a"),
     ],
 )  # fmt: skip
-def test_thefiles_of_a_dictionary_are_found_in_a_listing(files, subfolder, chosen):
+def test_the_files_of_a_dictionary_are_found_in_a_listing(files, subfolder, chosen):
     if isinstance(chosen, set):
         assert set(files_of("owner/name", files, subfolder)) == chosen
     else:
