@@ -8,6 +8,7 @@ require_torch()  # says so at once where it is missing, and does not import it
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder import SparseAutoencoder
+    from sae_fast.autoencoder.acceleration import accelerate
     from sae_fast.autoencoder.architectures import register_architecture
     from sae_fast.autoencoder.loss_terms import LossTerm
     from sae_fast.config import (
@@ -36,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "accelerate",
     "build_info",
     "gpt2_medium_sae_config",
     "gpt2_sae_config",
@@ -55,6 +57,7 @@ _HOMES = {
     "SparseAutoencoder": "sae_fast.autoencoder",
     "Sweep": "sae_fast.training.sweep",
     "Trainer": "sae_fast.training.trainer",
+    "accelerate": "sae_fast.autoencoder.acceleration",
     "build_info": "sae_fast.ops.native",
     "gpt2_medium_sae_config": "sae_fast.config",
     "gpt2_sae_config": "sae_fast.config",

@@ -100,7 +100,7 @@ class TrainOptions(ConfigFile):
     )
     """JSON file with several trainings on the same activations: an object of lists, of which all
     combinations are trained, or a list of objects with the settings of each."""
-    live: Path | None = setting(None, metavar="DIR", brief="directory for pages of the latents")
+    live: Path | None = setting(None, metavar="DIR")
     """Directory for the pages of all latents, written again and again while one model is trained on
     shards, in 5 % of the time; open the index.html in it."""
     live_tokenizer: str | None = setting(None, metavar="NAME")

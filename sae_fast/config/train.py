@@ -55,6 +55,7 @@ class TrainConfig(ConfigFile):
         lr: float = 0.0
         use_amp: bool | Literal["off", "bf16", "fp16"] = "off"
         batch_tokens: int = 4096
+        init_from: str | None = None
 
     shard_dir: str | None = setting(
         None,
