@@ -11,7 +11,7 @@ them `expected.safetensors` with rows x, the code and the reconstruction that th
 and compares codes and reconstructions with the ones written there; it exits 1 where they differ.
 
 Groups: saelens (with the releases that its loaders read), sparsify, dictionary_learning,
-circuit_tracer, openai, openmoss.
+circuit_tracer, openai, openmoss, saev.
 """
 
 from __future__ import annotations
@@ -524,6 +524,29 @@ def make_openmoss(out: Path) -> None:
         keep(out / name, x, code / scale, sae.decode(code) / scale)
 
 
+def make_saev(out: Path) -> None:
+    for package in ("saev", "saev.nn"):
+        _as_package(package)
+    package_itself: Any = sys.modules["saev"]
+    package_itself.__version__ = "at 3d73f1f"
+    module = importlib.import_module("saev.nn.modeling")
+    for name, activation in (
+        ("relu", module.Relu()),
+        ("batch_topk", module.BatchTopK(top_k=K)),
+        ("topk", module.TopK(top_k=K)),
+    ):
+        config = module.SparseAutoencoderConfig(d_model=D_IN, d_sae=D_SAE, activation=activation)
+        sae = module.SparseAutoencoder(config)
+        fill(sae)
+        if name == "batch_topk":
+            sae.activation.threshold.fill_(0.6)
+        sae.eval()
+        module.dump(out / name / "sae.pt", sae)
+        x = rows()
+        code = sae.encode(x).f_x
+        keep(out / name, x, code, sae.decode(code)[:, -1])
+
+
 # ---- the command ----------------------------------------------------------------------------
 
 
@@ -546,6 +569,7 @@ MAKERS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "circuit_tracer": (make_circuit_tracer,),
     "openai": (make_openai,),
     "openmoss": (make_openmoss,),
+    "saev": (make_saev,),
 }
 CHECKERS = {
     "saelens": check_saelens,

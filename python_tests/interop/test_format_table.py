@@ -20,6 +20,7 @@ PROOF = {
     "circuit_tracer": "circuit-tracer 0.5.0",
     "openai": "sparse_autoencoder of OpenAI",
     "openmoss": "llamascopium 2.0.0b34",
+    "saev": "saev at 3d73f1f",
     "releases": "the loaders of sae-lens 6.54.12",
 }
 
@@ -36,7 +37,7 @@ def rows():
     """Return a row of the table for each format, from what is read and written."""
     read, proof = {}, {}
     for directory in MADE:
-        if name_of(directory) == REFUSED:
+        if name_of(directory) in REFUSED:
             continue
         place = place_of(directory)
         known = interop.recognise(place)

@@ -15,11 +15,13 @@ from sae_fast.interop.openai import OpenAI
 from sae_fast.interop.openmoss import LlamaScope, LlamaScopeR1, Llamascopium
 from sae_fast.interop.releases import Goodfire, QResearch, QwenScope
 from sae_fast.interop.saelens import SAELens
+from sae_fast.interop.saev import Saev
 from sae_fast.interop.sparsify import Sparsify
 
 # In the order in which they are tried: the first that recognises a place reads it. A file of two
 # plain layers may be qresearch's or an AutoEncoderNew of dictionary_learning: the same function.
 FORMATS: tuple[Format, ...] = (
+    Saev(),  # whose .pt files no other reader opens
     SAELens(),
     Sparsify(),
     CircuitTracer(),
