@@ -5,16 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# Of block L, the first name of each kind is the one that is written.
-_LENS = {
-    "residual": ("hook_resid_post", "hook_out"),
-    "resid_pre": ("hook_resid_pre", "hook_in"),
-    "attn_out": ("hook_attn_out", "attn.hook_out"),
-    "mlp_out": ("hook_mlp_out", "mlp.hook_out"),
-    "mlp_in": ("ln2.hook_normalized", "mlp.hook_in", "hook_mlp_in"),
-    "z": ("attn.hook_z", "attn.o.hook_in"),
-}
-_OURS = {name: ours for ours, names in _LENS.items() for name in names}
+from sae_fast.activations.capture.hooks import LENS_NAMES
+
+_USUAL: dict[str, str] = {}
+for _name, _kind in LENS_NAMES.items():
+    _USUAL.setdefault(_kind, _name)
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _NUMBERED = re.compile(r"(\w+)\.(\d+)")
 
@@ -22,17 +17,17 @@ _NUMBERED = re.compile(r"(\w+)\.(\d+)")
 def from_lens(name: str) -> str:
     """Return residual.3 for blocks.3.hook_resid_post and so on; another name as it is."""
     match = _BLOCK.fullmatch(name)
-    if match is None or match[2] not in _OURS:
+    if match is None or match[2] not in LENS_NAMES:
         return name
-    return f"{_OURS[match[2]]}.{int(match[1])}"
+    return f"{LENS_NAMES[match[2]]}.{int(match[1])}"
 
 
 def to_lens(name: str) -> str:
     """Return blocks.3.hook_resid_post for residual.3 and so on; another name as it is."""
     match = _NUMBERED.fullmatch(name)
-    if match is None or match[1] not in _LENS:
+    if match is None or match[1] not in _USUAL:
         return name
-    return f"blocks.{int(match[2])}.{_LENS[match[1]][0]}"
+    return f"blocks.{int(match[2])}.{_USUAL[match[1]]}"
 
 
 def layer_of(name: str) -> int | None:

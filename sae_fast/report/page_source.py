@@ -7,15 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Hook points, and the names of TransformerLens inside of a block that correspond to them.
-_LENS_NAMES = {
-    "residual": "hook_resid_post",
-    "resid_pre": "hook_resid_pre",
-    "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-    "mlp_in": "ln2.hook_normalized",
-    "z": "attn.hook_z",
-}
+from sae_fast.interop.hook_names import to_lens
+
 _IN_BLOCK = re.compile(r"^blocks\.\d+\.[\w.]+$")
 _FOLDER = re.compile(r"^\w[\w.:-]*$")
 
@@ -57,10 +50,8 @@ class PageSource:
     @property
     def hook_name(self) -> str | None:
         """The hook point as TransformerLens names it; None where it has no name there."""
-        if _IN_BLOCK.match(self.hook):
-            return self.hook
-        name = _LENS_NAMES.get(self.hook.partition(".")[0])
-        return None if name is None else f"blocks.{self.layer}.{name}"
+        name = to_lens(self.hook)
+        return name if _IN_BLOCK.match(name) else None
 
     @property
     def folder(self) -> str:

@@ -41,15 +41,16 @@ _HEAD_WIDTHS = (
     "key_value_proj_dim",  # T5
 )
 
-# Names of TransformerLens, of block L, and the kinds of hook points that they mean.
-_LENS_NAMES = {
+# Names of TransformerLens, of block L, and the kinds of hook points that they mean. Of each kind
+# the first is the usual one.
+LENS_NAMES = {
     "hook_resid_post": RESIDUAL,
     "hook_resid_pre": BEFORE,
     "hook_attn_out": ATTENTION,
     "hook_mlp_out": FEED_FORWARD,
     "mlp.hook_out": FEED_FORWARD,
-    "mlp.hook_in": FEED_FORWARD_INPUT,
     "ln2.hook_normalized": FEED_FORWARD_INPUT,
+    "mlp.hook_in": FEED_FORWARD_INPUT,
     "attn.hook_z": HEADS,
     "hook_out": RESIDUAL,  # from here on as version 4 calls them
     "hook_in": BEFORE,
@@ -377,7 +378,7 @@ def _layer_of(path: str, stacks: Sequence[Blocks]) -> int | None:
 def _meant_by_transformer_lens(name: str) -> str | None:
     """Return our name of a hook point that has a name of TransformerLens; None: it is another."""
     match = re.fullmatch(r"blocks\.(\d+|\*)\.(.+)", name)
-    kind = None if match is None else _LENS_NAMES.get(match[2])
+    kind = None if match is None else LENS_NAMES.get(match[2])
     return None if match is None or kind is None else f"{kind}.{match[1]}"
 
 
@@ -404,7 +405,7 @@ def _unknown(pattern: str, known: dict[str, HookPoint], network: nn.Module) -> s
     near = difflib.get_close_matches(pattern, [*known, *paths], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     if _LENS.search(pattern):
-        pairs = {kind: f"blocks.L.{name}" for name, kind in reversed(_LENS_NAMES.items())}
+        pairs = {kind: f"blocks.L.{name}" for name, kind in reversed(LENS_NAMES.items())}
         hint = " (of TransformerLens's names these are known: "
         hint += ", ".join(f"{name} for {kind}.L" for kind, name in pairs.items()) + ")"
     return (
@@ -442,6 +443,6 @@ def _configured(network: nn.Module, name: str) -> int | None:
 
 def transformer_lens_name(hook: str) -> str:
     """Return the name that a hook point such as residual.3 has in TransformerLens; others stay."""
-    names = {kind: name for name, kind in reversed(_LENS_NAMES.items())}
+    names = {kind: name for name, kind in reversed(LENS_NAMES.items())}
     kind, _, layer = hook.rpartition(".")
     return f"blocks.{layer}.{names[kind]}" if kind in names and layer.isdigit() else hook
