@@ -52,7 +52,7 @@ def accelerate(sae: Any) -> Any:
     kind = sae.cfg.architecture()
     if kind not in ("standard", "topk", "abstopk", "jumprelu", "gated"):
         raise ValueError(f"architecture {kind} is not accelerated")
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+    if kind in ("topk", "abstopk") and sae.cfg.rescale_acts_by_decoder_norm:
         raise ValueError("selection is weighted by decoder norms: call fold_W_dec_norm() first")
     if sae.W_enc.dtype != torch.float32:
         raise ValueError(f"float32 is accelerated, got {sae.W_enc.dtype}")

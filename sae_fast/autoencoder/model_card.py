@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
 
-_FIELDS = ("d_in", "d_out", "d_sae", "k", "activation", "target_l0")
-
 
 def model_card(
     sae: SparseAutoencoder, name: str, to: str, figures: Mapping[str, Any] | None = None
@@ -32,10 +30,14 @@ def model_card(
         head["base_model"] = origin["model"]
     place = " of ".join(str(origin[key]) for key in ("hook", "model") if key in origin)
     kind = "transcoder" if config.transcoder else "sparse autoencoder"
-    facts: dict[str, Any] = {"architecture": config.arch}
-    facts |= {field: getattr(config, field) for field in _FIELDS if getattr(config, field)}
-    if config.activation == "topk":
-        facts.pop("activation", None)
+    facts: dict[str, Any] = {"architecture": config.arch, "d_in": config.d_in}
+    if config.transcoder:
+        facts["d_out"] = config.d_out
+    facts["d_sae"] = config.d_sae
+    if config.k is not None:
+        facts["k"] = config.k
+    if config.activation != "topk":
+        facts["activation"] = config.activation
     facts |= {key: value for key, value in origin.items() if not isinstance(value, dict)}
     targets = origin.get("targets")
     if isinstance(targets, dict):
