@@ -181,7 +181,7 @@ def test_pipe_in_place_of_a_file_is_refused_without_waiting(saved):
         (("params.npz",), "params.npz: cannot be read, damaged or cut short"),
         (("config.json", "ae.pt"), "ae.pt: cannot be read, damaged or cut short"),
         (("cfg.json", "sae.safetensors"), "cfg.json: has no d_in"),
-        (("a/cfg.json", "a/sae.safetensors"), "holds dictionaries below it: name one of a"),
+        (("a/cfg.json", "a/sae.safetensors"), "cfg.json: has no d_in"),
         (("config.json", "model.safetensors"), "its config.json is not the one of a model"),
         ((), r"not a saved model, it has no config\.json, and no dictionary of SAELens, sparsify"),
         (("checkpoints/x",), "a run that has no checkpoint yet"),

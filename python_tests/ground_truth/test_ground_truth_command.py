@@ -248,3 +248,14 @@ def test_help_lists_the_tasks_and_their_flags(capsys):
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert "--seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["superposition", "modular_addition", "state_machine", "circuit", "biographies"]
+)
+def test_a_seed_that_the_data_are_drawn_from_is_refused(name, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([name, "--out", str(out), "--seeds", "3", "0"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: seeds must not have data_seed, from which the data are drawn")
+    assert not out.exists()

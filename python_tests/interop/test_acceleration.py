@@ -108,6 +108,28 @@ def test_the_kernels_are_called_where_they_can_be(monkeypatch):
     assert sae.W_enc.grad.shape == (16, 64)
 
 
+@torch.no_grad()
+def test_settings_that_change_are_seen():
+    plain, x = make("TopKSAE"), torch.randn(30, 16)
+    sae = sae_fast.accelerate(copy.deepcopy(plain))
+    for each in (sae, plain):
+        each.cfg.apply_b_dec_to_input = False
+    assert_equal(sae, plain, x)
+    for each in (sae, plain):
+        each.cfg.k = 2
+        each.activation_fn = each.get_activation_fn()
+    assert_equal(sae, plain, x)
+
+
+@torch.no_grad()
+def test_the_error_term_is_added_as_before():
+    plain, x = make("JumpReLUSAE"), torch.randn(30, 16)
+    sae = sae_fast.accelerate(copy.deepcopy(plain))
+    for each in (sae, plain):
+        each.use_error_term = True
+    torch.testing.assert_close(sae(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
 def test_what_has_no_counterpart_is_refused():
     config = sae_lens.TopKSAEConfig(**SIZES, k=4, rescale_acts_by_decoder_norm=True)
     for sae, words in (

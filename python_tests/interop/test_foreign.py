@@ -6,12 +6,14 @@ OpenAI's sparse_autoencoder, and saev at 3d73f1f. The releases are random weight
 documented layouts; what is expected of them is what SAELens's loaders make of them.
 """
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_fast import SparseAutoencoder, interop
 from sae_fast.autoencoder.interchange import to_plain
@@ -79,7 +81,7 @@ def test_codes_and_reconstructions_are_those_of_the_library(directory):
             "circuit_tracer/relu",
             {
                 "model": "google/gemma-2-2b",
-                "hook": "mlp_in.2",
+                "hook": "blocks.2.ln2.hook_normalized",
                 "layer": 2,
                 "targets": {"model": "google/gemma-2-2b", "hook": "mlp_out.2", "layer": 2},
             },
@@ -106,3 +108,117 @@ def test_a_folder_of_several_names_them():
     assert "\n" not in str(told.value)
     sae = SparseAutoencoder.from_pretrained(FOREIGN / "sparsify", subfolder="layers.3")
     assert sae.config.k == 3
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """Return a function that copies a dictionary of `foreign/` into a folder of some path."""
+
+    def copy(name, path):
+        return Path(shutil.copytree(FOREIGN / name, tmp_path / path))
+
+    return copy
+
+
+GEMMA_2 = "releases/gemma-scope-2-270m-pt/transcoder/layer_3_width_16k_l0_small_affine"
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "is_transcoder"),
+    [
+        ("resid_post/layer_5", {"type": "sae", "hf_hook_point_out": "a"}, False),
+        ("resid_post/layer_5", {"hf_hook_point_out": "a"}, False),
+        ("my_transcoders/more/resid_post/layer_5", None, False),
+        ("mlp_out/layer_5", {"hf_hook_point_out": "b"}, True),
+        ("transcoder_all/layer_5", None, True),
+    ],
+)
+def test_the_kind_of_a_gemma_scope_2_is_told_by_its_hooks(path, settings, is_transcoder, copied):
+    place = copied(GEMMA_2, path)
+    tensors = load_file(place / "params.safetensors")
+    del tensors["affine_skip_connection"]
+    save_file(tensors, place / "params.safetensors")
+    (place / "config.json").unlink()
+    if settings is not None:
+        content = {"architecture": "jump_relu", "hf_hook_point_in": "a", **settings}
+        (place / "config.json").write_text(json.dumps(content))
+    sae = SparseAutoencoder.from_pretrained(place)
+    assert sae.config.transcoder == is_transcoder
+    assert ("targets" in sae.origin) == (is_transcoder and settings is not None)
+
+
+def test_links_of_a_cache_keep_the_names_of_their_folders(tmp_path):
+    name = "gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_10"
+    place = tmp_path / name
+    place.mkdir(parents=True)
+    (place / "params.npz").symlink_to(FOREIGN / "releases" / name / "params.npz")
+    blob = tmp_path / "blob"
+    shutil.copy(FOREIGN / "releases" / name / "params.npz", blob)
+    (place / "params.npz").unlink()
+    (place / "params.npz").symlink_to(blob)
+    sae = SparseAutoencoder.from_pretrained(place)
+    assert sae.origin == {"model": "google/gemma-2-2b", "hook": "residual.3", "layer": 3}
+
+
+def test_a_skip_connection_of_sparsify_that_is_no_transcoder_subtracts_b_dec(copied):
+    place = copied("sparsify/layers.5.mlp", "layers.5.mlp")
+    settings = json.loads((place / "cfg.json").read_text()) | {"transcode": False}
+    (place / "cfg.json").write_text(json.dumps(settings))
+    tensors, x = load_file(place / "sae.safetensors"), torch.randn(9, 8)
+    pre = (x - tensors["b_dec"]) @ tensors["encoder.weight"].T + tensors["encoder.bias"]
+    values, indices = pre.relu().topk(3, dim=1)
+    code = torch.zeros(9, 24).scatter(1, indices, values)
+    x_hat = code @ tensors["W_dec"] + tensors["b_dec"] + x @ tensors["W_skip"].T
+    sae = SparseAutoencoder.from_pretrained(place)
+    torch.testing.assert_close(sae.encode(x).dense(), code, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sae.decode(sae.encode(x), x), x_hat, atol=1e-5, rtol=1e-5)
+
+
+def test_negative_values_of_circuit_tracer_are_refused(copied):
+    place = copied("circuit_tracer/jumprelu_skip", "plt")
+    tensors = load_file(place / "layer_2.safetensors")
+    tensors["activation_function.threshold"][4] = -0.5
+    save_file(tensors, place / "layer_2.safetensors")
+    with pytest.raises(ValueError, match="thresholds below 0 let negative values through"):
+        SparseAutoencoder.from_pretrained(place)
+
+
+@pytest.mark.parametrize("name", ["finetuning_scaling_factor", "scaling_factor"])
+def test_factors_of_older_saelens_are_used_where_the_settings_say_so(name, copied):
+    place = copied("saelens/older_standard", "older")
+    x = torch.randn(9, 8)
+    before = SparseAutoencoder.from_pretrained(place)
+    tensors = load_file(place / "sae_weights.safetensors")
+    factor = torch.rand(24) + 0.5
+    save_file({**tensors, name: factor}, place / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="that they are not used"):
+        SparseAutoencoder.from_pretrained(place)
+    settings = json.loads((place / "cfg.json").read_text()) | {"finetuning_scaling_factor": True}
+    (place / "cfg.json").write_text(json.dumps(settings))
+    sae, code = SparseAutoencoder.from_pretrained(place), before.encode(x).dense()
+    torch.testing.assert_close(sae.encode(x).dense(), code)
+    expected = (code * factor) @ tensors["W_dec"] + tensors["b_dec"]
+    torch.testing.assert_close(sae(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("submodule", "layer", "hook"),
+    [
+        ("resid_post_layer_12", 12, "residual.12"),
+        ("mlp_out", 5, "mlp_out.5"),
+        (None, "5", "residual.5"),
+        ("something", 1, "something"),
+    ],
+)
+def test_the_hook_of_dictionary_learning_is_the_submodule(submodule, layer, hook, copied):
+    place = copied("dictionary_learning/AutoEncoder", "run")
+    content = json.loads((place / "config.json").read_text())
+    content["trainer"] |= {"submodule_name": submodule, "layer": layer}
+    (place / "config.json").write_text(json.dumps(content))
+    origin = SparseAutoencoder.from_pretrained(place).origin
+    assert (origin["hook"], origin["layer"]) == (hook, int(layer))
+
+
+def test_the_only_dictionary_of_a_folder_is_read():
+    sae = SparseAutoencoder.from_pretrained(FOREIGN / "releases" / "goodfire")
+    assert sae.origin["layer"] == 19

@@ -152,7 +152,7 @@ def test_several_layers_of_circuit_tracer_share_a_directory(tmp_path):
         *(f"expected_codes_layer_{layer}.safetensors" for layer in (0, 1)),
     }
     text = (tmp_path / "config.yaml").read_text()
-    assert 'feature_input_hook: "ln2.hook_normalized"\n' in text
+    assert 'feature_input_hook: "mlp.hook_in"\n' in text
     assert 'feature_output_hook: "hook_mlp_out"\n' in text
     sae.origin["model"] = "another"
     with pytest.raises(DictionaryError, match="model_name is 'gpt2', and this transcoder has"):

@@ -19,6 +19,7 @@ from sae_fast.autoencoder.model import SparseAutoencoder
 from sae_fast.ops import SparseCode
 
 _FAST, _LAST = "_sae_fast_model", "_sae_fast_last_code"
+_SETTINGS = "_sae_fast_settings"
 # The parameters by their names there, and the ones here that they share memory with.
 _SHARED = {
     "W_enc": "W_enc",
@@ -74,6 +75,7 @@ def _share(sae: Any) -> SparseAutoencoder:
             data = own[ours].data = own[ours].data.clone()
             parameter.data = data.t() if theirs == "W_enc" else data
     sae.__dict__[_FAST] = fast
+    sae.__dict__[_SETTINGS] = _settings_of(sae)
     return fast
 
 
@@ -144,6 +146,16 @@ def _is_plain(sae: Any, x: Tensor) -> bool:
     records = torch.is_grad_enabled() and (
         x.requires_grad or any(parameter.requires_grad for parameter in sae.parameters())
     )
-    hooked = sae.hook_sae_acts_pre.has_hooks()
+    point = sae.hook_sae_acts_pre  # SAELens puts an Identity in its place to leave hooks out
+    hooked = not isinstance(point, torch.nn.Identity) and point.has_hooks()
     is_float32 = sae.dtype == torch.float32 and x.layout == torch.strided
-    return is_float32 and not records and not hooked
+    is_as_shared = _settings_of(sae) == sae.__dict__[_SETTINGS]
+    return is_float32 and is_as_shared and not records and not hooked
+
+
+def _settings_of(sae: Any) -> tuple[object, ...]:
+    """Return the settings that decide what encode and decode compute."""
+    cfg = sae.cfg
+    k = cfg.k if cfg.architecture() in ("topk", "abstopk") else None
+    used = None if k is None else sae.activation_fn.k
+    return k, used, cfg.apply_b_dec_to_input, cfg.normalize_activations

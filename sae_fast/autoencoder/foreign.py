@@ -36,7 +36,8 @@ def foreign_dictionary(place: Path) -> interop.PlainDictionary | None:
     if not place.exists() or place.name in _OWN_FILES:
         return None
     if interop.recognise(place) is None:
-        is_run = (place / "checkpoints").is_dir() or any(place.glob("*/checkpoints"))
+        ours = [place / "checkpoints", *place.glob("*/checkpoints")]
+        is_run = any(path.is_dir() and not any(path.glob("*.pt")) for path in ours)
         if not place.is_dir() or is_run or not interop.dictionaries_in(place):
             return None
     dictionary = interop.read(place)

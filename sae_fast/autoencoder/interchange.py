@@ -61,6 +61,7 @@ def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
 
 def config_for(dictionary: PlainDictionary) -> SAEConfig:
     """Return the configuration of a model that is this dictionary."""
+    assert not (dictionary.transcoder and dictionary.subtract_b_dec)  # which no model here does
     settings: dict[str, Any] = {"arch": dictionary.arch, "normalize_activations": "none"}
     if dictionary.k is not None:
         settings["k"] = dictionary.k

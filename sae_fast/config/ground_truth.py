@@ -45,6 +45,17 @@ class GroundTruthConfig(ConfigFile):
     num_threads: int | None = setting(None, at_least=1)
     """CPU threads; default: torch's own choice. [threads]"""
 
+    def __post_init__(self) -> None:
+        """Refuse a seed of a training that the data is drawn from, too.
+
+        The first numbers of one seed are the same: a dictionary would start at the answer.
+        """
+        if self.data_seed in self.seeds:
+            raise ValueError(
+                "seeds must not have data_seed, from which the data are drawn, "
+                f"got {self.data_seed}"
+            )
+
     def of_the_task(self) -> dict[str, object]:
         """Return the settings that results depend on, without place, selection and threads."""
         values = self.to_dict()
@@ -87,6 +98,7 @@ class SuperpositionConfig(GroundTruthConfig):
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
+        super().__post_init__()
         nested = self.parents * (1 + self.children)
         if nested > self.features:
             raise ValueError(
@@ -134,6 +146,7 @@ class ModularAdditionConfig(GroundTruthConfig):
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
+        super().__post_init__()
         if self.p % 2 == 0:
             raise ValueError(f"p must be an odd number, got {self.p}")
         if self.d_model % self.heads:
@@ -209,6 +222,7 @@ class CircuitConfig(GroundTruthConfig):
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
+        super().__post_init__()
         if self.d_model % self.heads:
             raise ValueError(
                 f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"
@@ -253,6 +267,7 @@ class BiographiesConfig(GroundTruthConfig):
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""
+        super().__post_init__()
         if self.d_model % self.heads:
             raise ValueError(
                 f"d_model must be a multiple of heads = {self.heads}, got {self.d_model}"

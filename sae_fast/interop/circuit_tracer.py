@@ -65,7 +65,12 @@ class CircuitTracer(Format):
             if _THRESHOLD in file:
                 n_thresholds = file.shape(_THRESHOLD)
                 expected = () if n_thresholds == () else (d_sae,)
-                threshold = file.read(_THRESHOLD, shape=expected).clamp_min(0).expand(d_sae)
+                threshold = file.read(_THRESHOLD, shape=expected).expand(d_sae)
+                if bool((threshold < 0).any()):
+                    raise DictionaryError(
+                        f"{path}: thresholds below 0 let negative values through there, and no "
+                        "code of arch jumprelu here has them"
+                    )
             told = _origin(settings, int(layer[1]))
             return PlainDictionary(
                 "relu" if threshold is None else "jumprelu",
@@ -149,7 +154,7 @@ def _settings(path: Path) -> dict[str, str]:
     for line in text.splitlines():
         match = _LINE.fullmatch(line.rstrip())
         if match is not None and match[2] and match[2][0] not in "[{&*|>!#":
-            found[match[1]] = match[2].strip("\"'")
+            found[match[1]] = re.sub(r"\s+#.*$", "", match[2]).strip("\"'")
     return found
 
 

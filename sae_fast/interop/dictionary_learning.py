@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ _TENSORS = {
     "AutoEncoderNew": _LINEAR | {"encoder.bias", "decoder.bias"},
 }
 _FURTHER = {"threshold"}  # which newer versions add
+_SUBMODULES = {"resid_post": "residual", "mlp_out": "mlp_out", "attn_out": "attn_out"}
+_SUBMODULE = re.compile(r"(resid_post|mlp_out|attn_out)(?:_layer_?(\d+))?")
 _UNSET = "its threshold is not set: the latents of a batch compete, as in training"
 
 
@@ -71,11 +74,12 @@ class DictionaryLearning(Format):
                 raise DictionaryError(
                     f"{settings.path}: {name} is {trainer.size(name)}, and {path.name} has {size}"
                 )
-        layer = trainer.value("layer")
-        hook = trainer.text("submodule_name")
-        if isinstance(layer, int) and (hook is None or str(layer) not in hook):
-            hook = f"residual.{layer}"
-        return replace(dictionary, origin=origin(trainer.text("lm_name"), hook))
+        layer = _number(trainer.value("layer"))
+        hook = _hook(trainer.text("submodule_name"), layer)
+        told = origin(trainer.text("lm_name"), hook)
+        if layer is not None:
+            told["layer"] = layer
+        return replace(dictionary, origin=told)
 
     def write(self, dictionary: PlainDictionary, directory: Path) -> Path:
         """Write both files, for the class that expresses the dictionary."""
@@ -205,7 +209,8 @@ def _read(file: TensorFile, kind: str) -> PlainDictionary:
     dictionary = replace(dictionary, k=k)
     if kind == "AutoEncoderTopK":
         return dictionary
-    threshold = get("threshold").reshape(()) if start + "threshold" in file else None
+    has_threshold = start + "threshold" in file
+    threshold = file.read(f"{start}threshold", shape=()) if has_threshold else None
     if threshold is None or threshold < 0:
         dictionary = replace(dictionary, remarks=(f"{file.path}: {_UNSET}",))
     else:
@@ -253,6 +258,17 @@ def _state(dictionary: PlainDictionary, kind: str) -> dict[str, Tensor]:
         sizes = [end - begin for begin, end in itertools.pairwise(ends)]
         state["group_sizes"] = torch.tensor(sizes)
     return state
+
+
+def _hook(name: str | None, layer: int | None) -> str | None:
+    """Return the hook point that a submodule is, by its usual names, else the name as it is."""
+    if name is None:
+        return None if layer is None else f"residual.{layer}"
+    match = _SUBMODULE.fullmatch(name)
+    if match is None:
+        return name
+    number = layer if match[2] is None else int(match[2])
+    return name if number is None else f"{_SUBMODULES[match[1]]}.{number}"
 
 
 def _number(layer: object) -> int | None:

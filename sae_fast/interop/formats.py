@@ -21,7 +21,6 @@ from sae_fast.interop.sparsify import Sparsify
 # In the order in which they are tried: the first that recognises a place reads it. A file of two
 # plain layers may be qresearch's or an AutoEncoderNew of dictionary_learning: the same function.
 FORMATS: tuple[Format, ...] = (
-    Saev(),  # whose .pt files no other reader opens
     SAELens(),
     Sparsify(),
     CircuitTracer(),
@@ -30,6 +29,7 @@ FORMATS: tuple[Format, ...] = (
     LlamaScope(),
     LlamaScopeR1(),
     Llamascopium(),
+    Saev(),  # before all that open .pt files, which cannot open these
     QwenScope(),
     Goodfire(),
     OpenAI(),
@@ -59,7 +59,10 @@ def read(place: str | Path) -> PlainDictionary:
     known = recognise(place)
     if known is not None:
         return known.read(place)
-    if place.is_dir() and (found := dictionaries_in(place)):
+    found = dictionaries_in(place) if place.is_dir() else []
+    if len(found) == 1 and (only := recognise(found[0])) is not None:
+        return only.read(found[0])
+    if found:
         several = listed([str(path.relative_to(place)) for path in found], 4)
         raise DictionaryError(f"{place}: holds dictionaries below it: name one of {several}")
     raise DictionaryError(f"{place}: is of no format that is read here")

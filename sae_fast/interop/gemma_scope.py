@@ -40,7 +40,7 @@ class GemmaScope(Format):
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder or, of a repository of transcoders, a transcoder."""
         path = place / _FIRST if place.is_dir() else place
-        folder = str(path.resolve())
+        folder = str(path.absolute())  # a link of the hub cache stays where it is
         told, kind = {}, None
         if (repository := _REPOSITORY.search(folder)) is not None:
             kind = repository[3]
@@ -75,8 +75,8 @@ class GemmaScope2(Format):
         settings.must_be("architecture", "jump_relu", None)
         hooks = settings.text("hf_hook_point_in"), settings.text("hf_hook_point_out")
         told = origin(settings.text("model_name"), hooks[0])
-        is_transcoder = bool(hooks[1]) or "transcoder" in str(path.resolve().parent)
-        if hooks[1]:
+        is_transcoder = _is_transcoder(settings, path)
+        if is_transcoder and hooks[1]:
             told["targets"] = origin(settings.text("model_name"), hooks[1])
         with open_tensors(path) as file:
             if len(file.shape("w_dec")) != 2:
@@ -85,6 +85,18 @@ class GemmaScope2(Format):
                     "transcoder has no counterpart here"
                 )
             return _read(file, is_transcoder=is_transcoder or _SKIP in file, told=told)
+
+
+def _is_transcoder(settings: Settings, path: Path) -> bool:
+    """Return whether a dictionary of Gemma Scope 2 puts out another activation than it reads."""
+    hooks = settings.text("hf_hook_point_in"), settings.text("hf_hook_point_out")
+    kind = settings.text("type")
+    if kind is not None:
+        return "transcoder" in kind
+    if hooks[1]:
+        return hooks[1] != hooks[0]
+    # Without settings the folders say so: transcoder/layer_3_width_16k/params.safetensors.
+    return any(folder.name.startswith("transcoder") for folder in list(path.absolute().parents)[:2])
 
 
 def _read(file: TensorFile, is_transcoder: bool, told: dict[str, str | int]) -> PlainDictionary:

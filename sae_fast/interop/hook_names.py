@@ -7,6 +7,8 @@ from typing import Any
 
 from sae_fast.activations.capture.hooks import LENS_NAMES
 
+# Of models with RMSNorm it is before the gain of the norm, and mlp_in is behind it.
+_BEFORE_GAIN = ("ln2.hook_normalized",)
 _USUAL: dict[str, str] = {}
 for _name, _kind in LENS_NAMES.items():
     _USUAL.setdefault(_kind, _name)
@@ -17,7 +19,7 @@ _NUMBERED = re.compile(r"(\w+)\.(\d+)")
 def from_lens(name: str) -> str:
     """Return residual.3 for blocks.3.hook_resid_post and so on; another name as it is."""
     match = _BLOCK.fullmatch(name)
-    if match is None or match[2] not in LENS_NAMES:
+    if match is None or match[2] not in LENS_NAMES or match[2] in _BEFORE_GAIN:
         return name
     return f"{LENS_NAMES[match[2]]}.{int(match[1])}"
 

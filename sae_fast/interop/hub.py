@@ -12,6 +12,7 @@ _WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
 _SETTINGS = (".json", ".yaml")
 # Names of weights of which a folder may have other files beside; any other name must be alone.
 _KNOWN = ("sae.safetensors", "sae_weights.safetensors", "ae.pt", "params.npz", "params.safetensors")
+_PROOF = "expected_codes"  # rows with the codes that a dictionary must give, of sae_fast
 _DEEP = "checkpoints/final.safetensors"  # of Llama Scope
 
 
@@ -69,10 +70,15 @@ def upload(directory: Path, name: str, subfolder: str | None, private: bool | No
 
 def files_of(name: str, files: list[str], subfolder: str | None) -> list[str]:
     """Return the files of one dictionary, or raise DictionaryError naming what there is."""
+    proofs = [file for file in files if PurePosixPath(file).name.startswith(_PROOF)]
+    files = [file for file in files if file not in proofs]
     if subfolder in files:
         beside = PurePosixPath(str(subfolder)).parent
-        settings = [file for file in files if _is_in(file, beside) and file.endswith(_SETTINGS)]
-        return [str(subfolder), *settings]
+        # Of a checkpoint the settings are one folder above.
+        near = [file for file in files if _is_in(file, beside) or _is_in(file, beside.parent)]
+        settings = [file for file in near if file.endswith(_SETTINGS)]
+        proof = str(beside / f"{_PROOF}_{PurePosixPath(str(subfolder)).stem}.safetensors")
+        return [str(subfolder), *settings, *([proof] if proof in proofs else [])]
     folder = PurePosixPath(subfolder or ".")
     inside = [file for file in files if _is_in(file, folder)]
     weights = [file for file in inside if file.endswith(_WEIGHTS)]
@@ -82,7 +88,8 @@ def files_of(name: str, files: list[str], subfolder: str | None) -> list[str]:
         known, inside = [deep], [*inside, deep]
     if len(weights) == 1 or known:
         chosen = known or weights
-        return [*chosen, *(file for file in inside if file.endswith(_SETTINGS))]
+        own_proofs = [file for file in proofs if _is_in(file, folder)]
+        return [*chosen, *(file for file in inside if file.endswith(_SETTINGS)), *own_proofs]
     below = [file for file in files if file.endswith(_WEIGHTS)]
     if not below:
         raise DictionaryError(f"{name}: the repository has no dictionary")

@@ -101,7 +101,7 @@ class LlamaScope(Format):
             threshold = torch.full((d_sae,), settings.number("jump_relu_threshold"))
             dictionary = replace(dictionary, arch="jumprelu", threshold=threshold)
         told = _origin(settings, hooks, is_transcoder)
-        folder = _SCOPE_FOLDER.search(str(place.resolve()))
+        folder = _SCOPE_FOLDER.search(str(place.absolute()))
         if folder is not None:
             told.setdefault("model", "meta-llama/Llama-3.1-8B")
         return replace(dictionary, origin=told)

@@ -41,7 +41,7 @@ class QwenScope(Format):
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a dictionary; its folder must have the name of the repository, which says k."""
-        repository = _QWEN_REPOSITORY.search(str(place.resolve().parent))
+        repository = _QWEN_REPOSITORY.search(str(place.absolute().parent))
         if repository is None:
             raise DictionaryError(
                 f"{place}: k stands in the name of the repository, SAE-Res-…-L0_50 for 50: "
@@ -78,7 +78,7 @@ class Goodfire(Format):
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a ReLU dictionary."""
-        named = _GOODFIRE_LAYER.search(str(place.resolve()))
+        named = _GOODFIRE_LAYER.search(str(place.absolute()))
         told = {}
         if named is not None:
             told = origin(f"meta-llama/{named[1]}", f"residual.{int(named[2])}")

@@ -234,10 +234,25 @@ def _read(file: TensorFile, settings: Settings, kind: str) -> PlainDictionary:
         dictionary = with_rescaled_codes(dictionary, norms.clamp_min(1e-8))
         if dictionary.threshold is not None:  # of the weighted values already
             dictionary = replace(dictionary, threshold=tensors["threshold"])
-    if "finetuning_scaling_factor" in file:
-        factor = file.read("finetuning_scaling_factor", shape=(d_sae,))
-        dictionary = replace(dictionary, W_dec=dictionary.W_dec * factor[:, None])
-    return dictionary
+    return _with_factor(dictionary, file, settings)
+
+
+def _with_factor(
+    dictionary: PlainDictionary, file: TensorFile, settings: Settings
+) -> PlainDictionary:
+    """Return a dictionary whose codes are multiplied before decoding, as older files may ask."""
+    names = ("finetuning_scaling_factor", "scaling_factor")
+    if not any(name in file for name in names):
+        return dictionary
+    factor = file.read(*names, shape=(dictionary.d_sae,))
+    if bool((factor == 1).all()):
+        return dictionary
+    if not settings.flag(names[0], False):
+        raise DictionaryError(
+            f"{file.path}: has factors for codes, and {settings.path} says by {names[0]} that they "
+            "are not used"
+        )
+    return replace(dictionary, W_dec=dictionary.W_dec * factor[:, None])
 
 
 def _thresholds(file: TensorFile, d_sae: int) -> Tensor:

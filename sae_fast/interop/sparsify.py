@@ -44,7 +44,7 @@ class Sparsify(Format):
         d_sae = _d_sae(settings, d_in)
         is_transcoder = settings.flag("transcode", False)
         with open_tensors(directory / WEIGHTS) as file:
-            return PlainDictionary(
+            dictionary = PlainDictionary(
                 "topk",
                 W_enc=file.read("encoder.weight", shape=(d_sae, d_in)),
                 b_enc=file.read("encoder.bias", shape=(d_sae,)),
@@ -57,6 +57,8 @@ class Sparsify(Format):
                 activation=settings.text("activation", "topk") or "topk",
                 origin=_origin(directory),
             )
+        # With a skip connection and without `transcode` b_dec is subtracted there.
+        return with_subtraction(dictionary, False) if dictionary.transcoder else dictionary
 
     def write(self, dictionary: PlainDictionary, directory: Path) -> Path:
         """Write both files as version 1.3 does."""

@@ -199,7 +199,8 @@ def model_to_start_from(config: TrainConfig) -> SparseAutoencoder | None:
         if not (path / "sae.safetensors").exists() and interop.recognise(path) is None:
             path = find_checkpoint(place, None) or path
     except CheckpointError:
-        raise ValueError(f"start_from: {path} is no model, no checkpoint and no run") from None
+        if not (path.is_dir() and interop.dictionaries_in(path)):
+            raise ValueError(f"start_from: {path} is no model, no checkpoint and no run") from None
     except ValueError as error:
         raise ValueError(f"start_from: {error}") from None
     return _read_start(path)

@@ -49,8 +49,8 @@ LENS_NAMES = {
     "hook_attn_out": ATTENTION,
     "hook_mlp_out": FEED_FORWARD,
     "mlp.hook_out": FEED_FORWARD,
-    "ln2.hook_normalized": FEED_FORWARD_INPUT,
     "mlp.hook_in": FEED_FORWARD_INPUT,
+    "ln2.hook_normalized": FEED_FORWARD_INPUT,
     "attn.hook_z": HEADS,
     "hook_out": RESIDUAL,  # from here on as version 4 calls them
     "hook_in": BEFORE,
