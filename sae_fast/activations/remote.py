@@ -97,7 +97,7 @@ def copy_to(folder: Path, address: str) -> int:
 
 
 def forget_copies() -> None:
-    """Look again whether anything has changed at an address when it is next used.
+    """Compare the copy of an address with the original again when it is next used.
 
     Without this call a process looks once at each address.
     """

@@ -35,12 +35,13 @@ def foreign_dictionary(place: Path) -> interop.PlainDictionary | None:
     """
     if not place.exists() or place.name in _OWN_FILES:
         return None
-    if interop.recognise(place) is None:
-        ours = [place / "checkpoints", *place.glob("*/checkpoints")]
-        is_run = any(path.is_dir() and not any(path.glob("*.pt")) for path in ours)
-        if not place.is_dir() or is_run or not interop.dictionaries_in(place):
-            return None
-    dictionary = interop.read(place)
+    runs = [place / "checkpoints", *place.glob("*/checkpoints")]
+    is_run = any(path.is_dir() and not any(path.glob("*.pt")) for path in runs)
+    found = interop.find(place, below=not is_run)
+    if found is None:
+        return None
+    known, own_place = found
+    dictionary = known.read(own_place)
     for remark in dictionary.remarks:
         logger.warning("%s", remark)
     return dictionary

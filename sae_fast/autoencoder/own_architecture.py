@@ -262,7 +262,7 @@ def _loss(own: str, architecture: Architecture, found: Any, given: Any) -> Archi
 
 
 def _is_trained(weights: Weights) -> bool:
-    """Return whether any of a model's tensors records gradients."""
+    """Return whether a gradient is recorded for any parameter or buffer of a model."""
     tensors = (weights.W_enc, weights.b_enc, weights.W_dec, weights.b_dec, *weights.own.values())
     return any(tensor.requires_grad for tensor in tensors)
 

@@ -7,7 +7,7 @@ convention of any of them, and written from it.
 from sae_fast.interop.dictionary import PlainDictionary, folded, with_subtraction
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import Format
-from sae_fast.interop.formats import FORMATS, dictionaries_in, read, recognise, write
+from sae_fast.interop.formats import FORMATS, dictionaries_in, find, read, recognise, write
 from sae_fast.interop.hub import download, upload
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "PlainDictionary",
     "dictionaries_in",
     "download",
+    "find",
     "folded",
     "read",
     "recognise",

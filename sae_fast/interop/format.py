@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.json_files import JSONError, read_json, shown
+from sae_fast.tensor_files import save_tensors
 
 
 class Format(ABC):
@@ -42,6 +47,37 @@ class Format(ABC):
         Raises DictionaryError for what the format cannot express.
         """
         raise DictionaryError(f"{self.title}: dictionaries are read from this format only")
+
+
+class PairOfFiles(Format):
+    """A format that keeps a dictionary as settings and tensors, two files of one directory.
+
+    Attributes:
+        config: the name of the settings.
+        weights: the name of the tensors.
+    """
+
+    config: ClassVar[str]
+    weights: ClassVar[str]
+
+    def recognises(self, place: Path) -> bool:
+        """Return whether both files are there."""
+        directory = self.directory_of(place)
+        return all((directory / name).is_file() for name in (self.config, self.weights))
+
+    def directory_of(self, place: Path) -> Path:
+        """Return the directory of a dictionary, for which each of its files may stand."""
+        return place.parent if place.name in (self.config, self.weights) else place
+
+    def write_pair(
+        self, directory: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> Path:
+        """Write both files, each whole or not at all; return the directory."""
+        directory.mkdir(parents=True, exist_ok=True)
+        with replacing(directory / self.weights) as temporary:
+            save_tensors(temporary, tensors)
+        write_text(directory / self.config, json.dumps(settings, indent=2) + "\n")
+        return directory
 
 
 class Settings:

@@ -49,23 +49,36 @@ def recognise(place: str | Path) -> Format | None:
     return next((known for known in FORMATS if known.recognises(place)), None)
 
 
+def find(place: str | Path, *, below: bool = True) -> tuple[Format, Path] | None:
+    """Return the format and the place of the dictionary at a place; None: there is none.
+
+    Args:
+        place: a directory or file.
+        below: whether a directory may also stand for the only dictionary below it.
+
+    Raises DictionaryError for a directory with several dictionaries, or a damaged file.
+    """
+    place = Path(place)
+    if (known := recognise(place)) is not None:
+        return known, place
+    found = dictionaries_in(place) if below and place.is_dir() else []
+    if len(found) > 1:
+        several = listed([str(path.relative_to(place)) for path in found], 4)
+        raise DictionaryError(f"{place}: holds dictionaries below it: name one of {several}")
+    return find(found[0], below=False) if found else None
+
+
 def read(place: str | Path) -> PlainDictionary:
     """Read a dictionary of another library, whose format is told by its files.
 
     Raises DictionaryError, in one line, for a place of no format, of several dictionaries, with
     damaged files, or with a dictionary that has no counterpart here.
     """
-    place = Path(place)
-    known = recognise(place)
-    if known is not None:
-        return known.read(place)
-    found = dictionaries_in(place) if place.is_dir() else []
-    if len(found) == 1 and (only := recognise(found[0])) is not None:
-        return only.read(found[0])
-    if found:
-        several = listed([str(path.relative_to(place)) for path in found], 4)
-        raise DictionaryError(f"{place}: holds dictionaries below it: name one of {several}")
-    raise DictionaryError(f"{place}: is of no format that is read here")
+    found = find(place)
+    if found is None:
+        raise DictionaryError(f"{place}: is of no format that is read here")
+    known, own_place = found
+    return known.read(own_place)
 
 
 def dictionaries_in(directory: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import torch
 
 from sae_fast.interop.dictionary import PlainDictionary, folded, with_rescaled_codes
 from sae_fast.interop.errors import DictionaryError
-from sae_fast.interop.format import Format, Settings
+from sae_fast.interop.format import Format, PairOfFiles, Settings
 from sae_fast.interop.hook_names import origin
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
@@ -28,19 +28,20 @@ _SCOPE_CONFIG, _SCOPE_WEIGHTS = "hyperparams.json", "checkpoints/final.safetenso
 _SCOPE_FOLDER = re.compile(r"Llama3_1-8B-Base-L(\d+)(R|A|M|TC)-\d+x")
 
 
-class Llamascopium(Format):
+class Llamascopium(PairOfFiles):
     """Dictionaries of OpenMOSS's Llamascopium, named Language-Model-SAEs before."""
 
     name = "openmoss"
     title = "OpenMOSS Llamascopium"
+    config, weights = CONFIG, WEIGHTS
 
     def recognises(self, place: Path) -> bool:
         """Return whether both files are there and the tensors have its names."""
-        return _has_both(place) and "W_E" in _names(place)
+        return super().recognises(place) and "W_E" in _names(self.directory_of(place))
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder or transcoder."""
-        directory = _directory(place)
+        directory = self.directory_of(place)
         settings = Settings.read(directory / CONFIG)
         kind = settings.text("sae_type", "sae")
         if kind not in ("sae", "transcoder"):
@@ -107,19 +108,21 @@ class LlamaScope(Format):
         return replace(dictionary, origin=told)
 
 
-class LlamaScopeR1(Format):
+class LlamaScopeR1(PairOfFiles):
     """The release Llama Scope R1 Distill."""
 
     name = "llama_scope_r1"
     title = "Llama Scope R1 Distill"
+    config, weights = CONFIG, WEIGHTS
 
     def recognises(self, place: Path) -> bool:
         """Return whether both files are there and the tensors have its names."""
-        return _has_both(place) and {"encoder.weight", "log_jumprelu_threshold"} <= _names(place)
+        names = {"encoder.weight", "log_jumprelu_threshold"}
+        return super().recognises(place) and names <= _names(self.directory_of(place))
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder of the release."""
-        directory = _directory(place)
+        directory = self.directory_of(place)
         settings = Settings.read(directory / CONFIG)
         d_in = settings.needed_size("d_model")
         d_sae = settings.size("d_sae") or _d_sae(settings, d_in)
@@ -143,17 +146,8 @@ class LlamaScopeR1(Format):
         return replace(dictionary, origin=_origin(settings, hooks, is_transcoder=False))
 
 
-def _directory(place: Path) -> Path:
-    return place.parent if place.name in (CONFIG, WEIGHTS) else place
-
-
-def _has_both(place: Path) -> bool:
-    directory = _directory(place)
-    return all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
-
-
-def _names(place: Path) -> set[str]:
-    with open_tensors(_directory(place) / WEIGHTS) as file:
+def _names(directory: Path) -> set[str]:
+    with open_tensors(directory / WEIGHTS) as file:
         return file.names()
 
 

@@ -10,7 +10,6 @@ so that reading them here gives the same dictionary again.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary, with_rescaled_codes
 from sae_fast.interop.errors import DictionaryError
-from sae_fast.interop.format import Format, Settings, refuse
+from sae_fast.interop.format import PairOfFiles, Settings, refuse
 from sae_fast.interop.hook_names import origin, to_lens
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
-from sae_fast.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _WRITTEN_VERSION = "6.54.12"  # whose layout is written
@@ -46,21 +43,17 @@ _BY_TOKEN = "it scales each token by its own norm, and a dictionary here has one
 _RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # since version 6
 
 
-class SAELens(Format):
+class SAELens(PairOfFiles):
     """Dictionaries of SAELens."""
 
     name = "saelens"
     title = "SAELens"
     can_write = True
-
-    def recognises(self, place: Path) -> bool:
-        """Return whether both files are there."""
-        directory = _directory(place)
-        return all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
+    config, weights = CONFIG, WEIGHTS
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a dictionary of version 6 or of an earlier one."""
-        directory = _directory(place)
+        directory = self.directory_of(place)
         settings, metadata = _settings(directory / CONFIG)
         kind = settings.text("architecture", "standard")
         if kind not in _ARCHITECTURES:
@@ -115,11 +108,7 @@ class SAELens(Format):
             settings |= {"k": dictionary.k, "rescale_acts_by_decoder_norm": False}
         if dictionary.transcoder:
             settings["d_out"] = dictionary.d_out
-        directory.mkdir(parents=True, exist_ok=True)
-        with replacing(directory / WEIGHTS) as temporary:
-            save_tensors(temporary, tensors)
-        write_text(directory / CONFIG, json.dumps(settings, indent=2) + "\n")
-        return directory
+        return self.write_pair(directory, tensors, settings)
 
     def _kind(self, dictionary: PlainDictionary) -> tuple[str, Tensor | None]:
         """Return the architecture and the thresholds that express a dictionary."""
@@ -142,10 +131,6 @@ class SAELens(Format):
         if arch == "topk":
             return "topk" if dictionary.activation == "topk" else "abstopk", None
         return {"relu": "standard"}.get(arch, arch), threshold
-
-
-def _directory(place: Path) -> Path:
-    return place.parent if place.name in (CONFIG, WEIGHTS) else place
 
 
 def _settings(path: Path) -> tuple[Settings, Settings]:

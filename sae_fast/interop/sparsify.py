@@ -6,37 +6,30 @@ same code as after it. b_dec is subtracted unless the dictionary is a transcoder
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary, with_subtraction
-from sae_fast.interop.format import Format, Settings, refuse
+from sae_fast.interop.format import PairOfFiles, Settings, refuse
 from sae_fast.interop.hook_names import layer_of
 from sae_fast.interop.tensor_file import open_tensors
-from sae_fast.tensor_files import save_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _UNIT = 1e-4  # how far the norm of a row may be from 1 and be called 1
 
 
-class Sparsify(Format):
+class Sparsify(PairOfFiles):
     """Dictionaries of EleutherAI's sparsify."""
 
     name = "sparsify"
     title = "sparsify"
     can_write = True
-
-    def recognises(self, place: Path) -> bool:
-        """Return whether both files are there."""
-        directory = _directory(place)
-        return all((directory / name).is_file() for name in (CONFIG, WEIGHTS))
+    config, weights = CONFIG, WEIGHTS
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder, transcoder or skip transcoder."""
-        directory = _directory(place)
+        directory = self.directory_of(place)
         settings = Settings.read(directory / CONFIG)
         settings.must_be("activation", "topk", "groupmax", None)
         settings.must_be("signed", False, None, because="codes here are not signed by this setting")
@@ -92,15 +85,7 @@ class Sparsify(Format):
         }
         if dictionary.W_skip is not None:
             tensors["W_skip"] = dictionary.W_skip
-        directory.mkdir(parents=True, exist_ok=True)
-        with replacing(directory / WEIGHTS) as temporary:
-            save_tensors(temporary, tensors)
-        write_text(directory / CONFIG, json.dumps(settings, indent=2) + "\n")
-        return directory
-
-
-def _directory(place: Path) -> Path:
-    return place.parent if place.name in (CONFIG, WEIGHTS) else place
+        return self.write_pair(directory, tensors, settings)
 
 
 def _d_sae(settings: Settings, d_in: int) -> int:
