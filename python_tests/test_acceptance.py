@@ -17,6 +17,7 @@ def tool(monkeypatch):
     return importlib.import_module("acceptance")
 
 
+@pytest.mark.slow
 def test_every_goal_is_met(acceptance):
     missed = [str(one) for one in (measure() for measure in acceptance.MEASURES) if not one.is_met]
     assert missed == []

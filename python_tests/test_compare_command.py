@@ -95,6 +95,7 @@ def test_bad_input_is_refused_in_one_line(models, tmp_path, capsys):
         assert message in error
 
 
+@pytest.mark.slow
 def test_scipy_is_named_where_it_is_missing(models):
     program = (
         "import sys\n"

@@ -58,6 +58,7 @@ def test_it_says_what_there_is_what_it_takes_and_what_came_of_it(source, tmp_pat
     assert len(lines) == 6
 
 
+@pytest.mark.slow
 def test_a_run_on_files_of_tensors_equals_that_on_their_shards(source, tmp_path):
     assert main([str(source), f"{source}_shards", "--shard-rows", "120"]) == 0
     losses = []

@@ -204,6 +204,7 @@ def run(command, monkeypatch):
     assert importlib.import_module(module).main() in (0, None), command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_commands_of_a_page_run(page, place, monkeypatch, capsys):
     text = "\n".join(RUNNABLE[page])

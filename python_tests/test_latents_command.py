@@ -274,6 +274,7 @@ for limit in (2, 6, 14, 22):
 """
 
 
+@pytest.mark.slow
 def test_a_pass_killed_at_any_file_continues_and_ends_with_the_same_bytes(place, tmp_path):
     others = ("--write", "saedashboard", "neuronpedia", "delphi", "--sequence-tokens", "32")
     assert run(place, tmp_path / "whole", *others, "--batch-size", "16") == 0
@@ -317,6 +318,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("part", ["", "#latent=65"])
 def test_a_browser_shows_the_pages_from_the_disk_without_errors(made, tmp_path, part):

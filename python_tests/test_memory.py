@@ -71,6 +71,7 @@ def test_tensors_are_written_without_a_copy_of_them(tmp_path, kind):
     assert code_of_child(lambda: save_tensors(tmp_path / "a", large, {}), kind, more) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LIMITS)
 @pytest.mark.parametrize("use", slow_after(1, USES))
 def test_little_memory_is_an_error_and_no_signal(files, use, kind):

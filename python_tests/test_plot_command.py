@@ -148,6 +148,7 @@ def test_a_run_is_drawn_into_two_images(runs: Path, capsys: pytest.CaptureFixtur
             assert image.size[0] > 900
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", RUNS)
 def test_everything_an_architecture_logs_has_its_panel(arch: str, trained: Path) -> None:
     run = trained / arch / "joint" if arch == "slots" else trained / arch
@@ -178,6 +179,7 @@ def test_several_runs_are_drawn_over_each_other(
     assert not (runs / "topk" / "plots").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pdf", "svg"])
 def test_out_may_be_a_vector_graphic(kind: str, runs: Path, tmp_path: Path) -> None:
     out = tmp_path / f"run.{kind}"
@@ -325,6 +327,7 @@ def test_runs_of_a_sweep_are_in_the_order_of_the_numbers_in_their_names(
     assert list(drawn[0]["runs"]) == ["layer_9/k_2", "layer_9/k_16", "layer_10/k_2"]
 
 
+@pytest.mark.slow
 def test_a_real_sweep_is_drawn_and_has_a_front(trained: Path, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep.json"
     sweep.write_text(json.dumps({"k": [2, 4, 8]}))
@@ -436,6 +439,7 @@ def test_no_run_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert f"{tmp_path} is no run: it holds no metrics.jsonl and no training_history" in line
 
 
+@pytest.mark.slow
 def test_a_wrong_out_or_flag_is_one_line(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,7 @@ def test_every_preset_makes_complete_configurations(name):
     assert config.peak_learning_rate(sae.d_sae) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(2, PRESETS))
 def test_a_preset_trains_from_the_command_line(name, tmp_path, capsys):
     d_in = preset(name).sae["d_in"]

@@ -137,6 +137,7 @@ def test_a_test_states_a_fact_and_its_helpers_begin_with_a_verb(prose):
     assert len(list(prose.in_python("test_a.py", fact.replace("test_", "read_")))) == 1
 
 
+@pytest.mark.slow
 def test_the_repository_is_clean():
     done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Draw the metrics of training runs, also while they go on: `python -m sae_fast.plot RUN`.
+"""Draw the metrics of training runs, also while they run: `python -m sae_fast.plot RUN`.
 
 One run: RUN/plots/training.png, and RUN/plots/loss_terms.png with a panel for each term of the
 loss. The directory of a sweep draws its runs over each other. With `--out FILE` all panels, of any

@@ -134,6 +134,7 @@ def _work() -> None:
         workers.wait(workers.submit(int))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [_prefetch, _write, _work])
 @pytest.mark.parametrize("kind", ["no memory", "no line"])
 def test_a_thread_that_cannot_begin_is_told(
@@ -153,6 +154,7 @@ def test_a_thread_that_cannot_begin_is_told(
         use()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [_prefetch, _write, _work])
 def test_a_thread_that_ends_for_want_of_memory_is_told(
     monkeypatch: pytest.MonkeyPatch, use: Callable[[], None]

@@ -26,6 +26,7 @@ def real_rows(sample_dir: Path) -> torch.Tensor:
         return torch.from_numpy(file["activations"][:2000])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_rows_come_back_exactly_from_every_compression(tmp_path, sample_dir, dtype, compression):

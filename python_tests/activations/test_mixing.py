@@ -75,6 +75,7 @@ def test_decimal_weights_are_exact_and_others_as_near_as_the_longest_pattern():
     assert 0 < np.abs(shares - wanted).max() < 1 / MAX_PERIOD
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=2, max_size=4),
@@ -102,6 +103,7 @@ def test_each_set_is_served_whole_before_any_of_it_repeats(
         assert all(count >= size for count, size in zip(counts, sizes, strict=True)) is is_whole
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=ANY_FIXTURE)
 @given(
     batch_size=st.integers(1, 40),

@@ -152,6 +152,7 @@ def test_a_manifest_is_copied_behind_its_files(place, tmp_path, monkeypatch):
     assert copy_to(folder, place) == 0
 
 
+@pytest.mark.slow
 def test_a_training_on_an_address_gives_the_bits_of_one_on_a_folder(place, tmp_path):
     from sae_fast import train
 

@@ -67,6 +67,7 @@ def drain(stream: ActivationStream, batches: int) -> list[torch.Tensor]:
     return served
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=["thread", "locked", "direct"])
 @pytest.mark.parametrize("pool_rows", [90, 5000])
 @pytest.mark.parametrize("whole_sequences", [False, True])
@@ -82,6 +83,7 @@ def test_kept_rows_are_served_as_they_are_from_disk(tmp_path, way, pool_rows, wh
         assert kept.state_dict() == plain.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=["thread", "locked", "direct"])
 def test_a_mix_is_kept_and_resumed_from_disk_and_back(tmp_path, way):
     sets = [corpus(tmp_path / "a"), corpus(tmp_path / "b", rows=60)]

@@ -74,6 +74,7 @@ def test_the_last_byte_missing_is_enough(tmp_path):
     assert "truncated" in message_of(tmp_path, verify=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_manifest", [False, True])
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -424,6 +424,7 @@ def test_batches_for_a_gpu_come_in_page_locked_memory(tmp_path):
         assert all(stream.next_batch().is_pinned() for _ in range(12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no memory", "no line"])
 def test_a_reader_that_could_not_begin_is_told_where_its_rows_are_waited_for(
     make_shards, monkeypatch, kind

@@ -38,6 +38,7 @@ def rows_of(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".npy", ".safetensors"])
 @pytest.mark.parametrize("shape", [(300, 6), (20, 15, 6)])
 def test_a_folder_is_served_as_its_conversion_is(tmp_path, suffix, shape):

@@ -63,6 +63,7 @@ def hooks_of(network):
 # ---- what is changed -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["error", "observe"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "opt", "bert"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -393,6 +394,7 @@ def metric_of(output):
     return output.logits[:, -1, 8].sum() - output.logits[:, 3, 9].sum().square()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["error", "replace"])
 @pytest.mark.parametrize("edits", [False, True])
 def test_gradients_of_a_code_are_finite_differences(mode, edits):

@@ -143,6 +143,7 @@ class TestEditedWeights:
 
 
 class TestCompilers:
+    @pytest.mark.slow
     @pytest.mark.parametrize("form", ["topk", "gated"])
     def test_compiled_model_is_the_same_function(self, form):
         torch.compiler.reset()

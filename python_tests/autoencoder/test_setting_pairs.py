@@ -169,11 +169,13 @@ def wrong(tried):
     return "\n".join(f"{arch} {settings}: {said}" for arch, settings, said in found if said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_each_setting_is_refused_by_name_or_trained_as_in_plain_pytorch(arch):
     assert wrong((arch, settings) for settings in [{}, *VALUES]) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", slow_after(1, range(8)))
 def test_each_two_settings_are_refused_by_name_or_trained_as_in_plain_pytorch(part):
     tried = list(pairs())[part::8]

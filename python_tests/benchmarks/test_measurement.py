@@ -107,6 +107,7 @@ def test_another_loss_at_step_0_is_an_error():
         record_first_loss(outcomes, "gather", float("nan"))
 
 
+@pytest.mark.slow
 def test_a_failing_implementation_is_left_out_and_the_others_are_timed(tiny):
     size = dataclasses.replace(tiny, k=1000)
     failing = Comparison(size, ["sae_fast"], ["eager"], {}, rounds=1, warmup=1, threads=1)

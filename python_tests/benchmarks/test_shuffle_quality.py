@@ -79,6 +79,7 @@ def test_a_full_shuffle_is_the_unit():
     assert found.variance_ratio == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.slow
 def test_a_larger_pool_mixes_better(tmp_path):
     x, labels = corpus()
     with h5py.File(tmp_path / "a.h5", "w") as file:

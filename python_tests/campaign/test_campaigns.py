@@ -25,6 +25,7 @@ def campaigns():
     return sorted(names, key=lambda name: (name != "ops", name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, campaigns()))
 def test_the_short_form_fails_in_no_try(name):
     done = command(name, "--short")

@@ -85,6 +85,7 @@ def test_failures_are_told_when_they_come(tmp_path):
     assert log.getvalue() == "try 0 failed: a wrong number\ntry 1 failed: a wrong number\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endless", [hang, spin])
 def test_a_try_that_hangs_is_ended(tmp_path, endless):
     report = report_of(endless, tmp_path, tries=3, seconds=0.1)
@@ -156,6 +157,7 @@ def test_a_preparation_that_fails_ends_the_campaign(tmp_path):
         run(Campaign(fail, 2, 2, lambda _: 1 / 0), range(2), 0, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_command_aside_has_its_folder_limits_and_output(tmp_path):
     def work():
         print(os.getcwd(), os.environ["COLOUR"])

@@ -235,6 +235,7 @@ def flat(pages):
     return {name: value for name, value in parts.items() if isinstance(value, np.ndarray)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["topk", "batch_topk", "relu", "jumprelu"])
 def test_blocks_of_any_size_give_the_same_bits(arch, shards, tmp_path):
     sae = make_sae(arch, **({"k": K} if "topk" in arch else {}))

@@ -85,6 +85,7 @@ def test_held_out_people_are_in_no_training_shard(data: Path) -> None:
         assert seen == set(range(12)) - hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heldout", [False, True])
 def test_labels_are_those_of_the_sentence_and_rows_its_activations(
     data: Path, heldout: bool

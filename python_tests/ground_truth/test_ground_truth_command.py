@@ -62,6 +62,7 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path, dots: path.touch())
 
 
+@pytest.mark.slow
 def test_all_files_are_written_and_repeat_to_the_bit(tmp_path, capsys, monkeypatch):
     out, again = tmp_path / "a", tmp_path / "b"
     assert main([*TINY, "--out", str(out)]) == 0
@@ -86,6 +87,7 @@ def test_all_files_are_written_and_repeat_to_the_bit(tmp_path, capsys, monkeypat
     assert text.split("\n\n")[3] in printed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_second_call_keeps_what_is_finished(tmp_path, capsys):
     out = tmp_path / "out"
@@ -128,6 +130,7 @@ def test_other_architectures_join_those_that_are_there(tmp_path):
     assert set(content["overlap"]) == {"relu", "topk"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_task_runs_and_keeps_its_model(name, tmp_path, capsys):

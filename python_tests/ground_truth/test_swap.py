@@ -202,6 +202,7 @@ def test_the_command_takes_the_layer_from_the_run(data: Path, run: Path, capsys:
     )
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_saved_model_and_some_of_the_people(
     data: Path, run: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -45,6 +45,7 @@ def put(hub, name, source, below=""):
             files[f"{below}{path.relative_to(source)}"] = path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_goes_up_and_comes_down_as_it_was(hub, tmp_path):
     printed = run(hub, tmp_path, """
 from plain_models import make, rows
@@ -76,6 +77,7 @@ for below in (None, "for_saelens"):
     assert 'library_name: "sae_lens"' in files["for_saelens/README.md"].decode()
 
 
+@pytest.mark.slow
 def test_only_the_files_of_one_dictionary_are_downloaded(hub, tmp_path):
     put(hub, "owner/many", FOREIGN / "sparsify")
     hub.files["owner/many"]["layers.3/optimizer.bin"] = b"x" * 1000

@@ -43,6 +43,7 @@ def loss_and_gradients(step, n, precision, device):
     return loss, *(tensor.grad for tensor in problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "backend", "precision"),
     [

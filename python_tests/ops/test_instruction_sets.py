@@ -52,6 +52,7 @@ def codes_of(tmp_path_factory):
     return codes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(AVAILABLE) < 2, reason="one instruction set at most")
 @pytest.mark.parametrize("level", slow_after(1, AVAILABLE[:0:-1]))
 def test_codes_are_those_of_the_portable_kernels(codes_of, level):

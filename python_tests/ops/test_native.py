@@ -43,6 +43,7 @@ def last_line(done):
     return done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_without_a_module_the_import_fails_and_names_the_remedy(installation):
     line = last_line(import_from(installation))
     assert line.startswith("ImportError: sae_fast has no compiled module for Python ")

@@ -74,6 +74,7 @@ def test_op_passes_opcheck(name, case, device):
     torch.library.opcheck(overload(name), arguments, test_utils=checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), one_of_each())
 def test_op_passes_opcheck_when_traced_with_dynamic_shapes(name, case, device):
     check = "test_aot_dispatch_dynamic"

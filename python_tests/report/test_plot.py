@@ -21,6 +21,7 @@ _FULL = [
 _HELD_OUT: Row = {"step": 3, "tokens": 9, "heldout_fvu": 0.2, "averaged_heldout_fvu": 0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [[], _FULL[:1], _FULL, [_HELD_OUT]])
 def test_plot_is_a_readable_image(tmp_path: Path, rows: list[Row]) -> None:
     path = plot_run(rows, tmp_path / "plots" / "training.png", "a run")
@@ -64,6 +65,7 @@ def _tick_labels(axes: Axes) -> list[Text]:
     return found
 
 
+@pytest.mark.slow
 def test_an_axis_is_logarithmic_where_values_span_much_and_are_above_0(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
@@ -84,6 +86,7 @@ def test_every_axis_has_two_labels_or_more(tmp_path: Path, figures: list[Figure]
         assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 2
 
 
+@pytest.mark.slow
 def test_an_accuracy_is_drawn_on_an_axis_from_0_to_all(
     tmp_path: Path, figures: list[Figure]
 ) -> None:

@@ -145,6 +145,7 @@ def test_a_complete_sweep_has_nothing_to_do(run_small: Run, sweep: tuple[str, ..
     assert _files("sw") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [(), ("--pool_rows", "100000"), ("--pool_rows", "150")])
 def test_a_run_from_a_model_is_extended_with_the_pool_that_it_has(
     run_on_model: Run, first: tuple[str, ...]
@@ -162,6 +163,7 @@ def test_a_run_from_a_model_is_extended_with_the_pool_that_it_has(
     refused(run_on_model("--run_name", "r", "--pool_rows", "99", *longer), "pool_rows is 99")
 
 
+@pytest.mark.slow
 def test_an_extended_run_from_a_model_is_bit_equal_after_a_kill(run_on_model: Run) -> None:
     open_pool = ("--pool_rows", "65536")
     for name in ("one", "two"):

@@ -113,6 +113,7 @@ def test_what_cannot_fit_in_memory(run_small: Run, shards: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_checkpointing_leaves_the_previous_one(
     run_small: Run, shards: Path
 ) -> None:

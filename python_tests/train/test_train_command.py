@@ -113,6 +113,7 @@ def test_a_shard_without_a_checksum_that_changed_is_refused_on_resume(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["beside", "apart"])
 def test_a_held_out_shard_that_changed_is_refused_on_resume(
     run: Run, run_small: Run, shards: Path, where: str

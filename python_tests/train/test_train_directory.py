@@ -10,6 +10,7 @@ from sae_fast.directory_lock import FileLock
 from sae_fast.training.run_directory import LOCK
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_refused(run_small: Run, shards: Path) -> None:
     assert run_small("--shard-dir", shards, "--checkpoint-dir", "run")[0] == 0
     lock = FileLock(Path("run") / LOCK)

@@ -12,6 +12,7 @@ from sae_fast.training.sweep import Sweep
 from sae_fast.training.trainer import Trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", "bert"])
 def test_one_autoencoder_for_each_layer_and_seed(run_on_model: Run, model: str) -> None:
     flags = ("--layers", "0", "2", "--init_seeds", "1", "2", "--run_name", "all")
@@ -90,6 +91,7 @@ def test_a_sweep_is_trained_on_every_layer(run_on_model: Run) -> None:
     assert found == {f"residual.{layer}/k_{k}": k for layer in (0, 1) for k in (1, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [(), ("--amp", "bf16", "--grad_acc_steps", "2"), ("--streaming", "always")]
 )

@@ -54,6 +54,7 @@ def test_a_longer_run_of_all_layers_goes_on_with_each(run_small: Run) -> None:
         assert metrics(f"run/{name}")[-1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_a_sweep_is_made_of_every_layer(run_small: Run) -> None:
     Path("sweep.json").write_text('{"k": [1, 2]}')
     flags = ("--shard-dir", "captured", "--checkpoint-dir", "runs", "--sweep", "sweep.json")
@@ -65,6 +66,7 @@ def test_a_sweep_is_made_of_every_layer(run_small: Run) -> None:
             assert (config.d_in, config.k) == (width, k)
 
 
+@pytest.mark.slow
 def test_held_out_rows_and_starts_of_layers_are_in_folders_of_their_names(run_small: Run) -> None:
     for name in WIDTHS:
         Path("aside", name).mkdir(parents=True)
@@ -81,6 +83,7 @@ def test_held_out_rows_and_starts_of_layers_are_in_folders_of_their_names(run_sm
     refused(result, "heldout must have a folder mlp_out.1 too, got 'other'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
 def test_layers_of_files_of_tensors_have_the_runs_of_layers_of_shards(
     run_small: Run, suffix: str

@@ -42,6 +42,7 @@ def final(run: str) -> dict[str, torch.Tensor]:
     return load_file(f"{run}/checkpoints/latest/sae.safetensors")
 
 
+@pytest.mark.slow
 def test_a_mix_trains_and_a_resumed_run_ends_bit_equal(directories, capsys):
     flags = (*SMALL, "--mix", "a:0.7", "b:0.3")
     assert main([*flags, "--max-steps", "24", "--checkpoint-dir", "one"]) == 0

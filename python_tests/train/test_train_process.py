@@ -29,6 +29,7 @@ def _started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[s
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 0, marks=pytest.mark.slow)],

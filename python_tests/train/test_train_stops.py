@@ -33,6 +33,7 @@ def steps_in(directory: str) -> list[str]:
     return sorted(path.name for path in Path(directory, "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -77,6 +78,7 @@ def test_sigusr1_writes_a_checkpoint_and_the_training_goes_on(
         assert steps_in(directory)[:2] == ["step-00000000", "step-00000004"]
 
 
+@pytest.mark.slow
 def test_max_hours_ends_with_a_checkpoint_and_a_code_of_its_own(
     run_small: Run, shards: Path
 ) -> None:

@@ -55,6 +55,7 @@ def test_a_sweep_killed_before_its_last_link_names_the_last_checkpoint() -> None
     assert os.readlink(latest) == "step-00000006"
 
 
+@pytest.mark.slow
 def test_every_run_has_its_own_wandb_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"MODE": "offline", "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)

@@ -29,6 +29,7 @@ COMMON = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", slow_after(2, VARIANTS))
 def test_variant_trains_from_the_command_line(variant: str) -> None:
     assert main([*COMMON, *VARIANTS[variant]]) == 0

@@ -22,6 +22,7 @@ def _trained(data: Any, sae: SAEConfig, run: TrainConfig, **more: Any) -> Traine
     return trainer
 
 
+@pytest.mark.slow
 def test_decorrelation_of_a_tenth_lowers_the_cosines_for_little_fvu() -> None:
     run = replace(RUN, shard_dir=str(EXAMPLES), batch_size=256, max_steps=50, learning_rate=5e-3)
     sae = SAEConfig(k=32, d_sae=768)

@@ -147,6 +147,7 @@ def tried(form, settings, base):
     return "changes something now" if is_listed else "changes nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", slow_after(3, FORMS))
 def test_every_setting_is_refused_by_name_or_changes_the_training(form):
     base = trained(over_base(form.partition(",")[0], few_of(form)), {})

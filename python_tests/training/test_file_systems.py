@@ -47,6 +47,7 @@ def rename_by_copies(source: Path, target: Path, *, copies: int | None = None) -
     shutil.rmtree(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [0, 1, 3])
 def test_a_kill_in_the_middle_of_a_slow_rename_loses_that_checkpoint_only(
     activations: torch.Tensor, tmp_path: Path, copies: int

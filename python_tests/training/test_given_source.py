@@ -85,6 +85,7 @@ def same(one: Trainer, other: Trainer) -> bool:
     return all(torch.equal(*pair) for pair in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["mean_scale", "none"])
 @pytest.mark.parametrize("arch", ["topk", "batch_topk", "relu", "jumprelu", "gated", "slots"])
 def test_what_a_source_serves_stays_as_it_is(arch: Any, normalize: Any) -> None:

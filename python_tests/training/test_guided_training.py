@@ -145,6 +145,7 @@ def test_a_given_source_brings_its_columns(train: Train, labelled_dir: Path) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 def test_every_architecture_is_guided(train: Train, arch: Any) -> None:
     fields: dict[str, Any] = {"d_sae": 64, "arch": arch, **CLASSES, **SMOOTH}
@@ -176,6 +177,7 @@ def test_low_precision_trains_nearly_as_well(train: Train, amp: Any) -> None:
         assert rounded[name] == pytest.approx(exact[name], rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"grad_acc_steps": 2, "amp": "fp16"}, {"fused": False}])
 def test_a_stopped_run_resumes_bit_equal(
     train: Train, labelled_dir: Path, tmp_path: Path, changes: dict[str, Any]

@@ -81,6 +81,7 @@ def test_rows_that_are_not_finite_are_dropped_from_both_parts() -> None:
     assert trainer.source.nonfinite_rows == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(320,), (100, 140, 80), (200, 60, 60)])
 @pytest.mark.parametrize("verify", ["full", "lazy", "off"])
 def test_shards_are_cut_within_a_shard_and_between_two(

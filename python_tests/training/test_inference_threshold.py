@@ -17,6 +17,7 @@ def sparse_sums() -> torch.Tensor:
     return (is_on * torch.rand(20_000, 256, generator=generator)) @ directions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "steps", "more"),
     [

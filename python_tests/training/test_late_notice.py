@@ -93,6 +93,7 @@ def _stop_after(trainer: Trainer, step: int) -> None:
             trainer.advance()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_two_runs_are_bit_equal_and_learn_of_the_dead(make: Make, amp: str) -> None:
     first, second = _outcome(make(amp=amp)), _outcome(make(amp=amp))
@@ -108,6 +109,7 @@ def test_a_host_that_is_ahead_changes_no_result(
     assert _equal(_outcome(make()), _outcome(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -178,6 +180,7 @@ class _Poisoned:
 RAW = replace(SAE, normalize_activations="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "amp", "told"),
     [

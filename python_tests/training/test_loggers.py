@@ -126,6 +126,7 @@ def scalars(directory: Path) -> Any:
     return events
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_after_a_kill_and_a_resume_wandb_has_each_step_once(
     activations: torch.Tensor, tmp_path: Path

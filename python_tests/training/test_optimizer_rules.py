@@ -120,6 +120,7 @@ def test_signum_makes_steps_of_one_size() -> None:
     assert optimizer.state[w]["exp_avg"].tolist() == pytest.approx([-0.25, -0.9375, 0.0, -3.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "states"), KEPT)
 def test_resumed_run_equals_a_straight_one_to_the_bit(
     shard_dir: Path, tmp_path: Path, rule: Any, states: Any
@@ -157,6 +158,7 @@ def test_run_is_not_resumed_with_another_rule(shard_dir: Path, tmp_path: Path) -
         Trainer(sae, again, show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "rate"),
     [("adam", 3e-3), ("sgd", 0.3), ("signum", 1e-3), ("schedule_free_signum", 3e-3)],

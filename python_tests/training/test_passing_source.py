@@ -88,6 +88,7 @@ def test_an_iterator_that_ends_before_the_run_is_told_of() -> None:
         _trainer(iter([]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("kind", ["iterator", "loader", "seeded"])
 def test_a_resumed_run_has_the_bits_of_a_straight_one(

@@ -63,6 +63,7 @@ def mean_max_cosine(sae, features):
     return float((features @ sae.W_dec.detach().t()).max(1).values.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RowOptimizer, DenseOptimizer])
 def test_planted_dictionary_is_recovered(kind):
     sae, features, losses = train(kind, 300)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow_cases import slow_after
 
 from sae_fast.activations import write_shard
 from sae_fast.config import SAEConfig, TrainConfig
@@ -64,14 +65,17 @@ def _final(directory: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {},
-        {"amp": "bf16"},
-        {"amp": "fp16", "grad_acc_steps": 2, "max_steps": 30},
-        {"fused": False, "max_steps": 30},
-        {"optimizer_states": "bf16", "max_steps": 30},
-        {"optimizer_states": "8bit", "amp": "bf16", "max_steps": 30},
-    ],
+    slow_after(
+        1,
+        [
+            {},
+            {"amp": "bf16"},
+            {"amp": "fp16", "grad_acc_steps": 2, "max_steps": 30},
+            {"fused": False, "max_steps": 30},
+            {"optimizer_states": "bf16", "max_steps": 30},
+            {"optimizer_states": "8bit", "amp": "bf16", "max_steps": 30},
+        ],
+    ),
     ids=["screened", "bf16", "fp16-accumulated", "dense", "bf16-states", "8bit-states"],
 )
 def test_stopped_runs_end_bit_equal(
@@ -93,6 +97,7 @@ def test_stopped_runs_end_bit_equal(
     assert _reproducible(on_disk) == _reproducible(rows)
 
 
+@pytest.mark.slow
 def test_resuming_an_older_checkpoint_drops_the_rows_after_it(
     straight: Any, tmp_path: Path
 ) -> None:
@@ -111,6 +116,7 @@ def test_resuming_an_older_checkpoint_drops_the_rows_after_it(
     assert all(torch.equal(value, tensors[name]) for name, value in _final(directory).items())
 
 
+@pytest.mark.slow
 def test_a_corrupted_checkpoint_falls_back_and_still_ends_bit_equal(
     straight: Any, tmp_path: Path, shard_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

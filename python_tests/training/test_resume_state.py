@@ -90,6 +90,7 @@ def _set(*path: Any, to: Any) -> Callable[[State], object]:
     return edit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -151,6 +152,7 @@ def _with(name: str, value: torch.Tensor | None) -> Callable[[Tensors], object]:
     return edit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -180,6 +182,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
         Trainer(SAE, resigned(edit_tensors=edit), show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

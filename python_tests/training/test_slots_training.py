@@ -249,6 +249,7 @@ def test_a_resumed_run_is_bit_equal(shards, tmp_path):
     assert [row["loss"] for row in resumed.history] == [losses[step] for step in range(22, 31)]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_slots_goes_on_to_the_same_bits(shards, tmp_path, capsys):
     content = [{"name": "slots", "arch": "slots"}, {"name": "topk", "k": 4}]
     (tmp_path / "sweep.json").write_text(json.dumps(content))

@@ -94,6 +94,7 @@ def test_a_sweep_in_inference_mode_is_to_the_bit_what_it_is_outside(
         assert all(map(torch.equal, model.state_dict().values(), found[name].state_dict().values()))
 
 
+@pytest.mark.slow
 def test_each_training_is_to_the_bit_what_it_is_alone(tmp_path: Path, base: RunConfig) -> None:
     configs = _read(tmp_path, base, DIFFERENT)
     sweep = Sweep(configs, show_progress=False)
@@ -165,6 +166,7 @@ def test_loss_terms_beside_make_are_refused(tmp_path: Path, base: RunConfig) -> 
         Sweep(_read(tmp_path, base, {"k": [1]}), make, loss_terms=terms, show_progress=False)
 
 
+@pytest.mark.slow
 def test_labels_and_sequences_that_one_training_needs_are_read_for_all(
     tmp_path: Path, base: RunConfig, activations: torch.Tensor
 ) -> None:
@@ -193,6 +195,7 @@ def test_labels_and_sequences_that_one_training_needs_are_read_for_all(
     assert "probe_loss" not in last["plain"]
 
 
+@pytest.mark.slow
 def test_batches_are_read_once(
     tmp_path: Path, base: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

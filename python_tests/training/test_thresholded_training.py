@@ -102,6 +102,7 @@ def make_trainer(shards: Path, directory: Path, fields: dict[str, Any], **run: A
     return Trainer(config, train, show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, 7, 33])
 def test_resumed_run_equals_a_straight_one_to_the_bit(
     shard_dir: Path, tmp_path: Path, fields: dict[str, Any], stop: int

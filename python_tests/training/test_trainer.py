@@ -397,6 +397,7 @@ def test_progress_lines_tell_what_matters(
         assert part in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["topk", "batch_topk", "relu", "jumprelu", "gated"])
 @pytest.mark.parametrize("inside", ["made", "trained", "both"])
 def test_inference_mode_of_the_caller_changes_no_bit(

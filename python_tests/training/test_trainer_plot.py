@@ -11,6 +11,7 @@ from sae_fast.training.trainer import Trainer
 PNG = b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_panels_of_a_run_are_a_picture(activations: torch.Tensor, tmp_path: Path) -> None:
     config = TrainConfig(batch_size=64, max_steps=2, learning_rate=1e-2, log_every=1)
     trainer = Trainer(SAEConfig(d_sae=32, k=2), config, activations, show_progress=False)

@@ -91,6 +91,7 @@ def shard_run(shards: tuple[Path, Path], **settings: Any) -> TrainConfig:
     return TrainConfig(**{**RUN.to_dict(), **directories, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_architecture_learns_to_predict_the_targets(arch, pair):
     trainer, sae = train_on_tensor(
@@ -154,6 +155,7 @@ def test_shards_and_tensors_give_the_same_normalization_and_near_models(pair, sh
     assert trainer.history[-1]["heldout_fvu"] == pytest.approx(errors[1], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [SKIP, {"arch": "gated", "k": None, **SKIP}])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_resumed_transcoder_equals_one_that_was_not_stopped(fields, fused, shards, tmp_path):

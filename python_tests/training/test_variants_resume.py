@@ -53,6 +53,7 @@ def _reproducible(trainer: Trainer) -> list[dict[str, Any]]:
     return [{name: row[name] for name in row if name not in TIMES} for row in trainer.history]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stopped_runs_end_bit_equal(variant: str, shard_dir: Path, tmp_path: Path) -> None:
     model, training = VARIANTS[variant]

@@ -128,7 +128,7 @@ def empty_store(
 
 
 class Pool:
-    """Memory for one window, filled block by block so that reading can go on beside serving.
+    """Memory for one window, filled block by block so that reading can continue beside serving.
 
     Its `rows` can be served when all of the blocks `unread` were read.
     """

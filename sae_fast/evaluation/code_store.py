@@ -1,4 +1,4 @@
-"""`CodeStore`: the codes of the rows of shards, kept on disk block by block while a pass goes on.
+"""`CodeStore`: the codes of the rows of shards, kept on disk block by block during a pass.
 
 A pass over latents looks at each code several times, but encoding is what takes long. A file
 appears when it is whole, so a pass that was killed encodes only the blocks that are missing. An

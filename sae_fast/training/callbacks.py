@@ -50,7 +50,7 @@ class Callbacks:
     """The callbacks of one training, called one after another.
 
     Attributes:
-        is_running: whether one of them is being called; the training cannot go on meanwhile.
+        is_running: whether one of them is being called; the training cannot continue meanwhile.
 
     Raises ValueError for an object that is no `Callback`, or has a method that would not be called
     or cannot be called as it is.

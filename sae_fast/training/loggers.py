@@ -126,7 +126,7 @@ def log_densities(rates: Tensor) -> LogDensities:
 class WandbLog:
     """A run on Weights & Biases.
 
-    Its rows have `step` as their axis. Of a run that goes on, the steps that W&B has already are
+    Its rows have `step` as their axis. Of a run that is resumed, the steps that W&B has already are
     left out: wandb.json in the run's directory says which one was the last, also after a kill.
 
     Args:

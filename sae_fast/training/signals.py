@@ -1,4 +1,4 @@
-"""Signals to a training: stop at the next step boundary, or write a checkpoint there and go on."""
+"""Signals to a training: stop at the next step boundary, or write a checkpoint and continue."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ class StopOnSignal:
     """Context manager: note signals, on which the training acts between two steps.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR2 stop the training, which writes a checkpoint first; SIGUSR1
-    asks for a checkpoint and lets it go on. SIGHUP does nothing where it is ignored already, as
+    asks for a checkpoint and lets it continue. SIGHUP does nothing where it is ignored already, as
     behind nohup.
 
     A second SIGINT interrupts at once: it is handed to the handler that was there before. Python's

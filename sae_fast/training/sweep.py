@@ -83,7 +83,7 @@ class Sweep:
             in `shard_dir` are shared.
         loss_terms: of every training, see `Trainer`.
         callbacks: called by every training with its trainer, see `Trainer`. `trainer.stop()` ends
-            all trainings after the current step, because they go on together.
+            all trainings after the current step, because they run together.
         stop: tells when to stop; None: signals do, during `train`.
         show_progress: as of a `Trainer`.
 

@@ -104,6 +104,7 @@ def made_shards(out):
     return progress["shards"] if progress["part"] == "train" else 0
 
 
+@pytest.mark.slow
 def test_a_signal_ends_behind_a_whole_shard_and_says_so(
     inputs, whole, tmp_path, monkeypatch, capsys
 ):

@@ -118,6 +118,7 @@ def test_the_rows_of_an_encoder_are_its_hidden_states(model, texts):
         np.testing.assert_allclose(row, expected[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [(), ("--streaming", "always", "--max-tokens", "99999")])
 def test_the_rows_of_a_decoder_are_of_the_text_that_it_reads(model, texts, stream):
     folder, network = model

@@ -47,6 +47,7 @@ def states_of(network, processor, folder, number):
         return part(pixel_values=pixels, output_hidden_states=True).hidden_states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEEING)
 def test_the_rows_of_an_image_are_its_hidden_states(name, photos, tmp_path):
     network, processor = make_image_model(name)
@@ -185,6 +186,7 @@ def test_a_checkpoint_without_weights_of_the_blocks_is_refused(tmp_path):
         load_image_model(str(folder))
 
 
+@pytest.mark.slow
 def test_a_dictionary_is_trained_on_images_and_attached_to_their_model(photos, tmp_path):
     from sae_fast import train
 

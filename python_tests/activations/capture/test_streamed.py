@@ -115,6 +115,7 @@ def kill_behind_shard(monkeypatch, name):
     monkeypatch.setattr(Path, "replace", replace)
 
 
+@pytest.mark.slow
 def test_a_capture_of_a_stream_holds_the_first_documents_out_and_continues(
     inputs, tmp_path, monkeypatch
 ):

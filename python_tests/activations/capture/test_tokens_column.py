@@ -29,6 +29,7 @@ def tokens_of(name, *, special):
     return documents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_tokens_give_the_shards_of_their_texts(tmp_path, name, special):

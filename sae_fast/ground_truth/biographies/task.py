@@ -2,7 +2,7 @@
 
 The residual stream at the last token of a prompt must hold the relation that is asked about and the
 answer. The folder of the task has the files of `python -m sae_fast.biographies`, shards included,
-so that `sae_fast.train` and `sae_fast.swap` go on from there.
+so that `sae_fast.train` and `sae_fast.swap` can start from there.
 """
 
 from __future__ import annotations
