@@ -14,7 +14,6 @@ import copy
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch
 from benchmarks.encode_calls import table_of_calls, time_calls
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Size, make_activations, make_weights, parse_size
-from benchmarks.support.tables import machine_line, publish
+from benchmarks.support.tables import add_run_arguments, machine_line, publish
 from sae_fast import accelerate
 
 
@@ -75,9 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.accelerate")
     parser.add_argument("--sizes", default="S1,S2", help="S1…S4 or NxDxFxK")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = device_or_exit("cpu")

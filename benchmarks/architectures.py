@@ -26,6 +26,7 @@ from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.planted import Planted, matched_cosine
 from benchmarks.support.tables import (
+    add_run_arguments,
     machine_line,
     markdown_table,
     milliseconds,
@@ -260,9 +261,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--planted", action="store_true", help="also recover a known dictionary")
     parser.add_argument("--planted-rows", type=int, default=65_536)
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timed steps; 0: no timing")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     parser.add_argument("--plot", type=Path, help="draw FVU against L0 here, a PNG")
     options = parser.parse_args()
     unknown = [arch for arch in options.archs.split(",") if arch not in RECIPES]

@@ -14,7 +14,6 @@ import argparse
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.encode_calls import make_model, table_of_calls, time_calls
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Size, parse_size
-from benchmarks.support.tables import machine_line, publish
+from benchmarks.support.tables import add_run_arguments, machine_line, publish
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.intervention import Intervention
 
@@ -100,9 +99,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="S2", help="S1…S4 or NxDxFxK (N is not used)")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="sequences x tokens of a pass")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = device_or_exit("cpu")

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.support.machine import command_line, describe_machine, distribution_version
-from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.support.tables import add_run_arguments, machine_line, markdown_table, publish
 from sae_fast import SAEConfig, SparseAutoencoder, TrainConfig, Trainer
 from sae_fast.biographies import main as make_biographies
 from sae_fast.ground_truth.biographies import files
@@ -260,9 +260,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--value-loss-coeff", type=float, default=20.0)
     parser.add_argument("--slot-target", type=float, default=6.0)
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 5.0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     return parser.parse_args()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.tables import (
+    add_run_arguments,
     machine_line,
     markdown_table,
     percent,
@@ -91,9 +92,7 @@ def main() -> None:
     parser.add_argument("--shard-dir", type=Path, required=True, help="activations to compress")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--max-rows", type=int, default=16384, help="take the first rows only")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     shards = open_shards(options.shard_dir)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,14 @@ from benchmarks.baselines.dense_architectures import DenseArchitecture
 from benchmarks.dense_switch import Step
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.problem import Size, make_activations, parse_size
-from benchmarks.support.tables import machine_line, markdown_table, milliseconds, publish, ratio
+from benchmarks.support.tables import (
+    add_run_arguments,
+    machine_line,
+    markdown_table,
+    milliseconds,
+    publish,
+    ratio,
+)
 from benchmarks.support.timing import interleave, measure, median_ratio, quiet_rounds, summarize
 from sae_fast.autoencoder.thresholded import LISTED
 
@@ -122,9 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.dense_step")
     parser.add_argument("--sizes", default="S1,S2", help="S1…S4 or NxDxFxK (k is not used)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {"sizes": {}}

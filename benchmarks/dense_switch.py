@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Size, make_activations, make_weights, parse_size
 from benchmarks.support.tables import (
+    add_run_arguments,
     machine_line,
     markdown_table,
     milliseconds,
@@ -130,9 +130,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--sizes", default="S1,S2", help="S1…S4, G1…G3 or NxDxFxK (k is not used)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = device_or_exit(options.device)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,14 @@ from torch import Tensor
 
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Size, make_activations, make_weights, parse_size
-from benchmarks.support.tables import machine_line, markdown_table, milliseconds, publish, ratio
+from benchmarks.support.tables import (
+    add_run_arguments,
+    machine_line,
+    markdown_table,
+    milliseconds,
+    publish,
+    ratio,
+)
 from benchmarks.support.timing import interleave, measure, median_ratio, summarize
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
@@ -116,9 +122,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="S2", help="S1…S4 or NxDxFxK (N is not used)")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="tokens of a call")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = device_or_exit("cpu")

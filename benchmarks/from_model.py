@@ -23,7 +23,7 @@ import torch
 from benchmarks.capture import MINILM, find_model
 from benchmarks.support.documentation import write_documentation
 from benchmarks.support.machine import command_line, describe_machine, distribution_version
-from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.support.tables import add_run_arguments, machine_line, markdown_table, publish
 from sae_fast import RunConfig, SAEConfig, Sweep, TrainConfig
 from sae_fast.capture import main as capture
 from sae_fast.config.model_text import FromModelConfig
@@ -141,9 +141,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--expansion-factor", type=float, default=8)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     options.model = find_model(options.model)
     return options

@@ -20,7 +20,13 @@ import torch
 
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.problem import Size, parse_size
-from benchmarks.support.tables import machine_line, markdown_table, publish, ratio
+from benchmarks.support.tables import (
+    add_run_arguments,
+    machine_line,
+    markdown_table,
+    publish,
+    ratio,
+)
 from benchmarks.support.timing import Sample, interleave, measure
 from sae_fast import SparseAutoencoder
 from sae_fast.activations import open_shards, write_shard
@@ -162,9 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.latents")
     parser.add_argument("--sizes", default="1048576x384x16384x32", help="as NxDxFxK")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = {

@@ -28,7 +28,13 @@ from benchmarks.baselines.tuned import TunedTrainer
 from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.problem import Weights
-from benchmarks.support.tables import machine_line, markdown_table, write_json, write_text
+from benchmarks.support.tables import (
+    add_run_arguments,
+    machine_line,
+    markdown_table,
+    write_json,
+    write_text,
+)
 from sae_fast.activations import Transform
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
@@ -267,9 +273,7 @@ def parse_arguments() -> argparse.Namespace:
         type=float,
         help="fail if an FVU differs from the first by a larger share",
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_run_arguments(parser)
     return parser.parse_args()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.nn import functional
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
 from benchmarks.support.memory import available_bytes, peak_since_now
 from benchmarks.support.tables import (
+    add_run_arguments,
     machine_line,
     markdown_table,
     milliseconds,
@@ -241,9 +241,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--slots", default="2006,10006,100006", help="numbers of slots")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_run_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = device_or_exit(options.device)

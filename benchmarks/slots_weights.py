@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.biographies import make_data
 from benchmarks.support.machine import command_line, describe_machine, distribution_version
-from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.support.tables import add_run_arguments, machine_line, markdown_table, publish
 from sae_fast import SAEConfig, SparseAutoencoder, TrainConfig, Trainer
 from sae_fast.ground_truth.biographies import files
 from sae_fast.ground_truth.biographies.language_model import BiographyModel
@@ -158,9 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--l1-shares", type=float, nargs="*", default=[0.05, 0.2])
     parser.add_argument("--targets", type=float, nargs="*", default=[0.25])
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 2.0, 5.0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_run_arguments(parser)
     return parser.parse_args()
 
 

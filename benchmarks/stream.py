@@ -26,6 +26,7 @@ import torch
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.shuffle_quality import NEAR_TOKENS, measure_shuffle
 from benchmarks.support.tables import (
+    add_run_arguments,
     machine_line,
     markdown_table,
     percent,
@@ -207,9 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compressions", nargs="+", default=("none", "zstd"), choices=COMPRESSIONS)
     parser.add_argument("--scratch", type=Path, help="folder for temporary files; default: /tmp")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    add_run_arguments(parser, threads=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {name: getattr(options, name) for name in ("rows", "pool_rows")}

@@ -30,7 +30,7 @@ from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.peer_process import PeerProcess
 from benchmarks.support.problem import Size
-from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.support.tables import add_run_arguments, machine_line, markdown_table, publish
 from benchmarks.support.timing import QUIET_SHARE
 
 BATCHES_IN_MEMORY = 64  # shuffled again for each pass over the rows; longer trainings repeat them
@@ -229,9 +229,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME=PATH",
         help="the Python of a peer's own environment",
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--markdown", type=Path, help="write the table here")
+    add_run_arguments(parser)
     parser.add_argument("--plot", type=Path, help="draw the curves into this .png, .svg or .pdf")
     return parser.parse_args()
 

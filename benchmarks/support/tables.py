@@ -1,11 +1,19 @@
-"""Markdown tables and JSON files of results."""
+"""Markdown tables and JSON files of results, and the flags that name these files."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, threads: int = 2) -> None:
+    """Add the flags that every benchmark has: --threads, and the files of results."""
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
