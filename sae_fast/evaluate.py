@@ -246,6 +246,7 @@ class _Model:
         Raises ValueError where the dictionary is of another model, hook point or width.
         """
         from sae_fast.activations.capture.plan import open_capture
+        from sae_fast.activations.origin import short_name
         from sae_fast.evaluation.model_text import check_predicts, model_text
         from sae_fast.evaluation.rows import check_same_place
 
@@ -260,9 +261,10 @@ class _Model:
             raise ValueError(f"hook must name one hook point, got {' '.join(found)}")
         source, *targets = capture.hooked.hooks
         if not config.force:
-            known = {"model": _last(sae.origin.get("model")), "hook": sae.origin.get("hook")}
+            model = str(sae.origin.get("model", ""))
+            known = {"model": short_name(model), "hook": sae.origin.get("hook")}
             ours = {key: value for key, value in known.items() if value}
-            check_same_place(ours, {"model": _last(name), "hook": source.name}, "the model's")
+            check_same_place(ours, {"model": short_name(name), "hook": source.name}, "the model's")
         return model_text(
             *(capture, capture.batches, (source, *targets)),
             (sae.d_in, *(sae.config.target_width for _ in targets)),
@@ -289,11 +291,6 @@ class _Model:
         if not target:
             raise ValueError("--target-hook must be given: the transcoder does not say its own")
         return str(name), (str(hook), str(target))
-
-
-def _last(name: object) -> str:
-    """Return the last part of a model's name or folder, by which the two are compared."""
-    return "" if name is None else Path(str(name)).name
 
 
 def _summary(evaluation: Evaluation) -> str:

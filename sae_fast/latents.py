@@ -330,6 +330,7 @@ def _page_source(
     from sae_fast.activations import full_origin
     from sae_fast.activations.mixing import single
     from sae_fast.autoencoder.files import TENSOR_FILE, model_directory
+    from sae_fast.autoencoder.foreign import local_place
     from sae_fast.evaluation.text_rows import TOKENS
     from sae_fast.report.page_source import as_name, page_source
 
@@ -340,7 +341,9 @@ def _page_source(
         raise ValueError("--write needs the texts of tokens: name a tokenizer with --tokenizer")
     set_name = config.set_name or as_name(config.sae.resolve().name)
     # Equal pages are equal files, so the time is the one of the model.
-    changed = (model_directory(config.sae) / TENSOR_FILE).stat().st_mtime
+    place = model_directory(local_place(config.sae))
+    tensors = place / TENSOR_FILE  # which dictionaries of other libraries do not have
+    changed = (tensors if tensors.is_file() else place).stat().st_mtime
     created = datetime.fromtimestamp(int(changed), timezone.utc).isoformat()
     origins = (sae.origin, full_origin(single(shards)))
     names = (set_name, config.release or set_name, config.creator, created)

@@ -40,13 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: VerifyConfig) -> int:
     """Check all directories and print a line on each; return the exit code."""
     from sae_fast.autoencoder import SparseAutoencoder, expected_codes
+    from sae_fast.autoencoder.foreign import local_place
     from sae_fast.autoencoder.interchange import to_plain
 
     if not config.directories:
         raise ValueError(f"a directory must be given: {PROGRAM} DIR")
     exit_code = 0
     for directory in config.directories:
-        for place in expected_codes.places_in(directory):
+        for place in expected_codes.places_in(local_place(directory)):
             sae = SparseAutoencoder.from_pretrained(place)
             agreement = expected_codes.check(to_plain(sae), sae, place)
             print(f"{place}: {'equal' if agreement.holds else 'DIFFERENT'}; {agreement}")

@@ -387,6 +387,22 @@ def test_places_are_known_from_the_origin():
     assert run.calls == 1
 
 
+def test_model_of_another_name_is_refused_or_warned_of():
+    network, sae = make_network("gpt2"), make_sae()
+    sae.origin = {"model": "gpt2-small", "hook": "residual.2"}  # as TransformerLens names it
+    network.config.name_or_path = "openai-community/gpt2"
+    with sae.attached(network) as run:
+        logits(network, some_tokens())
+    assert run.calls == 1
+    network.config.name_or_path = "gpt2-finetuned"
+    message = "the autoencoder is of model 'gpt2-small', this one is 'gpt2-finetuned'"
+    with pytest.raises(ValueError, match=f"{message}: name the hook point"), sae.attached(network):
+        pass
+    with pytest.warns(UserWarning, match=message) as warned, sae.attached(network, "residual.2"):
+        logits(network, some_tokens())
+    assert warned[0].filename == __file__
+
+
 # ---- gradients -------------------------------------------------------------------------------
 
 

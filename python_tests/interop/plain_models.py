@@ -5,7 +5,11 @@ import torch
 from sae_fast import SAEConfig, SparseAutoencoder
 
 D_IN, D_SAE = 16, 40
-ORIGIN = {"model": "gpt2", "hook": "mlp_in.3", "layer": 3, "dataset": "texts"}
+ORIGIN = {
+    **{"model": "gpt2", "hook": "mlp_in.3", "layer": 3, "dataset": 'te"xts # 1'},
+    **{"revision": "a1", "tokenizer": "sha256:ab", "special_tokens": "excluded"},
+    "settings": {"weights": "sha256:cd", "ctx_len": 128, "pack": True},
+}
 TRANSCODER = {"transcoder": True, "d_out": D_IN}
 SKIP = {**TRANSCODER, "skip_connection": True}
 KINDS = {

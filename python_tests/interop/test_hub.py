@@ -109,6 +109,41 @@ except ValueError as error:
     }
 
 
+def test_one_name_says_repository_folder_and_revision(hub, tmp_path):
+    put(hub, "owner/many", FOREIGN / "sparsify", "deep/")
+    make("topk").export(tmp_path / "out", "sparsify")
+    hub.files["owner/many"] |= {
+        f"out/{p.name}": p.read_bytes() for p in (tmp_path / "out").iterdir()
+    }
+    printed = run(hub, tmp_path, """
+import os
+from sae_fast import SparseAutoencoder, TrainConfig, compare, verify
+from sae_fast.training.start import model_to_start_from
+name = "owner/many/deep/layers.3"
+for sae in (
+    SparseAutoencoder.from_pretrained(f"{name}@main"),
+    SparseAutoencoder.from_pretrained("owner/many/deep@refs/pr/1", subfolder="layers.3"),
+    model_to_start_from(TrainConfig(start_from=name)),
+):
+    print(sae.config.k, sae.origin)
+print(verify.main(["owner/many/out@main"]))
+print(compare.main([f"{name}@main", "owner/many/deep/h.4.mlp"]))
+os.mkdir("owner")
+for place, settings in ((name, {}), (f"{name}@main", {"revision": "main"})):
+    try:
+        SparseAutoencoder.from_pretrained(place, **settings)
+    except (ValueError, OSError) as error:
+        print(error)
+""")  # fmt: skip
+    lines = printed.splitlines()
+    assert lines[:3] == ["3 {'hook': 'layers.3', 'layer': 3}"] * 3
+    assert ": equal; 32 rows" in lines[3]
+    assert lines[4] == "0"
+    assert lines[-4].startswith("mean PW-MCC ")
+    assert lines[-3:-1] == ["0", "owner/many/deep/layers.3: no such directory"]
+    assert "deep/layers.3@main: the revision is given twice, also as 'main'" in lines[-1]
+
+
 @pytest.mark.parametrize(
     ("files", "subfolder", "chosen"),
     [

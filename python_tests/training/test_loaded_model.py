@@ -47,6 +47,9 @@ def test_it_gives_the_autoencoders_of_the_command(tmp_path: Path) -> None:
             saved = SparseAutoencoder.from_pretrained(tmp_path / place / checkpoint).state_dict()
             state = sae.state_dict()
             assert [key for key in state if not torch.equal(state[key], saved[key])] == []
+        assert sae.origin["hook"] == name
+        assert sae.origin["tokenizer"].startswith("sha256:")
+        assert sae.origin["settings"]["ctx_len"] == 16
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -11,9 +11,9 @@ from sae_fast.activations.mixing import (
     check_same_origin,
     full_origin,
     mix_shards,
-    origin_difference,
 )
 from sae_fast.activations.normalization import estimate_normalization
+from sae_fast.activations.origin import origin_difference
 from sae_fast.activations.shard_set import ShardSet, check_same_width, open_shards
 from sae_fast.activations.source import Rows, Source, Transform
 from sae_fast.activations.stream import ActivationStream

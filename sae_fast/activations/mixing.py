@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sae_fast.activations.columns import Column
 from sae_fast.activations.errors import ShardError
+from sae_fast.activations.origin import ORIGIN, joined, origin_of_attributes
 from sae_fast.activations.shard_set import ShardSet, check_same_width
 from sae_fast.activations.targets import TARGETS
 
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Turns of the longest pattern; shares that need more are rounded to this part of a row.
 MAX_PERIOD = 1 << 16
-# Attributes that say what was captured: rows of two models or hooks must not be mixed.
-ORIGIN = ("model", "hook", "layer")
 
 
 @dataclass(frozen=True)
@@ -160,33 +159,17 @@ def origin_of(shards: ShardSet) -> dict[str, str]:
 
 
 def full_origin(mix: ShardMix) -> dict[str, Any]:
-    """Return model, hook, layer, revision and dataset of shards, as far as they say them.
+    """Return the origin of the activations in shards, as far as these say it.
 
-    A name for which the shards differ, such as the datasets of a mix, lists all values. Targets
-    from files of their own are described under "targets".
+    See `origin_of_attributes`. A name for which the shards differ, such as the datasets of a mix,
+    lists all values. Targets from files of their own are described under "targets".
     """
-    origin: dict[str, Any] = {}
-    for name in (*ORIGIN, "revision", "dataset"):
-        values = [s.metadata.get(name) for shards in mix.sets for s in shards.shards]
-        told = dict.fromkeys(str(value) for value in values if value is not None)
-        if told:
-            origin[name] = ", ".join(told)
+    shards = [shard for shards in mix.sets for shard in shards.shards]
+    origin = joined([origin_of_attributes(shard.metadata) for shard in shards])
     targets = mix.targets
-    if targets is not None and targets.sets[0].shards[0].path != mix.sets[0].shards[0].path:
+    if targets is not None and targets.sets[0].shards[0].path != shards[0].path:
         origin[TARGETS] = full_origin(targets)
     return {name: value for name, value in origin.items() if value}
-
-
-def origin_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the difference of two origins in words; None where both may be of one place."""
-    for name in ORIGIN:
-        if name in before and name in now and str(before[name]) != str(now[name]):
-            return f"{name} {before[name]!r}, not {now[name]!r}"
-    ours, theirs = before.get(TARGETS), now.get(TARGETS)
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        difference = origin_difference(ours, theirs)
-        return None if difference is None else f"targets of {difference}"
-    return None
 
 
 def check_origin(shards: ShardSet, before: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from sae_fast.activations.capture.hooks import HookPoint
 from sae_fast.activations.capture.passes import PassWatch
 from sae_fast.activations.capture.splicing import Change, hooked
 from sae_fast.activations.capture.stream_check import find_hook
+from sae_fast.activations.origin import short_name
 from sae_fast.autoencoder.intervention import Intervention, Mode
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def _places(
             "transformers.AutoModelForCausalLM.from_pretrained loads one"
         )
     known = sae.origin
+    _check_model(known.get("model"), model, is_placed=hook is not None)
     source = find_hook(model, _given("hook", hook, known.get("hook")))
     if not sae.config.transcoder:
         if target_hook is not None:
@@ -145,6 +147,18 @@ def _places(
         return source, None
     targets = known.get(TARGETS) or {}
     return source, find_hook(model, _given("target_hook", target_hook, targets.get("hook")))
+
+
+def _check_model(name: object, model: nn.Module, *, is_placed: bool) -> None:
+    """Refuse a model of another name than the autoencoder's, or warn if a hook point is given."""
+    # Models of transformers have a configuration, and ones that were not loaded have no name in it.
+    theirs = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")
+    if name is None or not theirs or short_name(theirs) == short_name(str(name)):
+        return
+    difference = f"the autoencoder is of model {name!r}, this one is {theirs!r}"
+    if not is_placed:
+        raise ValueError(f"{difference}: name the hook point, hook=…, to attach it all the same")
+    warnings.warn(difference, stacklevel=5)  # the line of `with`, past contextlib
 
 
 def _given(argument: str, name: str | None, known: Any) -> str:

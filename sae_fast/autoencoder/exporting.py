@@ -59,6 +59,6 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "dictionary"
         export(sae, directory, to)
-        card = model_card(sae, name, to, figures)
+        card = model_card(sae, "/".join(filter(None, (name, subfolder))), to, figures)
         (directory / "README.md").write_text(card, encoding="utf-8")
         return interop.upload(directory, name, subfolder, private)

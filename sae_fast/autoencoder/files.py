@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast.activations.origin import checked_origin
 from sae_fast.atomic_files import replacing
 from sae_fast.autoencoder.foreign import explain_missing
 from sae_fast.config import SAEConfig
@@ -100,14 +101,7 @@ def read_config(directory: str | Path) -> SAEConfig:
 def read_origin(directory: str | Path) -> dict[str, Any]:
     """Read of which activations a saved model is; empty where its file does not say."""
     path = Path(directory) / CONFIG_FILE
-    origin = read_json(path).get(ORIGIN, {})
-    if not isinstance(origin, dict):
-        raise ValueError(f"{path}: {ORIGIN} must be a JSON object, got {shown(origin)}")
-    for name, value in origin.items():
-        parts = value.values() if isinstance(value, dict) else [value]
-        if not all(isinstance(part, str | int) for part in parts):
-            raise ValueError(f"{path}: {ORIGIN}.{name} must be a string, got {shown(value)}")
-    return origin
+    return checked_origin(read_json(path).get(ORIGIN, {}), f"{path}: {ORIGIN}")
 
 
 def read_tensors(

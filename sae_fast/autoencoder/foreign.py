@@ -13,16 +13,29 @@ from sae_fast.json_files import JSONError, read_json
 logger = logging.getLogger(__name__)
 
 _OWN_FILES = ("sae.safetensors", "config.json")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?:/(?P<subfolder>[^@]+))?(?:@(?P<revision>.+))?"
+)
 
 
-def local_place(place: str | Path, subfolder: str | None, revision: str | None) -> Path:
+def local_place(
+    place: str | Path, subfolder: str | None = None, revision: str | None = None
+) -> Path:
     """Return a directory or file on this machine, downloaded where `place` names a repository.
+
+    Args:
+        place: a directory or file, or owner/name[/subfolder][@revision] on the Hugging Face hub.
+        subfolder: below it.
+        revision: of a repository, where `place` has none.
 
     Raises ValueError or OSError, in one line, where it cannot be had.
     """
-    if looks_like_hub_name(place):
-        return interop.download(str(place), subfolder, revision)
+    if (named := _on_hub(place)) is not None:
+        if revision is not None and named["revision"] is not None:
+            raise ValueError(f"{place}: the revision is given twice, also as {revision!r}")
+        folders = [part for part in (named["subfolder"], subfolder) if part is not None]
+        below = "/".join(folders) or None
+        return interop.download(named["name"], below, revision or named["revision"])
     if revision is not None:
         raise ValueError(f"{place}: is on this machine, where there is no revision {revision!r}")
     return Path(place) if subfolder is None else Path(place) / subfolder
@@ -48,8 +61,20 @@ def foreign_dictionary(place: Path) -> interop.PlainDictionary | None:
 
 
 def looks_like_hub_name(place: str | Path) -> bool:
-    """Return whether a place that does not exist may be owner/name on the Hugging Face hub."""
-    return _HUB_NAME.fullmatch(str(place)) is not None and not Path(place).exists()
+    """Return whether a place that does not exist may be owner/name… on the Hugging Face hub."""
+    return _on_hub(place) is not None
+
+
+def _on_hub(place: str | Path) -> re.Match[str] | None:
+    """Return the parts of a name on the hub; None: it is a place on this machine.
+
+    A longer path that begins with a folder on this machine is a wrong path, and not looked up.
+    """
+    named = _HUB_NAME.fullmatch(str(place))
+    if named is None or Path(place).exists():
+        return None
+    is_path = named["revision"] is None and named["subfolder"] is not None
+    return None if is_path and Path(Path(place).parts[0]).is_dir() else named
 
 
 def explain_missing(place: Path) -> Exception:

@@ -75,7 +75,8 @@ class SparseAutoencoder(nn.Module):
     """x̂ = Σ_j f_j W_dec,j + b_dec with f = TopK((x − b_dec) W_encᵀ + b_enc), unit rows in W_dec.
 
     The architecture says what takes the place of TopK, see architectures.py. `origin` says of which
-    activations the model is, by names such as model, hook and layer; it is saved with it.
+    activations the model is, by names such as model, hook, layer, tokenizer and dataset, and by
+    settings of the capture; it is saved with it.
 
     Raises ValueError where the configuration leaves d_in open.
     """
@@ -764,7 +765,9 @@ class SparseAutoencoder(nn.Module):
             gradients: whether `run.attribution` is to be called.
 
         Raises:
-            ValueError: in one line, for a hook point that there is not, or of another width.
+            ValueError: in one line, for a hook point that there is not, or of another width, and
+                for a model of another name than the origin has, unless `hook` is given: then it
+                is a warning.
         """
         from sae_fast.autoencoder.attached import attach
 
@@ -970,7 +973,7 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             directory: a saved model, a checkpoint, the directory of a run, a directory or file of
-                another library, or owner/name on the Hugging Face hub.
+                another library, or owner/name[/subfolder][@revision] on the Hugging Face hub.
             device: where the parameters will be.
             dtype: of the parameters, by its name or as torch's: float32, which is the default, or
                 for inference bfloat16, float16 or float64.

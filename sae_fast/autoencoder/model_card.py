@@ -17,7 +17,7 @@ def model_card(
 
     Args:
         sae: the model.
-        name: of the repository, owner/name.
+        name: of the repository, owner/name, and the subfolder.
         to: the format of its files.
         figures: numbers and texts by name, such as the metrics of an evaluation.
     """
@@ -38,10 +38,7 @@ def model_card(
         facts["k"] = config.k
     if config.activation != "topk":
         facts["activation"] = config.activation
-    facts |= {key: value for key, value in origin.items() if not isinstance(value, dict)}
-    targets = origin.get("targets")
-    if isinstance(targets, dict):
-        facts |= {f"target {key}": value for key, value in targets.items()}
+    facts |= _flat(origin)
     call = f'SparseAutoencoder.from_pretrained("{name}")'
     parts = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items()) + "\n---",
@@ -59,6 +56,17 @@ def model_card(
         "`python -m sae_fast.verify DIR` compares them.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _flat(origin: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return an origin in one level, with "target" before the names of targets."""
+    facts: dict[str, Any] = {}
+    for key, value in origin.items():
+        if isinstance(value, dict):
+            facts |= _flat(value, f"{before}target " if key == "targets" else before)
+        else:
+            facts[f"{before}{key}"] = value
+    return facts
 
 
 def _table(left: str, right: str, entries: Mapping[str, Any]) -> str:

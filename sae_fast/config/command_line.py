@@ -379,7 +379,7 @@ def _default(flag: Flag, on_shards: str | None = None) -> str:
         on_shards: the default of a training on shards in words, where the field has none.
     """
     value = flag.default
-    if value is None or value == () or value is False:
+    if value is None or value is False or value in ((), "", Path()):
         return ""
     if value is True:
         return " (default: on)"

@@ -15,8 +15,9 @@ class CompareConfig(ConfigFile):
     """Match the latents of trained dictionaries one to one and tell how many they share."""
 
     saes: tuple[Path, ...] = setting((), positional=True, metavar="SAE")
-    """Two or more of: a run (its latest checkpoint), a checkpoint, a saved model, or a
-    .safetensors file with W_dec [latents, width] in the units of the activations."""
+    """Two or more of: a run (its latest checkpoint), a checkpoint, a saved model, a dictionary of
+    another library, owner/name[/subfolder][@revision] on the Hugging Face hub, or a .safetensors
+    file with W_dec [latents, width] in the units of the activations."""
     out: Path | None = setting(None, metavar="DIR")
     """Directory for compare.json, compare.md, latents.csv, latents.json and compare.png;
     default: only a table is printed."""

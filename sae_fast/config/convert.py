@@ -17,7 +17,8 @@ class ConvertConfig(ConfigFile):
 
     source: str = setting("", positional=True, metavar="SRC")
     """A run, a checkpoint or a saved model of sae_fast, a directory or file of another library, or
-    owner/name on the Hugging Face hub. Its format is recognised by its files."""
+    owner/name[/subfolder][@revision] on the Hugging Face hub. Its format is recognised by its
+    files."""
     destination: Path = setting(Path(), positional=True, metavar="DST")
     """Directory to write, which must not be there or be empty. With --to circuit_tracer the file of
     one more layer is added to it."""
@@ -26,9 +27,9 @@ class ConvertConfig(ConfigFile):
     )
     """Format to write."""
     subfolder: str | None = setting(None, nonempty=True)
-    """Folder or file below SRC, where that holds several dictionaries."""
+    """Folder or file below SRC, where that holds several dictionaries, as in SRC/subfolder."""
     revision: str | None = setting(None, nonempty=True)
-    """Branch, tag or commit of a repository on the hub; default: the newest."""
+    """Branch, tag or commit of a repository on the hub, as in SRC@revision; default: the newest."""
 
 
 @configuration()
@@ -37,4 +38,5 @@ class VerifyConfig(ConfigFile):
     """Check that a converted dictionary still gives the codes that it gave when it was written."""
 
     directories: tuple[Path, ...] = setting((), positional=True, metavar="DIR")
-    """Directories that `convert` or `SparseAutoencoder.export` has written."""
+    """Directories that `convert` or `SparseAutoencoder.export` has written, also on the hub as
+    owner/name[/subfolder][@revision]."""

@@ -20,7 +20,8 @@ _SHARDS = Effect("shards, --shard-dir", lambda own: own.shard_dir is not None)
 class EvaluateConfig(ConfigFile):
     """Measure dictionaries on shards of activations, and inside the language model.
 
-    Each SAE is the directory of a run, a checkpoint or a saved model. With --shard-dir rows are
+    Each SAE is a run, a checkpoint, a saved model, a dictionary of another library, or a name on
+    the Hugging Face hub. With --shard-dir rows are
     read from shards; with --dataset the model reads a text, and its losses with reconstructions in
     place of its activations are measured too.
     """
@@ -28,7 +29,8 @@ class EvaluateConfig(ConfigFile):
     title: ClassVar[str] = "Evaluation"
 
     saes: tuple[Path, ...] = setting((), positional=True, metavar="SAE")
-    """Directories of runs, of checkpoints or of saved models."""
+    """Directories of runs, of checkpoints or of saved models, dictionaries of other libraries, and
+    owner/name[/subfolder][@revision] on the Hugging Face hub."""
     out: Path | None = setting(None, metavar="DIR", heading="What is written", brief="directory")
     """Directory to write: metrics.json, metrics.md, saebench_core.json and tables of latents; with
     several dictionaries in a folder for each, and their metrics beside each other in metrics.md."""

@@ -22,9 +22,10 @@ class LatentsConfig(ConfigFile):
         positional=True,
         metavar="SAE",
         heading="Model and rows",
-        brief="a saved model or a run",
+        brief="a run, a saved model, another library's, or owner/name",
     )
-    """A saved model, a checkpoint, or the directory of a run."""
+    """A saved model, a checkpoint, the directory of a run, a dictionary of another library, or
+    owner/name[/subfolder][@revision] on the Hugging Face hub."""
     shard_dir: Path | None = setting(None, metavar="DIR", brief="shards with token_ids")
     """Directory of the shards; pages show text where these have token_ids, doc_id and position."""
     out: Path | None = setting(None, metavar="DIR", brief="directory to write")

@@ -238,8 +238,8 @@ class TrainConfig(ConfigFile):
     """Passes over the data, at the start, whose loss is the reconstruction alone. [epochs]"""
     start_from: str | None = setting(None, nonempty=True, sweep=True)
     """Model to start from, also --init-from: a checkpoint, a run, a directory that save wrote, a
-    dictionary of another library, or owner/name on the Hugging Face hub; its architecture and sizes
-    are taken where none are given; default: a new one."""
+    dictionary of another library, or owner/name[/subfolder][@revision] on the Hugging Face hub; its
+    architecture and sizes are taken where none are given; default: a new one."""
     start_from_elsewhere: bool = setting(
         False,
         sweep=True,

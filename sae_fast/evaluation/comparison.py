@@ -26,7 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast import interop
 from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.autoencoder.foreign import local_place
 from sae_fast.evaluation.matching import EXACT_BELOW, NEIGHBOURS, Matching, match
 from sae_fast.tensor_files import load_tensors
 
@@ -61,12 +63,12 @@ class Dictionary:
 
     @classmethod
     def read(cls, place: str | Path) -> Dictionary:
-        """Read a run, a checkpoint, a saved model, or the W_dec [F, D] of a safetensors file.
+        """Read what `SparseAutoencoder.from_pretrained` does, or W_dec [F, D] of a .safetensors.
 
         Raises FileNotFoundError or ValueError, in one line that names the file.
         """
-        path = Path(place)
-        if path.suffix != ".safetensors":
+        path = local_place(place)
+        if path.suffix != ".safetensors" or interop.recognise(path) is not None:
             return cls.of(SparseAutoencoder.from_pretrained(path))
         tensors = load_tensors(path)
         if _W_DEC not in tensors or tensors[_W_DEC].ndim != 2:

@@ -15,10 +15,10 @@ from typing import Any
 from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary
 from sae_fast.interop.errors import DictionaryError
-from sae_fast.interop.format import Format, refuse
+from sae_fast.interop.format import OWN, Format, Settings, refuse
 from sae_fast.interop.hook_names import origin, to_lens
 from sae_fast.interop.tensor_file import open_tensors
-from sae_fast.json_files import read_regular
+from sae_fast.json_files import JSONError, parse_json, read_regular
 from sae_fast.tensor_files import save_tensors
 
 CONFIG = "config.yaml"
@@ -71,7 +71,7 @@ class CircuitTracer(Format):
                         f"{path}: thresholds below 0 let negative values through there, and no "
                         "code of arch jumprelu here has them"
                     )
-            told = _origin(settings, int(layer[1]))
+            told = _origin(path.parent / CONFIG, settings, int(layer[1]))
             return PlainDictionary(
                 "relu" if threshold is None else "jumprelu",
                 W_enc=file.read("W_enc", shape=shape),
@@ -113,6 +113,7 @@ class CircuitTracer(Format):
             tensors["W_skip"] = dictionary.W_skip
         directory.mkdir(parents=True, exist_ok=True)
         settings = self._merged(directory / CONFIG, _written_settings(dictionary))
+        settings[_own_key(int(layer))] = json.dumps(dictionary.origin)
         path = directory / f"layer_{int(layer)}.safetensors"
         with replacing(path) as temporary:
             save_tensors(temporary, tensors)
@@ -154,17 +155,40 @@ def _settings(path: Path) -> dict[str, str]:
     for line in text.splitlines():
         match = _LINE.fullmatch(line.rstrip())
         if match is not None and match[2] and match[2][0] not in "[{&*|>!#":
-            found[match[1]] = re.sub(r"\s+#.*$", "", match[2]).strip("\"'")
+            found[match[1]] = _text(match[2])
     return found
 
 
-def _origin(settings: dict[str, str], layer: int) -> dict[str, Any]:
+def _text(written: str) -> str:
+    """Return the text that a value is written as: bare, quoted, or as `write` quotes it."""
+    if written.startswith('"'):
+        try:
+            return str(parse_json(written))
+        except JSONError:
+            pass  # it has a comment behind it, or escapes that only YAML has
+    return re.sub(r"\s+#.*$", "", written).strip("\"'")
+
+
+def _own_key(layer: int) -> str:
+    """Return the name under which config.yaml has the whole origin of a layer."""
+    return f"{OWN}_layer_{layer}"
+
+
+def _origin(path: Path, settings: dict[str, str], layer: int) -> dict[str, Any]:
     model = settings.get("model_name")
     told = origin(model, _of_layer(settings.get(_INPUT), layer))
     told["layer"] = layer
     if output := _of_layer(settings.get(_OUTPUT), layer):
         told["targets"] = origin(model, output)
-    return told
+    own = settings.get(_own_key(layer))
+    return told if own is None else told | _whole_origin(path, own, _own_key(layer))
+
+
+def _whole_origin(path: Path, written: str, name: str) -> dict[str, Any]:
+    try:
+        return Settings(path, {name: parse_json(written)}).origin(name)
+    except JSONError as error:
+        raise DictionaryError(f"{path}: {name}: {error}") from None
 
 
 def _of_layer(hook: str | None, layer: int) -> str | None:

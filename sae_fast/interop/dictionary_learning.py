@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary, with_subtraction
 from sae_fast.interop.errors import DictionaryError
-from sae_fast.interop.format import Format, Settings, refuse
+from sae_fast.interop.format import ORIGIN, OWN, Format, Settings, refuse
 from sae_fast.interop.hook_names import origin
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
@@ -76,10 +76,15 @@ class DictionaryLearning(Format):
                 )
         layer = _number(trainer.value("layer"))
         hook = _hook(trainer.text("submodule_name"), layer)
-        told = origin(trainer.text("lm_name"), hook)
+        context = settings.section("buffer").size("ctx_len")
+        told = origin(
+            trainer.text("lm_name"),
+            hook,
+            settings=None if context is None else {"ctx_len": context},
+        )
         if layer is not None:
             told["layer"] = layer
-        return replace(dictionary, origin=told)
+        return replace(dictionary, origin=told | settings.section(OWN).origin(ORIGIN))
 
     def write(self, dictionary: PlainDictionary, directory: Path) -> Path:
         """Write both files, for the class that expresses the dictionary."""
@@ -100,7 +105,7 @@ class DictionaryLearning(Format):
         directory.mkdir(parents=True, exist_ok=True)
         with replacing(directory / WEIGHTS) as temporary:
             torch.save(_state(dictionary, kind), temporary)
-        settings = {"trainer": trainer, "buffer": {}}
+        settings = {"trainer": trainer, "buffer": {}, OWN: {ORIGIN: told}}
         write_text(directory / CONFIG, json.dumps(settings, indent=2) + "\n")
         return directory
 

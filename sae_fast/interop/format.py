@@ -10,11 +10,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sae_fast.activations.origin import checked_origin
 from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.json_files import JSONError, read_json, shown
 from sae_fast.tensor_files import save_tensors
+
+# The section of settings that only sae_fast reads, where a format leaves room for one.
+OWN, ORIGIN = "sae_fast", "origin"
 
 
 class Format(ABC):
@@ -157,6 +161,13 @@ class Settings:
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
             raise self._wrong(name, "a number of at least 0", value)
         return float(value)
+
+    def origin(self, name: str) -> dict[str, Any]:
+        """Return an origin, see `checked_origin`; empty where it is not there."""
+        try:
+            return checked_origin(self._content.get(name) or {}, f"{self.path}: {name}")
+        except ValueError as error:
+            raise DictionaryError(str(error)) from None
 
     def value(self, name: str) -> Any:
         """Return a value of any type; None where it is not there."""

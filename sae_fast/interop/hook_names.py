@@ -44,7 +44,7 @@ def origin(model: str | None, hook: str | None, **further: Any) -> dict[str, Any
     Args:
         model: its name.
         hook: the hook point, by any of its names.
-        **further: texts and whole numbers; None and empty texts are left out.
+        **further: texts, whole numbers and objects of these; None and empty texts are left out.
     """
     known: dict[str, Any] = {"model": model}
     if hook:

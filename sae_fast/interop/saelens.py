@@ -19,13 +19,12 @@ from torch import Tensor
 
 from sae_fast.interop.dictionary import PlainDictionary, with_rescaled_codes
 from sae_fast.interop.errors import DictionaryError
-from sae_fast.interop.format import PairOfFiles, Settings, refuse
+from sae_fast.interop.format import ORIGIN, OWN, PairOfFiles, Settings, refuse
 from sae_fast.interop.hook_names import origin, to_lens
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _WRITTEN_VERSION = "6.54.12"  # whose layout is written
-_OWN = "sae_fast"
 _ARCHITECTURES = {
     "standard": "relu",
     "topk": "topk",
@@ -40,6 +39,12 @@ _ARCHITECTURES = {
     "jumprelu_skip_transcoder": "jumprelu",
 }
 _BY_TOKEN = "it scales each token by its own norm, and a dictionary here has one scale"
+# Settings of the activations by their names in an origin here, and there.
+_SETTINGS = {
+    "ctx_len": "context_size",
+    "prepend_bos": "prepend_bos",
+    "head": "hook_head_index",
+}
 _RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}  # since version 6
 
 
@@ -64,14 +69,9 @@ class SAELens(PairOfFiles):
         remarks = _check_normalization(settings)
         with open_tensors(directory / WEIGHTS) as file:
             dictionary = _read(file, settings, kind)
-        told = origin(
-            metadata.text("model_name"),
-            metadata.text("hook_name"),
-            dataset=metadata.text("dataset_path"),
-        )
-        if dictionary.transcoder and metadata.text("hook_name_out"):
-            told["targets"] = origin(metadata.text("model_name"), metadata.text("hook_name_out"))
-        return replace(_restored(dictionary, metadata.section(_OWN)), origin=told, remarks=remarks)
+        own = metadata.section(OWN)
+        told = _origin(metadata, dictionary.transcoder) | own.origin(ORIGIN)
+        return replace(_restored(dictionary, own), origin=told, remarks=remarks)
 
     def write(self, dictionary: PlainDictionary, directory: Path) -> Path:
         """Write both files in the layout of version 6."""
@@ -256,6 +256,24 @@ def _prefixes(settings: Settings, d_sae: int) -> tuple[int, ...]:
     return tuple(sorted({*widths, d_sae}))
 
 
+def _origin(metadata: Settings, is_transcoder: bool) -> dict[str, Any]:
+    """Return the origin that the metadata of SAELens state."""
+    model, excluded = metadata.text("model_name"), metadata.value("exclude_special_tokens")
+    settings = {name: metadata.value(theirs) for name, theirs in _SETTINGS.items()}
+    settings = {name: value for name, value in settings.items() if isinstance(value, int)}
+    told = origin(
+        model,
+        metadata.text("hook_name"),
+        revision=metadata.section("model_from_pretrained_kwargs").text("revision"),
+        dataset=metadata.text("dataset_path"),
+        special_tokens="excluded" if excluded else None if excluded is None else "kept",
+        settings=settings or None,
+    )
+    if is_transcoder and metadata.text("hook_name_out"):
+        told["targets"] = origin(model, metadata.text("hook_name_out"))
+    return told
+
+
 def _metadata(dictionary: PlainDictionary) -> dict[str, Any]:
     told = dictionary.origin
     metadata: dict[str, Any] = {
@@ -265,15 +283,19 @@ def _metadata(dictionary: PlainDictionary) -> dict[str, Any]:
         "hook_name": to_lens(str(told["hook"])) if "hook" in told else None,
         "dataset_path": told.get("dataset"),
     }
+    if isinstance(settings := told.get("settings"), dict):
+        metadata |= {
+            theirs: settings[name] for name, theirs in _SETTINGS.items() if name in settings
+        }
     targets = told.get("targets")
     if isinstance(targets, dict) and "hook" in targets:
         metadata["hook_name_out"] = to_lens(str(targets["hook"]))
-    own: dict[str, Any] = {"arch": dictionary.arch, "origin": told}
+    own: dict[str, Any] = {"arch": dictionary.arch, ORIGIN: told}
     if dictionary.k is not None:
         own["k"] = dictionary.k
     if dictionary.prefixes is not None:
         own["prefixes"] = list(dictionary.prefixes)
-    metadata[_OWN] = own
+    metadata[OWN] = own
     return metadata
 
 

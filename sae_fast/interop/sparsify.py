@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sae_fast.interop.dictionary import PlainDictionary, with_subtraction
-from sae_fast.interop.format import PairOfFiles, Settings, refuse
+from sae_fast.interop.format import ORIGIN, OWN, PairOfFiles, Settings, refuse
 from sae_fast.interop.hook_names import layer_of
 from sae_fast.interop.tensor_file import open_tensors
 
@@ -48,7 +48,7 @@ class Sparsify(PairOfFiles):
                 transcoder=is_transcoder or "W_skip" in file,
                 k=k,
                 activation=settings.text("activation", "topk") or "topk",
-                origin=_origin(directory),
+                origin=_origin(directory) | settings.section(OWN).origin(ORIGIN),
             )
         # With a skip connection and without `transcode` b_dec is subtracted there.
         return with_subtraction(dictionary, False) if dictionary.transcoder else dictionary
@@ -76,6 +76,7 @@ class Sparsify(PairOfFiles):
             "skip_connection": dictionary.W_skip is not None,
             "transcode": dictionary.transcoder,
             "d_in": dictionary.d_in,
+            OWN: {ORIGIN: dictionary.origin},
         }
         tensors = {
             "encoder.weight": dictionary.W_enc,

@@ -21,6 +21,8 @@ from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.image_model import ImageModel
 from sae_fast.activations.capture.language_model import check_reads_once
 from sae_fast.activations.capture.plan import Capture, open_capture
+from sae_fast.activations.capture.shard_series import shard_metadata
+from sae_fast.activations.origin import origin_of_attributes
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
@@ -259,11 +261,9 @@ def _check_train(train: TrainConfig) -> None:
 def _reader(
     shared: SharedSource[HookRows], hook: str, capture: Capture, columns: Mapping[str, Column]
 ) -> SharedReader[HookRows]:
-    model = capture.recipe(1)["model"]
     layer = next((item.layer for item in capture.hooked.hooks if item.name == hook), None)
-    told = {"model": model["name"], "hook": hook, "layer": layer, "revision": model["revision"]}
-    told["dataset"] = capture.config.dataset
-    origin = {name: str(value) for name, value in told.items() if value is not None}
+    shard = replace(shard_metadata(capture.recipe(1)), hook=hook, layer=layer)
+    origin = origin_of_attributes(shard.attributes())
     return shared.reader(lambda rows: rows[hook], capture.widths[hook], columns, origin)
 
 
