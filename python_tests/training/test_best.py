@@ -15,12 +15,12 @@ from sae_fast.training.best import BestRule
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.trainer import Trainer
 
-RUN = TrainConfig(batch_size=10, max_steps=100, sparsity_warmup_steps=30)
+RUN = TrainConfig(batch_size=10, max_steps=100, warmup_steps=0, sparsity_warmup_steps=30)
 
 
 def _rule(run: TrainConfig = RUN, *, has_heldout: bool = True, **sae: Any) -> BestRule:
     config = SAEConfig(**{"d_in": 8, "d_sae": 16, **sae})
-    return BestRule(config, make_schedules(run, config, 10_000), has_heldout=has_heldout)
+    return BestRule(config, run, make_schedules(run, config, 10_000), has_heldout=has_heldout)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,7 @@ def test_the_lowest_value_is_the_best() -> None:
     ("run", "sae", "first"),
     [
         (RUN, {"k": 2}, 0),
+        (replace(RUN, warmup_steps=None), {"k": 2}, 5),
         (RUN, {"k": 2, "l1_penalty_coeff": 0.1}, 30),
         (RUN, {"arch": "relu", "target_l0": 4}, 30),
         (replace(RUN, sparsity_warmup_steps=None), {"arch": "gated", "target_l0": 4}, 5),
@@ -61,8 +62,57 @@ def test_no_step_is_the_best_while_codes_become_sparse(
 ) -> None:
     rule = _rule(run, **sae)
     assert rule.first_step == first
-    assert rule.improved(None, first - 1, {"heldout_fvu": 0.1}) is None
-    assert rule.improved(None, first, {"heldout_fvu": 0.9}) is not None
+    assert rule.improved(None, first - 1, {rule.figure: 0.1}) is None
+    assert rule.improved(None, first, {rule.figure: 0.9}) is not None
+
+
+def test_with_a_target_a_lower_error_of_a_denser_code_is_not_better() -> None:
+    rule = _rule(arch="gated", target_l0=4)
+    dense = rule.objective(50, {"heldout_fvu": 0.1, "heldout_l0": 8.0})
+    sparse = rule.objective(50, {"heldout_fvu": 0.3, "heldout_l0": 4.2})
+    assert dense == {"objective": pytest.approx(1.1)}
+    assert sparse == {"objective": pytest.approx(0.3 + 0.05**2)}
+    assert rule.objective(29, {"heldout_fvu": 0.1, "heldout_l0": 4.0}) == {}
+    best = rule.improved(None, 50, {"heldout_l0": 4.2, **sparse})
+    assert best == {**sparse, "heldout_l0": 4.2, "step": 50}
+    assert rule.improved(best, 60, {"heldout_l0": 8.0, **dense}) is None
+    # A checkpoint of a version that ranked by FVU.
+    assert rule.improved({"heldout_fvu": 0.1, "step": 40}, 60, dense) is not None
+
+
+def test_with_a_penalty_its_terms_count_in_units_of_the_error_of_the_mean() -> None:
+    rule = _rule(arch="relu", l1_penalty_coeff=1.0)
+    row = {"heldout_fvu": 0.1, "heldout_l0": 8.0, "l1_loss": 2.0}
+    assert rule.objective(50, row) == {"objective": pytest.approx(0.1 + 2.0 / 8)}
+    rule = _rule(arch="jumprelu", sparsity_penalty="l0", loss_fn="fvu")
+    row = {"heldout_fvu": 0.1, "heldout_l0": 8.0, "l1_loss": 0.0, "sparsity_loss": 0.3}
+    assert rule.objective(50, row) == {"objective": pytest.approx(0.4)}
+
+
+@pytest.mark.parametrize(
+    ("name", "worse", "better"),
+    [
+        ("heldout_fvu", 0.3, 0.2),
+        ("heldout_explained_variance", 0.7, 0.8),
+        ("recon_loss", 3.0, 2.0),
+        ("silent_fraction", 0.2, 0.0),
+        ("objective", 0.3, 0.2),
+    ],
+)
+def test_another_figure_is_compared_in_its_direction(
+    name: str, worse: float, better: float
+) -> None:
+    rule = _rule(replace(RUN, best_by=name), arch="relu", target_l0=4)
+    first = rule.improved(None, 50, {name: worse})
+    assert first == {name: worse, "step": 50}
+    assert rule.improved(first, 60, {name: better}) == {name: better, "step": 60}
+    assert rule.improved({name: better, "step": 60}, 70, {name: worse}) is None
+
+
+@pytest.mark.parametrize("name", ["heldout_l0", "learning_rate", "heldout_ce", "objective", "fuv"])
+def test_a_figure_that_cannot_rank_is_refused_with_those_that_can(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"best_by must be .* heldout_fvu, .* got '{name}'"):
+        _rule(replace(RUN, best_by=name), k=2)
 
 
 def test_without_heldout_rows_the_training_loss_decides(
@@ -81,4 +131,28 @@ def test_without_heldout_rows_the_training_loss_decides(
     assert trainer.summary["best_step"] == best["step"]
     assert trainer.summary["best_loss"] == best["loss"]
     assert os.readlink(tmp_path / "checkpoints" / "best") == f"step-{best['step']:08d}"
-    assert "no held-out rows: best is the checkpoint with the lowest training loss" in caplog.text
+    assert "no held-out rows: best is chosen by the training's loss" in caplog.text
+
+
+def test_best_by_names_the_checkpoint_also_after_a_resume(
+    activations: torch.Tensor, heldout: torch.Tensor, tmp_path: Path
+) -> None:
+    sae = SAEConfig(arch="gated", d_sae=32, target_l0=3)
+    run = TrainConfig(
+        batch_size=64, max_steps=12, learning_rate=1e-2, eval_every=3, log_every=1,
+        checkpoint_every=3, checkpoint_dir=str(tmp_path / "a"), best_by="recon_loss",
+    )  # fmt: skip
+    trainer = Trainer(sae, run, activations, heldout=heldout, show_progress=False)
+    trainer.train()
+    rows = [row for row in trainer.history if row["step"] % 3 == 0]
+    lowest = min(rows, key=lambda row: row["recon_loss"])
+    summary = trainer.summary
+    assert summary["best_recon_loss"] == lowest["recon_loss"]
+    assert summary["best_step"] == lowest["step"]
+    assert summary["best_heldout_l0"] == lowest["heldout_l0"]
+    assert all(row["objective"] > row["heldout_fvu"] for row in rows)
+    again = replace(run, resume_from="latest", best_by=None, max_steps=15)
+    trainer = Trainer(sae, again, activations, heldout=heldout, show_progress=False)
+    trainer.train()
+    assert trainer.summary["best_objective"] == trainer.history[-1]["objective"]
+    assert trainer.summary["best_step"] == 15

@@ -38,7 +38,7 @@ ELSEWHERE = {
     *("eval_every", "checkpoint_every", "keep_checkpoints", "checkpoint_dir", "resume_from"),
     *("wandb_project", "no_wandb", "batch_size", "max_steps", "max_tokens", "max_epochs"),
     *("wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "logger", "verify"),
-    *("checkpoint_minutes", "max_hours"),
+    *("checkpoint_minutes", "max_hours", "best_by"),
     *("eval_metrics", "eval_dataset", "eval_model", "eval_hook", "eval_tokens"),
 }
 # By setting, the architectures for which it changes nothing, and why.

@@ -113,8 +113,8 @@ def test_a_row_with_good_figures_gives_no_warning() -> None:
         ),
         (
             TOPK,
-            {"silent_fraction": 0.75},
-            ("48 of 64 latents", "1,920 tokens (silent so far", "AuxK"),
+            {"silent_fraction": 0.125, "l0": 4.0},
+            ("8 of 64 latents", "384 tokens (they count as dead after 10,000,000", "AuxK"),
         ),
         (TOPK, {"heldout_fvu": 1.3}, ("held-out FVU is 1.3, in training 0.3", "--heldout")),
         (
@@ -165,10 +165,15 @@ def test_equal_rows_are_told_and_leave_the_model_finite(
     assert all(tensor.isfinite().all() for tensor in trainer.sae.state_dict().values())
 
 
-def test_silence_is_counted_over_half_of_the_tokens_and_at_most_the_budget() -> None:
-    assert silent_window(TOPK, 1000) == 500
-    assert silent_window(replace(TOPK, dead_after_tokens=300), 1000) == 300
-    assert silent_window(TOPK, 0) == 1
+def test_silence_is_counted_over_a_tenth_of_the_run_and_at_most_the_budget() -> None:
+    assert silent_window(TOPK, 1000, 2000) == 200
+    assert silent_window(TOPK, 100, 2000) == 50
+    assert silent_window(replace(TOPK, dead_after_tokens=30), 1000, 2000) == 30
+    assert silent_window(TOPK, 0, 2000) == 1
+
+
+def test_silence_in_which_a_latent_fires_but_few_times_on_average_is_no_warning() -> None:
+    assert _concluded(TOPK, silent_fraction=0.5) == []  # 384 tokens, 18 firings each
 
 
 def test_skipped_steps_are_in_rows_summary_and_warning(activations: torch.Tensor) -> None:
@@ -188,3 +193,66 @@ def test_a_run_without_overflow_trained_on_all_its_tokens(activations: torch.Ten
     trainer.train()
     assert trainer.summary["skipped_steps"] == 0
     assert trainer.summary["trained_tokens"] == trainer.summary["tokens"] == 60 * 64
+
+
+def _logged(fvus: list[float], l0s: list[float] | None = None, **more: Any) -> list[dict[str, Any]]:
+    """Return rows with these figures, 5 steps apart, of a run of 60 per 12 of them."""
+    return [
+        {"step": 5 * n, "tokens": 320 * n, **FIGURES, "loss": 9 / n, "fvu": fvu, "l0": l0, **more}
+        for n, (fvu, l0) in enumerate(zip(fvus, l0s or [3.0] * len(fvus), strict=True), 1)
+    ]
+
+
+def _watched(
+    rows: list[dict[str, Any]], caplog: pytest.LogCaptureFixture, sae: SAEConfig = TOPK
+) -> tuple[list[str], list[str]]:
+    """Return what is logged while a run logs rows, and its warnings at the end."""
+    run = replace(RUN, max_steps=5 * len(rows), sparsity_warmup_steps=None)
+    health = RunHealth(sae, run, make_schedules(run, sae, 3000))
+    with caplog.at_level(logging.WARNING, logger="sae_fast"):
+        for row in rows:
+            health.watch(row)
+    told = [record.message for record in caplog.records]
+    return told, health.conclude(rows)
+
+
+FALLING = [1 / n for n in range(2, 12)]  # to 0.091
+
+
+def test_an_error_that_rises_is_told_once_with_the_rate(caplog: pytest.LogCaptureFixture) -> None:
+    (told,), (warning,) = _watched(_logged([*FALLING, *[0.3] * 10]), caplog)
+    assert "the reconstruction gets worse: FVU is " in told
+    assert "and was 0.114 at step 50; lower --lr (now 0.01)" in warning
+
+
+def test_an_error_that_rises_and_falls_again_is_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert _watched(_logged([*FALLING, 0.3, *[0.09] * 29]), caplog) == ([], [])
+
+
+def test_an_error_that_rises_while_codes_become_sparse_is_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sae = SAEConfig(arch="relu", d_in=16, d_sae=64, target_l0=4)
+    l0s = [64 * 0.75**n for n in range(10)] + [4.0] * 10
+    fvus = [0.01 * 1.3**n for n in range(10)] + [0.12] * 10
+    assert _watched(_logged(fvus, l0s), caplog, sae) == ([], [])
+
+
+def test_an_error_above_the_one_of_the_mean_is_told_before_half_of_the_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (told,), _ = _watched(_logged([1.6] * 10 + [0.5] * 30), caplog)
+    assert told.startswith("step 30: FVU is 1.6, and has been above 1 for a tenth of the run")
+    assert "lower --lr (now 0.01)" in told
+
+
+def test_heldout_rows_that_are_explained_worse_than_before_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = _logged([1 / n for n in range(2, 22)])
+    for row, fvu in zip(rows[4::5], (0.2, 0.1, 0.16, 0.2), strict=True):
+        row |= {"heldout_fvu": fvu, "heldout_l0": 3.0}
+    _, (warning,) = _watched(rows, caplog)
+    assert "held-out FVU is 0.2, and was 0.1 at step 50" in warning

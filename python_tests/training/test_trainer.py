@@ -16,6 +16,7 @@ from sae_fast.activations import ActivationStream, Rows, TensorStream
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.working_copies import encoder_copy
+from sae_fast.report.panels import overview
 from sae_fast.training.checkpoint import CheckpointError
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer, TrainingError
@@ -225,6 +226,20 @@ def test_dead_latents_are_counted_and_aux_k_is_paid(activations: torch.Tensor) -
     assert rows[-1]["dead_fraction"] > 0
     assert rows[-1]["aux_loss"] > 0
     assert rows[0]["aux_loss"] == 0
+
+
+def test_the_dead_share_is_null_until_a_latent_can_be_dead(
+    activations: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sae = replace(SAE, dead_after_tokens=3 * 64)
+    run = replace(RUN, max_steps=4, log_every=1, checkpoint_dir=str(tmp_path))
+    rows = _train(activations, sae, run).history
+    assert [row["dead_fraction"] for row in rows[:2]] == [None, None]
+    assert all(isinstance(row["dead_fraction"], float) for row in rows[2:])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert '"dead_fraction": null' in lines[0]
+    assert "dead_fraction" not in {panel.main for panel in overview(rows[:2])}
+    assert "dead_fraction" in {panel.main for panel in overview(rows)}
 
 
 def test_best_is_the_evaluation_with_the_lowest_fvu(

@@ -437,6 +437,17 @@ class TrainConfig(ConfigFile):
     then 75, and resume_from continues the run. At least one step is made. [hours]"""
     keep_checkpoints: int = setting(3, at_least=1, on_resume="free")
     """Number of the last checkpoints that are kept. [checkpoints]"""
+    best_by: str | None = setting(
+        None,
+        nonempty=True,
+        on_resume="free",
+        metavar="METRIC",
+        elsewhere=("metric_for_best_model", "monitor"),
+    )
+    """Figure of the evaluations that chooses the checkpoint best, such as heldout_ce_score. By
+    default it is what the training minimises, of held-out rows where there are any: heldout_fvu;
+    with a sparsity penalty objective, FVU and the penalty at full weight, or with target_l0 FVU +
+    (L0 / target_l0 - 1)^2."""
     checkpoint_dir: str | None = setting(
         None,
         nonempty=True,

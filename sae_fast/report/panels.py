@@ -6,7 +6,7 @@ it is not named here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ _TITLES = {
     "fvu": "Fraction of variance unexplained",
     "l0": "L0: active latents per token",
     "dead_fraction": "Dead latents",
-    "silent_fraction": "Latents silent for half of the tokens so far",
+    "silent_fraction": "Latents silent for a tenth of the run",
     "gram_mean": "Mean squared cosine of two decoder rows",
     "skipped_steps": "Steps skipped because gradients overflowed",
     "learning_rate": "Learning rate",
@@ -33,6 +33,7 @@ _TITLES = {
     "probe_r2": "Probe R²",
     "k": "k: latents a token may use",
     "sparsity_coeff": "Coefficient of the sparsity penalty",
+    "objective": "FVU with the penalty, by which best is chosen",
     "recon_loss": "Reconstruction loss",
     "l1_loss": "L1 penalty",
     "decorr_loss": "Decorrelation loss of decoder rows",
@@ -47,7 +48,8 @@ _TITLES = {
     "kl": "Divergence from the model's prediction",
     "alignment_loss": "Alignment loss of relation slots",
 }
-_FIRST = ("loss", "fvu", "l0", "dead_fraction")
+_DEAD = "dead_fraction"  # null until a latent can be dead
+_FIRST = ("loss", "fvu", "l0", _DEAD)
 _LAST = ("learning_rate", "grad_norm", "tokens_per_second")
 _WIDE = {"loss", "fvu", "l0", "grad_norm", "loss_scale", "sparsity_coeff"}
 # Not drawn: the axis, and what another panel says.
@@ -112,10 +114,13 @@ def with_target(rows: Iterable[Row], target_l0: float | None) -> list[Row]:
     return [{**row, _TARGET_L0: target_l0} for row in rows]
 
 
-def overview(rows: Iterable[Row]) -> list[Panel]:
+def overview(rows: Sequence[Row]) -> list[Panel]:
     """Return a panel for each metric but the terms of the loss.
 
-    Metrics that every run logs have their panel in any case."""
+    Metrics that every run logs have their panel in any case, dead latents once they are counted.
+    """
+    is_counted = any(row.get(curve.metric) is not None for row in rows for curve in _curves(_DEAD))
+    first = [name for name in _FIRST if name != _DEAD or is_counted]
     others = [
         name
         for name in _nonzero_metrics(rows)
@@ -123,7 +128,7 @@ def overview(rows: Iterable[Row]) -> list[Panel]:
     ]
     qualities = [name for name in others if name.endswith(("_accuracy", "_r2"))]
     figures = [name for name in others if name not in qualities]
-    return [_panel(name) for name in (*_FIRST, *qualities, *_LAST, *figures)]
+    return [_panel(name) for name in (*first, *qualities, *_LAST, *figures)]
 
 
 def loss_terms(rows: Iterable[Row]) -> list[Panel]:

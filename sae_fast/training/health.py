@@ -1,8 +1,8 @@
 """`RunHealth`: warnings in plain words about a training that collapses or does not learn.
 
-They follow from the logged metrics alone. From half of the run on, a collapse that three successive
-rows show is logged once; the summary has all warnings that hold at the end. Each warning names the
-flags that help.
+They follow from the logged metrics alone. An error that rises is logged once it has lasted for a
+tenth of the run, and from half of the run on a collapse that three successive rows show, each once;
+the summary has all warnings that hold at the end. Each warning names the flags that help.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.metrics import Row
+from sae_fast.training.rising_error import DENSER, RISEN, RisingError
 from sae_fast.training.schedule import Schedules
 
 logger = logging.getLogger(__name__)
@@ -23,19 +24,20 @@ _ROWS_IN_TURN = 3
 _NO_FIT = 0.95  # FVU from which a reconstruction explains next to nothing
 _OFF = 1.5  # FVU from which more of the same steps will not help
 _FAR_L0 = 1.5  # factor to either side of the L0 that was asked for
-_LARGE_SHARE = 0.5  # of latents that are silent
+_LARGE_SHARE = 0.1  # of latents that are silent
+_FIRINGS = 20  # of an average latent, without which silence is chance
 _NO_FALL = 0.98  # of the first losses that the last ones must be below
 _OVERFLOWS = 0.05  # share of skipped steps that is not a search for the loss scale
 _AFTER_WARM_UP = 8  # the first and the last eighth of the rows are compared
 
 
-def silent_window(sae: SAEConfig, tokens: int) -> int:
+def silent_window(sae: SAEConfig, tokens: int, total_tokens: int) -> int:
     """Return after how many silent tokens a latent counts in silent_fraction.
 
-    It is half of the `tokens` trained on, or `dead_after_tokens` where that is less: so the share
-    means something in short runs too.
+    It is a tenth of the run, half of the `tokens` trained on or `dead_after_tokens`, the least of
+    them: so the share means something in short runs and at the start too.
     """
-    return max(1, min(sae.dead_after_tokens, tokens // 2))
+    return max(1, min(sae.dead_after_tokens, tokens // 2, total_tokens // 10))
 
 
 class RunHealth:
@@ -49,7 +51,9 @@ class RunHealth:
 
     def __init__(self, sae: SAEConfig, train: TrainConfig, schedules: Schedules) -> None:
         self._sae, self._train, self._schedules = sae, train, schedules
+        self._total_tokens = train.batch_size * train.grad_acc_steps * schedules.total_steps
         self._recent: deque[Row] = deque(maxlen=_ROWS_IN_TURN)
+        self._error = RisingError(schedules.total_steps)
         self._told: set[str] = set()
 
     def watch(self, row: Row) -> None:
@@ -57,6 +61,7 @@ class RunHealth:
         self._tell(_undefined(row), row["step"])
         if "l0" not in row:
             return
+        self._tell(self._divergence(row, self._error), row["step"])
         self._recent.append(row)
         if len(self._recent) < _ROWS_IN_TURN or not self._is_judged(self._recent[0]["step"]):
             return
@@ -75,6 +80,12 @@ class RunHealth:
         last = {name: value for name, value in last.items() if value is not None}
         if self._is_judged(last["step"]):
             warnings |= self._collapse(last) | self._misses(last) | self._stagnation(rows)
+            error = RisingError(self._schedules.total_steps)
+            diverges: dict[str, str] = {}
+            for row in rows:
+                diverges = self._divergence(row, error) if "l0" in row else diverges
+            for kind, text in (diverges or self._overfit(rows)).items():
+                warnings.setdefault(kind, text)
         self._tell(warnings, last["step"])
         return list(warnings.values())
 
@@ -99,6 +110,55 @@ class RunHealth:
             settled += schedules.sparsity.warmup_steps
         return settled
 
+    def _divergence(self, row: Row, error: RisingError) -> dict[str, str]:
+        """Return warnings of an error that has risen for long, or is above the one of the mean.
+
+        Args:
+            row: a row with the metrics of a step, the next one of the run.
+            error: has taken in those before.
+        """
+        step, fvu = row["step"], row.get("fvu")
+        warm = max(self._settled_step, self._schedules.rate.warmup_steps)
+        if fvu is None or not math.isfinite(fvu) or step < warm or not self._trains_reconstruction:
+            return {}
+        mean, warnings = error.add(step, fvu, row["l0"]), {}
+        if step < _FEWEST_STEPS:
+            return {}
+        if error.lowest is not None:
+            low, at = error.lowest
+            warnings["rising"] = (
+                f"the reconstruction gets worse: FVU is {mean:.3g}, and was {low:.3g} at step "
+                f"{at:,}; lower --lr (now {self._train.peak_learning_rate(self._sae.d_sae):.3g})"
+            )
+        if error.is_above_mean:
+            warnings["fvu"] = (
+                f"FVU is {mean:.3g}, and has been above 1 for a tenth of the run: the mean of the "
+                f"rows would be a better reconstruction; {self._sparser()}{self._more_steps(mean)}"
+            )
+        return warnings
+
+    def _overfit(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Return a warning where held-out rows are explained worse than at an earlier step."""
+        names = ("heldout_fvu", "heldout_l0")
+        error = [row for row in rows if all(row.get(name) is not None for name in names)]
+        if not error or not self._trains_reconstruction:
+            return {}
+        fvu, l0 = (error[-1][name] for name in names)
+        low, step = min(
+            (row["heldout_fvu"], row["step"])
+            for row in error
+            if row["heldout_l0"] <= DENSER * l0 and row["step"] >= self._settled_step
+        )
+        if fvu <= RISEN * low:
+            return {}
+        return {
+            "overfit": (
+                f"held-out FVU is {fvu:.3g}, and was {low:.3g} at step {step:,}, while the one of "
+                "training has not risen: the model learns its rows by heart; give more rows, or "
+                "lower --max-steps or --max-epochs"
+            )
+        }
+
     def _collapse(self, row: Row) -> dict[str, str]:
         """Return warnings, by kind, of one row that shows a model which has stopped encoding."""
         warnings: dict[str, str] = {}
@@ -115,11 +175,14 @@ class RunHealth:
                 f"{self._sparser()}{self._more_steps(fvu)}"
             )
         silent = row.get("silent_fraction")
-        if silent is not None and silent > _LARGE_SHARE and sae.slots_mode != "separate_value":
-            window = silent_window(sae, row["tokens"])
+        window = silent_window(sae, row["tokens"], self._total_tokens)
+        is_telling = window * (l0 or 0.0) >= _FIRINGS * sae.d_sae and (
+            sae.slots_mode != "separate_value"
+        )
+        if silent is not None and silent > _LARGE_SHARE and is_telling:
             warnings["silent"] = (
                 f"{round(silent * sae.d_sae):,} of {sae.d_sae:,} latents have fired for none of "
-                f"the last {window:,} tokens (silent so far; they count as dead after "
+                f"the last {window:,} tokens (they count as dead after "
                 f"{sae.dead_after_tokens:,}); {self._reviving(row['tokens'])}"
             )
         skipped = row.get("skipped_steps", 0)

@@ -150,7 +150,7 @@ def _mean(rows: Sequence[Row]) -> Row:
 
     The tokens per second are added up, because each training measures the time of all of them.
     """
-    names = [name for name in rows[0] if all(name in row for row in rows)]
+    names = [name for name in rows[0] if all(row.get(name) is not None for row in rows)]
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in names}
     rate = sum(row.get("tokens_per_second", 0.0) for row in rows)
     return {**mean, "step": rows[0]["step"], "tokens_per_second": rate}
@@ -162,11 +162,11 @@ def _describe(row: Row) -> str:
         ("loss {:.4g}", "loss", 1.0),
         ("FVU {:.4f}", "fvu", 1.0),
         ("L0 {:.1f}", "l0", 1.0),
-        # The dead share is 0 until the tokens for which a latent must be silent have been seen.
         ("dead {:.1f} %", "dead_fraction", 100.0)
         if row.get("dead_fraction")
         else ("silent so far {:.1f} %", "silent_fraction", 100.0),
         ("stall {:.1f} %", "reader_stall_fraction", 100.0),
         ("held-out FVU {:.4f}", "heldout_fvu", 1.0),
     ]
-    return ", ".join(text.format(row[name] * scale) for text, name, scale in parts if name in row)
+    shown = [part for part in parts if row.get(part[1]) is not None]
+    return ", ".join(text.format(row[name] * scale) for text, name, scale in shown)

@@ -214,8 +214,11 @@ class Trainer:
         self.step = self.tokens = 0
         self.clock = StepClock(self.device)
         self.best: Best | None = None
-        has_heldout = self.data.heldout is not None
-        self._best_rule = BestRule(self.sae_config, self.schedules, has_heldout=has_heldout)
+        self._best_rule = BestRule(
+            *(self.sae_config, train_config, self.schedules),
+            has_heldout=self.data.heldout is not None,
+            own_terms=(*architecture.term_names, *(term.name for term in self.loss_terms)),
+        )
         self._stop, self._show_progress = stop, show_progress
         self._wall_clock, self.is_out_of_time = clock, False
         self.saved_step = -1
@@ -598,7 +601,8 @@ class Trainer:
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
         self.clock.pause(self.batches.take_stalled_seconds)
-        metrics = self._launcher.read(silent_window(self.sae_config, self.tokens))
+        window = silent_window(self.sae_config, self.tokens, self.total_tokens)
+        metrics = self._launcher.read(window)
         row: Row = self._training_row(metrics) if log else {}
         if (warning := self.sae.architecture.warning(metrics)) != self._warning:
             self._warning = warning
@@ -608,8 +612,10 @@ class Trainer:
         if look:
             with self.kept_copies():
                 evaluation = self.evaluate()
+            measured = {**metrics, "explained_variance": 1 - metrics["fvu"], **evaluation}
+            evaluation |= self._best_rule.objective(self.step, measured)
             row |= evaluation
-            best = self._best_rule.improved(self.best, self.step, {**metrics, **evaluation})
+            best = self._best_rule.improved(self.best, self.step, measured | evaluation)
             improved, self.best = best is not None, best or self.best
         if row:
             epoch = self.batches.passes(self.tokens)
@@ -639,6 +645,8 @@ class Trainer:
             "time_per_step_ms": 1000 * window.seconds / window.steps,
             "reader_stall_fraction": window.stalled / seconds,
         }
+        if not metrics["dead_fraction"] and self.tokens < self.sae_config.dead_after_tokens:
+            row["dead_fraction"] = None  # it says nothing yet: no latent can be dead
         if settings.k is not None:
             row["k"] = settings.k
         if self.scaler.enabled:
@@ -670,7 +678,8 @@ class Trainer:
         step = -1 if checkpoint is None else checkpoint.step
         self._log = RunLog(self._run, self.config, health, step)
         if self._run is not None and self.data.heldout is None:
-            logger.info("no held-out rows: best is the checkpoint with the lowest training loss")
+            figure = self._best_rule.figure
+            logger.info("no held-out rows: best is chosen by the training's %s", figure)
 
     def _make_model(self, checkpoint: Checkpoint | None, known: SparseAutoencoder | None) -> None:
         """Make the model, new, from a checkpoint or from another, and optimiser and source."""
