@@ -274,3 +274,22 @@ def test_a_bad_step_from_a_graph_changes_nothing(device: torch.device) -> None:
     assert reading.bad_step == 7
     assert math.isnan(reading.variance)
     assert all(map(torch.equal, graphed.sae.parameters(), before))
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_codes_that_are_kept_are_those_of_the_replayed_step(
+    device: torch.device, batches: int
+) -> None:
+    if device.type != "cuda":
+        pytest.skip("only a GPU's graph writes its codes to the places of the capture")
+    runs = [Run(device, graphed=graphed) for graphed in (False, True)]
+    for run in runs:
+        run.step.codes = []
+    for number in range(STEPS):
+        found = []
+        for run in runs:
+            run.make(number, batches=batches)
+            assert run.step.codes is not None
+            assert len(run.step.codes) == batches
+            found.append([code.dense() for code in run.step.codes])
+        assert all(map(torch.equal, *found))

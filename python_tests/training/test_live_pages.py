@@ -1,18 +1,23 @@
 """`LivePages`: pages of the latents while a model is trained."""
 
+import base64
+import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from small_pages import make_place
 
-from sae_fast import Trainer
+from sae_fast import SparseAutoencoder, Trainer
+from sae_fast.activations import open_shards
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.evaluation.text_rows import TextRows
 from sae_fast.train import main
 from sae_fast.training.callbacks import Callback
-from sae_fast.training.live_pages import LivePages, first_shards
+from sae_fast.training.live_pages import LivePages
 from sae_fast.training.trainer import TrainingError
 
 STEPS = 4
@@ -34,12 +39,23 @@ class Folders(Callback):
 
 
 def train(place, callbacks=(), **settings):
-    config = TrainConfig(
-        shard_dir=str(place / "shards"), batch_size=64, max_steps=STEPS, log_every=1, **settings
-    )
+    settings = {"batch_size": 64, "max_steps": STEPS, **settings}
+    config = TrainConfig(shard_dir=str(place / "shards"), log_every=1, **settings)
     trainer = Trainer(SAEConfig(d_sae=40, k=4), config, callbacks=callbacks, show_progress=False)
     trainer.train()
     return trainer
+
+
+def read_pages(out, step):
+    """Return meta and table of the pages of a step."""
+    folder = out / f"data_{step:09d}"
+    texts = {name: (folder / f"{name}.js").read_text() for name in ("meta", "table")}
+    parts = {name: json.loads(text.split("(", 1)[1][:-3]) for name, text in texts.items()}
+    parts["table"] = {
+        name: np.frombuffer(base64.b64decode(text), kind)
+        for name, (kind, text) in parts["table"].items()
+    }
+    return parts
 
 
 def test_pages_are_of_the_steps_and_do_not_change_the_training(place, tmp_path):
@@ -62,7 +78,7 @@ def test_pages_are_of_the_steps_and_do_not_change_the_training(place, tmp_path):
     }
     meta = (out / f"data_{STEPS:09d}" / "meta.js").read_text()
     assert f'"step": {STEPS}' in meta
-    assert '"rows": 100' in meta
+    assert '"rows": 256' in meta  # two spans of two batches, the first ones of 100 rows or more
     ours, theirs = with_pages.sae.state_dict(), without.sae.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     losses = [[row["loss"] for row in trainer.history] for trainer in (with_pages, without)]
@@ -78,12 +94,48 @@ def test_pages_keep_to_their_share_of_the_time_and_end_with_the_last_step(place,
     assert sorted(path.name for path in out.glob("data_*")) == [*first, f"data_{STEPS:09d}"]
 
 
-def test_only_the_first_shards_are_opened_for_a_few_rows(place):
-    paths = sorted((place / "shards").glob("*.h5"))
-    assert len(paths) == 2
-    assert len(first_shards(paths, "activations", 100).shards) == 1
-    assert len(first_shards(paths, "activations", 300).shards) == 2
-    assert len(first_shards(paths, "activations", 10**9).shards) == 2
+def test_numbers_are_of_the_batches_and_texts_of_the_rows_where_latents_are_strongest(
+    place, tmp_path
+):
+    # Every row of the shards is in the batches, so that every latent has its strongest one.
+    live = LivePages(tmp_path, rows=10**6, share=1.0)
+    trainer = train(place, [live], batch_size=52, max_steps=5)  # one epoch of 260 rows
+    page = read_pages(tmp_path, 5)
+    assert page["meta"]["rows"] == 260
+    assert trainer.sae_config.k == 4
+    assert page["table"]["fired"].sum() == 260 * 4
+    sae = trainer.sae
+    text = TextRows(open_shards(place / "shards"), 32)
+    (x,) = [x for _, x, _ in text.read(text.blocks(1000))]
+    dense = sae.encode(x).dense()
+    # The largest activations are of the model as it is, and nothing of the text is missing.
+    assert page["table"]["largest"].tolist() == dense.amax(0).tolist()
+
+
+def test_codes_are_those_of_the_steps_and_rows_those_of_the_shards(place, tmp_path):
+    class Check(Callback):
+        """Compare the codes of each step with the rows that it had."""
+
+        def on_start(self, trainer):
+            trainer.keep_codes()
+            self.before = trainer.model().state_dict()
+            self.before = {name: value.clone() for name, value in self.before.items()}
+
+        def on_step(self, trainer, row):
+            model = SparseAutoencoder(trainer.sae_config)
+            model.load_state_dict(self.before)
+            first = trainer.tokens - trainer.tokens_per_step
+            for number, code in enumerate(trainer.codes):
+                shards, rows = trainer.source.batch_rows(first + 64 * number)
+                assert not shards.any()
+                expected = model.encode(stored[rows]).dense()
+                torch.testing.assert_close(code.dense(), expected)
+            assert len(trainer.codes) == 2
+            self.before = {name: value.clone() for name, value in trainer.sae.state_dict().items()}
+
+    text = TextRows(open_shards(place / "shards"), 8)
+    (stored,) = [x for _, x, _ in text.read(text.blocks(1000))]
+    train(place, [Check()], grad_acc_steps=2)
 
 
 def test_live_pages_need_shards(tmp_path):

@@ -6,7 +6,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from sae_fast.activations.background import OnDemand, Prefetcher
 from sae_fast.activations.columns import STARTS, Column
+from sae_fast.activations.cutting import joined
 from sae_fast.activations.disks import DiskThreads
 from sae_fast.activations.mixing import ShardMix, check_origin, full_origin, origin_of, single
-from sae_fast.activations.order import EpochPlan, default_pool_rows
+from sae_fast.activations.order import EpochPlan, Indices, default_pool_rows
 from sae_fast.activations.pool import ResidentRows
 from sae_fast.activations.row_scan import RepeatedRows
+from sae_fast.activations.served_rows import ServedRows, batch_places
 from sae_fast.activations.set_reader import (
     RowCursor,
     SetReader,
@@ -123,13 +126,14 @@ class BatchBuilder:
         """Return the batch positions and row counts of each set, given the rows served so far."""
         if len(self._mix.sets) == 1:
             return [(slice(0, self._batch_size), self._batch_size)]
-        turns = self._mix.turns_at(served, self._batch_size)
-        counts = np.bincount(turns, minlength=len(self._mix.sets)).tolist()
+        found = batch_places(self._mix, served, self._batch_size)
         if STARTS not in self._columns:
-            order = torch.from_numpy(np.argsort(turns, kind="stable"))
-            return list(zip(torch.split(order, counts), counts, strict=True))
-        ends = np.cumsum(counts).tolist()
-        return [(slice(end - count, end), count) for end, count in zip(ends, counts, strict=True)]
+            return [(torch.from_numpy(places), len(places)) for places in found]
+        ends = np.cumsum([len(places) for places in found]).tolist()
+        return [
+            (slice(end - len(places), end), len(places))
+            for places, end in zip(found, ends, strict=True)
+        ]
 
     def _new_batch(self) -> Rows:
         # Page-locked, it can be copied to a GPU beside whatever else is going on.
@@ -298,6 +302,24 @@ class ActivationStream(Source):
     def _row_bytes(self) -> int:
         parts = zip(self._mix.sets, self._plans, strict=True)
         return sum(stored_bytes(*part, kept=self._keep_on is not None) for part in parts)
+
+    @cached_property
+    def shards(self) -> ShardSet:
+        """The shards of all sets, one set after the other."""
+        # The first readings of rows, which are checked, are the ones of the batches.
+        return replace(joined(list(self._mix.sets)), first_reads=None)
+
+    def batch_rows(self, first: int) -> tuple[Indices, Indices]:
+        """Return the shard, a number in `shards`, and the row in it of each row of a batch.
+
+        Args:
+            first: how many rows were served before the batch, since the very beginning.
+        """
+        return self._served_rows.batch(first, self.batch_size)
+
+    @cached_property
+    def _served_rows(self) -> ServedRows:
+        return ServedRows(self._mix, self._plans)
 
     def start(self) -> None:
         """Begin to read, so that the first batch is ready, or nearly, when it is asked for."""

@@ -8,7 +8,7 @@ entry takes 8 bytes: 256 bytes a row at an L0 of 32.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from sae_fast.activations.background import prefetch
 from sae_fast.atomic_files import replacing
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.text_rows import AHEAD, Integers, RowBlock, TextRows
+from sae_fast.ops import Code, DenseCode
 from sae_fast.tensor_files import load_tensors, save_tensors
 
 Floats = npt.NDArray[np.float32]
@@ -57,6 +58,35 @@ class BlockCodes:
     def strengths(self) -> Floats:
         """Return the magnitude of each entry, [nnz]: codes of some architectures have signs."""
         return np.abs(self.values)
+
+    def of_rows(
+        self,
+        chosen: npt.NDArray[np.bool_],  # [n_rows]
+    ) -> BlockCodes:
+        """Return the entries of some rows alone."""
+        kept = chosen[self.rows]
+        before = np.concatenate([[0], np.cumsum(kept)])
+        return replace(
+            self, offsets=before[self.offsets], rows=self.rows[kept], values=self.values[kept]
+        )
+
+
+def block_codes(
+    code: Code,  # of n rows
+    first: int,
+    n_rows: int,
+    places: Integers,  # [n] ascending, of these rows in the block
+) -> BlockCodes:
+    """Return the entries of a code as the ones of a block of `n_rows` rows."""
+    listed = code.listed() if isinstance(code, DenseCode) else code
+    offsets, entries, rows = (part.cpu() for part in listed.latent_major())
+    return BlockCodes(
+        first,
+        n_rows,
+        offsets.numpy().astype(np.int64),
+        places.astype(np.int32)[rows.numpy()] if len(places) < n_rows else rows.numpy(),
+        listed.values.detach().float().cpu().flatten()[entries.long()].numpy(),
+    )
 
 
 class CodeStore:
@@ -121,16 +151,7 @@ class CodeStore:
             return BlockCodes(
                 item.first, item.rows, empty, np.zeros(0, np.int32), np.zeros(0, np.float32)
             )
-        code = self._sae.encode(x)
-        offsets, entries, rows = (part.cpu() for part in code.latent_major())
-        values = code.values.detach().float().cpu().flatten()[entries.long()]
-        return BlockCodes(
-            item.first,
-            item.rows,
-            offsets.numpy().astype(np.int64),
-            places.astype(np.int32)[rows.numpy()] if len(places) < item.rows else rows.numpy(),
-            values.numpy(),
-        )
+        return block_codes(self._sae.encode(x), item.first, item.rows, places)
 
     def _load(self, item: RowBlock) -> BlockCodes:
         """Read the codes of a block, or encode them again where the file is damaged."""

@@ -77,6 +77,11 @@ def apart(
     return chosen
 
 
+def tokens_before(length: int) -> int:
+    """Return how many tokens of a context are in front of its peak."""
+    return int((length - 1) * BEFORE_SHARE)
+
+
 def gather_contexts(
     latents: Integers,  # [P] ascending
     intervals: Integers,  # [P]
@@ -90,7 +95,7 @@ def gather_contexts(
     Three quarters of the other tokens are in front of the row, as the models that read from left to
     right know only these; at an end of the sequence a piece is shorter.
     """
-    before = int((length - 1) * BEFORE_SHARE)
+    before = tokens_before(length)
     first, stop = text.sequence_bounds(rows)
     begins = np.maximum(first, rows - before)
     ends = np.minimum(stop, rows - before + length)

@@ -96,22 +96,42 @@ class LatentPages:
         return len(self.fired)
 
 
-class _Largest:
-    """First reading: counts, sums and the largest peaks of all latents."""
+class FiringCounts:
+    """On how many rows each latent fires, and how strongly.
 
-    def __init__(self, d_sae: int, settings: PageSettings, text: TextRows) -> None:
+    Attributes:
+        rows: rows that were counted.
+        fired: [F] int64, rows on which each latent fires.
+        sums: [F], of its magnitudes.
+    """
+
+    def __init__(self, d_sae: int) -> None:
+        self.rows = 0
         self.fired = np.zeros(d_sae, np.int64)
         self.sums = np.zeros(d_sae, np.float64)
+
+    def add(self, codes: BlockCodes, rows: int) -> None:
+        """Count the codes of a block, of which so many rows are served."""
+        self.rows += rows
+        self.fired += np.diff(codes.offsets)
+        # One by one: no sum depends on the blocks.
+        np.add.at(self.sums, codes.latents(), codes.strengths().astype(np.float64))
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Return the mean magnitude where a latent fires, [F]."""
+        return self.sums / np.maximum(self.fired, 1)
+
+
+class _Largest:
+    """First reading: the largest peaks of all latents."""
+
+    def __init__(self, d_sae: int, settings: PageSettings, text: TextRows) -> None:
         self.peaks = TopEntries(d_sae, _PEAKS_PER_CONTEXT * settings.contexts)
         self._text = text
 
     def add(self, codes: BlockCodes) -> None:
         """Take the codes of a block."""
-        counts, strengths = np.diff(codes.offsets), codes.strengths()
-        latents = codes.latents()
-        self.fired += counts
-        # One by one: no sum depends on the blocks.
-        np.add.at(self.sums, latents, strengths.astype(np.float64))
+        counts, strengths, latents = np.diff(codes.offsets), codes.strengths(), codes.latents()
         priorities = priority_of(strengths)
         # A peak is the largest of its cell: where it is too small, all of its cell are.
         kept = np.flatnonzero(priorities > np.repeat(self.peaks.least, counts))
@@ -128,10 +148,6 @@ class _Largest:
         highest = np.maximum(self.peaks.priorities[:, 0], 0)
         largest: Floats = highest.view(np.float32)
         return largest
-
-    def mean(self) -> npt.NDArray[np.float64]:
-        """Return the mean magnitude where a latent fires, [F]."""
-        return self.sums / np.maximum(self.fired, 1)
 
 
 class _Distribution:
@@ -197,8 +213,11 @@ def make_pages(
     W_dec: Tensor,  # [F, D]
     settings: PageSettings,
     report: Report = lambda reading, rows: None,
+    counted: npt.NDArray[np.bool_] | None = None,  # [rows]
 ) -> LatentPages:
     """Return the pages of all latents, from the codes of the rows of `store`.
+
+    Where some rows are `counted` the numbers are of these, and the others only give contexts.
 
     A latent has one peak in each cell of `context_tokens` tokens: its largest magnitude there, of
     equal ones the first. Its contexts are round the largest peaks, of equal ones the first, and
@@ -208,16 +227,17 @@ def make_pages(
     text, d_sae = store.text, len(W_dec)
     if text.rows > MOST_ROWS:
         raise ValueError(f"pages are made of at most {MOST_ROWS:,} rows, got {text.rows:,}")
-    first = _Largest(d_sae, settings, text)
-    for codes in _reported(store, report, ENCODING):
+    first, firing = _Largest(d_sae, settings, text), FiringCounts(d_sae)
+    for item, codes in zip(store.blocks, _reported(store, report, ENCODING), strict=True):
         first.add(codes)
+        own, places = _counted(codes, text.places(item), counted)
+        firing.add(own, len(places))
     largest = first.largest()
-    served = sum(item.block.kept for item in store.blocks)
-    mean_l0 = float(first.fired.sum()) / max(served, 1)
-    share = sample_rate(served, mean_l0, settings.cofiring_rows)
+    mean_l0 = float(firing.fired.sum()) / max(firing.rows, 1)
+    share = sample_rate(firing.rows, mean_l0, settings.cofiring_rows)
     second = _Distribution(largest, share, settings)
     for item, codes in zip(store.blocks, _reported(store, report, COUNTING), strict=True):
-        second.add(codes, text.places(item))
+        second.add(*_counted(codes, text.places(item), counted))
     second.samples.merge()
     sampled_rows, sampled_latents = second.sample()
     sample = sampled_rows, sampled_latents, second.n_rows, d_sae, settings.neighbours
@@ -230,10 +250,10 @@ def make_pages(
         )
         phi, partners, together = beside.wait(cofiring)
     return LatentPages(
-        served,
-        first.fired,
+        firing.rows,
+        firing.fired,
         largest,
-        first.mean(),
+        firing.mean(),
         second.histogram.reshape(d_sae, settings.bins),
         second.intervals.reshape(d_sae, settings.intervals),
         contexts,
@@ -281,6 +301,18 @@ def _chosen_rows(
     intervals = np.concatenate([np.full(settings.contexts, TOP), order])
     latents, places = np.nonzero(rows != EMPTY)
     return latents, intervals[places], rows[latents, places]
+
+
+def _counted(
+    codes: BlockCodes,
+    places: Integers,  # [n], of the rows of the block that are served
+    counted: npt.NDArray[np.bool_] | None,  # [rows]
+) -> tuple[BlockCodes, Integers]:
+    """Return the codes of a block, and places in it, of the rows that are counted."""
+    if counted is None:
+        return codes, places
+    own = counted[codes.first : codes.first + codes.n_rows]
+    return codes.of_rows(own), places[own[places]]
 
 
 def _reported(store: CodeStore, report: Report, reading: str) -> Iterator[BlockCodes]:

@@ -538,6 +538,10 @@ class DenseCode:
         """Return a code with these entries and other values."""
         return DenseCode(values, self.n_listed, self.precision, self.signed)
 
+    def detach(self) -> DenseCode:
+        """Return the code without its graph; both share memory."""
+        return replace(self, values=self.values.detach())
+
     def listed(self) -> SparseCode:
         """Return the code with every latent of every token listed, in ascending order."""
         latents = torch.arange(self.d_sae, dtype=torch.int32, device=self.values.device)

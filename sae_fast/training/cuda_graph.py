@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_fast.activations import Rows
 from sae_fast.autoencoder.architecture import StepSettings
+from sae_fast.ops import Code
 from sae_fast.ops.working_copies import copies_to_refresh, mark_updated
 from sae_fast.training.step import TrainingStep
 
@@ -34,7 +35,8 @@ class GraphRecorder:
     """The calls of torch.cuda: a side stream for the first steps, captures, one pool.
 
     The graphs share the pool. That is safe because nothing in it outlives a replay: every tensor
-    that a later step reads was made outside.
+    that a later step reads was made outside. Codes that are kept are not freed, so that no other
+    graph takes their memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -99,6 +101,7 @@ class GraphedStep:
         self._sparsity_weight = torch.ones((), dtype=torch.float32, device=device)
         self._inputs: dict[tuple[torch.Size, ...], list[Rows]] = {}
         self._graphs: dict[Key, Callable[[], None]] = {}
+        self._codes: dict[Key, list[Code] | None] = {}  # of the pool: a replay writes them again
         self._eager_steps: Counter[Key] = Counter()
         self._addresses: tuple[int, ...] | None = None
 
@@ -124,7 +127,10 @@ class GraphedStep:
         inputs = self._fixed_inputs(shapes, batches)
         if key not in self._graphs:
             self._graphs[key] = self._recorder.record(lambda: self._step.run(inputs, settings))
+            self._codes[key] = self._step.codes
         self._graphs[key]()
+        if (codes := self._codes[key]) is not None:
+            self._step.codes = [code.detach() for code in codes]  # their views are made anew
         self._announce()
 
     def _fixed_inputs(self, shapes: tuple[torch.Size, ...], batches: Sequence[Rows]) -> list[Rows]:
@@ -157,6 +163,7 @@ class GraphedStep:
         if self._graphs:
             self._recorder.finish()
         self._graphs.clear()
+        self._codes.clear()
         self._eager_steps.clear()
 
 

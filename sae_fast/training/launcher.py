@@ -21,6 +21,7 @@ from sae_fast.activations import TARGETS, Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import TrainConfig
+from sae_fast.ops import Code
 from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.cuda_graph import GraphedStep, GraphRecorder
@@ -113,6 +114,15 @@ class Launcher:
             raise divergence(
                 self._step.read({}), self._made, shards, bad_rows, newest, self._step.term_names
             )
+
+    @property
+    def codes(self) -> list[Code]:
+        """The codes of the batches of the last step, before its update; empty unless kept."""
+        return self._step.codes or []
+
+    def keep_codes(self) -> None:
+        """Keep the codes of each step from the next one on."""
+        self._step.codes = []
 
     def kept_copies(self) -> AbstractContextManager[None]:
         """Keep the working copies that the steps made, for what the host does between them."""

@@ -5,9 +5,12 @@
                             opened them
     OUT/live.js             the newest step
 
-The pages are of a fixed sample: the first rows of the shards that are trained on, so that texts are
-whole. They take a fixed share of the time at most: after pages that took a second the next ones
-wait until the training has gone on for so long that the share holds.
+They are of the batches that are trained on. The codes of the steps say how often each latent fires,
+and on which rows most strongly. When pages are due, the text round the strongest rows, and round
+some of the newest rows whatever they are, is read from the shards and encoded.
+
+All this takes a fixed share of the time at most: after pages that took a second the next ones wait
+until the training has gone on for so long that the share holds, and so it is with the codes.
 """
 
 from __future__ import annotations
@@ -16,13 +19,18 @@ import logging
 import shutil
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sae_fast.activations import ShardError, ShardSet, find_shards, open_shards
+import numpy as np
+
+from sae_fast.activations import ActivationStream
 from sae_fast.evaluation.code_store import CodeStore
-from sae_fast.evaluation.latents import PageSettings, make_pages
-from sae_fast.evaluation.text_rows import TOKENS, TextRows
+from sae_fast.evaluation.contexts import tokens_before
+from sae_fast.evaluation.latents import LatentPages, PageSettings, make_pages
+from sae_fast.evaluation.recent_batches import RecentBatches
+from sae_fast.evaluation.text_rows import TOKENS, TextRows, pieces_around, shard_offsets
 from sae_fast.evaluation.token_texts import TokenTexts, load_token_texts
 from sae_fast.report.latent_viewer import Viewer, live_folder, write_live
 from sae_fast.training.callbacks import Callback
@@ -33,10 +41,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROWS = 1 << 14
+ROWS = 1 << 18
 SHARE = 0.05
 _SETTINGS = PageSettings(contexts=8, samples=1, cofiring_rows=1 << 12)
 _BLOCK_ROWS = 4096
+_SAMPLE_ROWS = 1 << 14  # of text round the newest rows, of which histograms and samples are
+_STRONGEST = 1 << 12  # rows round which more text is read
+_CODES_SHARE = 0.5  # of the share of the time, at most, that taking the codes of steps has
 _KEPT = 2  # pages of the newest steps
 
 
@@ -49,7 +60,8 @@ class LivePages(Callback):
     Args:
         out: the folder; open the index.html in it.
         tokenizer: a tokenizer.json, a folder or a name on the hub; None: tokens are numbers.
-        rows: how many rows the pages are of, the first ones of the training shards.
+        rows: of the newest batches that the pages are of, at least so many once there were so many,
+            and at most twice as many and a step's.
         share: of the time of the training, at most, between 0 and 1.
         settings: sizes of the pages; None: fewer contexts than `sae_fast.latents` has.
 
@@ -73,42 +85,71 @@ class LivePages(Callback):
         self.out = Path(out)
         self._tokenizer, self._rows, self._share = tokenizer, rows, share
         self._settings = settings or _SETTINGS
-        self._text: TextRows | None = None
+        self._stream: ActivationStream | None = None
+        self._recent: RecentBatches | None = None
         self._tokens: TokenTexts | None = None
         self._next = 0.0  # no pages are written before this time
-        self._newest = -1
+        self._next_codes = 0.0  # no codes are taken before this time
+        self._newest = self._taken = -1  # the steps whose pages and codes are the newest
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open the rows and load the tokenizer."""
-        config = trainer.train_config
-        if config.shard_dir is None:
+        """Load the tokenizer, and ask for the codes of the steps."""
+        stream = trainer.source
+        if not isinstance(stream, ActivationStream):
             raise ValueError("live pages need shards: the training is on other data")
-        shards = first_shards(find_shards(config.shard_dir)[0], config.activations_key, self._rows)
-        self._text = TextRows(shards, self._settings.context_tokens, self._rows)
-        if self._tokenizer is not None and TOKENS in self._text.columns:
-            self._tokens = load_token_texts(self._tokenizer)
-            self._tokens.require(int(self._text.columns[TOKENS].max()))
+        length = self._settings.context_tokens
+        if self._tokenizer is not None:
+            first = TextRows(stream.shards, length, _SAMPLE_ROWS)
+            if TOKENS in first.columns:
+                self._tokens = load_token_texts(self._tokenizer)
+                self._tokens.require(int(first.columns[TOKENS].max()))
         self.out.mkdir(parents=True, exist_ok=True)
+        self._stream = stream
+        newest = max(1, min(self._rows, _SAMPLE_ROWS) // length)
+        d_sae, count = trainer.sae_config.d_sae, self._settings.contexts
+        self._recent = RecentBatches(d_sae, count, self._rows, newest)
+        trainer.keep_codes()
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        """Write pages where their share of the time allows it."""
+        """Take the codes of the step, and write pages, where the share of the time allows it."""
+        if time.monotonic() >= self._next_codes:
+            self._take(trainer)
         if time.monotonic() >= self._next:
             self._write(trainer)
 
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
-        """Write the pages of the last step."""
-        if error is None and trainer.step > self._newest:
+        """Write the pages of the last step, if a step was made."""
+        if error is None and trainer.step > self._newest and trainer.codes:
+            self._take(trainer)
             self._write(trainer)
 
+    def _take(self, trainer: Trainer) -> None:
+        """Take the codes of the last step, unless that was done."""
+        assert self._stream is not None
+        assert self._recent is not None
+        if trainer.step == self._taken:
+            return
+        self._taken = trainer.step
+        began = time.monotonic()
+        size, offsets = self._stream.batch_size, shard_offsets(self._stream.shards)
+        firsts = range(trainer.tokens - trainer.tokens_per_step, trainer.tokens, size)
+        batches = [self._stream.batch_rows(first) for first in firsts]
+        rows = np.concatenate([offsets[shards] + rows for shards, rows in batches])
+        for code in trainer.codes:
+            own, rows = np.split(rows, [code.n_rows])
+            self._recent.add(code, own)
+        took = time.monotonic() - began
+        self._next_codes = time.monotonic() + took * (1 / self._share - 1) / _CODES_SHARE
+        if self._newest >= 0:
+            self._next += took / self._share  # both together keep to the share
+
     def _write(self, trainer: Trainer) -> None:
-        assert self._text is not None
-        began, sae, step = time.monotonic(), trainer.model(), trainer.step
-        with tempfile.TemporaryDirectory(dir=self.out, prefix=".codes_") as place:
-            store = CodeStore(Path(place), sae, self._text, _BLOCK_ROWS)
-            pages = make_pages(store, sae.W_dec, self._settings)
-        lines = f"step {step:,}", f"{sae.extra_repr()} · {pages.rows:,} rows"
+        assert self._recent is not None
+        began, step = time.monotonic(), trainer.step
+        text, pages = self._pages(trainer)
+        lines = f"step {step:,}", f"{trainer.sae.extra_repr()} · {pages.rows:,} rows of batches"
         viewer = Viewer(
-            pages, self._text, *lines, self._settings.intervals, tokens=self._tokens, step=step
+            pages, text, *lines, self._settings.intervals, tokens=self._tokens, step=step
         )
         viewer.write(self.out)
         write_live(self.out, step)
@@ -118,22 +159,24 @@ class LivePages(Callback):
         self._next = time.monotonic() + took * (1 / self._share - 1)
         logger.info("step %d: pages in %s, %.1f s", step, self.out, took)
 
+    def _pages(self, trainer: Trainer) -> tuple[TextRows, LatentPages]:
+        """Return the text round strong and newest rows, and the pages of all latents."""
+        assert self._stream is not None
+        assert self._recent is not None
+        recent, shards, sae = self._recent, self._stream.shards, trainer.model()
+        length = self._settings.context_tokens
+        around = tokens_before(length), length
+        strongest = recent.strongest(_STRONGEST)
+        pieces = pieces_around(shards, np.concatenate([strongest, recent.newest]), *around)
+        text = TextRows(shards, length, pieces=pieces)
+        counted = text.holds(pieces_around(shards, recent.newest, *around))
+        with tempfile.TemporaryDirectory(dir=self.out, prefix=".codes_") as place:
+            store = CodeStore(Path(place), sae, text, _BLOCK_ROWS)
+            pages = make_pages(store, sae.W_dec, self._settings, counted=counted)
+        # The batches are far more rows than the text that was encoded.
+        return text, replace(pages, rows=recent.rows, fired=recent.fired, mean=recent.mean())
+
     def _remove_old(self) -> None:
         folders = sorted(self.out.glob(live_folder("*")))
         for folder in folders[:-_KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def first_shards(paths: list[Path], key: str, rows: int) -> ShardSet:
-    """Open the first shards that hold `rows` rows together, or all, without looking at each row.
-
-    Raises ShardError where there are none, or a file cannot be read.
-    """
-    if not paths:
-        raise ShardError("there are no shards to train on")
-    count = 1
-    while True:
-        shards = open_shards(paths[:count], key=key, verify=False)
-        if shards.rows >= rows or count >= len(paths):
-            return shards
-        count *= 2

@@ -63,6 +63,9 @@ class TrainingStep:
         average: of the weights, if there is to be one.
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
         loss_terms: added to the terms of the model.
+
+    Attributes:
+        codes: of the batches of the last step, before its update; None: they are not kept.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class TrainingStep:
         self.precision = precision
         self._engine = Engine(precision, optimizer.dense_grad)
         self.average = average
+        self.codes: list[Code] | None = None
         self._copy_session = object()
         self.term_names = (*sae.term_names, *(term.name for term in loss_terms))
         own = [f"arch {sae.config.arch}"] if sae.config.registered_by else []
@@ -119,9 +123,13 @@ class TrainingStep:
         weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
         parts: list[tuple[Tensor, dict[str, Tensor]]] = []  # what fired and was observed in each
+        if self.codes is not None:
+            self.codes = []
         for batch in batches:
             loss = self._accumulate(batch, weight, settings, whole)
             parts.append((loss.code.fired(), self.sae.architecture.observe(loss.code)))
+            if self.codes is not None:
+                self.codes.append(loss.code.detach())
             values = self._values(loss)
             mean = values if len(batches) == 1 else mean + share * values
         n_tokens = sum(len(batch.x) for batch in batches)

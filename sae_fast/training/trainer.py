@@ -405,6 +405,21 @@ class Trainer:
         """Keep the working copies that the steps made of the weights, for calls of `sae`."""
         return self._launcher.kept_copies()
 
+    def keep_codes(self) -> None:
+        """Keep the codes of the batches of each step, from the next one on, in `codes`.
+
+        It is for callbacks, in `on_start`. The steps themselves are the same.
+        """
+        self._launcher.keep_codes()
+
+    @property
+    def codes(self) -> list[ops.Code]:
+        """The codes of the batches of the last step, as the model was before its update.
+
+        In normalised units. Empty without `keep_codes`, and before the first step.
+        """
+        return self._launcher.codes
+
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
