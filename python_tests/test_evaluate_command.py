@@ -15,7 +15,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.evaluate import main
 from sae_fast.evaluation.core import core_metrics
-from sae_fast.evaluation.results import NOT_MEASURED
+from sae_fast.report.evaluation import NOT_MEASURED
 
 D_IN, D_SAE, ROWS = 16, 30, 200
 ORIGIN = {"model": "some/model", "hook": "residual.1", "layer": "1"}

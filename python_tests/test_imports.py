@@ -40,7 +40,7 @@ LAYERS = (
     ("ground_truth",),
     (
         *("train", "capture", "convert_shards", "compare", "evaluate", "latents", "plot", "info"),
-        *("presets", "biographies", "swap", "convert", "verify"),
+        *("presets", "biographies", "swap", "convert", "verify", "dictionary_evaluation"),
     ),
     ("__main__", "completion"),
 )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         gpt2_sae_config,
         pythia_1_4b_sae_config,
     )
+    from sae_fast.dictionary_evaluation import evaluate_dictionary
     from sae_fast.ops.native import build_info
     from sae_fast.training.callbacks import Callback
     from sae_fast.training.from_model.loaded_model import train_from_model
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "build_info",
+    "evaluate_dictionary",
     "gpt2_medium_sae_config",
     "gpt2_sae_config",
     "pythia_1_4b_sae_config",
@@ -59,6 +61,7 @@ _HOMES = {
     "Trainer": "sae_fast.training.trainer",
     "accelerate": "sae_fast.autoencoder.acceleration",
     "build_info": "sae_fast.ops.native",
+    "evaluate_dictionary": "sae_fast.dictionary_evaluation",
     "gpt2_medium_sae_config": "sae_fast.config",
     "gpt2_sae_config": "sae_fast.config",
     "pythia_1_4b_sae_config": "sae_fast.config",

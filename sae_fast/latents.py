@@ -49,7 +49,6 @@ RECIPE = "recipe.json"  # in CODES: what the codes are of
 RECORD = "pages.json"  # in OUT: written last
 _LOCK = ".lock"
 _READINGS = 3
-_HASH = "sha256:"  # how a hash in place of a name begins
 _COMPARED_ROWS = 4096  # in whose tokens two tokenizers are compared
 _SAMPLE_ROWS = 1024  # that say how many entries a row has, for the disk space
 _TOKEN_BYTES = 4 * 4 / 3  # in base64
@@ -258,28 +257,25 @@ def _require_equal(out: Path, before: Any, recipe: dict[str, Any], names: Sequen
 
 def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> TokenTexts | None:
     """Return the texts of tokens; None, with a warning, where no tokenizer is known."""
-    from sae_fast.activations.mixing import origin_of
     from sae_fast.evaluation.text_rows import TOKENS
-    from sae_fast.evaluation.token_texts import load_token_texts, texts_here
+    from sae_fast.evaluation.token_texts import load_token_texts, named_tokenizer, texts_here
 
     log = logging.getLogger("sae_fast")
     if TOKENS not in text.columns:
         log.warning("%s: no token_ids: pages show no text", config.shard_dir)
         return None
     name = config.tokenizer or config.model
-    # Shards name their tokenizer, or have a hash of it; then it is the one of their model.
-    named = str(shards.shards[0].metadata.get("tokenizer") or _HASH)
-    implied = origin_of(shards).get("model") if named.startswith(_HASH) else named
+    implied = named_tokenizer(shards)
     texts = None
     if name is not None:
         texts = load_token_texts(name)
-        theirs = None if implied is None or config.force else texts_here(str(implied))
+        theirs = None if implied is None or config.force else texts_here(implied)
         texts.require(int(text.columns[TOKENS].max()))
         if theirs is not None:
             texts.require_equal(theirs, _some_tokens(text))
     elif implied is not None:
         try:
-            texts = load_token_texts(str(implied), only_here=True)
+            texts = load_token_texts(implied, only_here=True)
         except ValueError as error:
             log.warning("pages show the numbers of tokens (--tokenizer names one): %s", error)
     else:

@@ -3,7 +3,9 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from sae_fast.evaluation.concepts import ConceptPass
 from sae_fast.evaluation.core import LOG_DENSITIES, core_metrics
 from sae_fast.evaluation.dictionary import dictionary_metrics
 from sae_fast.evaluation.excerpts import AFTER, BEFORE, excerpts
-from sae_fast.evaluation.results import Evaluation
+from sae_fast.evaluation.sampled_latents import SampledLatents
 from sae_fast.report.charts import Chart, Series
 from sae_fast.report.comparison_page import comparison_page
+from sae_fast.report.evaluation import Evaluation
 from sae_fast.report.evaluation_page import evaluation_page
 from sae_fast.report.page import Page, Row
 from sae_fast.report.run_charts import cosine_chart, density_chart, density_counts, front_chart
@@ -33,14 +36,14 @@ ROWS = [
 ]
 
 
-def _evaluation(name: str = "first") -> Evaluation:
+def _evaluation(name: str = "first", training: Sequence[Any] = ()) -> Evaluation:
     generator = torch.Generator().manual_seed(0)
     sae = SparseAutoencoder(SAEConfig(d_in=8, d_sae=24, k=3)).eval()
     sae.initialize_(generator)
     rows = torch.randn(200, 8, generator=generator)
     columns = {"token_ids": torch.arange(200) % 6, "doc_id": torch.arange(200) // 50}
     watch = ConceptPass(24, columns, None, top=4, probe_rows=0)
-    found = Evaluation(name, sae, "place", {"rows": 200})
+    found = Evaluation(name, sae, "place", {"rows": 200}, training=training)
     found.add_core(core_metrics(sae, rows.split(64), watch=watch))
     found.add_concepts(watch.result(), {1: " the", 2: HOSTILE, 3: "line\n"})
     section, latents = dictionary_metrics(sae)
@@ -57,14 +60,14 @@ def _loads_nothing(html: str) -> None:
 
 
 def test_the_report_of_an_evaluation_has_figures_charts_and_contexts() -> None:
-    html = evaluation_page([_evaluation(), _evaluation("second")], {"first": ROWS}).html()
+    html = evaluation_page([_evaluation(training=ROWS), _evaluation("second")]).html()
     _loads_nothing(html)
     assert "<code>explained_variance</code><small>1 − Σ |e|² / Σ |y − mean(y)|²" in html
     assert html.count("<svg") == 1 + 2 * 2 + 4
     assert HOSTILE not in html
     assert "&lt;img src=x onerror=alert(1)&gt;" in html
     assert "line↵" in html
-    for heading in ("Latents at a glance", "Metrics", "Contexts, second", "Training"):
+    for heading in ("Latents at a glance", "Metrics", "Top latents, second", "Training"):
         assert f">{heading}</h2>" in html
 
 
@@ -94,7 +97,10 @@ def test_excerpts_stay_within_the_document_and_begin_with_the_strongest() -> Non
 def test_the_report_of_a_training_has_its_figures_curves_and_settings() -> None:
     summary = {"steps": 10, "tokens": 1000, "seconds": 2.0, "warnings": ["<b>careful</b>"]}
     summary |= {"final_heldout_fvu": 0.11, "final_loss": 0.5, "final_l1_loss": 0.0}
-    figures = LatentFigures(torch.rand(50), torch.rand(50))
+    evaluation = _evaluation()
+    texts = {1: " the", 2: HOSTILE}
+    sample = SampledLatents(200, evaluation.latents, evaluation.concepts, texts)
+    figures = LatentFigures(torch.rand(50), torch.rand(50), sample)
     page = training_page("a run", ROWS, summary, {"sae": {"k": 3, "d_out": None}}, figures)
     html = page.html()
     _loads_nothing(html)
@@ -104,6 +110,9 @@ def test_the_report_of_a_training_has_its_figures_curves_and_settings() -> None:
     assert "<code>k</code>" in html
     assert "d_out" not in html
     assert html.count("<svg") >= 4 + 3
+    assert "Top latents on 200 held-out rows" in html
+    assert html.count('<div class="latent">') == 12
+    assert "&lt;img src=x onerror=alert(1)&gt;" in html
 
 
 def test_the_report_of_a_comparison_has_its_pairs_and_the_heatmap() -> None:
@@ -136,7 +145,7 @@ def test_points_without_a_value_are_left_out() -> None:
     chart = Chart("t", "x", "y", [series]).svg()
     assert chart.count("<circle") == 1
     assert "<title>b</title>" in chart
-    nothing = front_chart({"a": [(1.0, float("nan"))]}, "")
+    nothing = front_chart([Series([(1.0, float("nan"))], kind="points")], "")
     assert nothing.svg() == '<p class="soft">There is no value to draw.</p>'
 
 
@@ -152,13 +161,54 @@ def test_histograms_count_every_latent() -> None:
 
 
 def test_the_front_is_the_line_that_no_point_surpasses() -> None:
-    chart = front_chart({"a": [(1.0, 0.5), (2.0, 0.6)], "b": [(3.0, 0.2)]}, "")
+    chart = front_chart([Series([(1.0, 0.5), (2.0, 0.6)]), Series([(3.0, 0.2)])], "")
     assert chart.series[-1].points == [(1.0, 0.5), (3.0, 0.2)]
+    assert chart.series[-1].kind == "line"
+    alone = front_chart([Series([(1.0, 0.5)], kind="points")], "")
+    assert len(alone.series) == 1
+
+
+def test_an_axis_has_the_digits_that_tell_its_numbers_apart() -> None:
+    def texts(low: float, high: float) -> list[str]:
+        svg = Chart("t", "x", "y", [Series([(low, 0.0), (high, 1.0)])]).svg()
+        return re.findall(r'y="226" text-anchor="middle">([^<]*)<', svg)
+
+    assert texts(31.995, 32.005) == ["31.995", "32.000", "32.005"]
+    assert texts(0.0, 60_000.0) == ["0", "20k", "40k", "60k"]
+    assert texts(10_000.0, 10_200.0) == ["10.00k", "10.05k", "10.10k", "10.15k", "10.20k"]
+    assert texts(1e-5, 4e-5) == ["1e-5", "2e-5", "3e-5", "4e-5"]
+    for low, high in ((1e-5, 1.1e-5), (0.43, 0.44), (-3.0, -1.0), (1e6, 1.001e6)):
+        found = texts(low, high)
+        assert len(set(found)) == len(found) >= 2
+
+
+def test_checkpoints_of_a_run_have_one_colour_and_their_steps() -> None:
+    checkpoints = [_evaluation(f"checkpoints-step-0000000{n}") for n in (1, 2)]
+    for number, item in enumerate(checkpoints):
+        item.place = f"runs/topk/checkpoints/step-0000000{number + 1}"
+        item.metrics["sparsity"]["l0"] += 10 * number
+    run = _evaluation("other", ROWS)
+    html = evaluation_page([*checkpoints, run]).html()
+    assert html.count('class="key rings"') == 2
+    assert ">step 1</text>" in html
+    assert ">step 2</text>" in html
+    # The evaluations of a training have the colour of its dictionary.
+    assert 'class="key points" style="color:var(--c1)"></span>other during its training' in html
+
+
+def test_names_that_would_cover_each_other_are_left_out() -> None:
+    points = [(0.0, 0.0), (0.01, 0.0), (1.0, 1.0)]
+    series = Series(points, "all", "rings", ["first", "second", "third"], are_written=True)
+    chart = Chart("t", "x", "y", [series]).svg()
+    assert ">first</text>" in chart
+    assert ">second</text>" not in chart
+    assert "<title>second</title>" in chart
+    assert ">third</text>" in chart
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 def test_a_browser_shows_a_report_without_errors_or_requests(tmp_path: Path) -> None:
-    path = evaluation_page([_evaluation()], {"first": ROWS}).write(tmp_path / "report.html")
+    path = evaluation_page([_evaluation(training=ROWS)]).write(tmp_path / "report.html")
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--dump-dom")
     flags += (f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0")
     flags += (f"--log-net-log={tmp_path / 'net.json'}", "--window-size=390,800")

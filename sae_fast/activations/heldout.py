@@ -77,13 +77,20 @@ def read_labels(shards: ShardSet) -> dict[str, Tensor]:
     Raises ShardError where a file cannot be read.
     """
     labels = [c.name for c in shards.columns.values() if c.name != STARTS and not c.width]
-    parts: dict[str, list[Tensor]] = {name: [] for name in labels}
+    return {name: read_column(shards, name) for name in labels}
+
+
+def read_column(shards: ShardSet, name: str) -> Tensor:
+    """Read one number for each served row of a set, [rows] int64 or float32, as `HeldOut` has them.
+
+    Raises ShardError where a shard has no such column.
+    """
+    parts = []
     for shard, dropped in zip(shards.shards, shards.dropped, strict=True):
         with open_shard(shard) as file:
-            for name, column in parts.items():
-                numbers = served(file.read_column(name, 0, shard.rows))
-                column.append(torch.from_numpy(np.delete(numbers, dropped)))
-    return {name: torch.cat(column) for name, column in parts.items()}
+            numbers = served(file.read_column(name, 0, shard.rows))
+        parts.append(torch.from_numpy(np.delete(numbers, dropped)))
+    return torch.cat(parts)
 
 
 def open_heldout(

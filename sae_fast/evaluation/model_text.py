@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from sae_fast.activations import TARGETS
 from sae_fast.activations.capture import LanguageModel
 from sae_fast.activations.capture.hooks import HookPoint
 from sae_fast.activations.capture.image_model import ImageModel
 from sae_fast.activations.capture.images import ImageBatches
 from sae_fast.activations.capture.language_model import check_reads_once
-from sae_fast.activations.capture.plan import Capture
+from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.capture.sequences import TokenBatches
+from sae_fast.activations.origin import short_name
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.evaluation.language_model import ModelText, token_columns
+from sae_fast.evaluation.rows import check_same_place
 
 
 def model_text(
@@ -67,3 +72,61 @@ def check_predicts(model: LanguageModel | ImageModel) -> LanguageModel:
         )
     check_reads_once(model.network)
     return model
+
+
+class EvaluatedModel:
+    """The language model that dictionaries are measured in, loaded when one first needs it.
+
+    Args:
+        config: names the model, or leaves it to the origin of the dictionary.
+    """
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self._config = config
+        self._loaded: LanguageModel | None = None
+        self._name = ""
+
+    def text_for(self, sae: SparseAutoencoder) -> ModelText:
+        """Return the model and its text, for a dictionary at its hook points.
+
+        Raises ValueError where the dictionary is of another model, hook point or width.
+        """
+        config = self._config
+        name, hooks = self._places(sae)
+        if self._loaded is not None and name != self._name:
+            raise ValueError(f"all dictionaries must be of one model, got {self._name} and {name}")
+        capture = open_capture(config.capture_config(name, hooks), model=self._loaded)
+        self._loaded, self._name = check_predicts(capture.model), name
+        found = {hook.name: hook for hook in capture.hooked.hooks}
+        if len(found) != len(set(hooks)):
+            raise ValueError(f"hook must name one hook point, got {' '.join(found)}")
+        source, *targets = capture.hooked.hooks
+        if not config.force:
+            model = str(sae.origin.get("model", ""))
+            known = {"model": short_name(model), "hook": sae.origin.get("hook")}
+            ours = {key: value for key, value in known.items() if value}
+            check_same_place(ours, {"model": short_name(name), "hook": source.name}, "the model's")
+        return model_text(
+            *(capture, capture.batches, (source, *targets)),
+            (sae.d_in, *(sae.config.target_width for _ in targets)),
+            seed=config.shuffle_seed or 0,
+            max_tokens=config.max_tokens,
+        )._replace(name=name)
+
+    def _places(self, sae: SparseAutoencoder) -> tuple[str, tuple[str, ...]]:
+        """Return the name of the model, and the hook points that a dictionary reads and writes."""
+        config, origin = self._config, sae.origin
+        name, hook = config.model or origin.get("model"), config.hook or origin.get("hook")
+        for flag, value in (("model", name), ("hook", hook)):
+            if not value:
+                raise ValueError(
+                    f"--{flag} must be given: the dictionary does not say of which {flag} it is"
+                )
+        if not sae.config.transcoder:
+            if config.target_hook is not None:
+                raise ValueError("target_hook belongs to a transcoder, and the dictionary is none")
+            return str(name), (str(hook),)
+        target = config.target_hook or (origin.get(TARGETS) or {}).get("hook")
+        if not target:
+            raise ValueError("--target-hook must be given: the transcoder does not say its own")
+        return str(name), (str(hook), str(target))

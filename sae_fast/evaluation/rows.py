@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from sae_fast.activations import (
     origin_difference,
 )
 from sae_fast.activations.cutting import cut_shards
-from sae_fast.activations.heldout import HeldOut, read_labels
+from sae_fast.activations.heldout import HeldOut, read_column, read_labels
 from sae_fast.activations.mixing import single
-from sae_fast.activations.shard import Shard
-from sae_fast.activations.tensor_shards import describe_shard, open_shard
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.evaluation.text_rows import DOCUMENT, TOKENS
@@ -73,10 +70,26 @@ class EvaluationRows:
 
     def columns(self) -> dict[str, Tensor]:
         """Return the numbers beside the rows [rows] by column: documents, tokens and labels."""
-        return {name: numbers[: self.count] for name, numbers in read_labels(self.shards).items()}
+        found = {**text_columns(self.shards), **read_labels(self.shards)}
+        return {name: numbers[: self.count] for name, numbers in found.items()}
 
     def _of(self, shards: ShardSet) -> HeldOut:
         return HeldOut(shards, batch_size=self.batch_tokens, max_rows=self.max_rows)
+
+
+def text_columns(shards: ShardSet) -> dict[str, Tensor]:
+    """Return tokens and documents of the served rows, [rows] int64, by column.
+
+    A column that a shard lacks, or that does not hold one whole number a row, is left out: shards
+    of other programs may have other data by these names.
+    """
+    found = {}
+    for name in (DOCUMENT, TOKENS):
+        with suppress(ValueError):
+            column = read_column(shards, name)
+            if column.dtype == torch.int64:
+                found[name] = column
+    return found
 
 
 def open_rows(config: EvaluateConfig, sae: SparseAutoencoder) -> EvaluationRows:
@@ -121,29 +134,10 @@ def _open(
         raise ValueError("target_shard_dir and target_key belong to a transcoder")
     # Rows are checked when they are read, so that shards are read once, unless some are dropped.
     skip = config.skip_nonfinite
-    open_with = partial(
-        open_shards, paths, key=key, verify=skip, skip_nonfinite=skip, targets=targets
+    labels = [] if config.labels is None else [config.labels]
+    return open_shards(
+        paths, key=key, verify=skip, skip_nonfinite=skip, targets=targets, columns=labels
     )
-    if config.labels is not None:
-        return open_with(columns=_columns(paths, key, config.labels))
-    with suppress(ShardError):  # shards of other programs may have other numbers by these names
-        return open_with(columns=_columns(paths, key))
-    return open_with()
-
-
-def _columns(paths: list[Path], key: str, *labels: str) -> list[str]:
-    """Return the columns to read: labels, and documents and tokens where every shard has them."""
-    shards = [describe_shard(path, key) for path in paths]
-    found = list(labels)
-    for name in (DOCUMENT, TOKENS):
-        if name not in labels and all(_has(shard, name) for shard in shards):
-            found.append(name)
-    return found
-
-
-def _has(shard: Shard, column: str) -> bool:
-    with open_shard(shard) as file:
-        return file.has(column)
 
 
 def check_belongs(sae: SparseAutoencoder, shards: ShardSet, *, force: bool) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from sae_fast.activations import ShardSet
 from sae_fast.activations.capture.packages import capture_package
 from sae_fast.activations.mixing import origin_of
 
 TOKENIZER_FILE = "tokenizer.json"
+_HASH = "sha256:"  # how a hash in place of a name begins
 _UNKNOWN_CHARACTER = "\ufffd"  # in place of bytes that are part of a character
 
 
@@ -74,6 +78,15 @@ class TokenTexts:
         before = self._decode(self._before)
         return [self._text(token, before) for token in tokens]
 
+    def by_token(
+        self,
+        tokens: Tensor,  # [n] int64
+    ) -> dict[int, str]:
+        """Return the text of each of these tokens; raise ValueError where one is unknown."""
+        different = sorted(set(tokens.tolist()))
+        self.require(different[-1])
+        return dict(zip(different, self.of(different), strict=True))
+
     def _text(self, token: int, before: str) -> str:
         whole = self._decode([*self._before, token])
         text = whole[len(before) :] if whole.startswith(before) else ""
@@ -94,11 +107,23 @@ class TokenTexts:
         return str(decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def named_tokenizer(shards: ShardSet) -> str | None:
+    """Return the name of the tokenizer of shards; of their model where they have a hash of it.
+
+    None: they name neither.
+    """
+    named = str(shards.shards[0].metadata.get("tokenizer") or _HASH)
+    model = origin_of(shards).get("model")
+    return (model and str(model)) if named.startswith(_HASH) else named
+
+
 def texts_here(place: str) -> TokenTexts | None:
     """Return the texts of a tokenizer.json on this machine; None where there is none.
 
     Args:
         place: a folder with one, or a name on the hub, whose files may have been downloaded before.
+
+    Raises ValueError in one line where the file cannot be read.
     """
     path = Path(place) / TOKENIZER_FILE
     if not path.is_file():
@@ -109,7 +134,8 @@ def texts_here(place: str) -> TokenTexts | None:
         if not isinstance(found, str):
             return None
         path = Path(found)
-    return TokenTexts(capture_package("tokenizers").Tokenizer.from_file(str(path)), place)
+    with _one_line(place):
+        return _read(path, place)
 
 
 def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:
@@ -123,14 +149,11 @@ def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:
     """
     path = Path(place)
     file = path / TOKENIZER_FILE if path.is_dir() else path
-    try:
+    with _one_line(place):
         if file.is_file():
-            return TokenTexts(capture_package("tokenizers").Tokenizer.from_file(str(file)), place)
+            return _read(file, place)
         auto = capture_package("transformers").AutoTokenizer
         return TokenTexts(auto.from_pretrained(place, local_files_only=only_here), place)
-    except Exception as error:  # tokenizers raises Exception itself
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"tokenizer: {place} cannot be loaded: {reason}") from error
 
 
 def token_texts_of(shards: ShardSet, name: str | None) -> TokenTexts | None:
@@ -145,10 +168,23 @@ def token_texts_of(shards: ShardSet, name: str | None) -> TokenTexts | None:
     """
     if name is not None:
         return load_token_texts(name)
-    named = shards.shards[0].metadata.get("tokenizer") or origin_of(shards).get("model")
-    if not named:
+    if (named := named_tokenizer(shards)) is None:
         return None
     try:
-        return load_token_texts(str(named), only_here=True)
+        return load_token_texts(named, only_here=True)
     except ValueError:
         return None
+
+
+def _read(file: Path, name: str) -> TokenTexts:
+    return TokenTexts(capture_package("tokenizers").Tokenizer.from_file(str(file)), name)
+
+
+@contextmanager
+def _one_line(place: str) -> Iterator[None]:
+    """Raise any error as a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises Exception itself
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"tokenizer: {place} cannot be loaded: {reason}") from error

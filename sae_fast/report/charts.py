@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,12 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40  # margins
 _ROOM = 0.03  # of an axis, between its ends and the outermost points
 _TICKS = 5
 _WIDE = 10.0  # from here on an axis that may be logarithmic is
+_LETTER = 6.2  # width of a letter, about
+_LINE = 12  # height of a line of letters
+_RADII = {"rings": 6.0, "points": 3.0, "both": 3.0, "curve": 3.0}
 
-Kind = Literal["curve", "points", "both", "bars"]
+# rings: hollow, so that points in them are seen; line: for comparison, dashed and without colour.
+Kind = Literal["curve", "points", "rings", "both", "bars", "line"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,16 @@ class Series:
         label: in the legend; empty: it is not in it.
         kind: how they are drawn.
         names: a text for each point, shown when the pointer is over it.
+        are_written: whether these texts stand beside the points too, where there is room.
+        like: the place of the series whose colour it has; None: a colour of its own.
     """
 
     points: Sequence[tuple[float, float]]
     label: str = ""
     kind: Kind = "curve"
     names: Sequence[str] = ()
+    are_written: bool = False
+    like: int | None = None
 
     def finite(self) -> Series:
         """Return the series without points that have no value."""
@@ -63,6 +72,17 @@ class Chart:
     may_be_logarithmic: tuple[bool, bool] = (False, False)
     bar_width: float = 0.0
 
+    def colours(self) -> list[str]:
+        """Return the colour of each series, in CSS."""
+        found: list[str] = []
+        own = itertools.count()
+        for series in self.series:
+            if series.like is not None:
+                found.append(found[series.like])
+            else:
+                found.append("var(--soft)" if series.kind == "line" else f"var(--c{next(own) % 7})")
+        return found
+
     def svg(self) -> str:
         """Return the chart as an SVG element, or a line where no point has a value."""
         drawn = [series.finite() for series in self.series]
@@ -80,8 +100,11 @@ class Chart:
             *(_HEIGHT - _BOTTOM, _TOP, self.may_be_logarithmic[1], room),
         )
         parts = [*_grid(horizontal, vertical, self.x, self.y)]
-        for number, series in enumerate(drawn):
-            parts += _drawn(series, f"var(--c{number % 7})", horizontal, vertical, self.bar_width)
+        # Lines for comparison are below all else, and rings round the points that are in them.
+        coloured = list(zip(drawn, self.colours(), strict=True))
+        for series, colour in sorted(coloured, key=lambda item: item[0].kind != "line"):
+            parts += _drawn(series, colour, horizontal, vertical, self.bar_width)
+        parts += _written(drawn, horizontal, vertical)
         return (
             f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>{escape(self.title)}</title>'
             f"{''.join(parts)}</svg>"
@@ -132,8 +155,15 @@ class _Axis:
         share = (value - self._low) / (self._high - self._low)
         return self._start + share * (self._end - self._start)
 
-    def ticks(self) -> list[float]:
-        """Return numbers to write at the axis."""
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return numbers to write at the axis, with their texts."""
+        found = self._numbers()
+        if self._is_logarithmic or len(found) < 2:
+            return [(tick, _shown(tick)) for tick in found]
+        largest, step = max(map(abs, found)), found[1] - found[0]
+        return [(tick, _with_digits(tick, largest, step)) for tick in found]
+
+    def _numbers(self) -> list[float]:
         if self._is_logarithmic:
             steps = (1, 2, 5) if self._high - self._low < 3 else (1,)
             exponents = range(math.floor(self._low), math.ceil(self._high) + 1)
@@ -155,17 +185,14 @@ def _nice(step: float) -> float:
 def _grid(horizontal: _Axis, vertical: _Axis, x: str, y: str) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = []
-    for tick in vertical.ticks():
+    for tick, text in vertical.ticks():
         place = vertical.place(tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {place:.1f}H{right}"/>')
-        text = f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{_shown(tick)}</text>'
-        parts.append(text)
-    for tick in horizontal.ticks():
+        parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick, text in horizontal.ticks():
         place = horizontal.place(tick)
         parts.append(f'<path class="axis" d="M{place:.1f} {bottom}v4"/>')
-        parts.append(
-            f'<text x="{place:.1f}" y="{bottom + 16}" text-anchor="middle">{_shown(tick)}</text>'
-        )
+        parts.append(f'<text x="{place:.1f}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
     middle = (_LEFT + right) / 2
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
     parts.append(
@@ -192,17 +219,54 @@ def _drawn(
             )
         return parts
     places = [(horizontal.place(px), vertical.place(py)) for px, py in series.points]
-    if series.kind in ("curve", "both") and len(places) > 1:
+    if series.kind in ("curve", "both", "line") and len(places) > 1:
         line = "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
-        parts.append(f'<path class="curve" style="stroke:{colour}" d="M{line}"/>')
-    if series.kind in ("points", "both") or len(places) == 1:
+        kind = "line" if series.kind == "line" else "curve"
+        parts.append(f'<path class="{kind}" style="stroke:{colour}" d="M{line}"/>')
+    if series.kind in ("points", "rings", "both") or (series.kind == "curve" and len(places) == 1):
+        paint = "stroke" if series.kind == "rings" else "fill"
+        kind = ' class="ring"' if series.kind == "rings" else ""
         for number, (px, py) in enumerate(places):
-            name = series.names[number] if series.names else ""
+            name = series.names[number] if series.names else series.label
             parts.append(
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5" style="fill:{colour}">'
-                f"<title>{escape(name)}</title></circle>"
+                f'<circle{kind} cx="{px:.1f}" cy="{py:.1f}" r="{_RADII[series.kind]:g}" '
+                f'style="{paint}:{colour}"><title>{escape(name)}</title></circle>'
             )
     return parts
+
+
+def _written(drawn: Sequence[Series], horizontal: _Axis, vertical: _Axis) -> list[str]:
+    """Return the names of points beside them; a name that would cover another one is left out."""
+    parts: list[str] = []
+    taken: list[tuple[float, float, float]] = []  # left, right and height on the page
+    for series in drawn:
+        if not series.are_written:
+            continue
+        for name, (x, y) in zip(series.names, series.points, strict=True):
+            px, py, width = horizontal.place(x), vertical.place(y), _LETTER * len(name)
+            is_left = px + 9 + width > _WIDTH - _RIGHT
+            left = px - 9 - width if is_left else px + 9
+            if any(left < b and left + width > a and abs(py - h) < _LINE for a, b, h in taken):
+                continue
+            taken.append((left, left + width, py))
+            anchor, at = ("end", px - 9) if is_left else ("start", px + 9)
+            parts.append(
+                f'<text x="{at:.1f}" y="{py - 4:.1f}" text-anchor="{anchor}">{escape(name)}</text>'
+            )
+    return parts
+
+
+def _with_digits(value: float, largest: float, step: float) -> str:
+    """Return a number of an axis with as many digits as tell it from the next one."""
+    if value == 0:
+        return "0"
+    if largest < 1e-3:
+        digits = max(0, math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step)))
+        return f"{value:.{digits}e}".replace("e-0", "e-")
+    units = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    unit, letter = next((u for u in units if u[0] <= largest and largest >= 1e4), (1.0, ""))
+    digits = max(0, -math.floor(math.log10(step / unit) + 1e-9))
+    return f"{value / unit:,.{digits}f}{letter}"
 
 
 def _shown(value: float) -> str:

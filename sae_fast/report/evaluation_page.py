@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sae_fast import __version__
-from sae_fast.evaluation.concepts import TOKEN
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS
-from sae_fast.evaluation.excerpts import excerpts
-from sae_fast.evaluation.results import Evaluation
 from sae_fast.report.charts import Chart, Series
 from sae_fast.report.page import Page, Row
-from sae_fast.report.panels import Row as MetricsRow
 from sae_fast.report.run_charts import (
     cosine_chart,
     curves,
@@ -20,31 +19,37 @@ from sae_fast.report.run_charts import (
     evaluated,
     front_chart,
 )
+from sae_fast.report.top_latents import add_top_latents
 
-LATENTS = 12  # with contexts, of each dictionary
-CONTEXTS = 5  # of a latent
+if TYPE_CHECKING:
+    from sae_fast.report.evaluation import Evaluation
+
 _CURVES = 6  # charts of a training
-_MASS = "density times mean activation"
+_COLOURS = 7  # of charts
+_RUN_AND_STEP = re.compile(r"(.+)/checkpoints/step-0*(\d+)$")  # of a checkpoint
 
 
-def evaluation_page(
-    evaluations: Sequence[Evaluation], runs: Mapping[str, Sequence[MetricsRow]]
-) -> Page:
-    """Return the report of measured dictionaries.
-
-    Args:
-        evaluations: of each dictionary.
-        runs: by the name of a dictionary that is a run, the rows of its metrics.jsonl.
-    """
+def evaluation_page(evaluations: Sequence[Evaluation]) -> Page:
+    """Return the report of measured dictionaries."""
     names = [evaluation.name for evaluation in evaluations]
     title = "Evaluation of " + (names[0] if len(names) == 1 else f"{len(names)} dictionaries")
     page = Page(title, [*map(_line, evaluations), f"sae_fast {__version__}"])
-    _distributions(page, evaluations, runs)
+    _distributions(page, evaluations)
     _metrics(page, evaluations)
     for evaluation in evaluations:
         _causal(page, evaluation, is_alone=len(evaluations) == 1)
         _probes(page, evaluation)
-        _contexts(page, evaluation)
+        add_top_latents(
+            page,
+            f"Top latents, {evaluation.name}",
+            evaluation.latents,
+            evaluation.concepts,
+            evaluation.token_texts,
+            [] if evaluation.causal is None else evaluation.causal.latents,
+        )
+    runs = {
+        evaluation.name: evaluation.training for evaluation in evaluations if evaluation.training
+    }
     if runs:
         page.heading("Training", "What the trainings logged, over their tokens.")
         page.charts(curves(runs)[:_CURVES])
@@ -58,29 +63,48 @@ def _line(evaluation: Evaluation) -> str:
     return f"{evaluation.name}: {size}; measured on {told}"
 
 
-def _distributions(
-    page: Page, evaluations: Sequence[Evaluation], runs: Mapping[str, Sequence[MetricsRow]]
-) -> None:
+def _distributions(page: Page, evaluations: Sequence[Evaluation]) -> None:
     page.heading("Latents at a glance")
-    charts = []
-    points = {
-        evaluation.name: [
-            (
-                evaluation.sections["sparsity"]["l0"],
-                evaluation.sections["reconstruction_quality"]["fvu"],
-            )
-        ]
-        for evaluation in evaluations
-    }
-    over_time = {f"{name}, evaluations": evaluated(rows) for name, rows in runs.items()}
-    points |= {name: found for name, found in over_time.items() if found}
-    charts.append(front_chart(points, "small is better in both; evaluations are of the training"))
+    charts = [_front(evaluations)]
     for evaluation in evaluations:
         ending = "" if len(evaluations) == 1 else f", {evaluation.name}"
         charts.append(density_chart(evaluation.density_histogram, f"Densities{ending}"))
         cosines = evaluation.latents["max_decoder_cosine_sim"]
         charts.append(cosine_chart(cosines, f"Largest cosines{ending}"))
     page.charts(charts)
+
+
+def _front(evaluations: Sequence[Evaluation]) -> Chart:
+    """Return FVU over L0, in a colour for each dictionary and each run with its checkpoints."""
+    places = [_RUN_AND_STEP.search(Path(item.place).as_posix()) for item in evaluations]
+    groups: dict[str, list[tuple[str, Evaluation]]] = {}
+    for item, found in zip(evaluations, places, strict=True):
+        key, name = (item.name, item.name) if found is None else (found[1], f"step {found[2]}")
+        groups.setdefault(key, []).append((name, item))
+    if len(groups) > _COLOURS:
+        groups = {"dictionaries": [(item.name, item) for item in evaluations]}
+    series = [
+        Series(
+            [_l0_and_fvu(item) for _, item in members],
+            key.rpartition("/")[2],
+            "rings",
+            [name for name, _ in members],
+            are_written=len(members) > 1,
+        )
+        for key, members in groups.items()
+    ]
+    owners = {item.name: place for place, m in enumerate(groups.values()) for _, item in m}
+    series += [
+        Series(points, f"{item.name} during its training", "points", like=owners[item.name])
+        for item in evaluations
+        if (points := evaluated(item.training))
+    ]
+    return front_chart(series, "small is better in both")
+
+
+def _l0_and_fvu(evaluation: Evaluation) -> tuple[float, float]:
+    metrics = evaluation.metrics
+    return metrics["sparsity"]["l0"], metrics["reconstruction_quality"]["fvu"]
 
 
 def _metrics(page: Page, evaluations: Sequence[Evaluation]) -> None:
@@ -90,14 +114,14 @@ def _metrics(page: Page, evaluations: Sequence[Evaluation]) -> None:
         rows = [
             Row(name, tuple(_shown(item, group, name) for item in evaluations), text)
             for name, text in definitions.items()
-            if any(name in item.sections.get(group, {}) for item in evaluations)
+            if any(name in item.metrics.get(group, {}) for item in evaluations)
         ]
         if rows:
             page.table([group.replace("_", " "), *names], rows)
 
 
 def _shown(evaluation: Evaluation, group: str, name: str) -> str:
-    value = evaluation.sections.get(group, {}).get(name)
+    value = evaluation.metrics.get(group, {}).get(name)
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -120,8 +144,7 @@ def _causal(page: Page, evaluation: Evaluation, *, is_alone: bool) -> None:
             for row in ablated
         ],
     )
-    for name, text in CAUSAL.items():
-        page.paragraph(f"{name}: {text}")
+    page.definitions(CAUSAL)
     points = [(row["attribution"], row["loss_change"]) for row in ablated]
     ends = [min(map(min, points)), max(map(max, points))]
     chart = Chart(
@@ -130,9 +153,9 @@ def _causal(page: Page, evaluation: Evaluation, *, is_alone: bool) -> None:
         "change of the loss [nats a token]",
         [
             Series(points, kind="points", names=[str(int(row["latent"])) for row in ablated]),
-            Series([(end, end) for end in ends]),
+            Series([(end, end) for end in ends], "equal", "line"),
         ],
-        "on the line both are equal",
+        "each point is an ablated latent",
     )
     page.charts([chart])
 
@@ -154,39 +177,3 @@ def _probes(page: Page, evaluation: Evaluation) -> None:
     sizes = [len(probe.latents) for probe in probes if probe.label == probes[0].label]
     headings = [f"{size} latents" if size > 1 else "1 latent" if size else "row" for size in sizes]
     page.table(["", *headings], rows)
-
-
-def _contexts(page: Page, evaluation: Evaluation) -> None:
-    purity = evaluation.concepts.purity.get(TOKEN)
-    if purity is None:
-        return
-    numbers = evaluation.latents
-    mass = numbers["feature_density"] * numbers["mean_activation"]
-    largest = mass.topk(min(LATENTS, len(mass))).indices.tolist()
-    if evaluation.causal is not None:
-        largest = list(dict.fromkeys([*evaluation.causal.latents, *largest]))[:LATENTS]
-    page.heading(
-        f"Contexts, {evaluation.name}",
-        f"The rows on which each of these latents is strongest, with its activation. They are the "
-        f"latents with the largest {_MASS}, after ablated ones if there are any. "
-        "python -m sae_fast.latents makes such pages of all latents.",
-    )
-    if not evaluation.token_texts:
-        page.paragraph("Tokens are shown by their numbers: --tokenizer names a tokenizer.")
-    columns = evaluation.concepts.columns
-    for latent in largest:
-        found = excerpts(purity, latent, columns, evaluation.token_texts, CONTEXTS)
-        share = float(purity.purity[latent])
-        told = [
-            f"active on {float(numbers['feature_density'][latent]):.2%} of the rows",
-            f"largest activation {float(numbers['max_activation'][latent]):.3g}",
-        ]
-        if not math.isnan(share):
-            told.append(f"token purity {share:.0%}")
-        if "attribution" in numbers:
-            told.append(f"attribution {float(numbers['attribution'][latent]):.2g} nats")
-        page.contexts(
-            f"latent {latent}",
-            ", ".join(told),
-            [(item.activation, item.texts, item.place) for item in found],
-        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
@@ -73,6 +73,11 @@ class Page:
             lines.append(f"<tr><td><code>{escape(row.name)}</code>{below}</td>{cells}</tr>")
         self._parts.append(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
 
+    def definitions(self, texts: Mapping[str, str]) -> None:
+        """Add what names stand for, in small letters."""
+        lines = (f"<code>{escape(name)}</code>: {escape(text)}" for name, text in texts.items())
+        self._parts.append(f'<p class="definitions">{"<br>".join(lines)}</p>')
+
     def charts(self, charts: Iterable[Chart]) -> None:
         """Add charts beside each other, as many as the width has room for."""
         figures = "".join(
@@ -134,14 +139,13 @@ class Page:
 
 
 def _legend(chart: Chart) -> str:
-    labels = [series.label for series in chart.series]
-    if not any(labels):
-        return ""
-    keys = (
-        f'<span class="key" style="background:var(--c{number % 7})"></span>{escape(label)} '
-        for number, label in enumerate(labels)
+    keys = "".join(
+        f'<span class="entry"><span class="key {series.kind}" style="color:{colour}"></span>'
+        f"{escape(series.label)}</span> "
+        for series, colour in zip(chart.series, chart.colours(), strict=True)
+        if series.label
     )
-    return f'<p class="legend">{"".join(keys)}</p>'
+    return f'<p class="legend">{keys}</p>' if keys else ""
 
 
 def _anchor(text: str) -> str:

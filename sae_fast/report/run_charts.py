@@ -48,20 +48,21 @@ def _points(rows: Sequence[Row], metric: str) -> list[tuple[float, float]]:
     return found[::step] if step == 1 else [*found[:-1:step], found[-1]]
 
 
-def front_chart(points: Mapping[str, Sequence[tuple[float, float]]], about: str) -> Chart:
+def front_chart(series: Sequence[Series], about: str) -> Chart:
     """Return the chart of FVU over L0, with a line through the points that no other one surpasses.
 
     Args:
-        points: L0 and FVU of each checkpoint or dictionary, by the name of its series.
+        series: points of L0 and FVU, of checkpoints, dictionaries or evaluations.
         about: a line below it.
     """
-    series = [Series(list(found), name, "points") for name, found in points.items()]
-    every = [
-        point for found in points.values() for point in found if all(map(math.isfinite, point))
-    ]
+    every = [point for part in series for point in part.finite().points]
     best = front(Point("", *point) for point in every)
-    series.append(Series([(point.l0, point.fvu) for point in best], "front", "curve"))
-    return Chart("FVU over L0", "L0: active latents a row", "FVU", series, about, (True, True))
+    drawn = list(series)
+    if len(best) > 1:
+        points = [(point.l0, point.fvu) for point in best]
+        drawn.append(Series(points, "Pareto front", "line"))
+    axes = "L0: active latents a row", "FVU"
+    return Chart("FVU over L0", *axes, drawn, about, (True, True))
 
 
 def evaluated(rows: Sequence[Row]) -> list[tuple[float, float]]:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sae_fast import __version__
 from sae_fast.evaluation.definitions import DEFINITIONS
+from sae_fast.evaluation.sampled_latents import SampledLatents
+from sae_fast.report.charts import Series
 from sae_fast.report.page import Page, Row
 from sae_fast.report.panels import Row as MetricsRow
 from sae_fast.report.run_charts import (
@@ -20,6 +22,7 @@ from sae_fast.report.run_charts import (
     evaluated,
     front_chart,
 )
+from sae_fast.report.top_latents import add_top_latents
 
 _QUALITY, _SPARSITY = DEFINITIONS["reconstruction_quality"], DEFINITIONS["sparsity"]
 _LOSSES = DEFINITIONS["model_performance_preservation"]
@@ -47,10 +50,12 @@ class LatentFigures:
     Attributes:
         rates: share of the held-out rows on which each fires, [F]; None: there are none.
         cosines: the largest cosine of latents with another one, [n], of all or of a sample.
+        sample: what a few held-out rows show of the latents; None: there are no such rows.
     """
 
     rates: Tensor | None
     cosines: Tensor
+    sample: SampledLatents | None = None
 
 
 def training_page(
@@ -82,11 +87,14 @@ def training_page(
     charts = []
     if points := evaluated(rows):
         about = "a point for each evaluation on held-out rows; small is better in both"
-        charts.append(front_chart({"evaluations": points}, about))
+        charts.append(front_chart([Series(points, "evaluations", "points")], about))
     if latents.rates is not None:
         charts.append(density_chart(density_counts(latents.rates), "Densities on held-out rows"))
     charts.append(cosine_chart(latents.cosines, "Largest cosines"))
     page.charts(charts)
+    if (sample := latents.sample) is not None:
+        heading = f"Top latents on {sample.rows:,} held-out rows"
+        add_top_latents(page, heading, sample.numbers, sample.concepts, sample.texts)
     page.heading("Settings")
     for section, values in settings.items():
         told = [Row(name, (_told(value),)) for name, value in values.items() if value is not None]

@@ -232,6 +232,11 @@ class TrainingData:
         return self._shards is not None and have_names(self._shards, of_targets=of_targets)
 
     @property
+    def heldout_shards(self) -> ShardSet | None:
+        """The shards of the held-out rows; None: there are none, or they are a tensor."""
+        return self._heldout_parts if isinstance(self._heldout_parts, ShardSet) else None
+
+    @property
     def heldout_identity(self) -> dict[str, Any] | None:
         """Identity of the held-out rows as JSON values, compared when a run is resumed.
 

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.metrics import evaluate, evaluate_slots, largest_ordinary_norm
+from sae_fast.evaluation.sampled_latents import SampledLatents, sample_latents
+from sae_fast.report.top_latents import CONTEXTS
 from sae_fast.training.data import TrainingData
 from sae_fast.training.downstream import Downstream
+
+_SAMPLED_ROWS = 8192  # whose tokens the report shows: no more than one evaluation encodes
 
 
 class HeldoutEvaluation:
@@ -67,6 +71,14 @@ class HeldoutEvaluation:
             of_average = evaluate(averaged(), *rows, *rates)
             measured |= {f"averaged_{name}": value for name, value in of_average.items()}
         return measured
+
+    def sample(self, sae: SparseAutoencoder) -> SampledLatents | None:
+        """Return what a few of the rows show of a model's latents; None where there are no rows."""
+        data = self._data
+        if data.heldout is None:
+            return None
+        rows = data.heldout, data.heldout_targets, data.heldout_shards
+        return sample_latents(sae, *rows, limit=_SAMPLED_ROWS, top=CONTEXTS)
 
     def _note_rates(self, rates: Tensor) -> None:
         self.rates = rates

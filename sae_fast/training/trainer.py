@@ -772,10 +772,12 @@ class Trainer:
         self._log.close()
 
     def _latent_figures(self) -> LatentFigures:
-        """Return numbers of the latents for the report, cosines of a sample where they are many."""
-        W_dec = self.model().W_dec.detach().float()
+        """Return numbers of the latents for the report, of samples of the latents and the rows."""
+        model = self.model()
+        W_dec = model.W_dec.detach().float()
         chosen = torch.linspace(0, len(W_dec) - 1, min(len(W_dec), _COSINES), device=W_dec.device)
-        return LatentFigures(self._heldout.rates, largest_cosines(W_dec, chosen.long()).cpu())
+        cosines = largest_cosines(W_dec, chosen.long()).cpu()
+        return LatentFigures(self._heldout.rates, cosines, self._heldout.sample(model))
 
     def _models_to_leave(self) -> dict[str, Callable[[], SparseAutoencoder]]:
         """Return what makes the models that a complete run saves beside its checkpoints."""

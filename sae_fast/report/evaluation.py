@@ -1,4 +1,7 @@
-"""Files with the metrics of a dictionary: JSON, Markdown, CSV, and SAEBench's core output."""
+"""`Evaluation`: the metrics of a dictionary, and the files with them.
+
+The files are JSON, Markdown, CSV, SAEBench's core output and the report.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,9 @@ from sae_fast.evaluation.concepts import TOKEN, Concepts
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS, LATENTS
 from sae_fast.evaluation.purity import token_rows
+from sae_fast.report.evaluation_page import evaluation_page
+from sae_fast.report.page import REPORT
+from sae_fast.report.panels import Row
 
 JSON, MARKDOWN, CSV, SAEBENCH = "metrics.json", "metrics.md", "latents.csv", "saebench_core.json"
 CAUSAL_CSV, TOKENS_CSV, PROBES_CSV = "causal.csv", "tokens.csv", "probes.csv"
@@ -58,31 +64,34 @@ class Evaluation:
     Attributes:
         name: tells it apart from others.
         sae: the dictionary.
-        place: where it is.
+        place: where it was read from; empty for a dictionary in memory.
         measured_on: what the metrics were measured on, as JSON values.
-        sections: metrics by name, by the name of their group.
+        metrics: by name, by the name of their group; definitions.py has the formula of each. NaN: a
+            metric that has no value, such as 0 / 0.
         latents: a number for each latent [F], by name.
         density_histogram: see `CoreMetrics`.
         causal: what ablations of latents change, if they were made.
         concepts: the tokens and labels that latents stand for.
         token_texts: texts of tokens, by token, as far as they are known.
+        training: the metrics that its training logged, where it was read from a run.
     """
 
     name: str
     sae: SparseAutoencoder
     place: str
     measured_on: dict[str, Any] = field(default_factory=dict)
-    sections: dict[str, Section] = field(default_factory=dict)
+    metrics: dict[str, Section] = field(default_factory=dict)
     latents: dict[str, Tensor] = field(default_factory=dict)
     density_histogram: list[int] = field(default_factory=list)
     causal: CausalImpact | None = None
     concepts: Concepts = field(default_factory=Concepts)
     token_texts: Mapping[int, str] = field(default_factory=dict)
+    training: Sequence[Row] = ()
 
     def add(self, sections: Mapping[str, Section]) -> None:
         """Add metrics to their groups."""
         for group, metrics in sections.items():
-            self.sections.setdefault(group, {}).update(metrics)
+            self.metrics.setdefault(group, {}).update(metrics)
 
     def add_core(self, core: CoreMetrics) -> None:
         """Add the metrics of rows."""
@@ -101,12 +110,43 @@ class Evaluation:
         self.latents |= concepts.latents
         self.concepts, self.token_texts = concepts, texts
 
+    def save(self, directory: str | Path) -> None:
+        """Write metrics.json, metrics.md, saebench_core.json, report.html and tables of latents.
+
+        The tables are latents.csv and, where they were measured, causal.csv, tokens.csv and
+        probes.csv.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / JSON, self.to_dict())
+        write_json(directory / SAEBENCH, self.saebench())
+        write_text(directory / CSV, _latent_table(self.latents))
+        write_text(directory / MARKDOWN, markdown([self]))
+        evaluation_page([self]).write(directory / REPORT)
+        if self.causal is not None:
+            names = ("latent", *CAUSAL)
+            rows = [[_cell(row[name]) for name in names] for row in self.causal.rows()]
+            write_text(directory / CAUSAL_CSV, _csv(names, rows))
+        concepts = self.concepts
+        if TOKEN in concepts.purity:
+            names = ("latent", "token", "text", "share")
+            found = token_rows(concepts.purity[TOKEN], self.token_texts)
+            rows = [[_cell(value) for value in row] for row in found]
+            write_text(directory / TOKENS_CSV, _csv(names, rows))
+        if concepts.probes:
+            names = ("label", "latents", "accuracy")
+            rows = [
+                [str(item.label), " ".join(map(str, item.latents)) or "rows", _cell(item.accuracy)]
+                for item in concepts.probes
+            ]
+            write_text(directory / PROBES_CSV, _csv(names, rows))
+
     def to_dict(self) -> dict[str, Any]:
         """Return what metrics.json holds; a metric that has no value, such as 0 / 0, is null."""
         config = self.sae.config
         return {
             "sae": {
-                "path": self.place,
+                "path": self.place or None,
                 "origin": dict(self.sae.origin),
                 "arch": config.arch,
                 "d_in": config.d_in,
@@ -116,9 +156,9 @@ class Evaluation:
             "measured_on": self.measured_on,
             "sae_fast": __version__,
             "metrics": {
-                group: {name: _finite(value) for name, value in self.sections[group].items()}
+                group: {name: _finite(value) for name, value in self.metrics[group].items()}
                 for group in DEFINITIONS
-                if group in self.sections
+                if group in self.metrics
             },
             "density_histogram": {
                 "log10_edges": list(LOG_DENSITIES),
@@ -150,7 +190,7 @@ class Evaluation:
             for latent in range(self.sae.d_sae)
         ]
         origin = self.sae.origin
-        has_model = "model_performance_preservation" in self.sections
+        has_model = "model_performance_preservation" in self.metrics
         return {
             "eval_type_id": "core",
             "eval_config": {
@@ -186,41 +226,15 @@ class Evaluation:
         }
 
     def _saebench_number(self, group: str, name: str) -> float:
-        value = self.sections.get(group, {}).get(name, NOT_MEASURED)
+        value = self.metrics.get(group, {}).get(name, NOT_MEASURED)
         return float(value) if math.isfinite(value) else NOT_MEASURED
 
 
-def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
-    """Write metrics.json, metrics.md, latents.csv and saebench_core.json into a directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / JSON, evaluation.to_dict())
-    write_json(directory / SAEBENCH, evaluation.saebench())
-    write_text(directory / CSV, _latent_table(evaluation.latents))
-    write_text(directory / MARKDOWN, markdown([evaluation]))
-    if evaluation.causal is not None:
-        names = ("latent", *CAUSAL)
-        rows = [[_cell(row[name]) for name in names] for row in evaluation.causal.rows()]
-        write_text(directory / CAUSAL_CSV, _csv(names, rows))
-    concepts = evaluation.concepts
-    if TOKEN in concepts.purity:
-        names = ("latent", "token", "text", "share")
-        found = token_rows(concepts.purity[TOKEN], evaluation.token_texts)
-        write_text(
-            directory / TOKENS_CSV, _csv(names, [[_cell(value) for value in row] for row in found])
-        )
-    if concepts.probes:
-        names = ("label", "latents", "accuracy")
-        probes = [
-            [str(probe.label), " ".join(map(str, probe.latents)) or "rows", _cell(probe.accuracy)]
-            for probe in concepts.probes
-        ]
-        write_text(directory / PROBES_CSV, _csv(names, probes))
-
-
-def write_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
-    """Write metrics.md with the metrics of several dictionaries beside each other."""
+def save_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
+    """Write metrics.md and report.html with several dictionaries beside each other."""
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / MARKDOWN, markdown(evaluations))
+    evaluation_page(evaluations).write(directory / REPORT)
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
@@ -236,7 +250,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
         rows = [
             [f"`{name}`", *(_shown(item, group, name) for item in evaluations), text]
             for name, text in definitions.items()
-            if any(name in item.sections.get(group, {}) for item in evaluations)
+            if any(name in item.metrics.get(group, {}) for item in evaluations)
         ]
         if rows:
             lines += ["", f"## {group}", "", _table(["metric", *names, "definition"], rows)]
@@ -270,7 +284,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _shown(evaluation: Evaluation, group: str, name: str) -> str:
-    value = evaluation.sections.get(group, {}).get(name)
+    value = evaluation.metrics.get(group, {}).get(name)
     if value is None:
         return ""
     if not math.isfinite(value):
