@@ -50,6 +50,14 @@ def test_the_command_is_the_module(capsys):
     assert capsys.readouterr().err == "error: --k must be a whole number, got 'x'\n"
 
 
+def test_a_long_flag_has_its_text_on_a_line_of_its_own(capsys):
+    with contextlib.suppress(SystemExit):
+        main(["latents", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("  --write {saedashboard,neuronpedia,delphi}")
+    assert lines[at + 1] == " " * 29 + "write the pages for other programs too"
+
+
 @pytest.mark.parametrize(
     "line",
     [*(f"{name} --help" for name in COMMANDS), "train m d --help", "train --k x", "capture -h"],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from small_models import make_network
 from small_pages import D_SAE, ROWS, command, make_place
 
 from sae_fast import SparseAutoencoder
@@ -135,6 +136,29 @@ def test_batches_of_saedashboard_have_its_fields_and_the_numbers_of_the_rows(mad
             )
             inside |= (edges[1] > 0.999) & (values == values.max())
             assert share == pytest.approx(inside.mean(), abs=1e-5)
+
+
+def test_a_model_gives_histograms_of_all_logits(place, tmp_path):
+    network = make_network("gpt2")
+    network.save_pretrained(tmp_path / "model")
+    model = ("--model", str(tmp_path / "model"), "--bins", "10")
+    assert main(command(place, tmp_path / "pages", *WRITE[:3], *NAMES, *model)) == 0
+    sae = SparseAutoencoder.from_pretrained(place / "<b>sae")
+    norm = network.transformer.ln_f
+    rows = sae.direction(slice(None)).double()
+    rows = (rows - rows.mean(1, keepdim=True)) * norm.weight.double()
+    logits = (rows @ network.get_output_embeddings().weight.double().T).detach().numpy()
+    for feature in features_of(tmp_path / "pages"):
+        own = logits[feature["feature_index"]]
+        heights = feature["logits_hist_data_bar_heights"]
+        values = feature["logits_hist_data_bar_values"]
+        assert sum(heights) == len(own)
+        assert heights[0] > 0
+        assert heights[-1] > 0
+        edges = np.linspace(own.min(), own.max(), 11)
+        np.testing.assert_allclose(values, (edges[1:] + edges[:-1]) / 2, atol=2e-5)
+        # A logit at an edge may lie on either side of it in float32.
+        assert np.abs(np.cumsum(heights) - np.searchsorted(np.sort(own), edges[1:])).max() <= 1
 
 
 def test_latents_that_never_fire_are_listed_as_skipped(made, code):

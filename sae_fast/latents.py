@@ -305,7 +305,9 @@ def _logit_effects(config: LatentsConfig, sae: SparseAutoencoder) -> LogitEffect
         config.model, device=config.device, trust_remote_code=config.trust_remote_code
     )
     directions = sae.direction(slice(None)).detach()
-    return logit_effects(directions, model.network, config.logits, causal=model.causal)
+    return logit_effects(
+        directions, model.network, config.logits, causal=model.causal, bins=config.bins
+    )
 
 
 def _page_source(

@@ -47,6 +47,13 @@ def test_effects_are_those_through_the_final_norm(name):
     lowest = logits.sort(dim=1, stable=True)
     assert effects.suppressed.tolist() == lowest.indices[:, :COUNT].tolist()
     np.testing.assert_allclose(effects.suppressed_logits, lowest.values[:, :COUNT], 1e-4, 1e-5)
+    np.testing.assert_allclose(effects.smallest_logit, lowest.values[:, 0], 1e-4, 1e-5)
+    np.testing.assert_allclose(effects.largest_logit, order.values[:, 0], 1e-4, 1e-5)
+    for row, counts in zip(logits.numpy(), effects.logit_histogram, strict=True):
+        expected, edges = np.histogram(row, 40)
+        assert counts.sum() == len(row)
+        # A logit that is an edge in float64 may lie on either side of it in float32.
+        assert np.abs(counts - expected).sum() <= 2 * len(edges)
 
 
 def test_a_masked_model_has_its_embedding_applied_to_the_direction():

@@ -412,4 +412,7 @@ def _short(flag: Flag, width: int) -> list[str]:
         text += _default(flag, on_shards or None)
     indent = " " * _COLUMN
     wrapped = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
-    return [f"  {name}".ljust(_COLUMN) + wrapped[0][_COLUMN:], *wrapped[1:]]
+    head = f"  {name}"
+    if len(head) >= _COLUMN:
+        return [head, *wrapped]
+    return [head.ljust(_COLUMN) + wrapped[0][_COLUMN:], *wrapped[1:]]

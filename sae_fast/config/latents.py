@@ -53,7 +53,7 @@ class LatentsConfig(ConfigFile):
     samples: int = setting(5, at_least=0, at_most=1000)
     """Rows that are drawn at random from each interval."""
     bins: int = setting(40, at_least=1, at_most=1000)
-    """Bins of the histogram of activations."""
+    """Bins of the histograms of activations and of logits."""
     neighbours: int = setting(10, at_least=1, at_most=1000)
     """Latents that are listed as neighbours, by decoder rows and by firing."""
     cofiring_rows: int = setting(1 << 16, at_least=1)

@@ -23,19 +23,25 @@ _BLOCK_NUMBERS = 1 << 22  # logits that are computed together
 
 @dataclass(frozen=True)
 class LogitEffects:
-    """Tokens by the change of their logit for one unit of each latent, [F, n] each.
+    """Tokens by the change of their logit for one unit of each latent, [F, n] where not said.
 
     Attributes:
         promoted: int64, the tokens whose logits rise most, largest first.
         promoted_logits: float32.
         suppressed: int64, the tokens whose logits fall most, smallest first.
         suppressed_logits: float32.
+        logit_histogram: int64, of [F, bins]: tokens of the vocabulary by the change of their logit,
+            in bins of equal width from the smallest to the largest.
+        smallest_logit, largest_logit: float32, of [F].
     """
 
     promoted: npt.NDArray[np.int64]
     promoted_logits: npt.NDArray[np.float32]
     suppressed: npt.NDArray[np.int64]
     suppressed_logits: npt.NDArray[np.float32]
+    logit_histogram: npt.NDArray[np.int64]
+    smallest_logit: npt.NDArray[np.float32]
+    largest_logit: npt.NDArray[np.float32]
 
 
 @torch.no_grad()
@@ -45,8 +51,16 @@ def logit_effects(
     count: int,
     *,
     causal: bool,
+    bins: int = 40,
 ) -> LogitEffects:
     """Return the tokens that each latent raises and lowers most; equal ones by ascending number.
+
+    Args:
+        directions: what one unit of each latent adds to the residual stream.
+        network: the model.
+        count: tokens of each list, at most.
+        causal: whether the model reads from left to right.
+        bins: of the histograms of all logits.
 
     Raises ValueError where the model has no head, or reads vectors of another width.
     """
@@ -66,14 +80,25 @@ def logit_effects(
         rows = through_norm(rows, norm)
     count = min(count, len(unembedding) - 1)
     step = max(1, _BLOCK_NUMBERS // len(unembedding))
-    parts: list[list[Tensor]] = [[], [], [], []]
+    parts: list[list[Tensor]] = [[], [], [], [], [], [], []]
     for first in range(0, len(rows), step):
         logits = rows[first : first + step] @ unembedding.T
         for place, sign in ((0, 1), (2, -1)):
             values, tokens = top_columns(logits * sign, count)
             parts[place].append(tokens.cpu())
             parts[place + 1].append((values * sign).cpu())
+        for place, part in enumerate(_histograms(logits, bins), 4):
+            parts[place].append(part.cpu())
     return LogitEffects(*(torch.cat(part).numpy() for part in parts))
+
+
+def _histograms(
+    logits: Tensor,  # [B, V]
+    bins: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the numbers of logits in bins of equal width, [B, bins], and the ends of each row."""
+    counts = torch.stack([torch.histc(row, bins) for row in logits])
+    return (counts.long(), *logits.aminmax(dim=1))
 
 
 def final_norm(network: nn.Module, width: int) -> nn.Module | None:

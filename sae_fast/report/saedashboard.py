@@ -5,8 +5,8 @@
     OUT/run_settings.json     the settings that the pages are of
 
 The fields of a latent are in `Dashboard.feature`. SAEDashboard's correlations are of activations;
-here they are of firing as 0 and 1, which the pass counts. Lists that need the model's neurons or
-the logits of the whole vocabulary are empty.
+here they are of firing as 0 and 1, which the pass counts. Lists that need the model's neurons are
+empty.
 """
 
 from __future__ import annotations
@@ -81,10 +81,8 @@ class Dashboard:
             **self._cofiring(latent),
             **self._logits(latent),
             "frac_nonzero": float(pages.fired[latent]) / max(pages.rows, 1),
-            "freq_hist_data_bar_values": _rounded((np.arange(bins) + 0.5) / bins * largest),
+            "freq_hist_data_bar_values": _middles(0.0, largest, bins),
             "freq_hist_data_bar_heights": pages.histogram[latent].tolist(),
-            "logits_hist_data_bar_heights": [],
-            "logits_hist_data_bar_values": [],
             "n_prompts_total": self.n_prompts,
             "n_tokens_in_prompt": self.context_tokens,
             "dataset": self.source.dataset,
@@ -120,13 +118,19 @@ class Dashboard:
 
     def _logits(self, latent: int) -> dict[str, Any]:
         if self.logits is None:
-            return {"neg_str": [], "neg_values": [], "pos_str": [], "pos_values": []}
+            empty = ("neg_str", "neg_values", "pos_str", "pos_values")
+            histogram = ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
+            return {name: [] for name in (*empty, *histogram)}
         logits = self.logits
+        heights = logits.logit_histogram[latent].tolist()
+        ends = float(logits.smallest_logit[latent]), float(logits.largest_logit[latent])
         return {
             "neg_str": self._texts(logits.suppressed[latent].tolist()),
             "neg_values": _rounded(logits.suppressed_logits[latent]),
             "pos_str": self._texts(logits.promoted[latent].tolist()),
             "pos_values": _rounded(logits.promoted_logits[latent]),
+            "logits_hist_data_bar_heights": heights,
+            "logits_hist_data_bar_values": _middles(*ends, len(heights)),
         }
 
     def _activation(self, latent: int, piece: int) -> dict[str, Any]:
@@ -195,6 +199,11 @@ def write_saedashboard(
     others = {**place, "layer": str(source.layer), "log_sparsity": 0, "skipped_indexes": skipped}
     write_json(out / SKIPPED, others)
     write_json(out / SETTINGS, dict(settings))
+
+
+def _middles(low: float, high: float, bins: int) -> list[float]:
+    """Return the middles of bins of equal width from `low` to `high`."""
+    return _rounded(low + (np.arange(bins) + 0.5) / bins * (high - low))
 
 
 def _rounded(values: Any) -> list[float]:

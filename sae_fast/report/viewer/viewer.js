@@ -190,7 +190,7 @@ const saeFast = (() => {
 
   function figure(name, value) { return make("div", {}, make("dt", {}, name), make("dd", {}, value)); }
 
-  function histogram(counts, largest) {
+  function histogram(title, note, what, counts, low, high) {
     const svgName = "http://www.w3.org/2000/svg";
     const svg = document.createElementNS(svgName, "svg");
     svg.setAttribute("viewBox", `0 0 ${counts.length} 100`);
@@ -201,14 +201,13 @@ const saeFast = (() => {
       const bar = document.createElementNS(svgName, "rect");
       const numbers = {x: bin + 0.06, width: 0.88, y: 100 - height, height};
       for (const [name, value] of Object.entries(numbers)) bar.setAttribute(name, value);
-      const low = shortened(largest * bin / counts.length);
-      const high = shortened(largest * (bin + 1) / counts.length);
-      bar.dataset.tip = `${low} to ${high}: ${count.toLocaleString("en")} rows`;
+      const [begin, end] = [bin, bin + 1].map((at) => shortened(low + (high - low) * at / counts.length));
+      bar.dataset.tip = `${begin} to ${end}: ${count.toLocaleString("en")} ${what}`;
       svg.append(bar);
     });
     return make("div", {class: "panel histogram"},
-      make("h2", {}, "Activations ", make("small", {}, "rows, logarithmic")), svg,
-      make("div", {class: "axis"}, make("span", {}, "0"), make("span", {}, shortened(largest))));
+      make("h2", {}, `${title} `, make("small", {}, note)), svg,
+      make("div", {class: "axis"}, make("span", {}, shortened(low)), make("span", {}, shortened(high))));
   }
 
   function listed(title, note, items) {
@@ -292,8 +291,12 @@ const saeFast = (() => {
     const at = order.indexOf(j);
     const fired = table.fired[j], largest = table.largest[j];
     const panels = [];
-    if (fired > 0) panels.push(histogram(row("histogram", meta.bins), largest));
+    if (fired > 0) {
+      panels.push(histogram("Activations", "rows, logarithmic", "rows", row("histogram", meta.bins), 0, largest));
+    }
     if (meta.logits > 0) {
+      panels.push(histogram("Logits", "tokens by their change per unit, logarithmic", "tokens",
+        row("logit_histogram", meta.bins), part.smallest_logit[index], part.largest_logit[index]));
       panels.push(tokens("Logits raised", "per unit", row("promoted", meta.logits), row("promoted_logits", meta.logits)));
       panels.push(tokens("Logits lowered", "per unit", row("suppressed", meta.logits), row("suppressed_logits", meta.logits)));
     }
