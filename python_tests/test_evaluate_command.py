@@ -60,6 +60,8 @@ def test_held_out_rows_are_measured_and_all_files_written(place: Path) -> None:
     quality = content["metrics"]["reconstruction_quality"]
     assert quality["fvu"] == pytest.approx(expected.sections["reconstruction_quality"]["fvu"])
     assert content["measured_on"]["rows"] == ROWS
+    told = f"measured on {ROWS} rows of {place / 'shards'}, one a token"
+    assert told in (out / "metrics.md").read_text()
     assert content["sae"]["origin"] == ORIGIN
     assert sum(content["density_histogram"]["latents"]) == int(
         (expected.latents["feature_density"] > 0).sum()

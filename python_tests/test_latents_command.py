@@ -233,6 +233,17 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_unless_forced(place, named
     assert run(place, named_tokenizer / "right", *others) == 0
 
 
+def test_a_tokenizer_that_is_not_here_is_told_with_the_flag_that_names_one(place, tmp_path, capsys):
+    arguments = command(place, tmp_path / "pages")
+    at = arguments.index("--tokenizer")
+    assert main([*arguments[:at], *arguments[at + 2 :]]) == 0
+    assert (
+        "pages show tokens by their numbers: --tokenizer takes a tokenizer.json, a folder of a "
+        "model or a name on the hub (the one of some/model, which the shards name, is not on this "
+        "machine)"
+    ) in capsys.readouterr().err
+
+
 def test_shards_with_a_hash_of_their_tokenizer_mean_the_one_of_their_model(
     place, named_tokenizer, capsys
 ):

@@ -197,10 +197,10 @@ def _token_texts(
                 f"{config.shard_dir} holds no {TOKENS}"
             )
         return {}
-    texts = token_texts_of(shards, config.tokenizer)
-    if texts is None or not config.top_rows:
+    if not config.top_rows:
         return {}
-    return texts.by_token(columns[TOKENS])
+    texts = token_texts_of(shards, config.tokenizer, "tokens.csv and the report")
+    return {} if texts is None else texts.by_token(columns[TOKENS])
 
 
 class _Progress:

@@ -258,30 +258,22 @@ def _require_equal(out: Path, before: Any, recipe: dict[str, Any], names: Sequen
 def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> TokenTexts | None:
     """Return the texts of tokens; None, with a warning, where no tokenizer is known."""
     from sae_fast.evaluation.text_rows import TOKENS
-    from sae_fast.evaluation.token_texts import load_token_texts, named_tokenizer, texts_here
+    from sae_fast.evaluation.token_texts import named_tokenizer, texts_here, token_texts_of
 
-    log = logging.getLogger("sae_fast")
     if TOKENS not in text.columns:
-        log.warning("%s: no token_ids: pages show no text", config.shard_dir)
+        logging.getLogger("sae_fast").warning(
+            "%s: no token_ids: pages show no text", config.shard_dir
+        )
         return None
     name = config.tokenizer or config.model
-    implied = named_tokenizer(shards)
-    texts = None
-    if name is not None:
-        texts = load_token_texts(name)
-        theirs = None if implied is None or config.force else texts_here(implied)
-        texts.require(int(text.columns[TOKENS].max()))
+    texts = token_texts_of(shards, name, "pages")
+    if texts is None:
+        return None
+    texts.require(int(text.columns[TOKENS].max()))
+    if name is not None and not config.force and (named := named_tokenizer(shards)) is not None:
+        theirs = texts_here(named)
         if theirs is not None:
             texts.require_equal(theirs, _some_tokens(text))
-    elif implied is not None:
-        try:
-            texts = load_token_texts(implied, only_here=True)
-        except ValueError as error:
-            log.warning("pages show the numbers of tokens (--tokenizer names one): %s", error)
-    else:
-        log.warning("pages show the numbers of tokens: --tokenizer names a tokenizer")
-    if texts is not None and name is None:
-        texts.require(int(text.columns[TOKENS].max()))
     return texts
 
 

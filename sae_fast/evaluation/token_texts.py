@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 from sae_fast.activations import ShardSet
 from sae_fast.activations.capture.packages import capture_package
 from sae_fast.activations.mixing import origin_of
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 _HASH = "sha256:"  # how a hash in place of a name begins
@@ -156,24 +159,35 @@ def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:
         return TokenTexts(auto.from_pretrained(place, local_files_only=only_here), place)
 
 
-def token_texts_of(shards: ShardSet, name: str | None) -> TokenTexts | None:
+def token_texts_of(shards: ShardSet, name: str | None, what: str) -> TokenTexts | None:
     """Return the texts of a tokenizer, or of the one that shards name; None: it is not there.
+
+    Without one a warning says which flag names it.
 
     Args:
         shards: name the tokenizer, or the model, of their rows.
         name: of a tokenizer to load in any case; None: the one of the shards is taken, where it
             has been downloaded.
+        what: shows the numbers of tokens then, for the warning.
 
     Raises ValueError in one line where `name` is no tokenizer.
     """
     if name is not None:
         return load_token_texts(name)
-    if (named := named_tokenizer(shards)) is None:
-        return None
-    try:
-        return load_token_texts(named, only_here=True)
-    except ValueError:
-        return None
+    named, reason = named_tokenizer(shards), "the shards name none"
+    if named is not None:
+        try:
+            return load_token_texts(named, only_here=True)
+        except ValueError as error:
+            reason = str(error)
+            if isinstance(error.__cause__, OSError):  # as transformers raises it
+                reason = f"the one of {named}, which the shards name, is not on this machine"
+    logger.warning(
+        "%s show tokens by their numbers: --tokenizer takes a tokenizer.json, a folder of a model "
+        "or a name on the hub (%s)",
+        *(what, reason),
+    )
+    return None
 
 
 def _read(file: Path, name: str) -> TokenTexts:

@@ -88,6 +88,17 @@ class Evaluation:
     token_texts: Mapping[int, str] = field(default_factory=dict)
     training: Sequence[Row] = ()
 
+    def described(self) -> str:
+        """Return the kind of the dictionary, its sizes, and what it was measured on."""
+        config, told = self.sae.config, dict(self.measured_on)
+        parts = []
+        if (rows := told.pop("rows", None)) is not None:
+            place = f" of {told.pop('shards')}" if "shards" in told else ""
+            parts = [f"{rows:,} rows{place}, one a token"]
+        parts += [f"{name} {value}" for name, value in told.items()]
+        size = f"{config.arch}, {config.d_in} to {config.d_sae:,} latents"
+        return f"{size}; measured on {', '.join(parts)}"
+
     def add(self, sections: Mapping[str, Section]) -> None:
         """Add metrics to their groups."""
         for group, metrics in sections.items():
@@ -241,10 +252,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Return the metrics of dictionaries as tables, with the definition of each metric."""
     lines = ["# Metrics of dictionaries", ""]
     for evaluation in evaluations:
-        config = evaluation.sae.config
-        kind = f"{config.arch}, {config.d_in} to {config.d_sae:,} latents"
-        told = ", ".join(f"{name} {value}" for name, value in evaluation.measured_on.items())
-        lines += [f"- **{evaluation.name}** ({kind}), measured on {told}"]
+        lines += [f"- **{evaluation.name}**: {evaluation.described()}"]
     names = [evaluation.name for evaluation in evaluations]
     for group, definitions in DEFINITIONS.items():
         rows = [

@@ -33,7 +33,8 @@ def evaluation_page(evaluations: Sequence[Evaluation]) -> Page:
     """Return the report of measured dictionaries."""
     names = [evaluation.name for evaluation in evaluations]
     title = "Evaluation of " + (names[0] if len(names) == 1 else f"{len(names)} dictionaries")
-    page = Page(title, [*map(_line, evaluations), f"sae_fast {__version__}"])
+    told = [f"{evaluation.name}: {evaluation.described()}" for evaluation in evaluations]
+    page = Page(title, [*told, f"sae_fast {__version__}"])
     _distributions(page, evaluations)
     _metrics(page, evaluations)
     for evaluation in evaluations:
@@ -54,13 +55,6 @@ def evaluation_page(evaluations: Sequence[Evaluation]) -> Page:
         page.heading("Training", "What the trainings logged, over their tokens.")
         page.charts(curves(runs)[:_CURVES])
     return page
-
-
-def _line(evaluation: Evaluation) -> str:
-    config = evaluation.sae.config
-    told = ", ".join(f"{name} {value}" for name, value in evaluation.measured_on.items())
-    size = f"{config.arch}, {config.d_in} to {config.d_sae:,} latents"
-    return f"{evaluation.name}: {size}; measured on {told}"
 
 
 def _distributions(page: Page, evaluations: Sequence[Evaluation]) -> None:
