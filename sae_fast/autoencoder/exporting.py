@@ -37,6 +37,7 @@ def export(sae: SparseAutoencoder, directory: str | Path, to: str = OWN) -> Agre
     else:
         place = interop.write(plain, directory, to)
     expected_codes.write(plain, place)
+    del plain  # which may hold matrices of its own, and the written ones come beside the model's
     written = type(sae).from_pretrained(place)
     agreement = expected_codes.check(to_plain(written), written, place)
     if not agreement.holds:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.autoencoder.transcoder import SKIP
+from sae_fast.config import SAEConfig
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
@@ -37,6 +38,33 @@ def fold_decoder_norms_(sae: SparseAutoencoder) -> None:
     sae.W_enc.mul_(factor[:, None])
     sae.b_enc.mul_(factor)
     _rescale_(sae, factor)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def folded_normalization(sae: SparseAutoencoder, *, shares: bool = False) -> SparseAutoencoder:
+    """Return a model of raw activations with the same function.
+
+    Args:
+        sae: the model.
+        shares: whether matrices that stay as they are share their memory with `sae`.
+    """
+    values = {**sae.config.to_dict(), "normalize_activations": "none"}
+    with torch.device("meta"):
+        folded = type(sae)(SAEConfig.from_dict(values))
+    kept = ("W_dec", "W_enc") if sae.no_bias is None else ("W_dec",)
+    state = {
+        name: tensor if shares and name in kept else tensor.clone()
+        for name, tensor in sae.state_dict().items()
+    }
+    folded.load_state_dict(state, assign=True)
+    if sae.no_bias is not None:
+        folded.no_bias = sae.no_bias.clone()
+    folded.origin = dict(sae.origin)
+    fold_normalization_(folded, sae)
+    for own, parameter in zip(folded.parameters(), sae.parameters(), strict=True):
+        own.requires_grad_(parameter.requires_grad)
+    return folded.train(sae.training)
 
 
 @torch.no_grad()

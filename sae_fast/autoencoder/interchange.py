@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sae_fast.autoencoder.folding import folded_normalization
 from sae_fast.autoencoder.transcoder import SKIP
 from sae_fast.config import SAEConfig
 from sae_fast.interop import DictionaryError, PlainDictionary
@@ -23,7 +24,8 @@ _STARTS_AT_ONE = ("activation_scale", "target_scale")
 def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
     """Return a model as a dictionary of raw activations, on the CPU in float32.
 
-    The normalisation is folded in. What only training needs is left out: counters, probe.
+    Its matrices share their memory with the model where they are equal. The normalisation is folded
+    in. What only training needs is left out: counters, probe.
 
     Raises DictionaryError for an architecture that no other library has.
     """
@@ -31,7 +33,7 @@ def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
     if config.arch not in ARCHITECTURES:
         raise DictionaryError(f"arch {config.arch} is of sae_fast alone and no format has it")
     if config.normalize_activations != "none":
-        sae = sae.fold_normalization()
+        sae = folded_normalization(sae, shares=True)
     state = {
         name: tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor
         for name, tensor in sae.state_dict().items()

@@ -32,7 +32,7 @@ from sae_fast.autoencoder.files import (
     read_tensors,
     write_model,
 )
-from sae_fast.autoencoder.folding import fold_decoder_norms_, fold_normalization_
+from sae_fast.autoencoder.folding import fold_decoder_norms_, folded_normalization
 from sae_fast.autoencoder.foreign import foreign_dictionary, local_place
 from sae_fast.autoencoder.guidance import Guidance
 from sae_fast.autoencoder.inference import (
@@ -852,8 +852,6 @@ class SparseAutoencoder(nn.Module):
         """
         fold_decoder_norms_(self)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def fold_normalization(self) -> SparseAutoencoder:
         """Return the same function of raw activations, as a model without normalisation.
 
@@ -861,14 +859,7 @@ class SparseAutoencoder(nn.Module):
         keep their norm, and the same latents are picked. Of a transcoder s is the targets' scale.
         Where b_dec is not subtracted from x, the encoder takes up the mean, see folding.py.
         """
-        values = {**self.config.to_dict(), "normalize_activations": "none"}
-        folded = SparseAutoencoder(SAEConfig.from_dict(values)).to(self.device, self.dtype)
-        folded.load_state_dict(self.state_dict())
-        folded.origin = dict(self.origin)
-        fold_normalization_(folded, self)
-        for own, parameter in zip(folded.parameters(), self.parameters(), strict=True):
-            own.requires_grad_(parameter.requires_grad)
-        return folded.train(self.training)
+        return folded_normalization(self)
 
     def to_saebench(
         self,

@@ -4,7 +4,7 @@ There is one file for each library or release. All are read into `PlainDictionar
 convention of any of them, and written from it.
 """
 
-from sae_fast.interop.dictionary import PlainDictionary, folded, with_subtraction
+from sae_fast.interop.dictionary import PlainDictionary, with_subtraction
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import Format
 from sae_fast.interop.formats import FORMATS, dictionaries_in, find, read, recognise, write
@@ -18,7 +18,6 @@ __all__ = [
     "dictionaries_in",
     "download",
     "find",
-    "folded",
     "read",
     "recognise",
     "upload",

@@ -10,6 +10,7 @@ where b_dec is subtracted only if `subtract_b_dec`, and W_skip is there only if 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated")
-_BLOCK = 4096  # rows that the plain formula is computed for at once
+_BLOCK = 1 << 23  # float64 numbers of a matrix that are made at once, 64 MiB
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class PlainDictionary:
         """
         if self.arch in ("batch_topk", "matryoshka") and self.threshold is None:
             return self._select(self._pre_acts(x))
-        return torch.cat([self._select(self._pre_acts(part)) for part in torch.split(x, _BLOCK)])
+        parts = torch.split(x, max(1, _BLOCK // self.d_sae))
+        return torch.cat([self._select(self._pre_acts(part)) for part in parts])
 
     @torch.no_grad()
     def decode(
@@ -104,12 +106,17 @@ class PlainDictionary:
         x: Tensor,  # [N, D], raw
     ) -> Tensor:
         """Return the reconstruction [N, d_out] in float64."""
-        x_hat = code.double() @ self.W_dec.double() + self.b_dec.double()
+        x_hat = self.b_dec.double().repeat(len(code), 1)
+        for part in _parts(self.W_dec):
+            x_hat += code[:, part].double() @ self.W_dec[part].double()
         return x_hat if self.W_skip is None else x_hat + x.double() @ self.W_skip.double().t()
 
     def _pre_acts(self, x: Tensor) -> Tensor:
         x = x.double() - self.b_dec.double() if self.subtract_b_dec else x.double()
-        return x @ self.W_enc.double().t() + self.b_enc.double()
+        pre_acts = torch.empty(len(x), self.d_sae, dtype=torch.float64)
+        for part in _parts(self.W_enc):
+            pre_acts[:, part] = x @ self.W_enc[part].double().t()
+        return pre_acts + self.b_enc.double()
 
     def _select(
         self,
@@ -136,6 +143,13 @@ class PlainDictionary:
         return _only(pre_acts, pre_acts.topk(self.k, dim=1).indices).relu()
 
 
+def _parts(matrix: Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix in parts, of which float64 copies are small."""
+    n_rows, step = len(matrix), max(1, _BLOCK // matrix.shape[1])
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
 def _only(
     values: Tensor,
     places: Tensor,  # along the last dimension
@@ -144,26 +158,27 @@ def _only(
     return torch.zeros_like(values).scatter_(-1, places, values.gather(-1, places))
 
 
-def with_rescaled_codes(
+def rescale_codes_(
     dictionary: PlainDictionary,
     factor: Tensor,  # [F], greater than 0
 ) -> PlainDictionary:
     """Return the same function with codes multiplied by `factor` and decoder rows divided by it.
 
-    Latents that are compared with each other are compared after it: a format that weighs
-    pre-activations by decoder norms is read by multiplying by these norms.
+    The matrices are changed in place, as a second pair would not fit beside a large one. Latents
+    that are compared with each other are compared after it: a format that weighs pre-activations by
+    decoder norms is read by multiplying by these norms.
     """
     return replace(
         dictionary,
-        W_enc=dictionary.W_enc * factor[:, None],
+        W_enc=dictionary.W_enc.mul_(factor[:, None]),
         b_enc=dictionary.b_enc * factor,
-        W_dec=dictionary.W_dec / factor[:, None],
+        W_dec=dictionary.W_dec.div_(factor[:, None]),
         threshold=None if dictionary.threshold is None else dictionary.threshold * factor,
         b_mag=None if dictionary.b_mag is None else dictionary.b_mag * factor,
     )
 
 
-def folded(
+def fold_scales_(
     dictionary: PlainDictionary,
     input_scale: float,
     output_scale: float,
@@ -171,14 +186,14 @@ def folded(
     """Return the dictionary of raw activations for one of scaled ones, x · s and x̂ / t.
 
     With codes in raw units, f / s: W_enc stays, b_enc, thresholds and magnitudes are divided by s,
-    W_dec is multiplied by s / t, b_dec divided by t. s and t must be equal where b_dec is
+    W_dec is multiplied by s / t, in place, b_dec divided by t. s and t must be equal where b_dec is
     subtracted from x.
     """
     s, t = input_scale, output_scale
     return replace(
         dictionary,
         b_enc=dictionary.b_enc / s,
-        W_dec=dictionary.W_dec * (s / t),
+        W_dec=dictionary.W_dec if s == t else dictionary.W_dec.mul_(s / t),
         b_dec=dictionary.b_dec / t,
         threshold=None if dictionary.threshold is None else dictionary.threshold / s,
         b_mag=None if dictionary.b_mag is None else dictionary.b_mag / s,
@@ -194,7 +209,9 @@ def with_subtraction(dictionary: PlainDictionary, subtract: bool) -> PlainDictio
     """
     if subtract == dictionary.subtract_b_dec:
         return dictionary
-    moved = (dictionary.W_enc.double() @ dictionary.b_dec.double()) * (1 if subtract else -1)
+    W_enc, b_dec = dictionary.W_enc, dictionary.b_dec.double()
+    moved = torch.cat([W_enc[part].double() @ b_dec for part in _parts(W_enc)])
+    moved = moved if subtract else -moved
     b_mag = dictionary.b_mag
     if b_mag is not None:
         assert dictionary.r_mag is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sae_fast.interop.dictionary import PlainDictionary, folded, with_rescaled_codes
+from sae_fast.interop.dictionary import PlainDictionary, fold_scales_, rescale_codes_
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import Format, PairOfFiles, Settings
 from sae_fast.interop.hook_names import origin
@@ -56,7 +56,7 @@ class Llamascopium(PairOfFiles):
                 raise DictionaryError(f"{file.path}: W_E_glu: an encoder here has one matrix")
             dictionary = PlainDictionary(
                 "relu",
-                W_enc=file.read("W_E", shape=(d_in, d_sae)).t().contiguous(),
+                W_enc=file.read("W_E", shape=(d_sae, d_in), transposed=True),
                 b_enc=file.read("b_E", shape=(d_sae,)),
                 W_dec=file.read("W_D", shape=(d_sae, d_in)),
                 b_dec=_b_dec(file, settings, d_in),
@@ -68,7 +68,7 @@ class Llamascopium(PairOfFiles):
         if settings.flag("sparsity_include_decoder_norm", True):
             dictionary = _weighted(dictionary)
         scale_in, scale_out = scales[0], scales[1] if is_transcoder else scales[0]
-        dictionary = folded(dictionary, scale_in, scale_out)
+        dictionary = fold_scales_(dictionary, scale_in, scale_out)
         return replace(dictionary, origin=_origin(settings, hooks, is_transcoder))
 
 
@@ -96,7 +96,7 @@ class LlamaScope(Format):
         is_transcoder = hooks[1] not in ("", hooks[0])
         with open_tensors(place / _SCOPE_WEIGHTS) as file:
             dictionary = _linear(file, d_in, d_sae, is_transcoder)
-        dictionary = folded(dictionary, *scales)
+        dictionary = fold_scales_(dictionary, *scales)
         if settings.text("act_fn") == "jumprelu":
             # The file has the threshold in raw units already.
             threshold = torch.full((d_sae,), settings.number("jump_relu_threshold"))
@@ -134,7 +134,7 @@ class LlamaScopeR1(PairOfFiles):
         dictionary = replace(dictionary, arch="jumprelu", threshold=threshold)
         if norms.names():
             scale = math.sqrt(d_in) / _positive(norms, "in" if "in" in norms else hooks[0])
-            dictionary = folded(dictionary, scale, scale)
+            dictionary = fold_scales_(dictionary, scale, scale)
         else:
             dictionary = replace(
                 dictionary,
@@ -190,7 +190,7 @@ def _weighted(dictionary: PlainDictionary) -> PlainDictionary:
     norms = torch.linalg.vector_norm(dictionary.W_dec, dim=1).clamp_min(1e-8)
     if dictionary.threshold is not None:
         return replace(dictionary, threshold=dictionary.threshold / norms)
-    return dictionary if dictionary.arch == "relu" else with_rescaled_codes(dictionary, norms)
+    return dictionary if dictionary.arch == "relu" else rescale_codes_(dictionary, norms)
 
 
 def _scale(file: TensorFile, settings: Settings, hook: str, d_in: int) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_fast.interop.dictionary import PlainDictionary, with_rescaled_codes
+from sae_fast.interop.dictionary import PlainDictionary, rescale_codes_
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import ORIGIN, OWN, PairOfFiles, Settings, refuse
 from sae_fast.interop.hook_names import origin, to_lens
@@ -216,7 +216,7 @@ def _read(file: TensorFile, settings: Settings, kind: str) -> PlainDictionary:
         "rescale_acts_by_decoder_norm", False
     ):
         norms = torch.linalg.vector_norm(dictionary.W_dec, dim=1)
-        dictionary = with_rescaled_codes(dictionary, norms.clamp_min(1e-8))
+        dictionary = rescale_codes_(dictionary, norms.clamp_min(1e-8))
         if dictionary.threshold is not None:  # of the weighted values already
             dictionary = replace(dictionary, threshold=tensors["threshold"])
     return _with_factor(dictionary, file, settings)
@@ -237,7 +237,7 @@ def _with_factor(
             f"{file.path}: has factors for codes, and {settings.path} says by {names[0]} that they "
             "are not used"
         )
-    return replace(dictionary, W_dec=dictionary.W_dec * factor[:, None])
+    return replace(dictionary, W_dec=dictionary.W_dec.mul_(factor[:, None]))
 
 
 def _thresholds(file: TensorFile, d_sae: int) -> Tensor:

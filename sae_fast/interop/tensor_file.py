@@ -20,6 +20,8 @@ from sae_fast.interop.errors import DictionaryError
 from sae_fast.tensor_files import FLOATS, is_finite
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
+_MAPPED = (".safetensors", ".pt", ".pth")
+_BLOCK_BYTES = 32 << 20  # read at once
 
 
 class TensorFile:
@@ -60,11 +62,17 @@ class TensorFile:
 
         Raises DictionaryError, naming the file and the tensor, before anything of its size is read.
         """
-        tensor = self._read(names, shape, transposed, FLOATS, "floating-point numbers")
-        result = tensor.to(torch.float32)
+        array = self._checked(names, shape, transposed)
+        result = torch.empty(array.shape[::-1] if transposed else array.shape)
+        target = result.t() if transposed else result.reshape(array.shape or 1)
+        step = max(1, _BLOCK_BYTES * len(target) // max(array.claimed, 1))
+        for start in range(0, len(target), step):
+            stop = min(start + step, len(target))
+            with self._reopened() as arrays:
+                target[start:stop] = arrays[self._name(names)][0].read(start, stop)
         if not is_finite(result):
             raise DictionaryError(f"{self.path}: {self._name(names)} holds NaN or Inf")
-        return result.t().contiguous() if transposed else result.contiguous()
+        return result
 
     def integer(self, name: str) -> int:
         """Read a whole number that is stored as a tensor; raise DictionaryError."""
@@ -82,14 +90,22 @@ class TensorFile:
             )
         return [int(number) for number in array.read(0, array.shape[0])]
 
-    def _read(
-        self,
-        names: tuple[str, ...],
-        shape: Sequence[int] | None,
-        transposed: bool,
-        dtypes: Sequence[torch.dtype],
-        kind: str,
-    ) -> Tensor:
+    @contextmanager
+    def _reopened(self) -> Iterator[Arrays]:
+        """Open the file again, if it is mapped: pages that were read count as memory until then."""
+        if self.path.suffix not in _MAPPED:
+            yield self._arrays
+            return
+        with opened(self.path, OPENERS[self.path.suffix]) as arrays:
+            yield arrays
+
+    def _checked(
+        self, names: tuple[str, ...], shape: Sequence[int] | None, transposed: bool
+    ) -> SourceArray:
+        """Return an array of floating-point numbers; raise DictionaryError where it does not fit.
+
+        See `read`.
+        """
         array, name = self._array(names), self._name(names)
         if transposed and len(array.shape) != 2:
             raise DictionaryError(f"{self.path}: {name} must be a matrix, got {list(array.shape)}")
@@ -100,12 +116,12 @@ class TensorFile:
             raise DictionaryError(
                 f"{self.path}: {name} must have shape {list(expected)}, got {list(array.shape)}"
             )
-        if array.dtype not in dtypes:
+        if array.dtype not in FLOATS:
             found = str(array.dtype).removeprefix("torch.")
-            raise DictionaryError(f"{self.path}: {name} must be of {kind}, got {found}")
-        if array.shape == ():
-            return array.read(0, 1).reshape(())
-        return array.read(0, array.shape[0])
+            raise DictionaryError(
+                f"{self.path}: {name} must be of floating-point numbers, got {found}"
+            )
+        return array
 
     def _name(self, names: tuple[str, ...]) -> str:
         for name in names:
