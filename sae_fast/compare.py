@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sae_fast.command_errors import EXIT_BAD_INPUT, check_out, refusal
@@ -92,6 +93,7 @@ def _write(config: CompareConfig, comparison: Comparison) -> None:
     from sae_fast.report.comparison_page import comparison_page
     from sae_fast.report.overlap import draw_overlap
     from sae_fast.report.page import REPORT
+    from sae_fast.training.history import read_history
 
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
@@ -104,9 +106,14 @@ def _write(config: CompareConfig, comparison: Comparison) -> None:
     texts = {"compare.md": f"{comparison.table()}\n", "latents.csv": comparison.latents_csv()}
     for name, text in texts.items():
         write_text(out / name, text)
+    runs = {}
+    for name, place in zip(comparison.names, config.saes, strict=True):
+        with suppress(OSError, ValueError):  # only a run has a history
+            runs[name] = read_history(place).rows
     picture = draw_overlap(comparison, out / "compare.png")
-    comparison_page(comparison, picture.read_bytes()).write(out / REPORT)
+    report = comparison_page(comparison, picture.read_bytes(), runs).write(out / REPORT)
     print(out)
+    print(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _evaluate(config: EvaluateConfig, output: CommandOutput) -> None:
         raise ValueError(f"SAE and --out must be given: {USAGE}")
     check_out(config.out)
     from sae_fast.dictionary_evaluation import DictionaryEvaluator
-    from sae_fast.report.evaluation import save_overview
+    from sae_fast.report.evaluation import MARKDOWN, save_overview
     from sae_fast.report.names import distinct_names
     from sae_fast.report.page import REPORT
 
@@ -79,6 +79,7 @@ def _evaluate(config: EvaluateConfig, output: CommandOutput) -> None:
         output.say(f"wrote {directory}")
     if len(done) > 1:
         save_overview(done, config.out)
+        output.say(f"wrote {config.out / MARKDOWN}")
     output.say(f"report: {config.out / REPORT}")
 
 

@@ -119,11 +119,13 @@ def test_the_report_of_a_comparison_has_its_pairs_and_the_heatmap() -> None:
     torch.manual_seed(0)
     a = torch.randn(12, 6)
     comparison = compare({"a": a, "b": a + 0.3 * torch.randn(12, 6)})
-    html = comparison_page(comparison, b"PNG").html()
+    html = comparison_page(comparison, b"PNG", {"a": ROWS}).html()
     _loads_nothing(html)
     assert f"{comparison.mean_pw_mcc():.4f}" in html
     assert 'src="data:image/png;base64,UE5H"' in html
-    assert "Matched cosines" in html
+    for heading in ("Matched cosines", "Largest cosines", "Trainings"):
+        assert f">{heading}</h2>" in html
+    assert html.count("<svg") == 1 + 2 + 1 + 4
 
 
 def test_charts_place_numbers_where_they_are() -> None:

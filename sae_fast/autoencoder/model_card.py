@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sae_fast.markdown import markdown_table
+
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
 
@@ -43,11 +45,11 @@ def model_card(
     parts = [
         "---\n" + "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items()) + "\n---",
         f"# A {kind}{f' of {place}' if place else ''}",
-        _table("what", "value", facts),
+        markdown_table(["what", "value"], [(key, str(value)) for key, value in facts.items()]),
     ]
     if figures:
-        shown = {key: _shown(value) for key, value in figures.items()}
-        parts += ["## Figures", _table("figure", "value", shown)]
+        shown = [(key, _shown(value)) for key, value in figures.items()]
+        parts += ["## Figures", markdown_table(["figure", "value"], shown)]
     parts += [
         "## Use",
         f"```python\nfrom sae_fast import SparseAutoencoder\n\nsae = {call}\n"
@@ -67,13 +69,6 @@ def _flat(origin: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         else:
             facts[f"{before}{key}"] = value
     return facts
-
-
-def _table(left: str, right: str, entries: Mapping[str, Any]) -> str:
-    rows = [
-        f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in entries.items()
-    ]
-    return "\n".join([f"| {left} | {right} |", "|---|---|", *rows])
 
 
 def _shown(value: Any) -> str:

@@ -30,6 +30,7 @@ from sae_fast import interop
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.foreign import local_place
 from sae_fast.evaluation.matching import EXACT_BELOW, NEIGHBOURS, Matching, match
+from sae_fast.markdown import markdown_table
 from sae_fast.tensor_files import load_tensors
 
 THRESHOLDS = (0.7, 0.9)
@@ -211,7 +212,7 @@ class Comparison:
         """Return the pairs as a Markdown table, and a line with the means."""
         headings = ["A", "B", "latents", "dead", "PW-MCC", "alive"]
         headings += [f"shared at {threshold:g}" for threshold in self.thresholds]
-        lines = [_row(headings), _row(["---"] * 2 + ["---:"] * (len(headings) - 2))]
+        rows = []
         for pair in self.pairs:
             figures = self._figures(pair)
             a, b = self.dictionaries[pair.a], self.dictionaries[pair.b]
@@ -221,8 +222,8 @@ class Comparison:
             for threshold in self.thresholds:
                 shares = [figures[f"{_shared(threshold)}_of_{which}"] for which in "ab"]
                 cells.append(", ".join(f"{share:.1%}" for share in dict.fromkeys(shares)))
-            lines.append(_row(cells))
-        return "\n".join(lines)
+            rows.append(cells)
+        return markdown_table(headings, rows, texts=2)
 
     def latents(self) -> dict[str, dict[str, list[Any]]]:
         """Return a table of latents for each dictionary by name: columns of equal lengths.
@@ -311,10 +312,6 @@ def _shared(threshold: float) -> str:
 
 def _dead(dictionary: Dictionary) -> str:
     return "not known" if dictionary.dead is None else f"{int(dictionary.dead.sum()):,}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _numbers(values: Tensor) -> list[float | None]:

@@ -14,6 +14,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.core import Section
 
 ROWS = 128  # whose cosines with all others are in memory at a time
+SAMPLED = 1024  # latents whose largest cosines a report shows
 _TOP_SHARE = 0.999
 
 
@@ -37,6 +38,15 @@ def largest_cosines(
         cosines[torch.arange(len(part), device=part.device), part] = -1.0
         largest.append(cosines.amax(dim=1))
     return torch.cat(largest)
+
+
+def sampled_cosines(
+    W: Tensor,  # [F, D]
+) -> Tensor:
+    """Return the largest cosine with another row of rows from everywhere, [n]; of few rows, all."""
+    count = min(len(W), SAMPLED)
+    chosen = torch.linspace(0, len(W) - 1, count, device=W.device).long()
+    return largest_cosines(W.detach().float(), chosen).cpu()
 
 
 @torch.no_grad()

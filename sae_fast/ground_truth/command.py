@@ -149,6 +149,7 @@ def _run(
 ) -> int:
     """Run a task and show its table; return the exit code, 128 and the number after a signal."""
     from sae_fast.ground_truth.runs import Stopped, run
+    from sae_fast.report.page import REPORT
 
     module = importlib.import_module(f"sae_fast.ground_truth.{entry.module}")
     task: Task = vars(module)[entry.maker](config)
@@ -160,6 +161,7 @@ def _run(
         return 128 + stopped.signal
     output.say(results.table())
     output.say(f"wrote {out}")
+    output.say(f"report: {out / REPORT}")
     return 0
 
 

@@ -19,6 +19,7 @@ from sae_fast.ground_truth.overlap import OVERLAP
 from sae_fast.ground_truth.task import Score, Task
 from sae_fast.json_files import JSONError, read_json, shown
 from sae_fast.machine import cpu_name, usable_cores
+from sae_fast.markdown import markdown_table
 from sae_fast.ops.native import build_info
 
 FORMAT_VERSION = 1
@@ -117,7 +118,7 @@ class Results:
             cells = [_spread(self.values(arch, score.name)) for score in self.scores]
             own = self.overlap.get(arch, {})
             rows.append([arch, *cells, *(_shown(own.get(score.name)) for score in shared)])
-        return markdown_table(headings, rows)
+        return markdown_table(headings, rows, texts=1)
 
     def markdown(self, pictures: Mapping[str, str]) -> str:
         """Return results.md.
@@ -194,12 +195,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose first column is text and whose others are numbers."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _machine_line() -> str:
     found = machine()
     return (
@@ -209,11 +204,8 @@ def _machine_line() -> str:
 
 
 def _definitions(scores: Iterable[Score]) -> str:
-    lines = ["| column | definition | source |", "| --- | --- | --- |"]
-    for score in scores:
-        cells = (f"{score.heading} (`{score.name}`)", score.definition, score.source)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+    rows = [(f"{s.heading} (`{s.name}`)", s.definition, s.source) for s in scores]
+    return markdown_table(["column", "definition", "source"], rows)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -7,8 +7,10 @@ kept, the training that was under way starts again from its first step.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -23,6 +25,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.ground_truth import GroundTruthConfig
 from sae_fast.config.sae import config_of
 from sae_fast.directory_lock import FileLock
+from sae_fast.evaluation.dictionary import sampled_cosines
 from sae_fast.evaluation.matching import best_matching
 from sae_fast.evaluation.metrics import evaluate
 from sae_fast.ground_truth.overlap import seed_overlap
@@ -32,6 +35,9 @@ from sae_fast.ground_truth.results import Results, read_results
 from sae_fast.ground_truth.task import Say, Task
 from sae_fast.progress_bar import progress_bar
 from sae_fast.report.page import REPORT
+from sae_fast.report.training_page import LatentFigures
+from sae_fast.training.history import METRICS, read_history
+from sae_fast.training.metrics import Row
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer
 
@@ -188,10 +194,12 @@ def _prepare(task: Task, out: Path, *, show_progress: bool) -> None:
 
 def _entry(task: Task, arch: str, seed: int, model: Path, *, show_progress: bool) -> dict[str, Any]:
     """Train one model, save it and return its entry of results.json."""
-    sae = _trained(task, arch, seed, show_progress=show_progress)
+    sae, history = _trained(task, arch, seed, show_progress=show_progress)
     measured = evaluate(sae, _parts(task.heldout_rows))
     scored = task.score(sae)
     sae.save(model)
+    if history:
+        write_text(model / METRICS, "".join(f"{json.dumps(row)}\n" for row in history))
     scores = {
         "fvu": measured["heldout_fvu"],
         "l0": measured["heldout_l0"],
@@ -202,7 +210,10 @@ def _entry(task: Task, arch: str, seed: int, model: Path, *, show_progress: bool
     return {"arch": arch, "seed": seed, "scores": finite, "details": scored.details}
 
 
-def _trained(task: Task, arch: str, seed: int, *, show_progress: bool) -> SparseAutoencoder:
+def _trained(
+    task: Task, arch: str, seed: int, *, show_progress: bool
+) -> tuple[SparseAutoencoder, list[Row]]:
+    """Return a trained model, and what its training logged."""
     columns, heldout_columns = None, None
     if arch == _SLOTS and task.labels_of is not None:
         columns, heldout_columns = ({task.labels_of: labels} for labels in task.labels())
@@ -219,12 +230,12 @@ def _trained(task: Task, arch: str, seed: int, *, show_progress: bool) -> Sparse
     )
     if arch == UNTRAINED:
         trainer.close()
-        return trainer.model()
+        return trainer.model(), []
     sae = trainer.train()
     if trainer.step < trainer.total_steps:
         assert stop.received is not None
         raise Stopped(stop.received)
-    return sae
+    return sae, trainer.history
 
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:
@@ -247,8 +258,23 @@ def _conclude(task: Task, results: Results, wanted: Sequence[tuple[str, int]], o
     results.write(out / _RESULTS)
     drawn = _pictures(task, results, out)
     write_text(out / _MARKDOWN, results.markdown({path.name: path.stem for path in drawn}))
-    page = results_page(results, {path.stem: path.read_bytes() for path in drawn})
-    page.write(out / REPORT)
+    first_seeds = {arch: results.seeds_of(arch)[0] for arch in results.architectures}
+    firsts = {arch: out / _MODELS / f"{arch}_{seed}" for arch, seed in first_seeds.items()}
+    histories = {}
+    for arch, model in firsts.items():
+        with suppress(OSError, ValueError):  # without a training there is none
+            histories[arch] = read_history(model).rows
+    latents = {arch: _latent_figures(task, model) for arch, model in firsts.items()}
+    pictures = {path.stem: path.read_bytes() for path in drawn}
+    results_page(results, pictures, latents, histories).write(out / REPORT)
+
+
+def _latent_figures(task: Task, model: Path) -> LatentFigures:
+    """Return how often the latents of a saved model fire, and their largest cosines."""
+    sae = SparseAutoencoder.from_pretrained(model)
+    rates: list[Tensor] = []
+    evaluate(sae, _parts(task.heldout_rows), note_rates=rates.append)
+    return LatentFigures(rates[0], sampled_cosines(sae.W_dec))
 
 
 def _pictures(task: Task, results: Results, out: Path) -> list[Path]:

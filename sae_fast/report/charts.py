@@ -16,6 +16,7 @@ _TICKS = 5
 _WIDE = 10.0  # from here on an axis that may be logarithmic is
 _LETTER = 6.2  # width of a letter, about
 _LINE = 12  # height of a line of letters
+COLOURS = 12  # of page.css: --c0 to --c11
 _RADII = {"rings": 6.0, "points": 3.0, "both": 3.0, "curve": 3.0}
 
 # rings: hollow, so that points in them are seen; line: for comparison, dashed and without colour.
@@ -79,8 +80,10 @@ class Chart:
         for series in self.series:
             if series.like is not None:
                 found.append(found[series.like])
+            elif series.kind == "line":
+                found.append("var(--soft)")
             else:
-                found.append("var(--soft)" if series.kind == "line" else f"var(--c{next(own) % 7})")
+                found.append(f"var(--c{next(own) % COLOURS})")
         return found
 
     def svg(self) -> str:

@@ -25,6 +25,7 @@ from sae_fast.evaluation.concepts import TOKEN, Concepts
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS, LATENTS
 from sae_fast.evaluation.purity import token_rows
+from sae_fast.markdown import markdown_table
 from sae_fast.report.evaluation_page import evaluation_page
 from sae_fast.report.page import REPORT
 from sae_fast.report.panels import Row
@@ -261,7 +262,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
             if any(name in item.metrics.get(group, {}) for item in evaluations)
         ]
         if rows:
-            lines += ["", f"## {group}", "", _table(["metric", *names, "definition"], rows)]
+            lines += ["", f"## {group}", "", markdown_table(["metric", *names, "definition"], rows)]
     for evaluation in evaluations:
         if evaluation.causal is not None:
             lines += _causal_section(evaluation, is_alone=len(evaluations) == 1)
@@ -279,16 +280,8 @@ def _causal_section(evaluation: Evaluation, *, is_alone: bool) -> list[str]:
         for row in evaluation.causal.rows()
     ]
     lines = ["", f"## causal_impact{ending}", ""]
-    lines += [_table(["latent", *CAUSAL], rows), ""]
+    lines += [markdown_table(["latent", *CAUSAL], rows), ""]
     return lines + [f"- `{name}`: {text}" for name, text in CAUSAL.items()]
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; definitions hold bars, which would end a cell."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )
 
 
 def _shown(evaluation: Evaluation, group: str, name: str) -> str:

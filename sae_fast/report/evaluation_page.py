@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sae_fast import __version__
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS
-from sae_fast.report.charts import Chart, Series
+from sae_fast.report.charts import COLOURS, Chart, Series
 from sae_fast.report.page import Page, Row
 from sae_fast.report.run_charts import (
     cosine_chart,
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sae_fast.report.evaluation import Evaluation
 
 _CURVES = 6  # charts of a training
-_COLOURS = 7  # of charts
 _RUN_AND_STEP = re.compile(r"(.+)/checkpoints/step-0*(\d+)$")  # of a checkpoint
 
 
@@ -75,7 +74,7 @@ def _front(evaluations: Sequence[Evaluation]) -> Chart:
     for item, found in zip(evaluations, places, strict=True):
         key, name = (item.name, item.name) if found is None else (found[1], f"step {found[2]}")
         groups.setdefault(key, []).append((name, item))
-    if len(groups) > _COLOURS:
+    if len(groups) > COLOURS:
         groups = {"dictionaries": [(item.name, item) for item in evaluations]}
     series = [
         Series(

@@ -40,6 +40,19 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
     return charts
 
 
+def metric_chart(runs: Mapping[str, Sequence[Row]], metric: str, title: str) -> Chart:
+    """Return the chart of one metric over tokens, with a curve for each run that logged it.
+
+    Args:
+        runs: rows of metrics.jsonl by the name of the run.
+        metric: its name.
+        title: above the chart.
+    """
+    drawn = {name: points for name, rows in runs.items() if (points := _points(rows, metric))}
+    series = [Series(points, name) for name, points in drawn.items()]
+    return Chart(title, "tokens", "", series, may_be_logarithmic=(False, True))
+
+
 def _points(rows: Sequence[Row], metric: str) -> list[tuple[float, float]]:
     found = [
         (float(row["tokens"]), float(row[metric])) for row in rows if row.get(metric) is not None

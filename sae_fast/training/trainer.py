@@ -28,7 +28,7 @@ from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
-from sae_fast.evaluation.dictionary import largest_cosines
+from sae_fast.evaluation.dictionary import sampled_cosines
 from sae_fast.json_files import require
 from sae_fast.log_output import show_log
 from sae_fast.ops.native import build_info, describe_kernels
@@ -99,7 +99,6 @@ __all__ = ["Trainer", "TrainingError"]
 
 logger = logging.getLogger(__name__)
 
-_COSINES = 1024  # latents whose largest cosines the report shows
 _LOSS_TERMS = "loss_terms"  # in a state, where there are any
 _OPTIMIZER = "optimizer."  # before the names of the optimiser's tensors in a state
 
@@ -774,10 +773,8 @@ class Trainer:
     def _latent_figures(self) -> LatentFigures:
         """Return numbers of the latents for the report, of samples of the latents and the rows."""
         model = self.model()
-        W_dec = model.W_dec.detach().float()
-        chosen = torch.linspace(0, len(W_dec) - 1, min(len(W_dec), _COSINES), device=W_dec.device)
-        cosines = largest_cosines(W_dec, chosen.long()).cpu()
-        return LatentFigures(self._heldout.rates, cosines, self._heldout.sample(model))
+        rates, sample = self._heldout.rates, self._heldout.sample(model)
+        return LatentFigures(rates, sampled_cosines(model.W_dec), sample)
 
     def _models_to_leave(self) -> dict[str, Callable[[], SparseAutoencoder]]:
         """Return what makes the models that a complete run saves beside its checkpoints."""
