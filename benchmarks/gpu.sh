@@ -188,7 +188,8 @@ part_build() {
 }
 
 part_tests() {
-  local options=(-q -p no:cacheprovider --junitxml "$out/tests.xml")
+  # pytest-benchmark warns beside xdist, and warnings are errors here.
+  local options=(-q -p no:cacheprovider -p no:benchmark --junitxml "$out/tests.xml")
   if [[ $device == cpu ]]; then
     within "$PYTHON" -m pytest "${options[@]}" python_tests/ops/test_decode.py -m "not cuda"
   else

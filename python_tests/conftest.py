@@ -5,7 +5,9 @@ test contacts a hub: its client reads the variable when it is first imported, he
 that a test starts.
 """
 
+import contextlib
 import os
+import warnings
 
 import pytest
 import torch
@@ -45,6 +47,31 @@ def cuda_device():
     if missing := why_no_cuda():
         pytest.skip(missing)
     return torch.device("cuda")
+
+
+@contextlib.contextmanager
+def error_where_the_host_waits():
+    """Make torch raise an error where the host waits for the device.
+
+    torch warns at the first call in a process, after it has set the mode.
+    """
+
+    def set_mode(mode):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode(mode)
+
+    try:
+        set_mode("error")
+        yield
+    finally:
+        set_mode("default")
+
+
+@pytest.fixture
+def no_waiting():
+    """Return the context manager in which the host must not wait for the device."""
+    return error_where_the_host_waits
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,5 +1,6 @@
 """tools/ and setup.py: the torch and compilers of a build, and its errors."""
 
+import dataclasses
 import http.server
 import importlib.util
 import os
@@ -356,10 +357,13 @@ def test_what_ptxas_says_is_read_kernel_by_kernel():
     spilling, lean = cuda_resources.parse(PTXAS)
     assert spilling == cuda_resources.Usage("_Z1kPf", "sm_80", 32, shared=152, stack=16, spills=12)
     assert lean == cuda_resources.Usage("_Z2k2Pf", "sm_90a", 8, shared=0, stack=0, spills=0)
-    assert spilling.is_ours_and_slow
-    assert not lean.is_ours_and_slow
+    (fault,) = cuda_resources.faults([spilling, lean])
+    assert "spills registers" in fault
     library = cuda_resources.parse(PTXAS.replace("_Z1kPf", "_ZN3cub1kEPf"))[0]
-    assert not library.is_ours_and_slow
+    assert cuda_resources.faults([library, lean]) == []
+    wide = dataclasses.replace(lean, shared=16 * 1024 + 1)
+    (fault,) = cuda_resources.faults([dataclasses.replace(lean, shared=16 * 1024), wide])
+    assert "declares 16385 bytes of shared memory" in fault
 
 
 def test_kernels_are_listed_once_with_the_numbers_of_each_architecture():

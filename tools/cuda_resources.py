@@ -2,8 +2,8 @@
 
     python tools/cuda_resources.py [--build-dir build/cuda]
 
-The check fails if a kernel uses local memory. Any torch suffices, and no GPU is needed, because
-nothing is linked or run.
+The check fails if a kernel uses local memory, or declares more shared memory than launch.cuh counts
+on. Any torch suffices, and no GPU is needed, because nothing is linked or run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for '(?P<architec
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+_LAUNCH = ROOT / "csrc/kernels/cuda/launch.cuh"
+_MOST_STATIC = re.compile(r"kMostStaticShared = (\d+) \* 1024;")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,14 @@ class Usage:
     spills: int
 
     @property
-    def is_ours_and_slow(self) -> bool:
-        """Whether a kernel outside CUB uses local memory; CUB tunes its own kernels."""
-        return (self.spills > 0 or self.stack > 0) and not self.kernel.startswith("_ZN3cub")
+    def is_ours(self) -> bool:
+        """Whether it is no kernel of CUB, which tunes and launches its own."""
+        return not self.kernel.startswith("_ZN3cub")
+
+    @property
+    def uses_local_memory(self) -> bool:
+        """Whether registers spill, or arrays lie in local memory."""
+        return self.spills > 0 or self.stack > 0
 
 
 def parse(log: str) -> list[Usage]:
@@ -107,6 +114,22 @@ def _numbers(values: list[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
 
 
+def faults(usages: list[Usage]) -> list[str]:
+    """Return a line for each kernel of this project that is compiled in a way it must not be."""
+    counted_on = _MOST_STATIC.search(_LAUNCH.read_text("utf-8"))
+    if counted_on is None:
+        raise ValueError(f"{_LAUNCH} does not say how much shared memory kernels may declare")
+    most = 1024 * int(counted_on[1])
+    ours = [usage for usage in usages if usage.is_ours]
+    lines = []
+    for name, usage in zip(demangle([usage.kernel for usage in ours]), ours, strict=True):
+        if usage.uses_local_memory:
+            lines.append(f"{name} spills registers or uses local memory for {usage.architecture}")
+        if usage.shared > most:
+            lines.append(f"{name} declares {usage.shared} bytes of shared memory, above {most}")
+    return lines
+
+
 def build(directory: Path, nvcc: str) -> str:
     """Compile all CUDA sources again, because only then the compiler reports; return its output."""
     configure = [
@@ -125,7 +148,7 @@ def build(directory: Path, nvcc: str) -> str:
 
 
 def main() -> None:
-    """Compile, print the table, and exit with an error if a kernel uses local memory."""
+    """Compile, print the table, and exit with an error if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "cuda")
     arguments = parser.parse_args()
@@ -139,8 +162,8 @@ def main() -> None:
     if not usages:
         sys.exit("no kernel was compiled")
     print(table(usages))
-    if slow := sum(usage.is_ours_and_slow for usage in usages):
-        sys.exit(f"{slow} of {len(usages)} kernels spill registers or use local memory")
+    if found := faults(usages):
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from benchmarks.support.problem import Weights
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
+from sae_fast.training.cuda_graph import GraphRecorder
 from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 
@@ -53,11 +55,15 @@ class SaeFastTrainer:
 
 
 class CapturedTrainer:
-    """A SaeFastTrainer whose step is captured in a CUDA graph at its second call, then replayed."""
+    """A SaeFastTrainer whose step is captured in a CUDA graph at its second call, then replayed.
+
+    It is captured as `sae_fast.training` captures its steps.
+    """
 
     def __init__(self, trainer: SaeFastTrainer) -> None:
         self.trainer = trainer
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.recorder = GraphRecorder(trainer.sae.W_enc.device)
+        self.replay: Callable[[], None] | None = None
         self.x: Tensor | None = None
         self.loss: Tensor | None = None
 
@@ -65,16 +71,18 @@ class CapturedTrainer:
         """Take one whole training step on x [N, D]; return the loss."""
         if self.x is None:  # the first step creates the tensors that later steps reuse
             self.x = x.clone()
-            return self.trainer.step(self.x)
+            with self.recorder.side_stream():
+                return self.trainer.step(self.x)
         self.x.copy_(x)
-        if self.graph is None:
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.loss = self.trainer.step(self.x)
-        self.graph.replay()
+        if self.replay is None:
+            self.replay = self.recorder.record(self._step)
+        self.replay()
         assert self.loss is not None
         return self.loss
+
+    def _step(self) -> None:
+        assert self.x is not None
+        self.loss = self.trainer.step(self.x)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the reconstruction [N, D] of x [N, D]."""

@@ -134,6 +134,13 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor,
                  shape_text(tensor));
 }
 
+// Latents are numbered in int32, and the CUDA kernels need one number more for entries of none.
+inline void check_d_sae(const char* op, int64_t d_sae) {
+  constexpr int64_t kMost = INT32_MAX - 1;
+  SAE_FAST_CHECK(d_sae >= 1, op, ": d_sae must be at least 1, got ", d_sae);
+  SAE_FAST_CHECK(d_sae <= kMost, op, ": d_sae must be at most ", kMost, ", got ", d_sae);
+}
+
 inline void check_float(const char* op, const char* name, const Tensor& tensor,
                         std::initializer_list<int64_t> shape) {
   check_shape(op, name, tensor, shape);

@@ -29,12 +29,6 @@ void check_indices(const char* op, const int32_t* indices, int64_t entries, int6
                  d_sae, "), got ", lowest < 0 ? lowest : highest);
 }
 
-// Latents are numbered in int32.
-void check_d_sae(const char* op, int64_t d_sae) {
-  SAE_FAST_CHECK(d_sae >= 1, op, ": d_sae must be at least 1, got ", d_sae);
-  SAE_FAST_CHECK(d_sae <= INT32_MAX, op, ": d_sae must be at most ", INT32_MAX, ", got ", d_sae);
-}
-
 std::tuple<Tensor, Tensor, Tensor> latent_major(const Tensor& values, const Tensor& indices,
                                                 const OptionalTensor& offsets, int64_t d_sae) {
   constexpr const char* kOp = "latent_major";

@@ -10,12 +10,6 @@
 namespace sae_fast::ops {
 namespace {
 
-// The latents are sorted as 32-bit keys; entries that do not count have one key more.
-void check_d_sae(const char* op, int64_t d_sae) {
-  SAE_FAST_CHECK(d_sae >= 1 && d_sae < INT_MAX, op, ": d_sae must be in [1, ", INT_MAX, "), got ",
-                 d_sae);
-}
-
 // entries and rows have room for every entry of the code, since only the device knows how many
 // count. From latent_offsets[F] on are the entries with value 0, which belong to no latent.
 std::tuple<Tensor, Tensor, Tensor> latent_major(const Tensor& values, const Tensor& indices,

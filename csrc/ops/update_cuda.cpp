@@ -150,6 +150,7 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& 
                           {"dense", dense},
                           {"shift", shift},
                           {"extra_grad", extra_grad},
+                          {"sums", sums},
                           {"cached", cached},
                           {"cache_slots", cache_slots},
                           {"scalars", scalars},

@@ -234,14 +234,17 @@ void chunks_fit_the_room_planned_for_them() {
   }
 }
 
-void cached_rows_fit_and_stay_below_two_a_token() {
+void cached_rows_fit_and_are_all_sums_in_chunks_and_few_others() {
   Random random(4);
   for (int problem = 0; problem < 2000; ++problem) {
     const int64_t tokens = random.integer(0, 300);
-    const int64_t entries = tokens * random.integer(0, 200);
+    const int64_t entries = tokens * random.integer(0, 800);
     const RowCache cache = plan_row_cache(entries, tokens);
-    check(cache.rows <= 2 * tokens, "cache: %ld rows for %ld tokens", static_cast<long>(cache.rows),
-          static_cast<long>(tokens));
+    const int64_t most_in_chunks = entries / (kChunkEntries + 1);
+    check(cache.rows <= std::max(2 * tokens, most_in_chunks), "cache: %ld rows for %ld tokens",
+          static_cast<long>(cache.rows), static_cast<long>(tokens));
+    check(chunks_in(cache.above) == 0, "cache: a sum of %ld entries, in chunks, is not kept",
+          static_cast<long>(cache.above));
     const int64_t most = entries / (cache.above + 1);  // latents of `above` + 1 entries each
     check(most <= cache.rows, "cache: %ld rows, %ld needed", static_cast<long>(cache.rows),
           static_cast<long>(most));
@@ -269,7 +272,7 @@ int main() {
   halves_survive_the_round_trip();
   row_norm_has_a_floor_and_keeps_nan();
   chunks_fit_the_room_planned_for_them();
-  cached_rows_fit_and_stay_below_two_a_token();
+  cached_rows_fit_and_are_all_sums_in_chunks_and_few_others();
   test_moment_codes();
   std::printf("common: %d checks failed\n", failures);
   return failures == 0 ? 0 : 1;

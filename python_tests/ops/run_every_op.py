@@ -37,8 +37,12 @@ SHAPES = [  # N, D, F, k
 
 
 def call_samples() -> None:
-    for name, _, arguments in samples():
+    """Call every op; where one ends the process, the last line names it."""
+    for name, case, arguments in samples():
+        print(f"{name}, {case}", flush=True)
         getattr(ops, name)(*arguments)
+        if ops.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def call_shape(n: int, d_in: int, d_sae: int, k: int) -> None:

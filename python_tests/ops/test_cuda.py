@@ -147,18 +147,14 @@ def step(sae, optimizer, x, lr, precision):
     return loss.total.detach()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_training_step_never_waits_for_the_device(precision, device):
+def test_training_step_never_waits_for_the_device(precision, device, no_waiting):
     sae, optimizer, x = make_training(device, precision)
     for _ in range(2):
         step(sae, optimizer, x, 1e-3, precision)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step(sae, optimizer, x, 1e-3, precision)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

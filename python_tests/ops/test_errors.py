@@ -118,6 +118,7 @@ def test_row_outside_the_table_is_named(name, bound, outside):
         call("gather_rows_", {name: torch.tensor([1, outside])})
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 @pytest.mark.parametrize("op", ["gather_entries", "latent_sums"])
 @pytest.mark.parametrize("entry", [-1, 12])
 def test_entry_outside_the_code_is_named(op, entry):
@@ -127,6 +128,7 @@ def test_entry_outside_the_code_is_named(op, entry):
         call(op, {"entries": entries})
 
 
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_latent_offsets_that_do_not_partition_the_entries_are_refused():
     message = "latent_sums: latent_offsets must ascend from 0 to the number of entries"
     with pytest.raises(RuntimeError, match=message):

@@ -114,6 +114,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def check_half_sums(op_name: str, device: torch.device) -> None:
+    """Raise RuntimeError where sums of float16 products would be rounded to float16 on the device.
+
+    torch asks cuBLAS for such sums where its flag says so, also where the result is float32; no
+    bound of a rounding error here would hold.
+    """
+    if device.type == "cuda" and torch.backends.cuda.matmul.allow_fp16_accumulation:
+        raise RuntimeError(
+            f"{op_name}: torch.backends.cuda.matmul.allow_fp16_accumulation must be False, got True"
+        )
+
+
 def check_usable(op_name: str, **tensors: object) -> None:
     """Check tensors which torch's own ops read before one of our ops sees them."""
     if torch.compiler.is_compiling():

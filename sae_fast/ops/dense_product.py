@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_fast.ops.checks import check_half_sums
 from sae_fast.ops.full_precision import without_autocast
 
 
@@ -34,6 +35,8 @@ def dense_product(
 
     Raises RuntimeError for an argument that does not fit; the message names it.
     """
+    if precision == "fp16":
+        check_half_sums("dense_product", left.device)
     product: Tensor = _product(left, right, bias, relu, precision)
     return product
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sae_fast.ops.checks import check_usable
+from sae_fast.ops.checks import check_half_sums, check_usable
 from sae_fast.ops.code import CodeKey, DenseCode, SparseCode
 from sae_fast.ops.dense_product import dense_product
 from sae_fast.ops.reference import ROUNDED_DTYPES
@@ -304,6 +304,8 @@ def _encode(
     sink: FactorSink | None,
 ) -> tuple[Tensor, ...]:
     """Run an encoder such that it is differentiable, by its own autograd where that is enough."""
+    if precision == "fp16":
+        check_half_sums("encoder", tensors[0].device)
     if sink is None and isinstance(op, torch._ops.OpOverload):
         direct: tuple[Tensor, ...] = op(*tensors, *options)
         return direct

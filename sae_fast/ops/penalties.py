@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae_fast.ops.checks import check_half_sums
 from sae_fast.ops.registry import differentiable
 
 
@@ -15,6 +16,7 @@ def decorrelation(
 
     Exact by the D×D Gram matrix: memory does not grow with F².
     """
+    check_half_sums("decorrelation", W.device)
     loss: Tensor = torch.ops.sae_fast.decorrelation.default(W)[0]
     return loss
 
@@ -60,6 +62,7 @@ def code_correlation(
     Raises:
         RuntimeError: if `h` is not a float32 matrix or `split` is not in [0, F].
     """
+    check_half_sums("code_correlation", h.device)
     split = h.shape[1] if split is None else split
     outputs = torch.ops.sae_fast.code_correlation.default(h, split)
     return CodeCorrelation(*outputs[:3])

@@ -68,10 +68,14 @@ class GraphRecorder:
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
+        current = torch.cuda.current_stream(self._device)
         try:
             with torch.cuda.device(self._device), capture:
                 work()
         except RuntimeError as error:
+            # A capture that fails leaves its stream the current one.
+            torch.cuda.set_stream(current)
+            torch.cuda.synchronize(self._device)
             remedy = "--no-cuda-graph (cuda_graph = False) trains without one"
             raise RuntimeError(f"no CUDA graph of the step: {error}; {remedy}") from error
         return graph.replay

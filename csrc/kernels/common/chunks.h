@@ -29,12 +29,13 @@ struct RowCache {
 };
 
 // Reading a few rows again costs no more than writing their sum and reading it back. The kept sums
-// stay below two a token.
+// stay below two a token, as long as sums in chunks are kept: the next pass would add their entries
+// in another order, and in one thread block.
 inline RowCache plan_row_cache(int64_t entries, int64_t tokens) {
   constexpr int64_t kFewEntries = 16;
   constexpr int64_t kRowsPerToken = 2;
   const int64_t most_rows = std::max<int64_t>(kRowsPerToken * tokens, 1);
-  const int64_t above = std::max(kFewEntries, entries / most_rows);
+  const int64_t above = std::clamp(entries / most_rows, kFewEntries, kChunkEntries);
   return {above, entries / (above + 1)};
 }
 

@@ -7,9 +7,11 @@
 //   S  = A + (B + B') / 2^11      A = high' high, B = high' low      (one product [D, 2D])
 //   uS = u_high S_high + (u_high S_low + u_low S_high) / 2^11        (one product each)
 // Tensor cores add up in float32 but cut off instead of rounding. A chunk of kProductRows rows is
-// that many / 16 additions, each off by at most 2^-23, and chunks are added with rounding: an
-// element of S is off by at most (kProductRows / 16 + F / kProductRows) 2^-23 of the sum of the
-// sizes of its terms. On the diagonal, which is most of |S|^2 and where every term is positive,
+// that many / 16 steps. In a step Hopper cuts 16 products and the sum so far at 2^-25 of the
+// largest, and the result at 2^-23: it is off by at most 5.25 * 2^-23; Ampere takes two steps of 8
+// products, together off by at most 11 * 2^-23 (published measurements; undocumented). Chunks are
+// added with rounding: an element of S is off by at most
+// (11 kProductRows / 16 + F / kProductRows) 2^-23 of the sum of the sizes of its terms. On the diagonal, which is most of |S|^2 and where every term is positive,
 // these errors would add up: it is summed in double.
 #pragma once
 

@@ -28,14 +28,30 @@ __device__ inline void* dynamic_shared_memory() {
 #endif
 }
 
+// Without permission a block gets this much shared memory, the arrays that its kernel declares
+// (static) and what the launch adds (dynamic) together.
+constexpr size_t kSharedWithoutAsking = 48 * 1024;
+// No kernel here declares more; tools/cuda_resources.py checks it.
+constexpr size_t kMostStaticShared = 16 * 1024;
+
+#ifdef SAE_FAST_EMULATED_CUDA
+inline cudaError_t check_launch(const void* /*kernel*/, cudaStream_t /*stream*/,
+                                cudaError_t error) {
+  return error;
+}
+#else
+// Returns the error of a launch. With SAE_FAST_DEBUG_SYNC=1 it waits for the kernel first, unless
+// the stream is being captured, and prints the name of a kernel that has failed.
+cudaError_t check_launch(const void* kernel, cudaStream_t stream, cudaError_t error);
+#endif
+
 // Starts `blocks` thread blocks, of which a kernel may get fewer than it asked for (the grid's x
 // stops at 2^31 - 1): kernels stride over their work by gridDim.x. Nothing to do is no launch.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                    cudaStream_t stream, Arguments&&... arguments) {
   if (blocks == 0) return cudaSuccess;
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  if (shared_bytes > kSharedWithoutAsking) {
+  if (shared_bytes > kSharedWithoutAsking - kMostStaticShared) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));
@@ -46,7 +62,8 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  return check_launch(reinterpret_cast<const void*>(kernel), stream,
+                      cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 // Hands out aligned pieces of one allocation. Over a null base it only counts, so that the query

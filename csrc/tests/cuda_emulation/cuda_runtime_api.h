@@ -105,14 +105,18 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-inline cudaError_t cudaFuncSetAttribute(const void* /*kernel*/, cudaFuncAttribute /*attribute*/,
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute /*attribute*/,
                                         int bytes) {
-  return bytes <= emulated_cuda::device.shared_per_block ? cudaSuccess : cudaErrorInvalidValue;
+  if (bytes > emulated_cuda::device.shared_per_block) return cudaErrorInvalidValue;
+  emulated_cuda::allowed_shared_bytes()[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const void* const key = reinterpret_cast<const void*>(kernel);
+  if (config->dynamicSmemBytes > emulated_cuda::shared_limit(key)) return cudaErrorInvalidValue;
   emulated_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                           [&] { kernel(Parameters(arguments)...); });
   return cudaSuccess;

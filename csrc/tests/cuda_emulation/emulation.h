@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 
 struct dim3 {
   unsigned x, y, z;
@@ -27,6 +28,12 @@ struct Device {
   unsigned max_blocks = 1u << 30;  // a launch of more blocks gets this many
 };
 extern Device device;
+
+// By kernel, the dynamic shared memory that it was permitted to use.
+std::map<const void*, size_t>& allowed_shared_bytes();
+// The most dynamic shared memory that a launch of the kernel may ask for. A device knows how much a
+// kernel declares itself; here it is taken to be 1 KiB.
+size_t shared_limit(const void* kernel);
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 

@@ -12,8 +12,9 @@
 //
 // 2u a term for the product: a tensor core aligns the terms of a step to the largest and cuts them
 // off, on Ampere at 2^-24 of it, on Hopper finer (published measurements; undocumented). A sum that
-// is off by more than that, which has not been observed, shows when candidates are scored again:
-// such a row is then computed in full.
+// is off by more than that, which has not been observed, shows where it makes a latent a candidate,
+// whose score is computed again: such a row is then computed in full. Where the sum is too small
+// for the latent to become a candidate, nothing shows it.
 //
 // floor_n covers underflow: of the squares in the stats, of 16-bit operands, of E itself.
 #pragma once
