@@ -171,6 +171,8 @@ const saeFast = (() => {
 
   function drawRows() {
     const scroller = byId("scroller");
+    // The head ends where the rows do: a scroll bar has a width on some systems, and none on others.
+    byId("head").style.marginRight = `${scroller.offsetWidth - scroller.clientWidth}px`;
     const first = Math.max(0, Math.floor(scroller.scrollTop / ROW) - 6);
     const count = Math.ceil(scroller.clientHeight / ROW) + 12;
     byId("rows").style.top = `${first * ROW}px`;
@@ -295,7 +297,7 @@ const saeFast = (() => {
       panels.push(histogram("Activations", "rows, logarithmic", "rows", row("histogram", meta.bins), 0, largest));
     }
     if (meta.logits > 0) {
-      panels.push(histogram("Logits", "tokens by their change per unit, logarithmic", "tokens",
+      panels.push(histogram("Logits", "tokens, logarithmic", "tokens",
         row("logit_histogram", meta.bins), part.smallest_logit[index], part.largest_logit[index]));
       panels.push(tokens("Logits raised", "per unit", row("promoted", meta.logits), row("promoted_logits", meta.logits)));
       panels.push(tokens("Logits lowered", "per unit", row("suppressed", meta.logits), row("suppressed_logits", meta.logits)));
