@@ -1,4 +1,4 @@
-"""What only a GPU runs, as far as it can be checked without one."""
+"""Checks, without a GPU, of code that only a GPU runs."""
 
 import re
 import warnings
