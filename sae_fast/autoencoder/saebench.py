@@ -28,6 +28,7 @@ class SaebenchModel(nn.Module):
         b_enc: [F].
         W_dec: [F, D], rows of unit length.
         b_dec: [D].
+        b_mag: [F], of a gated one only.
         cfg: architecture, d_in, d_sae, model_name, hook_name, hook_layer, hook_head_index, dtype,
             device and more, with the same names in `cfg.metadata`; `cfg.to_dict()` has them all.
     """
@@ -42,6 +43,8 @@ class SaebenchModel(nn.Module):
         self.b_enc = nn.Parameter(folded.b_enc.detach().clone(), requires_grad=False)
         self.W_dec = nn.Parameter(folded.W_dec.detach().clone(), requires_grad=False)
         self.b_dec = nn.Parameter(folded.b_dec.detach().clone(), requires_grad=False)
+        if (b_mag := folded.weights.own.get("b_mag")) is not None:
+            self.b_mag = nn.Parameter(b_mag.detach().clone(), requires_grad=False)
         self.hook_z_reshaping_mode = False
         layer = re.search(r"\d+", hook_name)
         self.cfg = _Config(
