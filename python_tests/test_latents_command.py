@@ -171,6 +171,7 @@ def test_shards_of_another_place_are_refused_unless_forced(place, tmp_path, caps
         (("--tokenizer", "nowhere/at-all"), "tokenizer: nowhere/at-all cannot be loaded"),
         (("--model", "nowhere/at-all"), "model: nowhere/at-all cannot be loaded"),
         (("--shard-dir", "nowhere"), "nowhere: no such directory"),
+        (("--out", __file__), "is a file, and must be a directory"),
     ],
 )
 def test_bad_input_is_one_line(place, tmp_path, capsys, monkeypatch, flags, message):

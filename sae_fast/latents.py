@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, check_out, refusal
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.latents import LatentsConfig
 from sae_fast.config.output import OutputConfig
@@ -110,6 +110,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[LatentsConfig, OutputConf
     config, output = LatentsConfig(**given["latents"]), OutputConfig(**given["output"])
     if config.sae is None or config.shard_dir is None or config.out is None:
         raise ValueError(f"SAE, --shard-dir and --out must be given: {USAGE}")
+    check_out(config.out)
     return config, output
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from small_pages import make_place
+from tokenizers import Tokenizer, models
 
 from sae_fast import SparseAutoencoder, Trainer
-from sae_fast.activations import open_shards
+from sae_fast.activations import open_shards, write_shard
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.evaluation.text_rows import TextRows
 from sae_fast.train import main
@@ -136,6 +137,23 @@ def test_codes_are_those_of_the_steps_and_rows_those_of_the_shards(place, tmp_pa
     text = TextRows(open_shards(place / "shards"), 8)
     (stored,) = [x for _, x, _ in text.read(text.blocks(1000))]
     train(place, [Check()], grad_acc_steps=2)
+
+
+def test_shards_without_tokens_give_pages_without_text(tmp_path, caplog):
+    write_shard(tmp_path / "train.h5", torch.randn(100, 8), doc_id=torch.arange(100) // 10)
+    config = TrainConfig(shard_dir=str(tmp_path), batch_size=20, max_steps=2)
+    live = LivePages(tmp_path / "pages")
+    Trainer(SAEConfig(d_sae=16, k=2), config, callbacks=[live], show_progress=False).train()
+    assert f"{tmp_path}: no token_ids: pages show no text" in caplog.messages
+    assert read_pages(tmp_path / "pages", 2)["meta"]["rows"] > 0
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused_before_the_first_step(place, tmp_path):
+    small = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    small.save(str(tmp_path / "small.json"))
+    message = r"small.json has 2 tokens, and the shards hold token \d+: they are of another"
+    with pytest.raises(TrainingError, match=message):
+        train(place, [LivePages(tmp_path / "pages", str(tmp_path / "small.json"))])
 
 
 def test_live_pages_need_shards(tmp_path):

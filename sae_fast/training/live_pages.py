@@ -98,11 +98,13 @@ class LivePages(Callback):
         if not isinstance(stream, ActivationStream):
             raise ValueError("live pages need shards: the training is on other data")
         length = self._settings.context_tokens
-        if self._tokenizer is not None:
-            first = TextRows(stream.shards, length, _SAMPLE_ROWS)
-            if TOKENS in first.columns:
-                self._tokens = load_token_texts(self._tokenizer)
-                self._tokens.require(int(first.columns[TOKENS].max()))
+        first = TextRows(stream.shards, length, _SAMPLE_ROWS)
+        if TOKENS not in first.columns:
+            place = stream.shards.shards[0].path.parent
+            logger.warning("%s: no %s: pages show no text", place, TOKENS)
+        elif self._tokenizer is not None:
+            self._tokens = load_token_texts(self._tokenizer)
+            self._tokens.require(int(first.columns[TOKENS].max()))
         self.out.mkdir(parents=True, exist_ok=True)
         self._stream = stream
         newest = max(1, min(self._rows, _SAMPLE_ROWS) // length)
