@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 
 from sae_fast.ground_truth.overlap import OVERLAP
-from sae_fast.ground_truth.results import Results, machine
+from sae_fast.ground_truth.results import Results, machine, shown_score, spread
 from sae_fast.report.charts import Series
 from sae_fast.report.page import Page, Row
 from sae_fast.report.panels import Row as MetricsRow
@@ -41,7 +40,7 @@ def results_page(
     rows = [
         Row(
             score.heading,
-            tuple(_spread(results.values(arch, score.name)) for arch in archs),
+            tuple(spread(results.values(arch, score.name)) for arch in archs),
             f"{score.definition} {score.source}".strip(),
         )
         for score in results.scores
@@ -49,7 +48,7 @@ def results_page(
     rows += [
         Row(
             score.heading,
-            tuple(_shown(results.overlap.get(arch, {}).get(score.name)) for arch in archs),
+            tuple(shown_score(results.overlap.get(arch, {}).get(score.name)) for arch in archs),
             f"{score.definition} {score.source}".strip(),
         )
         for score in OVERLAP
@@ -85,16 +84,6 @@ def results_page(
 def _pairs(l0: list[float], fvu: list[float]) -> list[tuple[float, float]]:
     """Return a point for each seed; none where a seed lacks a value."""
     return list(zip(l0, fvu, strict=True)) if len(l0) == len(fvu) else []
-
-
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return _shown(values[0] if values else None)
-    return f"{_shown(statistics.fmean(values))} ± {_shown(statistics.stdev(values))}"
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def _told(value: object) -> str:

@@ -103,7 +103,7 @@ class Results:
     def line(self, entry: Mapping[str, Any]) -> str:
         """Return the scores of an entry on a line."""
         scores = entry["scores"]
-        parts = [f"{score.heading} {_shown(scores.get(score.name))}" for score in self.scores]
+        parts = [f"{score.heading} {shown_score(scores.get(score.name))}" for score in self.scores]
         return ", ".join(parts)
 
     def table(self) -> str:
@@ -115,9 +115,9 @@ class Results:
         headings = ["arch", *(score.heading for score in [*self.scores, *shared])]
         rows = []
         for arch in self.architectures:
-            cells = [_spread(self.values(arch, score.name)) for score in self.scores]
+            cells = [spread(self.values(arch, score.name)) for score in self.scores]
             own = self.overlap.get(arch, {})
-            rows.append([arch, *cells, *(_shown(own.get(score.name)) for score in shared)])
+            rows.append([arch, *cells, *(shown_score(own.get(score.name)) for score in shared)])
         return markdown_table(headings, rows, texts=1)
 
     def markdown(self, pictures: Mapping[str, str]) -> str:
@@ -208,14 +208,16 @@ def _definitions(scores: Iterable[Score]) -> str:
     return markdown_table(["column", "definition", "source"], rows)
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Return the mean of values, with their standard deviation where there are several."""
     if not values:
         return "none"
-    mean = _shown(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {_shown(statistics.stdev(values))}"
+    mean = shown_score(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {shown_score(statistics.stdev(values))}"
 
 
-def _shown(value: float | None) -> str:
+def shown_score(value: float | None) -> str:
+    """Return a score as it stands in tables."""
     if value is None:
         return "none"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -71,7 +71,8 @@ class Page:
             below = f"<small>{escape(row.definition)}</small>" if row.definition else ""
             cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in row.cells)
             lines.append(f"<tr><td><code>{escape(row.name)}</code>{below}</td>{cells}</tr>")
-        self._parts.append(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
+        kind = ' class="pairs"' if len(headings) == 2 else ""
+        self._parts.append(f'<div class="scroll"><table{kind}>{"".join(lines)}</table></div>')
 
     def definitions(self, texts: Mapping[str, str]) -> None:
         """Add what names stand for, in small letters."""

@@ -29,9 +29,11 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
     for panel in overview(every):
         series = []
         for name, rows in runs.items():
+            drawn: list[list[tuple[float, float]]] = []
             for curve in panel.curves:
                 points = _points(rows, curve.metric)
-                if points:
+                if points and points not in drawn:  # a curve on another one would hide it
+                    drawn.append(points)
                     label = curve.label if len(runs) == 1 else f"{name}, {curve.label}"
                     series.append(Series(points, label, "curve" if len(points) > 30 else "both"))
         if series:
