@@ -199,8 +199,8 @@ def test_what_is_remembered_is_not_read_again(tmp_path, monkeypatch, caplog, lis
     assert open_shards(tmp_path, record=again).rows == 4000
     told = [line for line in caplog.messages if "verif" in line]
     assert told == [
-        "verifying 1 shards, 0.00 GB",
-        "1 shards are unchanged since they were verified",
+        "verifying 1 shard, 0.00 GB",
+        "1 shard is unchanged since verification",
     ]
 
 

@@ -48,6 +48,19 @@ def test_codes_and_reconstructions_stay(kind):
     assert sae_fast.accelerate(sae) is sae
 
 
+@pytest.mark.parametrize("kind", ["TopKSAE", "JumpReLUSAE"])
+def test_a_copy_is_an_accelerated_dictionary_of_its_own(kind):
+    plain, x = make(kind), torch.randn(7, 16)
+    sae = sae_fast.accelerate(copy.deepcopy(plain))
+    sae.encode(x)  # which keeps its last code
+    other = copy.deepcopy(sae)
+    assert type(other).__name__ == type(plain).__name__
+    assert type(other) is not type(plain)
+    assert_equal(other, plain, x)
+    other.W_dec.data.zero_()
+    assert_equal(sae, plain, x)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_edits_of_weights_are_seen(kind, tmp_path):
     plain, x = make(kind), torch.randn(40, 16)

@@ -11,6 +11,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -222,3 +223,89 @@ def test_the_hook_of_dictionary_learning_is_the_submodule(submodule, layer, hook
 def test_the_only_dictionary_of_a_folder_is_read():
     sae = SparseAutoencoder.from_pretrained(FOREIGN / "releases" / "goodfire")
     assert sae.origin["layer"] == 19
+
+
+def openmoss_settings(place, **changes):
+    path = place / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("weights", ["sae_weights.pt", "checkpoints/final.pt"])
+def test_pickled_weights_of_openmoss_are_the_same_dictionary(weights, copied):
+    place = copied("openmoss/jumprelu", "run")
+    expected = SparseAutoencoder.from_pretrained(place).state_dict()
+    tensors = load_file(place / "sae_weights.safetensors")
+    (place / "sae_weights.safetensors").unlink()
+    (place / weights).parent.mkdir(exist_ok=True)
+    torch.save({"sae": tensors, "version": "2.0"}, place / weights)
+    for named in (place, place / weights):
+        found = SparseAutoencoder.from_pretrained(named).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_distributed_checkpoint_of_openmoss_is_refused_with_the_reason(copied):
+    place = copied("openmoss/jumprelu", "run")
+    (place / "sae_weights.safetensors").unlink()
+    (place / "sae_weights.dcp").mkdir()
+    (place / "sae_weights.dcp" / ".metadata").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"sae_weights\.dcp: a distributed checkpoint, whose"):
+        SparseAutoencoder.from_pretrained(place)
+
+
+def test_the_expansion_factor_of_openmoss_is_cut_to_a_whole_number(copied):
+    place = copied("openmoss/jumprelu", "run")
+    expected = SparseAutoencoder.from_pretrained(place)
+    openmoss_settings(place, d_sae=None, expansion_factor=(expected.d_sae + 0.9) / expected.d_in)
+    assert SparseAutoencoder.from_pretrained(place).d_sae == expected.d_sae
+
+
+def test_a_scale_without_the_name_of_its_hook_is_refused(copied):
+    place = copied("openmoss/jumprelu", "run")
+    openmoss_settings(place, hook_point_in=None, norm_activation="dataset-wise")
+    with pytest.raises(ValueError, match="hook_point_in is not there, and the scale"):
+        SparseAutoencoder.from_pretrained(place)
+
+
+@pytest.mark.parametrize("kind", ["AutoEncoderTopK", "BatchTopKSAE"])
+def test_k_of_dictionary_learning_may_stand_in_the_settings_alone(kind, copied):
+    place = copied(f"dictionary_learning/{kind}", "run")
+    expected = SparseAutoencoder.from_pretrained(place)
+    state = torch.load(place / "ae.pt", weights_only=True)
+    k = int(state.pop("k"))
+    torch.save(state, place / "ae.pt")
+    content = json.loads((place / "config.json").read_text())
+
+    def read(k):
+        content["trainer"]["k"] = k
+        (place / "config.json").write_text(json.dumps(content))
+        return SparseAutoencoder.from_pretrained(place)
+
+    assert read(k).config == expected.config
+    with pytest.raises(ValueError, match="has no tensor k, and no k is in"):
+        read(None)
+    torch.save(state | {"k": torch.tensor(k)}, place / "ae.pt")
+    assert read(None).config == expected.config
+    with pytest.raises(ValueError, match=f"k is {k + 1}, .*has {k}"):
+        read(k + 1)
+
+
+def test_gemma_scope_is_read_under_the_other_names_of_its_tensors(copied):
+    place = copied("releases/gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_10", "gemma")
+    expected = SparseAutoencoder.from_pretrained(place).state_dict()
+    arrays = dict(np.load(place / "params.npz"))
+    for names in (("wenc", "wdec", "benc", "bdec"), ("W_E", "W_D", "b_e", "b_d")):
+        own = dict(zip(("W_enc", "W_dec", "b_enc", "b_dec"), names, strict=True))
+        named = {own.get(name, name): array for name, array in arrays.items()}
+        np.savez(place / "params.npz", **named)
+        found = SparseAutoencoder.from_pretrained(place).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("name", ["sparsify/h.4.mlp", "saelens/topk", "openmoss/topk"])
+def test_a_k_of_more_latents_than_there_are_names_the_file(name, copied):
+    place = copied(name, "sae")
+    path = next(path for path in place.glob("c*g.json"))
+    key = "top_k" if "openmoss" in name else "k"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 100}))
+    with pytest.raises(ValueError, match=f"{place}: k.*100"):
+        SparseAutoencoder.from_pretrained(place)

@@ -310,10 +310,12 @@ def _tell(
     ]
     if unread:
         total = sum(shard.file_bytes for shard in unread)
-        logger.info("verifying %d shards, %.2f GB", len(unread), total / 1e9)
+        noun = "shard" if len(unread) == 1 else "shards"
+        logger.info("verifying %d %s, %.2f GB", len(unread), noun, total / 1e9)
     if len(unread) < len(files):
         known = len(files) - len(unread)
-        logger.info("%d shards are unchanged since they were verified", known)
+        verb = "shard is" if known == 1 else "shards are"
+        logger.info("%d %s unchanged since verification", known, verb)
 
 
 def _large_rows(shard: Shard, scan: RowScan, limit: float) -> RowNumbers:

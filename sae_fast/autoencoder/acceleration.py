@@ -57,6 +57,8 @@ def accelerate(sae: Any) -> Any:
         raise ValueError("selection is weighted by decoder norms: call fold_W_dec_norm() first")
     if sae.W_enc.dtype != torch.float32:
         raise ValueError(f"float32 is accelerated, got {sae.W_enc.dtype}")
+    for parameter in sae.parameters():  # of a copy of an accelerated one they are transposed
+        parameter.data = parameter.data.contiguous()
     _share(sae)
     own = type(sae)
     sae.__class__ = type(own.__name__, (_Accelerated, own), {"__module__": own.__module__})
@@ -90,8 +92,22 @@ def _model_of(sae: Any) -> SparseAutoencoder:
     return fast
 
 
+def _as_before(sae: Any) -> Any:
+    """Return a dictionary of SAELens's own class with the parameters of an accelerated one."""
+    plain: Any = object.__new__(type(sae).__bases__[1])
+    plain.__dict__.update(sae.__dict__)
+    for name in (_FAST, _LAST, _SETTINGS):
+        plain.__dict__.pop(name, None)
+    return plain
+
+
 class _Accelerated:
     """The methods that take the place of SAELens's own."""
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        # The class is made at run time and the kernels' model is no part of the dictionary: a copy
+        # is made of one of SAELens's own class, and accelerated again. Its own cannot be pickled.
+        return accelerate, (_as_before(self),)
 
     def encode(self, x: Tensor) -> Tensor:
         sae: Any = self

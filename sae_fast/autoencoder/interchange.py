@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,8 +62,11 @@ def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
     )
 
 
-def config_for(dictionary: PlainDictionary) -> SAEConfig:
-    """Return the configuration of a model that is this dictionary."""
+def config_for(dictionary: PlainDictionary, place: Path) -> SAEConfig:
+    """Return the configuration of a model that is this dictionary, read from a place.
+
+    Raises DictionaryError, naming the place, for values that no configuration has.
+    """
     assert not (dictionary.transcoder and dictionary.subtract_b_dec)  # which no model here does
     settings: dict[str, Any] = {"arch": dictionary.arch, "normalize_activations": "none"}
     if dictionary.k is not None:
@@ -82,7 +86,10 @@ def config_for(dictionary: PlainDictionary) -> SAEConfig:
         settings["skip_connection"] = dictionary.W_skip is not None
     elif not dictionary.subtract_b_dec:
         settings["subtract_b_dec"] = False
-    return SAEConfig(d_in=dictionary.d_in, d_sae=dictionary.d_sae, **settings)
+    try:
+        return SAEConfig(d_in=dictionary.d_in, d_sae=dictionary.d_sae, **settings)
+    except ValueError as error:
+        raise DictionaryError(f"{place}: {error}") from None
 
 
 def state_for(

@@ -977,7 +977,7 @@ class SparseAutoencoder(nn.Module):
         kind = floating_dtype(dtype)
         place = model_directory(local_place(directory, subfolder, revision))
         dictionary = None if is_saved_model(place) else foreign_dictionary(place)
-        config = read_config(place) if dictionary is None else config_for(dictionary)
+        config = read_config(place) if dictionary is None else config_for(dictionary, place)
         with torch.device("meta"):
             sae = cls(config)
         if dictionary is None:

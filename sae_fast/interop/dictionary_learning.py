@@ -40,6 +40,7 @@ _TENSORS = {
     "AutoEncoderNew": _LINEAR | {"encoder.bias", "decoder.bias"},
 }
 _FURTHER = {"threshold"}  # which newer versions add
+_K = "k"  # which older ones lack
 _SUBMODULES = {"resid_post": "residual", "mlp_out": "mlp_out", "attn_out": "attn_out"}
 _SUBMODULE = re.compile(r"(resid_post|mlp_out|attn_out)(?:_layer_?(\d+))?")
 _UNSET = "its threshold is not set: the latents of a batch compete, as in training"
@@ -67,7 +68,7 @@ class DictionaryLearning(Format):
         settings = _config_of(path)
         trainer = settings.section("trainer")
         with open_tensors(path) as file:
-            dictionary = _read(file, _class_of(file, trainer, settings))
+            dictionary = _read(file, _class_of(file, trainer, settings), trainer)
         sizes = {"activation_dim": dictionary.d_in, "dict_size": dictionary.d_sae}
         for name, size in sizes.items():
             if trainer.size(name) not in (None, size):
@@ -143,7 +144,7 @@ def _config_of(path: Path) -> Settings:
 def _classes(names: set[str]) -> list[str]:
     """Return the classes whose tensors these are."""
     plain = {name.removeprefix(_BACKUP) for name in names if "/" not in name.removeprefix(_BACKUP)}
-    return [kind for kind, needed in _TENSORS.items() if needed <= plain <= needed | _FURTHER]
+    return [kind for kind, own in _TENSORS.items() if own - {_K} <= plain <= own | _FURTHER]
 
 
 def _class_of(file: TensorFile, trainer: Settings, settings: Settings) -> str:
@@ -175,7 +176,7 @@ def _own_names(file: TensorFile) -> set[str]:
     return inside or names
 
 
-def _read(file: TensorFile, kind: str) -> PlainDictionary:
+def _read(file: TensorFile, kind: str, trainer: Settings) -> PlainDictionary:
     start = _BACKUP if any(name.startswith(_BACKUP) for name in file.names()) else ""
 
     def get(name: str, *shape: int, transposed: bool = False) -> Tensor:
@@ -206,12 +207,9 @@ def _read(file: TensorFile, kind: str) -> PlainDictionary:
         return replace(dictionary, r_mag=get("r_mag", d_sae), b_mag=get("mag_bias", d_sae))
     if kind == "JumpReluAutoEncoder":
         return replace(dictionary, threshold=get("threshold", d_sae).clamp_min(0))
-    if "k" not in _TENSORS[kind]:
+    if _K not in _TENSORS[kind]:
         return dictionary
-    k = file.integer(start + "k")
-    if not 1 <= k <= d_sae:
-        raise DictionaryError(f"{file.path}: k must be from 1 to {d_sae}, got {k}")
-    dictionary = replace(dictionary, k=k)
+    dictionary = replace(dictionary, k=_k_of(file, start + _K, trainer, d_sae))
     if kind == "AutoEncoderTopK":
         return dictionary
     has_threshold = start + "threshold" in file
@@ -223,6 +221,18 @@ def _read(file: TensorFile, kind: str) -> PlainDictionary:
     if kind == "MatryoshkaBatchTopKSAE":
         dictionary = replace(dictionary, prefixes=_prefixes(file, start, d_sae))
     return dictionary
+
+
+def _k_of(file: TensorFile, name: str, trainer: Settings, d_sae: int) -> int:
+    """Return the k of a file, or where it has none, of the settings beside it."""
+    k = file.integer(name) if name in file else trainer.size(_K)
+    if k is None:
+        raise DictionaryError(f"{file.path}: has no tensor k, and no k is in {trainer.path}")
+    if trainer.value(_K) not in (None, k):
+        raise DictionaryError(f"{trainer.path}: k is {trainer.value(_K)!r}, {file.path} has {k}")
+    if not 1 <= k <= d_sae:
+        raise DictionaryError(f"{file.path}: k must be from 1 to {d_sae}, got {k}")
+    return k
 
 
 def _prefixes(file: TensorFile, start: str, d_sae: int) -> tuple[int, ...]:

@@ -20,6 +20,14 @@ _REPOSITORY = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)"
 _LAYER = re.compile(r"layer_(\d+)")
 _HOOKS = {"res": "residual", "mlp": "mlp_out", "att": "z", "transcoders": "mlp_in"}
 _SKIP = "affine_skip_connection"
+# Names in lower case, all of which SAELens takes in files of Gemma Scope.
+_SPELLINGS = {
+    "w_enc": ("w_enc", "wenc", "w_e"),
+    "w_dec": ("w_dec", "wdec", "w_d"),
+    "b_enc": ("b_enc", "benc", "b_e"),
+    "b_dec": ("b_dec", "bdec", "b_d"),
+    "threshold": ("threshold",),
+}
 
 
 class GemmaScope(Format):
@@ -34,8 +42,7 @@ class GemmaScope(Format):
         if path.suffix != ".npz" or not path.is_file():
             return False
         with open_tensors(path) as file:
-            names = {name.lower() for name in file.names()}
-        return {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"} <= names
+            return all(_spelt(file, name) in file for name in _SPELLINGS)
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder or, of a repository of transcoders, a transcoder."""
@@ -64,7 +71,7 @@ class GemmaScope2(Format):
         if path.suffix != ".safetensors" or not path.is_file():
             return False
         with open_tensors(path) as file:
-            return {"w_enc", "w_dec", "b_enc", "b_dec", "threshold"} <= file.names()
+            return _SPELLINGS.keys() <= file.names()
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder or a transcoder; a cross-layer transcoder is refused."""
@@ -100,19 +107,20 @@ def _is_transcoder(settings: Settings, path: Path) -> bool:
 
 
 def _read(file: TensorFile, is_transcoder: bool, told: dict[str, str | int]) -> PlainDictionary:
-    d_in, d_sae = _sizes(file)
-    d_out = file.shape("W_dec", "w_dec")[-1] if is_transcoder else d_in
+    names = {name: _spelt(file, name) for name in _SPELLINGS}
+    d_in, d_sae = _matrix(file, names["w_enc"])
+    d_out = _matrix(file, names["w_dec"])[1] if is_transcoder else d_in
     if "scaling_factor" in file:
         factor = file.read("scaling_factor")
         if bool((factor != 1).any()):
             raise DictionaryError(f"{file.path}: scaling_factor other than 1 is not read")
     return PlainDictionary(
         "jumprelu",
-        W_enc=file.read("W_enc", "w_enc", shape=(d_sae, d_in), transposed=True),
-        b_enc=file.read("b_enc", shape=(d_sae,)),
-        W_dec=file.read("W_dec", "w_dec", shape=(d_sae, d_out)),
-        b_dec=file.read("b_dec", shape=(d_out,)),
-        threshold=file.read("threshold", shape=(d_sae,)).clamp_min(0),
+        W_enc=file.read(names["w_enc"], shape=(d_sae, d_in), transposed=True),
+        b_enc=file.read(names["b_enc"], shape=(d_sae,)),
+        W_dec=file.read(names["w_dec"], shape=(d_sae, d_out)),
+        b_dec=file.read(names["b_dec"], shape=(d_out,)),
+        threshold=file.read(names["threshold"], shape=(d_sae,)).clamp_min(0),
         W_skip=file.read(_SKIP, shape=(d_out, d_in), transposed=True) if _SKIP in file else None,
         subtract_b_dec=False,
         transcoder=is_transcoder,
@@ -120,8 +128,13 @@ def _read(file: TensorFile, is_transcoder: bool, told: dict[str, str | int]) -> 
     )
 
 
-def _sizes(file: TensorFile) -> tuple[int, int]:
-    shape = file.shape("W_enc", "w_enc")
+def _spelt(file: TensorFile, name: str) -> str:
+    """Return the name that a tensor has in a file; where it is not there its usual one."""
+    return next((own for own in file.names() if own.lower() in _SPELLINGS[name]), name)
+
+
+def _matrix(file: TensorFile, name: str) -> tuple[int, int]:
+    shape = file.shape(name)
     if len(shape) != 2:
-        raise DictionaryError(f"{file.path}: W_enc must be a matrix, got {list(shape)}")
+        raise DictionaryError(f"{file.path}: {name} must be a matrix, got {list(shape)}")
     return shape[0], shape[1]

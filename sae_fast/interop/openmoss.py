@@ -22,26 +22,41 @@ from sae_fast.interop.hook_names import origin
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
+_FOLDERS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")
+_PICKLED, _IN_PICKLE = ".pt", "sae/"  # a .pt file has the tensors in a dictionary
+_DISTRIBUTED = ".dcp"
 _NORM = "dataset_average_activation_norm."
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _SCOPE_CONFIG, _SCOPE_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _SCOPE_FOLDER = re.compile(r"Llama3_1-8B-Base-L(\d+)(R|A|M|TC)-\d+x")
 
 
-class Llamascopium(PairOfFiles):
+class Llamascopium(Format):
     """Dictionaries of OpenMOSS's Llamascopium, named Language-Model-SAEs before."""
 
     name = "openmoss"
     title = "OpenMOSS Llamascopium"
-    config, weights = CONFIG, WEIGHTS
 
     def recognises(self, place: Path) -> bool:
-        """Return whether both files are there and the tensors have its names."""
-        return super().recognises(place) and "W_E" in _names(self.directory_of(place))
+        """Return whether settings and weights are there and the tensors have its names."""
+        weights = _weights(_directory(place))
+        if weights is None:
+            return False
+        if weights.suffix == _DISTRIBUTED:
+            return True
+        with open_tensors(weights, _below(weights)) as file:
+            return "W_E" in file
 
     def read(self, place: Path) -> PlainDictionary:
-        """Read a sparse autoencoder or transcoder."""
-        directory = self.directory_of(place)
+        """Read a sparse autoencoder or transcoder; refuse a checkpoint of several processes."""
+        directory = _directory(place)
+        weights = _weights(directory)
+        assert weights is not None
+        if weights.suffix == _DISTRIBUTED:
+            raise DictionaryError(
+                f"{weights}: a distributed checkpoint, whose index is a pickle that may run code: "
+                "load it with llamascopium and save it again as sae_weights.safetensors"
+            )
         settings = Settings.read(directory / CONFIG)
         kind = settings.text("sae_type", "sae")
         if kind not in ("sae", "transcoder"):
@@ -51,7 +66,7 @@ class Llamascopium(PairOfFiles):
         d_sae = settings.size("d_sae") or _d_sae(settings, d_in)
         hooks = settings.text("hook_point_in") or "", settings.text("hook_point_out") or ""
         is_transcoder = hooks[1] not in ("", hooks[0])
-        with open_tensors(directory / WEIGHTS) as file:
+        with open_tensors(weights, _below(weights)) as file:
             if "W_E_glu" in file:
                 raise DictionaryError(f"{file.path}: W_E_glu: an encoder here has one matrix")
             dictionary = PlainDictionary(
@@ -64,10 +79,11 @@ class Llamascopium(PairOfFiles):
                 transcoder=is_transcoder,
             )
             dictionary = _activated(dictionary, file, settings)
-            scales = [_scale(file, settings, hook, d_in) for hook in hooks]
+            scale_in = scale_out = _scale(file, settings, hooks[0], d_in)
+            if is_transcoder:
+                scale_out = _scale(file, settings, hooks[1], d_in)
         if settings.flag("sparsity_include_decoder_norm", True):
             dictionary = _weighted(dictionary)
-        scale_in, scale_out = scales[0], scales[1] if is_transcoder else scales[0]
         dictionary = fold_scales_(dictionary, scale_in, scale_out)
         return replace(dictionary, origin=_origin(settings, hooks, is_transcoder))
 
@@ -146,6 +162,29 @@ class LlamaScopeR1(PairOfFiles):
         return replace(dictionary, origin=_origin(settings, hooks, is_transcoder=False))
 
 
+def _directory(place: Path) -> Path:
+    """Return the directory of a dictionary, for which its weights may stand."""
+    named = [place.parent / f"{folder}{place.suffix}" for folder in _FOLDERS]
+    if place in named:
+        return place.parent
+    above = [place.parent.parent / f"{folder}{place.suffix}" for folder in _FOLDERS]
+    return place.parent.parent if place in above else place
+
+
+def _weights(directory: Path) -> Path | None:
+    """Return the first weights that the library itself would read, where settings are there."""
+    if not (directory / CONFIG).is_file():
+        return None
+    endings = (Path(WEIGHTS).suffix, _PICKLED, _DISTRIBUTED)
+    named = [directory / f"{folder}{ending}" for folder in _FOLDERS for ending in endings]
+    found = [path for path in named if path.is_file() or (path / ".metadata").is_file()]
+    return found[0] if found else None
+
+
+def _below(weights: Path) -> str:
+    return _IN_PICKLE if weights.suffix == _PICKLED else ""
+
+
 def _names(directory: Path) -> set[str]:
     with open_tensors(directory / WEIGHTS) as file:
         return file.names()
@@ -153,7 +192,7 @@ def _names(directory: Path) -> set[str]:
 
 def _d_sae(settings: Settings, d_in: int) -> int:
     factor = settings.number("expansion_factor")
-    d_sae = round(d_in * factor) if factor * d_in < 1 << 40 else 0
+    d_sae = int(d_in * factor) if factor * d_in < 1 << 40 else 0
     if d_sae < 1:
         raise DictionaryError(f"{settings.path}: expansion_factor {factor:g} leaves no latents")
     return d_sae
@@ -204,7 +243,10 @@ def _scale(file: TensorFile, settings: Settings, hook: str, d_in: int) -> float:
             "and a dictionary here has one scale"
         )
     if not hook:
-        return 1.0
+        raise DictionaryError(
+            f"{settings.path}: hook_point_in is not there, and the scale of norm_activation "
+            "'dataset-wise' stands in the weights under its name"
+        )
     norm = float(file.read(_NORM + hook, shape=()))
     if not norm > 0:
         raise DictionaryError(f"{file.path}: {_NORM}{hook} must be greater than 0, got {norm:g}")

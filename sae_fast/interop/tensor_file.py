@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae_fast.activations.imports.arrays import Arrays, SourceArray, contents_of, opened, short
+from sae_fast.activations.imports.arrays import Arrays, SourceArray, contents_of, opened
 from sae_fast.activations.imports.formats import OPENERS
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.tensor_files import FLOATS, is_finite
@@ -30,18 +30,20 @@ class TensorFile:
     Args:
         path: of the file, for messages.
         arrays: what it holds.
+        below: the name of a dictionary in the file, with "/", in which the tensors are.
     """
 
-    def __init__(self, path: Path, arrays: Arrays) -> None:
+    def __init__(self, path: Path, arrays: Arrays, below: str = "") -> None:
         self.path = path
-        self._arrays = arrays
+        self._arrays, self._below = arrays, below
 
     def __contains__(self, name: object) -> bool:
-        return name in self._arrays
+        return f"{self._below}{name}" in self._arrays
 
     def names(self) -> set[str]:
         """Return the names of all tensors."""
-        return set(self._arrays)
+        below = self._below
+        return {name[len(below) :] for name in self._arrays if name.startswith(below)}
 
     def shape(self, *names: str) -> tuple[int, ...]:
         """Return the shape of the tensor that has one of the names; raise DictionaryError."""
@@ -62,16 +64,16 @@ class TensorFile:
 
         Raises DictionaryError, naming the file and the tensor, before anything of its size is read.
         """
-        array = self._checked(names, shape, transposed)
+        array, name = self._checked(names, shape, transposed), self._below + self._name(names)
         result = torch.empty(array.shape[::-1] if transposed else array.shape)
         target = result.t() if transposed else result.reshape(array.shape or 1)
         step = max(1, _BLOCK_BYTES * len(target) // max(array.claimed, 1))
         for start in range(0, len(target), step):
             stop = min(start + step, len(target))
             with self._reopened() as arrays:
-                target[start:stop] = arrays[self._name(names)][0].read(start, stop)
+                target[start:stop] = arrays[name][0].read(start, stop)
         if not is_finite(result):
-            raise DictionaryError(f"{self.path}: {self._name(names)} holds NaN or Inf")
+            raise DictionaryError(f"{self.path}: {name} holds NaN or Inf")
         return result
 
     def integer(self, name: str) -> int:
@@ -125,15 +127,15 @@ class TensorFile:
 
     def _name(self, names: tuple[str, ...]) -> str:
         for name in names:
-            if name in self._arrays:
-                return short(name)
+            if name in self:
+                return name
         raise DictionaryError(
             f"{self.path}: has no tensor {' or '.join(names)}, it has {contents_of(self._arrays)}"
         )
 
     def _array(self, names: tuple[str, ...]) -> SourceArray:
         name = self._name(names)
-        arrays = self._arrays[name]
+        arrays = self._arrays[self._below + name]
         if len(arrays) != 1:
             raise DictionaryError(f"{self.path}: {name} must be a tensor, it is a list")
         if not arrays[0].is_backed:
@@ -147,8 +149,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Open a .safetensors, .pt, .pth or .npz file.
+def open_tensors(path: Path, below: str = "") -> Iterator[TensorFile]:
+    """Open a .safetensors, .pt, .pth or .npz file, see `TensorFile`.
 
     Raises DictionaryError, naming it, for a damaged or hostile one.
     """
@@ -157,4 +159,4 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     if not path.is_file():
         raise DictionaryError(f"{path}: no such file")
     with opened(path, OPENERS[path.suffix]) as arrays:
-        yield TensorFile(path, arrays)
+        yield TensorFile(path, arrays, below)
