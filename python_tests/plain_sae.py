@@ -141,7 +141,7 @@ def _plain_prefixes(sae, target, acts, y):
 def _plain_aux_k(sae, x, error):
     dead = sae.tokens_since_fired >= sae.config.dead_after_tokens
     n_dead = int(dead.sum())
-    full_k_aux = sae.config.aux_k or max(sae.config.target_width // 2, 1)
+    full_k_aux = sae.config.aux_k or min(2 * sae.config.k, max(sae.config.target_width // 2, 1))
     if n_dead == 0:
         return x.new_zeros(())
     pre_acts = (x - input_bias(sae).detach()) @ sae.W_enc.t() + sae.b_enc
@@ -149,9 +149,12 @@ def _plain_aux_k(sae, x, error):
     scores = pre_acts.abs() if signed else pre_acts
     indices = scores.masked_fill(~dead, -torch.inf).topk(min(full_k_aux, n_dead), dim=1).indices
     values = pre_acts.gather(1, indices)
-    acts = torch.zeros_like(pre_acts).scatter(1, indices, values if signed else values.relu())
+    if not signed:  # ReLU, whose gradient goes straight through
+        values = values + (values.relu() - values).detach()
+    acts = torch.zeros_like(pre_acts).scatter(1, indices, values)
     missed = (acts @ sae.W_dec - error).square().sum()
-    return missed / (error - error.mean(0)).square().sum() * min(n_dead / full_k_aux, 1.0)
+    share = missed / (error - error.mean(0)).square().sum() * min(n_dead / full_k_aux, 1.0)
+    return sae.config.error_of_the_mean * share
 
 
 def plain_gradients(sae, x, term=None, targets=None):

@@ -79,17 +79,20 @@ class EagerTrainer:
     def aux_loss(self, x: Tensor, residual: Tensor, dead: Tensor) -> Tensor:
         """Return AuxK: the error of the strongest dead latents' model of the residual.
 
-        It is relative to the residual's variance.
+        It is relative to the residual's variance, and D where nothing of it is modelled. Its
+        gradient goes straight through ReLU.
         """
         chosen = dead.nonzero().flatten()
-        full_k_aux, n_dead = max(residual.shape[1] // 2, 1), len(chosen)
+        full_k_aux = max(1, min(2 * self.k, residual.shape[1] // 2))
+        n_dead = len(chosen)
         centred = x - self.b_dec.detach()  # dead latents must not move b_dec
         pre_acts = F.linear(centred, self.W_enc[chosen], self.b_enc[chosen])
         values, places = pre_acts.topk(min(full_k_aux, n_dead), dim=-1, sorted=False)
         indices = chosen[places]
-        error = self.decode(torch.relu(values), indices) - residual
+        acts = values + (torch.relu(values) - values).detach()
+        error = self.decode(acts, indices) - residual
         variance = (residual - residual.mean(0)).square().sum(-1).mean()
-        share = min(n_dead / full_k_aux, 1.0)
+        share = min(n_dead / full_k_aux, 1.0) * residual.shape[1]
         return torch.nan_to_num(share * error.square().sum(-1).mean() / variance)
 
     def step(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def test_decoder_starts_with_unit_rows_and_the_encoder_along_them(method, sample
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(20))
     cosines = torch.nn.functional.cosine_similarity(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(cosines, torch.ones(20))
-    assert torch.equal(sae.W_enc, sae.W_dec) is (method != "kaiming")
+    assert torch.equal(sae.W_enc, 0.3 * sae.W_dec) is (method != "kaiming")
 
 
 def test_kaiming_encoder_is_uniform_as_torch_starts_a_linear_layer():

@@ -147,4 +147,5 @@ def test_folding_the_normalization_keeps_the_function(sae):
     sae.set_normalization_(torch.linspace(-2, 3, 12), 0.25)
     x = make_batch(sae, 50) * 4
     sae.after_step_(sae.training_loss(sae.normalize(x)).code)
+    sae.threshold.mul_(0.999)  # not exactly the value of an entry, which rounding may put below
     torch.testing.assert_close(sae.fold_normalization()(x), sae(x), rtol=1e-4, atol=1e-4)

@@ -44,7 +44,7 @@ def test_gradients_with_dead_latents_equal_those_of_sae_fast(cls, tiny):
     sae = SparseAutoencoder(config)
     sae.load_state_dict(vars(weights), strict=False)
     dead = torch.arange(tiny.d_sae) % 2 == 1
-    sae.tokens_since_fired[dead] = config.dead_after_tokens
+    sae.tokens_since_fired[dead] = config.kept_dead_after_tokens
     trainer = cls(weights, tiny.k, 1e-3)
     x = make_activations(tiny, 1)
     ours = sae.training_loss(x)

@@ -31,8 +31,11 @@ def gradients(problem) -> dict[str, Tensor]:
     return {name: dense_gradient(getattr(problem, name)) for name in NAMES}
 
 
-def plain_code(problem, code) -> Tensor:
-    """Return the code [N, F] computed in plain PyTorch with a given selection."""
+def plain_code(problem, code, *, straight: bool = False) -> Tensor:
+    """Return the code [N, F] computed in plain PyTorch with a given selection.
+
+    With `straight` the gradient goes through ReLU as if it was not there, as for aux.
+    """
     pre_acts = (problem.x - problem.b_dec) @ problem.W_enc.t() + problem.b_enc
     chosen = torch.zeros(pre_acts.shape, dtype=torch.bool)
     if code.offsets is None:
@@ -40,7 +43,10 @@ def plain_code(problem, code) -> Tensor:
     else:
         rows = torch.arange(len(chosen)).repeat_interleave(code.offsets.diff())
         chosen[rows, code.indices.long()] = True
-    return torch.where(chosen, pre_acts.relu(), 0.0)
+    values = pre_acts.relu()
+    if straight:
+        values = pre_acts + (values - pre_acts).detach()
+    return torch.where(chosen, values, 0.0)
 
 
 def encode(problem, kind, **options):
@@ -132,12 +138,35 @@ def test_gradient_of_aux_reaches_the_encoder_but_neither_x_nor_b_dec(both, kind,
     loss.backward()
     oracle = problem.double().requires_grad()
     fixed = oracle._replace(x=oracle.x.detach(), b_dec=oracle.b_dec.detach())
-    expected = (plain_code(fixed, code.aux) @ oracle.W_dec).square().sum()
+    expected = (plain_code(fixed, code.aux, straight=True) @ oracle.W_dec).square().sum()
     if both:
         expected = expected + plain_loss("squared error", oracle, code)
     expected.backward()
     assert_same_gradients(gradients(problem), gradients(oracle))
     assert dense_gradient(problem.W_enc)[code.aux.indices[0, 0]].abs().max() > 0
+
+
+@pytest.mark.parametrize("dense_grad", GRADIENTS)
+@pytest.mark.parametrize("select", [ops.encode_topk, ops.encode_batch_topk, ops.encode_groupmax])
+def test_gradient_of_aux_goes_straight_through_relu(select, dense_grad):
+    problem = make_problem(30, 14, 90)
+    dead = torch.arange(90) % 30 == 7  # 3 of them, so that rows of aux are filled up
+    problem = problem._replace(b_enc=torch.where(dead, -100.0, problem.b_enc)).requires_grad()
+    code = select(*problem.encoder, 6, dead_mask=dead, k_aux=5, dense_grad=dense_grad)
+    assert not code.aux.values.any()  # no dead latent has a positive pre-activation
+    target = make_problem(30, 14, 1).x
+    aux = ops.reconstruct(code.aux, problem.W_dec, None, target, dense_grad=dense_grad)
+    aux.squared_error.sum().backward()
+    found = dense_gradient(problem.W_enc), dense_gradient(problem.b_enc)
+    oracle = problem.double().requires_grad()
+    pre_acts = (oracle.x - oracle.b_dec).detach() @ oracle.W_enc[dead].t() + oracle.b_enc[dead]
+    values = pre_acts + (pre_acts.relu() - pre_acts).detach()
+    (values @ oracle.W_dec[dead].detach() - target.double()).square().sum().backward()
+    for each, name in zip(found, ("W_enc", "b_enc"), strict=True):
+        expected = getattr(oracle, name).grad
+        assert expected[dead].abs().min() > 0
+        size = 8 * expected.abs().max()
+        close(each, expected, terms=64, magnitude=size, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

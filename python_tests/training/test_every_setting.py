@@ -44,7 +44,6 @@ ELSEWHERE = {
 # By setting, the architectures for which it changes nothing, and why.
 UNCHANGED = {
     "optimizer=adamw": ARCHITECTURES,  # equal to adam without weight decay
-    "dead_after_tokens=60": ("relu", "gated", "slots"),  # they do nothing about dead latents
     "sparsity_penalty=l0_target": ("jumprelu",),  # the default
     "decoder_norm=unit": ("jumprelu", "gated", "slots"),  # the default
     "decoder_norm=free": ("relu",),  # the default

@@ -19,6 +19,9 @@ MEDIAN_TOLERANCE = 1e-6
 ACTIVE_VARIANCE = 0.99  # share of the variance that the active subspace holds
 _SAMPLE_PER_DIMENSION = 8  # activations that the active subspace is found from, per dimension
 _BLOCK_ROWS = 4096
+# One epoch of MiniLM's layer 3 (97 steps, d_sae 3072, k 32) ends at an FVU of 0.140 from here or
+# from 0.1, and at 0.150 from 1.
+_ENCODER_OF_THE_LARGEST = 0.3
 
 
 def sample_rows(config: SAEConfig) -> int:
@@ -53,8 +56,11 @@ def _encoder_share(config: SAEConfig) -> float:
 
     Half of a ReLU model's latents are active then, and unit rows would add up to
     d_sae / (2 d_in) times x, without ReLU to twice that: the first loss of 100,000 slots would
-    be thousands of variances.
+    be thousands of variances. Of the k largest latents many add up to more than x, too; and short
+    rows turn faster, because Adam's steps have the same length for all of them.
     """
+    if config.takes("k") and config.decoder_init != "kaiming":
+        return _ENCODER_OF_THE_LARGEST
     is_long = config.arch in ("relu", "slots") and config.decoder_norm == "unit"
     if not is_long or config.decoder_init == "kaiming":
         return 1.0

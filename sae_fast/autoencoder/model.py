@@ -627,7 +627,7 @@ class SparseAutoencoder(nn.Module):
 
     def dead_mask(self) -> Tensor:
         """Return which latents have been silent for `dead_after_tokens`, [F] bool."""
-        return self.tokens_since_fired >= self.config.dead_after_tokens
+        return self.tokens_since_fired >= self.config.kept_dead_after_tokens
 
     @property
     def term_names(self) -> tuple[str, ...]:

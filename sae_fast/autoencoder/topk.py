@@ -61,8 +61,7 @@ class TopK(Architecture):
         self.k = config.k
         self.select = _SELECTIONS[config.activation]
         self.aux_k_coeff = config.aux_k_coeff
-        if self.aux_k_coeff > 0:
-            self.full_k_aux = config.aux_k or max(config.target_width // 2, 1)
+        self.full_k_aux = config.kept_aux_k
         if config.multi_topk:
             self.term_names = (*self.term_names, "multi_topk_loss")
 
@@ -138,7 +137,10 @@ class TopK(Architecture):
     ) -> Tensor:
         """Return AuxK with its coefficient: the dead latents model the residual, without b_dec.
 
-        Its gradient reaches W_enc, b_enc and W_dec in the rows of the selected dead latents only.
+        Its gradient reaches W_enc, b_enc and W_dec in the rows of the selected dead latents only:
+        W_enc and b_enc straight through ReLU, which leaves the values of most of them at 0. The
+        term is in units of the reconstruction error, so that Adam's moments, which a latent has
+        from the time before it died, do not make its steps short.
         """
         if code.aux is None:
             return residual.new_zeros((), dtype=code.values.dtype)
@@ -146,7 +148,7 @@ class TopK(Architecture):
         modelled = engine.reconstruct(code.aux, weights.W_dec, None, target)
         n_dead = batch.dead_mask.sum()
         loss = losses.aux_k_loss(modelled.squared_error, target, n_dead, self.full_k_aux)
-        return self.aux_k_coeff * loss
+        return self.aux_k_coeff * self.config.error_of_the_mean * loss
 
 
 class BatchTopK(TopK):

@@ -24,6 +24,8 @@ from sae_fast.json_files import shown
 DEFAULT_EXPANSION_FACTOR = 8
 DEFAULT_K = 32
 DEFAULT_AUX_K_COEFF = 1 / 32
+DEAD_AFTER_TOKENS = 10_000_000
+DEAD_AFTER_SHARE = 20  # of a run, where that is less
 DEFAULT_L1 = 5.0  # for activations of norm sqrt(d_in), as normalize_activations makes them
 DEFAULT_FREE_NORM = 0.1
 MATRYOSHKA_SIZES = 5  # nested dictionaries by default, each half as large as the next
@@ -154,7 +156,7 @@ class SAEConfig(ConfigFile):
     if TYPE_CHECKING:  # the other names of settings, which `configuration` adds
         input_dim: int = 0
         num_latents: int = 0
-        dead_feature_threshold: int = 0
+        dead_feature_threshold: int | None = None
 
     arch: Literal["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated", "slots"] = (
         setting(
@@ -335,7 +337,8 @@ class SAEConfig(ConfigFile):
     )
     """Factor within the tanh of sparsity_penalty tanh."""
     aux_k_coeff: float | None = setting(None, at_least=0, arch=_WITH_K, heading="Dead latents")
-    """Weight of AuxK, where dead latents model the error of the others; 0: off; default: 1/32."""
+    """Weight of AuxK, where dead latents model the error of the others, beside a reconstruction
+    error in units of the error of the mean; 0: off; default: 1/32."""
     aux_k: int | None = setting(
         None,
         at_least=1,
@@ -343,11 +346,11 @@ class SAEConfig(ConfigFile):
         arch=_WITH_K,
         needs=Effect("an aux_k_coeff above 0", lambda sae: sae.aux_k_coeff != 0),
     )
-    """Dead latents per token in AuxK, at most as many as are dead; default: d_in / 2, with a
-    transcoder d_out / 2. [latents]"""
-    dead_after_tokens: int = setting(10_000_000, at_least=1)
+    """Dead latents per token in AuxK, at most as many as are dead; default: 2 k, at most d_in / 2,
+    with a transcoder d_out / 2. [latents]"""
+    dead_after_tokens: int | None = setting(None, at_least=1, on_resume="kept")
     """Tokens without firing after which a latent counts as dead, also accepted as
-    dead_feature_threshold. [tokens]"""
+    dead_feature_threshold; default: a twentieth of the run, at most 10,000,000. [tokens]"""
 
     normalize_activations: Literal["mean_scale", "none"] = setting(
         "mean_scale", heading="Normalisation and initialisation", of_start=True
@@ -357,7 +360,7 @@ class SAEConfig(ConfigFile):
     decoder_init: Literal["random", "orthogonal", "kaiming", "active_subspace"] = setting(
         "random", run_needs=_A_NEW_MODEL
     )
-    """Start of the decoder rows, at unit length, and of W_enc, equal to them. random: random rows;
+    """Start of the decoder rows, at unit length, and of W_enc, along them. random: random rows;
     orthogonal: orthogonal in blocks of d_in; active_subspace: random within the fewest principal
     components that hold 99 % of the variance of the first activations; kaiming: W_enc is uniform
     within 1/sqrt(d_in), and W_dec its rows at unit length. With a transcoder the two are drawn
@@ -521,6 +524,13 @@ class SAEConfig(ConfigFile):
             raise ValueError(f"d_out must be {d_out}, the width of the targets, got {self.d_out}")
         widths = {"d_in": d_in or self.d_in, "d_out": d_out or self.d_out}
         return type(self)(**{**self.given, **widths, **(labels or {})})
+
+    def for_run(self, tokens: int) -> SAEConfig:
+        """Return the configuration with what follows from the number of tokens of a run."""
+        if self.dead_after_tokens is not None:
+            return self
+        dead_after = max(1, min(DEAD_AFTER_TOKENS, tokens // DEAD_AFTER_SHARE))
+        return type(self)(**{**self.given, "dead_after_tokens": dead_after})
 
     def with_d_in(self, d_in: int, d_out: int = 0) -> SAEConfig:
         """Return the configuration for activations of width d_in, see `resolve`."""
@@ -783,6 +793,18 @@ class SAEConfig(ConfigFile):
     @property
     def _has_widths(self) -> bool:
         return self.d_in > 0 and self.target_width > 0
+
+    @property
+    def kept_aux_k(self) -> int:
+        """`aux_k`, or its default; 0 where AuxK is off."""
+        if not self.aux_k_coeff or self.k is None:
+            return 0
+        return self.aux_k or max(1, min(2 * self.k, self.target_width // 2))
+
+    @property
+    def kept_dead_after_tokens(self) -> int:
+        """`dead_after_tokens`, or its default outside of a run."""
+        return DEAD_AFTER_TOKENS if self.dead_after_tokens is None else self.dead_after_tokens
 
     @property
     def error_of_the_mean(self) -> float:

@@ -45,7 +45,6 @@ UNTRAINED = "untrained"  # an entry of the table: a topk before its first step
 _SLOTS = "slots"
 _RESULTS, _MARKDOWN, _MODELS, _LOCK = "results.json", "results.md", "models", ".lock"
 _PART = 4096  # rows at a time
-_DEAD_SHARE = 20  # a latent is dead after this part of the run without firing
 # With the defaults, which suit long trainings, L0 is far from its target after some hundred steps.
 _QUICK_TARGET: dict[str, dict[str, Any]] = {
     "relu": {"l1_penalty_coeff": 1.5, "target_l0_rate": 0.02},
@@ -144,8 +143,6 @@ def sae_config(config: GroundTruthConfig, arch: str, task: Task) -> SAEConfig:
         values |= {"target_l0": float(config.k), **_QUICK_TARGET.get(name, {})}
     if name == _SLOTS:
         values |= {"slots_mode": "separate_activation", "relation_labels": task.labels_of}
-    tokens = config.max_steps * config.batch_size
-    values["dead_after_tokens"] = max(1, tokens // _DEAD_SHARE)
     return kind(arch=name, **values)
 
 

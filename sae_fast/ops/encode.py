@@ -21,7 +21,8 @@ from sae_fast.ops.registry import differentiable
 from sae_fast.ops.row_factors import FactorSink, RowFactor, factor_sums, weighted_row_sum
 from sae_fast.ops.working_copies import encoder_copy, frozen_copy
 
-# One part of a code: values, indices, offsets, and the gradient of the values.
+# One part of a code: values, or other numbers that are 0 where there is no gradient, indices,
+# offsets, and the gradient of the values.
 _Part = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
@@ -42,7 +43,8 @@ def encode_topk(
     Rows are ordered by value, descending; equal values by ascending index; NaN comes first. An
     index stays listed where ReLU made its value 0. `values` are differentiable in x, W_enc, b_enc
     and b_dec, `aux.values` in W_enc and b_enc only: AuxK must not move b_dec, which all latents
-    share, for the sake of the dead ones.
+    share, for the sake of the dead ones. The gradient of `aux.values` goes straight through ReLU:
+    a dead latent has negative pre-activations, and would otherwise get none.
 
     Args:
         x: activations.
@@ -217,18 +219,18 @@ def encode_dense(
 
 
 def _setup_topk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, b_dec, _, precision, *_ = inputs
+    x, W_enc, _, b_dec, _, precision, dead_mask, *_ = inputs
     ctx.precision = precision
     ctx.mark_non_differentiable(*(out for out in output if not out.is_floating_point()))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, W_enc, b_dec, *output)
+    ctx.save_for_backward(x, W_enc, b_dec, dead_mask, *output)
 
 
 @differentiable("encode_batch_topk", _setup_topk)
 @differentiable("encode_topk", _setup_topk)
 def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, W_enc, b_dec, *outputs = ctx.saved_tensors
-    parts = _parts(outputs, grads)
+    x, W_enc, b_dec, dead_mask, *outputs = ctx.saved_tensors
+    parts = _parts(outputs, grads, dead_mask)
     gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
     return (*gradients, *(None,) * 7)
 
@@ -244,7 +246,7 @@ def _setup_threshold(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 @differentiable("encode_threshold", _setup_threshold)
 def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, W_enc, b_dec, *outputs = ctx.saved_tensors
-    parts = _parts(outputs, grads)
+    parts = _parts(outputs, grads, None)
     gradients = _dense_gradients(ctx, x, W_enc, b_dec, parts)
     return (*gradients, *(None,) * 5)
 
@@ -269,7 +271,8 @@ def _encode_selected(
     options = (k, precision, dead_mask, k_aux, *encoder_copy(W_enc, precision))
     key, aux_key = CodeKey(), CodeKey()
     sink = None if dense_grad else FactorSink(name, "W_enc", W_enc, key, aux_key)
-    outputs = _encode(op, tensors, options, precision, sink)
+    revived = None if signed else dead_mask
+    outputs = _encode(op, tensors, options, precision, sink, revived)
     (values, indices), (aux_values, aux_indices) = outputs[:2], outputs[-2:]
     offsets = outputs[2] if len(outputs) == 5 else None
     d_sae = W_enc.size(0)
@@ -302,6 +305,7 @@ def _encode(
     options: tuple[Any, ...],
     precision: str,
     sink: FactorSink | None,
+    dead_mask: Tensor | None = None,  # [F] bool, where aux is not signed
 ) -> tuple[Tensor, ...]:
     """Run an encoder such that it is differentiable, by its own autograd where that is enough."""
     if precision == "fp16":
@@ -310,7 +314,7 @@ def _encode(
         direct: tuple[Tensor, ...] = op(*tensors, *options)
         return direct
     outputs: tuple[Tensor, ...] = _Encode.apply(  # type: ignore[no-untyped-call]
-        *tensors, op, options, precision, sink
+        *tensors, op, options, precision, sink, dead_mask
     )
     return outputs
 
@@ -409,27 +413,33 @@ class _Encode(torch.autograd.Function):
         options: tuple[Any, ...],
         precision: str,
         sink: FactorSink | None,
+        dead_mask: Tensor | None,
     ) -> Any:
         outputs = op(x, W_enc, b_enc, b_dec, *options)
         ctx.precision, ctx.sink = precision, sink
         ctx.mark_non_differentiable(*(out for out in outputs if not out.is_floating_point()))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, W_enc, b_dec, *outputs)
+        ctx.save_for_backward(x, W_enc, b_dec, dead_mask, *outputs)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, W_enc, b_dec, *outputs = ctx.saved_tensors
+        x, W_enc, b_dec, dead_mask, *outputs = ctx.saved_tensors
         gradients = _dense_gradients if ctx.sink is None else _factored_gradients
-        return *gradients(ctx, x, W_enc, b_dec, _parts(outputs, grads)), None, None, None, None
+        parts = _parts(outputs, grads, dead_mask)
+        return (*gradients(ctx, x, W_enc, b_dec, parts), *(None,) * 5)
 
 
-def _parts(outputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> dict[int, _Part]:
+def _parts(
+    outputs: list[Tensor],
+    grads: tuple[Tensor | None, ...],
+    dead_mask: Tensor | None,  # [F] bool; None: aux is signed, or there is none
+) -> dict[int, _Part]:
     """Return the parts of a code that have a gradient, by their number: 0 the code, 1 its aux.
 
-    A latent that did not fire gets gradient 0, as ReLU has it. A signed code has no zeros but the
-    entries that fill it up.
+    A latent that did not fire gets gradient 0, as ReLU has it, but in aux, where the gradient goes
+    straight through ReLU. A signed code has no zeros but the entries that fill it up.
     """
     # values, indices, offsets where rows differ in length, then values and indices of aux
     first_aux = 2 if len(outputs) == 4 else 3
@@ -438,6 +448,9 @@ def _parts(outputs: list[Tensor], grads: tuple[Tensor | None, ...]) -> dict[int,
     for number, (place, rows) in enumerate([(0, offsets), (first_aux, None)]):
         if place < len(outputs) and (grad := grads[place]) is not None:
             values, indices = outputs[place], outputs[place + 1]
+            if number == 1 and dead_mask is not None:  # all entries but those that fill up a row
+                places = torch.arange(values.size(1), device=values.device)
+                values = (places < dead_mask.sum()).to(values.dtype).expand_as(values).contiguous()
             parts[number] = values, indices, rows, torch.where(values.abs() > 0, grad, 0)
     return parts
 

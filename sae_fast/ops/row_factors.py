@@ -29,7 +29,7 @@ class RowFactor:
     """A gradient: row j is Σ coefficient · (dense[n] − shift) over the entries of latent j.
 
     Attributes:
-        values: [N, K] or [nnz], of the code; an entry whose value is 0 has coefficient 0.
+        values: [N, K] or [nnz], of the code, or other numbers that are 0 where the coefficient is.
         indices: int32, in the shape of values.
         offsets: None, or [N + 1] int64.
         coefficients: in the shape of values.

@@ -37,7 +37,7 @@ def silent_window(sae: SAEConfig, tokens: int, total_tokens: int) -> int:
     It is a tenth of the run, half of the `tokens` trained on or `dead_after_tokens`, the least of
     them: so the share means something in short runs and at the start too.
     """
-    return max(1, min(sae.dead_after_tokens, tokens // 2, total_tokens // 10))
+    return max(1, min(sae.kept_dead_after_tokens, tokens // 2, total_tokens // 10))
 
 
 class RunHealth:
@@ -128,7 +128,7 @@ class RunHealth:
             low, at = error.lowest
             warnings["rising"] = (
                 f"the reconstruction gets worse: FVU is {mean:.3g}, and was {low:.3g} at step "
-                f"{at:,}; lower --lr (now {self._train.peak_learning_rate(self._sae.d_sae):.3g})"
+                f"{at:,}; lower --lr (now {self._schedules.rate.peak:.3g})"
             )
         if error.is_above_mean:
             warnings["fvu"] = (
@@ -183,7 +183,7 @@ class RunHealth:
             warnings["silent"] = (
                 f"{round(silent * sae.d_sae):,} of {sae.d_sae:,} latents have fired for none of "
                 f"the last {window:,} tokens (they count as dead after "
-                f"{sae.dead_after_tokens:,}); {self._reviving(row['tokens'])}"
+                f"{sae.kept_dead_after_tokens:,}); {self._reviving(row['tokens'])}"
             )
         skipped = row.get("skipped_steps", 0)
         if skipped > _OVERFLOWS * row["step"]:
@@ -239,7 +239,7 @@ class RunHealth:
         if fvu is not None and _has_fallen(*fvu):
             return {}
         first, last = ends
-        rate = self._train.peak_learning_rate(self._sae.d_sae)
+        rate = self._schedules.rate.peak
         remedy = "lower" if last > first / _NO_FALL else "raise"
         text = (
             f"the loss has not fallen: {first:.4g} at first, {last:.4g} at the end; "
@@ -288,7 +288,7 @@ class RunHealth:
     def _sparser(self) -> str:
         """Return which flags make codes less sparse."""
         sae = self._sae
-        rate = f"lower --lr (now {self._train.peak_learning_rate(sae.d_sae):.3g})"
+        rate = f"lower --lr (now {self._schedules.rate.peak:.3g})"
         if sae.arch == "jumprelu":
             return f"lower --sparsity-penalty-coeff (now {sae.sparsity_penalty_coeff:g}), or {rate}"
         if sae.l1_penalty_coeff:
@@ -301,7 +301,7 @@ class RunHealth:
     def _reviving(self, tokens: int) -> str:
         """Return which flags make silent latents fire."""
         sae = self._sae
-        if sae.aux_k_coeff and sae.dead_after_tokens > tokens // 2:
+        if sae.aux_k_coeff and sae.kept_dead_after_tokens > tokens // 2:
             return (
                 f"--dead-after-tokens below the {tokens:,} tokens trained lets AuxK revive them, "
                 f"or {self._sparser()}"
@@ -314,7 +314,7 @@ class RunHealth:
         steps = f"raise --max-steps (now {self._schedules.total_steps:,})"
         if sae.arch == "jumprelu":
             # Thresholds move by steps of the rate, whatever the penalty's weight.
-            rate = f"--lr (now {self._train.peak_learning_rate(sae.d_sae):.3g})"
+            rate = f"--lr (now {self._schedules.rate.peak:.3g})"
             return f"raise {rate}, which thresholds move with, or {steps}"
         if sae.l1_penalty_coeff:
             return (

@@ -196,7 +196,7 @@ class DeadCensus:
 
     def count(self, steps: int) -> Tensor:
         """Return how many latents can be dead within the next `steps` steps, 0-d on the device."""
-        silent_for = self._sae.config.dead_after_tokens - steps * self._tokens_per_step
+        silent_for = self._sae.config.kept_dead_after_tokens - steps * self._tokens_per_step
         return (self._sae.tokens_since_fired >= silent_for).sum()
 
     def take(self, count: float) -> None:

@@ -229,7 +229,7 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         train = replace(train, batch_size=whole, grad_acc_steps=1)
     inputs = train.batch_size * sae.d_in * _FLOAT
     outputs = train.batch_size * sae.target_width * _FLOAT
-    aux = (sae.aux_k or sae.target_width // 2) if sae.aux_k_coeff else 0
+    aux = sae.kept_aux_k
     k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + MULTI if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
     if sae.registered_by and k == 0:  # it lists any number

@@ -184,12 +184,14 @@ class Trainer:
         known = None if checkpoint is not None else model_to_start_from(train_config)
         sae_config = taken_from(known, sae_config)
         self.sae_config = sized_config(sae_config, self.source.d_in, checkpoint, self.data.d_out)
-        self.config = RunConfig(sae=self.sae_config, train=train_config)
         architecture = make_architecture(self.sae_config)
         self.loss_terms = checked_terms(loss_terms, architecture, ROW_NAMES)
         rows = self.source.rows_per_epoch
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
+        self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
+        self.sae_config = self.sae_config.for_run(self.total_tokens)
+        self.config = RunConfig(sae=self.sae_config, train=train_config)
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
         before = None if checkpoint is None else saved_config(checkpoint)
         check_run_effects(self._run_effects(), before)
@@ -200,7 +202,6 @@ class Trainer:
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
         )
-        self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
         self.memory_plan = plan_memory(
             self.sae_config,
             train_config,
@@ -659,7 +660,7 @@ class Trainer:
             "time_per_step_ms": 1000 * window.seconds / window.steps,
             "reader_stall_fraction": window.stalled / seconds,
         }
-        if not metrics["dead_fraction"] and self.tokens < self.sae_config.dead_after_tokens:
+        if not metrics["dead_fraction"] and self.tokens < self.sae_config.kept_dead_after_tokens:
             row["dead_fraction"] = None  # it says nothing yet: no latent can be dead
         if settings.k is not None:
             row["k"] = settings.k
