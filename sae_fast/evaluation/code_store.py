@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,14 @@ class BlockCodes:
         """Number of latents."""
         return len(self.offsets) - 1
 
+    @cached_property
     def latents(self) -> Integers:
-        """Return the latent of each entry, [nnz]."""
+        """The latent of each entry, [nnz]."""
         return np.repeat(np.arange(self.d_sae), np.diff(self.offsets))
 
+    @cached_property
     def strengths(self) -> Floats:
-        """Return the magnitude of each entry, [nnz]: codes of some architectures have signs."""
+        """The magnitude of each entry, [nnz]: codes of some architectures have signs."""
         return np.abs(self.values)
 
     def of_rows(

@@ -110,7 +110,7 @@ def gather_contexts(
         high = np.searchsorted(sorted_begins, last)
         near = by_begin[low:high]
         near = near[ends[near] > codes.first]
-        keys = codes.latents() * codes.n_rows + codes.rows  # ascending
+        keys = codes.latents * codes.n_rows + codes.rows  # ascending
         base = latents[near] * codes.n_rows
         start = np.searchsorted(keys, base + np.maximum(begins[near] - codes.first, 0))
         end = np.searchsorted(keys, base + np.minimum(ends[near], last) - codes.first)

@@ -115,7 +115,7 @@ class FiringCounts:
         self.rows += rows
         self.fired += np.diff(codes.offsets)
         # One by one: no sum depends on the blocks.
-        np.add.at(self.sums, codes.latents(), codes.strengths().astype(np.float64))
+        np.add.at(self.sums, codes.latents, codes.strengths.astype(np.float64))
 
     def mean(self) -> npt.NDArray[np.float64]:
         """Return the mean magnitude where a latent fires, [F]."""
@@ -131,7 +131,7 @@ class _Largest:
 
     def add(self, codes: BlockCodes) -> None:
         """Take the codes of a block."""
-        counts, strengths, latents = np.diff(codes.offsets), codes.strengths(), codes.latents()
+        counts, strengths, latents = np.diff(codes.offsets), codes.strengths, codes.latents
         priorities = priority_of(strengths)
         # A peak is the largest of its cell: where it is too small, all of its cell are.
         kept = np.flatnonzero(priorities > np.repeat(self.peaks.least, counts))
@@ -167,9 +167,9 @@ class _Distribution:
 
     def add(self, codes: BlockCodes, places: Integers) -> None:
         """Take the codes of a block, and the places in it of the rows that are served."""
-        settings, latents = self._settings, codes.latents()
+        settings, latents = self._settings, codes.latents
         self._sample_rows(codes, latents, places)
-        share = codes.strengths() / np.repeat(self._largest, np.diff(codes.offsets))
+        share = codes.strengths / np.repeat(self._largest, np.diff(codes.offsets))
         np.add.at(self.histogram, _cut(share, latents, settings.bins), 1)
         slots = _cut(share, latents, settings.intervals)
         np.add.at(self.intervals, slots, 1)

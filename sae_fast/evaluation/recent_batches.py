@@ -88,6 +88,6 @@ class _Span:
     def add(self, code: Code, rows: Integers) -> None:
         codes = block_codes(code, 0, len(rows), np.arange(len(rows)))
         self.firing.add(codes, len(rows))
-        priorities = priority_of(codes.strengths())
+        priorities = priority_of(codes.strengths)
         kept = np.flatnonzero(priorities > np.repeat(self.peaks.least, np.diff(codes.offsets)))
-        self.peaks.add(codes.latents()[kept], priorities[kept], rows[codes.rows[kept]])
+        self.peaks.add(codes.latents[kept], priorities[kept], rows[codes.rows[kept]])
