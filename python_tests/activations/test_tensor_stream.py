@@ -28,6 +28,16 @@ def test_every_row_is_served_once_an_epoch(total, batch_size, seed):
 
 
 @settings(deadline=None)
+@given(total=st.integers(1, 80), batch_size=st.integers(1, 100))
+def test_rows_of_a_batch_are_known_again_also_of_an_epoch_before(total, batch_size):
+    stream = TensorStream(numbered(total), batch_size=batch_size)
+    for number in range(4):
+        batch = stream.next_batch()[:, 0].tolist()
+        assert stream.stored.x[stream.batch_rows(number * batch_size)][:, 0].tolist() == batch
+        stream.batch_rows(0)  # the order of the first epoch, and then again of this one
+
+
+@settings(deadline=None)
 @given(total=st.integers(1, 80), batch_size=st.integers(1, 100), before=st.integers(0, 6))
 def test_a_resumed_stream_goes_on_exactly(total, batch_size, before):
     stream = TensorStream(numbered(total), batch_size=batch_size)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer, models
 from sae_fast import SparseAutoencoder, Trainer
 from sae_fast.activations import open_shards, write_shard
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.evaluation.latents import PageSettings
 from sae_fast.evaluation.text_rows import TextRows
 from sae_fast.train import main
 from sae_fast.training.callbacks import Callback
@@ -144,7 +146,7 @@ def test_shards_without_tokens_give_pages_without_text(tmp_path, caplog):
     config = TrainConfig(shard_dir=str(tmp_path), batch_size=20, max_steps=2)
     live = LivePages(tmp_path / "pages")
     Trainer(SAEConfig(d_sae=16, k=2), config, callbacks=[live], show_progress=False).train()
-    assert f"{tmp_path}: no token_ids: pages show no text" in caplog.messages
+    assert "the rows have no token_ids: live pages show no text" in caplog.messages
     assert read_pages(tmp_path / "pages", 2)["meta"]["rows"] > 0
 
 
@@ -156,13 +158,52 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_before_the_first_step(plac
         train(place, [LivePages(tmp_path / "pages", str(tmp_path / "small.json"))])
 
 
-def test_live_pages_need_shards(tmp_path):
+def test_pages_of_a_tensor_are_those_of_shards_with_its_rows(place, tmp_path):
+    with h5py.File(place / "shards" / "train_00.h5") as file:
+        x = torch.from_numpy(file["activations"][:])
+        columns = {name: file[name][:] for name in ("token_ids", "doc_id", "position")}
+    tokenizer = str(place / "tokenizer.json")
+    shown = {"share": 1.0, "rows": 10**6, "settings": PageSettings(context_tokens=8)}
+    of_shards, of_tensor = (LivePages(tmp_path / name, tokenizer, **shown) for name in "ab")
+    train(place, [of_shards], batch_size=52, max_steps=5)
+    config = TrainConfig(batch_size=52, max_steps=5)
+    Trainer(
+        SAEConfig(d_sae=40, k=4),
+        config,
+        data=x,
+        columns=columns,
+        callbacks=[of_tensor],
+        show_progress=False,
+    ).train()
+    # Both were trained on every row once, in other orders.
+    pages = [read_pages(tmp_path / name, 5) for name in "ab"]
+    assert pages[0]["meta"]["rows"] == pages[1]["meta"]["rows"] == len(x)
+    assert [page["table"]["fired"].sum() for page in pages] == [len(x) * 4] * 2
+    texts = [(tmp_path / name / "data_000000005" / "vocabulary.js").read_text() for name in "ab"]
+    assert texts[0].count("word") == texts[1].count("word") > 0
+
+
+def test_a_tensor_without_columns_gives_pages_of_its_rows(tmp_path):
     config = TrainConfig(batch_size=32, max_steps=1)
-    with pytest.raises(TrainingError, match="live pages need shards"):
+    live = LivePages(tmp_path)
+    Trainer(
+        SAEConfig(d_sae=40, k=4),
+        config,
+        data=torch.randn(64, 16),
+        callbacks=[live],
+        show_progress=False,
+    ).train()
+    assert read_pages(tmp_path, 1)["meta"]["rows"] == 32
+
+
+def test_rows_that_cannot_be_read_again_have_no_live_pages(tmp_path):
+    config = TrainConfig(batch_size=32, max_steps=1)
+    parts = iter([torch.randn(64, 16)])
+    with pytest.raises(TrainingError, match="live pages need shards, or a tensor"):
         Trainer(
             SAEConfig(d_sae=40, k=4),
             config,
-            data=torch.randn(64, 16),
+            data=parts,
             callbacks=[LivePages(tmp_path)],
             show_progress=False,
         ).train()

@@ -136,6 +136,11 @@ class TensorStream(Source):
         return self._columns.get(TARGETS)
 
     @property
+    def stored(self) -> Rows:
+        """The rows [n, D] that are served and the columns beside them, as they are stored."""
+        return Rows(self._rows, self._columns)
+
+    @property
     def stall_seconds(self) -> float:
         """Seconds spent in `next_batch`: without a reader thread all of it is waiting."""
         return self._stall_seconds
@@ -162,22 +167,37 @@ class TensorStream(Source):
         size, device = (self.batch_size, self.d_in), self._rows.device
         batch, have = empty_rows(*size, self._column_info, device, self._pin_memory), 0
         while have < self.batch_size:
-            epoch, served = divmod(self._tokens, self.rows_per_epoch)
-            if epoch != self._order_epoch:
-                order = shuffled_rows(self.rows_per_epoch, self._starts, self.seed, epoch, 1)
-                self._order = torch.from_numpy(order).to(self._rows.device)
-                self._order_epoch = epoch
-            count = min(self.batch_size - have, self.rows_per_epoch - served)
-            chosen = self._order[served : served + count]
+            chosen = self._served(self._tokens, self.batch_size - have)
+            count = len(chosen)
             place = slice(have, have + count)
-            stored = Rows(self._rows, self._columns)
-            take(stored, chosen, batch, place, self._transform, self._target_transform)
+            take(self.stored, chosen, batch, place, self._transform, self._target_transform)
             have += count
             self._tokens += count
         if STARTS in batch.columns:
             batch.columns[STARTS][0] = True  # the row before it is in another batch
         self._stall_seconds += time.perf_counter() - begin
         return batch
+
+    def batch_rows(self, first: int) -> RowNumbers:
+        """Return the number, in `stored`, of each row of a batch.
+
+        Args:
+            first: how many rows were served before the batch, since the very beginning.
+        """
+        parts: list[Tensor] = []
+        while (have := sum(map(len, parts))) < self.batch_size:
+            parts.append(self._served(first + have, self.batch_size - have))
+        rows: RowNumbers = torch.cat(parts).cpu().numpy()
+        return rows
+
+    def _served(self, first: int, most: int) -> Tensor:
+        """Return the numbers of the rows from the first-th served one on, within its epoch."""
+        epoch, served = divmod(first, self.rows_per_epoch)
+        if epoch != self._order_epoch:
+            order = shuffled_rows(self.rows_per_epoch, self._starts, self.seed, epoch, 1)
+            self._order = torch.from_numpy(order).to(self._rows.device)
+            self._order_epoch = epoch
+        return self._order[served : served + most]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch served."""

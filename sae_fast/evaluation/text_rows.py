@@ -78,8 +78,8 @@ class TextRows:
         shards: the set.
         cell: tokens of a cell.
         max_rows: how many rows are taken, from the first; None: all.
-        pieces: the rows that the text consists of, in ascending order; none of them touches the one
-            before it. None: the shards, from the first row to the last.
+        pieces: the rows that the text consists of, in ascending order without overlap. None: the
+            shards, from the first row to the last.
     """
 
     def __init__(
@@ -160,18 +160,6 @@ class TextRows:
             first += count
         return np.concatenate(found)
 
-    def holds(self, pieces: Sequence[Piece]) -> npt.NDArray[np.bool_]:
-        """Return which rows are in pieces, [rows]; each of these lies in a piece of the text."""
-        first = shard_offsets(self.shards)
-        own = np.array([first[piece.shard] + piece.start for piece in self.pieces])
-        begins = np.array([first[piece.shard] + piece.start for piece in pieces], np.int64)
-        inside = np.searchsorted(own, begins, side="right") - 1
-        begins = self._offsets[inside] + begins - own[inside]
-        ends = begins + [piece.rows for piece in pieces]
-        depth = np.bincount(begins, minlength=self.rows + 1)
-        depth -= np.bincount(ends, minlength=self.rows + 1)
-        return np.cumsum(depth)[:-1] > 0
-
     def sequence_bounds(self, rows: Integers) -> tuple[Integers, Integers]:
         """Return the first row of the sequence of each row, and the row after its last one."""
         number = np.searchsorted(self.starts, rows, side="right") - 1
@@ -232,7 +220,7 @@ def shard_offsets(shards: ShardSet) -> Integers:
 
 
 def pieces_around(
-    shards: ShardSet,
+    offsets: Integers,  # [n_shards + 1], see `shard_offsets`
     rows: Integers,  # [n], numbers over all rows of all shards
     before: int,
     length: int,
@@ -240,14 +228,14 @@ def pieces_around(
     """Return the pieces of shards that hold rows and their neighbours, in ascending order.
 
     Args:
-        shards: the set.
+        offsets: how many rows are in front of each shard, and in all of them.
         rows: the rows.
         before: neighbours in front of each row.
         length: rows that each row and its neighbours are, fewer at the ends of a shard.
     """
     if not rows.size:
         return []
-    offsets, rows = shard_offsets(shards), np.unique(rows)
+    rows = np.unique(rows)
     shard = np.searchsorted(offsets, rows, side="right") - 1
     begins = np.maximum(rows - before, offsets[shard])
     ends = np.minimum(rows - before + length, offsets[shard + 1])
@@ -258,6 +246,15 @@ def pieces_around(
     number, start = shard[firsts], offsets[shard[firsts]]
     parts = number, begins[firsts] - start, ends[lasts] - start
     return [Piece(*values) for values in zip(*(part.tolist() for part in parts), strict=True)]
+
+
+def rows_of(
+    pieces: Sequence[Piece],
+    offsets: Integers,  # [n_shards + 1], see `shard_offsets`
+) -> Integers:
+    """Return the numbers of the rows of pieces over all rows of all shards, piece after piece."""
+    parts = [np.arange(piece.start, piece.stop) + offsets[piece.shard] for piece in pieces]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _first_rows(pieces: Sequence[Piece], count: int | None) -> list[Piece]:

@@ -7,7 +7,7 @@
 
 They are of the batches that are trained on. The codes of the steps say how often each latent fires,
 and on which rows most strongly. When pages are due, the text round the strongest rows, and round
-some of the newest rows whatever they are, is read from the shards and encoded.
+some of the newest rows whatever they are, is read from where the rows are and encoded.
 
 All this takes a fixed share of the time at most: after pages that took a second the next ones wait
 until the training has gone on for so long that the share holds, and so it is with the codes.
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sae_fast.activations import ActivationStream
 from sae_fast.evaluation.code_store import CodeStore
 from sae_fast.evaluation.contexts import tokens_before
 from sae_fast.evaluation.latents import LatentPages, PageSettings, make_pages
 from sae_fast.evaluation.recent_batches import RecentBatches
-from sae_fast.evaluation.text_rows import TOKENS, TextRows, pieces_around, shard_offsets
+from sae_fast.evaluation.text_rows import TOKENS, TextRows, pieces_around, rows_of
 from sae_fast.evaluation.token_texts import TokenTexts, load_token_texts
 from sae_fast.report.latent_viewer import Viewer, live_folder, write_live
+from sae_fast.training.batch_texts import BatchTexts, texts_of
 from sae_fast.training.callbacks import Callback
 from sae_fast.training.metrics import Row
 
@@ -52,7 +52,10 @@ _KEPT = 2  # pages of the newest steps
 
 
 class LivePages(Callback):
-    """Write the pages of all latents again and again while a model is trained on shards.
+    """Write the pages of all latents again and again while a model is trained.
+
+    The training is on shards, or on a tensor, whose columns token_ids, doc_id and position give the
+    text then.
 
     The training itself is the same, bit for bit. Pages are written after the first step, then
     whenever their share of the time allows it, and at the end.
@@ -65,8 +68,8 @@ class LivePages(Callback):
         share: of the time of the training, at most, between 0 and 1.
         settings: sizes of the pages; None: fewer contexts than `sae_fast.latents` has.
 
-    Raises ValueError for a share outside of (0, 1], and when the training begins, where it is not
-    on shards, or the tokenizer cannot be loaded.
+    Raises ValueError for a share outside of (0, 1], and when the training begins, where it is on
+    other data, or the tokenizer cannot be loaded.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class LivePages(Callback):
         self.out = Path(out)
         self._tokenizer, self._rows, self._share = tokenizer, rows, share
         self._settings = settings or _SETTINGS
-        self._stream: ActivationStream | None = None
+        self._texts: BatchTexts | None = None
         self._recent: RecentBatches | None = None
         self._tokens: TokenTexts | None = None
         self._next = 0.0  # no pages are written before this time
@@ -94,19 +97,14 @@ class LivePages(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Load the tokenizer, and ask for the codes of the steps."""
-        stream = trainer.source
-        if not isinstance(stream, ActivationStream):
-            raise ValueError("live pages need shards: the training is on other data")
+        self._texts = texts_of(trainer.source)
         length = self._settings.context_tokens
-        first = TextRows(stream.shards, length, _SAMPLE_ROWS)
-        if TOKENS not in first.columns:
-            place = stream.shards.shards[0].path.parent
-            logger.warning("%s: no %s: pages show no text", place, TOKENS)
+        if (token := self._texts.largest_token()) is None:
+            logger.warning("the rows have no %s: live pages show no text", TOKENS)
         elif self._tokenizer is not None:
             self._tokens = load_token_texts(self._tokenizer)
-            self._tokens.require(int(first.columns[TOKENS].max()))
+            self._tokens.require(token)
         self.out.mkdir(parents=True, exist_ok=True)
-        self._stream = stream
         newest = max(1, min(self._rows, _SAMPLE_ROWS) // length)
         d_sae, count = trainer.sae_config.d_sae, self._settings.contexts
         self._recent = RecentBatches(d_sae, count, self._rows, newest)
@@ -127,16 +125,15 @@ class LivePages(Callback):
 
     def _take(self, trainer: Trainer) -> None:
         """Take the codes of the last step, unless that was done."""
-        assert self._stream is not None
+        assert self._texts is not None
         assert self._recent is not None
         if trainer.step == self._taken:
             return
         self._taken = trainer.step
         began = time.monotonic()
-        size, offsets = self._stream.batch_size, shard_offsets(self._stream.shards)
+        size = trainer.train_config.batch_size
         firsts = range(trainer.tokens - trainer.tokens_per_step, trainer.tokens, size)
-        batches = [self._stream.batch_rows(first) for first in firsts]
-        rows = np.concatenate([offsets[shards] + rows for shards, rows in batches])
+        rows = np.concatenate([self._texts.batch_rows(first) for first in firsts])
         for code in trainer.codes:
             own, rows = np.split(rows, [code.n_rows])
             self._recent.add(code, own)
@@ -146,9 +143,9 @@ class LivePages(Callback):
             self._next += took / self._share  # both together keep to the share
 
     def _write(self, trainer: Trainer) -> None:
-        assert self._recent is not None
         began, step = time.monotonic(), trainer.step
-        text, pages = self._pages(trainer)
+        with tempfile.TemporaryDirectory(dir=self.out, prefix=".codes_") as place:
+            text, pages = self._pages(trainer, Path(place))
         lines = f"step {step:,}", f"{trainer.sae.extra_repr()} · {pages.rows:,} rows of batches"
         viewer = Viewer(
             pages, text, *lines, self._settings.intervals, tokens=self._tokens, step=step
@@ -161,20 +158,20 @@ class LivePages(Callback):
         self._next = time.monotonic() + took * (1 / self._share - 1)
         logger.info("step %d: pages in %s, %.1f s", step, self.out, took)
 
-    def _pages(self, trainer: Trainer) -> tuple[TextRows, LatentPages]:
+    def _pages(self, trainer: Trainer, place: Path) -> tuple[TextRows, LatentPages]:
         """Return the text round strong and newest rows, and the pages of all latents."""
-        assert self._stream is not None
+        assert self._texts is not None
         assert self._recent is not None
-        recent, shards, sae = self._recent, self._stream.shards, trainer.model()
+        recent, sae, offsets = self._recent, trainer.model(), self._texts.offsets
         length = self._settings.context_tokens
         around = tokens_before(length), length
-        strongest = recent.strongest(_STRONGEST)
-        pieces = pieces_around(shards, np.concatenate([strongest, recent.newest]), *around)
-        text = TextRows(shards, length, pieces=pieces)
-        counted = text.holds(pieces_around(shards, recent.newest, *around))
-        with tempfile.TemporaryDirectory(dir=self.out, prefix=".codes_") as place:
-            store = CodeStore(Path(place), sae, text, _BLOCK_ROWS)
-            pages = make_pages(store, sae.W_dec, self._settings, counted=counted)
+        rows = np.concatenate([recent.strongest(_STRONGEST), recent.newest])
+        pieces = pieces_around(offsets, rows, *around)
+        newest = pieces_around(offsets, recent.newest, *around)
+        counted = np.isin(rows_of(pieces, offsets), rows_of(newest, offsets), assume_unique=True)
+        text = self._texts.text(pieces, length, place)
+        store = CodeStore(place, sae, text, _BLOCK_ROWS)
+        pages = make_pages(store, sae.W_dec, self._settings, counted=counted)
         # The batches are far more rows than the text that was encoded.
         return text, replace(pages, rows=recent.rows, fired=recent.fired, mean=recent.mean())
 
