@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import WORDS, save_model
+from tokenizers import Tokenizer, models
 
 from sae_fast.activations import ShardMetadata, write_shard
 from sae_fast.autoencoder import SparseAutoencoder
@@ -196,6 +197,10 @@ def test_tokens_and_labels_of_latents_are_told(place: Path) -> None:
 
 
 REFUSED = {
+    "a device that is not here": (
+        ("{sae}", "{rows}", "--device", "cuda:99"),
+        "device = 'cuda:99'",
+    ),
     "no dictionary": ((), "SAE and --out must be given"),
     "no rows": (("{sae}", "--out", "{out}"), "--shard-dir or --dataset must be given"),
     "another width": (("{wide}", "{rows}"), "the dictionary has d_in 8, the rows of"),
@@ -270,8 +275,10 @@ def test_rows_without_variance_are_measured_as_far_as_that_goes(
     with h5py.File(place / "shards" / "heldout_00.h5", "w") as file:
         file["activations"] = np.arange(16, dtype=np.float32)[None].repeat(ROWS, 0)
     words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out", *flags)
-    assert _run(*words) == 0
-    error = capsys.readouterr().err
+    assert main(list(map(str, words))) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("sae: FVU has no value, L0 4.0")
+    error = told.err
     assert f"have no value: the {count} rows measured have no variance" in error
     content = json.loads((place / "out" / "metrics.json").read_text())
     quality = content["metrics"]["reconstruction_quality"]
@@ -290,6 +297,37 @@ def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(
     flags = ("--shard-dir", place / "shards", "--tokenizer", place / "llama")
     assert _run(place / "sae", *flags, "--out", place / "out") == 2
     assert "has 18 tokens, and the shards hold token 699" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_reads_the_tokens_otherwise_is_refused_unless_forced(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    names = [f"word{number}" for number in range(7)]
+    for folder, words in (("theirs", names), ("mine", names[::-1])):
+        (place / folder).mkdir()
+        tokenizer = Tokenizer(
+            models.WordLevel({w: n for n, w in enumerate([*words, "?"])}, unk_token="?")
+        )
+        tokenizer.save(str(place / folder / "tokenizer.json"))
+    metadata = ShardMetadata(tokenizer=str(place / "theirs"), hook="residual.1", layer=1)
+    path = place / "shards" / "heldout_00.h5"
+    path.unlink()
+    write_shard(path, _rows(1), metadata=metadata, token_ids=torch.arange(ROWS) % 7)
+    flags = ("--shard-dir", place / "shards", "--tokenizer", place / "mine", "--out", place / "out")
+    assert _run(place / "sae", *flags) == 2
+    error = capsys.readouterr().err
+    assert f"token 0 is ' word6' in {place / 'mine'} and ' word0' in {place / 'theirs'}" in error
+    assert _run(place / "sae", *flags, "--force") == 0
+
+
+def test_held_out_shards_need_no_others_beside_them(place: Path) -> None:
+    sae = _save(place / "sae")
+    (place / "shards" / "train_00.h5").unlink()
+    assert _run(place / "sae", "--shard-dir", place / "shards", "--out", place / "out") == 0
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    expected = core_metrics(sae, [_rows(1)]).sections["reconstruction_quality"]["fvu"]
+    assert content["metrics"]["reconstruction_quality"]["fvu"] == pytest.approx(expected)
 
 
 def test_force_measures_on_another_place(place: Path) -> None:

@@ -28,9 +28,10 @@ from sae_fast.evaluation.language_model import ModelText, language_model_metrics
 from sae_fast.evaluation.model_text import EvaluatedModel
 from sae_fast.evaluation.rows import open_rows
 from sae_fast.evaluation.text_rows import TOKENS
-from sae_fast.evaluation.token_texts import token_texts_of
+from sae_fast.evaluation.token_texts import COMPARED_ROWS, check_named, token_texts_of
 from sae_fast.progress_bar import progress_bar
 from sae_fast.report.evaluation import Evaluation
+from sae_fast.training.device import checked_device
 from sae_fast.training.history import read_history
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class DictionaryEvaluator:
     def __init__(self, config: EvaluateConfig, *, show_progress: bool = False) -> None:
         if config.shard_dir is None and config.dataset is None:
             raise ValueError("--shard-dir or --dataset must be given: rows to measure on")
+        checked_device(config.device)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
@@ -200,7 +202,12 @@ def _token_texts(
     if not config.top_rows:
         return {}
     texts = token_texts_of(shards, config.tokenizer, "tokens.csv and the report")
-    return {} if texts is None else texts.by_token(columns[TOKENS])
+    if texts is None:
+        return {}
+    found = texts.by_token(columns[TOKENS])
+    if config.tokenizer is not None and not config.force:
+        check_named(texts, shards, columns[TOKENS][:COMPARED_ROWS].tolist())
+    return found
 
 
 class _Progress:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -98,7 +99,10 @@ def _summary(evaluation: Evaluation) -> Iterator[str]:
             ("CE increase", losses, "ce_loss_increase", "+.4f"),
             ("CE score", losses, "ce_loss_score", ".4f"),
         ]
-    told = [f"{label} {found[name]:{form}}" for label, found, name, form in shown]
+    told = [
+        f"{label} {found[name]:{form}}" if math.isfinite(found[name]) else f"{label} has no value"
+        for label, found, name, form in shown
+    ]
     yield f"{evaluation.name}: {', '.join(told)}"
     if sparsity["l0_training_rule"] != sparsity["l0"]:
         yield (

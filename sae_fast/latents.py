@@ -49,7 +49,6 @@ RECIPE = "recipe.json"  # in CODES: what the codes are of
 RECORD = "pages.json"  # in OUT: written last
 _LOCK = ".lock"
 _READINGS = 3
-_COMPARED_ROWS = 4096  # in whose tokens two tokenizers are compared
 _SAMPLE_ROWS = 1024  # that say how many entries a row has, for the disk space
 _TOKEN_BYTES = 4 * 4 / 3  # in base64
 _CONTEXT_BYTES = 150
@@ -259,7 +258,7 @@ def _require_equal(out: Path, before: Any, recipe: dict[str, Any], names: Sequen
 def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> TokenTexts | None:
     """Return the texts of tokens; None, with a warning, where no tokenizer is known."""
     from sae_fast.evaluation.text_rows import TOKENS
-    from sae_fast.evaluation.token_texts import named_tokenizer, texts_here, token_texts_of
+    from sae_fast.evaluation.token_texts import COMPARED_ROWS, check_named, token_texts_of
 
     if TOKENS not in text.columns:
         logging.getLogger("sae_fast").warning(
@@ -271,21 +270,9 @@ def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> Tok
     if texts is None:
         return None
     texts.require(int(text.columns[TOKENS].max()))
-    if name is not None and not config.force and (named := named_tokenizer(shards)) is not None:
-        theirs = texts_here(named)
-        if theirs is not None:
-            texts.require_equal(theirs, _some_tokens(text))
+    if name is not None and not config.force:
+        check_named(texts, shards, text.columns[TOKENS][:COMPARED_ROWS].tolist())
     return texts
-
-
-def _some_tokens(text: TextRows) -> list[int]:
-    """Return different tokens of the first rows, ascending."""
-    import numpy as np
-
-    from sae_fast.evaluation.text_rows import TOKENS
-
-    tokens: list[int] = np.unique(text.columns[TOKENS][:_COMPARED_ROWS]).tolist()
-    return tokens
 
 
 def _logit_effects(config: LatentsConfig, sae: SparseAutoencoder) -> LogitEffects | None:

@@ -52,7 +52,7 @@ def require_regular(path: Path) -> os.stat_result:
 
 
 def find_shards(
-    shard_dir: str | Path, heldout: str | Path | None = None
+    shard_dir: str | Path, heldout: str | Path | None = None, *, for_training: bool = True
 ) -> tuple[list[Path], list[Path]]:
     """Return training and held-out shards, sorted by path, or by the numbers in it.
 
@@ -61,7 +61,8 @@ def find_shards(
     tensors instead, of one format, which are sorted by the numbers in their names. Held-out shards
     are its files named heldout*; where `heldout` is given, a directory or a glob pattern, they are
     its files instead. None of them is ever trained on. Where there are no shards, but files that
-    can be converted, the error names the command that does it.
+    can be converted, the error names the command that does it. Held-out shards alone are refused
+    `for_training`.
     """
     directory = local_place(shard_dir)
     if directory.is_dir():
@@ -82,7 +83,7 @@ def find_shards(
     # realpath, as Path.resolve raises RuntimeError where links lead in a circle.
     excluded = {os.path.realpath(path) for path in [*reserved, *held]}
     train = [path for path in shards if os.path.realpath(path) not in excluded]
-    if not train:
+    if not train and (for_training or not held):
         aside = f" besides {len(shards)} held-out ones" if shards else ""
         inside = [folder.name for folder in folders_of_shards(directory)]
         hint = f"; there are some in {listed(inside, SHOWN_FOLDERS)}: name one of these"

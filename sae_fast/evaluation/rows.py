@@ -99,7 +99,7 @@ def open_rows(config: EvaluateConfig, sae: SparseAutoencoder) -> EvaluationRows:
     another width or place than the dictionary.
     """
     assert config.shard_dir is not None
-    train, held = find_shards(config.shard_dir, config.heldout)
+    train, held = find_shards(config.shard_dir, config.heldout, for_training=False)
     takes_all = config.rows == "all" or not held
     if config.heldout is not None and not held:
         raise ShardError(f"{config.heldout}: no held-out shards")

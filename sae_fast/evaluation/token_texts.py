@@ -17,6 +17,7 @@ from sae_fast.activations.mixing import origin_of
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
+COMPARED_ROWS = 4096  # in whose tokens two tokenizers are compared
 _HASH = "sha256:"  # how a hash in place of a name begins
 _UNKNOWN_CHARACTER = "\ufffd"  # in place of bytes that are part of a character
 
@@ -188,6 +189,16 @@ def token_texts_of(shards: ShardSet, name: str | None, what: str) -> TokenTexts 
         *(what, reason),
     )
     return None
+
+
+def check_named(texts: TokenTexts, shards: ShardSet, tokens: Iterable[int]) -> None:
+    """Raise ValueError where the tokenizer that shards name reads some of their tokens otherwise.
+
+    A tokenizer that is not on this machine is not asked.
+    """
+    named = named_tokenizer(shards)
+    if named is not None and (theirs := texts_here(named)) is not None:
+        texts.require_equal(theirs, sorted(set(tokens)))
 
 
 def _read(file: Path, name: str) -> TokenTexts:
