@@ -78,3 +78,27 @@ def test_trainer_warns_once_when_the_target_is_out_of_reach(caplog):
     assert len(said) == 1
     assert said[0].startswith("step ")
     assert trainer.history[-1]["sparsity_coeff"] == pytest.approx(5e-3, rel=1e-3)
+
+
+def shifted(l0, weight=1.0, excess=0.5, target=10.0):
+    numbers = (torch.tensor(float(value)) for value in (excess, weight))
+    return float(target_l0.shift(torch.tensor(float(l0)), target, 80, *numbers))
+
+
+def test_thresholds_rise_by_a_tenth_of_the_excess_for_each_factor_of_e_above_the_target():
+    assert shifted(10) == 0
+    assert shifted(10 * math.exp(0.5)) == pytest.approx(0.1 * 0.5 * 0.5)
+    assert shifted(10 / math.exp(0.5)) == pytest.approx(-0.1 * 0.5 * 0.5)
+    assert shifted(1000) == pytest.approx(0.1 * 0.5)
+
+
+def test_the_wanted_l0_falls_from_half_of_the_latents_while_the_penalty_warms_up():
+    assert shifted(40, weight=0.0) == pytest.approx(0, abs=1e-7)
+    assert shifted(20, weight=0.5) == pytest.approx(0, abs=1e-7)
+    assert shifted(40, weight=0.5) == pytest.approx(0.1 * 0.5 * math.log(2))
+    assert shifted(10, weight=0.5) == 0  # a model that is sparse already stays so
+
+
+def test_nothing_is_shifted_after_a_bad_step_or_without_an_active_latent():
+    assert shifted(20, weight=math.nan) == 0
+    assert shifted(0, excess=math.nan) == 0

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         **{"decorrelation_chunk": 8, "aux_k_coeff": 0.0},
     },
 }
-FIGURES = ("loss", "fvu", "l0", "dead_fraction", "silent_fraction", "sparsity_coeff")
+FIGURES = ("loss", "fvu", "l0", "silent_fraction", "sparsity_coeff")
 
 
 def _trained(data: torch.Tensor, settings: dict[str, Any], run: TrainConfig) -> Trainer:

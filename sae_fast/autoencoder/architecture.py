@@ -305,6 +305,18 @@ class Architecture(ABC):
         """
         return None
 
+    @property
+    def wanted_l0(self) -> float | None:
+        """The L0 that inference should have, where one is asked for and thresholds decide it."""
+        return None
+
+    def raise_thresholds_(  # noqa: B027
+        self,
+        weights: Weights,
+        rise: Tensor,  # 0-d
+    ) -> None:
+        """Raise what `thresholds` returns by `rise`, with W_enc as it is; here nothing."""
+
     def penalty(self, weights: Weights, code: ops.Code) -> Tensor:
         """Return the L1 penalty of a code without its coefficient: Σ_j |f_j|, a mean over tokens.
 
@@ -316,6 +328,15 @@ class Architecture(ABC):
         """Return sums over the tokens of a code, 0-d, that `after_step_` needs; here none.
 
         The caller adds them up over the parts of a step.
+        """
+        return {}
+
+    def observe_excess(self, weights: Weights, code: ops.Code) -> dict[str, Tensor]:
+        """Return further such sums, of how far a code is above its thresholds; here none.
+
+        Args:
+            weights: the ones that the code was made with.
+            code: of a batch.
         """
         return {}
 
@@ -331,7 +352,7 @@ class Architecture(ABC):
         Args:
             weights: the model's tensors.
             code: of the step's last part.
-            observed: sums of `observe` over the parts of the step.
+            observed: sums of `observe` and `observe_excess` over the parts of the step.
             sparsity_weight: of the step.
         """
 

@@ -98,6 +98,14 @@ class JumpReLU(Thresholded):
         """Keep θ at 0 or above, where a latent that fires has a positive value."""
         weights.own[_THRESHOLD].clamp_min_(0)
 
+    def raise_thresholds_(
+        self,
+        weights: Weights,
+        rise: Tensor,  # 0-d
+    ) -> None:
+        """Raise θ of all latents by `rise`."""
+        weights.own[_THRESHOLD].add_(rise)
+
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
         """Multiply the thresholds by `factor`, as the code's values were."""
         weights.own[_THRESHOLD].mul_(factor)

@@ -599,6 +599,15 @@ class SparseAutoencoder(nn.Module):
         self.tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
 
     @torch.no_grad()
+    def observe(self, code: ops.Code) -> dict[str, Tensor]:
+        """Return sums over the tokens of a training loss's code, 0-d, which `after_step_` takes.
+
+        Call it before the weights change. The sums of the parts of a step are added up.
+        """
+        found = self.architecture.observe(code)
+        return found | self.architecture.observe_excess(self.weights, code)
+
+    @torch.no_grad()
     def after_step_(
         self,
         code: ops.Code,
@@ -612,10 +621,10 @@ class SparseAutoencoder(nn.Module):
         Args:
             code: of the training loss, of the last part of a step.
             sparsity_weight: of the step.
-            observed: for a step of several parts, the sums of `architecture.observe` over them.
+            observed: of `observe`, for a step of several parts the sums over them.
         """
         if observed is None:
-            observed = self.architecture.observe(code)
+            observed = self.observe(code)
         if self.decorrelation_draw is not None:
             self.decorrelation_draw.add_(1)
         self.architecture.after_step_(self.weights, code, observed, sparsity_weight)

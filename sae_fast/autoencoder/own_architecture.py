@@ -329,6 +329,7 @@ _RESULTS: dict[str, Callable[[str, Architecture, Any, Any], Any]] = {
     "thresholds": _thresholds,
     "penalty": _number,
     "observe": _sums,
+    "observe_excess": _sums,
     "after_step_": _nothing,
     "count_active": _number,
     "clamp_parameters_": _nothing,

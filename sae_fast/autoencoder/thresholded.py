@@ -35,7 +35,7 @@ from sae_fast.autoencoder.architecture import (
 from sae_fast.config import SAEConfig
 
 LISTED = "listed_per_token"
-_TOKENS, _ACTIVE = "tokens", "active"
+_TOKENS, _ACTIVE, _EXCESS = "tokens", "active", "excess"
 # Share of all latents, listed per token, from which working on all of them is the faster way. It
 # is as fast at 16 to 20 % with relu, 23 to 26 % with gated, 24 to 30 % with jumprelu, by size
 # (benchmarks/results/dense_switch.md).
@@ -58,6 +58,11 @@ class Thresholded(Architecture):
         """
         listed = {LISTED: torch.tensor(float(self.config.d_sae), dtype=torch.float32)}
         return listed | (target_l0.start() if self._is_controlled else {})
+
+    @property
+    def wanted_l0(self) -> float | None:
+        """`target_l0`."""
+        return self.config.target_l0
 
     @property
     def _is_controlled(self) -> bool:
@@ -115,9 +120,17 @@ class Thresholded(Architecture):
             _TOKENS: torch.full((), code.n_rows, device=device),
             LISTED: torch.as_tensor(code.n_listed, device=device),
         }
-        if self._is_controlled:
+        if self.config.target_l0 is not None:
             counts[_ACTIVE] = code.n_active()
         return counts
+
+    def observe_excess(self, weights: Weights, code: ops.Code) -> dict[str, Tensor]:
+        """Return by how much values exceed their thresholds, where the L0 has a target."""
+        limits = self.thresholds(weights)
+        if self.config.target_l0 is None or limits is None:
+            return {}
+        above = (code.values.detach() - code.spread(limits.detach())).relu()
+        return {_EXCESS: losses.deterministic_sum(above)}
 
     def after_step_(
         self,
@@ -126,13 +139,30 @@ class Thresholded(Architecture):
         observed: dict[str, Tensor],
         sparsity_weight: float | Tensor,
     ) -> None:
-        """Note how many entries were listed; let the controller adapt the coefficient."""
-        n_tokens = observed[_TOKENS]
+        """Note how many entries were listed; lead the L0 to its target."""
+        n_tokens, target = observed[_TOKENS], self.config.target_l0
         weights.own[LISTED].copy_(losses.ratio(observed[LISTED], n_tokens))
-        if self.config.target_l0 is not None and self._is_controlled:
-            is_on = torch.as_tensor(sparsity_weight, device=n_tokens.device) >= 1
-            rate, l0 = self.config.target_l0_rate, losses.ratio(observed[_ACTIVE], n_tokens)
-            target_l0.steer_(weights.own, l0, self.config.target_l0, rate, is_on)
+        if target is None:
+            return
+        l0 = losses.ratio(observed[_ACTIVE], n_tokens)
+        weight = torch.as_tensor(sparsity_weight, dtype=l0.dtype, device=l0.device)
+        if self._is_controlled:
+            rate = self.config.target_l0_rate
+            target_l0.steer_(weights.own, l0, target, rate, is_on=weight >= 1)
+        excess = observed[_EXCESS] / observed[_ACTIVE]
+        rise = target_l0.shift(l0, target, self.config.d_sae, excess, weight)
+        self.raise_thresholds_(weights, rise)
+
+    def raise_thresholds_(
+        self,
+        weights: Weights,
+        rise: Tensor,  # 0-d
+    ) -> None:
+        """Let all latents become active at a pre-activation that is larger by `rise`.
+
+        It is b_enc that falls; with relu the values of a code fall with it.
+        """
+        weights.b_enc.sub_(rise)
 
     def warning(self, metrics: dict[str, float]) -> str | None:
         """Say when the controller has reached the end of its range."""
@@ -224,6 +254,19 @@ class Gated(Thresholded):
         }
         metrics = self.metrics(weights)
         return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
+
+    def raise_thresholds_(
+        self,
+        weights: Weights,
+        rise: Tensor,  # 0-d
+    ) -> None:
+        """Let all gates open at magnitudes that are larger by `rise`, of 0 and above.
+
+        A gate that opened earlier would let nothing pass.
+        """
+        shrink = (-weights.own["r_mag"]).exp()
+        highest = torch.maximum(weights.b_enc, weights.own["b_mag"] * shrink)
+        weights.b_enc.copy_(torch.minimum(weights.b_enc - rise * shrink, highest))
 
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
         """Multiply the magnitudes' bias by `factor`, as the code's values were."""

@@ -211,6 +211,22 @@ class BatchTopK(TopK):
         rate = (_FORGETTING / updates.clamp_min(1).float()).clamp(1 / _WINDOW, 1.0)
         threshold.add_(torch.where(found, rate * (least - threshold), 0.0))
 
+    @property
+    def wanted_l0(self) -> float | None:
+        """k, which training has over a batch; None where it is more than half of the latents.
+
+        ReLU leaves fewer of them active then.
+        """
+        return float(self.k) if 2 * self.k <= self.config.d_sae else None
+
+    def raise_thresholds_(
+        self,
+        weights: Weights,
+        rise: Tensor,  # 0-d
+    ) -> None:
+        """Raise the threshold of inference by `rise`."""
+        weights.own["threshold"].add_(rise).clamp_min_(0)
+
     def rescale_(self, weights: Weights, factor: Tensor) -> None:
         """Multiply the threshold by `factor`, as the code's values were."""
         weights.own["threshold"].mul_(factor)

@@ -279,14 +279,14 @@ class SAEConfig(ConfigFile):
     )
     """L0 to train for. With relu and gated the weight of the penalty, which starts at
     l1_penalty_coeff, is led there; if not given it stays. With jumprelu it is the target of penalty
-    l0_target; default: 32. [latents]"""
+    l0_target; default: 32. All thresholds move towards it too. [latents]"""
     target_l0_rate: float = setting(
         0.01,
         above=0,
         arch=_WITH_L1,
         needs=Effect("target_l0", lambda sae: sae.target_l0 is not None),
     )
-    """Change of the weight's logarithm in a step while L0 is off by a factor of e."""
+    """Change of the weight's logarithm in a step while L0 is off by 10 % or more."""
     decorrelation_coeff: float = setting(0.0, at_least=0, slots_modes=_LATENTS)
     """Weight of the decorrelation of decoder rows, in the form that decorrelation names."""
     decorrelation: Literal["gram_scaled", "gram_mean", "gram_sum", "chunked_max"] | None = setting(

@@ -127,20 +127,22 @@ class TrainingStep:
             self.codes = []
         for batch in batches:
             loss = self._accumulate(batch, weight, settings, whole)
-            parts.append((loss.code.fired(), self.sae.architecture.observe(loss.code)))
+            parts.append((loss.code.fired(), self.sae.observe(loss.code)))
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
             values = self._values(loss)
             mean = values if len(batches) == 1 else mean + share * values
         n_tokens = sum(len(batch.x) for batch in batches)
-        self._update_buffers(loss.code, parts, n_tokens, settings.sparsity_weight)
         norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + self._poison)
+        if not self.scaler.enabled:
+            self._poison_by(norm)
+        # An architecture may move parameters too, and must not after a bad step.
+        sparsity_weight = settings.sparsity_weight + self._poison
+        self._update_buffers(loss.code, parts, n_tokens, sparsity_weight)
         self.sae.clamp_parameters_()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
-        if not self.scaler.enabled:
-            self._poison_by(norm)
         self.scaler.update(norm)
         self._steps.add_(was_healthy)
         values = torch.cat([torch.as_tensor(mean), norm[None], loss.variance[None]])

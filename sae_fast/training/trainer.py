@@ -39,6 +39,7 @@ from sae_fast.report.training_page import LatentFigures
 from sae_fast.training.absorption import mean_largest_cosine
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
+from sae_fast.training.calibration import Calibration
 from sae_fast.training.callbacks import Callback, Callbacks
 from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from sae_fast.training.cuda_graph import GraphRecorder
@@ -497,7 +498,8 @@ class Trainer:
         }
         self.optimizer.check_rule(optimizer)
         skipped = state["loss_scaler"]["skipped_steps"]
-        check_tensors(state["step"], skipped, tensors, self._own_tensors())
+        expected = self._own_tensors() | self._calibration.expected(tensors)
+        check_tensors(state["step"], skipped, tensors, expected)
         self.batches.load_state_dict(state["source"])
         self.data.check_heldout(state.get("heldout"))
         served = self.batches.rows_served()
@@ -509,6 +511,8 @@ class Trainer:
             self.schedule_free.load_state_dict(tensors)
         self.scaler.load(state["loss_scaler"])
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
+        if self.step < self.total_steps:
+            self._calibration.undo_(tensors)
         self.clock.set(float(state["seconds"]), float(state["stalled_seconds"]))
         self.best = state.get("best")
         self._log.continue_wandb(state.get("wandb_id"))
@@ -527,7 +531,7 @@ class Trainer:
             tensors |= self.average.state_dict()
         if self.schedule_free is not None:
             tensors |= self.schedule_free.state_dict()
-        return {**tensors, **random_tensors()}
+        return {**tensors, **self._calibration.state_dict(), **random_tensors()}
 
     def save_checkpoint(self, *, best: bool = False, prune: bool = True) -> Path | None:
         """Write a checkpoint of the run as it stands; return its path, None without a directory.
@@ -625,6 +629,8 @@ class Trainer:
                 logger.warning("step %d: %s", self.step, warning)
         improved = False
         if look:
+            if self.step == self.total_steps and self.data.heldout is not None:
+                self._calibration.calibrate_(self.model, self.data.heldout)
             with self.kept_copies():
                 evaluation = self.evaluate()
             measured = {**metrics, "explained_variance": 1 - metrics["fvu"], **evaluation}
@@ -719,6 +725,7 @@ class Trainer:
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
         self.sae.to(self.device)
+        self._calibration = Calibration(self.sae)
         self.optimizer = make_optimizer(self.sae, config)
         self.average: WeightAverage | None = None
         if config.average_decay > 0:
