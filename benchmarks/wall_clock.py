@@ -15,7 +15,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -170,58 +170,69 @@ def report(results: Mapping[str, Any]) -> str:
     )
 
 
-def draw(curves: Sequence[Curve], path: Path, title: str) -> None:
-    """Draw the curves into an image that is readable at half of a page's width."""
+def draw(
+    curves: Sequence[Curve], path: Path, title: str, *, tokens_per_step: int | None = None
+) -> None:
+    """Draw the curves into an image that is readable at half of a page's width.
+
+    With `tokens_per_step` a second panel has them over the tokens.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    panels: list[tuple[str, Callable[[Curve], Sequence[float]]]]
+    panels = [("seconds of training", lambda curve: curve.seconds)]
+    if tokens_per_step is not None:
+        per_step = tokens_per_step
+        panels.append(("tokens", lambda curve: [step * per_step for step in curve.steps]))
     with plt.rc_context({"font.size": 13, "svg.hashsalt": "sae_fast"}):
-        fig, ax = plt.subplots(figsize=(8, 4.6))
-        for curve in curves:
-            colour, marker, label = STYLES[curve.implementation]
-            width = 2.8 if curve.implementation.startswith("sae_fast") else 1.8
-            # Time 0 has no place on a logarithmic axis.
-            ax.plot(
-                curve.seconds[1:],
-                curve.fvu[1:],
-                color=colour,
-                marker=marker,
-                markersize=6,
-                linewidth=width,
-                label=label,
-            )
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ticks = [0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
-        low, high = ax.get_ylim()
-        ax.set_yticks([tick for tick in ticks if low <= tick <= high])
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("")
-        ax.set_xlabel("seconds of training (log scale)")
-        ax.set_ylabel("held-out FVU (log scale)")
-        ax.set_title(title, fontsize=13)
-        ax.grid(alpha=0.3, which="both", linewidth=0.6)
-        ax.legend(fontsize=11.5, framealpha=1)
+        size = (8.0 * len(panels), 4.6)
+        fig, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+        for ax, (name, places) in zip(grid[0], panels, strict=True):
+            _draw_panel(ax, curves, places)
+            ax.set_xlabel(f"{name} (log scale)")
+        grid[0][0].set_ylabel("held-out FVU (log scale)")
+        grid[0][0].legend(fontsize=11.5, framealpha=1)
+        fig.suptitle(title, fontsize=13)
         fig.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path, dpi=160, metadata={"Software": None})
         plt.close(fig)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.wall_clock")
+def _draw_panel(
+    ax: Any, curves: Sequence[Curve], places: Callable[[Curve], Sequence[float]]
+) -> None:
+    """Draw the held-out FVU of all curves over their `places`."""
+    for curve in curves:
+        colour, marker, label = STYLES[curve.implementation]
+        width = 2.8 if curve.implementation.startswith("sae_fast") else 1.8
+        style = {"color": colour, "marker": marker, "markersize": 6, "linewidth": width}
+        # The start has no place on a logarithmic axis.
+        ax.plot(places(curve)[1:], curve.fvu[1:], label=label, **style)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ticks = [0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+    low, high = ax.get_ylim()
+    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+    ax.grid(alpha=0.3, which="both", linewidth=0.6)
+
+
+def make_parser(description: str | None, prog: str, peers: str) -> argparse.ArgumentParser:
+    """Return a parser of the arguments that comparisons of whole trainings share."""
+    parser = argparse.ArgumentParser(description=description, prog=prog)
     parser.add_argument("--shard-dir", type=Path, required=True, help="train*.h5 and heldout*.h5")
     parser.add_argument("--name", help="what the table calls the data; default: the folder's name")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--d-sae", type=int, default=3072)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of all, constant")
-    parser.add_argument("--peers", default="eager,gather,sparsify,saelens")
+    parser.add_argument("--peers", default=peers)
     parser.add_argument(
         "--peer-python",
         action="append",
@@ -231,12 +242,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_run_arguments(parser)
     parser.add_argument("--plot", type=Path, help="draw the curves into this .png, .svg or .pdf")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Run the benchmark, print the table and write the files asked for."""
-    options = parse_arguments()
+    default_peers = "eager,gather,sparsify,saelens"
+    parser = make_parser(__doc__, "python -m benchmarks.wall_clock", default_peers)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of all, constant")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     interpreters = dict(entry.split("=", 1) for entry in options.peer_python)
     names = [name for name in options.peers.split(",") if name]
@@ -249,11 +263,9 @@ def main() -> None:
         path = Path(folder) / "rows.pt"
         torch.save(data, path)
         for name in ["sae_fast", *[name for name in names if name in local or name in peers]]:
-            place = (adapter_module(name), peers.get(name, sys.executable), size)
-            given = {"data": path, "rate": options.lr}
-            with PeerProcess(name, *place, BATCHES_IN_MEMORY, options.threads, **given) as peer:
-                curves.append(train(peer, options.steps))
-    _require_one_start(curves)
+            python = peers.get(name, sys.executable)
+            curves.append(run_one(name, python, size, path, options, options.lr))
+    require_one_start(curves)
     data_name = options.name or options.shard_dir.name
     results: dict[str, Any] = {
         "setting": (
@@ -271,7 +283,16 @@ def main() -> None:
     publish(results, report(results), options.json, options.markdown)
 
 
-def _require_one_start(curves: Sequence[Curve]) -> None:
+def run_one(
+    name: str, python: str, size: Size, data: Path, options: argparse.Namespace, rate: float
+) -> Curve:
+    """Train with one implementation in a process of its own; return its curve."""
+    place = (adapter_module(name), python, size, BATCHES_IN_MEMORY, options.threads)
+    with PeerProcess(name, *place, data=data, rate=rate) as peer:
+        return train(peer, options.steps)
+
+
+def require_one_start(curves: Sequence[Curve]) -> None:
     """Raise ValueError unless all implementations begin with the same reconstruction."""
     start = statistics.median(curve.fvu[0] for curve in curves)
     for curve in curves:

@@ -85,6 +85,25 @@ def test_wall_clock_trains_all_from_one_start_and_draws_them(run, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_time_to_fvu_takes_the_best_rate_of_each_and_draws_seconds_and_tokens(run, tmp_path):
+    rows = torch.randn(700, 32, generator=torch.Generator().manual_seed(0))
+    write_shard(tmp_path / "train_00.h5", rows[:500])
+    write_shard(tmp_path / "heldout_00.h5", rows[500:])
+    small = ["--steps", "4", "--batch-size", "64", "--d-sae", "64", "--k", "4"]
+    plot = tmp_path / "plot.png"
+    data = ["--shard-dir", str(tmp_path), "--name", "noise", "--rates", "1e-5,1e-2"]
+    result, table = run("time_to_fvu", *data, *small, "--peers", "eager", "--plot", str(plot))
+    ours, eager = result["best"]
+    assert ours["rate"] == eager["rate"] == 1e-2
+    assert ours["is_at_end"]
+    assert dict(map(tuple, ours["ends"])) == {
+        1e-5: ours["ends"][0][1],
+        1e-2: ours["curve"]["fvu"][-1],
+    }
+    assert "0.01 (end of the grid)" in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_architectures_compares_all_of_them_on_rows_and_on_a_planted_dictionary(run, tmp_path):
     rows = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))

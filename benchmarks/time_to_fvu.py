@@ -1,0 +1,150 @@
+"""Train with sae_fast and the packaged trainers, each at its best rate, and compare held-out FVU.
+
+    python -m benchmarks.time_to_fvu --shard-dir DIR --plot results/time_to_fvu.png
+
+Every implementation trains once for each learning rate of a grid, from one start, on one order of
+rows, in a process of its own, as in `wall_clock`. Its curve is the one that ends with the lowest
+held-out FVU; a best rate at the end of the grid is told, since a better one may lie beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.implementations import choose_implementations, describe
+from benchmarks.support.groups import say
+from benchmarks.support.machine import command_line, describe_machine
+from benchmarks.support.problem import Size
+from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.wall_clock import (
+    Curve,
+    draw,
+    make_parser,
+    prepare,
+    require_one_start,
+    run_one,
+    seconds_to,
+)
+
+RATES = "3e-4,1e-3,3e-3,6e-3,1e-2"
+
+
+def best_rate(curves: Mapping[float, Curve]) -> float:
+    """Return the rate whose curve ends with the lowest FVU; one that is not finite is the worst."""
+    ends = {rate: curve.fvu[-1] for rate, curve in curves.items()}
+    return min(ends, key=lambda rate: ends[rate] if math.isfinite(ends[rate]) else math.inf)
+
+
+def tokens_to(curve: Curve, fvu: float, tokens_per_step: int) -> float | None:
+    """Return the tokens after which a curve is at this FVU, linear between its points."""
+    steps = Curve(**{**asdict(curve), "seconds": [float(step) for step in curve.steps]})
+    reached = seconds_to(steps, fvu)
+    return None if reached is None else reached * tokens_per_step
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """Return the table, as Markdown."""
+    curves = [Curve(**found["curve"]) for found in results["best"]]
+    level = max(curve.fvu[-1] for curve in curves)
+    rows = []
+    for found, curve in zip(results["best"], curves, strict=True):
+        seconds = seconds_to(curve, level)
+        tokens = tokens_to(curve, level, results["batch_size"])
+        ends = ", ".join(f"{rate:g}: {fvu:.4f}" for rate, fvu in found["ends"])
+        rows.append(
+            [
+                describe(curve.implementation, "cpu"),
+                f"{found['rate']:g}" + (" (end of the grid)" if found["is_at_end"] else ""),
+                f"{curve.fvu[-1]:.4f}",
+                f"{curve.seconds[-1]:.1f}",
+                "-" if seconds is None else f"{seconds:.1f}",
+                "-" if tokens is None else f"{tokens:,.0f}",
+                ends,
+            ]
+        )
+    headings = [
+        *("implementation", "best rate", "held-out FVU at the end", "s in all"),
+        *(f"s to FVU {level:.3f}", f"tokens to FVU {level:.3f}", "FVU at the end, by rate"),
+    ]
+    missing = results["missing"]
+    absent = f" Not installed here: {', '.join(missing)}." if missing else ""
+    versions = {name: v for curve in curves for name, v in curve.versions.items()}
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return "\n\n".join(
+        [
+            "# Held-out FVU over seconds and tokens, each at its best rate",
+            f"{results['setting']} Every implementation runs its own training loop, from one start "
+            "and on one order of rows, once for each constant learning rate of the grid; the rest "
+            "of its recipe is its own. The clock counts steps, not evaluations. The FVU that "
+            f"seconds and tokens are counted to is the highest one at the end.{absent}",
+            markdown_table(headings, rows),
+            f"Versions: {named}.",
+            f"{machine_line(results['machine'])}\n`{results['command']}`",
+        ]
+    )
+
+
+def main() -> None:
+    """Run the benchmark, print the table and write the files asked for."""
+    packaged = "sparsify,saelens,dictionary_learning"
+    parser = make_parser(__doc__, "python -m benchmarks.time_to_fvu", packaged)
+    parser.add_argument("--rates", default=RATES, help="learning rates that each is trained with")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rates = sorted(float(rate) for rate in options.rates.split(","))
+    interpreters = dict(entry.split("=", 1) for entry in options.peer_python)
+    names = [name for name in options.peers.split(",") if name]
+    local, peers, missing = choose_implementations(names, interpreters)
+    data = prepare(options.shard_dir, options.batch_size)
+    d_in = data["rows"].shape[1]
+    size = Size("time_to_fvu", options.batch_size, d_in, options.d_sae, options.k)
+    best: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.pt"
+        torch.save(data, path)
+        for name in ["sae_fast", *[name for name in names if name in local or name in peers]]:
+            curves: dict[float, Curve] = {}
+            for rate in rates:
+                say(f"  {name}, rate {rate:g}")
+                python = peers.get(name, sys.executable)
+                curves[rate] = run_one(name, python, size, path, options, rate)
+            rate = best_rate(curves)
+            best.append(
+                {
+                    "rate": rate,
+                    "is_at_end": rate in (rates[0], rates[-1]),
+                    "ends": [(each, curve.fvu[-1]) for each, curve in curves.items()],
+                    "curve": asdict(curves[rate]),
+                }
+            )
+    chosen = [Curve(**found["curve"]) for found in best]
+    require_one_start(chosen)
+    data_name = options.name or options.shard_dir.name
+    results: dict[str, Any] = {
+        "setting": (
+            f"{data_name}: {options.steps} steps of {options.batch_size} rows, d_in {d_in}, "
+            f"d_sae {options.d_sae}, k {options.k}."
+        ),
+        "batch_size": options.batch_size,
+        "best": best,
+        "missing": missing,
+        "machine": describe_machine(),
+        "command": command_line("benchmarks.time_to_fvu"),
+    }
+    if options.plot:
+        sizes = f"d_sae {options.d_sae}, k {options.k}, {options.threads} CPU threads"
+        title = f"{data_name}, {sizes}, each at its best learning rate"
+        draw(chosen, options.plot, title, tokens_per_step=options.batch_size)
+    publish(results, report(results), options.json, options.markdown)
+
+
+if __name__ == "__main__":
+    main()
