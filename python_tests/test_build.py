@@ -249,6 +249,14 @@ def test_the_cuda_of_nvcc_and_torch_must_have_one_major(tmp_path, release, reaso
     assert toolchain.why_no_cuda(torch, nvcc) == reason
 
 
+def test_the_oldest_torch_has_the_macros_that_the_sources_use():
+    """torch 2.11 has no STABLE_… macros; a build with a newer torch does not show it."""
+    sources = [path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cpp", ".cu")]
+    assert len(sources) > 100
+    macro = re.compile(r"\bSTABLE_TORCH_(?!LIBRARY)\w+")
+    assert not [path.name for path in sources if macro.search(path.read_text("utf-8"))]
+
+
 def test_an_nvcc_of_an_unknown_kind_is_a_reason_for_no_cuda(tmp_path):
     torch = make_torch(tmp_path / "torch", "2.13.0+cu130", cuda="'13.0'")
     nvcc = make_script(tmp_path / "nvcc", "echo hello")

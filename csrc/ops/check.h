@@ -90,7 +90,7 @@ struct Extent {
 
 inline Extent extent(const Tensor& tensor) {
   int64_t offset = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
   int64_t last = offset;
   for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
   const auto bytes = static_cast<int64_t>(tensor.element_size());
@@ -101,7 +101,7 @@ inline Extent extent(const Tensor& tensor) {
 inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
   if (tensor.numel() == 0) return;
   int64_t size = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &size));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &size));
   const int64_t needed = extent(tensor).end;
   SAE_FAST_CHECK(needed <= size, op, ": ", name, " must have a storage of at least ", needed,
                  " bytes, got ", size);
