@@ -44,7 +44,7 @@ def run(config: ConvertConfig) -> None:
     """
     from sae_fast.autoencoder import SparseAutoencoder
 
-    if not config.source or not config.destination.name:
+    if not config.source or config.destination is None:
         raise ValueError(f"source and destination must be given: {PROGRAM} SRC DST")
     sae = SparseAutoencoder.from_pretrained(
         config.source, subfolder=config.subfolder, revision=config.revision

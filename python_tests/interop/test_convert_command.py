@@ -112,6 +112,38 @@ def test_a_directory_without_rows_is_not_verified(tmp_path, capsys):
     assert "a directory must be given" in last_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"value": lambda value: value.to(torch.complex64)},
+            "value must be of floating-point numb",
+        ),
+        (
+            {"value": lambda value: value[0]},
+            "rows must be a matrix that is not empty, and value a list",
+        ),
+        ({"rows": lambda rows: rows[0]}, "rows must be a matrix"),
+        ({"rows": lambda rows: rows.int()}, "rows must be of floating-point numbers, got int32"),
+        (
+            {
+                **{"rows": lambda rows: rows[:0], "reconstruction": lambda rows: rows[:0]},
+                **dict.fromkeys(("token", "latent", "value"), lambda entries: entries[:0]),
+            },
+            "rows must be a matrix that is not empty",
+        ),
+    ],
+)
+def test_rows_of_another_form_are_refused(changes, words, tmp_path, capsys):
+    make("topk").export(tmp_path / "out", "sae_fast")
+    path = tmp_path / "out" / "expected_codes.safetensors"
+    tensors = load_file(path)
+    tensors |= {name: change(tensors[name]).contiguous() for name, change in changes.items()}
+    save_file(tensors, path)
+    assert verify.main([str(tmp_path / "out")]) == 2
+    assert words in last_line(capsys)
+
+
 @pytest.mark.parametrize("name", ["rows", "token", "latent", "value", "reconstruction"])
 def test_rows_that_do_not_fit_are_refused(name, tmp_path, capsys):
     make("topk").export(tmp_path / "out", "sae_fast")

@@ -160,3 +160,33 @@ def test_links_in_place_of_files_are_followed_or_refused_but_not_looped(tmp_path
     assert read(tmp_path) is not None
     os.mkfifo(tmp_path / "ae.pt")
     assert read(tmp_path) is not None
+
+
+def test_junk_is_not_said_to_need_a_load_that_runs_code(tmp_path):
+    (tmp_path / "ae.pt").write_bytes(b"\x80\x02" + b"x" * 100)
+    line = read(tmp_path)
+    assert "ae.pt: cannot be read, damaged or cut short: no file of torch.save" in line
+    assert "weights_only" not in line
+
+
+@pytest.mark.parametrize("place", ["owner/../other/name", "owner/name/..", "owner/name@../x/.."])
+def test_a_path_that_climbs_is_no_name_on_the_hub(place):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        SparseAutoencoder.from_pretrained(place)
+
+
+@pytest.mark.parametrize("threshold", [1e308, -1, True, "low", None])
+def test_a_threshold_that_is_no_float32_is_named(threshold, tmp_path):
+    place = tmp_path / "Llama3_1-8B-Base-L15R-8x"
+    shutil.copytree(FOREIGN / "releases" / place.name, place)
+    path = place / "hyperparams.json"
+    content = json.loads(path.read_text()) | {"jump_relu_threshold": threshold}
+    path.write_text(json.dumps(content))
+    assert "jump_relu_threshold must be a number from 0 to 3.4e+38" in read(place)
+
+
+def test_the_name_of_a_hook_does_not_break_the_line(tmp_path):
+    shutil.copytree(FOREIGN / "openmoss" / "topk", tmp_path / "sae")
+    path = tmp_path / "sae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hook_point_in": "a\nb"}))
+    assert "has no tensor dataset_average_activation_norm.a b, it has" in read(tmp_path / "sae")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_fast.atomic_files import replacing
 from sae_fast.interop import DictionaryError, PlainDictionary
-from sae_fast.tensor_files import load_tensors, save_tensors
+from sae_fast.tensor_files import FLOATS, load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
@@ -123,9 +123,9 @@ def check(dictionary: PlainDictionary, sae: SparseAutoencoder, place: Path) -> A
     Raises DictionaryError where there are no such rows, or they do not fit.
     """
     expected = _read(file_of(place), dictionary)
-    rows = expected["rows"]
+    rows = expected["rows"].float()
     code = torch.zeros(len(rows), dictionary.d_sae, dtype=torch.float64)
-    code[expected["token"].long(), expected["latent"].long()] = expected["value"]
+    code[expected["token"].long(), expected["latent"].long()] = expected["value"].double()
     by_formula = dictionary.encode(rows)
     encoded = sae.encode(rows, units="raw")
     by_model = encoded.dense().double()
@@ -160,7 +160,9 @@ def _read(path: Path, dictionary: PlainDictionary) -> dict[str, Tensor]:
     tensors = load_tensors(path)
     if tensors.keys() != _TENSORS:
         raise DictionaryError(f"{path}: must hold {', '.join(sorted(_TENSORS))}")
-    n_rows, n_entries = tensors["rows"].shape[0], tensors["value"].shape[0]
+    if tensors["rows"].ndim != 2 or tensors["value"].ndim != 1 or len(tensors["rows"]) == 0:
+        raise DictionaryError(f"{path}: rows must be a matrix that is not empty, and value a list")
+    n_rows, n_entries = len(tensors["rows"]), len(tensors["value"])
     shapes = {
         "rows": (n_rows, dictionary.d_in),
         "token": (n_entries,),
@@ -173,6 +175,10 @@ def _read(path: Path, dictionary: PlainDictionary) -> dict[str, Tensor]:
             raise DictionaryError(
                 f"{path}: {name} must have shape {list(shape)}, got {list(tensors[name].shape)}"
             )
+    for name in ("rows", "value", "reconstruction"):
+        if tensors[name].dtype not in FLOATS:
+            kind = str(tensors[name].dtype).removeprefix("torch.")
+            raise DictionaryError(f"{path}: {name} must be of floating-point numbers, got {kind}")
     for name, end in (("token", n_rows), ("latent", dictionary.d_sae)):
         inside = (tensors[name] >= 0) & (tensors[name] < end)
         if tensors[name].is_floating_point() or not bool(inside.all()):

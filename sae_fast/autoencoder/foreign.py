@@ -71,7 +71,7 @@ def _on_hub(place: str | Path) -> re.Match[str] | None:
     A longer path that begins with a folder on this machine is a wrong path, and not looked up.
     """
     named = _HUB_NAME.fullmatch(str(place))
-    if named is None or Path(place).exists():
+    if named is None or ".." in Path(place).parts or Path(place).exists():
         return None
     is_path = named["revision"] is None and named["subfolder"] is not None
     return None if is_path and Path(Path(place).parts[0]).is_dir() else named

@@ -19,7 +19,7 @@ class ConvertConfig(ConfigFile):
     """A run, a checkpoint or a saved model of sae_fast, a directory or file of another library, or
     owner/name[/subfolder][@revision] on the Hugging Face hub. Its format is recognised by its
     files."""
-    destination: Path = setting(Path(), positional=True, metavar="DST")
+    destination: Path | None = setting(None, positional=True, metavar="DST")
     """Directory to write, which must not be there or be empty. With --to circuit_tracer the file of
     one more layer is added to it."""
     to: Literal["sae_fast", "saelens", "sparsify", "dictionary_learning", "circuit_tracer"] = (

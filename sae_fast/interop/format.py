@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sae_fast.activations.origin import checked_origin
@@ -19,6 +20,7 @@ from sae_fast.tensor_files import save_tensors
 
 # The section of settings that only sae_fast reads, where a format leaves room for one.
 OWN, ORIGIN = "sae_fast", "origin"
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Format(ABC):
@@ -156,10 +158,14 @@ class Settings:
         return size
 
     def number(self, name: str) -> float:
-        """Return a number greater than or equal to 0, which must be there."""
+        """Return a number of float32 greater than or equal to 0, which must be there."""
         value = self._content.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise self._wrong(name, "a number of at least 0", value)
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 <= value <= _LARGEST
+        ):
+            raise self._wrong(name, f"a number from 0 to {_LARGEST:.3g}", value)
         return float(value)
 
     def origin(self, name: str) -> dict[str, Any]:

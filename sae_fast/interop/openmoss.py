@@ -20,6 +20,7 @@ from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import Format, PairOfFiles, Settings
 from sae_fast.interop.hook_names import origin
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
+from sae_fast.json_files import shown
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _FOLDERS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")
@@ -249,7 +250,8 @@ def _scale(file: TensorFile, settings: Settings, hook: str, d_in: int) -> float:
         )
     norm = float(file.read(_NORM + hook, shape=()))
     if not norm > 0:
-        raise DictionaryError(f"{file.path}: {_NORM}{hook} must be greater than 0, got {norm:g}")
+        name = shown(_NORM + hook)
+        raise DictionaryError(f"{file.path}: {name} must be greater than 0, got {norm:g}")
     return math.sqrt(d_in) / norm
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae_fast.activations.imports.arrays import Arrays, SourceArray, contents_of, opened
+from sae_fast.activations.imports.arrays import Arrays, SourceArray, contents_of, opened, short
 from sae_fast.activations.imports.formats import OPENERS
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.tensor_files import FLOATS, is_finite
@@ -130,7 +130,8 @@ class TensorFile:
             if name in self:
                 return name
         raise DictionaryError(
-            f"{self.path}: has no tensor {' or '.join(names)}, it has {contents_of(self._arrays)}"
+            f"{self.path}: has no tensor {short(' or '.join(names))}, "
+            f"it has {contents_of(self._arrays)}"
         )
 
     def _array(self, names: tuple[str, ...]) -> SourceArray:

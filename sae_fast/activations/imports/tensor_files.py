@@ -55,7 +55,10 @@ def _load(path: Path) -> tuple[Any, Counter[int] | None]:
     except pickle.UnpicklingError as error:
         text = one_line(error)
         if "GLOBAL" not in text and "Unsupported" not in text:
-            raise
+            # Its own text proposes to load the file as code.
+            raise ShardError(
+                f"{path}: cannot be read, damaged or cut short: no file of torch.save"
+            ) from error
         what = short(text.partition("GLOBAL ")[2].split(" ")[0])
         raise ShardError(
             f"{path}: holds Python objects beside tensors{f' ({what})' if what else ''}, and "
