@@ -309,3 +309,21 @@ def test_a_k_of_more_latents_than_there_are_names_the_file(name, copied):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: 100}))
     with pytest.raises(ValueError, match=f"{place}: k.*100"):
         SparseAutoencoder.from_pretrained(place)
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_interplm_is_read_unless_it_scales_each_token(as_tensor, copied):
+    place = copied("dictionary_learning/AutoEncoder", "run")
+    expected = SparseAutoencoder.from_pretrained(place).state_dict()
+    (place / "config.json").unlink()
+    state = torch.load(place / "ae.pt", weights_only=True)
+    state["activation_rescale_factor"] = torch.rand(24)
+    for scales in (False, True):
+        flag = torch.tensor(scales) if as_tensor else scales
+        torch.save({**state, "normalize_to_sqrt_d": flag}, place / "ae.pt")
+        if scales:
+            with pytest.raises(ValueError, match="InterPLM scales each token to a norm of sqrt"):
+                SparseAutoencoder.from_pretrained(place)
+        else:
+            found = SparseAutoencoder.from_pretrained(place).state_dict()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast.activations.imports.tensor_files import read_torch_values
 from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary, with_subtraction
 from sae_fast.interop.errors import DictionaryError
@@ -41,6 +42,9 @@ _TENSORS = {
 }
 _FURTHER = {"threshold"}  # which newer versions add
 _K = "k"  # which older ones lack
+# InterPLM adds these to an AutoEncoder; it divides codes by the factor only where it is asked to.
+_BY_TOKEN = "normalize_to_sqrt_d"
+_INTERPLM = {_BY_TOKEN, "activation_rescale_factor"}
 _SUBMODULES = {"resid_post": "residual", "mlp_out": "mlp_out", "attn_out": "attn_out"}
 _SUBMODULE = re.compile(r"(resid_post|mlp_out|attn_out)(?:_layer_?(\d+))?")
 _UNSET = "its threshold is not set: the latents of a batch compete, as in training"
@@ -68,6 +72,7 @@ class DictionaryLearning(Format):
         settings = _config_of(path)
         trainer = settings.section("trainer")
         with open_tensors(path) as file:
+            _check_scale(file)
             dictionary = _read(file, _class_of(file, trainer, settings), trainer)
         sizes = {"activation_dim": dictionary.d_in, "dict_size": dictionary.d_sae}
         for name, size in sizes.items():
@@ -144,6 +149,7 @@ def _config_of(path: Path) -> Settings:
 def _classes(names: set[str]) -> list[str]:
     """Return the classes whose tensors these are."""
     plain = {name.removeprefix(_BACKUP) for name in names if "/" not in name.removeprefix(_BACKUP)}
+    plain -= _INTERPLM
     return [kind for kind, own in _TENSORS.items() if own - {_K} <= plain <= own | _FURTHER]
 
 
@@ -221,6 +227,16 @@ def _read(file: TensorFile, kind: str, trainer: Settings) -> PlainDictionary:
     if kind == "MatryoshkaBatchTopKSAE":
         dictionary = replace(dictionary, prefixes=_prefixes(file, start, d_sae))
     return dictionary
+
+
+def _check_scale(file: TensorFile) -> None:
+    """Raise DictionaryError where InterPLM scales each token by its own norm."""
+    is_stored = _BY_TOKEN in file
+    if file.integer(_BY_TOKEN) if is_stored else read_torch_values(file.path).get(_BY_TOKEN):
+        raise DictionaryError(
+            f"{file.path}: {_BY_TOKEN}: InterPLM scales each token to a norm of sqrt(d_in) before "
+            "the encoder, and a dictionary here has one scale"
+        )
 
 
 def _k_of(file: TensorFile, name: str, trainer: Settings, d_sae: int) -> int:

@@ -31,8 +31,9 @@ def download(name: str, subfolder: str | None = None, revision: str | None = Non
     try:
         files = hub.HfApi().list_repo_files(name, revision=revision)
     except Exception as error:  # of the network, of the name, of the rights
+        place = "/".join(filter(None, (name, subfolder)))
         raise DictionaryError(
-            f"{name}: no such directory, and the Hugging Face hub answers: {one_line(error)}"
+            f"{place}: no such directory, and the Hugging Face hub answers: {one_line(error)}"
         ) from None
     wanted = files_of(name, files, subfolder)
     try:

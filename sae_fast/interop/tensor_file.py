@@ -77,7 +77,7 @@ class TensorFile:
         return result
 
     def integer(self, name: str) -> int:
-        """Read a whole number that is stored as a tensor; raise DictionaryError."""
+        """Read a whole number, or True as 1, stored as a tensor; raise DictionaryError."""
         array = self._array((name,))
         if array.shape not in ((), (1,)) or array.dtype not in _INTEGERS:
             raise DictionaryError(f"{self.path}: {name} must be one whole number")
@@ -146,7 +146,7 @@ class TensorFile:
         return arrays[0]
 
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @contextmanager
