@@ -101,10 +101,11 @@ class TrainOptions(ConfigFile):
     """JSON file with several trainings on the same activations: an object of lists, of which all
     combinations are trained, or a list of objects with the settings of each."""
     live: Path | None = setting(None, metavar="DIR")
-    """Directory for the pages of all latents, written again and again while one model is trained on
-    shards, in 5 % of the time; open the index.html in it."""
+    """Directory for the pages of all latents, written again and again during one training, in 5 %
+    of the time; open the index.html in it."""
     live_tokenizer: str | None = setting(None, metavar="NAME")
-    """A tokenizer for the texts of these pages: a folder, a tokenizer.json or a name."""
+    """A tokenizer for the texts of these pages: a folder, a tokenizer.json or a name. After MODEL
+    DATASET the one of MODEL is used unless another one is given."""
 
 
 @dataclass(frozen=True)
@@ -427,10 +428,13 @@ def _opened(
         )
     directory = Path(str(config.train.checkpoint_dir))
     if line is not None:
-        _refuse_live(options)
+        if sweep is not None:
+            _refuse_live(options)
+        callbacks = _live_pages(options, line.model)
         with _named_by(line):
             stack.enter_context(held(directory))
-            return _opened_from_model(line, config, sweep, directory, stop, shown), directory
+            work = _opened_from_model(line, config, sweep, directory, callbacks, stop, shown)
+            return work, directory
     configs = {"": config} if sweep is None else read_sweep(sweep, config)
     layers = for_every_layer(configs, directory)
     if layers is None and sweep is None:
@@ -442,17 +446,18 @@ def _opened(
     return Sweep(layers or configs, stop=stop, show_progress=not shown.quiet), directory
 
 
-def _live_pages(options: TrainOptions) -> list[Callback]:
+def _live_pages(options: TrainOptions, model: str | None = None) -> list[Callback]:
+    """Return the callback for live pages, if any; without a tokenizer with the one of a model."""
     if options.live is None:
         return []
     from sae_fast.training.live_pages import LivePages
 
-    return [LivePages(options.live, options.live_tokenizer)]
+    return [LivePages(options.live, options.live_tokenizer or model)]
 
 
 def _refuse_live(options: TrainOptions) -> None:
     if options.live is not None:
-        raise ValueError("--live is for one training on shards")
+        raise ValueError("--live is for one training")
 
 
 def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:
@@ -498,6 +503,7 @@ def _opened_from_model(
     config: RunConfig,
     sweep: Path | None,
     directory: Path,
+    callbacks: Sequence[Callback],
     stop: StopOnSignal,
     shown: OutputConfig,
 ) -> Sweep:
@@ -515,6 +521,7 @@ def _opened_from_model(
     )
     return open_from_model(
         *(line.model, line.dataset, settings, configs, directory),
+        callbacks=callbacks,
         stop=stop,
         show_progress=not shown.quiet,
     )

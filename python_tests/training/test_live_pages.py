@@ -199,7 +199,7 @@ def test_a_tensor_without_columns_gives_pages_of_its_rows(tmp_path):
 def test_rows_that_cannot_be_read_again_have_no_live_pages(tmp_path):
     config = TrainConfig(batch_size=32, max_steps=1)
     parts = iter([torch.randn(64, 16)])
-    with pytest.raises(TrainingError, match="live pages need shards, or a tensor"):
+    with pytest.raises(TrainingError, match="live pages need shards, a tensor, or a model"):
         Trainer(
             SAEConfig(d_sae=40, k=4),
             config,
@@ -226,7 +226,7 @@ def test_the_flag_writes_pages_and_is_for_one_training(place, tmp_path, capsys):
     (tmp_path / "sweep.json").write_text('{"k": [2, 4]}')
     capsys.readouterr()
     assert main([*small, *live, "--sweep", str(tmp_path / "sweep.json")]) == 2
-    assert "--live is for one training on shards" in capsys.readouterr().err
+    assert "--live is for one training" in capsys.readouterr().err
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

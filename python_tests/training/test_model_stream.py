@@ -61,6 +61,24 @@ def test_every_row_is_served_once_a_pass_and_all_hook_points_go_together() -> No
     assert all(rows.x.dtype == torch.float32 for batch in batches for rows in batch.values())
 
 
+def test_rows_of_batches_are_known_with_their_text() -> None:
+    stream = make_stream(max_tokens=12 * TOKENS, pool_rows=100)
+    hooked = HookedModel(NETWORK, resolve_hooks(NETWORK, [0, 2], ["mlp_out.1"]))
+    known = harvested(12 * TOKENS)[HOOKS[1]]
+    tokens = torch.cat([part.token_ids for part in Harvester(hooked, make_batches(None))])
+    for number in range(8):
+        batch = stream.next_rows()[HOOKS[1]].x
+        rows = torch.from_numpy(stream.batch_rows(number * TOKENS))
+        assert torch.equal(known[rows], batch)
+        inside = rows[rows >= stream.first] - stream.first
+        assert len(inside) > 0
+        window = stream.window
+        assert torch.equal(window.rows_of(HOOKS[1], inside), known[inside + stream.first])
+        assert torch.equal(window.text()["token_ids"][inside], tokens[inside + stream.first])
+    assert len(stream.batch_rows(0)) == TOKENS
+    assert len(stream.batch_rows(7 * TOKENS)) == TOKENS
+
+
 def test_order_is_that_of_the_seed() -> None:
     one, same, other = make_stream(), make_stream(), make_stream(seed=2)
     first = one.next_rows()[HOOKS[0]].x

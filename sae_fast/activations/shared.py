@@ -150,6 +150,11 @@ class SharedReader(Source, Generic[Item]):
         self.number, self.sets = shared.beginning
 
     @property
+    def source(self) -> BatchSource[Item]:
+        """The source that is shared."""
+        return self._shared.source
+
+    @property
     def d_in(self) -> int:
         """Width of a row."""
         return self._d_in

@@ -29,7 +29,7 @@ from sae_fast.evaluation.code_store import CodeStore
 from sae_fast.evaluation.contexts import tokens_before
 from sae_fast.evaluation.latents import LatentPages, PageSettings, make_pages
 from sae_fast.evaluation.recent_batches import RecentBatches
-from sae_fast.evaluation.text_rows import TOKENS, TextRows, pieces_around, rows_of
+from sae_fast.evaluation.text_rows import TOKENS, Integers, TextRows, pieces_around, rows_of
 from sae_fast.evaluation.token_texts import TokenTexts, load_token_texts
 from sae_fast.report.latent_viewer import Viewer, live_folder, write_live
 from sae_fast.training.batch_texts import BatchTexts, texts_of
@@ -54,8 +54,8 @@ _KEPT = 2  # pages of the newest steps
 class LivePages(Callback):
     """Write the pages of all latents again and again while a model is trained.
 
-    The training is on shards, or on a tensor, whose columns token_ids, doc_id and position give the
-    text then.
+    The training is on shards; on a tensor, whose columns token_ids, doc_id and position give the
+    text then; or straight from a model.
 
     The training itself is the same, bit for bit. Pages are written after the first step, then
     whenever their share of the time allows it, and at the end.
@@ -88,6 +88,7 @@ class LivePages(Callback):
         self.out = Path(out)
         self._tokenizer, self._rows, self._share = tokenizer, rows, share
         self._settings = settings or _SETTINGS
+        self._trainer: Trainer | None = None
         self._texts: BatchTexts | None = None
         self._recent: RecentBatches | None = None
         self._tokens: TokenTexts | None = None
@@ -97,7 +98,10 @@ class LivePages(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Load the tokenizer, and ask for the codes of the steps."""
-        self._texts = texts_of(trainer.source)
+        if self._trainer not in (None, trainer):
+            raise ValueError("live pages are of one training, and there are several")
+        self._trainer, self._texts = trainer, texts_of(trainer.source)
+        self._newest = self._taken = -1
         length = self._settings.context_tokens
         if (token := self._texts.largest_token()) is None:
             logger.warning("the rows have no %s: live pages show no text", TOKENS)
@@ -120,8 +124,8 @@ class LivePages(Callback):
     def on_end(self, trainer: Trainer, error: BaseException | None) -> None:
         """Write the pages of the last step, if a step was made."""
         if error is None and trainer.step > self._newest and trainer.codes:
-            self._take(trainer)
             self._write(trainer)
+        self._trainer = None
 
     def _take(self, trainer: Trainer) -> None:
         """Take the codes of the last step, unless that was done."""
@@ -134,6 +138,8 @@ class LivePages(Callback):
         size = trainer.train_config.batch_size
         firsts = range(trainer.tokens - trainer.tokens_per_step, trainer.tokens, size)
         rows = np.concatenate([self._texts.batch_rows(first) for first in firsts])
+        if len(rows) < trainer.tokens_per_step:
+            return  # a stream from a model is too far ahead of the step
         for code in trainer.codes:
             own, rows = np.split(rows, [code.n_rows])
             self._recent.add(code, own)
@@ -143,9 +149,13 @@ class LivePages(Callback):
             self._next += took / self._share  # both together keep to the share
 
     def _write(self, trainer: Trainer) -> None:
+        self._take(trainer)
         began, step = time.monotonic(), trainer.step
         with tempfile.TemporaryDirectory(dir=self.out, prefix=".codes_") as place:
-            text, pages = self._pages(trainer, Path(place))
+            made = self._pages(trainer, Path(place))
+        if made is None:
+            return
+        text, pages = made
         lines = f"step {step:,}", f"{trainer.sae.extra_repr()} · {pages.rows:,} rows of batches"
         viewer = Viewer(
             pages, text, *lines, self._settings.intervals, tokens=self._tokens, step=step
@@ -158,16 +168,21 @@ class LivePages(Callback):
         self._next = time.monotonic() + took * (1 / self._share - 1)
         logger.info("step %d: pages in %s, %.1f s", step, self.out, took)
 
-    def _pages(self, trainer: Trainer, place: Path) -> tuple[TextRows, LatentPages]:
-        """Return the text round strong and newest rows, and the pages of all latents."""
+    def _pages(self, trainer: Trainer, place: Path) -> tuple[TextRows, LatentPages] | None:
+        """Return the text round strong and newest rows, and the pages of all latents.
+
+        None: none of the newest rows can be read again, in a stream that is ahead of the step.
+        """
         assert self._texts is not None
         assert self._recent is not None
         recent, sae, offsets = self._recent, trainer.model(), self._texts.offsets
         length = self._settings.context_tokens
         around = tokens_before(length), length
-        rows = np.concatenate([recent.strongest(_STRONGEST), recent.newest])
-        pieces = pieces_around(offsets, rows, *around)
-        newest = pieces_around(offsets, recent.newest, *around)
+        last = _inside(recent.newest, offsets)
+        if not last.size:
+            return None
+        rows = np.concatenate([_inside(recent.strongest(_STRONGEST), offsets), last])
+        pieces, newest = (pieces_around(offsets, part, *around) for part in (rows, last))
         counted = np.isin(rows_of(pieces, offsets), rows_of(newest, offsets), assume_unique=True)
         text = self._texts.text(pieces, length, place)
         store = CodeStore(place, sae, text, _BLOCK_ROWS)
@@ -179,3 +194,9 @@ class LivePages(Callback):
         folders = sorted(self.out.glob(live_folder("*")))
         for folder in folders[:-_KEPT]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _inside(rows: Integers, offsets: Integers) -> Integers:
+    """Return the rows that can still be read."""
+    is_inside = (rows >= offsets[0]) & (rows < offsets[-1])
+    return rows[np.flatnonzero(is_inside)]

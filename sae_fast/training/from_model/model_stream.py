@@ -15,13 +15,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sae_fast.activations import STARTS, Column, Rows
 from sae_fast.activations.capture import Harvest, Harvester, TokenCursor
 from sae_fast.activations.capture.sequences import saved_cursor
-from sae_fast.activations.columns import STARTS_COLUMN, sequence_starts
+from sae_fast.activations.columns import SEQUENCE_COLUMNS, STARTS_COLUMN, sequence_starts
 from sae_fast.activations.order import shuffled_rows
 from sae_fast.activations.source import BatchSource, check_state, saved_counts
 from sae_fast.ops import gather_rows_
@@ -29,6 +31,8 @@ from sae_fast.ops import gather_rows_
 logger = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+# Batches of which the rows are known: a training looks at the first ones before it takes them.
+_KNOWN_BATCHES = 32
 
 HookRows = dict[str, Rows]
 
@@ -42,7 +46,7 @@ class _Place:
     cursor: TokenCursor
 
 
-class _Window:
+class Window:
     """Rows of all hook points, as they are harvested and then in a random order."""
 
     def __init__(self, place: _Place, capacity: int) -> None:
@@ -51,14 +55,14 @@ class _Window:
         self.complete = False
         self._capacity = capacity
         self._pools: dict[str, Tensor] = {}  # each [capacity, D], as the model has them
-        self._sequence: list[tuple[Tensor, Tensor]] = []  # doc_id and position, [n] each
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._text: list[tuple[Tensor, ...]] = []  # token_ids, doc_id and position, [n] each
+        self.order = torch.empty(0, dtype=torch.int64)
         self._begins: Tensor | None = None
 
     def reuse(self, place: _Place) -> None:
         """Begin another window in the same memory."""
         self.place = self.following = place
-        self.rows, self.complete, self._sequence = 0, False, []
+        self.rows, self.complete, self._text = 0, False, []
 
     def add(self, harvest: Harvest) -> None:
         """Add the rows of a batch."""
@@ -67,25 +71,38 @@ class _Window:
             if name not in self._pools:
                 self._pools[name] = rows.new_empty(self._capacity, rows.shape[1])
             self._pools[name][self.rows : end] = rows
-        self._sequence.append((harvest.doc_id, harvest.position))
+        self._text.append((harvest.token_ids, harvest.doc_id, harvest.position))
         self.rows = end
 
     def shuffle(self, seed: int, whole_sequences: bool) -> None:
         """Choose the order in which rows are taken; to be called when all of them are there."""
         starts = None
         if whole_sequences:
-            parts = zip(*self._sequence, strict=True)
-            doc_id, position = (torch.cat(part).numpy() for part in parts)
-            starts = sequence_starts(self.rows, 1, doc_id, position)
+            text = self.text()
+            sequences = (text[name].numpy() for name in SEQUENCE_COLUMNS)
+            starts = sequence_starts(self.rows, 1, *sequences)
             self._begins = torch.zeros(self.rows, dtype=torch.bool)
             self._begins[torch.from_numpy(starts)] = True
         order = shuffled_rows(self.rows, starts, seed, self.place.epoch, self.place.number + 1)
         device = next(iter(self._pools.values())).device
-        self._order = torch.from_numpy(order).to(device)
+        self.order = torch.from_numpy(order).to(device)
+
+    def text(self) -> dict[str, Tensor]:
+        """Return token, document and position of the rows, [n] each, as they were harvested."""
+        parts = map(torch.cat, zip(*self._text, strict=True))
+        return dict(zip(("token_ids", *SEQUENCE_COLUMNS), parts, strict=True))
+
+    def rows_of(
+        self,
+        name: str,
+        rows: Tensor,  # [n] int64
+    ) -> Tensor:
+        """Return rows of a hook point, [n, D] float32, as they were harvested."""
+        return _gathered(self._pools[name], rows.to(self.order.device))
 
     def take(self, start: int, stop: int) -> HookRows:
         """Return the start-th to stop-th row of the order, [n, D] float32 of each hook point."""
-        chosen = self._order[start:stop]
+        chosen = self.order[start:stop]
         columns = {}
         if self._begins is not None:
             columns[STARTS] = self._begins[chosen.cpu()].to(chosen.device)
@@ -181,9 +198,10 @@ class ModelStream(DocumentStream):
         tokens = harvester.batches.config
         self._capacity = pool_rows + tokens.batch_size * tokens.ctx_len
         self._harvest: Generator[Harvest, None, None] | None = None
-        self._windows: tuple[_Window, _Window] | None = None  # served, and harvested
+        self._windows: tuple[Window, Window] | None = None  # served, and harvested
         self._place = _Place(0, 0, harvester.batches.start)  # of the first of them
         self._served = 0  # rows of it
+        self._orders: dict[int, Tensor] = {}  # of the last windows, by the rows served before
         self._told = False
 
     @property
@@ -206,12 +224,47 @@ class ModelStream(DocumentStream):
             window, following = self._ready()
             count = min(missing, window.rows - self._served)
             parts.append(window.take(self._served, self._served + count))
+            self._note_order(window.order)
             self._served += count
             missing -= count
             self._tokens_served += count
             self._keep_up(window, following)
         self._stall_seconds += time.perf_counter() - begin
         return _joined(parts)
+
+    @property
+    def first(self) -> int:
+        """Rows that were served before the window that is served."""
+        return self._tokens_served - self._served
+
+    @property
+    def window(self) -> Window:
+        """The window that is served; it was served from."""
+        assert self._windows is not None
+        return self._windows[0]
+
+    def batch_rows(self, first: int) -> npt.NDArray[np.int64]:
+        """Return the number of each row of one of the last batches; fewer where it is too old.
+
+        Rows are counted as they are harvested: in `window` they have the numbers from `first` on.
+
+        Args:
+            first: how many rows were served before the batch, since the very beginning.
+        """
+        found = [torch.empty(0, dtype=torch.int64)]
+        for begin, order in self._orders.items():
+            low, high = max(first - begin, 0), first + self.batch_size - begin
+            found.append(begin + order[low : max(high, 0)].cpu())
+        numbers: npt.NDArray[np.int64] = torch.cat(found).numpy()
+        return numbers
+
+    def _note_order(self, order: Tensor) -> None:
+        """Keep the order of the window that is served, and of those that recent batches are of."""
+        self._orders[self.first] = order
+        oldest = self._tokens_served - _KNOWN_BATCHES * self.batch_size
+        for begin, known in list(self._orders.items()):
+            if begin + len(known) <= oldest:
+                del self._orders[begin]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch served."""
@@ -237,7 +290,7 @@ class ModelStream(DocumentStream):
         epoch, window, served, tokens = saved_counts(state, "epoch", "window", "served", "tokens")
         place = _Place(epoch, window, saved_cursor(state.get("cursor")))
         self._end_harvest()
-        self._windows = None
+        self._windows, self._orders = None, {}
         self._place = place
         self._served, self._tokens_served = served, tokens
 
@@ -256,16 +309,16 @@ class ModelStream(DocumentStream):
             self._harvest.close()
             self._harvest = None
 
-    def _ready(self) -> tuple[_Window, _Window]:
+    def _ready(self) -> tuple[Window, Window]:
         """Return a window with rows that are left to serve, and the one that is harvested."""
         if self._windows is None:
-            first = _Window(self._place, self._capacity)
+            first = Window(self._place, self._capacity)
             self._complete(first)
             if self._served > first.rows:
                 raise ValueError(
                     f"data position: {self._served} rows served of a window of {first.rows}"
                 )
-            self._windows = first, _Window(first.following, self._capacity)
+            self._windows = first, Window(first.following, self._capacity)
         window, following = self._windows
         if self._served == window.rows:
             self._complete(following)
@@ -275,7 +328,7 @@ class ModelStream(DocumentStream):
             self._windows, self._served = (following, window), 0
         return self._windows
 
-    def _keep_up(self, window: _Window, following: _Window) -> None:
+    def _keep_up(self, window: Window, following: Window) -> None:
         """Advance the following window as far as this one is served, but not beyond the end."""
         wanted = min(
             self._served * self.pool_rows / window.rows,
@@ -284,14 +337,14 @@ class ModelStream(DocumentStream):
         while not following.complete and following.rows < wanted:
             self._add_batch(following)
 
-    def _complete(self, window: _Window) -> None:
+    def _complete(self, window: Window) -> None:
         while not window.complete:
             self._add_batch(window)
         window.shuffle(self._seed, bool(self.columns))
         if self._side is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._side)
 
-    def _add_batch(self, window: _Window) -> None:
+    def _add_batch(self, window: Window) -> None:
         """Add the next batch to a window; it is complete with enough rows, or at the end."""
         place = window.place
         if self._harvest is None:

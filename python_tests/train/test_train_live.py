@@ -1,0 +1,24 @@
+"""`python -m sae_fast.train MODEL DATASET --live`: pages of a training straight from a model."""
+
+import json
+from pathlib import Path
+
+from train_runs import Run, assert_same, refused
+
+
+def test_pages_show_the_text_that_the_model_reads_and_change_no_bit(run_on_model: Run) -> None:
+    live = ("--live", "pages", "--layers", "2", "--run_name")
+    assert run_on_model(*live, "with")[0] == 0
+    assert run_on_model("--layers", "2", "--run_name", "without")[0] == 0
+    assert_same("output/with/residual.2", "output/without/residual.2")
+    folders = sorted(Path("pages").glob("data_*"))
+    assert folders[-1].name == "data_000000010"
+    (call,) = (folders[-1] / "vocabulary.js").read_text().splitlines()
+    texts = json.loads(call.removeprefix("saeFast.vocabulary(").removesuffix(");"))["texts"]
+    assert " cat" in texts
+    meta = (folders[-1] / "meta.js").read_text()
+    assert '"step": 10' in meta
+
+
+def test_live_pages_are_of_one_training(run_on_model: Run) -> None:
+    refused(run_on_model("--live", "pages", "--layers", "0", "2"), "are of one training")
