@@ -37,6 +37,7 @@ LAYERS = (
     ("evaluation",),
     ("report",),
     ("training",),
+    ("command_frame",),
     ("ground_truth",),
     (
         *("train", "capture", "convert_shards", "compare", "evaluate", "latents", "plot", "info"),

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sae_fast.command_errors import EXIT_BAD_INPUT, one_line, refusal
+from sae_fast.command_errors import one_line, refusal
+from sae_fast.command_frame import run_resumable
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.model_text import CaptureConfig
 from sae_fast.config.output import OutputConfig
-from sae_fast.log_output import CommandOutput, command_output, has_log_file
+from sae_fast.log_output import CommandOutput, has_log_file
 from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
 from sae_fast.training.signals import StopOnSignal, run_program
@@ -50,25 +49,14 @@ def command_lines() -> list[CommandLine]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 2 for bad input, 128 and its number after a signal."""
-    with command_output(logging.WARNING) as output:
-        return _run(sys.argv[1:] if arguments is None else arguments, output)
+    words = sys.argv[1:] if arguments is None else arguments
+    return run_resumable(lambda stop, output: _run(words, stop, output), _refusal)
 
 
-def _run(arguments: Sequence[str], output: CommandOutput) -> int:
-    try:
-        with StopOnSignal() as stop:
-            config, shown = parse_arguments(arguments)
-            output.configure(quiet=shown.quiet, log_file=shown.log_file)
-            _capture(config, stop, output)
-    except Exception as error:
-        line = _refusal(error)
-        print(line, file=sys.stderr)
-        output.note(line, logging.ERROR)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command continues", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0 if stop.received is None else 128 + stop.received
+def _run(words: Sequence[str], stop: StopOnSignal, output: CommandOutput) -> None:
+    config, shown = parse_arguments(words)
+    output.configure(quiet=shown.quiet, log_file=shown.log_file)
+    _capture(config, stop, output)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[CaptureConfig, OutputConfig]:

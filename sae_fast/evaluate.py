@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from sae_fast.command_errors import EXIT_BAD_INPUT, check_out, refusal
+from sae_fast.command_errors import check_out
+from sae_fast.command_frame import run_framed
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.config.output import OutputConfig
-from sae_fast.log_output import CommandOutput, command_output
+from sae_fast.log_output import CommandOutput
 from sae_fast.output_streams import run_command
 
 if TYPE_CHECKING:
@@ -44,17 +44,15 @@ def command_lines() -> list[CommandLine]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 2 for bad input."""
-    with command_output(logging.WARNING) as output:
-        try:
-            given = command_line().read(sys.argv[1:] if arguments is None else arguments)
-            config, shown = EvaluateConfig(**given["evaluate"]), OutputConfig(**given["output"])
-            output.configure(quiet=shown.quiet, log_file=shown.log_file)
-            _evaluate(config, output)
-        except Exception as error:
-            line = refusal(error)
-            print(line, file=sys.stderr)
-            output.note(line, logging.ERROR)
-            return EXIT_BAD_INPUT
+    words = sys.argv[1:] if arguments is None else arguments
+    return run_framed(lambda output: _run(words, output))
+
+
+def _run(words: Sequence[str], output: CommandOutput) -> int:
+    given = command_line().read(words)
+    config, shown = EvaluateConfig(**given["evaluate"]), OutputConfig(**given["output"])
+    output.configure(quiet=shown.quiet, log_file=shown.log_file)
+    _evaluate(config, output)
     return 0
 
 

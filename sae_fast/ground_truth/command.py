@@ -15,10 +15,9 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.command_frame import run_framed
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.ground_truth import (
     BiographiesConfig,
@@ -29,7 +28,7 @@ from sae_fast.config.ground_truth import (
     SuperpositionConfig,
 )
 from sae_fast.config.output import OutputConfig
-from sae_fast.log_output import CommandOutput, command_output
+from sae_fast.log_output import CommandOutput
 
 if TYPE_CHECKING:
     from sae_fast.ground_truth.task import Task
@@ -99,20 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in ("-h", "--help", "--help-all"):
         print(listing())
         return 0
-    with command_output(logging.WARNING) as output:
-        try:
-            name, entry = _task(words)
-            given = command_line(name).read(words[1:])
-            config, shown = entry.config(**given["task"]), OutputConfig(**given["output"])
-            output.configure(quiet=shown.quiet, log_file=shown.log_file)
-            if config.out is None:
-                raise ValueError("out must be given: --out DIR")
-            return _run(entry, config, config.out, _command(words), output)
-        except Exception as error:
-            line = refusal(error)
-            print(line, file=sys.stderr)
-            output.note(line, logging.ERROR)
-            return EXIT_BAD_INPUT
+    return run_framed(lambda output: _run(words, output))
 
 
 def listing() -> str:
@@ -144,17 +130,21 @@ def _task(words: Sequence[str]) -> tuple[str, _Entry]:
     return name, TASKS[name]
 
 
-def _run(
-    entry: _Entry, config: GroundTruthConfig, out: Path, command: str, output: CommandOutput
-) -> int:
+def _run(words: Sequence[str], output: CommandOutput) -> int:
     """Run a task and show its table; return the exit code, 128 and the number after a signal."""
+    name, entry = _task(words)
+    given = command_line(name).read(words[1:])
+    config, shown = entry.config(**given["task"]), OutputConfig(**given["output"])
+    output.configure(quiet=shown.quiet, log_file=shown.log_file)
+    if (out := config.out) is None:
+        raise ValueError("out must be given: --out DIR")
     from sae_fast.ground_truth.runs import Stopped, run
     from sae_fast.report.page import REPORT
 
     module = importlib.import_module(f"sae_fast.ground_truth.{entry.module}")
     task: Task = vars(module)[entry.maker](config)
     try:
-        results = run(task, out, command, output.say, show_progress=not output.is_quiet)
+        results = run(task, out, _command(words), output.say, show_progress=not output.is_quiet)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         output.note(stopped, logging.WARNING)
