@@ -241,6 +241,11 @@ def test_pickled_weights_of_openmoss_are_the_same_dictionary(weights, copied):
     for named in (place, place / weights):
         found = SparseAutoencoder.from_pretrained(named).state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    tensors["b_D"] += 1
+    save_file(tensors, place / "sae_weights.safetensors")  # which a file that is named goes before
+    for named, is_changed in ((place, True), (place / weights, False)):
+        found = SparseAutoencoder.from_pretrained(named).state_dict()
+        assert torch.equal(found["b_dec"], expected["b_dec"]) != is_changed
 
 
 def test_a_distributed_checkpoint_of_openmoss_is_refused_with_the_reason(copied):

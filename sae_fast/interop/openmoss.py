@@ -25,7 +25,7 @@ from sae_fast.json_files import shown
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _FOLDERS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")
 _PICKLED, _IN_PICKLE = ".pt", "sae/"  # a .pt file has the tensors in a dictionary
-_DISTRIBUTED = ".dcp"
+_DISTRIBUTED, _INDEX = ".dcp", ".metadata"
 _NORM = "dataset_average_activation_norm."
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _SCOPE_CONFIG, _SCOPE_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
@@ -40,9 +40,10 @@ class Llamascopium(Format):
 
     def recognises(self, place: Path) -> bool:
         """Return whether settings and weights are there and the tensors have its names."""
-        weights = _weights(_directory(place))
-        if weights is None:
+        files = _files(place)
+        if files is None:
             return False
+        weights = files[1]
         if weights.suffix == _DISTRIBUTED:
             return True
         with open_tensors(weights, _below(weights)) as file:
@@ -50,15 +51,15 @@ class Llamascopium(Format):
 
     def read(self, place: Path) -> PlainDictionary:
         """Read a sparse autoencoder or transcoder; refuse a checkpoint of several processes."""
-        directory = _directory(place)
-        weights = _weights(directory)
-        assert weights is not None
+        files = _files(place)
+        assert files is not None
+        config, weights = files
         if weights.suffix == _DISTRIBUTED:
             raise DictionaryError(
                 f"{weights}: a distributed checkpoint, whose index is a pickle that may run code: "
                 "load it with llamascopium and save it again as sae_weights.safetensors"
             )
-        settings = Settings.read(directory / CONFIG)
+        settings = Settings.read(config)
         kind = settings.text("sae_type", "sae")
         if kind not in ("sae", "transcoder"):
             raise DictionaryError(f"{settings.path}: sae_type {kind!r} has no counterpart here")
@@ -163,23 +164,21 @@ class LlamaScopeR1(PairOfFiles):
         return replace(dictionary, origin=_origin(settings, hooks, is_transcoder=False))
 
 
-def _directory(place: Path) -> Path:
-    """Return the directory of a dictionary, for which its weights may stand."""
-    named = [place.parent / f"{folder}{place.suffix}" for folder in _FOLDERS]
-    if place in named:
-        return place.parent
-    above = [place.parent.parent / f"{folder}{place.suffix}" for folder in _FOLDERS]
-    return place.parent.parent if place in above else place
+def _files(place: Path) -> tuple[Path, Path] | None:
+    """Return settings and weights of a dictionary; None where they are not there.
 
-
-def _weights(directory: Path) -> Path | None:
-    """Return the first weights that the library itself would read, where settings are there."""
-    if not (directory / CONFIG).is_file():
-        return None
+    Of several weights in a directory they are the first that the library itself would read.
+    """
     endings = (Path(WEIGHTS).suffix, _PICKLED, _DISTRIBUTED)
-    named = [directory / f"{folder}{ending}" for folder in _FOLDERS for ending in endings]
-    found = [path for path in named if path.is_file() or (path / ".metadata").is_file()]
-    return found[0] if found else None
+    names = [f"{folder}{ending}" for folder in _FOLDERS for ending in endings]
+    for directory in (place, place.parent, place.parent.parent):
+        found = [
+            directory / name for name in names if directory == place or directory / name == place
+        ]
+        found = [path for path in found if path.is_file() or (path / _INDEX).is_file()]
+        if found and (directory / CONFIG).is_file():
+            return directory / CONFIG, found[0]
+    return None
 
 
 def _below(weights: Path) -> str:
