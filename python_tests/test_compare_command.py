@@ -56,6 +56,7 @@ def test_all_files_are_written(models, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert (out / "compare.md").read_text() in printed
     assert f"mean PW-MCC {figures['mean']['pw_mcc']:.4f}" in printed
+    assert printed.splitlines()[-2:] == [str(out), f"report: {out / 'report.html'}"]
     assert json.loads((out / "latents.json").read_text()).keys() == {"seed_0", "seed_1", "seed_2"}
 
 

@@ -12,6 +12,7 @@ from sae_fast.ground_truth import main, pictures, runs
 from sae_fast.ground_truth.command import TASKS
 from sae_fast.ground_truth.results import Results
 from sae_fast.ground_truth.superposition import Superposition
+from sae_fast.training.history import read_history
 from sae_fast.training.signals import StopOnSignal
 
 pytest.importorskip("scipy")
@@ -85,6 +86,11 @@ def test_all_files_are_written_and_repeat_to_the_bit(tmp_path, capsys, monkeypat
     text = (out / "results.md").read_text()
     assert all(f"{score.heading} (`{score.name}`) | " in text for score in Superposition.scores)
     assert text.split("\n\n")[3] in printed
+    assert printed.splitlines()[-1] == f"report: {out / 'report.html'}"
+    html = (out / "report.html").read_text()
+    # FVU over L0, two curves over tokens, and two histograms of each architecture.
+    assert html.count("<svg") == 3 + 2 * len(arches)
+    assert read_history(out / "models" / "topk_1").rows[-1]["step"] > 0
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from sae_fast.report.top_latents import CONTEXTS
 from sae_fast.training.data import TrainingData
 from sae_fast.training.downstream import Downstream
 
-_SAMPLED_ROWS = 8192  # whose tokens the report shows: no more than one evaluation encodes
+_SAMPLED_ROWS = 4096  # whose tokens the report shows; few, so that short trainings stay short
 
 
 class HeldoutEvaluation:
