@@ -54,7 +54,7 @@ class Loggers:
         self._working = dict(opened)
 
     def write(self, row: Row, rates: Tensor | None) -> None:
-        """Log a row.
+        """Log a row, without the metrics that are null.
 
         Args:
             row: of metrics.
@@ -62,7 +62,8 @@ class Loggers:
                 evaluation belongs to the row.
         """
         densities = None if rates is None else log_densities(rates)
-        self._attempt(lambda each: each.write(row, densities))
+        known = {name: value for name, value in row.items() if value is not None}
+        self._attempt(lambda each: each.write(known, densities))
 
     def finish(self, summary: Mapping[str, Any], *, failed: bool) -> None:
         """Log the summary, and close all loggers."""
@@ -247,7 +248,7 @@ class TensorboardLog:
         """Log a row at its step."""
         step = row[STEP]
         for name, value in row.items():
-            if name != STEP and value is not None:
+            if name != STEP:
                 self._writer.add_scalar(name, value, step)
         if densities is not None and densities.size:
             self._writer.add_histogram(DENSITIES, densities, step, bins="auto")
