@@ -38,6 +38,7 @@ from benchmarks.support.tables import (
 from sae_fast.activations import Transform
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.fitted_rates import BETAS
 from sae_fast.training.trainer import Trainer
 
 REFERENCE = "PyTorch reference"
@@ -102,6 +103,7 @@ def make_trainer(options: argparse.Namespace, seed: int, amp: Any, device: str) 
         batch_size=options.batch_size,
         max_epochs=options.epochs,
         learning_rate=options.lr,
+        betas=BETAS,  # as torch has them by default, and the reference
         amp=amp,
         device=device,
         seed=seed,

@@ -150,6 +150,18 @@ def test_kernels_writes_a_row_for_every_op_and_the_reader(run, tmp_path):
     assert "reader rows/s" in table
 
 
+def test_default_rates_trains_every_length_with_every_factor(run, tmp_path):
+    rows = torch.randn(700, 32, generator=torch.Generator().manual_seed(0))
+    write_shard(tmp_path / "train_00.h5", rows[:500])
+    write_shard(tmp_path / "heldout_00.h5", rows[500:])
+    small = ["--batch-size", "64", "--d-sae", "64", "--k", "4", "--seeds", "0", "1"]
+    lengths = ["--epochs", "1", "2", "--factors", "1", "0.5"]
+    result, table = run("default_rates", "--shard-dir", str(tmp_path), *small, *lengths)
+    assert [run["steps"] for run in result["runs"]] == [7] * 4 + [15] * 4
+    assert all(run["heldout_fvu"] > 0 for run in result["runs"])
+    assert len(rows_of(table)) == 1 + 2 * 2
+
+
 @pytest.mark.slow
 def test_dense_switch_times_both_ways_of_every_architecture(run, tmp_path):
     result, table = run("dense_switch", "--sizes", SIZE, "--rounds", "3")

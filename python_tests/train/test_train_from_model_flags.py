@@ -177,12 +177,12 @@ def test_help_shows_all_flags_of_this_mode_with_their_defaults(
         "weight-decay": ": 0.0",
         "loss-fn": ": mse",
         "dead-percentage-threshold": "here: 0.0005; on shards: 0.0",
-        "dead-after-tokens": ": 10000000",
         "init-seeds": ": 42",
     }.items():
         (part,) = [part for part in parts if re.match(rf"  --{flag}[ ,]", part)]
         assert f"(default{' ' * default.startswith('here')}{default})" in part, part
     text = "\n".join(parts)
+    assert "default: a twentieth of the run, at most 10,000,000" in text
     for flag in ("--layers", "--num-latents", "--dead-feature-threshold", "--config", "--sweep"):
         assert re.search(rf"{flag}\b", text)
     for name in SHARDS_ONLY:

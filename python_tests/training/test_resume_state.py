@@ -208,7 +208,7 @@ def test_position_that_does_not_fit_the_data_is_refused(
 
 def test_checkpoint_tells_the_state_of_the_schedule(run: TrainConfig) -> None:
     path = Path(str(run.checkpoint_dir)) / "checkpoints" / "step-00000003" / "trainer.json"
-    schedule = make_schedule(run, 32, 6)
+    schedule = make_schedule(run, SAE, 6)
     assert json.loads(path.read_text())["scheduler_state"] == {
         "step": 3,
         "last_learning_rate": schedule(2),
@@ -224,7 +224,7 @@ def test_run_that_is_extended_tells_how_the_rate_goes_on(
 ) -> None:
     caplog.set_level("INFO")
     longer = resigned()
-    before, now = make_schedule(RUN, 32, 6), make_schedule(longer, 32, 9)
+    before, now = make_schedule(RUN, SAE, 6), make_schedule(longer, SAE, 9)
     Trainer(SAE, longer, show_progress=False)
     assert (
         "the run has 9 steps now, not 6: the learning rate continues from "

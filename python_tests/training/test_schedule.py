@@ -16,7 +16,7 @@ from sae_fast.training.schedule import (
 
 def test_schedule_rises_holds_and_falls() -> None:
     config = TrainConfig(learning_rate=1.0, warmup_steps=10, decay_fraction=0.2)
-    schedule = make_schedule(config, d_sae=64, total_steps=100)
+    schedule = make_schedule(config, SAEConfig(d_sae=64), total_steps=100)
     rates = [schedule(step) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[0] == pytest.approx(1 / 11)
@@ -27,13 +27,15 @@ def test_schedule_rises_holds_and_falls() -> None:
 
 
 def test_warm_up_defaults_to_a_twentieth_of_the_run() -> None:
-    schedule = make_schedule(TrainConfig(learning_rate=1.0), d_sae=64, total_steps=200)
+    schedule = make_schedule(TrainConfig(learning_rate=1.0), SAEConfig(d_sae=64), total_steps=200)
     assert schedule(9) < 1.0 == schedule(10)
 
 
 def test_default_peak_scales_with_the_dictionary() -> None:
-    assert make_schedule(TrainConfig(), 2**14, 10).peak == pytest.approx(2e-4)
-    assert make_schedule(TrainConfig(), 2**12, 10).peak == pytest.approx(4e-4)
+    for d_sae, rate in ((2**14, 2e-4), (2**12, 4e-4)):
+        schedule = make_schedule(TrainConfig(), SAEConfig(d_sae=d_sae), 50_000)
+        assert schedule.peak == pytest.approx(rate)
+        assert schedule.decay_steps == 10_000
 
 
 def test_sparsity_weight_rises_to_one_and_stays() -> None:

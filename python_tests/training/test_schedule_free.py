@@ -140,11 +140,11 @@ def test_threshold_of_the_average_is_not_negative() -> None:
 
 def test_learning_rate_stays_after_the_warm_up() -> None:
     run = TrainConfig(optimizer=RULE, lr=1.0, warmup_steps=4)
-    rates = [make_schedule(run, 64, 50)(step) for step in range(50)]
+    rates = [make_schedule(run, SAEConfig(d_sae=64), 50)(step) for step in range(50)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert set(rates[4:]) == {1.0}
     chosen = TrainConfig(optimizer=RULE, lr=1.0, warmup_steps=4, decay_fraction=0.2)
-    assert make_schedule(chosen, 64, 50)(49) < 0.1
+    assert make_schedule(chosen, SAEConfig(d_sae=64), 50)(49) < 0.1
     assert TrainConfig().kept_decay_fraction == TrainConfig(optimizer="signum").kept_decay_fraction
     assert TrainConfig().kept_decay_fraction == 0.2
 

@@ -112,7 +112,7 @@ def test_a_skip_connection_learns_a_linear_map_by_itself(pair):
     linear_pair = {**pair, "y": pair["x"] @ linear - 7, "held_y": pair["held_x"] @ linear - 7}
     # Where nothing is left to model, dead latents would be trained to model what is left.
     alone = config(**SKIP, k=1, aux_k_coeff=0.0)
-    trainer, sae = train_on_tensor(alone, linear_pair, max_steps=600)
+    trainer, sae = train_on_tensor(alone, linear_pair, max_steps=600, betas=(0.9, 0.999))
     assert trainer.history[-1]["heldout_fvu"] < 1e-3
     plain, _ = train_on_tensor(config(k=1), linear_pair, max_steps=600)
     assert plain.history[-1]["heldout_fvu"] > 0.1

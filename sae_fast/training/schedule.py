@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.fitted_rates import fitted_rates
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,13 @@ class Schedule:
         rise = (step + 1) / (self.warmup_steps + 1)
         fall = (self.total_steps - step) / (self.decay_steps + 1)
         return self.peak * min(1.0, rise, max(0.0, fall))
+
+    def describe(self) -> str:
+        """Return one sentence that says how the rate rises and falls."""
+        return (
+            f"learning rate: up to {self.peak:.3g}, rising for {self.warmup_steps:,} and falling "
+            f"in the last {self.decay_steps:,} of {self.total_steps:,} steps"
+        )
 
     def state(self, step: int) -> dict[str, float]:
         """Return what a checkpoint records of the schedule after `step` steps."""
@@ -56,13 +64,14 @@ class Schedule:
         )
 
 
-def make_schedule(config: TrainConfig, d_sae: int, total_steps: int) -> Schedule:
+def make_schedule(config: TrainConfig, sae: SAEConfig, total_steps: int) -> Schedule:
     """Make the schedule of a run of `total_steps` optimiser steps, whatever a step accumulates."""
+    rates = fitted_rates(config, sae, total_steps)
     warmup = config.warmup_steps
     if warmup is None:
         warmup = round(0.05 * total_steps)
-    decay = round(config.kept_decay_fraction * total_steps)
-    return Schedule(config.peak_learning_rate(d_sae), warmup, total_steps, decay)
+    decay = round(rates.decay_fraction * total_steps)
+    return Schedule(rates.peak, warmup, total_steps, decay)
 
 
 @dataclass(frozen=True)
@@ -215,7 +224,7 @@ def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> 
     return Schedules(
         total_steps,
         limit,
-        make_schedule(config, sae.d_sae, total_steps),
+        make_schedule(config, sae, total_steps),
         make_sparsity_schedule(config, total_steps, alone),
         make_k_schedule(config, sae, total_steps),
         alone,

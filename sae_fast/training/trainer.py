@@ -571,6 +571,7 @@ class Trainer:
             self.source.start()  # reads beside what comes first
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
+            logger.info("%s", self.schedules.rate.describe())
             self._log.open_loggers(quiet=not self._show_progress)
         self._callbacks.start()
         if self.saved_step < 0:
@@ -726,7 +727,7 @@ class Trainer:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
         self.sae.to(self.device)
         self._calibration = Calibration(self.sae)
-        self.optimizer = make_optimizer(self.sae, config)
+        self.optimizer = make_optimizer(self.sae, config, self.total_steps)
         self.average: WeightAverage | None = None
         if config.average_decay > 0:
             step_count = self.optimizer.step_count

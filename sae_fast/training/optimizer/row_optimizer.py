@@ -23,6 +23,7 @@ from sae_fast.autoencoder.losses import deterministic_sum
 from sae_fast.config import TrainConfig
 from sae_fast.ops.reference.moments import moment_blocks
 from sae_fast.ops.row_factors import MergedFactors, merge_row_factors, row_factors
+from sae_fast.training.fitted_rates import BETAS, LONG, fitted_rates
 from sae_fast.training.optimizer.signum import ScheduleFreeSignum, Signum
 from sae_fast.training.optimizer.states import (
     FIRST_MOMENTS,
@@ -36,13 +37,15 @@ from sae_fast.training.optimizer.states import (
 _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 
 
-def make_optimizer(sae: SparseAutoencoder, config: TrainConfig) -> SparseOptimizer:
-    """Make the optimiser that `config` asks for."""
+def make_optimizer(
+    sae: SparseAutoencoder, config: TrainConfig, total_steps: int = LONG
+) -> SparseOptimizer:
+    """Make the optimiser that `config` asks for in a run of `total_steps` steps."""
     kind = RowOptimizer if config.fused else DenseOptimizer
     return kind(
         sae,
         rule="adam" if config.optimizer == "adamw" else config.optimizer,
-        betas=config.betas,
+        betas=fitted_rates(config, sae.config, total_steps).betas,
         momentum=config.kept_momentum,
         eps=config.eps,
         weight_decay=config.weight_decay,
@@ -91,7 +94,7 @@ class SparseOptimizer(ABC):
         sae: SparseAutoencoder,
         *,
         rule: str = "adam",
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] = BETAS,
         momentum: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 0.0,

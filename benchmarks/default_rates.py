@@ -1,0 +1,110 @@
+"""Train with the default rates and with multiples of the default learning rate.
+
+    python -m benchmarks.default_rates --shard-dir DIR --epochs 1 5 --markdown default_rates.md
+
+The defaults follow from the number of steps (training/fitted_rates.py). A row is a number of epochs
+and a factor of the default learning rate; everything else has its default, as in `python -m
+sae_fast.train --shard-dir DIR --k K`. FVU, dead latents and L0 are of the held-out shards, where a
+latent is dead that fires on none of their rows. They are means over the seeds, with the largest
+distance from the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+from benchmarks.support.machine import command_line, describe_machine, device_or_exit
+from benchmarks.support.tables import add_run_arguments, machine_line, markdown_table, publish
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.trainer import Trainer
+
+FIGURES = ("heldout_fvu", "heldout_dead_fraction", "heldout_l0")
+
+
+def train(options: argparse.Namespace, epochs: int, factor: float, seed: int) -> dict[str, Any]:
+    """Train one autoencoder; return its rate, steps and held-out figures."""
+    sae = SAEConfig(arch=options.arch, k=options.k, d_sae=options.d_sae)
+    given: dict[str, Any] = {
+        "shard_dir": options.shard_dir,
+        "max_epochs": epochs,
+        "batch_size": options.batch_size,
+        "seed": seed,
+        "eval_every": 0,
+        "checkpoint_every": 0,
+        "num_threads": options.threads,
+        "device": options.device,
+    }
+    trainer = Trainer(sae, TrainConfig(**given), show_progress=False)
+    rate = trainer.schedules.rate.peak * factor
+    if factor != 1:
+        trainer.close()
+        trainer = Trainer(sae, TrainConfig(**given, lr=rate), show_progress=False)
+    trainer.train()
+    figures = {name: trainer.history[-1][name] for name in FIGURES}
+    setting = {"epochs": epochs, "factor": factor, "seed": seed}
+    return {**setting, "steps": trainer.total_steps, "rate": rate, **figures}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Return mean ± largest distance from it."""
+    mean = statistics.mean(values)
+    distance = max(abs(value - mean) for value in values)
+    return f"{mean:.{digits}f} ± {distance:.{digits}f}"
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the explanation and the table as Markdown."""
+    groups: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        groups.setdefault((run["epochs"], run["factor"]), []).append(run)
+    rows = []
+    for (_, factor), runs in groups.items():
+        name = "default" if factor == 1 else f"{factor:g} times the default"
+        fvu, dead, l0 = ([run[figure] for run in runs] for figure in FIGURES)
+        shown = [spread(fvu, 4), spread([100 * share for share in dead], 1), spread(l0, 1)]
+        rows.append([name, f"{runs[0]['steps']:,}", f"{runs[0]['rate']:.2g}", *shown])
+    headings = ["learning rate", "steps", "rate", "held-out FVU", "dead %", "held-out L0"]
+    return "\n\n".join(
+        [
+            "# Default learning rates",
+            (__doc__ or "").strip().split("\n\n")[2],
+            result["about"],
+            markdown_table(headings, rows),
+            machine_line(result["machine"]),
+            f"`{result['command']}`",
+        ]
+    )
+
+
+def main() -> None:
+    """Train all, print the table, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.default_rates")
+    parser.add_argument("--shard-dir", required=True)
+    parser.add_argument("--arch", default="topk", choices=["topk", "batch_topk", "matryoshka"])
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--d-sae", type=int, default=3072)
+    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.3, 1.0, 2.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--about", default="", help="one sentence about the shards")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_run_arguments(parser)
+    options = parser.parse_args()
+    device = device_or_exit(options.device)
+    runs = [
+        train(options, epochs, factor, seed)
+        for epochs in options.epochs
+        for factor in options.factors
+        for seed in options.seeds
+    ]
+    about = f"{options.arch}, k {options.k}, d_sae {options.d_sae}. {options.about}".strip()
+    result = {"about": about, "runs": runs, "machine": describe_machine(device)}
+    result["command"] = command_line("benchmarks.default_rates")
+    publish(result, report(result), options.json, options.markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Rates that a run has where the settings leave them open."""
+
+import math
+from typing import Any
+
+import pytest
+
+from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.fitted_rates import fitted_rates
+
+TOPK = SAEConfig(d_sae=3072)
+LONG_RATE = 2e-4 / math.sqrt(3072 / 2**14)
+
+
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize(
+    ("steps", "rate", "beta2"),
+    [
+        (97, 0.01, 0.95),
+        (500, 10 * LONG_RATE, 0.99),
+        (5_000, math.sqrt(10) * LONG_RATE, 0.999),
+        (49_999, LONG_RATE, 0.999),
+    ],
+)
+def test_a_short_run_has_a_high_rate_and_a_short_memory(
+    arch: Any, steps: int, rate: float, beta2: float
+) -> None:
+    rates = fitted_rates(TrainConfig(), SAEConfig(arch=arch, d_sae=3072), steps)
+    assert rates.peak == pytest.approx(rate, rel=1e-4)
+    assert rates.betas == pytest.approx((0.8, beta2))
+    assert rates.decay_fraction == 0.4
+
+
+def test_a_long_run_and_other_models_and_optimizers_have_the_rates_of_a_long_run() -> None:
+    expected = (pytest.approx(LONG_RATE), 0.2, (0.9, 0.999))
+    assert fitted_rates(TrainConfig(), TOPK, 50_000) == expected
+    for arch in ("relu", "jumprelu", "gated"):
+        assert fitted_rates(TrainConfig(), SAEConfig(arch=arch, d_sae=3072), 97) == expected
+    signum = fitted_rates(TrainConfig(optimizer="signum"), TOPK, 97)
+    assert signum == (pytest.approx(LONG_RATE / 2), 0.2, (0.9, 0.999))
+
+
+def test_what_is_given_stays() -> None:
+    given = TrainConfig(lr=1e-3, betas=(0.5, 0.7), decay_fraction=0.1)
+    assert fitted_rates(given, TOPK, 97) == (1e-3, 0.1, (0.5, 0.7))
+    assert fitted_rates(TrainConfig(lr=1e-3), TOPK, 97) == (1e-3, 0.4, (0.8, 0.95))
+
+
+def test_a_small_dictionary_keeps_its_rate() -> None:
+    """Its rate in a long run is above the largest one that length alone gives."""
+    tiny = SAEConfig(d_sae=4)
+    assert fitted_rates(TrainConfig(), tiny, 10).peak == pytest.approx(2e-4 / math.sqrt(4 / 2**14))

@@ -1,0 +1,51 @@
+"""Learning rate, its fall and Adam's betas as the length of a run asks for them.
+
+What the settings leave open follows from the number of steps. A short run ends before it has come
+far, and so takes steps that are as long as the dictionary can bear; the moments that Adam has of
+its first steps, with gradients many times as large, must be forgotten within the run. The rule was
+fitted to trainings of models with k, see docs/guide/optimisers.md; other models, and other
+optimisers, have the rates of a long run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from sae_fast.config import SAEConfig, TrainConfig
+
+LONG = 50_000  # steps; the rule is for runs below
+LARGEST_RATE = 0.01
+BETAS = (0.9, 0.999)
+_SHORT_BETA1 = 0.8
+_SHORTEST_MEMORY = 20  # steps of the second moment
+_MEMORIES = 5  # of the second moment in a run
+_SHORT_DECAY = 0.4
+
+
+class FittedRates(NamedTuple):
+    """The rates of a run.
+
+    Attributes:
+        peak: the largest learning rate.
+        decay_fraction: the share of the run, at its end, in which the learning rate falls.
+        betas: Adam's decay rates of the first and second moment.
+    """
+
+    peak: float
+    decay_fraction: float
+    betas: tuple[float, float]
+
+
+def fitted_rates(config: TrainConfig, sae: SAEConfig, total_steps: int) -> FittedRates:
+    """Return the given rates of a run, and for those left open what fits its number of steps."""
+    peak = config.peak_learning_rate(sae.d_sae)
+    decay, betas = config.kept_decay_fraction, BETAS
+    if total_steps < LONG and sae.takes("k") and config.optimizer in ("adam", "adamw"):
+        if config.learning_rate is None:
+            peak = max(peak, min(LARGEST_RATE, peak * math.sqrt(LONG / total_steps)))
+        if config.decay_fraction is None:
+            decay = _SHORT_DECAY
+        memory = total_steps / _MEMORIES
+        betas = (_SHORT_BETA1, min(1 - 1 / max(memory, _SHORTEST_MEMORY), BETAS[1]))
+    return FittedRates(peak, decay, config.betas or betas)
