@@ -271,6 +271,9 @@ def test_pages_are_made_of_flags_ops_and_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     pages = importlib.import_module("docs_pages").pages()
     assert "`--learning-rate`" in pages["reference/flags.md"]
+    assert not re.search(
+        r"(?<!\\)\[[^\]]*\]\[", pages["reference/flags.md"]
+    )  # links without a target
     assert "## encode_topk" in pages["reference/ops.md"]
     assert "train_step_amx.md" in pages["results/index.md"]
 

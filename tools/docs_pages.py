@@ -191,6 +191,7 @@ def _flags_tables(flags: Iterable[Flag], title: str, level: int) -> Iterator[str
         if _has_range(flag.rules):
             values += f", {flag.rules.range}"
         text = flag.text + _condition(flag.rules)
+        text = text.replace("[", "\\[")  # two pairs of brackets would be a link
         cells = (f"`{name}`", values, _default(flag.default), text)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if lines:

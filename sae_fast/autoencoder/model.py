@@ -973,7 +973,7 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             directory: a saved model, a checkpoint, the directory of a run, a directory or file of
-                another library, or owner/name[/subfolder][@revision] on the Hugging Face hub.
+                another library, or `owner/name[/subfolder][@revision]` on the Hugging Face hub.
             device: where the parameters will be.
             dtype: of the parameters, by its name or as torch's: float32, which is the default, or
                 for inference bfloat16, float16 or float64.
