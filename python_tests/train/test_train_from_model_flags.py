@@ -44,6 +44,7 @@ TAKEN = {
     "eval_metrics": 3,
     "dead_percentage_threshold": 0.25,
     "keep_checkpoints": 2,
+    "best_by": "fvu",
     "checkpoint_dir": "place",
     "checkpoint_minutes": 9.0,
     "max_hours": 2.0,

@@ -18,9 +18,6 @@ from sae_fast.json_files import JSONError, parse_json, shown
 ORIGIN = ("model", "hook", "layer")
 TOLD = (*ORIGIN, "revision", "tokenizer", "dataset", "special_tokens")
 SETTINGS = "settings"
-# Further names in the recipe of a capture that its activations depend on, by section.
-_OF_DATASET = ("split", "text_column", "target_column")
-_OF_SETTINGS = ("ctx_len", "pack", "model_dtype")
 _NOT_STORED = "auto"  # the type of activations that went straight into a training
 _DEEPEST = 3  # origin, targets, settings
 
@@ -52,10 +49,14 @@ def _settings_of(recipe: str) -> dict[str, str | int]:
     found = {
         "weights": model.get("weights"),
         "dataset_config": dataset.get("config"),
-        **{name: dataset.get(name) for name in _OF_DATASET},
+        "split": dataset.get("split"),
+        "text_column": dataset.get("text_column"),
+        "target_column": dataset.get("target_column"),
         "chat_template": chat.get("template"),
         "roles": ", ".join(map(str, roles)) if isinstance(roles, list) else None,
-        **{name: settings.get(name) for name in _OF_SETTINGS},
+        "ctx_len": settings.get("ctx_len"),
+        "pack": settings.get("pack"),
+        "model_dtype": settings.get("model_dtype"),
         "dtype": None if stored == _NOT_STORED else stored,
     }
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -151,14 +151,20 @@ def _places(
 
 def _check_model(name: object, model: nn.Module, *, is_placed: bool) -> None:
     """Refuse a model of another name than the autoencoder's, or warn if a hook point is given."""
-    # Models of transformers have a configuration, and ones that were not loaded have no name in it.
-    theirs = str(getattr(getattr(model, "config", None), "name_or_path", None) or "")
+    theirs = _name_of(model)
     if name is None or not theirs or short_name(theirs) == short_name(str(name)):
         return
     difference = f"the autoencoder is of model {name!r}, this one is {theirs!r}"
     if not is_placed:
         raise ValueError(f"{difference}: name the hook point, hook=…, to attach it all the same")
     warnings.warn(difference, stacklevel=5)  # the line of `with`, past contextlib
+
+
+def _name_of(model: Any) -> str:
+    """Return the name or folder that transformers loaded a model from; "" for any other model."""
+    with suppress(AttributeError):
+        return str(model.config.name_or_path or "")
+    return ""
 
 
 def _given(argument: str, name: str | None, known: Any) -> str:
