@@ -94,6 +94,7 @@ def test_folded_model_is_the_same_function_of_raw_activations(case):
     x = 4 * make_batch(sae) + torch.linspace(-2, 3, 12)
     if case in ("batch_topk", "matryoshka"):
         sae.after_step_(sae.training_loss(sae.normalize(x)).code)  # sets the threshold
+        sae.threshold.mul_(0.99)  # off the batch's least value, which rounding lets pass or not
     folded = sae.fold_normalization()
     torch.testing.assert_close(folded(x), sae(x), rtol=1e-4, atol=1e-4)
     assert not folded.config.subtract_b_dec

@@ -14,9 +14,9 @@ def set_some_normalization(sae):
     return mean
 
 
-def test_new_model_is_tied_with_unit_rows_and_zero_biases():
+def test_new_model_has_short_rows_along_unit_rows_and_zero_biases():
     sae = SparseAutoencoder(SAEConfig(d_in=12, d_sae=40, k=4))
-    assert torch.equal(sae.W_enc, sae.W_dec)
+    torch.testing.assert_close(sae.W_enc, 0.3 * sae.W_dec)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
     assert not sae.b_enc.any()
     assert not sae.b_dec.any()
