@@ -522,7 +522,7 @@ def test_integrated_gradients_add_up_to_what_the_whole_change_does(has_other):
     lost = with_dense_code(network, sae, inputs, clean, clean)
     lost -= with_dense_code(network, sae, inputs, clean, ends)
     errors = []
-    for steps in (None, 1, 24):
+    for steps in (None, 1, 48):
         effects = sae.attribution(metric_of, network, inputs, "residual.0", steps=steps, **given)
         assert effects.shape == (1, 6, LATENTS)
         errors.append(abs(float(effects.dense().sum()) - lost))
