@@ -16,6 +16,7 @@ FLAGS = (
     *("--log-every", "1", "--num-threads", "1", "--checkpoint-dir", "run"),
 )
 # Per mistake the flags, and pieces of the output, in order.
+NOT_DEAD = ("--dead-after-tokens", "10000000")
 QUOTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "too large": (
         ("--d-sae", "3000000000"),
@@ -38,7 +39,8 @@ QUOTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("FVU is ", ": the reconstruction explains no more than the mean of the rows does"),
     ),
     "latents silent": (
-        ("--k", "1", "--d-sae", "512", "--lr", "3e-2", "--max-steps", "40"),
+        # Where latents count as dead AuxK would revive them.
+        ("--k", "1", "--d-sae", "64", "--lr", "0.3", "--max-steps", "500", *NOT_DEAD),
         (" latents have fired for none of the last ", " tokens"),
     ),
 }
