@@ -166,10 +166,9 @@ def test_equal_rows_are_told_and_leave_the_model_finite(
 
 
 def test_silence_is_counted_over_a_tenth_of_the_run_and_at_most_the_budget() -> None:
-    assert silent_window(TOPK, 1000, 2000) == 200
-    assert silent_window(TOPK, 100, 2000) == 50
-    assert silent_window(replace(TOPK, dead_after_tokens=30), 1000, 2000) == 30
-    assert silent_window(TOPK, 0, 2000) == 1
+    assert silent_window(1000, 2000) == 200
+    assert silent_window(100, 2000) == 50
+    assert silent_window(0, 2000) == 1
 
 
 def test_silence_in_which_a_latent_fires_but_few_times_on_average_is_no_warning() -> None:

@@ -31,13 +31,13 @@ _OVERFLOWS = 0.05  # share of skipped steps that is not a search for the loss sc
 _AFTER_WARM_UP = 8  # the first and the last eighth of the rows are compared
 
 
-def silent_window(sae: SAEConfig, tokens: int, total_tokens: int) -> int:
+def silent_window(tokens: int, total_tokens: int) -> int:
     """Return after how many silent tokens a latent counts in silent_fraction.
 
-    It is a tenth of the run, half of the `tokens` trained on or `dead_after_tokens`, the least of
-    them: so the share means something in short runs and at the start too.
+    It is a tenth of the run, or half of the `tokens` trained on where that is less: so the share
+    means something at the start too.
     """
-    return max(1, min(sae.kept_dead_after_tokens, tokens // 2, total_tokens // 10))
+    return max(1, min(tokens // 2, total_tokens // 10))
 
 
 class RunHealth:
@@ -175,7 +175,7 @@ class RunHealth:
                 f"{self._sparser()}{self._more_steps(fvu)}"
             )
         silent = row.get("silent_fraction")
-        window = silent_window(sae, row["tokens"], self._total_tokens)
+        window = silent_window(row["tokens"], self._total_tokens)
         is_telling = window * (l0 or 0.0) >= _FIRINGS * sae.d_sae and (
             sae.slots_mode != "separate_value"
         )

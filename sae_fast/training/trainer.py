@@ -621,7 +621,7 @@ class Trainer:
         if not (log or look or save or self._launcher.is_reading_due()):
             return {}
         self.clock.pause(self.batches.take_stalled_seconds)
-        window = silent_window(self.sae_config, self.tokens, self.total_tokens)
+        window = silent_window(self.tokens, self.total_tokens)
         metrics = self._launcher.read(window)
         row: Row = self._training_row(metrics) if log else {}
         if (warning := self.sae.architecture.warning(metrics)) != self._warning:
