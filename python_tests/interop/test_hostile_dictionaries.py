@@ -162,11 +162,34 @@ def test_links_in_place_of_files_are_followed_or_refused_but_not_looped(tmp_path
     assert read(tmp_path) is not None
 
 
-def test_junk_is_not_said_to_need_a_load_that_runs_code(tmp_path):
-    (tmp_path / "ae.pt").write_bytes(b"\x80\x02" + b"x" * 100)
+def torchscript():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in ("data.pkl", "constants.pkl", "version"):
+            archive.writestr(f"archive/{name}", b"3")
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\x80\x02" + b"x" * 100, b"hello world\n", b"", b"a" * 20, torchscript()],
+    ids=["pickle", "text", "empty", "letters", "torchscript"],
+)
+def test_junk_is_not_said_to_need_a_load_that_runs_code(content, tmp_path):
+    (tmp_path / "ae.pt").write_bytes(content)
     line = read(tmp_path)
-    assert "ae.pt: cannot be read, damaged or cut short: no file of torch.save" in line
-    assert "weights_only" not in line
+    assert line.endswith(
+        "ae.pt: cannot be read, damaged or cut short: no file of torch.save, or it holds objects "
+        "that are not tensors, which could run code"
+    )
+
+
+@pytest.mark.parametrize("place", ["runs/nothing", "runs/nothing/deeper"])
+def test_a_path_below_a_folder_here_is_no_name_on_the_hub(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"^{place}: no such directory$"):
+        SparseAutoencoder.from_pretrained(place)
 
 
 @pytest.mark.parametrize("place", ["owner/../other/name", "owner/name/..", "owner/name@../x/.."])

@@ -68,13 +68,13 @@ def looks_like_hub_name(place: str | Path) -> bool:
 def _on_hub(place: str | Path) -> re.Match[str] | None:
     """Return the parts of a name on the hub; None: it is a place on this machine.
 
-    A longer path that begins with a folder on this machine is a wrong path, and not looked up.
+    A path that begins with a folder on this machine is a wrong path, and not looked up.
     """
     named = _HUB_NAME.fullmatch(str(place))
     if named is None or ".." in Path(place).parts or Path(place).exists():
         return None
-    is_path = named["revision"] is None and named["subfolder"] is not None
-    return None if is_path and Path(Path(place).parts[0]).is_dir() else named
+    is_path = named["revision"] is None and Path(Path(place).parts[0]).is_dir()
+    return None if is_path else named
 
 
 def explain_missing(place: Path) -> Exception:

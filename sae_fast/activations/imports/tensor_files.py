@@ -52,12 +52,18 @@ def _load(path: Path) -> tuple[Any, Counter[int] | None]:
     records = _records(path) if mapped else None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise almost any kind
         text = one_line(error)
-        if "GLOBAL" not in text and "Unsupported" not in text:
-            # Its own text proposes to load the file as code.
+        if isinstance(error, RuntimeError) and "weights_only" not in text:
+            raise
+        is_refused = isinstance(error, pickle.UnpicklingError)
+        if not is_refused or ("GLOBAL" not in text and "Unsupported" not in text):
+            # The text of torch proposes to load the file as code.
             raise ShardError(
-                f"{path}: cannot be read, damaged or cut short: no file of torch.save"
+                f"{path}: cannot be read, damaged or cut short: no file of torch.save, or it holds "
+                "objects that are not tensors, which could run code"
             ) from error
         what = short(text.partition("GLOBAL ")[2].split(" ")[0])
         raise ShardError(
