@@ -317,6 +317,10 @@ def _remove(*names: str) -> Spoil:
         (_replace(LABELS, np.zeros(13, int)), r"must have one number a row, shape \(14,\), got sh"),
         (_replace(LABELS, np.zeros((14, 2))), r"must have one number a row, .*got shape \(14, 2\)"),
         (_replace(LABELS, np.arange(14) - 2), "labels/rule: row 0 holds -2; a label is at least 0"),
+        (
+            _replace(LABELS, np.arange(14, dtype=np.uint64) + np.uint64(2**63 - 13)),
+            "labels/rule: row 13 holds 9223372036854775808; a label is at most 9223372036854775807",
+        ),
         (_replace(LABELS, np.full(14, np.inf)), "labels/rule: row 0 holds inf, labels must be fin"),
         (_replace(LABELS, np.full(14, 1e39)), "labels/rule: row 0 holds 1e.39, labels must be fin"),
         (_replace(LABELS, [b"a"] * 14), r"labels/rule holds \|S1|labels/rule holds object"),

@@ -1,5 +1,6 @@
 """Core metrics of dictionaries against plain dense PyTorch in float64, and by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -198,6 +199,14 @@ def test_a_transcoder_is_measured_on_its_targets() -> None:
     found = core_metrics(sae, rows.split(64), targets.split(64)).sections
     plain = sae.get_reconstruction_error(targets, sae(rows))
     assert found["reconstruction_quality"]["fvu"] == pytest.approx(plain["fvu"])
+
+
+def test_equal_rows_have_no_variance_whatever_their_numbers() -> None:
+    one = _rows()[:1]
+    for rows in (one, one.repeat(50, 1)):
+        found = core_metrics(_sae(), rows.split(8)).sections["reconstruction_quality"]
+        assert found["fvu"] == math.inf
+        assert found["explained_variance_batch_averaged"] == 0
 
 
 @pytest.mark.parametrize(

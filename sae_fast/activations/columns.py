@@ -31,6 +31,7 @@ RowNumbers = npt.NDArray[np.int64]
 STARTS = "starts"
 SEQUENCE_COLUMNS = ("doc_id", "position")
 NO_LABEL = -1
+_LARGEST_LABEL = int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ def described(name: str, numbers: Array, place: str) -> Column:
                 f"{name}: row {row} holds {int(numbers[row])}; "
                 "a label is at least 0, or -1 where a token has none"
             )
+        if most > _LARGEST_LABEL:
+            row = int(np.argmax(numbers))
+            raise ValueError(f"{name}: row {row} holds {most}; a label is at most {_LARGEST_LABEL}")
         return Column(name, torch.int64, least, most, place)
     if numbers.dtype.kind == "f":
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 EXTREME_SHARE = 0.001  # of the rows, those with the largest norms: `without_largest_norms`
 # Edges of the density histogram: log10 of the share of rows on which a latent is active.
 LOG_DENSITIES = tuple(number / 4 for number in range(-32, 1))
+_ROUNDING = 1e-12  # of Σ|y|²: a float64 variance below this share of it is an error of rounding
 
 Section = dict[str, float]
 Watch = Callable[[Tensor, ops.SparseCode], object]  # of rows [n, D] and their code
@@ -182,7 +183,7 @@ class _RowSums:
         self._total += wide.sum(0)
         self._largest.add(numbers, wide)
         apart = (wide - wide.mean(0)).square().sum(1)
-        variance = float(apart.sum())
+        variance = float(_without_rounding(apart.sum(), numbers[:, _IN].sum()))
         if variance > 0:  # not of a single row, which is its own mean
             self._batch_averaged += len(y) * (1 - float(numbers[:, _ERROR].sum()) / variance)
             legacy = 1 - numbers[:, _ERROR] / apart
@@ -239,8 +240,9 @@ def _reconstruction(
 ) -> tuple[Section, Section]:
     """Return the metrics of reconstruction quality and of shrinkage that sums over rows give."""
     numbers = rows * len(total)
-    variance = sums[_IN] - total.square().sum() / rows
-    overall = (sums[_IN] - total.sum().square() / numbers) / max(numbers - 1, 1)
+    variance = _without_rounding(sums[_IN] - total.square().sum() / rows, sums[_IN])
+    apart = _without_rounding(sums[_IN] - total.sum().square() / numbers, sums[_IN])
+    overall = apart / max(numbers - 1, 1)
     nonzero = sums[_NONZERO].clamp_min(1)
     fvu = sums[_ERROR] / variance
     quality = {
@@ -263,6 +265,14 @@ def _reconstruction(
         {name: float(value) for name, value in section.items()} for section in (quality, shrinkage)
     )
     return first, second
+
+
+def _without_rounding(
+    squares: Tensor,  # [] float64, of distances from a mean
+    total: Tensor,  # [] float64, Σ|y|²
+) -> Tensor:
+    """Return a sum of squared distances; 0 where it is no more than an error of rounding."""
+    return torch.where(squares > _ROUNDING * total, squares, 0.0)
 
 
 class _LargestRows:

@@ -32,8 +32,8 @@ class Purity:
         entropy: of the numbers in nats, [F] float64; NaN without rows.
         commonest_share: the share of the commonest number among all rows, active or not.
         top: the rows that were looked at, at most.
-        strongest: their numbers, the strongest first, [F, top] int64; -1: there is none.
-        strengths: |f| on them, [F, top] float32.
+        strongest: their numbers, the strongest first, [F, min(top, rows)] int64; -1: there is none.
+        strengths: |f| on them, [F, min(top, rows)] float32.
     """
 
     rows: Tensor
@@ -88,7 +88,7 @@ class StrongestRows:
     def __init__(self, d_sae: int, numbers: Tensor, top: int) -> None:
         self._numbers = numbers
         self._top = top
-        self._entries = TopEntries(d_sae, top)
+        self._entries = TopEntries(d_sae, min(top, len(numbers)))
 
     def add(self, code: ops.SparseCode, first: int) -> None:
         """Add the codes of consecutive rows, the first of which has the number `first`."""

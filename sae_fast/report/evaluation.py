@@ -32,6 +32,7 @@ from sae_fast.report.panels import Row
 
 JSON, MARKDOWN, CSV, SAEBENCH = "metrics.json", "metrics.md", "latents.csv", "saebench_core.json"
 CAUSAL_CSV, TOKENS_CSV, PROBES_CSV = "causal.csv", "tokens.csv", "probes.csv"
+_OPTIONAL_TABLES = (CAUSAL_CSV, TOKENS_CSV, PROBES_CSV)
 NOT_MEASURED = -1.0  # SAEBench's own value where a metric was not computed
 _DIGITS = 10
 # The metrics in SAEBench's core output, by group.
@@ -126,32 +127,42 @@ class Evaluation:
         """Write metrics.json, metrics.md, saebench_core.json, report.html and tables of latents.
 
         The tables are latents.csv and, where they were measured, causal.csv, tokens.csv and
-        probes.csv.
+        probes.csv. One of these three that an earlier measurement left there is removed where this
+        one does not have it.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        tables = self._optional_tables()
+        _remove(directory, [name for name in _OPTIONAL_TABLES if name not in tables])
         write_json(directory / JSON, self.to_dict())
         write_json(directory / SAEBENCH, self.saebench())
         write_text(directory / CSV, _latent_table(self.latents))
         write_text(directory / MARKDOWN, markdown([self]))
         evaluation_page([self]).write(directory / REPORT)
+        for name, text in tables.items():
+            write_text(directory / name, text)
+
+    def _optional_tables(self) -> dict[str, str]:
+        """Return the tables of what is not always measured, as CSV, by the name of their file."""
+        tables = {}
         if self.causal is not None:
             names = ("latent", *CAUSAL)
             rows = [[_cell(row[name]) for name in names] for row in self.causal.rows()]
-            write_text(directory / CAUSAL_CSV, _csv(names, rows))
+            tables[CAUSAL_CSV] = _csv(names, rows)
         concepts = self.concepts
         if TOKEN in concepts.purity:
             names = ("latent", "token", "text", "share")
             found = token_rows(concepts.purity[TOKEN], self.token_texts)
             rows = [[_cell(value) for value in row] for row in found]
-            write_text(directory / TOKENS_CSV, _csv(names, rows))
+            tables[TOKENS_CSV] = _csv(names, rows)
         if concepts.probes:
             names = ("label", "latents", "accuracy")
             rows = [
                 [str(item.label), " ".join(map(str, item.latents)) or "rows", _cell(item.accuracy)]
                 for item in concepts.probes
             ]
-            write_text(directory / PROBES_CSV, _csv(names, rows))
+            tables[PROBES_CSV] = _csv(names, rows)
+        return tables
 
     def to_dict(self) -> dict[str, Any]:
         """Return what metrics.json holds; a metric that has no value, such as 0 / 0, is null."""
@@ -243,10 +254,20 @@ class Evaluation:
 
 
 def save_overview(evaluations: Sequence[Evaluation], directory: Path) -> None:
-    """Write metrics.md and report.html with several dictionaries beside each other."""
+    """Write metrics.md and report.html with several dictionaries beside each other.
+
+    The other files of one dictionary that was measured into the directory before are removed.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    if (directory / JSON).exists():
+        _remove(directory, [JSON, SAEBENCH, CSV, *_OPTIONAL_TABLES])
     write_text(directory / MARKDOWN, markdown(evaluations))
     evaluation_page(evaluations).write(directory / REPORT)
+
+
+def _remove(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
