@@ -196,6 +196,33 @@ def test_tokens_and_labels_of_latents_are_told(place: Path) -> None:
     assert tables["probes"][0]["latents"] == "rows"
 
 
+def test_files_of_an_earlier_measurement_do_not_stay(place: Path) -> None:
+    _save(place / "sae")
+    _save(place / "b", seed=1)
+    _add_labels(place, torch.arange(ROWS) % 2)
+    rows = ("--shard-dir", place / "shards", "--out", place / "out")
+    assert _run(place / "sae", *rows, "--labels", "labels/kind") == 0
+    (place / "out" / "notes.txt").write_text("kept")
+    told = {"tokens.csv", "probes.csv"}
+    assert told <= {path.name for path in (place / "out").iterdir()}
+    assert _run(place / "sae", *rows, "--top-rows", 0) == 0
+    left = {path.name for path in (place / "out").iterdir()}
+    assert "metrics.json" in left
+    assert not told & left
+    assert _run(place / "sae", place / "b", *rows) == 0
+    left = {path.name for path in (place / "out").iterdir()}
+    assert left == {"metrics.md", "report.html", "notes.txt", "sae", "b"}
+
+
+def test_more_strongest_rows_than_there_are_take_no_more_memory(place: Path) -> None:
+    _save(place / "sae")
+    _add_labels(place, torch.arange(ROWS) % 2)
+    rows = ("--shard-dir", place / "shards", "--out", place / "out")
+    assert _run(place / "sae", *rows, "--top-rows", 10**9) == 0
+    content = json.loads((place / "out" / "metrics.json").read_text())
+    assert content["metrics"]["purity"]["token_latents"] == 0
+
+
 REFUSED = {
     "a device that is not here": (
         ("{sae}", "{rows}", "--device", "cuda:99"),
@@ -286,17 +313,24 @@ def test_rows_without_variance_are_measured_as_far_as_that_goes(
     assert quality["mse"] >= 0
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused_with_both_sizes(
-    place: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (500, "has 18 tokens, and the shards hold token 699"),
+        (-7, "the shards hold token -7, which no tokenizer has"),
+    ],
+)
+def test_tokens_that_a_tokenizer_does_not_have_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], first: int, message: str
 ) -> None:
     _save(place / "sae")
     save_model(place / "llama", "llama")
     for name in ("train_00", "heldout_00"):
         with h5py.File(place / "shards" / f"{name}.h5", "a") as file:
-            file["token_ids"] = (torch.arange(ROWS) + 500).numpy()
+            file["token_ids"] = (torch.arange(ROWS) + first).numpy()
     flags = ("--shard-dir", place / "shards", "--tokenizer", place / "llama")
     assert _run(place / "sae", *flags, "--out", place / "out") == 2
-    assert "has 18 tokens, and the shards hold token 699" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_reads_the_tokens_otherwise_is_refused_unless_forced(

@@ -378,3 +378,12 @@ def test_a_browser_shows_tokens_that_look_like_markup_as_text(made, tmp_path):
     )
     assert "&lt;img src=x onerror=alert(1)&gt;" in shown.stdout
     assert "<img" not in shown.stdout
+
+
+def test_held_out_shards_need_no_others_beside_them(place, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    shutil.copy(place / "shards" / "heldout_00.h5", shards)
+    flags = ("--shard-dir", shards, "--rows", "heldout")
+    assert run(place, tmp_path / "pages", *flags) == 0
+    assert (tmp_path / "pages" / "index.html").is_file()

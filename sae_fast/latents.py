@@ -162,7 +162,7 @@ def _open(config: LatentsConfig, sae: SparseAutoencoder) -> ShardSet:
     from sae_fast.evaluation.rows import check_belongs
 
     assert config.shard_dir is not None
-    train, heldout = find_shards(config.shard_dir)
+    train, heldout = find_shards(config.shard_dir, for_training=config.rows == "train")
     paths = {"train": train, "heldout": heldout, "all": [*train, *heldout]}[config.rows]
     if not paths:
         raise ShardError(f"{config.shard_dir}: no held-out shards there")
@@ -259,9 +259,10 @@ def _token_texts(config: LatentsConfig, shards: ShardSet, text: TextRows) -> Tok
     texts = token_texts_of(shards, name, "pages")
     if texts is None:
         return None
-    texts.require(int(text.columns[TOKENS].max()))
+    numbers = text.columns[TOKENS]
+    texts.require(int(numbers.min()), int(numbers.max()))
     if name is not None and not config.force:
-        check_named(texts, shards, text.columns[TOKENS][:COMPARED_ROWS].tolist())
+        check_named(texts, shards, numbers[:COMPARED_ROWS].tolist())
     return texts
 
 

@@ -44,8 +44,13 @@ class TokenTexts:
         is_plain = self._is_plain
         return int(self._tokenizer.get_vocab_size() if is_plain else len(self._tokenizer))
 
-    def require(self, largest: int) -> None:
-        """Raise ValueError where a token, the largest of the shards, is not in the vocabulary."""
+    def require(self, smallest: int, largest: int) -> None:
+        """Raise ValueError where the smallest or largest token of shards is no token."""
+        if smallest < 0:
+            raise ValueError(
+                f"tokenizer: the shards hold token {smallest}, which no tokenizer has: token_ids "
+                "must be 0 or more"
+            )
         if largest >= self.size:
             raise ValueError(
                 f"tokenizer: {self.name} has {self.size:,} tokens, and the shards hold token "
@@ -88,7 +93,7 @@ class TokenTexts:
     ) -> dict[int, str]:
         """Return the text of each of these tokens; raise ValueError where one is unknown."""
         different = sorted(set(tokens.tolist()))
-        self.require(different[-1])
+        self.require(different[0], different[-1])
         return dict(zip(different, self.of(different), strict=True))
 
     def _text(self, token: int, before: str) -> str:

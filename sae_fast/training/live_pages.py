@@ -107,7 +107,7 @@ class LivePages(Callback):
             logger.warning("the rows have no %s: live pages show no text", TOKENS)
         elif self._tokenizer is not None:
             self._tokens = load_token_texts(self._tokenizer)
-            self._tokens.require(token)
+            self._tokens.require(token, token)
         self.out.mkdir(parents=True, exist_ok=True)
         newest = max(1, min(self._rows, _SAMPLE_ROWS) // length)
         d_sae, count = trainer.sae_config.d_sae, self._settings.contexts
