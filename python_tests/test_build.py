@@ -369,9 +369,9 @@ def test_what_ptxas_says_is_read_kernel_by_kernel():
     assert "spills registers" in fault
     library = cuda_resources.parse(PTXAS.replace("_Z1kPf", "_ZN3cub1kEPf"))[0]
     assert cuda_resources.faults([library, lean]) == []
-    wide = dataclasses.replace(lean, shared=16 * 1024 + 1)
-    (fault,) = cuda_resources.faults([dataclasses.replace(lean, shared=16 * 1024), wide])
-    assert "declares 16385 bytes of shared memory" in fault
+    wide = dataclasses.replace(lean, shared=17 * 1024 + 1)
+    (fault,) = cuda_resources.faults([dataclasses.replace(lean, shared=17 * 1024), wide])
+    assert "declares 17409 bytes of shared memory" in fault
 
 
 def test_kernels_are_listed_once_with_the_numbers_of_each_architecture():

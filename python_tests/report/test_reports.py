@@ -175,7 +175,8 @@ def test_an_axis_has_the_digits_that_tell_its_numbers_apart() -> None:
         svg = Chart("t", "x", "y", [Series([(low, 0.0), (high, 1.0)])]).svg()
         return re.findall(r'y="226" text-anchor="middle">([^<]*)<', svg)
 
-    assert texts(31.995, 32.005) == ["31.995", "32.000", "32.005"]
+    assert texts(31.95, 32.05) == ["31.95", "32.00", "32.05"]
+    assert texts(0.4578, 0.4578 + 1e-8) == ["0.4574", "0.4576", "0.4578", "0.4580", "0.4582"]
     assert texts(0.0, 60_000.0) == ["0", "20k", "40k", "60k"]
     assert texts(10_000.0, 10_200.0) == ["10.00k", "10.05k", "10.10k", "10.15k", "10.20k"]
     assert texts(1e-5, 4e-5) == ["1e-5", "2e-5", "3e-5", "4e-5"]

@@ -14,6 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40  # margins
 _ROOM = 0.03  # of an axis, between its ends and the outermost points
 _TICKS = 5
 _WIDE = 10.0  # from here on an axis that may be logarithmic is
+_LEAST_SPAN = 2e-3  # of an axis that is not, as a share of its numbers: less is seldom a difference
 _LETTER = 6.2  # width of a letter, about
 _LINE = 12  # height of a line of letters
 COLOURS = 12  # of page.css: --c0 to --c11
@@ -148,6 +149,9 @@ class _Axis:
             low, high = math.log10(low), math.log10(high)
         if high <= low:
             low, high = low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5)
+        elif not self._is_logarithmic:
+            missing = _LEAST_SPAN * max(abs(low), abs(high)) - (high - low)
+            low, high = low - max(missing, 0.0) / 2, high + max(missing, 0.0) / 2
         margin = room * (high - low)
         self._low, self._high = low - margin, high + margin
         self._start, self._end = start, end
