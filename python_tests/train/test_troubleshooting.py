@@ -39,7 +39,7 @@ QUOTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("FVU is ", ": the reconstruction explains no more than the mean of the rows does"),
     ),
     "latents silent": (
-        # Where latents count as dead AuxK would revive them.
+        # AuxK would revive latents that count as dead.
         ("--k", "1", "--d-sae", "64", "--lr", "0.3", "--max-steps", "500", *NOT_DEAD),
         (" latents have fired for none of the last ", " tokens"),
     ),
