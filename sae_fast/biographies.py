@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import setting
+from sae_fast.config.setting import MOST_THREADS, setting
 from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
 
@@ -62,7 +62,7 @@ class BiographyOptions(ConfigFile):
     """Sentences in a step. [sentences]"""
     learning_rate: float = setting(1e-3, above=0)
     """Peak of the learning rate."""
-    num_threads: int | None = setting(None, at_least=1)
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
     """CPU threads; default: torch's own choice. [threads]"""
     seed: int = setting(0)
     """Seed of the people, the language model and its training."""

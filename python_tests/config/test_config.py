@@ -337,7 +337,8 @@ BAD_TRAIN_VALUES = [
     ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
     ({"seed": 10**400}, "seed must be at most 9223372036854775807, got a number of 1,329 bits"),
     ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
-    ({"num_threads": 0}, "num_threads must be at least 1"),
+    ({"num_threads": 0}, "num_threads must be between 1 and 4096, got 0"),
+    ({"num_threads": 10**9}, "num_threads must be between 1 and 4096, got 1000000000"),
     ({"no_wandb": 1}, "no_wandb must be true or false, got 1"),
 ]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import setting
+from sae_fast.config.setting import MOST_THREADS, setting
 
 
 @configuration()
@@ -30,5 +30,5 @@ class CompareConfig(ConfigFile):
     from there on it is made of the nearest neighbours. [latents]"""
     neighbours: int = setting(32, at_least=1)
     """Candidates of each latent where not all cosines are made. [latents]"""
-    num_threads: int | None = setting(None, at_least=1)
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
     """CPU threads; default: torch's own choice. [threads]"""

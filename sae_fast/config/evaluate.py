@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from sae_fast.config.effects import check_effects
 from sae_fast.config.fields import ConfigFile, configuration
 from sae_fast.config.model_text import DEFAULT_SPLIT, CaptureConfig
-from sae_fast.config.setting import Effect, setting
+from sae_fast.config.setting import MOST_THREADS, Effect, setting
 
 _MODEL = Effect("a dataset that the model reads, --dataset", lambda own: own.dataset is not None)
 _SHARDS = Effect("shards, --shard-dir", lambda own: own.shard_dir is not None)
@@ -138,7 +138,7 @@ class EvaluateConfig(ConfigFile):
     """Measure although the dictionary says that it is of another model, hook point or layer."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda."""
-    num_threads: int | None = setting(None, at_least=1)
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
     """CPU threads; default: torch's own choice. [threads]"""
 
     def __post_init__(self) -> None:

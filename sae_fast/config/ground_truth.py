@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import setting
+from sae_fast.config.setting import MOST_THREADS, setting
 
 SEEDS = (42, 123, 456, 789, 1011)
 # Settings that do not change the result of one training on the task.
@@ -42,7 +42,7 @@ class GroundTruthConfig(ConfigFile):
     """Peak of the learning rate; default: 2e-4 / sqrt(d_sae / 2**14)."""
     data_seed: int = setting(0, at_least=0)
     """Seed of the data and of the task's own model."""
-    num_threads: int | None = setting(None, at_least=1)
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
     """CPU threads; default: torch's own choice. [threads]"""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import setting
+from sae_fast.config.setting import MOST_THREADS, setting
 
 
 @configuration()
@@ -91,5 +91,5 @@ class LatentsConfig(ConfigFile):
     can: read it before."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda."""
-    num_threads: int | None = setting(None, at_least=1)
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
     """CPU threads; default: torch's own choice. [threads]"""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from sae_fast.config.effects import check_effects
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import Effect, setting
+from sae_fast.config.setting import MOST_THREADS, Effect, setting
 
 DEFAULT_CONTEXT = 512  # tokens of a sequence, unless the context of the model is shorter
 DEFAULT_SPLIT = "train"
@@ -146,7 +146,7 @@ class CaptureConfig(ConfigFile):
     """Bits of the model's matrices, by bitsandbytes."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda; torchrun gives each of its processes a GPU of its own."""
-    num_threads: int | None = setting(None, at_least=1)
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
     """CPU threads of the model; default: torch's own choice. [threads]"""
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from sae_fast.json_files import shown
 
+MOST_THREADS = 4096  # beyond what a machine can start, the OpenMP runtime ends the process
 LARGEST = 2**63 - 1  # whole number of a setting, which torch and HDF5 can take
 MISMATCH = object()  # returned by `convert`
 

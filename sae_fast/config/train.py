@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_fast.config.effects import Run, check_effects
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import Effect, require, setting
+from sae_fast.config.setting import MOST_THREADS, Effect, require, setting
 
 _OF_MODEL = "MODEL computes the activations while it reads DATASET"
 _TARGETS = "a transcoder trains on shards: capture its two hook points first"
@@ -360,7 +360,7 @@ class TrainConfig(ConfigFile):
     """Device to train on."""
     cuda_graph: bool = setting(True, on_resume="free")
     """On a GPU, launch a whole step at once, as a CUDA graph; needs fused. The result is equal."""
-    num_threads: int | None = setting(None, at_least=1, on_resume="free")
+    num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS, on_resume="free")
     """CPU threads; default: torch's own choice. [threads]"""
     seed: int = setting(
         0,
