@@ -96,7 +96,10 @@ def test_beside_a_loss_of_the_model_the_increase_is_added(run_on_model: Run) -> 
         (("--eval-metrics",), "eval_metrics = 1 needs --eval-dataset"),
         (("--eval-dataset", "text.txt"), "eval_dataset = 'text.txt' needs eval_metrics"),
         ((*FLAGS, "--eval-hook", "residual.9"), "residual.9"),
-        ((*FLAGS, "--eval-model", "nowhere"), "model: nowhere cannot be loaded"),
+        (
+            (*FLAGS, "--eval-model", "nowhere", "--eval-hook", "residual.1"),
+            "model: nowhere cannot be loaded",
+        ),
         ((*FLAGS, "--transcoder", "--target-key", "activations"), "not measured in the training"),
     ],
 )
@@ -109,8 +112,20 @@ def test_what_is_missing_is_named(
 
 def test_a_dictionary_of_another_width_is_refused(run_small: Run, shards: Path) -> None:
     save_model("other", "gpt2", n_embd=24)
-    flags = ("--shard-dir", shards, *FLAGS, "--eval-model", "other")
+    flags = ("--shard-dir", shards, *FLAGS, "--eval-model", "other", "--eval-hook", "residual.1")
     refused(run_small(*flags), "the dictionary has 16 numbers a row, residual.1 of other has 24")
+
+
+def test_a_model_of_another_name_is_refused_unless_the_hook_point_is_given(
+    run_small: Run, shards: Path
+) -> None:
+    save_model("other", "gpt2")
+    flags = ("--shard-dir", shards, *FLAGS, "--eval-model", "other", "--max-steps", 2)
+    difference = "the activations are of model 'model', and the model given is 'other'"
+    refused(run_small(*flags), f"{difference}; --eval-hook")
+    code, out, err = run_small(*flags, "--eval-hook", "residual.1", "--checkpoint-dir", "r")
+    assert code == 0
+    assert difference in out + err
 
 
 def test_held_out_text_is_needed(run_on_model: Run) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sae_fast.activations import TARGETS
 from sae_fast.activations.capture import LanguageModel
 from sae_fast.activations.capture.hooks import HookPoint
@@ -14,7 +17,6 @@ from sae_fast.activations.origin import short_name
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.evaluation.language_model import ModelText, token_columns
-from sae_fast.evaluation.rows import check_same_place
 
 
 def model_text(
@@ -74,6 +76,22 @@ def check_predicts(model: LanguageModel | ImageModel) -> LanguageModel:
     return model
 
 
+def model_difference(origin: Mapping[str, Any], name: str) -> str | None:
+    """Return in words that a model is of another name than the origin's; None: it may be the same.
+
+    Args:
+        origin: of activations or of a dictionary.
+        name: of the model that was given, or its folder.
+    """
+    return _difference("model", short_name(str(origin.get("model") or "")), short_name(name))
+
+
+def _difference(kind: str, known: Any, given: str) -> str | None:
+    if not known or str(known) == given:
+        return None
+    return f"{kind} {known!r}, and the {kind} given is {given!r}"
+
+
 class EvaluatedModel:
     """The language model that dictionaries are measured in, loaded when one first needs it.
 
@@ -102,10 +120,13 @@ class EvaluatedModel:
             raise ValueError(f"hook must name one hook point, got {' '.join(found)}")
         source, *targets = capture.hooked.hooks
         if not config.force:
-            model = str(sae.origin.get("model", ""))
-            known = {"model": short_name(model), "hook": sae.origin.get("hook")}
-            ours = {key: value for key, value in known.items() if value}
-            check_same_place(ours, {"model": short_name(name), "hook": source.name}, "the model's")
+            difference = model_difference(sae.origin, name) or _difference(
+                "hook", sae.origin.get("hook"), source.name
+            )
+            if difference is not None:
+                raise ValueError(
+                    f"the dictionary is of {difference}; --force continues all the same"
+                )
         return model_text(
             *(capture, capture.batches, (source, *targets)),
             (sae.d_in, *(sae.config.target_width for _ in targets)),

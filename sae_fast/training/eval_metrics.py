@@ -5,6 +5,7 @@ A training straight from a model has it already, see from_model/.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,8 +19,10 @@ from sae_fast.activations.capture.plan import open_capture
 from sae_fast.config import RunConfig
 from sae_fast.config.model_text import CaptureConfig
 from sae_fast.evaluation.language_model import SplicedLosses
-from sae_fast.evaluation.model_text import model_text
+from sae_fast.evaluation.model_text import model_difference, model_text
 from sae_fast.training.downstream import Downstream
+
+logger = logging.getLogger(__name__)
 
 # Models in memory, by name and device: the trainings of a sweep share one.
 _loaded: WeakValueDictionary[tuple[str, str], LanguageModel] = WeakValueDictionary()
@@ -54,6 +57,13 @@ def with_eval_metrics(
     for flag, value in (("eval_model", name), ("eval_hook", hook)):
         if not value:
             raise ValueError(f"{flag} must be given: the activations do not say of which they are")
+    if (difference := model_difference(origin, str(name))) is not None:
+        if train.eval_hook is None:
+            raise ValueError(
+                f"the activations are of {difference}; --eval-hook, the hook point in that model, "
+                "continues all the same"
+            )
+        logger.warning("the activations are of %s", difference)
     with torch.random.fork_rng(devices=[]):  # models may draw random numbers as they are made
         model = _loaded.get((str(name), train.device))
         if model is None:
