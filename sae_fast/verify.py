@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
 from sae_fast.config.command_line import CommandLine, of_one, parse
@@ -38,21 +39,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: VerifyConfig) -> int:
-    """Check all directories and print a line on each; return the exit code."""
-    from sae_fast.autoencoder import SparseAutoencoder, expected_codes
+    """Check all directories and print a line on each; return the worst exit code of them."""
+    from sae_fast.autoencoder import expected_codes
     from sae_fast.autoencoder.foreign import local_place
-    from sae_fast.autoencoder.interchange import to_plain
 
     if not config.directories:
         raise ValueError(f"a directory must be given: {PROGRAM} DIR")
     exit_code = 0
     for directory in config.directories:
-        for place in expected_codes.places_in(local_place(directory)):
-            sae = SparseAutoencoder.from_pretrained(place)
-            agreement = expected_codes.check(to_plain(sae), sae, place)
-            print(f"{place}: {'equal' if agreement.holds else 'DIFFERENT'}; {agreement}")
-            exit_code = exit_code if agreement.holds else EXIT_DIFFERENT
+        try:
+            places = expected_codes.places_in(local_place(directory))
+        except Exception as error:
+            print(refusal(error), file=sys.stderr)
+            exit_code = EXIT_BAD_INPUT
+            continue
+        exit_code = max(exit_code, *map(_verify, places))
     return exit_code
+
+
+def _verify(place: Path) -> int:
+    """Check one dictionary and print a line on it; return the exit code."""
+    from sae_fast.autoencoder import SparseAutoencoder, expected_codes
+    from sae_fast.autoencoder.interchange import to_plain
+
+    try:
+        sae = SparseAutoencoder.from_pretrained(place)
+        agreement = expected_codes.check(to_plain(sae), sae, place)
+    except Exception as error:
+        print(refusal(error), file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"{place}: {'equal' if agreement.holds else 'DIFFERENT'}; {agreement}")
+    return 0 if agreement.holds else EXIT_DIFFERENT
 
 
 if __name__ == "__main__":

@@ -64,6 +64,17 @@ def test_a_changed_weight_is_found(tmp_path, capsys):
     assert ": DIFFERENT; 32 rows:" in last_line(capsys)
 
 
+def test_a_damaged_dictionary_does_not_keep_others_from_being_verified(tmp_path, capsys):
+    make("topk").export(tmp_path / "whole")
+    make("topk").export(tmp_path / "damaged", "sae_fast")
+    (tmp_path / "damaged" / "sae.safetensors").write_bytes(b"x" * 100)
+    places = [str(tmp_path / name) for name in ("nothing", "damaged", "whole")]
+    assert verify.main(places) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("error: ") == 2
+    assert f"{places[2]}: equal; " in printed.out
+
+
 def test_every_layer_of_a_folder_is_verified(tmp_path, capsys):
     for layer in (0, 1):
         sae = make("relu transcoder")
@@ -108,6 +119,8 @@ def test_bad_input_is_one_line(arguments, words, tmp_path, capsys, monkeypatch):
 def test_a_directory_without_rows_is_not_verified(tmp_path, capsys):
     assert verify.main([saved(tmp_path / "model", "topk")]) == 2
     assert "only dictionaries that sae_fast has converted or exported carry" in last_line(capsys)
+    assert verify.main([saved(tmp_path / "again", "topk")]) == 2
+    assert last_line(capsys).endswith("python -m sae_fast.convert SRC DST makes one")
     assert verify.main([]) == 2
     assert "a directory must be given" in last_line(capsys)
 

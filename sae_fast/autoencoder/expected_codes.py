@@ -155,7 +155,7 @@ def _read(path: Path, dictionary: PlainDictionary) -> dict[str, Tensor]:
     if not path.is_file():
         raise DictionaryError(
             f"{path}: not there: only dictionaries that sae_fast has converted or exported carry "
-            "rows to check"
+            "rows to check; of a run or a saved model, python -m sae_fast.convert SRC DST makes one"
         )
     tensors = load_tensors(path)
     if tensors.keys() != _TENSORS:
