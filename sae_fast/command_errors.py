@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sae_fast.json_files import bounded
@@ -23,13 +24,15 @@ _reserve = [bytearray(1 << 20)]
 LONGEST_ERROR = 1500  # characters
 
 
-def check_out(directory: Path) -> None:
-    """Raise ValueError where the directory that --out names, which is made, cannot be one."""
+def check_out(directory: Path, flag: str = "--out") -> None:
+    """Raise ValueError where the directory that a flag names cannot be made or written to."""
     for place in (directory, *directory.parents):
         if place.is_dir():
+            if not os.access(place, os.W_OK):
+                raise ValueError(f"{flag} {directory}: {place} cannot be written to")
             return
         if place.exists():
-            raise ValueError(f"--out {directory}: {place} is a file, and must be a directory")
+            raise ValueError(f"{flag} {directory}: {place} is a file, and must be a directory")
 
 
 def refusal(error: Exception) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sae_fast.atomic_files import write_json
-from sae_fast.command_errors import EXIT_BAD_INPUT, refusal
+from sae_fast.command_errors import EXIT_BAD_INPUT, check_out, refusal
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.command_line import CommandLine, Given
 from sae_fast.config.effects import unchecked
@@ -421,6 +421,8 @@ def _opened(
 
     options = TrainOptions(**given["options"])
     sweep = options.sweep
+    if options.live is not None:
+        check_out(options.live, "--live")
     if config.train.checkpoint_dir is None:
         parent = Path("runs") if line is None else line.settings.save_dir
         config = _in_directory(

@@ -20,5 +20,12 @@ def test_pages_show_the_text_that_the_model_reads_and_change_no_bit(run_on_model
     assert '"step": 10' in meta
 
 
+def test_a_file_for_live_pages_is_refused_before_the_run_is_made(run_small: Run) -> None:
+    Path("pages").write_text("")
+    flags = ("--shard-dir", "shards", "--live", "pages/deeper", "--checkpoint-dir", "r")
+    refused(run_small(*flags), "--live pages/deeper: pages is a file, and must be a directory")
+    assert not Path("r").exists()
+
+
 def test_live_pages_are_of_one_training(run_on_model: Run) -> None:
     refused(run_on_model("--live", "pages", "--layers", "0", "2"), "are of one training")

@@ -115,6 +115,11 @@ def test_a_figure_that_cannot_rank_is_refused_with_those_that_can(name: str) -> 
         _rule(replace(RUN, best_by=name), k=2)
 
 
+def test_a_figure_of_eval_metrics_is_refused_with_the_flag_that_it_needs() -> None:
+    with pytest.raises(ValueError, match=r"got 'heldout_ce_score', which needs --eval-metrics$"):
+        _rule(replace(RUN, best_by="heldout_ce_score"), k=2)
+
+
 def test_without_heldout_rows_the_training_loss_decides(
     activations: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

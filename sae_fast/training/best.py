@@ -10,6 +10,8 @@ from sae_fast.training.schedule import Schedules
 
 OBJECTIVE = "objective"
 _HELDOUT_LOSSES = {"ce": "heldout_ce", "kl": "heldout_kl"}
+# Figures of eval_metrics, and whether higher is better.
+_OF_EVAL_METRICS = {"heldout_ce": False, "heldout_ce_increase": False, "heldout_ce_score": True}
 Best = dict[str, float]
 
 
@@ -62,9 +64,10 @@ class BestRule:
             self.figure = train.best_by
             sides = self._sides(train, has_heldout=has_heldout, own_terms=own_terms)
             if train.best_by not in sides:
+                needs = ", which needs --eval-metrics" if train.best_by in _OF_EVAL_METRICS else ""
                 raise ValueError(
                     "best_by must be a figure of this run's evaluations of which it is known "
-                    f"which values are better, {', '.join(sides)}, got {train.best_by!r}"
+                    f"which values are better, {', '.join(sides)}, got {train.best_by!r}{needs}"
                 )
             self._is_higher_better = sides[train.best_by]
         settled = schedules.rate.warmup_steps
@@ -123,7 +126,7 @@ class BestRule:
                 lower.append(self._error)
             if sae.arch == "slots":
                 higher += ["heldout_slot_accuracy", "heldout_value_accuracy"]
+        sides = dict.fromkeys(lower, False) | dict.fromkeys(higher, True)
         if train.eval_metrics:
-            lower += ["heldout_ce", "heldout_ce_increase"]
-            higher.append("heldout_ce_score")
-        return dict.fromkeys(lower, False) | dict.fromkeys(higher, True)
+            return sides | _OF_EVAL_METRICS
+        return sides
