@@ -11,8 +11,9 @@
 // largest, and the result at 2^-23: it is off by at most 5.25 * 2^-23; Ampere takes two steps of 8
 // products, together off by at most 11 * 2^-23 (published measurements; undocumented). Chunks are
 // added with rounding: an element of S is off by at most
-// (11 kProductRows / 16 + F / kProductRows) 2^-23 of the sum of the sizes of its terms. On the diagonal, which is most of |S|^2 and where every term is positive,
-// these errors would add up: it is summed in double.
+// (11 kProductRows / 16 + F / kProductRows) 2^-23 of the sum of the sizes of its terms. On the
+// diagonal, which is most of |S|^2 and where every term is positive, these errors would add up: it
+// is summed in double.
 #pragma once
 
 #include <cuda_runtime_api.h>
