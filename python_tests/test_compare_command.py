@@ -81,12 +81,17 @@ def test_bad_input_is_refused_in_one_line(models, tmp_path, capsys):
     wide = save(tmp_path / "wide", 0, d_in=16)
     no_matrix = tmp_path / "bias.safetensors"
     save_tensors(no_matrix, {"b_dec": torch.zeros(8)})
+    infinite, empty = tmp_path / "infinite.safetensors", tmp_path / "empty.safetensors"
+    save_tensors(infinite, {"W_dec": torch.full((3, 8), torch.inf)})
+    save_tensors(empty, {"W_dec": torch.zeros(0, 8)})
     for arguments, message in [
         ([models[0]], "two dictionaries or more must be given"),
         ([models[0], models[0]], "dictionaries must be different ones"),
         ([models[0], wide], "dictionaries must have one width: seed_0 has 8, wide has 16"),
         ([models[0], str(tmp_path / "none")], str(tmp_path / "none")),
         ([models[0], str(no_matrix)], "must have a matrix W_dec [latents, width]"),
+        ([models[0], str(infinite)], f"{infinite}: W_dec holds NaN or Inf"),
+        ([models[0], str(empty)], f"{empty}: W_dec is empty, [0, 8]"),
         ([*models, "--thresholds", "2"], "thresholds must be between -1 and 1"),
     ]:
         assert main(arguments) == 2

@@ -169,6 +169,7 @@ def test_shards_of_another_place_are_refused_unless_forced(place, tmp_path, caps
         (("--contexts", "0"), "contexts must be between 1 and 1000, got 0"),
         (("--rows", "none"), "--rows must be one of 'train', 'heldout', 'all', got 'none'"),
         (("--tokenizer", "nowhere/at-all"), "tokenizer: nowhere/at-all cannot be loaded"),
+        (("--tokenizer", "/nowhere/at-all"), "cannot be loaded: no such file or folder"),
         (("--model", "nowhere/at-all"), "model: nowhere/at-all cannot be loaded"),
         (("--shard-dir", "nowhere"), "nowhere: no such directory"),
         (("--out", __file__), "is a file, and must be a directory"),

@@ -184,6 +184,12 @@ def test_junk_is_not_said_to_need_a_load_that_runs_code(content, tmp_path):
     )
 
 
+def test_the_folder_of_the_checkpoints_of_a_run_is_said_to_be_one(tmp_path):
+    (tmp_path / "checkpoints" / "step-00000040").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoints: name one, such as step-00000040"):
+        SparseAutoencoder.from_pretrained(tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize("place", ["runs/nothing", "runs/nothing/deeper"])
 def test_a_path_below_a_folder_here_is_no_name_on_the_hub(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

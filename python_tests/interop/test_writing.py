@@ -171,5 +171,7 @@ def test_what_no_format_has_is_refused(tmp_path):
     fresh = SparseAutoencoder(SAEConfig(arch="batch_topk", d_in=8, d_sae=24, k=2))
     with pytest.raises(DictionaryError, match="set in training"):
         fresh.export(tmp_path / "fresh", "saelens")
-    with pytest.raises(DictionaryError, match="to must be one of saelens"):
+    with pytest.raises(DictionaryError, match="to must be one of sae_fast, saelens"):
         make("topk").export(tmp_path / "other", "gemma_scope")
+    with pytest.raises(DictionaryError, match=r"got 'sae_lens' \(did you mean 'saelens'\?\)"):
+        make("topk").export(tmp_path / "other", "sae_lens")

@@ -18,6 +18,7 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.ops.working_copies import encoder_copy
 from sae_fast.report.panels import overview
 from sae_fast.training.checkpoint import CheckpointError
+from sae_fast.training.progress import ProgressBar
 from sae_fast.training.signals import StopOnSignal
 from sae_fast.training.trainer import Trainer, TrainingError
 
@@ -410,6 +411,16 @@ def test_progress_lines_tell_what_matters(
     (line,) = [record.message for record in caplog.records if record.message.startswith("step")]
     for part in ("step 20: loss", "FVU", "L0", "silent so far", "stall", "tokens/s"):
         assert part in line
+
+
+@pytest.mark.parametrize(("dead", "shown"), [(None, "silent so far 10.0 %"), (0.0, "dead 0.0 %")])
+def test_the_line_shows_dead_latents_once_they_are_counted(
+    dead: float | None, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"step": 1, "dead_fraction": dead, "silent_fraction": 0.1}
+    with caplog.at_level(logging.INFO, logger="sae_fast"), ProgressBar(9, 0, shown=True) as bar:
+        bar.show([row], last=True)
+    assert caplog.messages == [f"step 1: {shown}, 0 tokens/s"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,11 @@ def export(sae: SparseAutoencoder, directory: str | Path, to: str = OWN) -> Agre
     See `SparseAutoencoder.export`.
     """
     directory = Path(directory)
+    names = [OWN, *(known.name for known in interop.FORMATS if known.can_write)]
+    if to not in names:
+        near = difflib.get_close_matches(to, names[1:], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise DictionaryError(f"to must be one of {', '.join(names)}, got {to!r}{hint}")
     if directory.exists() and not directory.is_dir():
         raise DictionaryError(f"{directory}: is a file")
     if to != _ADDED_TO and directory.is_dir() and any(directory.iterdir()):

@@ -85,6 +85,8 @@ def explain_missing(place: Path) -> Exception:
         return ValueError(_of_file(place))
     if (place / "checkpoints").is_dir():
         return FileNotFoundError(f"{place}: a run that has no checkpoint yet")
+    if steps := sorted(place.glob("step-*")):
+        return ValueError(f"{place}: a folder of checkpoints: name one, such as {steps[-1].name}")
     if runs := sorted(path.parent for path in place.glob("*/checkpoints")):
         return ValueError(
             f"{place}: not a saved model but a folder of runs: name one, as {runs[0]}"

@@ -31,7 +31,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.foreign import local_place
 from sae_fast.evaluation.matching import EXACT_BELOW, NEIGHBOURS, Matching, match
 from sae_fast.markdown import markdown_table
-from sae_fast.tensor_files import load_tensors
+from sae_fast.tensor_files import is_finite, load_tensors
 
 THRESHOLDS = (0.7, 0.9)
 _W_DEC = "W_dec"
@@ -74,6 +74,10 @@ class Dictionary:
         tensors = load_tensors(path)
         if _W_DEC not in tensors or tensors[_W_DEC].ndim != 2:
             raise ValueError(f"{path}: it must have a matrix {_W_DEC} [latents, width]")
+        if tensors[_W_DEC].numel() == 0:
+            raise ValueError(f"{path}: {_W_DEC} is empty, {list(tensors[_W_DEC].shape)}")
+        if not is_finite(tensors[_W_DEC]):
+            raise ValueError(f"{path}: {_W_DEC} holds NaN or Inf")
         return cls(tensors[_W_DEC])
 
     @property

@@ -161,6 +161,8 @@ def load_token_texts(place: str, *, only_here: bool = False) -> TokenTexts:
     with _one_line(place):
         if file.is_file():
             return _read(file, place)
+        if path.is_absolute() and not path.exists():
+            raise FileNotFoundError("no such file or folder")
         auto = capture_package("transformers").AutoTokenizer
         return TokenTexts(auto.from_pretrained(place, local_files_only=only_here), place)
 

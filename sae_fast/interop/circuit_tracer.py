@@ -88,7 +88,9 @@ class CircuitTracer(Format):
     def write(self, dictionary: PlainDictionary, directory: Path) -> Path:
         """Write the file of a transcoder's layer, and config.yaml."""
         if not dictionary.transcoder:
-            raise refuse(self, "an autoencoder", "it replaces MLPs by transcoders")
+            raise refuse(
+                self, "an autoencoder", "it replaces MLPs by transcoders; saelens has both"
+            )
         if dictionary.d_out != dictionary.d_in:
             sizes = f"{dictionary.d_in} inputs and {dictionary.d_out} outputs"
             raise refuse(self, sizes, "both widths must be equal")

@@ -163,7 +163,7 @@ def _describe(row: Row) -> str:
         ("FVU {:.4f}", "fvu", 1.0),
         ("L0 {:.1f}", "l0", 1.0),
         ("dead {:.1f} %", "dead_fraction", 100.0)
-        if row.get("dead_fraction")
+        if row.get("dead_fraction") is not None
         else ("silent so far {:.1f} %", "silent_fraction", 100.0),
         ("stall {:.1f} %", "reader_stall_fraction", 100.0),
         ("held-out FVU {:.4f}", "heldout_fvu", 1.0),

@@ -112,6 +112,7 @@ def test_a_dataset_without_a_column_of_texts_called_text(tmp_path):
     [
         ("/nowhere/x.jsonl", {}, r"/nowhere/x.jsonl cannot be read: no such file or folder"),
         ("/nowhere/x", {}, r"no such file or folder"),
+        ("empty.jsonl", {}, r"empty.jsonl holds no documents"),
         ("data.jsonl", {"split": "trian"}, r"cannot be read: .*trian"),
         ("data.saved", {"split": "train"}, None),
         ("data.splits", {"split": "trian"}, r"no split 'trian', only train, test"),
@@ -126,6 +127,7 @@ def test_a_dataset_that_cannot_be_read_is_one_line(tmp_path, name, options, mess
         write(tmp_path, kind)
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no more")
     (tmp_path / "data.xyz").write_text("x")
+    (tmp_path / "empty.jsonl").write_text("")
     path = str(tmp_path / name) if (tmp_path / name).exists() else name
     if message is None:
         assert len(load_documents(path, **options)) == 4

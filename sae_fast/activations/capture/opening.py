@@ -341,6 +341,8 @@ def _explained(name: str) -> Iterator[None]:
                 f"dataset: {name} has several configurations, {names[1].replace(chr(39), '')}: "
                 "name one with --dataset-config"
             ) from error
+        if isinstance(cause, StopIteration):
+            raise ValueError(f"dataset: {name} holds no documents") from error
         text = str(cause).strip().partition("\n")[0] or one_line(cause)
         raise ValueError(f"dataset: {name} cannot be read: {text}") from error
 
