@@ -88,5 +88,19 @@ def test_wrong_settings_are_refused_in_one_line(
 
 
 def test_rows_must_be_named(place: Path) -> None:
-    with pytest.raises(ValueError, match="--shard-dir or --dataset must be given"):
+    with pytest.raises(ValueError, match="shards or dataset must be given"):
         sae_fast.evaluate_dictionary(place / "sae")
+
+
+@pytest.mark.parametrize("sae", [None, 5, b"sae", object(), ""])
+def test_what_is_no_dictionary_is_refused_by_its_name(place: Path, sae: object) -> None:
+    with pytest.raises(ValueError, match="sae must be a SparseAutoencoder or the path") as error:
+        evaluate_dictionary(sae, place / "shards")  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shards", [torch.ones(3, 16), [[1.0] * 16], 5, ""])
+def test_what_is_no_directory_of_shards_is_refused_by_its_name(place: Path, shards: object) -> None:
+    with pytest.raises(ValueError, match="shards must be the path of a directory") as error:
+        evaluate_dictionary(place / "sae", shards)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)

@@ -229,6 +229,11 @@ REFUSED = {
         "device = 'cuda:99'",
     ),
     "no dictionary": ((), "SAE and --out must be given"),
+    "no directory": (("{sae}", "--shard-dir", "{shards}"), "error: --out must be given"),
+    "a saved model in the place of the directory": (
+        ("{sae}", "--shard-dir", "{shards}", "--out", "{sae}"),
+        "it holds a trained model",
+    ),
     "no rows": (("{sae}", "--out", "{out}"), "--shard-dir or --dataset must be given"),
     "another width": (("{wide}", "{rows}"), "the dictionary has d_in 8, the rows of"),
     "another place": (
@@ -392,3 +397,22 @@ def test_rows_that_are_not_finite_are_refused_or_left_out(
     assert content["metrics"]["misc_metrics"]["frac_alive"] == pytest.approx(
         others.sections["misc_metrics"]["frac_alive"]
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+def test_a_directory_that_cannot_be_written_is_refused_before_the_pass(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ("--shard-dir", place / "shards", "--out", "/proc/nothing")
+    assert _run(place / "not-looked-for", *rows) == 2
+    assert "--out /proc/nothing: /proc cannot be written to: " in capsys.readouterr().err
+
+
+def test_all_dictionaries_are_looked_for_before_one_is_measured(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    rows = ("--shard-dir", place / "shards", "--out", place / "out")
+    assert _run(place / "sae", place / "nothing", *rows) == 2
+    assert "nothing: no such directory" in capsys.readouterr().err
+    assert not (place / "out").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 from sae_fast.json_files import bounded
@@ -28,9 +28,13 @@ def check_out(directory: Path, flag: str = "--out") -> None:
     """Raise ValueError where the directory that a flag names cannot be made or written to."""
     for place in (directory, *directory.parents):
         if place.is_dir():
-            if not os.access(place, os.W_OK):
-                raise ValueError(f"{flag} {directory}: {place} cannot be written to")
-            return
+            try:
+                with tempfile.TemporaryFile(dir=place):
+                    return
+            except OSError as error:
+                raise ValueError(
+                    f"{flag} {directory}: {place} cannot be written to: {error.strerror}"
+                ) from None
         if place.exists():
             raise ValueError(f"{flag} {directory}: {place} is a file, and must be a directory")
 

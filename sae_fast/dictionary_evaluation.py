@@ -69,6 +69,9 @@ def evaluate_dictionary(
     """
     known = EvaluateConfig.defaults().keys() - set(_OF_THE_COMMAND)
     reject_unknown_keys(settings, sorted(known))
+    _check_arguments(sae, shards)
+    if shards is None and settings.get("dataset") is None:
+        raise ValueError("shards or dataset must be given: rows to measure on")
     if isinstance(sae, SparseAutoencoder):
         settings.setdefault("device", str(sae.device))
         name = name or "dictionary"
@@ -79,6 +82,21 @@ def evaluate_dictionary(
     return DictionaryEvaluator(config, show_progress=show_progress).evaluate(
         sae, name or Path(str(sae)).name
     )
+
+
+def _check_arguments(sae: object, shards: object) -> None:
+    """Raise ValueError for a dictionary or shards of another type, or without a name."""
+    if not isinstance(sae, SparseAutoencoder | str | Path) or sae == "":
+        raise ValueError(
+            "sae must be a SparseAutoencoder or the path of a run, a checkpoint or a saved model, "
+            f"got {_told(sae)}"
+        )
+    if shards is not None and (not isinstance(shards, str | Path) or shards == ""):
+        raise ValueError(f"shards must be the path of a directory of shards, got {_told(shards)}")
+
+
+def _told(value: object) -> str:
+    return repr(value) if isinstance(value, str) else f"a value of type {type(value).__name__}"
 
 
 class DictionaryEvaluator:

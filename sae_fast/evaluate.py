@@ -13,6 +13,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_fast.command_errors import check_out
@@ -57,17 +58,22 @@ def _run(words: Sequence[str], output: CommandOutput) -> int:
 
 
 def _evaluate(config: EvaluateConfig, output: CommandOutput) -> None:
-    if not config.saes or config.out is None:
-        raise ValueError(f"SAE and --out must be given: {USAGE}")
+    needed = {"SAE": config.saes, "--out": config.out}
+    if missing := [name for name, value in needed.items() if not value]:
+        raise ValueError(f"{' and '.join(missing)} must be given: {USAGE}")
+    assert config.out is not None
     check_out(config.out)
+    from sae_fast.autoencoder.files import require_no_model
     from sae_fast.dictionary_evaluation import DictionaryEvaluator
     from sae_fast.report.evaluation import MARKDOWN, save_overview
     from sae_fast.report.names import distinct_names
     from sae_fast.report.page import REPORT
 
+    require_no_model(config.out)
     evaluator = DictionaryEvaluator(config, show_progress=not output.is_quiet)
     done: list[Evaluation] = []
     names = [name.replace("/", "-") for name in distinct_names(config.saes, "dictionaries")]
+    _find(config.saes)
     for name, place in zip(names, config.saes, strict=True):
         evaluation = evaluator.evaluate(place, name)
         directory = config.out if len(names) == 1 else config.out / name
@@ -80,6 +86,15 @@ def _evaluate(config: EvaluateConfig, output: CommandOutput) -> None:
         save_overview(done, config.out)
         output.say(f"wrote {config.out / MARKDOWN}")
     output.say(f"report: {config.out / REPORT}")
+
+
+def _find(places: Sequence[Path]) -> None:
+    """Raise FileNotFoundError for a dictionary that is not there, before one is measured."""
+    from sae_fast.autoencoder.foreign import explain_missing, local_place
+
+    for place in map(local_place, places):
+        if not place.exists():
+            raise explain_missing(place)
 
 
 def _summary(evaluation: Evaluation) -> Iterator[str]:

@@ -205,11 +205,14 @@ def test_bad_input_is_refused_in_one_line(tmp_path, capsys):
     assert main([*TINY, "--arch", "topk", "--out", out]) == 0
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text("{}")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     capsys.readouterr()
     for arguments, message in [
         ([], "the name of a task must come first, one of superposition"),
         (["superposed"], "unknown task 'superposed' (did you mean 'superposition'?)"),
         (["superposition"], "out must be given: --out DIR"),
+        (["superposition", "--out", __file__], "is a file, and must be a directory"),
+        (["superposition", "--out", str(tmp_path / "run")], "it holds a trained model"),
         ([*TINY, "--arch", "topk", "--out", out, "--rows", "601"], "rows = 600, this call has 601"),
         ([*TINY, "--out", str(tmp_path / "other")], "no results of sae_fast.ground_truth"),
         ([*TINY, "--out", out, "--arch", "topp"], "arch must be one of 'topk'"),

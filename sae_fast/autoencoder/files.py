@@ -78,6 +78,15 @@ def is_saved_model(directory: Path) -> bool:
     return all((directory / name).is_file() for name in (CONFIG_FILE, TENSOR_FILE))
 
 
+def require_no_model(directory: Path) -> None:
+    """Raise ValueError where the directory that results are written to is of a model or a run."""
+    if is_saved_model(directory) or (directory / RUN_CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"--out {directory}: it holds a trained model, beside which results do not belong: "
+            "name another directory"
+        )
+
+
 def read_config(directory: str | Path) -> SAEConfig:
     """Read the configuration of a saved model; raise ValueError where it is another file."""
     directory = Path(directory)

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from sae_fast.command_errors import check_out
 from sae_fast.command_frame import run_framed
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.ground_truth import (
@@ -138,9 +139,12 @@ def _run(words: Sequence[str], output: CommandOutput) -> int:
     output.configure(quiet=shown.quiet, log_file=shown.log_file)
     if (out := config.out) is None:
         raise ValueError("out must be given: --out DIR")
+    check_out(out)
+    from sae_fast.autoencoder.files import require_no_model
     from sae_fast.ground_truth.runs import Stopped, run
     from sae_fast.report.page import REPORT
 
+    require_no_model(out)
     module = importlib.import_module(f"sae_fast.ground_truth.{entry.module}")
     task: Task = vars(module)[entry.maker](config)
     try:
