@@ -159,9 +159,9 @@ def test_everything_an_architecture_logs_has_its_panel(arch: str, trained: Path)
     not_shown = {"step", "tokens", "epoch", "time_per_step_ms", "activation_fraction"}
     explained = {name for name in logged if "explained_variance" in name}  # 1 - FVU, which is drawn
     assert logged - shown - explained <= not_shown
-    # Plotted only if the reader ever stalled, a latent is silent, or there are outlier rows; the
-    # objective only with a penalty.
-    optional = {"reader_stall_fraction", "silent_fraction", "ordinary_fvu", "objective"}
+    # Plotted only if the reader ever stalled, a latent is silent or dead, or there are outlier
+    # rows; the objective only with a penalty.
+    optional = {"reader_stall_fraction", "silent_fraction", "aux_loss", "ordinary_fvu", "objective"}
     mains = {panel.main for panel in panels}
     assert mains - optional == (STANDARD | OWN[arch]) - optional
     assert len({panel.title for panel in panels}) == len(panels)

@@ -85,6 +85,7 @@ def test_wall_clock_trains_all_from_one_start_and_draws_them(run, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_time_to_fvu_takes_the_best_rate_of_each_and_draws_seconds_and_tokens(run, tmp_path):
     rows = torch.randn(700, 32, generator=torch.Generator().manual_seed(0))
     write_shard(tmp_path / "train_00.h5", rows[:500])
