@@ -23,9 +23,11 @@ from benchmarks.implementations import choose_implementations, describe
 from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.problem import Size
-from benchmarks.support.tables import machine_line, markdown_table, publish
+from benchmarks.support.tables import markdown_table, publish
 from benchmarks.wall_clock import (
     Curve,
+    absent,
+    closing_lines,
     draw,
     make_parser,
     prepare,
@@ -74,20 +76,15 @@ def report(results: Mapping[str, Any]) -> str:
         *("implementation", "best rate", "held-out FVU at the end", "s in all"),
         *(f"s to FVU {level:.3f}", f"tokens to FVU {level:.3f}", "FVU at the end, by rate"),
     ]
-    missing = results["missing"]
-    absent = f" Not installed here: {', '.join(missing)}." if missing else ""
-    versions = {name: v for curve in curves for name, v in curve.versions.items()}
-    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return "\n\n".join(
         [
             "# Held-out FVU over seconds and tokens, each at its best rate",
             f"{results['setting']} Every implementation runs its own training loop, from one start "
             "and on one order of rows, once for each constant learning rate of the grid; the rest "
             "of its recipe is its own. The clock counts steps, not evaluations. The FVU that "
-            f"seconds and tokens are counted to is the highest one at the end.{absent}",
+            f"seconds and tokens are counted to is the highest one at the end.{absent(results)}",
             markdown_table(headings, rows),
-            f"Versions: {named}.",
-            f"{machine_line(results['machine'])}\n`{results['command']}`",
+            *closing_lines(results, curves),
         ]
     )
 

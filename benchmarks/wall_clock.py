@@ -149,10 +149,6 @@ def report(results: Mapping[str, Any]) -> str:
         *("implementation", "ms a step", "s in all", "held-out FVU at the end"),
         *(f"s to FVU {level:.3f}", "times sae_fast", "quiet samples"),
     ]
-    missing = results["missing"]
-    absent = f" Not installed here: {', '.join(missing)}." if missing else ""
-    versions = {name: v for curve in curves for name, v in curve.versions.items()}
-    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     return "\n\n".join(
         [
             "# Held-out FVU over seconds of training",
@@ -162,12 +158,24 @@ def report(results: Mapping[str, Any]) -> str:
             "not evaluations; each reconstructs the held-out rows with its own inference. FVU is "
             "the share of the variance that the reconstruction misses. The FVU in the table is "
             "the highest one that a training ended with. A sample is quiet if other programs used "
-            f"less than {QUIET_SHARE:.0%} of a processor during it.{absent}",
+            f"less than {QUIET_SHARE:.0%} of a processor during it.{absent(results)}",
             markdown_table(headings, rows),
-            f"Versions: {named}.",
-            f"{machine_line(results['machine'])}\n`{results['command']}`",
+            *closing_lines(results, curves),
         ]
     )
+
+
+def absent(results: Mapping[str, Any]) -> str:
+    """Return a sentence about the implementations that are not installed; "" where all are."""
+    missing = results["missing"]
+    return f" Not installed here: {', '.join(missing)}." if missing else ""
+
+
+def closing_lines(results: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
+    """Return the last lines of a report: versions, machine and command."""
+    versions = {name: v for curve in curves for name, v in curve.versions.items()}
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    return [f"Versions: {named}.", f"{machine_line(results['machine'])}\n`{results['command']}`"]
 
 
 def draw(

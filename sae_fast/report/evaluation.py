@@ -123,6 +123,15 @@ class Evaluation:
         self.latents |= concepts.latents
         self.concepts, self.token_texts = concepts, texts
 
+    def shown(self, group: str, name: str) -> str:
+        """Return the text of a metric in tables; "" where none of the name was measured."""
+        value = self.metrics.get(group, {}).get(name)
+        if value is None:
+            return ""
+        if not math.isfinite(value):
+            return "no value"
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
     def save(self, directory: str | Path) -> None:
         """Write metrics.json, metrics.md, saebench_core.json, report.html and tables of latents.
 
@@ -278,7 +287,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     names = [evaluation.name for evaluation in evaluations]
     for group, definitions in DEFINITIONS.items():
         rows = [
-            [f"`{name}`", *(_shown(item, group, name) for item in evaluations), text]
+            [f"`{name}`", *(item.shown(group, name) for item in evaluations), text]
             for name, text in definitions.items()
             if any(name in item.metrics.get(group, {}) for item in evaluations)
         ]
@@ -303,15 +312,6 @@ def _causal_section(evaluation: Evaluation, *, is_alone: bool) -> list[str]:
     lines = ["", f"## causal_impact{ending}", ""]
     lines += [markdown_table(["latent", *CAUSAL], rows), ""]
     return lines + [f"- `{name}`: {text}" for name, text in CAUSAL.items()]
-
-
-def _shown(evaluation: Evaluation, group: str, name: str) -> str:
-    value = evaluation.metrics.get(group, {}).get(name)
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "no value"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _finite(value: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,21 +104,12 @@ def _metrics(page: Page, evaluations: Sequence[Evaluation]) -> None:
     names = [evaluation.name for evaluation in evaluations]
     for group, definitions in DEFINITIONS.items():
         rows = [
-            Row(name, tuple(_shown(item, group, name) for item in evaluations), text)
+            Row(name, tuple(item.shown(group, name) for item in evaluations), text)
             for name, text in definitions.items()
             if any(name in item.metrics.get(group, {}) for item in evaluations)
         ]
         if rows:
             page.table([group.replace("_", " "), *names], rows)
-
-
-def _shown(evaluation: Evaluation, group: str, name: str) -> str:
-    value = evaluation.metrics.get(group, {}).get(name)
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "no value"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _causal(page: Page, evaluation: Evaluation, *, is_alone: bool) -> None:
