@@ -1,9 +1,11 @@
 """`python -m sae_fast` and the console script: the commands, their help, completion by TAB."""
 
 import contextlib
+import importlib
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import sae_fast
 from sae_fast.__main__ import COMMANDS, main
 from sae_fast.completion import script
+from sae_fast.config.evaluate import EvaluateConfig
 
 COMPLETE = """
 {script}
@@ -75,6 +78,36 @@ def test_help_and_wrong_flags_import_no_torch(line):
         [sys.executable, "-c", program, *line.split()], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_flag_takes_an_empty_name_or_path(name):
+    # Path("") is the current directory, into which --out "$UNSET" would write.
+    lines = importlib.import_module(f"sae_fast.{name}").command_lines()
+    tried = 0
+    for line in lines:
+        for flag in line.flags():
+            kinds = typing.get_args(flag.value_kind) or (flag.value_kind,)
+            if not {str, Path} & set(kinds) or flag.name in line.refused:
+                continue
+            words = [""] if flag.rules.positional else [flag.spellings[0], ""]
+            with pytest.raises(ValueError, match="must be a (name|path), not an empty string, got"):
+                line.read(words)
+            tried += 1
+    assert tried or name == "info"
+
+
+def test_an_empty_path_is_refused_in_one_line(capsys):
+    assert main(["evaluate", "a", "--out", "", "--shard-dir", "b"]) == 2
+    told = capsys.readouterr().err
+    assert told == "error: --out must be a path, not an empty string, got ''\n"
+
+
+def test_an_empty_path_is_refused_in_a_file_of_settings_too():
+    with pytest.raises(ValueError, match="^out must be a path or null, got ''$"):
+        EvaluateConfig(out="")
+    with pytest.raises(ValueError, match="^saes must be a list of values, each a path, got "):
+        EvaluateConfig(saes=["a", ""])
 
 
 @pytest.fixture(scope="module", name="bash")

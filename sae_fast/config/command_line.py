@@ -38,6 +38,7 @@ _HELP = ("-h", "--help", "--help-all")
 _VERSION = "--version"
 _WIDEST, _NARROWEST = 100, 50  # columns of help
 _COLUMN = 29  # where the texts of the short help begin
+_NAMES: dict[Any, str] = {str: "a name", Path: "a path"}
 
 Parsed = TypeVar("Parsed", bound=ConfigFile)
 Given = dict[str, dict[str, Any]]  # values by section and name
@@ -318,6 +319,8 @@ def _grouped(arguments: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _read_one(flag: str, text: str, kind: Any, more: str = "") -> Any:
+    if not text and kind in _NAMES:  # of a shell's variable without a value, not of a wish
+        raise ValueError(f"{flag} must be {_NAMES[kind]}, not an empty string, got ''")
     value: Any = text
     if kind in (int, float):
         try:

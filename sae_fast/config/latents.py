@@ -34,11 +34,13 @@ class LatentsConfig(ConfigFile):
     """Which of the shards are read: all but the held-out ones, the held-out ones, or all."""
     max_tokens: int | None = setting(None, at_least=1, brief="rows to read; default: all")
     """Rows to read, the first ones; default: all. [tokens]"""
-    model: str | None = setting(None, metavar="MODEL", brief="for logits: a folder or a name")
+    model: str | None = setting(
+        None, nonempty=True, metavar="MODEL", brief="for logits: a folder or a name"
+    )
     """A transformers model, a folder or a name on the hub: pages then list the tokens whose logits
     a latent raises and lowers. Its tokenizer is used unless another one is given."""
     tokenizer: str | None = setting(
-        None, metavar="NAME", brief="a folder, tokenizer.json or a name"
+        None, nonempty=True, metavar="NAME", brief="a folder, tokenizer.json or a name"
     )
     """A tokenizer, for the text of tokens; default: of the model, or of the model that the shards
     name, if it is on this machine. Without one the numbers of tokens are shown."""

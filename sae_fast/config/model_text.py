@@ -32,6 +32,7 @@ class CaptureConfig(ConfigFile):
 
     model: str | None = setting(
         None,
+        nonempty=True,
         positional=True,
         metavar="MODEL",
         heading="Model, text and hook points",
@@ -39,7 +40,11 @@ class CaptureConfig(ConfigFile):
     )
     """A folder with a transformers model, or its name on the Hugging Face hub."""
     dataset: str | None = setting(
-        None, positional=True, metavar="DATASET", brief="a dataset on the hub, a folder, or files"
+        None,
+        nonempty=True,
+        positional=True,
+        metavar="DATASET",
+        brief="a dataset on the hub, a folder, or files",
     )
     """A dataset on the hub, a folder, or .jsonl, .json, .txt, .csv, .parquet or image files."""
     out: Path | None = setting(None, metavar="DIR", brief="directory to write")

@@ -171,7 +171,10 @@ def checked(name: str, value: Any, annotation: Any, rules: Rules) -> Any:
 
 
 def convert(value: Any, annotation: Any) -> Any:
-    """Return `value` as the annotated type, or `MISMATCH`; 1 becomes 1.0 and a list a tuple."""
+    """Return `value` as the annotated type, or `MISMATCH`; 1 becomes 1.0 and a list a tuple.
+
+    An empty text is no path: a command whose variable is empty would write where it was started.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
         options = (convert(value, option) for option in arguments)
@@ -200,7 +203,7 @@ def convert(value: Any, annotation: Any) -> Any:
     if annotation is int:
         return value if abs(value) <= LARGEST else MISMATCH
     if annotation is Path and isinstance(value, str):
-        return Path(value)
+        return Path(value) if value else MISMATCH  # Path("") is the current directory
     return value if isinstance(value, annotation) else MISMATCH
 
 
