@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 import signal
 import sys
 
@@ -134,6 +135,44 @@ def test_other_architectures_join_those_that_are_there(tmp_path):
     content = json.loads((out / "results.json").read_text())
     assert {entry["arch"] for entry in content["entries"]} == {"relu", "topk", "untrained"}
     assert set(content["overlap"]) == {"relu", "topk"}
+    report = (out / "report.html").read_text()
+    assert f"<code>python -m sae_fast.ground_truth {shlex.join(TINY)} --arch topk" in report
+    assert f"--out {out}</code>" in report
+    assert "<code>untrained</code> is a topk before its first step" in report
+    assert "SAELens <code>mean_correlation_coefficient</code>" in report
+    assert "`" not in report
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_mean_over_fewer_seeds_says_over_how_many(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([*TINY, "--arch", "relu", "--out", str(out)]) == 0
+    assert "of 2)" not in capsys.readouterr().out
+    assert main([*TINY, "--seeds", "3", "--arch", "topk", "relu", "--out", str(out)]) == 0
+    topk, relu = capsys.readouterr().out.splitlines()[-4:-2]
+    name, *cells = topk.strip("| ").split(" | ")
+    assert name == "topk"
+    assert {cell.partition(" ")[2] for cell in cells if cell != "none"} == {"(1 of 3)"}
+    assert "of 3)" not in relu
+    sentence = (
+        "Mean and standard deviation over the seeds 1, 2, 3; (n of 3): over n seeds, since the "
+        "others have no training or no value."
+    )
+    assert sentence in (out / "results.md").read_text()
+    assert sentence in (out / "report.html").read_text()
+
+
+def test_a_score_without_a_value_for_one_seed_is_marked():
+    results = Results(task_of("superposition"), "")
+    for seed, mcc in enumerate((0.5, None, 0.7)):
+        results.add({"arch": "topk", "seed": seed, "scores": {"mcc": mcc, "fvu": 0.1}})
+    assert results.mean("topk", "mcc") == "0.600 ± 0.141 (2 of 3)"
+    assert results.mean("topk", "fvu") == "0.100 ± 0.000"
+    assert results.mean("topk", "f1") == "none"
+    results.add({"arch": "relu", "seed": 0, "scores": {}})
+    results.overlap = {"topk": {"pw_mcc": 0.3}, "relu": {}}
+    assert results.shared("topk", "pw_mcc") == "0.300"
+    assert results.shared("relu", "pw_mcc") == "none"
 
 
 @pytest.mark.slow

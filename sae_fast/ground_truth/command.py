@@ -160,5 +160,5 @@ def _run(words: Sequence[str], output: CommandOutput) -> int:
 
 
 def _command(words: Sequence[str]) -> str:
-    """Return the command as it was called, with paths shortened to their last part."""
-    return shlex.join([*PROGRAM.split(), *(word.rsplit("/", 1)[-1] for word in words)])
+    """Return the command as it was called, for a shell."""
+    return shlex.join([*PROGRAM.split(), *words])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from sae_fast.ground_truth.overlap import OVERLAP
-from sae_fast.ground_truth.results import Results, machine, shown_score, spread
+from sae_fast.ground_truth.results import Results, machine
 from sae_fast.report.charts import Series
 from sae_fast.report.page import Page, Row
 from sae_fast.report.panels import Row as MetricsRow
@@ -33,14 +33,13 @@ def results_page(
         latents: by architecture, of the training with its first seed.
         histories: by architecture, what this training logged.
     """
-    seeds = sorted({int(entry["seed"]) for entry in results.entries})
-    page = Page(results.task.title, [results.task.about, results.command])
-    page.heading("Scores", f"Mean ± standard deviation over the seeds {' '.join(map(str, seeds))}.")
+    page = Page(results.task.title, [results.task.about, f"`{results.command}`"])
+    page.heading("Scores", results.seeds_line())
     archs = results.architectures
     rows = [
         Row(
             score.heading,
-            tuple(spread(results.values(arch, score.name)) for arch in archs),
+            tuple(results.mean(arch, score.name) for arch in archs),
             f"{score.definition} {score.source}".strip(),
         )
         for score in results.scores
@@ -48,13 +47,15 @@ def results_page(
     rows += [
         Row(
             score.heading,
-            tuple(shown_score(results.overlap.get(arch, {}).get(score.name)) for arch in archs),
+            tuple(results.shared(arch, score.name) for arch in archs),
             f"{score.definition} {score.source}".strip(),
         )
         for score in OVERLAP
         if any(results.overlap.values())
     ]
     page.table(["score", *archs], rows)
+    if line := results.untrained_line():
+        page.paragraph(line)
     page.heading("Pictures")
     for text, png in pictures.items():
         page.picture(png, text)

@@ -76,6 +76,11 @@ class Results:
             [*others, entry], key=lambda item: places.get(str(item["arch"]), len(places))
         )
 
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of all finished trainings, ascending."""
+        return sorted({int(entry["seed"]) for entry in self.entries})
+
     def seeds_of(self, arch: str) -> list[int]:
         """Return the seeds of an architecture's finished trainings."""
         return [entry["seed"] for entry in self.entries if entry["arch"] == arch]
@@ -84,6 +89,38 @@ class Results:
         """Return the values of a score over the seeds, without those that have none."""
         own = [entry["scores"].get(score) for entry in self.entries if entry["arch"] == arch]
         return [value for value in own if value is not None]
+
+    def mean(self, arch: str, score: str) -> str:
+        """Return the mean of a score over the seeds, with its standard deviation, for tables.
+
+        Behind it stands over how many seeds it is, unless it is over all of `seeds`.
+        """
+        values = self.values(arch, score)
+        return f"{spread(values)}{self._counted(len(values))}"
+
+    def shared(self, arch: str, score: str) -> str:
+        """Return a score of `OVERLAP` for tables, marked as `mean` is."""
+        value = self.overlap.get(arch, {}).get(score)
+        count = 0 if value is None else len(self.seeds_of(arch))
+        return f"{shown_score(value)}{self._counted(count)}"
+
+    def _counted(self, count: int) -> str:
+        """Return the mark of a mean over `count` seeds; none where it says nothing new."""
+        return f" ({count} of {len(self.seeds)})" if 0 < count < len(self.seeds) else ""
+
+    def seeds_line(self) -> str:
+        """Return the sentence about the seeds that stands over the table."""
+        told = f"Mean and standard deviation over the seeds {', '.join(map(str, self.seeds))}"
+        cells = [self.mean(arch, score.name) for arch in self.architectures for score in self.scores]
+        if any(cell.endswith(")") for cell in cells):
+            count = len(self.seeds)
+            told += f"; (n of {count}): over n seeds, since the others have no training or no value"
+        return f"{told}."
+
+    def untrained_line(self) -> str:
+        """Return the sentence about the dictionary without a training; empty where none is."""
+        told = "`untrained` is a topk before its first step: what the start alone gives."
+        return told if "untrained" in self.architectures else ""
 
     def write(self, path: Path) -> None:
         """Write results.json, whole or not at all, with a line for each entry."""
@@ -115,9 +152,8 @@ class Results:
         headings = ["arch", *(score.heading for score in [*self.scores, *shared])]
         rows = []
         for arch in self.architectures:
-            cells = [spread(self.values(arch, score.name)) for score in self.scores]
-            own = self.overlap.get(arch, {})
-            rows.append([arch, *cells, *(shown_score(own.get(score.name)) for score in shared)])
+            cells = [self.mean(arch, score.name) for score in self.scores]
+            rows.append([arch, *cells, *(self.shared(arch, score.name) for score in shared)])
         return markdown_table(headings, rows, texts=1)
 
     def markdown(self, pictures: Mapping[str, str]) -> str:
@@ -126,7 +162,6 @@ class Results:
         Args:
             pictures: by the name of the file, the text that stands for it.
         """
-        seeds = list(dict.fromkeys(entry["seed"] for entry in self.entries))
         settings = ", ".join(
             f"{name} {value}"
             for name, value in self.task.config.of_the_task().items()
@@ -136,14 +171,12 @@ class Results:
         lines = [
             f"# {self.task.title}",
             self.task.about,
-            f"Mean and standard deviation over the seeds {', '.join(map(str, seeds))}.",
+            self.seeds_line(),
             self.table(),
             *(f"![{text}]({name})" for name, text in pictures.items()),
             "## Definitions",
             _definitions([*self.scores, *shared]),
-            "`untrained` is a topk before its first step: what the start alone gives."
-            if "untrained" in self.architectures
-            else "",
+            self.untrained_line(),
             "## Data",
             "\n".join(f"- {name}: {_fact(value)}" for name, value in self.facts.items()),
             f"Settings: {settings}.",

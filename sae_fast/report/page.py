@@ -2,7 +2,8 @@
 
 Sections come one below another: tables whose rows carry their definitions, charts as inline SVG,
 pictures as data, and contexts of latents. All texts are escaped, and the page forbids itself every
-request, so that a token which looks like markup is shown as it is.
+request, so that a token which looks like markup is shown as it is. In sentences and definitions
+`name` between backticks is code, as in the Markdown files beside the page.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sae_fast.atomic_files import write_text
 from sae_fast.report.charts import Chart
 
 REPORT = "report.html"
+_CODE = re.compile("`([^`]+)`")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -60,7 +62,7 @@ class Page:
 
     def paragraph(self, text: str) -> None:
         """Add a paragraph."""
-        self._parts.append(f'<p class="soft">{escape(text)}</p>')
+        self._parts.append(f'<p class="soft">{_prose(text)}</p>')
 
     def table(self, headings: Sequence[str], rows: Iterable[Row]) -> None:
         """Add a table; the first heading is above the names, the others above the cells."""
@@ -68,7 +70,7 @@ class Page:
         columns = "".join(f'<th class="number">{escape(other)}</th>' for other in others)
         lines = [f"<tr><th>{escape(first)}</th>{columns}</tr>"]
         for row in rows:
-            below = f"<small>{escape(row.definition)}</small>" if row.definition else ""
+            below = f"<small>{_prose(row.definition)}</small>" if row.definition else ""
             cells = "".join(f'<td class="number">{escape(cell)}</td>' for cell in row.cells)
             lines.append(f"<tr><td><code>{escape(row.name)}</code>{below}</td>{cells}</tr>")
         kind = ' class="pairs"' if len(headings) == 2 else ""
@@ -76,14 +78,14 @@ class Page:
 
     def definitions(self, texts: Mapping[str, str]) -> None:
         """Add what names stand for, in small letters."""
-        lines = (f"<code>{escape(name)}</code>: {escape(text)}" for name, text in texts.items())
+        lines = (f"<code>{escape(name)}</code>: {_prose(text)}" for name, text in texts.items())
         self._parts.append(f'<p class="definitions">{"<br>".join(lines)}</p>')
 
     def charts(self, charts: Iterable[Chart]) -> None:
         """Add charts beside each other, as many as the width has room for."""
         figures = "".join(
             f"<figure><h3>{escape(chart.title)}</h3>{_legend(chart)}{chart.svg()}"
-            f"<figcaption>{escape(chart.about)}</figcaption></figure>"
+            f"<figcaption>{_prose(chart.about)}</figcaption></figure>"
             for chart in charts
         )
         self._parts.append(f'<div class="figures">{figures}</div>')
@@ -123,7 +125,7 @@ class Page:
         """Return the page."""
         style = files(__package__).joinpath("page.css").read_text("utf-8")
         links = "".join(f'<a href="#{_anchor(text)}">{escape(text)}</a>' for text in self._headings)
-        lines = "".join(f'<p class="soft">{escape(line)}</p>' for line in self.lines)
+        lines = "".join(f'<p class="soft">{_prose(line)}</p>' for line in self.lines)
         return (
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -137,6 +139,11 @@ class Page:
         """Write the page into a file, whole or not at all; return its path."""
         write_text(path, self.html())
         return path
+
+
+def _prose(text: str) -> str:
+    """Return a text of one's own as HTML, with the parts between backticks as code."""
+    return _CODE.sub(r"<code>\1</code>", escape(text))
 
 
 def _legend(chart: Chart) -> str:
