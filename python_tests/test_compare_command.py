@@ -1,6 +1,7 @@
 """`python -m sae_fast.compare`: its files, its names, and what it refuses in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -77,6 +78,16 @@ def test_activations_of_different_layers_are_warned_of(tmp_path, capsys):
     assert warning == "warning: 0 and 1 are of other activations: layer 0, not 1\n"
 
 
+def test_a_copy_of_a_dictionary_is_warned_of(models, tmp_path, capsys):
+    copy = shutil.copytree(models[0], tmp_path / "copy")
+    assert main([*models, str(copy)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"warning: {models[0]} and {copy} are one dictionary: their decoder rows are equal\n"
+    )
+    assert "| seed_0 | copy | 12, 12 | 0, 0 | 1.000 | 1.000 | 100.0% | 100.0% |" in printed.out
+
+
 def test_bad_input_is_refused_in_one_line(models, tmp_path, capsys):
     wide = save(tmp_path / "wide", 0, d_in=16)
     no_matrix = tmp_path / "bias.safetensors"
@@ -86,7 +97,11 @@ def test_bad_input_is_refused_in_one_line(models, tmp_path, capsys):
     save_tensors(empty, {"W_dec": torch.zeros(0, 8)})
     for arguments, message in [
         ([models[0]], "two dictionaries or more must be given"),
-        ([models[0], models[0]], "dictionaries must be different ones"),
+        (
+            [models[0], models[1], f"{tmp_path}/seed_1/../seed_0"],
+            f"dictionaries must be different ones: {models[0]} and {tmp_path}/seed_1/../seed_0 "
+            f"are {models[0]}",
+        ),
         ([models[0], wide], "dictionaries must have one width: seed_0 has 8, wide has 16"),
         ([models[0], str(tmp_path / "none")], str(tmp_path / "none")),
         ([models[0], str(no_matrix)], "must have a matrix W_dec [latents, width]"),

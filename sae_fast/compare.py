@@ -67,6 +67,7 @@ def run(config: CompareConfig) -> Comparison:
     names = distinct_names(config.saes, "dictionaries")
     sources = {name: Dictionary.read(place) for name, place in zip(names, config.saes, strict=True)}
     _warn_of_origins(sources)
+    _warn_of_copies(dict(zip(map(str, config.saes), sources.values(), strict=True)))
     return compare(
         sources,
         thresholds=config.thresholds,
@@ -84,6 +85,16 @@ def _warn_of_origins(dictionaries: Mapping[str, Dictionary]) -> None:
         if difference := origin_difference(one.origin, other.origin):
             print(f"warning: {a} and {b} are of other activations: {difference}", file=sys.stderr)
             return
+
+
+def _warn_of_copies(dictionaries: Mapping[str, Dictionary]) -> None:
+    """Print a warning for every two dictionaries with equal directions, by their places."""
+    import torch
+
+    for (a, one), (b, other) in itertools.combinations(dictionaries.items(), 2):
+        if torch.equal(one.directions, other.directions):
+            text = f"warning: {a} and {b} are one dictionary: their decoder rows are equal"
+            print(text, file=sys.stderr)
 
 
 def _write(config: CompareConfig, comparison: Comparison) -> None:

@@ -15,10 +15,13 @@ def distinct_names(places: Sequence[Path], kind: str) -> list[str]:
         kind: the plural of what lies there, for the error.
 
     Raises:
-        ValueError: where two of them are one place.
+        ValueError: where two of them are one place, naming both.
     """
     resolved = [place.resolve() for place in places]
-    if len(set(resolved)) < len(resolved):
-        raise ValueError(f"{kind} must be different ones")
+    first: dict[Path, Path] = {}
+    for place, path in zip(places, resolved, strict=True):
+        if path in first:
+            raise ValueError(f"{kind} must be different ones: {first[path]} and {place} are {path}")
+        first[path] = place
     shared = os.path.commonpath([path.parent for path in resolved])
     return [path.relative_to(shared).as_posix() for path in resolved]
