@@ -254,3 +254,12 @@ def test_cosines_of_chosen_rows_are_with_all_rows() -> None:
     W = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     chosen = torch.tensor([3, 39, 0])
     torch.testing.assert_close(largest_cosines(W, chosen), largest_cosines(W)[chosen])
+
+
+def test_no_largest_cosine_is_above_1() -> None:
+    W = torch.randn(500, 48, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    norms = W.norm(dim=1)
+    assert (W @ W.T / norms[:, None] / norms)[:500, 500:].max() > 1  # by rounding
+    found = largest_cosines(W)
+    assert found.max() == 1
+    assert found.min() > 1 - 1e-6

@@ -97,6 +97,19 @@ def test_the_mean_is_as_scipy_computes_it_in_float64():
     assert matching.mean() == pytest.approx(float(wanted.mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("exact_below", [1000, 1])
+def test_no_cosine_is_above_1(exact_below):
+    rows = unit(500, 48, 0)
+    normal = F.normalize(rows.float(), dim=1)
+    assert (normal @ normal.t()).max() > 1  # by rounding
+    matching = match(rows, rows, exact_below=exact_below, neighbours=4)
+    assert matching.cosines.max() == 1
+    assert matching.nearest_in_a.max() == matching.nearest_in_b.max() == 1
+    assert 1 - 1e-6 < matching.mean() <= 1
+    opposite = match(rows, -rows, exact_below=exact_below, neighbours=500)
+    assert opposite.cosines.min() >= -1
+
+
 def test_a_direction_and_its_negative_match_by_absolute_cosine_only():
     a = torch.eye(3)
     assert match(a, -a, absolute=True).mean() == pytest.approx(1.0)

@@ -18,6 +18,14 @@ def test_a_permuted_scaled_and_flipped_dictionary_is_perfect():
     assert (pairs.mcc(), pairs.recovered_share(), uniqueness(rows, FEATURES)) == (1, 1, 1)
 
 
+def test_no_cosine_is_above_1():
+    features = torch.randn(500, 48, generator=torch.Generator().manual_seed(0))
+    assert torch.cosine_similarity(features, features, dim=1, eps=1e-30).max() > 1  # by rounding
+    pairs = pair_features(-features, features)
+    assert pairs.cosines.min() == -1
+    assert 1 - 1e-6 < pairs.mcc() <= 1
+
+
 def test_the_best_matching_is_not_each_latents_nearest_feature():
     # Both latents are nearest to feature 0; one to one the sum is 1 + 0.6, not 0.8 + 0.
     rows = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0.8, 0.6, 0, 0, 0, 0]])

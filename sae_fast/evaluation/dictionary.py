@@ -37,7 +37,7 @@ def largest_cosines(
         cosines = W[part] @ W.T / norms[part, None] / norms
         cosines[torch.arange(len(part), device=part.device), part] = -1.0
         largest.append(cosines.amax(dim=1))
-    return torch.cat(largest)
+    return torch.cat(largest).clamp_(-1, 1)  # rounding can be a little above 1
 
 
 def sampled_cosines(
@@ -74,7 +74,7 @@ def dictionary_metrics(sae: SparseAutoencoder) -> tuple[Section, dict[str, Tenso
         "max_decoder_cosine_sim": in_decoder,
     }
     if encoder.shape == decoder.shape:
-        cosines = torch.cosine_similarity(encoder, decoder, dim=1)
+        cosines = torch.cosine_similarity(encoder, decoder, dim=1).clamp_(-1, 1)
         section["average_encoder_decoder_cosine_sim"] = float(cosines.double().mean())
         latents["encoder_decoder_cosine_sim"] = cosines
     return section, {name: numbers.double().cpu() for name, numbers in latents.items()}

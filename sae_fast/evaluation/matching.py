@@ -104,7 +104,7 @@ def _sparse_match(
     _complete_(partner, a, b, absolute, exact_below)
     matched = (partner >= 0).nonzero().squeeze(1)
     of_them = partner[matched]
-    cosines = (a[matched] * b[of_them]).sum(1)
+    cosines = (a[matched] * b[of_them]).sum(1).clamp_(-1, 1)
     return Matching(
         matched,
         of_them,
@@ -125,7 +125,8 @@ def _unit_rows(rows: Tensor, name: str) -> Tensor:
 
 
 def _cosines(a: Tensor, b: Tensor, absolute: bool) -> Tensor:
-    cosines = a @ b.t()
+    """Return the cosines of unit rows; products of rounded ones can be a little above 1."""
+    cosines = (a @ b.t()).clamp_(-1, 1)
     return cosines.abs_() if absolute else cosines
 
 

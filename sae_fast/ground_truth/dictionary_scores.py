@@ -55,7 +55,7 @@ def pair_features(
     """Match latents and true features one to one by |cosine|; neither needs unit rows."""
     latents, _ = match(directions, features, absolute=True).partners_of_b(len(features))
     rows = directions.detach().float().cpu()[latents.clamp_min(0)]
-    cosines = F.cosine_similarity(rows, features.float(), dim=1, eps=1e-30)
+    cosines = F.cosine_similarity(rows, features.float(), dim=1, eps=1e-30).clamp_(-1, 1)
     return Pairs(latents, torch.where(latents >= 0, cosines, 0.0))
 
 

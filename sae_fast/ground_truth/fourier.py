@@ -36,7 +36,8 @@ def strengths(
     length = centred.norm(dim=-1, keepdim=True)
     scale = curves.double().abs().amax(-1, keepdim=True)
     is_flat = length <= 1e-6 * scale * math.sqrt(curves.shape[-1])  # rounding of a constant
-    return torch.where(is_flat, 0.0, coordinates.norm(dim=-1) / length.clamp_min(1e-300))
+    found = coordinates.norm(dim=-1) / length.clamp_min(1e-300)
+    return torch.where(is_flat, 0.0, found.clamp_max(1))
 
 
 def power(
