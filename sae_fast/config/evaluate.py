@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from sae_fast.config.effects import check_effects
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.model_text import DEFAULT_SPLIT, CaptureConfig
-from sae_fast.config.setting import MOST_THREADS, Effect, setting
+from sae_fast.config.model_text import CaptureConfig
+from sae_fast.config.setting import MOST_THREADS, Effect, same_as, setting
 
 _MODEL = Effect("a dataset that the model reads, --dataset", lambda own: own.dataset is not None)
 _SHARDS = Effect("shards, --shard-dir", lambda own: own.shard_dir is not None)
@@ -97,35 +97,29 @@ class EvaluateConfig(ConfigFile):
     """Hook point that a transcoder writes; default: the one of its origin."""
     max_tokens: int = setting(100_000, at_least=1, needs=_MODEL, brief="tokens to read")
     """Tokens of the text, about: whole batches are read. [tokens]"""
-    ctx_len: int | None = setting(None, at_least=1, needs=_MODEL)
-    """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
+    ctx_len: int | None = same_as(CaptureConfig, "ctx_len", needs=_MODEL, brief="")
     batch_sequences: int = setting(8, at_least=1, needs=_MODEL)
     """Sequences in a forward pass. [sequences]"""
-    pack: bool = setting(True, needs=_MODEL)
-    """Put one document after another in a sequence; encoders have one document in each anyway."""
+    pack: bool = same_as(CaptureConfig, "pack", needs=_MODEL)
     exclude_special_tokens: bool | None = setting(None, needs=_MODEL)
     """Leave the activations of BOS, EOS, [CLS], [SEP] and the like as they are; default: of protein
     models (ESM) only, as in a capture."""
-    text_column: str | None = setting(None, needs=_MODEL)
-    """Column of the dataset with the documents; default: text, or the only one with texts."""
+    text_column: str | None = same_as(CaptureConfig, "text_column", needs=_MODEL, heading="")
     tokens_column: str | None = setting(None, nonempty=True, needs=_MODEL)
     """Column of the dataset with documents that are tokens already."""
-    dataset_config: str | None = setting(None, needs=_MODEL)
-    """Configuration of a dataset on the hub that has several."""
-    split: str = setting(DEFAULT_SPLIT, needs=_MODEL)
-    """Part of the dataset."""
-    text_split: Literal["line", "paragraph", "document"] = setting("line", needs=_MODEL)
-    """What a document is in a .txt file; document: the whole file."""
+    dataset_config: str | None = same_as(CaptureConfig, "dataset_config", needs=_MODEL)
+    split: str = same_as(CaptureConfig, "split", needs=_MODEL, brief="")
+    text_split: Literal["line", "paragraph", "document"] = same_as(
+        CaptureConfig, "text_split", needs=_MODEL
+    )
     shuffle_seed: int | None = setting(42, at_least=0, needs=_MODEL)
     """Seed of the order of the documents, and of the tokens that a masked model predicts; None
     keeps the dataset's own order."""
-    revision: str | None = setting(None, needs=_MODEL)
-    """Branch, tag or commit of a model on the hub."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", needs=_MODEL)
-    """Type in which the model runs; auto: as in its checkpoint."""
-    trust_remote_code: bool = setting(False, needs=_MODEL)
-    """Run the code that comes with a model in its folder or on the hub. It can do anything that you
-    can: read it before."""
+    revision: str | None = same_as(CaptureConfig, "revision", needs=_MODEL)
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = same_as(
+        CaptureConfig, "model_dtype", needs=_MODEL
+    )
+    trust_remote_code: bool = same_as(CaptureConfig, "trust_remote_code", needs=_MODEL)
     ablate_top: int = setting(10, at_least=0, needs=_MODEL, brief="latents to ablate one at a time")
     """Latents to ablate in the model one at a time, the first ones by --ablate-by; 0: none."""
     ablate_by: Literal["mass", "frequency", "attribution"] = setting("mass", needs=_MODEL)

@@ -258,13 +258,19 @@ def set_choices(cls: type[ConfigFile], name: str, choices: Iterable[str]) -> Non
 
 @functools.cache
 def field_texts(config: type[Any]) -> dict[str, str]:
-    """Return the text under each field of a configuration, its help, by name."""
+    """Return the text under each field of a configuration, its help, by name.
+
+    A field declared by `same_as` without a text has the text of the other configuration.
+    """
     bases = [cls for cls in reversed(config.__mro__[1:]) if dataclasses.is_dataclass(cls)]
     first, *others = config.declared_in or (*bases, config)
     texts = _texts_in(first)
     for place in others:
         with contextlib.suppress(OSError, TypeError):  # it has no source, as in a notebook
             texts |= _texts_in(place)
+    for item in dataclasses.fields(config):
+        if item.name not in texts and "declared_by" in item.metadata:
+            texts[item.name] = field_texts(item.metadata["declared_by"])[item.name]
     return texts
 
 
@@ -295,10 +301,10 @@ class _Documentation:
         except OSError:  # there is no source
             return self.summary
         lines = [self.summary, "", "Settings:"]
-        for name, text in texts.items():
-            kind, default = describe(kinds[name]), owner.defaults()[name]
-            head = f"{name}: {kind}; default {shown(default)}"
-            lines += ["", *_wrapped(head, 4), *_wrapped(text, 8)]
+        for name, kind in kinds.items():
+            default = owner.defaults()[name]
+            head = f"{name}: {describe(kind)}; default {shown(default)}"
+            lines += ["", *_wrapped(head, 4), *_wrapped(texts[name], 8)]
         return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from sae_fast.config.effects import check_effects
 from sae_fast.config.fields import ConfigFile, configuration
-from sae_fast.config.setting import MOST_THREADS, Effect, setting
+from sae_fast.config.setting import MOST_THREADS, Effect, same_as, setting
 
 DEFAULT_CONTEXT = 512  # tokens of a sequence, unless the context of the model is shorter
 DEFAULT_SPLIT = "train"
@@ -238,55 +238,30 @@ class FromModelConfig(ConfigFile):
     default is seed 0."""
     shuffle_seed: int = setting(42)
     """Seed of the order of documents and rows; on shards seed is the default."""
-    text_column: str | None = setting(None, heading="Reading the dataset and the model")
-    """Column of the dataset with the documents; default: text, or the only one with texts."""
-    tokens_column: str | None = setting(None, nonempty=True)
-    """Column of the dataset with documents that are tokens already, in place of texts, such as
-    input_ids; they must be of the model's own tokenizer."""
-    target_column: str | None = setting(None, nonempty=True)
-    """Column of the dataset with the texts that a decoder reads (T5) while its encoder reads the
-    ones of --text-column, for hook points such as decoder.residual.L."""
-    image_column: str | None = setting(None, nonempty=True)
-    """Column of the dataset with images, whose patches become rows (CLIP, SigLIP, DINOv2); default:
-    the only one, where no column holds texts."""
-    chat_template: str | None = setting(None, nonempty=True, bare="tokenizer", metavar="FILE")
-    """Read conversations, lists of messages, with the template that the tokenizer has (the bare
-    flag) or a Jinja file; --text-column names their column, default: messages or conversations."""
-    roles: tuple[str, ...] = setting(
-        (),
-        metavar="ROLE",
-        needs=Effect("chat_template", lambda text: text.chat_template is not None),
-    )
-    """Make rows only of the content of messages of these roles, such as assistant; where a template
-    has {% generation %}, that part is the assistant's. Default: all tokens become rows."""
-    dataset_config: str | None = setting(None)
-    """Configuration of a dataset on the hub that has several."""
-    split: str = setting(DEFAULT_SPLIT)
-    """Part of the dataset."""
-    streaming: Literal["auto", "always", "never"] = setting("auto")
-    """Read a dataset from its beginning, no further than --max-tokens needs, and shuffle it in
-    blocks of 1000 documents; the held-out ones are the first. auto: datasets on the hub, unless
-    they are in the cache, and files of more than 64 MiB, where --max-tokens is given."""
-    text_split: Literal["line", "paragraph", "document"] = setting("line")
-    """What a document is in a .txt file; document: the whole file."""
-    pack: bool = setting(True)
-    """Put one document after another in a sequence; encoders have one document in each anyway."""
+    text_column: str | None = same_as(CaptureConfig, "text_column")
+    tokens_column: str | None = same_as(CaptureConfig, "tokens_column")
+    target_column: str | None = same_as(CaptureConfig, "target_column")
+    image_column: str | None = same_as(CaptureConfig, "image_column")
+    chat_template: str | None = same_as(CaptureConfig, "chat_template")
+    roles: tuple[str, ...] = same_as(CaptureConfig, "roles")
+    dataset_config: str | None = same_as(CaptureConfig, "dataset_config")
+    split: str = same_as(CaptureConfig, "split", brief="")
+    streaming: Literal["auto", "always", "never"] = same_as(CaptureConfig, "streaming")
+    text_split: Literal["line", "paragraph", "document"] = same_as(CaptureConfig, "text_split")
+    pack: bool = same_as(CaptureConfig, "pack")
     exclude_special_tokens: bool | None = setting(None)
     """Leave out BOS, EOS, [CLS], [SEP] and the like: the model reads them, no row is made. Default:
     rows are made of them, but not of those that a protein model (ESM) puts round a sequence."""
     data_preprocessing_num_proc: int = setting(1)
     """Processes that tokenise; 1: the tokenizer's own threads. [processes]"""
-    revision: str | None = setting(None, command_only=True)
-    """Branch, tag or commit of a model on the hub."""
-    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", command_only=True
+    revision: str | None = same_as(CaptureConfig, "revision", command_only=True)
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = same_as(
+        CaptureConfig, "model_dtype", command_only=True
     )
-    """Type in which the model runs; auto: as in its checkpoint."""
-    quantization: Literal["none", "8bit", "4bit"] = setting("none", command_only=True)
-    """Bits of the model's matrices, by bitsandbytes."""
-    trust_remote_code: bool = setting(False, command_only=True)
-    """Run the code that comes with a model in its folder or on the hub. It can do anything that you
-    can: read it before."""
+    quantization: Literal["none", "8bit", "4bit"] = same_as(
+        CaptureConfig, "quantization", command_only=True
+    )
+    trust_remote_code: bool = same_as(CaptureConfig, "trust_remote_code", command_only=True)
 
     def __post_init__(self) -> None:
         """Check the settings beside each other; raise ValueError naming field and value."""

@@ -146,6 +146,20 @@ def setting(default: Any, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"rules": Rules(**rules)})
 
 
+def same_as(config: type[Any], name: str, **rules: Any) -> Any:
+    """Declare a field that another configuration declares, with its default, rules and help.
+
+    Args:
+        config: the class that declares the field.
+        name: the field, of the same name and type in both.
+        rules: the rules that differ, fields of `Rules`.
+    """
+    declared = config.__dataclass_fields__[name]
+    changed = dataclasses.replace(declared.metadata["rules"], **rules)
+    metadata = {"rules": changed, "declared_by": config}
+    return dataclasses.field(default=declared.default, metadata=metadata)
+
+
 def rules_of(config: Any) -> dict[str, Rules]:
     """Return the rules of every setting of a configuration, or of its class, by name, in order."""
     return {item.name: item.metadata.get("rules", _NO_RULES) for item in dataclasses.fields(config)}
