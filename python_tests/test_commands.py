@@ -91,7 +91,7 @@ def test_no_flag_takes_an_empty_name_or_path(name):
             if not {str, Path} & set(kinds) or flag.name in line.refused:
                 continue
             words = [""] if flag.rules.positional else [flag.spellings[0], ""]
-            with pytest.raises(ValueError, match="must be a (name|path), not an empty string, got"):
+            with pytest.raises(ValueError, match=r"must be a (name|path), not an empty string"):
                 line.read(words)
             tried += 1
     assert tried or name == "info"
@@ -104,9 +104,9 @@ def test_an_empty_path_is_refused_in_one_line(capsys):
 
 
 def test_an_empty_path_is_refused_in_a_file_of_settings_too():
-    with pytest.raises(ValueError, match="^out must be a path or null, got ''$"):
+    with pytest.raises(ValueError, match=r"^out must be a path or null, got ''$"):
         EvaluateConfig(out="")
-    with pytest.raises(ValueError, match="^saes must be a list of values, each a path, got "):
+    with pytest.raises(ValueError, match=r"^saes must be a list of values, each a path, got "):
         EvaluateConfig(saes=["a", ""])
 
 

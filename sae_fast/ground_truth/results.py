@@ -111,7 +111,9 @@ class Results:
     def seeds_line(self) -> str:
         """Return the sentence about the seeds that stands over the table."""
         told = f"Mean and standard deviation over the seeds {', '.join(map(str, self.seeds))}"
-        cells = [self.mean(arch, score.name) for arch in self.architectures for score in self.scores]
+        cells = [
+            self.mean(arch, score.name) for arch in self.architectures for score in self.scores
+        ]
         if any(cell.endswith(")") for cell in cells):
             count = len(self.seeds)
             told += f"; (n of {count}): over n seeds, since the others have no training or no value"
