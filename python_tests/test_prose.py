@@ -1,8 +1,6 @@
-"""tools/prose.py finds each kind of text that makes readers guess, and the repository has none."""
+"""tools/prose.py, which `make lint` runs on the repository, finds each kind of unclear text."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -135,9 +133,3 @@ def test_a_test_states_a_fact_and_its_helpers_begin_with_a_verb(prose):
     fact = 'def test_rows():\n    """The rows are read once."""\n'
     assert list(prose.in_python("test_a.py", fact)) == []
     assert len(list(prose.in_python("test_a.py", fact.replace("test_", "read_")))) == 1
-
-
-@pytest.mark.slow
-def test_the_repository_is_clean():
-    done = subprocess.run([sys.executable, TOOL], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
