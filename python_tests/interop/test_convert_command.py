@@ -1,6 +1,8 @@
 """`python -m sae_fast.convert` and `verify`: files, exit codes, and what they refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,18 @@ def test_foreign_dictionaries_of_all_libraries_are_converted(tmp_path):
         out = tmp_path / f"{number}"
         assert convert.main([str(FOREIGN / name), str(out)]) == 0
         assert json.loads((out / "config.json").read_text())["units"] == "raw"
+
+
+@pytest.mark.slow
+def test_a_conversion_does_not_import_what_only_compilers_need(tmp_path):
+    code = (
+        "import sys; from sae_fast import convert, verify; "
+        "convert.main(sys.argv[1:]) or verify.main(sys.argv[2:]); print('sympy' in sys.modules)"
+    )
+    source = str(FOREIGN / "saelens/topk")
+    command = [sys.executable, "-c", code, source, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 
 def test_a_changed_weight_is_found(tmp_path, capsys):
