@@ -195,8 +195,9 @@ def _checked_values(
 
 def _reject_unknown_settings(cls: type[ConfigFile], settings: Iterable[str]) -> None:
     """Raise TypeError for a setting that a configuration lacks, naming the one that has it."""
+    own = [*field_names(cls), *cls.aliases]
     for name in settings:
-        if name in (own := [*field_names(cls), *cls.aliases]):
+        if name in own:
             continue
         for other in _SECTION_CONFIGS.values():
             if name in [*field_names(other), *other.aliases]:

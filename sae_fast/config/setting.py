@@ -8,6 +8,7 @@ rules from there; no list of settings by name exists beside the declarations.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -160,9 +161,15 @@ def same_as(config: type[Any], name: str, **rules: Any) -> Any:
     return dataclasses.field(default=declared.default, metadata=metadata)
 
 
-def rules_of(config: Any) -> dict[str, Rules]:
+def rules_of(config: Any) -> Mapping[str, Rules]:
     """Return the rules of every setting of a configuration, or of its class, by name, in order."""
-    return {item.name: item.metadata.get("rules", _NO_RULES) for item in dataclasses.fields(config)}
+    return _rules_of_class(config if isinstance(config, type) else type(config))
+
+
+@functools.cache  # checks ask for them some hundred times per configuration
+def _rules_of_class(config: type[Any]) -> Mapping[str, Rules]:
+    fields = dataclasses.fields(config)
+    return types.MappingProxyType({f.name: f.metadata.get("rules", _NO_RULES) for f in fields})
 
 
 def require(name: str, condition: bool, expected: str, value: object) -> None:
