@@ -18,12 +18,14 @@ from typing import Any
 from campaign.damage import SIZES, damage
 from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside, success
 from sae_fast import convert, verify
-from sae_fast.autoencoder import SparseAutoencoder  # noqa: F401  (in the parent, once for all)
+from sae_fast.autoencoder import expected_codes, exporting  # noqa: F401  (not by every try)
+from sae_fast.config import SAEConfig
 
 ADDRESS_SPACE = 3 << 30  # above the address space of the loaded libraries
 LEAK = 77
 FOREIGN = Path(__file__).resolve().parents[2] / "python_tests" / "interop" / "foreign"
 EXPECTED = "expected.safetensors"
+SAEConfig()  # finds the types of its fields, which is slow and is kept
 STRANGE: tuple[Any, ...] = (*SIZES, True, 1.5, "x", "", None, [], {}, [1], "layer_norm", "../x")
 
 
