@@ -31,6 +31,7 @@ LAYERS = (
     ),
     ("config",),
     ("ops",),
+    ("distributed",),
     ("activations",),
     ("interop",),
     ("autoencoder",),

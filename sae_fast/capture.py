@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from sae_fast.command_frame import run_resumable
 from sae_fast.config.command_line import CommandLine
 from sae_fast.config.model_text import CaptureConfig
 from sae_fast.config.output import OutputConfig
+from sae_fast.distributed.environment import launched
 from sae_fast.log_output import CommandOutput, has_log_file
 from sae_fast.output_streams import run_command
 from sae_fast.progress_bar import progress_bar
@@ -93,7 +93,7 @@ def _capture(config: CaptureConfig, stop: StopOnSignal, output: CommandOutput) -
     assert config.out is not None
     if config.copy_to is not None:
         check_writable(config.copy_to)
-    rank, world_size, local_rank = _ranks()
+    rank, world_size, local_rank, _ = launched()
     started = time.monotonic()
     capture = open_capture(config, local_rank)
     hooks = tuple(hook.name for hook in capture.hooked.hooks)
@@ -133,14 +133,6 @@ def _copy(config: CaptureConfig, output: CommandOutput) -> None:
         return
     count = copy_to(config.out, config.copy_to)
     output.say(f"copied {count:,} files to {config.copy_to}")
-
-
-def _ranks() -> tuple[int, int, int | None]:
-    """Return rank, number of ranks and rank on this machine, as torchrun gives them."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1 or "RANK" not in os.environ:
-        return 0, 1, None
-    return int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def _announce(capture: Capture, directory: CaptureDirectory, output: CommandOutput) -> int:
@@ -187,7 +179,7 @@ def _conclude(
     empty = f", {result.empty:,} documents without text skipped" if result.empty else ""
     heldout = f" and {result.heldout_rows:,} held-out" if result.heldout_rows else ""
     verb = "stopped: the same command continues after" if result.stopped else "captured"
-    rank, world_size, _ = _ranks()
+    rank, world_size, *_ = launched()
     who = f"rank {rank}: " if world_size > 1 else ""
     output.say(
         f"{who}{verb} {result.rows:,}{heldout} tokens of {len(capture.widths)} hook points "

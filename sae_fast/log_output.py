@@ -48,16 +48,19 @@ class CommandOutput:
         self._handler = handler
         self._file: logging.FileHandler | None = None
 
-    def configure(self, *, quiet: bool, log_file: Path | None) -> None:
+    def configure(self, *, quiet: bool, log_file: Path | None, is_shown: bool = True) -> None:
         """Follow the flags of a command; raise OSError where the file cannot be written.
 
         Args:
             quiet: whether to show nothing but warnings and errors.
             log_file: a file to which log lines and output are appended, each line with its time.
+            is_shown: False in a process beside which another one shows all.
         """
-        self.is_quiet = quiet
+        self.is_quiet = quiet or not is_shown
         if quiet:
             self._handler.setLevel(logging.WARNING)
+        if not is_shown:
+            self._handler.setLevel(logging.CRITICAL)
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             self._file = logging.FileHandler(log_file, encoding="utf-8")

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +44,7 @@ from sae_fast.config.presets import preset
 from sae_fast.config.run import sections_of
 from sae_fast.config.sae import config_of, registered, without_other_size
 from sae_fast.config.setting import rules_of, setting
+from sae_fast.distributed.environment import launched
 from sae_fast.json_files import read_json
 from sae_fast.log_output import CommandOutput, command_output
 from sae_fast.output_streams import run_command
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from sae_fast.training.trainer import Trainer
 
 _OWN = "sae of "  # before the name of a registered architecture, as a section
+_UNTIL_ALL_HAVE_READ = timedelta(seconds=60)  # that processes wait for each other's settings
 SWEEP = "sweep.json"  # the summary of a sweep
 EXIT_CODES: dict[signal.Signals | None, int]
 EXIT_CODES = {None: 0, **{number: 128 + number for number in STOPPING}, signal.SIGINT: 0}
@@ -234,7 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str], output: CommandOutput) -> int:
     try:
         with StopOnSignal() as stop, ExitStack() as stack:
-            _refuse_several_processes()
             work, directory = _opened(arguments, stop, stack, output)
             trainers = _trainers_of(work)
             _announce(trainers, output)
@@ -242,9 +243,7 @@ def _run(arguments: Sequence[str], output: CommandOutput) -> int:
             if trainers.keys() != {""}:
                 _write_sweep(directory / SWEEP, trainers)
     except Exception as error:
-        line = refusal(error)
-        print(line, file=sys.stderr)
-        output.note(line, logging.ERROR)
+        _show_error(error, output)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:  # the second: no time for a checkpoint
         print(INTERRUPTED, end="", file=sys.stderr)
@@ -379,7 +378,7 @@ def _resumed_settings(reference: str, directory: str | None) -> tuple[Given, str
     from sae_fast.training.resume_state import check_state
     from sae_fast.training.run_directory import RunDirectory, way_on_from_model
 
-    if directory is not None:
+    if directory is not None and launched().rank == 0:
         RunDirectory(Path(directory), keep_checkpoints=1).check_free()
     path = find_checkpoint(reference, None if directory is None else Path(directory))
     if path is None:
@@ -391,17 +390,62 @@ def _resumed_settings(reference: str, directory: str | None) -> tuple[Given, str
     saved = RunConfig.from_saved(read_newest_state(path, check_state)["config"])
     settings = saved.to_dict()
     del settings["train"]["resume_from"]
+    del settings["train"]["mesh"], settings["train"]["mesh_timeout"]  # of the processes then
     return settings, None if run is None else str(run)
 
 
-def _refuse_several_processes() -> None:
-    """Raise ValueError where a launcher has started several processes of one training."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if "RANK" in os.environ and processes.isdigit() and int(processes) > 1:
+def _read_by_all(
+    arguments: Sequence[str], output: CommandOutput
+) -> tuple[Given, FromModel | None, RunConfig]:
+    """Return the settings of a command line, which all processes of a launcher can read.
+
+    Raises ValueError where any of them cannot, or where nothing says how several divide the work.
+    """
+    place = launched()
+    try:
+        given, line = _read(arguments)
+        shown = OutputConfig(**given["output"])
+        is_first = place.rank == 0
+        log_file = shown.log_file if is_first else None
+        output.configure(quiet=shown.quiet, log_file=log_file, is_shown=is_first)
+        config = _config(given, line)
+    except Exception as error:
+        if place.size > 1:
+            _agree_on(error)
+        raise
+    if place.size > 1 and config.train.mesh is None:
         raise ValueError(
-            f"training is done by one process, but WORLD_SIZE = {processes}: start it without "
-            "torchrun; --sweep trains several dictionaries, and sae_fast.capture takes torchrun"
+            f"{place.size} processes were started (WORLD_SIZE = {place.size}), and each would "
+            f"train the whole model: give --mesh data={place.size}, by which they divide the "
+            "batches, or start one process without torchrun"
         )
+    return given, line, config
+
+
+def _agree_on(error: Exception) -> None:
+    """Raise the error, or what another process says of it; return where none can be asked."""
+    from sae_fast.distributed.ranks import connect
+
+    try:
+        ranks = connect(_UNTIL_ALL_HAVE_READ)
+    except ValueError:
+        return
+    with ranks.agreement():
+        raise error
+
+
+def _show_error(error: Exception, output: CommandOutput) -> None:
+    """Print the line of an error, in one of several processes only."""
+    line, place = refusal(error), launched()
+    if place.size > 1:
+        from sae_fast.distributed.ranks import RankError, note_failure
+
+        note_failure(error)
+        is_told = error.is_told if isinstance(error, RankError) else place.rank > 0
+        if is_told:
+            return
+    print(line, file=sys.stderr)
+    output.note(line, logging.ERROR)
 
 
 def _opened(
@@ -411,23 +455,27 @@ def _opened(
 
     The locks put on the stack keep other trainings out of that directory.
     """
-    given, line = _read(arguments)
+    given, line, config = _read_by_all(arguments, output)
     shown = OutputConfig(**given["output"])
-    output.configure(quiet=shown.quiet, log_file=shown.log_file)
-    config = _config(given, line)
+    from sae_fast.distributed.ranks import open_ranks
     from sae_fast.training.run_directory import claimed_run_directory, held
     from sae_fast.training.sweep import Sweep, for_every_layer, read_sweep
     from sae_fast.training.trainer import Trainer
 
     options = TrainOptions(**given["options"])
     sweep = options.sweep
+    ranks = open_ranks(config.train)
+    if ranks.size > 1:
+        _refuse_live(options)
     if options.live is not None:
         check_out(options.live, "--live")
     if config.train.checkpoint_dir is None:
         parent = Path("runs") if line is None else line.settings.save_dir
-        config = _in_directory(
-            config, stack.enter_context(claimed_run_directory(config.sae, parent))
-        )
+        place: Path | None = None
+        with ranks.agreement():
+            if ranks.is_first:
+                place = stack.enter_context(claimed_run_directory(config.sae, parent))
+        config = _in_directory(config, Path(ranks.values(str(place))[0]))
     directory = Path(str(config.train.checkpoint_dir))
     if line is not None:
         if sweep is not None:
@@ -444,6 +492,10 @@ def _opened(
         trainer = Trainer(config, callbacks=callbacks, stop=stop, show_progress=not shown.quiet)
         return trainer, directory
     _refuse_live(options)
+    if ranks.size > 1:
+        raise ValueError(
+            f"mesh = {config.train.mesh!r} must be left out of a sweep, which one process trains"
+        )
     stack.enter_context(held(directory))
     return Sweep(layers or configs, stop=stop, show_progress=not shown.quiet), directory
 
@@ -459,7 +511,7 @@ def _live_pages(options: TrainOptions, model: str | None = None) -> list[Callbac
 
 def _refuse_live(options: TrainOptions) -> None:
     if options.live is not None:
-        raise ValueError("--live is for one training")
+        raise ValueError("--live is for one training, by one process")
 
 
 def _read(arguments: Sequence[str]) -> tuple[Given, FromModel | None]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_fast.autoencoder.losses import pooled_variance, total_variance
+from sae_fast.autoencoder.losses import moments, pooled_variance, total_variance
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.trainer import Trainer
@@ -80,8 +80,10 @@ def test_parts_with_labels_are_joined_with_them(activations: torch.Tensor) -> No
 
 def test_a_pooled_variance_is_that_of_the_joined_rows() -> None:
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(n, 7, generator=generator).double() + n for n in (5, 9, 1)]
-    torch.testing.assert_close(pooled_variance(parts), total_variance(torch.cat(parts)))
+    parts = [torch.randn(9, 7, generator=generator).double() + n for n in (5, 9, 1)]
+    means, variances = zip(*map(moments, parts), strict=True)
+    pooled = pooled_variance(means, variances, n_rows=9)
+    torch.testing.assert_close(pooled, total_variance(torch.cat(parts)))
 
 
 @pytest.mark.parametrize(("arch", "is_joined"), [("topk", False), ("batch_topk", True)])

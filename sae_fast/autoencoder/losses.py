@@ -109,20 +109,29 @@ def deterministic_sum(
     return deterministic_sum(flat[:whole].view(-1, _BLOCK).sum(1)) + flat[whole:].sum()
 
 
+def moments(
+    x: Tensor,  # [N, D]
+) -> tuple[Tensor, Tensor]:
+    """Return the mean [D] of rows and their `total_variance`, 0-d."""
+    return x.mean(0), total_variance(x)
+
+
 def pooled_variance(
-    parts: Sequence[Tensor],  # each [N, D]
+    means: Sequence[Tensor],  # each [D]
+    variances: Sequence[Tensor],  # each 0-d
+    n_rows: int,
 ) -> Tensor:
-    """Return Σ (x − mean(x))² over the rows of all parts, 0-d, without joining them."""
-    if len(parts) == 1:
-        return total_variance(parts[0])
-    n_rows = sum(map(len, parts))
-    means = [part.mean(0) for part in parts]
-    centre = torch.stack([m * (len(p) / n_rows) for m, p in zip(means, parts, strict=True)]).sum(0)
-    variances = [
-        total_variance(part) + len(part) * deterministic_sum((mean - centre).square())
-        for part, mean in zip(parts, means, strict=True)
-    ]
-    return torch.stack(variances).sum()
+    """Return Σ (x − mean(x))² over the rows of all parts, 0-d, by the `moments` of each.
+
+    Args:
+        means: of the parts.
+        variances: of the parts.
+        n_rows: of each part.
+    """
+    share = n_rows / (n_rows * len(means))
+    centre = torch.stack([mean * share for mean in means]).sum(0)
+    between = [n_rows * deterministic_sum((mean - centre).square()) for mean in means]
+    return torch.stack([v + b for v, b in zip(variances, between, strict=True)]).sum()
 
 
 def total_variance(

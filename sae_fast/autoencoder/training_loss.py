@@ -104,19 +104,30 @@ def whole_step(
     sae: SparseAutoencoder,
     parts: Sequence[Rows],
     engine: Engine = Engine(),  # noqa: B008
+    gathered: Callable[[list[list[Tensor]]], list[list[Tensor]]] = list,
 ) -> WholeStep:
     """Measure what `batch_loss` must know of a step whose gradient is added up from parts.
 
     With jumprelu's penalty l0_target this encodes every part once more.
+
+    Args:
+        sae: the model.
+        parts: of one size; of several processes only the ones that this process makes.
+        engine: how the ops are called.
+        gathered: returns the numbers of all parts, given the numbers of the parts of this process.
     """
     rows = [rows_of(sae, part.x) for part in parts]
     targets = [_target_in(sae, x, part.columns) for x, part in zip(rows, parts, strict=True)]
-    variance, l0 = losses.pooled_variance(targets), None
+    measured = [list(losses.moments(target)) for target in targets]
     if sae.architecture.needs_step_l0:
         weights, dead = sae.weights, sae.dead_mask()
-        active = [sae.architecture.count_active(weights, Batch(x, x, dead), engine) for x in rows]
-        l0 = torch.stack(active).sum() / sum(map(len, rows))
-    return WholeStep(len(parts), variance, l0)
+        for numbers, x in zip(measured, rows, strict=True):
+            numbers.append(sae.architecture.count_active(weights, Batch(x, x, dead), engine))
+    means, variances, *counts = zip(*gathered(measured), strict=True)
+    variance, l0 = losses.pooled_variance(means, variances, len(rows[0])), None
+    if counts:
+        l0 = torch.stack(counts[0]).sum() / (len(means) * len(rows[0]))
+    return WholeStep(len(means), variance, l0)
 
 
 def decorrelation_term(sae: SparseAutoencoder) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sae_fast.config.effects import Run, check_effects
 from sae_fast.config.fields import ConfigFile, configuration
+from sae_fast.config.mesh import parsed_mesh
 from sae_fast.config.setting import MOST_THREADS, Effect, require, setting
 
 _OF_MODEL = "MODEL computes the activations while it reads DATASET"
@@ -29,6 +30,7 @@ _WANDB = Effect(
     "logger wandb, or wandb_project",
     lambda train: train.wandb_project is not None or "wandb" in train.logger,
 )
+_MESH = Effect("mesh, of several processes", lambda train: train.mesh is not None)
 DEFAULT_PROJECT = "sae_fast"  # of Weights & Biases
 
 
@@ -381,6 +383,19 @@ class TrainConfig(ConfigFile):
     )
     """Seed of the order of the data; default: seed."""
 
+    mesh: str | None = setting(
+        None,
+        nonempty=True,
+        shards_only="one process runs the model and trains on its activations",
+        metavar="AXIS=SIZE",
+        heading="Several processes",
+        brief="what the processes of torchrun divide, data=2: the batches",
+    )
+    """What the processes that torchrun has started divide: data=R the batches of a step, R at a
+    time. The result is equal to the bit to one process with R times as many grad_acc_steps."""
+    mesh_timeout: float = setting(10.0, above=0, on_resume="free", needs=_MESH)
+    """How long one of these processes waits for another that does not answer. [minutes]"""
+
     log_every: int = setting(
         10, at_least=1, on_resume="free", heading="Logs, evaluation and checkpoints"
     )
@@ -520,6 +535,7 @@ class TrainConfig(ConfigFile):
             raise ValueError("skip_nonfinite needs verify full or off, got 'lazy'")
         self._check_mix()
         self._check_cache()
+        parsed_mesh(self.mesh)
         check_effects(self)
 
     @classmethod
@@ -592,6 +608,11 @@ class TrainConfig(ConfigFile):
         if "tensorboard" in self.logger:
             found.append("tensorboard")
         return tuple(found)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches of an optimiser step, of all processes."""
+        return self.grad_acc_steps * parsed_mesh(self.mesh).get("data", 1)
 
     @property
     def mix_weights(self) -> tuple[tuple[str, Fraction], ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import Rows, Source
+from sae_fast.distributed.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class StepBatches:
     Args:
         source: where they come from.
         device: where they are used.
-        per_step: how many a step takes.
+        per_step: how many a step takes from each rank.
         ahead: whether to fetch the batches of the next step while one is running.
+        ranks: the processes that have a batch each in turn; each is handed its own.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class StepBatches:
         per_step: int,
         *,
         ahead: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._source = source
+        self._ranks = ranks
         self._device = device
         self._per_step = per_step
         self._ahead = ahead
@@ -63,7 +67,7 @@ class StepBatches:
             raise self._error
         if not self._ahead:
             before = self._source.stall_seconds
-            batches = [self._source.next_rows() for _ in range(self._per_step)]
+            batches = self._next_batches()
             self._stalled += self._source.stall_seconds - before
             return [batch.map(self._on_device) for batch in batches]
         fetched, self._next = self._next or self._fetch(), None
@@ -119,9 +123,15 @@ class StepBatches:
         passes = self._source.passes if fetched is None else fetched.passes
         return tokens / self._source.rows_per_epoch if passes is None else passes
 
+    def _next_batches(self) -> list[Rows]:
+        """Return the batches of a step that are this rank's; the others' are passed over."""
+        rank, size = self._ranks.rank, self._ranks.size
+        served = (self._source.next_rows() for _ in range(self._per_step * size))
+        return [batch for number, batch in enumerate(served) if number % size == rank]
+
     def _fetch(self) -> _Fetched:
         before = self._source.stall_seconds
-        batches = [self._source.next_rows() for _ in range(self._per_step)]
+        batches = self._next_batches()
         waited = self._source.stall_seconds - before
         if self._uploads is not None:
             batches = self._uploads.copy(batches)

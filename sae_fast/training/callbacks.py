@@ -77,6 +77,10 @@ class Callbacks:
         self._has_begun = False
         self.is_running = False
 
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return bool(self._callbacks)
+
     def start(self) -> None:
         """Call `on_start` of all."""
         self._has_begun = True

@@ -334,7 +334,7 @@ def _open_parts(config: TrainConfig, data: Iterable[Any]) -> PassingSource:
     """Open an iterator, a DataLoader or an iterable of tensors as the batches of a run."""
     limits = [] if config.max_tokens is None else [config.max_tokens]
     if config.max_steps is not None:
-        limits.append(config.max_steps * config.batch_size * config.grad_acc_steps)
+        limits.append(config.max_steps * config.batch_size * config.batches_per_step)
     logger.info("the rows are trained on in the order in which they come")
     return PassingSource(
         data,

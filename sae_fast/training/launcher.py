@@ -51,6 +51,8 @@ def explain_no_graph(step: TrainingStep) -> str | None:
         )
     if step.downstream is not None:
         return f"loss_fn {step.sae.config.loss_fn}: the model runs in it"
+    if step.ranks.size > 1:
+        return "mesh: the host exchanges gradients in it"
     if step.loss_terms:
         return "loss_terms: what their functions do on the host would not be repeated"
     return None
@@ -90,7 +92,7 @@ class Launcher:
         self._run = step.run if recorder is None else GraphedStep(step, recorder).run
         self._census: DeadCensus | None = None
         if ahead:
-            self._census = DeadCensus(step.sae, config.batch_size * config.grad_acc_steps)
+            self._census = DeadCensus(step.sae, config.batch_size * config.batches_per_step)
             self._census.take(float(self._census.count(self._steps_to_reading())))
 
     def launch(self, settings: StepSettings) -> None:
@@ -108,7 +110,7 @@ class Launcher:
             self._recent.append((self._made, self._batches.current_shards()))
             self._batches.prefetch()
         elif self._step.is_poisoned():
-            bad_rows = sum(_count_bad(rows) for rows in batches)
+            bad_rows = sum(self._step.ranks.values(sum(map(_count_bad, batches))))
             shards = self._batches.current_shards()
             newest = self._newest_checkpoint()
             raise divergence(

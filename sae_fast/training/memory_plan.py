@@ -225,8 +225,8 @@ def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """Return the parts that a step allocates and frees."""
     if ARCHITECTURES[sae.arch].selects_from_step:  # its batches are joined into one
-        whole = train.batch_size * train.grad_acc_steps
-        train = replace(train, batch_size=whole, grad_acc_steps=1)
+        whole = train.batch_size * train.batches_per_step
+        train = replace(train, batch_size=whole, grad_acc_steps=1, mesh=None)
     inputs = train.batch_size * sae.d_in * _FLOAT
     outputs = train.batch_size * sae.target_width * _FLOAT
     aux = sae.kept_aux_k
@@ -235,10 +235,10 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     if sae.registered_by and k == 0:  # it lists any number
         k = round(DENSE_FROM * sae.d_sae)
     entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
-    accumulated = train.grad_acc_steps * (inputs + outputs + entries)
+    accumulated = train.batches_per_step * (inputs + outputs + entries)
     parts = {}
     if train.fused:
-        kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.grad_acc_steps, sae.d_sae)
+        kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.batches_per_step, sae.d_sae)
         both = sae.d_in + sae.target_width
         parts[_KEPT] = kept * both * _FLOAT
     arrays = _INPUT_ARRAYS * inputs + _RESIDUAL_ARRAYS * outputs
@@ -247,7 +247,7 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         n_arrays = _INPUT_ARRAYS + (_SKIP_ARRAYS if sae.skip_connection else 0)
         parts["targets"] = n_arrays * outputs
     if sae.matryoshka_prefixes is not None:  # residuals and gradients, or those and their merger
-        arrays = 2 * train.grad_acc_steps * len(sae.matryoshka_prefixes)
+        arrays = 2 * train.batches_per_step * len(sae.matryoshka_prefixes)
         parts["errors of the nested dictionaries"] = arrays * outputs
     if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
         rows = sae.d_sae + 4 * train.batch_size
@@ -272,7 +272,7 @@ def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig
     """
     all_latents = train.batch_size * sae.d_sae
     matrix = sae.d_sae * (sae.d_in + sae.target_width) / 2
-    accumulated = 2 if train.grad_acc_steps > 1 else 0
+    accumulated = 2 if train.batches_per_step > 1 else 0
     matrices = {
         moment: (moment[1] + accumulated) * matrix if train.fused else 0.0
         for moment in _dense_moments(sae)
@@ -280,7 +280,7 @@ def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig
     moment = max(matrices, key=lambda moment: moment[0] * all_latents + matrices[moment])
     dense = round(moment[0] * all_latents) * _FLOAT
     gradients = round(matrices[moment]) * _FLOAT
-    listed = round(DENSE_FROM * all_latents) * _BYTES_PER_ENTRY * train.grad_acc_steps
+    listed = round(DENSE_FROM * all_latents) * _BYTES_PER_ENTRY * train.batches_per_step
     if dense + gradients < listed + parts.get(_PACKED, 0) + parts.get(_KEPT, 0):
         parts[_MANY] = listed
         return

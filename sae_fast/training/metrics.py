@@ -13,7 +13,8 @@ with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff; with jumprelu s
 pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and the model's own,
 heldout_ce_model, with kl heldout_kl; where eval_metrics is due heldout_ce, heldout_ce_model,
 heldout_ce_increase and heldout_ce_score, see `SplicedLosses`; with wandb_log_every, at that
-interval, max_decoder_cosine, a latent's largest one, a mean over latents. Where a model reads
+interval, max_decoder_cosine, a latent's largest one, a mean over latents; with mesh
+exchanged_bytes and communication_fraction, see `Ranks.take_traffic`. Where a model reads
 documents epoch counts passes over these, by an estimate of their tokens where they are many.
 """
 
@@ -37,7 +38,7 @@ ROW_NAMES = (
     *("dead_fraction", "silent_fraction", "learning_rate", "grad_norm", "variance"),
     *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction", "gram_mean"),
     *("probe_accuracy", "probe_r2", "loss_scale", "skipped_steps", "k", "skipped_rows"),
-    *("sparsity_coeff", "max_decoder_cosine"),
+    *("sparsity_coeff", "max_decoder_cosine", "exchanged_bytes", "communication_fraction"),
 )
 _LONGEST_ROW = 1 << 20  # bytes
 

@@ -38,15 +38,19 @@ _UNIT = 1e-4  # how far the norm of a decoder row may be from 1 and be called 1
 _OTHER_UNITS = 4.0  # factor of the variance
 
 
-def resumed_checkpoint(config: TrainConfig) -> Checkpoint | None:
+def resumed_checkpoint(config: TrainConfig, *, writes: bool = True) -> Checkpoint | None:
     """Read the checkpoint that `resume_from` names; None where the run starts from the beginning.
+
+    Args:
+        config: of the training.
+        writes: whether this process will write to the run.
 
     Raises CheckpointError where it names none, none that is intact, or one of a run that is in use.
     """
     if config.resume_from is None:
         return None
     directory = None if config.checkpoint_dir is None else Path(config.checkpoint_dir)
-    if directory is not None:
+    if directory is not None and writes:
         RunDirectory(directory, config.keep_checkpoints).check_free()
     path = find_checkpoint(config.resume_from, directory)
     if path is None:
@@ -131,6 +135,8 @@ def warn_of_changes(
     if before is not None and (told := rate.told_after(before)) is not None:
         logger.info("%s", told)
     settings = checkpoint.state["config"]["train"]
+    if saved_config(checkpoint).train.batches_per_step == config.train.batches_per_step:
+        harmless |= {"grad_acc_steps", "mesh"}  # of one result
     changes = [
         f"{name} {settings.get(name)} -> {value}"
         for name, value in config.to_dict()["train"].items()

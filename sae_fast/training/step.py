@@ -22,9 +22,11 @@ from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.training_loss import batch_loss, whole_step
+from sae_fast.distributed.ranks import ALONE, Ranks
 from sae_fast.ops import Code
 from sae_fast.own_code import call
 from sae_fast.training.downstream import DownstreamModel
+from sae_fast.training.exchange import GradientExchange, Part
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
@@ -63,6 +65,7 @@ class TrainingStep:
         average: of the weights, if there is to be one.
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
         loss_terms: added to the terms of the model.
+        ranks: the processes that make a step together, each some of its batches.
 
     Attributes:
         codes: of the batches of the last step, before its update; None: they are not kept.
@@ -77,8 +80,13 @@ class TrainingStep:
         average: WeightAverage | None = None,
         downstream: DownstreamModel | None = None,
         loss_terms: Sequence[LossTerm] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         self.sae = sae
+        self.ranks = ranks
+        # A step that is not divided is made by each rank as a whole.
+        apart = ALONE if sae.architecture.selects_from_step else ranks
+        self._exchange = GradientExchange(sae, optimizer.names, apart)
         self.downstream = downstream
         self.loss_terms = loss_terms
         self.optimizer = optimizer
@@ -116,23 +124,31 @@ class TrainingStep:
 
     def _run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
         was_healthy = self._poison == self._poison
-        if len(batches) > 1 and self.sae.architecture.selects_from_step:
-            batches = [_joined(batches)]
-        whole = whole_step(self.sae, batches, self._engine) if len(batches) > 1 else None
-        share = 1 / len(batches)
-        weight = self.scaler.factor if len(batches) == 1 else share * self.scaler.factor
+        if self.sae.architecture.selects_from_step:
+            batches = _joined(batches, self.ranks)
+        exchange = self._exchange
+        n_parts = len(batches) * exchange.ranks.size
+        whole = None
+        if n_parts > 1:
+            whole = whole_step(self.sae, batches, self._engine, exchange.ranks.parts)
+        share = 1 / n_parts
+        weight = self.scaler.factor if n_parts == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
-        parts: list[tuple[Tensor, dict[str, Tensor]]] = []  # what fired and was observed in each
+        parts: list[Part] = []
         if self.codes is not None:
             self.codes = []
         for batch in batches:
+            exchange.begin()
             loss = self._accumulate(batch, weight, settings, whole)
-            parts.append((loss.code.fired(), self.sae.observe(loss.code)))
+            observed = self.sae.observe(loss.code)
+            own = Part(self._values(loss), loss.variance, loss.code.fired(), observed)
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
-            values = self._values(loss)
-            mean = values if len(batches) == 1 else mean + share * values
-        n_tokens = sum(len(batch.x) for batch in batches)
+            for part in exchange.gather(own, loss.code):
+                self._poison_by(part.values[0])
+                mean = part.values if n_parts == 1 else mean + share * part.values
+                parts.append(part)
+        n_tokens = n_parts * len(batches[0].x)
         norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + self._poison)
         if not self.scaler.enabled:
             self._poison_by(norm)
@@ -145,7 +161,7 @@ class TrainingStep:
             self.average.update()
         self.scaler.update(norm)
         self._steps.add_(was_healthy)
-        values = torch.cat([torch.as_tensor(mean), norm[None], loss.variance[None]])
+        values = torch.cat([torch.as_tensor(mean), norm[None], parts[-1].variance[None]])
         torch.where(was_healthy, values, self._metrics, out=self._metrics)
 
     def _accumulate(
@@ -169,7 +185,6 @@ class TrainingStep:
             call(f"backward through {self._own_code}", loss.total.backward, weight)
         else:
             loss.total.backward(weight)  # type: ignore[no-untyped-call]
-        self._poison_by(loss.total.detach())
         return loss
 
     def _values(self, loss: TrainingLoss) -> Tensor:
@@ -180,15 +195,15 @@ class TrainingStep:
     def _update_buffers(
         self,
         code: Code,  # of the last part
-        parts: Sequence[tuple[Tensor, dict[str, Tensor]]],  # [F] bool, and sums
+        parts: Sequence[Part],
         n_tokens: int,
         sparsity_weight: float | Tensor,
     ) -> None:
         """Count silent tokens and update the architecture, once for all parts of a step."""
-        fired, observed = parts[0]
-        for other_fired, others in parts[1:]:
-            fired = fired | other_fired
-            observed = {name: value + others[name] for name, value in observed.items()}
+        fired, observed = parts[0].fired, parts[0].observed
+        for part in parts[1:]:
+            fired = fired | part.fired
+            observed = {name: value + part.observed[name] for name, value in observed.items()}
         self.sae.update_fired_(fired, n_tokens)
         self.sae.after_step_(code, sparsity_weight, observed)
 
@@ -224,8 +239,11 @@ class TrainingStep:
         self._poison.add_(value, alpha=0)
 
 
-def _joined(batches: Sequence[Rows]) -> Rows:
-    """Join the batches of a step into one."""
+def _joined(batches: Sequence[Rows], ranks: Ranks) -> Sequence[Rows]:
+    """Return one batch, joined of those that all ranks have."""
+    if len(batches) * ranks.size == 1:
+        return batches
     names = batches[0].columns
-    columns = {name: torch.cat([batch.columns[name] for batch in batches]) for name in names}
-    return Rows(torch.cat([batch.x for batch in batches]), columns)
+    own = [[batch.x, *(batch.columns[name] for name in names)] for batch in batches]
+    x, *columns = (torch.cat(parts) for parts in zip(*ranks.parts(own), strict=True))
+    return [Rows(x, dict(zip(names, columns, strict=True)))]

@@ -9,11 +9,12 @@ run, to the bit.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,15 @@ from sae_fast import ops
 from sae_fast.activations import ActivationSource
 from sae_fast.activations.given_arrays import Given
 from sae_fast.activations.scanning import RECORD_NAME
+from sae_fast.activations.shared import SharedReader
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architectures import make_architecture
+from sae_fast.autoencoder.architectures import ARCHITECTURES, make_architecture
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
+from sae_fast.config.sae import built_in
+from sae_fast.distributed.ranks import Wishes, open_ranks
+from sae_fast.distributed.replicas import digests
 from sae_fast.evaluation.dictionary import sampled_cosines
 from sae_fast.json_files import require
 from sae_fast.log_output import show_log
@@ -101,6 +106,7 @@ __all__ = ["Trainer", "TrainingError"]
 logger = logging.getLogger(__name__)
 
 _LOSS_TERMS = "loss_terms"  # in a state, where there are any
+_CHECKED_EVERY = 500  # steps, after which ranks compare their models
 _OPTIMIZER = "optimizer."  # before the names of the optimiser's tensors in a state
 
 
@@ -163,17 +169,29 @@ class Trainer:
     ) -> None:
         self._callbacks = Callbacks(self, callbacks)
         sae_config, train_config = _both_configs(sae_config, train_config)
-        clock = WallClock(train_config)
-        if show_progress:
+        self._wall_clock = WallClock(train_config)
+        self.ranks = open_ranks(train_config)
+        self._stop, self._show_progress = stop, show_progress and self.ranks.is_first
+        self._run: RunDirectory | None = None
+        inputs = _Inputs(data, heldout, columns, heldout_columns, downstream, loss_terms)
+        with self._refusing_start(), self.ranks.agreement(self._facts):
+            self._prepare(sae_config, train_config, inputs)
+
+    def _prepare(self, sae_config: SAEConfig, train_config: TrainConfig, inputs: _Inputs) -> None:
+        """Open and check all that the run needs, and make its model."""
+        data, heldout, columns, heldout_columns, downstream, loss_terms = inputs
+        if self._show_progress:
             show_log()
+        if self.ranks.size > 1:
+            _check_mesh(sae_config, data)
         _check_variance(sae_config, train_config)
         self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
         self.train_config = train_config = in_mode_directory(sae_config, train_config)
-        self.device = checked_device(train_config.device)
+        self.device = checked_device(self.ranks.device_of(train_config.device))
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
-        checkpoint = resumed_checkpoint(train_config)
+        checkpoint = resumed_checkpoint(train_config, writes=self.ranks.is_first)
         if data is None:
             config = RunConfig(sae=sae_config, train=train_config)
             check_before_reading(config, checkpoint, has_heldout=heldout is not None)
@@ -188,9 +206,13 @@ class Trainer:
         architecture = make_architecture(self.sae_config)
         self.loss_terms = checked_terms(loss_terms, architecture, ROW_NAMES)
         rows = self.source.rows_per_epoch
+        if rows < self.ranks.size:
+            raise ValueError(
+                f"mesh = {train_config.mesh!r} has more processes than there are rows, {rows:,}"
+            )
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
-        self.tokens_per_step = train_config.batch_size * train_config.grad_acc_steps
+        self.tokens_per_step = train_config.batch_size * train_config.batches_per_step
         self.sae_config = self.sae_config.for_run(self.total_tokens)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
@@ -220,12 +242,11 @@ class Trainer:
             has_heldout=self.data.heldout is not None,
             own_terms=(*architecture.term_names, *(term.name for term in self.loss_terms)),
         )
-        self._stop, self._show_progress = stop, show_progress
-        self._wall_clock, self.is_out_of_time = clock, False
+        self.is_out_of_time = False
         self.saved_step = -1
         self._warning: str | None = None
         self._is_open = self.is_stopped = False
-        with self._explained_memory(), self._refusing_start():
+        with self._explained_memory():
             self._open_run_directory(checkpoint)
             self._make_model(checkpoint, known)
 
@@ -250,14 +271,23 @@ class Trainer:
             CheckpointError: when a checkpoint cannot be written.
         """
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
-            while not (self.is_done or stop.received):
-                row = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
+            wishes = self._wishes(stop)
+            while not (self.is_done or wishes.signal):
+                row = self.advance(save=wishes.save)
                 progress.advance(self.tokens_per_step)
                 progress.show([row], last=self.step == self.total_steps)
-                self.is_out_of_time = self.step < self.total_steps and self._wall_clock.is_over
+                wishes = self._wishes(stop)
+                self.is_out_of_time = self.step < self.total_steps and wishes.is_over
                 if self.is_out_of_time:
                     break
+            if wishes.signal:
+                stop.received = signal.Signals(wishes.signal)
         return self.model()
+
+    def _wishes(self, stop: StopOnSignal) -> Wishes:
+        """Return what signals and the time ask for, of any rank."""
+        save = stop.take_save() or self._wall_clock.is_save_due
+        return self.ranks.agreed(Wishes(stop.received or 0, save, self._wall_clock.is_over))
 
     def stop(self) -> None:
         """End the training after the current step, with a checkpoint, as after a signal.
@@ -298,6 +328,7 @@ class Trainer:
         """Call `finish` if that was not done; after an error only close."""
         try:
             if error is not None:
+                self.ranks.note_failure(error)
                 self._callbacks.end(error)
             elif self._is_open:
                 self.finish()
@@ -333,8 +364,12 @@ class Trainer:
             self.step += 1
             self.tokens += self.tokens_per_step
             self.clock.count_step()
+            if self.ranks.size > 1 and self.step % _CHECKED_EVERY == 0:
+                self._check_replicas()
             row = self._report(prune, save=save)
             self._callbacks.step(row)
+            if self._callbacks:
+                self.is_stopped = self.ranks.any(self.is_stopped)
             if self.is_stopped and self.saved_step < self.step:
                 self.save_checkpoint(prune=prune)
             return row
@@ -356,7 +391,8 @@ class Trainer:
             self.save_checkpoint(prune=prune)
         for parameter in self.sae.parameters():
             ops.drop_copies(parameter)  # only further steps would read them
-        self._conclude()
+        with self.ranks.agreement():
+            self._conclude()
         self._is_open = False
 
     def close(self) -> None:
@@ -546,6 +582,7 @@ class Trainer:
         """
         self.saved_step = self.step
         self._wall_clock.note_save()
+        self._check_replicas()
         if self._run is None:
             return None
         self._launcher.read()
@@ -557,6 +594,33 @@ class Trainer:
             self._save_scans()
         self._callbacks.checkpoint(path)
         return path
+
+    def _check_replicas(self) -> None:
+        """Raise RankError, naming it, where a rank has another model or optimiser than rank 0."""
+        with self.ranks.agreement(self._state_facts):
+            pass
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what all ranks must have in common before the first step, by name."""
+        given = self.config.to_dict()
+        del given["train"]["device"], given["train"]["num_threads"]
+        return {
+            "the version of sae_fast": sae_fast.__version__,
+            "the version of torch": torch.__version__,
+            "its settings": {**given["sae"], **given["train"]},
+            "its device": self.device.type,
+            "its shards": self.batches.state_dict(),
+            "its held-out rows": self.data.heldout_identity,
+            **self._state_facts(),
+        }
+
+    def _state_facts(self) -> dict[str, Any]:
+        """Return digests of the state that all ranks have in common after each step."""
+        return {
+            "the step": self.step,
+            "the model": digests(self.sae.state_dict()),
+            "the optimiser": digests(self.optimizer.state_dict()),
+        }
 
     def _save_scans(self) -> None:
         """Remember what was found in the shards, for this run and for others on them."""
@@ -572,7 +636,8 @@ class Trainer:
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
             logger.info("%s", self.schedules.rate.describe())
-            self._log.open_loggers(quiet=not self._show_progress)
+            if self.ranks.is_first:
+                self._log.open_loggers(quiet=not self._show_progress)
         self._callbacks.start()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
@@ -665,6 +730,7 @@ class Trainer:
             "learning_rate": settings.rate,
             "tokens_per_second": window.steps * self.tokens_per_step / seconds,
             "time_per_step_ms": 1000 * window.seconds / window.steps,
+            **self.ranks.take_traffic(window.steps, seconds),
             "reader_stall_fraction": window.stalled / seconds,
         }
         if not metrics["dead_fraction"] and self.tokens < self.sae_config.kept_dead_after_tokens:
@@ -685,16 +751,19 @@ class Trainer:
         """Refuse what cannot be written to before anything is computed."""
         config = self.train_config
         health = RunHealth(self.sae_config, config, self.schedules)
-        self._run: RunDirectory | None = None
-        self.was_complete = False
+        self.was_complete = self._continues = False
         self._recorded = self.config
         if config.checkpoint_dir is not None:
-            self._run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
-            self._run.prepare(checkpoint)
-            if checkpoint is not None and self._run.owns(checkpoint):
+            run = RunDirectory(Path(config.checkpoint_dir), config.keep_checkpoints)
+            if self.ranks.is_first:
+                self._run = run
+                run.prepare(checkpoint)
+            if checkpoint is not None and run.owns(checkpoint):
+                self._continues = True
                 self.was_complete = checkpoint.step == self.total_steps
                 if self.was_complete:  # its files tell how it was trained
                     self._recorded = saved_config(checkpoint)
+        if self._run is not None:
             self._run.write_config(self._recorded)
             self._save_scans()
         step = -1 if checkpoint is None else checkpoint.step
@@ -722,7 +791,9 @@ class Trainer:
             self.sae.origin = dict(self.source.origin)
         serve_in_units_of(self.sae, self.source)
         per_step, ahead = config.grad_acc_steps, self.is_ahead
-        self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead)
+        self.batches = StepBatches(
+            self.source, self.device, per_step, ahead=ahead, ranks=self.ranks
+        )
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
         self.sae.to(self.device)
@@ -737,7 +808,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         settings = (self.scaler, config.precision, self.average, self._downstream.model)
-        step = TrainingStep(self.sae, self.optimizer, *settings, self.loss_terms)
+        step = TrainingStep(self.sae, self.optimizer, *settings, self.loss_terms, self.ranks)
         self._launcher = Launcher(
             *(step, self.batches, config, self.step, self._newest_checkpoint),
             ahead=ahead,
@@ -754,11 +825,12 @@ class Trainer:
         terms = [values.get(_LOSS_TERMS, {}) for values in (checkpoint.state, self._own_terms())]
         if terms[0] != terms[1]:
             logger.warning("resumed with other loss_terms than before: %s -> %s", *terms)
-        if self._run is None or not self._run.owns(checkpoint):
-            self._log.continue_wandb(None)  # another run, with a line of its own in the charts
-        else:
+        if self._continues:
             self.saved_step = self.step
-            self._log.note_checkpoint(self._run.checkpoints.path_of(self.step))
+            if self._run is not None:
+                self._log.note_checkpoint(self._run.checkpoints.path_of(self.step))
+        else:
+            self._log.continue_wandb(None)  # another run, with a line of its own in the charts
         logger.info("resumed from %s", checkpoint.path)
 
     def _conclude(self) -> None:
@@ -795,6 +867,36 @@ class Trainer:
         return models
 
 
+class _Inputs(NamedTuple):
+    """The arguments of `Trainer` beside the configurations and settings of its output."""
+
+    data: Given | ActivationSource | Iterable[Any] | SharedShards | None
+    heldout: Given | None
+    columns: Mapping[str, Given] | None
+    heldout_columns: Mapping[str, Given] | None
+    downstream: Downstream | None
+    loss_terms: Sequence[LossTerm]
+
+
+def _check_mesh(sae: SAEConfig, data: object) -> None:
+    """Raise ValueError where a training cannot be divided among several processes."""
+    if sae.arch == "slots":
+        raise ValueError("mesh must be left out with arch slots, which one process trains")
+    if sae.is_end_to_end:
+        raise ValueError(
+            f"mesh must be left out with loss_fn {sae.loss_fn}, for which one process runs a model"
+        )
+    if isinstance(data, SharedShards | SharedReader):
+        raise ValueError("mesh must be left out of a sweep, which one process trains")
+    own = ARCHITECTURES[sae.arch]
+    known = [ARCHITECTURES[name].after_step_ for name in built_in()]
+    if not own.selects_from_step and own.after_step_ not in known:
+        raise ValueError(
+            f"mesh must be left out with arch {sae.arch}: its after_step_ is given the code of one "
+            "process alone"
+        )
+
+
 def _both_configs(
     model: SAEConfig | RunConfig, training: TrainConfig | None
 ) -> tuple[SAEConfig, TrainConfig]:
@@ -810,7 +912,7 @@ def _both_configs(
 
 def _check_variance(sae: SAEConfig, train: TrainConfig) -> None:
     """Raise ValueError where the loss is divided by the variance of a single row."""
-    if sae.loss_fn == "fvu" and train.batch_size * train.grad_acc_steps == 1:
+    if sae.loss_fn == "fvu" and train.batch_size * train.batches_per_step == 1:
         raise ValueError(
             "loss_fn fvu needs a batch_size (times grad_acc_steps) of at least 2, got 1: "
             "one row has no variance"

@@ -1,0 +1,38 @@
+"""The mesh of processes that train one model together, written `data=2`. Part of sae_fast.config.
+
+An axis says what is divided: `data` the batches of a step.
+"""
+
+from __future__ import annotations
+
+AXES = ("data", "latents", "layers")
+BUILT = ("data",)
+
+
+def parsed_mesh(text: str | None) -> dict[str, int]:
+    """Return the sizes of a mesh by the names of its axes; empty for None.
+
+    Raises ValueError for what is no mesh, and for axes that there are not, or not yet.
+    """
+    sizes: dict[str, int] = {}
+    for part in [] if text is None else text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES:
+            raise ValueError(
+                f"mesh = {text!r} must name axes with their sizes, such as data=2; the axes are "
+                f"{', '.join(AXES)}, got {name!r}"
+            )
+        if name in sizes:
+            raise ValueError(f"mesh = {text!r} has the axis {name} twice")
+        if not (size.isascii() and size.isdigit() and int(size) > 0):
+            raise ValueError(
+                f"mesh = {text!r}: the size of {name} must be a whole number of at least 1, "
+                f"got {size!r}"
+            )
+        sizes[name] = int(size)
+    missing = [name for name, size in sizes.items() if size > 1 and name not in BUILT]
+    if missing:
+        raise ValueError(
+            f"mesh = {text!r}: the axis {missing[0]} is not built yet; data divides the batches"
+        )
+    return sizes

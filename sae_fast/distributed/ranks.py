@@ -1,0 +1,412 @@
+"""`Ranks`: the processes that train one model together, and what they tell each other.
+
+torchrun starts them, torch.distributed connects them; with one process everything here does
+nothing. Messages between hosts are gathered over gloo, tensors of GPUs over NCCL where every
+process has a GPU of its own. Everything is gathered in the order of the ranks, so that each process
+computes from equal numbers in an equal order, and their copies of the model stay equal to the bit.
+
+A process that ends is noticed by the others when they next wait for it. Each notes in the store of
+the launcher how it ended, so that the others can say which one it was, and why.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
+
+from sae_fast.config import TrainConfig
+from sae_fast.config.mesh import parsed_mesh
+from sae_fast.distributed.environment import launched
+from sae_fast.distributed.wire import DTYPES, HEADER_BYTES, pack, pack_header, unpack, unpack_header
+from sae_fast.json_files import shown
+
+_GRACE = timedelta(seconds=5)  # for another process to note how it ended
+_SLICE = 1 << 24  # bytes of a matrix that are gathered at a time
+
+
+class RankError(ValueError):
+    """Another process of the training has failed, ended, or differs from this one.
+
+    Attributes:
+        is_told: whether another process says so already.
+    """
+
+    is_told = False
+
+
+class Wishes(NamedTuple):
+    """Requests to a training between two steps, which may reach one process alone.
+
+    Attributes:
+        signal: number of the signal that stops the training; 0: none.
+        save: whether a checkpoint is due.
+        is_over: whether the time of the training is over.
+    """
+
+    signal: int = 0
+    save: bool = False
+    is_over: bool = False
+
+
+class Ranks:
+    """The processes of a training, this one among them.
+
+    Args:
+        rank: of this process.
+        size: the number of processes.
+        store: of the launcher, in which a process notes how it ended; None: one process alone.
+        local_rank: of this process among those on its machine.
+        local_size: the number of processes on this machine.
+
+    Attributes:
+        bytes_sent: what this process has given to be gathered, with padding, since `take_traffic`.
+        seconds: the time that it has spent on that, waiting for the others included.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        store: Store | None = None,
+        local_rank: int = 0,
+        local_size: int = 1,
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.bytes_sent, self.seconds = 0, 0.0
+        self._store = store
+        self._local_rank, self._local_size = local_rank, local_size
+        self._has_nccl = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes: files, metrics, progress."""
+        return self.rank == 0
+
+    def device_of(self, name: str) -> str:
+        """Return the device of this process where `name` is what all were given: its own GPU."""
+        if self.size == 1 or name != "cuda" or torch.cuda.device_count() == 0:
+            return name
+        return f"cuda:{self._local_rank % torch.cuda.device_count()}"
+
+    def take_traffic(self, steps: int, seconds: float) -> dict[str, float]:
+        """Return the exchange since the last call as metrics; none for one process.
+
+        exchanged_bytes is what this process has given in a step, and communication_fraction the
+        share of the time that gathering took, waiting for the others included.
+
+        Args:
+            steps: made since then.
+            seconds: that they took.
+        """
+        if self.size == 1:
+            return {}
+        sent, self.bytes_sent = self.bytes_sent, 0
+        spent, self.seconds = self.seconds, 0.0
+        return {"exchanged_bytes": sent / steps, "communication_fraction": spent / seconds}
+
+    # ---- gathering ---------------------------------------------------------------------------
+
+    def gather(self, header: Any, tensors: Sequence[Tensor] = ()) -> list[tuple[Any, list[Tensor]]]:
+        """Return of every process, in the order of the ranks, a JSON value and its tensors.
+
+        Args:
+            header: of this process, of any length.
+            tensors: of this process, on one device.
+
+        Raises RankError where a process has ended or does not answer.
+        """
+        if self.size == 1:
+            return [(header, list(tensors))]
+        begin = time.perf_counter()
+        payload = pack(tensors)
+        specs = [(DTYPES.index(t.dtype), list(t.shape)) for t in tensors]
+        headers = self._gather_headers([header, specs, payload.numel()])
+        most = max(size for _, _, size in headers)
+        found = [(header, list(tensors))] * self.size
+        if most:
+            padded = torch.nn.functional.pad(payload, (0, most - payload.numel()))
+            parts = self._gather_bytes(padded)
+            for number, (other, other_specs, _) in enumerate(headers):
+                if number != self.rank:
+                    found[number] = other, unpack(parts[number], other_specs)
+        else:
+            found = [(other, []) for other, _, _ in headers]
+        self.seconds += time.perf_counter() - begin
+        return found
+
+    def values(self, value: Any) -> list[Any]:
+        """Return a JSON value of every process, in the order of the ranks."""
+        return [header for header, _ in self.gather(value)]
+
+    def parts(self, own: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Return tensors of the parts of a step, in the order of a process that makes all of them.
+
+        Args:
+            own: of each part that this process makes; part g of rank r is number g · size + r.
+        """
+        if self.size == 1:
+            return [list(part) for part in own]
+        width = len(own[0])
+        flat = [tensor for part in own for tensor in part]
+        found = [tensors for _, tensors in self.gather(None, flat)]
+        return [tensors[g * width : (g + 1) * width] for g in range(len(own)) for tensors in found]
+
+    def add_in_order(
+        self,
+        total: Tensor | None,  # any shape
+        own: Tensor | None,  # in the shape of total
+        like: Tensor,
+    ) -> Tensor | None:
+        """Return `total` plus the tensors of all processes, added up in the order of the ranks.
+
+        Slices are gathered one after the other, so that memory is needed for one tensor only.
+
+        Args:
+            total: the sum so far, changed; None: there is none yet.
+            own: of this process; None: it has none.
+            like: a tensor of this shape, type and device.
+        """
+        begin = time.perf_counter()
+        has = self.values(own is not None)
+        if not any(has):
+            return total
+        is_new = total is None
+        summed = torch.empty_like(like) if total is None else total
+        mine = torch.zeros_like(like) if own is None else own.contiguous()
+        step = _SLICE // like.element_size()
+        for start in range(0, like.numel(), step):
+            target = summed.view(-1)[start : start + step]
+            part = mine.view(-1)[start : start + step]
+            begun = not is_new
+            for number, other in enumerate(self._gather_bytes(part.view(torch.uint8))):
+                if has[number]:
+                    values = other.view(part.dtype)
+                    target.add_(values) if begun else target.copy_(values)
+                    begun = True
+        self.seconds += time.perf_counter() - begin
+        return summed
+
+    def _gather_headers(self, header: Any) -> list[Any]:
+        packed = pack_header(header)
+        parts = self._gather_bytes(packed[:HEADER_BYTES], on_host=True)
+        lengths = [unpack_header(part) for part in parts]
+        if all(isinstance(length, list) for length in lengths):
+            return lengths
+        longest = max(length for length in lengths if isinstance(length, int))
+        padded = torch.nn.functional.pad(packed, (0, max(0, longest - len(packed))))
+        return [unpack_header(part) for part in self._gather_bytes(padded, on_host=True)]
+
+    def _gather_bytes(self, own: Tensor, *, on_host: bool = False) -> list[Tensor]:
+        """Return the bytes of every process, equally many, on the device of the own ones."""
+        device = own.device
+        wire = own if self._has_nccl and not on_host else own.cpu()
+        found = [torch.empty_like(wire) for _ in range(self.size)]
+        self.bytes_sent += wire.numel()
+        try:
+            dist.all_gather(found, wire)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return [part.to(device) for part in found]
+
+    # ---- agreement ---------------------------------------------------------------------------
+
+    @contextmanager
+    def agreement(self, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
+        """Let all processes leave this context together, or all with an error.
+
+        Args:
+            facts: returns, at the end, JSON values by name that must be equal in all processes.
+
+        Raises RankError, which names it, where another process has failed or has other facts.
+        """
+        if self.size == 1:
+            yield
+            return
+        failure: Exception | None = None
+        own: dict[str, Any] = {}
+        try:
+            yield
+            own = dict(facts())
+        except RankError:
+            raise
+        except Exception as error:
+            failure = error
+        found = self.values({"failed": _text(failure), "facts": own})
+        for number, other in enumerate(found):
+            if other["failed"] is not None:
+                if failure is not None and other["failed"] == _text(failure):
+                    raise failure
+                raise self._told(f"rank {number}: {other['failed']}")
+        for number, other in enumerate(found):
+            for name, value in found[0]["facts"].items():
+                if other["facts"].get(name) != value:
+                    difference = _difference(value, other["facts"].get(name))
+                    raise self._told(f"rank {number} differs from rank 0 in {name}{difference}")
+
+    def agreed(self, wishes: Wishes) -> Wishes:
+        """Return what any process is asked to do; of several signals the first rank's."""
+        if self.size == 1:
+            return wishes
+        found = [Wishes(*each) for each in self.values(list(wishes))]
+        signals = [each.signal for each in found if each.signal]
+        return Wishes(
+            signals[0] if signals else 0,
+            any(each.save for each in found),
+            any(each.is_over for each in found),
+        )
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set in any process."""
+        return flag if self.size == 1 else any(self.values(flag))
+
+    # ---- ends --------------------------------------------------------------------------------
+
+    def note_failure(self, error: BaseException) -> None:
+        """Tell the other processes why this one ends."""
+        if self._store is not None and not isinstance(error, RankError):
+            with suppress(RuntimeError):
+                self._store.set(f"end/{self.rank}", _text(error) or type(error).__name__)
+
+    def forget_failure(self) -> None:
+        """Take back what this process has told of a training before, which failed."""
+        if self._store is not None:
+            self._store.delete_key(f"end/{self.rank}")
+
+    def _lost(self, error: RuntimeError) -> RankError:
+        """Return the error of a process that cannot be waited for any longer."""
+        assert self._store is not None
+        said: dict[int, str] = {}
+        with suppress(RuntimeError):
+            self._store.set(f"end/{self.rank}", "")
+        deadline = time.monotonic() + _GRACE.total_seconds()
+        for number in range(self.size):
+            left = timedelta(seconds=max(0.01, deadline - time.monotonic()))
+            with suppress(RuntimeError):
+                self._store.wait([f"end/{number}"], left)
+                said[number] = self._store.get(f"end/{number}").decode()
+        reasons = {number: text for number, text in said.items() if text}
+        gone = [number for number in range(self.size) if number not in said]
+        if reasons:
+            number, text = min(reasons.items())
+            found = RankError(f"rank {number}: {text}")
+        elif gone:
+            names = " and ".join(f"rank {number}" for number in gone)
+            verb = "has" if len(gone) == 1 else "have"
+            found = RankError(f"{names} {verb} ended, or did not answer in time")
+        else:
+            found = RankError(f"the ranks lost each other ({str(error).splitlines()[0][:200]})")
+        # The first process that can say it does; one that fails for its own reason says so itself.
+        able = [number for number in said if number not in reasons or number == 0]
+        found.is_told = self.rank != min(able, default=self.rank)
+        return found
+
+    def _told(self, text: str) -> RankError:
+        """Return an error that all processes raise and rank 0 shows."""
+        error = RankError(text)
+        error.is_told = not self.is_first
+        return error
+
+
+ALONE = Ranks()
+_opened: dict[str, Ranks] = {}
+
+
+def open_ranks(config: TrainConfig) -> Ranks:
+    """Return the processes of a training, connected; `ALONE` without a mesh.
+
+    Raises ValueError where the mesh is not the one that the launcher has started.
+    """
+    sizes = parsed_mesh(config.mesh)
+    wanted, place = 1, launched()
+    for size in sizes.values():
+        wanted *= size
+    if not sizes or (wanted == 1 and place.size == 1):
+        return ALONE
+    if place.size == 1:
+        raise ValueError(
+            f"mesh = {config.mesh!r} needs {wanted} processes, and this is one: start them with "
+            f"torchrun --nproc-per-node {wanted} -m sae_fast.train"
+        )
+    if wanted != place.size:
+        raise ValueError(
+            f"mesh = {config.mesh!r} needs {wanted} processes, and the launcher has started "
+            f"{place.size} (WORLD_SIZE = {place.size})"
+        )
+    ranks = connect(timedelta(minutes=config.mesh_timeout), config.device)
+    ranks.forget_failure()
+    return ranks
+
+
+def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
+    """Connect the processes that a launcher has started, once in each.
+
+    Args:
+        timeout: how long a process is waited for.
+        device: what the model is trained on.
+
+    Raises ValueError where they cannot be connected.
+    """
+    if "" in _opened:
+        return _opened[""]
+    place = launched()
+    assert place.local_rank is not None
+    if dist.is_initialized():
+        raise ValueError("mesh: torch.distributed is in use by this program already")
+    is_on_gpu = device.startswith("cuda") and torch.cuda.device_count() >= place.local_size
+    if is_on_gpu and not dist.is_nccl_available():
+        raise ValueError(f"mesh: this torch ({torch.__version__}) is without NCCL")
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"mesh: the ranks cannot be connected: {error}") from error
+    atexit.register(_disconnect)
+    init_device_mesh("cpu", (size,), mesh_dim_names=("data",))
+    ends = PrefixStore("sae_fast", store)
+    ranks = Ranks(rank, size, ends, place.local_rank, place.local_size)
+    ranks._has_nccl = is_on_gpu
+    _opened[""] = ranks
+    return ranks
+
+
+def note_failure(error: BaseException) -> None:
+    """Tell the other processes, where they are connected, why this one ends."""
+    for ranks in _opened.values():
+        ranks.note_failure(error)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _text(error: BaseException | None) -> str | None:
+    return None if error is None else " ".join(str(error).split()) or type(error).__name__
+
+
+def _difference(first: Any, other: Any) -> str:
+    """Return the difference of two values in words, where it is short enough to be read."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        for name, value in first.items():
+            if other.get(name) != value:
+                return f" ({name}){_difference(value, other.get(name))}"
+    if isinstance(first, list | dict) or isinstance(other, list | dict):
+        return ""
+    return f": {shown(other)} and not {shown(first)}"

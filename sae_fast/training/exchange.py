@@ -1,0 +1,272 @@
+"""The exchange of gradients between ranks, each of which makes some of the parts of a step.
+
+A process alone makes the parts of a step (`grad_acc_steps`) one after the other, and adds up their
+gradients. Ranks make R of them at a time. After each backward they give each other what it has left
+on the parameters: row factors as they are, whose size does not depend on d_sae, and the gradients
+of vectors. Each rank then has what a process alone would have after these R parts, in the same
+order, so its update is equal to the bit.
+
+Of a bias [F] nothing is sent where its gradient follows from the factors, as for TopK; else its
+numbers other than 0, or all, whichever is less. Matrices with dense gradients are summed slice by
+slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.autoencoder import SparseAutoencoder
+from sae_fast.distributed.ranks import Ranks
+from sae_fast.ops.code import CodeKey
+from sae_fast.ops.row_factors import RowFactor, factor_sums, row_factors
+
+_ROWS = ("W_enc", "W_dec")  # the parameters that have factors
+# Forms in which a gradient or the mask of the latents that fired is sent.
+_NONE, _WHOLE, _LISTED, _FACTORS = "none", "whole", "listed", "factors"
+
+
+class Part(NamedTuple):
+    """A part of a step, beside its gradients.
+
+    Attributes:
+        values: [M], its metrics, the loss first.
+        variance: 0-d, of its rows.
+        fired: [F] bool, the latents that fired in it.
+        observed: sums over its tokens by name, 0-d.
+    """
+
+    values: Tensor
+    variance: Tensor
+    fired: Tensor
+    observed: dict[str, Tensor]
+
+
+class GradientExchange:
+    """Gathers what each rank's backward has left, part by part.
+
+    Args:
+        sae: the model.
+        names: of the parameters that are trained.
+        ranks: the processes.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, names: Sequence[str], ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._sae = sae
+        self._names = tuple(names)
+        self._before: dict[str, Tensor | None] = {}
+        self._n_factors: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Put the gradients of the parts before aside; to be called before a part's forward."""
+        if self.ranks.size == 1:
+            return
+        for name in self._names:
+            parameter = self._sae.get_parameter(name)
+            self._before[name], parameter.grad = parameter.grad, None
+        self._n_factors = {name: len(row_factors(self._sae.get_parameter(name))) for name in _ROWS}
+
+    @torch.no_grad()
+    def gather(self, part: Part, code: ops.Code) -> list[Part]:
+        """Add the gradients of this part on all ranks to those before; return these parts.
+
+        Args:
+            part: of this rank, whose backward was called.
+            code: of the part.
+        """
+        if self.ranks.size == 1:
+            return [part]
+        table = _Table()
+        own = {name: self._own_factors(name) for name in _ROWS}
+        header: dict[str, Any] = {
+            "factors": {name: [table.add_factor(f) for f in own[name]] for name in _ROWS},
+            "grads": {name: self._add_grad(table, name, own["W_enc"]) for name in self._vectors},
+            "fired": _add_fired(table, part.fired, code, own["W_dec"]),
+            "values": table.add(part.values),
+            "variance": table.add(part.variance),
+            "observed": {name: table.add(value) for name, value in part.observed.items()},
+        }
+        found = self.ranks.gather(header, table.tensors)
+        shift = _shift_of(own["W_enc"])
+        factors = [
+            own if number == self.ranks.rank else self._factors(theirs, tensors, shift)
+            for number, (theirs, tensors) in enumerate(found)
+        ]
+        for name in _ROWS:
+            listed = row_factors(self._sae.get_parameter(name))
+            del listed[self._n_factors[name] :]
+            for each in factors:
+                listed.extend(each[name])
+        self._add_vectors(found, factors)
+        self._add_matrices()
+        others = zip(found, factors, strict=True)
+        parts = [_part(self._sae, *one, theirs) for one, theirs in others]
+        return [part if number == self.ranks.rank else one for number, one in enumerate(parts)]
+
+    @property
+    def _vectors(self) -> list[str]:
+        return [name for name in self._names if self._sae.get_parameter(name).dim() < 2]
+
+    def _own_factors(self, name: str) -> list[RowFactor]:
+        return row_factors(self._sae.get_parameter(name))[self._n_factors[name] :]
+
+    def _add_grad(self, table: _Table, name: str, factors: Sequence[RowFactor]) -> list[Any]:
+        """Return in which form the gradient of a vector is sent; put its tensors on the table."""
+        grad = self._sae.get_parameter(name).grad
+        if grad is None:
+            return [_NONE]
+        if name == "b_enc" and factors:
+            sums = _sums(factors, self._sae.config.d_sae)
+            if torch.equal(sums.view(torch.int32), grad.view(torch.int32)):
+                return [_FACTORS]
+        if not grad.is_cuda and len(grad) == self._sae.config.d_sae:
+            places = (grad.view(torch.int32) != 0).nonzero().flatten()
+            if 2 * len(places) < len(grad):
+                return [_LISTED, table.add(places.int()), table.add(grad[places])]
+        return [_WHOLE, table.add(grad)]
+
+    def _factors(
+        self, header: Mapping[str, Any], tensors: Sequence[Tensor], shift: Tensor | None
+    ) -> dict[str, list[RowFactor]]:
+        """Return another rank's factors; `shift` is the one that they were taken with, too."""
+        keys: dict[int, CodeKey] = {}
+
+        def made(places: Sequence[int | None]) -> RowFactor:
+            *parts, has_shift, key = places
+            values, indices, offsets, coefficients, dense = (
+                None if place is None else tensors[place] for place in parts
+            )
+            assert values is not None
+            assert indices is not None
+            assert coefficients is not None
+            assert dense is not None
+            assert key is not None
+            code = (values, indices, offsets, coefficients, dense)
+            known = keys.setdefault(key, CodeKey())
+            return RowFactor(*code, shift if has_shift else None, known)
+
+        return {name: [made(places) for places in header["factors"][name]] for name in _ROWS}
+
+    def _add_vectors(
+        self,
+        found: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]],
+        factors: Sequence[Mapping[str, Sequence[RowFactor]]],
+    ) -> None:
+        """Add the vectors' gradients of all ranks, in their order, to those before."""
+        for name in self._vectors:
+            parameter = self._sae.get_parameter(name)
+            own, total = parameter.grad, self._before[name]
+            for number, (header, tensors) in enumerate(found):
+                form, *places = header["grads"][name]
+                if form == _NONE:
+                    continue
+                if number == self.ranks.rank:
+                    assert own is not None
+                    grad = own
+                elif form == _FACTORS:
+                    grad = _sums(factors[number]["W_enc"], self._sae.config.d_sae)
+                elif form == _LISTED:
+                    grad = torch.zeros_like(parameter)
+                    grad[tensors[places[0]].long()] = tensors[places[1]]
+                else:
+                    grad = tensors[places[0]]
+                total = grad.clone() if total is None else total.add_(grad)
+            parameter.grad = total
+
+    def _add_matrices(self) -> None:
+        for name in self._names:
+            parameter = self._sae.get_parameter(name)
+            if parameter.dim() >= 2:
+                total, own = self._before[name], parameter.grad
+                parameter.grad = self.ranks.add_in_order(total, own, parameter.detach())
+
+
+class _Table:
+    """The tensors to send, each once, however many factors have it."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._places: dict[tuple[Any, ...], int] = {}
+        self._keys: dict[CodeKey, int] = {}
+
+    def add(self, tensor: Tensor) -> int:
+        """Return the place of a tensor among `tensors`."""
+        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.data_ptr() and identity in self._places:
+            return self._places[identity]
+        self.tensors.append(tensor)
+        self._places[identity] = len(self.tensors) - 1
+        return self._places[identity]
+
+    def add_factor(self, factor: RowFactor) -> list[int | None]:
+        """Return the places of a factor's tensors, if it has a shift, and its code's number."""
+        offsets = None if factor.offsets is None else self.add(factor.offsets)
+        return [
+            self.add(factor.values),
+            self.add(factor.indices),
+            offsets,
+            self.add(factor.coefficients),
+            self.add(factor.dense),
+            int(factor.shift is not None),
+            self._keys.setdefault(factor.code_key, len(self._keys)),
+        ]
+
+
+def _shift_of(factors: Sequence[RowFactor]) -> Tensor | None:
+    """Return the shift of factors, which is one tensor for a step: the decoder's bias before it."""
+    return next((factor.shift for factor in factors if factor.shift is not None), None)
+
+
+def _sums(factors: Sequence[RowFactor], d_sae: int) -> Tensor:
+    """Return the sums of the coefficients by latent [F], added up as an encoder's backward does."""
+    total: Tensor | None = None
+    for factor in factors:
+        sums = factor_sums(factor, d_sae)
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
+
+
+def _add_fired(
+    table: _Table,
+    fired: Tensor,  # [F] bool
+    code: ops.Code,
+    factors: Sequence[RowFactor],  # of W_dec
+) -> list[Any]:
+    """Return in which form the mask is sent: by the factor that has the code, or whole."""
+    if isinstance(code, ops.SparseCode):
+        for number, factor in enumerate(factors):
+            if _is_same(factor.values, code.values) and _is_same(factor.indices, code.indices):
+                return [_FACTORS, number, code.signed]
+    return [_WHOLE, table.add(fired)]
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors are one array in memory."""
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape
+
+
+def _part(
+    sae: SparseAutoencoder,
+    header: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    factors: Mapping[str, Sequence[RowFactor]],
+) -> Part:
+    """Return the part of another rank."""
+    form, *places = header["fired"]
+    if form == _FACTORS:
+        factor, signed = factors["W_dec"][places[0]], places[1]
+        code = ops.SparseCode(
+            factor.values, factor.indices, sae.config.d_sae, factor.offsets, signed=signed
+        )
+        fired = code.fired()
+    else:
+        fired = tensors[places[0]]
+    observed = {name: tensors[place] for name, place in header["observed"].items()}
+    values, variance = tensors[header["values"]], tensors[header["variance"]]
+    return Part(values, variance, fired, observed)
