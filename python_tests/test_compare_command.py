@@ -2,11 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.compare import main
@@ -124,7 +123,7 @@ def test_scipy_is_named_where_it_is_missing(models):
         "from sae_fast.compare import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run([sys.executable, "-c", program, *models], capture_output=True, text=True)
+    done = warm_python.run(["-c", program, *models])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "error: matching latents needs scipy: install it (pip install 'sae_fast[evaluate]')"

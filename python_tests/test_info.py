@@ -1,21 +1,19 @@
 """python -m sae_fast.info: its report, with compiled kernels and with the reference."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 
 import sae_fast
 from sae_fast import info
 
 
 def run_info(**environment):
-    return subprocess.run(
-        [sys.executable, "-m", "sae_fast.info"],
-        capture_output=True, text=True, check=True, env={**os.environ, **environment},
-    ).stdout  # fmt: skip
+    done = warm_python.run(["-m", "sae_fast.info"], env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def facts(report):

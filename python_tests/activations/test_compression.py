@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import warm_python
 
 from sae_fast.activations import ActivationStream, HeldOut, open_shards, read_labels, write_shard
 from sae_fast.activations.compression import COMPRESSIONS
@@ -92,13 +92,8 @@ def test_an_unknown_compression_is_refused_before_a_file_is_made(tmp_path):
 def without_hdf5plugin(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process without hdf5plugin; in this process its filters stay registered."""
     hidden = "import sys; sys.modules['hdf5plugin'] = None\n"
-    return subprocess.run(
-        [sys.executable, "-c", hidden + code, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HDF5_PLUGIN_PATH": ""},
-    )
+    variables = {**os.environ, "HDF5_PLUGIN_PATH": ""}
+    return warm_python.run(["-c", hidden + code, *arguments], cwd=ROOT, env=variables)
 
 
 @pytest.mark.slow
@@ -136,8 +131,6 @@ def test_a_shard_is_read_by_a_process_that_never_wrote_one(tmp_path):
         "from sae_fast.activations import HeldOut, open_shards\n"
         "print(next(iter(HeldOut(open_shards(sys.argv[1]), batch_size=8))).sum().item())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = warm_python.run(["-c", code, str(path)], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "48.0\n"

@@ -1,12 +1,11 @@
 """`python -m sae_fast.convert` and `verify`: files, exit codes, and what they refuse."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from plain_models import KINDS, make, rows
 from safetensors.torch import load_file, save_file
 
@@ -61,8 +60,7 @@ def test_a_conversion_does_not_import_what_only_compilers_need(tmp_path):
         "convert.main(sys.argv[1:]) or verify.main(sys.argv[2:]); print('sympy' in sys.modules)"
     )
     source = str(FOREIGN / "saelens/topk")
-    command = [sys.executable, "-c", code, source, str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm_python.run(["-c", code, source, str(tmp_path / "out")])
     assert done.stdout.splitlines()[-1] == "False", done.stderr
 
 

@@ -1,11 +1,11 @@
 """Dictionaries go to the Hugging Face hub and come from it: against a stand-in of its file API."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from local_hub import LocalHub
 from plain_models import make
 
@@ -32,8 +32,7 @@ def run(hub, tmp_path, program):
         **{"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
     }
-    line = [sys.executable, "-c", program]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    done = warm_python.run(["-c", program], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,11 +1,10 @@
 """All instruction sets of this processor give equal codes."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 from slow_cases import slow_after
 
 import sae_fast
@@ -42,8 +41,7 @@ def codes_of(tmp_path_factory):
         path = folder / level
         if not path.exists():
             environment = {**os.environ, "SAE_FAST_ISA": level}
-            command = [sys.executable, "-c", CODES, str(path)]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = warm_python.run(["-c", CODES, str(path)], env=environment)
             assert done.returncode == 0, done.stderr
         used, made, products = torch.load(path)
         assert used == level

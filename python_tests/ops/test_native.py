@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import warm_python
 
 import sae_fast
 from sae_fast.ops import native
@@ -28,14 +29,11 @@ def installation(tmp_path):
 
 
 def import_from(installation, native_choice=None, code="print(sae_fast.build_info())"):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SAE_FAST_")}
+    environment = surroundings(installation)
     if native_choice is not None:
         environment["SAE_FAST_NATIVE"] = native_choice
-    environment["PYTHONPATH"] = str(installation.parent)
-    return subprocess.run(
-        [sys.executable, "-c", f"import sae_fast; {code}"],
-        cwd=installation.parent, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    program = ["-c", f"import sae_fast; {code}"]
+    return warm_python.run(program, cwd=installation.parent, env=environment)
 
 
 def last_line(done):
@@ -68,38 +66,42 @@ NEEDED = {
 }
 
 
-def run_commands(installation, interpreter=(sys.executable,)):
-    """Run all commands of the package at once; return exit code, stdout and stderr of each."""
+def commands(installation):
+    """Return the arguments of Python that run each command of the package."""
     files = installation.glob("[!_]*.py")
     names = [path.stem for path in files if "__main__" in path.read_text(encoding="utf-8")]
     names += [path.parent.name for path in installation.glob("*/__main__.py")]
     assert {"train", "capture", "convert_shards", "plot", "info", "presets"} <= set(names)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SAE_FAST_")}
-    environment["PYTHONPATH"] = str(installation.parent)
-    running = [
-        subprocess.Popen(
-            [*interpreter, "-m", f"sae_fast.{name}", *NEEDED.get(name, ())],
-            cwd=installation.parent, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for name in names
-    ]  # fmt: skip
-    ends = [process.communicate() for process in running]
-    return [(process.returncode, *end) for process, end in zip(running, ends, strict=True)]
+    return [["-m", f"sae_fast.{name}", *NEEDED.get(name, ())] for name in names]
+
+
+def surroundings(installation):
+    """Return the environment variables of a process that imports this installation."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith("SAE_FAST_")}
+    return {**others, "PYTHONPATH": str(installation.parent)}
 
 
 @pytest.mark.slow
 def test_without_a_module_every_command_ends_in_one_line(installation):
-    for code, output, errors in run_commands(installation):
-        assert (code, output) == (2, "")
-        assert errors.startswith("error: sae_fast has no compiled module for Python ")
-        assert errors.count("\n") == 1
+    place, variables = installation.parent, surroundings(installation)
+    for done in warm_python.run_together(commands(installation), cwd=place, env=variables):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: sae_fast has no compiled module for Python ")
+        assert done.stderr.count("\n") == 1
 
 
 def test_without_torch_every_command_ends_in_one_line(installation):
-    # -S hides the installed packages.
-    for code, output, errors in run_commands(installation, (sys.executable, "-S")):
-        assert (code, output) == (2, "")
+    place, variables = installation.parent, surroundings(installation)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-S", *command],  # -S hides the installed packages
+            cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for command in commands(installation)
+    ]  # fmt: skip
+    for process in running:
+        output, errors = process.communicate()
+        assert (process.returncode, output) == (2, "")
         assert errors.startswith("error: sae_fast needs torch, which ")
         assert errors.count("\n") == 1
 
@@ -140,10 +142,7 @@ def test_a_wrong_value_of_SAE_FAST_NATIVE_is_refused(installation):
 @pytest.mark.skipif(native.load() is None, reason="no compiled module")
 def test_an_unknown_instruction_set_is_an_error_that_lists_the_others():
     environment = {**os.environ, "SAE_FAST_ISA": "sse9"}
-    code = "import sae_fast; sae_fast.build_info()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    done = warm_python.run(["-c", "import sae_fast; sae_fast.build_info()"], env=environment)
     assert "ImportError: SAE_FAST_ISA must be one of portable" in last_line(done)
     assert last_line(done).endswith(" on this processor, got sse9")
 
@@ -181,8 +180,8 @@ def test_another_instruction_set_is_used_where_the_operating_system_refuses_tile
 @pytest.mark.parametrize("command", ["train", "info"])
 def test_a_command_refuses_a_wrong_variable_in_one_line(command):
     environment = {**os.environ, "SAE_FAST_NATIVE": "x", "PYTHONPATH": str(PACKAGE.parent)}
-    line = [sys.executable, "-m", f"sae_fast.{command}", *NEEDED.get(command, ())]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    line = ["-m", f"sae_fast.{command}", *NEEDED.get(command, ())]
+    done = warm_python.run(line, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: SAE_FAST_NATIVE must be 0 or 1, got 'x'\n"
 
@@ -191,8 +190,7 @@ def test_a_command_refuses_a_wrong_variable_in_one_line(command):
 @pytest.mark.skipif(native.load() is None, reason="no compiled module")
 def test_a_command_refuses_an_unknown_instruction_set_in_one_line():
     environment = {**os.environ, "SAE_FAST_ISA": "nonsense", "PYTHONPATH": str(PACKAGE.parent)}
-    line = [sys.executable, "-m", "sae_fast.info"]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    done = warm_python.run(["-m", "sae_fast.info"], env=environment)
     assert done.returncode == 2
     assert re.fullmatch(
         "error: SAE_FAST_ISA must be one of portable.* on this processor, got nonsense\n",

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import warm_python
 from converting import command, convert_all, random_rows, refusal, stored
 
 from sae_fast.activations import open_shards
@@ -354,9 +355,7 @@ def test_a_disk_that_fills_up_leaves_no_half_shard_and_one_line(tmp_path):
 
     def run(limit: int) -> subprocess.CompletedProcess[str]:
         arguments = [str(limit), str(source), str(out), "--shard-rows", "8000"]
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
-        )
+        return warm_python.run(["-c", code, *arguments], cwd=ROOT)
 
     done = run(1_000_000)  # largest file in bytes: less than a shard
     assert done.returncode == 2

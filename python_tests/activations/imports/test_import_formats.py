@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+import warm_python
 from converting import command, random_rows, refusal, stored
 
 from sae_fast.activations.imports import (
@@ -347,12 +347,7 @@ def test_without_datasets_pyarrow_alone_reads_them(tmp_path):
         "import sys; sys.modules['datasets'] = None\n"
         "from sae_fast.convert_shards import main; sys.exit(main(sys.argv[1:]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(source), str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = warm_python.run(["-c", code, str(source), str(tmp_path / "out")], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(stored(tmp_path / "out").rows, acts.reshape(-1, 3).numpy())
 
