@@ -360,6 +360,49 @@ def test_a_tokenizer_that_reads_the_tokens_otherwise_is_refused_unless_forced(
     assert _run(place / "sae", *flags, "--force") == 0
 
 
+WRONG_TOKENS = {
+    "too few": (np.arange(7), "'token_ids' must have one number a row, shape (200,), got shape (7"),
+    "real numbers": (np.full(ROWS, 1.5), "token_ids holds float64; whole numbers are needed"),
+    "texts": (np.full(ROWS, b"the"), "token_ids holds |S3; whole numbers are needed"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TOKENS)
+def test_tokens_that_cannot_be_used_are_left_out_with_the_reason(
+    case: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    numbers, reason = WRONG_TOKENS[case]
+    path = place / "shards" / "heldout_00.h5"
+    with h5py.File(path, "a") as file:
+        file["token_ids"] = numbers
+    words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out")
+    assert _run(*words, "--tokenizer", place) == 2
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert refused.startswith(f"error: tokenizer = '{place}' needs shards with tokens: {path}: ")
+    assert reason in refused
+    assert _run(*words) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "token_ids" in line] == told
+    assert len(told) == 1
+    assert reason in told[0]
+    assert told[0].endswith(": token_ids is left out")
+    assert "purity" not in json.loads((place / "out" / "metrics.json").read_text())["metrics"]
+
+
+def test_tokens_of_some_shards_only_are_left_out_with_the_reason(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    with h5py.File(place / "shards" / "heldout_00.h5", "a") as file:
+        file["token_ids"] = np.arange(ROWS)
+    words = (place / "sae", "--shard-dir", place / "shards", "--out", place / "out")
+    assert _run(*words, "--rows", "all") == 0
+    told = capsys.readouterr().err
+    assert f"{place / 'shards' / 'train_00.h5'}: no dataset 'token_ids'; it holds" in told
+    assert told.endswith(": token_ids is left out\n")
+
+
 def test_held_out_shards_need_no_others_beside_them(place: Path) -> None:
     sae = _save(place / "sae")
     (place / "shards" / "train_00.h5").unlink()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.activations import ShardSet
+from sae_fast.activations.heldout import read_column
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.config.fields import reject_unknown_keys
@@ -157,7 +158,7 @@ class DictionaryEvaluator:
                 config.shard_dir,
             )
         found.measured_on |= {"shards": str(config.shard_dir), "rows": rows.count}
-        columns = rows.columns()
+        columns = rows.columns
         concepts = ConceptPass(
             *(sae.d_sae, columns, config.labels),
             top=config.top_rows,
@@ -212,10 +213,11 @@ def _token_texts(
     """Return the texts of the tokens in the shards; none where no tokenizer is known."""
     if TOKENS not in columns:
         if config.tokenizer is not None:
-            raise ValueError(
-                f"tokenizer = {config.tokenizer!r} needs shards with tokens, and "
-                f"{config.shard_dir} holds no {TOKENS}"
-            )
+            need = f"tokenizer = {config.tokenizer!r} needs shards with tokens"
+            try:
+                read_column(shards, TOKENS, whole=True)
+            except ValueError as error:
+                raise ValueError(f"{need}: {error}") from None
         return {}
     if not config.top_rows:
         return {}

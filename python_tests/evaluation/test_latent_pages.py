@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from sae_fast import SparseAutoencoder
-from sae_fast.activations import open_shards, write_shard
+from sae_fast.activations import ShardError, open_shards, write_shard
 from sae_fast.config import SAEConfig
 from sae_fast.evaluation.code_store import CodeStore
 from sae_fast.evaluation.contexts import TOP
@@ -207,6 +208,28 @@ def test_cofiring_neighbours_are_the_largest_correlations(pages, plain):
             else:
                 assert phi[latent, other] == pytest.approx(values[place], abs=1e-6)
                 assert pages.cofiring_counts[latent, place] == together[latent, other]
+
+
+@pytest.mark.parametrize("name", ["token_ids", "doc_id", "position"])
+def test_numbers_beside_the_rows_that_are_not_whole_are_refused(tmp_path, name):
+    path = tmp_path / "train.h5"
+    with h5py.File(path, "w") as file:
+        file["activations"] = np.ones((9, 4), np.float32)
+        file[name] = np.full(9, 0.5)
+    with pytest.raises(ShardError) as refusal:
+        TextRows(open_shards([path], verify=False), 4)
+    assert str(refusal.value) == f"{path}: {name} holds float64; whole numbers are needed"
+
+
+def test_tokens_of_some_shards_only_are_warned_of(tmp_path, caplog):
+    position = torch.arange(9)
+    write_shard(tmp_path / "train_0.h5", torch.eye(9), position=position, token_ids=position)
+    write_shard(tmp_path / "train_1.h5", torch.eye(9) + 1, position=position)
+    text = TextRows(open_shards(tmp_path, verify=False), 4)
+    assert set(text.columns) == {"position"}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'train_1.h5'}: no token_ids, which other shards have: it is left out"
+    ]
 
 
 def test_decoder_neighbours_are_the_largest_cosines_equal_ones_by_number(pages):

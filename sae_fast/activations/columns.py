@@ -176,6 +176,12 @@ def described(name: str, numbers: Array, place: str) -> Column:
     raise ValueError(f"{name} holds {numbers.dtype}; whole or real numbers are needed")
 
 
+def require_whole(name: str, numbers: Array) -> None:
+    """Raise ValueError unless the numbers of a column are whole."""
+    if numbers.dtype.kind not in "biu":
+        raise ValueError(f"{name} holds {numbers.dtype}; whole numbers are needed")
+
+
 def served(numbers: Array) -> Array:
     """Convert the numbers of a column to int64 or float32, as they are served."""
     return numbers.astype(np.int64 if numbers.dtype.kind in "biu" else np.float32)

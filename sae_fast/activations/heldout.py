@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_fast.activations.columns import STARTS, served
+from sae_fast.activations.columns import STARTS, require_whole, served
+from sae_fast.activations.errors import ShardError
 from sae_fast.activations.files import find_shards
 from sae_fast.activations.order import split_blocks
 from sae_fast.activations.pool import iterate_blocks
@@ -80,16 +81,21 @@ def read_labels(shards: ShardSet) -> dict[str, Tensor]:
     return {name: read_column(shards, name) for name in labels}
 
 
-def read_column(shards: ShardSet, name: str) -> Tensor:
+def read_column(shards: ShardSet, name: str, *, whole: bool = False) -> Tensor:
     """Read one number for each served row of a set, [rows] int64 or float32, as `HeldOut` has them.
 
-    Raises ShardError where a shard has no such column.
+    Raises ShardError where a shard has no such column, or with `whole` one of other numbers.
     """
     parts = []
     for shard, dropped in zip(shards.shards, shards.dropped, strict=True):
         with open_shard(shard) as file:
-            numbers = served(file.read_column(name, 0, shard.rows))
-        parts.append(torch.from_numpy(np.delete(numbers, dropped)))
+            numbers = file.read_column(name, 0, shard.rows)
+        if whole:
+            try:
+                require_whole(name, numbers)
+            except ValueError as error:
+                raise ShardError(f"{shard.path}: {error}") from None
+        parts.append(torch.from_numpy(np.delete(served(numbers), dropped)))
     return torch.cat(parts)
 
 

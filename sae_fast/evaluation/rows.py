@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from sae_fast.activations import (
 from sae_fast.activations.cutting import cut_shards
 from sae_fast.activations.heldout import HeldOut, read_column, read_labels
 from sae_fast.activations.mixing import single
+from sae_fast.activations.tensor_shards import open_shard
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.evaluation.text_rows import DOCUMENT, TOKENS
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,12 @@ class EvaluationRows:
 
     def documents(self) -> Iterator[Tensor] | None:
         """Return the document of each row, [n] each time; None: the shards do not say."""
-        numbers = self.columns().get(DOCUMENT)
+        numbers = self.columns.get(DOCUMENT)
         return None if numbers is None else iter(torch.split(numbers, self.batch_tokens))
 
+    @cached_property
     def columns(self) -> dict[str, Tensor]:
-        """Return the numbers beside the rows [rows] by column: documents, tokens and labels."""
+        """The numbers beside the rows [rows] by column: documents, tokens and labels."""
         found = {**text_columns(self.shards), **read_labels(self.shards)}
         return {name: numbers[: self.count] for name, numbers in found.items()}
 
@@ -80,16 +85,26 @@ class EvaluationRows:
 def text_columns(shards: ShardSet) -> dict[str, Tensor]:
     """Return tokens and documents of the served rows, [rows] int64, by column.
 
-    A column that a shard lacks, or that does not hold one whole number a row, is left out: shards
-    of other programs may have other data by these names.
+    A column that not all shards have with one whole number a row is left out: shards of other
+    programs may have other data by these names. A warning says what is wrong with it.
     """
     found = {}
     for name in (DOCUMENT, TOKENS):
-        with suppress(ValueError):
-            column = read_column(shards, name)
-            if column.dtype == torch.int64:
-                found[name] = column
+        try:
+            found[name] = read_column(shards, name, whole=True)
+        except ValueError as error:
+            if _holds(shards, name):
+                logger.warning("%s: %s is left out", error, name)
     return found
+
+
+def _holds(shards: ShardSet, name: str) -> bool:
+    """Return whether any of the shards has data of this name."""
+    for shard in shards.shards:
+        with open_shard(shard) as file:
+            if file.has(name):
+                return True
+    return False
 
 
 def open_rows(config: EvaluateConfig, sae: SparseAutoencoder) -> EvaluationRows:

@@ -10,7 +10,7 @@ so that no result depends on the size of the blocks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sae_fast.activations import ShardSet
 from sae_fast.activations.background import prefetch
-from sae_fast.activations.columns import STARTS, sequence_starts
+from sae_fast.activations.columns import STARTS, require_whole, sequence_starts
+from sae_fast.activations.errors import ShardError
 from sae_fast.activations.order import Block
 from sae_fast.activations.pool import BlockReader
 from sae_fast.activations.storage import Array
@@ -101,6 +102,7 @@ class TextRows:
             for number, own in groupby(self.pieces, key=lambda piece: piece.shard)
             for columns in self._read_columns(number, list(own))
         ]
+        self._warn_of_gaps(read)
         self.columns = {
             name: np.concatenate([columns[name] for columns in read])
             for name in (TOKENS, DOCUMENT, POSITION)
@@ -183,6 +185,17 @@ class TextRows:
         lost = int(np.searchsorted(dropped, high) - np.searchsorted(dropped, low))
         return Block(piece.shard, low, high, high - low - lost)
 
+    def _warn_of_gaps(self, read: Sequence[Mapping[str, Array]]) -> None:
+        """Warn of columns that some pieces have and others lack: they are taken from none."""
+        for name in (TOKENS, DOCUMENT, POSITION):
+            lacking = [
+                piece for piece, own in zip(self.pieces, read, strict=True) if name not in own
+            ]
+            if 0 < len(lacking) < len(read):
+                path = self.shards.shards[lacking[0].shard].path
+                text = "%s: no %s, which other shards have: it is left out"
+                logger.warning(text, path, name)
+
     def _read_columns(self, number: int, pieces: list[Piece]) -> Iterator[dict[str, Array]]:
         """Yield for pieces of a shard the numbers beside their rows, and which rows begin one.
 
@@ -196,6 +209,11 @@ class TextRows:
                 begin = group[0].start // shard.tokens * shard.tokens  # of an entry of a 3-D one
                 stop = group[-1].stop
                 columns = {name: file.read_column(name, begin, stop) for name in names}
+                for name, numbers in columns.items():
+                    try:
+                        require_whole(name, numbers)
+                    except ValueError as error:
+                        raise ShardError(f"{shard.path}: {error}") from None
                 begins = np.zeros(stop - begin, bool)
                 try:
                     sequences = (columns.get(name) for name in (DOCUMENT, POSITION))

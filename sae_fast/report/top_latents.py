@@ -58,7 +58,9 @@ def add_top_latents(
         page.paragraph("Contexts need rows with tokens: shards with token_ids have them.")
         return
     if not texts:
-        page.paragraph("Tokens are shown by their numbers: their tokenizer is not on this machine.")
+        page.paragraph(
+            "Tokens are shown by their numbers: no tokenizer that has them is on this machine."
+        )
     for latent in chosen:
         found = excerpts(purity, latent, concepts.columns, texts, CONTEXTS)
         share = float(purity.purity[latent])
