@@ -78,6 +78,7 @@ def test_held_out_rows_are_measured_and_all_files_written(place: Path) -> None:
     losses = saebench["eval_result_metrics"]["model_performance_preservation"]
     assert losses["ce_loss_score"] == NOT_MEASURED
     assert len(saebench["eval_result_details"]) == D_SAE
+    assert saebench["sae_cfg_dict"]["hook_name"] == "blocks.1.hook_resid_post"
 
 
 def test_the_rows_are_those_asked_for(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

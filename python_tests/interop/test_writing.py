@@ -9,6 +9,8 @@ from plain_models import D_IN, D_SAE, KINDS, make, rows
 from safetensors import safe_open
 
 from sae_fast import SparseAutoencoder, interop
+from sae_fast.activations import ShardMetadata, open_shards, write_shard
+from sae_fast.activations.mixing import origin_of
 from sae_fast.autoencoder.interchange import to_plain
 from sae_fast.interop import FORMATS, DictionaryError
 
@@ -156,6 +158,66 @@ def test_several_layers_of_circuit_tracer_share_a_directory(tmp_path):
     sae.origin["model"] = "another"
     with pytest.raises(DictionaryError, match="model_name is 'gpt2', and this transcoder has"):
         sae.export(tmp_path, "circuit_tracer")
+
+
+DESCRIPTION = "the output of the third block (after its norm)"
+
+
+@pytest.mark.parametrize("to", ["saelens", "dictionary_learning", "sparsify"])
+def test_a_description_in_place_of_a_hook_point_is_written_as_no_name(to, tmp_path, caplog):
+    sae = make("topk")
+    sae.origin = {"model": "gpt2", "hook": DESCRIPTION, "layer": 2}
+    place = tmp_path / "out"
+    assert sae.export(place, to).holds
+    assert f"hook {DESCRIPTION!r} is no name of a hook point" in caplog.text
+    files = {
+        "saelens": ("cfg.json", lambda content: content["metadata"]["hook_name"]),
+        "dictionary_learning": (
+            "config.json",
+            lambda content: content["trainer"]["submodule_name"],
+        ),
+        "sparsify": ("cfg.json", lambda content: content.get("hookpoint")),
+    }
+    name, read = files[to]
+    assert read(json.loads((place / name).read_text())) is None
+    assert SparseAutoencoder.from_pretrained(place).origin == sae.origin
+    with pytest.raises(ValueError, match="does not name the hook point that it is of"):
+        sae.to_saebench()
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_circuit_tracer_is_given_no_description_of_a_hook_point(side, tmp_path):
+    sae = make("relu transcoder")
+    hooks = ("mlp_in.0", DESCRIPTION) if side == "output" else (DESCRIPTION, "mlp_out.0")
+    targets = {"model": "gpt2", "hook": hooks[1], "layer": 0}
+    sae.origin = {"model": "gpt2", "hook": hooks[0], "layer": 0, "targets": targets}
+    with pytest.raises(DictionaryError, match="a hook point without a name, 'the output of the"):
+        sae.export(tmp_path / "out", "circuit_tracer")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shipped_activations_name_their_hook_point_to_other_programs(tmp_path):
+    shards = Path(__file__).parents[2] / "examples" / "activations"
+    sae = make("topk")
+    for source in (open_shards(shards, verify=False), described_shards(tmp_path)):
+        sae.origin = dict(origin_of(source))
+        assert (sae.origin["hook"], sae.origin["layer"]) == ("residual.2", "2")
+        place = tmp_path / f"out_{len(list(tmp_path.iterdir()))}"
+        sae.export(place, "saelens")
+        metadata = json.loads((place / "cfg.json").read_text())["metadata"]
+        assert metadata["hook_name"] == "blocks.2.hook_resid_post"
+        assert metadata["model_name"] == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def described_shards(tmp_path):
+    """Return shards whose hook point is the description that activations of MiniLM had."""
+    path = tmp_path / "described.h5"
+    description = "hidden_states[3] (residual stream after layer 3, post-LayerNorm)"
+    metadata = ShardMetadata(
+        model="sentence-transformers/all-MiniLM-L6-v2", hook=description, layer=3
+    )
+    write_shard(path, torch.eye(4), metadata=metadata)
+    return open_shards([path], verify=False)
 
 
 def test_what_no_format_has_is_refused(tmp_path):

@@ -107,6 +107,17 @@ def test_what_is_no_recipe_of_a_capture_tells_nothing() -> None:
         assert origin_of_attributes({"model": "llama", "capture": recipe}) == {"model": "llama"}
 
 
+def test_a_known_description_of_a_hook_point_is_its_name(tmp_path: Path) -> None:
+    described = {"hook": "hidden_states[3] (residual stream after layer 3, post-LayerNorm)"}
+    told = origin_of_attributes({**described, "layer": 3, "model": "m"})
+    assert told == {"hook": "residual.2", "layer": "2", "model": "m"}
+    model = SparseAutoencoder(SAEConfig(d_in=4, d_sae=8, k=2))
+    model.origin = {**described, "layer": "3"}
+    model.save(tmp_path)
+    loaded = SparseAutoencoder.from_pretrained(tmp_path)
+    assert loaded.origin == {"hook": "residual.2", "layer": "2"}
+
+
 def test_settings_in_which_shards_differ_are_all_told() -> None:
     one, other = {"settings": {"ctx_len": 128, "pack": True}}, {"settings": {"ctx_len": 64}}
     assert joined([one, other]) == {"settings": {"ctx_len": "128, 64", "pack": True}}

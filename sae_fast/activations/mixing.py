@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from sae_fast.activations.columns import Column
 from sae_fast.activations.errors import ShardError
-from sae_fast.activations.origin import ORIGIN, joined, origin_of_attributes
+from sae_fast.activations.origin import ORIGIN, joined, named, origin_of_attributes
 from sae_fast.activations.shard_set import ShardSet, check_same_width
 from sae_fast.activations.targets import TARGETS
 
@@ -152,9 +152,10 @@ def origin_of(shards: ShardSet) -> dict[str, str]:
     """Return where the activations come from, as the first shard that says so tells it."""
     origin: dict[str, str] = {}
     for shard in shards.shards:
+        told = origin_of_attributes(shard.metadata)
         for name in ORIGIN:
-            if (value := shard.metadata.get(name)) is not None:
-                origin.setdefault(name, str(value))
+            if name in told:
+                origin.setdefault(name, told[name])
     return origin
 
 
@@ -174,6 +175,7 @@ def full_origin(mix: ShardMix) -> dict[str, Any]:
 
 def check_origin(shards: ShardSet, before: Mapping[str, str]) -> None:
     """Raise ValueError if the shards state another origin than `before`."""
+    before = named(dict(before))
     for name, value in origin_of(shards).items():
         if value != before.get(name, value):
             raise ValueError(

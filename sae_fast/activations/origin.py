@@ -18,6 +18,10 @@ from sae_fast.json_files import JSONError, parse_json, shown
 ORIGIN = ("model", "hook", "layer")
 TOLD = (*ORIGIN, "revision", "tokenizer", "dataset", "special_tokens")
 SETTINGS = "settings"
+# A description in place of the name, in activations of MiniLM: hook and layer that a capture gives.
+_DESCRIBED = {
+    "hidden_states[3] (residual stream after layer 3, post-LayerNorm)": ("residual.2", "2")
+}
 _NOT_STORED = "auto"  # the type of activations that went straight into a training
 _DEEPEST = 3  # origin, targets, settings
 
@@ -33,7 +37,13 @@ def origin_of_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     }
     if isinstance(recipe := attributes.get("capture"), str) and (settings := _settings_of(recipe)):
         told[SETTINGS] = dict(settings)
-    return told
+    return named(told)
+
+
+def named(origin: dict[str, Any]) -> dict[str, Any]:
+    """Return an origin with the name of the hook point where it has a known description of it."""
+    known = _DESCRIBED.get(str(origin.get("hook")))
+    return origin if known is None else {**origin, "hook": known[0], "layer": known[1]}
 
 
 @lru_cache(maxsize=64)  # all shards of a capture have the same
@@ -90,7 +100,7 @@ def checked_origin(content: object, where: str) -> dict[str, Any]:
     Raises ValueError, which begins with `where`, unless it is a JSON object of texts and whole
     numbers, and of objects of these.
     """
-    return _checked(content, where, 1)
+    return named(_checked(content, where, 1))
 
 
 def _checked(content: object, where: str, depth: int) -> dict[str, Any]:

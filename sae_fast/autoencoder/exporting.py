@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,12 @@ from sae_fast.autoencoder.expected_codes import Agreement
 from sae_fast.autoencoder.interchange import to_plain
 from sae_fast.autoencoder.model_card import model_card
 from sae_fast.interop import DictionaryError
+from sae_fast.interop.hook_names import hook_named_by
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
+
+logger = logging.getLogger(__name__)
 
 OWN = "sae_fast"
 _ADDED_TO = "circuit_tracer"  # a directory of several dictionaries
@@ -38,6 +42,7 @@ def export(sae: SparseAutoencoder, directory: str | Path, to: str = OWN) -> Agre
     if to != _ADDED_TO and directory.is_dir() and any(directory.iterdir()):
         raise DictionaryError(f"{directory}: is not empty: name a new directory")
     place, plain = directory, to_plain(sae)
+    _warn_of_description(plain.origin)
     if to == OWN:
         sae.save(directory)
     else:
@@ -49,6 +54,15 @@ def export(sae: SparseAutoencoder, directory: str | Path, to: str = OWN) -> Agre
     if not agreement.holds:
         raise DictionaryError(f"{place}: what was written differs: {agreement}")
     return agreement
+
+
+def _warn_of_description(origin: Mapping[str, Any]) -> None:
+    """Warn where the hook point has no name that other programs could look for."""
+    hook = origin.get("hook")
+    if hook and hook_named_by(origin) is None:
+        logger.warning(
+            "hook %r is no name of a hook point: it is left out where a name is needed", hook
+        )
 
 
 def push_to_hub(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sae_fast.activations.capture.hooks import transformer_lens_name
 from sae_fast.autoencoder.inference import floating_dtype
+from sae_fast.interop.hook_names import hook_named_by
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
@@ -136,11 +137,11 @@ def to_saebench(
     """Return an autoencoder for evaluators, see `SparseAutoencoder.to_saebench`."""
     if sae.config.transcoder:
         raise ValueError("evaluators take autoencoders, and this is a transcoder")
-    name = hook_name or sae.origin.get("hook")
+    name = hook_name or hook_named_by(sae.origin)
     if not name:
         raise ValueError(
-            "hook_name must be given: the autoencoder does not say of which hook point it is"
+            "hook_name must be given: the autoencoder does not name the hook point that it is of"
         )
     model = model_name or str(sae.origin.get("model", ""))
-    made = SaebenchModel(sae, model, transformer_lens_name(str(name)))
+    made = SaebenchModel(sae, model, transformer_lens_name(name))
     return made if dtype is None else made.to(floating_dtype(dtype))

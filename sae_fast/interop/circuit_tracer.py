@@ -16,7 +16,7 @@ from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import OWN, Format, Settings, refuse
-from sae_fast.interop.hook_names import origin, to_lens
+from sae_fast.interop.hook_names import hook_named_by, origin, to_lens
 from sae_fast.interop.tensor_file import open_tensors
 from sae_fast.json_files import JSONError, parse_json, read_regular
 from sae_fast.tensor_files import save_tensors
@@ -108,6 +108,11 @@ class CircuitTracer(Format):
             raise refuse(
                 self, "a transcoder of an unknown layer", "its files are named by the layer"
             )
+        for told in (dictionary.origin, dictionary.origin.get("targets")):
+            if isinstance(told, dict) and told.get("hook") and hook_named_by(told) is None:
+                raise refuse(
+                    self, f"a hook point without a name, {told['hook']!r}", "it places it by name"
+                )
         tensors = {name: getattr(dictionary, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         if threshold is not None:
             tensors[_THRESHOLD] = threshold.expand(dictionary.d_sae)
@@ -200,12 +205,12 @@ def _of_layer(hook: str | None, layer: int) -> str | None:
 def _written_settings(dictionary: PlainDictionary) -> dict[str, str]:
     told = dictionary.origin
     targets = told.get("targets")
-    output = targets.get("hook") if isinstance(targets, dict) else None
+    output = hook_named_by(targets) if isinstance(targets, dict) else None
     settings = {
         "model_kind": "transcoder_set",
         "model_name": str(told.get("model", "")),
-        _INPUT: _without_layer(str(told.get("hook", "")) or "mlp_in.0"),
-        _OUTPUT: _without_layer(str(output or "") or "mlp_out.0"),
+        _INPUT: _without_layer(hook_named_by(told) or "mlp_in.0"),
+        _OUTPUT: _without_layer(output or "mlp_out.0"),
     }
     return settings | {"scan": settings["model_name"]}
 

@@ -21,7 +21,7 @@ from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary, with_subtraction
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import ORIGIN, OWN, Format, Settings, refuse
-from sae_fast.interop.hook_names import origin
+from sae_fast.interop.hook_names import hook_named_by, origin
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -104,7 +104,7 @@ class DictionaryLearning(Format):
             "dict_size": dictionary.d_sae,
             "layer": _number(told.get("layer")),
             "lm_name": told.get("model"),
-            "submodule_name": told.get("hook"),
+            "submodule_name": hook_named_by(told),
         }
         if dictionary.k is not None:
             trainer["k"] = dictionary.k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from sae_fast.activations.capture.hooks import LENS_NAMES
@@ -14,6 +15,7 @@ for _name, _kind in LENS_NAMES.items():
     _USUAL.setdefault(_kind, _name)
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _NUMBERED = re.compile(r"(\w+)\.(\d+)")
+_NAME = re.compile(r"\w[\w.:/-]*")  # what is no name is a description of the hook point
 
 
 def from_lens(name: str) -> str:
@@ -30,6 +32,12 @@ def to_lens(name: str) -> str:
     if match is None or match[1] not in _USUAL:
         return name
     return f"blocks.{int(match[2])}.{_USUAL[match[1]]}"
+
+
+def hook_named_by(origin: Mapping[str, Any]) -> str | None:
+    """Return the name of the hook point of an origin; None: it has none, or a description."""
+    hook = str(origin.get("hook") or "")
+    return hook if _NAME.fullmatch(hook) else None
 
 
 def layer_of(name: str) -> int | None:

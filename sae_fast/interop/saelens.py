@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_fast.interop.dictionary import PlainDictionary, rescale_codes_
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import ORIGIN, OWN, PairOfFiles, Settings, refuse
-from sae_fast.interop.hook_names import origin, to_lens
+from sae_fast.interop.hook_names import hook_named_by, origin, to_lens
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -280,7 +280,7 @@ def _metadata(dictionary: PlainDictionary) -> dict[str, Any]:
         "sae_lens_version": _WRITTEN_VERSION,
         "sae_lens_training_version": None,
         "model_name": told.get("model"),
-        "hook_name": to_lens(str(told["hook"])) if "hook" in told else None,
+        "hook_name": to_lens(hook) if (hook := hook_named_by(told)) else None,
         "dataset_path": told.get("dataset"),
     }
     if isinstance(settings := told.get("settings"), dict):
@@ -288,8 +288,8 @@ def _metadata(dictionary: PlainDictionary) -> dict[str, Any]:
             theirs: settings[name] for name, theirs in _SETTINGS.items() if name in settings
         }
     targets = told.get("targets")
-    if isinstance(targets, dict) and "hook" in targets:
-        metadata["hook_name_out"] = to_lens(str(targets["hook"]))
+    if isinstance(targets, dict) and (hook := hook_named_by(targets)):
+        metadata["hook_name_out"] = to_lens(hook)
     own: dict[str, Any] = {"arch": dictionary.arch, ORIGIN: told}
     if dictionary.k is not None:
         own["k"] = dictionary.k

@@ -25,6 +25,7 @@ from sae_fast.evaluation.concepts import TOKEN, Concepts
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS, LATENTS
 from sae_fast.evaluation.purity import token_rows
+from sae_fast.interop.hook_names import hook_named_by, to_lens
 from sae_fast.markdown import markdown_table
 from sae_fast.report.evaluation_page import evaluation_page
 from sae_fast.report.page import REPORT
@@ -223,6 +224,7 @@ class Evaluation:
         ]
         origin = self.sae.origin
         has_model = "model_performance_preservation" in self.metrics
+        hook = hook_named_by(origin)
         return {
             "eval_type_id": "core",
             "eval_config": {
@@ -251,7 +253,7 @@ class Evaluation:
                 "d_in": self.sae.d_in,
                 "d_sae": self.sae.d_sae,
                 "model_name": origin.get("model"),
-                "hook_name": origin.get("hook"),
+                "hook_name": to_lens(hook) if hook else None,
                 "hook_layer": origin.get("layer"),
             },
             "eval_result_unstructured": {"measured_on": self.measured_on},
