@@ -25,6 +25,7 @@ from sae_fast.report.evaluation_page import evaluation_page
 from sae_fast.report.page import Page, Row
 from sae_fast.report.run_charts import cosine_chart, density_chart, density_counts, front_chart
 from sae_fast.report.training_page import LatentFigures, training_page
+from sae_fast.training.metrics import ROW_NAMES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -113,6 +114,17 @@ def test_the_report_of_a_training_has_its_figures_curves_and_settings() -> None:
     assert "Top latents on 200 held-out rows" in html
     assert html.count('<div class="latent">') == 12
     assert "&lt;img src=x onerror=alert(1)&gt;" in html
+
+
+def test_every_figure_of_a_training_has_a_definition() -> None:
+    axis = {"step", "tokens", "epoch"}
+    heldout = ("fvu", "ordinary_fvu", "explained_variance_overall", "l0", "ce", "ce_model", "kl")
+    names = {*SAEConfig().term_coefficients, *ROW_NAMES, "mean_threshold", "objective"} - axis
+    names |= {f"heldout_{name}" for name in heldout} | {"averaged_heldout_fvu"}
+    summary = {"steps": 1, "tokens": 1, "seconds": 1.0, "warnings": []}
+    summary |= {f"final_{name}": 1.0 for name in names}
+    html = training_page("a run", ROWS, summary, {}, LatentFigures(None, torch.rand(5))).html()
+    assert set(re.findall(r"<code>(\w+)</code><small>[^<]+<", html)) == names
 
 
 def test_the_report_of_a_comparison_has_its_pairs_and_the_heatmap() -> None:

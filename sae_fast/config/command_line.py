@@ -261,7 +261,9 @@ class CommandLine:
         """Return the help: all flags with their texts, or one line for each of the most used."""
         width = min(max(shutil.get_terminal_size((_WIDEST, 24)).columns, _NARROWEST), _WIDEST)
         usage = textwrap.indent(self.usage, "       ").strip()
-        lines = [f"usage: {usage}", "", *textwrap.wrap(self.about, width)]
+        lines = [f"usage: {usage}"]
+        for paragraph in self.about.split("\n\n"):
+            lines += ["", *textwrap.wrap(paragraph, width)]
         hidden = {*self.refused, *self.hidden}
         flags = [flag for flag in self.flags() if flag.name not in hidden]
         brief = [flag for flag in flags if flag.rules.brief or flag.rules.positional]

@@ -19,8 +19,8 @@ class CompareConfig(ConfigFile):
     another library, owner/name[/subfolder][@revision] on the Hugging Face hub, or a .safetensors
     file with W_dec [latents, width] in the units of the activations."""
     out: Path | None = setting(None, metavar="DIR")
-    """Directory for compare.json, compare.md, latents.csv, latents.json and compare.png;
-    default: only a table is printed."""
+    """Directory for report.html, compare.json, compare.md, latents.csv, latents.json and
+    compare.png; default: only a table is printed."""
     thresholds: tuple[float, ...] = setting((0.7, 0.9), at_least=-1, at_most=1)
     """Two matched latents count as shared if their cosine is at least this."""
     absolute: bool = setting(False)

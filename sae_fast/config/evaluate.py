@@ -31,9 +31,15 @@ class EvaluateConfig(ConfigFile):
     saes: tuple[Path, ...] = setting((), positional=True, metavar="SAE")
     """Directories of runs, of checkpoints or of saved models, dictionaries of other libraries, and
     owner/name[/subfolder][@revision] on the Hugging Face hub."""
-    out: Path | None = setting(None, metavar="DIR", heading="What is written", brief="directory")
-    """Directory to write: metrics.json, metrics.md, saebench_core.json and tables of latents; with
-    several dictionaries in a folder for each, and their metrics beside each other in metrics.md."""
+    out: Path | None = setting(
+        None,
+        metavar="DIR",
+        heading="What is written",
+        brief="directory to write: report.html, metrics.md, metrics.json, tables of latents",
+    )
+    """Directory to write: report.html, metrics.md, metrics.json, saebench_core.json and tables of
+    latents; with several dictionaries in a folder for each, and their metrics beside each other in
+    report.html and metrics.md."""
     shard_dir: Path | None = setting(
         None, metavar="DIR", heading="Rows", brief="shards to measure on, the held-out ones of them"
     )
@@ -67,10 +73,15 @@ class EvaluateConfig(ConfigFile):
         at_least=0,
         needs=_SHARDS,
         heading="Tokens and labels",
-        brief="strongest rows to compare",
+        brief="strongest rows of a latent whose tokens and labels are compared",
     )
     """Strongest rows of each latent whose tokens and labels are compared; 0: none. [tokens]"""
-    labels: str | None = setting(None, nonempty=True, needs=_SHARDS, brief="data set with labels")
+    labels: str | None = setting(
+        None,
+        nonempty=True,
+        needs=_SHARDS,
+        brief="data set in the shards with a label of each row, a whole number (-1: none)",
+    )
     """Name of the data set in the shards with a label of each row, a whole number, -1: none. The
     strongest rows of a latent are compared by it, and probes on a few latents are trained for
     it."""
@@ -85,7 +96,11 @@ class EvaluateConfig(ConfigFile):
     """A tokenizer, for the text of tokens: a folder, a tokenizer.json or a name on the hub;
     default: the one that the shards name, where it has been downloaded."""
     model: str | None = setting(
-        None, nonempty=True, needs=_MODEL, heading="Inside the model", brief="folder or hub name"
+        None,
+        nonempty=True,
+        needs=_MODEL,
+        heading="Inside the model",
+        brief="a folder or a name on the hub",
     )
     """A folder with a transformers model, or its name on the hub; default: the model that the
     dictionary names as its origin."""
@@ -128,8 +143,13 @@ class EvaluateConfig(ConfigFile):
     first-order estimate of its impact."""
     ablate_latents: tuple[int, ...] = setting((), at_least=0, needs=_MODEL, metavar="LATENT")
     """Further latents to ablate, by number."""
-    force: bool = setting(False, heading="More", brief="measure on activations of another place")
-    """Measure although the dictionary says that it is of another model, hook point or layer."""
+    force: bool = setting(
+        False,
+        heading="More",
+        brief="measure on rows of another model, hook point or layer than the dictionary's",
+    )
+    """Measure although the dictionary says that it is of another model, hook point or layer than
+    the rows, or although the tokenizer reads tokens otherwise than the one that the shards name."""
     device: str = setting("cpu", brief="cpu or cuda")
     """cpu or cuda."""
     num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)

@@ -22,8 +22,8 @@ class GroundTruthConfig(ConfigFile):
     title: ClassVar[str] = "Task"
 
     out: Path | None = setting(None, metavar="DIR", heading="Results and trainings")
-    """Directory for results.json, results.md, pictures and models. A call with the settings of an
-    earlier one keeps what is finished there and makes the rest."""
+    """Directory for report.html, results.md, results.json, pictures and models. A call with the
+    settings of an earlier one keeps what is finished there and makes the rest."""
     arch: tuple[str, ...] = setting(())
     """Architectures to train; default: all of the package and all registered ones, slots only where
     the task has labels."""

@@ -80,8 +80,8 @@ class LatentsConfig(ConfigFile):
     batch_size: int = setting(8192, at_least=1, heading="The pass")
     """Rows that are encoded together; it changes no page. [tokens]"""
     force: bool = setting(False)
-    """Make pages also where model and shards say that they are of different places, or where the
-    tokenizer reads tokens otherwise than the one that the shards name."""
+    """Make pages although the autoencoder says that it is of another model, hook point or layer
+    than the shards, or the tokenizer reads tokens otherwise than the one that the shards name."""
     keep_codes: bool = setting(False)
     """Keep the codes of all rows in OUT/codes after the pass."""
     activations_key: str = setting("activations", nonempty=True)

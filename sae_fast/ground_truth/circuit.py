@@ -83,7 +83,7 @@ class Circuit(Task):
         "of which spans are repeated. It learns induction (arXiv:2209.11895): it looks for an "
         "earlier occurrence of the present token and expects the token that followed it. "
         "Autoencoders train on its residual stream; latents are compared with the variables of "
-        "this circuit at the same place."
+        "this circuit at each position."
     )
     scores: ClassVar[Sequence[Score]] = _scores()
 

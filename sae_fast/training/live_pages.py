@@ -156,7 +156,7 @@ class LivePages(Callback):
         if made is None:
             return
         text, pages = made
-        lines = f"step {step:,}", f"{trainer.sae.extra_repr()} · {pages.rows:,} rows of batches"
+        lines = f"step {step:,}", f"{trainer.sae.extra_repr()} · the newest {pages.rows:,} rows"
         viewer = Viewer(
             pages, text, *lines, self._settings.intervals, tokens=self._tokens, step=step
         )
