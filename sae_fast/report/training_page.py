@@ -72,6 +72,8 @@ _DEFINITIONS = {
     "tokens_per_second": "rows trained on a second, since the row before in the log",
     "time_per_step_ms": "milliseconds of a step, since the row before in the log",
     "reader_stall_fraction": "share of the time spent waiting for rows",
+    "communication_fraction": "share of the time spent gathering from the other processes",
+    "exchanged_bytes": "bytes that a process has given to the others in a step",
     "skipped_rows": "rows left out because they held NaN or Inf",
     "skipped_steps": "steps left out because gradients overflowed (fp16)",
     "variance": "Σ |x − mean(x)|² of the last batch",
