@@ -129,7 +129,7 @@ def time_steps(trained: Reached, trainer: Trainer, rounds: int) -> StepTime:
     """
     assert trainer.data.heldout is not None
     heldout = torch.cat(list(trainer.data.heldout))
-    x = trainer.sae.normalize(heldout[: trainer.train_config.batch_size])
+    x = trainer.sae.normalize(heldout[: trainer.train_config.kept_batch_size])
     rows = Rows(x, {})
     dense = DenseArchitecture(trainer.sae, lr=1e-6)
     step = TrainingStep(

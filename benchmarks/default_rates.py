@@ -2,17 +2,19 @@
 
     python -m benchmarks.default_rates --shard-dir DIR --epochs 1 5 --markdown default_rates.md
 
-The defaults follow from the number of steps (training/fitted_rates.py). A row is a number of epochs
-and a factor of the default learning rate; everything else has its default, as in `python -m
-sae_fast.train --shard-dir DIR --k K`. FVU, dead latents and L0 are of the held-out shards, where a
-latent is dead that fires on none of their rows. They are means over the seeds, with the largest
-distance from the mean.
+The defaults follow from the tokens of the run (training/fitted_batch.py, fitted_rates.py). A row is
+a number of epochs, a batch size, and a factor of the default learning rate; everything else has its
+default, as in `python -m sae_fast.train --shard-dir DIR --k K`. FVU, dead latents and L0 are of the
+held-out shards, where a latent is dead that fires on none of their rows. They are means over the
+seeds, with the largest distance from the mean. CPU seconds are medians of what the process computes
+from the first step to the last evaluation; other work on the machine lengthens them.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from typing import Any
 
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
@@ -23,13 +25,15 @@ from sae_fast.training.trainer import Trainer
 FIGURES = ("heldout_fvu", "heldout_dead_fraction", "heldout_l0")
 
 
-def train(options: argparse.Namespace, epochs: int, factor: float, seed: int) -> dict[str, Any]:
-    """Train one autoencoder; return its rate, steps and held-out figures."""
+def train(
+    options: argparse.Namespace, epochs: int, batch_size: int, factor: float, seed: int
+) -> dict[str, Any]:
+    """Train one autoencoder; return its rate, steps, seconds and held-out figures."""
     sae = SAEConfig(arch=options.arch, k=options.k, d_sae=options.d_sae)
     given: dict[str, Any] = {
         "shard_dir": options.shard_dir,
         "max_epochs": epochs,
-        "batch_size": options.batch_size,
+        "batch_size": batch_size or None,
         "seed": seed,
         "eval_every": 0,
         "checkpoint_every": 0,
@@ -41,10 +45,13 @@ def train(options: argparse.Namespace, epochs: int, factor: float, seed: int) ->
     if factor != 1:
         trainer.close()
         trainer = Trainer(sae, TrainConfig(**given, lr=rate), show_progress=False)
+    begin = time.process_time()
     trainer.train()
+    seconds = time.process_time() - begin
     figures = {name: trainer.history[-1][name] for name in FIGURES}
-    setting = {"epochs": epochs, "factor": factor, "seed": seed}
-    return {**setting, "steps": trainer.total_steps, "rate": rate, **figures}
+    setting = {"epochs": epochs, "asked": batch_size, "factor": factor, "seed": seed}
+    batch = {"batch_size": trainer.train_config.batch_size, "steps": trainer.total_steps}
+    return {**setting, **batch, "rate": rate, "seconds": seconds, **figures}
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -56,16 +63,19 @@ def spread(values: list[float], digits: int) -> str:
 
 def report(result: dict[str, Any]) -> str:
     """Return the explanation and the table as Markdown."""
-    groups: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
     for run in result["runs"]:
-        groups.setdefault((run["epochs"], run["factor"]), []).append(run)
+        groups.setdefault((run["epochs"], run["asked"], run["factor"]), []).append(run)
     rows = []
-    for (_, factor), runs in groups.items():
-        name = "default" if factor == 1 else f"{factor:g} times the default"
+    for (epochs, asked, factor), runs in groups.items():
+        size = f"{runs[0]['batch_size']:,}{'' if asked else ', default'}"
+        name = f"{runs[0]['rate']:.2g}{', default' if factor == 1 else ''}"
         fvu, dead, l0 = ([run[figure] for run in runs] for figure in FIGURES)
         shown = [spread(fvu, 4), spread([100 * share for share in dead], 1), spread(l0, 1)]
-        rows.append([name, f"{runs[0]['steps']:,}", f"{runs[0]['rate']:.2g}", *shown])
-    headings = ["learning rate", "steps", "rate", "held-out FVU", "dead %", "held-out L0"]
+        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
+        rows.append([str(epochs), size, f"{runs[0]['steps']:,}", name, *shown, seconds])
+    headings = ["epochs", "batch", "steps", "learning rate"]
+    headings += ["held-out FVU", "dead %", "held-out L0", "CPU seconds"]
     return "\n\n".join(
         [
             "# Default learning rates",
@@ -85,7 +95,7 @@ def main() -> None:
     parser.add_argument("--arch", default="topk", choices=["topk", "batch_topk", "matryoshka"])
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--d-sae", type=int, default=3072)
-    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[0], help="0: the default")
     parser.add_argument("--epochs", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--factors", type=float, nargs="+", default=[0.3, 1.0, 2.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -95,8 +105,9 @@ def main() -> None:
     options = parser.parse_args()
     device = device_or_exit(options.device)
     runs = [
-        train(options, epochs, factor, seed)
+        train(options, epochs, batch_size, factor, seed)
         for epochs in options.epochs
+        for batch_size in options.batch_sizes
         for factor in options.factors
         for seed in options.seeds
     ]

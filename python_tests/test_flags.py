@@ -15,6 +15,7 @@ from sae_fast.config.command_line import parse
 from sae_fast.config.fields import ConfigFile, configuration, field_names
 from sae_fast.config.model_text import DEFAULT_K, SAE_DEFAULTS, TRAIN_DEFAULTS
 from sae_fast.config.setting import rules_of, setting
+from sae_fast.config.train import LARGEST_BATCH
 from sae_fast.train import parse_arguments
 
 
@@ -209,6 +210,6 @@ def test_help_tells_of_defaults_that_depend_on_the_mode(capsys):
     full = " ".join(capsys.readouterr().out.split())
     shards = TrainConfig.defaults()
     assert f"on shards {shards['checkpoint_every']} by default" in full
-    assert f"batch_tokens, by default {shards['batch_size']}" in full
+    assert f"batch_tokens, by default at most {LARGEST_BATCH}" in full
     assert f"on shards the default is seed {shards['seed']}" in full.replace("On", "on")
     assert f"on shards: {shards['dead_percentage_threshold']}" in full

@@ -33,11 +33,11 @@ def first_steps(name: str, steps: int) -> Trainer:
 
     sae, train = preset(name).configs()
     train = replace(train, max_steps=steps, log_every=1, eval_every=0, checkpoint_every=0)
-    rows = torch.randn(train.batch_size, sae.d_in)
+    rows = torch.randn(train.kept_batch_size, sae.d_in)
     columns = {}
     if sae.arch == "slots":  # the reconstruction alone would not be the whole step
         train = replace(train, reconstruction_epochs=0.0)
-        relations = torch.arange(train.batch_size) % (sae.n_relations or 1)
+        relations = torch.arange(train.kept_batch_size) % (sae.n_relations or 1)
         columns = {str(sae.relation_labels): relations, str(sae.answer_labels): relations}
     return Trainer(sae, train, data=rows, columns=columns, show_progress=False)
 
@@ -47,7 +47,7 @@ def measured_tokens_per_second(name: str, steps: int = MEASURED_STEPS) -> float:
     trainer = first_steps(name, steps + 1)
     trainer.train()
     milliseconds = [float(row["time_per_step_ms"]) for row in trainer.history[1:]]
-    return 1000 * trainer.train_config.batch_size * len(milliseconds) / sum(milliseconds)
+    return 1000 * trainer.train_config.kept_batch_size * len(milliseconds) / sum(milliseconds)
 
 
 @configuration()

@@ -155,12 +155,12 @@ def test_default_rates_trains_every_length_with_every_factor(run, tmp_path):
     rows = torch.randn(700, 32, generator=torch.Generator().manual_seed(0))
     write_shard(tmp_path / "train_00.h5", rows[:500])
     write_shard(tmp_path / "heldout_00.h5", rows[500:])
-    small = ["--batch-size", "64", "--d-sae", "64", "--k", "4", "--seeds", "0", "1"]
-    lengths = ["--epochs", "1", "2", "--factors", "1", "0.5"]
+    small = ["--batch-sizes", "64", "0", "--d-sae", "64", "--k", "4", "--seeds", "0", "1"]
+    lengths = ["--epochs", "1", "3", "--factors", "1", "0.5"]
     result, table = run("default_rates", "--shard-dir", str(tmp_path), *small, *lengths)
-    assert [run["steps"] for run in result["runs"]] == [7] * 4 + [15] * 4
+    assert [run["steps"] for run in result["runs"]] == [7] * 4 + [1] * 4 + [23] * 4 + [5] * 4
     assert all(run["heldout_fvu"] > 0 for run in result["runs"])
-    assert len(rows_of(table)) == 1 + 2 * 2
+    assert len(rows_of(table)) == 1 + 2 * 2 * 2
 
 
 @pytest.mark.slow

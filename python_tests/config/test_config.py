@@ -288,7 +288,7 @@ def test_bad_model_value_names_field_and_value(values, message):
 BAD_TRAIN_VALUES = [
     ({"shard_dir": ""}, "shard_dir must be a name"),
     ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-    ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+    ({"batch_size": 1.5}, "batch_size must be a whole number or null, got 1.5"),
     ({"grad_acc_steps": 0}, "grad_acc_steps must be at least 1"),
     ({"max_epochs": 0}, "max_epochs must be at least 1"),
     ({"max_steps": 0}, "max_steps must be at least 1"),

@@ -81,7 +81,7 @@ class PassingSource(Source):
         self._given = given
         self._is_iterator = isinstance(given, Iterator)
         self._batch_size, self._seed = batch_size, seed
-        rows = None if self._is_iterator else _stated_rows(given)
+        rows = None if self._is_iterator else stated_rows(given)
         if epochs is not None and (self._is_iterator or rows is None):
             reason = (
                 "an iterator is read once" if self._is_iterator else "no number of rows is known"
@@ -329,7 +329,7 @@ def _digest(row: Tensor) -> str:
     return hashlib.sha256(row.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def _stated_rows(given: Iterable[Any]) -> int | None:
+def stated_rows(given: Iterable[Any]) -> int | None:
     """Return the rows that one pass over the data gives, as far as they say it."""
     if isinstance(given, DataLoader):
         sampler: Any = given.sampler

@@ -202,7 +202,7 @@ class FromModelConfig(ConfigFile):
         },
     )
     """Sequences in a forward pass, also --batch_size; a batch has this times ctx_len tokens, on
-    shards it has batch_tokens, by default 4096. [sequences]"""
+    shards it has batch_tokens, by default at most 4096. [sequences]"""
     ctx_len: int | None = setting(None, brief="tokens of a sequence; default: 512")
     """Tokens of a sequence; default: 512, or the model's context if that is shorter. [tokens]"""
     heldout_tokens: int = setting(16_384, brief="tokens kept for evaluation")

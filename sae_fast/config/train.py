@@ -31,6 +31,7 @@ _WANDB = Effect(
     lambda train: train.wandb_project is not None or "wandb" in train.logger,
 )
 _MESH = Effect("mesh, of several processes", lambda train: train.mesh is not None)
+LARGEST_BATCH = 4096  # tokens, by default
 DEFAULT_PROJECT = "sae_fast"  # of Weights & Biases
 
 
@@ -56,7 +57,7 @@ class TrainConfig(ConfigFile):
     if TYPE_CHECKING:  # the other names of settings, which `configuration` adds
         lr: float = 0.0
         use_amp: bool | Literal["off", "bf16", "fp16"] = "off"
-        batch_tokens: int = 4096
+        batch_tokens: int | None = None
         init_from: str | None = None
 
     shard_dir: str | None = setting(
@@ -196,17 +197,18 @@ class TrainConfig(ConfigFile):
     padding are. refuse: more than 1 % of a shard are an error; drop: all are dropped and counted;
     keep: they are trained on."""
 
-    batch_size: int = setting(
-        4096,
+    batch_size: int | None = setting(
+        None,
         at_least=1,
         decided_by="batch_size",
         spelt="batch_tokens",
         heading="Batches and length",
-        brief="tokens in a batch",
+        brief="tokens in a batch; default: by the length of the run",
         instead={"batch_sequences": "a batch of shards has --batch-tokens tokens"},
     )
     """Tokens per forward pass, also --batch-size; an optimiser step takes grad_acc_steps of these.
-    [tokens]"""
+    Default: 4096, without max_steps and grad_acc_steps in a run of fewer than 4.1 million tokens
+    2048, below 2.05 million 1024, below 256,000 512, and below 128,000 256. [tokens]"""
     grad_acc_steps: int = setting(1, at_least=1)
     """Batches whose gradients are averaged into one optimiser step; the variance of fvu, target_l0
     and the selection of batch_topk are of the whole step. [batches]"""
@@ -630,6 +632,16 @@ class TrainConfig(ConfigFile):
     def order_seed(self) -> int:
         """`shuffle_seed`, or its default."""
         return self.seed if self.shuffle_seed is None else self.shuffle_seed
+
+    @property
+    def kept_batch_size(self) -> int:
+        """`batch_size`, or what it is in a long run, see training/fitted_batch.py."""
+        return LARGEST_BATCH if self.batch_size is None else self.batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step, with `kept_batch_size`."""
+        return self.kept_batch_size * self.batches_per_step
 
     @property
     def kept_decay_fraction(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -29,7 +30,7 @@ from sae_fast.activations import (
 from sae_fast.activations.cutting import cut_tensors
 from sae_fast.activations.given_arrays import Given, as_given_tensor
 from sae_fast.activations.given_source import GivenSource
-from sae_fast.activations.passing_source import PassingSource
+from sae_fast.activations.passing_source import PassingSource, stated_rows
 from sae_fast.activations.pool import check_lockable
 from sae_fast.activations.scanning import RECORD_NAME, ScanRecord
 from sae_fast.activations.shard import Shard
@@ -40,6 +41,7 @@ from sae_fast.activations.tensor_stream import digest_of, finite_rows
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.config.setting import rules_of
 from sae_fast.training.device import checked_device
+from sae_fast.training.fitted_batch import with_fitted_batch
 from sae_fast.training.labels import check_columns, label_columns, needs_sequences
 from sae_fast.training.shard_files import open_heldout_shards, open_training_shards
 
@@ -49,15 +51,21 @@ _SAMPLED_BATCHES = 16
 
 
 class SharedShards(NamedTuple):
-    """Shards whose batches several trainings take."""
+    """Shards whose batches, of `batch_size` rows, several trainings take."""
 
     shards: ShardMix
     source: SharedSource[Rows]
     scans: ScanRecord
+    batch_size: int
 
 
 class OpenedSource(NamedTuple):
-    """The source of a run, and what the mean and scale of its rows are estimated from."""
+    """The source of a run, and what the mean and scale of its rows are estimated from.
+
+    `config` is the configuration of the run with the batch size of the source.
+    """
+
+    config: TrainConfig
 
     # "source": a caller's own; "iterator": what gives one tensor after the other.
     kind: Literal["shards", "tensor", "source", "iterator", "model"]
@@ -100,19 +108,23 @@ def open_source(
     if data is None:
         is_scaled = sae.normalize_activations != "none" and config.resume_from is None
         shards = open_training_shards(config, [sae], scans, sample=is_scaled)
-        return OpenedSource("shards", open_stream(config, shards, device), shards, shards.targets)
+        config = with_fitted_batch(config, shards.rows)
+        stream = open_stream(config, shards, device)
+        return OpenedSource(config, "shards", stream, shards, shards.targets)
     if isinstance(data, SharedShards):
         shards = data.shards
         reader = data.source.reader(_all, shards.d_in, shards.columns, full_origin(shards))
-        return OpenedSource("shards", reader, shards, shards.targets)
+        config = replace(config, batch_size=data.batch_size)
+        return OpenedSource(config, "shards", reader, shards, shards.targets)
     _refuse_settings_of_files(config)
     if isinstance(data, SharedReader):
-        return OpenedSource("model", data)
+        return OpenedSource(config, "model", data)
     if isinstance(data, Tensor):
         labels, targets = _split_targets("columns", columns, sae)
-        stream = TensorStream(
+        config = with_fitted_batch(config, data.shape[:-1].numel())
+        rows = TensorStream(
             data,
-            batch_size=config.batch_size,
+            batch_size=config.kept_batch_size,
             seed=config.order_seed,
             skip_nonfinite=config.skip_nonfinite,
             device=device,
@@ -122,14 +134,16 @@ def open_source(
             max_norm_multiple=config.max_norm_multiple,
         )
         if config.max_norm_multiple is not None:  # mean and scale of the rows that are left
-            return OpenedSource("tensor", stream, stream.kept, stream.kept_targets)
-        return OpenedSource("tensor", stream, data, targets)
+            return OpenedSource(config, "tensor", rows, rows.kept, rows.kept_targets)
+        return OpenedSource(config, "tensor", rows, data, targets)
     if _gives_parts(data):
-        return OpenedSource("iterator", _open_parts(config, data))
+        config = with_fitted_batch(config, stated_rows(data))
+        return OpenedSource(config, "iterator", _open_parts(config, data))
     if not hasattr(data, "next_batch"):
         as_given_tensor("data", data)  # says that it is neither a tensor nor a source
     given: Any = data
-    return OpenedSource("source", GivenSource(given, config.batch_size))
+    config = replace(config, batch_size=config.kept_batch_size)
+    return OpenedSource(config, "source", GivenSource(given, config.kept_batch_size))
 
 
 class TrainingData:
@@ -148,6 +162,7 @@ class TrainingData:
         heldout_columns: labels beside `heldout`, which arch slots is evaluated with, and targets.
 
     Attributes:
+        config: with the batch size, where it was left open.
         kind: where the rows come from; "source": a caller's own, "iterator": what gives one tensor
             after the other, "model": its forward passes.
         source: the batches to train on, as they are stored until it is told a transform.
@@ -174,7 +189,6 @@ class TrainingData:
         if heldout_columns is not None and heldout is None:
             raise ValueError("heldout_columns go with heldout, and none is given")
         check_one_heldout(config, is_given=heldout is not None)
-        self._config = config
         self._sae = sae
         self.scans = data.scans if isinstance(data, SharedShards) else known_scans(config)
         if isinstance(data, np.ndarray):
@@ -189,7 +203,7 @@ class TrainingData:
             cut = opened.source.held
         if cut is not None:
             cut, cut_labels = _finite_heldout(config, sae, cut, cut_labels or {})
-        self.kind, self.source, self._rows, self._targets = opened
+        self.config, self.kind, self.source, self._rows, self._targets = opened
         self._shards = self._rows if isinstance(self._rows, ShardMix) else None
         if config.pin:
             check_lockable(self.source.memory_bytes)
@@ -265,7 +279,7 @@ class TrainingData:
     def _open_heldout(
         self, heldout: Tensor | None, targets: Tensor | None
     ) -> Iterable[Tensor] | None:
-        config = self._config
+        config = self.config
         if heldout is not None:
             if heldout.shape[-1] != self.source.d_in:
                 width = heldout.shape[-1]
@@ -283,12 +297,12 @@ class TrainingData:
                     )
             if self._sae.transcoder:
                 targets = self._checked_heldout(targets, len(rows))
-                self.heldout_targets = torch.split(targets, config.batch_size)
+                self.heldout_targets = torch.split(targets, config.kept_batch_size)
             if self.kind != "model":
                 self._heldout_parts = {"rows": rows, **self.heldout_labels}
                 if targets is not None:
                     self._heldout_parts[TARGETS] = targets
-            return torch.split(rows, config.batch_size)
+            return torch.split(rows, config.kept_batch_size)
         if self._shards is None:
             return None
         shards = open_heldout_shards(config, self._sae, self._shards, self.scans)
@@ -297,8 +311,8 @@ class TrainingData:
         self._heldout_parts = shards
         self.heldout_labels = read_labels(shards)
         if shards.targets is not None:
-            self.heldout_targets = HeldOut(shards.targets, batch_size=config.batch_size)
-        return HeldOut(shards, batch_size=config.batch_size)
+            self.heldout_targets = HeldOut(shards.targets, batch_size=config.kept_batch_size)
+        return HeldOut(shards, batch_size=config.kept_batch_size)
 
     def _checked_heldout(self, targets: Tensor | None, rows: int) -> Tensor:
         """Return the targets [rows, d_out] of the rows to evaluate on, checked."""
@@ -334,11 +348,11 @@ def _open_parts(config: TrainConfig, data: Iterable[Any]) -> PassingSource:
     """Open an iterator, a DataLoader or an iterable of tensors as the batches of a run."""
     limits = [] if config.max_tokens is None else [config.max_tokens]
     if config.max_steps is not None:
-        limits.append(config.max_steps * config.batch_size * config.batches_per_step)
+        limits.append(config.max_steps * config.tokens_per_step)
     logger.info("the rows are trained on in the order in which they come")
     return PassingSource(
         data,
-        config.batch_size,
+        config.kept_batch_size,
         seed=config.seed,
         wanted=min(limits, default=None),
         epochs=config.max_epochs,
@@ -403,8 +417,9 @@ def share_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> SharedShards
     scans = known_scans(config)
     shards = open_training_shards(config, saes, scans)
     scans.save_beside_manifests()
+    config = with_fitted_batch(config, shards.rows)
     stream = open_stream(config, shards, checked_device(config.device))
-    return SharedShards(shards, SharedSource(stream, len(saes)), scans)
+    return SharedShards(shards, SharedSource(stream, len(saes)), scans, config.kept_batch_size)
 
 
 def known_scans(config: TrainConfig) -> ScanRecord:
@@ -419,7 +434,7 @@ def open_stream(config: TrainConfig, shards: ShardMix, device: torch.device) -> 
     keep_on = torch.device("cpu") if config.keep_in_memory else None
     return ActivationStream(
         shards,
-        batch_size=config.batch_size,
+        batch_size=config.kept_batch_size,
         seed=config.order_seed,
         pool_rows=config.pool_rows,
         device=device,

@@ -51,7 +51,7 @@ class RunHealth:
 
     def __init__(self, sae: SAEConfig, train: TrainConfig, schedules: Schedules) -> None:
         self._sae, self._train, self._schedules = sae, train, schedules
-        self._total_tokens = train.batch_size * train.batches_per_step * schedules.total_steps
+        self._total_tokens = train.tokens_per_step * schedules.total_steps
         self._recent: deque[Row] = deque(maxlen=_ROWS_IN_TURN)
         self._error = RisingError(schedules.total_steps)
         self._told: set[str] = set()

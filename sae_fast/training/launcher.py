@@ -92,7 +92,7 @@ class Launcher:
         self._run = step.run if recorder is None else GraphedStep(step, recorder).run
         self._census: DeadCensus | None = None
         if ahead:
-            self._census = DeadCensus(step.sae, config.batch_size * config.batches_per_step)
+            self._census = DeadCensus(step.sae, config.tokens_per_step)
             self._census.take(float(self._census.count(self._steps_to_reading())))
 
     def launch(self, settings: StepSettings) -> None:

@@ -135,7 +135,7 @@ class LivePages(Callback):
             return
         self._taken = trainer.step
         began = time.monotonic()
-        size = trainer.train_config.batch_size
+        size = trainer.train_config.kept_batch_size
         firsts = range(trainer.tokens - trainer.tokens_per_step, trainer.tokens, size)
         rows = np.concatenate([self._texts.batch_rows(first) for first in firsts])
         if len(rows) < trainer.tokens_per_step:

@@ -170,7 +170,7 @@ def plan_memory(
         _take_larger_phase(parts, sae, train)
     host = {_WHOLE if train.keep_in_memory else _POOL: pool_bytes}
     if on_gpu:
-        batch = train.batch_size * (sae.d_in + sae.d_out) * _FLOAT
+        batch = train.kept_batch_size * (sae.d_in + sae.d_out) * _FLOAT
         graph = train.cuda_graph and train.fused and native and not _dense_moments(sae)
         parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
         if graph:  # beside what the steps before a capture took
@@ -225,20 +225,20 @@ def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """Return the parts that a step allocates and frees."""
     if ARCHITECTURES[sae.arch].selects_from_step:  # its batches are joined into one
-        whole = train.batch_size * train.batches_per_step
+        whole = train.tokens_per_step
         train = replace(train, batch_size=whole, grad_acc_steps=1, mesh=None)
-    inputs = train.batch_size * sae.d_in * _FLOAT
-    outputs = train.batch_size * sae.target_width * _FLOAT
+    inputs = train.kept_batch_size * sae.d_in * _FLOAT
+    outputs = train.kept_batch_size * sae.target_width * _FLOAT
     aux = sae.kept_aux_k
     k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + MULTI if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
     if sae.registered_by and k == 0:  # it lists any number
         k = round(DENSE_FROM * sae.d_sae)
-    entries = train.batch_size * (k + aux) * _BYTES_PER_ENTRY
+    entries = train.kept_batch_size * (k + aux) * _BYTES_PER_ENTRY
     accumulated = train.batches_per_step * (inputs + outputs + entries)
     parts = {}
     if train.fused:
-        kept = min(_KEPT_ROWS_PER_TOKEN * train.batch_size * train.batches_per_step, sae.d_sae)
+        kept = min(_KEPT_ROWS_PER_TOKEN * train.tokens_per_step, sae.d_sae)
         both = sae.d_in + sae.target_width
         parts[_KEPT] = kept * both * _FLOAT
     arrays = _INPUT_ARRAYS * inputs + _RESIDUAL_ARRAYS * outputs
@@ -250,17 +250,17 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         arrays = 2 * train.batches_per_step * len(sae.matryoshka_prefixes)
         parts["errors of the nested dictionaries"] = arrays * outputs
     if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
-        rows = sae.d_sae + 4 * train.batch_size
+        rows = sae.d_sae + 4 * train.kept_batch_size
         parts["probe"] = sae.probe_outputs * rows * _FLOAT
     if sae.independence_coeff or sae.orthogonality_coeff:  # latents by tokens, tokens by tokens
         dense = (1 if _dense_moments(sae) else 2) * sae.d_sae
         parts["correlations of latents"] = (
-            train.batch_size * _FLOAT * (dense + 4 * train.batch_size)
+            train.kept_batch_size * _FLOAT * (dense + 4 * train.kept_batch_size)
         )
     if sae.temporal_smoothness_coeff > 0:
         listed = (sae.k or round(DENSE_FROM * sae.d_sae)) * _BYTES_PER_MATCHED_ENTRY
         dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if _dense_moments(sae) else 0
-        parts["temporal smoothness"] = train.batch_size * max(listed, dense)
+        parts["temporal smoothness"] = train.kept_batch_size * max(listed, dense)
     return parts
 
 
@@ -270,7 +270,7 @@ def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig
     The first steps work on all latents, with dense gradients and without a packed encoder; later
     ones on those listed.
     """
-    all_latents = train.batch_size * sae.d_sae
+    all_latents = train.kept_batch_size * sae.d_sae
     matrix = sae.d_sae * (sae.d_in + sae.target_width) / 2
     accumulated = 2 if train.batches_per_step > 1 else 0
     matrices = {

@@ -14,6 +14,7 @@ from sae_fast.ops.native import build_info
 from sae_fast.training.checkpoint import Checkpoint
 from sae_fast.training.data import check_one_heldout, have_names, open_stream
 from sae_fast.training.device import checked_device
+from sae_fast.training.fitted_batch import with_fitted_batch
 from sae_fast.training.labels import label_columns
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.run_directory import RunDirectory
@@ -43,6 +44,7 @@ def check_before_reading(
         return  # the labels decide sizes of the model
     d_out = 0 if shards.targets is None else shards.targets.d_in
     sae = sized_config(sae, shards.d_in, checkpoint, d_out)
+    train = with_fitted_batch(train, shards.rows)
     schedules = make_schedules(train, sae, shards.rows)
     schedules.check_made(0 if checkpoint is None else checkpoint.step, train)
     run = Run(

@@ -149,7 +149,7 @@ def count_steps(config: TrainConfig, rows_per_epoch: int) -> int:
 
 def _first_limit(config: TrainConfig, rows_per_epoch: int) -> tuple[str, int]:
     """Return the setting that ends a run, and the optimiser steps that it allows."""
-    tokens_per_step = config.batch_size * config.batches_per_step
+    tokens_per_step = config.tokens_per_step
     limits = {}
     if config.max_steps is not None:
         limits["max_steps"] = config.max_steps
@@ -165,7 +165,7 @@ def _first_limit(config: TrainConfig, rows_per_epoch: int) -> tuple[str, int]:
         value = getattr(config, name) or 1
         raise ValueError(
             f"{name} = {value:,}{data} leaves no full step of {tokens_per_step:,} tokens "
-            f"(batch_size {config.batch_size:,} x grad_acc_steps {config.grad_acc_steps}"
+            f"(batch_size {config.kept_batch_size:,} x grad_acc_steps {config.grad_acc_steps}"
             f"{'' if config.mesh is None else f' x mesh {config.mesh}'})"
         )
     return name, limits[name]
@@ -214,7 +214,7 @@ def make_schedules(config: TrainConfig, sae: SAEConfig, rows_per_epoch: int) -> 
         ValueError: when the settings allow no step, or no fall of k.
     """
     limit, total_steps = _first_limit(config, rows_per_epoch)
-    tokens_per_step = config.batch_size * config.batches_per_step
+    tokens_per_step = config.tokens_per_step
     rows_alone = min(rows_per_epoch * config.reconstruction_epochs, 2.0**62)
     alone = int(rows_alone) // tokens_per_step
     if alone >= total_steps:

@@ -71,6 +71,16 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
     return RunConfig.from_saved(checkpoint.state["config"])
 
 
+def with_saved_batch(config: TrainConfig, checkpoint: Checkpoint | None) -> TrainConfig:
+    """Return the configuration of a run with the batch size that a resumed one began with.
+
+    A batch size that is given stays.
+    """
+    if checkpoint is None or config.batch_size is not None:
+        return config
+    return replace(config, batch_size=saved_config(checkpoint).train.batch_size)
+
+
 def sized_config(
     config: SAEConfig, d_in: int, checkpoint: Checkpoint | None, d_out: int = 0
 ) -> SAEConfig:
@@ -180,7 +190,7 @@ def initialize_(
     wanted = min(sample_rows(sae.config), rows_per_epoch)
     if wanted == 0:
         return sae.initialize_(generator)
-    batches = source.peek(math.ceil(wanted / config.batch_size))
+    batches = source.peek(math.ceil(wanted / config.kept_batch_size))
     sample = torch.cat([x for x, _ in batches])
     if not sae.config.transcoder:
         return sae.initialize_(generator, sample)

@@ -49,7 +49,7 @@ from sae_fast.training.preflight import check_before_reading
 from sae_fast.training.progress import ProgressBar
 from sae_fast.training.run_directory import in_mode_directory
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.start import resumed_checkpoint
+from sae_fast.training.start import resumed_checkpoint, with_saved_batch
 from sae_fast.training.trainer import Trainer
 from sae_fast.training.wall_clock import WallClock
 
@@ -391,11 +391,13 @@ def _on_shards(configs: Mapping[str, RunConfig], own: OwnCode) -> MakeTrainer:
     sharing: dict[str | None, list[RunConfig]] = {}
     for name, config in configs.items():
         train = in_mode_directory(config.sae, config.train)
-        placed = RunConfig(sae=config.sae, train=train)
         try:
-            check_before_reading(placed, resumed_checkpoint(train))
+            checkpoint = resumed_checkpoint(train)
+            train = with_saved_batch(train, checkpoint)
+            check_before_reading(RunConfig(sae=config.sae, train=train), checkpoint)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        config = replace(config, train=with_saved_batch(config.train, checkpoint))
         sharing.setdefault(config.train.shard_dir, []).append(config)
     shared = {
         place: share_shards(group[0].train, [config.sae for config in group])

@@ -97,6 +97,7 @@ from sae_fast.training.start import (
     start_from_,
     taken_from,
     warn_of_changes,
+    with_saved_batch,
 )
 from sae_fast.training.step import TrainingStep
 from sae_fast.training.wall_clock import WallClock
@@ -187,17 +188,19 @@ class Trainer:
         _check_variance(sae_config, train_config)
         self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
-        self.train_config = train_config = in_mode_directory(sae_config, train_config)
+        train_config = in_mode_directory(sae_config, train_config)
         self.device = checked_device(self.ranks.device_of(train_config.device))
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = resumed_checkpoint(train_config, writes=self.ranks.is_first)
+        train_config = with_saved_batch(train_config, checkpoint)
         if data is None:
             config = RunConfig(sae=sae_config, train=train_config)
             check_before_reading(config, checkpoint, has_heldout=heldout is not None)
         given = (data, heldout, self.device, sae_config, columns, heldout_columns)
         self.data = TrainingData(train_config, *given)
         self.source = self.data.source
+        self.train_config = train_config = self.data.config
         sae_config = with_label_counts(sae_config, self.source.columns)
         check_heldout_labels(sae_config, self.data.heldout_labels)
         known = None if checkpoint is not None else model_to_start_from(train_config)
@@ -212,7 +215,7 @@ class Trainer:
             )
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
-        self.tokens_per_step = train_config.batch_size * train_config.batches_per_step
+        self.tokens_per_step = train_config.tokens_per_step
         self.sae_config = self.sae_config.for_run(self.total_tokens)
         self.config = RunConfig(sae=self.sae_config, train=train_config)
         self.schedules.check_made(0 if checkpoint is None else checkpoint.step, train_config)
@@ -912,7 +915,7 @@ def _both_configs(
 
 def _check_variance(sae: SAEConfig, train: TrainConfig) -> None:
     """Raise ValueError where the loss is divided by the variance of a single row."""
-    if sae.loss_fn == "fvu" and train.batch_size * train.batches_per_step == 1:
+    if sae.loss_fn == "fvu" and train.tokens_per_step == 1:
         raise ValueError(
             "loss_fn fvu needs a batch_size (times grad_acc_steps) of at least 2, got 1: "
             "one row has no variance"

@@ -125,7 +125,7 @@ def _shuffled(
     stream = ModelStream(
         harvester,
         capture.widths,
-        batch_size=first.batch_size,
+        batch_size=first.kept_batch_size,
         pool_rows=_pool_rows(first, settings.max_tokens),
         seed=first.order_seed,
         max_tokens=settings.max_tokens,
