@@ -12,11 +12,11 @@ from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.trainer import Trainer
 
 RUN = TrainConfig(batch_size=64, max_steps=16, learning_rate=1e-2, log_every=1, eval_every=0)
-# AuxK divides by the variance of the residual of a part, so that it is off in what has parts.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "topk": {"k": 3, "aux_k_coeff": 0.0},
-    "topk with fvu": {"k": 3, "loss_fn": "fvu", "aux_k_coeff": 0.0},
-    "dead latents": {"k": 3, "dead_after_tokens": 128, "aux_k_coeff": 0.0},
+    "topk": {"k": 3},
+    "topk with fvu": {"k": 3, "loss_fn": "fvu"},
+    "dead latents": {"k": 3, "dead_after_tokens": 128},
+    "dead latents with multi_topk": {"k": 3, "dead_after_tokens": 128, "multi_topk": True},
     "batch_topk": {"arch": "batch_topk", "k": 3},
     "batch_topk with AuxK": {"arch": "batch_topk", "k": 3, "dead_after_tokens": 128},
     "matryoshka": {"arch": "matryoshka", "k": 3, "matryoshka_prefixes": (16, 64)},
@@ -29,10 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "chunked_max": {
         **{"k": 3, "decorrelation": "chunked_max", "decorrelation_coeff": 1.0},
-        **{"decorrelation_chunk": 8, "aux_k_coeff": 0.0},
+        **{"decorrelation_chunk": 8, "dead_after_tokens": 128},
     },
 }
-FIGURES = ("loss", "fvu", "l0", "silent_fraction", "sparsity_coeff")
+FIGURES = ("loss", "fvu", "l0", "silent_fraction", "sparsity_coeff", "aux_loss")
 
 
 def _trained(data: torch.Tensor, settings: dict[str, Any], run: TrainConfig) -> Trainer:
@@ -49,6 +49,8 @@ def test_parts_give_the_step_of_the_whole_batch(activations: torch.Tensor, name:
     for one, other in zip(whole.history, parts.history, strict=True):
         figures = {figure: one[figure] for figure in FIGURES if one.get(figure) is not None}
         assert {figure: other[figure] for figure in figures} == pytest.approx(figures, rel=1e-3)
+    if parts.sae.architecture.has_aux_k:
+        assert any(row["aux_loss"] > 0 for row in whole.history)
     state = parts.sae.state_dict()
     for tensor_name, tensor in whole.sae.state_dict().items():
         torch.testing.assert_close(state[tensor_name], tensor, rtol=1e-3, atol=1e-3)

@@ -171,11 +171,14 @@ class WholeStep:
         n_parts: how many batches of one size the step's loss is the mean of.
         variance: 0-d, Σ (y − mean(y))² over the targets of all parts.
         l0: 0-d, the L0 of all parts, for a loss term that is no mean over tokens; else None.
+        residual_variance: 0-d, Σ (e − mean(e))² over the residuals of all parts, for a loss term
+            that is a share of it; else None.
     """
 
     n_parts: int
     variance: Tensor
     l0: Tensor | None = None
+    residual_variance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,7 @@ class Architecture(ABC):
         selects_from_step: whether latents are selected from all tokens of a step, which therefore
             cannot be divided into parts.
         needs_step_l0: whether the loss of a part of a step needs the L0 of all parts.
+        has_aux_k: whether the loss has AuxK, which needs the variance of all parts' residuals.
         term_names: names of the terms of `loss`, in every step the same.
         metric_names: names of the metrics of `loss`, in every step the same.
     """
@@ -263,6 +267,7 @@ class Architecture(ABC):
     needs_host_sync = False
     selects_from_step = False
     needs_step_l0 = False
+    has_aux_k = False
     term_names: tuple[str, ...] = ()
     metric_names: tuple[str, ...] = ()
 
@@ -358,6 +363,10 @@ class Architecture(ABC):
 
     def count_active(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
         """Return how many latents of a batch are active, 0-d; called where `needs_step_l0`."""
+        raise NotImplementedError
+
+    def residual(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
+        """Return x̂ − x of a batch, [N, D], as `loss` computes it; called where `has_aux_k`."""
         raise NotImplementedError
 
     def clamp_parameters_(self, weights: Weights) -> None:  # noqa: B027

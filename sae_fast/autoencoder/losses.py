@@ -63,13 +63,17 @@ def aux_k_loss(
     residual: Tensor,  # [N, D], e or −e
     n_dead: Tensor,  # 0-d, so that the host does not wait for it
     full_k_aux: int,
+    variance: Tensor | None = None,  # 0-d
 ) -> Tensor:
     """Return AuxK, arXiv:2406.04093: the share of the residual's variance that dead latents miss.
 
     Scaled down while fewer than `full_k_aux` latents are dead; 0 for a residual without variance.
+    `variance` is the residual's total variance, which is measured where None is given. Of a batch
+    that is one of n parts of a step it is the n-th part of the variance of all their rows.
     """
     residual = residual.detach().to(squared_error.dtype)
-    per_variance = inverse_variance(residual, total_variance(residual))
+    variance = total_variance(residual) if variance is None else variance.to(residual.dtype)
+    per_variance = inverse_variance(residual, variance)
     share = (n_dead.double() / full_k_aux).clamp_max(1.0).to(per_variance.dtype)
     return deterministic_sum(squared_error) * (share * per_variance)
 

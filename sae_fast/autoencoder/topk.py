@@ -127,6 +127,16 @@ class TopK(Architecture):
             terms["multi_topk_loss"] = config.multi_topk_coeff * multi_loss
         return ArchitectureLoss(code, *modelled, recon_loss, terms)
 
+    @property
+    def has_aux_k(self) -> bool:  # type: ignore[override]
+        """Whether dead latents are trained."""
+        return self.full_k_aux > 0
+
+    def residual(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
+        """Return x̂ − x of a batch, [N, D], or ŷ − y, as `loss` computes it."""
+        code = self.encode(weights, batch.x, engine, k=batch.settings.k)
+        return engine.reconstruct(code, weights.W_dec, weights.b_dec, batch.target).residual
+
     def _auxiliary_loss(
         self,
         weights: Weights,
@@ -147,7 +157,12 @@ class TopK(Architecture):
         target = residual.detach().to(code.values.dtype).neg()
         modelled = engine.reconstruct(code.aux, weights.W_dec, None, target)
         n_dead = batch.dead_mask.sum()
-        loss = losses.aux_k_loss(modelled.squared_error, target, n_dead, self.full_k_aux)
+        variance = None
+        if batch.whole is not None and batch.whole.residual_variance is not None:
+            variance = batch.whole.residual_variance / batch.whole.n_parts
+        loss = losses.aux_k_loss(
+            *(modelled.squared_error, target, n_dead, self.full_k_aux), variance=variance
+        )
         return self.aux_k_coeff * self.config.error_of_the_mean * loss
 
 

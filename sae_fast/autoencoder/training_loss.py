@@ -103,31 +103,44 @@ def batch_loss(
 def whole_step(
     sae: SparseAutoencoder,
     parts: Sequence[Rows],
+    settings: StepSettings = StepSettings(),  # noqa: B008
     engine: Engine = Engine(),  # noqa: B008
     gathered: Callable[[list[list[Tensor]]], list[list[Tensor]]] = list,
 ) -> WholeStep:
     """Measure what `batch_loss` must know of a step whose gradient is added up from parts.
 
-    With jumprelu's penalty l0_target this encodes every part once more.
+    With jumprelu's penalty l0_target, and with AuxK where latents may be dead, this encodes every
+    part once more.
 
     Args:
         sae: the model.
         parts: of one size; of several processes only the ones that this process makes.
+        settings: of the step.
         engine: how the ops are called.
         gathered: returns the numbers of all parts, given the numbers of the parts of this process.
     """
-    rows = [rows_of(sae, part.x) for part in parts]
-    targets = [_target_in(sae, x, part.columns) for x, part in zip(rows, parts, strict=True)]
-    measured = [list(losses.moments(target)) for target in targets]
-    if sae.architecture.needs_step_l0:
-        weights, dead = sae.weights, sae.dead_mask()
-        for numbers, x in zip(measured, rows, strict=True):
-            numbers.append(sae.architecture.count_active(weights, Batch(x, x, dead), engine))
-    means, variances, *counts = zip(*gathered(measured), strict=True)
-    variance, l0 = losses.pooled_variance(means, variances, len(rows[0])), None
-    if counts:
-        l0 = torch.stack(counts[0]).sum() / (len(means) * len(rows[0]))
-    return WholeStep(len(means), variance, l0)
+    architecture, dead = sae.architecture, sae.dead_mask()
+    has_aux_k = architecture.has_aux_k and settings.k_aux != 0 and not settings.reconstruction_only
+    measured = []
+    for part in parts:
+        x = rows_of(sae, part.x)
+        y = _target_in(sae, x, part.columns)
+        numbers = [*losses.moments(y)]
+        if has_aux_k:
+            target = _residual_target(sae, x, y, engine.precision)
+            batch = Batch(x, target, dead, settings=settings)
+            numbers += losses.moments(architecture.residual(sae.weights, batch, engine))
+        if architecture.needs_step_l0:
+            numbers.append(architecture.count_active(sae.weights, Batch(x, x, dead), engine))
+        measured.append(numbers)
+    means, variances, *further = zip(*gathered(measured), strict=True)
+    n_rows, n_parts = len(parts[0].x), len(means)
+    variance = losses.pooled_variance(means, variances, n_rows)
+    of_residual = losses.pooled_variance(further[0], further[1], n_rows) if has_aux_k else None
+    l0 = None
+    if architecture.needs_step_l0:
+        l0 = torch.stack(further[-1]).sum() / (n_parts * n_rows)
+    return WholeStep(n_parts, variance, l0, of_residual)
 
 
 def decorrelation_term(sae: SparseAutoencoder) -> Tensor:

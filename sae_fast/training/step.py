@@ -130,7 +130,9 @@ class TrainingStep:
         n_parts = len(batches) * exchange.ranks.size
         whole = None
         if n_parts > 1:
-            whole = whole_step(self.sae, batches, self._engine, exchange.ranks.parts)
+            whole = whole_step(
+                self.sae, batches, settings, self._engine, gathered=exchange.ranks.parts
+            )
         share = 1 / n_parts
         weight = self.scaler.factor if n_parts == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
