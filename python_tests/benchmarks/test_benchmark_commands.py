@@ -93,9 +93,9 @@ def test_time_to_fvu_takes_the_best_rate_of_each_and_draws_seconds_and_tokens(ru
     small = ["--steps", "4", "--batch-size", "64", "--d-sae", "64", "--k", "4"]
     plot = tmp_path / "plot.png"
     data = ["--shard-dir", str(tmp_path), "--name", "noise", "--rates", "1e-5,1e-2"]
-    result, table = run("time_to_fvu", *data, *small, "--peers", "eager", "--plot", str(plot))
-    ours, eager = result["best"]
-    assert ours["rate"] == eager["rate"] == 1e-2
+    result, table = run("time_to_fvu", *data, *small, "--peers", "", "--plot", str(plot))
+    (ours,) = result["best"]
+    assert ours["rate"] == 1e-2
     assert ours["is_at_end"]
     assert dict(map(tuple, ours["ends"])) == {
         1e-5: ours["ends"][0][1],
@@ -234,7 +234,7 @@ def test_stream_measures_reading_and_shuffling(run, tmp_path):
 
 @pytest.mark.slow
 def test_slots_step_times_the_literal_form_too(run, tmp_path):
-    result, table = run("slots_step", "--slots", "50,120", "--rounds", "3")
+    result, table = run("slots_step", "--slots", "50", "--rounds", "2")
     for found in result["sizes"].values():
         implementations = found["contestants"]
         assert list(implementations) == ["sae_fast", "PyTorch, N x N", "PyTorch, F x F"]
@@ -243,7 +243,7 @@ def test_slots_step_times_the_literal_form_too(run, tmp_path):
         )
         losses = [one["first_loss"] for one in implementations.values()]
         assert losses == pytest.approx([losses[0]] * 3, rel=2e-3)
-    assert len(rows_of(table)) == 1 + 2 * 3
+    assert len(rows_of(table)) == 1 + 3
 
 
 @pytest.mark.slow
