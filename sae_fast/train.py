@@ -34,6 +34,7 @@ from sae_fast.config.fields import ConfigFile, configuration, field_names, read_
 from sae_fast.config.model_text import (
     DEFAULT_CONTEXT,
     DEFAULT_K,
+    RATE_WITHOUT_K,
     SAE_DEFAULTS,
     TRAIN_DEFAULTS,
     FromModelConfig,
@@ -308,7 +309,8 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     settings = line.settings
     sae = without_other_size(SAE_DEFAULTS, layers["sae"])
     arch = flags["sae"].get("arch") or layers["sae"].get("arch", SAEConfig.arch)
-    if arch in rules_of(SAEConfig)["k"].arch or "k" in config_of(arch).shared:
+    has_k = arch in rules_of(SAEConfig)["k"].arch or "k" in config_of(arch).shared
+    if has_k:
         sae["k"] = DEFAULT_K
     rules = rules_of(TrainConfig)
     defaults: dict[str, Any] = {
@@ -322,6 +324,8 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     train = {name: value for name, value in layers["train"].items() if value is not None}
     train |= {"batch_size": defaults["batch_size"], **on_line}
     defaults |= TRAIN_DEFAULTS
+    if not has_k:
+        defaults["learning_rate"] = RATE_WITHOUT_K
     _decay_with_adam(flags["train"], defaults, is_open="optimizer" not in train)
     if flags["sae"].get("d_sae"):  # which overrides the factor in trainers of this kind
         flags["sae"].pop("expansion_factor", None)

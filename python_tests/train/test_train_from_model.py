@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from train_runs import Run, assert_same, killed_at, metrics
 
-from sae_fast.config import RunConfig
+from sae_fast.config import RunConfig, TrainConfig
 from sae_fast.train import main
+from sae_fast.training.fitted_rates import fitted_rates
 from sae_fast.training.sweep import Sweep
 from sae_fast.training.trainer import Trainer
 
@@ -44,13 +45,16 @@ def test_defaults_are_those_that_users_of_such_trainers_know(
         raise ValueError("enough")
 
     monkeypatch.setattr(Sweep, "train", no_steps)
-    assert main([f"{inputs[0]}/gpt2", inputs[1], "--d-sae", "512", "--heldout-tokens", "64"]) == 2
-    (trainer,) = made
+    command = [f"{inputs[0]}/gpt2", inputs[1], "--d-sae", "512", "--heldout-tokens", "64"]
+    assert main([*command, "--arch", "relu"]) == main(command) == 2
+    without_k, trainer = made
+    assert without_k.train_config.learning_rate == 1e-3
     sae, train = trainer.sae_config, trainer.train_config
+    assert trainer.schedules.rate.peak == fitted_rates(TrainConfig(), sae, trainer.total_steps).peak
     assert (sae.arch, sae.k, sae.d_sae, sae.loss_fn) == ("topk", 192, 512, "mse")
     assert train.batch_size == 4 * 32  # the context of this model is shorter than 512
     assert trainer.total_steps == 1_000_000 // train.batch_size
-    assert (train.optimizer, train.learning_rate, train.weight_decay) == ("adam", 1e-3, 0.0)
+    assert (train.optimizer, train.learning_rate, train.weight_decay) == ("adam", None, 0.0)
     assert (train.grad_acc_steps, train.dead_percentage_threshold) == (1, 0.0005)
     assert (train.seed, train.order_seed) == (42, 42)
     assert (train.checkpoint_every, train.wandb_log_every) == (1000, 100)

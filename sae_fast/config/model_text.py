@@ -19,8 +19,9 @@ DEFAULT_SPLIT = "train"
 # Defaults of a training straight from a model that a training on shards does not have; they are the
 # defaults of other trainers of this kind.
 SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
-TRAIN_DEFAULTS: dict[str, Any] = {"learning_rate": 1e-3, "dead_percentage_threshold": 0.0005}
+TRAIN_DEFAULTS: dict[str, Any] = {"dead_percentage_threshold": 0.0005}
 DEFAULT_K = 192  # of the architectures that have a k
+RATE_WITHOUT_K = 1e-3  # of the others, to which training/fitted_rates.py does not apply
 
 
 @configuration(batch_sequences="batch_size")
