@@ -10,29 +10,28 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
 
 from campaign.damage import SIZES, damage
-from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_aside, success
+from campaign.frame import Campaign, Failed, Try, leftovers, refusal, run_here, success
 from sae_fast import convert, verify
 from sae_fast.autoencoder import expected_codes, exporting  # noqa: F401  (not by every try)
 from sae_fast.config import SAEConfig
 
-ADDRESS_SPACE = 3 << 30  # above the address space of the loaded libraries
+ADDRESS_SPACE = 3 << 30  # more than before the try
 LEAK = 77
 FOREIGN = Path(__file__).resolve().parents[2] / "python_tests" / "interop" / "foreign"
 EXPECTED = "expected.safetensors"
+DICTIONARIES = sorted(path.parent for path in FOREIGN.rglob(EXPECTED))
 SAEConfig()  # finds the types of its fields, which is slow and is kept
 STRANGE: tuple[Any, ...] = (*SIZES, True, 1.5, "x", "", None, [], {}, [1], "layer_norm", "../x")
 
 
 def attempt(this: Try) -> str:
     """Convert one damaged dictionary; return its format and the outcome."""
-    directories = sorted(path.parent for path in FOREIGN.rglob(EXPECTED))
-    good = this.random.choice(directories)
+    good = this.random.choice(DICTIONARIES)
     source = this.folder / good.relative_to(FOREIGN)
     shutil.copytree(good, source)
     (source / EXPECTED).unlink()
@@ -49,11 +48,7 @@ def attempt(this: Try) -> str:
     lone = [path for path in files if path.suffix in (".pt", ".pth") and path.name != "ae.pt"]
     out = this.folder / "out"
     arguments = [str(lone[0] if lone else source), str(out)]
-    ended = run_aside(
-        lambda: _converted(arguments),
-        folder=this.folder,
-        limits={resource.RLIMIT_AS: _address_space() + ADDRESS_SPACE, resource.RLIMIT_CORE: 0},
-    )
+    ended = run_here(lambda: _converted(arguments), folder=this.folder, address_space=ADDRESS_SPACE)
     leftovers(this.folder)
     label = good.relative_to(FOREIGN).parts[0]
     if ended.code == LEAK:
@@ -90,11 +85,6 @@ def _converted(arguments: list[str]) -> int:
         code = verify.main(arguments[1:])
     gc.collect()
     return LEAK if len(os.listdir("/proc/self/fd")) > before else code
-
-
-def _address_space() -> int:
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
-    return int(pages) * resource.getpagesize()
 
 
 CAMPAIGN = Campaign(attempt, tries=10_000, short=60)

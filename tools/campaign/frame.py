@@ -255,6 +255,48 @@ def run_aside(
     return Ended(None if code < 0 else code, number, hung, texts[0], texts[1])
 
 
+def run_here(work: Callable[[], object], *, folder: Path, address_space: int) -> Ended:
+    """Run `work` in this process, as `run_aside` does in a child of its own.
+
+    It saves the fork and the end of a process, 20 ms. A crash or a hang ends this process, which is
+    a failure of the try too.
+
+    Args:
+        work: see `run_aside`.
+        folder: the current directory meanwhile.
+        address_space: bytes by which the address space may grow meanwhile.
+    """
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
+    limit = int(pages) * resource.getpagesize() + address_space
+    before, place = resource.getrlimit(resource.RLIMIT_AS), Path.cwd()
+    code: Any = 1
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        kept = [os.dup(1), os.dup(2)]
+        streams = sys.stdout, sys.stderr
+        try:
+            for number, file in ((1, out), (2, err)):
+                os.dup2(file.fileno(), number)
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+            os.chdir(folder)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+            code = _code_of(work)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+            os.chdir(place)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = streams
+            for number, descriptor in zip((1, 2), kept, strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    return Ended(code & 0xFF, None, False, texts[0], texts[1])
+
+
 def _is_ready(stream: IO[str] | int, child: int, seconds: float) -> bool:
     """Wait until a child's stream can be read; return False if the child hangs."""
     start, before = time.monotonic(), _computed(child)
@@ -328,14 +370,9 @@ def _fork() -> int:
 
 def _leave(work: Callable[[], object]) -> None:
     """Run `work` and end this process with its result as the exit code, like a program."""
-    code: Any = 1
+    code = 1
     try:
-        result = work()
-        code = result if isinstance(result, int) else 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
-    except BaseException:
-        traceback.print_exc()
+        code = _code_of(work)
     finally:
         with contextlib.suppress(BaseException):
             atexit._run_exitfuncs()
@@ -343,3 +380,15 @@ def _leave(work: Callable[[], object]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code & 0xFF)
+
+
+def _code_of(work: Callable[[], object]) -> int:
+    """Run `work` and return its result as an exit code, like a program's; errors are printed."""
+    try:
+        result = work()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return result if isinstance(result, int) else 0
