@@ -19,10 +19,18 @@ FORMS = {
     "no subtraction": {"subtract_b_dec": False},
     "probe": {"probe_loss_coeff": 1.0, "probe_labels": "labels/rule", "probe_classes": 3},
     "no normalization": {"normalize_activations": "none"},
+    "layer_norm": {"normalize_activations": "layer_norm"},
+    "jumprelu, constant_norm": {
+        "arch": "jumprelu",
+        "k": None,
+        "normalize_activations": "constant_norm",
+    },
     "transcoder": {"transcoder": True, "d_out": 7},
     "skip transcoder": {"transcoder": True, "d_out": 7, "skip_connection": True},
     "jumprelu transcoder": {"arch": "jumprelu", "k": None, "transcoder": True, "d_out": 7},
 }
+# Without the ones whose units differ from token to token, see test_token_norm.py.
+ONE_UNIT = [form for form in FORMS if "_norm" not in form]
 MEAN, SCALE = torch.linspace(-2, 3, 12), 1 / 42
 
 
@@ -37,7 +45,7 @@ def make_form(form, dtype=torch.float32, **fields):
         if sae.architecture.selects_from_step:
             sae.threshold.fill_(0.7)
             sae.threshold_updates.fill_(3)
-        if sae.config.normalize_activations != "none":
+        if sae.config.has_scale:
             sae.set_normalization_(MEAN, SCALE)
             if sae.config.transcoder:
                 sae.set_target_normalization_(torch.linspace(-1, 1, 7), 0.2)

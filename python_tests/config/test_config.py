@@ -272,7 +272,7 @@ BAD_SAE_VALUES = [
     ({"dead_after_tokens": 0}, "dead_after_tokens must be at least 1, got 0"),
     (
         {"normalize_activations": "layer"},
-        "normalize_activations must be one of 'mean_scale', 'none'",
+        "normalize_activations must be one of 'mean_scale', 'none', 'layer_norm', 'constant_norm'",
     ),
     ({"decoder_init": "x"}, "decoder_init must be one of"),
     ({"b_dec_init": "x"}, "b_dec_init must be one of"),

@@ -59,7 +59,10 @@ def write_model(
 
 
 def units_of(config: SAEConfig) -> Units:
-    """Return the units of a model's parameters: "raw" where activations are not normalised."""
+    """Return the units of a model's parameters: "raw" where activations are not normalised.
+
+    "normalized" is also by numbers of each token.
+    """
     return RAW if config.normalize_activations == "none" else NORMALIZED
 
 

@@ -49,6 +49,11 @@ def folded_normalization(sae: SparseAutoencoder, *, shares: bool = False) -> Spa
         sae: the model.
         shares: whether matrices that stay as they are share their memory with `sae`.
     """
+    if sae.config.normalizes_tokens:
+        raise ValueError(
+            f"normalize_activations {sae.config.normalize_activations} cannot be folded in: each "
+            "token is normalised by numbers of its own"
+        )
     values = {**sae.config.to_dict(), "normalize_activations": "none"}
     with torch.device("meta"):
         folded = type(sae)(SAEConfig.from_dict(values))

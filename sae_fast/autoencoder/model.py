@@ -1,8 +1,9 @@
 """The sparse autoencoder: parameters, encode and decode, its training loss, and its files.
 
-Rows are latents in both matrices. The parameters live in normalised units, (x − mean) · scale:
-`encode`, `decode` and `forward` take and give activations as they are, `training_loss` takes them
-normalised. A transcoder reconstructs targets y in place of x, see transcoder.py.
+Rows are latents in both matrices. The parameters live in normalised units, (x − mean) · scale, or
+by numbers of each token, see token_norm.py: `encode`, `decode` and `forward` take and give
+activations as they are, `training_loss` takes them normalised. A transcoder reconstructs targets y
+in place of x, see transcoder.py.
 """
 
 from __future__ import annotations
@@ -50,7 +51,15 @@ from sae_fast.autoencoder.initialization import centre, initialize_weights_, sam
 from sae_fast.autoencoder.interchange import config_for, state_for
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.penalties import decorrelation_loss
-from sae_fast.autoencoder.shapes import like, require_tensor, rows_of, rows_of_both, target_of
+from sae_fast.autoencoder.shapes import (
+    like,
+    require_tensor,
+    rows_of,
+    rows_of_both,
+    target_of,
+    tokens_of,
+)
+from sae_fast.autoencoder.token_norm import TokenUnits, token_units
 from sae_fast.autoencoder.training_loss import batch_loss, decorrelation_term
 from sae_fast.autoencoder.transcoder import (
     SKIP,
@@ -266,8 +275,9 @@ class SparseAutoencoder(nn.Module):
     def _normalize_by_(
         self, own_mean: Tensor, own_scale: Tensor, mean: Tensor, scale: float | Tensor
     ) -> None:
-        if self.config.normalize_activations == "none":
-            raise ValueError("normalize_activations = 'none' leaves no mean and scale to set")
+        if not self.config.has_scale:
+            kind = self.config.normalize_activations
+            raise ValueError(f"normalize_activations = {kind!r} leaves no mean and scale to set")
         if mean.shape != own_mean.shape:
             shapes = tuple(own_mean.shape), tuple(mean.shape)
             raise ValueError(f"mean must have shape {shapes[0]}, got {shapes[1]}")
@@ -283,18 +293,46 @@ class SparseAutoencoder(nn.Module):
         x: Tensor,  # [..., D]
     ) -> Tensor:
         """Return activations in the units of the parameters, in the shape of x."""
-        if self.config.normalize_activations == "none":
-            return x
-        return (x - self.activation_mean) * self.activation_scale
+        if self.config.has_scale:
+            return (x - self.activation_mean) * self.activation_scale
+        tokens = self._token_units(x)
+        return x if tokens is None else tokens.normalized(x)
 
     def denormalize(
         self,
         x_hat: Tensor,  # [..., D], of a transcoder [..., d_out]
+        x: Tensor | None = None,  # [..., D], activations as they are
     ) -> Tensor:
-        """Return a reconstruction in the units of the activations, or of a transcoder's targets."""
-        if self.config.normalize_activations == "none":
-            return x_hat
-        return x_hat / self.output_scale + self.output_mean
+        """Return a reconstruction in the units of the activations, or of a transcoder's targets.
+
+        Args:
+            x_hat: in the units of the parameters.
+            x: what it reconstructs, where each token is normalised by numbers of its own.
+
+        Raises ValueError where these numbers are needed and x is None.
+        """
+        if self.config.has_scale:
+            return x_hat / self.output_scale + self.output_mean
+        tokens = self._token_units(x)
+        return x_hat if tokens is None else tokens.restored(x_hat)
+
+    def _token_units(
+        self,
+        x: Tensor | None,  # [..., D]
+    ) -> TokenUnits | None:
+        """Return the units of each token; None: the model has no units by the token.
+
+        Raises ValueError where it has and x is None.
+        """
+        if not self.config.normalizes_tokens:
+            return None
+        kind = self.config.normalize_activations
+        if x is None:
+            raise ValueError(
+                f"x must be given: with normalize_activations {kind} each token is reconstructed "
+                "in units of its own"
+            )
+        return token_units(kind, x.to(torch.promote_types(x.dtype, torch.float32)))
 
     @property
     def output_mean(self) -> Tensor:
@@ -325,18 +363,28 @@ class SparseAutoencoder(nn.Module):
             x: of any dtype and device.
             units: of the values. "normalized": one unit of latent j adds `direction(j)` to x_hat.
                 "raw": the units of x, one unit adds the decoder row W_dec[j]. Both are equal for a
-                model without normalisation. `decode` reads the units from the code.
+                model without normalisation. `decode` reads the units from the code. With
+                normalize_activations layer_norm and constant_norm "normalized" is what the library
+                of the dictionary gives, and one unit adds the row times the token's own scale.
             precision: mode of the product, see `ops.encode_topk`.
             dense_grad: whether backward leaves ordinary gradients.
 
         Raises ValueError for another width or unknown units.
         """
         check_units(units)
-        rows = self.normalize(rows_of(self, x))
+        rows = rows_of(self, x)
+        tokens = self._token_units(rows)
+        normalized = self.normalize(rows) if tokens is None else tokens.normalized(rows)
         engine = inference_engine(self, precision, dense_grad)
-        code = self.architecture.infer(inference_weights(self), rows, engine)
+        code = self.architecture.infer(inference_weights(self), normalized, engine)
         if units == ops.RAW:
-            code = code.with_values(code.values / self.output_scale, ops.RAW)
+            values = code.values
+            values = (
+                values / self.output_scale
+                if tokens is None
+                else values * _per_entry(code, tokens.scale)
+            )
+            code = code.with_values(values, ops.RAW)
         return code if x.ndim == 2 else code.shaped(x.shape[:-1])
 
     def decode(
@@ -354,7 +402,8 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             code: as `encode` gives it, edited or not, or a dense tensor.
-            x: the activations that were encoded, for a skip connection.
+            x: the activations that were encoded, for a skip connection, and where each token is
+                normalised by numbers of its own (normalize_activations layer_norm, constant_norm).
             units: of a dense code's values, see `encode`; None: "normalized". A SparseCode has its
                 own.
             dense_grad: whether backward leaves ordinary gradients.
@@ -367,7 +416,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
             )
-        normalized = self._normalized(code, units)
+        tokens = self._token_units(None if x is None else tokens_of(self, x, code))
+        normalized = self._normalized(code, units, tokens)
         shape = normalized.shape[:-1]
         if not isinstance(normalized, Tensor) and not self.config.use_relu:
             normalized = normalized.dense()  # every latent is in it
@@ -385,29 +435,46 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError("x must be given: the model has a skip connection")
             rows = self.normalize(rows_of(self, x))
             x_hat = x_hat + skip(rows, self.get_parameter(SKIP), precision)
-        return self.denormalize(x_hat).reshape(*shape, self.config.target_width)
+        x_hat = self.denormalize(x_hat) if tokens is None else tokens.restored(x_hat)
+        return x_hat.reshape(*shape, self.config.target_width)
 
     def _normalized(
-        self, code: ops.Code | Tensor, units: ops.Units | None
+        self,
+        code: ops.Code | Tensor,
+        units: ops.Units | None,
+        tokens: TokenUnits | None = None,  # of [N, D]
     ) -> ops.SparseCode | Tensor:
-        """Return a code on the model's device, with its values in normalised units."""
+        """Return a code on the model's device, with its values in normalised units.
+
+        Raises ValueError where each token has units of its own, and these are not given.
+        """
         if units is not None:
             check_units(units)
         scale = self.output_scale
-        if isinstance(code, Tensor):
-            code = code.to(scale.device)
-            if units == ops.RAW:
-                code = code.to(torch.promote_types(code.dtype, scale.dtype)) * scale
-            return code
         if isinstance(code, ops.DenseCode):
             code = code.listed()
+        is_raw = (units if isinstance(code, Tensor) else code.units) == ops.RAW
+        if is_raw and tokens is None and self.config.normalizes_tokens:
+            raise ValueError(
+                "code must be in normalised units: in raw ones each token has a scale of its own"
+            )
+        if tokens is not None:  # a reconstruction in units of 0 is the mean, whatever the code is
+            factors = 1 / torch.where(tokens.scale > 0, tokens.scale, 1.0)  # [N, 1]
+        if isinstance(code, Tensor):
+            code = code.to(scale.device)
+            if is_raw:
+                code = code.to(torch.promote_types(code.dtype, scale.dtype))
+                by = scale if tokens is None else factors.view(*code.shape[:-1], 1)
+                code = code * by
+            return code
         if units is not None and units != code.units:
             raise ValueError(f"the code is in units {code.units!r}, but units is {units!r}")
         if code.device != scale.device:
             code = code.to(scale.device)
         if code.units == ops.RAW:
             values = code.values.to(torch.promote_types(code.dtype, scale.dtype))
-            code = code.with_values(values * scale, ops.NORMALIZED)
+            by = scale if tokens is None else _per_entry(code, factors)
+            code = code.with_values(values * by, ops.NORMALIZED)
         return code
 
     def direction(
@@ -421,13 +488,14 @@ class SparseAutoencoder(nn.Module):
         With code values in normalised units it is the latent's decoder row divided by the
         activations' scale, with values in raw units the decoder row itself. Of several latents the
         shape is [..., D], of a transcoder D is d_out. To steer, add a multiple of it to x: the
-        multiple is a code value in the same units.
+        multiple is a code value in the same units. Where each token is normalised by numbers of its
+        own it is the decoder row too, and a multiple is a value in raw units.
         """
         check_units(units)
         if isinstance(latent, int):
             latent_numbers(latent, self.config.d_sae)  # no negative ones, as everywhere
         rows = self.W_dec[latent]
-        is_raw = units == ops.RAW or self.config.normalize_activations == "none"
+        is_raw = units == ops.RAW or not self.config.has_scale
         return rows if is_raw else rows / self.output_scale
 
     def threshold_of(
@@ -441,9 +509,12 @@ class SparseAutoencoder(nn.Module):
         For jumprelu it is the trained threshold, for batch_topk and matryoshka the threshold of
         inference, for gated the value at which the gate opens, and for relu 0.
 
-        Raises ValueError where there is none: topk chooses the largest of each token.
+        Raises ValueError where there is none: topk chooses the largest of each token, and in raw
+        units a token may have its own.
         """
         check_units(units)
+        if units == ops.RAW and self.config.normalizes_tokens:
+            raise ValueError("units must be 'normalized': each token has a scale of its own")
         thresholds = self.architecture.thresholds(inference_weights(self))
         if thresholds is None:
             raise ValueError(
@@ -682,10 +753,13 @@ class SparseAutoencoder(nn.Module):
         rows, rows_hat = rows_of_both(self, x, x_hat)
         error = rows_hat - rows
         config = self.config
-        if config.normalize_activations != "none":
+        tokens = self._token_units(rows)
+        if config.has_scale:
             error = error * self.output_scale
             rows = (rows - self.output_mean) * self.output_scale
-        code = metrics.as_code(config, self._normalized(h, None), len(error))
+        elif tokens is not None:
+            error, rows = error / tokens.divisor, tokens.normalized(rows)
+        code = metrics.as_code(config, self._normalized(h, None, tokens), len(error))
         penalty = self.architecture.penalty(self.weights, code)
         terms: dict[str, float | Tensor] = {
             "recon_loss": metrics.reconstruction_term(config, error, rows),
@@ -867,6 +941,9 @@ class SparseAutoencoder(nn.Module):
         With s the scale: f' = f / s, b_enc' = b_enc / s, b_dec' = b_dec / s + mean. Decoder rows
         keep their norm, and the same latents are picked. Of a transcoder s is the targets' scale.
         Where b_dec is not subtracted from x, the encoder takes up the mean, see folding.py.
+
+        Raises ValueError where each token is normalised by numbers of its own, which no parameters
+        of raw activations do.
         """
         return folded_normalization(self)
 
@@ -999,3 +1076,11 @@ class SparseAutoencoder(nn.Module):
         if sae.no_bias is not None:  # not in the file: all zeros
             sae.no_bias = torch.zeros(config.d_in, dtype=torch.float32, device=device)
         return sae.to(kind).train(trainable).requires_grad_(trainable)
+
+
+def _per_entry(
+    code: ops.SparseCode,
+    numbers: Tensor,  # [N, 1]
+) -> Tensor:
+    """Return for every entry of a code the number of its token, in the shape of its values."""
+    return numbers.flatten()[code.entry_rows()].view(code.indices.shape)

@@ -6,6 +6,7 @@ the activations, and the names of TransformerLens.
 
 from __future__ import annotations
 
+import copy
 import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,13 @@ class SaebenchModel(nn.Module):
 
     def __init__(self, sae: SparseAutoencoder, model_name: str, hook_name: str) -> None:
         super().__init__()
-        folded = sae.fold_normalization().eval().requires_grad_(False)
+        by_token = sae.config.normalizes_tokens
+        folded = copy.deepcopy(sae) if by_token else sae.fold_normalization()
+        folded.eval().requires_grad_(False)
         if not folded.architecture.unit_norm:
             folded.fold_decoder_norms()
         self._sae = folded
+        self._last: Tensor | None = None  # activations of the last code, where they are needed
         self.W_enc = nn.Parameter(folded.W_enc.detach().T.contiguous(), requires_grad=False)
         self.b_enc = nn.Parameter(folded.b_enc.detach().clone(), requires_grad=False)
         self.W_dec = nn.Parameter(folded.W_dec.detach().clone(), requires_grad=False)
@@ -79,15 +83,29 @@ class SaebenchModel(nn.Module):
         x: Tensor,  # [..., D]
     ) -> Tensor:
         """Return the code of activations, [..., F], by the rule of inference."""
-        code: Tensor = self._sae.encode(x.to(self.device, self.dtype)).dense()
+        x = x.to(self.device, self.dtype)
+        if self._sae.config.normalizes_tokens:
+            self._last = x.detach()
+        code: Tensor = self._sae.encode(x).dense()
         return code.to(self.dtype)
 
     def decode(
         self,
         code: Tensor,  # [..., F]
     ) -> Tensor:
-        """Return the reconstruction of a code, [..., D]."""
-        return code.to(self.device, self.dtype) @ self.W_dec + self.b_dec
+        """Return the reconstruction of a code, [..., D].
+
+        Where each token is normalised by numbers of its own, the numbers are of the activations
+        that were encoded last, as in SAELens.
+
+        Raises ValueError where these are of other tokens than the code.
+        """
+        x_hat = code.to(self.device, self.dtype) @ self.W_dec + self.b_dec
+        if not self._sae.config.normalizes_tokens:
+            return x_hat
+        if self._last is None or self._last.numel() != x_hat.numel():
+            raise ValueError("code must be of the activations that were encoded last")
+        return self._sae.denormalize(x_hat, self._last.reshape(x_hat.shape))
 
     def forward(
         self,

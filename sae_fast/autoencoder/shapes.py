@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from sae_fast.ops import Code
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
@@ -87,6 +90,22 @@ def target_of(
     if len(y) != len(x):
         raise ValueError(f"targets must have {len(x)} rows, one for each row of x, got {len(y)}")
     return y
+
+
+def tokens_of(
+    sae: SparseAutoencoder,
+    x: Tensor,  # [..., D]
+    code: Code | Tensor,  # [..., F]
+) -> Tensor:
+    """Return the activations of a code as a matrix, [N, D]; see `rows_of`.
+
+    Raises ValueError for another number of tokens than the code has, where they are used by token.
+    """
+    rows = rows_of(sae, x)
+    count = math.prod(code.shape[:-1]) if isinstance(code, Tensor) else code.n_rows
+    if len(rows) != count and sae.config.normalizes_tokens:
+        raise ValueError(f"x must have {count} tokens as the code has, got {len(rows)}")
+    return rows
 
 
 def like(

@@ -352,11 +352,13 @@ class SAEConfig(ConfigFile):
     """Tokens without firing after which a latent counts as dead, also accepted as
     dead_feature_threshold; default: a twentieth of the run, at most 10,000,000. [tokens]"""
 
-    normalize_activations: Literal["mean_scale", "none"] = setting(
+    normalize_activations: Literal["mean_scale", "none", "layer_norm", "constant_norm"] = setting(
         "mean_scale", heading="Normalisation and initialisation", of_start=True
     )
     """mean_scale: subtract the mean and scale to an expected norm of sqrt(d_in), targets separately
-    to sqrt(d_out); none: leave activations as they are."""
+    to sqrt(d_out); none: leave activations as they are; layer_norm: of each token subtract the mean
+    of its numbers and divide by their standard deviation; constant_norm: scale each token to a norm
+    of sqrt(d_in)."""
     decoder_init: Literal["random", "orthogonal", "kaiming", "active_subspace"] = setting(
         "random", run_needs=_A_NEW_MODEL
     )
@@ -496,6 +498,7 @@ class SAEConfig(ConfigFile):
         self._check_k()
         self._check_matryoshka()
         self._check_objective()
+        self._check_token_norm()
         self._check_sparsity()
         self._check_probe()
         self._check_slots()
@@ -722,6 +725,23 @@ class SAEConfig(ConfigFile):
         if self.is_end_to_end and self.transcoder:
             raise ValueError(f"loss_fn {self.loss_fn} does not go with a transcoder")
 
+    def _check_token_norm(self) -> None:
+        """Refuse what has no meaning where each token has units of its own."""
+        if not self.normalizes_tokens:
+            return
+        if self.transcoder:
+            raise ValueError(
+                f"normalize_activations {self.normalize_activations} does not go with a "
+                "transcoder, whose targets have other units than its inputs"
+            )
+        if self.is_end_to_end:
+            raise ValueError(
+                f"loss_fn {self.loss_fn} does not go with normalize_activations "
+                f"{self.normalize_activations}"
+            )
+        if self.d_in == 1 and self.normalize_activations == "layer_norm":
+            raise ValueError("normalize_activations layer_norm needs a d_in of at least 2, got 1")
+
     def _check_sparsity(self) -> None:
         if self.target_l0 is not None and self.d_sae > 0:
             must = f"at most d_sae = {self.d_sae}"
@@ -784,6 +804,16 @@ class SAEConfig(ConfigFile):
     def is_complete(self) -> bool:
         """Whether the sizes are known, as a model needs them."""
         return self._has_widths and self.d_sae > 0
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the model has a mean and a scale of its activations."""
+        return self.normalize_activations == "mean_scale"
+
+    @property
+    def normalizes_tokens(self) -> bool:
+        """Whether each token is normalised by numbers of its own."""
+        return self.normalize_activations in ("layer_norm", "constant_norm")
 
     @property
     def target_width(self) -> int:

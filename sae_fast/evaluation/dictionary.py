@@ -56,7 +56,7 @@ def dictionary_metrics(sae: SparseAutoencoder) -> tuple[Section, dict[str, Tenso
     definitions.py has the formula of each. Of a transcoder whose outputs have another width the
     cosine of encoder and decoder is left out.
     """
-    folded = sae.fold_normalization()
+    folded = sae.fold_normalization() if sae.config.has_scale else sae
     encoder, decoder = folded.W_enc.detach().float(), folded.W_dec.detach().float()
     in_encoder, in_decoder = largest_cosines(encoder), largest_cosines(decoder)
     average = float(in_decoder.double().mean())

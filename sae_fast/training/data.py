@@ -106,7 +106,7 @@ def open_source(
     if columns is not None and not isinstance(data, Tensor):
         raise ValueError("columns go with a tensor of activations, and none is given")
     if data is None:
-        is_scaled = sae.normalize_activations != "none" and config.resume_from is None
+        is_scaled = sae.has_scale and config.resume_from is None
         shards = open_training_shards(config, [sae], scans, sample=is_scaled)
         config = with_fitted_batch(config, shards.rows)
         stream = open_stream(config, shards, device)

@@ -162,7 +162,7 @@ def _plain(value: Any) -> Any:
 
 def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:
     """Estimate mean and scale of a run's activations, and of its targets, for a new model."""
-    if sae.config.normalize_activations == "none":
+    if not sae.config.has_scale:
         return
     sae.set_normalization_(*data.normalization())
     if sae.config.transcoder:
@@ -171,7 +171,7 @@ def normalize_(sae: SparseAutoencoder, data: TrainingData) -> None:
 
 def serve_in_units_of(sae: SparseAutoencoder, source: Source) -> None:
     """Let a source serve its rows, and targets, with the mean and scale of the model."""
-    if sae.config.normalize_activations == "none":
+    if not sae.config.has_scale:
         return
     transform, of_targets = Transform(sae.activation_mean, float(sae.activation_scale)), None
     if sae.config.transcoder:
@@ -192,6 +192,8 @@ def initialize_(
         return sae.initialize_(generator)
     batches = source.peek(math.ceil(wanted / config.kept_batch_size))
     sample = torch.cat([x for x, _ in batches])
+    if sae.config.normalizes_tokens:  # which sources do not
+        sample = sae.normalize(sample)
     if not sae.config.transcoder:
         return sae.initialize_(generator, sample)
     targets = torch.cat([columns[TARGETS] for _, columns in batches])
@@ -280,7 +282,7 @@ def check_start(
     if sae.slots_mode == "separate_value":
         # The heads read slots in units of the target that these were trained to.
         names.append("slot_target")
-    if known.config.normalize_activations == "none":
+    if known.config.normalize_activations == "none" and not sae.normalizes_tokens:
         names.remove("normalize_activations")
     for name in names:
         before, now = getattr(known.config, name), getattr(sae, name)
@@ -301,7 +303,7 @@ def warn_of_other_units(sae: SparseAutoencoder, data: TrainingData) -> None:
 
     Plain tensors and files do not say from which model and hook they come.
     """
-    if sae.config.normalize_activations == "none":
+    if not sae.config.has_scale:
         return
     found = data.normalization()
     variance = float(sae.activation_scale**2) / found.scale**2
@@ -326,7 +328,7 @@ def start_from_(sae: SparseAutoencoder, known: SparseAutoencoder, data: Training
     Raises ValueError where a tensor has another shape.
     """
     is_raw = known.config.normalize_activations == "none"
-    unfolds = is_raw and sae.config.normalize_activations != "none"
+    unfolds = is_raw and sae.config.has_scale
     if unfolds:
         normalize_(sae, data)
     else:

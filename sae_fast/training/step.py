@@ -124,6 +124,8 @@ class TrainingStep:
 
     def _run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
         was_healthy = self._poison == self._poison
+        if self.sae.config.normalizes_tokens:  # which sources do not
+            batches = [Rows(self.sae.normalize(x), columns) for x, columns in batches]
         if self.sae.architecture.selects_from_step:
             batches = _joined(batches, self.ranks)
         exchange = self._exchange
