@@ -101,6 +101,21 @@ def make_saelens(out: Path) -> None:
         keep(out / name, x, code, x_hat)
     _make_saelens_trained(out, sae_lens, shared)
     _make_saelens_older(out, sae_lens, shared)
+    by_token: dict[str, tuple[str, dict[str, Any]]] = {
+        "topk_layer_norm": ("TopKSAE", {"k": K, "normalize_activations": "layer_norm"}),
+        "standard_constant_norm": (
+            "StandardSAE",
+            {"normalize_activations": "constant_norm_rescale"},
+        ),
+    }
+    for name, (kind, own) in by_token.items():
+        config = getattr(sae_lens, f"{kind}Config")(**shared, **own)
+        sae = getattr(sae_lens, kind)(config)
+        fill(sae)
+        sae.save_model(out / name)
+        x = rows()
+        code = sae.encode(x)
+        keep(out / name, x, code, sae.decode(code))
 
 
 def _make_saelens_trained(out: Path, sae_lens: Any, shared: dict[str, Any]) -> None:
@@ -502,6 +517,7 @@ def make_openmoss(out: Path) -> None:
         "relu": {"act_fn": "relu"},
         "jumprelu": {"act_fn": "jumprelu"},
         "topk": {"act_fn": "topk", "top_k": K},
+        "relu_token_wise": {"act_fn": "relu", "norm_activation": "token-wise"},
     }
     for name, settings in cases.items():
         config = module.SAEConfig(
@@ -519,9 +535,10 @@ def make_openmoss(out: Path) -> None:
         sae.save_pretrained(str(out / name))
         config.save_hyperparameters(out / name)
         x = rows()
-        scale = math.sqrt(D_IN) / 5.0
+        scale = sae.compute_norm_factor(x, "blocks.3.hook_resid_post")
         code = sae.encode(x * scale)
-        keep(out / name, x, code / scale, sae.decode(code) / scale)
+        by_token = "norm_activation" in settings  # codes stay in units of the token
+        keep(out / name, x, code if by_token else code / scale, sae.decode(code) / scale)
 
 
 def make_saev(out: Path) -> None:

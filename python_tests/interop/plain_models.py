@@ -34,12 +34,15 @@ KINDS = {
         **TRANSCODER,
         "d_out": 12,
     },
+    "topk with layer_norm": {"arch": "topk", "k": 4, "normalize_activations": "layer_norm"},
+    "jumprelu with constant_norm": {"arch": "jumprelu", "normalize_activations": "constant_norm"},
 }
 
 
 def make(kind, normalize="mean_scale"):
     """Return a model of a kind in evaluation mode."""
-    config = SAEConfig(d_in=D_IN, d_sae=D_SAE, normalize_activations=normalize, **KINDS[kind])
+    given = {"normalize_activations": normalize, **KINDS[kind]}
+    config = SAEConfig(d_in=D_IN, d_sae=D_SAE, **given)
     sae = SparseAutoencoder(config)
     generator = torch.Generator().manual_seed(0)
 
@@ -56,7 +59,7 @@ def make(kind, normalize="mean_scale"):
             state["threshold"].copy_(random(state["threshold"]).abs())
         if "threshold_updates" in state:
             state["threshold_updates"].fill_(3)
-    if normalize != "none":
+    if config.has_scale:
         sae.set_normalization_(random(sae.activation_mean), 0.3)
         if config.transcoder:
             sae.set_target_normalization_(random(sae.target_mean), 0.7)
@@ -64,6 +67,11 @@ def make(kind, normalize="mean_scale"):
     if config.transcoder:
         sae.origin["targets"] = {"model": "gpt2", "hook": "mlp_out.3", "layer": 3}
     return sae.eval()
+
+
+def units_of(sae):
+    """Return the units of the codes of other libraries, in which formulas and files agree."""
+    return "normalized" if sae.config.normalizes_tokens else "raw"
 
 
 def rows(n_rows=50):

@@ -49,6 +49,22 @@ def test_codes_and_reconstructions_stay(kind):
 
 
 @pytest.mark.parametrize("kind", ["TopKSAE", "JumpReLUSAE"])
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_tokens_are_normalised_as_before(kind, normalization):
+    settings = {**SIZES, **KINDS[kind], "normalize_activations": normalization}
+    plain, sae = (
+        getattr(sae_lens, kind)(getattr(sae_lens, f"{kind}Config")(**settings)) for _ in "ab"
+    )
+    for parameter in plain.parameters():
+        parameter.data.normal_(0, 0.4).abs_()
+    sae.load_state_dict(plain.state_dict())
+    sae_fast.accelerate(sae)
+    x = torch.randn(20, 16) * 3 + 1
+    assert_equal(sae, plain, x)
+    assert_equal(sae, plain, x[:3])
+
+
+@pytest.mark.parametrize("kind", ["TopKSAE", "JumpReLUSAE"])
 def test_a_copy_is_an_accelerated_dictionary_of_its_own(kind):
     plain, x = make(kind), torch.randn(7, 16)
     sae = sae_fast.accelerate(copy.deepcopy(plain))

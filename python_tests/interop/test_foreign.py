@@ -22,7 +22,6 @@ from sae_fast.autoencoder.interchange import to_plain
 FOREIGN = Path(__file__).parent / "foreign"
 MADE = sorted(path.parent for path in FOREIGN.rglob("expected.safetensors"))
 REFUSED = {
-    "openai/topk": "normalise each token by its own",
     "saev/topk": "TopK is without ReLU in saev",
 }
 WEIGHED = "openmoss/topk"  # whose codes are divided by decoder norms after the selection
@@ -45,7 +44,7 @@ def test_all_libraries_are_there():
         *("saelens", "sparsify", "dictionary_learning", "circuit_tracer"),
         *("openai", "openmoss", "releases", "saev"),
     }
-    assert len(MADE) == 45
+    assert len(MADE) == 48
 
 
 @pytest.mark.parametrize("directory", MADE, ids=name_of)
@@ -104,7 +103,9 @@ def test_a_scale_that_the_files_lack_is_told(caplog):
 
 
 def test_a_folder_of_several_names_them():
-    with pytest.raises(ValueError, match="name one of jumprelu, relu and topk") as told:
+    with pytest.raises(
+        ValueError, match="name one of jumprelu, relu, relu_token_wise and topk"
+    ) as told:
         SparseAutoencoder.from_pretrained(FOREIGN, subfolder="openmoss")
     assert "\n" not in str(told.value)
     sae = SparseAutoencoder.from_pretrained(FOREIGN / "sparsify", subfolder="layers.3")
@@ -317,7 +318,7 @@ def test_a_k_of_more_latents_than_there_are_names_the_file(name, copied):
 
 
 @pytest.mark.parametrize("as_tensor", [True, False])
-def test_interplm_is_read_unless_it_scales_each_token(as_tensor, copied):
+def test_interplm_is_read_with_the_scale_of_each_token(as_tensor, copied, caplog):
     place = copied("dictionary_learning/AutoEncoder", "run")
     expected = SparseAutoencoder.from_pretrained(place).state_dict()
     (place / "config.json").unlink()
@@ -326,9 +327,54 @@ def test_interplm_is_read_unless_it_scales_each_token(as_tensor, copied):
     for scales in (False, True):
         flag = torch.tensor(scales) if as_tensor else scales
         torch.save({**state, "normalize_to_sqrt_d": flag}, place / "ae.pt")
-        if scales:
-            with pytest.raises(ValueError, match="InterPLM scales each token to a norm of sqrt"):
-                SparseAutoencoder.from_pretrained(place)
-        else:
-            found = SparseAutoencoder.from_pretrained(place).state_dict()
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        sae = SparseAutoencoder.from_pretrained(place)
+        found = sae.state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        assert sae.config.normalize_activations == ("constant_norm" if scales else "none")
+        assert ("as unnormalize=True gives them" in caplog.text) == scales
+    x = torch.randn(9, 8) * 5
+    scaled = x / x.norm(dim=1, keepdim=True) * 8**0.5
+    pre = (scaled - state["bias"]) @ state["encoder.weight"].T + state["encoder.bias"]
+    torch.testing.assert_close(sae.encode(x).dense(), pre.relu(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"activation": "Identity"}, "activation 'Identity' has no counterpart here"),
+        (
+            {"activation_state_dict": {"k": True}},
+            "k must be a whole number of at least 1, got True",
+        ),
+        ({"activation_state_dict": {}}, "k must be a whole number of at least 1, got None"),
+        ({"activation_state_dict": {"k": 99, "postact_fn": "ReLU"}}, "k must be at most d_sae"),
+        ({"activation_state_dict": {"k": 3, "postact_fn": "Identity"}}, "postact_fn 'Identity'"),
+    ],
+)
+def test_what_openai_selects_by_is_named_where_it_is_not_read(changes, words, copied):
+    path = copied("openai/topk", "openai") / "3.pt"
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    with pytest.raises(ValueError, match=words) as told:
+        SparseAutoencoder.from_pretrained(path)
+    assert str(path) in str(told.value)
+
+
+def test_a_transcoder_of_saelens_that_normalises_tokens_is_refused(copied):
+    place = copied("saelens/transcoder", "transcoder")
+    settings = json.loads((place / "cfg.json").read_text())
+    settings["normalize_activations"] = "layer_norm"
+    (place / "cfg.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="'layer_norm' of a transcoder has no counterpart here"):
+        SparseAutoencoder.from_pretrained(place)
+
+
+@pytest.mark.parametrize("changes", [
+    {"norm_activation": "batch-wise"},
+    {"norm_activation": "token-wise", "hook_point_out": "blocks.3.hook_mlp_out"},
+])  # fmt: skip
+def test_scales_of_batches_and_of_a_transcoder_of_openmoss_are_refused(changes, copied):
+    place = copied("openmoss/relu", "sae")
+    settings = json.loads((place / "config.json").read_text()) | changes
+    (place / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"{changes['norm_activation']}' has no counterpart here"):
+        SparseAutoencoder.from_pretrained(place)

@@ -28,6 +28,8 @@ PROOF = {
 def described(config):
     """Return a kind of dictionary in words."""
     name = config.arch if config.activation == "topk" else config.activation
+    if config.normalizes_tokens:
+        name = f"{name} with {config.normalize_activations}"
     if config.skip_connection:
         return f"{name} skip transcoder"
     return f"{name} transcoder" if config.transcoder else name

@@ -112,7 +112,7 @@ def settings_of(directory, **changes):
         ({"k": None}, "has no k"),
         ({"k": 1000}, "k"),
         ({"architecture": "temporal"}, "architecture 'temporal' has no counterpart here"),
-        ({"normalize_activations": "layer_norm"}, "scales each token by its own norm"),
+        ({"normalize_activations": "layer"}, "normalize_activations 'layer' is not known"),
         ({"apply_b_dec_to_input": "yes"}, "must be true or false, got 'yes'"),
     ],
 )

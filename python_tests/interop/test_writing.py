@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_models import D_IN, D_SAE, KINDS, make, rows
+from plain_models import D_IN, D_SAE, KINDS, make, rows, units_of
 from safetensors import safe_open
 
 from sae_fast import SparseAutoencoder, interop
@@ -21,10 +21,10 @@ REFUSED = {
     "saelens": {"groupmax", "topk skip transcoder"},
     "sparsify": {
         kind for kind in KINDS if "topk" not in kind.split("_")[0] and kind != "groupmax"
-    } | {"abs_topk", "batch_topk", "batch_topk transcoder of two widths"},
-    "dictionary_learning": {kind for kind in KINDS if "transcoder" in kind} | {
-        "abs_topk", "groupmax",
-    },
+    } | {"abs_topk", "batch_topk", "batch_topk transcoder of two widths", "topk with layer_norm"},
+    "dictionary_learning": {
+        kind for kind in KINDS if "transcoder" in kind or kind.endswith("_norm")
+    } | {"abs_topk", "groupmax"},
     "circuit_tracer": {
         kind for kind in KINDS if kind not in ("relu transcoder", "jumprelu skip transcoder")
     },
@@ -43,7 +43,7 @@ CASES = [(kind, to) for kind in KINDS for to in WRITTEN]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plain_formula_is_the_model(kind, normalize):
     sae, x = make(kind, normalize), rows()
-    plain, code = to_plain(sae), sae.encode(x, units="raw")
+    plain, code = to_plain(sae), sae.encode(x, units=units_of(sae))
     reference = plain.encode(x)
     torch.testing.assert_close(code.dense().double(), reference, atol=2e-5, rtol=1e-5)
     x_hat = sae.decode(code, x).double()
@@ -80,6 +80,7 @@ def test_a_round_trip_keeps_all_bits(kind, to, tmp_path):
 # A dictionary of the library itself, and the kind of ours that is written in its form.
 SAME_LAYOUT = {
     "saelens/topk": "topk",
+    "saelens/topk_layer_norm": "topk with layer_norm",
     "saelens/abstopk": "abs_topk",
     "saelens/standard": "relu",
     "saelens/jumprelu": "jumprelu",
@@ -134,7 +135,8 @@ def test_the_settings_of_saelens_are_all_there(theirs, tmp_path):
         json.loads((place / "cfg.json").read_text()) for place in (tmp_path, FOREIGN / theirs)
     )
     assert ours.keys() == own.keys()
-    assert ours["architecture"] == own["architecture"]
+    for name in ("architecture", "normalize_activations"):
+        assert ours[name] == own[name]
     assert ours["metadata"]["sae_lens_version"].split(".")[0] == "6"
 
 

@@ -8,8 +8,10 @@ for pre-activations. Everywhere else SAELens computes as before.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,10 @@ def _share(sae: Any) -> SparseAutoencoder:
     """Make the model of a dictionary, and let the parameters of both be the same memory."""
     with tempfile.TemporaryDirectory() as folder:
         sae.save_model(folder)
+        path = Path(folder) / "cfg.json"
+        # The object normalises activations itself, before what the kernels compute and after it.
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"normalize_activations": "none"}
+        path.write_text(json.dumps(settings), encoding="utf-8")
         fast = SparseAutoencoder.from_pretrained(folder, sae.W_enc.device)
     own = dict(fast.named_parameters()) | dict(fast.named_buffers())
     for theirs, ours in _SHARED.items():
@@ -115,6 +121,7 @@ class _Accelerated:
             code: Tensor = super().encode(x)  # type: ignore[misc]
             return code
         x = sae.hook_sae_input(sae.reshape_fn_in(x.to(sae.dtype)))
+        x = sae.run_time_activation_norm_fn_in(x)
         made = _model_of(sae).encode(x)
         code = made.dense()
         sae.__dict__[_LAST] = weakref.ref(code), made
@@ -129,7 +136,7 @@ class _Accelerated:
         code = _known_code(sae, feature_acts)
         fast = _model_of(sae)
         x_hat = sae.hook_sae_recons(fast.decode(feature_acts if code is None else code))
-        x_hat = sae.reshape_fn_out(x_hat, sae.d_head)
+        x_hat = sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(x_hat), sae.d_head)
         return x_hat
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Tensor]) -> None:

@@ -127,7 +127,7 @@ def check(dictionary: PlainDictionary, sae: SparseAutoencoder, place: Path) -> A
     code = torch.zeros(len(rows), dictionary.d_sae, dtype=torch.float64)
     code[expected["token"].long(), expected["latent"].long()] = expected["value"].double()
     by_formula = dictionary.encode(rows)
-    encoded = sae.encode(rows, units="raw")
+    encoded = sae.encode(rows, units="raw" if dictionary.token_norm is None else "normalized")
     by_model = encoded.dense().double()
     x_hat = sae.decode(encoded, rows).double()
     values, numbers = float(code.abs().max()), float(expected["reconstruction"].abs().max())

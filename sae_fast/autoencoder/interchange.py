@@ -25,7 +25,7 @@ _STARTS_AT_ONE = ("activation_scale", "target_scale")
 def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
     """Return a model as a dictionary of raw activations, on the CPU in float32.
 
-    Its matrices share their memory with the model where they are equal. The normalisation is folded
+    Its matrices share their memory with the model where they are equal. Mean and scale are folded
     in. What only training needs is left out: counters, probe.
 
     Raises DictionaryError for an architecture that no other library has.
@@ -33,7 +33,7 @@ def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
     config = sae.config
     if config.arch not in ARCHITECTURES:
         raise DictionaryError(f"arch {config.arch} is of sae_fast alone and no format has it")
-    if config.normalize_activations != "none":
+    if config.has_scale:
         sae = folded_normalization(sae, shares=True)
     state = {
         name: tensor.detach().to("cpu", torch.float32) if tensor.is_floating_point() else tensor
@@ -58,6 +58,7 @@ def to_plain(sae: SparseAutoencoder) -> PlainDictionary:
         W_skip=state.get(SKIP),
         prefixes=config.matryoshka_prefixes,
         use_relu=config.use_relu,
+        token_norm=config.normalize_activations if config.normalizes_tokens else None,
         origin=dict(sae.origin),
     )
 
@@ -68,7 +69,8 @@ def config_for(dictionary: PlainDictionary, place: Path) -> SAEConfig:
     Raises DictionaryError, naming the place, for values that no configuration has.
     """
     assert not (dictionary.transcoder and dictionary.subtract_b_dec)  # which no model here does
-    settings: dict[str, Any] = {"arch": dictionary.arch, "normalize_activations": "none"}
+    normalization = dictionary.token_norm or "none"
+    settings: dict[str, Any] = {"arch": dictionary.arch, "normalize_activations": normalization}
     if dictionary.k is not None:
         settings["k"] = dictionary.k
     if dictionary.activation != "topk":

@@ -5,7 +5,8 @@ parameters take and give raw activations, rows of both matrices are latents, and
 
     pre = (x − b_dec) W_encᵀ + b_enc,   f = select(pre),   x̂ = f W_dec + b_dec + x W_skipᵀ,
 
-where b_dec is subtracted only if `subtract_b_dec`, and W_skip is there only if it is given.
+where b_dec is subtracted only if `subtract_b_dec`, and W_skip is there only if it is given. With
+`token_norm` each token is normalised before it and its reconstruction restored after it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class PlainDictionary:
         W_skip: [d_out, D], of a transcoder that has a skip connection.
         prefixes: of arch matryoshka, the sizes of the nested dictionaries, ascending.
         use_relu: False: of arch relu, all latents are active, with any sign.
+        token_norm: "layer_norm": x is (x − m) / (s + 1e-5) with each token's mean m and standard
+            deviation s (by D − 1), and x̂ is multiplied by s and m added; "constant_norm": x is
+            x √D / |x|, and x̂ is multiplied by |x| / √D; None: raw activations.
         origin: model, hook, layer and what else the file says of the activations.
         remarks: what a user of the dictionary should know, a sentence each.
     """
@@ -60,6 +64,7 @@ class PlainDictionary:
     W_skip: Tensor | None = None
     prefixes: tuple[int, ...] | None = None
     use_relu: bool = True
+    token_norm: str | None = None
     origin: dict[str, Any] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
@@ -94,6 +99,7 @@ class PlainDictionary:
         It is the reference that converted files are checked against. Rows of batch_topk and
         matryoshka without a threshold compete as one batch.
         """
+        x = self._normalized(x)[0]
         if self.arch in ("batch_topk", "matryoshka") and self.threshold is None:
             return self._select(self._pre_acts(x))
         parts = torch.split(x, max(1, _BLOCK // self.d_sae))
@@ -109,7 +115,21 @@ class PlainDictionary:
         x_hat = self.b_dec.double().repeat(len(code), 1)
         for part in _parts(self.W_dec):
             x_hat += code[:, part].double() @ self.W_dec[part].double()
-        return x_hat if self.W_skip is None else x_hat + x.double() @ self.W_skip.double().t()
+        if self.W_skip is not None:
+            return x_hat + x.double() @ self.W_skip.double().t()
+        _, mean, scale = self._normalized(x)
+        return x_hat * scale + mean
+
+    def _normalized(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Return x by `token_norm` in float64, and mean and scale [N, 1] that restore it."""
+        x = x.double()
+        if self.token_norm is None:
+            return x, 0.0, 1.0
+        if self.token_norm == "layer_norm":
+            mean, scale = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+            return (x - mean) / (scale + 1e-5), mean, scale
+        scale = torch.linalg.vector_norm(x, dim=1, keepdim=True) / self.d_in**0.5
+        return torch.where(scale > 0, x / scale, 0.0), 0.0, scale
 
     def _pre_acts(self, x: Tensor) -> Tensor:
         x = x.double() - self.b_dec.double() if self.subtract_b_dec else x.double()

@@ -42,11 +42,13 @@ _TENSORS = {
 }
 _FURTHER = {"threshold"}  # which newer versions add
 _K = "k"  # which older ones lack
-# InterPLM adds these to an AutoEncoder; it divides codes by the factor only where it is asked to.
+# InterPLM adds these to an AutoEncoder. It divides codes by the factor, and undoes the scale of
+# tokens in reconstructions, only where it is asked to.
 _BY_TOKEN = "normalize_to_sqrt_d"
 _INTERPLM = {_BY_TOKEN, "activation_rescale_factor"}
 _SUBMODULES = {"resid_post": "residual", "mlp_out": "mlp_out", "attn_out": "attn_out"}
 _SUBMODULE = re.compile(r"(resid_post|mlp_out|attn_out)(?:_layer_?(\d+))?")
+_UNDONE = "reconstructions are in the units of the activations, as unnormalize=True gives them"
 _UNSET = "its threshold is not set: the latents of a batch compete, as in training"
 
 
@@ -72,8 +74,11 @@ class DictionaryLearning(Format):
         settings = _config_of(path)
         trainer = settings.section("trainer")
         with open_tensors(path) as file:
-            _check_scale(file)
             dictionary = _read(file, _class_of(file, trainer, settings), trainer)
+            if _scales_tokens(file):
+                remark = f"{file.path}: {_BY_TOKEN}: {_UNDONE}"
+                remarks = (*dictionary.remarks, remark)
+                dictionary = replace(dictionary, token_norm="constant_norm", remarks=remarks)
         sizes = {"activation_dim": dictionary.d_in, "dict_size": dictionary.d_sae}
         for name, size in sizes.items():
             if trainer.size(name) not in (None, size):
@@ -229,14 +234,11 @@ def _read(file: TensorFile, kind: str, trainer: Settings) -> PlainDictionary:
     return dictionary
 
 
-def _check_scale(file: TensorFile) -> None:
-    """Raise DictionaryError where InterPLM scales each token by its own norm."""
-    is_stored = _BY_TOKEN in file
-    if file.integer(_BY_TOKEN) if is_stored else read_torch_values(file.path).get(_BY_TOKEN):
-        raise DictionaryError(
-            f"{file.path}: {_BY_TOKEN}: InterPLM scales each token to a norm of sqrt(d_in) before "
-            "the encoder, and a dictionary here has one scale"
-        )
+def _scales_tokens(file: TensorFile) -> bool:
+    """Return whether each token is scaled to a norm of sqrt(d_in), as in InterPLM."""
+    if _BY_TOKEN in file:
+        return bool(file.integer(_BY_TOKEN))
+    return bool(read_torch_values(file.path).get(_BY_TOKEN))
 
 
 def _k_of(file: TensorFile, name: str, trainer: Settings, d_sae: int) -> int:

@@ -30,11 +30,13 @@ class Format(ABC):
         name: as `--to` names it, and tests and tables.
         title: as its authors write it.
         can_write: whether `write` is there.
+        writes_token_norm: whether what it writes may normalise each token by numbers of its own.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     can_write: ClassVar[bool] = False
+    writes_token_norm: ClassVar[bool] = False
 
     @abstractmethod
     def recognises(self, place: Path) -> bool:

@@ -9,7 +9,7 @@ from sae_fast.interop.circuit_tracer import CircuitTracer
 from sae_fast.interop.dictionary import PlainDictionary
 from sae_fast.interop.dictionary_learning import DictionaryLearning
 from sae_fast.interop.errors import DictionaryError
-from sae_fast.interop.format import Format
+from sae_fast.interop.format import Format, refuse
 from sae_fast.interop.gemma_scope import GemmaScope, GemmaScope2
 from sae_fast.interop.openai import OpenAI
 from sae_fast.interop.openmoss import LlamaScope, LlamaScopeR1, Llamascopium
@@ -115,4 +115,7 @@ def write(dictionary: PlainDictionary, directory: str | Path, to: str) -> Path:
     writers = {known.name: known for known in FORMATS if known.can_write}
     if to not in writers:
         raise DictionaryError(f"to must be one of {', '.join(writers)}, got {to!r}")
+    if dictionary.token_norm is not None and not writers[to].writes_token_norm:
+        what, why = f"token_norm {dictionary.token_norm}", "it takes activations as they are"
+        raise refuse(writers[to], what, why)
     return writers[to].write(dictionary, Path(directory))

@@ -26,6 +26,7 @@ CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _FOLDERS = ("sae_weights", "checkpoints/pruned", "checkpoints/final")
 _PICKLED, _IN_PICKLE = ".pt", "sae/"  # a .pt file has the tensors in a dictionary
 _DISTRIBUTED, _INDEX = ".dcp", ".metadata"
+_BY_TOKEN = "token-wise"  # scaled to a norm of sqrt(d_in)
 _NORM = "dataset_average_activation_norm."
 _LOG_THRESHOLD = "activation_function.log_jumprelu_threshold"
 _SCOPE_CONFIG, _SCOPE_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
@@ -81,7 +82,11 @@ class Llamascopium(Format):
                 transcoder=is_transcoder,
             )
             dictionary = _activated(dictionary, file, settings)
-            scale_in = scale_out = _scale(file, settings, hooks[0], d_in)
+            if settings.text("norm_activation") == _BY_TOKEN and not is_transcoder:
+                dictionary = replace(dictionary, token_norm="constant_norm")
+                scale_in = scale_out = 1.0
+            else:
+                scale_in = scale_out = _scale(file, settings, hooks[0], d_in)
             if is_transcoder:
                 scale_out = _scale(file, settings, hooks[1], d_in)
         if settings.flag("sparsity_include_decoder_norm", True):
@@ -239,8 +244,8 @@ def _scale(file: TensorFile, settings: Settings, hook: str, d_in: int) -> float:
         return 1.0
     if mode != "dataset-wise":
         raise DictionaryError(
-            f"{settings.path}: norm_activation {mode!r} scales by the batch or the token, "
-            "and a dictionary here has one scale"
+            f"{settings.path}: norm_activation {mode!r} has no counterpart here; there are "
+            "counterparts of dataset-wise, inference, and of token-wise but for transcoders"
         )
     if not hook:
         raise DictionaryError(

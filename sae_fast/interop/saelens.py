@@ -38,7 +38,8 @@ _ARCHITECTURES = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-_BY_TOKEN = "it scales each token by its own norm, and a dictionary here has one scale"
+# Normalisations of single tokens by their names there and here.
+_TOKEN_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
 # Settings of the activations by their names in an origin here, and there.
 _SETTINGS = {
     "ctx_len": "context_size",
@@ -53,7 +54,7 @@ class SAELens(PairOfFiles):
 
     name = "saelens"
     title = "SAELens"
-    can_write = True
+    can_write = writes_token_norm = True
     config, weights = CONFIG, WEIGHTS
 
     def read(self, place: Path) -> PlainDictionary:
@@ -66,12 +67,13 @@ class SAELens(PairOfFiles):
                 f"{settings.path}: architecture {kind!r} has no counterpart here; there are "
                 f"counterparts of {', '.join(_ARCHITECTURES)}"
             )
-        remarks = _check_normalization(settings)
+        token_norm, remarks = _normalization(settings, kind)
         with open_tensors(directory / WEIGHTS) as file:
             dictionary = _read(file, settings, kind)
         own = metadata.section(OWN)
         told = _origin(metadata, dictionary.transcoder) | own.origin(ORIGIN)
-        return replace(_restored(dictionary, own), origin=told, remarks=remarks)
+        dictionary = replace(_restored(dictionary, own), token_norm=token_norm)
+        return replace(dictionary, origin=told, remarks=remarks)
 
     def write(self, dictionary: PlainDictionary, directory: Path) -> Path:
         """Write both files in the layout of version 6."""
@@ -100,7 +102,7 @@ class SAELens(PairOfFiles):
             "dtype": "float32",
             "device": "cpu",
             "apply_b_dec_to_input": dictionary.subtract_b_dec,
-            "normalize_activations": "none",
+            "normalize_activations": _normalization_of(dictionary),
             "reshape_activations": "hook_z" if hook.startswith("z.") else "none",
             "metadata": _metadata(dictionary),
         }
@@ -162,20 +164,34 @@ def _major(path: Path, version: str) -> int:
     return int(first)
 
 
-def _check_normalization(settings: Settings) -> tuple[str, ...]:
-    """Refuse scales of single tokens; return a remark on a scale that is not in the file."""
+def _normalization(settings: Settings, architecture: str) -> tuple[str | None, tuple[str, ...]]:
+    """Return the normalisation of single tokens, and a remark on a scale that is not in the file.
+
+    Raises DictionaryError for an unknown one, and for a transcoder's of single tokens.
+    """
     kind = settings.text("normalize_activations", "none")
-    if kind in ("layer_norm", "constant_norm_rescale"):
-        raise DictionaryError(f"{settings.path}: normalize_activations {kind!r}: {_BY_TOKEN}")
+    if kind in _TOKEN_NORMS:
+        if architecture.endswith("transcoder"):
+            raise DictionaryError(
+                f"{settings.path}: normalize_activations {kind!r} of a transcoder has no "
+                "counterpart here"
+            )
+        return _TOKEN_NORMS[kind], ()
     if kind not in ("none", "expected_average_only_in", "covariance_whitening"):
         raise DictionaryError(f"{settings.path}: normalize_activations {kind!r} is not known")
     if kind == "none":
-        return ()
-    return (
+        return None, ()
+    return None, (
         f"normalize_activations is {kind!r} in {settings.path}: the weights are taken as they are, "
         "as SAELens takes them; where its training has not folded the scale in, activations must "
         "be scaled first",
     )
+
+
+def _normalization_of(dictionary: PlainDictionary) -> str:
+    """Return the name that the normalisation of a dictionary has there."""
+    names = {ours: theirs for theirs, ours in _TOKEN_NORMS.items()}
+    return "none" if dictionary.token_norm is None else names[dictionary.token_norm]
 
 
 def _read(file: TensorFile, settings: Settings, kind: str) -> PlainDictionary:

@@ -37,10 +37,20 @@ def open_torch(path: Path) -> Iterator[Arrays]:
 
 
 def read_torch_values(path: Path) -> dict[str, int | float | str]:
-    """Return the numbers and texts beside the tensors of a .pt file that holds a dictionary."""
+    """Return the numbers and texts beside the tensors of a .pt file that holds a dictionary.
+
+    The ones in a dictionary inside it have its name and "/" before theirs.
+    """
     content, _ = _load(path)
     if not isinstance(content, Mapping):
         return {}
+    inner = [(name, part) for name, part in content.items() if isinstance(part, Mapping)]
+    return _plain_values(content) | {
+        f"{name}/{key}": value for name, part in inner for key, value in _plain_values(part).items()
+    }
+
+
+def _plain_values(content: Mapping[Any, Any]) -> dict[str, int | float | str]:
     kinds = int | float | str
     return {str(name): value for name, value in content.items() if isinstance(value, kinds)}
 
