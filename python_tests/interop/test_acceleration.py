@@ -151,6 +151,7 @@ def test_settings_that_change_are_seen():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Setting use_error_term directly:DeprecationWarning")
 def test_the_error_term_is_added_as_before():
     plain, x = make("JumpReLUSAE"), torch.randn(30, 16)
     sae = sae_fast.accelerate(copy.deepcopy(plain))

@@ -116,6 +116,6 @@ def write(dictionary: PlainDictionary, directory: str | Path, to: str) -> Path:
     if to not in writers:
         raise DictionaryError(f"to must be one of {', '.join(writers)}, got {to!r}")
     if dictionary.token_norm is not None and not writers[to].writes_token_norm:
-        what, why = f"token_norm {dictionary.token_norm}", "it takes activations as they are"
-        raise refuse(writers[to], what, why)
+        what = f"normalize_activations {dictionary.token_norm}"
+        raise refuse(writers[to], what, "it takes activations as they are; saelens has it")
     return writers[to].write(dictionary, Path(directory))
