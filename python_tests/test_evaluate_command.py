@@ -312,7 +312,7 @@ def test_rows_without_variance_are_measured_as_far_as_that_goes(
     told = capsys.readouterr()
     assert told.out.startswith("sae: FVU has no value, L0 4.0")
     error = told.err
-    assert f"have no value: the {count} rows measured have no variance" in error
+    assert f"have no value: no variance in the rows measured, {count}" in error
     content = json.loads((place / "out" / "metrics.json").read_text())
     quality = content["metrics"]["reconstruction_quality"]
     assert quality["fvu"] is None

@@ -154,6 +154,17 @@ def test_charts_place_numbers_where_they_are() -> None:
     assert "<circle" in single
 
 
+def test_long_numbers_keep_clear_of_the_name_of_their_axis() -> None:
+    def begin_of_numbers(points: list[tuple[float, float]]) -> list[float]:
+        html = Chart("t", "x", "FVU", [Series(points, "a", "points")]).svg()
+        numbers = re.findall(r'<text x="(\d+)" y="[\d.]+" text-anchor="end">([^<]+)<', html)
+        return [int(end) - 6.5 * len(text) for end, text in numbers]
+
+    assert min(begin_of_numbers([(32, 0.25722), (32, 0.25756)])) > 14
+    assert min(begin_of_numbers([(32, 0.2), (32, 0.3)])) > 14
+    assert min(begin_of_numbers([(32, 1234567.0), (32, 1234577.0)])) > 14
+
+
 def test_points_without_a_value_are_left_out() -> None:
     series = Series([(1.0, float("nan")), (2.0, 3.0)], kind="points", names=["a", "b"])
     chart = Chart("t", "x", "y", [series]).svg()

@@ -137,7 +137,7 @@ class CorePass:
         sections = self._rows.sections()
         if not math.isfinite(sections["reconstruction_quality"]["fvu"]):
             logger.warning(
-                "fvu and explained_variance have no value: the %d rows measured have no variance",
+                "fvu and explained_variance have no value: no variance in the rows measured, %d",
                 rows,
             )
         sparsity, misc, latents = self._firing.metrics(rows, self._dead_rate)

@@ -11,6 +11,7 @@ from typing import Literal
 
 _WIDTH, _HEIGHT = 420, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40  # margins
+_DIGITS, _DIGIT = 5, 7  # characters of a number that the left margin has room for, width of another
 _ROOM = 0.03  # of an axis, between its ends and the outermost points
 _TICKS = 5
 _WIDE = 10.0  # from here on an axis that may be logarithmic is
@@ -95,15 +96,17 @@ class Chart:
         if not points:
             return '<p class="soft">There is no value to draw.</p>'
         room = 0.0 if has_bars else _ROOM
-        horizontal = _Axis(
-            [*(p[0] for p in points), *(p[0] + self.bar_width for p in points if has_bars)],
-            *(_LEFT, _WIDTH - _RIGHT, self.may_be_logarithmic[0], room),
-        )
         vertical = _Axis(
             [*(p[1] for p in points), *([0.0] if has_bars else [])],
             *(_HEIGHT - _BOTTOM, _TOP, self.may_be_logarithmic[1], room),
         )
-        parts = [*_grid(horizontal, vertical, self.x, self.y)]
+        longest = max((len(text) for _, text in vertical.ticks()), default=0)
+        left = _LEFT + _DIGIT * max(0, longest - _DIGITS)
+        horizontal = _Axis(
+            [*(p[0] for p in points), *(p[0] + self.bar_width for p in points if has_bars)],
+            *(left, _WIDTH - _RIGHT, self.may_be_logarithmic[0], room),
+        )
+        parts = [*_grid(horizontal, vertical, left, self.x, self.y)]
         # Lines for comparison are below all else, and rings round the points that are in them.
         coloured = list(zip(drawn, self.colours(), strict=True))
         for series, colour in sorted(coloured, key=lambda item: item[0].kind != "line"):
@@ -189,19 +192,19 @@ def _nice(step: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= step * (1 - 1e-9))
 
 
-def _grid(horizontal: _Axis, vertical: _Axis, x: str, y: str) -> list[str]:
+def _grid(horizontal: _Axis, vertical: _Axis, left: int, x: str, y: str) -> list[str]:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     parts = []
     for tick, text in vertical.ticks():
         place = vertical.place(tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {place:.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
+        parts.append(f'<path class="grid" d="M{left} {place:.1f}H{right}"/>')
+        parts.append(f'<text x="{left - 6}" y="{place + 4:.1f}" text-anchor="end">{text}</text>')
     for tick, text in horizontal.ticks():
         place = horizontal.place(tick)
         parts.append(f'<path class="axis" d="M{place:.1f} {bottom}v4"/>')
         parts.append(f'<text x="{place:.1f}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
-    middle = (_LEFT + right) / 2
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
+    middle = (left + right) / 2
+    parts.append(f'<path class="axis" d="M{left} {bottom}H{right}"/>')
     parts.append(
         f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>'
         f'<text x="12" y="{(_TOP + bottom) / 2}" text-anchor="middle" '
