@@ -56,6 +56,24 @@ def contents(directory):
     }
 
 
+def test_a_dictionary_of_another_library_has_its_pages_too(place, made, tmp_path, capsys):
+    SparseAutoencoder.from_pretrained(place / "<b>sae").export(tmp_path / "theirs", to="saelens")
+    call = [str(tmp_path / "theirs"), *command(place, tmp_path / "out")[1:]]
+    assert main(call) == 0
+    written = (tmp_path / "out" / "index.html").stat().st_mtime_ns
+    assert main(call) == 0
+    assert (tmp_path / "out" / "index.html").stat().st_mtime_ns == written
+    expected = contents(made / "data")
+    found = contents(tmp_path / "out" / "data")
+    assert found.keys() == expected.keys()
+    same = [name for name in found if name != "meta.js"]  # the title is the name of the folder
+    assert all(found[name] == expected[name] for name in same)
+    path = tmp_path / "theirs" / "cfg.json"
+    path.write_text(path.read_text().replace("6.54.12", "6.54.11"))
+    assert main(call) == 2
+    assert "holds pages of another pass, which differs in sae" in capsys.readouterr().err
+
+
 def test_the_folder_has_the_viewer_and_its_data_and_nothing_else(made):
     assert set(contents(made)) == {
         *("index.html", "viewer.js", "viewer.css", "start.js", "pages.json"),

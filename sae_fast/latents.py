@@ -182,20 +182,32 @@ def _settings(config: LatentsConfig) -> PageSettings:
 
 def _recipe(config: LatentsConfig, shards: ShardSet) -> dict[str, Any]:
     """Return all that decides the pages, as JSON."""
-    from sae_fast.autoencoder.files import CONFIG_FILE, TENSOR_FILE, model_directory
-    from sae_fast.tensor_files import sha256_of
-
     assert config.sae is not None
-    directory = model_directory(config.sae)
     values = asdict(config)
     left_out = ("sae", "shard_dir", "out", "force", "keep_codes", "num_threads", "device")
     settings = {name: value for name, value in values.items() if name not in left_out}
     return {
-        "sae": [sha256_of(directory / name) for name in (TENSOR_FILE, CONFIG_FILE)],
+        "sae": _hashes(config.sae),
         "shards": [list(identity) for identity in shards.identities()],
         **settings,
         "write": list(config.write),
     }
+
+
+def _hashes(sae: Path) -> list[str]:
+    """Return the SHA-256 of the files of a dictionary, whose names other libraries choose."""
+    from sae_fast.autoencoder.files import CONFIG_FILE, TENSOR_FILE, is_saved_model, model_directory
+    from sae_fast.autoencoder.foreign import local_place
+    from sae_fast.tensor_files import sha256_of
+
+    place = local_place(sae)
+    own = model_directory(place)
+    if is_saved_model(own):
+        files = [own / TENSOR_FILE, own / CONFIG_FILE]
+    else:
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        files = [path for path in inside if path.is_file()]
+    return [sha256_of(path.resolve()) for path in files]
 
 
 @contextmanager
