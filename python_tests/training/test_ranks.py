@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.distributed import HashStore
 
 from sae_fast import TrainConfig
 from sae_fast.activations import write_shard
+from sae_fast.distributed.meeting import common_name
 from sae_fast.distributed.ranks import RankError, Ranks
 from sae_fast.distributed.replicas import digests
 from sae_fast.distributed.wire import HEADER_BYTES, pack, pack_header, unpack, unpack_header
@@ -179,6 +182,26 @@ def test_a_rank_that_has_failed_is_named_with_its_reason() -> None:
     assert isinstance(error, RankError)
     assert str(error) == "rank 1: the disk is full"
     assert not error.is_told
+
+
+def test_processes_of_an_earlier_start_are_not_met_again() -> None:
+    store, names = HashStore(), []
+    for _ in range(2):
+        found: dict[int, str] = {}
+
+        def meet(rank: int, found: dict[int, str] = found) -> None:
+            found[rank] = common_name(store, rank, 3, timedelta(seconds=30))
+
+        threads = [threading.Thread(target=meet, args=(rank,)) for rank in (0, 2, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(found.values())) == 1
+        names.append(found[0])
+    assert names[0] != names[1]
+    with pytest.raises(RuntimeError, match="not all of 2 processes"):
+        common_name(HashStore(), 1, 2, timedelta(seconds=0.1))
 
 
 def test_bytes_are_the_tensors_again() -> None:

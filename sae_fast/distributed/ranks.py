@@ -27,10 +27,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from sae_fast.config import TrainConfig
 from sae_fast.config.mesh import parsed_mesh
 from sae_fast.distributed.environment import launched
+from sae_fast.distributed.meeting import common_name
 from sae_fast.distributed.wire import DTYPES, HEADER_BYTES, pack, pack_header, unpack, unpack_header
 from sae_fast.json_files import shown
 
-_GRACE = timedelta(seconds=5)  # for another process to note how it ended
+_GRACE = 5.0  # seconds, for another process to note how it ended
+_PAUSE = 0.05  # seconds between two looks
 _SLICE = 1 << 24  # bytes of a matrix that are gathered at a time
 
 
@@ -288,12 +290,15 @@ class Ranks:
         said: dict[int, str] = {}
         with suppress(RuntimeError):
             self._store.set(f"end/{self.rank}", "")
-        deadline = time.monotonic() + _GRACE.total_seconds()
+        deadline = time.monotonic() + _GRACE
         for number in range(self.size):
-            left = timedelta(seconds=max(0.01, deadline - time.monotonic()))
             with suppress(RuntimeError):
-                self._store.wait([f"end/{number}"], left)
-                said[number] = self._store.get(f"end/{number}").decode()
+                while not (known := self._store.check([f"end/{number}"])):
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(_PAUSE)
+                if known:
+                    said[number] = self._store.get(f"end/{number}").decode()
         reasons = {number: text for number, text in said.items() if text}
         gone = [number for number in range(self.size) if number not in said]
         if reasons:
@@ -367,6 +372,8 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
         raise ValueError(f"mesh: this torch ({torch.__version__}) is without NCCL")
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
+        own = PrefixStore("sae_fast", store)
+        store = PrefixStore(common_name(own, rank, size, timeout), own)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
             store=PrefixStore("group", store),
@@ -378,8 +385,7 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
         raise ValueError(f"mesh: the ranks cannot be connected: {error}") from error
     atexit.register(_disconnect)
     init_device_mesh("cpu", (size,), mesh_dim_names=("data",))
-    ends = PrefixStore("sae_fast", store)
-    ranks = Ranks(rank, size, ends, place.local_rank, place.local_size)
+    ranks = Ranks(rank, size, store, place.local_rank, place.local_size)
     ranks._has_nccl = is_on_gpu
     _opened[""] = ranks
     return ranks
