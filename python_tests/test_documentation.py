@@ -48,7 +48,8 @@ if not (ROOT / "README.md").exists():
 PAGES = ("README.md", "benchmarks/README.md", "CONTRIBUTING.md")
 PAGES += tuple(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md")))
 # Flags of torchrun, pip, TensorBoard and SLURM.
-OF_OTHERS = {"nproc_per_node", "no_deps", "logdir"}
+OF_OTHERS = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "max_restarts"}
+OF_OTHERS |= {"standalone", "nodes", "ntasks_per_node", "no_deps", "logdir"}
 OF_OTHERS |= {"job_name", "array", "time", "signal", "requeue", "open_mode"}
 LANGUAGES = {
     "bash",

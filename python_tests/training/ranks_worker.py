@@ -50,6 +50,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gated": ({**_SAE, "arch": "gated", "target_l0": 6.0, "l1_penalty_coeff": 5.0}, {}),
     "probe": ({**_TOPK, "probe_loss_coeff": 1.0, "probe_labels": "labels"}, {}),
     "dense": (_TOPK, {"fused": False}),
+    "without dead latents": ({**_SAE, "k": 2, "dead_after_tokens": 1000}, {}),
     "slots": ({"d_sae": 64, "arch": "slots", "n_relations": 2, "n_answers": 3}, {}),
 }
 COMMANDS = (
@@ -74,6 +75,7 @@ def trainer_of(
 ) -> Trainer:
     """Return the training of a case, by one process or by one of PARTS ranks."""
     sae, train = CASES[case]
+    sae = {**sae, "d_sae": settings.pop("d_sae", sae["d_sae"])}
     given = {"lr": 1e-2, "batch_size": 16, "max_steps": 6, "log_every": 1, "eval_every": 3}
     given |= train | settings
     if launched().size == 1:
@@ -149,6 +151,11 @@ def scenarios(directory: Path, rank: int) -> dict[str, Any]:
     found["one fails"] = error_of(lambda: trainer_of("topk", device="cpu" if rank == 0 else "tpu"))
     found["few rows"] = error_of(lambda: trainer_of("topk", x=rows()[:1]))
     found["slots"] = error_of(lambda: trainer_of("slots"))
+    found["bytes"] = {}
+    for d_sae in (64, 512):
+        trainer = trainer_of("without dead latents", d_sae=d_sae)
+        trainer.train()
+        found["bytes"][d_sae] = trainer.history[-2]["exchanged_bytes"]
     disturbed = trainer_of("topk", callbacks=[Disturb()], checkpoint_every=3)
     found["disturbed"] = error_of(disturbed.train)
     found["disturbed at"] = disturbed.step

@@ -150,6 +150,17 @@ def test_a_copy_that_is_no_longer_equal_is_named(ranks: list[dict[str, Any]]) ->
 
 
 @pytest.mark.slow
+def test_the_bytes_of_a_step_do_not_depend_on_d_sae(ranks: list[dict[str, Any]]) -> None:
+    n_tokens, k, width = 16, 2, ranks_worker.WIDTH
+    factors = n_tokens * (16 * k + 8 * width)
+    for found in ranks:
+        sent = found["scenarios"]["bytes"]
+        assert sent[64] == sent[512]
+        # Three messages: wishes, variances, and the parts with metrics and b_dec's gradient.
+        assert sent[64] == factors + 3 * HEADER_BYTES + 2 * 64 + 3 * 64
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_is_named(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["killed"] == "rank 1 has ended, or did not answer in time"
 

@@ -59,10 +59,12 @@ class Engine(NamedTuple):
     Attributes:
         precision: mode of the encoder's product, as `ops.encode_topk` takes it.
         dense_grad: whether backward leaves dense gradients or row factors for `RowOptimizer`.
+        batch_topk: computes `ops.encode_batch_topk`, perhaps by several processes.
     """
 
     precision: str = "screened"
     dense_grad: bool = True
+    batch_topk: Callable[..., ops.SparseCode] = ops.encode_batch_topk
 
     def encode_topk(
         self,
@@ -75,6 +77,8 @@ class Engine(NamedTuple):
         k_aux: int = 0,
     ) -> ops.SparseCode:
         """Return the k latents per token that `select` chooses, and in `aux` k_aux dead ones."""
+        if select is ops.encode_batch_topk:
+            select = self.batch_topk
         return select(
             x,
             weights.W_enc,

@@ -168,6 +168,7 @@ class Ranks:
         total: Tensor | None,  # any shape
         own: Tensor | None,  # in the shape of total
         like: Tensor,
+        has: Sequence[bool],
     ) -> Tensor | None:
         """Return `total` plus the tensors of all processes, added up in the order of the ranks.
 
@@ -177,11 +178,11 @@ class Ranks:
             total: the sum so far, changed; None: there is none yet.
             own: of this process; None: it has none.
             like: a tensor of this shape, type and device.
+            has: which processes have one.
         """
-        begin = time.perf_counter()
-        has = self.values(own is not None)
         if not any(has):
             return total
+        begin = time.perf_counter()
         is_new = total is None
         summed = torch.empty_like(like) if total is None else total
         mine = torch.zeros_like(like) if own is None else own.contiguous()

@@ -86,8 +86,31 @@ def encode_batch_topk(
     row ends in entries of value 0 and index 0. Arguments, gradients and errors as for
     `encode_topk`.
     """
+    return encode_batch_topk_by(
+        torch.ops.sae_fast.encode_batch_topk.default,
+        *(x, W_enc, b_enc, b_dec, k),
+        precision=precision,
+        dead_mask=dead_mask,
+        k_aux=k_aux,
+        dense_grad=dense_grad,
+    )
+
+
+def encode_batch_topk_by(
+    op: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    *,
+    precision: str = "screened",
+    dead_mask: Tensor | None = None,  # [F] bool
+    k_aux: int | None = None,
+    dense_grad: bool = True,
+) -> SparseCode:
+    """Return what `encode_batch_topk` does, with a function in the place of its op."""
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
-    op = torch.ops.sae_fast.encode_batch_topk.default
     return _encode_selected("encode_batch_topk", op, tensors, k, *options)
 
 

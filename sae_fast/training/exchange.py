@@ -86,6 +86,7 @@ class GradientExchange:
         header: dict[str, Any] = {
             "factors": {name: [table.add_factor(f) for f in own[name]] for name in _ROWS},
             "grads": {name: self._add_grad(table, name, own["W_enc"]) for name in self._vectors},
+            "matrices": self._dense_matrices(),
             "fired": _add_fired(table, part.fired, code, own["W_dec"]),
             "values": table.add(part.values),
             "variance": table.add(part.variance),
@@ -103,7 +104,7 @@ class GradientExchange:
             for each in factors:
                 listed.extend(each[name])
         self._add_vectors(found, factors)
-        self._add_matrices()
+        self._add_matrices([header["matrices"] for header, _ in found])
         others = zip(found, factors, strict=True)
         parts = [_part(self._sae, *one, theirs) for one, theirs in others]
         return [part if number == self.ranks.rank else one for number, one in enumerate(parts)]
@@ -111,6 +112,11 @@ class GradientExchange:
     @property
     def _vectors(self) -> list[str]:
         return [name for name in self._names if self._sae.get_parameter(name).dim() < 2]
+
+    def _dense_matrices(self) -> list[str]:
+        """Return the names of the matrices of which this rank has a dense gradient."""
+        parameters = {name: self._sae.get_parameter(name) for name in self._names}
+        return [name for name, p in parameters.items() if p.dim() >= 2 and p.grad is not None]
 
     def _own_factors(self, name: str) -> list[RowFactor]:
         return row_factors(self._sae.get_parameter(name))[self._n_factors[name] :]
@@ -178,12 +184,18 @@ class GradientExchange:
                 total = grad.clone() if total is None else total.add_(grad)
             parameter.grad = total
 
-    def _add_matrices(self) -> None:
+    def _add_matrices(self, found: Sequence[Sequence[str]]) -> None:
+        """Add the dense gradients of all ranks to those before.
+
+        Args:
+            found: the names of the matrices that each rank has one of.
+        """
         for name in self._names:
             parameter = self._sae.get_parameter(name)
             if parameter.dim() >= 2:
-                total, own = self._before[name], parameter.grad
-                parameter.grad = self.ranks.add_in_order(total, own, parameter.detach())
+                has = [name in names for names in found]
+                before, own = self._before[name], parameter.grad
+                parameter.grad = self.ranks.add_in_order(before, own, parameter.detach(), has)
 
 
 class _Table:

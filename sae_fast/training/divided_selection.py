@@ -1,0 +1,65 @@
+"""The selection of BatchTopK by several ranks, each of which encodes some of the rows of a step.
+
+The encoder's product is most of a step's work. Each rank finds the candidates of its rows: as many
+as the whole step takes, so that all selected ones are among them. From the candidates of all ranks
+each makes the selection of `encode_batch_topk` itself, equal values in its order included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sae_fast import ops
+from sae_fast.distributed.ranks import Ranks
+from sae_fast.ops.encode import encode_batch_topk_by
+
+_Outputs = tuple[Tensor, ...]
+
+
+def divided_batch_topk(ranks: Ranks) -> Callable[..., ops.SparseCode]:
+    """Return `encode_batch_topk`, computed by all ranks, which call it with equal arguments."""
+    if ranks.size == 1:
+        return ops.encode_batch_topk
+    return partial(encode_batch_topk_by, partial(_select, ranks))
+
+
+def _select(
+    ranks: Ranks,
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    k: int,
+    precision: str,
+    dead_mask: Tensor | None,  # [F] bool
+    k_aux: int,
+    *copies: Tensor | None,
+) -> _Outputs:
+    """Return values, indices, offsets, aux_values and aux_indices of the op on all rows."""
+    n_rows, budget = len(x), len(x) * k
+    starts = [n_rows * number // ranks.size for number in range(ranks.size + 1)]
+    own = x[starts[ranks.rank] : starts[ranks.rank + 1]]
+    # So many of a row that together they are as many as the whole selection.
+    most = min(-(-budget // max(1, len(own))), len(W_enc))
+    op = torch.ops.sae_fast.encode_batch_topk.default
+    found = op(own, W_enc, b_enc, b_dec, most, precision, dead_mask, k_aux, *copies)
+    values, indices, offsets, *aux = found
+    kept = ~(values <= 0)  # NaN is kept; the entries of value 0 fill up the last row
+    rows = torch.arange(len(own), device=x.device).repeat_interleave(offsets.diff())
+    entries = [values[kept], indices[kept], rows[kept] + starts[ranks.rank], *aux]
+    gathered = [tensors for _, tensors in ranks.gather(None, entries)]
+    values, indices, rows, *aux = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+    if len(values) > budget:  # equal values in the order of rows, then of latents
+        largest = values.sort(descending=True, stable=True).indices[:budget]
+        places = largest.sort().values
+        values, indices, rows = values[places], indices[places], rows[places]
+    counts = torch.bincount(rows, minlength=n_rows)
+    missing = budget - len(values)
+    counts[-1] += missing
+    padded = [torch.nn.functional.pad(part, (0, missing)) for part in (values, indices)]
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return *padded, ends, *aux
