@@ -185,6 +185,15 @@ def test_encode_calls_times_every_way_for_every_number_of_tokens(run):
     assert len(rows_of(table)) == 1 + 3 + 3 + 2
 
 
+@pytest.mark.slow
+def test_ranks_times_every_number_of_processes(run):
+    result, table = run("ranks", "--sizes", SIZE, "--ranks", "1", "--steps", "2")
+    (found,) = result["sizes"].values()
+    assert list(found) == ["1"]
+    assert found["1"]["seconds"] > 0 == found["1"]["bytes"]
+    assert len(rows_of(table)) == 1 + 1
+
+
 def test_attached_times_every_mode(run):
     result, table = run("attached", "--sizes", SIZE, "--shapes", "2x4,1x1", "--rounds", "2")
     (found,) = result["sizes"].values()

@@ -1,4 +1,4 @@
-"""How the processes of one start find each other in the store of a launcher.
+"""A common name for the processes of one start, found in the store of a launcher.
 
 After a failure torchrun starts all processes again, and the store may still have what those before
 have written, the addresses of dead processes among it. So each process writes a new word of its

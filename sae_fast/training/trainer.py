@@ -607,7 +607,10 @@ class Trainer:
         """Return what all ranks must have in common before the first step, by name."""
         given = self.config.to_dict()
         del given["train"]["device"], given["train"]["num_threads"]
+        # Of dense codes, and a skip connection, torch's products follow the threads.
+        follows = self.sae.architecture.needs_host_sync or self.sae_config.skip_connection
         return {
+            "its threads": torch.get_num_threads() if follows else None,
             "the version of sae_fast": sae_fast.__version__,
             "the version of torch": torch.__version__,
             "its settings": {**given["sae"], **given["train"]},
