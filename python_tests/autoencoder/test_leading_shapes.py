@@ -36,7 +36,9 @@ def test_sparse_and_dense_codes_are_decoded_equally_edited_or_not(form):
     ):
         expected = sae.decode(own.dense(), x)
         torch.testing.assert_close(sae.decode(own, x), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(sae.decode(code.set(7, 4.0), x)[1], sae.decode(code.set(7, 4.0)[1], x[1]))
+    # A library product of one row may add in another order than a product of several.
+    edited = code.set(7, 4.0)
+    torch.testing.assert_close(sae.decode(edited, x)[1], sae.decode(edited[1], x[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

@@ -170,7 +170,6 @@ def test_help_shows_all_flags_of_this_mode_with_their_defaults(
     for flag, default in {
         "k": "here: 192",
         "expansion-factor": "here: 32",
-        "learning-rate": "here: 0.001",
         "max-tokens": ": 1000000",
         "batch-sequences": ": 4",
         "grad-acc-steps": ": 1",

@@ -103,7 +103,8 @@ def tokens_of(
     """
     rows = rows_of(sae, x)
     count = math.prod(code.shape[:-1]) if isinstance(code, Tensor) else code.n_rows
-    if len(rows) != count and sae.config.normalizes_tokens:
+    # Sizes of tensors, and not len, stay symbols in an export for any number of tokens.
+    if sae.config.normalizes_tokens and rows.shape[0] != count:
         raise ValueError(f"x must have {count} tokens as the code has, got {len(rows)}")
     return rows
 

@@ -30,6 +30,7 @@ _WANDB = Effect(
     "logger wandb, or wandb_project",
     lambda train: train.wandb_project is not None or "wandb" in train.logger,
 )
+_ONE_PROCESS = "one process runs the model and trains on its activations"
 _MESH = Effect("mesh, of several processes", lambda train: train.mesh is not None)
 LARGEST_BATCH = 4096  # tokens, by default
 DEFAULT_PROJECT = "sae_fast"  # of Weights & Biases
@@ -389,14 +390,16 @@ class TrainConfig(ConfigFile):
     mesh: str | None = setting(
         None,
         nonempty=True,
-        shards_only="one process runs the model and trains on its activations",
+        shards_only=_ONE_PROCESS,
         metavar="AXIS=SIZE",
         heading="Several processes",
         brief="what the processes of torchrun divide, data=2: the batches",
     )
     """What the processes that torchrun has started divide: data=R the batches of a step, R at a
     time. The result is equal to the bit to one process with R times as many grad_acc_steps."""
-    mesh_timeout: float = setting(10.0, above=0, on_resume="free", needs=_MESH)
+    mesh_timeout: float = setting(
+        10.0, above=0, on_resume="free", needs=_MESH, shards_only=_ONE_PROCESS
+    )
     """How long one of these processes waits for another that does not answer. [minutes]"""
 
     log_every: int = setting(
