@@ -24,13 +24,14 @@ def hub():
     local.close()
 
 
-def run(hub, tmp_path, program):
+def run(hub, tmp_path, program, **variables):
     """Run a program in a process that knows the stand-in as the hub; return what it prints."""
     environment = {
         **os.environ,
         **{"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")},
         **{"HF_TOKEN": "hf_x", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
         "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+        **variables,
     }
     done = warm_python.run(["-c", program], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -94,6 +95,17 @@ try:
 except ValueError as error:
     print(str(error).count(chr(10)), str(error)[:80])
 """)  # fmt: skip
+    again = run(hub, tmp_path, """
+from sae_fast import SparseAutoencoder
+print(SparseAutoencoder.from_pretrained("owner/many/layers.3").config.k)
+try:
+    SparseAutoencoder.from_pretrained("owner/many/none")
+except ValueError as error:
+    print(error)
+""", HF_HUB_OFFLINE="1")  # fmt: skip
+    assert again.startswith(
+        "3\nowner/many/none: no such directory, and the Hugging Face hub answers"
+    )
     lines = printed.splitlines()
     assert "d_in=8, d_sae=24, k=3) {'hook': 'layers.3', 'layer': 3}" in lines[0]
     assert lines[2] == "0"

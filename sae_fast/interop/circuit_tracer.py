@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sae_fast.activations.capture.hooks import transformer_lens_name
 from sae_fast.atomic_files import replacing, write_text
 from sae_fast.interop.dictionary import PlainDictionary
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import OWN, Format, Settings, refuse
-from sae_fast.interop.hook_names import hook_named_by, origin, to_lens
+from sae_fast.interop.hook_names import hook_named_by, origin
 from sae_fast.interop.tensor_file import open_tensors
 from sae_fast.json_files import JSONError, parse_json, read_regular
 from sae_fast.tensor_files import save_tensors
@@ -217,4 +218,4 @@ def _written_settings(dictionary: PlainDictionary) -> dict[str, str]:
 
 def _without_layer(hook: str) -> str:
     """Return the name that TransformerLens has for a hook point, inside its block."""
-    return re.sub(r"^blocks\.\d+\.", "", to_lens(hook))
+    return re.sub(r"^blocks\.\d+\.", "", transformer_lens_name(hook))

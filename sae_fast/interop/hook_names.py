@@ -10,11 +10,7 @@ from sae_fast.activations.capture.hooks import LENS_NAMES
 
 # Of models with RMSNorm it is before the gain of the norm, and mlp_in is behind it.
 _BEFORE_GAIN = ("ln2.hook_normalized",)
-_USUAL: dict[str, str] = {}
-for _name, _kind in LENS_NAMES.items():
-    _USUAL.setdefault(_kind, _name)
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
-_NUMBERED = re.compile(r"(\w+)\.(\d+)")
 _NAME = re.compile(r"\w[\w.:/-]*")  # what is no name is a description of the hook point
 
 
@@ -24,14 +20,6 @@ def from_lens(name: str) -> str:
     if match is None or match[2] not in LENS_NAMES or match[2] in _BEFORE_GAIN:
         return name
     return f"{LENS_NAMES[match[2]]}.{int(match[1])}"
-
-
-def to_lens(name: str) -> str:
-    """Return blocks.3.hook_resid_post for residual.3 and so on; another name as it is."""
-    match = _NUMBERED.fullmatch(name)
-    if match is None or match[1] not in _USUAL:
-        return name
-    return f"blocks.{int(match[2])}.{_USUAL[match[1]]}"
 
 
 def hook_named_by(origin: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,8 @@ _DEEP = "checkpoints/final.safetensors"  # of Llama Scope
 def download(name: str, subfolder: str | None = None, revision: str | None = None) -> Path:
     """Return the directory or file of a dictionary, downloaded unless the cache has it.
 
+    Where the hub cannot be reached, or HF_HUB_OFFLINE=1 forbids it, the cache alone is used.
+
     Args:
         name: of the repository, owner/name.
         subfolder: of the dictionary, a folder or a file; None: the repository itself.
@@ -31,6 +33,9 @@ def download(name: str, subfolder: str | None = None, revision: str | None = Non
     try:
         files = hub.HfApi().list_repo_files(name, revision=revision)
     except Exception as error:  # of the network, of the name, of the rights
+        cached = _cached(hub, name, subfolder, revision)
+        if cached is not None:
+            return cached
         place = "/".join(filter(None, (name, subfolder)))
         raise DictionaryError(
             f"{place}: no such directory, and the Hugging Face hub answers: {one_line(error)}"
@@ -41,6 +46,27 @@ def download(name: str, subfolder: str | None = None, revision: str | None = Non
     except Exception as error:
         raise DictionaryError(f"{name}: cannot be downloaded: {one_line(error)}") from None
     return root if subfolder is None else root / subfolder
+
+
+def _cached(hub: Any, name: str, subfolder: str | None, revision: str | None) -> Path | None:
+    """Return the directory or file of a dictionary that was downloaded before, or None."""
+    wanted = revision or "main"
+    try:
+        repositories = hub.scan_cache_dir().repos
+    except hub.errors.CacheNotFound:
+        return None
+    for repository in repositories:
+        for kept in repository.revisions if repository.repo_id == name else ():
+            if wanted not in (kept.commit_hash, *kept.refs):
+                continue
+            root = Path(kept.snapshot_path)
+            there = [path.relative_to(root).as_posix() for path in root.rglob("*")]
+            try:
+                files_of(name, there, subfolder)
+            except DictionaryError:  # the cache has other dictionaries of the repository
+                continue
+            return root if subfolder is None else root / subfolder
+    return None
 
 
 def upload(directory: Path, name: str, subfolder: str | None, private: bool | None) -> str:

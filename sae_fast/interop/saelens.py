@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_fast.activations.capture.hooks import transformer_lens_name
 from sae_fast.interop.dictionary import PlainDictionary, rescale_codes_
 from sae_fast.interop.errors import DictionaryError
 from sae_fast.interop.format import ORIGIN, OWN, PairOfFiles, Settings, refuse
-from sae_fast.interop.hook_names import hook_named_by, origin, to_lens
+from sae_fast.interop.hook_names import hook_named_by, origin
 from sae_fast.interop.tensor_file import TensorFile, open_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -296,7 +297,7 @@ def _metadata(dictionary: PlainDictionary) -> dict[str, Any]:
         "sae_lens_version": _WRITTEN_VERSION,
         "sae_lens_training_version": None,
         "model_name": told.get("model"),
-        "hook_name": to_lens(hook) if (hook := hook_named_by(told)) else None,
+        "hook_name": transformer_lens_name(hook) if (hook := hook_named_by(told)) else None,
         "dataset_path": told.get("dataset"),
     }
     if isinstance(settings := told.get("settings"), dict):
@@ -305,7 +306,7 @@ def _metadata(dictionary: PlainDictionary) -> dict[str, Any]:
         }
     targets = told.get("targets")
     if isinstance(targets, dict) and (hook := hook_named_by(targets)):
-        metadata["hook_name_out"] = to_lens(hook)
+        metadata["hook_name_out"] = transformer_lens_name(hook)
     own: dict[str, Any] = {"arch": dictionary.arch, ORIGIN: told}
     if dictionary.k is not None:
         own["k"] = dictionary.k

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_fast import __version__
+from sae_fast.activations.capture.hooks import transformer_lens_name
 from sae_fast.atomic_files import write_json, write_text
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.evaluation.causal import CausalImpact
@@ -25,7 +26,7 @@ from sae_fast.evaluation.concepts import TOKEN, Concepts
 from sae_fast.evaluation.core import LOG_DENSITIES, CoreMetrics, Section
 from sae_fast.evaluation.definitions import CAUSAL, DEFINITIONS, LATENTS
 from sae_fast.evaluation.purity import token_rows
-from sae_fast.interop.hook_names import hook_named_by, to_lens
+from sae_fast.interop.hook_names import hook_named_by
 from sae_fast.markdown import markdown_table
 from sae_fast.report.evaluation_page import evaluation_page
 from sae_fast.report.page import REPORT
@@ -253,7 +254,7 @@ class Evaluation:
                 "d_in": self.sae.d_in,
                 "d_sae": self.sae.d_sae,
                 "model_name": origin.get("model"),
-                "hook_name": to_lens(hook) if hook else None,
+                "hook_name": transformer_lens_name(hook) if hook else None,
                 "hook_layer": origin.get("layer"),
             },
             "eval_result_unstructured": {"measured_on": self.measured_on},

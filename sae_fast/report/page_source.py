@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sae_fast.interop.hook_names import to_lens
+from sae_fast.activations.capture.hooks import transformer_lens_name
 
 _IN_BLOCK = re.compile(r"^blocks\.\d+\.[\w.]+$")
 _FOLDER = re.compile(r"^\w[\w.:-]*$")
@@ -50,7 +50,7 @@ class PageSource:
     @property
     def hook_name(self) -> str | None:
         """The hook point as TransformerLens names it; None where it has no name there."""
-        name = to_lens(self.hook)
+        name = transformer_lens_name(self.hook)
         return name if _IN_BLOCK.match(name) else None
 
     @property
