@@ -104,9 +104,12 @@ test-address test-thread: test-%: $(VENV)/tools
 	cmake --build build/$*
 	ctest --test-dir build/$* --output-on-failure --parallel $$(nproc)
 
+# The oldest architecture that is supported and the one that the kernels are tuned for.
+CUDA_ARCHITECTURES ?= 80 90a
+
 test-cuda: $(VENV)/made
 	@if [ -n "$$CUDA_HOME$$CUDACXX" ] || command -v nvcc > /dev/null; \
-	  then python tools/cuda_resources.py; \
+	  then python tools/cuda_resources.py --architectures $(CUDA_ARCHITECTURES); \
 	  else echo "no nvcc here: the CUDA sources were not compiled"; fi
 
 test-python: build-dev

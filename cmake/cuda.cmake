@@ -3,7 +3,7 @@
 # With SAE_FAST_CUDA both are linked into the module, which needs a CUDA torch. SAE_FAST_CUDA_CHECK
 # compiles all of them against any torch, for the architectures they are tuned for, without linking.
 
-if(SAE_FAST_CUDA_CHECK AND NOT SAE_FAST_CUDA)
+if(SAE_FAST_CUDA_CHECK AND NOT SAE_FAST_CUDA AND NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100-real)
 endif()
 include(cmake/cuda_architectures.cmake)  # sets CMAKE_CUDA_ARCHITECTURES

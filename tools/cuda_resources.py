@@ -1,6 +1,6 @@
 """Compile the CUDA sources and report each kernel's registers and memory.
 
-    python tools/cuda_resources.py [--build-dir build/cuda]
+    python tools/cuda_resources.py [--build-dir build/cuda] [--architectures 80 90a]
 
 The check fails if a kernel uses local memory, or declares more shared memory than launch.cuh counts
 on. Any torch suffices, and no GPU is needed, because nothing is linked or run.
@@ -130,12 +130,14 @@ def faults(usages: list[Usage]) -> list[str]:
     return lines
 
 
-def build(directory: Path, nvcc: str) -> str:
+def build(directory: Path, nvcc: str, architectures: list[str]) -> str:
     """Compile all CUDA sources again, because only then the compiler reports; return its output."""
+    chosen = ";".join(f"{name}-real" for name in architectures)
     configure = [
         *["cmake", "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"],
         *["-DSAE_FAST_MODULE=OFF", "-DSAE_FAST_CUDA_CHECK=ON", "-DSAE_FAST_WERROR=ON"],
         *[f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={nvcc}"],
+        f"-DCMAKE_CUDA_ARCHITECTURES={chosen}",
     ]
     make = ["cmake", "--build", str(directory), "--target", "cuda_check", "--clean-first"]
     log = ""
@@ -151,6 +153,7 @@ def main() -> None:
     """Compile, print the table, and exit with an error if there are faults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "cuda")
+    parser.add_argument("--architectures", nargs="+", default=["80", "90a", "100"])
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tools"))
     from toolchain import find_nvcc
@@ -158,7 +161,7 @@ def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         sys.exit("no nvcc found (set CUDA_HOME)")
-    usages = parse(build(arguments.build_dir, nvcc))
+    usages = parse(build(arguments.build_dir, nvcc, arguments.architectures))
     if not usages:
         sys.exit("no kernel was compiled")
     print(table(usages))
