@@ -39,8 +39,14 @@ def _server():
         [sys.executable, "-c", _SERVE],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    atexit.register(server.communicate)  # closes its stdin, at which it ends
+    atexit.register(_end, server, os.getpid())
     return server
+
+
+def _end(server, owner):
+    """Close the stdin of a server, at which it ends, unless this is a fork of its owner."""
+    if os.getpid() == owner:
+        server.communicate()
 
 
 def serve():
