@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
 
 from sae_fast.config import TrainConfig
 from sae_fast.config.mesh import parsed_mesh
@@ -333,9 +333,7 @@ def open_ranks(config: TrainConfig) -> Ranks:
     Raises ValueError where the mesh is not the one that the launcher has started.
     """
     sizes = parsed_mesh(config.mesh)
-    wanted, place = 1, launched()
-    for size in sizes.values():
-        wanted *= size
+    wanted, place = prod(sizes.values()), launched()
     if not sizes or (wanted == 1 and place.size == 1):
         return ALONE
     if place.size == 1:
@@ -385,7 +383,6 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"mesh: the ranks cannot be connected: {error}") from error
     atexit.register(_disconnect)
-    init_device_mesh("cpu", (size,), mesh_dim_names=("data",))
     ranks = Ranks(rank, size, store, place.local_rank, place.local_size)
     ranks._has_nccl = is_on_gpu
     _opened[""] = ranks

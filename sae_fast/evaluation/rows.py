@@ -99,7 +99,7 @@ def text_columns(shards: ShardSet) -> dict[str, Tensor]:
 
 
 def _holds(shards: ShardSet, name: str) -> bool:
-    """Return whether any of the shards has data of this name."""
+    """Return whether a shard, one at least, has data of this name."""
     for shard in shards.shards:
         with open_shard(shard) as file:
             if file.has(name):
