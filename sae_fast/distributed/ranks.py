@@ -324,7 +324,7 @@ class Ranks:
 
 
 ALONE = Ranks()
-_opened: dict[str, Ranks] = {}
+_connected: list[Ranks] = []  # one at most
 
 
 def open_ranks(config: TrainConfig) -> Ranks:
@@ -360,8 +360,8 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
 
     Raises ValueError where they cannot be connected.
     """
-    if "" in _opened:
-        return _opened[""]
+    if _connected:
+        return _connected[0]
     place = launched()
     assert place.local_rank is not None
     if dist.is_initialized():
@@ -385,13 +385,13 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
     atexit.register(_disconnect)
     ranks = Ranks(rank, size, store, place.local_rank, place.local_size)
     ranks._has_nccl = is_on_gpu
-    _opened[""] = ranks
+    _connected.append(ranks)
     return ranks
 
 
 def note_failure(error: BaseException) -> None:
     """Tell the other processes, where they are connected, why this one ends."""
-    for ranks in _opened.values():
+    for ranks in _connected:
         ranks.note_failure(error)
 
 
