@@ -8,10 +8,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from small_models import WORDS, save_model
+from small_models import WORDS, make_tokenizer, save_model
 from tokenizers import Tokenizer, models
 
 from sae_fast.activations import ShardMetadata, write_shard
+from sae_fast.activations.capture.tokens import vocabulary_of
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.evaluate import main
@@ -162,6 +163,33 @@ def test_losses_inside_the_model_are_measured_without_shards(
     capsys.readouterr()
     assert _run(*words) == 2
     assert "ablate_latents must be from 0 to 29" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [
+        ({"model": "gpt2"}, "of model 'gpt2', and the model given is 'llama'"),
+        ({"hook": "residual.0"}, "of hook 'residual.0', and the hook given is 'residual.1'"),
+        (
+            {"settings": {"vocabulary": "9 tokens, sha256:00"}},
+            "of a vocabulary of 9 tokens, sha256:00, and the tokenizer given has 18 tokens, sha256",
+        ),
+    ],
+)
+def test_another_model_is_refused_unless_forced(
+    place: Path, capsys: pytest.CaptureFixture[str], origin: dict[str, object], message: str
+) -> None:
+    save_model(place / "llama", "llama")
+    (place / "texts.txt").write_text("the cat sat\nthe dog ran")
+    _save(place / "sae", origin={"model": "llama", "hook": "residual.1", **origin})
+    text = ("--dataset", place / "texts.txt", "--model", place / "llama", "--ablate-top", 0)
+    flags = (*text, "--hook", "residual.1", "--out", place / "out")
+    assert _run(place / "sae", *flags) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: the dictionary is ")
+    assert message in line
+    assert line.endswith("--force continues all the same")
+    assert _run(place / "sae", *flags, "--force") == 0
 
 
 def _add_labels(place: Path, labels: torch.Tensor) -> None:
@@ -358,6 +386,26 @@ def test_a_tokenizer_that_reads_the_tokens_otherwise_is_refused_unless_forced(
     assert _run(place / "sae", *flags) == 2
     error = capsys.readouterr().err
     assert f"token 0 is ' word6' in {place / 'mine'} and ' word0' in {place / 'theirs'}" in error
+    assert _run(place / "sae", *flags, "--force") == 0
+
+
+def test_a_tokenizer_is_compared_with_the_vocabulary_that_a_capture_has_recorded(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(place / "sae")
+    tokenizer = make_tokenizer(True)
+    tokenizer.save_pretrained(place / "mine")
+    path = place / "shards" / "heldout_00.h5"
+    flags = ("--shard-dir", place / "shards", "--tokenizer", place / "mine", "--out", place / "out")
+    own = vocabulary_of(tokenizer)
+    for vocabulary, code in ((own, 0), ("30 tokens, sha256:00", 2)):
+        recipe = json.dumps({"model": {"vocabulary": vocabulary}})
+        metadata = ShardMetadata(tokenizer="sha256:ab", extra={"capture": recipe})
+        path.unlink()
+        write_shard(path, _rows(1), metadata=metadata, token_ids=torch.arange(ROWS) % 7)
+        assert _run(place / "sae", *flags) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"a vocabulary of 30 tokens, sha256:00, and the tokenizer given has {own}" in line
     assert _run(place / "sae", *flags, "--force") == 0
 
 

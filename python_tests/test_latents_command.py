@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from small_models import save_model
+from small_models import make_tokenizer, save_model
 from small_pages import D_IN, D_SAE, HOSTILE, ROWS, VOCABULARY, command, make_place
 from tokenizers import Tokenizer, models
 
 from sae_fast import SparseAutoencoder
 from sae_fast.activations import ShardMetadata, write_shard
+from sae_fast.evaluation.token_texts import TokenTexts, load_token_texts
 from sae_fast.latents import main
 
 
@@ -343,6 +344,27 @@ def test_a_model_adds_the_logits_and_its_own_texts(place, tmp_path):
     vocabulary = arguments_of(out / "data" / "vocabulary.js")[0]
     assert set(part["promoted"]) <= set(vocabulary["ids"])
     assert " cat" in vocabulary["texts"]
+
+
+def test_a_model_of_another_name_or_vocabulary_is_refused_unless_forced(place, tmp_path, capsys):
+    save_model(tmp_path / "other", "gpt2")
+    line = refusal(capsys, place, tmp_path / "pages", "--model", tmp_path / "other")
+    assert "of model 'model', and the model given is 'other'; --force" in line
+    assert run(place, tmp_path / "pages", "--model", str(tmp_path / "other"), "--force") == 0
+    (tmp_path / "other").rename(tmp_path / "model")
+    sae = SparseAutoencoder.from_pretrained(place / "<b>sae")
+    sae.origin |= {"settings": {"vocabulary": "9 tokens, sha256:00"}}
+    sae.save(tmp_path / "sae")
+    words = command(place, tmp_path / "again", "--model", str(tmp_path / "model"))
+    assert main([str(tmp_path / "sae"), *words[1:]]) == 2
+    assert "of 9 tokens, sha256:00, and the tokenizer given has 18" in capsys.readouterr().err
+
+
+def test_numbers_beyond_a_vocabulary_are_shown_as_numbers(place):
+    plain = load_token_texts(str(place / "tokenizer.json"))
+    assert plain.of([plain.size - 1, plain.size]) == [f" {VOCABULARY[-1]}", str(plain.size)]
+    whole = TokenTexts(make_tokenizer(True), "words")
+    assert whole.of([8, 18]) == [" cat", "18"]
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -283,10 +283,13 @@ def _logit_effects(config: LatentsConfig, sae: SparseAutoencoder) -> LogitEffect
         return None
     from sae_fast.activations.capture.language_model import load_language_model
     from sae_fast.evaluation.logits import logit_effects
+    from sae_fast.evaluation.model_text import check_same_model
 
     model = load_language_model(
         config.model, device=config.device, trust_remote_code=config.trust_remote_code
     )
+    if not config.force:
+        check_same_model(sae.origin, config.model, model)
     directions = sae.direction(slice(None)).detach()
     return logit_effects(
         directions, model.network, config.logits, causal=model.causal, bins=config.bins

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 from small_models import WORDS, save_model
@@ -123,6 +124,20 @@ def test_a_model_of_another_name_is_refused_unless_the_hook_point_is_given(
     flags = ("--shard-dir", shards, *FLAGS, "--eval-model", "other", "--max-steps", 2)
     difference = "the activations are of model 'model', and the model given is 'other'"
     refused(run_small(*flags), f"{difference}; --eval-hook")
+    code, out, err = run_small(*flags, "--eval-hook", "residual.1", "--checkpoint-dir", "r")
+    assert code == 0
+    assert difference in out + err
+
+
+def test_a_model_of_another_vocabulary_is_refused_unless_the_hook_point_is_given(
+    run_small: Run, shards: Path
+) -> None:
+    for path in shards.iterdir():
+        with h5py.File(path, "a") as file:
+            file.attrs["capture"] = '{"model": {"vocabulary": "9 tokens, sha256:00"}}'
+    flags = ("--shard-dir", shards, *FLAGS, "--max-steps", 2)
+    difference = "the activations are of a vocabulary of 9 tokens, sha256:00, and the tokenizer"
+    refused(run_small(*flags), difference)
     code, out, err = run_small(*flags, "--eval-hook", "residual.1", "--checkpoint-dir", "r")
     assert code == 0
     assert difference in out + err

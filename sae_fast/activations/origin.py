@@ -18,6 +18,7 @@ from sae_fast.json_files import JSONError, parse_json, shown
 ORIGIN = ("model", "hook", "layer")
 TOLD = (*ORIGIN, "revision", "tokenizer", "dataset", "special_tokens")
 SETTINGS = "settings"
+VOCABULARY = "vocabulary"  # of the tokenizer, see capture/tokens.py, in the settings
 # A description in place of the name, in activations of MiniLM: hook and layer that a capture gives.
 _DESCRIBED = {
     "hidden_states[3] (residual stream after layer 3, post-LayerNorm)": ("residual.2", "2")
@@ -58,6 +59,7 @@ def _settings_of(recipe: str) -> dict[str, str | int]:
     roles = chat.get("roles")
     found = {
         "weights": model.get("weights"),
+        VOCABULARY: model.get(VOCABULARY),
         "dataset_config": dataset.get("config"),
         "split": dataset.get("split"),
         "text_column": dataset.get("text_column"),
@@ -78,6 +80,19 @@ def _section(content: object, name: str) -> dict[str, Any]:
     """Return an object inside an object; empty where either is none."""
     part = content.get(name) if isinstance(content, dict) else None
     return part if isinstance(part, dict) else {}
+
+
+def vocabulary_difference(origin: Mapping[str, Any], given: str) -> str | None:
+    """Return in words that a vocabulary is not the one of an origin; None: it may be the same.
+
+    Args:
+        origin: of activations or of a dictionary.
+        given: a vocabulary, see `vocabulary_of`.
+    """
+    known = _section(origin, SETTINGS).get(VOCABULARY)
+    if not known or given in str(known):  # of a mix it lists all
+        return None
+    return f"a vocabulary of {known}, and the tokenizer given has {given}"
 
 
 def joined(origins: list[dict[str, Any]]) -> dict[str, Any]:

@@ -81,7 +81,8 @@ class LatentsConfig(ConfigFile):
     """Rows that are encoded together; it changes no page. [tokens]"""
     force: bool = setting(False)
     """Make pages although the autoencoder says that it is of another model, hook point or layer
-    than the shards, or the tokenizer reads tokens otherwise than the one that the shards name."""
+    than the shards or the model, or the tokenizer reads tokens otherwise than the one of the
+    shards."""
     keep_codes: bool = setting(False)
     """Keep the codes of all rows in OUT/codes after the pass."""
     activations_key: str = setting("activations", nonempty=True)

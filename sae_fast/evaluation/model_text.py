@@ -13,7 +13,8 @@ from sae_fast.activations.capture.images import ImageBatches
 from sae_fast.activations.capture.language_model import check_reads_once
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.capture.sequences import TokenBatches
-from sae_fast.activations.origin import short_name
+from sae_fast.activations.capture.tokens import vocabulary_of
+from sae_fast.activations.origin import short_name, vocabulary_difference
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config.evaluate import EvaluateConfig
 from sae_fast.evaluation.language_model import ModelText, token_columns
@@ -86,6 +87,26 @@ def model_difference(origin: Mapping[str, Any], name: str) -> str | None:
     return _difference("model", short_name(str(origin.get("model") or "")), short_name(name))
 
 
+def check_same_model(
+    origin: Mapping[str, Any], name: str, model: LanguageModel, hook: str | None = None
+) -> None:
+    """Raise ValueError, naming both values, unless a dictionary may be of a model.
+
+    Args:
+        origin: of the dictionary.
+        name: of the model, or its folder.
+        model: the model.
+        hook: the hook point in it; None: it is not compared.
+    """
+    difference = model_difference(origin, name) or vocabulary_difference(
+        origin, vocabulary_of(model.tokenizer)
+    )
+    if difference is None and hook is not None:
+        difference = _difference("hook", origin.get("hook"), hook)
+    if difference is not None:
+        raise ValueError(f"the dictionary is of {difference}; --force continues all the same")
+
+
 def _difference(kind: str, known: Any, given: str) -> str | None:
     if not known or str(known) == given:
         return None
@@ -120,13 +141,7 @@ class EvaluatedModel:
             raise ValueError(f"hook must name one hook point, got {' '.join(found)}")
         source, *targets = capture.hooked.hooks
         if not config.force:
-            difference = model_difference(sae.origin, name) or _difference(
-                "hook", sae.origin.get("hook"), source.name
-            )
-            if difference is not None:
-                raise ValueError(
-                    f"the dictionary is of {difference}; --force continues all the same"
-                )
+            check_same_model(sae.origin, name, self._loaded, source.name)
         return model_text(
             *(capture, capture.batches, (source, *targets)),
             (sae.d_in, *(sae.config.target_width for _ in targets)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from sae_fast.activations import ShardSet
 from sae_fast.activations.capture.packages import capture_package
+from sae_fast.activations.capture.tokens import vocabulary_of
 from sae_fast.activations.mixing import origin_of
+from sae_fast.activations.origin import origin_of_attributes, vocabulary_difference
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,11 @@ class TokenTexts:
         """Tokens of the vocabulary."""
         is_plain = self._is_plain
         return int(self._tokenizer.get_vocab_size() if is_plain else len(self._tokenizer))
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """The number of tokens and a hash, see `vocabulary_of`."""
+        return vocabulary_of(self._tokenizer)
 
     def require(self, smallest: int, largest: int) -> None:
         """Raise ValueError where the smallest or largest token of shards is no token."""
@@ -82,7 +90,8 @@ class TokenTexts:
     def of(self, tokens: Iterable[int]) -> list[str]:
         """Return the text of each token after another word: " cat" begins a word, "s" does not.
 
-        A token that is only a part of a character, or no text, has the vocabulary's own name.
+        A token that is only a part of a character, or no text, has the vocabulary's own name, and
+        one that the vocabulary does not have its number.
         """
         before = self._decode(self._before)
         return [self._text(token, before) for token in tokens]
@@ -107,7 +116,7 @@ class TokenTexts:
             if self._is_plain
             else tokenizer.convert_ids_to_tokens(token)
         )
-        return str(name)
+        return str(token if name is None else name)  # models have rows beyond their tokenizer
 
     def _decode(self, tokens: list[int]) -> str:
         if self._is_plain:
@@ -201,11 +210,19 @@ def token_texts_of(shards: ShardSet, name: str | None, what: str) -> TokenTexts 
 def check_named(texts: TokenTexts, shards: ShardSet, tokens: Iterable[int]) -> None:
     """Raise ValueError where the tokenizer that shards name reads some of their tokens otherwise.
 
-    A tokenizer that is not on this machine is not asked.
+    Where it is not on this machine, its vocabulary must be equal, if the shards have recorded it.
     """
     named = named_tokenizer(shards)
     if named is not None and (theirs := texts_here(named)) is not None:
         texts.require_equal(theirs, sorted(set(tokens)))
+        return
+    for shard in shards.shards:
+        origin = origin_of_attributes(shard.metadata)
+        if (difference := vocabulary_difference(origin, texts.vocabulary)) is not None:
+            raise ValueError(
+                f"tokenizer: {shard.path} is of {difference}, {texts.name}: --force takes it all "
+                "the same"
+            )
 
 
 def _read(file: Path, name: str) -> TokenTexts:

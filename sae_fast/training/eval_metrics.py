@@ -16,7 +16,9 @@ import torch
 from sae_fast.activations.capture import LanguageModel
 from sae_fast.activations.capture.language_model import load_language_model
 from sae_fast.activations.capture.plan import open_capture
-from sae_fast.config import RunConfig
+from sae_fast.activations.capture.tokens import vocabulary_of
+from sae_fast.activations.origin import vocabulary_difference
+from sae_fast.config import RunConfig, TrainConfig
 from sae_fast.config.model_text import CaptureConfig
 from sae_fast.evaluation.language_model import SplicedLosses
 from sae_fast.evaluation.model_text import model_difference, model_text
@@ -57,18 +59,13 @@ def with_eval_metrics(
     for flag, value in (("eval_model", name), ("eval_hook", hook)):
         if not value:
             raise ValueError(f"{flag} must be given: the activations do not say of which they are")
-    if (difference := model_difference(origin, str(name))) is not None:
-        if train.eval_hook is None:
-            raise ValueError(
-                f"the activations are of {difference}; --eval-hook, the hook point in that model, "
-                "continues all the same"
-            )
-        logger.warning("the activations are of %s", difference)
+    _allow(model_difference(origin, str(name)), train)
     with torch.random.fork_rng(devices=[]):  # models may draw random numbers as they are made
         model = _loaded.get((str(name), train.device))
         if model is None:
             model = load_language_model(str(name), device=train.device)
             _loaded[str(name), train.device] = model
+        _allow(vocabulary_difference(origin, vocabulary_of(model.tokenizer)), train)
         capture = open_capture(
             CaptureConfig(
                 model=str(name),
@@ -89,3 +86,15 @@ def with_eval_metrics(
             max_tokens=train.eval_tokens,
         )
     return replace(downstream, losses=SplicedLosses(text))
+
+
+def _allow(difference: str | None, train: TrainConfig) -> None:
+    """Warn of a model that is not the one of the activations; refuse it without eval_hook."""
+    if difference is None:
+        return
+    if train.eval_hook is None:
+        raise ValueError(
+            f"the activations are of {difference}; --eval-hook, the hook point in that model, "
+            "continues all the same"
+        )
+    logger.warning("the activations are of %s", difference)

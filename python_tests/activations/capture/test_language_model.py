@@ -55,6 +55,42 @@ def test_digests_tell_weights_and_tokenizers_apart(tmp_path):
     assert retokenised.tokenizer_digest() != first.tokenizer_digest()
 
 
+def test_digests_of_a_tokenizer_do_not_depend_on_its_use(tmp_path):
+    from tokenizers import Tokenizer
+
+    save_model(tmp_path, "llama")
+    limited = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    limited.enable_truncation(8)
+    limited.save(str(tmp_path / "tokenizer.json"))
+    model = load_language_model(str(tmp_path))
+    digests = [model.tokenizer_digest()]
+    for settings in ({}, {"truncation": True, "max_length": 4, "padding": "max_length"}):
+        model.tokenizer(["the cat sat on a mat"], **settings)
+        digests.append(model.tokenizer_digest())
+        assert bool(model.tokenizer.backend_tokenizer.truncation) == bool(settings)
+    assert len(set(digests)) == 1
+
+
+def test_a_vocabulary_is_the_one_of_the_file_and_tells_numbers_of_tokens_apart(tmp_path):
+    from tokenizers import Tokenizer
+
+    from sae_fast.activations.capture.tokens import vocabulary_of
+
+    tokenizer = make_tokenizer(True)
+    tokenizer.save_pretrained(tmp_path)
+    own = vocabulary_of(tokenizer)
+    assert own == vocabulary_of(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    assert own.startswith("18 tokens, sha256:")
+    file = tmp_path / "tokenizer.json"
+    text = file.read_text()
+    assert '"cat": 8' in text
+    assert '"sat": 9' in text
+    file.write_text(text.replace('"cat": 8', '"cat": 9').replace('"sat": 9', '"sat": 8'))
+    other = vocabulary_of(Tokenizer.from_file(str(file)))
+    assert other != own
+    assert other.startswith("18 tokens, sha256:")
+
+
 @pytest.mark.parametrize("name", [*CAUSAL, *MASKED])
 def test_a_base_model_of_any_architecture_knows_whether_it_is_causal(name):
     from sae_fast.activations.capture.language_model import is_causal

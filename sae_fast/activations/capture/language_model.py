@@ -6,6 +6,7 @@ the last hook point has given its activations, which are the very bits of a whol
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -81,8 +82,15 @@ class LanguageModel:
         return weights_digest(self.network)
 
     def tokenizer_digest(self) -> str:
-        """Return a hash of all that decides how text becomes tokens."""
+        """Return a hash of all that decides how text becomes tokens.
+
+        Truncation and padding are left out: each use of a tokenizer sets them anew.
+        """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None and (backend.truncation or backend.padding):
+            backend = copy.deepcopy(backend)
+            backend.no_truncation()
+            backend.no_padding()
         content = (
             sorted(self.tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         )

@@ -34,6 +34,7 @@ from sae_fast.activations.capture.tokens import (
     Tokenisation,
     decoder_tokens,
     special_tokens,
+    vocabulary_of,
 )
 from sae_fast.activations.storage import STORAGES
 from sae_fast.activations.writer import chunk_rows_of, padded_rows
@@ -125,6 +126,11 @@ class Capture:
                 "revision": self.model.revision or config.revision,
                 "weights": self.model.weights_digest(),
                 "tokenizer": self.model.tokenizer_digest(),
+                **(
+                    {"vocabulary": vocabulary_of(self.model.tokenizer)}
+                    if isinstance(self.model, LanguageModel)
+                    else {}
+                ),
             },
             "dataset": {
                 "name": config.dataset,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -81,6 +82,17 @@ def special_tokens(tokenizer: Any, *, causal: bool) -> SpecialTokens:
         np.array(sorted(excluded | {*before, *after}), np.int32),
         0 if padding is None else padding,
     )
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """Return the size of a vocabulary, and a hash of its tokens with their numbers.
+
+    It is the same for a tokenizer of transformers, for the tokenizer.json that it was read from,
+    and in all versions of both libraries.
+    """
+    tokens = sorted((number, str(text)) for text, number in tokenizer.get_vocab().items())
+    digest = hashlib.sha256(repr(tokens).encode())
+    return f"{len(tokens)} tokens, sha256:{digest.hexdigest()}"
 
 
 class Tokenisation:
