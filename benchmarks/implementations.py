@@ -21,6 +21,7 @@ from benchmarks.support.problem import Weights
 EAGER_CLASSES = {"eager": EagerTrainer, "tuned": TunedTrainer, "gather": GatherTrainer}
 OURS = ("sae_fast", "sae_fast_bf16")
 OURS_ON_CUDA = (*OURS, "sae_fast_graph", "sae_fast_graph_bf16")
+ALL_DEAD = "sae_fast_dead"
 # The precision of each mode of sae_fast; every precision has a floor of its own.
 PRECISIONS = {name: "bf16" if name.endswith("_bf16") else "screened" for name in OURS_ON_CUDA}
 BASELINES = (
@@ -47,6 +48,7 @@ DEFAULT_OURS = {"cpu": OURS, "cuda": OURS_ON_CUDA}
 DESCRIPTIONS = {
     "sae_fast": "sae_fast, default (`screened`: exact fp32 result)",
     "sae_fast_bf16": "sae_fast, `--amp bf16`",
+    ALL_DEAD: "sae_fast, default, AuxK with every latent dead",
     "eager": "PyTorch eager, dense, fp32",
     "eager_bf16": "PyTorch eager, dense, bf16 autocast",
     "tuned": "PyTorch eager, embedding_bag decode + fused Adam, fp32",
@@ -95,11 +97,12 @@ def in_bf16(name: str, device_type: str) -> bool:
 
 def make_local(name: str, weights: Weights, k: int, lr: float) -> StepTrainer:
     """Build a local implementation; `compile:NAME` compiles a baseline."""
-    if name in OURS_ON_CUDA:
+    if name in OURS_ON_CUDA or name == ALL_DEAD:
         from benchmarks.baselines.sae_fast_trainer import CapturedTrainer, SaeFastTrainer
 
-        trainer = SaeFastTrainer(weights, k, lr, precision=PRECISIONS[name])
-        return trainer if name in OURS else CapturedTrainer(trainer)
+        precision, all_dead = PRECISIONS.get(name, "screened"), name == ALL_DEAD
+        trainer = SaeFastTrainer(weights, k, lr, precision=precision, all_dead=all_dead)
+        return CapturedTrainer(trainer) if "graph" in name else trainer
     base = name.removeprefix("compile:")
     cls = EAGER_CLASSES[base.removesuffix("_bf16")]
     return cls(weights, k, lr, autocast=base.endswith("_bf16"), compiled=base != name)

@@ -2,6 +2,8 @@
 
 python -m benchmarks.train_step --sizes S1,S2 --rounds 9 --json results/train_step.json
 python -m benchmarks.train_step --device cuda --sizes G1,G2,G3
+
+With `--dead all` a step in which AuxK trains every latent is timed too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.implementations import (
+    ALL_DEAD,
     BASELINES,
     DEFAULT_OURS,
     DEFAULT_PEERS,
@@ -63,6 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", help=f"implementations, comma-separated, from {known}")
     parser.add_argument("--ours", help=f"modes, comma-separated, from {', '.join(OURS_ON_CUDA)}")
     parser.add_argument(
+        "--dead", choices=["none", "all"], default="none", help="all: also time AuxK at its dearest"
+    )
+    parser.add_argument(
         "--peer-python",
         action="append",
         default=[],
@@ -104,6 +110,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = device_or_exit(options.device)
     ours = names_in(options.ours, DEFAULT_OURS[device.type])
+    ours += [ALL_DEAD] if options.dead == "all" else []
     peer_names = names_in(options.peers, DEFAULT_PEERS[device.type])
     interpreters = dict(item.split("=", 1) for item in options.peer_python)
     local, peers, missing = choose_implementations(peer_names, interpreters)

@@ -16,9 +16,20 @@ from sae_fast.training.optimizer.row_optimizer import RowOptimizer
 
 
 class SaeFastTrainer:
-    """Trains a TopK autoencoder with sae_fast; it has the interface of the baselines."""
+    """Trains a TopK autoencoder with sae_fast; it has the interface of the baselines.
 
-    def __init__(self, weights: Weights, k: int, lr: float, *, precision: str = "screened") -> None:
+    With `all_dead` every latent counts as dead in every step, so that AuxK does the most it can.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        k: int,
+        lr: float,
+        *,
+        precision: str = "screened",
+        all_dead: bool = False,
+    ) -> None:
         d_sae, d_in = weights.W_enc.shape
         config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, normalize_activations="none")
         device = weights.W_enc.device
@@ -29,14 +40,15 @@ class SaeFastTrainer:
         self.learning_rate: float | Tensor = lr
         # On a GPU the trainer passes k_aux=0 while, by its last log row, no latent can be dead yet.
         self.options: dict[str, Any] = {}
+        self.all_dead = all_dead
         if device.type == "cuda":
             self.learning_rate = torch.tensor(lr, dtype=torch.float64, device=device)
-            self.options = {"k_aux": 0}
+            self.options = {"k_aux": config.kept_aux_k if all_dead else 0}
         self.optimizer = RowOptimizer(self.sae, grad_clip=1.0, precision=precision)
         self._copy_session = object()
 
     def step(self, x: Tensor) -> Tensor:
-        """Take one whole training step on x [N, D]; return the loss."""
+        """Take one whole training step on x [N, D]; return the loss without AuxK."""
         with self.sae.kept_copies(session=self._copy_session):
             return self._step(x)
 
@@ -46,12 +58,14 @@ class SaeFastTrainer:
         return x_hat
 
     def _step(self, x: Tensor) -> Tensor:
+        if self.all_dead:
+            self.sae.tokens_since_fired.fill_(self.sae.config.kept_dead_after_tokens)
         loss = self.sae.training_loss(x, precision=self.precision, dense_grad=False, **self.options)
         loss.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(self.learning_rate)
         self.optimizer.zero_grad()
         self.sae.update_fired_(loss.code, len(x))
-        return loss.total.detach()
+        return loss.total.detach() - loss.components["aux_loss"]
 
 
 class CapturedTrainer:

@@ -61,10 +61,12 @@ def test_train_step_writes_times_ratios_memory_and_floors(run, tmp_path):
     assert len(rows_of(table)) == 2 + 1 + 5
     # A second run with another size: both sizes are in the files, with memory if it was measured.
     alone = ["--sizes", "32x16x64x2", "--peers", "", "--ours", "sae_fast", "--merge"]
-    merged, _ = run("train_step", *alone, *quick, "1")
+    merged, _ = run("train_step", *alone, "--dead", "all", *quick, "1")
     assert list(merged["sizes"]) == [SIZE, "32x16x64x2"]
-    data = merged["sizes"]["32x16x64x2"]["contestants"]["sae_fast"]
-    assert data["peak_bytes_above_start"] >= 0
+    found = merged["sizes"]["32x16x64x2"]["contestants"]
+    assert list(found) == ["sae_fast", "sae_fast_dead"]
+    assert all(data["peak_bytes_above_start"] >= 0 for data in found.values())
+    assert found["sae_fast_dead"]["loss_at_step_0"] == found["sae_fast"]["loss_at_step_0"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The required results of encode_* by a float64 product: exact for integers, else to rounding."""
 
 import torch
-from op_samples import LOW, Problem
+from op_samples import LOW, Problem, make_problem
 from tolerances import close, relative
 from torch import Tensor
 
@@ -15,6 +15,20 @@ def integers(n: int, d_in: int, d_sae: int, bound: int = 2, seed: int = 0) -> Pr
 
     W_enc = draw(d_sae, d_in)
     return Problem(draw(n, d_in), W_enc, draw(d_sae), W_enc, draw(d_in))
+
+
+def of_two_kinds() -> Problem:
+    """Make a problem whose tokens come from two distributions, one after the other.
+
+    The second half's k-th value is far below what the first half lets one guess: its rows are
+    screened again, and their candidates overflow a buffer on the way.
+    """
+    problem = make_problem(1500, 64, 4096)
+    generator = torch.Generator().manual_seed(5)
+    direction = problem.W_enc[0] / problem.W_enc[0].norm()
+    problem.W_enc[:64] = direction + torch.randn(64, 64, generator=generator) / 80
+    problem.x[:750] = 5 * direction
+    return problem
 
 
 def pre_activations(problem: Problem, precision: str) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 from device_ops import public as ops
-from encoding_oracle import integers, pre_activations, rounding
+from encoding_oracle import integers, of_two_kinds, pre_activations, rounding
 from example_settings import examples
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -135,9 +137,10 @@ def test_screened_and_fp32_give_the_same_bits(k):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_aux_is_that_of_encode_topk(precision):
-    problem = make_problem(50, 12, 130)
-    dead = torch.arange(130) % 3 == 0
+@pytest.mark.parametrize("make", [partial(make_problem, 50, 12, 130), of_two_kinds])
+def test_aux_is_that_of_encode_topk(make, precision):
+    problem = make()
+    dead = torch.arange(len(problem.b_enc)) % 3 == 0
     options = {"precision": precision, "dead_mask": dead, "k_aux": 7}
     code = ops.encode_batch_topk(*problem.encoder, 5, **options)
     expected = ops.encode_topk(*problem.encoder, 5, **options)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from device_ops import public as ops
-from encoding_oracle import check_largest, integers, largest, pre_activations
+from encoding_oracle import check_largest, integers, largest, of_two_kinds, pre_activations
 from op_samples import EXACT, PRECISIONS, Problem, make_problem
 
 pytestmark = pytest.mark.usefixtures("ops_on_device")
@@ -69,15 +69,16 @@ def test_code_holds_the_k_largest_among_near_duplicates(precision):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_code_holds_the_k_largest_after_tokens_of_another_kind(precision):
-    # The second half's k-th value is far below what the first half lets one guess: its rows are
-    # screened again, and their candidates overflow a buffer on the way.
-    problem = make_problem(1500, 64, 4096)
-    generator = torch.Generator().manual_seed(5)
-    direction = problem.W_enc[0] / problem.W_enc[0].norm()
-    problem.W_enc[:64] = direction + torch.randn(64, 64, generator=generator) / 80
-    problem.x[:750] = 5 * direction
-    code = encode(problem, 32, precision=precision)
+@pytest.mark.parametrize("dead", [None, slice(None), slice(0, None, 2), slice(1024, None)])
+def test_code_holds_the_k_largest_after_tokens_of_another_kind(dead, precision):
+    problem = of_two_kinds()
+    if dead is None:
+        code = encode(problem, 32, precision=precision)
+    else:
+        mask = torch.zeros(4096, dtype=torch.bool)
+        mask[dead] = True
+        code = encode(problem, 32, precision=precision, dead_mask=mask, k_aux=24)
+        check_largest(code.aux.values, code.aux.indices, problem, precision, mask)
     check_largest(code.values, code.indices, problem, precision)
 
 

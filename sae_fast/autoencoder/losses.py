@@ -84,7 +84,9 @@ def inverse_variance(
 ) -> Tensor:
     """Return the factor that makes a squared error a share of the variance; 0 without variance."""
     # Below this it is the rounding of the mean, and dividing by it would blow the term up.
-    rounding = torch.finfo(x.dtype).eps * deterministic_sum(x.square())
+    rounding = torch.finfo(x.dtype).eps * deterministic_sum(
+        torch.linalg.vector_norm(x, dim=1).square()
+    )
     return torch.where(variance <= rounding, 0.0, variance.reciprocal())
 
 

@@ -97,7 +97,8 @@ class TopKWorker {
     count_ = count;
     for (int64_t begin = 0, end = 0; begin < count; begin = end) {
       // Without a guess everything is a candidate: only as many tokens as the first guess needs.
-      const bool guessing = floor_ != nullptr || guess_.ready();
+      const bool guessing =
+          (floor_ != nullptr || guess_.ready()) && (!selects_among_dead() || aux_guess_.ready());
       const int64_t most = guessing ? positions_ : ThresholdGuess::kFewest;
       const int64_t rows = most < positions_ ? most : positions_;
       end = count - begin < rows ? count : begin + rows;
@@ -134,6 +135,9 @@ class TopKWorker {
 
   bool wants_aux() const { return aux_.k > 0; }
 
+  // Returns true if more latents are dead than a list of the dead takes.
+  bool selects_among_dead() const { return wants_aux() && aux_.k < bounds_.dead_count; }
+
   // Room for the usual numbers of candidates; with more the log is emptied more often.
   bool allocate_log() {
     if constexpr (kFiltersSums<Product>) {
@@ -155,6 +159,7 @@ class TopKWorker {
   // Finds the candidates for the best of rows [begin, end), at most `positions_` rows.
   void find_candidates(int64_t begin, int64_t end) {
     const float guess = guess_.value();
+    const float dead_guess = aux_guess_.value();
     for (int64_t row = begin; row < end; ++row) {
       block_.set(row, problem_.x + (first_ + row) * problem_.encoder.d_in, problem_.b_dec);
       block_.pack(row, row - begin, bounds_);
@@ -162,22 +167,19 @@ class TopKWorker {
       const float error = block_.error(row);
       const float wanted =
           floor_ == nullptr ? guess * block_.norm(row) - 2.0f * error : floor_->value() - error;
-      start(row, error < INFINITY ? wanted : -INFINITY);
+      // A row whose scores could overflow is not screened.
+      const bool exact = !(error < INFINITY);
+      start(main_, row, wanted, exact);
+      if (wants_aux()) start(aux_, row, dead_guess * block_.norm(row) - 2.0f * error, exact);
     }
     screen(end - begin);
     screen_again(begin, end);
     for (int64_t row = begin; row < end; ++row) settle(row);
   }
 
-  void start(int64_t row, float threshold) {
-    // A row whose scores could overflow is not screened.
-    const bool exact = !(block_.error(row) < INFINITY);
-    main_.start(row, exact ? INFINITY : (std::isnan(threshold) ? -INFINITY : threshold));
-    main_.failed[row] = exact ? 1 : 0;
-    if (wants_aux()) {
-      aux_.start(row, exact ? INFINITY : -INFINITY);
-      aux_.failed[row] = exact ? 1 : 0;
-    }
+  static void start(const CandidateRows& rows, int64_t row, float threshold, bool exact) {
+    rows.start(row, exact ? INFINITY : (std::isnan(threshold) ? -INFINITY : threshold));
+    rows.failed[row] = exact ? 1 : 0;
   }
 
   // Multiplies the `live` active rows with every panel and keeps scores that pass their thresholds.
@@ -254,44 +256,52 @@ class TopKWorker {
   }
 
   // Returns true if nothing that was filtered out can be among the k best.
-  bool verified(int64_t row) {
-    if (floor_ != nullptr) return true;  // the floor is verified for the whole batch
-    if (main_.failed[row] != 0 || main_.thresholds[row] == -INFINITY) return true;
-    if (main_.counts[row] < main_.k) return false;
-    main_.kth[row] = main_.kth_value(row, keys_);
-    return main_.kth[row] - 2.0f * block_.error(row) >= main_.thresholds[row];
+  bool verified(const CandidateRows& rows, int64_t row) {
+    if (rows.failed[row] != 0 || rows.thresholds[row] == -INFINITY) return true;
+    if (rows.counts[row] < rows.k) return false;
+    rows.kth[row] = rows.kth_value(row, keys_);
+    return rows.kth[row] - 2.0f * block_.error(row) >= rows.thresholds[row];
   }
 
   // Multiplies rows whose guess was too high once more, without a guess.
   void screen_again(int64_t begin, int64_t end) {
     int64_t live = 0;
     for (int64_t row = begin; row < end; ++row) {
-      if (verified(row)) continue;
-      start(row, -INFINITY);
+      // The floor is verified for the whole batch.
+      const bool is_right = floor_ != nullptr || verified(main_, row);
+      const bool is_aux_right = !wants_aux() || verified(aux_, row);
+      if (is_right && is_aux_right) continue;
+      restart(main_, row, is_right);
+      if (wants_aux()) restart(aux_, row, is_aux_right);
       block_.pack(row, live, bounds_);
       active_[live++] = static_cast<int32_t>(row);
     }
     if (live > 0) screen(live);
   }
 
-  // Keeps the candidates that can be among the best, in ascending order of latents.
-  void settle(int64_t row) {
-    if (main_.failed[row] == 0) settle(main_, row, true);
-    if (wants_aux() && aux_.failed[row] == 0) settle(aux_, row, false);
+  // Empties a list that is filled again; one that goes to the exact path stays as it is.
+  static void restart(const CandidateRows& rows, int64_t row, bool is_right) {
+    if (rows.failed[row] == 0) rows.start(row, is_right ? rows.thresholds[row] : -INFINITY);
   }
 
-  void settle(const CandidateRows& from, int64_t row, bool is_main) {
+  // Keeps the candidates that can be among the best, in ascending order of latents.
+  void settle(int64_t row) {
+    if (main_.failed[row] == 0) settle(main_, guess_, row);
+    if (wants_aux() && aux_.failed[row] == 0) settle(aux_, aux_guess_, row);
+  }
+
+  void settle(const CandidateRows& from, ThresholdGuess& guess, int64_t row) {
     if (from.counts[row] > from.k) {
       const bool known = !std::isnan(from.kth[row]);
       const float kth = known ? from.kth[row] : from.kth_value(row, keys_);
-      if (is_main) guess_.add(static_cast<double>(kth) / (block_.norm(row) + 1e-30));
+      guess.add(static_cast<double>(kth) / (block_.norm(row) + 1e-30));
       from.counts[row] =
           static_cast<int32_t>(keep_at_least(from.row_values(row), from.row_indices(row),
                                              from.counts[row], kth - 2.0f * block_.error(row)));
     }
     for (int64_t i = 0; i < bounds_.outlier_count; ++i) {
       const int32_t latent = bounds_.outliers[i];
-      if (is_main || is_dead(latent)) insert(from, row, latent);
+      if (&from == &main_ || is_dead(latent)) insert(from, row, latent);
     }
   }
 
@@ -333,9 +343,38 @@ class TopKWorker {
         function(latent, static_cast<int32_t>(row), offset);
       });
       if (!wants_aux()) continue;
+      Listed is_scored(main_, row);
       each_candidate(aux_, row, [&](int32_t latent, int32_t offset) {
-        function(latent, static_cast<int32_t>(row), ~offset);
+        if (is_scored.find(latent) < 0) function(latent, static_cast<int32_t>(row), ~offset);
       });
+    }
+  }
+
+  // Finds ascending latents in a row's list, unless that goes to the exact path.
+  class Listed {
+   public:
+    Listed(const CandidateRows& rows, int64_t row)
+        : indices_(rows.row_indices(row)), count_(rows.failed[row] == 0 ? rows.counts[row] : 0) {}
+
+    // The place of a latent, not below the one before; negative where it is not listed.
+    int32_t find(int32_t latent) {
+      while (at_ < count_ && indices_[at_] < latent) ++at_;
+      return at_ < count_ && indices_[at_] == latent ? at_ : -1;
+    }
+
+   private:
+    const int32_t* indices_;
+    int32_t count_;
+    int32_t at_ = 0;
+  };
+
+  // Copies the scores of the dead latents that are among the token's best too.
+  void copy_scores(int64_t row) {
+    Listed scored(main_, row);
+    float* values = aux_.row_values(row);
+    for (int32_t i = 0; i < aux_.counts[row]; ++i) {
+      const int32_t at = scored.find(aux_.row_indices(row)[i]);
+      if (at >= 0) values[i] = main_.row_values(row)[at];
     }
   }
 
@@ -384,6 +423,7 @@ class TopKWorker {
     if (aux_.failed[row] != 0) {
       select_exactly(row, aux_.k, true, values, indices);
     } else {
+      copy_scores(row);
       select_best(aux_.row_values(row), aux_.row_indices(row), aux_.counts[row], aux_.k, keys_,
                   order_, values, indices);
     }
@@ -420,7 +460,7 @@ class TopKWorker {
   int64_t rows_, positions_, first_ = 0, count_ = 0;
   BatchFloor* floor_;
   BatchCandidates found_;
-  ThresholdGuess guess_;
+  ThresholdGuess guess_, aux_guess_;
   TokenBlock<Product, T> block_;
   CandidateRows main_, aux_;
   PairScores<T> pairs_;
