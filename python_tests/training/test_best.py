@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.best import BestRule
 from sae_fast.training.schedule import make_schedules
@@ -20,7 +21,8 @@ RUN = TrainConfig(batch_size=10, max_steps=100, warmup_steps=0, sparsity_warmup_
 
 def _rule(run: TrainConfig = RUN, *, has_heldout: bool = True, **sae: Any) -> BestRule:
     config = SAEConfig(**{"d_in": 8, "d_sae": 16, **sae})
-    return BestRule(config, run, make_schedules(run, config, 10_000), has_heldout=has_heldout)
+    schedules, wanted = make_schedules(run, config, 10_000), make_architecture(config).wanted_l0
+    return BestRule(config, run, schedules, has_heldout=has_heldout, wanted_l0=wanted)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,24 @@ def test_with_a_target_a_lower_error_of_a_denser_code_is_not_better() -> None:
     assert rule.improved(best, 60, {"heldout_l0": 8.0, **dense}) is None
     # A checkpoint of a version that ranked by FVU.
     assert rule.improved({"heldout_fvu": 0.1, "step": 40}, 60, dense) is not None
+
+
+@pytest.mark.parametrize("arch", ["batch_topk", "matryoshka"])
+def test_of_codes_with_a_threshold_one_that_has_more_than_k_latents_is_not_better(
+    arch: str,
+) -> None:
+    rule = _rule(arch=arch, k=4)
+    dense = rule.objective(50, {"heldout_fvu": 0.1, "heldout_l0": 6.0})
+    exact = rule.objective(50, {"heldout_fvu": 0.3, "heldout_l0": 4.0})
+    assert dense == {"objective": pytest.approx(0.35)}
+    assert exact == {"objective": pytest.approx(0.3)}
+    assert rule.improved({**exact, "step": 50}, 60, {"heldout_l0": 6.0, **dense}) is None
+    penalised = _rule(arch=arch, k=4, l1_penalty_coeff=1.0)
+    row = {"heldout_fvu": 0.1, "heldout_l0": 6.0, "l1_loss": 2.0}
+    assert penalised.objective(50, row) == {"objective": pytest.approx(0.1 + 2.0 / 8 + 0.25)}
+    # A training batch has k latents for a token, and more than half of all latents have no target.
+    assert _rule(arch=arch, k=4, has_heldout=False).figure == "loss"
+    assert _rule(arch=arch, k=9).figure == "heldout_fvu"
 
 
 def test_with_a_penalty_its_terms_count_in_units_of_the_error_of_the_mean() -> None:

@@ -471,7 +471,7 @@ class TrainConfig(ConfigFile):
     """Figure of the evaluations that chooses the checkpoint best, such as heldout_ce_score. By
     default it is what the training minimises, of held-out rows where there are any: heldout_fvu;
     with a sparsity penalty objective, FVU and the penalty at full weight, or with target_l0 FVU +
-    (L0 / target_l0 - 1)^2."""
+    (L0 / target_l0 - 1)^2, and with batch_topk and matryoshka FVU + (L0 / k - 1)^2."""
     checkpoint_dir: str | None = setting(
         None,
         nonempty=True,

@@ -18,9 +18,11 @@ Best = dict[str, float]
 class BestRule:
     """Pick the evaluation with the best value of one figure: what the run minimises, or `best_by`.
 
-    Of models that a penalty makes sparse the one with the lowest FVU is merely the densest. They
+    Of models that are not equally sparse the one with the lowest FVU is merely the densest. They
     are ranked by `objective`: FVU plus the sparsity terms at full weight, as shares of the error of
-    the mean, or with target_l0 FVU + (L0 / target_l0 − 1)².
+    the mean, or with target_l0 FVU + (L0 / target_l0 − 1)². To the error of batch_topk and
+    matryoshka (L0 / k − 1)² is added: before the last checkpoint, whose L0 is calibrated, the
+    threshold of inference lets more or fewer than k latents pass.
 
     Args:
         sae: the model.
@@ -28,6 +30,7 @@ class BestRule:
         schedules: of the run. While the learning rate or the weight of the sparsity terms rises, or
             k falls, the model is not yet the one that is trained for, and no evaluation counts.
         has_heldout: whether there are held-out rows; without them the figures are of training.
+        wanted_l0: of the architecture, see `Architecture.wanted_l0`.
         own_terms: names of the terms of the loss that the architecture and the caller add.
 
     Attributes:
@@ -45,16 +48,19 @@ class BestRule:
         schedules: Schedules,
         *,
         has_heldout: bool,
+        wanted_l0: float | None,
         own_terms: Iterable[str] = (),
     ) -> None:
         self._sae = sae
+        # In training a code of batch_topk has k latents.
+        self._wanted_l0 = wanted_l0 if has_heldout or sae.target_l0 is not None else None
         self._error = _HELDOUT_LOSSES.get(sae.loss_fn, "heldout_fvu")
         if not has_heldout:
             self._error = "recon_loss" if sae.is_end_to_end else "fvu"
         self._l0 = "heldout_l0" if has_heldout else "l0"
         is_penalised = bool(sae.l1_penalty_coeff or sae.sparsity_penalty_coeff)
         # Without held-out rows the loss has the penalty in it, unless a target moves its weight.
-        self._has_objective = is_penalised and (has_heldout or sae.target_l0 is not None)
+        self._has_objective = (is_penalised and has_heldout) or self._wanted_l0 is not None
         if self._has_objective:
             self.figure = OBJECTIVE
         else:
@@ -86,11 +92,13 @@ class BestRule:
         """
         if not self._has_objective or step < self.first_step:
             return {}
-        sae, error = self._sae, row[self._error]
-        if sae.target_l0 is not None:
-            return {OBJECTIVE: error + (row[self._l0] / sae.target_l0 - 1) ** 2}
-        penalty = row.get("l1_loss", 0.0) + row.get("sparsity_loss", 0.0)
-        return {OBJECTIVE: sae.reconstruction_coeff * error + penalty / sae.error_of_the_mean}
+        sae, total = self._sae, row[self._error]
+        if sae.target_l0 is None:
+            penalty = row.get("l1_loss", 0.0) + row.get("sparsity_loss", 0.0)
+            total = sae.reconstruction_coeff * total + penalty / sae.error_of_the_mean
+        if self._wanted_l0 is not None:
+            total += (row[self._l0] / self._wanted_l0 - 1) ** 2
+        return {OBJECTIVE: total}
 
     def improved(self, best: Best | None, step: int, row: Mapping[str, float]) -> Best | None:
         """Return figure, L0 and step of this evaluation, or None where `best` is not worse."""

@@ -5,7 +5,7 @@ architectures have (multi_topk_loss), fvu, l0, explained_variance (1 - fvu), act
 dead_fraction, silent_fraction, learning_rate, grad_norm, tokens_per_second, time_per_step_ms,
 reader_stall_fraction; with a probe probe_loss and probe_accuracy or probe_r2, with temporal
 smoothness temporal_loss; at an evaluation objective, see `BestRule`, where there is a sparsity
-penalty, and gram_mean, the mean squared cosine of two decoder rows,
+penalty or a threshold of inference, and gram_mean, the mean squared cosine of two decoder rows,
 heldout_fvu, heldout_ordinary_fvu where 1 % of the rows make it another one,
 heldout_explained_variance and, by one variance of all numbers, heldout_explained_variance_overall,
 heldout_l0, heldout_dead_fraction; with fp16 loss_scale and skipped_steps; with k_anneal_start k;

@@ -243,6 +243,7 @@ class Trainer:
         self._best_rule = BestRule(
             *(self.sae_config, train_config, self.schedules),
             has_heldout=self.data.heldout is not None,
+            wanted_l0=architecture.wanted_l0,
             own_terms=(*architecture.term_names, *(term.name for term in self.loss_terms)),
         )
         self.is_out_of_time = False
