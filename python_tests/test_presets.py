@@ -1,6 +1,7 @@
 """Presets: each can be trained, also from the command line, and lists its needs."""
 
 import dataclasses
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -17,11 +18,16 @@ from sae_fast.config.presets import (
     preset,
     pythia_1_4b_sae_config,
 )
+from sae_fast.config.sae import without_other_size
 from sae_fast.presets import main, measured_tokens_per_second
 from sae_fast.train import main as train
 from sae_fast.train import parse_arguments
 from sae_fast.training.schedule import make_schedules
 from sae_fast.training.trainer import Trainer
+
+SLOTS = "slots_biography"
+QUICK = [name for name in PRESETS if name != SLOTS]
+EXAMPLES = Path(__file__).parents[1] / "examples/activations"
 
 
 def write_random_shard(path, d_in, rows=300):
@@ -50,6 +56,27 @@ def test_a_preset_trains_from_the_command_line(name, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "trained 2 steps" in printed
     assert f"d_in {d_in}, d_sae 256" in printed
+
+
+@pytest.mark.parametrize("name", [*QUICK, pytest.param(SLOTS, marks=pytest.mark.slow)])
+def test_a_preset_starts_with_less_than_the_error_of_the_mean(name, tmp_path):
+    """On real activations, with all sizes of the preset divided by one number."""
+    sae, config = preset(name).configs()
+    with h5py.File(EXAMPLES / "train_00.h5") as file:
+        rows = file["activations"][:512]
+    width = min(sae.d_in, rows.shape[1])
+    sizes = {"d_in": width, "d_sae": sae.d_sae * width // sae.d_in}
+    if sae.k is not None:
+        sizes["k"] = sae.k * width // sae.d_in
+    with h5py.File(tmp_path / "rows.h5", "w") as file:
+        file["activations"] = rows[:, :width]
+        file["labels/relation"] = file["labels/answer"] = np.arange(512) % 6
+    given = without_other_size(sae.given, sizes) | sizes
+    one_step = {"shard_dir": str(tmp_path), "batch_size": 512, "max_steps": 1, "max_epochs": None}
+    run = dataclasses.replace(config, **one_step, warmup_steps=0, log_every=1)
+    trainer = Trainer(sae_fast.config.SAEConfig(**given), run, show_progress=False)
+    trainer.train()
+    assert 0 < trainer.history[0]["fvu"] < 1
 
 
 @pytest.mark.parametrize("flags", [["--d-sae", "999"], ["--expansion-factor", "4"]])
