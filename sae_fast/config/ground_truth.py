@@ -39,7 +39,7 @@ class GroundTruthConfig(ConfigFile):
     batch_size: int = setting(1024, at_least=1)
     """Rows in a step. [rows]"""
     learning_rate: float | None = setting(None, above=0)
-    """Peak of the learning rate; default: 2e-4 / sqrt(d_sae / 2**14)."""
+    """Peak of the learning rate; default: as in any training with as many latents and steps."""
     data_seed: int = setting(0, at_least=0)
     """Seed of the data and of the task's own model."""
     num_threads: int | None = setting(None, at_least=1, at_most=MOST_THREADS)
