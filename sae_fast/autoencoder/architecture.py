@@ -53,18 +53,27 @@ class StepSettings(NamedTuple):
 _NO_SETTINGS = StepSettings()
 
 
+# How the latents of a code are selected, by the name that an architecture has for it.
+SELECTIONS: Mapping[str, Callable[..., ops.SparseCode]] = {
+    "topk": ops.encode_topk,
+    "abs_topk": ops.encode_abs_topk,
+    "groupmax": ops.encode_groupmax,
+    "batch_topk": ops.encode_batch_topk,
+}
+
+
 class Engine(NamedTuple):
     """The encoders and decoders that architectures are made of, called in one way.
 
     Attributes:
         precision: mode of the encoder's product, as `ops.encode_topk` takes it.
         dense_grad: whether backward leaves dense gradients or row factors for `RowOptimizer`.
-        batch_topk: computes `ops.encode_batch_topk`, perhaps by several processes.
+        selections: the encoders of `encode_topk` by name, perhaps of several processes.
     """
 
     precision: str = "screened"
     dense_grad: bool = True
-    batch_topk: Callable[..., ops.SparseCode] = ops.encode_batch_topk
+    selections: Mapping[str, Callable[..., ops.SparseCode]] = SELECTIONS
 
     def encode_topk(
         self,
@@ -72,14 +81,15 @@ class Engine(NamedTuple):
         x: Tensor,  # [N, D], normalised
         k: int,
         *,
-        select: Callable[..., ops.SparseCode] = ops.encode_topk,
+        selection: str = "topk",
         dead_mask: Tensor | None = None,  # [F] bool
         k_aux: int = 0,
     ) -> ops.SparseCode:
-        """Return the k latents per token that `select` chooses, and in `aux` k_aux dead ones."""
-        if select is ops.encode_batch_topk:
-            select = self.batch_topk
-        return select(
+        """Return k latents per token, and in `aux` k_aux dead ones.
+
+        `selection` is how they are chosen, a name in `selections`.
+        """
+        return self.selections[selection](
             x,
             weights.W_enc,
             weights.b_enc,

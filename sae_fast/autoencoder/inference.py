@@ -159,28 +159,28 @@ class Float64Engine(Engine):
         x: Tensor,  # [N, D], normalised
         k: int,
         *,
-        select: Callable[..., ops.SparseCode] = ops.encode_topk,
+        selection: str = "topk",
         dead_mask: Tensor | None = None,  # [F] bool
         k_aux: int = 0,
     ) -> ops.SparseCode:
-        """Return the k latents per token that `select` chooses; raise ValueError for an AuxK."""
+        """Return the k latents per token that `selection` names; raise ValueError for an AuxK."""
         if k_aux:
             raise ValueError("AuxK is not computed in float64: a training needs float32 parameters")
         tensors = (x, weights.W_enc, weights.b_enc, weights.input_bias)
         copies = (None, None, None)
         offsets = None
-        if select is ops.encode_topk:
+        if selection == "topk":
             values, indices, _, _ = reference.encode_topk(
                 *tensors, k, self.precision, None, 0, *copies
             )
-        elif select is ops.encode_batch_topk:
+        elif selection == "batch_topk":
             values, indices, offsets, _, _ = reference.encode_batch_topk(
                 *tensors, k, self.precision, None, 0, *copies
             )
         else:
-            values, places = _CHOICES[select](self._pre_acts(weights, x), k)
+            values, places = _CHOICES[selection](self._pre_acts(weights, x), k)
             indices = places.int()
-        signed = select is ops.encode_abs_topk
+        signed = selection == "abs_topk"
         d_sae = len(weights.W_enc)
         return ops.SparseCode(
             values, indices, d_sae, offsets, precision=self.precision, signed=signed
@@ -236,7 +236,7 @@ def _largest_of_groups(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return plain_relu(largest), places + torch.arange(k, device=places.device) * width
 
 
-_CHOICES: dict[Callable[..., ops.SparseCode], Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
-    ops.encode_abs_topk: _largest_magnitudes,
-    ops.encode_groupmax: _largest_of_groups,
+_CHOICES: dict[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
+    "abs_topk": _largest_magnitudes,
+    "groupmax": _largest_of_groups,
 }

@@ -17,7 +17,6 @@ reconstruction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -35,11 +34,6 @@ from sae_fast.autoencoder.architecture import (
 from sae_fast.config import SAEConfig
 
 MULTI = 4  # Multi-TopK takes so many times k
-_SELECTIONS: dict[str, Callable[..., ops.SparseCode]] = {
-    "topk": ops.encode_topk,
-    "abs_topk": ops.encode_abs_topk,
-    "groupmax": ops.encode_groupmax,
-}
 # BatchTopK: batch t has the weight min(1, 16 / t) in the average, at least 1 / 100: at first only
 # the latest counts, then about a sixteenth of all, and in the end 100. With a plain mean of the
 # first 100 the threshold lags: held-out L0 after 50 steps (lr 3e-3, batches of 64 to 4096) is 0.16
@@ -59,7 +53,7 @@ class TopK(Architecture):
         assert config.k is not None
         assert config.aux_k_coeff is not None
         self.k = config.k
-        self.select = _SELECTIONS[config.activation]
+        self.selection: str = config.activation
         self.aux_k_coeff = config.aux_k_coeff
         self.full_k_aux = config.kept_aux_k
         if config.multi_topk:
@@ -86,7 +80,7 @@ class TopK(Architecture):
             weights,
             x,
             self.k if k is None else k,
-            select=self.select,
+            selection=self.selection,
             dead_mask=dead_mask,
             k_aux=k_aux,
         )
@@ -173,7 +167,7 @@ class BatchTopK(TopK):
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
-        self.select = ops.encode_batch_topk
+        self.selection = "batch_topk"
 
     def buffers(self) -> dict[str, Tensor]:
         """Return `threshold` and how many batches have set it, both 0-d and 0."""

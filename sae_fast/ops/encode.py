@@ -63,7 +63,7 @@ def encode_topk(
     """
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
     op = torch.ops.sae_fast.encode_topk.default
-    return _encode_selected("encode_topk", op, tensors, k, *options)
+    return encode_selected("encode_topk", op, tensors, k, *options)
 
 
 def encode_batch_topk(
@@ -86,32 +86,9 @@ def encode_batch_topk(
     row ends in entries of value 0 and index 0. Arguments, gradients and errors as for
     `encode_topk`.
     """
-    return encode_batch_topk_by(
-        torch.ops.sae_fast.encode_batch_topk.default,
-        *(x, W_enc, b_enc, b_dec, k),
-        precision=precision,
-        dead_mask=dead_mask,
-        k_aux=k_aux,
-        dense_grad=dense_grad,
-    )
-
-
-def encode_batch_topk_by(
-    op: Callable[..., tuple[Tensor, ...]],
-    x: Tensor,  # [N, D]
-    W_enc: Tensor,  # [F, D]
-    b_enc: Tensor,  # [F]
-    b_dec: Tensor,  # [D]
-    k: int,
-    *,
-    precision: str = "screened",
-    dead_mask: Tensor | None = None,  # [F] bool
-    k_aux: int | None = None,
-    dense_grad: bool = True,
-) -> SparseCode:
-    """Return what `encode_batch_topk` does, with a function in the place of its op."""
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
-    return _encode_selected("encode_batch_topk", op, tensors, k, *options)
+    op = torch.ops.sae_fast.encode_batch_topk.default
+    return encode_selected("encode_batch_topk", op, tensors, k, *options)
 
 
 def encode_threshold(
@@ -162,7 +139,7 @@ def encode_abs_topk(
     """
     check_usable("encode_abs_topk", x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
-    return _encode_selected("encode_abs_topk", _abs_topk, tensors, k, *options, signed=True)
+    return encode_selected("encode_abs_topk", _abs_topk, tensors, k, *options, signed=True)
 
 
 def encode_groupmax(
@@ -190,7 +167,7 @@ def encode_groupmax(
     if k < 1 or len(W_enc) % k != 0:
         raise RuntimeError(f"encode_groupmax: k must divide d_sae = {len(W_enc)}, got {k}")
     tensors, options = (x, W_enc, b_enc, b_dec), (precision, dead_mask, k_aux, dense_grad)
-    return _encode_selected("encode_groupmax", _groupmax, tensors, k, *options)
+    return encode_selected("encode_groupmax", _groupmax, tensors, k, *options)
 
 
 def encode_last(
@@ -274,19 +251,29 @@ def _(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*gradients, *(None,) * 5)
 
 
-def _encode_selected(
+def encode_selected(
     name: str,
     op: Callable[..., tuple[Tensor, ...]],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # x, W_enc, b_enc, b_dec
     k: int,
-    precision: str,
-    dead_mask: Tensor | None,  # [F] bool
-    k_aux: int | None,
-    dense_grad: bool,
+    precision: str = "screened",
+    dead_mask: Tensor | None = None,  # [F] bool
+    k_aux: int | None = None,
+    dense_grad: bool = True,
     *,
     signed: bool = False,
 ) -> SparseCode:
-    """Run an encoder that returns a code, its offsets if it has any, and its aux."""
+    """Run an encoder that chooses k latents per token, and return its code with the aux.
+
+    Args:
+        name: of the encoder, for errors.
+        op: returns values, indices, offsets where rows differ in length, aux_values and
+            aux_indices; it is given the tensors, k, precision, dead_mask, k_aux and the working
+            copies of W_enc.
+        tensors: x, W_enc, b_enc and b_dec.
+        k: as `encode_topk` has it, and so are the arguments after it.
+        signed: whether values keep their sign, without ReLU.
+    """
     x, W_enc, *_ = tensors
     check_usable(name, W_enc=W_enc, **({} if dead_mask is None else {"dead_mask": dead_mask}))
     if k_aux is None:

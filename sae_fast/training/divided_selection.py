@@ -7,24 +7,40 @@ each makes the selection of `encode_batch_topk` itself, equal values in its orde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_fast import ops
+from sae_fast.autoencoder.architecture import SELECTIONS
 from sae_fast.distributed.ranks import Ranks
-from sae_fast.ops.encode import encode_batch_topk_by
+from sae_fast.ops.encode import encode_selected
 
 _Outputs = tuple[Tensor, ...]
 
 
-def divided_batch_topk(ranks: Ranks) -> Callable[..., ops.SparseCode]:
-    """Return `encode_batch_topk`, computed by all ranks, which call it with equal arguments."""
+def divided_selections(ranks: Ranks) -> Mapping[str, Callable[..., ops.SparseCode]]:
+    """Return the selections of an `Engine`, computed by all ranks, which call it with one batch."""
     if ranks.size == 1:
-        return ops.encode_batch_topk
-    return partial(encode_batch_topk_by, partial(_select, ranks))
+        return SELECTIONS
+    return {**SELECTIONS, "batch_topk": partial(_batch_topk, ranks)}
+
+
+def _batch_topk(
+    ranks: Ranks,
+    x: Tensor,  # [N, D]
+    W_enc: Tensor,  # [F, D]
+    b_enc: Tensor,  # [F]
+    b_dec: Tensor,  # [D]
+    k: int,
+    **options: Any,
+) -> ops.SparseCode:
+    """Return what `ops.encode_batch_topk` does."""
+    tensors = (x, W_enc, b_enc, b_dec)
+    return encode_selected("encode_batch_topk", partial(_select, ranks), tensors, k, **options)
 
 
 def _select(

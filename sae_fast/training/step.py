@@ -25,7 +25,7 @@ from sae_fast.autoencoder.training_loss import batch_loss, whole_step
 from sae_fast.distributed.ranks import ALONE, Ranks
 from sae_fast.ops import Code
 from sae_fast.own_code import call
-from sae_fast.training.divided_selection import divided_batch_topk
+from sae_fast.training.divided_selection import divided_selections
 from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.exchange import GradientExchange, Part
 from sae_fast.training.metrics import fetch
@@ -93,7 +93,7 @@ class TrainingStep:
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
-        self._engine = Engine(precision, optimizer.dense_grad, divided_batch_topk(ranks))
+        self._engine = Engine(precision, optimizer.dense_grad, divided_selections(ranks))
         self.average = average
         self.codes: list[Code] | None = None
         self._copy_session = object()
