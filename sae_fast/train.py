@@ -239,23 +239,24 @@ def _run(arguments: Sequence[str], output: CommandOutput) -> int:
         with StopOnSignal() as stop, ExitStack() as stack:
             work, directory = _opened(arguments, stop, stack, output)
             trainers = _trainers_of(work)
-            _announce(trainers, output)
+            is_sweep = trainers.keys() != {""}
+            _say_of_all(work, list(_announcement(trainers)), output)
             work.train()
-            if trainers.keys() != {""}:
-                _write_sweep(directory / SWEEP, trainers)
+            if is_sweep:
+                _write_sweep(directory / SWEEP, work)
+            stopped_by = None if stop.received is None else stop.received.name
+            if stop.received is None and work.is_out_of_time:
+                stopped_by = "--max-hours"
+            told = [line for one in trainers.items() for line in _conclusion(*one, stopped_by)]
+            _say_of_all(work, told, output)
+            if is_sweep:
+                output.say(f"sweep      {directory / SWEEP}")
     except Exception as error:
         _show_error(error, output)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:  # the second: no time for a checkpoint
         print(INTERRUPTED, end="", file=sys.stderr)
         return EXIT_INTERRUPTED
-    stopped_by = None if stop.received is None else stop.received.name
-    if stop.received is None and work.is_out_of_time:
-        stopped_by = "--max-hours"
-    for name, trainer in trainers.items():
-        _conclude(name, trainer, stopped_by, output)
-    if trainers.keys() != {""}:
-        output.say(f"sweep      {directory / SWEEP}")
     return EXIT_OUT_OF_TIME if stopped_by == "--max-hours" else EXIT_CODES[stop.received]
 
 
@@ -421,7 +422,8 @@ def _read_by_all(
         raise ValueError(
             f"{place.size} processes were started (WORLD_SIZE = {place.size}), and each would "
             f"train the whole model: give --mesh data={place.size}, by which they divide the "
-            "batches, or start one process without torchrun"
+            f"batches, or layers={place.size}, the trainings of a sweep or of several layers, or "
+            "start one process without torchrun"
         )
     return given, line, config
 
@@ -486,7 +488,9 @@ def _opened(
             _refuse_live(options)
         callbacks = _live_pages(options, line.model)
         with _named_by(line):
-            stack.enter_context(held(directory))
+            with ranks.agreement():
+                if ranks.is_first:
+                    stack.enter_context(held(directory))
             work = _opened_from_model(line, config, sweep, directory, callbacks, stop, shown)
             return work, directory
     configs = {"": config} if sweep is None else read_sweep(sweep, config)
@@ -496,11 +500,9 @@ def _opened(
         trainer = Trainer(config, callbacks=callbacks, stop=stop, show_progress=not shown.quiet)
         return trainer, directory
     _refuse_live(options)
-    if ranks.size > 1:
-        raise ValueError(
-            f"mesh = {config.train.mesh!r} must be left out of a sweep, which one process trains"
-        )
-    stack.enter_context(held(directory))
+    with ranks.agreement():
+        if ranks.is_first:
+            stack.enter_context(held(directory))
     return Sweep(layers or configs, stop=stop, show_progress=not shown.quiet), directory
 
 
@@ -592,15 +594,26 @@ def _trainers_of(work: Trainer | Sweep) -> Mapping[str, Trainer]:
     return work.trainers if isinstance(work, Sweep) else {"": work}
 
 
-def _announce(trainers: Mapping[str, Trainer], output: CommandOutput) -> None:
+def _say_of_all(work: Trainer | Sweep, lines: Sequence[str], output: CommandOutput) -> None:
+    """Print lines of this process, and of the others where they make other trainings."""
+    from sae_fast.training.sweep import Sweep
+
+    if isinstance(work, Sweep):
+        lines = [line for others in work.ranks.values(list(lines)) for line in others]
+    for line in lines:
+        output.say(line)
+
+
+def _announcement(trainers: Mapping[str, Trainer]) -> Iterator[str]:
+    """Yield what is said of trainings before their first step."""
     from sae_fast.training.run_directory import describe
 
     for name, trainer in trainers.items():
         if trainer.was_complete:
             continue
         sae, train = trainer.sae_config, trainer.train_config
-        output.say(trainer.memory_plan)
-        output.say(
+        yield str(trainer.memory_plan)
+        yield (
             f"{_prefix(name)}training {describe(sae)}; "
             f"{trainer.source.rows_per_epoch:,} rows, {trainer.total_steps:,} steps of "
             f"{trainer.tokens_per_step:,} tokens into {train.checkpoint_dir}"
@@ -611,10 +624,14 @@ def _prefix(name: str) -> str:
     return f"{name}: " if name else ""
 
 
-def _write_sweep(path: Path, trainers: Mapping[str, Trainer]) -> None:
-    """Write the summary of each training of a sweep."""
+def _write_sweep(path: Path, work: Trainer | Sweep) -> None:
+    """Write the summary of each training of a sweep, by one process."""
+    trainers = _trainers_of(work)
     runs = {name: trainer.summary for name, trainer in trainers.items()}
-    if all(trainer.was_complete for trainer in trainers.values()) and _has_sweep(path, runs):
+    were_complete = all(trainer.was_complete for trainer in trainers.values())
+    found = work.ranks.values([runs, were_complete])
+    runs = {name: summary for others, _ in found for name, summary in others.items()}
+    if not work.ranks.is_first or (all(one for _, one in found) and _has_sweep(path, runs)):
         return
     write_json(path, {"runs": runs})
 
@@ -629,18 +646,19 @@ def _has_sweep(path: Path, runs: Mapping[str, Mapping[str, Any]]) -> bool:
     return steps == {name: summary["steps"] for name, summary in runs.items()}
 
 
-def _conclude(run: str, trainer: Trainer, stopped_by: str | None, output: CommandOutput) -> None:
+def _conclusion(run: str, trainer: Trainer, stopped_by: str | None) -> Iterator[str]:
+    """Yield what is said of a training at its end."""
     summary = trainer.summary
     if trainer.was_complete:
         flag = f"--{trainer.schedules.limit.replace('_', '-')}"
-        output.say(
+        yield (
             f"{_prefix(run)}nothing to do: all {trainer.step:,} steps are made; "
             f"raise {flag} to continue"
         )
         return
     verb = "trained" if stopped_by is None else f"stopped by {stopped_by} after"
     rate = summary["tokens"] / max(summary["seconds"], 1e-9)
-    output.say(
+    yield (
         f"{_prefix(run)}{verb} {summary['steps']:,} steps, {summary['tokens']:,} tokens "
         f"in {summary['seconds']:.1f} s ({rate:,.0f} tokens/s, "
         f"{summary['reader_stall_fraction']:.1%} of it waiting for the reader)"
@@ -660,15 +678,15 @@ def _conclude(run: str, trainer: Trainer, stopped_by: str | None, output: Comman
         *("heldout_slot_accuracy", "heldout_value_accuracy"),
     )
     figures = [(name, summary.get(f"final_{name}")) for name in names]
-    output.say(", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None))
+    yield ", ".join(f"{name} {value:.5g}" for name, value in figures if value is not None)
     for name in ("plot", "report", "checkpoint"):
         if name in summary:
-            output.say(f"{name:<10} {summary[name]}")
+            yield f"{name:<10} {summary[name]}"
     if summary.get("skipped_steps"):
         steps = summary["skipped_steps"]
-        output.say(f"skipped    {steps:,} steps whose gradients overflowed in fp16")
+        yield f"skipped    {steps:,} steps whose gradients overflowed in fp16"
     for text in summary["warnings"]:
-        output.say(f"warning    {text}")
+        yield f"warning    {text}"
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ TAKEN = {
 }
 # Also accepted, with other settings than above.
 TAKEN_ELSEWHERE = {
+    "mesh",
+    "mesh_timeout",
     "start_from",
     "start_from_elsewhere",
     "wandb_name",

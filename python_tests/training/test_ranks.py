@@ -177,7 +177,7 @@ def test_commands_are_refused_in_one_line_by_rank_0(ranks: list[dict[str, Any]])
 
 
 def test_a_mesh_needs_its_processes() -> None:
-    for mesh in ("data", "data=0", "data=2,data=2", "rows=2", "layers=2", ""):
+    for mesh in ("data", "data=0", "data=2,data=2", "rows=2", "latents=2", ""):
         with pytest.raises(ValueError, match="mesh"):
             TrainConfig(mesh=mesh)
     assert TrainConfig(mesh="data=3", grad_acc_steps=2).batches_per_step == 6

@@ -53,7 +53,7 @@ class StepSettings(NamedTuple):
 _NO_SETTINGS = StepSettings()
 
 
-# How the latents of a code are selected, by the name that an architecture has for it.
+# The encoders that select the latents of a code, by the name that an architecture has for them.
 SELECTIONS: Mapping[str, Callable[..., ops.SparseCode]] = {
     "topk": ops.encode_topk,
     "abs_topk": ops.encode_abs_topk,

@@ -1,12 +1,13 @@
 """The mesh of processes that train one model together, written `data=2`. Part of sae_fast.config.
 
-An axis says what is divided: `data` the batches of a step.
+An axis says what is divided: `data` the batches of a step, `layers` the trainings of a sweep and of
+several hook points.
 """
 
 from __future__ import annotations
 
 AXES = ("data", "latents", "layers")
-BUILT = ("data",)
+BUILT = ("data", "layers")
 
 
 def parsed_mesh(text: str | None) -> dict[str, int]:
@@ -33,6 +34,16 @@ def parsed_mesh(text: str | None) -> dict[str, int]:
     missing = [name for name, size in sizes.items() if size > 1 and name not in BUILT]
     if missing:
         raise ValueError(
-            f"mesh = {text!r}: the axis {missing[0]} is not built yet; data divides the batches"
+            f"mesh = {text!r}: the axis {missing[0]} is not built yet; {' and '.join(BUILT)} are"
+        )
+    several = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if len(several) > 1:
+        raise ValueError(
+            f"mesh = {text!r}: processes divide one thing only, {' or '.join(several)}"
         )
     return sizes
+
+
+def divided_axis(text: str | None) -> str | None:
+    """Return the axis of a mesh that several processes divide; None for one process."""
+    return next((name for name, size in parsed_mesh(text).items() if size > 1), None)

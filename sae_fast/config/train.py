@@ -30,7 +30,6 @@ _WANDB = Effect(
     "logger wandb, or wandb_project",
     lambda train: train.wandb_project is not None or "wandb" in train.logger,
 )
-_ONE_PROCESS = "one process runs the model and trains on its activations"
 _MESH = Effect("mesh, of several processes", lambda train: train.mesh is not None)
 LARGEST_BATCH = 4096  # tokens, by default
 DEFAULT_PROJECT = "sae_fast"  # of Weights & Biases
@@ -390,16 +389,15 @@ class TrainConfig(ConfigFile):
     mesh: str | None = setting(
         None,
         nonempty=True,
-        shards_only=_ONE_PROCESS,
         metavar="AXIS=SIZE",
         heading="Several processes",
-        brief="what the processes of torchrun divide, data=2: the batches",
+        brief="what processes divide: data=2 batches, layers=2 trainings",
     )
     """What the processes that torchrun has started divide: data=R the batches of a step, R at a
-    time. The result is equal to the bit to one process with R times as many grad_acc_steps."""
-    mesh_timeout: float = setting(
-        10.0, above=0, on_resume="free", needs=_MESH, shards_only=_ONE_PROCESS
-    )
+    time, of one training on shards; layers=R the trainings of a sweep, of several seeds or hook
+    points, a block of them each. The results equal, to the bit, what one process gives, with data=R
+    and R times as many grad_acc_steps."""
+    mesh_timeout: float = setting(10.0, above=0, on_resume="free", needs=_MESH)
     """How long one of these processes waits for another that does not answer. [minutes]"""
 
     log_every: int = setting(

@@ -271,7 +271,7 @@ def encode_selected(
             aux_indices; it is given the tensors, k, precision, dead_mask, k_aux and the working
             copies of W_enc.
         tensors: x, W_enc, b_enc and b_dec.
-        k: as `encode_topk` has it, and so are the arguments after it.
+        k: as `encode_topk` has it, as it has the arguments after it.
         signed: whether values keep their sign, without ReLU.
     """
     x, W_enc, *_ = tensors

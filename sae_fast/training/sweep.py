@@ -8,6 +8,9 @@ objects with the settings of each training.
 
 What a training has on its own is the model and its optimiser; the data, the batches and the number
 of steps belong to all. Each gives the same losses and weights, to the bit, as by itself.
+
+With `--mesh layers=R` each of R processes makes the trainings of one block of the list, in step
+with the others, so that all have checkpoints of the same steps.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ import itertools
 import logging
 import math
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
+import sae_fast
 from sae_fast.activations.files import (
     folders_of_shards,
     require_one_kind,
@@ -37,8 +42,10 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.fields import field_names, reject_unknown_keys
+from sae_fast.config.mesh import divided_axis
 from sae_fast.config.sae import config_of, without_other_size
 from sae_fast.config.setting import rules_of
+from sae_fast.distributed.ranks import Ranks, Wishes, open_ranks
 from sae_fast.json_files import read_json, shown
 from sae_fast.log_output import show_log
 from sae_fast.training.callbacks import Callback
@@ -88,7 +95,8 @@ class Sweep:
         show_progress: as of a `Trainer`.
 
     Attributes:
-        trainers: by name.
+        trainers: by name; with a mesh the ones that this process makes.
+        ranks: the processes that divide the trainings.
         is_out_of_time: True where `max_hours` have ended `train` before its last step.
 
     Raises:
@@ -112,17 +120,29 @@ class Sweep:
             raise ValueError(
                 "loss_terms and callbacks must be left out beside make, which has them"
             )
+        first = next(iter(configs.values())).train
         self._stop = stop
-        self._show_progress = show_progress
-        if show_progress:
+        self._wall_clock = WallClock(first)
+        self.ranks = ranks_of_sweep(configs)
+        self._show_progress = show_progress and self.ranks.is_first
+        if self._show_progress:
             show_log()
-        self._wall_clock = WallClock(next(iter(configs.values())).train)
         self.is_out_of_time = False
         self._opened = ExitStack()
-        configs = at_one_step(configs)
-        own: OwnCode = {"loss_terms": loss_terms, "callbacks": callbacks}
-        make = make or _on_shards(configs, own)
         self.trainers: dict[str, Trainer] = {}
+        with self.ranks.agreement(lambda: {"its settings": _settings_of(configs)}):
+            configs = at_one_step(configs)
+        own: OwnCode = {"loss_terms": loss_terms, "callbacks": callbacks}
+        with self.ranks.agreement(self._facts):
+            mine = own_trainings(configs, self.ranks)
+            self._elsewhere = [
+                _store(config) for name, config in configs.items() if name not in mine
+            ]
+            self._make(mine, make or _on_shards(mine, own))
+        self._note_all(self._of_this_process([]))
+
+    def _make(self, configs: Mapping[str, RunConfig], make: MakeTrainer) -> None:
+        """Make the trainers of this process."""
         for name, config in configs.items():
             try:
                 self.trainers[name] = make(name, told_apart(name, config))
@@ -137,18 +157,31 @@ class Sweep:
             self._close()
             raise
 
+    def _facts(self) -> dict[str, Any]:
+        """Return what all processes must have in common before the first step, by name."""
+        trainers = list(self.trainers.values())
+        return {
+            "the version of sae_fast": sae_fast.__version__,
+            "the version of torch": torch.__version__,
+            "its device": trainers[0].device.type,
+            "the step": trainers[0].step,
+        }
+
     def train(self) -> dict[str, SparseAutoencoder]:
         """Make all steps of all trainings, or those up to a signal; return the models by name.
 
         Raises what `Trainer.train` does; the first error ends all trainings.
         """
         with self._stop or StopOnSignal() as stop, self, self._progress() as progress:
-            while not (self.is_done or stop.received or self.is_out_of_time):
-                left = self._unfinished()
-                rows = self.advance(save=stop.take_save() or self._wall_clock.is_save_due)
-                progress.advance(sum(trainer.tokens_per_step for trainer in left))
+            wishes = self._wishes(stop)
+            while not (self.is_done or wishes.signal or self.is_out_of_time):
+                rows = self.advance(save=wishes.save)
+                progress.advance(self._all.tokens)
                 progress.show(rows, last=not self._unfinished())
-                self.is_out_of_time = bool(self._unfinished()) and self._wall_clock.is_over
+                wishes = self._wishes(stop)
+                self.is_out_of_time = self._all.is_unfinished and wishes.is_over
+            if wishes.signal:
+                stop.received = signal.Signals(wishes.signal)
         return {name: trainer.model() for name, trainer in self.trainers.items()}
 
     def __enter__(self) -> Sweep:
@@ -156,8 +189,9 @@ class Sweep:
         with ExitStack() as stack:
             for trainer in self.trainers.values():
                 stack.callback(trainer.close)  # also of those that are not opened, after an error
-            for trainer in self.trainers.values():
-                stack.enter_context(trainer)
+            with self.ranks.agreement():
+                for trainer in self.trainers.values():
+                    stack.enter_context(trainer)
             self._opened = stack.pop_all()
         return self
 
@@ -169,11 +203,13 @@ class Sweep:
     ) -> None:
         """Save what is not saved yet and close all trainers; after an error only close them."""
         if error is not None:
+            self.ranks.note_failure(error)
             self._opened.__exit__(kind, error, traceback)
             return
         with self._opened:
-            for trainer in self.trainers.values():
-                trainer.finish(prune=False)
+            with self.ranks.agreement():
+                for trainer in self.trainers.values():
+                    trainer.finish(prune=False)
             self._prune()
 
     def advance(self, *, save: bool = False) -> list[Row]:
@@ -196,7 +232,9 @@ class Sweep:
         left = self._unfinished()
         saved = [trainer.saved_step for trainer in left]
         rows = [trainer.advance(prune=False, save=save) for trainer in left]
-        if saved != [trainer.saved_step for trainer in left]:
+        has_saved = saved != [trainer.saved_step for trainer in left]
+        self._note_all(self._of_this_process(left, has_saved=has_saved))
+        if self._all.has_saved:
             self._wall_clock.note_save()
             self._prune()
         return rows
@@ -204,8 +242,27 @@ class Sweep:
     @property
     def is_done(self) -> bool:
         """Whether no step is left to make: all are made, or one of the trainers was stopped."""
-        any_stopped = any(trainer.is_stopped for trainer in self.trainers.values())
-        return any_stopped or not self._unfinished()
+        own, everywhere = self._of_this_process([]), self._all
+        if own.is_stopped or everywhere.is_stopped:
+            return True
+        return not (own.is_unfinished or (self.ranks.size > 1 and everywhere.is_unfinished))
+
+    def _of_this_process(self, made: Sequence[Trainer], *, has_saved: bool = False) -> _Advance:
+        """Return where the trainings of this process are after a step that `made` have made."""
+        tokens = sum(trainer.tokens_per_step for trainer in made)
+        is_stopped = any(trainer.is_stopped for trainer in self.trainers.values())
+        return _Advance(tokens, has_saved, bool(self._unfinished()), is_stopped)
+
+    def _note_all(self, own: _Advance) -> None:
+        """Exchange with the other processes where the trainings are."""
+        found = [_Advance(*each) for each in self.ranks.values(list(own))]
+        tokens, *flags = zip(*found, strict=True)
+        self._all = _Advance(sum(tokens), *map(any, flags))
+
+    def _wishes(self, stop: StopOnSignal) -> Wishes:
+        """Return what signals and the time ask for, of any process."""
+        save = stop.take_save() or self._wall_clock.is_save_due
+        return self.ranks.agreed(Wishes(stop.received or 0, save, self._wall_clock.is_over))
 
     def _unfinished(self) -> list[Trainer]:
         trainers = self.trainers.values()
@@ -215,6 +272,8 @@ class Sweep:
         trainers = self.trainers.values()
         total = sum(trainer.total_tokens for trainer in trainers)
         done = sum(trainer.tokens for trainer in trainers)
+        found = self.ranks.values([total, done])
+        total, done = map(sum, zip(*found, strict=True))
         return ProgressBar(total, done, shown=self._show_progress)
 
     def _prune(self) -> None:
@@ -228,13 +287,77 @@ class Sweep:
         if len(kept) < len(trainers):
             return
         step = trainers[0].step
-        common = newest_common_step(kept, step)
+        common = newest_common_step([*kept, *filter(None, self._elsewhere)], step)
         for store in kept:
             store.prune(step, common)
 
     def _close(self) -> None:
         for trainer in self.trainers.values():
             trainer.close()
+
+
+class _Advance(NamedTuple):
+    """Where the trainings of a process, or of all, are after a step.
+
+    Attributes:
+        tokens: that were trained on in it.
+        has_saved: whether a checkpoint was written.
+        is_unfinished: whether one of them has steps left.
+        is_stopped: whether one of them was told to stop.
+    """
+
+    tokens: int
+    has_saved: bool
+    is_unfinished: bool
+    is_stopped: bool
+
+
+def ranks_of_sweep(configs: Mapping[str, RunConfig]) -> Ranks:
+    """Return the processes that divide the trainings of a sweep, connected.
+
+    Raises ValueError where the mesh divides something else, or is larger than their number.
+    """
+    train = next(iter(configs.values())).train
+    if divided_axis(train.mesh) not in (None, "layers"):
+        raise ValueError(
+            f"mesh = {train.mesh!r} divides one training, and these are several: layers=R has each "
+            "process make some of them"
+        )
+    ranks = open_ranks(train)
+    if ranks.size > len(configs):
+        raise ValueError(
+            f"mesh = {train.mesh!r} has more processes than there are trainings, {len(configs)}"
+        )
+    return ranks
+
+
+def own_trainings(configs: Mapping[str, RunConfig], ranks: Ranks) -> dict[str, RunConfig]:
+    """Return the trainings of this process: of 12 and 3 processes the first has the first 4."""
+    if ranks.size == 1:
+        return dict(configs)
+    names = list(configs)
+    first, end = (len(names) * number // ranks.size for number in (ranks.rank, ranks.rank + 1))
+    found = {}
+    for name in names[first:end]:
+        train = configs[name].train
+        device = ranks.device_of(train.device)
+        train = replace(train, mesh=None, mesh_timeout=TrainConfig.mesh_timeout, device=device)
+        found[name] = replace(configs[name], train=train)
+    return found
+
+
+def _settings_of(configs: Mapping[str, RunConfig]) -> dict[str, Any]:
+    """Return the settings of each training that all processes must have in common."""
+    given = {name: config.to_dict() for name, config in configs.items()}
+    for settings in given.values():
+        del settings["train"]["device"], settings["train"]["num_threads"]
+    return given
+
+
+def _store(config: RunConfig) -> CheckpointStore | None:
+    """Return the checkpoints of a training; None where it writes nothing."""
+    directory = in_mode_directory(config.sae, config.train).checkpoint_dir
+    return None if directory is None else CheckpointStore(Path(directory) / "checkpoints", keep=1)
 
 
 def read_sweep(path: Path, base: RunConfig) -> dict[str, RunConfig]:
@@ -365,8 +488,9 @@ def at_one_step(configs: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
                 "the trainings of a sweep are resumed together: resume_from must be 'latest', of "
                 f"checkpoint_dir, got {config.train.resume_from!r}"
             )
-        directory = in_mode_directory(config.sae, config.train).checkpoint_dir
-        stores[name] = CheckpointStore(Path(str(directory)) / "checkpoints", keep=1)
+        store = _store(config)
+        assert store is not None
+        stores[name] = store
     common = newest_common_step(stores.values())
     if common is None:
         if any(step > 0 for store in stores.values() for step in store.steps()):

@@ -30,6 +30,7 @@ from sae_fast.autoencoder.architectures import ARCHITECTURES, make_architecture
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
+from sae_fast.config.mesh import divided_axis
 from sae_fast.config.sae import built_in
 from sae_fast.distributed.ranks import Wishes, open_ranks
 from sae_fast.distributed.replicas import digests
@@ -184,7 +185,7 @@ class Trainer:
         if self._show_progress:
             show_log()
         if self.ranks.size > 1:
-            _check_mesh(sae_config, data)
+            _check_mesh(sae_config, train_config, data)
         _check_variance(sae_config, train_config)
         self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
@@ -885,8 +886,13 @@ class _Inputs(NamedTuple):
     loss_terms: Sequence[LossTerm]
 
 
-def _check_mesh(sae: SAEConfig, data: object) -> None:
+def _check_mesh(sae: SAEConfig, train: TrainConfig, data: object) -> None:
     """Raise ValueError where a training cannot be divided among several processes."""
+    if divided_axis(train.mesh) == "layers":
+        raise ValueError(
+            f"mesh = {train.mesh!r} divides several trainings, and this is one: data=R divides its "
+            "batches"
+        )
     if sae.arch == "slots":
         raise ValueError("mesh must be left out with arch slots, which one process trains")
     if sae.is_end_to_end:
@@ -894,7 +900,7 @@ def _check_mesh(sae: SAEConfig, data: object) -> None:
             f"mesh must be left out with loss_fn {sae.loss_fn}, for which one process runs a model"
         )
     if isinstance(data, SharedShards | SharedReader):
-        raise ValueError("mesh must be left out of a sweep, which one process trains")
+        raise ValueError("mesh data must be left out of a sweep: layers divides its trainings")
     own = ARCHITECTURES[sae.arch]
     known = [ARCHITECTURES[name].after_step_ for name in built_in()]
     if not own.selects_from_step and own.after_step_ not in known:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,17 @@ from sae_fast.activations.capture import Documents, Harvester, LanguageModel, To
 from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.image_model import ImageModel
-from sae_fast.activations.capture.language_model import check_reads_once
+from sae_fast.activations.capture.language_model import HookedModel, check_reads_once
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.capture.shard_series import shard_metadata
 from sae_fast.activations.origin import origin_of_attributes
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
+from sae_fast.config.mesh import divided_axis
 from sae_fast.config.model_text import TRAIN_DEFAULTS, FromModelConfig
 from sae_fast.config.setting import rules_of
+from sae_fast.distributed.ranks import open_ranks
 from sae_fast.evaluation.language_model import SplicedLosses
 from sae_fast.evaluation.model_text import model_text
 from sae_fast.json_files import is_integer
@@ -39,7 +41,14 @@ from sae_fast.training.from_model.sequence_stream import SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
 from sae_fast.training.resume_state import check_state
 from sae_fast.training.signals import StopOnSignal
-from sae_fast.training.sweep import MakeTrainer, OwnCode, Sweep, with_settings
+from sae_fast.training.sweep import (
+    MakeTrainer,
+    OwnCode,
+    Sweep,
+    own_trainings,
+    ranks_of_sweep,
+    with_settings,
+)
 from sae_fast.training.trainer import Trainer
 
 _DEAD_SHARE = TRAIN_DEFAULTS["dead_percentage_threshold"]
@@ -77,12 +86,18 @@ def open_from_model(
         ValueError: in one line, for what does not fit.
     """
     first = next(iter(configs.values())).train
+    if divided_axis(first.mesh) not in (None, "layers"):
+        raise ValueError(
+            f"mesh = {first.mesh!r} is for training on shards: here layers=R divides the trainings"
+        )
+    ranks = open_ranks(first)
     for config in configs.values():
         _check_model(config.sae)
         _check_train(config.train)
     if first.num_threads is not None:
         torch.set_num_threads(first.num_threads)
-    capture = _open_capture(model, dataset, settings, first.device)
+    device = ranks.device_of(first.device)
+    capture = _open_capture(model, dataset, settings, device)
     tokens = capture.batches.config
     of_passes: dict[str, Any] = {
         "batch_size": tokens.batch_size * tokens.ctx_len,
@@ -91,11 +106,37 @@ def open_from_model(
     if capture.heldout is None and first.dead_percentage_threshold == _DEAD_SHARE:
         of_passes["dead_percentage_threshold"] = 0.0  # the default, of rows that there are not
     every = _for_every_hook(capture, settings.init_seeds, configs, of_passes)
+    ranks_of_sweep(every)
+    own_configs = own_trainings(every, ranks)
+    reads = _Reading(_with_hooks_of(capture, own_configs), _identity(capture))
+    if ranks.size > 1 and settings.cache_dir is not None:
+        raise ValueError("cache_dir must be left out with a mesh: each process reads the text")
     saes = [config.sae for config in configs.values()]
     is_end_to_end = any(sae.is_end_to_end for sae in saes)
     own: OwnCode = {"loss_terms": loss_terms, "callbacks": callbacks}
-    make = (_through_model if is_end_to_end else _shuffled)(capture, settings, every, own)
+    make = (_through_model if is_end_to_end else _shuffled)(reads, settings, own_configs, own)
     return Sweep(every, make, stop=stop, show_progress=show_progress)
+
+
+class _Reading(NamedTuple):
+    """The text and hook points that a process reads.
+
+    Attributes:
+        capture: with the hook points of this process.
+        identity: of the rows of all processes.
+    """
+
+    capture: Capture
+    identity: dict[str, Any]
+
+
+def _with_hooks_of(capture: Capture, configs: Mapping[str, RunConfig]) -> Capture:
+    """Return a capture with the hook points of these trainings only."""
+    names = {name.partition("/")[0] for name in configs}
+    hooks = [hook for hook in capture.hooked.hooks if hook.name in names]
+    if len(hooks) == len(capture.hooked.hooks):
+        return capture
+    return replace(capture, hooked=HookedModel(capture.hooked.network, hooks))
 
 
 def _open_capture(
@@ -113,9 +154,10 @@ def _open_capture(
 
 
 def _shuffled(
-    capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
+    reading: _Reading, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
 ) -> MakeTrainer:
     """Return what makes trainers on rows in a random order."""
+    capture, identity = reading
     first = next(iter(configs.values())).train
     heldout = _heldout_rows(capture)
     harvester = Harvester(capture.hooked, capture.batches, max_tokens=settings.max_tokens)
@@ -129,7 +171,7 @@ def _shuffled(
         pool_rows=_pool_rows(first, settings.max_tokens),
         seed=first.order_seed,
         max_tokens=settings.max_tokens,
-        identity=_identity(capture),
+        identity=identity,
         rows_per_pass=capture.estimated_rows()[0],
         whole_sequences=any(needs_sequences(config.sae) for config in configs.values()),
     )
@@ -184,9 +226,10 @@ def _pool_rows(config: TrainConfig, max_tokens: int) -> int:
 
 
 def _through_model(
-    capture: Capture, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
+    reading: _Reading, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
 ) -> MakeTrainer:
     """Return what makes trainers on whole sequences, whose loss is the language model's."""
+    capture, identity = reading
     losses = {config.sae.loss_fn for config in configs.values()}
     model = capture.model
     if isinstance(model, ImageModel) or model.network.get_output_embeddings() is None:
@@ -210,7 +253,7 @@ def _through_model(
         capture.hooked,
         capture.batches,
         max_tokens=settings.max_tokens,
-        identity=_identity(capture),
+        identity=identity,
         seed=next(iter(configs.values())).train.order_seed,
         masked_token=masked_token,
         rows_per_pass=capture.estimated_rows()[0],

@@ -1,0 +1,132 @@
+"""Trains a sweep of small models as one of several processes, or alone, and saves what it saw.
+
+Run by test_ranks_layers.py: `together(DIRECTORY, rank)`, with the variables of a launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_models import make_tokenizer
+from small_texts import make_texts
+
+from sae_fast import Callback, RunConfig
+from sae_fast.distributed.environment import launched
+from sae_fast.train import main as main_of_train
+from sae_fast.training import run_directory
+from sae_fast.training.from_model.loaded_model import train_from_model
+from sae_fast.training.sweep import Sweep
+from sae_fast.training.trainer import Trainer
+
+LAYERS = 3
+FLAGS = "--d-sae 32 --k 2 --max-steps 6 --batch-size 16 --checkpoint-every 2 --keep-checkpoints 1"
+TEXT = {"layers": [0, 1, 2], "ctx_len": 16, "batch_size": 2, "max_tokens": 256}
+TEXT["heldout_tokens"] = 0
+
+
+def command(directory: Path, out: str, *flags: str) -> tuple[int, str]:
+    """Run the command of training on the layers in a directory; return its code and its errors."""
+    printed = io.StringIO()
+    arguments = ["--shard-dir", str(directory / "shards"), *FLAGS.split(), *flags]
+    with contextlib.redirect_stderr(printed):
+        code = main_of_train([*arguments, "--checkpoint-dir", str(directory / out)])
+    return code, printed.getvalue()
+
+
+def from_model(directory: Path, network: torch.nn.Module, **train: Any) -> None:
+    """Train on the layers of a model."""
+    config = RunConfig(d_sae=32, k=2, lr=1e-2, eval_every=0, **train)
+    given = (network, make_tokenizer(True), [text for text in make_texts() if text], config)
+    train_from_model(*given, directory=directory, show_progress=False, **TEXT)
+
+
+def configs(directory: Path, **train: Any) -> dict[str, RunConfig]:
+    """Return two trainings on the first layer."""
+    given = {"d_sae": 32, "k": 2, "max_steps": 6, "batch_size": 16, "checkpoint_every": 2}
+    given |= {"shard_dir": str(directory / "shards/layer_0"), **train}
+    out = train.get("checkpoint_dir")
+    return {
+        name: RunConfig(
+            **{**given, "seed": seed, "checkpoint_dir": f"{out}/{name}" if out else None},
+            shuffle_seed=0,
+        )
+        for seed, name in enumerate(("first", "second"))
+    }
+
+
+class Signal(Callback):
+    """Sends a signal to this process after a step, if it is rank 1."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number = step, number
+
+    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Send it."""
+        if trainer.step == self.step and launched().rank == 1:
+            os.kill(os.getpid(), self.number)
+
+
+def error_of(make: Callable[[], Any]) -> str:
+    """Return the error of a call; "" for none."""
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def together(directory: Path, rank: int, port: int, network: torch.nn.Module) -> None:
+    """Do what the test looks at, as rank 0 or 1 of two."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    run_directory.plot_run = lambda rows, path, title: path  # it takes longer than the trainings
+    mesh = {"mesh": "layers=2", "mesh_timeout": 1.0}
+    found: dict[str, Any] = {"trained": command(directory, "two", "--mesh", "layers=2")}
+    from_model(directory / "two-of-model", network, **mesh)
+    out = str(directory / "stopped")
+    own = configs(directory, checkpoint_dir=out, **mesh)
+    stopped = Sweep(own, callbacks=[Signal(3, signal.SIGTERM)], show_progress=False)
+    stopped.train()
+    found["trainings"] = list(stopped.trainers)
+    found["stopped"] = [trainer.step for trainer in stopped.trainers.values()]
+    own = configs(directory, checkpoint_dir=out, resume_from="latest", **mesh)
+    again = Sweep(own, show_progress=False)
+    found["continued"] = [trainer.step for trainer in again.trainers.values()]
+    again.train()
+    found["data"] = command(directory, "none", "--mesh", "data=2")
+    found["one"] = error_of(lambda: Trainer(configs(directory, **mesh)["first"]))
+    first = {"first": configs(directory, **mesh)["first"]}
+    found["few"] = error_of(lambda: Sweep(first))
+    other = configs(directory, **mesh, lr=1e-2 + rank * 1e-3)
+    found["settings"] = error_of(lambda: Sweep(other))
+    if rank == 1:
+        shutil.move(directory / "shards/layer_2", directory / "away")
+    found["gone"] = error_of(
+        lambda: Sweep(
+            {
+                f"layer_{number}": RunConfig(
+                    **{"d_sae": 32, "k": 2, "max_steps": 2, "batch_size": 16, **mesh},
+                    shard_dir=str(directory / f"shards/layer_{number}"),
+                )
+                for number in (0, 2)
+            }
+        )
+    )
+    torch.save(found, directory / f"rank-{rank}.pt")
+    killed = Sweep(
+        configs(directory, **mesh),
+        callbacks=[Signal(3, signal.SIGKILL)],
+        show_progress=False,
+    )
+    found["killed"] = error_of(killed.train)
+    torch.save(found, directory / f"rank-{rank}.pt")
