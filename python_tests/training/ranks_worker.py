@@ -56,7 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 COMMANDS = (
     "--max-steps 2",
     "--mesh data=3 --max-steps 2",
-    "--mesh latents=2 --max-steps 2",
+    "--mesh latents=2 --max-steps 2 --d-sae 1 --k 1",
     "--mesh rows=2 --max-steps 2",
     "--mesh data=2 --batch-size 4096",
     "--mesh data=2 --k 0 --max-steps 2",

@@ -167,7 +167,13 @@ def test_a_rank_that_is_killed_is_named(ranks: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_commands_are_refused_in_one_line_by_rank_0(ranks: list[dict[str, Any]]) -> None:
-    reasons = ("give --mesh data=2", "data=3", "latents is not built", "'rows'", "no full step")
+    reasons = (
+        "give --mesh data=2",
+        "data=3",
+        "has more processes than there are latents",
+        "'rows'",
+        "no full step",
+    )
     reasons = (*reasons, "k must be at least 1", "none.json")
     for reason, (flags, (code, printed)) in zip(reasons, ranks[0]["commands"].items(), strict=True):
         lines = [line for line in printed.splitlines() if line.startswith("error: ")]
@@ -177,7 +183,7 @@ def test_commands_are_refused_in_one_line_by_rank_0(ranks: list[dict[str, Any]])
 
 
 def test_a_mesh_needs_its_processes() -> None:
-    for mesh in ("data", "data=0", "data=2,data=2", "rows=2", "latents=2", ""):
+    for mesh in ("data", "data=0", "data=2,data=2", "rows=2", "data=2,latents=2", ""):
         with pytest.raises(ValueError, match="mesh"):
             TrainConfig(mesh=mesh)
     assert TrainConfig(mesh="data=3", grad_acc_steps=2).batches_per_step == 6

@@ -75,6 +75,24 @@ class Engine(NamedTuple):
     dense_grad: bool = True
     selections: Mapping[str, Callable[..., ops.SparseCode]] = SELECTIONS
 
+    def count_latents(self, mask: Tensor) -> Tensor:
+        """Return how many latents are in a mask [F], 0-d.
+
+        Where each of several processes holds a part of the latents, all are counted.
+        """
+        return mask.sum()
+
+    def total(self, part: Tensor) -> Tensor:
+        """Return a sum over the latents, given what was computed of the latents at hand.
+
+        With one process that is the sum. Its gradient is the gradient of each part.
+        """
+        return part
+
+    def mean(self, per_latent: Tensor) -> Tensor:
+        """Return the mean of a number of each latent [F], 0-d, over all latents."""
+        return per_latent.mean()
+
     def encode_topk(
         self,
         weights: Weights,

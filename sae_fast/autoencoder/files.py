@@ -49,6 +49,11 @@ def write_model(
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / TENSOR_FILE) as temporary:
         save_tensors(temporary, tensors)
+    write_config(directory, config, origin)
+
+
+def write_config(directory: Path, config: SAEConfig, origin: Mapping[str, Any]) -> None:
+    """Write the configuration of a model beside its tensors."""
     with replacing(directory / CONFIG_FILE) as temporary:
         config.save(temporary)
         content = json.loads(temporary.read_text(encoding="utf-8"))

@@ -66,17 +66,17 @@ class JumpReLU(Thresholded):
         code = above.with_values(_jump(above.values, spread, *estimate))
         modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
         if self.config.sparsity_penalty == "tanh":
-            penalty = self._tanh_penalty(weights, code)
+            penalty = engine.total(self._tanh_penalty(weights, code))
         else:
             l0 = deterministic_sum(_step(above.values, spread, *estimate)) / code.n_rows
-            penalty = self._l0_penalty(_of_the_step(l0, batch.whole))
+            penalty = self._l0_penalty(_of_the_step(engine.total(l0), batch.whole))
         assert self.config.sparsity_penalty_coeff is not None
         coefficient = self.config.sparsity_penalty_coeff * batch.settings.sparsity_weight
         terms = {
             "sparsity_loss": coefficient * penalty,
-            "pre_act_loss": self._pre_act_loss(weights, batch),
+            "pre_act_loss": engine.total(self._pre_act_loss(weights, batch)),
         }
-        metrics = {"mean_threshold": threshold.detach().mean()}
+        metrics = {"mean_threshold": engine.mean(threshold.detach())}
         return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
 
     @property
@@ -87,7 +87,7 @@ class JumpReLU(Thresholded):
     def count_active(self, weights: Weights, batch: Batch, engine: Engine) -> Tensor:
         """Return how many latents of a batch are active, 0-d, as `loss` counts them."""
         above = self._list_window(weights, batch, engine)
-        return (above.values.detach() > self.config.jumprelu_bandwidth / 2).sum()
+        return engine.total((above.values.detach() > self.config.jumprelu_bandwidth / 2).sum())
 
     def _list_window(self, weights: Weights, batch: Batch, engine: Engine) -> ops.Code:
         """Return ReLU(π − θ + ε/2): what lies above the threshold and in the window below it."""

@@ -121,7 +121,7 @@ class Slots(ReLU):
             bound, binding = self._bound_terms(weights, batch, engine)
             terms |= bound
             if self.config.l1_penalty_coeff:
-                terms["l1_loss"] = self.l1_loss(weights, code, batch)
+                terms["l1_loss"] = self.l1_loss(weights, code, batch, engine)
             metrics |= binding.accuracies(self.config.has_value_heads)
         return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
 

@@ -35,7 +35,8 @@ from sae_fast.autoencoder.architecture import (
 from sae_fast.config import SAEConfig
 
 LISTED = "listed_per_token"
-_TOKENS, _ACTIVE, _EXCESS = "tokens", "active", "excess"
+TOKENS = "tokens"  # among the sums of a step, the one that is not over latents
+_ACTIVE, _EXCESS = "active", "excess"
 # Share of all latents, listed per token, from which working on all of them is the faster way. It
 # is as fast at 16 to 20 % with relu, 23 to 26 % with gated, 24 to 30 % with jumprelu, by size
 # (benchmarks/results/dense_switch.md).
@@ -102,10 +103,10 @@ class Thresholded(Architecture):
         """Return Σ_i f_i |W_dec,i|, a mean over tokens; or its Lp form, see `losses.lp_loss`."""
         return losses.lp_loss(code, self.config.sparsity_norm_p, self.row_norms(weights))
 
-    def l1_loss(self, weights: Weights, code: ops.Code, batch: Batch) -> Tensor:
+    def l1_loss(self, weights: Weights, code: ops.Code, batch: Batch, engine: Engine) -> Tensor:
         """Return the penalty with its coefficient."""
         weight = self._coefficient(weights) * batch.settings.sparsity_weight
-        return weight * self.penalty(weights, code)
+        return weight * engine.total(self.penalty(weights, code))
 
     def metrics(self, weights: Weights) -> dict[str, Tensor]:
         """Return the metrics of `metric_names`."""
@@ -117,7 +118,7 @@ class Thresholded(Architecture):
         """Return the numbers of tokens, of listed entries and, for a controller, of active ones."""
         device = code.values.device
         counts = {
-            _TOKENS: torch.full((), code.n_rows, device=device),
+            TOKENS: torch.full((), code.n_rows, device=device),
             LISTED: torch.as_tensor(code.n_listed, device=device),
         }
         if self.config.target_l0 is not None:
@@ -140,7 +141,7 @@ class Thresholded(Architecture):
         sparsity_weight: float | Tensor,
     ) -> None:
         """Note how many entries were listed; lead the L0 to its target."""
-        n_tokens, target = observed[_TOKENS], self.config.target_l0
+        n_tokens, target = observed[TOKENS], self.config.target_l0
         weights.own[LISTED].copy_(losses.ratio(observed[LISTED], n_tokens))
         if target is None:
             return
@@ -209,7 +210,7 @@ class ReLU(Thresholded):
             code = engine.encode_dense(weights, batch.x, relu=False)
         # Before the reconstruction, so that backward comes to the reconstruction first: to its
         # gradient of a dense code the penalty's is added in place, and not the other way round.
-        terms = {"l1_loss": self.l1_loss(weights, code, batch)}
+        terms = {"l1_loss": self.l1_loss(weights, code, batch, engine)}
         modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
         metrics = self.metrics(weights)
         return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
@@ -249,7 +250,7 @@ class Gated(Thresholded):
         target = batch.target.detach()  # a skip connection serves f alone, too
         by_gate = engine.reconstruct(gate, *frozen, target)
         terms = {
-            "l1_loss": self.l1_loss(weights, gate, batch),
+            "l1_loss": self.l1_loss(weights, gate, batch, engine),
             "aux_loss": batch.error_term(by_gate.squared_error),
         }
         metrics = self.metrics(weights)

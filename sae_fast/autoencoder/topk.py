@@ -75,7 +75,7 @@ class TopK(Architecture):
         if dead_mask is None or self.full_k_aux == 0:
             k_aux = 0
         elif k_aux is None:
-            k_aux = min(self.full_k_aux, int(dead_mask.sum()))
+            k_aux = min(self.full_k_aux, int(engine.count_latents(dead_mask)))
         return engine.encode_topk(
             weights,
             x,
@@ -114,7 +114,7 @@ class TopK(Architecture):
         }
         if config.l1_penalty_coeff:
             weight = config.l1_penalty_coeff * settings.sparsity_weight
-            terms["l1_loss"] = weight * self.penalty(weights, code)
+            terms["l1_loss"] = weight * engine.total(self.penalty(weights, code))
         if config.multi_topk:
             # One encoder call gives both codes, so that the gradient of either reaches W_enc.
             _, multi_loss = self.reconstruct(weights, wide, batch, engine)
@@ -150,7 +150,7 @@ class TopK(Architecture):
             return residual.new_zeros((), dtype=code.values.dtype)
         target = residual.detach().to(code.values.dtype).neg()
         modelled = engine.reconstruct(code.aux, weights.W_dec, None, target)
-        n_dead = batch.dead_mask.sum()
+        n_dead = engine.count_latents(batch.dead_mask)
         variance = None
         if batch.whole is not None and batch.whole.residual_variance is not None:
             variance = batch.whole.residual_variance / batch.whole.n_parts

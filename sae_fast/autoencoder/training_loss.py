@@ -93,7 +93,7 @@ def batch_loss(
         further = {term.name: sae.b_dec.new_zeros(()) for term in loss_terms}
     total, components = _weighted_sum(sae, own, batch, settings, further)
     components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
-    components["l0"] = losses.ratio(own.code.n_active(), own.code.n_rows)
+    components["l0"] = losses.ratio(engine.total(own.code.n_active()), own.code.n_rows)
     if sae.config.transcoder:
         variance = variance + losses.total_variance(x.detach())
     return TrainingLoss(total, components, own.code, variance)

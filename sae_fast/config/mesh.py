@@ -1,19 +1,18 @@
 """The mesh of processes that train one model together, written `data=2`. Part of sae_fast.config.
 
-An axis says what is divided: `data` the batches of a step, `layers` the trainings of a sweep and of
-several hook points.
+An axis says what is divided: `data` the batches of a step, `latents` the model, `layers` the
+trainings of a sweep and of several hook points.
 """
 
 from __future__ import annotations
 
 AXES = ("data", "latents", "layers")
-BUILT = ("data", "layers")
 
 
 def parsed_mesh(text: str | None) -> dict[str, int]:
     """Return the sizes of a mesh by the names of its axes; empty for None.
 
-    Raises ValueError for what is no mesh, and for axes that there are not, or not yet.
+    Raises ValueError for what is no mesh, and for axes that there are not.
     """
     sizes: dict[str, int] = {}
     for part in [] if text is None else text.split(","):
@@ -31,11 +30,6 @@ def parsed_mesh(text: str | None) -> dict[str, int]:
                 f"got {size!r}"
             )
         sizes[name] = int(size)
-    missing = [name for name, size in sizes.items() if size > 1 and name not in BUILT]
-    if missing:
-        raise ValueError(
-            f"mesh = {text!r}: the axis {missing[0]} is not built yet; {' and '.join(BUILT)} are"
-        )
     several = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if len(several) > 1:
         raise ValueError(

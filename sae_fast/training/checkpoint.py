@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,30 +120,44 @@ class CheckpointStore:
         Raises:
             CheckpointError: when it cannot be written; those before it are untouched.
         """
-        step = state["step"]
-        tensors = {name: v for name, v in state.items() if isinstance(v, torch.Tensor)}
-        values = {name: v for name, v in state.items() if name not in tensors}
+        with self.being_written(state["step"]) as aside:
+            save_model(aside)
+            save_tensors(aside / TENSORS, tensors_of(state))
+            return self.complete(aside, state, best=best, prune=prune)
+
+    @contextlib.contextmanager
+    def being_written(self, step: int) -> Iterator[Path]:
+        """Make a directory aside for the files of a checkpoint, and remove it after an error.
+
+        Raises CheckpointError, which names the checkpoint, in the place of OSError.
+        """
         final = self.path_of(step)
         aside = self.directory / f".{final.name}-{os.getpid()}"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            save_model(aside)
-            save_tensors(aside / TENSORS, tensors)
-            _write_state(aside, values)
-            _flush_directory(aside)
-            self._put_in_place(aside, final)
-            # `best` can be told from the state of the latest, see `rewind`, but not the reverse.
-            self._point("latest", final)
-            if best:
-                self._point("best", final)
+            yield aside
         except BaseException as error:  # memory can be used up too
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError):
                 raise CheckpointError(self._complaint(final, error)) from error
             raise
+
+    def complete(
+        self, aside: Path, state: Mapping[str, Any], *, best: bool = False, prune: bool = True
+    ) -> Path:
+        """Make a checkpoint of a directory that has its tensors, see `save`; return its path."""
+        values = {name: v for name, v in state.items() if not isinstance(v, torch.Tensor)}
+        final = self.path_of(state["step"])
+        _write_state(aside, values)
+        _flush_directory(aside)
+        self._put_in_place(aside, final)
+        # `best` can be told from the state of the latest, see `rewind`, but not the reverse.
+        self._point("latest", final)
+        if best:
+            self._point("best", final)
         if prune:
-            self.prune(step)
+            self.prune(state["step"])
         return final
 
     def rewind(self, step: int, best: int | None) -> None:
@@ -241,6 +255,11 @@ class CheckpointStore:
         newest = self.newest()
         intact = f"; {newest} is the last complete one" if newest else ""
         return f"cannot write the checkpoint {final}: {_reason(error)}{intact}"
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state by name."""
+    return {name: v for name, v in state.items() if isinstance(v, torch.Tensor)}
 
 
 def newest_common_step(stores: Iterable[CheckpointStore], limit: int | None = None) -> int | None:

@@ -51,8 +51,8 @@ def explain_no_graph(step: TrainingStep) -> str | None:
         )
     if step.downstream is not None:
         return f"loss_fn {step.sae.config.loss_fn}: the model runs in it"
-    if step.ranks.size > 1:
-        return "mesh: the host exchanges gradients in it"
+    if step.ranks.size > 1 or step.rows is not None:
+        return "mesh: the host exchanges numbers in it"
     if step.loss_terms:
         return "loss_terms: what their functions do on the host would not be repeated"
     return None
@@ -91,7 +91,7 @@ class Launcher:
         self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
         self._run = step.run if recorder is None else GraphedStep(step, recorder).run
         self._census: DeadCensus | None = None
-        if ahead:
+        if ahead and step.rows is None:
             self._census = DeadCensus(step.sae, config.tokens_per_step)
             self._census.take(float(self._census.count(self._steps_to_reading())))
 
@@ -145,8 +145,8 @@ class Launcher:
         sae = self._step.sae
         silent = sae.tokens_since_fired >= silent_tokens
         extra = {
-            "dead_fraction": sae.dead_mask().double().mean(),
-            "silent_fraction": silent.double().mean(),
+            "dead_fraction": self._step.engine.mean(sae.dead_mask().double()),
+            "silent_fraction": self._step.engine.mean(silent.double()),
         }
         if self._census is not None:
             extra["may_die"] = self._census.count(self._steps_to_reading())

@@ -226,7 +226,8 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """Return the parts that a step allocates and frees."""
     if ARCHITECTURES[sae.arch].selects_from_step:  # its batches are joined into one
         whole = train.tokens_per_step
-        train = replace(train, batch_size=whole, grad_acc_steps=1, mesh=None)
+        timeout = TrainConfig.mesh_timeout
+        train = replace(train, batch_size=whole, grad_acc_steps=1, mesh=None, mesh_timeout=timeout)
     inputs = train.kept_batch_size * sae.d_in * _FLOAT
     outputs = train.kept_batch_size * sae.target_width * _FLOAT
     aux = sae.kept_aux_k

@@ -23,11 +23,12 @@ from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.training_loss import batch_loss, whole_step
 from sae_fast.distributed.ranks import ALONE, Ranks
-from sae_fast.ops import Code
+from sae_fast.ops import Code, SparseCode
 from sae_fast.own_code import call
 from sae_fast.training.divided_selection import divided_selections
 from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.exchange import GradientExchange, Part
+from sae_fast.training.latent_rows import LatentEngine, LatentRows
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
@@ -67,6 +68,7 @@ class TrainingStep:
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
         loss_terms: added to the terms of the model.
         ranks: the processes that make a step together, each some of its batches.
+        rows: where each of several processes has a block of the latents, the block of this one.
 
     Attributes:
         codes: of the batches of the last step, before its update; None: they are not kept.
@@ -82,9 +84,11 @@ class TrainingStep:
         downstream: DownstreamModel | None = None,
         loss_terms: Sequence[LossTerm] = (),
         ranks: Ranks = ALONE,
+        rows: LatentRows | None = None,
     ) -> None:
         self.sae = sae
         self.ranks = ranks
+        self.rows = rows
         # A step that is not divided is made by each rank as a whole.
         apart = ALONE if sae.architecture.selects_from_step else ranks
         self._exchange = GradientExchange(sae, optimizer.names, apart)
@@ -93,7 +97,10 @@ class TrainingStep:
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
-        self._engine = Engine(precision, optimizer.dense_grad, divided_selections(ranks))
+        if rows is None:
+            self.engine = Engine(precision, optimizer.dense_grad, divided_selections(ranks))
+        else:
+            self.engine = LatentEngine.of(rows, precision, optimizer.dense_grad)
         self.average = average
         self.codes: list[Code] | None = None
         self._copy_session = object()
@@ -134,7 +141,7 @@ class TrainingStep:
         whole = None
         if n_parts > 1:
             whole = whole_step(
-                self.sae, batches, settings, self._engine, gathered=exchange.ranks.parts
+                self.sae, batches, settings, self.engine, gathered=exchange.ranks.parts
             )
         share = 1 / n_parts
         weight = self.scaler.factor if n_parts == 1 else share * self.scaler.factor
@@ -146,6 +153,8 @@ class TrainingStep:
             exchange.begin()
             loss = self._accumulate(batch, weight, settings, whole)
             observed = self.sae.observe(loss.code)
+            if self.rows is not None:
+                observed = self.rows.observed(observed)
             own = Part(self._values(loss), loss.variance, loss.code.fired(), observed)
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
@@ -181,7 +190,7 @@ class TrainingStep:
             self.sae,
             batch,
             settings,
-            self._engine,
+            self.engine,
             downstream=self._downstream_loss(batch.columns),
             whole=whole,
             loss_terms=self.loss_terms,
@@ -210,6 +219,9 @@ class TrainingStep:
             fired = fired | part.fired
             observed = {name: value + part.observed[name] for name, value in observed.items()}
         self.sae.update_fired_(fired, n_tokens)
+        if self.rows is not None and self.sae.architecture.selects_from_step:
+            assert isinstance(code, SparseCode)
+            code = self.rows.of_all(code)
         self.sae.after_step_(code, sparsity_weight, observed)
 
     def _downstream_loss(self, columns: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:

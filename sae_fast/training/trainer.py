@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -27,12 +27,13 @@ from sae_fast.activations.scanning import RECORD_NAME
 from sae_fast.activations.shared import SharedReader
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architectures import ARCHITECTURES, make_architecture
+from sae_fast.autoencoder.files import TENSOR_FILE, write_config
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
 from sae_fast.config.mesh import divided_axis
 from sae_fast.config.sae import built_in
-from sae_fast.distributed.ranks import Wishes, open_ranks
+from sae_fast.distributed.ranks import ALONE, Wishes, open_ranks
 from sae_fast.distributed.replicas import digests
 from sae_fast.evaluation.dictionary import sampled_cosines
 from sae_fast.json_files import require
@@ -47,7 +48,13 @@ from sae_fast.training.batches import StepBatches
 from sae_fast.training.best import Best, BestRule
 from sae_fast.training.calibration import Calibration
 from sae_fast.training.callbacks import Callback, Callbacks
-from sae_fast.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from sae_fast.training.checkpoint import (
+    TENSORS,
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    tensors_of,
+)
 from sae_fast.training.cuda_graph import GraphRecorder
 from sae_fast.training.data import SharedShards, TrainingData
 from sae_fast.training.device import checked_device
@@ -57,6 +64,7 @@ from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_me
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
+from sae_fast.training.latent_rows import LatentRows, check_divisible, with_latents
 from sae_fast.training.launcher import Launcher, explain_no_graph, wants_graph
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import ROW_NAMES, Row
@@ -173,6 +181,7 @@ class Trainer:
         sae_config, train_config = _both_configs(sae_config, train_config)
         self._wall_clock = WallClock(train_config)
         self.ranks = open_ranks(train_config)
+        self._rows: LatentRows | None = None  # with mesh latents, the ones of this process
         self._stop, self._show_progress = stop, show_progress and self.ranks.is_first
         self._run: RunDirectory | None = None
         inputs = _Inputs(data, heldout, columns, heldout_columns, downstream, loss_terms)
@@ -185,7 +194,7 @@ class Trainer:
         if self._show_progress:
             show_log()
         if self.ranks.size > 1:
-            _check_mesh(sae_config, train_config, data)
+            _check_mesh(sae_config, train_config, data, loss_terms)
         _check_variance(sae_config, train_config)
         self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
@@ -210,10 +219,16 @@ class Trainer:
         architecture = make_architecture(self.sae_config)
         self.loss_terms = checked_terms(loss_terms, architecture, ROW_NAMES)
         rows = self.source.rows_per_epoch
-        if rows < self.ranks.size:
+        axis = divided_axis(train_config.mesh)
+        divided = self.sae_config.d_sae if axis == "latents" else rows
+        if divided < self.ranks.size:
             raise ValueError(
-                f"mesh = {train_config.mesh!r} has more processes than there are rows, {rows:,}"
+                f"mesh = {train_config.mesh!r} has more processes than there are "
+                f"{'latents' if axis == 'latents' else 'rows'}, {divided:,}"
             )
+        if axis == "latents" and self.data.heldout is not None:
+            logger.info("mesh latents: held-out rows are left for an evaluation of the checkpoints")
+            self.data.heldout = None
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
         self.tokens_per_step = train_config.tokens_per_step
@@ -229,8 +244,11 @@ class Trainer:
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
         )
+        planned = self.sae_config
+        if axis == "latents":
+            planned = with_latents(planned, -(-planned.d_sae // self.ranks.size))
         self.memory_plan = plan_memory(
-            self.sae_config,
+            planned,
             train_config,
             native=build_info()["backend"] == "native",
             pool_bytes=self.source.memory_bytes,
@@ -438,6 +456,8 @@ class Trainer:
         before their names. Where eval_metrics is due after the last step, the losses of the
         language model are added.
         """
+        if self._rows is not None:
+            return {}
         averaged = None if self.average is None else self.average.model
         config = self.train_config
         in_model = config.eval_metrics > 0 and self._is_due(config.eval_metrics * config.eval_every)
@@ -588,17 +608,45 @@ class Trainer:
         self.saved_step = self.step
         self._wall_clock.note_save()
         self._check_replicas()
+        if self._rows is not None and self.train_config.checkpoint_dir is not None:
+            self._launcher.read()
+            path = self._save_divided(self._rows, best=best, prune=prune)
+        elif self._run is not None:
+            self._launcher.read()
+            self._log.flush()
+            state, store = self.state_dict(), self._run.checkpoints
+            path = store.save(state, self.model().save, best=best, prune=prune)
         if self._run is None:
             return None
-        self._launcher.read()
-        self._log.flush()
-        state, store = self.state_dict(), self._run.checkpoints
-        path = store.save(state, self.model().save, best=best, prune=prune)
         self._log.note_checkpoint(path)
         if self.data.scans.is_changed:
             self._save_scans()
         self._callbacks.checkpoint(path)
         return path
+
+    def _save_divided(self, rows: LatentRows, *, best: bool, prune: bool) -> Path:
+        """Write a checkpoint of which each process writes its latents; return its path.
+
+        It has the files that one process writes. It gets its name when all are written.
+        """
+        state, model = self.state_dict(), self.sae
+        with ExitStack() as stack:
+            with self.ranks.agreement():
+                aside = None
+                if self._run is not None:
+                    self._log.flush()
+                    aside = stack.enter_context(self._run.checkpoints.being_written(self.step))
+            place = Path(self.ranks.values(str(aside))[0])
+            try:
+                rows.save(place / TENSOR_FILE, model.state_dict())
+                rows.save(place / TENSORS, tensors_of(state))
+            except OSError as error:
+                raise CheckpointError(f"cannot write the checkpoint {place}: {error}") from error
+            with self.ranks.agreement():
+                if self._run is not None:
+                    write_config(place, model.config, model.origin)
+                    self._run.checkpoints.complete(place, state, best=best, prune=prune)
+        return place
 
     def _check_replicas(self) -> None:
         """Raise RankError, naming it, where a rank has another model or optimiser than rank 0."""
@@ -624,10 +672,13 @@ class Trainer:
 
     def _state_facts(self) -> dict[str, Any]:
         """Return digests of the state that all ranks have in common after each step."""
+        model, optimizer = self.sae.state_dict(), self.optimizer.state_dict()
+        if self._rows is not None:
+            model, optimizer = self._rows.shared(model), self._rows.shared(optimizer)
         return {
             "the step": self.step,
-            "the model": digests(self.sae.state_dict()),
-            "the optimiser": digests(self.optimizer.state_dict()),
+            "the model": digests(model),
+            "the optimiser": digests(optimizer),
         }
 
     def _save_scans(self) -> None:
@@ -751,7 +802,7 @@ class Trainer:
         if self.source.nonfinite_rows:
             row["skipped_rows"] = self.source.nonfinite_rows
         interval = self.train_config.wandb_log_every
-        if interval is not None and self._is_due(interval):
+        if interval is not None and self._is_due(interval) and self._rows is None:
             row["max_decoder_cosine"] = float(mean_largest_cosine(self.sae.W_dec))
         return row
 
@@ -793,20 +844,24 @@ class Trainer:
                 normalize_(self.sae, self.data)
         else:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path, trainable=True)
-            for tensor in (*self.sae.parameters(), *self.sae.buffers()):
-                tensor.data = tensor.data.clone()  # out of the mapped file, aligned
+            if divided_axis(config.mesh) != "latents":
+                for tensor in (*self.sae.parameters(), *self.sae.buffers()):
+                    tensor.data = tensor.data.clone()  # out of the mapped file, aligned
         if self.source.origin:
             self.sae.origin = dict(self.source.origin)
         serve_in_units_of(self.sae, self.source)
         per_step, ahead = config.grad_acc_steps, self.is_ahead
-        self.batches = StepBatches(
-            self.source, self.device, per_step, ahead=ahead, ranks=self.ranks
-        )
+        is_whole = divided_axis(config.mesh) == "latents"  # each process trains on all batches
+        readers = ALONE if is_whole else self.ranks
+        self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead, ranks=readers)
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
+        if is_whole:
+            self._rows = LatentRows(self.ranks, self.sae)
+            self._rows.keep_(self.sae)
         self.sae.to(self.device)
         self._calibration = Calibration(self.sae)
-        self.optimizer = make_optimizer(self.sae, config, self.total_steps)
+        self.optimizer = make_optimizer(self.sae, config, self.total_steps, self._rows)
         self.average: WeightAverage | None = None
         if config.average_decay > 0:
             step_count = self.optimizer.step_count
@@ -816,7 +871,8 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         settings = (self.scaler, config.precision, self.average, self._downstream.model)
-        step = TrainingStep(self.sae, self.optimizer, *settings, self.loss_terms, self.ranks)
+        divides = (self.loss_terms, readers, self._rows)
+        step = TrainingStep(self.sae, self.optimizer, *settings, *divides)
         self._launcher = Launcher(
             *(step, self.batches, config, self.step, self._newest_checkpoint),
             ahead=ahead,
@@ -826,7 +882,10 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint, and say which settings are others now."""
         try:
-            self.load_state_dict({**checkpoint.state, **checkpoint.tensors})
+            tensors = checkpoint.tensors
+            if self._rows is not None:
+                tensors = self._rows.of(tensors)
+            self.load_state_dict({**checkpoint.state, **tensors})
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
         warn_of_changes(checkpoint, self.config, self.schedules.rate, self.sae)
@@ -886,7 +945,9 @@ class _Inputs(NamedTuple):
     loss_terms: Sequence[LossTerm]
 
 
-def _check_mesh(sae: SAEConfig, train: TrainConfig, data: object) -> None:
+def _check_mesh(
+    sae: SAEConfig, train: TrainConfig, data: object, loss_terms: Sequence[LossTerm]
+) -> None:
     """Raise ValueError where a training cannot be divided among several processes."""
     if divided_axis(train.mesh) == "layers":
         raise ValueError(
@@ -901,6 +962,8 @@ def _check_mesh(sae: SAEConfig, train: TrainConfig, data: object) -> None:
         )
     if isinstance(data, SharedShards | SharedReader):
         raise ValueError("mesh data must be left out of a sweep: layers divides its trainings")
+    if divided_axis(train.mesh) == "latents":
+        return check_divisible(sae, train, loss_terms)
     own = ARCHITECTURES[sae.arch]
     known = [ARCHITECTURES[name].after_step_ for name in built_in()]
     if not own.selects_from_step and own.after_step_ not in known:

@@ -24,6 +24,7 @@ from sae_fast.config import TrainConfig
 from sae_fast.ops.reference.moments import moment_blocks
 from sae_fast.ops.row_factors import MergedFactors, merge_row_factors, row_factors
 from sae_fast.training.fitted_rates import BETAS, LONG, fitted_rates
+from sae_fast.training.latent_rows import LatentRows
 from sae_fast.training.optimizer.signum import ScheduleFreeSignum, Signum
 from sae_fast.training.optimizer.states import (
     FIRST_MOMENTS,
@@ -38,7 +39,10 @@ _DECAY, _STEP_SIZE = 1, 5  # places in the scalars of update_scalars
 
 
 def make_optimizer(
-    sae: SparseAutoencoder, config: TrainConfig, total_steps: int = LONG
+    sae: SparseAutoencoder,
+    config: TrainConfig,
+    total_steps: int = LONG,
+    latent_rows: LatentRows | None = None,
 ) -> SparseOptimizer:
     """Make the optimiser that `config` asks for in a run of `total_steps` steps."""
     kind = RowOptimizer if config.fused else DenseOptimizer
@@ -53,6 +57,7 @@ def make_optimizer(
         precision=config.precision,
         skip_overflow=config.amp == "fp16",
         states=config.optimizer_states,
+        latent_rows=latent_rows,
     )
 
 
@@ -74,6 +79,8 @@ class SparseOptimizer(ABC):
         precision: mode of the encoder's product, whose working copy is kept up to date.
         skip_overflow: whether a gradient that is not finite is only left out, as loss scaling needs
             it; otherwise no later step changes anything either.
+        latent_rows: where each of several processes has a block of the latents, the block of this
+            one: the norm is of all of them.
         states: what the moments of the weight rows are kept as, "fp32", "bf16" or "8bit". Not in
             8 bits z − y: it forgets ever more slowly, so that roundings add up (at 2000 steps on
             real activations held-out FVU is 2.6 % above float32's, at 8000 steps 24 %).
@@ -102,6 +109,7 @@ class SparseOptimizer(ABC):
         precision: str = "screened",
         skip_overflow: bool = False,
         states: str = "fp32",
+        latent_rows: LatentRows | None = None,
     ):
         if rule not in FIRST_MOMENTS:
             raise ValueError(f"rule must be one of {', '.join(FIRST_MOMENTS)}, got {rule!r}")
@@ -126,6 +134,7 @@ class SparseOptimizer(ABC):
         names = (name for name, _ in sae.named_parameters())
         self.names = tuple(name for name in names if trained is None or name in trained)
         self.rows = tuple(name for name in ROWS if name in self.names)  # both or none
+        self.latent_rows = latent_rows
         self.rate_shares = sae.architecture.learning_rates()
         self.exp_avg = {name: self._new_moment(name) for name in self.names}
         scaled = self.rows if states == "8bit" else ()
@@ -221,9 +230,15 @@ class RowOptimizer(SparseOptimizer):
         if rows:
             squared = rows["W_enc"].squared_norm + rows["W_dec"].squared_norm
         vectors = [name for name in self.names if name not in ROWS]
+        divided = self.latent_rows
         for name in vectors:
-            if (grad := self._parameter(name).grad) is not None:
-                squared = squared + deterministic_sum(grad.double().square())
+            if divided is None or divided.has(name):
+                squared = self._with_square(squared, name)
+        if divided is not None:
+            squared = divided.sum(squared)
+            for name in vectors:
+                if not divided.has(name):
+                    squared = self._with_square(squared, name)
         norm, scalars = ops.update_scalars(
             squared,
             self._scalar(lr, torch.float64),
@@ -245,6 +260,11 @@ class RowOptimizer(SparseOptimizer):
         for name in vectors:
             self._update_vector(name, scalars)
         return norm
+
+    def _with_square(self, squared: Tensor, name: str) -> Tensor:
+        """Return a sum of squares with the gradient of a vector."""
+        grad = self._parameter(name).grad
+        return squared if grad is None else squared + deterministic_sum(grad.double().square())
 
     def _measure_rows(self) -> dict[str, _RowGradient]:
         sae = self.sae

@@ -1,0 +1,129 @@
+"""Trains small models whose latents two processes divide, or one process alone.
+
+Run by test_ranks_latents.py: `main(DIRECTORY)`, with the variables of a launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_fast import Callback, SAEConfig, TrainConfig, Trainer
+from sae_fast.distributed.environment import launched
+from sae_fast.training import run_directory
+
+STEPS = 8
+_SAE = {"d_sae": 67}  # which two processes cannot divide evenly
+_TOPK = {**_SAE, "k": 4, "dead_after_tokens": 32, "aux_k_coeff": 0.5}
+CASES: dict[str, dict[str, Any]] = {
+    "topk": {**_TOPK, "loss_fn": "fvu"},
+    "few dead": {**_TOPK, "aux_k": 3},
+    "multi_topk": {**_TOPK, "multi_topk": True, "l1_penalty_coeff": 0.1},
+    "batch_topk": {**_TOPK, "arch": "batch_topk"},
+    "matryoshka": {**_TOPK, "arch": "matryoshka", "matryoshka_prefixes": (16, 40, 67)},
+    "relu": {**_SAE, "arch": "relu", "target_l0": 6.0, "l1_penalty_coeff": 5.0},
+    "jumprelu": {
+        **{**_SAE, "arch": "jumprelu", "target_l0": 6.0, "sparsity_penalty": "l0_target"},
+        **{"jumprelu_bandwidth": 0.5, "dead_after_tokens": 32},
+    },
+    "gated": {**_SAE, "arch": "gated", "target_l0": 6.0, "l1_penalty_coeff": 5.0},
+}
+PARTS = ("topk", "jumprelu")  # trained with grad_acc_steps
+
+
+class At(Callback):
+    """Does something in this process after a step, if it is rank 1 or the only one."""
+
+    def __init__(self, step: int, do: Callable[[Trainer], object]) -> None:
+        self.step, self.do = step, do
+
+    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Do it."""
+        if trainer.step == self.step and launched().rank == launched().size - 1:
+            self.do(trainer)
+
+
+def stop(trainer: Trainer) -> None:
+    """Send the signal that ends a training after its step."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@torch.no_grad()
+def spoil(trainer: Trainer) -> None:
+    """Put a NaN into the latents of this process."""
+    trainer.sae.W_enc[0, 0] = torch.nan
+
+
+def fill_disk(trainer: Trainer) -> None:
+    """Let this process write small files only."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+def trainer_of(
+    case: str, directory: Path | None, callbacks: Sequence[Callback] = (), **settings: Any
+) -> Trainer:
+    """Return the training of a case, by one process or by two that divide its latents."""
+    given = {"lr": 1e-2, "batch_size": 16, "max_steps": STEPS, "log_every": 1, "eval_every": 0}
+    given["grad_acc_steps"] = 2 if case in PARTS else 1
+    given["checkpoint_dir"] = None if directory is None else str(directory)
+    if launched().size > 1:
+        given |= {"mesh": "latents=2", "mesh_timeout": 0.4}
+    sae = CASES[case] | settings.pop("sae", {})
+    x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
+    config = SAEConfig(**sae), TrainConfig(**given | settings)
+    return Trainer(*config, x, callbacks=callbacks, show_progress=False)
+
+
+def error_of(make: Callable[[], Any]) -> str:
+    """Return the error of a call; "" for none."""
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def main(directory: Path) -> None:
+    """Do what the test looks at, as one of two processes."""
+    run_directory.plot_run = lambda rows, path, title: path  # it takes longer than the trainings
+    found: dict[str, Any] = {"history": {}, "shapes": {}}
+    ranks = None
+    for case in CASES:
+        trainer = trainer_of(case, directory / "two" / case)
+        trainer.train()
+        found["history"][case] = trainer.history
+        found["shapes"][case] = tuple(trainer.sae.W_enc.shape)
+        ranks = trainer.ranks
+    assert ranks is not None
+    trainer_of("topk", directory / "stopped", [At(4, stop)]).train()
+    ranks.values(None)  # the test looks at what the first has written
+    again = trainer_of("topk", directory / "stopped", resume_from="latest")
+    found["continues"] = again.step
+    again.train()
+    half = str(directory / "half" / "checkpoints" / "latest")
+    trainer_of("topk", directory / "from one", resume_from=half).train()
+    found["refused"] = {
+        name: error_of(lambda settings=settings: trainer_of("topk", None, **settings))
+        for name, settings in {
+            "amp": {"amp": "bf16"},
+            "average_decay": {"average_decay": 0.9},
+            "than there are latents, 1": {"sae": {"d_sae": 1, "k": 1}},
+            "does not divide a training with activation": {"sae": {"activation": "abs_topk"}},
+        }.items()
+    }
+    found["spoilt"] = error_of(trainer_of("topk", None, [At(3, spoil)]).train)
+    full = trainer_of("topk", directory / "full", [At(3, fill_disk)], checkpoint_every=2)
+    found["full disk"] = error_of(full.train)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    torch.save(found, directory / f"rank-{ranks.rank}.pt")
+    hung = trainer_of("topk", None, [At(3, lambda _: os.kill(os.getpid(), signal.SIGSTOP))])
+    numbers = hung.ranks.values(os.getpid())
+    found["hung"] = error_of(hung.train)
+    torch.save(found, directory / f"rank-{ranks.rank}.pt")
+    os.kill(numbers[1], signal.SIGKILL)
