@@ -347,6 +347,21 @@ def test_rows_without_variance_are_measured_as_far_as_that_goes(
     assert quality["mse"] >= 0
 
 
+def test_rows_never_written_are_measured_on_or_left_out(place: Path) -> None:
+    _save(place / "sae")
+    path = place / "shards" / "heldout_00.h5"
+    path.unlink()
+    rows = _rows(1)
+    rows[50:150] = 0
+    write_shard(path, rows)
+    flags = ("--shard-dir", place / "shards", "--skip-nonfinite", "--out", place / "out")
+    for choice, count in ((), ROWS), (("--repeated-rows", "drop"), 100):
+        assert _run(place / "sae", *flags, *choice) == 0
+        content = json.loads((place / "out" / "metrics.json").read_text())
+        assert content["measured_on"]["rows"] == count
+        assert content["metrics"]["token_stats"]["rows_of_norm_0"] == count - 100
+
+
 @pytest.mark.parametrize(
     ("first", "message"),
     [

@@ -199,6 +199,20 @@ def test_bad_input_is_one_line(place, tmp_path, capsys, monkeypatch, flags, mess
     assert message in refusal(capsys, place, tmp_path / "pages", *flags)
 
 
+def test_rows_never_written_are_refused_read_or_left_out(place, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    rows = torch.randn(100, D_IN)
+    rows[20:70] = 0
+    write_shard(shards / "train.h5", rows, token_ids=torch.arange(100) % 9)
+    line = refusal(capsys, place, tmp_path / "refused", "--shard-dir", shards)
+    assert "(--repeated-rows drop leaves them out, keep takes them)" in line
+    for choice, count in ("keep", 100), ("drop", 50):
+        flags = ("--shard-dir", shards, "--repeated-rows", choice)
+        assert run(place, tmp_path / choice, *flags) == 0
+        assert arguments_of(tmp_path / choice / "data" / "meta.js")[0]["rows"] == count
+
+
 def test_sae_shards_and_out_must_be_given(capsys):
     assert main([]) == 2
     assert "SAE, --shard-dir and --out must be given" in capsys.readouterr().err

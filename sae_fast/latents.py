@@ -166,7 +166,12 @@ def _open(config: LatentsConfig, sae: SparseAutoencoder) -> ShardSet:
     paths = {"train": train, "heldout": heldout, "all": [*train, *heldout]}[config.rows]
     if not paths:
         raise ShardError(f"{config.shard_dir}: no held-out shards there")
-    shards = open_shards(paths, key=config.activations_key, skip_nonfinite=config.skip_nonfinite)
+    shards = open_shards(
+        paths,
+        key=config.activations_key,
+        skip_nonfinite=config.skip_nonfinite,
+        repeated_rows=config.repeated_rows,
+    )
     check_belongs(sae, shards, force=config.force)
     return shards
 

@@ -272,7 +272,7 @@ def repeated_error(shard: Shard, repeated: RowNumbers) -> ShardError:
         f"{shard.path}: row {repeated[0]}{_of(shard)}, and {len(repeated) - 1:,} rows or more "
         f"after it, are zero or equal to the row before them, as rows that were never written are; "
         f"of {shard.rows:,} rows {repeated_limit(shard.rows):,} may be "
-        "(--repeated-rows drop leaves them out, keep trains on them)"
+        "(--repeated-rows drop leaves them out, keep takes them)"
     )
 
 

@@ -60,6 +60,9 @@ class EvaluateConfig(ConfigFile):
     """Name of the data set inside a shard."""
     skip_nonfinite: bool = setting(False, needs=_SHARDS)
     """Leave out rows that hold NaN or Inf, which are refused otherwise."""
+    repeated_rows: Literal["keep", "drop"] = setting("keep", needs=_SHARDS)
+    """Rows that are zero or equal to the row before them, as rows never written and padding are.
+    keep: they are measured on; drop: they are left out."""
     target_shard_dir: Path | None = setting(None, metavar="DIR", needs=_SHARDS)
     """Directory with the targets of a transcoder, in files named as the shards are."""
     target_key: str | None = setting(None, nonempty=True, needs=_SHARDS)

@@ -89,6 +89,9 @@ class LatentsConfig(ConfigFile):
     """Dataset of the activations in the shards."""
     skip_nonfinite: bool = setting(False)
     """Leave out rows that hold NaN or Inf instead of refusing the shards."""
+    repeated_rows: Literal["refuse", "drop", "keep"] = setting("refuse")
+    """Rows that are zero or equal to the row before them, as rows never written and padding are.
+    refuse: more than 1 % of a shard are an error; drop: all are left out; keep: they are read."""
     trust_remote_code: bool = setting(False)
     """Run the code that comes with a model in its folder or on the hub. It can do anything that you
     can: read it before."""

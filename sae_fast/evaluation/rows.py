@@ -148,10 +148,16 @@ def _open(
     elif config.target_shard_dir is not None or config.target_key is not None:
         raise ValueError("target_shard_dir and target_key belong to a transcoder")
     # Rows are checked when they are read, so that shards are read once, unless some are dropped.
-    skip = config.skip_nonfinite
+    skip, repeated = config.skip_nonfinite, config.repeated_rows
     labels = [] if config.labels is None else [config.labels]
     return open_shards(
-        paths, key=key, verify=skip, skip_nonfinite=skip, targets=targets, columns=labels
+        paths,
+        key=key,
+        verify=skip or repeated == "drop",
+        skip_nonfinite=skip,
+        repeated_rows=repeated,
+        targets=targets,
+        columns=labels,
     )
 
 
