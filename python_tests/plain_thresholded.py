@@ -111,13 +111,17 @@ def _jumprelu_terms(sae, x, acts, target, y):
         "l0_target": lambda: (l0 / config.target_l0 - 1) ** 2,
         "tanh": lambda: (config.jumprelu_tanh_scale * acts * _row_norms(sae)).tanh().sum(1).mean(),
     }[config.sparsity_penalty]()
-    dead = sae.tokens_since_fired >= config.dead_after_tokens
-    pre_acts = (x - input_bias(sae).detach()) @ sae.W_enc.t() + sae.b_enc
-    missing = (sae.threshold - pre_acts).relu() * dead * _row_norms(sae)
     return {
         "sparsity_loss": config.sparsity_penalty_coeff * penalty,
-        "pre_act_loss": config.pre_act_loss_coeff * missing.sum(1).mean(),
+        "pre_act_loss": _pre_act_loss(sae, x, sae.threshold),
     }
+
+
+def _pre_act_loss(sae, x, threshold):
+    dead = sae.tokens_since_fired >= sae.config.dead_after_tokens
+    pre_acts = (x - input_bias(sae).detach()) @ sae.W_enc.t() + sae.b_enc
+    missing = (threshold - pre_acts).relu() * dead * _row_norms(sae)
+    return sae.config.pre_act_loss_coeff * missing.sum(1).mean()
 
 
 def _relu_terms(sae, x, acts, target, y):
@@ -140,6 +144,7 @@ def _gated_terms(sae, x, acts, target, y):
     return {
         "l1_loss": sae.config.l1_penalty_coeff * l1,
         "aux_loss": error_term(sae, target.detach() - by_gate, y),
+        "pre_act_loss": _pre_act_loss(sae, x, 0.0),
     }
 
 

@@ -34,7 +34,7 @@ from sae_fast.config.fields import ConfigFile, configuration, field_names, read_
 from sae_fast.config.model_text import (
     DEFAULT_CONTEXT,
     DEFAULT_K,
-    RATE_WITHOUT_K,
+    RATE_OF_OTHERS,
     SAE_DEFAULTS,
     TRAIN_DEFAULTS,
     FromModelConfig,
@@ -49,6 +49,7 @@ from sae_fast.distributed.environment import launched
 from sae_fast.json_files import read_json
 from sae_fast.log_output import CommandOutput, command_output
 from sae_fast.output_streams import run_command
+from sae_fast.training.fitted_rates import SHARES
 from sae_fast.training.signals import (
     EXIT_INTERRUPTED,
     INTERRUPTED,
@@ -325,8 +326,8 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     train = {name: value for name, value in layers["train"].items() if value is not None}
     train |= {"batch_size": defaults["batch_size"], **on_line}
     defaults |= TRAIN_DEFAULTS
-    if not has_k:
-        defaults["learning_rate"] = RATE_WITHOUT_K
+    if not has_k and arch not in SHARES:
+        defaults["learning_rate"] = RATE_OF_OTHERS
     _decay_with_adam(flags["train"], defaults, is_open="optimizer" not in train)
     if flags["sae"].get("d_sae"):  # which overrides the factor in trainers of this kind
         flags["sae"].pop("expansion_factor", None)

@@ -45,7 +45,7 @@ CASES = {
         "jumprelu_bandwidth": 2.0,
     },
     "jumprelu, narrow window": {**JUMP, "jumprelu_bandwidth": 0.001},
-    "gated": {"arch": "gated", "reconstruction_coeff": 0.7},
+    "gated": {"arch": "gated", "reconstruction_coeff": 0.7, "pre_act_loss_coeff": 0.3},
     "relu, fvu": {"arch": "relu", "loss_fn": "fvu", "reconstruction_coeff": 0.7},
     "gated, fvu": {"arch": "gated", "loss_fn": "fvu"},
     "gated, free rows": {"arch": "gated", "decoder_norm": "free", "decoder_init_norm": 0.5},

@@ -163,6 +163,12 @@ def test_default_rates_trains_every_length_with_every_factor(run, tmp_path):
     assert [run["steps"] for run in result["runs"]] == [7] * 4 + [1] * 4 + [23] * 4 + [5] * 4
     assert all(run["heldout_fvu"] > 0 for run in result["runs"])
     assert len(rows_of(table)) == 1 + 2 * 2 * 2
+    limited = ["--arch", "gated", "--target-l0", "4", "--tokens", "256", "--factors", "1", "2"]
+    small = ["--d-sae", "64", "--seeds", "0"]
+    result, _ = run("default_rates", "--shard-dir", str(tmp_path), *small, *limited)
+    once, twice = result["runs"]
+    assert (once["tokens"], once["steps"], once["batch_size"]) == (256, 1, 256)
+    assert twice["rate"] == 2 * once["rate"]
 
 
 @pytest.mark.slow

@@ -47,10 +47,11 @@ def test_defaults_are_those_that_users_of_such_trainers_know(
     monkeypatch.setattr(Sweep, "train", no_steps)
     command = [f"{inputs[0]}/gpt2", inputs[1], "--d-sae", "512", "--heldout-tokens", "64"]
     assert main([*command, "--arch", "relu"]) == main(command) == 2
-    without_k, trainer = made
-    assert without_k.train_config.learning_rate == 1e-3
+    for trainer in made:
+        assert trainer.train_config.learning_rate is None
+        rates = fitted_rates(TrainConfig(), trainer.sae_config, trainer.total_steps)
+        assert trainer.schedules.rate.peak == rates.peak
     sae, train = trainer.sae_config, trainer.train_config
-    assert trainer.schedules.rate.peak == fitted_rates(TrainConfig(), sae, trainer.total_steps).peak
     assert (sae.arch, sae.k, sae.d_sae, sae.loss_fn) == ("topk", 192, 512, "mse")
     assert train.batch_size == 4 * 32  # the context of this model is shorter than 512
     assert trainer.total_steps == 1_000_000 // train.batch_size

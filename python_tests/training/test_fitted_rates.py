@@ -31,11 +31,20 @@ def test_a_short_run_has_a_high_rate_and_a_short_memory(
     assert rates.decay_fraction == 0.4
 
 
+@pytest.mark.parametrize("arch", ["relu", "jumprelu", "gated"])
+@pytest.mark.parametrize(("steps", "rate"), [(20, 0.01), (500, 5 * LONG_RATE), (49_999, LONG_RATE)])
+def test_models_with_limits_have_half_of_the_high_rate(arch: Any, steps: int, rate: float) -> None:
+    limited = fitted_rates(TrainConfig(), SAEConfig(arch=arch, d_sae=3072), steps)
+    assert limited.peak == pytest.approx(rate, rel=1e-4)
+    compared = fitted_rates(TrainConfig(), TOPK, steps)
+    assert limited[1:] == compared[1:]
+
+
 def test_a_long_run_and_other_models_and_optimizers_have_the_rates_of_a_long_run() -> None:
     expected = (pytest.approx(LONG_RATE), 0.2, (0.9, 0.999))
     assert fitted_rates(TrainConfig(), TOPK, 50_000) == expected
-    for arch in ("relu", "jumprelu", "gated"):
-        assert fitted_rates(TrainConfig(), SAEConfig(arch=arch, d_sae=3072), 97) == expected
+    assert fitted_rates(TrainConfig(), SAEConfig(arch="relu", d_sae=3072), 50_000) == expected
+    assert fitted_rates(TrainConfig(), SAEConfig(arch="slots", d_sae=3072), 97) == expected
     signum = fitted_rates(TrainConfig(optimizer="signum"), TOPK, 97)
     assert signum == (pytest.approx(LONG_RATE / 2), 0.2, (0.9, 0.999))
 

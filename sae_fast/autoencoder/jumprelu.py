@@ -24,7 +24,6 @@ from sae_fast.autoencoder.architecture import (
 )
 from sae_fast.autoencoder.losses import deterministic_sum
 from sae_fast.autoencoder.thresholded import Thresholded
-from sae_fast.ops.dense_product import linear
 
 _THRESHOLD = "threshold"
 
@@ -74,7 +73,7 @@ class JumpReLU(Thresholded):
         coefficient = self.config.sparsity_penalty_coeff * batch.settings.sparsity_weight
         terms = {
             "sparsity_loss": coefficient * penalty,
-            "pre_act_loss": engine.total(self._pre_act_loss(weights, batch)),
+            "pre_act_loss": engine.total(self.pre_act_loss(weights, batch, threshold)),
         }
         metrics = {"mean_threshold": engine.mean(threshold.detach())}
         return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)
@@ -125,21 +124,6 @@ class JumpReLU(Thresholded):
         row_norms = self.row_norms(weights)
         amounts = code.values if row_norms is None else code.values * code.spread(row_norms)
         return deterministic_sum((self.config.jumprelu_tanh_scale * amounts).tanh()) / code.n_rows
-
-    def _pre_act_loss(self, weights: Weights, batch: Batch) -> Tensor:
-        """Return Σ ReLU(θ_i − π_i) |W_dec,i| over the dead latents, averaged over tokens.
-
-        As with AuxK b_dec gets no gradient: all latents share it, and it must not suit the dead.
-        """
-        if self.config.pre_act_loss_coeff == 0:
-            return batch.x.new_zeros(())
-        dead = batch.dead_mask.nonzero().flatten()
-        W_enc, b_enc = weights.W_enc[dead], weights.b_enc[dead]
-        pre_acts = linear(batch.x - weights.input_bias.detach(), W_enc, b_enc)
-        missing = (weights.own[_THRESHOLD][dead] - pre_acts).relu()
-        if not self.unit_norm:
-            missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)
-        return self.config.pre_act_loss_coeff * deterministic_sum(missing) / len(batch.x)
 
 
 def _of_the_step(

@@ -33,6 +33,7 @@ from sae_fast.autoencoder.architecture import (
     Weights,
 )
 from sae_fast.config import SAEConfig
+from sae_fast.ops.dense_product import linear
 
 LISTED = "listed_per_token"
 TOKENS = "tokens"  # among the sums of a step, the one that is not over latents
@@ -107,6 +108,28 @@ class Thresholded(Architecture):
         """Return the penalty with its coefficient."""
         weight = self._coefficient(weights) * batch.settings.sparsity_weight
         return weight * engine.total(self.penalty(weights, code))
+
+    def pre_act_loss(
+        self,
+        weights: Weights,
+        batch: Batch,
+        threshold: Tensor | None = None,  # [F]; None: 0
+    ) -> Tensor:
+        """Return Σ ReLU(θ_i − π_i) |W_dec,i| over the dead latents, averaged over tokens.
+
+        It has its coefficient. As with AuxK b_dec gets no gradient: all latents share it, and it
+        must not suit the dead.
+        """
+        coefficient = self.config.pre_act_loss_coeff
+        dead = batch.dead_mask.nonzero().flatten()
+        if not coefficient or len(dead) == 0:
+            return batch.x.new_zeros(())
+        W_enc, b_enc = weights.W_enc[dead], weights.b_enc[dead]
+        pre_acts = linear(batch.x - weights.input_bias.detach(), W_enc, b_enc)
+        missing = (-pre_acts if threshold is None else threshold[dead] - pre_acts).relu()
+        if not self.unit_norm:
+            missing = missing * torch.linalg.vector_norm(weights.W_dec[dead], dim=1)
+        return coefficient * losses.deterministic_sum(missing) / len(batch.x)
 
     def metrics(self, weights: Weights) -> dict[str, Tensor]:
         """Return the metrics of `metric_names`."""
@@ -219,7 +242,7 @@ class ReLU(Thresholded):
 class Gated(Thresholded):
     """A gate decides which latents are active, a magnitude how strongly."""
 
-    term_names = ("l1_loss", "aux_loss")
+    term_names = ("l1_loss", "aux_loss", "pre_act_loss")
 
     def parameters(self) -> dict[str, Tensor]:
         """Return `r_mag` and `b_mag`, [F] of 0: at first the magnitude is the gate's."""
@@ -252,6 +275,7 @@ class Gated(Thresholded):
         terms = {
             "l1_loss": self.l1_loss(weights, gate, batch, engine),
             "aux_loss": batch.error_term(by_gate.squared_error),
+            "pre_act_loss": engine.total(self.pre_act_loss(weights, batch)),
         }
         metrics = self.metrics(weights)
         return ArchitectureLoss(code, *modelled, recon_loss, terms, metrics)

@@ -21,7 +21,7 @@ DEFAULT_SPLIT = "train"
 SAE_DEFAULTS: dict[str, Any] = {"expansion_factor": 32}
 TRAIN_DEFAULTS: dict[str, Any] = {"dead_percentage_threshold": 0.0005}
 DEFAULT_K = 192  # of the architectures that have a k
-RATE_WITHOUT_K = 1e-3  # of the others, to which training/fitted_rates.py does not apply
+RATE_OF_OTHERS = 1e-3  # of the architectures to which training/fitted_rates.py does not apply
 
 
 @configuration(batch_sequences="batch_size")

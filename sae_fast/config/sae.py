@@ -33,6 +33,7 @@ DEFAULT_TARGET_L0 = 32.0
 # The share of the variance that one more active latent must explain: 10 at a d_in of 4096, which is
 # Anthropic's weight of the tanh.
 DEFAULT_LATENT_PRICE = 1 / 400
+DEFAULT_PRE_ACT_PRICE = 1e-5
 # Pre-activations start with a spread of 1. From 0.5 with a window of 0.5, L0 is at its target of 32
 # after 200 steps (MiniLM, lr 3e-3); from 0.1 with 0.2 it is 142, from 0.001 with 0.001 it is 395.
 JUMPRELU_INIT_THRESHOLD = 0.5
@@ -63,6 +64,7 @@ _MATRYOSHKA = ("matryoshka",)
 _WITH_L1 = ("relu", "gated", "slots")
 _THRESHOLDED = (*_WITH_L1, "jumprelu")
 _JUMPRELU = ("jumprelu",)
+_WITH_PRE_ACT_LOSS = ("jumprelu", "gated")
 _SLOTS = ("slots",)
 # Modes of slots that train the latents, and those that train the value heads.
 _LATENTS = ("joint", "separate_activation")
@@ -315,9 +317,10 @@ class SAEConfig(ConfigFile):
     sparsity_penalty_coeff: float | None = setting(None, at_least=0, arch=_JUMPRELU)
     """Weight of sparsity_penalty; default: d_in (with a transcoder d_out) with l0_target, otherwise
     that / 400; with loss_fn fvu 1 in place of d_in."""
-    pre_act_loss_coeff: float = setting(0.0, at_least=0, arch=_JUMPRELU)
-    """Weight of the distance of dead latents below their thresholds, with jumprelu; 3e-6 is
-    customary."""
+    pre_act_loss_coeff: float | None = setting(None, at_least=0, arch=_WITH_PRE_ACT_LOSS)
+    """Weight of the distance of dead latents below their thresholds, with jumprelu, or below the
+    opening of their gates, with gated; default: d_in (with a transcoder d_out) / 100,000, with
+    loss_fn fvu 1 in place of d_in; 0: off."""
     jumprelu_init_threshold: float = setting(
         JUMPRELU_INIT_THRESHOLD, at_least=0, arch=_JUMPRELU, run_needs=_A_NEW_MODEL
     )
@@ -593,7 +596,10 @@ class SAEConfig(ConfigFile):
             "correlation_pairs": "scaled",
             **dict.fromkeys(("independence_coeff", "orthogonality_coeff", "alignment_coeff"), 0.0),
             "value_loss_coeff": 0.0,
+            "pre_act_loss_coeff": 0.0,
         }
+        if self.takes("pre_act_loss_coeff"):
+            filled["pre_act_loss_coeff"] = DEFAULT_PRE_ACT_PRICE * self.error_of_the_mean
         if self.takes("decoder_norm"):
             filled["decoder_norm"] = self._decoder_norm
             if self._decoder_norm == "free":

@@ -261,9 +261,9 @@ class TrainConfig(ConfigFile):
         brief="peak learning rate, also --lr; default: by size and optimizer",
     )
     """Peak learning rate, also accepted as lr; default: of adam 2e-4 / sqrt(d_sae / 2**14), of a
-    model with k in a run of less than 50,000 steps sqrt(50,000 / steps) times that, at most 0.01;
-    of signum half as much as of adam, of schedule_free_signum 5 times as much, 0.1 of sgd. Straight
-    from a model, 1e-3 of a model without k."""
+    model with k in a run of less than 50,000 steps sqrt(50,000 / steps) times that, at most 0.01,
+    of relu, jumprelu and gated half of it; of signum half as much as of adam, of
+    schedule_free_signum 5 times as much, 0.1 of sgd. Straight from a model, 1e-3 of the others."""
     warmup_steps: int | None = setting(
         None, at_least=0, sweep=True, within_run=True, elsewhere=("lr_warm_up_steps",)
     )
@@ -298,8 +298,8 @@ class TrainConfig(ConfigFile):
         elsewhere=("lr_scheduler", "lr_decay_steps", "scheduler"),
     )
     """Share of the run, at its end, in which the learning rate falls linearly; default: 0.2, with
-    adam and a model with k 0.4 in a run of less than 50,000 steps, of schedule_free_signum 0.
-    [share]"""
+    adam and all architectures but slots 0.4 in a run of less than 50,000 steps, of
+    schedule_free_signum 0. [share]"""
     optimizer: Literal["adam", "adamw", "sgd", "signum", "schedule_free_signum"] = setting(
         "adam", sweep=True, heading="Optimiser", brief="update rule"
     )
@@ -314,8 +314,9 @@ class TrainConfig(ConfigFile):
         sweep=True,
         needs=_ADAM,
     )
-    """Adam's decay rates of the first and second moment; default: 0.9 and 0.999, of a model with k
-    in a run of less than 50,000 steps 0.8 and 1 - 5 / steps, from 0.95 to 0.999."""
+    """Adam's decay rates of the first and second moment; default: 0.9 and 0.999, of all
+    architectures but slots 0.8 and 1 - 5 / steps, from 0.95 to 0.999, in a run of less than 50,000
+    steps."""
     eps: float = setting(1e-8, above=0, sweep=True, needs=_ADAM)
     """Adam's term in the denominator."""
     momentum: float | None = setting(
