@@ -116,6 +116,14 @@ def test_a_row_with_good_figures_gives_no_warning() -> None:
             {"silent_fraction": 0.125, "l0": 4.0},
             ("8 of 64 latents", "384 tokens (they count as dead after 10,000,000", "AuxK"),
         ),
+        *(
+            (
+                SAEConfig(arch=arch, d_in=16, d_sae=64, target_l0=3),
+                {"silent_fraction": 0.125, "l0": 4.0},
+                ("8 of 64 latents", "raise --pre-act-loss-coeff (now 0.00016), or lower --lr"),
+            )
+            for arch in ("jumprelu", "gated")
+        ),
         (TOPK, {"heldout_fvu": 1.3}, ("held-out FVU is 1.3, in training 0.3", "--heldout")),
         (
             TOPK,

@@ -287,8 +287,7 @@ class RunHealth:
 
     def _sparser(self) -> str:
         """Return which flags make codes less sparse."""
-        sae = self._sae
-        rate = f"lower --lr (now {self._schedules.rate.peak:.3g})"
+        sae, rate = self._sae, self._lower_rate()
         if sae.arch == "jumprelu":
             return f"lower --sparsity-penalty-coeff (now {sae.sparsity_penalty_coeff:g}), or {rate}"
         if sae.l1_penalty_coeff:
@@ -298,9 +297,15 @@ class RunHealth:
             return f"{lower}, or {rate}"
         return rate
 
+    def _lower_rate(self) -> str:
+        return f"lower --lr (now {self._schedules.rate.peak:.3g})"
+
     def _reviving(self, tokens: int) -> str:
         """Return which flags make silent latents fire."""
         sae = self._sae
+        if sae.takes("pre_act_loss_coeff"):
+            raised = f"raise --pre-act-loss-coeff (now {sae.pre_act_loss_coeff:g})"
+            return f"{raised}, or {self._lower_rate()}"
         if sae.aux_k_coeff and sae.kept_dead_after_tokens > tokens // 2:
             return (
                 f"--dead-after-tokens below the {tokens:,} tokens trained lets AuxK revive them, "
