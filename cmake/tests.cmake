@@ -63,6 +63,7 @@ if(NOT SAE_FAST_SANITIZE MATCHES "thread")
     csrc/tests/cuda_emulation/emulation.cpp
     csrc/tests/cuda_kernels_test.cpp
     csrc/tests/cuda_batch_test.cpp
+    csrc/tests/cuda_bookkeeping_test.cpp
     csrc/tests/cuda_correlation_test.cpp
     csrc/tests/cuda_decode_test.cpp
     csrc/tests/cuda_decorrelation_test.cpp

@@ -125,8 +125,40 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad, "
       "Tensor scalars, str rule) -> ()");
 
+  // total float64 [] += the sum of squares of grad, of any shape.
+  m.def("add_squares_(Tensor(a!) total, Tensor grad) -> ()");
+
   // Rows to unit L2 norm: w / max(|w|, 1e-12).
   m.def("normalize_rows_(Tensor(a!) W) -> ()");
+
+  // Of a batch: fvu = sum of squared_error [N] / variance, l0 = number of entries that fire / N,
+  // total_variance = sum of (target - mean(target))^2 over target [N, D], the mean taken by column
+  // (a given variance [] takes its place), all scalars; and fired bool [F]. An entry fires where
+  // its value is above 0, or is_signed and not 0; NaN does not. values have the shape of indices.
+  m.def(
+      "batch_statistics(Tensor squared_error, Tensor target, Tensor values, Tensor indices, "
+      "Tensor? variance, int d_sae, bool is_signed) -> (Tensor fvu, Tensor l0, "
+      "Tensor total_variance, Tensor fired)");
+
+  // What follows from the gradient grad_error [N] of squared_error for a code [N, K]: scale [N] =
+  // 2 grad_error, grad_values [N, K] = residual_dot * scale, coefficients [N, K] = values * scale.
+  m.def(
+      "code_gradients(Tensor residual_dot, Tensor values, Tensor grad_error) -> "
+      "(Tensor grad_values, Tensor coefficients, Tensor scale)");
+
+  // sum [D] = factor times the sum over m of weights[m] * matrix[m], matrix [M, D] float32,
+  // bfloat16 or float16.
+  m.def("weighted_row_sum(Tensor weights, Tensor matrix, float factor) -> Tensor sum");
+
+  // The end of a training step. poison [] is NaN since a step that failed, else 0; fault [] is it
+  // with this step's losses. Where it was not NaN, steps int64 [] goes up by one and metrics [M +
+  // 2] become losses [M], norm [] and variance []. Then poison becomes fault + 0 norm, without the
+  // norm unless norm_poisons. tokens_since_fired int64 [F] becomes 0 where fired bool [F], else it
+  // grows by n_tokens.
+  m.def(
+      "finish_step_(Tensor(a!) poison, Tensor(b!) steps, Tensor(c!) metrics, "
+      "Tensor(d!) tokens_since_fired, Tensor fault, Tensor losses, Tensor norm, Tensor variance, "
+      "Tensor fired, int n_tokens, bool norm_poisons) -> ()");
 
   // out [M, D] float32: row places[i], or i without places, becomes (source[rows[i]] - mean) *
   // scale; no mean is zeros. source [., D] float32, bfloat16 or float16; rows and places int64

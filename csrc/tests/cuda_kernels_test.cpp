@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
       emulated_cuda::device.shared_per_block = 20 * 1024;
       emulated_cuda::device.shared_per_multiprocessor = 40 * 1024;
     }
+    test_cuda_bookkeeping(static_cast<uint64_t>(seed));
     test_cuda_correlation(static_cast<uint64_t>(seed));
     test_cuda_decode(static_cast<uint64_t>(seed));
     test_cuda_decorrelation(static_cast<uint64_t>(seed));

@@ -97,6 +97,7 @@ inline std::vector<float> half_product(HalfMatrix a, HalfMatrix b, int64_t m, in
 
 // Each defined in a file of its name.
 void test_cuda_batch(uint64_t seed);
+void test_cuda_bookkeeping(uint64_t seed);
 void test_cuda_correlation(uint64_t seed);
 void test_cuda_decode(uint64_t seed);
 void test_cuda_decorrelation(uint64_t seed);

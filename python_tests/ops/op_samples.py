@@ -147,6 +147,7 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield "code_correlation_backward", case, (*given, h, split, *outputs[3:])
     yield "normalize_rows_", "", (problem.W_enc.clone(),)
     yield from _gather_samples(problem)
+    yield from _bookkeeping_samples(problem)
     for skip_overflow in (False, True):
         yield "update_scalars", f"skip {skip_overflow}", scalars_arguments(9.0, skip=skip_overflow)
     for rule in ONE_MOMENT:
@@ -200,6 +201,43 @@ def _gather_samples(problem: Problem) -> Iterator[tuple[str, str, tuple[Any, ...
         places = torch.arange(2 * n).flip(0)[: n + 1]
         placed_rows = (out.clone(), places, source, rows[: n + 1], problem.b_dec, 0.3)
         yield "gather_rows_", f"{dtype}, standardised", placed_rows
+
+
+def _bookkeeping_samples(problem: Problem) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    n, d_sae = problem.x.shape[0], problem.W_enc.shape[0]
+    errors = problem.x.square().sum(1)
+    for code in codes(n, d_sae):
+        layout = "topk" if code.offsets is None else "csr"
+        for case, variance, is_signed in (
+            (layout, None, False),
+            (f"{layout}, signed, given variance", torch.tensor(3.0), True),
+        ):
+            values = -code.values if is_signed else code.values
+            batch = errors, problem.x, values, code.indices, variance
+            yield "batch_statistics", case, (*batch, d_sae, is_signed)
+    code = make_code(n, d_sae, 6)
+    for case, grad in (("", errors), ("expanded", errors[:1].expand(n))):
+        yield "code_gradients", case, (code.values.flip(0), code.values, grad)
+    for dtype in (torch.float32, *LOW.values()):
+        yield "weighted_row_sum", f"{dtype}", (problem.b_enc, problem.W_enc.to(dtype), -1.0)
+    yield "add_squares_", "", (torch.tensor(2.0).double(), problem.x)
+    for norm_poisons in (True, False):
+        case = "norm poisons" if norm_poisons else "overflows are skipped"
+        yield "finish_step_", case, finish_arguments(norm_poisons=norm_poisons)
+
+
+def finish_arguments(
+    poison: float = 0.0,
+    fault: float = 0.0,
+    norm: float = 5.0,
+    *,
+    norm_poisons: bool = True,
+) -> tuple[Any, ...]:
+    """Return all arguments of finish_step_ for three losses and four latents."""
+    state = torch.tensor(poison), torch.tensor(6), torch.full((5,), 9.0)
+    tokens, fired = torch.tensor([0, 5, 7, 8]), torch.tensor([True, False, True, False])
+    numbers = torch.tensor(fault), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(norm)
+    return (*state, tokens, *numbers, torch.tensor(4.0), fired, 10, norm_poisons)
 
 
 def _update_samples(

@@ -17,7 +17,7 @@ DIFFERENTIABLE = (
 ROOM_LEFT = "row_gradient_norm"  # one of its results has rows that are not written on CUDA
 WITHOUT_DERIVATIVE = (
     *("pack_encoder", "decode_backward", "accumulate_rows", "code_correlation_backward"),
-    "dense_product",
+    *("dense_product", "code_gradients", "weighted_row_sum"),
 )
 
 

@@ -7,6 +7,7 @@ values that are wrong only in their numbers.
 import pytest
 import torch
 from op_samples import (
+    finish_arguments,
     in_latent_major,
     make_code,
     make_codes,
@@ -72,6 +73,16 @@ ARGUMENTS = {
         **{"project_onto": PROBLEM.W_dec, "extra_grad": PROBLEM.W_enc},
     },
     "normalize_rows_": {"W": PROBLEM.W_enc.clone()},
+    "batch_statistics": {
+        **{"squared_error": torch.ones(4), "target": PROBLEM.x, "values": CODE.values},
+        **{"indices": CODE.indices, "variance": torch.tensor(1.0), "d_sae": 20},
+        "is_signed": False,
+    },
+    "code_gradients": {
+        **{"residual_dot": CODE.values, "values": CODE.values, "grad_error": torch.ones(4)}
+    },
+    "weighted_row_sum": {"weights": PROBLEM.b_enc, "matrix": PROBLEM.W_enc, "factor": 1.0},
+    "add_squares_": {"total": torch.tensor(0.0).double(), "grad": PROBLEM.x},
     "decorrelation": {"W": PROBLEM.W_enc},
     "dense_product": {
         **{"left": PROBLEM.x, "right": PROBLEM.W_enc.t(), "bias": PROBLEM.b_enc},
@@ -90,6 +101,7 @@ for op, values in (
     ("fused_update_", UPDATE),
     ("update_scalars", scalars_arguments(1.0)),
     ("update_vector_", VECTOR),
+    ("finish_step_", finish_arguments()),
 ):
     schema = getattr(ops, op).default._schema
     ARGUMENTS[op] = dict(zip((a.name for a in schema.arguments), values, strict=True))
@@ -171,6 +183,31 @@ SHAPES = {
         ("exp_avg_sq", torch.zeros(6, 1), "exp_avg_sq must have the shape of w, [6], got [6, 1]"),
         ("grad", torch.zeros(7), "grad must have the shape of w, [6], got [7]"),
         ("scalars", torch.ones(()), "scalars must have shape [11], got []"),
+    ],
+    "batch_statistics": [
+        ("squared_error", torch.ones(3), "target must have shape [3, *], got [4, 6]"),
+        ("target", torch.zeros(4), "target must have shape [4, *], got [4]"),
+        ("values", torch.zeros(12), "values must have the shape of indices, [4, 3], got [12]"),
+        ("variance", torch.ones(1), "variance must have shape [], got [1]"),
+    ],
+    "code_gradients": [
+        ("values", torch.zeros(12), "values must have shape [*, *], got [12]"),
+        ("residual_dot", torch.zeros(4, 2), "residual_dot must have shape [4, 3], got [4, 2]"),
+        ("grad_error", torch.ones(3), "grad_error must have shape [4], got [3]"),
+    ],
+    "weighted_row_sum": [
+        ("weights", torch.zeros(20, 1), "weights must have shape [*], got [20, 1]"),
+        ("matrix", torch.zeros(19, 6), "matrix must have shape [20, *], got [19, 6]"),
+    ],
+    "add_squares_": [("total", torch.zeros(1).double(), "total must have shape [], got [1]")],
+    "finish_step_": [
+        ("poison", torch.zeros(1), "poison must have shape [], got [1]"),
+        ("steps", torch.zeros(1).long(), "steps must have shape [], got [1]"),
+        ("metrics", torch.zeros(4), "metrics must have shape [5], got [4]"),
+        ("fault", torch.zeros(1), "fault must have shape [], got [1]"),
+        ("norm", torch.zeros(1), "norm must have shape [], got [1]"),
+        ("variance", torch.zeros(1), "variance must have shape [], got [1]"),
+        ("fired", torch.zeros(3).bool(), "fired must have shape [4], got [3]"),
     ],
     "normalize_rows_": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
     "decorrelation": [("W", torch.zeros(6), "W must have shape [*, *], got [6]")],
@@ -255,6 +292,32 @@ DTYPES = {
         ("grad", torch.zeros(6).long(), "grad must be float32, got int64"),
         ("scalars", torch.ones(11).half(), "scalars must be float32, got float16"),
     ],
+    "batch_statistics": [
+        ("squared_error", torch.ones(4).half(), "squared_error must be float32, got float16"),
+        ("target", HALF, "target must be float32, got float16"),
+        ("values", CODE.values.half(), "values must be float32, got float16"),
+        ("indices", CODE.indices.long(), "indices must be int32, got int64"),
+        ("variance", torch.tensor(1), "variance must be float32, got int64"),
+    ],
+    "code_gradients": [
+        ("values", CODE.values.half(), "values must be float32, got float16"),
+        ("residual_dot", CODE.values.half(), "residual_dot must be float32, got float16"),
+        ("grad_error", torch.ones(4).half(), "grad_error must be float32, got float16"),
+    ],
+    "weighted_row_sum": [
+        ("weights", PROBLEM.b_enc.half(), "weights must be float32, got float16"),
+        ("matrix", PROBLEM.W_enc.int(), "matrix must be float32, bfloat16 or float16, got int32"),
+    ],
+    "add_squares_": [
+        ("total", torch.tensor(1.0), "total must be float64, got float32"),
+        ("grad", HALF, "grad must be float32, got float16"),
+    ],
+    "finish_step_": [
+        ("steps", torch.tensor(1.0), "steps must be int64, got float32"),
+        ("tokens_since_fired", torch.zeros(4), "tokens_since_fired must be int64, got float32"),
+        ("losses", torch.zeros(3).half(), "losses must be float32, got float16"),
+        ("fired", torch.zeros(4), "fired must be bool, got float32"),
+    ],
     "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
     "decorrelation": [("W", HALF, "W must be float32, got float16")],
     "dense_product": [
@@ -290,6 +353,10 @@ RANGES = {
     "encode_threshold": [("precision", "int8", PRECISION)],
     "accumulate_rows": [("d_sae", 0, "d_sae must be at least 1, got 0")],
     "dense_product": [("precision", "int8", PRECISION)],
+    "batch_statistics": [("d_sae", 0, "d_sae must be at least 1, got 0")],
+    "finish_step_": [
+        ("metrics", torch.zeros(10)[::2], "metrics is changed in place and must be contiguous"),
+    ],
     "latent_major": [("d_sae", 0, "d_sae must be at least 1, got 0")],
     "gather_rows_": [
         ("out", torch.zeros(6, 3).t(), "out is changed in place and must be contiguous"),
@@ -328,6 +395,12 @@ DATA = [
     pytest.param(op, {"indices": wrong_index(value)}, f"indices must be in [0, 20), got {value}")
     for op in ("decode", "decode_backward", "reconstruct", "accumulate_rows", "latent_major")
     for value in (20, -1)
+]
+DATA += [
+    pytest.param(
+        *("batch_statistics", {"indices": wrong_index(20)}),
+        "indices must be in [0, 20), got 20",
+    )
 ]
 OFFSETS = [
     (torch.tensor([0, 3, 2, 12, 12]), "0 to 12"),

@@ -75,6 +75,11 @@ class Engine(NamedTuple):
     dense_grad: bool = True
     selections: Mapping[str, Callable[..., ops.SparseCode]] = SELECTIONS
 
+    @property
+    def has_all_latents(self) -> bool:
+        """Whether the codes have all latents, or only some, with the others in other processes."""
+        return True
+
     def count_latents(self, mask: Tensor) -> Tensor:
         """Return how many latents are in a mask [F], 0-d.
 

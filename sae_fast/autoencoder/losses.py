@@ -23,13 +23,15 @@ class TrainingLoss:
 
     The `*_loss` components carry their coefficients, so that they add up to `total`. All components
     are 0-d and detached, and so is `variance`, Σ (x − mean(x))², of a transcoder with its targets'
-    variance added: not finite where a number of the batch is not.
+    variance added: not finite where a number of the batch is not. `fired` [F] bool says which
+    latents fired.
     """
 
     total: Tensor
     components: dict[str, Tensor]
     code: ops.Code
     variance: Tensor
+    fired: Tensor
 
 
 def lp_loss(
@@ -88,6 +90,21 @@ def inverse_variance(
         torch.linalg.vector_norm(x, dim=1).square()
     )
     return torch.where(variance <= rounding, 0.0, variance.reciprocal())
+
+
+def batch_statistics(
+    code: ops.Code,
+    squared_error: Tensor,  # [N]
+    target: Tensor,  # [N, D]
+    variance: Tensor | None,  # 0-d
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `ops.batch_statistics` does, of any code and in any dtype."""
+    floats = squared_error.dtype == target.dtype == torch.float32
+    if isinstance(code, ops.SparseCode) and floats:
+        return ops.batch_statistics(squared_error, target, code, variance)
+    variance = total_variance(target) if variance is None else variance
+    fvu = deterministic_sum(squared_error) / variance
+    return fvu, ratio(code.n_active(), code.n_rows), variance, code.fired()
 
 
 def ratio(

@@ -108,10 +108,7 @@ class TopK(Architecture):
         else:
             code = self.encode(weights, batch.x, engine, *dead, k=k)
         modelled, recon_loss = self.reconstruct(weights, code, batch, engine)
-        terms = {
-            "l1_loss": batch.x.new_zeros(()),
-            "aux_loss": self._auxiliary_loss(weights, code, modelled.residual, batch, engine),
-        }
+        terms = self._auxiliary_terms(weights, code, modelled.residual, batch, engine)
         if config.l1_penalty_coeff:
             weight = config.l1_penalty_coeff * settings.sparsity_weight
             terms["l1_loss"] = weight * engine.total(self.penalty(weights, code))
@@ -131,23 +128,24 @@ class TopK(Architecture):
         code = self.encode(weights, batch.x, engine, k=batch.settings.k)
         return engine.reconstruct(code, weights.W_dec, weights.b_dec, batch.target).residual
 
-    def _auxiliary_loss(
+    def _auxiliary_terms(
         self,
         weights: Weights,
         code: ops.SparseCode,
         residual: Tensor,  # [N, D], x̂ − x, or ŷ − y
         batch: Batch,
         engine: Engine,
-    ) -> Tensor:
-        """Return AuxK with its coefficient: the dead latents model the residual, without b_dec.
+    ) -> dict[str, Tensor]:
+        """Return AuxK with its coefficient, if there is any.
 
-        Its gradient reaches W_enc, b_enc and W_dec in the rows of the selected dead latents only:
-        W_enc and b_enc straight through ReLU, which leaves the values of most of them at 0. The
-        term is in units of the reconstruction error, so that Adam's moments, which a latent has
-        from the time before it died, do not make its steps short.
+        The dead latents model the residual, without b_dec. The gradient reaches W_enc, b_enc and
+        W_dec in the rows of the selected dead latents only: W_enc and b_enc straight through ReLU,
+        which leaves the values of most of them at 0. The term is in units of the reconstruction
+        error, so that Adam's moments, which a latent has from the time before it died, do not make
+        its steps short.
         """
         if code.aux is None:
-            return residual.new_zeros((), dtype=code.values.dtype)
+            return {}
         target = residual.detach().to(code.values.dtype).neg()
         modelled = engine.reconstruct(code.aux, weights.W_dec, None, target)
         n_dead = engine.count_latents(batch.dead_mask)
@@ -157,7 +155,7 @@ class TopK(Architecture):
         loss = losses.aux_k_loss(
             *(modelled.squared_error, target, n_dead, self.full_k_aux), variance=variance
         )
-        return self.aux_k_coeff * self.config.error_of_the_mean * loss
+        return {"aux_loss": self.aux_k_coeff * self.config.error_of_the_mean * loss}
 
 
 class BatchTopK(TopK):

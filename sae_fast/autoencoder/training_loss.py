@@ -67,10 +67,11 @@ def batch_loss(
     x = rows_of(sae, batch.x)
     weights, y = sae.weights, _target_in(sae, x, batch.columns)
     target = _residual_target(sae, x, y, engine.precision)
-    if whole is None:
-        variance = losses.total_variance(y.detach())
-    else:  # the part's share of it
+    variance = None  # of the targets, measured with the other statistics unless a term needs it
+    if whole is not None:  # the part's share of it
         variance = whole.variance / whole.n_parts
+    elif sae.config.loss_fn == "fvu":
+        variance = losses.total_variance(y.detach())
     own = sae.architecture.loss(
         weights,
         Batch(
@@ -92,11 +93,15 @@ def batch_loss(
     elif loss_terms:
         further = {term.name: sae.b_dec.new_zeros(()) for term in loss_terms}
     total, components = _weighted_sum(sae, own, batch, settings, further)
-    components["fvu"] = losses.deterministic_sum(own.squared_error.detach()) / variance
-    components["l0"] = losses.ratio(engine.total(own.code.n_active()), own.code.n_rows)
+    squared_error = own.squared_error.detach()
+    statistics = losses.batch_statistics(own.code, squared_error, y.detach(), variance)
+    components["fvu"], components["l0"], variance, fired = statistics
+    if not engine.has_all_latents:
+        active = engine.total(own.code.n_active())
+        components["l0"] = losses.ratio(active, own.code.n_rows)
     if sae.config.transcoder:
         variance = variance + losses.total_variance(x.detach())
-    return TrainingLoss(total, components, own.code, variance)
+    return TrainingLoss(total, components, own.code, variance, fired)
 
 
 @torch.no_grad()
@@ -164,10 +169,11 @@ def _weighted_sum(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of the terms with their coefficients; and terms and metrics, detached."""
     none, alone = sae.b_dec.new_zeros(()), settings.reconstruction_only
+    coefficient, decorrelates = sae.config.reconstruction_coeff, sae.config.decorrelation_coeff != 0
     terms = {
-        "recon_loss": sae.config.reconstruction_coeff * own.recon_loss,
+        "recon_loss": own.recon_loss if coefficient == 1 else coefficient * own.recon_loss,
         "l1_loss": none,
-        "decorr_loss": none if alone else decorrelation_term(sae),
+        "decorr_loss": decorrelation_term(sae) if decorrelates and not alone else none,
         "aux_loss": none,
         **own.terms,
     }
@@ -178,7 +184,10 @@ def _weighted_sum(
         guided, measured = sae.guidance.terms(sae.weights.own, own.code, batch.columns)
     terms |= guided | further
     components = {name: term.detach() for name, term in terms.items()}
-    return torch.stack(list(terms.values())).sum(), components | own.metrics | measured
+    others = [term for name, term in terms.items() if name != "recon_loss" and term is not none]
+    # A zero is added where it may change the order of the sum, and nowhere else.
+    total = torch.stack(list(terms.values())).sum() if others else terms["recon_loss"]
+    return total, components | own.metrics | measured
 
 
 def _residual_target(sae: SparseAutoencoder, x: Tensor, y: Tensor, precision: str) -> Tensor:
@@ -188,10 +197,11 @@ def _residual_target(sae: SparseAutoencoder, x: Tensor, y: Tensor, precision: st
     return y - skip(x, sae.get_parameter(SKIP), precision)
 
 
-def _error_weight(sae: SparseAutoencoder, y: Tensor, variance: Tensor) -> Tensor | None:
+def _error_weight(sae: SparseAutoencoder, y: Tensor, variance: Tensor | None) -> Tensor | None:
     """Return the factor, 0-d, that makes a mean squared error the term of loss_fn; None: 1."""
     if sae.config.loss_fn != "fvu":
         return None
+    assert variance is not None
     return len(y) * losses.inverse_variance(y.detach(), variance)
 
 

@@ -5,6 +5,7 @@ compiled module is not in use, every op is the one in `reference`: the results a
 rounding, many times slower.
 """
 
+from sae_fast.ops.bookkeeping import add_squares_, batch_statistics, finish_step_
 from sae_fast.ops.code import NORMALIZED, RAW, Code, DenseCode, SparseCode, Units
 from sae_fast.ops.decode import (
     PrefixReconstruction,
@@ -47,6 +48,8 @@ __all__ = [
     "SparseCode",
     "Units",
     "accumulate_rows",
+    "add_squares_",
+    "batch_statistics",
     "code_correlation",
     "decode",
     "decorrelation",
@@ -59,6 +62,7 @@ __all__ = [
     "encode_last",
     "encode_threshold",
     "encode_topk",
+    "finish_step_",
     "fused_update_",
     "gather_entries",
     "gather_rows_",

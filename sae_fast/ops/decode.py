@@ -240,8 +240,12 @@ def _reconstruction_gradient(
     if grad_residual is None:
         # d squared_error = 2 residual: the op's dot products are the gradient of the values.
         assert grad_squared_error is not None
+        if offsets is None:
+            op = torch.ops.sae_fast.code_gradients.default
+            grad_values, coefficients, scale = op(residual_dot, values, grad_squared_error)
+            return _OutputGradient(grad_values, coefficients, residual, scale)
         scale = 2 * grad_squared_error
-        entry_scale = _per_entry(scale, indices, offsets)
+        entry_scale = per_entry(scale, offsets, indices.size(0))
         return _OutputGradient(residual_dot * entry_scale, values * entry_scale, residual, scale)
     grad = grad_residual.to(values.dtype)
     if grad_squared_error is not None:
@@ -255,17 +259,6 @@ def _dense_rows(
     arguments = (gradient.coefficients, indices, offsets, gradient.dense, W_dec.size(0))
     rows: Tensor = torch.ops.sae_fast.accumulate_rows.default(*arguments)[0]
     return rows
-
-
-def _per_entry(
-    rows: Tensor,  # [N]
-    indices: Tensor,
-    offsets: Tensor | None,
-) -> Tensor:
-    """Return the row's number for every entry, in a shape that broadcasts to indices."""
-    if offsets is None:
-        return rows[:, None]
-    return per_entry(rows, offsets, indices.size(0))
 
 
 class _Decode(torch.autograd.Function):

@@ -461,13 +461,16 @@ def _parts(
             if number == 1 and dead_mask is not None:  # all entries but those that fill up a row
                 places = torch.arange(values.size(1), device=values.device)
                 values = (places < dead_mask.sum()).to(values.dtype).expand_as(values).contiguous()
-            parts[number] = values, indices, rows, torch.where(values.abs() > 0, grad, 0)
+            parts[number] = values, indices, rows, torch.where(values != 0, grad, 0)
     return parts
 
 
 def _centred(x: Tensor, b_dec: Tensor, precision: str) -> Tensor:
     """Return x − b_dec in the precision in which the encoder multiplied it."""
-    return (x - b_dec).to(ROUNDED_DTYPES.get(precision, x.dtype))
+    if precision not in ROUNDED_DTYPES:
+        return x - b_dec
+    with torch.no_grad():  # rounded as it is written, in one pass
+        return torch.sub(x, b_dec, out=x.new_empty(x.shape, dtype=ROUNDED_DTYPES[precision]))
 
 
 def _dense_gradients(
@@ -489,7 +492,7 @@ def _dense_gradients(
             grad_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
         if number == 0 and needs_b_dec:
             # −Σ_n grad_x[n] with the sum over tokens taken first: grad_x itself is not needed.
-            grad_b_dec = -weighted_row_sum(part_sums, W_enc)
+            grad_b_dec = weighted_row_sum(part_sums, W_enc, -1.0)
     return grad_x, rows if needs_weights else None, sums if needs_bias else None, grad_b_dec
 
 
@@ -519,7 +522,7 @@ def _factored_gradients(
         if number == 0 and needs_x:
             grad_x = torch.ops.sae_fast.decode.default(grad, indices, offsets, W_enc, None)
         if number == 0 and needs_b_dec:
-            grad_b_dec = -weighted_row_sum(part_sums, W_enc)
+            grad_b_dec = weighted_row_sum(part_sums, W_enc, -1.0)
     return grad_x, None, sums if needs_bias else None, grad_b_dec
 
 
@@ -557,7 +560,7 @@ class _EncodeDense(torch.autograd.Function):
         if needs_weights:
             grad_weights = dense_product(grad.t(), x - b_dec, ctx.precision)
         if needs_b_dec:
-            grad_b_dec = -weighted_row_sum(sums, W_enc)
+            grad_b_dec = weighted_row_sum(sums, W_enc, -1.0)
         if needs_x:
             grad_x = dense_product(grad, W_enc, ctx.precision)
         return grad_x, grad_weights, sums if needs_bias else None, grad_b_dec, None, None

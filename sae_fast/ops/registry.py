@@ -85,6 +85,12 @@ def _budget(call: Call, known: Known) -> None:
     call.require(n_tokens * k <= MOST_ENTRIES, must, f"{n_tokens} * {k}")
 
 
+def _budget_of_entries(call: Call, known: Known) -> None:
+    """Require that the entries of a code can be numbered in int32."""
+    entries = known["indices"].numel()
+    call.require(entries <= MOST_ENTRIES, f"at most {MOST_ENTRIES} entries", str(entries))
+
+
 def _squares_of_rule(call: Call, known: Known) -> None:
     """Require exp_avg_sq of adam, and of no other rule."""
     rule = known["rule"]
@@ -285,8 +291,58 @@ _DECLARED = (
         returns={},
     ),
     op(
+        "add_squares_(Tensor(a!) total, Tensor grad) -> ()",
+        tensors={"total": "scalar: float64", "grad": "any"},
+        returns={},
+    ),
+    op(
         "normalize_rows_(Tensor(a!) W) -> ()",
         tensors={"W": "F D"},
+        returns={},
+    ),
+    op(
+        "batch_statistics(Tensor squared_error, Tensor target, Tensor values, Tensor indices,"
+        " Tensor? variance, int d_sae, bool is_signed) -> (Tensor fvu, Tensor l0,"
+        " Tensor total_variance, Tensor fired)",
+        tensors={
+            "squared_error": "N",
+            "target": "N D",
+            "indices": "any: int32",
+            "values": "like indices",
+            "variance": "scalar",
+        },
+        require=[_budget_of_entries, at_least("d_sae", 1)],
+        data=[below("indices", lambda known: known["d_sae"])],
+        returns={
+            **{"fvu": "scalar", "l0": "scalar", "total_variance": "scalar"},
+            "fired": "d_sae: bool",
+        },
+        has_derivative=False,
+    ),
+    op(
+        "code_gradients(Tensor residual_dot, Tensor values, Tensor grad_error)"
+        " -> (Tensor grad_values, Tensor coefficients, Tensor scale)",
+        like="values",
+        tensors={"values": "N K", "residual_dot": "N K", "grad_error": "N"},
+        returns={"grad_values": "N K", "coefficients": "N K", "scale": "N"},
+        has_derivative=False,
+    ),
+    op(
+        "weighted_row_sum(Tensor weights, Tensor matrix, float factor) -> Tensor sum",
+        tensors={"weights": "M", "matrix": "M D: gathered"},
+        returns={"sum": "D"},
+        has_derivative=False,
+    ),
+    op(
+        "finish_step_(Tensor(a!) poison, Tensor(b!) steps, Tensor(c!) metrics,"
+        " Tensor(d!) tokens_since_fired, Tensor fault, Tensor losses, Tensor norm,"
+        " Tensor variance, Tensor fired, int n_tokens, bool norm_poisons) -> ()",
+        tensors={
+            **{"poison": "scalar", "steps": "scalar: int64", "losses": "L", "metrics": "M"},
+            **{"tokens_since_fired": "F: int64", "fault": "scalar", "norm": "scalar"},
+            **{"variance": "scalar", "fired": "F: bool"},
+        },
+        sizes={"M": lambda known: known["L"] + 2},
         returns={},
     ),
     op(

@@ -19,10 +19,6 @@ from sae_fast.ops.code import CodeKey
 
 LatentMajor = tuple[Tensor, Tensor, Tensor]  # latent_offsets [F + 1], entries, rows
 
-# Rows of partial sums in weighted_row_sum: enough for any number of threads, and fixed, so that the
-# order of the sum does not depend on theirs.
-_PARTIAL_SUMS = 64
-
 
 @dataclass(frozen=True, eq=False)
 class RowFactor:
@@ -164,14 +160,10 @@ def accumulate_rows(
 def weighted_row_sum(
     weights: Tensor,  # [M]
     matrix: Tensor,  # [M, D]
+    factor: float = 1.0,
 ) -> Tensor:
-    """Return the sum over m of weights[m] * matrix[m], [D], equal for any number of threads."""
-    n_rows = weights.size(0)
-    blocks = torch.arange(_PARTIAL_SUMS + 1, device=weights.device)
-    offsets = blocks * n_rows // _PARTIAL_SUMS
-    indices = torch.arange(n_rows, dtype=torch.int32, device=weights.device)
-    partial = torch.ops.sae_fast.decode.default(weights, indices, offsets, matrix, None)
-    total: Tensor = partial.sum(0)
+    """Return `factor` · Σ_m weights[m] · matrix[m], [D], equal for any number of threads."""
+    total: Tensor = torch.ops.sae_fast.weighted_row_sum.default(weights, matrix, factor)
     return total
 
 

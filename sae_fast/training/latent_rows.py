@@ -212,6 +212,11 @@ class LatentEngine(Engine):
         engine.rows = rows
         return engine
 
+    @property
+    def has_all_latents(self) -> bool:
+        """Whether the codes have all latents: here only the ones of this process."""
+        return False
+
     def count_latents(self, mask: Tensor) -> Tensor:
         """Return how many latents are in a mask, of all processes, 0-d."""
         return self.rows.sum(mask.sum())

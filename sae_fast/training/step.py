@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_fast import ops
 from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
@@ -131,7 +132,6 @@ class TrainingStep:
         return self.sae.kept_copies(session=self._copy_session)
 
     def _run(self, batches: Sequence[Rows], settings: StepSettings) -> None:
-        was_healthy = self._poison == self._poison
         if self.sae.config.normalizes_tokens:  # which sources do not
             batches = [Rows(self.sae.normalize(x), columns) for x, columns in batches]
         if self.sae.architecture.selects_from_step:
@@ -146,6 +146,7 @@ class TrainingStep:
         share = 1 / n_parts
         weight = self.scaler.factor if n_parts == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
+        fault = self._poison
         parts: list[Part] = []
         if self.codes is not None:
             self.codes = []
@@ -155,28 +156,34 @@ class TrainingStep:
             observed = self.sae.observe(loss.code)
             if self.rows is not None:
                 observed = self.rows.observed(observed)
-            own = Part(self._values(loss), loss.variance, loss.code.fired(), observed)
+            own = Part(self._values(loss), loss.variance, loss.fired, observed)
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
             for part in exchange.gather(own, loss.code):
-                self._poison_by(part.values[0])
+                # 0 · loss: 0, or NaN where it is not finite
+                fault = torch.add(fault, part.values[0], alpha=0)
                 mean = part.values if n_parts == 1 else mean + share * part.values
                 parts.append(part)
         n_tokens = n_parts * len(batches[0].x)
-        norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + self._poison)
-        if not self.scaler.enabled:
-            self._poison_by(norm)
+        norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + fault)
+        ops.finish_step_(
+            *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),
+            *(fault, torch.as_tensor(mean), norm, parts[-1].variance, _fired_in_any(parts)),
+            n_tokens,
+            norm_poisons=not self.scaler.enabled,
+        )
         # An architecture may move parameters too, and must not after a bad step.
         sparsity_weight = settings.sparsity_weight + self._poison
-        self._update_buffers(loss.code, parts, n_tokens, sparsity_weight)
+        code = loss.code  # of the last part
+        if self.rows is not None and self.sae.architecture.selects_from_step:
+            assert isinstance(code, SparseCode)
+            code = self.rows.of_all(code)
+        self.sae.after_step_(code, sparsity_weight, _summed(parts))
         self.sae.clamp_parameters_()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
         self.scaler.update(norm)
-        self._steps.add_(was_healthy)
-        values = torch.cat([torch.as_tensor(mean), norm[None], parts[-1].variance[None]])
-        torch.where(was_healthy, values, self._metrics, out=self._metrics)
 
     def _accumulate(
         self,
@@ -204,25 +211,7 @@ class TrainingStep:
     def _values(self, loss: TrainingLoss) -> Tensor:
         """Return the metrics [M] of a batch, in the order of the names."""
         terms = [loss.components[name] for name in self._components]
-        return torch.stack([loss.total.detach(), *terms])
-
-    def _update_buffers(
-        self,
-        code: Code,  # of the last part
-        parts: Sequence[Part],
-        n_tokens: int,
-        sparsity_weight: float | Tensor,
-    ) -> None:
-        """Count silent tokens and update the architecture, once for all parts of a step."""
-        fired, observed = parts[0].fired, parts[0].observed
-        for part in parts[1:]:
-            fired = fired | part.fired
-            observed = {name: value + part.observed[name] for name, value in observed.items()}
-        self.sae.update_fired_(fired, n_tokens)
-        if self.rows is not None and self.sae.architecture.selects_from_step:
-            assert isinstance(code, SparseCode)
-            code = self.rows.of_all(code)
-        self.sae.after_step_(code, sparsity_weight, observed)
+        return torch.stack([loss.total.detach(), *terms]).float()
 
     def _downstream_loss(self, columns: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
         """Return the loss of a batch's reconstruction where the downstream model gives it."""
@@ -248,12 +237,21 @@ class TrainingStep:
             values[_VARIANCE],
         )
 
-    def _poison_by(
-        self,
-        value: Tensor,  # 0-d
-    ) -> None:
-        """Add 0 · value to the poison: 0, or NaN where value is not finite."""
-        self._poison.add_(value, alpha=0)
+
+def _fired_in_any(parts: Sequence[Part]) -> Tensor:
+    """Return which latents fired in any part of a step, [F] bool."""
+    fired = parts[0].fired
+    for part in parts[1:]:
+        fired = fired | part.fired
+    return fired
+
+
+def _summed(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Return the sums over the parts of a step of what the architecture observed."""
+    observed = parts[0].observed
+    for part in parts[1:]:
+        observed = {name: value + part.observed[name] for name, value in observed.items()}
+    return observed
 
 
 def _joined(batches: Sequence[Rows], ranks: Ranks) -> Sequence[Rows]:

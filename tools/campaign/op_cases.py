@@ -297,6 +297,49 @@ def _update_vector(draw: Draw) -> Arguments:
     return {**arguments, "scalars": _step(draw, rule), "rule": rule}
 
 
+def _batch_statistics(draw: Draw) -> Arguments:
+    n, d_in, d_sae = max(1, draw.size()), draw.size(), max(1, draw.size(90))
+    shape = (n, draw.chance.randint(0, 4))
+    indices = torch.randint(0, d_sae, shape, generator=draw.generator).int()
+    return {
+        **{"squared_error": draw.floats(n).abs(), "target": draw.floats(n, d_in)},
+        **{"values": draw.floats(*shape), "indices": indices},
+        **{"variance": draw.maybe(torch.tensor(2.0)), "d_sae": d_sae},
+        "is_signed": draw.chance.random() < 0.5,
+    }
+
+
+def _code_gradients(draw: Draw) -> Arguments:
+    n, k = draw.size(), draw.size()
+    dots, values = draw.floats(n, k), draw.floats(n, k)
+    return {"residual_dot": dots, "values": values, "grad_error": draw.floats(n)}
+
+
+def _weighted_row_sum(draw: Draw) -> Arguments:
+    n, d_in = draw.size(), draw.size()
+    factor = draw.chance.choice((1.0, -1.0, 0.0, 0.3))
+    return {"weights": draw.floats(n), "matrix": draw.table(n, d_in), "factor": factor}
+
+
+def _add_squares(draw: Draw) -> Arguments:
+    shape = [draw.size() for _ in range(draw.chance.randint(0, 3))]
+    return {"total": torch.tensor(2.0, dtype=torch.float64), "grad": draw.floats(*shape)}
+
+
+def _finish_step(draw: Draw) -> Arguments:
+    chance = draw.chance
+    d_sae, count = draw.size(), chance.randint(0, 9)
+    numbers = (0.0, 1.0, torch.inf, torch.nan)
+    return {
+        **{"poison": torch.tensor(chance.choice((0.0, torch.nan))), "steps": torch.tensor(3)},
+        **{"metrics": torch.zeros(count + 2), "tokens_since_fired": torch.arange(d_sae)},
+        **{"fault": torch.tensor(chance.choice((0.0, torch.nan))), "losses": draw.floats(count)},
+        **{name: torch.tensor(chance.choice(numbers)) for name in ("norm", "variance")},
+        "fired": torch.rand(d_sae, generator=draw.generator) < 0.5,
+        **{"n_tokens": chance.choice((0, 1, 4096)), "norm_poisons": chance.random() < 0.5},
+    }
+
+
 def _normalize_rows(draw: Draw) -> Arguments:
     _, d_in, d_sae = draw.shape()
     return {"W": draw.floats(d_sae, d_in).contiguous().clone()}
@@ -367,6 +410,11 @@ RIGHT: dict[str, Callable[[Draw], Arguments]] = {
     "update_scalars": _update_scalars,
     "fused_update_": _fused_update,
     "update_vector_": _update_vector,
+    "batch_statistics": _batch_statistics,
+    "code_gradients": _code_gradients,
+    "weighted_row_sum": _weighted_row_sum,
+    "add_squares_": _add_squares,
+    "finish_step_": _finish_step,
     "normalize_rows_": _normalize_rows,
     "gather_rows_": _gather_rows,
     "decorrelation": _decorrelation,

@@ -4,6 +4,13 @@ Any float dtype is accepted, float64 included, and sums are taken in at least fl
 into chunks, so that neither an [N, F] nor an [N, K, D] array is ever whole in memory.
 """
 
+from sae_fast.ops.reference.bookkeeping import (
+    add_squares_,
+    batch_statistics,
+    code_gradients,
+    finish_step_,
+    weighted_row_sum,
+)
 from sae_fast.ops.reference.decode import decode, decode_backward, reconstruct
 from sae_fast.ops.reference.dense_product import dense_product
 from sae_fast.ops.reference.encode import (
@@ -39,8 +46,11 @@ __all__ = [
     "EXP_AVG_SQ",
     "ROUNDED_DTYPES",
     "accumulate_rows",
+    "add_squares_",
+    "batch_statistics",
     "code_correlation",
     "code_correlation_backward",
+    "code_gradients",
     "decode",
     "decode_backward",
     "decode_moment",
@@ -50,6 +60,7 @@ __all__ = [
     "encode_moment_",
     "encode_threshold",
     "encode_topk",
+    "finish_step_",
     "fused_update_",
     "gather_entries",
     "gather_rows_",
@@ -61,4 +72,5 @@ __all__ = [
     "row_gradient_norm",
     "update_scalars",
     "update_vector_",
+    "weighted_row_sum",
 ]

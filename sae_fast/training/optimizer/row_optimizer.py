@@ -19,7 +19,6 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.losses import deterministic_sum
 from sae_fast.config import TrainConfig
 from sae_fast.ops.reference.moments import moment_blocks
 from sae_fast.ops.row_factors import MergedFactors, merge_row_factors, row_factors
@@ -226,19 +225,20 @@ class RowOptimizer(SparseOptimizer):
     def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
         """Update the parameters, see `SparseOptimizer.step`; never waits for the device."""
         rows = self._measure_rows() if self.rows else {}
-        squared = torch.zeros((), dtype=torch.float64, device=self.device)
         if rows:
-            squared = rows["W_enc"].squared_norm + rows["W_dec"].squared_norm
+            squared = rows["W_enc"].squared_norm.add_(rows["W_dec"].squared_norm)
+        else:
+            squared = torch.zeros((), dtype=torch.float64, device=self.device)
         vectors = [name for name in self.names if name not in ROWS]
         divided = self.latent_rows
         for name in vectors:
             if divided is None or divided.has(name):
-                squared = self._with_square(squared, name)
+                self._add_squares_(squared, name)
         if divided is not None:
             squared = divided.sum(squared)
             for name in vectors:
                 if not divided.has(name):
-                    squared = self._with_square(squared, name)
+                    self._add_squares_(squared, name)
         norm, scalars = ops.update_scalars(
             squared,
             self._scalar(lr, torch.float64),
@@ -261,10 +261,10 @@ class RowOptimizer(SparseOptimizer):
             self._update_vector(name, scalars)
         return norm
 
-    def _with_square(self, squared: Tensor, name: str) -> Tensor:
-        """Return a sum of squares with the gradient of a vector."""
-        grad = self._parameter(name).grad
-        return squared if grad is None else squared + deterministic_sum(grad.double().square())
+    def _add_squares_(self, squared: Tensor, name: str) -> None:
+        """Add the squares of a vector's gradient to a sum."""
+        if (grad := self._parameter(name).grad) is not None:
+            ops.add_squares_(squared, grad)
 
     def _measure_rows(self) -> dict[str, _RowGradient]:
         sae = self.sae
