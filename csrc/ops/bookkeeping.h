@@ -52,7 +52,7 @@ inline void check_add_squares(const char* op, const Tensor& total, const Tensor&
 
 inline void check_finish_step(const char* op, const Tensor& poison, const Tensor& steps,
                               const Tensor& metrics, const Tensor& tokens_since_fired,
-                              const Tensor& fault, const Tensor& losses, const Tensor& norm,
+                              const Tensor& loss_scale, const Tensor& losses, const Tensor& norm,
                               const Tensor& variance, const Tensor& fired) {
   check_counter(op, "poison", poison, ScalarType::Float);
   check_counter(op, "steps", steps, ScalarType::Long);
@@ -62,7 +62,7 @@ inline void check_finish_step(const char* op, const Tensor& poison, const Tensor
   check_shape(op, "tokens_since_fired", tokens_since_fired, {kAnySize});
   check_dtype(op, "tokens_since_fired", tokens_since_fired, ScalarType::Long);
   check_contiguous(op, "tokens_since_fired", tokens_since_fired);
-  check_float(op, "fault", fault, {});
+  check_float(op, "loss_scale", loss_scale, {});
   check_float(op, "norm", norm, {});
   check_float(op, "variance", variance, {});
   check_shape(op, "fired", fired, {tokens_since_fired.size(0)});

@@ -93,18 +93,18 @@ void add_squares(const Tensor& total, const Tensor& grad) {
 }
 
 void finish_step(const Tensor& poison, const Tensor& steps, const Tensor& metrics,
-                 const Tensor& tokens_since_fired, const Tensor& fault, const Tensor& losses,
+                 const Tensor& tokens_since_fired, const Tensor& loss_scale, const Tensor& losses,
                  const Tensor& norm, const Tensor& variance, const Tensor& fired, int64_t n_tokens,
                  bool norm_poisons) {
   constexpr const char* kOp = "finish_step_";
-  check_finish_step(kOp, poison, steps, metrics, tokens_since_fired, fault, losses, norm, variance,
-                    fired);
+  check_finish_step(kOp, poison, steps, metrics, tokens_since_fired, loss_scale, losses, norm,
+                    variance, fired);
   check_apart(kOp,
               {{"poison", poison},
                {"steps", steps},
                {"metrics", metrics},
                {"tokens_since_fired", tokens_since_fired}},
-              {{"fault", fault},
+              {{"loss_scale", loss_scale},
                {"losses", losses},
                {"norm", norm},
                {"variance", variance},
@@ -112,7 +112,7 @@ void finish_step(const Tensor& poison, const Tensor& steps, const Tensor& metric
   const Input terms(losses), latents(fired);
   sae_fast::finish_step(
       {mutable_data<float>(poison), mutable_data<int64_t>(steps), mutable_data<float>(metrics)},
-      {fault.const_data_ptr<float>(), terms.data<float>(), norm.const_data_ptr<float>(),
+      {loss_scale.const_data_ptr<float>(), terms.data<float>(), norm.const_data_ptr<float>(),
        variance.const_data_ptr<float>(), losses.size(0), norm_poisons});
   cpu::count_silent(mutable_data<int64_t>(tokens_since_fired), latents.data<bool>(), fired.size(0),
                     n_tokens);

@@ -150,14 +150,15 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   // bfloat16 or float16.
   m.def("weighted_row_sum(Tensor weights, Tensor matrix, float factor) -> Tensor sum");
 
-  // The end of a training step. poison [] is NaN since a step that failed, else 0; fault [] is it
-  // with this step's losses. Where it was not NaN, steps int64 [] goes up by one and metrics [M +
-  // 2] become losses [M], norm [] and variance []. Then poison becomes fault + 0 norm, without the
-  // norm unless norm_poisons. tokens_since_fired int64 [F] becomes 0 where fired bool [F], else it
-  // grows by n_tokens.
+  // The end of a training step. poison [] is NaN since a step that failed, else 0. Where it is 0,
+  // steps int64 [] goes up by one and metrics [M + 2] become losses [M], norm [] and variance [].
+  // Then it becomes 0 loss_scale + 0 norm, without the norm unless norm_poisons; loss_scale [] is
+  // NaN where a loss was not finite, or poison NaN. tokens_since_fired int64 [F] becomes 0 where
+  // fired bool [F], else it grows by n_tokens.
   m.def(
       "finish_step_(Tensor(a!) poison, Tensor(b!) steps, Tensor(c!) metrics, "
-      "Tensor(d!) tokens_since_fired, Tensor fault, Tensor losses, Tensor norm, Tensor variance, "
+      "Tensor(d!) tokens_since_fired, Tensor loss_scale, Tensor losses, Tensor norm, Tensor "
+      "variance, "
       "Tensor fired, int n_tokens, bool norm_poisons) -> ()");
 
   // out [M, D] float32: row places[i], or i without places, becomes (source[rows[i]] - mean) *

@@ -126,7 +126,7 @@ void test_finish_step(Random& random) {
   const bool fails = random.integer(0, 1) == 1;
   const bool norm_poisons = random.integer(0, 1) == 1;
   float poison = failed_before ? NAN : 0.0f;
-  const float fault = poison, variance = 5.0f;
+  const float loss_scale = 8.0f + poison, variance = 5.0f;
   const float norm = fails ? HUGE_VALF : 4.0f;
   int64_t steps = 7;
   std::vector<float> metrics(5, 777.0f);
@@ -137,11 +137,11 @@ void test_finish_step(Random& random) {
     fired.push_back(random.integer(0, 1) == 1 ? 1 : 0);
     expected_tokens.push_back(fired.back() != 0 ? 0 : j + 9);
   }
-  check_success(
-      cuda::finish_step({&poison, &steps, metrics.data()},
-                        {&fault, losses.data(), &norm, &variance, 3, norm_poisons}, tokens.data(),
-                        reinterpret_cast<const bool*>(fired.data()), d_sae, 9, nullptr),
-      "finish_step");
+  check_success(cuda::finish_step({&poison, &steps, metrics.data()},
+                                  {&loss_scale, losses.data(), &norm, &variance, 3, norm_poisons},
+                                  tokens.data(), reinterpret_cast<const bool*>(fired.data()), d_sae,
+                                  9, nullptr),
+                "finish_step");
   check(tokens == expected_tokens, "finish_step: tokens");
   check(steps == (failed_before ? 7 : 8), "finish_step: %ld steps", static_cast<long>(steps));
   check(std::isnan(poison) == (failed_before || (fails && norm_poisons)), "finish_step: poison");

@@ -228,7 +228,7 @@ def _bookkeeping_samples(problem: Problem) -> Iterator[tuple[str, str, tuple[Any
 
 def finish_arguments(
     poison: float = 0.0,
-    fault: float = 0.0,
+    loss_scale: float = 1024.0,
     norm: float = 5.0,
     *,
     norm_poisons: bool = True,
@@ -236,7 +236,7 @@ def finish_arguments(
     """Return all arguments of finish_step_ for three losses and four latents."""
     state = torch.tensor(poison), torch.tensor(6), torch.full((5,), 9.0)
     tokens, fired = torch.tensor([0, 5, 7, 8]), torch.tensor([True, False, True, False])
-    numbers = torch.tensor(fault), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(norm)
+    numbers = torch.tensor(loss_scale), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(norm)
     return (*state, tokens, *numbers, torch.tensor(4.0), fired, 10, norm_poisons)
 
 

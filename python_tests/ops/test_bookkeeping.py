@@ -117,7 +117,9 @@ def test_a_step_is_written_down():
     assert tokens.tolist() == [0, 15, 0, 18]
 
 
-@pytest.mark.parametrize("bad", [{"fault": torch.nan}, {"norm": torch.inf}, {"norm": torch.nan}])
+@pytest.mark.parametrize(
+    "bad", [{"loss_scale": torch.nan}, {"norm": torch.inf}, {"norm": torch.nan}]
+)
 def test_a_step_that_fails_is_written_down_and_poisons_the_next(bad):
     arguments = finish_arguments(**bad)
     ops.finish_step_(*arguments)
@@ -125,7 +127,7 @@ def test_a_step_that_fails_is_written_down_and_poisons_the_next(bad):
     assert poison.isnan()
     assert steps == 7
     assert metrics[0] == 1.0
-    arguments = finish_arguments(poison=torch.nan, fault=torch.nan)
+    arguments = finish_arguments(poison=torch.nan, loss_scale=torch.nan)
     ops.finish_step_(*arguments)
     assert arguments[1] == 6
     assert arguments[2].tolist() == [9.0] * 5

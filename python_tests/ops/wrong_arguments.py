@@ -204,7 +204,7 @@ SHAPES = {
         ("poison", torch.zeros(1), "poison must have shape [], got [1]"),
         ("steps", torch.zeros(1).long(), "steps must have shape [], got [1]"),
         ("metrics", torch.zeros(4), "metrics must have shape [5], got [4]"),
-        ("fault", torch.zeros(1), "fault must have shape [], got [1]"),
+        ("loss_scale", torch.zeros(1), "loss_scale must have shape [], got [1]"),
         ("norm", torch.zeros(1), "norm must have shape [], got [1]"),
         ("variance", torch.zeros(1), "variance must have shape [], got [1]"),
         ("fired", torch.zeros(3).bool(), "fired must have shape [4], got [3]"),

@@ -42,7 +42,7 @@ def finish_step_(
     steps: Tensor,  # 0-d int64
     metrics: Tensor,  # [M + 2]
     tokens_since_fired: Tensor,  # [F] int64
-    fault: Tensor,  # 0-d
+    loss_scale: Tensor,  # 0-d
     losses: Tensor,  # [M]
     norm: Tensor,  # 0-d
     variance: Tensor,  # 0-d
@@ -54,12 +54,12 @@ def finish_step_(
     """Write down a training step: its metrics, whether it failed, and how long latents are silent.
 
     Args:
-        poison: 0, or NaN since a step that failed. Becomes `fault`, plus 0 times the norm where
-            `norm_poisons`: NaN where either is not finite.
+        poison: 0, or NaN since a step that failed. Becomes 0 · loss_scale, with `norm_poisons` plus
+            0 · norm: NaN where either is not finite.
         steps: grows by 1 until a step has failed, in that step too.
         metrics: become losses, norm and variance until a step has failed, in that step too.
         tokens_since_fired: becomes 0 for latents that fired, and grows by `n_tokens` for others.
-        fault: the poison with 0 times the losses of this step.
+        loss_scale: of the step; NaN where a loss was not finite or the poison NaN.
         losses: and other metrics of the step.
         norm: of the gradient.
         variance: of the batch.
@@ -68,7 +68,7 @@ def finish_step_(
         norm_poisons: whether a norm that is not finite is a failure.
     """
     torch.ops.sae_fast.finish_step_.default(
-        *(poison, steps, metrics, tokens_since_fired, fault, losses, norm, variance, fired),
+        *(poison, steps, metrics, tokens_since_fired, loss_scale, losses, norm, variance, fired),
         *(n_tokens, norm_poisons),
     )
     written = (poison, steps, metrics, tokens_since_fired)

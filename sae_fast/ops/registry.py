@@ -335,11 +335,11 @@ _DECLARED = (
     ),
     op(
         "finish_step_(Tensor(a!) poison, Tensor(b!) steps, Tensor(c!) metrics,"
-        " Tensor(d!) tokens_since_fired, Tensor fault, Tensor losses, Tensor norm,"
+        " Tensor(d!) tokens_since_fired, Tensor loss_scale, Tensor losses, Tensor norm,"
         " Tensor variance, Tensor fired, int n_tokens, bool norm_poisons) -> ()",
         tensors={
             **{"poison": "scalar", "steps": "scalar: int64", "losses": "L", "metrics": "M"},
-            **{"tokens_since_fired": "F: int64", "fault": "scalar", "norm": "scalar"},
+            **{"tokens_since_fired": "F: int64", "loss_scale": "scalar", "norm": "scalar"},
             **{"variance": "scalar", "fired": "F: bool"},
         },
         sizes={"M": lambda known: known["L"] + 2},

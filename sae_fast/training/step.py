@@ -146,7 +146,7 @@ class TrainingStep:
         share = 1 / n_parts
         weight = self.scaler.factor if n_parts == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
-        fault = self._poison
+        scale = self.scaler.factor  # NaN where a loss is not finite, or poison is NaN
         parts: list[Part] = []
         if self.codes is not None:
             self.codes = []
@@ -160,15 +160,14 @@ class TrainingStep:
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
             for part in exchange.gather(own, loss.code):
-                # 0 · loss: 0, or NaN where it is not finite
-                fault = torch.add(fault, part.values[0], alpha=0)
+                scale = torch.addcmul(scale, part.values[0], self._poison)
                 mean = part.values if n_parts == 1 else mean + share * part.values
                 parts.append(part)
         n_tokens = n_parts * len(batches[0].x)
-        norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + fault)
+        norm = self.optimizer.step(settings.rate, loss_scale=scale)
         ops.finish_step_(
             *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),
-            *(fault, torch.as_tensor(mean), norm, parts[-1].variance, _fired_in_any(parts)),
+            *(scale, torch.as_tensor(mean), norm, parts[-1].variance, _fired_in_any(parts)),
             n_tokens,
             norm_poisons=not self.scaler.enabled,
         )

@@ -333,7 +333,10 @@ def _finish_step(draw: Draw) -> Arguments:
     return {
         **{"poison": torch.tensor(chance.choice((0.0, torch.nan))), "steps": torch.tensor(3)},
         **{"metrics": torch.zeros(count + 2), "tokens_since_fired": torch.arange(d_sae)},
-        **{"fault": torch.tensor(chance.choice((0.0, torch.nan))), "losses": draw.floats(count)},
+        **{
+            "loss_scale": torch.tensor(chance.choice((1.0, torch.nan))),
+            "losses": draw.floats(count),
+        },
         **{name: torch.tensor(chance.choice(numbers)) for name in ("norm", "variance")},
         "fired": torch.rand(d_sae, generator=draw.generator) < 0.5,
         **{"n_tokens": chance.choice((0, 1, 4096)), "norm_poisons": chance.random() < 0.5},

@@ -29,10 +29,10 @@ struct StepRecord {
   float* metrics;  // [count + 2]: of the last step that began healthy
 };
 struct StepResults {
-  const float* fault;     // the poison with that of this step's losses
-  const float* losses;    // [count]
-  const float* norm;      // of the gradient
-  const float* variance;  // of the batch
+  const float* loss_scale;  // of the step; NaN where a loss is not finite or the poison was NaN
+  const float* losses;      // [count]
+  const float* norm;        // of the gradient
+  const float* variance;    // of the batch
   int64_t count;
   bool norm_poisons;  // whether a norm that is not finite ends the run
 };
@@ -40,7 +40,7 @@ struct StepResults {
 SAE_FAST_HOST_DEVICE inline void finish_step(const StepRecord& record, const StepResults& results) {
   const bool was_healthy = *record.poison == *record.poison;
   const float norm = *results.norm;
-  const float fault = *results.fault;
+  const float fault = 0.0f * *results.loss_scale;
   *record.poison = results.norm_poisons ? fault + 0.0f * norm : fault;
   if (!was_healthy) return;
   ++*record.steps;

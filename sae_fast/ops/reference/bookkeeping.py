@@ -62,7 +62,7 @@ def finish_step_(
     steps: Tensor,  # 0-d int64
     metrics: Tensor,  # [M + 2]
     tokens_since_fired: Tensor,  # [F] int64
-    fault: Tensor,  # 0-d
+    loss_scale: Tensor,  # 0-d
     losses: Tensor,  # [M]
     norm: Tensor,  # 0-d
     variance: Tensor,  # 0-d
@@ -78,5 +78,5 @@ def finish_step_(
     values = torch.cat([losses, norm[None], variance[None]])
     metrics.copy_(torch.where(was_healthy, values, metrics))
     steps.add_(was_healthy)
-    poison.copy_(fault + 0 * norm if norm_poisons else fault)
+    poison.copy_(0 * loss_scale + 0 * norm if norm_poisons else 0 * loss_scale)
     tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)
