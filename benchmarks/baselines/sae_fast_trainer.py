@@ -64,7 +64,7 @@ class SaeFastTrainer:
         loss.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step(self.learning_rate)
         self.optimizer.zero_grad()
-        self.sae.update_fired_(loss.code, len(x))
+        self.sae.update_fired_(loss.fired, len(x))
         return loss.total.detach() - loss.components["aux_loss"]
 
 

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> code_gradients(const Tensor& residual_dot, co
   return {grad_values, coefficients, scale};
 }
 
-// The rows' sums are those of a code with one row of entries for each part of the rows.
+// The rows are decoded as a code in which each token has one part of them.
 Tensor weighted_row_sum(const Tensor& weights, const Tensor& matrix, double factor) {
   constexpr const char* kOp = "weighted_row_sum";
   check_weighted_row_sum(kOp, weights, matrix);

@@ -140,7 +140,7 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor? variance, int d_sae, bool is_signed) -> (Tensor fvu, Tensor l0, "
       "Tensor total_variance, Tensor fired)");
 
-  // What follows from the gradient grad_error [N] of squared_error for a code [N, K]: scale [N] =
+  // The results of the gradient grad_error [N] of squared_error for a code [N, K]: scale [N] =
   // 2 grad_error, grad_values [N, K] = residual_dot * scale, coefficients [N, K] = values * scale.
   m.def(
       "code_gradients(Tensor residual_dot, Tensor values, Tensor grad_error) -> "

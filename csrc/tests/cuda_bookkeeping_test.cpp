@@ -1,7 +1,7 @@
 // Statistics of a batch, sums over rows and the counters of a step, compiled for the host.
 #include "kernels/cuda/bookkeeping.cu"
 
-#include "tests/cuda_testing.h"
+#include "tests/cuda_nodes.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -48,10 +48,10 @@ void test_statistics(Random& random) {
   TestScratch scratch(bytes);
   float fvu = 777.0f, l0 = 777.0f, variance = 777.0f;
   std::vector<char> fired(place(d_sae), 7);
-  check_success(
-      cuda::batch_statistics(batch, &fvu, &l0, &variance, reinterpret_cast<bool*>(fired.data()),
-                             scratch.data(), nullptr),
-      "batch_statistics");
+  check_nodes("batch_statistics", [&] {
+    return cuda::batch_statistics(batch, &fvu, &l0, &variance,
+                                  reinterpret_cast<bool*>(fired.data()), scratch.data(), nullptr);
+  });
   double error = 0.0;
   for (const float number : errors) error += number;
   const double wanted = has_variance ? given : variance_of(target, rows, d_in);
@@ -71,11 +71,11 @@ void test_code_gradients(Random& random) {
   auto grad_values = stale(rows * k, 777.0f);
   auto coefficients = stale(rows * k, 777.0f);
   auto scale = stale(rows, 777.0f);
-  check_success(
-      cuda::code_gradients({values.data(), dots.data(), grads.data(), stride, grad_values.data(),
-                            coefficients.data(), scale.data(), rows, k},
-                           nullptr),
-      "code_gradients");
+  check_nodes("code_gradients", [&] {
+    return cuda::code_gradients({values.data(), dots.data(), grads.data(), stride,
+                                 grad_values.data(), coefficients.data(), scale.data(), rows, k},
+                                nullptr);
+  });
   for (int64_t n = 0; n < rows; ++n) {
     const float twice = 2.0f * grads[place(n * stride)];
     check(same(scale[place(n)], twice), "code_gradients: scale");
@@ -97,9 +97,10 @@ void test_weighted_row_sum(Random& random) {
   size_t bytes = 0;
   check_success(cuda::weighted_row_sum_scratch_bytes(d_in, &bytes), "weighted_row_sum");
   TestScratch scratch(bytes);
-  check_success(cuda::weighted_row_sum(weights.data(), typed(matrix), rows, d_in, -0.5f, sum.data(),
-                                       scratch.data(), nullptr),
-                "weighted_row_sum");
+  check_nodes("weighted_row_sum", [&] {
+    return cuda::weighted_row_sum(weights.data(), typed(matrix), rows, d_in, -0.5f, sum.data(),
+                                  scratch.data(), nullptr);
+  });
   for (int64_t d = 0; d < d_in; ++d) {
     double wanted = 0.0;
     for (int64_t m = 0; m < rows; ++m)
@@ -113,9 +114,9 @@ void test_add_squares(Random& random) {
   double total = 3.0;
   double wanted = total;
   for (const float number : numbers) wanted += std::pow(number, 2);
-  check_success(
-      cuda::add_squares(numbers.data(), static_cast<int64_t>(numbers.size()), &total, nullptr),
-      "add_squares");
+  check_nodes("add_squares_", [&] {
+    return cuda::add_squares(numbers.data(), static_cast<int64_t>(numbers.size()), &total, nullptr);
+  });
   check_near("add_squares", total, wanted, 0.0);
 }
 
@@ -137,11 +138,12 @@ void test_finish_step(Random& random) {
     fired.push_back(random.integer(0, 1) == 1 ? 1 : 0);
     expected_tokens.push_back(fired.back() != 0 ? 0 : j + 9);
   }
-  check_success(cuda::finish_step({&poison, &steps, metrics.data()},
-                                  {&loss_scale, losses.data(), &norm, &variance, 3, norm_poisons},
-                                  tokens.data(), reinterpret_cast<const bool*>(fired.data()), d_sae,
-                                  9, nullptr),
-                "finish_step");
+  check_nodes("finish_step_", [&] {
+    return cuda::finish_step({&poison, &steps, metrics.data()},
+                             {&loss_scale, losses.data(), &norm, &variance, 3, norm_poisons},
+                             tokens.data(), reinterpret_cast<const bool*>(fired.data()), d_sae, 9,
+                             nullptr);
+  });
   check(tokens == expected_tokens, "finish_step: tokens");
   check(steps == (failed_before ? 7 : 8), "finish_step: %ld steps", static_cast<long>(steps));
   check(std::isnan(poison) == (failed_before || (fails && norm_poisons)), "finish_step: poison");

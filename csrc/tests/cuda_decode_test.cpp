@@ -1,7 +1,7 @@
 // decode, decode_backward and reconstruct, compiled for the host.
 #include "kernels/cuda/decode.cu"
 
-#include "tests/cuda_testing.h"
+#include "tests/cuda_nodes.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -60,10 +60,11 @@ struct DecodeProblem {
 
 void test_decode_and_backward(const DecodeProblem& problem) {
   auto x_hat = stale(problem.code.tokens * problem.d_in, 777.0f);
-  check_success(
-      cuda::decode(problem.code.values.data(), problem.code.indices.data(), rows_of(problem.code),
-                   typed(problem.W_dec), problem.bias, x_hat.data(), problem.d_in, nullptr),
-      "decode");
+  check_nodes("decode", [&] {
+    return cuda::decode(problem.code.values.data(), problem.code.indices.data(),
+                        rows_of(problem.code), typed(problem.W_dec), problem.bias, x_hat.data(),
+                        problem.d_in, nullptr);
+  });
   const std::vector<double> wanted = problem.decoded();
   for (size_t i = 0; i < wanted.size(); ++i) check_near("decode", x_hat[i], wanted[i], 0.0);
 
@@ -83,11 +84,12 @@ void test_reconstruct(const DecodeProblem& problem) {
   auto residual = stale(elements, 777.0f);  // room for any type
   auto squared_error = stale(problem.code.tokens, 777.0f);
   auto residual_dot = stale(problem.code.entries(), 777.0f);
-  check_success(cuda::reconstruct(problem.code.values.data(), problem.code.indices.data(),
-                                  rows_of(problem.code), typed(problem.W_dec), problem.bias,
-                                  problem.x.data(), residual.data(), squared_error.data(),
-                                  residual_dot.data(), problem.d_in, nullptr),
-                "reconstruct");
+  check_nodes("reconstruct", [&] {
+    return cuda::reconstruct(problem.code.values.data(), problem.code.indices.data(),
+                             rows_of(problem.code), typed(problem.W_dec), problem.bias,
+                             problem.x.data(), residual.data(), squared_error.data(),
+                             residual_dot.data(), problem.d_in, nullptr);
+  });
   std::vector<double> wanted = problem.decoded();
   auto wanted_error = stale(problem.code.tokens, 0.0);
   const DType type = problem.W_dec.type;

@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "tests/cuda_encode_problem.h"
+#include "tests/cuda_nodes.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -142,17 +143,18 @@ void test_topk(Random& random, EncodeProblem& problem, const TopKCase& wanted) {
     TopKResult result(tokens, wanted.k, wanted.k_aux);
     const cuda::TopK topk = topk_of(wanted, result);
     TestScratch scratch(cuda::topk_scratch_bytes(tokens, d_sae, wanted.k, wanted.k_aux));
-    check_success(cuda::begin_topk(encoder, problem.tokens(), topk, scratch.data(), nullptr),
-                  "begin_topk");
+    check_nodes("begin_topk", [&] {
+      return cuda::begin_topk(encoder, problem.tokens(), topk, scratch.data(), nullptr);
+    });
     problem.check_rounded_tokens();
     problem.for_each_chunk(kSegment * random.integer(1, 3), [&](const cuda::Product& product) {
-      check_success(
-          cuda::select_topk(encoder, problem.tokens(), topk, product, scratch.data(), nullptr),
-          "select_topk");
+      check_nodes(wanted.k_aux > 0 ? "select_topk_with_aux" : "select_topk", [&] {
+        return cuda::select_topk(encoder, problem.tokens(), topk, product, scratch.data(), nullptr);
+      });
     });
-    check_success(
-        cuda::finish_topk(encoder, problem.tokens(), topk, slots, scratch.data(), nullptr),
-        "finish_topk");
+    check_nodes(wanted.k_aux > 0 ? "finish_topk_with_aux" : "finish_topk", [&] {
+      return cuda::finish_topk(encoder, problem.tokens(), topk, slots, scratch.data(), nullptr);
+    });
     check_result(problem, wanted, result, problem.scores(), "streaming");
   }
   if (streams && random.integer(0, 3) != 0) return;

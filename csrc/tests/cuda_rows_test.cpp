@@ -2,7 +2,7 @@
 #include "kernels/cuda/latent_sum.cu"
 #include "kernels/cuda/rows.cu"
 
-#include "tests/cuda_testing.h"
+#include "tests/cuda_nodes.h"
 
 namespace sae_fast::testing {
 namespace {
@@ -64,10 +64,11 @@ void test_latent_major(const CodeProblem& code, int64_t d_sae, const Expected& e
   size_t bytes = 0;
   check_success(cuda::latent_major_scratch_bytes(code.entries(), d_sae, &bytes), "latent_major");
   TestScratch scratch(bytes);
-  check_success(cuda::latent_major(code.values.data(), code.indices.data(), rows_of(code),
-                                   latent_offsets.data(), entries.data(), rows.data(), d_sae,
-                                   scratch.data(), nullptr),
-                "latent_major");
+  check_nodes("latent_major", [&] {
+    return cuda::latent_major(code.values.data(), code.indices.data(), rows_of(code),
+                              latent_offsets.data(), entries.data(), rows.data(), d_sae,
+                              scratch.data(), nullptr);
+  });
   check(latent_offsets == expected.latent_offsets, "latent_major: offsets");
   for (size_t p = 0; p < entries.size(); ++p) {
     check_near("latent_major: entry", entries[p], static_cast<double>(expected.entries[p]), 0.0);
@@ -79,17 +80,19 @@ void test_latent_major(const CodeProblem& code, int64_t d_sae, const Expected& e
 void test_sums(const CodeProblem& code, int64_t d_sae, const Expected& expected) {
   const std::vector<int32_t> entries(expected.entries.begin(), expected.entries.end());
   auto ordered = stale(code.entries(), 777.0f);
-  check_success(cuda::gather_entries(code.values.data(), entries.data(), code.entries(),
-                                     ordered.data(), nullptr),
-                "gather_entries");
+  check_nodes("gather_entries", [&] {
+    return cuda::gather_entries(code.values.data(), entries.data(), code.entries(), ordered.data(),
+                                nullptr);
+  });
   for (size_t p = 0; p < entries.size(); ++p) {
     const float value = code.values[static_cast<size_t>(entries[p])];
     check(same(ordered[p], value), "gather_entries: %g", static_cast<double>(ordered[p]));
   }
   auto sums = stale(d_sae, 777.0f);
-  check_success(cuda::latent_sums(expected.latent_offsets.data(), entries.data(),
-                                  code.values.data(), d_sae, sums.data(), nullptr),
-                "latent_sums");
+  check_nodes("latent_sums", [&] {
+    return cuda::latent_sums(expected.latent_offsets.data(), entries.data(), code.values.data(),
+                             d_sae, sums.data(), nullptr);
+  });
   for (size_t j = 0; j < sums.size(); ++j) {
     check_near("latent_sums", sums[j], expected.sums[j], 0.0);
   }

@@ -6,7 +6,7 @@
 #include "kernels/cuda/update/step_bfloat16.cu"
 #include "kernels/cuda/update/step_float32.cu"
 #include "kernels/cuda/update/step_uint8.cu"
-#include "tests/cuda_testing.h"
+#include "tests/cuda_nodes.h"
 #include "tests/moment_codes.h"
 #include "tests/update_formulas.h"
 
@@ -134,11 +134,12 @@ NormResult test_norm(const UpdateProblem& problem) {
       cuda::row_gradient_norm_scratch_bytes(problem.room, problem.d_sae, problem.d_in, &bytes),
       "row_gradient_norm");
   TestScratch scratch(bytes);
-  check_success(cuda::row_gradient_norm(
-                    problem.factors(), problem.cache, problem.project ? problem.W.data() : nullptr,
-                    &result.squared_norm, result.sums.data(), result.cached.data(),
-                    result.slots.data(), scratch.data(), nullptr),
-                "row_gradient_norm");
+  check_nodes("row_gradient_norm", [&] {
+    return cuda::row_gradient_norm(problem.factors(), problem.cache,
+                                   problem.project ? problem.W.data() : nullptr,
+                                   &result.squared_norm, result.sums.data(), result.cached.data(),
+                                   result.slots.data(), scratch.data(), nullptr);
+  });
   double squared_norm = 0.0;
   int32_t next_slot = 0;
   for (int64_t j = 0; j < problem.d_sae; ++j) {
@@ -183,10 +184,10 @@ UpdateResult updated(const UpdateProblem& problem, const NormResult& norm,
   if (rounds) state.rounded = result.copy.data();
   state.rounded_type = problem.copy;
   if (rounds && problem.with_stats) state.stats = result.stats.data();
-  check_success(
-      cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
-                         problem.rule, &scalars, problem.project, problem.unit_norm, nullptr),
-      "fused_update");
+  check_nodes("fused_update_", [&] {
+    return cuda::fused_update(problem.factors(), state, norm.cached.data(), norm.slots.data(),
+                              problem.rule, &scalars, problem.project, problem.unit_norm, nullptr);
+  });
   return result;
 }
 
@@ -294,12 +295,13 @@ void test_scalars(Random& random) {
   const bool averages = settings.rule == UpdateRule::kScheduleFreeSignum;
   float norm = -1.0f;
   UpdateScalars scalars{}, wanted{};
-  check_success(cuda::compute_update_scalars(
-                    settings,
-                    {&inputs.squared_norm, &inputs.lr, &inputs.loss_scale, &step_count, &halted,
-                     averages ? &lr_squares : nullptr, &norm, &scalars},
-                    nullptr),
-                "update_scalars");
+  check_nodes("update_scalars", [&] {
+    return cuda::compute_update_scalars(
+        settings,
+        {&inputs.squared_norm, &inputs.lr, &inputs.loss_scale, &step_count, &halted,
+         averages ? &lr_squares : nullptr, &norm, &scalars},
+        nullptr);
+  });
   const float wanted_norm = update_scalars(settings, inputs, wanted_count, wanted_halted,
                                            averages ? &wanted_squares : nullptr, wanted);
   check(same(norm, wanted_norm) && step_count == wanted_count && halted == wanted_halted &&
@@ -333,10 +335,11 @@ void test_vector(Random& random) {
   const UpdateRule rule = any_rule(random);
   for (const UpdateScalars& scalars : {some_step(rule), kNoStep}) {
     auto new_w = w, new_m = m, new_v = v;
-    check_success(cuda::update_vector(rule, &scalars, grad.empty() ? nullptr : grad.data(),
-                                      new_w.data(), new_m.data(),
-                                      has_exp_avg_sq(rule) ? new_v.data() : nullptr, size, nullptr),
-                  "update_vector");
+    check_nodes("update_vector_", [&] {
+      return cuda::update_vector(rule, &scalars, grad.empty() ? nullptr : grad.data(), new_w.data(),
+                                 new_m.data(), has_exp_avg_sq(rule) ? new_v.data() : nullptr, size,
+                                 nullptr);
+    });
     for (size_t i = 0; i < w.size(); ++i) {
       DoubleWeight wanted{w[i], m[i], v[i]};
       if (std::isfinite(scalars.grad_scale)) {

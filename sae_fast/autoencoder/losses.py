@@ -115,15 +115,19 @@ def ratio(
     return count.float() / of
 
 
+def is_on_gpu(x: Tensor) -> bool:
+    """Return whether a sum is made by a GPU, which has no threads whose number would count."""
+    return x.is_cuda
+
+
 def deterministic_sum(
     x: Tensor,  # any shape
 ) -> Tensor:
     """Return the sum of all entries, in an order that does not depend on the number of threads.
 
-    torch splits a long sum between its threads, but never one row of a matrix; a GPU has no threads
-    in this sense.
+    torch splits a long sum between its threads, but never one row of a matrix.
     """
-    if x.is_cuda:
+    if is_on_gpu(x):
         return x.sum()
     flat = x.flatten()
     whole = len(flat) // _BLOCK * _BLOCK
@@ -161,7 +165,7 @@ def total_variance(
     x: Tensor,  # [N, D]
 ) -> Tensor:
     """Return Σ (x − mean(x))² over all entries, 0-d, the mean taken per dimension."""
-    if x.is_cuda:  # in one pass
+    if is_on_gpu(x):  # in one pass
         return len(x) * torch.var(x, dim=0, correction=0).sum()
     mean = x.mean(0)
     # |x|² − N |mean|² writes nothing; where the mean is most of x it would cancel to rounding.

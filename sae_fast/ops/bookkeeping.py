@@ -1,4 +1,4 @@
-"""What a training step computes beside the passes over the weights, in few launches."""
+"""The work of a training step beside the passes over the weights, in few launches."""
 
 import torch
 from torch import Tensor

@@ -22,7 +22,7 @@ SAE_FAST_HOST_DEVICE inline BatchStatistics batch_statistics(const BatchSums& su
           static_cast<float>(sums.variance)};
 }
 
-// What a step leaves behind, each a pointer to one number but for the metrics.
+// The record of a step, each a pointer to one number but for the metrics.
 struct StepRecord {
   float* poison;   // 0; NaN since a step that failed
   int64_t* steps;  // made until the one that failed, with it

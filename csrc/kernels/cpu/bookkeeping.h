@@ -1,6 +1,5 @@
-// What a training step computes beside the passes over the weights: statistics of a batch, sums
-// over rows, and the counters at its end. Compiled once: memory is the limit, or there is little to
-// do.
+// The work of a training step beside the passes over the weights: statistics of a batch, sums over
+// rows, and the counters at its end. Compiled once: memory is the limit, or there is little to do.
 #pragma once
 
 #include <cstdint>

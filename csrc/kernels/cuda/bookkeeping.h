@@ -1,5 +1,5 @@
-// What a training step computes beside the passes over the weights: statistics of a batch, sums
-// over rows, and the counters at its end. Few launches, because each costs more than its work.
+// The work of a training step beside the passes over the weights: statistics of a batch, sums over
+// rows, and the counters at its end. Few launches, because each costs more than its work.
 #pragma once
 
 #include "kernels/common/bookkeeping.h"

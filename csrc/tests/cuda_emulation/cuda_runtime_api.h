@@ -80,6 +80,7 @@ Number atomicOr(Number* to, Number bits) {
 }
 
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t /*stream*/) {
+  ++emulated_cuda::nodes.fills;
   std::memset(to, byte, bytes);
   return cudaSuccess;
 }
@@ -117,6 +118,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const void* const key = reinterpret_cast<const void*>(kernel);
   if (config->dynamicSmemBytes > emulated_cuda::shared_limit(key)) return cudaErrorInvalidValue;
+  ++emulated_cuda::nodes.kernels;
   emulated_cuda::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                           [&] { kernel(Parameters(arguments)...); });
   return cudaSuccess;

@@ -160,6 +160,8 @@ void run_block(unsigned threads) {
 
 }  // namespace
 
+Nodes nodes;
+
 std::map<const void*, size_t>& allowed_shared_bytes() {
   static std::map<const void*, size_t> bytes;
   return bytes;

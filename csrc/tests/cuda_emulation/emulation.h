@@ -29,6 +29,13 @@ struct Device {
 };
 extern Device device;
 
+// The nodes that a CUDA graph of the calls so far would have: launches and fills of memory, and
+// calls of CUB, which are several nodes each.
+struct Nodes {
+  int kernels = 0, fills = 0, sorts = 0, scans = 0;
+};
+extern Nodes nodes;
+
 // By kernel, the dynamic shared memory that it was permitted to use.
 std::map<const void*, size_t>& allowed_shared_bytes();
 // The most dynamic shared memory that a launch of the kernel may ask for. A device knows how much a

@@ -1,4 +1,4 @@
-"""What a training step computes beside the passes over the weights, in plain PyTorch."""
+"""The work of a training step beside the passes over the weights, in plain PyTorch."""
 
 import torch
 from torch import Tensor

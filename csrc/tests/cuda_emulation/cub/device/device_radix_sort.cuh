@@ -20,6 +20,7 @@ struct DeviceRadixSort {
       scratch_bytes = 1;
       return cudaSuccess;
     }
+    ++emulated_cuda::nodes.sorts;
     const auto digits = [&](int i) {
       return (static_cast<uint64_t>(keys[i]) & ((uint64_t{1} << end_bit) - 1)) >> begin_bit;
     };

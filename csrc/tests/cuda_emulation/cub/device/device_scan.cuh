@@ -14,6 +14,7 @@ struct DeviceScan {
       scratch_bytes = 1;
       return cudaSuccess;
     }
+    ++emulated_cuda::nodes.scans;
     Number sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       const Number number = from[i];  // `to` may be `from`
