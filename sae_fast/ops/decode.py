@@ -236,7 +236,8 @@ def _reconstruction_gradient(
     grad_residual: Tensor | None,  # [N, D]
     grad_squared_error: Tensor | None,  # [N]
 ) -> _OutputGradient:
-    values, indices, offsets, W_dec, residual, residual_dot = saved
+    values, indices, _, W_dec, residual, residual_dot = saved
+    offsets: Tensor | None = saved[2]
     if grad_residual is None:
         # d squared_error = 2 residual: the op's dot products are the gradient of the values.
         assert grad_squared_error is not None
