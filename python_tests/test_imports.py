@@ -16,7 +16,7 @@ sys.path.remove(str(TOOLS))
 # From the lowest layer up. A module imports from its own layer and from the layers before it.
 LAYERS = (
     (
-        *("import_errors", "json_files", "markdown", "tensor_files", "text_links"),
+        *("import_errors", "json_files", "lazy_names", "markdown", "tensor_files", "text_links"),
         *(
             "atomic_files",
             "directory_lock",

@@ -1,8 +1,9 @@
 """sae_fast: sparse autoencoders on transformer activations, trained fast and exactly."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae_fast.import_errors import require_torch
+from sae_fast.lazy_names import lazy_names
 
 require_torch()  # says so at once where it is missing, and does not import it
 
@@ -50,37 +51,26 @@ __all__ = [
 ]
 
 # Imported when first asked for, so that the help of a command needs no torch.
-_HOMES = {
-    "Callback": "sae_fast.training.callbacks",
-    "LossTerm": "sae_fast.autoencoder.loss_terms",
-    "RunConfig": "sae_fast.config",
-    "SAEConfig": "sae_fast.config",
-    "TrainConfig": "sae_fast.config",
-    "SparseAutoencoder": "sae_fast.autoencoder",
-    "Sweep": "sae_fast.training.sweep",
-    "Trainer": "sae_fast.training.trainer",
-    "accelerate": "sae_fast.autoencoder.acceleration",
-    "build_info": "sae_fast.ops.native",
-    "evaluate_dictionary": "sae_fast.dictionary_evaluation",
-    "gpt2_medium_sae_config": "sae_fast.config",
-    "gpt2_sae_config": "sae_fast.config",
-    "pythia_1_4b_sae_config": "sae_fast.config",
-    "read_sweep": "sae_fast.training.sweep",
-    "register_architecture": "sae_fast.autoencoder.architectures",
-    "train_from_model": "sae_fast.training.from_model.loaded_model",
-}
-
-
-def __dir__() -> list[str]:
-    """Return the public names, which completion shows, and the module's own with underscores."""
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sae_fast' has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "sae_fast.training.callbacks": ("Callback",),
+        "sae_fast.autoencoder.loss_terms": ("LossTerm",),
+        "sae_fast.config": (
+            "RunConfig",
+            "SAEConfig",
+            "TrainConfig",
+            "gpt2_medium_sae_config",
+            "gpt2_sae_config",
+            "pythia_1_4b_sae_config",
+        ),
+        "sae_fast.autoencoder": ("SparseAutoencoder",),
+        "sae_fast.training.sweep": ("Sweep", "read_sweep"),
+        "sae_fast.training.trainer": ("Trainer",),
+        "sae_fast.autoencoder.acceleration": ("accelerate",),
+        "sae_fast.ops.native": ("build_info",),
+        "sae_fast.dictionary_evaluation": ("evaluate_dictionary",),
+        "sae_fast.autoencoder.architectures": ("register_architecture",),
+        "sae_fast.training.from_model.loaded_model": ("train_from_model",),
+    },
+)

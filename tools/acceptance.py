@@ -187,9 +187,12 @@ def _home(module: str, name: str, files: dict[str, Path]) -> str:
     if f"{module}.{name}" in files:
         return f"{module}.{name}"
     if module in files and _only_reexports(files[module]):
-        for inner, known in imports_of(files[module]):
-            if known == name:
-                return _home(inner, name, files)
+        # A package may import them for type checking only, and load them when first asked for.
+        for node in ast.walk(_tree(files[module])):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            if name in (alias.name for alias in node.names):
+                return _home(node.module, name, files)
     return module
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Generic, TypeVar
-
-import torch
 
 THREADS = "sae_fast-"  # how the names of the package's threads begin
 _PATIENCE = 1.0  # seconds between two looks at whether a thread is alive
@@ -51,6 +49,8 @@ class _Thread(threading.Thread):
 
     def _begin(self) -> None:
         if self.single:
+            import torch
+
             # A second team of OpenMP threads would fight the training step for its cores.
             torch.set_num_threads(1)
             torch.get_num_threads()  # without this, the first parallel op would set it back
@@ -65,13 +65,21 @@ class _Thread(threading.Thread):
 
 def _start(threads: Iterable[_Thread]) -> None:
     """Start threads, and return when all of them have begun."""
-    before = torch.get_num_threads()
     for thread in threads:
-        thread.start()
-        while not thread.begun.wait(_PATIENCE):
-            thread.check_alive()
-        if thread.single:  # what it sets for itself would also become the default of later threads
-            torch.set_num_threads(before)
+        with _kept_number_of_threads() if thread.single else nullcontext():
+            thread.start()
+            while not thread.begun.wait(_PATIENCE):
+                thread.check_alive()
+
+
+@contextmanager
+def _kept_number_of_threads() -> Iterator[None]:
+    """Set torch's number of threads back, which a thread's own number changes for later threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def start_thread(work: Callable[[], None], *, name: str, does: str) -> None:

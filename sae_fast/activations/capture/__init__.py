@@ -7,22 +7,27 @@ batches = TokenBatches(documents, tokens, SequenceConfig(ctx_len=512, batch_size
 for harvest in Harvester(HookedModel(model.network, hooks), batches): ...
 """
 
-from sae_fast.activations.capture.documents import Documents
-from sae_fast.activations.capture.harvest import Harvest, Harvester
-from sae_fast.activations.capture.hooks import HookPoint, find_blocks, resolve_hooks
-from sae_fast.activations.capture.language_model import (
-    HookedModel,
-    LanguageModel,
-    load_language_model,
-)
-from sae_fast.activations.capture.opening import load_documents
-from sae_fast.activations.capture.sequences import (
-    SequenceConfig,
-    TokenBatch,
-    TokenBatches,
-    TokenCursor,
-)
-from sae_fast.activations.capture.tokens import Tokenisation, special_tokens
+from typing import TYPE_CHECKING
+
+from sae_fast.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from sae_fast.activations.capture.documents import Documents
+    from sae_fast.activations.capture.harvest import Harvest, Harvester
+    from sae_fast.activations.capture.hooks import HookPoint, find_blocks, resolve_hooks
+    from sae_fast.activations.capture.language_model import (
+        HookedModel,
+        LanguageModel,
+        load_language_model,
+    )
+    from sae_fast.activations.capture.opening import load_documents
+    from sae_fast.activations.capture.sequences import (
+        SequenceConfig,
+        TokenBatch,
+        TokenBatches,
+        TokenCursor,
+    )
+    from sae_fast.activations.capture.tokens import Tokenisation, special_tokens
 
 __all__ = [
     "Documents",
@@ -42,3 +47,26 @@ __all__ = [
     "resolve_hooks",
     "special_tokens",
 ]
+
+# Imported when first asked for, so that processes that tokenise need no torch.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "sae_fast.activations.capture.documents": ("Documents",),
+        "sae_fast.activations.capture.harvest": ("Harvest", "Harvester"),
+        "sae_fast.activations.capture.hooks": ("HookPoint", "find_blocks", "resolve_hooks"),
+        "sae_fast.activations.capture.language_model": (
+            "HookedModel",
+            "LanguageModel",
+            "load_language_model",
+        ),
+        "sae_fast.activations.capture.opening": ("load_documents",),
+        "sae_fast.activations.capture.sequences": (
+            "SequenceConfig",
+            "TokenBatch",
+            "TokenBatches",
+            "TokenCursor",
+        ),
+        "sae_fast.activations.capture.tokens": ("Tokenisation", "special_tokens"),
+    },
+)
