@@ -494,4 +494,4 @@ def _edit_tensors(generator: random.Random, path: Path) -> tuple[str, bool]:
 
 # The parser of flags caches parts of the sources: read once here, not in every child process.
 train.parse_arguments(["--k", "2"])
-CAMPAIGN = Campaign(attempt, tries=2000, short=20, prepare=prepare, seconds=60)
+CAMPAIGN = Campaign(attempt, tries=2000, short=10, prepare=prepare, seconds=60)

@@ -54,4 +54,4 @@ def attempt(this: Try) -> str:
     return checkpoints.resumed(this, _VARIANT, run, f"{name} = {kind[:60]}", exact=exact)
 
 
-CAMPAIGN = Campaign(attempt, tries=1100, short=10, prepare=prepare, seconds=30)
+CAMPAIGN = Campaign(attempt, tries=1100, short=5, prepare=prepare, seconds=30)

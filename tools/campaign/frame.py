@@ -61,7 +61,7 @@ class Campaign:
         attempt: makes one try; returns its outcome as a short label, which is counted, and raises
             `Failed` or any other exception on a failure.
         tries: number of tries in the long form.
-        short: number of tries in the short form, which takes about ten seconds.
+        short: number of tries in the short form, which takes a few seconds.
         prepare: fills the folder shared by all tries, in a child process of its own.
         seconds: longest time that one try may compute.
         block: number of tries that one child process makes, one after the other.

@@ -382,4 +382,4 @@ def _others(shared: Path) -> Sequence[Path]:
 
 # The parser of flags caches parts of the sources: read once here, not in every child process.
 parse(convert_shards.ConvertOptions, ["a", "b"], convert_shards.PROGRAM)
-CAMPAIGN = Campaign(attempt, tries=3000, short=30, prepare=prepare)
+CAMPAIGN = Campaign(attempt, tries=3000, short=15, prepare=prepare)

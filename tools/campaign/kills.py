@@ -318,4 +318,4 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-CAMPAIGN = Campaign(_attempt, tries=1000, short=12, prepare=_prepare, seconds=60.0, block=50)
+CAMPAIGN = Campaign(_attempt, tries=1000, short=6, prepare=_prepare, seconds=60.0, block=50)

@@ -278,5 +278,5 @@ LIMITS: dict[str, Callable[[Try, tuple[str, ...]], Ended]] = {
     "read-only": _read_only,
     **MEMORY,
 }
-CAMPAIGN = Campaign(attempt, tries=300, short=5, prepare=prepare, seconds=180, block=5)
+CAMPAIGN = Campaign(attempt, tries=300, short=3, prepare=prepare, seconds=180, block=5)
 matplotlib.pyplot.switch_backend("agg")

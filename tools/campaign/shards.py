@@ -446,4 +446,4 @@ CHANGES: tuple[Change, ...] = (
 )
 
 # A try's own child has a shorter limit than the try.
-CAMPAIGN = Campaign(attempt=attempt, tries=5000, short=40, seconds=60)
+CAMPAIGN = Campaign(attempt=attempt, tries=5000, short=20, seconds=60)
