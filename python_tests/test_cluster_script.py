@@ -4,11 +4,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm_python
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "guide" / "cluster.md"
@@ -25,7 +25,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "scontrol").write_text('#!/bin/bash\necho "$@" >> requeued\n')
-    (programs / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (programs / "python").write_text(f'#!/bin/bash\nexec {warm_python.shell_command()} "$@"\n')
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")

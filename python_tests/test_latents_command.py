@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import warm_python
 from small_models import make_tokenizer, save_model
 from small_pages import D_IN, D_SAE, HOSTILE, ROWS, VOCABULARY, command, make_place
 from tokenizers import Tokenizer, models
@@ -325,9 +326,7 @@ def test_a_pass_killed_at_any_file_continues_and_ends_with_the_same_bytes(place,
     others = ("--write", "saedashboard", "neuronpedia", "delphi", "--sequence-tokens", "32")
     assert run(place, tmp_path / "whole", *others, "--batch-size", "16") == 0
     arguments = command(place, tmp_path / "killed", *others, "--batch-size", "16")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300
-    )
+    done = warm_python.run(["-c", KILLED, *arguments])
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "killed" / "pages.json").exists()
     assert main(arguments) == 0

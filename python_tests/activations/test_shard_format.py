@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import warm_python
 from full_disk import files_up_to
 
 from sae_fast.activations import HeldOut, ShardMetadata, ShardWriter, open_shards, write_shard
@@ -111,12 +110,7 @@ def test_a_full_disk_is_one_error_and_no_crash_at_exit(tmp_path):
         "        try: write_shard(sys.argv[1], torch.randn(8000, 64), compression=compression)\n"
         "        except OSError as error: print(error)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a.h5")],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    done = warm_python.run(["-c", code, tmp_path / "a.h5"], cwd=Path(__file__).parents[2])
     assert done.returncode == 0
     assert done.stderr == ""
     lines = done.stdout.splitlines()

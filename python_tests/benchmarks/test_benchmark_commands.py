@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from small_models import save_model
 
 from benchmarks.dense_switch import crossing
@@ -20,7 +21,10 @@ SIZE = "64x32x128x4"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run a benchmark in this process, which has imported torch; return its numbers and table."""
+    """Run a benchmark in this process, which has imported torch; return its numbers and table.
+
+    The processes that it starts are forked from a warm one.
+    """
 
     def command(module, *arguments):
         json_path, table_path = tmp_path / "result.json", tmp_path / "result.md"
@@ -37,6 +41,7 @@ def run(tmp_path, monkeypatch, capsys):
         assert table.strip() in capsys.readouterr().out
         return json.loads(json_path.read_text()), table
 
+    monkeypatch.setattr(subprocess, "Popen", warm_python.popen)
     threads = torch.get_num_threads()
     yield command
     torch.set_num_threads(threads)
@@ -285,8 +290,7 @@ def test_presets_tells_memory_and_time_of_each(run, tmp_path):
 
 @pytest.mark.slow
 def test_presets_refuses_a_name_that_is_none(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.presets", "--presets", "gpt5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm_python.run(["-m", "benchmarks.presets", "--presets", "gpt5"], cwd=ROOT)
     assert done.returncode == 2
     assert "'gpt5' is none of minilm, gpt2" in done.stderr
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
@@ -87,7 +88,7 @@ TOOLS = {
 {NCU_PAGE}END
 shift; done""",
     # Python that takes the CPU for the GPU, and has no pip.
-    "python-with-gpu": f"""case "$*" in
+    "python-with-gpu": """case "$*" in
 *is_available*|*build_info*) exit 0 ;;
 *"-m pip"*) echo no network; exit 1 ;;
 *"-m pytest"*) echo "pytest $*"; exit 0 ;;
@@ -99,7 +100,7 @@ case "$*" in
 *benchmarks.kernels*) set -- "$@" --rounds 1 ;;
 esac
 for argument in "$@"; do [[ $argument == cuda ]] && argument=cpu; arguments+=("$argument"); done
-exec {sys.executable} "${{arguments[@]}}\"""",
+exec WARM_PYTHON "${arguments[@]}\"""",
 }
 
 
@@ -109,6 +110,7 @@ def tools(tmp_path):
     folder.mkdir()
     for name, script in TOOLS.items():
         file = folder / name
+        script = script.replace("WARM_PYTHON", warm_python.shell_command())
         file.write_text(f"#!/usr/bin/env bash\n{script}\n")
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
     return folder

@@ -1,11 +1,10 @@
 """Arguments that are consistent in shape and dtype but not in memory, size or content: refused."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm_python
 from op_samples import NO_COPY, make_code, make_problem, place, samples_on, update_arguments
 from op_samples import in_latent_major as lists_of
 from torch import Tensor
@@ -185,5 +184,5 @@ def test_a_daemon_thread_that_computes_does_not_disturb_the_end():
         "for _ in range(3): threading.Thread(target=work, daemon=True).start()\n"
         "started.wait()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = warm_python.run(["-c", code])
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,13 +4,12 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from safetensors.torch import load_file
 from train_runs import PATIENCE
 
@@ -132,10 +131,10 @@ def test_a_killed_run_goes_on_from_disk_or_from_memory(directories):
     assert main([*flags, "--checkpoint-dir", "straight"]) == 0
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "sae_fast.train", *flags, "--checkpoint-dir", "killed"]
+    command = ["-m", "sae_fast.train", *flags, "--checkpoint-dir", "killed"]
     for number, way in enumerate((["--keep-in-memory"], [])):
         resumed = ["--resume-from", "latest"] if number else []
-        process = subprocess.Popen([*command, *way, *resumed], env=environment)
+        process = warm_python.Process([*command, *way, *resumed], env=environment)
         target = (number + 1) * 9
         until = time.monotonic() + PATIENCE
         while process.poll() is None and _newest_step() < target and time.monotonic() < until:

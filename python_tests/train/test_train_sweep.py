@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
 from train_runs import PATIENCE
 
 from sae_fast.autoencoder import SparseAutoencoder
@@ -69,10 +68,10 @@ def test_every_run_has_its_own_wandb_run(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.slow
 def test_a_sweep_stopped_by_a_signal_goes_on() -> None:
     _write({"k": [1, 2]})
-    command = [sys.executable, "-m", "sae_fast.train", *FLAGS, "--sweep", "sweep.json"]
+    command = ["-m", "sae_fast.train", *FLAGS, "--sweep", "sweep.json"]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     deadline = time.monotonic() + PATIENCE
-    with subprocess.Popen(
+    with warm_python.Process(
         [*command, "--max-steps", "1000000"], env={**os.environ, "PYTHONPATH": path}
     ) as process:
         try:

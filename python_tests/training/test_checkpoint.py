@@ -4,13 +4,13 @@ import errno
 import os
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from full_disk import files_up_to
 
 from sae_fast.training import checkpoint as module
@@ -204,8 +204,7 @@ def test_a_kill_at_any_moment_leaves_an_intact_newest_checkpoint(tmp_path: Path)
             print(step, flush=True)
         """
     )
-    command = [sys.executable, "-c", writer, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = warm_python.Process(["-c", writer, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     written = 0
     for line in process.stdout:

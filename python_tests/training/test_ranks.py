@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import ranks_worker
 import torch
+import warm_python
 from torch.distributed import HashStore
 
 from sae_fast import TrainConfig
@@ -47,8 +46,7 @@ def ranks(place: Path) -> list[dict[str, Any]]:
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         environment = {**os.environ, **{name: str(value) for name, value in variables.items()}}
-        command = [sys.executable, ranks_worker.__file__, str(place)]
-        processes.append(subprocess.Popen(command, env=environment))
+        processes.append(warm_python.Process([ranks_worker.__file__, place], env=environment))
     codes = [process.wait(timeout=400) for process in processes]
     assert codes == [0, -signal.SIGKILL]  # which the last scenario ends with
     return [torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]

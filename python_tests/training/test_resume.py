@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm_python
 from safetensors.torch import load_file
 from slow_cases import slow_after
 
@@ -245,7 +245,8 @@ def _rows(directory: Path) -> list[dict[str, Any]]:
 
 def _kill_after(rows: int, command: list[str], directory: Path, pause: float) -> None:
     """Start the command and kill it soon after it has written the given number of rows."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with warm_python.Process(command, **output) as process:
         assert process.stdout is not None
         while not process.stdout.readline().startswith(b"training"):
             assert process.poll() is None
@@ -268,7 +269,7 @@ def test_killed_at_random_moments_a_run_ends_bit_equal(shard_dir: Path, tmp_path
         ]
 
     assert main(flags("straight")) == 0
-    command = [sys.executable, "-m", "sae_fast.train", *flags("killed")]
+    command = ["-m", "sae_fast.train", *flags("killed")]
     chance = random.Random(0)
     rows = 0
     for _ in range(4):

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 
 import h5py
 import pytest
+import warm_python
 from captured import (
     all_rows,
     arguments,
@@ -57,14 +57,9 @@ def test_ranks_together_write_the_rows_of_one_to_the_bit(inputs, whole, tmp_path
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(inputs, whole, tmp_path):
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-m", *launcher, "-m", "sae_fast.capture"]
-    subprocess.run(
-        [*command, *arguments(inputs, tmp_path / "out")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=400,
-    )
+    command = ["-m", *launcher, "-m", "sae_fast.capture", *arguments(inputs, tmp_path / "out")]
+    done = warm_python.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
     together, alone = all_rows(tmp_path / "out/residual.2"), all_rows(whole / "residual.2")
     assert sorted(together) == sorted(alone)
     assert (tmp_path / "out/residual.2/manifest.json").exists()

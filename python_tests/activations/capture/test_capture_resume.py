@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm_python
 from captured import arguments, assert_same_shards, capture
 
 from sae_fast.capture import main
@@ -69,9 +69,8 @@ def test_a_capture_that_dies_at_any_rename_goes_on_to_the_same_files(
 @pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_files(inputs, whole, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *arguments(inputs, out)],
-        stdout=subprocess.DEVNULL,
+    process = warm_python.Process(
+        ["-c", SLOWLY, *arguments(inputs, out)], stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
     while not (shards := made_shards(out)) and time.monotonic() < deadline:

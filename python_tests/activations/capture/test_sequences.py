@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from small_models import VOCABULARY, make_tokenizer
 from small_texts import expected_rows, make_batches, make_texts, rows_of
 
@@ -229,8 +230,8 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_worker_processes_end_with_a_parent_that_is_killed(tmp_path):
     (tmp_path / "script.py").write_text(WITH_WORKERS)
-    parent = subprocess.Popen(
-        [sys.executable, str(tmp_path / "script.py")],
+    parent = warm_python.Process(
+        [tmp_path / "script.py"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,

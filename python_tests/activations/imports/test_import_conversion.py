@@ -226,10 +226,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_shards(tmp_path):
     arguments = [str(source), str(out), "--shard-rows", "9000"]
     kills = 0
     for _ in range(40):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sae_fast.convert_shards", *arguments],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
+        process = warm_python.Process(
+            ["-m", "sae_fast.convert_shards", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
         )
         shards = len(list(out.glob("*.h5"))) if out.exists() else 0
         while process.poll() is None and kills < 3:
