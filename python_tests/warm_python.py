@@ -47,7 +47,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with ["-c", code, …], ["-m", module, …] or [script, …].
 
-    Options are those of `Process`. Return the completed process, with its output as text.
+    Options are passed to `Process`. Return the completed process, with its output as text.
     """
     return run_together([arguments], preload=preload, **options)[0]
 
@@ -241,7 +241,7 @@ def _watch(connection: socket.socket, started_with: dict[str, str]) -> None:
 
 
 def _request(requests: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive a request and its three descriptors; return None at the end of the socket."""
+    """Return a request and its three descriptors, or None at the end of the socket."""
     header, streams, _, _ = socket.recv_fds(requests, _SIZE.size, 3)
     if not header:
         return None
@@ -250,7 +250,7 @@ def _request(requests: socket.socket) -> tuple[dict[str, Any], list[int]] | None
 
 
 def _fork_away() -> int:
-    """Fork a process that the parent of this one adopts; return 0 in it, and its number here."""
+    """Return 0 in a new process, which the parent of this one adopts, and its number here."""
     reader, writer = os.pipe()
     between = os.fork()
     if between == 0:
