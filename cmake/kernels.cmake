@@ -32,8 +32,17 @@ if(SAE_FAST_SANITIZE MATCHES thread)
   # the loads and stores of emulated tiles, and misses the ones of tile instructions.
   list(FILTER ISA_LEVELS INCLUDE REGEX "^(portable|amx_emulated)$")
 elseif(SAE_FAST_SANITIZE)
-  # avx512vnni differs from avx512 in one instruction between registers.
+  # avx512vnni differs from avx512 in one instruction between registers. Where the processor cannot
+  # run AVX-512, the tests would skip these levels, which the module is compiled with all the same.
   list(REMOVE_ITEM ISA_LEVELS avx512vnni)
+  if("avx512" IN_LIST ISA_LEVELS)
+    include(CheckCXXSourceRuns)
+    check_cxx_source_runs("int main() { return !__builtin_cpu_supports(\"avx512vl\"); }"
+      SAE_FAST_RUNS_AVX512)
+    if(NOT SAE_FAST_RUNS_AVX512)
+      list(REMOVE_ITEM ISA_LEVELS avx512 amx)
+    endif()
+  endif()
 endif()
 set(dispatch_definitions "")
 foreach(level IN LISTS ISA_LEVELS)
