@@ -61,10 +61,11 @@ $(VENV)/made: $(VENV)/tools pyproject.toml
 	printf '%s\n' "$$TORCH" > $@
 
 # One process more than cores, because tests often wait for a disk; a file of tests runs in one
-# process. With a passive wait policy waiting OpenMP threads leave the cores to other processes. The
-# many processes that tests start share their compiled modules.
+# process, and the files with the most slow tests run first, so that the processes end together.
+# With a passive wait policy waiting OpenMP threads leave the cores to other processes. The many
+# processes that tests start share their compiled modules.
 PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive python -m pytest --dist loadfile \
-  -n $$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) + 1))')
+  --no-loadscope-reorder -n $$(python -c 'import os; print(min(8, len(os.sched_getaffinity(0)) + 1))')
 
 # The build folder is kept, so that only changed sources are compiled again.
 INSTALL_HERE := SAE_FAST_BUILD_DIR=build/native \

@@ -8,6 +8,7 @@ that a test starts.
 import contextlib
 import os
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -75,9 +76,16 @@ def no_waiting():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep one skipped case of every file if CUDA is missing, and drop the others."""
-    if not why_no_cuda():
-        return
+    """Drop what cannot run here, and let several processes begin with the longest files."""
+    if why_no_cuda():
+        keep_one_cuda_case_of_each_file(config, items)
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
+
+
+def keep_one_cuda_case_of_each_file(config, items):
+    """Keep one skipped case of every file that has cases on CUDA, and drop the others."""
     kept, dropped, seen = [], [], set()
     for item in items:
         needs_cuda = item.get_closest_marker("cuda") is not None
