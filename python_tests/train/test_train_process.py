@@ -4,26 +4,25 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import warm_python
 from train_runs import PATIENCE, SMALL, Run, refused
 
 
 @contextlib.contextmanager
 def _started(*arguments: object, **settings: Any) -> Iterator[subprocess.Popen[str]]:
     """Start the command in a process of its own, which ends with the test."""
-    command = ["-m", "sae_fast.train", *SMALL, *arguments]
+    command = [sys.executable, "-m", "sae_fast.train", *SMALL, *map(str, arguments)]
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     pipe = subprocess.PIPE
     settings |= {"stdout": pipe, "stderr": pipe, "text": True}
-    variables = {**os.environ, "PYTHONPATH": path}
-    with warm_python.Process(command, env=variables, **settings) as process:
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **settings) as process:
         try:
             yield process
         finally:
