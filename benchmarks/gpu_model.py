@@ -231,19 +231,19 @@ def _numbers(size: Size, measured: Mapping[str, float] | None) -> dict[str, Any]
 INTRO = f"""# A step on an H200, predicted
 
 Predictions for TopK in bfloat16, states in float32, no latent dead, the step a CUDA graph; the last
-column has measured times, once `--profile` is given the profile of a GPU. Bytes and operations are counted from the shapes;
-the launches are the ones that `python -m benchmarks.step_nodes` counts. The floor is what NVIDIA's
-data sheet of the H200 allows, {MEMORY / 1e12:g} TB/s of memory and {TENSOR / 1e12:.0f} TFLOP/s of
-bfloat16 without sparsity; where the bytes come from L2 it is 0. Predictions assume
-{RATES["stream"] / 1e12:g} TB/s for streams, {RATES["update"] / 1e12:g} in the update,
-{RATES["gather"] / 1e12:g} for rows in random order ({RATES["gather in L2"] / 1e12:g} from L2),
-{RATES["L2"] / 1e12:g} for the selection, {RATES["product"] / 1e12:.0f} TFLOP/s for products and
-{NODE * 1e6:g} µs for a small kernel, and are good to ±20 % at best. The projection
+column has measured times, once `--profile` is given the profile of a GPU. Bytes and operations are
+counted from the shapes; the launches are the ones that `python -m benchmarks.step_nodes` counts.
+The floor is what NVIDIA's data sheet of the H200 allows, {MEMORY / 1e12:g} TB/s of memory and
+{TENSOR / 1e12:.0f} TFLOP/s of bfloat16 without sparsity; where the bytes come from L2 it is 0.
+Predictions assume {RATES["stream"] / 1e12:g} TB/s for streams, {RATES["update"] / 1e12:g} in the
+update, {RATES["gather"] / 1e12:g} for rows in random order ({RATES["gather in L2"] / 1e12:g} from
+L2), {RATES["L2"] / 1e12:g} for the selection, {RATES["product"] / 1e12:.0f} TFLOP/s for products
+and {NODE * 1e6:g} µs for a small kernel, and are good to ±20 % at best. The projection
 reads W_dec in the kernels of the row above it, whose measured time has both."""
 
 
 def main() -> None:
-    """Predict the step of every size, and print a table of each."""
+    """Compute the prediction of every size, and print a table of each."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.gpu_model")
     parser.add_argument("--sizes", default=",".join(SIZES), help="G1…G3 or NxDxFxK")
     parser.add_argument("--profile", type=Path, action="append", default=[])

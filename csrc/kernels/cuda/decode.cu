@@ -238,13 +238,12 @@ __global__ void __launch_bounds__(kReconstructThreads, kReconstructBlocks)
 // alone, so results are the same in every run.
 template <typename Weight, int kWidth>
 cudaError_t staging_capacity(const CodeRows& code, int warps, int* capacity) {
-  int device = 0;
   int block_limit = 0;
   int total = 0;
   int reserved = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  cudaError_t error = cudaSuccess;
   const auto query = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error == cudaSuccess) error = device_attribute(value, attribute);
   };
   query(&block_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   query(&total, cudaDevAttrMaxSharedMemoryPerMultiprocessor);

@@ -1,6 +1,8 @@
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <string_view>
+#include <utility>
 
 #include "kernels/cuda/launch.cuh"
 
@@ -22,6 +24,21 @@ bool is_captured(cudaStream_t stream) {
 }
 
 }  // namespace
+
+cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
+  thread_local std::map<std::pair<int, cudaDeviceAttr>, int> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const auto found = known.find({device, attribute});
+  if (found != known.end()) {
+    *value = found->second;
+    return cudaSuccess;
+  }
+  error = cudaDeviceGetAttribute(value, attribute, device);
+  if (error == cudaSuccess) known[{device, attribute}] = *value;
+  return error;
+}
 
 cudaError_t check_launch(const void* kernel, cudaStream_t stream, cudaError_t error) {
   if (!waits_for_kernels() || is_captured(stream)) return error;

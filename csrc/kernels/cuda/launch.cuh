@@ -35,11 +35,16 @@ constexpr size_t kSharedWithoutAsking = 48 * 1024;
 constexpr size_t kMostStaticShared = 17 * 1024;
 
 #ifdef SAE_FAST_EMULATED_CUDA
+inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
+  return cudaDeviceGetAttribute(value, attribute, 0);  // tests change the device
+}
 inline cudaError_t check_launch(const void* /*kernel*/, cudaStream_t /*stream*/,
                                 cudaError_t error) {
   return error;
 }
 #else
+// An attribute of the current device; each thread asks the driver for it once.
+cudaError_t device_attribute(int* value, cudaDeviceAttr attribute);
 // Returns the error of a launch. With SAE_FAST_DEBUG_SYNC=1 it waits for the kernel first, unless
 // the stream is being captured, and prints the name of a kernel that has failed.
 cudaError_t check_launch(const void* kernel, cudaStream_t stream, cudaError_t error);

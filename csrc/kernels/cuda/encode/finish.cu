@@ -173,12 +173,8 @@ cudaError_t finish_list(const Encoder& encoder, const Tokens& tokens, const Enco
 }  // namespace
 
 cudaError_t topk_streams(int64_t k, int64_t k_aux, bool* streams) {
-  int device = 0;
   int limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  const cudaError_t error = device_attribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int64_t room = limit - static_cast<int64_t>(sizeof(FinishShared));
   *streams = key_bytes(std::max(k, k_aux)) <= room;
   return error;

@@ -5,12 +5,8 @@
 namespace sae_fast::cuda {
 
 cudaError_t row_update_max_d_in(UpdateRule rule, DType moments, int64_t* d_in) {
-  int device = 0;
   int bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  const cudaError_t error = device_attribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const auto fixed = static_cast<int64_t>(kRowWarps * (sizeof(float) + sizeof(double)));
   const int64_t rows = with_rule(rule, [&](auto known_rule) {
     constexpr UpdateRule kRule = decltype(known_rule)::value;
