@@ -2,11 +2,11 @@
 
     python -m benchmarks.ranks --json results/ranks.json
 
-The tokens of a step are divided among 1, 2 or 4 processes of one machine (`--mesh data=R`), each
-with its share of the machine's threads, connected by gloo over the loopback interface. The first
-steps are not timed. Bytes are those that a rank gives to be gathered, padding and messages
-included; no latent is dead yet, so there is no AuxK. A dense gradient, which other trainers
-reduce, has 8 · d_in · d_sae bytes.
+The tokens of a step (`--mesh data=R`) or the latents of the model (`--mesh latents=R`) are divided
+among 1, 2 or 4 processes of one machine, each with its share of the machine's threads, connected by
+gloo over the loopback interface. The first steps are not timed. Bytes are what a process gives to
+be gathered, padding and messages included; no latent is dead yet, so there is no AuxK. A dense
+gradient, which other trainers reduce, has 8 · d_in · d_sae bytes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ SIZES = "1024x384x3072x32,1024x384x24576x32,1024x384x98304x32"
 WARM_UP = 3
 
 
-def train(size: Size, arch: str, steps: int) -> dict[str, float]:
+def train(size: Size, arch: str, mesh: str, steps: int) -> dict[str, float]:
     """Make some steps as one of several ranks, or alone; return what the timed ones took."""
     ranks = launched().size
     x = make_activations(size, 8)
     trainer = Trainer(
         SAEConfig(arch=arch, d_sae=size.d_sae, k=size.k, dead_after_tokens=10_000_000),
         TrainConfig(
-            batch_size=size.n_tokens // ranks,
+            batch_size=size.n_tokens // (ranks if mesh == "data" else 1),
             max_steps=WARM_UP + steps,
-            mesh=f"data={ranks}" if ranks > 1 else None,
+            mesh=f"{mesh}={ranks}" if ranks > 1 else None,
             log_every=1,
             eval_every=0,
         ),
@@ -66,7 +66,7 @@ def train(size: Size, arch: str, steps: int) -> dict[str, float]:
     return {"seconds": times[middle], "communication": shares[middle], "bytes": sent[middle]}
 
 
-def measure(options: argparse.Namespace, size: Size, ranks: int) -> dict[str, float]:
+def measure(options: argparse.Namespace, size: Size, mesh: str, ranks: int) -> dict[str, float]:
     """Start the ranks and return what rank 0 measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, size: Size, ranks: int) -> dict[str, fl
             "--sizes",
             f"{size.n_tokens}x{size.d_in}x{size.d_sae}x{size.k}",
         ]
-        flags += ["--arch", options.arch, "--steps", str(options.steps)]
+        flags += ["--arch", options.arch, "--meshes", mesh, "--steps", str(options.steps)]
         threads = str(max(1, options.threads // ranks))
         flags += ["--threads", threads]
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
@@ -92,16 +92,16 @@ def report(result: dict[str, Any]) -> str:
     body = [
         (
             name,
-            ranks,
+            "one process" if divided == "data=1" else divided,
             milliseconds(row["seconds"]),
             percent(row["communication"]) if row["bytes"] else "-",
             f"{row['bytes']:,.0f}" if row["bytes"] else "-",
             f"{row['dense_bytes']:,}",
         )
         for name, rows in result["sizes"].items()
-        for ranks, row in rows.items()
+        for divided, row in rows.items()
     ]
-    headings = ("size", "processes", "ms a step", "communication", "bytes", "dense gradient")
+    headings = ("size", "mesh", "ms a step", "communication", "bytes", "dense gradient")
     parts = ["# Ranks", "", __doc__.split("\n\n")[2].strip(), "", markdown_table(headings, body)]
     parts += ["", machine_line(result["machine"]), "", f"`{result['command']}`"]
     return "\n".join(parts)
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.ranks")
     parser.add_argument("--sizes", default=SIZES, help="sizes NxDxFxK, separated by commas")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of processes")
+    parser.add_argument("--meshes", default="data,latents", help="what they divide")
     parser.add_argument("--arch", default="topk")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
@@ -120,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sizes = [parse_size(text) for text in options.sizes.split(",")]
     if options.as_rank is not None:
-        found = train(sizes[0], options.arch, options.steps)
+        found = train(sizes[0], options.arch, options.meshes, options.steps)
         if launched().rank == 0:
             options.as_rank.write_text(json.dumps(found))
         return
@@ -128,9 +129,13 @@ def main() -> None:
     for size in sizes:
         name = f"{size.n_tokens} tokens, d_in {size.d_in}, d_sae {size.d_sae:,}, k {size.k}"
         dense = 8 * size.d_in * size.d_sae
+        counts = [int(count) for count in options.ranks.split(",")]
+        divided = [(mesh, n) for mesh in options.meshes.split(",") for n in counts if n > 1]
+        if 1 in counts:
+            divided.insert(0, ("data", 1))
         result["sizes"][name] = {
-            count: measure(options, size, int(count)) | {"dense_bytes": dense}
-            for count in options.ranks.split(",")
+            f"{mesh}={count}": measure(options, size, mesh, count) | {"dense_bytes": dense}
+            for mesh, count in divided
         }
     result |= {"machine": describe_machine(torch.device("cpu"))}
     result["command"] = command_line("benchmarks.ranks")

@@ -101,6 +101,8 @@ def main(directory: Path) -> None:
         found["shapes"][case] = tuple(trainer.sae.W_enc.shape)
         ranks = trainer.ranks
     assert ranks is not None
+    x = torch.randn(2, 5001, 3, generator=torch.Generator().manual_seed(1))  # no even parts
+    found["sums"] = x[0] + x[1], ranks.sum_in_order(x[ranks.rank])
     trainer_of("topk", directory / "stopped", [At(4, stop)]).train()
     ranks.values(None)  # the test looks at what the first has written
     again = trainer_of("topk", directory / "stopped", resume_from="latest")

@@ -124,6 +124,13 @@ def test_a_run_continues_with_another_number_of_processes(
 
 
 @pytest.mark.slow
+def test_a_large_sum_is_added_up_in_the_order_of_the_processes(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        expected, total = found["sums"]
+        assert torch.equal(expected, total)
+
+
+@pytest.mark.slow
 def test_what_cannot_be_divided_is_refused(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         for reason, error in found["refused"].items():

@@ -126,11 +126,7 @@ class LatentRows:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes, in their order; without a gradient."""
-        parts = [parts[0] for _, parts in self.ranks.gather(None, [tensor.detach()])]
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
-        return total
+        return self.ranks.sum_in_order(tensor.detach())
 
     def of_all(self, code: ops.SparseCode) -> ops.SparseCode:
         """Return a code with the values of all processes, for what only they decide."""
