@@ -347,6 +347,26 @@ def test_rows_without_variance_are_measured_as_far_as_that_goes(
     assert quality["mse"] >= 0
 
 
+@pytest.mark.parametrize("fields", [{}, {"d_sae": 1, "k": 1}, {"arch": "relu", "k": None}])
+def test_latents_of_zeros_and_the_smallest_dictionary_and_shard_are_measured(
+    place: Path, fields: dict[str, object]
+) -> None:
+    sae = _save(place / "sae", **fields)
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    sae.save(place / "sae")
+    (place / "one").mkdir()
+    write_shard(place / "one" / "heldout_00.h5", _rows(1)[:1], token_ids=torch.zeros(1).long())
+    for shards, rows in ("shards", ROWS), ("one", 1):
+        flags = ("--shard-dir", place / shards, "--out", place / f"out_{shards}")
+        assert _run(place / "sae", *flags) == 0
+        content = json.loads((place / f"out_{shards}" / "metrics.json").read_text())
+        assert content["measured_on"]["rows"] == rows
+        assert content["metrics"]["shrinkage"]["l2_norm_out"] == 0
+        assert content["metrics"]["shrinkage"]["relative_reconstruction_bias"] is None
+        assert content["metrics"]["misc_metrics"]["average_max_decoder_cosine_sim"] == 0
+
+
 def test_rows_never_written_are_measured_on_or_left_out(place: Path) -> None:
     _save(place / "sae")
     path = place / "shards" / "heldout_00.h5"

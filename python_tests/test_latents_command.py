@@ -16,7 +16,7 @@ from small_models import make_tokenizer, save_model
 from small_pages import D_IN, D_SAE, HOSTILE, ROWS, VOCABULARY, command, make_place
 from tokenizers import Tokenizer, models
 
-from sae_fast import SparseAutoencoder
+from sae_fast import SAEConfig, SparseAutoencoder
 from sae_fast.activations import ShardMetadata, write_shard
 from sae_fast.evaluation.token_texts import TokenTexts, load_token_texts
 from sae_fast.latents import main
@@ -198,6 +198,19 @@ def test_shards_of_another_place_are_refused_unless_forced(place, tmp_path, caps
 def test_bad_input_is_one_line(place, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert message in refusal(capsys, place, tmp_path / "pages", *flags)
+
+
+def test_the_smallest_dictionary_has_a_page_of_the_smallest_shard(place, tmp_path):
+    sae = SparseAutoencoder(SAEConfig(d_in=D_IN, d_sae=1, k=1))
+    sae.initialize_(torch.Generator().manual_seed(0))
+    sae.save(tmp_path / "sae")
+    (tmp_path / "shards").mkdir()
+    row = sae.W_dec.detach()
+    write_shard(tmp_path / "shards" / "train.h5", row, token_ids=torch.tensor([7]))
+    words = command(place, tmp_path / "pages", "--shard-dir", str(tmp_path / "shards"))
+    assert main([str(tmp_path / "sae"), *words[1:]]) == 0
+    meta = arguments_of(tmp_path / "pages" / "data" / "meta.js")[0]
+    assert (meta["latents"], meta["rows"], meta["neighbours"]) == (1, 1, 0)
 
 
 def test_rows_never_written_are_refused_read_or_left_out(place, tmp_path, capsys):
