@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 from sae_fast import TrainConfig
 from sae_fast.activations import write_shard
 from sae_fast.distributed.meeting import common_name
-from sae_fast.distributed.ranks import RankError, Ranks
+from sae_fast.distributed.ranks import RankError, Ranks, connect
 from sae_fast.distributed.replicas import digests
 from sae_fast.distributed.wire import HEADER_BYTES, pack, pack_header, unpack, unpack_header
 
@@ -197,6 +197,18 @@ def test_a_rank_that_has_failed_is_named_with_its_reason() -> None:
     assert isinstance(error, RankError)
     assert str(error) == "rank 1: the disk is full"
     assert not error.is_told
+
+
+def test_a_process_that_meets_no_first_one_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(RankError, match="the ranks cannot be connected") as found:
+        connect(timedelta(seconds=1))
+    assert not found.value.is_told
 
 
 def test_processes_of_an_earlier_start_are_not_met_again() -> None:

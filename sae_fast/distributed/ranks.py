@@ -411,7 +411,8 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
             timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"mesh: the ranks cannot be connected: {error}") from error
+        # Each process says so: the first one may be the one that is missing.
+        raise RankError(f"mesh: the ranks cannot be connected: {error}") from error
     atexit.register(_disconnect)
     ranks = Ranks(rank, size, store, place.local_rank, place.local_size)
     ranks._has_nccl = is_on_gpu
