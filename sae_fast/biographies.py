@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make(options: BiographyOptions, out: Path) -> None:
     import torch
 
+    from sae_fast import ops  # noqa: F401  # a missing compiled module is refused before the work
     from sae_fast.ground_truth.biographies import files
     from sae_fast.ground_truth.biographies.language_model import (
         LanguageModelConfig,

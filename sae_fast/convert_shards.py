@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _prepare(options: ConvertOptions, place: str, out: Path) -> list[Conversion]:
     """Prepare a conversion for every key."""
+    from sae_fast import ops  # noqa: F401  # a missing compiled module is refused before the work
     from sae_fast.activations import ShardMetadata
     from sae_fast.activations.imports import ConversionOptions, prepare
     from sae_fast.activations.imports.formats import find_files
