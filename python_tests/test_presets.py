@@ -101,6 +101,7 @@ def test_the_paper_preset_is_the_recipe_of_its_paper():
     assert sae.decoder_norm == "free"  # so that the penalty is weighted by the rows' norms
     assert sae.normalize_activations == "mean_scale"  # to a norm of sqrt(d_in)
     assert (config.learning_rate, config.batch_size, config.grad_clip) == (5e-5, 4096, 1.0)
+    assert config.betas == (0.9, 0.999)
     schedules = make_schedules(config, sae, rows_per_epoch=100 * 4096)
     weights = [schedules.at(step).sparsity_weight for step in range(6)]
     assert weights == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])  # 5 % of 100 steps

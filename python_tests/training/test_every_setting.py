@@ -48,6 +48,7 @@ UNCHANGED = {
     "decoder_norm=unit": ("jumprelu", "gated", "slots"),  # the default
     "decoder_norm=free": ("relu",),  # the default
     "slots_mode=joint": ("slots",),  # the default
+    "pre_act_loss_coeff=0.6": ("gated",),  # all its latents fire in these few steps
 }
 # Other forms of architectures, for which further settings have an effect.
 FORMS = {

@@ -104,7 +104,13 @@ PRESETS = {
         "the recipe of arXiv:2503.18878: ReLU with an L1 penalty weighted by the decoder's norms",
         tokens=1_000_000_000,
         sae={"arch": "relu", "d_in": 4096, "d_sae": 65536, "l1_penalty_coeff": 5.0},
-        train={"batch_size": 4096, "learning_rate": 5e-5, "grad_clip": 1.0},
+        train={
+            "batch_size": 4096,
+            "learning_rate": 5e-5,
+            "betas": (0.9, 0.999),
+            "decay_fraction": 0.2,
+            "grad_clip": 1.0,
+        },
     ),
     "bert_base_topk": Preset(
         "BERT-base's hidden states, a wide dictionary with many active latents",
