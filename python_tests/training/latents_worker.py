@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from several_ranks import error_of
 
 from sae_fast import Callback, SAEConfig, TrainConfig, Trainer
 from sae_fast.distributed.environment import launched
@@ -78,15 +79,6 @@ def trainer_of(
     x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
     config = SAEConfig(**sae), TrainConfig(**given | settings)
     return Trainer(*config, x, callbacks=callbacks, show_progress=False)
-
-
-def error_of(make: Callable[[], Any]) -> str:
-    """Return the error of a call; "" for none."""
-    try:
-        make()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def main(directory: Path) -> None:

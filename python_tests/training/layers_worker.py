@@ -10,11 +10,11 @@ import io
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from several_ranks import be_rank, error_of
 from small_models import make_tokenizer
 from small_texts import make_texts
 
@@ -74,21 +74,9 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def error_of(make: Callable[[], Any]) -> str:
-    """Return the error of a call; "" for none."""
-    try:
-        make()
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def together(directory: Path, rank: int, port: int, network: torch.nn.Module) -> None:
     """Do what the test looks at, as rank 0 or 1 of two."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    torch.set_num_threads(1)
+    be_rank(rank, 2, port)
     run_directory.plot_run = lambda rows, path, title: path  # it takes longer than the trainings
     mesh = {"mesh": "layers=2", "mesh_timeout": 1.0}
     found: dict[str, Any] = {"trained": command(directory, "two", "--mesh", "layers=2")}

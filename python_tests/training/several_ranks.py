@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import warm_python
@@ -34,3 +36,12 @@ def be_rank(rank: int, size: int, port: int) -> None:
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
+
+
+def error_of(make: Callable[[], Any]) -> str:
+    """Return the error of a call; "" for none."""
+    try:
+        make()
+    except ValueError as error:
+        return str(error)
+    return ""
