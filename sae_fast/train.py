@@ -415,17 +415,17 @@ def _read_by_all(
         log_file = shown.log_file if is_first else None
         output.configure(quiet=shown.quiet, log_file=log_file, is_shown=is_first)
         config = _config(given, line)
+        if place.size > 1 and config.train.mesh is None:
+            raise ValueError(
+                f"{place.size} processes were started (WORLD_SIZE = {place.size}), and each would "
+                f"train the whole model: give --mesh data={place.size}, by which they divide the "
+                f"batches, or layers={place.size}, the trainings of a sweep or of several layers, "
+                "or start one process without torchrun"
+            )
     except Exception as error:
         if place.size > 1:
             _agree_on(error)
         raise
-    if place.size > 1 and config.train.mesh is None:
-        raise ValueError(
-            f"{place.size} processes were started (WORLD_SIZE = {place.size}), and each would "
-            f"train the whole model: give --mesh data={place.size}, by which they divide the "
-            f"batches, or layers={place.size}, the trainings of a sweep or of several layers, or "
-            "start one process without torchrun"
-        )
     return given, line, config
 
 

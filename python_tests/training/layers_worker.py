@@ -1,6 +1,6 @@
 """Trains a sweep of small models as one of several processes, or alone, and saves what it saw.
 
-Run by test_ranks_layers.py: `together(DIRECTORY, rank)`, with the variables of a launcher.
+Run by test_ranks_layers.py: `main(DIRECTORY)`, with the variables of a launcher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from several_ranks import be_rank, error_of
+from several_ranks import error_of
 from small_models import make_tokenizer
 from small_texts import make_texts
 
@@ -74,9 +74,10 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def together(directory: Path, rank: int, port: int, network: torch.nn.Module) -> None:
+def main(directory: Path) -> None:
     """Do what the test looks at, as rank 0 or 1 of two."""
-    be_rank(rank, 2, port)
+    rank = launched().rank
+    network = torch.load(directory / "network.pt", weights_only=False)
     run_directory.plot_run = lambda rows, path, title: path  # it takes longer than the trainings
     mesh = {"mesh": "layers=2", "mesh_timeout": 1.0}
     found: dict[str, Any] = {"trained": command(directory, "two", "--mesh", "layers=2")}

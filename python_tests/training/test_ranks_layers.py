@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import layers_worker
 import pytest
+import several_ranks
 import torch
-import warm_python
 from safetensors.torch import load_file
 from small_models import make_network
 from torch import nn
@@ -46,18 +45,7 @@ def network(place: Path) -> nn.Module:
 @pytest.fixture(scope="module")
 def ranks(place: Path, network: nn.Module, alone: None) -> list[dict[str, Any]]:
     """Return what two processes have done together."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    here = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    program = (
-        f"import sys; sys.path[:0] = {here}\n"
-        "import pathlib, torch, layers_worker\n"
-        f"place = pathlib.Path({str(place)!r})\n"
-        "network = torch.load(place / 'network.pt', weights_only=False)\n"
-        f"layers_worker.together(place, {{rank}}, {port}, network)"
-    )
-    ends = warm_python.run_together([["-c", program.format(rank=rank)] for rank in range(2)])
+    ends = several_ranks.run("layers_worker", place)
     assert [end.returncode for end in ends] == [0, -signal.SIGKILL], ends[0].stderr + ends[1].stderr
     return [torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 

@@ -12,6 +12,7 @@ the launcher how it ended, so that the others can say which one it was, and why.
 from __future__ import annotations
 
 import atexit
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
+import sae_fast
 from sae_fast.config import TrainConfig
 from sae_fast.config.mesh import parsed_mesh
 from sae_fast.distributed.environment import launched
@@ -89,6 +91,7 @@ class Ranks:
         self._store = store
         self._local_rank, self._local_size = local_rank, local_size
         self._has_nccl = False
+        self._agreed: Exception | None = None  # the last error with which all have left a context
 
     @property
     def is_first(self) -> bool:
@@ -273,11 +276,14 @@ class Ranks:
         except RankError:
             raise
         except Exception as error:
+            if error is self._agreed:  # of an agreement within this one
+                raise
             failure = error
         found = self.values({"failed": _text(failure), "facts": own})
         for number, other in enumerate(found):
             if other["failed"] is not None:
                 if failure is not None and other["failed"] == _text(failure):
+                    self._agreed = failure
                     raise failure
                 raise self._told(f"rank {number}: {other['failed']}")
         for number, other in enumerate(found):
@@ -360,7 +366,8 @@ _connected: list[Ranks] = []  # one at most
 def open_ranks(config: TrainConfig) -> Ranks:
     """Return the processes of a training, connected; `ALONE` without a mesh.
 
-    Raises ValueError where the mesh is not the one that the launcher has started.
+    Raises ValueError where the mesh is not the one that the launcher has started, and RankError
+    where the processes do not fit each other.
     """
     sizes = parsed_mesh(config.mesh)
     wanted, place = prod(sizes.values()), launched()
@@ -371,13 +378,14 @@ def open_ranks(config: TrainConfig) -> Ranks:
             f"mesh = {config.mesh!r} needs {wanted} processes, and this is one: start them with "
             f"torchrun --nproc-per-node {wanted} -m sae_fast.train"
         )
-    if wanted != place.size:
-        raise ValueError(
-            f"mesh = {config.mesh!r} needs {wanted} processes, and the launcher has started "
-            f"{place.size} (WORLD_SIZE = {place.size})"
-        )
     ranks = connect(timedelta(minutes=config.mesh_timeout), config.device)
     ranks.forget_failure()
+    with ranks.agreement(lambda: {"its settings": {"mesh": config.mesh}}):
+        if wanted != place.size:
+            raise ValueError(
+                f"mesh = {config.mesh!r} needs {wanted} processes, and the launcher has started "
+                f"{place.size} (WORLD_SIZE = {place.size})"
+            )
     return ranks
 
 
@@ -388,7 +396,8 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
         timeout: how long a process is waited for.
         device: what the model is trained on.
 
-    Raises ValueError where they cannot be connected.
+    Raises RankError where they cannot be connected, or where one of them has another version of
+    sae_fast or torch, or GPUs and no NCCL.
     """
     if _connected:
         return _connected[0]
@@ -396,15 +405,14 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
     assert place.local_rank is not None
     if dist.is_initialized():
         raise ValueError("mesh: torch.distributed is in use by this program already")
-    is_on_gpu = device.startswith("cuda") and torch.cuda.device_count() >= place.local_size
-    if is_on_gpu and not dist.is_nccl_available():
-        raise ValueError(f"mesh: this torch ({torch.__version__}) is without NCCL")
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         own = PrefixStore("sae_fast", store)
         store = PrefixStore(common_name(own, rank, size, timeout), own)
+        programs = _programs(store, rank, size, _Program.of_this(device, place.local_size))
+        has_nccl = all(program.has_own_gpu and program.has_nccl for program in programs)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_on_gpu else "gloo",
+            "cpu:gloo,cuda:nccl" if has_nccl else "gloo",
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
@@ -413,11 +421,59 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
     except (RuntimeError, ValueError) as error:
         # Each process says so: the first one may be the one that is missing.
         raise RankError(f"mesh: the ranks cannot be connected: {error}") from error
-    atexit.register(_disconnect)
     ranks = Ranks(rank, size, store, place.local_rank, place.local_size)
-    ranks._has_nccl = is_on_gpu
+    ranks._has_nccl = has_nccl
+    if (difference := _mismatch(programs)) is not None:
+        with suppress(ValueError), ranks.agreement():  # until all have come so far
+            raise ValueError(difference)
+        _disconnect()
+        raise ranks._told(difference)
+    atexit.register(_disconnect)
     _connected.append(ranks)
     return ranks
+
+
+class _Program(NamedTuple):
+    """The versions and devices of a process, which must fit the ones of the others.
+
+    Attributes:
+        sae_fast: the version of sae_fast.
+        torch: the version of torch.
+        has_own_gpu: whether it trains on a GPU which no other process on its machine uses.
+        has_nccl: whether its torch has NCCL.
+    """
+
+    sae_fast: str
+    torch: str
+    has_own_gpu: bool
+    has_nccl: bool
+
+    @classmethod
+    def of_this(cls, device: str, local_size: int) -> _Program:
+        """Return what this process computes with, one of `local_size` on its machine."""
+        has_own_gpu = device.startswith("cuda") and torch.cuda.device_count() >= local_size
+        versions = sae_fast.__version__, torch.__version__
+        return cls(*versions, has_own_gpu, dist.is_nccl_available())
+
+
+def _programs(store: Store, rank: int, size: int, own: _Program) -> list[_Program]:
+    """Return what every process computes with, told through the store."""
+    store.set(f"program/{rank}", json.dumps(own))
+    return [_Program(*json.loads(store.get(f"program/{number}"))) for number in range(size)]
+
+
+def _mismatch(programs: Sequence[_Program]) -> str | None:
+    """Return in words why processes cannot train together, the first reason; None: they can."""
+    first = programs[0]
+    for number, other in enumerate(programs):
+        for name in ("sae_fast", "torch"):
+            value, known = getattr(other, name), getattr(first, name)
+            if value != known:
+                difference = _difference(known, value)
+                return f"rank {number} differs from rank 0 in the version of {name}{difference}"
+        if other.has_own_gpu and not other.has_nccl:
+            return f"rank {number}: mesh: its torch ({other.torch}) is without NCCL"
+    return None
 
 
 def note_failure(error: BaseException) -> None:

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 
-import sae_fast
 from sae_fast.activations.files import (
     folders_of_shards,
     require_one_kind,
@@ -161,8 +160,6 @@ class Sweep:
         """Return what all processes must have in common before the first step, by name."""
         trainers = list(self.trainers.values())
         return {
-            "the version of sae_fast": sae_fast.__version__,
-            "the version of torch": torch.__version__,
             "its device": trainers[0].device.type,
             "the step": trainers[0].step,
         }

@@ -199,7 +199,10 @@ class Trainer:
         self._downstream = checked_downstream(downstream, sae_config)
         check_holds_no_runs(sae_config, train_config)
         train_config = in_mode_directory(sae_config, train_config)
-        self.device = checked_device(self.ranks.device_of(train_config.device))
+        asked = RunConfig(sae=sae_config, train=train_config)
+        # Before anything is read, which may take hours.
+        with self.ranks.agreement(lambda: self._first_facts(asked)):
+            self.device = checked_device(self.ranks.device_of(train_config.device))
         if train_config.num_threads is not None:
             torch.set_num_threads(train_config.num_threads)
         checkpoint = resumed_checkpoint(train_config, writes=self.ranks.is_first)
@@ -653,20 +656,20 @@ class Trainer:
         with self.ranks.agreement(self._state_facts):
             pass
 
+    def _first_facts(self, config: RunConfig) -> dict[str, Any]:
+        """Return what all ranks must have in common before they read anything, by name."""
+        return {"its settings": _common_settings(config), "its device": self.device.type}
+
     def _facts(self) -> dict[str, Any]:
         """Return what all ranks must have in common before the first step, by name."""
-        given = self.config.to_dict()
-        del given["train"]["device"], given["train"]["num_threads"]
+        given = _common_settings(self.config)
         # Of dense codes, and a skip connection, torch's products follow the threads.
         follows = self.sae.architecture.needs_host_sync or self.sae_config.skip_connection
         return {
             "its threads": torch.get_num_threads() if follows else None,
-            "the version of sae_fast": sae_fast.__version__,
-            "the version of torch": torch.__version__,
-            "its settings": {**given["sae"], **given["train"]},
-            "its device": self.device.type,
             "its shards": self.batches.state_dict(),
             "its held-out rows": self.data.heldout_identity,
+            "its settings": given,  # some follow from the shards
             **self._state_facts(),
         }
 
@@ -971,6 +974,13 @@ def _check_mesh(
             f"mesh must be left out with arch {sae.arch}: its after_step_ is given the code of one "
             "process alone"
         )
+
+
+def _common_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that all ranks of a training must have in common."""
+    given = config.to_dict()
+    del given["train"]["device"], given["train"]["num_threads"]
+    return {**given["sae"], **given["train"]}
 
 
 def _both_configs(
