@@ -70,7 +70,7 @@ def trainer_of(
     case: str, directory: Path | None, callbacks: Sequence[Callback] = (), **settings: Any
 ) -> Trainer:
     """Return the training of a case, by one process or by two that divide its latents."""
-    given = {"lr": 1e-2, "batch_size": 16, "max_steps": STEPS, "log_every": 1, "eval_every": 0}
+    given = {"lr": 1e-2, "batch_size": 16, "max_steps": STEPS, "log_every": 1, "eval_every": 4}
     given["grad_acc_steps"] = 2 if case in PARTS else 1
     given["checkpoint_dir"] = None if directory is None else str(directory)
     if launched().size > 1:
@@ -78,7 +78,7 @@ def trainer_of(
     sae = CASES[case] | settings.pop("sae", {})
     x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
     config = SAEConfig(**sae), TrainConfig(**given | settings)
-    return Trainer(*config, x, callbacks=callbacks, show_progress=False)
+    return Trainer(*config, x, heldout=x[:100], callbacks=callbacks, show_progress=False)
 
 
 def main(directory: Path) -> None:

@@ -77,10 +77,13 @@ def test_the_latents_are_trained_as_by_one_process(
 ) -> None:
     assert_near(tensors_of(place / "one" / case), tensors_of(place / "two" / case))
     assert [found["shapes"][case] for found in ranks] == [(33, 16), (34, 16)]
+    best = [(place / run / case / "checkpoints/best").readlink() for run in ("one", "two")]
+    assert best[0] == best[1]
     rows = [found["history"][case] for found in ranks]
     assert len(rows[0]) == len(alone[case]) == STEPS
     for expected, row, same in zip(alone[case], *rows, strict=True):
-        for name in expected.keys() & row.keys() - {*_OF_TIME, *_OF_RANKS}:
+        assert expected.keys() == row.keys() - {*_OF_RANKS}
+        for name in expected.keys() - {*_OF_TIME}:
             near = None if expected[name] is None else pytest.approx(expected[name], 1e-4, 1e-6)
             assert row[name] == near, name
             assert row[name] == same[name], name

@@ -98,6 +98,10 @@ class Engine(NamedTuple):
         """Return the mean of a number of each latent [F], 0-d, over all latents."""
         return per_latent.mean()
 
+    def joined(self, per_latent: Tensor) -> Tensor:
+        """Return a number of each latent [F], of all latents, given the latents at hand."""
+        return per_latent
+
     def encode_topk(
         self,
         weights: Weights,

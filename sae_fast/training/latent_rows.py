@@ -36,9 +36,11 @@ from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.distributed.ranks import Ranks
 from sae_fast.ops.dense_product import linear
 from sae_fast.ops.encode import encode_selected
+from sae_fast.ops.full_precision import matmul
 from sae_fast.training.labels import label_columns, needs_sequences
 
 _ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated")
+_SHORTEST = 1e-12
 _OF_LATENTS = ("W_enc", "b_enc", "W_dec", "tokens_since_fired")
 _TYPES = {
     torch.float32: "F32",
@@ -227,6 +229,26 @@ class LatentEngine(Engine):
     def mean(self, per_latent: Tensor) -> Tensor:
         """Return the mean over the latents of all processes, 0-d."""
         return self.rows.sum(per_latent.detach().sum()) / self.rows.d_sae
+
+    def joined(self, per_latent: Tensor) -> Tensor:
+        """Return a number of each latent [F], of the latents of all processes."""
+        found = self.rows.ranks.gather(None, [per_latent.detach()])
+        return torch.cat([parts[0] for _, parts in found])
+
+    def mean_squared_cosine(self, W_dec: Tensor) -> Tensor:
+        """Return the mean of (ŵ_i·ŵ_j)² over pairs of different latents of all processes, 0-d.
+
+        It is ‖Ŵᵀ Ŵ‖² without the squares of ŵ_i·ŵ_i, divided by the number of pairs.
+
+        Args:
+            W_dec: [F, D], the rows of this process.
+        """
+        lengths = torch.linalg.vector_norm(W_dec.detach(), dim=1, keepdim=True)
+        unit = W_dec.detach() / lengths.clamp_min(_SHORTEST)
+        gram = self.rows.sum(matmul(unit.t(), unit))
+        own = self.rows.sum(unit.double().square().sum(1).square().sum())
+        total = gram.double().square().sum() - own
+        return total / max(self.rows.d_sae * (self.rows.d_sae - 1), 1)
 
     def encode_topk(self, weights: Weights, *given: Any, **options: Any) -> ops.SparseCode:
         """Return what `Engine.encode_topk` does, of the latents of this process."""

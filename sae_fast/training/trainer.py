@@ -64,7 +64,7 @@ from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_me
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
-from sae_fast.training.latent_rows import LatentRows, check_divisible, with_latents
+from sae_fast.training.latent_rows import LatentEngine, LatentRows, check_divisible, with_latents
 from sae_fast.training.launcher import Launcher, explain_no_graph, wants_graph
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import ROW_NAMES, Row
@@ -182,6 +182,7 @@ class Trainer:
         self._wall_clock = WallClock(train_config)
         self.ranks = open_ranks(train_config)
         self._rows: LatentRows | None = None  # with mesh latents, the ones of this process
+        self._latent_engine: LatentEngine | None = None  # by which these are evaluated
         self._stop, self._show_progress = stop, show_progress and self.ranks.is_first
         self._run: RunDirectory | None = None
         inputs = _Inputs(data, heldout, columns, heldout_columns, downstream, loss_terms)
@@ -229,9 +230,6 @@ class Trainer:
                 f"mesh = {train_config.mesh!r} has more processes than there are "
                 f"{'latents' if axis == 'latents' else 'rows'}, {divided:,}"
             )
-        if axis == "latents" and self.data.heldout is not None:
-            logger.info("mesh latents: held-out rows are left for an evaluation of the checkpoints")
-            self.data.heldout = None
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
         self.tokens_per_step = train_config.tokens_per_step
@@ -459,12 +457,12 @@ class Trainer:
         before their names. Where eval_metrics is due after the last step, the losses of the
         language model are added.
         """
-        if self._rows is not None:
-            return {}
         averaged = None if self.average is None else self.average.model
         config = self.train_config
         in_model = config.eval_metrics > 0 and self._is_due(config.eval_metrics * config.eval_every)
-        return self._heldout.evaluate(self.model(), averaged, in_model=in_model)
+        return self._heldout.evaluate(
+            self.model(), averaged, in_model=in_model, engine=self._latent_engine
+        )
 
     def kept_copies(self) -> AbstractContextManager[None]:
         """Keep the working copies that the steps made of the weights, for calls of `sae`."""
@@ -758,7 +756,8 @@ class Trainer:
         improved = False
         if look:
             if self.step == self.total_steps and self.data.heldout is not None:
-                self._calibration.calibrate_(self.model, self.data.heldout)
+                rows = self.data.heldout
+                self._calibration.calibrate_(self.model, rows, self._latent_engine)
             with self.kept_copies():
                 evaluation = self.evaluate()
             measured = {**metrics, "explained_variance": 1 - metrics["fvu"], **evaluation}
@@ -862,6 +861,7 @@ class Trainer:
         if is_whole:
             self._rows = LatentRows(self.ranks, self.sae)
             self._rows.keep_(self.sae)
+            self._latent_engine = LatentEngine.of(self._rows, "screened", dense_grad=True)
         self.sae.to(self.device)
         self._calibration = Calibration(self.sae)
         self.optimizer = make_optimizer(self.sae, config, self.total_steps, self._rows)
@@ -924,7 +924,8 @@ class Trainer:
     def _latent_figures(self) -> LatentFigures:
         """Return numbers of the latents for the report, of samples of the latents and the rows."""
         model = self.model()
-        rates, sample = self._heldout.rates, self._heldout.sample(model)
+        rates = self._heldout.rates
+        sample = None if self._rows is not None else self._heldout.sample(model)
         return LatentFigures(rates, sampled_cosines(model.W_dec), sample)
 
     def _models_to_leave(self) -> dict[str, Callable[[], SparseAutoencoder]]:
