@@ -1,7 +1,8 @@
 """Train with the default rates and with multiples of the default learning rate.
 
     python -m benchmarks.default_rates --shard-dir DIR --epochs 1 5 --markdown default_rates.md
-    python -m benchmarks.default_rates --shard-dir DIR --arch relu --target-l0 32 --tokens 50000
+    python -m benchmarks.default_rates --shard-dir DIR --arch relu --target-l0 32 --tokens 50000 \\
+      --json default_rates.json --markdown default_rates.md --append
 
 The defaults follow from the tokens of the run (training/fitted_batch.py, fitted_rates.py). A row is
 a number of tokens, a batch size, and a factor of the default learning rate; everything else has its
@@ -15,8 +16,10 @@ lengthens them.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.support.machine import command_line, describe_machine, device_or_exit
@@ -70,31 +73,40 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {distance:.{digits}f}"
 
 
-def report(result: dict[str, Any]) -> str:
-    """Return the explanation and the table as Markdown."""
+def rows_of(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the row of each setting, over its seeds."""
     groups: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
-    for run in result["runs"]:
+    for run in runs:
         groups.setdefault((run["tokens"], run["asked"], run["factor"]), []).append(run)
     rows = []
-    for (tokens, asked, factor), runs in groups.items():
-        size = f"{runs[0]['batch_size']:,}{'' if asked else ', default'}"
-        name = f"{runs[0]['rate']:.2g}{', default' if factor == 1 else ''}"
-        fvu, dead, l0 = ([run[figure] for run in runs] for figure in FIGURES)
+    for (tokens, asked, factor), group in groups.items():
+        size = f"{group[0]['batch_size']:,}{'' if asked else ', default'}"
+        name = f"{group[0]['rate']:.2g}{', default' if factor == 1 else ''}"
+        fvu, dead, l0 = ([run[figure] for run in group] for figure in FIGURES)
         shown = [spread(fvu, 4), spread([100 * share for share in dead], 1), spread(l0, 1)]
-        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
-        rows.append([f"{tokens:,}", size, f"{runs[0]['steps']:,}", name, *shown, seconds])
+        seconds = f"{statistics.median(run['seconds'] for run in group):.0f}"
+        rows.append([f"{tokens:,}", size, f"{group[0]['steps']:,}", name, *shown, seconds])
+    return rows
+
+
+def report(result: dict[str, Any]) -> str:
+    """Return the explanation and the table of every part as Markdown."""
     headings = ["tokens", "batch", "steps", "learning rate"]
     headings += ["held-out FVU", "dead %", "held-out L0", "CPU seconds"]
-    return "\n\n".join(
-        [
-            "# Default learning rates",
-            (__doc__ or "").strip().split("\n\n")[2],
-            result["about"],
-            markdown_table(headings, rows),
-            machine_line(result["machine"]),
-            f"`{result['command']}`",
-        ]
-    )
+    lines = ["# Default learning rates", (__doc__ or "").strip().split("\n\n")[2]]
+    for part in result["parts"]:
+        lines += [f"## {part['title']}", part["about"]]
+        lines += [markdown_table(headings, rows_of(part["runs"]))]
+        lines += [machine_line(part["machine"]), f"`{part['command']}`"]
+    return "\n\n".join(line for line in lines if line)
+
+
+def parts_before(path: Path | None) -> list[dict[str, Any]]:
+    """Return the parts of a file of results, none where it does not exist yet."""
+    if path is None:
+        raise SystemExit("error: --append needs --json, the file that has the earlier parts")
+    parts: list[dict[str, Any]] = json.loads(path.read_text())["parts"] if path.exists() else []
+    return parts
 
 
 def main() -> None:
@@ -112,12 +124,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--about", default="", help="one sentence about the shards")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--append", action="store_true", help="keep the parts that --json has")
     add_run_arguments(parser)
     options = parser.parse_args()
     device = device_or_exit(options.device)
     limits = [{"max_epochs": epochs} for epochs in options.epochs]
     if options.tokens:
         limits = [{"max_tokens": tokens} for tokens in options.tokens]
+    parts = parts_before(options.json) if options.append else []
     runs = [
         train(options, limit, batch_size, factor, seed)
         for limit in limits
@@ -126,9 +140,13 @@ def main() -> None:
         for seed in options.seeds
     ]
     sparsity = f"k {options.k}" if options.arch in WITH_K else f"target L0 {options.target_l0}"
-    about = f"{options.arch}, {sparsity}, d_sae {options.d_sae}. {options.about}".strip()
-    result = {"about": about, "runs": runs, "machine": describe_machine(device)}
-    result["command"] = command_line("benchmarks.default_rates")
+    title = f"{options.arch}, {sparsity}, d_sae {options.d_sae}"
+    part = {"title": title, "about": options.about, "runs": runs}
+    part |= {
+        "machine": describe_machine(device),
+        "command": command_line("benchmarks.default_rates"),
+    }
+    result = {"parts": [*parts, part]}
     publish(result, report(result), options.json, options.markdown)
 
 
