@@ -3,8 +3,9 @@
     python -m benchmarks.time_to_fvu --shard-dir DIR --plot results/time_to_fvu.png
 
 Every implementation trains once for each learning rate of a grid, from one start, on one order of
-rows, in a process of its own, as in `wall_clock`. Its curve is the one that ends with the lowest
-held-out FVU; a best rate at the end of the grid is told, since a better one may lie beyond it.
+rows, in a process of its own, as in `wall_clock`. In all of them the rate rises and falls as by
+sae_fast's default. Its curve is the one that ends with the lowest held-out FVU. While the best rate
+is at the end of the grid, the next one beyond is tried, with the ratio of the last two.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.support.tables import markdown_table, publish
 from benchmarks.wall_clock import (
     Curve,
     absent,
+    clock_line,
     closing_lines,
     draw,
     make_parser,
@@ -35,8 +37,21 @@ from benchmarks.wall_clock import (
     run_one,
     seconds_to,
 )
+from benchmarks.worker import FALL, RISE
 
-RATES = "3e-4,1e-3,3e-3,6e-3,1e-2"
+RATES = "1.5e-3,3e-3,6e-3"
+MOST_RATES = 8
+
+
+def next_rate(curves: Mapping[float, Curve]) -> float | None:
+    """Return a rate beyond the grid if the best one is at its end, else None."""
+    rates = sorted(curves)
+    best = best_rate(curves)
+    if len(rates) < 2 or len(rates) >= MOST_RATES:
+        return None
+    if best == rates[-1]:
+        return rates[-1] * rates[-1] / rates[-2]
+    return rates[0] * rates[0] / rates[1] if best == rates[0] else None
 
 
 def best_rate(curves: Mapping[float, Curve]) -> float:
@@ -60,11 +75,11 @@ def report(results: Mapping[str, Any]) -> str:
     for found, curve in zip(results["best"], curves, strict=True):
         seconds = seconds_to(curve, level)
         tokens = tokens_to(curve, level, results["batch_size"])
-        ends = ", ".join(f"{rate:g}: {fvu:.4f}" for rate, fvu in found["ends"])
+        ends = ", ".join(f"{rate:.3g}: {fvu:.4f}" for rate, fvu in found["ends"])
         rows.append(
             [
                 describe(curve.implementation, "cpu"),
-                f"{found['rate']:g}" + (" (end of the grid)" if found["is_at_end"] else ""),
+                f"{found['rate']:.3g}" + (" (end of the grid)" if found["is_at_end"] else ""),
                 f"{curve.fvu[-1]:.4f}",
                 f"{curve.seconds[-1]:.1f}",
                 "-" if seconds is None else f"{seconds:.1f}",
@@ -80,9 +95,12 @@ def report(results: Mapping[str, Any]) -> str:
         [
             "# Held-out FVU over seconds and tokens, each at its best rate",
             f"{results['setting']} Every implementation runs its own training loop, from one start "
-            "and on one order of rows, once for each constant learning rate of the grid; the rest "
-            "of its recipe is its own. The clock counts steps, not evaluations. The FVU that "
-            f"seconds and tokens are counted to is the highest one at the end.{absent(results)}",
+            "and on one order of rows, once for each learning rate of the grid, which rises during "
+            f"the first {RISE:.0%} of the steps and falls to 0 during the last {FALL:.0%}; in "
+            "sparsify, whose trainer has one shape only, it falls as soon as it has risen. The "
+            "rest of each recipe is its own. "
+            f"{clock_line(results)} The FVU that seconds and tokens are counted to is the highest "
+            f"one at the end.{absent(results)}",
             markdown_table(headings, rows),
             *closing_lines(results, curves),
         ]
@@ -100,7 +118,7 @@ def main() -> None:
     interpreters = dict(entry.split("=", 1) for entry in options.peer_python)
     names = [name for name in options.peers.split(",") if name]
     local, peers, missing = choose_implementations(names, interpreters)
-    data = prepare(options.shard_dir, options.batch_size)
+    data = prepare(options.shard_dir, options.batch_size, options.steps)
     d_in = data["rows"].shape[1]
     size = Size("time_to_fvu", options.batch_size, d_in, options.d_sae, options.k)
     best: list[dict[str, Any]] = []
@@ -109,16 +127,20 @@ def main() -> None:
         torch.save(data, path)
         for name in ["sae_fast", *[name for name in names if name in local or name in peers]]:
             curves: dict[float, Curve] = {}
-            for rate in rates:
-                say(f"  {name}, rate {rate:g}")
-                python = peers.get(name, sys.executable)
-                curves[rate] = run_one(name, python, size, path, options, rate)
+            waiting = list(rates)
+            while waiting:
+                rate = waiting.pop(0)
+                say(f"  {name}, rate {rate:.3g}")
+                place = (name, peers.get(name, sys.executable), size, path, options, rate)
+                curves[rate] = run_one(*place, batches=options.steps, length=options.steps)
+                beyond = None if waiting else next_rate(curves)
+                waiting += [] if beyond is None else [beyond]
             rate = best_rate(curves)
             best.append(
                 {
                     "rate": rate,
-                    "is_at_end": rate in (rates[0], rates[-1]),
-                    "ends": [(each, curve.fvu[-1]) for each, curve in curves.items()],
+                    "is_at_end": rate in (min(curves), max(curves)),
+                    "ends": [(each, curves[each].fvu[-1]) for each in sorted(curves)],
                     "curve": asdict(curves[rate]),
                 }
             )
@@ -131,6 +153,7 @@ def main() -> None:
             f"d_sae {options.d_sae}, k {options.k}."
         ),
         "batch_size": options.batch_size,
+        "clock": options.clock,
         "best": best,
         "missing": missing,
         "machine": describe_machine(),
@@ -139,7 +162,7 @@ def main() -> None:
     if options.plot:
         sizes = f"d_sae {options.d_sae}, k {options.k}, {options.threads} CPU threads"
         title = f"{data_name}, {sizes}, each at its best learning rate"
-        draw(chosen, options.plot, title, tokens_per_step=options.batch_size)
+        draw(chosen, options.plot, title, clock=options.clock, tokens_per_step=options.batch_size)
     publish(results, report(results), options.json, options.markdown)
 
 

@@ -34,6 +34,7 @@ from benchmarks.support.tables import add_run_arguments, machine_line, markdown_
 from benchmarks.support.timing import QUIET_SHARE
 
 BATCHES_IN_MEMORY = 64  # shuffled again for each pass over the rows; longer trainings repeat them
+CLOCKS = {"wall": "seconds of training", "cpu": "CPU seconds of training"}
 # Colours that colour-blind readers can tell apart (Okabe and Ito), with a marker each.
 STYLES = {
     "sae_fast": ("#D55E00", "o", "sae_fast"),
@@ -79,15 +80,17 @@ def read_rows(shard_dir: Path, pattern: str) -> Tensor:
     return torch.cat(parts)
 
 
-def prepare(shard_dir: Path, batch_size: int) -> dict[str, Tensor]:
+def prepare(
+    shard_dir: Path, batch_size: int, batches: int = BATCHES_IN_MEMORY
+) -> dict[str, Tensor]:
     """Return normalised training rows in the order they are served, and held-out rows."""
     rows, heldout = read_rows(shard_dir, "train*.h5"), read_rows(shard_dir, "heldout*.h5")
     mean = rows.mean(0)
     scale = rows.shape[1] ** 0.5 / (rows - mean).norm(dim=1).mean()
     generator = torch.Generator().manual_seed(0)
-    passes = -(-BATCHES_IN_MEMORY * batch_size // len(rows))
+    passes = -(-batches * batch_size // len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
-    served = rows[order[: BATCHES_IN_MEMORY * batch_size]]
+    served = rows[order[: batches * batch_size]]
     return {"rows": (served - mean) * scale, "heldout": (heldout - mean) * scale}
 
 
@@ -101,14 +104,15 @@ def evaluation_steps(total: int) -> list[int]:
     return sorted(steps)
 
 
-def train(peer: PeerProcess, total: int) -> Curve:
-    """Let a process train; return the curve of its held-out FVU."""
+def train(peer: PeerProcess, total: int, clock: str) -> Curve:
+    """Let a process train; return the curve of its held-out FVU over the seconds of a clock."""
     curve = Curve(peer.implementation, [0], [0.0], [peer.heldout_fvu()], 1.0, peer.versions)
     quiet = []
     for before, step in zip(curve.steps, evaluation_steps(total)[1:], strict=False):
         sample = peer.step(step - before)
         quiet.append(sample.quiet)
-        curve.seconds.append(curve.seconds[-1] + sample.seconds * (step - before))
+        seconds = sample.cpu_seconds if clock == "cpu" else sample.seconds
+        curve.seconds.append(curve.seconds[-1] + seconds * (step - before))
         curve.steps.append(step)
         curve.fvu.append(peer.heldout_fvu())
     say(f"  {peer.implementation}: FVU {curve.fvu[-1]:.4f} after {curve.seconds[-1]:.1f} s")
@@ -154,15 +158,22 @@ def report(results: Mapping[str, Any]) -> str:
             "# Held-out FVU over seconds of training",
             f"{results['setting']} Every implementation runs its own training loop, one after "
             "another, from the same weights, on the same rows in the same order, with the same "
-            "constant learning rate; the rest of its recipe is its own. The clock counts steps, "
-            "not evaluations; each reconstructs the held-out rows with its own inference. FVU is "
-            "the share of the variance that the reconstruction misses. The FVU in the table is "
-            "the highest one that a training ended with. A sample is quiet if other programs used "
-            f"less than {QUIET_SHARE:.0%} of a processor during it.{absent(results)}",
+            "constant learning rate; the rest of its recipe is its own. "
+            f"{clock_line(results)} Each reconstructs the held-out rows with its own inference. "
+            "FVU is the share of the variance that the reconstruction misses. The FVU in the table "
+            "is the highest one that a training ended with. A sample is quiet if other programs "
+            f"used less than {QUIET_SHARE:.0%} of a processor during it.{absent(results)}",
             markdown_table(headings, rows),
             *closing_lines(results, curves),
         ]
     )
+
+
+def clock_line(results: Mapping[str, Any]) -> str:
+    """Return one sentence about the seconds of the table."""
+    if results.get("clock", "wall") == "wall":
+        return "The clock counts steps, not evaluations."
+    return "Seconds are CPU time of the process in its steps, evaluations not counted."
 
 
 def absent(results: Mapping[str, Any]) -> str:
@@ -179,11 +190,17 @@ def closing_lines(results: Mapping[str, Any], curves: Sequence[Curve]) -> list[s
 
 
 def draw(
-    curves: Sequence[Curve], path: Path, title: str, *, tokens_per_step: int | None = None
+    curves: Sequence[Curve],
+    path: Path,
+    title: str,
+    *,
+    clock: str = "wall",
+    tokens_per_step: int | None = None,
 ) -> None:
     """Draw the curves into an image that is readable at half of a page's width.
 
-    With `tokens_per_step` a second panel has them over the tokens.
+    `clock` is what their seconds are of. With `tokens_per_step` a second panel has them over the
+    tokens.
     """
     import matplotlib
 
@@ -191,7 +208,7 @@ def draw(
     from matplotlib import pyplot as plt
 
     panels: list[tuple[str, Callable[[Curve], Sequence[float]]]]
-    panels = [("seconds of training", lambda curve: curve.seconds)]
+    panels = [(CLOCKS[clock], lambda curve: curve.seconds)]
     if tokens_per_step is not None:
         per_step = tokens_per_step
         panels.append(("tokens", lambda curve: [step * per_step for step in curve.steps]))
@@ -248,6 +265,12 @@ def make_parser(description: str | None, prog: str, peers: str) -> argparse.Argu
         metavar="NAME=PATH",
         help="the Python of a peer's own environment",
     )
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=list(CLOCKS),
+        help="cpu: CPU time of the process, where other programs use the machine; --threads 1",
+    )
     add_run_arguments(parser)
     parser.add_argument("--plot", type=Path, help="draw the curves into this .png, .svg or .pdf")
     return parser
@@ -280,6 +303,7 @@ def main() -> None:
             f"{data_name}: {options.steps} steps of {options.batch_size} rows, d_in {d_in}, "
             f"d_sae {options.d_sae}, k {options.k}, learning rate {options.lr:g}."
         ),
+        "clock": options.clock,
         "curves": [asdict(curve) for curve in curves],
         "missing": missing,
         "machine": describe_machine(),
@@ -287,17 +311,28 @@ def main() -> None:
     }
     if options.plot:
         sizes = f"d_sae {options.d_sae}, k {options.k}, {options.threads} CPU threads"
-        draw(curves, options.plot, f"{data_name}, {sizes}")
+        draw(curves, options.plot, f"{data_name}, {sizes}", clock=options.clock)
     publish(results, report(results), options.json, options.markdown)
 
 
 def run_one(
-    name: str, python: str, size: Size, data: Path, options: argparse.Namespace, rate: float
+    name: str,
+    python: str,
+    size: Size,
+    data: Path,
+    options: argparse.Namespace,
+    rate: float,
+    *,
+    batches: int = BATCHES_IN_MEMORY,
+    length: int | None = None,
 ) -> Curve:
-    """Train with one implementation in a process of its own; return its curve."""
-    place = (adapter_module(name), python, size, BATCHES_IN_MEMORY, options.threads)
-    with PeerProcess(name, *place, data=data, rate=rate) as peer:
-        return train(peer, options.steps)
+    """Train with one implementation in a process of its own; return its curve.
+
+    The data are so many batches. With the length of the run in steps the rate rises and falls.
+    """
+    place = (adapter_module(name), python, size, batches, options.threads)
+    with PeerProcess(name, *place, data=data, rate=rate, length=length) as peer:
+        return train(peer, options.steps, options.clock)
 
 
 def require_one_start(curves: Sequence[Curve]) -> None:

@@ -37,6 +37,8 @@ from benchmarks.support.timing import machine_busy_seconds
 
 # More steps than any run takes, so that it is always the parent that ends the loop.
 STEPS = 100_000
+# The learning rate of a run of known length: the shares at its start and end of rise and fall.
+RISE, FALL = 0.05, 0.4
 
 
 class TrainingOver(BaseException):
@@ -52,6 +54,7 @@ class Job:
     n_batches: int
     device: torch.device = CPU
     steps: int = STEPS
+    length: int | None = None  # steps of the run, None: unknown, and a constant learning rate
     data: str | None = None  # file of torch.save with "rows" and "heldout"; None: made rows
     rate: float | None = None  # learning rate; None: sae_fast's default at this size
 
@@ -64,6 +67,16 @@ class Job:
     def learning_rate(self) -> float:
         """The learning rate: the one asked for, or sae_fast's default at this size."""
         return learning_rate(self.size) if self.rate is None else self.rate
+
+    @property
+    def rise_steps(self) -> int:
+        """Steps at the start in which the learning rate rises; 0 in a run of unknown length."""
+        return round(RISE * (self.length or 0))
+
+    @property
+    def fall_steps(self) -> int:
+        """Steps at the end in which the learning rate falls; 0 in a run of unknown length."""
+        return round(FALL * (self.length or 0))
 
     @cached_property
     def activations(self) -> Tensor:
@@ -211,6 +224,9 @@ def main() -> None:
         Size(**request["size"]),
         request["n_batches"],
         device,
+        # One step beyond the run's length, so that it is the parent that ends the loop.
+        steps=STEPS if request["length"] is None else request["length"] + 1,
+        length=request["length"],
         data=request["data"],
         rate=request["rate"],
     )

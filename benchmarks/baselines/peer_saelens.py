@@ -17,6 +17,8 @@ def train(job: Job, protocol: WorkerProtocol) -> None:
         total_training_samples=job.steps * size.n_tokens,
         train_batch_size_samples=size.n_tokens,
         lr=job.learning_rate,
+        lr_warm_up_steps=job.rise_steps,
+        lr_decay_steps=job.fall_steps,
         lr_end=job.learning_rate,
         autocast=job.autocast,
         device=str(job.device),

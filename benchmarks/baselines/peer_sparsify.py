@@ -70,7 +70,7 @@ def train(job: Job, protocol: WorkerProtocol) -> None:
         batch_size=1,
         optimizer="adam",
         lr=job.learning_rate,
-        lr_warmup_steps=0,
+        lr_warmup_steps=job.rise_steps,
         hookpoints=["rows"],
         save_every=job.steps * 2,
         log_to_wandb=False,

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from benchmarks.support.problem import Weights
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.config import SAEConfig
+from sae_fast.config import SAEConfig, TrainConfig
 from sae_fast.training.cuda_graph import GraphRecorder
-from sae_fast.training.optimizer.row_optimizer import RowOptimizer
+from sae_fast.training.optimizer.row_optimizer import RowOptimizer, SparseOptimizer, make_optimizer
+from sae_fast.training.schedule import make_schedule
 
 
 class SaeFastTrainer:
     """Trains a TopK autoencoder with sae_fast; it has the interface of the baselines.
 
     With `all_dead` every latent counts as dead in every step, so that AuxK does the most it can.
+    With the number of `tokens` of the run AuxK begins when it does in such a run.
     """
 
     def __init__(
@@ -29,9 +31,12 @@ class SaeFastTrainer:
         *,
         precision: str = "screened",
         all_dead: bool = False,
+        tokens: int | None = None,
     ) -> None:
         d_sae, d_in = weights.W_enc.shape
         config = SAEConfig(d_in=d_in, d_sae=d_sae, k=k, normalize_activations="none")
+        if tokens is not None:
+            config = config.for_run(tokens)
         device = weights.W_enc.device
         with device:
             self.sae = SparseAutoencoder(config)
@@ -44,7 +49,7 @@ class SaeFastTrainer:
         if device.type == "cuda":
             self.learning_rate = torch.tensor(lr, dtype=torch.float64, device=device)
             self.options = {"k_aux": config.kept_aux_k if all_dead else 0}
-        self.optimizer = RowOptimizer(self.sae, grad_clip=1.0, precision=precision)
+        self.optimizer: SparseOptimizer = RowOptimizer(self.sae, grad_clip=1.0, precision=precision)
         self._copy_session = object()
 
     def step(self, x: Tensor) -> Tensor:
@@ -66,6 +71,30 @@ class SaeFastTrainer:
         self.optimizer.zero_grad()
         self.sae.update_fired_(loss.fired, len(x))
         return loss.total.detach() - loss.components["aux_loss"]
+
+
+class FittedTrainer(SaeFastTrainer):
+    """A SaeFastTrainer with all that sae_fast's defaults derive from the length of a run.
+
+    These are warm-up and fall of the learning rate, of which `lr` is the largest, Adam's betas, and
+    when a latent counts as dead.
+    """
+
+    def __init__(
+        self, weights: Weights, k: int, lr: float, *, precision: str, n_tokens: int, steps: int
+    ) -> None:
+        super().__init__(weights, k, lr, precision=precision, tokens=steps * n_tokens)
+        amp = "bf16" if precision == "bf16" else "off"
+        config = TrainConfig(lr=lr, batch_size=n_tokens, max_steps=steps, amp=amp)
+        self.schedule = make_schedule(config, self.sae.config, steps)
+        self.optimizer = make_optimizer(self.sae, config, steps)
+        self.steps_done = 0
+
+    def step(self, x: Tensor) -> Tensor:
+        """Take one whole training step on x [N, D]; return the loss without AuxK."""
+        self.learning_rate = self.schedule(self.steps_done)
+        self.steps_done += 1
+        return super().step(x)
 
 
 class CapturedTrainer:

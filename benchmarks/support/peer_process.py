@@ -33,6 +33,7 @@ class PeerProcess:
         *,
         data: Path | None = None,
         rate: float | None = None,
+        length: int | None = None,
     ) -> None:
         self.implementation = implementation
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
@@ -60,6 +61,7 @@ class PeerProcess:
             "device": str(device),
             "data": None if data is None else str(data),
             "rate": rate,
+            "length": length,
         }
         answer = self.ask(json.dumps(job))
         self.first_loss: float = answer["loss"]

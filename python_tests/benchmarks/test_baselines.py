@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.baselines.eager import EagerTrainer
+from benchmarks.baselines.sae_fast_trainer import FittedTrainer
 from benchmarks.baselines.tuned import GatherTrainer, TunedTrainer
 from benchmarks.implementations import choose_implementations, make_local
 from benchmarks.support.problem import learning_rate, make_activations, make_weights
@@ -73,6 +74,20 @@ def test_latents_count_their_silent_tokens(tiny):
     counts = set(trainer.tokens_since_fired.tolist())
     assert counts <= {0, tiny.n_tokens, 2 * tiny.n_tokens}
     assert 0 in counts
+
+
+def test_a_run_of_known_length_has_the_defaults_of_sae_fast(tiny):
+    run = {"n_tokens": tiny.n_tokens, "steps": 100}
+    trainer = FittedTrainer(make_weights(tiny), tiny.k, 0.004, precision="screened", **run)
+    assert trainer.sae.config.dead_after_tokens == 100 * tiny.n_tokens // 20
+    assert trainer.optimizer.betas == (0.8, 0.95)
+    x, rates = make_activations(tiny, 1), []
+    for _ in range(100):
+        trainer.step(x)
+        rates.append(trainer.learning_rate)
+    assert max(rates) == rates[5] == rates[58] == 0.004
+    assert rates[0] == pytest.approx(0.004 / 6)
+    assert rates[-1] == pytest.approx(0.004 / 41)
 
 
 def test_an_unknown_peer_is_named():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import warm_python
 from small_models import save_model
 
 from benchmarks.dense_switch import crossing
+from benchmarks.time_to_fvu import next_rate
+from benchmarks.wall_clock import Curve
 from sae_fast.activations import write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,16 +103,34 @@ def test_time_to_fvu_takes_the_best_rate_of_each_and_draws_seconds_and_tokens(ru
     small = ["--steps", "4", "--batch-size", "64", "--d-sae", "64", "--k", "4"]
     plot = tmp_path / "plot.png"
     data = ["--shard-dir", str(tmp_path), "--name", "noise", "--rates", "1e-5,1e-2"]
+    data += ["--clock", "cpu"]
     result, table = run("time_to_fvu", *data, *small, "--peers", "", "--plot", str(plot))
     (ours,) = result["best"]
     assert ours["rate"] == 1e-2
-    assert ours["is_at_end"]
-    assert dict(map(tuple, ours["ends"])) == {
-        1e-5: ours["ends"][0][1],
-        1e-2: ours["curve"]["fvu"][-1],
-    }
-    assert "0.01 (end of the grid)" in table
+    assert not ours["is_at_end"]  # the rate beyond it was tried
+    rates, ends = zip(*ours["ends"], strict=True)
+    assert rates == (1e-5, 1e-2, pytest.approx(10.0))
+    assert ends[1] == ours["curve"]["fvu"][-1] == min(ends)
+    assert "Seconds are CPU time" in table
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([0.5, 0.4, 0.3], 4.0),
+        ([0.3, 0.4, 0.5], 0.25),
+        ([0.4, 0.3, 0.5], None),
+        ([math.nan, 0.4, 0.3], 4.0),
+        ([0.3], None),
+        ([9, 8, 7, 6, 5, 4, 3, 2], None),
+    ],
+)
+def test_a_grid_grows_until_its_best_rate_is_inside(ends, expected):
+    curves = {
+        0.5 * 2.0**n: Curve("sae_fast", [0], [0.0], [end], 1.0, {}) for n, end in enumerate(ends)
+    }
+    assert next_rate(curves) == expected
 
 
 @pytest.mark.slow
@@ -165,13 +186,16 @@ def test_default_rates_trains_every_length_with_every_factor(run, tmp_path):
     small = ["--batch-sizes", "64", "0", "--d-sae", "64", "--k", "4", "--seeds", "0", "1"]
     lengths = ["--epochs", "1", "3", "--factors", "1", "0.5"]
     result, table = run("default_rates", "--shard-dir", str(tmp_path), *small, *lengths)
-    assert [run["steps"] for run in result["runs"]] == [7] * 4 + [1] * 4 + [23] * 4 + [5] * 4
-    assert all(run["heldout_fvu"] > 0 for run in result["runs"])
+    (part,) = result["parts"]
+    assert [run["steps"] for run in part["runs"]] == [7] * 4 + [1] * 4 + [23] * 4 + [5] * 4
+    assert all(run["heldout_fvu"] > 0 for run in part["runs"])
     assert len(rows_of(table)) == 1 + 2 * 2 * 2
     limited = ["--arch", "gated", "--target-l0", "4", "--tokens", "256", "--factors", "1", "2"]
     small = ["--d-sae", "64", "--seeds", "0"]
-    result, _ = run("default_rates", "--shard-dir", str(tmp_path), *small, *limited)
-    once, twice = result["runs"]
+    result, table = run("default_rates", "--shard-dir", str(tmp_path), *small, *limited, "--append")
+    assert result["parts"][0] == part
+    assert len(rows_of(table)) == 1 + 2 * 2 * 2 + 1 + 2
+    once, twice = result["parts"][1]["runs"]
     assert (once["tokens"], once["steps"], once["batch_size"]) == (256, 1, 256)
     assert twice["rate"] == 2 * once["rate"]
 
