@@ -36,7 +36,6 @@ RATES = {
     "update": 3.4e12,  # reads and writes of one row after the other, with reductions between them
     "gather": 3.6e12,  # rows in random order, from memory
     "gather in L2": 4.3e12,  # the same where they fit into CACHE
-    "L2": 3.3e12,  # a product read back at once, with the launch's start and end
     "product": 790e12,  # 80 % of the tensor cores' rate
 }
 CACHE = 40e6  # bytes of the 50 MB of L2 that one array can count on
@@ -93,13 +92,13 @@ def rows(size: Size) -> Iterator[Row]:
         fits = bytes_of_source <= CACHE
         return ("gather in L2" if fits else "gather"), fits
 
-    yield Row("rounding of x − b_dec, twice", ("token_kernel", "sub"), 2, "stream", 2 * 6 * tokens)
+    rounding = ("prepare_kernel", "sub")
+    yield Row("rounding of x − b_dec, twice", rounding, 2, "stream", 2 * 6 * tokens)
     products = 2.0 * tokens * f
     yield Row("encoder's products", (), chunks(size), "product", 2 * weights, products)
-    selected = 4.0 * n * f
-    yield Row("selection", ("select_kernel",), chunks(size), "L2", selected, in_cache=True)
-    ends = ("segment_kernel", "sort_kernel", "score_rows_kernel", "pick_kernel")
-    yield Row("ends of the encoder", ends, 5, "node", 40.0 * entries)
+    yield Row("selection", ("select_kernel",), chunks(size), "stream", 4.0 * n * f)
+    ends = ("sort_kernel", "score_rows_kernel", "pick_kernel")
+    yield Row("ends of the encoder", ends, 4, "node", 40.0 * entries)
     rate, fits = gather(2 * weights)
     moved = 2.0 * entries * d + 6 * tokens
     yield Row("reconstruction", ("reconstruct_kernel",), 1, rate, moved, in_cache=fits)
@@ -107,7 +106,7 @@ def rows(size: Size) -> Iterator[Row]:
     yield Row("statistics", statistics, nodes["batch_statistics"], "stream", 4 * tokens)
     sums = ("partial_rows_kernel", "row_parts_kernel")
     yield Row("gradients of b_dec", sums, 4, "stream", 4 * weights + 2 * tokens)
-    sort = ("key_kernel", "DeviceRadixSort", "offset_kernel", "row_kernel")
+    sort = ("count_entries_kernel", "place_entries_kernel", "order_lists_kernel")
     yield Row("code by latent", sort, nodes["latent_major"], "node", 80.0 * entries)
     small = ("code_gradients_kernel", "gather_kernel", "latent_sums_kernel")
     yield Row("gradients of entries", small, 4, "node", 60.0 * entries)
@@ -119,8 +118,7 @@ def rows(size: Size) -> Iterator[Row]:
         in_cache=fits,
     )
     yield Row("projection of W_dec's gradient", (), 0, "stream", 4 * weights)
-    plan = ("count_kernel", "DeviceScan", "sum_kernel")
-    yield Row("plans and sums of the norm", plan, 2 * 4, "node", 2 * 32.0 * f)
+    yield Row("plans of the norm", ("plan_kernel",), 2, "node", 2 * 16.0 * f)
     # W, both moments: read and written; the copy: written.
     yield Row("update of both matrices", ("update_kernel",), 2, "update", 2 * 26 * weights)
     ends = ("scalars_kernel", "square_kernel", "vector_kernel", "finish_kernel")
@@ -237,9 +235,10 @@ The floor is what NVIDIA's data sheet of the H200 allows, {MEMORY / 1e12:g} TB/s
 {TENSOR / 1e12:.0f} TFLOP/s of bfloat16 without sparsity; where the bytes come from L2 it is 0.
 Predictions assume {RATES["stream"] / 1e12:g} TB/s for streams, {RATES["update"] / 1e12:g} in the
 update, {RATES["gather"] / 1e12:g} for rows in random order ({RATES["gather in L2"] / 1e12:g} from
-L2), {RATES["L2"] / 1e12:g} for the selection, {RATES["product"] / 1e12:.0f} TFLOP/s for products
-and {NODE * 1e6:g} µs for a small kernel, and are good to ±20 % at best. The projection
-reads W_dec in the kernels of the row above it, whose measured time has both."""
+L2), {RATES["product"] / 1e12:.0f} TFLOP/s for products and {NODE * 1e6:g} µs for a small kernel,
+and are good to ±20 % at best. The product is written while it is computed, and the selection
+reads it from memory. The projection reads W_dec in the kernels of the row above it, whose measured
+time has both."""
 
 
 def main() -> None:

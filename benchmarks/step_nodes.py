@@ -46,7 +46,7 @@ _NOTHING = {
 }
 _SCAN = 2
 _ROUNDED_PRODUCT = 5  # of PyTorch: both operands are rounded and back, and the product
-_PRODUCT_ELEMENTS, _MOST_ROWS = 8 << 20, 8192  # plan_encode of csrc/kernels/common/encode_plan.h
+_PRODUCT_ELEMENTS, _MOST_ROWS = 32 << 20, 8192  # plan_encode of csrc/kernels/common/encode_plan.h
 
 
 class Limit(NamedTuple):

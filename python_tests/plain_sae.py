@@ -179,6 +179,7 @@ def left_gradients(sae):
 
 def dense_from_factor(factor, d_sae):
     """Return rows: for latent j the sum of coefficient * (dense[n] - shift) over its entries."""
+    coefficients = torch.where(factor.values != 0, factor.coefficients, 0)
     dense = factor.dense.to(factor.coefficients.dtype)
     side = dense if factor.shift is None else dense - factor.shift
     n_rows = side.shape[0]
@@ -188,5 +189,5 @@ def dense_from_factor(factor, d_sae):
         rows = torch.arange(n_rows, device=side.device).repeat_interleave(factor.offsets.diff())
     gradient = side.new_zeros(d_sae, side.shape[1])
     return gradient.index_add(
-        0, factor.indices.flatten().long(), factor.coefficients.flatten()[:, None] * side[rows]
+        0, factor.indices.flatten().long(), coefficients.flatten()[:, None] * side[rows]
     )

@@ -203,14 +203,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk_cuda(
 
 // ---- encode_threshold
 
-// Returns offsets [N + 1 + extra] from counts [N + 1]; the caller fills the last `extra`.
+// Returns offsets [N + 1 + extra] from counts [N]; the caller fills the last `extra`.
 Tensor offsets_of(const int64_t* counts, int64_t rows, const Tensor& like, int64_t extra) {
   const Tensor offsets = torch::stable::new_empty(like, {rows + 1 + extra}, ScalarType::Long);
-  size_t bytes = 0;
-  STD_CUDA_CHECK(cuda::offsets_scratch_bytes(rows, &bytes));
-  const Tensor scratch = new_scratch(like, bytes);
-  STD_CUDA_CHECK(cuda::count_offsets(counts, rows, mutable_data<int64_t>(offsets),
-                                     scratch.mutable_data_ptr(), bytes, current_stream(like)));
+  STD_CUDA_CHECK(
+      cuda::count_offsets(counts, rows, mutable_data<int64_t>(offsets), current_stream(like)));
   return offsets;
 }
 

@@ -27,7 +27,7 @@ void test_plan() {
         check(plan.rows >= 1 && plan.rows <= 8192, "plan: %ld rows", plan.rows);
         check(plan.columns == d_sae || plan.columns % kColumnUnit == 0, "plan: %ld columns",
               plan.columns);
-        check(plan.product_elements() <= int64_t{8} << 20, "plan: a product of %ld x %ld",
+        check(plan.product_elements() <= int64_t{32} << 20, "plan: a product of %ld x %ld",
               plan.rows, plan.columns);
         const int64_t blocks = (tokens + plan.rows - 1) / plan.rows;
         check(blocks * plan.rows < tokens + plan.rows, "plan: %ld blocks", blocks);

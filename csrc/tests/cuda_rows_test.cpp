@@ -1,4 +1,5 @@
 // normalize_rows, latent_major and the sums over it, compiled for the host.
+#include "kernels/cuda/latent_major.cu"
 #include "kernels/cuda/latent_sum.cu"
 #include "kernels/cuda/rows.cu"
 
@@ -118,11 +119,25 @@ void test_accumulate(const CodeProblem& code, int64_t d_sae, const Matrix& dense
   }
 }
 
+// Several tiles of entries, and lists that one pass over their positions cannot order.
+void test_long_lists(Random& random) {
+  const int64_t d_sae = 9, d_in = 1, k = 8;
+  CodeProblem code(random, (cuda::kMaskPositions + 3 * cuda::kTileEntries) / k, k, d_sae, false);
+  for (size_t entry = 0; entry < code.values.size(); ++entry) {
+    code.values[entry] = random.integer(0, 3) == 0 ? 0.0f : 1.0f;
+    const bool rare = random.integer(0, 999) == 0;
+    code.indices[entry] = static_cast<int32_t>(rare ? random.integer(0, 6) : 7);
+  }
+  const Matrix dense(random.numbers(code.tokens * d_in, Numbers::kIntegers), DType::kFloat32);
+  test_latent_major(code, d_sae, Expected(code, d_sae, dense, d_in));
+}
+
 }  // namespace
 
 void test_cuda_rows(uint64_t seed) {
   Random random(seed);
   test_normalize(random);
+  if (seed == 0) test_long_lists(random);
   const int64_t d_in = random.integer(0, 1) == 0 ? random.integer(1, 9) : 4 * random.integer(1, 70);
   const int64_t d_sae = random.integer(1, 40);
   // Half of the problems have latents with hundreds of entries, which are summed in chunks.

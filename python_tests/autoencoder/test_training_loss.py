@@ -5,7 +5,11 @@ import torch
 from plain_sae import PARAMETERS, left_gradients, make_batch, make_sae, plain_gradients, plain_terms
 
 from sae_fast import ops
+from sae_fast.autoencoder import losses
+from sae_fast.autoencoder.architecture import StepSettings
+from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.losses import total_variance
+from sae_fast.config import SAEConfig
 from sae_fast.ops import native
 from sae_fast.ops.row_factors import merge_row_factors
 
@@ -276,3 +280,30 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_threads(fields):
     torch.set_num_threads(threads)
     for others in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(found[0], others, strict=True))
+
+
+def test_a_gpu_makes_a_mean_in_one_call_and_a_zero_once(monkeypatch):
+    x = torch.arange(10.0)
+    assert losses.deterministic_mean(x) == 4.5
+    assert losses.constant_zero(x) is not losses.constant_zero(x)
+    monkeypatch.setattr(losses, "is_on_gpu", lambda x: True)
+    assert losses.deterministic_mean(x) == 4.5
+    with torch.inference_mode():
+        zero = losses.constant_zero(x)
+    assert zero is losses.constant_zero(x)
+    assert zero == 0
+    assert not zero.is_inference()
+    assert losses.constant_zero(x.double()).dtype == torch.float64
+
+
+def test_a_step_knows_the_dead_latents_only_where_it_trains_them():
+    with_aux_k = make_architecture(SAEConfig(d_in=4, d_sae=8, arch="topk", k=2))
+    without = make_architecture(SAEConfig(d_in=4, d_sae=8, arch="topk", k=2, aux_k_coeff=0.0))
+    assert with_aux_k.reads_dead_mask(StepSettings(k_aux=None))
+    assert with_aux_k.reads_dead_mask(StepSettings(k_aux=3))
+    assert not with_aux_k.reads_dead_mask(StepSettings(k_aux=0))
+    assert not without.reads_dead_mask(StepSettings(k_aux=None))
+    relu = make_architecture(SAEConfig(d_in=4, d_sae=8, arch="relu"))
+    assert relu.reads_dead_mask(StepSettings(k_aux=0))
+    assert not with_aux_k.acts_after_step
+    assert make_architecture(SAEConfig(d_in=4, d_sae=8, arch="batch_topk", k=2)).acts_after_step

@@ -11,7 +11,7 @@ G1 = parse_size("G1")
 # At most, of this package without the encoder's chunks, and of PyTorch. A step that needs more has
 # gained kernels that cost a GPU more time than their work.
 @pytest.mark.parametrize(
-    ("kind", "own", "other"), [("topk", 49, 14), ("topk with AuxK", 77, 65), ("jumprelu", 51, 120)]
+    ("kind", "own", "other"), [("topk", 34, 8), ("topk with AuxK", 48, 58), ("jumprelu", 45, 117)]
 )
 def test_a_step_has_few_nodes(kind, own, other):
     found = own_and_other(count_nodes(kind, G1))
@@ -23,15 +23,15 @@ def test_every_op_of_a_step_is_counted():
     nodes = count_nodes("topk", G1)
     assert nodes["reconstruct"] == 1
     assert nodes["fused_update_"] == 2
-    assert nodes["select_topk"] == nodes["product of a chunk"] == 12
-    assert nodes["batch_statistics"] == nodes["finish_step_"] + 2 == 3
+    assert nodes["select_topk"] == nodes["product of a chunk"] == 3
+    assert nodes["batch_statistics"] == nodes["finish_step_"] + 1 == 2
 
 
 def test_limits_are_read_from_the_tests_of_the_emulated_kernels():
     limits = read_limits()
-    assert limits["row_gradient_norm"] == Limit(kernels=4, fills=0, sorts=0, scans=1)
-    assert limits["latent_major"].nodes(24576) == 3 + 4 + 2 * 2
+    assert limits["row_gradient_norm"] == Limit(kernels=3, fills=0, sorts=0, scans=0)
+    assert limits["latent_major"].nodes(24576) == 3 + 1
 
 
 def test_chunks_are_the_ones_of_the_encoders_plan():
-    assert [chunks(parse_size(name)) for name in ("G1", "G2", "G3")] == [12, 32, 128]
+    assert [chunks(parse_size(name)) for name in ("G1", "G2", "G3")] == [3, 8, 32]

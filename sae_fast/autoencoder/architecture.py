@@ -229,7 +229,8 @@ class Batch:
     Attributes:
         x: [N, D], normalised.
         target: what the code models: x, or of a transcoder [N, d_out], perhaps with a gradient.
-        dead_mask: [F] bool, the latents that have been silent for `dead_after_tokens`.
+        dead_mask: [F] bool, the latents that have been silent for `dead_after_tokens`; None for a
+            step of which `reads_dead_mask` is False.
         columns: labels [N] and other columns by name, see `activations.Rows`.
         settings: of the step.
         error_weight: 0-d factor of squared errors averaged over tokens; None: 1.
@@ -240,7 +241,7 @@ class Batch:
 
     x: Tensor
     target: Tensor
-    dead_mask: Tensor
+    dead_mask: Tensor | None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     settings: StepSettings = _NO_SETTINGS
     error_weight: Tensor | None = None
@@ -252,7 +253,7 @@ class Batch:
         squared_error: Tensor,  # [N]
     ) -> Tensor:
         """Return the weighted mean over tokens, 0-d: a term of the loss."""
-        mean = losses.deterministic_sum(squared_error) / len(self.x)
+        mean = losses.deterministic_mean(squared_error)
         return mean if self.error_weight is None else self.error_weight * mean
 
 
@@ -385,6 +386,15 @@ class Architecture(ABC):
             code: of a batch.
         """
         return {}
+
+    def reads_dead_mask(self, settings: StepSettings) -> bool:
+        """Return whether the loss of a step needs to know which latents are dead."""
+        return True
+
+    @property
+    def acts_after_step(self) -> bool:
+        """Whether `after_step_` does anything."""
+        return type(self).after_step_ is not Architecture.after_step_
 
     def after_step_(  # noqa: B027
         self,

@@ -5,6 +5,7 @@ The squared errors come from `ops.reconstruct`; every function here is different
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -134,6 +135,36 @@ def deterministic_sum(
     if whole == 0:
         return flat.sum()
     return deterministic_sum(flat[:whole].view(-1, _BLOCK).sum(1)) + flat[whole:].sum()
+
+
+def deterministic_mean(
+    x: Tensor,  # [N]
+) -> Tensor:
+    """Return the mean, summed as by `deterministic_sum`."""
+    return x.mean() if is_on_gpu(x) else deterministic_sum(x) / len(x)
+
+
+@functools.cache
+def _zeros_by_device() -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    return {}
+
+
+def constant_zero(like: Tensor) -> Tensor:
+    """Return a 0 of the device and dtype of `like`, 0-d, which must not be changed.
+
+    On a GPU it is one tensor, so that a step does not make a zero each time. One made while a CUDA
+    graph is recorded would belong to the graph, and is not kept.
+    """
+    if not is_on_gpu(like):
+        return like.new_zeros(())
+    known, key = _zeros_by_device(), (like.device, like.dtype)
+    if key in known:
+        return known[key]
+    with torch.inference_mode(False):
+        zero = like.new_zeros(())
+    if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
+        known[key] = zero
+    return zero
 
 
 def moments(

@@ -121,6 +121,7 @@ class Thresholded(Architecture):
         must not suit the dead.
         """
         coefficient = self.config.pre_act_loss_coeff
+        assert batch.dead_mask is not None
         dead = batch.dead_mask.nonzero().flatten()
         if not coefficient or len(dead) == 0:
             return batch.x.new_zeros(())

@@ -29,6 +29,7 @@ from sae_fast.autoencoder.architecture import (
     ArchitectureLoss,
     Batch,
     Engine,
+    StepSettings,
     Weights,
 )
 from sae_fast.config import SAEConfig
@@ -118,6 +119,10 @@ class TopK(Architecture):
             terms["multi_topk_loss"] = config.multi_topk_coeff * multi_loss
         return ArchitectureLoss(code, *modelled, recon_loss, terms)
 
+    def reads_dead_mask(self, settings: StepSettings) -> bool:
+        """Return whether dead latents are trained in a step."""
+        return self.has_aux_k and settings.k_aux != 0
+
     @property
     def has_aux_k(self) -> bool:  # type: ignore[override]
         """Whether dead latents are trained."""
@@ -148,6 +153,7 @@ class TopK(Architecture):
             return {}
         target = residual.detach().to(code.values.dtype).neg()
         modelled = engine.reconstruct(code.aux, weights.W_dec, None, target)
+        assert batch.dead_mask is not None
         n_dead = engine.count_latents(batch.dead_mask)
         variance = None
         if batch.whole is not None and batch.whole.residual_variance is not None:

@@ -77,7 +77,7 @@ def batch_loss(
         Batch(
             x,
             target,
-            sae.dead_mask(),
+            sae.dead_mask() if sae.architecture.reads_dead_mask(settings) else None,
             batch.columns,
             settings,
             _error_weight(sae, y, variance),
@@ -168,7 +168,7 @@ def _weighted_sum(
     further: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum of the terms with their coefficients; and terms and metrics, detached."""
-    none, alone = sae.b_dec.new_zeros(()), settings.reconstruction_only
+    none, alone = losses.constant_zero(sae.b_dec), settings.reconstruction_only
     coefficient, decorrelates = sae.config.reconstruction_coeff, sae.config.decorrelation_coeff != 0
     terms = {
         "recon_loss": own.recon_loss if coefficient == 1 else coefficient * own.recon_loss,

@@ -437,7 +437,9 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, W_enc, b_dec, dead_mask, *outputs = ctx.saved_tensors
         gradients = _dense_gradients if ctx.sink is None else _factored_gradients
-        parts = _parts(outputs, grads, dead_mask)
+        # Lists by latent leave out the entries that did not fire, as their values say.
+        reads_all = ctx.sink is None or ctx.needs_input_grad[0]
+        parts = _parts(outputs, grads, dead_mask, reads_all)
         return (*gradients(ctx, x, W_enc, b_dec, parts), *(None,) * 5)
 
 
@@ -445,11 +447,13 @@ def _parts(
     outputs: list[Tensor],
     grads: tuple[Tensor | None, ...],
     dead_mask: Tensor | None,  # [F] bool; None: aux is signed, or there is none
+    reads_all: bool = True,
 ) -> dict[int, _Part]:
     """Return the parts of a code that have a gradient, by their number: 0 the code, 1 its aux.
 
     A latent that did not fire gets gradient 0, as ReLU has it, but in aux, where the gradient goes
-    straight through ReLU. A signed code has no zeros but the entries that fill it up.
+    straight through ReLU. A signed code has no zeros but the entries that fill it up. Without
+    `reads_all` gradients of such entries are not set to 0, because nothing reads them.
     """
     # values, indices, offsets where rows differ in length, then values and indices of aux
     first_aux = 2 if len(outputs) == 4 else 3
@@ -461,7 +465,9 @@ def _parts(
             if number == 1 and dead_mask is not None:  # all entries but those that fill up a row
                 places = torch.arange(values.size(1), device=values.device)
                 values = (places < dead_mask.sum()).to(values.dtype).expand_as(values).contiguous()
-            parts[number] = values, indices, rows, torch.where(values != 0, grad, 0)
+            if reads_all:
+                grad = torch.where(values != 0, grad, 0)
+            parts[number] = values, indices, rows, grad.contiguous()
     return parts
 
 

@@ -25,7 +25,8 @@ class RowFactor:
     """A gradient: row j is Σ coefficient · (dense[n] − shift) over the entries of latent j.
 
     Attributes:
-        values: [N, K] or [nnz], of the code, or other numbers that are 0 where the coefficient is.
+        values: [N, K] or [nnz], of the code, or other numbers that are 0 where an entry does not
+            count, whatever its coefficient.
         indices: int32, in the shape of values.
         offsets: None, or [N + 1] int64.
         coefficients: in the shape of values.

@@ -173,7 +173,9 @@ class TrainingStep:
             norm_poisons=not self.scaler.enabled,
         )
         # An architecture may move parameters too, and must not after a bad step.
-        sparsity_weight = settings.sparsity_weight + self._poison
+        sparsity_weight = settings.sparsity_weight
+        if self.sae.architecture.acts_after_step:
+            sparsity_weight = sparsity_weight + self._poison
         code = loss.code  # of the last part
         if self.rows is not None and self.sae.architecture.selects_from_step:
             assert isinstance(code, SparseCode)

@@ -1,5 +1,5 @@
 // The division of the CUDA encoder's work: tokens into blocks, latents into chunks whose product
-// stays in the L2 cache; and the number of candidates of a row that it keeps. Plain arithmetic,
+// is in memory at a time; and the number of candidates of a row that it keeps. Plain arithmetic,
 // tested on the host.
 #pragma once
 
@@ -48,9 +48,10 @@ struct EncodePlan {
 
 // `row_bytes`: what a token of the block needs beside its product.
 inline EncodePlan plan_encode(int64_t tokens, int64_t d_sae, int64_t row_bytes) {
-  // 32 MB of an H200's 50 MB of L2: the product is still there when it is selected from. 8192 rows
-  // by 1024 columns are 256 tiles of 128 x 256, for two waves of 132 multiprocessors.
-  constexpr int64_t kProductElements = int64_t{8} << 20;
+  // 128 MB, so that a step of 4096 tokens and 24576 latents has three chunks. In chunks of 32 MB,
+  // which an H200's L2 holds, the launches would take longer than memory does to give the product
+  // back (benchmarks/results/gpu_model.md); and fewer chunks read the tokens less often.
+  constexpr int64_t kProductElements = int64_t{32} << 20;
   constexpr int64_t kMostRows = 8192;
   constexpr int64_t kFewestRows = 256;
   constexpr int64_t kListBytes = int64_t{192} << 20;

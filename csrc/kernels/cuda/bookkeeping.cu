@@ -57,43 +57,57 @@ __device__ void sum_target(const BatchArrays& batch, const StatisticSums& sums, 
   sums.columns[part * batch.d_in + column] = sum;
 }
 
-// Marks the latents of the entries that fire, and counts these.
-__device__ void mark_entries(const BatchArrays& batch, const StatisticSums& sums, int64_t block,
-                             bool* fired, int64_t* actives) {
+__device__ inline bool fires(const BatchArrays& batch, int64_t entry) {
+  const float value = batch.values[entry];
+  return (batch.is_signed ? fabsf(value) : value) > 0.0f;
+}
+
+// Counts the entries that fire.
+__device__ void count_entries(const BatchArrays& batch, const StatisticSums& sums, int64_t block,
+                              int64_t* actives) {
   int64_t active = 0;
   const int64_t stride = sums.entry_blocks * kThreads;
   for (int64_t entry = block * kThreads + threadIdx.x; entry < batch.entries; entry += stride) {
-    const float value = batch.values[entry];
-    if (!((batch.is_signed ? fabsf(value) : value) > 0.0f)) continue;
-    fired[batch.indices[entry]] = true;  // by any number of threads
-    ++active;
+    if (fires(batch, entry)) ++active;
   }
   active = block_sum(active, actives);
   if (threadIdx.x == 0) sums.actives[block] = active;
 }
 
-// The first blocks take a tile of the target each, the others share the entries.
+// The first blocks take a tile of the target each, the others share the entries. All clear `fired`.
 __global__ void __launch_bounds__(kThreads)
     partial_statistics_kernel(BatchArrays batch, StatisticSums sums, bool* __restrict__ fired) {
   __shared__ double columns[kWarps][kWarpSize];
   __shared__ double squares[kWarps];
   __shared__ int64_t actives[kWarps];
   const int64_t tiles = sums.parts * sums.tiles;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t latent = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; latent < batch.d_sae; latent += stride) fired[latent] = false;
   for (int64_t block = blockIdx.x; block < tiles + sums.entry_blocks; block += gridDim.x) {
     if (block < tiles) {
       sum_target(batch, sums, block, columns, squares);
     } else {
-      mark_entries(batch, sums, block - tiles, fired, actives);
+      count_entries(batch, sums, block - tiles, actives);
     }
     __syncthreads();  // the arrays are free for the next block
   }
 }
 
-// One block in all, so that the order of additions depends on shapes alone.
+// One block sums, so that the order of additions depends on shapes alone; the others mark the
+// latents that fire.
 __global__ void __launch_bounds__(kEndThreads)
-    statistics_kernel(BatchArrays batch, StatisticSums sums, float* fvu, float* l0,
-                      float* variance) {
+    statistics_kernel(BatchArrays batch, StatisticSums sums, float* fvu, float* l0, float* variance,
+                      bool* __restrict__ fired) {
   __shared__ double partial[kEndThreads / kWarpSize];
+  const int64_t markers = max(static_cast<int64_t>(gridDim.x) - 1, int64_t{1});
+  int64_t marker = static_cast<int64_t>(blockIdx.x) - 1;
+  if (gridDim.x == 1) marker = 0;
+  for (int64_t entry = marker * kEndThreads + threadIdx.x; marker >= 0 && entry < batch.entries;
+       entry += markers * kEndThreads) {
+    if (fires(batch, entry)) fired[batch.indices[entry]] = true;  // by any number of threads
+  }
+  if (blockIdx.x != 0) return;
   double error = 0.0;
   for (int64_t row = threadIdx.x; row < batch.rows; row += kEndThreads) {
     error += static_cast<double>(batch.squared_error[row]);
@@ -252,13 +266,14 @@ cudaError_t batch_statistics(const BatchArrays& batch, float* fvu, float* l0, fl
                              bool* fired, void* scratch, cudaStream_t stream) {
   Scratch remaining(scratch);
   const StatisticSums sums = take_sums(remaining, batch);
-  cudaError_t error =
-      cudaMemsetAsync(fired, 0, static_cast<size_t>(batch.d_sae) * sizeof *fired, stream);
+  const int64_t blocks =
+      std::max(sums.target_blocks() + sums.entry_blocks, std::min(kEntryBlocks, batch.d_sae));
+  const cudaError_t error =
+      launch(partial_statistics_kernel, blocks, kThreads, 0, stream, batch, sums, fired);
   if (error != cudaSuccess) return error;
-  error = launch(partial_statistics_kernel, sums.target_blocks() + sums.entry_blocks, kThreads, 0,
-                 stream, batch, sums, fired);
-  if (error != cudaSuccess) return error;
-  return launch(statistics_kernel, 1, kEndThreads, 0, stream, batch, sums, fvu, l0, variance);
+  const int64_t markers = std::min(kEntryBlocks, ceil_div<int64_t>(batch.entries, kEndThreads));
+  return launch(statistics_kernel, 1 + markers, kEndThreads, 0, stream, batch, sums, fvu, l0,
+                variance, fired);
 }
 
 cudaError_t code_gradients(const CodeGradients& gradients, cudaStream_t stream) {

@@ -1,28 +1,29 @@
-#include <cub/device/device_scan.cuh>
-
 #include "kernels/cuda/latent_sum.cuh"
 
 namespace sae_fast::cuda {
 namespace {
 
-constexpr int kPlanThreads = 256;
+constexpr int kPlanThreads = 1024;
+constexpr int kPlanItems = 8;
 
 // ---- kernels
 
-// One thread a latent; the last one writes the zero that the scan turns into the totals.
+// One block in all: a scan of some hundred thousand numbers takes less time than launches between
+// the parts of a divided one.
 __global__ void __launch_bounds__(kPlanThreads)
-    count_kernel(const int64_t* __restrict__ latent_offsets, int64_t latents, int64_t cached_above,
-                 int64_t* __restrict__ counts) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kPlanThreads;
-  int64_t latent = static_cast<int64_t>(blockIdx.x) * kPlanThreads + threadIdx.x;
-  for (; latent <= latents; latent += stride) {
-    int64_t count = 0;
-    if (latent < latents) {
-      const int64_t entries = latent_offsets[latent + 1] - latent_offsets[latent];
-      count = (chunks_in(entries) << 32) + (entries > cached_above ? 1 : 0);
-    }
-    counts[latent] = count;
-  }
+    plan_kernel(const int64_t* __restrict__ latent_offsets, int64_t latents, int64_t cached_above,
+                LatentPlan plan) {
+  __shared__ int64_t partial[kPlanThreads / kWarpSize];
+  const int64_t total = block_scan<kPlanItems>(
+      latents, partial,
+      [&](int64_t latent) {
+        const int64_t entries = latent_offsets[latent + 1] - latent_offsets[latent];
+        return (chunks_in(entries) << 32) + (entries > cached_above ? 1 : 0);
+      },
+      [&](int64_t latent, int64_t before) { plan.counts[latent] = before; });
+  if (threadIdx.x != 0) return;
+  plan.counts[latents] = total;
+  *plan.ticket = 0;
 }
 
 // The latent that a chunk belongs to: the last whose first chunk is not beyond it.
@@ -62,20 +63,10 @@ __global__ void __launch_bounds__(kRowThreads)
 
 // ---- launchers
 
-cudaError_t plan_scratch_bytes(int64_t latents, size_t* bytes) {
-  int64_t* const counts = nullptr;
-  return cub::DeviceScan::ExclusiveSum(nullptr, *bytes, counts, counts, latents + 1);
-}
-
 cudaError_t plan_latents(const int64_t* latent_offsets, int64_t latents, int64_t cached_above,
-                         const LatentPlan& plan, void* scratch, size_t scratch_bytes,
-                         cudaStream_t stream) {
-  const cudaError_t error =
-      launch(count_kernel, ceil_div<int64_t>(latents + 1, kPlanThreads), kPlanThreads, 0, stream,
-             latent_offsets, latents, cached_above, plan.counts);
-  if (error != cudaSuccess) return error;
-  return cub::DeviceScan::ExclusiveSum(scratch, scratch_bytes, plan.counts, plan.counts,
-                                       latents + 1, stream);
+                         const LatentPlan& plan, cudaStream_t stream) {
+  return launch(plan_kernel, 1, kPlanThreads, 0, stream, latent_offsets, latents, cached_above,
+                plan);
 }
 
 cudaError_t sum_chunks(const LatentLists& lists, const LatentPlan& plan, TypedPointer dense,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/common/chunks.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/types.h"
 
 namespace sae_fast::cuda {
@@ -20,16 +21,20 @@ struct LatentLists {
 
 // For every latent, how many chunks and how many cached rows the latents before it have.
 struct LatentPlan {
-  int64_t* counts;  // [F + 1]: chunks in the upper 32 bits, cached rows in the lower
-  float* partials;  // [max_chunks(entries), D]: sums of the chunks
-};
+  int64_t* counts = nullptr;   // [F + 1]: chunks in the upper 32 bits, cached rows in the lower
+  float* partials = nullptr;   // [max_chunks(entries), D]: sums of the chunks
+  unsigned* ticket = nullptr;  // 0, for one later launch that asks for its last block
 
-cudaError_t plan_scratch_bytes(int64_t latents, size_t* bytes);
+  LatentPlan() = default;
+  LatentPlan(Scratch& scratch, int64_t entries, int64_t latents, int64_t d_in)
+      : counts(scratch.take<int64_t>(latents + 1)),
+        partials(scratch.take<float>(max_chunks(entries) * d_in)),
+        ticket(scratch.take<unsigned>(1)) {}
+};
 
 // Fills plan.counts; a latent with more than cached_above entries has a cached row.
 cudaError_t plan_latents(const int64_t* latent_offsets, int64_t latents, int64_t cached_above,
-                         const LatentPlan& plan, void* scratch, size_t scratch_bytes,
-                         cudaStream_t stream);
+                         const LatentPlan& plan, cudaStream_t stream);
 
 // Fills plan.partials with the sums of coefficient * (dense[row] - shift) of every chunk.
 cudaError_t sum_chunks(const LatentLists& lists, const LatentPlan& plan,

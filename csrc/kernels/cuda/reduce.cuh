@@ -37,6 +37,72 @@ __device__ inline Number block_sum(Number value, Number* partial) {
   return sum;
 }
 
+// The sum of the lanes before this one.
+template <typename Number>
+__device__ inline Number warp_sum_before(Number value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  Number sum = value;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const Number below = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += below;
+  }
+  return sum - value;
+}
+
+// Calls put(i, sum of get(j) over j < i) for every i in [0, count), by one block; returns the sum
+// of all to every thread. `partial` as for block_sum. get(i) may read what put(i) writes.
+template <int kItems, typename Number, typename Get, typename Put>
+__device__ inline Number block_scan(int64_t count, Number* partial, Get&& get, Put&& put) {
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t tile = static_cast<int64_t>(blockDim.x) * kItems;
+  Number before = 0;
+  for (int64_t start = 0; start < count; start += tile) {
+    const int64_t first = start + static_cast<int64_t>(threadIdx.x) * kItems;
+    Number own[kItems];
+    Number sum = 0;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) own[i] = first + i < count ? get(first + i) : Number{0};
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) sum += own[i];
+    const Number in_warp = warp_sum_before(sum);
+    __syncthreads();  // the last tile's partials have been read
+    if (threadIdx.x % kWarpSize == kWarpSize - 1) partial[warp] = in_warp + sum;
+    __syncthreads();
+    Number at = before + in_warp;
+    for (int i = 0; i < warps; ++i) {
+      if (i < warp) at += partial[i];
+      before += partial[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      if (first + i < count) put(first + i, at);
+      at += own[i];
+    }
+  }
+  return before;
+}
+
+// Tells all threads of a block whether it is the last one of the launch to call this. The last one
+// may read what the others have written before, by load_written. `ticket` was 0 before the launch.
+__device__ inline bool is_last_block(unsigned* ticket) {
+  __shared__ unsigned place;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) place = atomicAdd(ticket, 1u);
+  __syncthreads();
+  if (place != gridDim.x - 1) return false;
+  __threadfence();
+  return true;
+}
+
+// Reads what other blocks of the launch have written, which this multiprocessor's cache may lack.
+template <typename Number>
+__device__ inline Number load_written(const Number* from) {
+  return __ldcg(from);
+}
+
 // Sums kCount numbers across a warp with 2 log2 + kCount shuffles instead of 5 kCount: each step
 // hands half of the numbers to the other half of the lanes. Lane l returns the sum of number
 // owned_sum(l); kCount is a power of two up to 32.

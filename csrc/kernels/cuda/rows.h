@@ -9,8 +9,8 @@ namespace sae_fast::cuda {
 cudaError_t normalize_rows(float* W, int64_t rows, int64_t d_in, cudaStream_t stream);
 
 // Orders the entries by latent, inside a latent by position. Entries with value 0 (not NaN) follow
-// all latents, from position latent_offsets[F] on, because only the device knows how many there
-// are. The radix sort is stable, so the order does not change between runs.
+// all latents by position, from latent_offsets[F] on, because only the device knows how many there
+// are.
 cudaError_t latent_major_scratch_bytes(int64_t entries, int64_t d_sae, size_t* bytes);
 cudaError_t latent_major(const float* values,     // [entries of code]
                          const int32_t* indices,  // [entries of code]

@@ -59,6 +59,13 @@ Value __shfl_sync(unsigned /*mask*/, Value value, int lane) {
   return emulated_cuda::shuffle(value, static_cast<unsigned>(lane) % 32);
 }
 
+inline void __threadfence() {}  // blocks run one after the other
+
+template <typename Value>
+Value __ldcg(const Value* from) {
+  return *from;
+}
+
 inline void __syncwarp() { emulated_cuda::warp_barrier(); }
 inline unsigned __ballot_sync(unsigned /*mask*/, bool bit) { return emulated_cuda::ballot(bit); }
 inline bool __any_sync(unsigned /*mask*/, bool bit) { return emulated_cuda::ballot(bit) != 0; }

@@ -107,11 +107,10 @@ cudaError_t finish_threshold(const Encoder& encoder, const Tokens& tokens, const
                              cudaStream_t stream);
 
 // offsets[n] = sum of counts before row n.
-cudaError_t offsets_scratch_bytes(int64_t rows, size_t* bytes);
-cudaError_t count_offsets(const int64_t* counts,  // [N + 1], the last of any value
+cudaError_t count_offsets(const int64_t* counts,  // [N]
                           int64_t rows,
                           int64_t* offsets,  // [N + 1]
-                          void* scratch, size_t scratch_bytes, cudaStream_t stream);
+                          cudaStream_t stream);
 // Row n of the lists to entries offsets[n] .. offsets[n + 1] of a flat code.
 cudaError_t gather_code(CandidateRows candidates, int64_t rows, const int64_t* offsets,
                         float* values, int32_t* indices, cudaStream_t stream);

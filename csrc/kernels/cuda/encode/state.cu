@@ -1,5 +1,7 @@
 #include "kernels/cuda/encode/state.cuh"
 
+#include <algorithm>
+
 #include "kernels/cuda/encode/score.cuh"
 
 namespace sae_fast::cuda {
@@ -17,13 +19,12 @@ __device__ inline float warp_maximum(float value) {
   return value;
 }
 
-// One warp a segment.
-__global__ void __launch_bounds__(kPrepareThreads)
-    segment_kernel(Encoder encoder, const bool* __restrict__ dead_mask, SegmentState segments) {
+// By warp `warp` of `warps`, every warps-th segment.
+__device__ void prepare_segments(const Encoder& encoder, const bool* __restrict__ dead_mask,
+                                 const SegmentState& segments, int64_t warp, int64_t warps) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int64_t count = segment_count(encoder.d_sae);
-  int64_t segment = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + threadIdx.x / kWarpSize;
-  for (; segment < count; segment += static_cast<int64_t>(gridDim.x) * kPrepareWarps) {
+  for (int64_t segment = warp; segment < count; segment += warps) {
     SegmentBound most{0.0f, 0.0f, 0.0f};
     int dead_count = 0;
     for (int word = 0; word < kDeadWords; ++word) {
@@ -48,15 +49,19 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
 }
 
-// One warp a token.
+// The warps share the segments, and take a token each.
 template <typename Rounded, bool kVector>
 __global__ void __launch_bounds__(kPrepareThreads)
-    token_kernel(Tokens tokens, const float* __restrict__ b_dec, int64_t d_in,
-                 Rounded* __restrict__ rounded_x, bool exact, Unbounded unbounded,
-                 EncodeState state) {
+    prepare_kernel(Encoder encoder, Tokens tokens, const bool* __restrict__ dead_mask,
+                   Rounded* __restrict__ rounded_x, Unbounded unbounded, EncodeState state) {
+  const int64_t d_in = encoder.d_in;
+  const bool exact = encoder.exact;
+  const float* __restrict__ const b_dec = encoder.b_dec;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + threadIdx.x / kWarpSize;
-  for (; row < tokens.rows; row += static_cast<int64_t>(gridDim.x) * kPrepareWarps) {
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + threadIdx.x / kWarpSize;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kPrepareWarps;
+  prepare_segments(encoder, dead_mask, state.segments, warps - 1 - warp, warps);
+  for (int64_t row = warp; row < tokens.rows; row += warps) {
     const int64_t start = flat_index(row, d_in, 0);
     double residual_square = 0.0;
     double rounded_square = 0.0;
@@ -102,30 +107,28 @@ __global__ void __launch_bounds__(kPrepareThreads)
 
 template <typename Rounded>
 cudaError_t prepare_tokens(const Encoder& encoder, const Tokens& tokens, Rounded* rounded_x,
-                           Unbounded unbounded, const EncodeState& state, cudaStream_t stream) {
+                           const bool* dead_mask, Unbounded unbounded, const EncodeState& state,
+                           cudaStream_t stream) {
   const bool fits = vectors_fit(encoder.d_in, kColumnsOfLane, {tokens.x, encoder.b_dec, rounded_x});
-  return launch(fits ? token_kernel<Rounded, true> : token_kernel<Rounded, false>,
-                ceil_div<int64_t>(tokens.rows, kPrepareWarps), kPrepareThreads, 0, stream, tokens,
-                encoder.b_dec, encoder.d_in, rounded_x, encoder.exact, unbounded, state);
+  const int64_t warps = std::max(tokens.rows, segment_count(encoder.d_sae));
+  return launch(fits ? prepare_kernel<Rounded, true> : prepare_kernel<Rounded, false>,
+                ceil_div<int64_t>(warps, kPrepareWarps), kPrepareThreads, 0, stream, encoder,
+                tokens, dead_mask, rounded_x, unbounded, state);
 }
 
 }  // namespace
 
 cudaError_t prepare_encode(const Encoder& encoder, const Tokens& tokens, const bool* dead_mask,
                            Unbounded unbounded, const EncodeState& state, cudaStream_t stream) {
-  cudaError_t error = cudaMemsetAsync(state.segments.dead_total, 0, 2 * sizeof(int32_t), stream);
-  if (error == cudaSuccess) {
-    const int64_t blocks = ceil_div<int64_t>(segment_count(encoder.d_sae), kPrepareWarps);
-    error = launch(segment_kernel, blocks, kPrepareThreads, 0, stream, encoder, dead_mask,
-                   state.segments);
-  }
+  const cudaError_t error =
+      cudaMemsetAsync(state.segments.dead_total, 0, 2 * sizeof(int32_t), stream);
   if (error != cudaSuccess) return error;
   if (encoder.rounded.type == DType::kFloat16) {
-    return prepare_tokens(encoder, tokens, static_cast<__half*>(tokens.rounded_x), unbounded, state,
-                          stream);
+    return prepare_tokens(encoder, tokens, static_cast<__half*>(tokens.rounded_x), dead_mask,
+                          unbounded, state, stream);
   }
-  return prepare_tokens(encoder, tokens, static_cast<__nv_bfloat16*>(tokens.rounded_x), unbounded,
-                        state, stream);
+  return prepare_tokens(encoder, tokens, static_cast<__nv_bfloat16*>(tokens.rounded_x), dead_mask,
+                        unbounded, state, stream);
 }
 
 }  // namespace sae_fast::cuda

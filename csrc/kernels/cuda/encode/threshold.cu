@@ -1,9 +1,8 @@
 // Threshold codes: candidates are collected by ascending latent, so that those left after scoring
 // are a row of the result.
-#include <cub/device/device_scan.cuh>
-
 #include "kernels/cuda/encode/product.cuh"
 #include "kernels/cuda/encode/score.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace sae_fast::cuda {
 namespace {
@@ -13,6 +12,8 @@ constexpr int kCollectWarps = kCollectThreads / kWarpSize;
 constexpr int kCollectBlocks = 3;  // that a multiprocessor's registers must hold, without spills
 constexpr int kPassThreads = 128;
 constexpr int kPassWarps = kPassThreads / kWarpSize;
+constexpr int kOffsetThreads = 1024;
+constexpr int kOffsetItems = 8;
 
 __device__ inline int64_t room_begin(const CandidateRows& rows, int64_t row) {
   return rows.offsets != nullptr ? rows.offsets[row] : row * rows.capacity;
@@ -181,6 +182,16 @@ __global__ void __launch_bounds__(kCollectThreads)
   }
 }
 
+// One block in all.
+__global__ void __launch_bounds__(kOffsetThreads)
+    offsets_kernel(const int64_t* __restrict__ counts, int64_t rows, int64_t* offsets) {
+  __shared__ int64_t partial[kOffsetThreads / kWarpSize];
+  const int64_t total = block_scan<kOffsetItems>(
+      rows, partial, [&](int64_t row) { return counts[row]; },
+      [&](int64_t row, int64_t before) { offsets[row] = before; });
+  if (threadIdx.x == 0) offsets[rows] = total;
+}
+
 // One block a row.
 __global__ void __launch_bounds__(kPassThreads)
     gather_kernel(CandidateRows candidates, int64_t rows, const int64_t* __restrict__ offsets,
@@ -246,15 +257,9 @@ cudaError_t finish_threshold(const Encoder& encoder, const Tokens& tokens, const
                 encoder, tokens, threshold, candidates, kept, largest);
 }
 
-cudaError_t offsets_scratch_bytes(int64_t rows, size_t* bytes) {
-  const int64_t* const counts = nullptr;
-  int64_t* const offsets = nullptr;
-  return cub::DeviceScan::ExclusiveSum(nullptr, *bytes, counts, offsets, rows + 1);
-}
-
-cudaError_t count_offsets(const int64_t* counts, int64_t rows, int64_t* offsets, void* scratch,
-                          size_t scratch_bytes, cudaStream_t stream) {
-  return cub::DeviceScan::ExclusiveSum(scratch, scratch_bytes, counts, offsets, rows + 1, stream);
+cudaError_t count_offsets(const int64_t* counts, int64_t rows, int64_t* offsets,
+                          cudaStream_t stream) {
+  return launch(offsets_kernel, 1, kOffsetThreads, 0, stream, counts, rows, offsets);
 }
 
 cudaError_t gather_code(CandidateRows candidates, int64_t rows, const int64_t* offsets,

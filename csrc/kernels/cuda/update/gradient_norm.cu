@@ -1,4 +1,5 @@
 // The first pass: the norm of the gradient's rows.
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -8,18 +9,20 @@
 namespace sae_fast::cuda {
 namespace {
 
-constexpr int kSumThreads = 1024;
+constexpr int kLatentsPerBlock = 4;
 
 // ---- kernels
 
-// One block a latent. A thread reads back from shared memory only what it wrote itself.
+// Blocks take latents in turn, one at a time; the last one adds the rows' squares up, in an order
+// that depends on shapes alone. A thread reads back from shared memory only what it wrote itself.
 template <typename Dense, int kWidth>
 __global__ void __launch_bounds__(kRowThreads)
     gradient_norm_kernel(LatentLists lists, LatentPlan plan, const Dense* __restrict__ dense,
                          const float* __restrict__ shift, const float* __restrict__ extra_grad,
                          const float* __restrict__ project_onto, int64_t d_in,
-                         double* __restrict__ squared_norms, float* __restrict__ sums,
-                         float* __restrict__ cached, int32_t* __restrict__ cache_slots) {
+                         double* squared_norms, double* __restrict__ squared_norm,
+                         float* __restrict__ sums, float* __restrict__ cached,
+                         int32_t* __restrict__ cache_slots) {
   float* const gradient = static_cast<float*>(dynamic_shared_memory());  // [D]
   __shared__ float dots[kRowWarps];
   __shared__ double squares[kRowWarps];
@@ -60,35 +63,24 @@ __global__ void __launch_bounds__(kRowThreads)
       }
     }
   }
-}
-
-// One block in all, so that the order of additions depends on their number alone.
-__global__ void __launch_bounds__(kSumThreads)
-    sum_kernel(const double* __restrict__ numbers, int64_t count, double* __restrict__ sum) {
-  __shared__ double partial[kSumThreads / kWarpSize];
+  if (!is_last_block(plan.ticket)) return;
   double mine = 0.0;
-#pragma unroll 8
-  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) mine += numbers[i];
-  const double total = block_sum(mine, partial);
-  if (threadIdx.x == 0) *sum = total;
+#pragma unroll 16
+  for (int64_t i = threadIdx.x; i < lists.latents; i += blockDim.x) {
+    mine += load_written(&squared_norms[i]);
+  }
+  const double total = block_sum(mine, squares);
+  if (threadIdx.x == 0) *squared_norm = total;
 }
 
 // ---- launchers
 
 struct NormScratch {
   LatentPlan plan;
-  double* squared_norms;
-  void* scan;
-  size_t scan_bytes = 0;
-  cudaError_t error;
+  double* squared_norms;  // [F]
 
-  NormScratch(Scratch& scratch, int64_t entries, int64_t latents, int64_t d_in) {
-    plan.counts = scratch.take<int64_t>(latents + 1);
-    plan.partials = scratch.take<float>(max_chunks(entries) * d_in);
-    squared_norms = scratch.take<double>(latents);
-    error = plan_scratch_bytes(latents, &scan_bytes);
-    scan = scratch.take<char>(static_cast<int64_t>(scan_bytes));
-  }
+  NormScratch(Scratch& scratch, int64_t entries, int64_t latents, int64_t d_in)
+      : plan(scratch, entries, latents, d_in), squared_norms(scratch.take<double>(latents)) {}
 };
 
 }  // namespace
@@ -98,7 +90,7 @@ cudaError_t row_gradient_norm_scratch_bytes(int64_t entries, int64_t latents, in
   Scratch scratch(nullptr);
   const NormScratch pieces(scratch, entries, latents, d_in);
   *bytes = scratch.bytes();
-  return pieces.error;
+  return cudaSuccess;
 }
 
 cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
@@ -109,14 +101,10 @@ cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
   const int64_t d_in = factors.d_in;
   Scratch remaining(scratch);
   const NormScratch pieces(remaining, lists.entries, lists.latents, d_in);
-  cudaError_t error = pieces.error;
+  cudaError_t error = plan_latents(lists.offsets, lists.latents, cache.above, pieces.plan, stream);
   const auto then = [&error](auto&& start) {
     if (error == cudaSuccess) error = start();
   };
-  then([&] {
-    return plan_latents(lists.offsets, lists.latents, cache.above, pieces.plan, pieces.scan,
-                        pieces.scan_bytes, stream);
-  });
   then([&] { return sum_chunks(lists, pieces.plan, factors.dense, factors.shift, d_in, stream); });
   then([&] {
     return with_rows<kRowWidth>(
@@ -125,15 +113,13 @@ cudaError_t row_gradient_norm(const GradientFactors& factors, RowCache cache,
         [&](const auto* dense, auto width) {
           using Dense = std::decay_t<decltype(*dense)>;
           constexpr int kWidth = decltype(width)::value;
-          return launch(gradient_norm_kernel<Dense, kWidth>, lists.latents,
-                        row_threads(d_in, kWidth), project_onto != nullptr ? row_bytes(1, d_in) : 0,
-                        stream, lists, pieces.plan, dense, factors.shift, factors.extra_grad,
-                        project_onto, d_in, pieces.squared_norms, sums, cached, cache_slots);
+          const int64_t blocks =
+              std::max(ceil_div(lists.latents, int64_t{kLatentsPerBlock}), int64_t{1});
+          return launch(gradient_norm_kernel<Dense, kWidth>, blocks, row_threads(d_in, kWidth),
+                        project_onto != nullptr ? row_bytes(1, d_in) : 0, stream, lists,
+                        pieces.plan, dense, factors.shift, factors.extra_grad, project_onto, d_in,
+                        pieces.squared_norms, squared_norm, sums, cached, cache_slots);
         });
-  });
-  then([&] {
-    return launch(sum_kernel, 1, kSumThreads, 0, stream, pieces.squared_norms, lists.latents,
-                  squared_norm);
   });
   return error;
 }
