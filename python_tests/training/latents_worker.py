@@ -39,14 +39,15 @@ PARTS = ("topk", "jumprelu")  # trained with grad_acc_steps
 
 
 class At(Callback):
-    """Does something in this process after a step, if it is rank 1 or the only one."""
+    """Does something in this process after a step, if it has this rank, or is the last."""
 
-    def __init__(self, step: int, do: Callable[[Trainer], object]) -> None:
+    def __init__(self, step: int, do: Callable[[Trainer], object], rank: int | None = None) -> None:
         self.step, self.do = step, do
+        self.rank = launched().size - 1 if rank is None else rank
 
     def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """Do it."""
-        if trainer.step == self.step and launched().rank == launched().size - 1:
+        if trainer.step == self.step and launched().rank == self.rank:
             self.do(trainer)
 
 

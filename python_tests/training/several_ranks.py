@@ -1,4 +1,7 @@
-"""Starts the processes of a test as a launcher would, forked from one that has imported torch."""
+"""Starts the processes of a test as a launcher would, forked from one that has imported torch.
+
+And compares what they leave with what one process leaves.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Any
 
 import torch
 import warm_python
+from safetensors.torch import load_file
+from torch import Tensor
 
 _HERE = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -45,3 +50,19 @@ def error_of(make: Callable[[], Any]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def tensors_of(run: Path) -> dict[str, Tensor]:
+    """Return the tensors of the last checkpoint of a run, but for the generators' states."""
+    files = [run / "checkpoints/latest" / name for name in ("sae", "trainer")]
+    found = {**load_file(f"{files[0]}.safetensors"), **load_file(f"{files[1]}.safetensors")}
+    return {name: tensor for name, tensor in found.items() if not name.startswith("rng.")}
+
+
+def assert_near(first: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """Assert that two states are of equal selections, and equal to float32 rounding."""
+    assert first.keys() == other.keys()
+    for name, tensor in first.items():
+        near = 2e-6 * float(tensor.double().abs().max()) if tensor.is_floating_point() else 0
+        difference = (tensor.double() - other[name].double()).abs().max()
+        assert float(difference) <= near, name

@@ -151,7 +151,7 @@ def test_a_rank_that_is_killed_is_named(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_mesh_needs_its_processes() -> None:
-    for mesh in ("data", "data=0", "data=2,data=2", "rows=2", "data=2,latents=2", ""):
+    for mesh in ("data", "data=0", "data=2,data=2", "rows=2", "data=2,layers=2", ""):
         with pytest.raises(ValueError, match="mesh"):
             TrainConfig(mesh=mesh)
     assert TrainConfig(mesh="data=3", grad_acc_steps=2).batches_per_step == 6

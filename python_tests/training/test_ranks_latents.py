@@ -12,7 +12,7 @@ import pytest
 import several_ranks
 import torch
 from latents_worker import CASES, STEPS
-from safetensors.torch import load_file
+from several_ranks import assert_near, tensors_of
 from torch import Tensor
 
 from sae_fast.distributed.ranks import Ranks
@@ -52,22 +52,6 @@ def ranks(place: Path, alone: object) -> list[dict[str, Any]]:
     ends = several_ranks.run("latents_worker", place)
     assert [end.returncode for end in ends] == [0, -signal.SIGKILL], ends[0].stderr + ends[1].stderr
     return [torch.load(place / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def tensors_of(run: Path) -> dict[str, Tensor]:
-    """Return the tensors of the last checkpoint of a run, but for the generators' states."""
-    files = [run / "checkpoints/latest" / name for name in ("sae", "trainer")]
-    found = {**load_file(f"{files[0]}.safetensors"), **load_file(f"{files[1]}.safetensors")}
-    return {name: tensor for name, tensor in found.items() if not name.startswith("rng.")}
-
-
-def assert_near(first: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """Assert that two states are of equal selections, and equal to float32 rounding."""
-    assert first.keys() == other.keys()
-    for name, tensor in first.items():
-        near = 2e-6 * float(tensor.double().abs().max()) if tensor.is_floating_point() else 0
-        difference = (tensor.double() - other[name].double()).abs().max()
-        assert float(difference) <= near, name
 
 
 @pytest.mark.slow

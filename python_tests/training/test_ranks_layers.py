@@ -143,6 +143,6 @@ def test_trainings_are_divided_into_blocks() -> None:
 
 
 def test_processes_divide_one_thing_only() -> None:
-    with pytest.raises(ValueError, match="processes divide one thing only, data=2 or layers=3"):
+    with pytest.raises(ValueError, match="divide nothing else, give layers=3 alone"):
         TrainConfig(mesh="data=2,layers=3")
     assert TrainConfig(mesh="data=2,layers=1").batches_per_step == 2

@@ -1,7 +1,7 @@
 """The mesh of processes that train one model together, written `data=2`. Part of sae_fast.config.
 
 An axis says what is divided: `data` the batches of a step, `latents` the model, `layers` the
-trainings of a sweep and of several hook points.
+trainings of a sweep and of several hook points. `data=2,latents=2` divides both among four.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def parsed_mesh(text: str | None) -> dict[str, int]:
                 f"got {size!r}"
             )
         sizes[name] = int(size)
-    several = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    if len(several) > 1:
+    several = [name for name, size in sizes.items() if size > 1]
+    if "layers" in several and len(several) > 1:
         raise ValueError(
-            f"mesh = {text!r}: processes divide one thing only, {' or '.join(several)}"
+            f"mesh = {text!r}: processes that divide trainings divide nothing else, give "
+            f"layers={sizes['layers']} alone"
         )
     return sizes
 
 
-def divided_axis(text: str | None) -> str | None:
-    """Return the axis of a mesh that several processes divide; None for one process."""
-    return next((name for name, size in parsed_mesh(text).items() if size > 1), None)
+def divides(text: str | None, *axes: str) -> bool:
+    """Return whether several processes of a mesh divide what one of these axes says."""
+    return any(size > 1 and name in axes for name, size in parsed_mesh(text).items())

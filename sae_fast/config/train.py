@@ -392,13 +392,13 @@ class TrainConfig(ConfigFile):
         nonempty=True,
         metavar="AXIS=SIZE",
         heading="Several processes",
-        brief="what processes divide: data=2, latents=2 or layers=2",
+        brief="what processes divide: data=2, latents=2, data=2,latents=2 or layers=2",
     )
     """What the processes that torchrun has started divide: data=R the batches of a step, R at a
-    time, of one training on shards; latents=R the latents of its model, 1/R of the memory; layers=R
-    the trainings of a sweep, of several seeds or hook points, a block of them each. The results
-    equal what one process gives, with data=R and R times as many grad_acc_steps, to the bit, but
-    for sums of floats with latents=R."""
+    time, of one training on shards; latents=R the latents of its model, 1/R of the memory;
+    data=A,latents=B both, with A times B processes; layers=R the trainings of a sweep, of several
+    seeds or hook points, a block of them each. The results equal what one process gives, with
+    data=R and R times as many grad_acc_steps, to the bit, but for sums of floats with latents=R."""
     mesh_timeout: float = setting(10.0, above=0, on_resume="free", needs=_MESH)
     """How long one of these processes waits for another that does not answer. [minutes]"""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
 
 import sae_fast
 from sae_fast.config import TrainConfig
@@ -44,9 +46,11 @@ class RankError(ValueError):
 
     Attributes:
         is_told: whether another process says so already.
+        agreed_by: the processes that all raise it; None: some may not know of it yet.
     """
 
     is_told = False
+    agreed_by: Ranks | None = None
 
 
 class Wishes(NamedTuple):
@@ -63,8 +67,48 @@ class Wishes(NamedTuple):
     is_over: bool = False
 
 
+class _Traffic:
+    """The exchange of a process since it was last asked for.
+
+    Attributes:
+        bytes_sent: what it has given to be gathered, with padding.
+        seconds: the time that it has spent on that, waiting for the others included.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_sent, self.seconds = 0, 0.0
+
+
+class _Part(NamedTuple):
+    """Some of the processes of a training.
+
+    Attributes:
+        of: all of them.
+        numbers: of the members, in their order.
+        sizes: of the mesh that divides them.
+        axis: of the mesh, along which these processes are.
+    """
+
+    of: Ranks
+    numbers: list[int]
+    sizes: tuple[int, int]
+    axis: str
+
+
+class Axes(NamedTuple):
+    """The processes with which one divides a training, `ALONE` for what is not divided.
+
+    Attributes:
+        data: they have the same latents and make other batches.
+        latents: they make the same batches and have other latents.
+    """
+
+    data: Ranks
+    latents: Ranks
+
+
 class Ranks:
-    """The processes of a training, this one among them.
+    """The processes of a training, this one among them, or the ones that divide one thing.
 
     Args:
         rank: of this process.
@@ -72,10 +116,7 @@ class Ranks:
         store: of the launcher, in which a process notes how it ended; None: one process alone.
         local_rank: of this process among those on its machine.
         local_size: the number of processes on this machine.
-
-    Attributes:
-        bytes_sent: what this process has given to be gathered, with padding, since `take_traffic`.
-        seconds: the time that it has spent on that, waiting for the others included.
+        part: of which processes these are some; None: they are all.
     """
 
     def __init__(
@@ -85,12 +126,17 @@ class Ranks:
         store: Store | None = None,
         local_rank: int = 0,
         local_size: int = 1,
+        part: _Part | None = None,
     ) -> None:
         self.rank, self.size = rank, size
-        self.bytes_sent, self.seconds = 0, 0.0
         self._store = store
         self._local_rank, self._local_size = local_rank, local_size
-        self._has_nccl = False
+        self._part = part
+        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
+        self._traffic: _Traffic = _Traffic() if part is None else part.of._traffic
+        self._has_nccl: bool = part is not None and part.of._has_nccl
+        self._timeout: timedelta | None = None
+        self._end: RankError | None = None  # with which this process has lost the others
         self._agreed: Exception | None = None  # the last error with which all have left a context
 
     @property
@@ -116,9 +162,49 @@ class Ranks:
         """
         if self.size == 1:
             return {}
-        sent, self.bytes_sent = self.bytes_sent, 0
-        spent, self.seconds = self.seconds, 0.0
+        traffic, spent = self._traffic, self._traffic.seconds
+        sent, traffic.bytes_sent, traffic.seconds = traffic.bytes_sent, 0, 0.0
         return {"exchanged_bytes": sent / steps, "communication_fraction": spent / seconds}
+
+    def axes(self, mesh: str | None) -> Axes:
+        """Return the processes with which this one divides batches and latents.
+
+        Of `data=A,latents=B` B neighbours hold the latents of one model together, and A of these
+        rows of neighbours make batches of their own. All processes call this.
+        """
+        sizes = parsed_mesh(mesh)
+        both = n_data, n_latents = sizes.get("data", 1), sizes.get("latents", 1)
+        if n_data == 1 or n_latents == 1:
+            return Axes(self if n_data > 1 else ALONE, self if n_latents > 1 else ALONE)
+        if both not in self._meshes:
+            self._meshes[both] = _mesh_of(*both, self._timeout)
+        known = self._meshes[both]
+        members = {
+            "data": known.mesh[:, known.get_local_rank("latents")].tolist(),
+            "latents": known.mesh[known.get_local_rank("data")].tolist(),
+        }
+        parts = (
+            Ranks(
+                *(known.get_local_rank(axis), len(numbers), self._store),
+                part=_Part(self, numbers, both, axis),
+            )
+            for axis, numbers in members.items()
+        )
+        return Axes(*parts)
+
+    def _name(self, number: int) -> str:
+        """Return the name of one of these processes, by its number among all."""
+        return f"rank {number if self._part is None else self._part.numbers[number]}"
+
+    @property
+    def _group(self) -> dist.ProcessGroup | None:
+        """The group of these processes; None: all.
+
+        It is kept by torch alone, because its connections are closed with the last reference.
+        """
+        if self._part is None:
+            return None
+        return self._part.of._meshes[self._part.sizes].get_group(self._part.axis)
 
     # ---- gathering ---------------------------------------------------------------------------
 
@@ -147,7 +233,7 @@ class Ranks:
                     found[number] = other, unpack(parts[number], other_specs)
         else:
             found = [(other, []) for other, _, _ in headers]
-        self.seconds += time.perf_counter() - begin
+        self._traffic.seconds += time.perf_counter() - begin
         return found
 
     def values(self, value: Any) -> list[Any]:
@@ -186,14 +272,11 @@ class Ranks:
         flat = torch.nn.functional.pad(flat, (0, length * self.size - own.numel()))
         wire = flat if self._has_nccl else flat.cpu()
         found = torch.empty_like(wire)
-        self.bytes_sent += wire.numel() * wire.element_size()
-        try:
-            dist.all_to_all_single(found, wire)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        self._traffic.bytes_sent += wire.numel() * wire.element_size()
+        self._exchange(dist.all_to_all_single, found, wire)
         part = _sum_of(found.view(self.size, length).unbind())
         parts = self._gather_bytes(part.to(own.device).view(torch.uint8))
-        self.seconds += time.perf_counter() - begin
+        self._traffic.seconds += time.perf_counter() - begin
         return torch.cat(parts).view(own.dtype)[: own.numel()].view(own.shape)
 
     def add_in_order(
@@ -229,7 +312,7 @@ class Ranks:
                     values = other.view(part.dtype)
                     target.add_(values) if begun else target.copy_(values)
                     begun = True
-        self.seconds += time.perf_counter() - begin
+        self._traffic.seconds += time.perf_counter() - begin
         return summed
 
     def _gather_headers(self, header: Any) -> list[Any]:
@@ -247,12 +330,18 @@ class Ranks:
         device = own.device
         wire = own if self._has_nccl and not on_host else own.cpu()
         found = [torch.empty_like(wire) for _ in range(self.size)]
-        self.bytes_sent += wire.numel()
+        self._traffic.bytes_sent += wire.numel()
+        self._exchange(dist.all_gather, found, wire)
+        return [part.to(device) for part in found]
+
+    def _exchange(self, call: Callable[..., object], found: object, wire: Tensor) -> None:
+        """Fill `found` by a call of torch.distributed; raise RankError where a process is lost."""
+        if (end := (self if self._part is None else self._part.of)._end) is not None:
+            raise end
         try:
-            dist.all_gather(found, wire)
+            call(found, wire, group=self._group)
         except RuntimeError as error:
             raise self._lost(error) from error
-        return [part.to(device) for part in found]
 
     # ---- agreement ---------------------------------------------------------------------------
 
@@ -261,7 +350,8 @@ class Ranks:
         """Let all processes leave this context together, or all with an error.
 
         Args:
-            facts: returns, at the end, JSON values by name that must be equal in all processes.
+            facts: returns, at the end, JSON values by name that must be equal in all processes
+                that have the name.
 
         Raises RankError, which names it, where another process has failed or has other facts.
         """
@@ -273,24 +363,30 @@ class Ranks:
         try:
             yield
             own = dict(facts())
-        except RankError:
-            raise
+        except RankError as error:
+            if error.agreed_by in (None, self):
+                raise
+            failure = error
         except Exception as error:
             if error is self._agreed:  # of an agreement within this one
                 raise
             failure = error
-        found = self.values({"failed": _text(failure), "facts": own})
+        is_named = isinstance(failure, RankError)
+        found = self.values({"failed": _text(failure), "is_named": is_named, "facts": own})
         for number, other in enumerate(found):
             if other["failed"] is not None:
-                if failure is not None and other["failed"] == _text(failure):
+                if failure is not None and other["failed"] == _text(failure) and not is_named:
                     self._agreed = failure
                     raise failure
-                raise self._told(f"rank {number}: {other['failed']}")
+                name = "" if other["is_named"] else f"{self._name(number)}: "
+                raise self._told(f"{name}{other['failed']}")
+        first: dict[str, int] = {}  # which process has a fact first
         for number, other in enumerate(found):
-            for name, value in found[0]["facts"].items():
-                if other["facts"].get(name) != value:
-                    difference = _difference(value, other["facts"].get(name))
-                    raise self._told(f"rank {number} differs from rank 0 in {name}{difference}")
+            for name, value in other["facts"].items():
+                known = found[first.setdefault(name, number)]["facts"][name]
+                if known != value:
+                    pair = f"{self._name(number)} differs from {self._name(first[name])}"
+                    raise self._told(f"{pair} in {name}{_difference(known, value)}")
 
     def agreed(self, wishes: Wishes) -> Wishes:
         """Return what any process is asked to do; of several signals the first rank's."""
@@ -323,10 +419,13 @@ class Ranks:
 
     def _lost(self, error: RuntimeError) -> RankError:
         """Return the error of a process that cannot be waited for any longer."""
+        if self._part is not None:
+            return self._part.of._lost(error)
         assert self._store is not None
         said: dict[int, str] = {}
         with suppress(RuntimeError):
             self._store.set(f"end/{self.rank}", "")
+        self._leave(error)
         deadline = time.monotonic() + _GRACE
         for number in range(self.size):
             with suppress(RuntimeError):
@@ -350,13 +449,26 @@ class Ranks:
         # The first process that can say it does; one that fails for its own reason says so itself.
         able = [number for number in said if number not in reasons or number == 0]
         found.is_told = self.rank != min(able, default=self.rank)
+        self._end = found
         return found
 
     def _told(self, text: str) -> RankError:
         """Return an error that all processes raise and rank 0 shows."""
         error = RankError(text)
         error.is_told = not self.is_first
+        error.agreed_by = self
         return error
+
+    def _leave(self, error: RuntimeError) -> None:
+        """Close the connections to processes that wait for this one and for no lost one.
+
+        They notice the end then, and can say so while the others still listen. With NCCL nothing is
+        closed, because that may wait for the lost process.
+        """
+        if not self._has_nccl:
+            traceback.clear_frames(error.__traceback__)  # which refer to a group
+            self._meshes.clear()
+            _disconnect()
 
 
 ALONE = Ranks()
@@ -422,7 +534,7 @@ def connect(timeout: timedelta, device: str = "cpu") -> Ranks:
         # Each process says so: the first one may be the one that is missing.
         raise RankError(f"mesh: the ranks cannot be connected: {error}") from error
     ranks = Ranks(rank, size, store, place.local_rank, place.local_size)
-    ranks._has_nccl = has_nccl
+    ranks._has_nccl, ranks._timeout = has_nccl, timeout
     if (difference := _mismatch(programs)) is not None:
         with suppress(ValueError), ranks.agreement():  # until all have come so far
             raise ValueError(difference)
@@ -474,6 +586,16 @@ def _mismatch(programs: Sequence[_Program]) -> str | None:
         if other.has_own_gpu and not other.has_nccl:
             return f"rank {number}: mesh: its torch ({other.torch}) is without NCCL"
     return None
+
+
+def _mesh_of(n_data: int, n_latents: int, timeout: timedelta | None) -> DeviceMesh:
+    """Return the processes as a table of `n_data` rows, with a group of each row and column."""
+    table = torch.arange(n_data * n_latents).view(n_data, n_latents)
+    groups = [
+        dist.new_subgroups_by_enumeration(numbers.tolist(), timeout=timeout)[0]  # type: ignore[no-untyped-call]
+        for numbers in (table.t(), table)
+    ]
+    return DeviceMesh.from_group(groups, "cpu", table, mesh_dim_names=("data", "latents"))
 
 
 def note_failure(error: BaseException) -> None:

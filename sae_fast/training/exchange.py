@@ -110,6 +110,11 @@ class GradientExchange:
         return [part if number == self.ranks.rank else one for number, one in enumerate(parts)]
 
     @property
+    def _n_latents(self) -> int:
+        """The number of latents that the process holds, all of them or a block."""
+        return len(self._sae.W_enc)
+
+    @property
     def _vectors(self) -> list[str]:
         return [name for name in self._names if self._sae.get_parameter(name).dim() < 2]
 
@@ -127,10 +132,10 @@ class GradientExchange:
         if grad is None:
             return [_NONE]
         if name == "b_enc" and factors:
-            sums = _sums(factors, self._sae.config.d_sae)
+            sums = _sums(factors, self._n_latents)
             if torch.equal(sums.view(torch.int32), grad.view(torch.int32)):
                 return [_FACTORS]
-        if not grad.is_cuda and len(grad) == self._sae.config.d_sae:
+        if not grad.is_cuda and len(grad) == self._n_latents:
             places = (grad.view(torch.int32) != 0).nonzero().flatten()
             if 2 * len(places) < len(grad):
                 return [_LISTED, table.add(places.int()), table.add(grad[places])]
@@ -175,7 +180,7 @@ class GradientExchange:
                     assert own is not None
                     grad = own
                 elif form == _FACTORS:
-                    grad = _sums(factors[number]["W_enc"], self._sae.config.d_sae)
+                    grad = _sums(factors[number]["W_enc"], self._n_latents)
                 elif form == _LISTED:
                     grad = torch.zeros_like(parameter)
                     grad[tensors[places[0]].long()] = tensors[places[1]]
@@ -274,7 +279,7 @@ def _part(
     if form == _FACTORS:
         factor, signed = factors["W_dec"][places[0]], places[1]
         code = ops.SparseCode(
-            factor.values, factor.indices, sae.config.d_sae, factor.offsets, signed=signed
+            factor.values, factor.indices, len(sae.W_enc), factor.offsets, signed=signed
         )
         fired = code.fired()
     else:

@@ -119,6 +119,10 @@ class LatentRows:
         """Return the tensors that all processes have."""
         return {name: t for name, t in tensors.items() if not self.is_divided(name, t)}
 
+    def divided(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of which this process has some rows only."""
+        return {name: t for name, t in tensors.items() if self.is_divided(name, t)}
+
     @torch.no_grad()
     def keep_(self, sae: SparseAutoencoder) -> None:
         """Leave of a whole model the rows of this process."""

@@ -41,7 +41,7 @@ from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.fields import field_names, reject_unknown_keys
-from sae_fast.config.mesh import divided_axis
+from sae_fast.config.mesh import divides
 from sae_fast.config.sae import config_of, without_other_size
 from sae_fast.config.setting import rules_of
 from sae_fast.distributed.ranks import Ranks, Wishes, open_ranks
@@ -315,7 +315,7 @@ def ranks_of_sweep(configs: Mapping[str, RunConfig]) -> Ranks:
     Raises ValueError where the mesh divides something else, or is larger than their number.
     """
     train = next(iter(configs.values())).train
-    if divided_axis(train.mesh) not in (None, "layers"):
+    if divides(train.mesh, "data", "latents"):
         raise ValueError(
             f"mesh = {train.mesh!r} divides one training, and these are several: layers=R has each "
             "process make some of them"

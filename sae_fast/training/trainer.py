@@ -31,9 +31,9 @@ from sae_fast.autoencoder.files import TENSOR_FILE, write_config
 from sae_fast.autoencoder.loss_terms import LossTerm, checked_terms
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.effects import Run, check_run_effects
-from sae_fast.config.mesh import divided_axis
+from sae_fast.config.mesh import divides
 from sae_fast.config.sae import built_in
-from sae_fast.distributed.ranks import ALONE, Wishes, open_ranks
+from sae_fast.distributed.ranks import Wishes, open_ranks
 from sae_fast.distributed.replicas import digests
 from sae_fast.evaluation.dictionary import sampled_cosines
 from sae_fast.json_files import require
@@ -181,6 +181,7 @@ class Trainer:
         sae_config, train_config = _both_configs(sae_config, train_config)
         self._wall_clock = WallClock(train_config)
         self.ranks = open_ranks(train_config)
+        self._axes = self.ranks.axes(train_config.mesh)
         self._rows: LatentRows | None = None  # with mesh latents, the ones of this process
         self._latent_engine: LatentEngine | None = None  # by which these are evaluated
         self._stop, self._show_progress = stop, show_progress and self.ranks.is_first
@@ -223,13 +224,13 @@ class Trainer:
         architecture = make_architecture(self.sae_config)
         self.loss_terms = checked_terms(loss_terms, architecture, ROW_NAMES)
         rows = self.source.rows_per_epoch
-        axis = divided_axis(train_config.mesh)
-        divided = self.sae_config.d_sae if axis == "latents" else rows
-        if divided < self.ranks.size:
-            raise ValueError(
-                f"mesh = {train_config.mesh!r} has more processes than there are "
-                f"{'latents' if axis == 'latents' else 'rows'}, {divided:,}"
-            )
+        for name, count, ranks in (
+            ("rows", rows, self._axes.data),
+            ("latents", self.sae_config.d_sae, self._axes.latents),
+        ):
+            if count < ranks.size:
+                mesh = f"mesh = {train_config.mesh!r}"
+                raise ValueError(f"{mesh} has more processes than there are {name}, {count:,}")
         self.schedules = make_schedules(train_config, self.sae_config, rows)
         self.total_steps = self.schedules.total_steps
         self.tokens_per_step = train_config.tokens_per_step
@@ -245,9 +246,9 @@ class Trainer:
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
         )
-        planned = self.sae_config
-        if axis == "latents":
-            planned = with_latents(planned, -(-planned.d_sae // self.ranks.size))
+        planned, among = self.sae_config, self._axes.latents.size
+        if among > 1:
+            planned = with_latents(planned, -(-planned.d_sae // among))
         self.memory_plan = plan_memory(
             planned,
             train_config,
@@ -639,8 +640,10 @@ class Trainer:
                     aside = stack.enter_context(self._run.checkpoints.being_written(self.step))
             place = Path(self.ranks.values(str(aside))[0])
             try:
-                rows.save(place / TENSOR_FILE, model.state_dict())
-                rows.save(place / TENSORS, tensors_of(state))
+                with self.ranks.agreement():
+                    if self._axes.data.is_first:  # others have the same
+                        rows.save(place / TENSOR_FILE, model.state_dict())
+                        rows.save(place / TENSORS, tensors_of(state))
             except OSError as error:
                 raise CheckpointError(f"cannot write the checkpoint {place}: {error}") from error
             with self.ranks.agreement():
@@ -674,13 +677,13 @@ class Trainer:
     def _state_facts(self) -> dict[str, Any]:
         """Return digests of the state that all ranks have in common after each step."""
         model, optimizer = self.sae.state_dict(), self.optimizer.state_dict()
-        if self._rows is not None:
-            model, optimizer = self._rows.shared(model), self._rows.shared(optimizer)
-        return {
-            "the step": self.step,
-            "the model": digests(model),
-            "the optimiser": digests(optimizer),
-        }
+        facts: dict[str, Any] = {"the step": self.step}
+        if (rows := self._rows) is not None:
+            if self._axes.data.size > 1:  # other processes have the same latents
+                of_block = digests(rows.divided({**model, **optimizer}))
+                facts[f"the latents {rows.first} to {rows.end - 1}"] = of_block
+            model, optimizer = rows.shared(model), rows.shared(optimizer)
+        return {**facts, "the model": digests(model), "the optimiser": digests(optimizer)}
 
     def _save_scans(self) -> None:
         """Remember what was found in the shards, for this run and for others on them."""
@@ -846,20 +849,19 @@ class Trainer:
                 normalize_(self.sae, self.data)
         else:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path, trainable=True)
-            if divided_axis(config.mesh) != "latents":
+            if self._axes.latents.size == 1:
                 for tensor in (*self.sae.parameters(), *self.sae.buffers()):
                     tensor.data = tensor.data.clone()  # out of the mapped file, aligned
         if self.source.origin:
             self.sae.origin = dict(self.source.origin)
         serve_in_units_of(self.sae, self.source)
         per_step, ahead = config.grad_acc_steps, self.is_ahead
-        is_whole = divided_axis(config.mesh) == "latents"  # each process trains on all batches
-        readers = ALONE if is_whole else self.ranks
+        readers = self._axes.data
         self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead, ranks=readers)
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
-        if is_whole:
-            self._rows = LatentRows(self.ranks, self.sae)
+        if self._axes.latents.size > 1:
+            self._rows = LatentRows(self._axes.latents, self.sae)
             self._rows.keep_(self.sae)
             self._latent_engine = LatentEngine.of(self._rows, "screened", dense_grad=True)
         self.sae.to(self.device)
@@ -953,7 +955,7 @@ def _check_mesh(
     sae: SAEConfig, train: TrainConfig, data: object, loss_terms: Sequence[LossTerm]
 ) -> None:
     """Raise ValueError where a training cannot be divided among several processes."""
-    if divided_axis(train.mesh) == "layers":
+    if divides(train.mesh, "layers"):
         raise ValueError(
             f"mesh = {train.mesh!r} divides several trainings, and this is one: data=R divides its "
             "batches"
@@ -966,7 +968,7 @@ def _check_mesh(
         )
     if isinstance(data, SharedShards | SharedReader):
         raise ValueError("mesh data must be left out of a sweep: layers divides its trainings")
-    if divided_axis(train.mesh) == "latents":
+    if divides(train.mesh, "latents"):
         return check_divisible(sae, train, loss_terms)
     own = ARCHITECTURES[sae.arch]
     known = [ARCHITECTURES[name].after_step_ for name in built_in()]

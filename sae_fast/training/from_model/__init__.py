@@ -26,7 +26,7 @@ from sae_fast.activations.origin import origin_of_attributes
 from sae_fast.activations.shared import SharedReader, SharedSource
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
-from sae_fast.config.mesh import divided_axis
+from sae_fast.config.mesh import divides
 from sae_fast.config.model_text import TRAIN_DEFAULTS, FromModelConfig
 from sae_fast.config.setting import rules_of
 from sae_fast.distributed.ranks import open_ranks
@@ -86,7 +86,7 @@ def open_from_model(
         ValueError: in one line, for what does not fit.
     """
     first = next(iter(configs.values())).train
-    if divided_axis(first.mesh) not in (None, "layers"):
+    if divides(first.mesh, "data", "latents"):
         raise ValueError(
             f"mesh = {first.mesh!r} is for training on shards: here layers=R divides the trainings"
         )
