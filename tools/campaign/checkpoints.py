@@ -9,6 +9,7 @@ back to an earlier checkpoint.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -63,8 +64,8 @@ FREE_EDITS = (
 )
 
 
-def prepare(shared: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
-    """Make shards, and for each variant a finished run with its model and last checkpoint."""
+def prepare(shared: Path) -> None:
+    """Make the shards."""
     generator = torch.Generator().manual_seed(0)
     for name, rows in (("train", ROWS), ("heldout", 64)):
         x = torch.randn(rows, D_IN, generator=generator)
@@ -72,19 +73,20 @@ def prepare(shared: Path, variants: Sequence[str] = tuple(VARIANTS)) -> None:
         (shared / "shards").mkdir(exist_ok=True)
         write_shard(shared / "shards" / f"{name}.h5", x, metadata=metadata)
         _add_targets(shared / "shards" / f"{name}.h5", x)
-    for name in variants:
-        _finish_run(shared, name, VARIANTS[name])
-    (shared / "config.json").write_text((shared / variants[0] / "config.json").read_text())
 
 
-def _finish_run(shared: Path, name: str, flags: Sequence[str]) -> None:
-    """Train a run; keep its model and last checkpoint beside the run without that checkpoint."""
-    run = shared / name
-    success(run_aside(lambda: _train(shared, *flags, "--max-steps", LAST, run=run), seconds=120))
+def finished_run(this: Try, variant: str) -> Path:
+    """Return a folder with a run, and apart from it the model and the checkpoint of its end."""
+    return this.made(variant, functools.partial(finish_run, variant=variant))
+
+
+def finish_run(folder: Path, variant: str) -> None:
+    """Train a variant's run; move its last checkpoint out of it and save its model."""
+    run, flags = folder / "run", (*VARIANTS[variant], "--max-steps", LAST)
+    success(run_aside(lambda: _train(folder.parent, *flags, run=run), seconds=120))
     newest = run / "checkpoints" / "latest"
-    SparseAutoencoder.from_pretrained(newest).save(shared / f"{name}-model")
-    last = newest.resolve()
-    last.rename(shared / f"{name}-last")
+    SparseAutoencoder.from_pretrained(newest).save(folder / "model")
+    newest.resolve().rename(folder / "last")
     newest.unlink()
     newest.symlink_to("step-00000004")
 
@@ -124,7 +126,7 @@ def attempt(this: Try) -> str:
 def model(this: Try) -> str:
     """Load a model with one damaged or edited file."""
     variant = this.random.choice(list(VARIANTS))
-    place = copied(this, f"{variant}-model")
+    place = copied(this, finished_run(this, variant) / "model")
     path = place / this.random.choice(["sae.safetensors", "sae.safetensors", "config.json"])
     kind = _damage_tensors(this, path) if path.suffix != ".json" else _damage_json(this, path)
     try:
@@ -134,7 +136,7 @@ def model(this: Try) -> str:
         if "\n" in text or len(text) > 1000 or str(place) not in text:
             raise Failed(f"{kind}: {type(error).__name__} {text[:2000]}") from None
         return "refused"
-    before = SparseAutoencoder.from_pretrained(this.shared / f"{variant}-model")
+    before = SparseAutoencoder.from_pretrained(finished_run(this, variant) / "model")
     for name, tensor in before.state_dict().items():
         if not torch.equal(tensor, loaded.state_dict()[name]):
             raise Failed(f"{kind}: loaded with another {name}")
@@ -148,7 +150,7 @@ def model(this: Try) -> str:
 def start(this: Try) -> str:
     """Start a training from a model with one damaged or edited file."""
     variant = this.random.choice(list(VARIANTS))
-    place = copied(this, f"{variant}-model")
+    place = copied(this, finished_run(this, variant) / "model")
     path = place / this.random.choice(["sae.safetensors", "config.json"])
     kind = _damage_tensors(this, path) if path.suffix != ".json" else _damage_json(this, path)
     flags = (*VARIANTS[variant], "--max-steps", 1, "--start-from", place)
@@ -159,7 +161,7 @@ def start(this: Try) -> str:
 def damaged_checkpoint(this: Try) -> str:
     """Resume a run with one damaged file in its newest checkpoint."""
     variant = this.random.choice(list(VARIANTS))
-    run = copied(this, variant)
+    run = copied(this, finished_run(this, variant) / "run")
     newest = run / "checkpoints" / "step-00000004"
     path = this.random.choice(sorted(newest.iterdir()))
     kind = _damage_json(this, path) if path.suffix == ".json" else _damage_tensors(this, path)
@@ -169,7 +171,7 @@ def damaged_checkpoint(this: Try) -> str:
 def edited_checkpoint(this: Try) -> str:
     """Resume a run whose newest checkpoint has edited values or tensors and a new signature."""
     variant = this.random.choice(list(VARIANTS))
-    run = copied(this, variant)
+    run = copied(this, finished_run(this, variant) / "run")
     path, state = newest_state(run)
     exact = True
     if this.random.random() < 0.7:
@@ -208,7 +210,7 @@ def write_signed(path: Path, text: str) -> None:
 def configuration(this: Try) -> str:
     """Train with a configuration file that is damaged or edited."""
     path = this.folder / "config.json"
-    shutil.copy(this.shared / "config.json", path)
+    shutil.copy(finished_run(this, "topk") / "run" / "config.json", path)
     kind = _damage_json(this, path)
     flags = ("--config", path, "--max-steps", 1)
     ended = _aside(lambda: _train(this.shared, *flags, run=this.folder / "run"))
@@ -232,7 +234,7 @@ def sweep(this: Try) -> str:
 def log_of_a_resumed_run(this: Try) -> str:
     """Resume a run whose metrics.jsonl or config.json is damaged or edited."""
     variant = this.random.choice(list(VARIANTS))
-    run = copied(this, variant)
+    run = copied(this, finished_run(this, variant) / "run")
     path = run / this.random.choice(["metrics.jsonl", "metrics.jsonl", "config.json"])
     kind = _damage_lines(this, path) if path.suffix == ".jsonl" else _damage_json(this, path)
     return resumed(this, variant, run, f"{path.name}, {kind}", exact=True)
@@ -240,7 +242,7 @@ def log_of_a_resumed_run(this: Try) -> str:
 
 def plotted(this: Try) -> str:
     """Plot the metrics of a run whose files are damaged or edited."""
-    run = copied(this, this.random.choice(list(VARIANTS)))
+    run = copied(this, finished_run(this, this.random.choice(list(VARIANTS))) / "run")
     path = run / this.random.choice(["metrics.jsonl", "training_history.json", "config.json"])
     if path.name == "training_history.json":
         (run / "metrics.jsonl").unlink()
@@ -249,10 +251,10 @@ def plotted(this: Try) -> str:
     return _verdict(f"{path.name}, {kind}", ended)
 
 
-def copied(this: Try, name: str) -> Path:
+def copied(this: Try, folder: Path) -> Path:
     """Copy a folder of the shared files into the try's folder; return the copy."""
-    place = this.folder / name
-    shutil.copytree(this.shared / name, place, symlinks=True)
+    place = this.folder / folder.name
+    shutil.copytree(folder, place, symlinks=True)
     return place
 
 
@@ -286,7 +288,8 @@ def resumed(this: Try, variant: str, run: Path, kind: str, *, exact: bool) -> st
         if exact:
             raise Failed(f"{kind}: succeeded without the last step, {ended}")
         return "worked, edited"
-    found, expected = load_file(last), load_file(this.shared / f"{variant}-last" / last.name)
+    expected = load_file(finished_run(this, variant) / "last" / last.name)
+    found = load_file(last)
     same = all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     if exact and not same:
         raise Failed(f"{kind}: trained on to other weights, {ended}")

@@ -26,8 +26,10 @@ _MARK = "@@value@@"
 
 def prepare(shared: Path) -> None:
     """Make the shards and a run, and write the list of pairs (value, kind) in random order."""
-    checkpoints.prepare(shared, (_VARIANT,))
-    _, state = checkpoints.newest_state(shared / _VARIANT)
+    checkpoints.prepare(shared)
+    (shared / _VARIANT).mkdir()
+    checkpoints.finish_run(shared / _VARIANT, _VARIANT)
+    _, state = checkpoints.newest_state(shared / _VARIANT / "run")
     names = [name for _, _, name in checkpoints.places(state)]
     # The settings are read like a configuration file, which `checkpoints` edits.
     names = [name for name in names if not name.startswith("config.")]
@@ -40,7 +42,7 @@ def attempt(this: Try) -> str:
     """Make the edit with this try's number and resume; return the outcome."""
     pairs = json.loads((this.shared / "pairs.json").read_text())
     name, kind = pairs[this.number % len(pairs)]
-    run = checkpoints.copied(this, _VARIANT)
+    run = checkpoints.copied(this, checkpoints.finished_run(this, _VARIANT) / "run")
     path, state = checkpoints.newest_state(run)
     (place,) = [place for place in checkpoints.places(state) if place[2] == name]
     holder, key, _ = place
@@ -54,4 +56,4 @@ def attempt(this: Try) -> str:
     return checkpoints.resumed(this, _VARIANT, run, f"{name} = {kind[:60]}", exact=exact)
 
 
-CAMPAIGN = Campaign(attempt, tries=1100, short=5, prepare=prepare, seconds=30)
+CAMPAIGN = Campaign(attempt, tries=1100, short=3, prepare=prepare, seconds=30)

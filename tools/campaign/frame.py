@@ -44,13 +44,25 @@ class Try:
     """One try: its number, its own random numbers and its own folder.
 
     `folder` is empty at the start and removed afterwards; `shared` is one folder for all tries,
-    filled by `Campaign.prepare` and left unchanged by tries.
+    filled by `Campaign.prepare` and `made`, and otherwise left unchanged by tries.
     """
 
     number: int
     random: random.Random
     folder: Path
     shared: Path
+
+    def made(self, name: str, make: Callable[[Path], object]) -> Path:
+        """Return a folder in `shared`, which `make` fills for the first try that asks for it."""
+        folder = self.shared / name
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                make(folder)
+            except BaseException:
+                shutil.rmtree(folder)
+                raise
+        return folder
 
 
 @dataclass(frozen=True)

@@ -68,19 +68,24 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prepare(shared: Path) -> None:
-    """Make shards, rows to convert, and the results of each command without limits."""
+    """Make shards and rows to convert."""
     (shared / "shards").mkdir()
     for number, name in enumerate(("train_00", "train_01", "heldout_00")):
         rows = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(number))
         write_shard(shared / "shards" / f"{name}.h5", rows)
     np.save(shared / "rows.npy", rows.repeat(3, 1).numpy())
     (shared / "sweep.json").write_text(json.dumps({"k": [1, 2]}))
-    for name in ("train", "sweep", "convert"):
-        place = shared / name
-        place.mkdir()
-        (place / "shared").symlink_to(shared)
+
+
+def unlimited(given: Try, name: str) -> Path:
+    """Return a folder with the results of a command without limits."""
+
+    def make(folder: Path) -> None:
+        (folder / "shared").symlink_to(given.shared)
         flags = [word.replace("out/run", "run") for word in COMMANDS[name]]
-        success(run_aside(functools.partial(_main, flags), folder=place, seconds=120))
+        success(run_aside(functools.partial(_main, flags), folder=folder, seconds=120))
+
+    return given.made(name, make)
 
 
 def attempt(given: Try) -> str:
@@ -95,6 +100,8 @@ def attempt(given: Try) -> str:
 
 def _attempt(given: Try, name: str, kind: str) -> str:
     (given.folder / "shared").symlink_to(given.shared)
+    if name == "plot":
+        unlimited(given, "train")  # the run that it draws
     out = given.folder / "out"
     out.mkdir()
     ended = LIMITS[kind](given, COMMANDS[name])
@@ -153,7 +160,7 @@ def _compare(name: str, given: Try) -> None:
     """Raise Failed if the files written differ from the files of an undisturbed run."""
     if name == "plot":
         return
-    place = given.shared / name.split()[0]
+    place = unlimited(given, name.split()[0])
     pattern = "*.h5" if name == "convert" else "**/step-00000010/sae.safetensors"
     names = sorted(str(path.relative_to(place)) for path in (place / "run").glob(pattern))
     for file in names:
