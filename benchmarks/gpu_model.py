@@ -98,7 +98,7 @@ def rows(size: Size) -> Iterator[Row]:
     yield Row("encoder's products", (), chunks(size), "product", 2 * weights, products)
     yield Row("selection", ("select_kernel",), chunks(size), "stream", 4.0 * n * f)
     ends = ("sort_kernel", "score_rows_kernel", "pick_kernel")
-    yield Row("ends of the encoder", ends, 4, "node", 40.0 * entries)
+    yield Row("ends of the encoder", ends, 3, "node", 40.0 * entries)
     rate, fits = gather(2 * weights)
     moved = 2.0 * entries * d + 6 * tokens
     yield Row("reconstruction", ("reconstruct_kernel",), 1, rate, moved, in_cache=fits)
@@ -122,7 +122,7 @@ def rows(size: Size) -> Iterator[Row]:
     # W, both moments: read and written; the copy: written.
     yield Row("update of both matrices", ("update_kernel",), 2, "update", 2 * 26 * weights)
     ends = ("scalars_kernel", "square_kernel", "vector_kernel", "finish_kernel")
-    yield Row("numbers and vectors of the step", ends, 6, "node", 60.0 * f)
+    yield Row("numbers and vectors of the step", ends, 4, "node", 60.0 * f)
     _, other = own_and_other(count_nodes("topk", size))
     yield Row("small kernels of PyTorch", ("",), other - 1, "node")
 

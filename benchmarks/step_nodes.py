@@ -46,7 +46,7 @@ _NOTHING = {
 }
 _SCAN = 2
 _ROUNDED_PRODUCT = 5  # of PyTorch: both operands are rounded and back, and the product
-_PRODUCT_ELEMENTS, _MOST_ROWS = 32 << 20, 8192  # plan_encode of csrc/kernels/common/encode_plan.h
+_PRODUCT_ELEMENTS, _MOST_ROWS = 48 << 20, 8192  # plan_encode of csrc/kernels/common/encode_plan.h
 
 
 class Limit(NamedTuple):
@@ -133,7 +133,7 @@ def count_nodes(kind: str, size: Size) -> Counter[str]:
         if namespace == "sae_fast":
             if operator == "encode_topk":
                 of_aux = "_with_aux" if call.k_aux else ""
-                for part in ("begin_topk", f"finish_topk{of_aux}"):
+                for part in (f"begin_topk{of_aux}", f"finish_topk{of_aux}"):
                     nodes[part] += limits[part].nodes(size.d_sae)
                 selected = limits[f"select_topk{of_aux}"].nodes(size.d_sae)
                 nodes["select_topk"] += chunks(size) * selected

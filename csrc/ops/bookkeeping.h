@@ -45,14 +45,17 @@ inline void check_counter(const char* op, const char* name, const Tensor& number
   check_dtype(op, name, number, type);
 }
 
-inline void check_add_squares(const char* op, const Tensor& total, const Tensor& grad) {
+inline void check_add_squares(const char* op, const Tensor& total, const Tensor& grad,
+                              const OptionalTensor& second, const OptionalTensor& more) {
   check_counter(op, "total", total, ScalarType::Double);
   check_dtype(op, "grad", grad, ScalarType::Float);
+  if (second.has_value()) check_dtype(op, "second", *second, ScalarType::Float);
+  if (more.has_value()) check_counter(op, "more", *more, ScalarType::Double);
 }
 
 inline void check_finish_step(const char* op, const Tensor& poison, const Tensor& steps,
                               const Tensor& metrics, const Tensor& tokens_since_fired,
-                              const Tensor& loss_scale, const Tensor& losses, const Tensor& norm,
+                              const OptionalTensor& fault, const Tensor& losses, const Tensor& norm,
                               const Tensor& variance, const Tensor& fired) {
   check_counter(op, "poison", poison, ScalarType::Float);
   check_counter(op, "steps", steps, ScalarType::Long);
@@ -62,7 +65,7 @@ inline void check_finish_step(const char* op, const Tensor& poison, const Tensor
   check_shape(op, "tokens_since_fired", tokens_since_fired, {kAnySize});
   check_dtype(op, "tokens_since_fired", tokens_since_fired, ScalarType::Long);
   check_contiguous(op, "tokens_since_fired", tokens_since_fired);
-  check_float(op, "loss_scale", loss_scale, {});
+  if (fault.has_value()) check_float(op, "fault", *fault, {});
   check_float(op, "norm", norm, {});
   check_float(op, "variance", variance, {});
   check_shape(op, "fired", fired, {tokens_since_fired.size(0)});

@@ -84,27 +84,31 @@ Tensor weighted_row_sum(const Tensor& weights, const Tensor& matrix, double fact
   return sum;
 }
 
-void add_squares(const Tensor& total, const Tensor& grad) {
+void add_squares(const Tensor& total, const Tensor& grad, const OptionalTensor& second,
+                 const OptionalTensor& more) {
   constexpr const char* kOp = "add_squares_";
-  check_add_squares(kOp, total, grad);
-  check_apart(kOp, {{"total", total}}, {{"grad", grad}});
-  const Input numbers(grad);
-  *mutable_data<double>(total) += cpu::square_sum(numbers.data<float>(), grad.numel());
+  check_add_squares(kOp, total, grad, second, more);
+  check_apart(kOp, {{"total", total}}, {{"grad", grad}, {"second", second}, {"more", more}});
+  const Input numbers(grad), others(second);
+  double& sum = *mutable_data<double>(total);
+  if (more.has_value()) sum += *more->const_data_ptr<double>();
+  sum += cpu::square_sum(numbers.data<float>(), grad.numel());
+  if (second.has_value()) sum += cpu::square_sum(others.data<float>(), second->numel());
 }
 
 void finish_step(const Tensor& poison, const Tensor& steps, const Tensor& metrics,
-                 const Tensor& tokens_since_fired, const Tensor& loss_scale, const Tensor& losses,
-                 const Tensor& norm, const Tensor& variance, const Tensor& fired, int64_t n_tokens,
-                 bool norm_poisons) {
+                 const Tensor& tokens_since_fired, const OptionalTensor& fault,
+                 const Tensor& losses, const Tensor& norm, const Tensor& variance,
+                 const Tensor& fired, int64_t n_tokens, bool norm_poisons) {
   constexpr const char* kOp = "finish_step_";
-  check_finish_step(kOp, poison, steps, metrics, tokens_since_fired, loss_scale, losses, norm,
-                    variance, fired);
+  check_finish_step(kOp, poison, steps, metrics, tokens_since_fired, fault, losses, norm, variance,
+                    fired);
   check_apart(kOp,
               {{"poison", poison},
                {"steps", steps},
                {"metrics", metrics},
                {"tokens_since_fired", tokens_since_fired}},
-              {{"loss_scale", loss_scale},
+              {{"fault", fault},
                {"losses", losses},
                {"norm", norm},
                {"variance", variance},
@@ -112,8 +116,9 @@ void finish_step(const Tensor& poison, const Tensor& steps, const Tensor& metric
   const Input terms(losses), latents(fired);
   sae_fast::finish_step(
       {mutable_data<float>(poison), mutable_data<int64_t>(steps), mutable_data<float>(metrics)},
-      {loss_scale.const_data_ptr<float>(), terms.data<float>(), norm.const_data_ptr<float>(),
-       variance.const_data_ptr<float>(), losses.size(0), norm_poisons});
+      {fault.has_value() ? fault->const_data_ptr<float>() : nullptr, terms.data<float>(),
+       norm.const_data_ptr<float>(), variance.const_data_ptr<float>(), losses.size(0),
+       norm_poisons});
   cpu::count_silent(mutable_data<int64_t>(tokens_since_fired), latents.data<bool>(), fired.size(0),
                     n_tokens);
 }

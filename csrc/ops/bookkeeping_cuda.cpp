@@ -83,28 +83,31 @@ Tensor weighted_row_sum(const Tensor& weights, const Tensor& matrix, double fact
   return sum;
 }
 
-void add_squares(const Tensor& total, const Tensor& grad) {
+void add_squares(const Tensor& total, const Tensor& grad, const OptionalTensor& second,
+                 const OptionalTensor& more) {
   constexpr const char* kOp = "add_squares_";
-  check_add_squares(kOp, total, grad);
-  check_same_device(kOp, {{"total", total}, {"grad", grad}});
+  check_add_squares(kOp, total, grad, second, more);
+  check_same_device(kOp, {{"total", total}, {"grad", grad}, {"second", second}, {"more", more}});
   const DeviceGuard guard(total.get_device_index());
-  const Input numbers(grad);
-  STD_CUDA_CHECK(cuda::add_squares(numbers.data<float>(), grad.numel(), mutable_data<double>(total),
-                                   current_stream(total)));
+  const Input numbers(grad), others(second);
+  STD_CUDA_CHECK(cuda::add_squares(
+      {more.has_value() ? more->const_data_ptr<double>() : nullptr, numbers.data<float>(),
+       others.data<float>(), grad.numel(), second.has_value() ? second->numel() : 0},
+      mutable_data<double>(total), current_stream(total)));
 }
 
 void finish_step(const Tensor& poison, const Tensor& steps, const Tensor& metrics,
-                 const Tensor& tokens_since_fired, const Tensor& loss_scale, const Tensor& losses,
-                 const Tensor& norm, const Tensor& variance, const Tensor& fired, int64_t n_tokens,
-                 bool norm_poisons) {
+                 const Tensor& tokens_since_fired, const OptionalTensor& fault,
+                 const Tensor& losses, const Tensor& norm, const Tensor& variance,
+                 const Tensor& fired, int64_t n_tokens, bool norm_poisons) {
   constexpr const char* kOp = "finish_step_";
-  check_finish_step(kOp, poison, steps, metrics, tokens_since_fired, loss_scale, losses, norm,
-                    variance, fired);
+  check_finish_step(kOp, poison, steps, metrics, tokens_since_fired, fault, losses, norm, variance,
+                    fired);
   check_same_device(kOp, {{"poison", poison},
                           {"steps", steps},
                           {"metrics", metrics},
                           {"tokens_since_fired", tokens_since_fired},
-                          {"loss_scale", loss_scale},
+                          {"fault", fault},
                           {"losses", losses},
                           {"norm", norm},
                           {"variance", variance},
@@ -113,8 +116,9 @@ void finish_step(const Tensor& poison, const Tensor& steps, const Tensor& metric
   const Input terms(losses), latents(fired);
   STD_CUDA_CHECK(cuda::finish_step(
       {mutable_data<float>(poison), mutable_data<int64_t>(steps), mutable_data<float>(metrics)},
-      {loss_scale.const_data_ptr<float>(), terms.data<float>(), norm.const_data_ptr<float>(),
-       variance.const_data_ptr<float>(), losses.size(0), norm_poisons},
+      {fault.has_value() ? fault->const_data_ptr<float>() : nullptr, terms.data<float>(),
+       norm.const_data_ptr<float>(), variance.const_data_ptr<float>(), losses.size(0),
+       norm_poisons},
       mutable_data<int64_t>(tokens_since_fired), latents.data<bool>(), fired.size(0), n_tokens,
       current_stream(poison)));
 }

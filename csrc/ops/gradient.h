@@ -137,10 +137,15 @@ inline void check_cache(const char* op, const Tensor& sums, const Tensor& cached
   check_float(op, "scalars", scalars, {kUpdateScalars});
 }
 
+inline const float* first_number(const OptionalTensor& numbers) {
+  return numbers.has_value() ? numbers->const_data_ptr<float>() : nullptr;
+}
+
 inline void check_update_scalars(const char* op, const Tensor& squared_norm, const Tensor& lr,
                                  const Tensor& loss_scale, const Tensor& step_count,
                                  const Tensor& halted, const OptionalTensor& lr_squares,
-                                 const std::string& rule) {
+                                 const std::string& rule, const OptionalTensor& fault,
+                                 const OptionalTensor& losses) {
   const auto check_scalar = [op](const char* name, const Tensor& tensor, ScalarType type) {
     check_shape(op, name, tensor, {});
     check_dtype(op, name, tensor, type);
@@ -153,6 +158,10 @@ inline void check_update_scalars(const char* op, const Tensor& squared_norm, con
   const bool averages = checked_rule(op, rule) == UpdateRule::kScheduleFreeSignum;
   check_of_rule(op, "lr_squares", lr_squares, rule, averages);
   if (averages) check_scalar("lr_squares", *lr_squares, ScalarType::Double);
+  if (fault.has_value()) check_scalar("fault", *fault, ScalarType::Float);
+  if (!losses.has_value()) return;
+  check_float(op, "losses", *losses, {kAnySize});
+  SAE_FAST_CHECK(losses->size(0) >= 1, op, ": losses must have at least one, got none");
 }
 
 inline void check_update_vector(const char* op, const std::string& rule, const Tensor& w,
@@ -172,6 +181,44 @@ inline void check_update_vector(const char* op, const std::string& rule, const T
   check_contiguous(op, "w", w);
   check_contiguous(op, "exp_avg", exp_avg);
   if (exp_avg_sq.has_value()) check_contiguous(op, "exp_avg_sq", *exp_avg_sq);
+}
+
+// The second vector of update_vector_, in tensors that are there or not together.
+struct SecondVector {
+  OptionalTensor w, exp_avg, exp_avg_sq, grad;
+};
+
+inline void check_second_vector(const char* op, const std::string& rule,
+                                const SecondVector& second) {
+  const bool there = second.w.has_value();
+  SAE_FAST_CHECK(!there || second.exp_avg.has_value(), op,
+                 ": second_exp_avg must be given where second_w is given, got none");
+  const auto check_none = [&](const char* name, const OptionalTensor& tensor) {
+    SAE_FAST_CHECK(!tensor.has_value(), op, ": ", name,
+                   " must be none where second_w is none, got a tensor");
+  };
+  if (!there) {
+    check_none("second_exp_avg", second.exp_avg);
+    check_none("second_exp_avg_sq", second.exp_avg_sq);
+    check_none("second_grad", second.grad);
+    return;
+  }
+  const bool has_square = has_exp_avg_sq(checked_rule(op, rule));
+  check_of_rule(op, "second_exp_avg_sq", second.exp_avg_sq, rule, has_square);
+  const auto check_like_w = [&](const char* name, const OptionalTensor& tensor) {
+    if (!tensor.has_value()) return;
+    SAE_FAST_CHECK(shape_text(*tensor) == shape_text(*second.w), op, ": ", name,
+                   " must have the shape of second_w, ", shape_text(*second.w), ", got ",
+                   shape_text(*tensor));
+    check_dtype(op, name, *tensor, ScalarType::Float);
+  };
+  check_like_w("second_w", second.w);
+  check_like_w("second_exp_avg", second.exp_avg);
+  check_like_w("second_exp_avg_sq", second.exp_avg_sq);
+  check_like_w("second_grad", second.grad);
+  check_contiguous(op, "second_w", *second.w);
+  check_contiguous(op, "second_exp_avg", *second.exp_avg);
+  if (has_square) check_contiguous(op, "second_exp_avg_sq", *second.exp_avg_sq);
 }
 
 }  // namespace sae_fast::ops

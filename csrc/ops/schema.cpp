@@ -95,12 +95,14 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
   // are NaN, which makes an update change nothing; and unless skip_overflow, halted becomes
   // step_count if it was negative: no later step changes anything. rule is adam (AdamW), sgd,
   // signum or schedule_free_signum; beta1 is the momentum of all but adam, which ignore beta2 and
-  // eps. lr_squares float64, for schedule_free_signum alone, goes up by lr^2 with step_count.
+  // eps. lr_squares float64, for schedule_free_signum alone, goes up by lr^2 with step_count. Where
+  // fault [] or the first of losses [M] is given and not finite, norm is NaN.
   m.def(
       "update_scalars(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count, "
       "Tensor(b!) halted, Tensor(c!)? lr_squares, str rule, float grad_clip, float beta1, float "
       "beta2, float eps, "
-      "float weight_decay, bool skip_overflow) -> (Tensor norm, Tensor scalars)");
+      "float weight_decay, bool skip_overflow, Tensor? fault=None, Tensor? losses=None) -> "
+      "(Tensor norm, Tensor scalars)");
 
   // One pass over W: the same g_j times scalars' grad_scale, the step of the rule that scalars are
   // of, then unit rows where asked, and fresh low-precision copies of the rows where given. adam is
@@ -121,12 +123,16 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor(g!)? stats, Tensor(h!)? rounded, str precision) -> ()");
 
   // The step of fused_update_ for a parameter of any shape with a dense gradient; none means zeros.
+  // With second_w also for a second one, in one launch.
   m.def(
       "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad, "
-      "Tensor scalars, str rule) -> ()");
+      "Tensor scalars, str rule, Tensor(d!)? second_w=None, Tensor(e!)? second_exp_avg=None, "
+      "Tensor(f!)? second_exp_avg_sq=None, Tensor? second_grad=None) -> ()");
 
-  // total float64 [] += the sum of squares of grad, of any shape.
-  m.def("add_squares_(Tensor(a!) total, Tensor grad) -> ()");
+  // total float64 [] += more float64 [], then the sum of squares of grad, then of second, both of
+  // any shape; second and more may be missing.
+  m.def(
+      "add_squares_(Tensor(a!) total, Tensor grad, Tensor? second=None, Tensor? more=None) -> ()");
 
   // Rows to unit L2 norm: w / max(|w|, 1e-12).
   m.def("normalize_rows_(Tensor(a!) W) -> ()");
@@ -152,13 +158,12 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
 
   // The end of a training step. poison [] is NaN since a step that failed, else 0. Where it is 0,
   // steps int64 [] goes up by one and metrics [M + 2] become losses [M], norm [] and variance [].
-  // Then it becomes 0 loss_scale + 0 norm, without the norm unless norm_poisons; loss_scale [] is
-  // NaN where a loss was not finite, or poison NaN. tokens_since_fired int64 [F] becomes 0 where
-  // fired bool [F], else it grows by n_tokens.
+  // Then it grows by 0 times fault [], if given, the first loss and, with norm_poisons, the norm:
+  // it becomes NaN where one is not finite. tokens_since_fired int64 [F] becomes 0 where fired bool
+  // [F], else it grows by n_tokens.
   m.def(
       "finish_step_(Tensor(a!) poison, Tensor(b!) steps, Tensor(c!) metrics, "
-      "Tensor(d!) tokens_since_fired, Tensor loss_scale, Tensor losses, Tensor norm, Tensor "
-      "variance, "
+      "Tensor(d!) tokens_since_fired, Tensor? fault, Tensor losses, Tensor norm, Tensor variance, "
       "Tensor fired, int n_tokens, bool norm_poisons) -> ()");
 
   // out [M, D] float32: row places[i], or i without places, becomes (source[rows[i]] - mean) *

@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "kernels/common/bookkeeping.h"
 #include "ops/cpu.h"
 #include "ops/encode.h"
 #include "ops/gradient.h"
@@ -176,21 +177,26 @@ void fused_update(const Tensor& W, const Tensor& exp_avg, const OptionalTensor& 
   check_memory(kOp, cpu::kernels().fused_update(update, parallel()));
 }
 
-std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, const Tensor& lr,
-                                                  const Tensor& loss_scale,
-                                                  const Tensor& step_count, const Tensor& halted,
-                                                  const OptionalTensor& lr_squares,
-                                                  const std::string& rule, double grad_clip,
-                                                  double beta1, double beta2, double eps,
-                                                  double weight_decay, bool skip_overflow) {
+std::tuple<Tensor, Tensor> compute_update_scalars(
+    const Tensor& squared_norm, const Tensor& lr, const Tensor& loss_scale,
+    const Tensor& step_count, const Tensor& halted, const OptionalTensor& lr_squares,
+    const std::string& rule, double grad_clip, double beta1, double beta2, double eps,
+    double weight_decay, bool skip_overflow, const OptionalTensor& fault,
+    const OptionalTensor& losses) {
   constexpr const char* kOp = "update_scalars";
-  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule);
+  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule,
+                       fault, losses);
   check_apart(kOp, {{"step_count", step_count}, {"halted", halted}, {"lr_squares", lr_squares}},
-              {{"squared_norm", squared_norm}, {"lr", lr}, {"loss_scale", loss_scale}});
+              {{"squared_norm", squared_norm},
+               {"lr", lr},
+               {"loss_scale", loss_scale},
+               {"fault", fault},
+               {"losses", losses}});
   const UpdateSettings settings{
       checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
-  const UpdateInputs inputs{*squared_norm.const_data_ptr<double>(), *lr.const_data_ptr<double>(),
-                            *loss_scale.const_data_ptr<float>()};
+  const UpdateInputs inputs{
+      *squared_norm.const_data_ptr<double>(), *lr.const_data_ptr<double>(),
+      *loss_scale.const_data_ptr<float>() + fault_of(first_number(fault), first_number(losses))};
   const Tensor norm = torch::stable::new_empty(loss_scale, {});
   const Tensor scalars = torch::stable::new_empty(loss_scale, {kUpdateScalars});
   UpdateScalars result{};
@@ -201,20 +207,37 @@ std::tuple<Tensor, Tensor> compute_update_scalars(const Tensor& squared_norm, co
   return {norm, scalars};
 }
 
-void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
-                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule) {
-  constexpr const char* kOp = "update_vector_";
-  check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
-  check_apart(kOp, {{"w", w}, {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq}},
-              {{"grad", grad}, {"scalars", scalars}});
-  const UpdateScalars step = read_scalars(scalars);
-  if (!is_finite(step.grad_scale)) return;
+// The step of one vector; `w` and its moments have passed the checks.
+void update_one(UpdateRule rule, const UpdateScalars& step, const Tensor& w, const Tensor& exp_avg,
+                const OptionalTensor& exp_avg_sq, const OptionalTensor& grad) {
   const Input gradient(grad);
   cpu::kernels().update_vector(
-      {checked_rule(kOp, rule), &step, gradient.data<float>(), mutable_data<float>(w),
-       mutable_data<float>(exp_avg),
+      {rule, &step, gradient.data<float>(), mutable_data<float>(w), mutable_data<float>(exp_avg),
        exp_avg_sq.has_value() ? mutable_data<float>(*exp_avg_sq) : nullptr, w.numel()},
       parallel());
+}
+
+void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
+                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule,
+                   const OptionalTensor& second_w, const OptionalTensor& second_exp_avg,
+                   const OptionalTensor& second_exp_avg_sq, const OptionalTensor& second_grad) {
+  constexpr const char* kOp = "update_vector_";
+  check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
+  check_second_vector(kOp, rule, {second_w, second_exp_avg, second_exp_avg_sq, second_grad});
+  check_apart(kOp,
+              {{"w", w},
+               {"exp_avg", exp_avg},
+               {"exp_avg_sq", exp_avg_sq},
+               {"second_w", second_w},
+               {"second_exp_avg", second_exp_avg},
+               {"second_exp_avg_sq", second_exp_avg_sq}},
+              {{"grad", grad}, {"second_grad", second_grad}, {"scalars", scalars}});
+  const UpdateScalars step = read_scalars(scalars);
+  if (!is_finite(step.grad_scale)) return;
+  const UpdateRule known_rule = checked_rule(kOp, rule);
+  update_one(known_rule, step, w, exp_avg, exp_avg_sq, grad);
+  if (!second_w.has_value()) return;
+  update_one(known_rule, step, *second_w, *second_exp_avg, second_exp_avg_sq, second_grad);
 }
 
 void normalize_rows(const Tensor& W) {

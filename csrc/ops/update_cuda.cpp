@@ -172,15 +172,19 @@ std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tens
                                           const Tensor& halted, const OptionalTensor& lr_squares,
                                           const std::string& rule, double grad_clip, double beta1,
                                           double beta2, double eps, double weight_decay,
-                                          bool skip_overflow) {
+                                          bool skip_overflow, const OptionalTensor& fault,
+                                          const OptionalTensor& losses) {
   constexpr const char* kOp = "update_scalars";
-  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule);
+  check_update_scalars(kOp, squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule,
+                       fault, losses);
   check_same_device(kOp, {{"squared_norm", squared_norm},
                           {"lr", lr},
                           {"loss_scale", loss_scale},
                           {"step_count", step_count},
                           {"halted", halted},
-                          {"lr_squares", lr_squares}});
+                          {"lr_squares", lr_squares},
+                          {"fault", fault},
+                          {"losses", losses}});
   const DeviceGuard guard(squared_norm.get_device_index());
   const UpdateSettings settings{
       checked_rule(kOp, rule), grad_clip, beta1, beta2, eps, weight_decay, skip_overflow};
@@ -190,6 +194,8 @@ std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tens
       squared_norm.const_data_ptr<double>(),
       lr.const_data_ptr<double>(),
       loss_scale.const_data_ptr<float>(),
+      first_number(fault),
+      first_number(losses),
       mutable_data<int64_t>(step_count),
       mutable_data<int64_t>(halted),
       lr_squares.has_value() ? mutable_data<double>(*lr_squares) : nullptr,
@@ -199,22 +205,37 @@ std::tuple<Tensor, Tensor> update_scalars(const Tensor& squared_norm, const Tens
   return {norm, scalars};
 }
 
+cuda::VectorState vector_state(const Tensor& w, const Tensor& exp_avg,
+                               const OptionalTensor& exp_avg_sq, const Input& grad) {
+  return {grad.data<float>(), mutable_data<float>(w), mutable_data<float>(exp_avg),
+          exp_avg_sq.has_value() ? mutable_data<float>(*exp_avg_sq) : nullptr, w.numel()};
+}
+
 void update_vector(const Tensor& w, const Tensor& exp_avg, const OptionalTensor& exp_avg_sq,
-                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule) {
+                   const OptionalTensor& grad, const Tensor& scalars, const std::string& rule,
+                   const OptionalTensor& second_w, const OptionalTensor& second_exp_avg,
+                   const OptionalTensor& second_exp_avg_sq, const OptionalTensor& second_grad) {
   constexpr const char* kOp = "update_vector_";
   check_update_vector(kOp, rule, w, exp_avg, exp_avg_sq, grad, scalars);
   check_same_device(kOp, {{"w", w},
                           {"exp_avg", exp_avg},
                           {"exp_avg_sq", exp_avg_sq},
                           {"grad", grad},
-                          {"scalars", scalars}});
+                          {"scalars", scalars},
+                          {"second_w", second_w},
+                          {"second_exp_avg", second_exp_avg},
+                          {"second_exp_avg_sq", second_exp_avg_sq},
+                          {"second_grad", second_grad}});
+  check_second_vector(kOp, rule, {second_w, second_exp_avg, second_exp_avg_sq, second_grad});
   const DeviceGuard guard(w.get_device_index());
-  const Input gradient(grad), step(scalars);
-  STD_CUDA_CHECK(cuda::update_vector(
-      checked_rule(kOp, rule), step.data<UpdateScalars>(), gradient.data<float>(),
-      mutable_data<float>(w), mutable_data<float>(exp_avg),
-      exp_avg_sq.has_value() ? mutable_data<float>(*exp_avg_sq) : nullptr, w.numel(),
-      current_stream(w)));
+  const Input gradient(grad), other_gradient(second_grad), step(scalars);
+  cuda::VectorState second{};
+  if (second_w.has_value()) {
+    second = vector_state(*second_w, *second_exp_avg, second_exp_avg_sq, other_gradient);
+  }
+  STD_CUDA_CHECK(cuda::update_vectors(checked_rule(kOp, rule), step.data<UpdateScalars>(),
+                                      vector_state(w, exp_avg, exp_avg_sq, gradient), second,
+                                      current_stream(w)));
 }
 
 void normalize_rows(const Tensor& W) {

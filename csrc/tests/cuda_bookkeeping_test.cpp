@@ -111,23 +111,30 @@ void test_weighted_row_sum(Random& random) {
 
 void test_add_squares(Random& random) {
   const std::vector<float> numbers = random.numbers(random.integer(0, 5000), Numbers::kIntegers);
+  const auto others = random.numbers(random.integer(0, 1) * 300, Numbers::kIntegers);
+  const double more = 7.0;
+  const bool has_more = random.integer(0, 1) == 1;
   double total = 3.0;
-  double wanted = total;
+  double wanted = has_more ? total + more : total;
   for (const float number : numbers) wanted += std::pow(number, 2);
-  check_nodes("add_squares_", [&] {
-    return cuda::add_squares(numbers.data(), static_cast<int64_t>(numbers.size()), &total, nullptr);
-  });
+  for (const float number : others) wanted += std::pow(number, 2);
+  const cuda::SquareSums sums{has_more ? &more : nullptr, numbers.data(), others.data(),
+                              static_cast<int64_t>(numbers.size()),
+                              static_cast<int64_t>(others.size())};
+  check_nodes("add_squares_", [&] { return cuda::add_squares(sums, &total, nullptr); });
   check_near("add_squares", total, wanted, 0.0);
 }
 
 void test_finish_step(Random& random) {
   const int64_t d_sae = random.integer(0, 600);
-  const std::vector<float> losses = {1.0f, 2.0f, 3.0f};
+  const bool bad_loss = random.integer(0, 3) == 0;
+  const std::vector<float> losses = {bad_loss ? HUGE_VALF : 1.0f, 2.0f, 3.0f};
   const bool failed_before = random.integer(0, 1) == 1;
   const bool fails = random.integer(0, 1) == 1;
   const bool norm_poisons = random.integer(0, 1) == 1;
   float poison = failed_before ? NAN : 0.0f;
-  const float loss_scale = 8.0f + poison, variance = 5.0f;
+  const int kind_of_fault = static_cast<int>(random.integer(0, 3));  // 0: NaN, 1: 0, else none
+  const float fault = kind_of_fault == 0 ? NAN : 0.0f, variance = 5.0f;
   const float norm = fails ? HUGE_VALF : 4.0f;
   int64_t steps = 7;
   std::vector<float> metrics(5, 777.0f);
@@ -139,15 +146,16 @@ void test_finish_step(Random& random) {
     expected_tokens.push_back(fired.back() != 0 ? 0 : j + 9);
   }
   check_nodes("finish_step_", [&] {
-    return cuda::finish_step({&poison, &steps, metrics.data()},
-                             {&loss_scale, losses.data(), &norm, &variance, 3, norm_poisons},
-                             tokens.data(), reinterpret_cast<const bool*>(fired.data()), d_sae, 9,
-                             nullptr);
+    return cuda::finish_step(
+        {&poison, &steps, metrics.data()},
+        {kind_of_fault > 1 ? nullptr : &fault, losses.data(), &norm, &variance, 3, norm_poisons},
+        tokens.data(), reinterpret_cast<const bool*>(fired.data()), d_sae, 9, nullptr);
   });
   check(tokens == expected_tokens, "finish_step: tokens");
   check(steps == (failed_before ? 7 : 8), "finish_step: %ld steps", static_cast<long>(steps));
-  check(std::isnan(poison) == (failed_before || (fails && norm_poisons)), "finish_step: poison");
-  const std::vector<float> written = {1.0f, 2.0f, 3.0f, norm, 5.0f};
+  const bool failed = bad_loss || kind_of_fault == 0 || (fails && norm_poisons);
+  check(std::isnan(poison) == (failed_before || failed), "finish_step: poison");
+  const std::vector<float> written = {losses[0], 2.0f, 3.0f, norm, 5.0f};
   check(metrics == (failed_before ? std::vector<float>(5, 777.0f) : written),
         "finish_step: metrics");
 }

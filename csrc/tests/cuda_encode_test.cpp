@@ -27,7 +27,7 @@ void test_plan() {
         check(plan.rows >= 1 && plan.rows <= 8192, "plan: %ld rows", plan.rows);
         check(plan.columns == d_sae || plan.columns % kColumnUnit == 0, "plan: %ld columns",
               plan.columns);
-        check(plan.product_elements() <= int64_t{32} << 20, "plan: a product of %ld x %ld",
+        check(plan.product_elements() <= int64_t{48} << 20, "plan: a product of %ld x %ld",
               plan.rows, plan.columns);
         const int64_t blocks = (tokens + plan.rows - 1) / plan.rows;
         check(blocks * plan.rows < tokens + plan.rows, "plan: %ld blocks", blocks);
@@ -143,7 +143,7 @@ void test_topk(Random& random, EncodeProblem& problem, const TopKCase& wanted) {
     TopKResult result(tokens, wanted.k, wanted.k_aux);
     const cuda::TopK topk = topk_of(wanted, result);
     TestScratch scratch(cuda::topk_scratch_bytes(tokens, d_sae, wanted.k, wanted.k_aux));
-    check_nodes("begin_topk", [&] {
+    check_nodes(wanted.k_aux > 0 ? "begin_topk_with_aux" : "begin_topk", [&] {
       return cuda::begin_topk(encoder, problem.tokens(), topk, scratch.data(), nullptr);
     });
     problem.check_rounded_tokens();

@@ -288,7 +288,11 @@ void test_scalars(Random& random) {
   settings.grad_clip = random.integer(0, 1) * 0.5;
   settings.skip_overflow = random.integer(0, 1) == 1;
   const double norms[] = {0.0, 0.04, 9.0, 1e90, HUGE_VAL, std::nan("")};
-  const UpdateInputs inputs{norms[random.integer(0, 5)], kLr, random.integer(0, 1) ? 1.0f : 4.0f};
+  UpdateInputs inputs{norms[random.integer(0, 5)], kLr, random.integer(0, 1) ? 1.0f : 4.0f};
+  const float scale = inputs.loss_scale, fault = 0.0f;
+  const std::vector<float> losses = {random.integer(0, 2) == 0 ? NAN : 3.0f, HUGE_VALF};
+  const bool has_fault = random.integer(0, 1) == 1, has_losses = random.integer(0, 1) == 1;
+  if (has_losses) inputs.loss_scale += 0.0f * losses[0];
   int64_t step_count = random.integer(0, 9), halted = random.integer(0, 3) == 0 ? 2 : -1;
   int64_t wanted_count = step_count, wanted_halted = halted;
   double lr_squares = 3e-6, wanted_squares = lr_squares;
@@ -298,7 +302,8 @@ void test_scalars(Random& random) {
   check_nodes("update_scalars", [&] {
     return cuda::compute_update_scalars(
         settings,
-        {&inputs.squared_norm, &inputs.lr, &inputs.loss_scale, &step_count, &halted,
+        {&inputs.squared_norm, &inputs.lr, &scale, has_fault ? &fault : nullptr,
+         has_losses ? losses.data() : nullptr, &step_count, &halted,
          averages ? &lr_squares : nullptr, &norm, &scalars},
         nullptr);
   });
@@ -328,7 +333,7 @@ void test_wide(uint64_t seed) {
 }
 
 void test_vector(Random& random) {
-  const int64_t size = random.integer(0, 700);
+  const int64_t first = random.integer(0, 700), size = first + random.integer(0, 2) * 40;
   const auto grad = random.numbers(random.integer(0, 1) * size, Numbers::kNormal);
   const auto w = random.numbers(size, Numbers::kNormal), m = random.numbers(size, Numbers::kNormal);
   const std::vector<float> v(static_cast<size_t>(size), 0.25f);
@@ -336,9 +341,13 @@ void test_vector(Random& random) {
   for (const UpdateScalars& scalars : {some_step(rule), kNoStep}) {
     auto new_w = w, new_m = m, new_v = v;
     check_nodes("update_vector_", [&] {
-      return cuda::update_vector(rule, &scalars, grad.empty() ? nullptr : grad.data(), new_w.data(),
-                                 new_m.data(), has_exp_avg_sq(rule) ? new_v.data() : nullptr, size,
-                                 nullptr);
+      const auto part = [&](int64_t begin, int64_t end) {
+        return cuda::VectorState{grad.empty() ? nullptr : grad.data() + begin, new_w.data() + begin,
+                                 new_m.data() + begin,
+                                 has_exp_avg_sq(rule) ? new_v.data() + begin : nullptr,
+                                 end - begin};
+      };
+      return cuda::update_vectors(rule, &scalars, part(0, first), part(first, size), nullptr);
     });
     for (size_t i = 0; i < w.size(); ++i) {
       DoubleWeight wanted{w[i], m[i], v[i]};

@@ -11,7 +11,7 @@ G1 = parse_size("G1")
 # At most, of this package without the encoder's chunks, and of PyTorch. A step that needs more has
 # gained kernels that cost a GPU more time than their work.
 @pytest.mark.parametrize(
-    ("kind", "own", "other"), [("topk", 34, 8), ("topk with AuxK", 48, 58), ("jumprelu", 45, 117)]
+    ("kind", "own", "other"), [("topk", 31, 5), ("topk with AuxK", 46, 55), ("jumprelu", 43, 115)]
 )
 def test_a_step_has_few_nodes(kind, own, other):
     found = own_and_other(count_nodes(kind, G1))
@@ -19,11 +19,15 @@ def test_a_step_has_few_nodes(kind, own, other):
     assert found[1] <= other
 
 
+def test_a_step_without_dead_latents_has_forty_nodes():
+    assert count_nodes("topk", G1).total() <= 40
+
+
 def test_every_op_of_a_step_is_counted():
     nodes = count_nodes("topk", G1)
     assert nodes["reconstruct"] == 1
     assert nodes["fused_update_"] == 2
-    assert nodes["select_topk"] == nodes["product of a chunk"] == 3
+    assert nodes["select_topk"] == nodes["product of a chunk"] == 2
     assert nodes["batch_statistics"] == nodes["finish_step_"] + 1 == 2
 
 
@@ -34,4 +38,4 @@ def test_limits_are_read_from_the_tests_of_the_emulated_kernels():
 
 
 def test_chunks_are_the_ones_of_the_encoders_plan():
-    assert [chunks(parse_size(name)) for name in ("G1", "G2", "G3")] == [3, 8, 32]
+    assert [chunks(parse_size(name)) for name in ("G1", "G2", "G3")] == [2, 6, 22]

@@ -153,11 +153,22 @@ def samples() -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for rule in ONE_MOMENT:
         yield "update_scalars", rule, scalars_arguments(9.0, rule=rule)
     yield "update_scalars", "not finite", scalars_arguments(torch.inf)
+    for case, fault, loss in (("healthy", 0.0, 3.0), ("bad loss", None, torch.inf)):
+        losses, of_parts = torch.tensor([loss, 1.0]), None if fault is None else torch.tensor(fault)
+        yield "update_scalars", case, (*scalars_arguments(9.0)[:-2], of_parts, losses)
     for grad, rule in itertools.product((problem.x[0], None), RULES):
         moments = 0.1 * problem.b_dec, problem.b_dec.square() if rule == "adam" else None
         case = f"{rule}, silent" if grad is None else rule
         arguments = (problem.b_dec.clone(), *moments, grad, update_scalars(rule=rule), rule)
         yield "update_vector_", case, arguments
+        both = (torch.full((5, 3), 0.5), torch.ones(5, 3), None, torch.ones(5, 3))
+        if rule == "adam":
+            both = (*both[:2], torch.ones(5, 3), both[3])
+        yield (
+            "update_vector_",
+            f"{case}, with another",
+            (*(a.clone() if isinstance(a, Tensor) else a for a in arguments), *both),
+        )
     for code in codes(n, d_sae):
         layout = "topk" if code.offsets is None else "csr"
         for b_dec in (problem.b_dec, None):
@@ -220,24 +231,34 @@ def _bookkeeping_samples(problem: Problem) -> Iterator[tuple[str, str, tuple[Any
         yield "code_gradients", case, (code.values.flip(0), code.values, grad)
     for dtype in (torch.float32, *LOW.values()):
         yield "weighted_row_sum", f"{dtype}", (problem.b_enc, problem.W_enc.to(dtype), -1.0)
-    yield "add_squares_", "", (torch.tensor(2.0).double(), problem.x)
+    for case, second, more in (
+        ("", None, None),
+        ("of two", problem.W_enc, torch.tensor(3.0).double()),
+    ):
+        yield "add_squares_", case, (torch.tensor(2.0).double(), problem.x, second, more)
     for norm_poisons in (True, False):
         case = "norm poisons" if norm_poisons else "overflows are skipped"
         yield "finish_step_", case, finish_arguments(norm_poisons=norm_poisons)
+    yield "finish_step_", "of parts", finish_arguments(fault=0.0)
 
 
 def finish_arguments(
     poison: float = 0.0,
-    loss_scale: float = 1024.0,
+    fault: float | None = None,
     norm: float = 5.0,
+    loss: float = 1.0,
     *,
     norm_poisons: bool = True,
 ) -> tuple[Any, ...]:
     """Return all arguments of finish_step_ for three losses and four latents."""
     state = torch.tensor(poison), torch.tensor(6), torch.full((5,), 9.0)
     tokens, fired = torch.tensor([0, 5, 7, 8]), torch.tensor([True, False, True, False])
-    numbers = torch.tensor(loss_scale), torch.tensor([1.0, 2.0, 3.0]), torch.tensor(norm)
-    return (*state, tokens, *numbers, torch.tensor(4.0), fired, 10, norm_poisons)
+    losses, of_parts = (
+        torch.tensor([loss, 2.0, 3.0]),
+        None if fault is None else torch.tensor(fault),
+    )
+    numbers = losses, torch.tensor(norm), torch.tensor(4.0)
+    return (*state, tokens, of_parts, *numbers, fired, 10, norm_poisons)
 
 
 def _update_samples(
@@ -333,7 +354,7 @@ def scalars_arguments(
     counters = torch.tensor(step - 1), torch.tensor(-1)
     squares = (step - 1) * lr * lr if rule == "schedule_free_signum" else None
     settings = (rule, grad_clip, 0.9, 0.999, 1e-8, 0.1, skip)
-    return (norm, lr, torch.tensor(1.0), *counters, squares, *settings)
+    return (norm, lr, torch.tensor(1.0), *counters, squares, *settings, None, None)
 
 
 def update_scalars(grad_scale: float = 0.5, step: int = 3, *, rule: str = "adam") -> Tensor:

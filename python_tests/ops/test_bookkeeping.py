@@ -108,6 +108,16 @@ def test_squares_are_added_in_float64(shape):
     torch.testing.assert_close(total, 2.0 + grad.double().square().sum(), rtol=1e-14, atol=0.0)
 
 
+def test_squares_of_two_tensors_and_a_number_are_added_as_one_by_one():
+    first, second = torch.randn(300, 40), torch.randn(7)
+    found, expected = (torch.tensor(2.0).double() for _ in range(2))
+    ops.add_squares_(found, first, second, torch.tensor(5.0).double())
+    expected.add_(5.0)
+    ops.add_squares_(expected, first)
+    ops.add_squares_(expected, second)
+    assert torch.equal(found, expected)
+
+
 def test_a_step_is_written_down():
     arguments = finish_arguments()
     ops.finish_step_(*arguments)
@@ -118,7 +128,11 @@ def test_a_step_is_written_down():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"loss_scale": torch.nan}, {"norm": torch.inf}, {"norm": torch.nan}]
+    "bad",
+    [
+        *({"fault": torch.nan}, {"norm": torch.inf}, {"norm": torch.nan}),
+        *({"loss": torch.nan}, {"loss": -torch.inf}),
+    ],
 )
 def test_a_step_that_fails_is_written_down_and_poisons_the_next(bad):
     arguments = finish_arguments(**bad)
@@ -126,8 +140,9 @@ def test_a_step_that_fails_is_written_down_and_poisons_the_next(bad):
     poison, steps, metrics, _ = arguments[:4]
     assert poison.isnan()
     assert steps == 7
-    assert metrics[0] == 1.0
-    arguments = finish_arguments(poison=torch.nan, loss_scale=torch.nan)
+    wanted = torch.tensor(bad.get("loss", 1.0))
+    torch.testing.assert_close(metrics[0], wanted, equal_nan=True)
+    arguments = finish_arguments(poison=torch.nan)
     ops.finish_step_(*arguments)
     assert arguments[1] == 6
     assert arguments[2].tolist() == [9.0] * 5

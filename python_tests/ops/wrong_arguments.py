@@ -82,7 +82,10 @@ ARGUMENTS = {
         **{"residual_dot": CODE.values, "values": CODE.values, "grad_error": torch.ones(4)}
     },
     "weighted_row_sum": {"weights": PROBLEM.b_enc, "matrix": PROBLEM.W_enc, "factor": 1.0},
-    "add_squares_": {"total": torch.tensor(0.0).double(), "grad": PROBLEM.x},
+    "add_squares_": {
+        **{"total": torch.tensor(0.0).double(), "grad": PROBLEM.x},
+        **{"second": PROBLEM.W_enc, "more": torch.tensor(0.0).double()},
+    },
     "decorrelation": {"W": PROBLEM.W_enc},
     "dense_product": {
         **{"left": PROBLEM.x, "right": PROBLEM.W_enc.t(), "bias": PROBLEM.b_enc},
@@ -97,10 +100,11 @@ ARGUMENTS = {
 }
 UPDATE = update_arguments(*LISTS, PROBLEM.x, PROBLEM.b_dec, None, PROBLEM.W_enc, PROBLEM.W_dec)
 VECTOR = (torch.zeros(6), torch.zeros(6), torch.ones(6), torch.ones(6), update_scalars(), "adam")
+SECOND = (torch.zeros(3), torch.zeros(3), torch.ones(3), torch.ones(3))
 for op, values in (
     ("fused_update_", UPDATE),
     ("update_scalars", scalars_arguments(1.0)),
-    ("update_vector_", VECTOR),
+    ("update_vector_", (*VECTOR, *SECOND)),
     ("finish_step_", finish_arguments()),
 ):
     schema = getattr(ops, op).default._schema
@@ -177,12 +181,24 @@ SHAPES = {
         ("loss_scale", torch.ones(2), "loss_scale must have shape [], got [2]"),
         ("step_count", torch.ones(1).long(), "step_count must have shape [], got [1]"),
         ("halted", torch.ones(1).long(), "halted must have shape [], got [1]"),
+        ("fault", torch.ones(1), "fault must have shape [], got [1]"),
+        ("losses", torch.ones(()), "losses must have shape [*], got []"),
     ],
     "update_vector_": [
         ("exp_avg", torch.zeros(5), "exp_avg must have the shape of w, [6], got [5]"),
         ("exp_avg_sq", torch.zeros(6, 1), "exp_avg_sq must have the shape of w, [6], got [6, 1]"),
         ("grad", torch.zeros(7), "grad must have the shape of w, [6], got [7]"),
         ("scalars", torch.ones(()), "scalars must have shape [11], got []"),
+        (
+            "second_grad",
+            torch.zeros(4),
+            "second_grad must have the shape of second_w, [3], got [4]",
+        ),
+        (
+            "second_exp_avg",
+            torch.zeros(2),
+            "second_exp_avg must have the shape of second_w, [3], got [2]",
+        ),
     ],
     "batch_statistics": [
         ("squared_error", torch.ones(3), "target must have shape [3, *], got [4, 6]"),
@@ -199,12 +215,15 @@ SHAPES = {
         ("weights", torch.zeros(20, 1), "weights must have shape [*], got [20, 1]"),
         ("matrix", torch.zeros(19, 6), "matrix must have shape [20, *], got [19, 6]"),
     ],
-    "add_squares_": [("total", torch.zeros(1).double(), "total must have shape [], got [1]")],
+    "add_squares_": [
+        ("total", torch.zeros(1).double(), "total must have shape [], got [1]"),
+        ("more", torch.zeros(1).double(), "more must have shape [], got [1]"),
+    ],
     "finish_step_": [
         ("poison", torch.zeros(1), "poison must have shape [], got [1]"),
         ("steps", torch.zeros(1).long(), "steps must have shape [], got [1]"),
         ("metrics", torch.zeros(4), "metrics must have shape [5], got [4]"),
-        ("loss_scale", torch.zeros(1), "loss_scale must have shape [], got [1]"),
+        ("fault", torch.zeros(1), "fault must have shape [], got [1]"),
         ("norm", torch.zeros(1), "norm must have shape [], got [1]"),
         ("variance", torch.zeros(1), "variance must have shape [], got [1]"),
         ("fired", torch.zeros(3).bool(), "fired must have shape [4], got [3]"),
@@ -311,6 +330,7 @@ DTYPES = {
     "add_squares_": [
         ("total", torch.tensor(1.0), "total must be float64, got float32"),
         ("grad", HALF, "grad must be float32, got float16"),
+        ("second", HALF, "second must be float32, got float16"),
     ],
     "finish_step_": [
         ("steps", torch.tensor(1.0), "steps must be int64, got float32"),
@@ -373,6 +393,16 @@ RANGES = {
             torch.ones(12)[::2],
             "exp_avg_sq is changed in place and must be contiguous",
         ),
+        ("second_w", None, "second_exp_avg must be none where second_w is none, got a tensor"),
+        ("second_exp_avg", None, "second_exp_avg must be given where second_w is given, got none"),
+        (
+            "second_exp_avg_sq",
+            None,
+            "second_exp_avg_sq must be given where rule is adam, got none",
+        ),
+    ],
+    "update_scalars": [
+        ("losses", torch.zeros(0), "losses must have at least one, got none"),
     ],
     "normalize_rows_": [("W", NOT_CONTIGUOUS, "W is changed in place and must be contiguous")],
     "code_correlation": [

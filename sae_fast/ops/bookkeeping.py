@@ -30,9 +30,11 @@ def batch_statistics(
 def add_squares_(
     total: Tensor,  # 0-d float64
     grad: Tensor,  # any shape
+    second: Tensor | None = None,  # any shape
+    more: Tensor | None = None,  # 0-d float64
 ) -> None:
-    """Add the sum of a tensor's squares to `total`, in float64."""
-    torch.ops.sae_fast.add_squares_.default(total, grad)
+    """Add `more` and the sums of the squares of one or two tensors to `total`, in float64."""
+    torch.ops.sae_fast.add_squares_.default(total, grad, second, more)
     torch.autograd.graph.increment_version(total)
 
 
@@ -42,7 +44,7 @@ def finish_step_(
     steps: Tensor,  # 0-d int64
     metrics: Tensor,  # [M + 2]
     tokens_since_fired: Tensor,  # [F] int64
-    loss_scale: Tensor,  # 0-d
+    fault: Tensor | None,  # 0-d
     losses: Tensor,  # [M]
     norm: Tensor,  # 0-d
     variance: Tensor,  # 0-d
@@ -54,12 +56,12 @@ def finish_step_(
     """Write down a training step: its metrics, whether it failed, and how long latents are silent.
 
     Args:
-        poison: 0, or NaN since a step that failed. Becomes 0 · loss_scale, with `norm_poisons` plus
-            0 · norm: NaN where either is not finite.
+        poison: 0, or NaN since a step that failed. Becomes NaN where `fault`, the first loss or,
+            with `norm_poisons`, the norm is not finite.
         steps: grows by 1 until a step has failed, in that step too.
         metrics: become losses, norm and variance until a step has failed, in that step too.
         tokens_since_fired: becomes 0 for latents that fired, and grows by `n_tokens` for others.
-        loss_scale: of the step; NaN where a loss was not finite or the poison NaN.
+        fault: NaN where the step failed in a part whose losses do not show it; None: in none.
         losses: and other metrics of the step.
         norm: of the gradient.
         variance: of the batch.
@@ -68,7 +70,7 @@ def finish_step_(
         norm_poisons: whether a norm that is not finite is a failure.
     """
     torch.ops.sae_fast.finish_step_.default(
-        *(poison, steps, metrics, tokens_since_fired, loss_scale, losses, norm, variance, fired),
+        *(poison, steps, metrics, tokens_since_fired, fault, losses, norm, variance, fired),
         *(n_tokens, norm_poisons),
     )
     written = (poison, steps, metrics, tokens_since_fired)

@@ -113,7 +113,9 @@ class Op:
 
     def check(self, *arguments: Any) -> Known:
         """Raise RuntimeError for arguments that do not fit; return them and the sizes by name."""
-        known: Known = dict(zip(self.arguments, arguments, strict=True))
+        # torch leaves out arguments at the end that have their default, which is None.
+        missing = (None,) * (len(self.arguments) - len(arguments))
+        known: Known = dict(zip(self.arguments, (*arguments, *missing), strict=True))
         for name in self.needed:  # torch lets None pass for a tensor
             if known[name] is None:
                 raise RuntimeError(f"{self.name}: {name} must be a tensor, got None")

@@ -97,6 +97,29 @@ def _squares_of_rule(call: Call, known: Known) -> None:
     check_given(call, known, "exp_avg_sq", rule == "adam", f"rule is {rule}")
 
 
+def _second_vector(call: Call, known: Known) -> None:
+    """Require what belongs to the second vector of update_vector_, in its shape, or nothing."""
+    w, rule = known["second_w"], known["rule"]
+    is_there = w is not None
+    where = "second_w is given" if is_there else "second_w is none"
+    check_given(call, known, "second_exp_avg", is_there, where)
+    if is_there:
+        check_given(call, known, "second_exp_avg_sq", rule == "adam", f"rule is {rule}")
+    else:
+        check_given(call, known, "second_exp_avg_sq", False, where)
+        check_given(call, known, "second_grad", False, where)
+    for name in ("second_exp_avg", "second_exp_avg_sq", "second_grad"):
+        if (tensor := known[name]) is not None:
+            must = f"{name} must have the shape of second_w, {[*w.shape]}"
+            call.require(tensor.shape == w.shape, must, str([*tensor.shape]))
+
+
+def _some_losses(call: Call, known: Known) -> None:
+    """Require at least one loss where losses are given."""
+    has_one = known["losses"] is None or len(known["losses"]) > 0
+    call.require(has_one, "losses must have at least one", "none")
+
+
 def _lr_squares_of_rule(call: Call, known: Known) -> None:
     """Require lr_squares of schedule_free_signum, and of no other rule."""
     rule = known["rule"]
@@ -237,8 +260,8 @@ _DECLARED = (
     op(
         "update_scalars(Tensor squared_norm, Tensor lr, Tensor loss_scale, Tensor(a!) step_count,"
         " Tensor(b!) halted, Tensor(c!)? lr_squares, str rule, float grad_clip, float beta1,"
-        " float beta2, float eps, float weight_decay, bool skip_overflow)"
-        " -> (Tensor norm, Tensor scalars)",
+        " float beta2, float eps, float weight_decay, bool skip_overflow, Tensor? fault=None,"
+        " Tensor? losses=None) -> (Tensor norm, Tensor scalars)",
         tensors={
             "squared_norm": "scalar: float64",
             "lr": "scalar: float64",
@@ -246,8 +269,10 @@ _DECLARED = (
             "step_count": "scalar: int64",
             "halted": "scalar: int64",
             "lr_squares": "scalar: float64",
+            "fault": "scalar",
+            "losses": "L",
         },
-        require=[_RULE, _lr_squares_of_rule],
+        require=[_RULE, _lr_squares_of_rule, _some_losses],
         returns={"norm": "scalar: of loss_scale", "scalars": "11: of loss_scale"},
     ),
     op(
@@ -279,20 +304,28 @@ _DECLARED = (
     ),
     op(
         "update_vector_(Tensor(a!) w, Tensor(b!) exp_avg, Tensor(c!)? exp_avg_sq, Tensor? grad,"
-        " Tensor scalars, str rule) -> ()",
+        " Tensor scalars, str rule, Tensor(d!)? second_w=None, Tensor(e!)? second_exp_avg=None,"
+        " Tensor(f!)? second_exp_avg_sq=None, Tensor? second_grad=None) -> ()",
         tensors={
             "w": "any",
             "exp_avg": "like w",
             "exp_avg_sq": "like w",
             "grad": "like w",
             "scalars": "11",
+            "second_w": "any",
+            "second_exp_avg": "any",
+            "second_exp_avg_sq": "any",
+            "second_grad": "any",
         },
-        require=[_RULE, _squares_of_rule],
+        require=[_RULE, _squares_of_rule, _second_vector],
         returns={},
     ),
     op(
-        "add_squares_(Tensor(a!) total, Tensor grad) -> ()",
-        tensors={"total": "scalar: float64", "grad": "any"},
+        "add_squares_(Tensor(a!) total, Tensor grad, Tensor? second=None, Tensor? more=None) -> ()",
+        tensors={
+            **{"total": "scalar: float64", "grad": "any", "second": "any"},
+            "more": "scalar: float64",
+        },
         returns={},
     ),
     op(
@@ -335,11 +368,11 @@ _DECLARED = (
     ),
     op(
         "finish_step_(Tensor(a!) poison, Tensor(b!) steps, Tensor(c!) metrics,"
-        " Tensor(d!) tokens_since_fired, Tensor loss_scale, Tensor losses, Tensor norm,"
+        " Tensor(d!) tokens_since_fired, Tensor? fault, Tensor losses, Tensor norm,"
         " Tensor variance, Tensor fired, int n_tokens, bool norm_poisons) -> ()",
         tensors={
             **{"poison": "scalar", "steps": "scalar: int64", "losses": "L", "metrics": "M"},
-            **{"tokens_since_fired": "F: int64", "loss_scale": "scalar", "norm": "scalar"},
+            **{"tokens_since_fired": "F: int64", "fault": "scalar", "norm": "scalar"},
             **{"variance": "scalar", "fired": "F: bool"},
         },
         sizes={"M": lambda known: known["L"] + 2},

@@ -45,6 +45,8 @@ def update_scalars(
     eps: float,
     weight_decay: float,
     skip_overflow: bool,
+    fault: Tensor | None = None,  # 0-d
+    losses: Tensor | None = None,  # [M]
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient's norm (0-d), and the numbers that every update of a step needs, [11].
 
@@ -56,11 +58,13 @@ def update_scalars(
     `rule` is the update's, "adam", "sgd", "signum" or "schedule_free_signum"; all but "adam" have
     the momentum `beta1` and ignore `beta2` and `eps`. `lr_squares` is for "schedule_free_signum"
     alone and grows by lr² with every counted step: the sum of the weights of its average.
+
+    Where `fault` or the first of `losses` is given and not finite, the norm is NaN.
     """
     op = torch.ops.sae_fast.update_scalars.default
     norm, scalars = op(
         *(squared_norm, lr, loss_scale, step_count, halted, lr_squares, rule),
-        *(grad_clip, beta1, beta2, eps, weight_decay, skip_overflow),
+        *(grad_clip, beta1, beta2, eps, weight_decay, skip_overflow, fault, losses),
     )
     written = (step_count, halted, lr_squares)
     torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
@@ -135,10 +139,17 @@ def update_vector_(
     scalars: Tensor,  # [11]
     *,
     rule: str = "adam",
+    second: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> None:
-    """Make the step of `fused_update_` for a parameter whose gradient is a tensor."""
-    torch.ops.sae_fast.update_vector_.default(w, exp_avg, exp_avg_sq, grad, scalars, rule)
+    """Make the step of `fused_update_` for a parameter whose gradient is a tensor.
+
+    `second` is w, exp_avg, exp_avg_sq and grad of a second one.
+    """
+    arguments = (w, exp_avg, exp_avg_sq, grad, scalars, rule)
+    torch.ops.sae_fast.update_vector_.default(*arguments, *(second or (None,) * 4))
     mark_updated(w)
+    if second is not None:
+        mark_updated(second[0])
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ _SKIP_ARRAYS = 3  # what the skip connection gives, what is left for the code, i
 # bound. AuxK gives W_dec a second factor.
 _KEPT_ROWS_PER_TOKEN = 3 * 2
 # The encoder's product is made in parts of this size (csrc/kernels/common/encode_plan.h).
-_PRODUCT_BYTES = 128 * 2**20
+_PRODUCT_BYTES = 192 * 2**20
 # Arrays [N, F], and matrices of W_enc's or W_dec's size (gradients and their parts), that are alive
 # at once while a step works on all latents, by architecture, at the moments that can be its peak.
 # Measured.

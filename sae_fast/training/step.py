@@ -146,7 +146,8 @@ class TrainingStep:
         share = 1 / n_parts
         weight = self.scaler.factor if n_parts == 1 else share * self.scaler.factor
         mean: Tensor | float = 0.0  # of the metrics of the batches
-        fault = self._poison  # becomes NaN where a loss is not finite
+        # Where there are several parts, becomes NaN if a loss of one is not finite.
+        fault = None if n_parts == 1 else self._poison
         parts: list[Part] = []
         if self.codes is not None:
             self.codes = []
@@ -160,15 +161,23 @@ class TrainingStep:
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
             for part in exchange.gather(own, loss.code):
-                fault = torch.addcmul(fault, part.values[0], self._poison)
+                if fault is not None:
+                    fault = torch.addcmul(fault, part.values[0], self._poison)
                 mean = part.values if n_parts == 1 else mean + share * part.values
                 parts.append(part)
         n_tokens = n_parts * len(batches[0].x)
-        norm = self.optimizer.step(settings.rate, loss_scale=self.scaler.factor + fault)
+        losses = torch.as_tensor(mean)
+        norm = self.optimizer.step(
+            settings.rate,
+            self.scaler.factor,
+            fault=self._poison if fault is None else fault,
+            losses=losses,
+        )
         ops.finish_step_(
             *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),
-            # Not the scale itself: one that overflows is no fault.
-            *(fault, torch.as_tensor(mean), norm, parts[-1].variance, _fired_in_any(parts)),
+            # The scale is not among these: one that overflows is no fault.
+            fault,
+            *(losses, norm, parts[-1].variance, _fired_in_any(parts)),
             n_tokens,
             norm_poisons=not self.scaler.enabled,
         )

@@ -232,6 +232,8 @@ def _scalars(draw: Draw, rule: str) -> Arguments:
         "eps": 1e-8,
         "weight_decay": chance.choice((0.0, 0.1)),
         "skip_overflow": chance.random() < 0.5,
+        "fault": draw.maybe(torch.tensor(0.0)),
+        "losses": draw.maybe(draw.floats(max(1, draw.size()))),
     }
 
 
@@ -242,7 +244,7 @@ def _update_scalars(draw: Draw) -> Arguments:
 def _step(draw: Draw, rule: str) -> Tensor:
     """Draw the scalars of a step, which is skipped only rarely."""
     arguments = _scalars(draw, rule)
-    arguments |= {"squared_norm": torch.tensor(1.0, dtype=torch.float64)}
+    arguments |= {"squared_norm": torch.tensor(1.0, dtype=torch.float64), "losses": None}
     scalars: Tensor = torch.ops.sae_fast.update_scalars(*arguments.values())[1]
     return scalars
 
@@ -323,7 +325,11 @@ def _weighted_row_sum(draw: Draw) -> Arguments:
 
 def _add_squares(draw: Draw) -> Arguments:
     shape = [draw.size() for _ in range(draw.chance.randint(0, 3))]
-    return {"total": torch.tensor(2.0, dtype=torch.float64), "grad": draw.floats(*shape)}
+    return {
+        **{"total": torch.tensor(2.0, dtype=torch.float64), "grad": draw.floats(*shape)},
+        "second": draw.maybe(draw.floats(draw.size())),
+        "more": draw.maybe(torch.tensor(1.5, dtype=torch.float64)),
+    }
 
 
 def _finish_step(draw: Draw) -> Arguments:
@@ -334,7 +340,7 @@ def _finish_step(draw: Draw) -> Arguments:
         **{"poison": torch.tensor(chance.choice((0.0, torch.nan))), "steps": torch.tensor(3)},
         **{"metrics": torch.zeros(count + 2), "tokens_since_fired": torch.arange(d_sae)},
         **{
-            "loss_scale": torch.tensor(chance.choice((1.0, torch.nan))),
+            "fault": draw.maybe(torch.tensor(chance.choice((0.0, torch.nan)))),
             "losses": draw.floats(count),
         },
         **{name: torch.tensor(chance.choice(numbers)) for name in ("norm", "variance")},

@@ -22,6 +22,19 @@ SAE_FAST_HOST_DEVICE inline BatchStatistics batch_statistics(const BatchSums& su
           static_cast<float>(sums.variance)};
 }
 
+// Of each entry of a code [rows, k] twice the row's gradient times residual_dot and times the
+// value.
+struct CodeGradients {
+  const float* values;        // [rows, k]
+  const float* residual_dot;  // [rows, k]
+  const float* grad_error;    // [rows], `grad_stride` numbers apart
+  int64_t grad_stride;
+  float* grad_values;   // [rows, k]
+  float* coefficients;  // [rows, k]
+  float* scale;         // [rows]
+  int64_t rows, k;      // rows * k is below 2^31
+};
+
 // The record of a step, each a pointer to one number but for the metrics.
 struct StepRecord {
   float* poison;   // 0; NaN since a step that failed
@@ -29,18 +42,25 @@ struct StepRecord {
   float* metrics;  // [count + 2]: of the last step that began healthy
 };
 struct StepResults {
-  const float* loss_scale;  // of the step; NaN where a loss is not finite or the poison was NaN
-  const float* losses;      // [count]
-  const float* norm;        // of the gradient
-  const float* variance;    // of the batch
+  const float* fault;     // or null; NaN: the step has failed
+  const float* losses;    // [count], the first of which must be finite
+  const float* norm;      // of the gradient
+  const float* variance;  // of the batch
   int64_t count;
   bool norm_poisons;  // whether a norm that is not finite ends the run
 };
 
+// Returns 0, or NaN where a number of the step is not finite. Each may be null.
+SAE_FAST_HOST_DEVICE inline float fault_of(const float* fault, const float* losses) {
+  const float found = fault != nullptr ? 0.0f * *fault : 0.0f;
+  return losses != nullptr ? found + 0.0f * *losses : found;
+}
+
 SAE_FAST_HOST_DEVICE inline void finish_step(const StepRecord& record, const StepResults& results) {
   const bool was_healthy = *record.poison == *record.poison;
   const float norm = *results.norm;
-  const float fault = 0.0f * *results.loss_scale;
+  const float* const losses = results.count > 0 ? results.losses : nullptr;
+  const float fault = 0.0f * *record.poison + fault_of(results.fault, losses);
   *record.poison = results.norm_poisons ? fault + 0.0f * norm : fault;
   if (!was_healthy) return;
   ++*record.steps;

@@ -48,10 +48,10 @@ struct EncodePlan {
 
 // `row_bytes`: what a token of the block needs beside its product.
 inline EncodePlan plan_encode(int64_t tokens, int64_t d_sae, int64_t row_bytes) {
-  // 128 MB, so that a step of 4096 tokens and 24576 latents has three chunks. In chunks of 32 MB,
+  // 192 MiB, so that a step of 4096 tokens and 24576 latents has two chunks. In chunks of 32 MiB,
   // which an H200's L2 holds, the launches would take longer than memory does to give the product
   // back (benchmarks/results/gpu_model.md); and fewer chunks read the tokens less often.
-  constexpr int64_t kProductElements = int64_t{32} << 20;
+  constexpr int64_t kProductElements = int64_t{48} << 20;
   constexpr int64_t kMostRows = 8192;
   constexpr int64_t kFewestRows = 256;
   constexpr int64_t kListBytes = int64_t{192} << 20;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/bookkeeping.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/parallel.h"
 
@@ -21,18 +22,6 @@ int64_t mark_fired(const float* values, const int32_t* indices, int64_t entries,
 double sum_of(const float* numbers, int64_t count);
 double square_sum(const float* numbers, int64_t count);
 
-// Of each entry of a code [rows, k] twice the row's gradient times residual_dot and times the
-// value.
-struct CodeGradients {
-  const float* values;        // [rows, k]
-  const float* residual_dot;  // [rows, k]
-  const float* grad_error;    // [rows], `grad_stride` numbers apart
-  int64_t grad_stride;
-  float* grad_values;   // [rows, k]
-  float* coefficients;  // [rows, k]
-  float* scale;         // [rows]
-  int64_t rows, k;
-};
 void code_gradients(const CodeGradients& gradients, const Parallel& parallel);
 
 // Partial sums over rows, for any number of threads: a fixed number, so that the order is too.

@@ -210,18 +210,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One block in all.
-__global__ void __launch_bounds__(kEndThreads)
-    square_kernel(const float* __restrict__ numbers, int64_t count, double* total) {
-  __shared__ double partial[kEndThreads / kWarpSize];
+// Returns the sum of squares to all threads of a block.
+__device__ double sum_squares(const float* __restrict__ numbers, int64_t count, double* partial) {
   double sum = 0.0;
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < count; i += kEndThreads) {
     const auto number = static_cast<double>(numbers[i]);
     sum += number * number;
   }
-  sum = block_sum(sum, partial);
-  if (threadIdx.x == 0) *total += sum;
+  return block_sum(sum, partial);
+}
+
+// One block in all.
+__global__ void __launch_bounds__(kEndThreads) square_kernel(SquareSums sums, double* total) {
+  __shared__ double partial[kEndThreads / kWarpSize];
+  const double first = sum_squares(sums.first, sums.first_count, partial);
+  const double second = sum_squares(sums.second, sums.second_count, partial);
+  if (threadIdx.x != 0) return;
+  const double before = sums.more != nullptr ? *total + *sums.more : *total;
+  *total = before + first + second;
 }
 
 // One thread a latent; the first one has the numbers of the step too.
@@ -305,8 +312,8 @@ cudaError_t weighted_row_sum(const float* weights, TypedPointer matrix, int64_t 
                 sum);
 }
 
-cudaError_t add_squares(const float* numbers, int64_t count, double* total, cudaStream_t stream) {
-  return launch(square_kernel, 1, kEndThreads, 0, stream, numbers, count, total);
+cudaError_t add_squares(const SquareSums& sums, double* total, cudaStream_t stream) {
+  return launch(square_kernel, 1, kEndThreads, 0, stream, sums, total);
 }
 
 cudaError_t finish_step(const StepRecord& record, const StepResults& results, int64_t* tokens,

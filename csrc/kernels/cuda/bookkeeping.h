@@ -21,18 +21,6 @@ cudaError_t batch_statistics_scratch_bytes(const BatchArrays& batch, size_t* byt
 cudaError_t batch_statistics(const BatchArrays& batch, float* fvu, float* l0, float* variance,
                              bool* fired, void* scratch, cudaStream_t stream);
 
-// Of each entry of a code [rows, k] twice the row's gradient times residual_dot and times the
-// value.
-struct CodeGradients {
-  const float* values;        // [rows, k]
-  const float* residual_dot;  // [rows, k]
-  const float* grad_error;    // [rows], `grad_stride` numbers apart
-  int64_t grad_stride;
-  float* grad_values;   // [rows, k]
-  float* coefficients;  // [rows, k]
-  float* scale;         // [rows]
-  int64_t rows, k;      // rows * k is below 2^31
-};
 cudaError_t code_gradients(const CodeGradients& gradients, cudaStream_t stream);
 
 // sum [D] = factor times the sum over m of weights[m] * matrix[m]; `rows` of them.
@@ -40,8 +28,14 @@ cudaError_t weighted_row_sum_scratch_bytes(int64_t d_in, size_t* bytes);
 cudaError_t weighted_row_sum(const float* weights, TypedPointer matrix, int64_t rows, int64_t d_in,
                              float factor, float* sum, void* scratch, cudaStream_t stream);
 
-// *total += the sum of the squares.
-cudaError_t add_squares(const float* numbers, int64_t count, double* total, cudaStream_t stream);
+// *total += *more, and then the sum of the squares of each; a null array has no numbers.
+struct SquareSums {
+  const double* more;  // or null
+  const float* first;
+  const float* second;
+  int64_t first_count, second_count;
+};
+cudaError_t add_squares(const SquareSums& sums, double* total, cudaStream_t stream);
 
 // As finish_step of common/bookkeeping.h; tokens[j] becomes 0 where latent j has fired, else it
 // grows by n_tokens.

@@ -13,6 +13,8 @@ struct StepPointers {
   const double* squared_norm;
   const double* lr;
   const float* loss_scale;
+  const float* fault;   // or null; NaN, as a first loss: no update
+  const float* losses;  // or null
   int64_t* step_count;
   int64_t* halted;
   double* lr_squares;  // or null
@@ -22,12 +24,16 @@ struct StepPointers {
 cudaError_t compute_update_scalars(const UpdateSettings& settings, const StepPointers& step,
                                    cudaStream_t stream);
 
-// The rule's step of `size` numbers; nothing where the scale is not finite.
-cudaError_t update_vector(UpdateRule rule, const UpdateScalars* scalars,
-                          const float* grad,  // [size], or null for zeros
-                          float* w,           // [size]
-                          float* exp_avg,     // [size]
-                          float* exp_avg_sq,  // [size], or null where the rule has none
-                          int64_t size, cudaStream_t stream);
+struct VectorState {
+  const float* grad;  // [size], or null for zeros
+  float* w;           // [size]
+  float* exp_avg;     // [size]
+  float* exp_avg_sq;  // [size], or null where the rule has none
+  int64_t size;
+};
+
+// The rule's step of both; nothing where the scale is not finite.
+cudaError_t update_vectors(UpdateRule rule, const UpdateScalars* scalars, const VectorState& first,
+                           const VectorState& second, cudaStream_t stream);
 
 }  // namespace sae_fast::cuda

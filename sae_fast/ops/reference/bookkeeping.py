@@ -52,9 +52,15 @@ def weighted_row_sum(
 def add_squares_(
     total: Tensor,  # 0-d float64
     grad: Tensor,  # any shape
+    second: Tensor | None = None,  # any shape
+    more: Tensor | None = None,  # 0-d float64
 ) -> None:
-    """Add the sum of a tensor's squares to `total`."""
+    """Add a number and the sums of the squares of two tensors to `total`."""
+    if more is not None:
+        total.add_(more)
     total.add_(grad.double().square().sum())
+    if second is not None:
+        total.add_(second.double().square().sum())
 
 
 def finish_step_(
@@ -62,7 +68,7 @@ def finish_step_(
     steps: Tensor,  # 0-d int64
     metrics: Tensor,  # [M + 2]
     tokens_since_fired: Tensor,  # [F] int64
-    loss_scale: Tensor,  # 0-d
+    fault: Tensor | None,  # 0-d
     losses: Tensor,  # [M]
     norm: Tensor,  # 0-d
     variance: Tensor,  # 0-d
@@ -78,5 +84,9 @@ def finish_step_(
     values = torch.cat([losses, norm[None], variance[None]])
     metrics.copy_(torch.where(was_healthy, values, metrics))
     steps.add_(was_healthy)
-    poison.copy_(0 * loss_scale + 0 * norm if norm_poisons else 0 * loss_scale)
+    if norm_poisons:
+        poison.add_(0 * norm)
+    poison.add_(0 * losses[:1].sum())
+    if fault is not None:
+        poison.add_(0 * fault)
     tokens_since_fired.add_(n_tokens).masked_fill_(fired, 0)

@@ -48,8 +48,14 @@ def update_scalars(
     eps: float,
     weight_decay: float,
     skip_overflow: bool,
+    fault: Tensor | None = None,  # 0-d
+    losses: Tensor | None = None,  # [M]
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient's norm, and the numbers of a step that all parameters share."""
+    if fault is not None:
+        loss_scale = loss_scale + 0 * fault
+    if losses is not None:
+        loss_scale = loss_scale + 0 * losses[0]
     norm = squared_norm.sqrt() / loss_scale.double()
     rounded_norm = norm.to(loss_scale.dtype)
     updates = rounded_norm.isfinite() & (halted < 0)
@@ -124,8 +130,19 @@ def update_vector_(
     grad: Tensor | None,  # the shape of w
     scalars: Tensor,  # [11]
     rule: str,
+    second_w: Tensor | None = None,
+    second_exp_avg: Tensor | None = None,  # the shape of second_w
+    second_exp_avg_sq: Tensor | None = None,  # the shape of second_w; of adam
+    second_grad: Tensor | None = None,  # the shape of second_w
 ) -> None:
-    """Update w in the order of torch.optim; change nothing where the scale is not finite."""
+    """Update w in the order of torch.optim; change nothing where the scale is not finite.
+
+    With `second_w` update that too.
+    """
+    if second_w is not None:
+        assert second_exp_avg is not None
+        moments = second_exp_avg, second_exp_avg_sq
+        update_vector_(second_w, *moments, second_grad, scalars, rule)
     scale, decay, rest1, beta2, rest2, *others = scalars.tolist()
     step_size, correction, eps, beta1, grad_decay, share = others
     if not math.isfinite(scale):

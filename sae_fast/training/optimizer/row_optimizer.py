@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +144,19 @@ class SparseOptimizer(ABC):
         self.exp_avg_sq_scale = {name: self._new_scale(name) for name in scaled if has_squares}
 
     @abstractmethod
-    def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def step(
+        self,
+        lr: float | Tensor,
+        loss_scale: float | Tensor = 1.0,
+        *,
+        fault: Tensor | None = None,
+        losses: Tensor | None = None,
+    ) -> Tensor:
         """Update the parameters from the gradients of `loss_scale` times the loss.
 
-        Both may be 0-d tensors. Returns the gradient's global norm before the clip, 0-d; not
-        finite: no update.
+        Rate and scale may be 0-d tensors. Returns the gradient's global norm before the clip, 0-d;
+        not finite: no update. It is NaN where `fault`, 0-d, or the first of `losses` is given and
+        not finite.
         """
 
     def zero_grad(self) -> None:
@@ -222,23 +231,27 @@ class RowOptimizer(SparseOptimizer):
     dense_grad = False
 
     @torch.no_grad()
-    def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def step(
+        self,
+        lr: float | Tensor,
+        loss_scale: float | Tensor = 1.0,
+        *,
+        fault: Tensor | None = None,
+        losses: Tensor | None = None,
+    ) -> Tensor:
         """Update the parameters, see `SparseOptimizer.step`; never waits for the device."""
         rows = self._measure_rows() if self.rows else {}
         if rows:
-            squared = rows["W_enc"].squared_norm.add_(rows["W_dec"].squared_norm)
+            squared, more = rows["W_enc"].squared_norm, rows["W_dec"].squared_norm
         else:
-            squared = torch.zeros((), dtype=torch.float64, device=self.device)
+            squared, more = torch.zeros((), dtype=torch.float64, device=self.device), None
         vectors = [name for name in self.names if name not in ROWS]
         divided = self.latent_rows
-        for name in vectors:
-            if divided is None or divided.has(name):
-                self._add_squares_(squared, name)
+        own = [name for name in vectors if divided is None or divided.has(name)]
+        self._add_squares_(squared, own, more)
         if divided is not None:
             squared = divided.sum(squared)
-            for name in vectors:
-                if not divided.has(name):
-                    self._add_squares_(squared, name)
+            self._add_squares_(squared, [name for name in vectors if not divided.has(name)])
         norm, scalars = ops.update_scalars(
             squared,
             self._scalar(lr, torch.float64),
@@ -253,18 +266,25 @@ class RowOptimizer(SparseOptimizer):
             eps=self.eps,
             weight_decay=self.weight_decay,
             skip_overflow=self.skip_overflow,
+            fault=fault,
+            losses=losses,
         )
         for name, measured in rows.items():
             self._update_rows(name, measured, scalars)
         # After the rows: W_enc's factors are taken relative to the b_dec that the encoder saw.
-        for name in vectors:
-            self._update_vector(name, scalars)
+        self._update_vectors(vectors, scalars)
         return norm
 
-    def _add_squares_(self, squared: Tensor, name: str) -> None:
-        """Add the squares of a vector's gradient to a sum."""
-        if (grad := self._parameter(name).grad) is not None:
-            ops.add_squares_(squared, grad)
+    def _add_squares_(
+        self, squared: Tensor, names: Sequence[str], more: Tensor | None = None
+    ) -> None:
+        """Add `more` and the squares of vectors' gradients to a sum, two at a time."""
+        grads = [grad for name in names if (grad := self._parameter(name).grad) is not None]
+        if not grads and more is not None:
+            squared.add_(more)
+        for first in range(0, len(grads), 2):
+            second = grads[first + 1] if first + 1 < len(grads) else None
+            ops.add_squares_(squared, grads[first], second, more if first == 0 else None)
 
     def _measure_rows(self) -> dict[str, _RowGradient]:
         sae = self.sae
@@ -322,12 +342,21 @@ class RowOptimizer(SparseOptimizer):
             step_count=self.step_count,
         )
 
-    def _update_vector(self, name: str, scalars: Tensor) -> None:
+    def _update_vectors(self, names: Sequence[str], scalars: Tensor) -> None:
+        """Update the vectors, two at a time where they have one rate."""
+        common = [self._vector(name) for name in names if name not in self.rate_shares]
+        for first in range(0, len(common), 2):
+            second = common[first + 1] if first + 1 < len(common) else None
+            ops.update_vector_(*common[first], scalars, rule=self.rule, second=second)
+        for name in names:
+            if (share := self.rate_shares.get(name)) is not None:
+                shared = _with_rate_share(scalars, share)
+                ops.update_vector_(*self._vector(name), shared, rule=self.rule)
+
+    def _vector(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return a vector, its moments and its gradient."""
         vector = self._parameter(name)
-        if (share := self.rate_shares.get(name)) is not None:
-            scalars = _with_rate_share(scalars, share)
-        moments = self.exp_avg[name], self.exp_avg_sq.get(name)
-        ops.update_vector_(vector, *moments, vector.grad, scalars, rule=self.rule)
+        return vector, self.exp_avg[name], self.exp_avg_sq.get(name), vector.grad
 
 
 def _with_rate_share(scalars: Tensor, share: float) -> Tensor:
@@ -371,8 +400,18 @@ class DenseOptimizer(SparseOptimizer):
         return Signum(groups, lr=0.0, momentum=self.momentum, weight_decay=decay)
 
     @torch.no_grad()
-    def step(self, lr: float | Tensor, loss_scale: float | Tensor = 1.0) -> Tensor:
+    def step(
+        self,
+        lr: float | Tensor,
+        loss_scale: float | Tensor = 1.0,
+        *,
+        fault: Tensor | None = None,
+        losses: Tensor | None = None,
+    ) -> Tensor:
         """Update the parameters, see `SparseOptimizer.step`."""
+        for number in (fault, None if losses is None else losses[0]):
+            if number is not None:
+                loss_scale = loss_scale + 0 * number
         parameters = [self._parameter(name) for name in self.names]
         for parameter in parameters:
             if parameter.grad is None:

@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + threadIdx.x / kWarpSize;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kPrepareWarps;
   prepare_segments(encoder, dead_mask, state.segments, warps - 1 - warp, warps);
+  if (warp == 0 && lane == 0) *state.fallback.count = 0;
   for (int64_t row = warp; row < tokens.rows; row += warps) {
     const int64_t start = flat_index(row, d_in, 0);
     double residual_square = 0.0;
@@ -90,16 +91,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
     if (lane != 0) continue;
     state.bounds[row] = token_bound(residual_square, rounded_square, square, d_in);
-    state.fallback.flags[row] = 0;
     if (state.main.capacity > 0) state.main.states[row] = {-INFINITY, 0};
     if (state.aux.capacity > 0) state.aux.states[row] = {-INFINITY, 0};
     const double limit = static_cast<double>(kLengthLimit);
-    if (!exact || (square < limit * limit && rounded_square < limit * limit)) continue;
-    if (unbounded == Unbounded::kPassEvery) {
-      state.bounds[row] = {INFINITY, INFINITY, INFINITY};
-    } else {
-      list_row(state.fallback, row, state.aux.capacity > 0 ? kMainList | kAuxList : kMainList);
-    }
+    const bool bounded = !exact || (square < limit * limit && rounded_square < limit * limit);
+    const bool flagged = !bounded && unbounded == Unbounded::kFlag;
+    const int32_t lists = state.aux.capacity > 0 ? kMainList | kAuxList : kMainList;
+    state.fallback.flags[row] = flagged ? lists : 0;
+    if (!bounded && !flagged) state.bounds[row] = {INFINITY, INFINITY, INFINITY};
   }
 }
 
@@ -120,9 +119,11 @@ cudaError_t prepare_tokens(const Encoder& encoder, const Tokens& tokens, Rounded
 
 cudaError_t prepare_encode(const Encoder& encoder, const Tokens& tokens, const bool* dead_mask,
                            Unbounded unbounded, const EncodeState& state, cudaStream_t stream) {
-  const cudaError_t error =
-      cudaMemsetAsync(state.segments.dead_total, 0, 2 * sizeof(int32_t), stream);
-  if (error != cudaSuccess) return error;
+  if (dead_mask != nullptr) {
+    const cudaError_t error =
+        cudaMemsetAsync(state.segments.dead_total, 0, sizeof(int32_t), stream);
+    if (error != cudaSuccess) return error;
+  }
   if (encoder.rounded.type == DType::kFloat16) {
     return prepare_tokens(encoder, tokens, static_cast<__half*>(tokens.rounded_x), dead_mask,
                           unbounded, state, stream);

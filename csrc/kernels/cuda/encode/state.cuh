@@ -60,9 +60,8 @@ struct EncodeState {
     segments.bounds = scratch.take<SegmentBound>(count);
     segments.dead_bits = scratch.take<uint32_t>(count * kDeadWords);
     segments.dead_counts = scratch.take<int32_t>(count);
-    int32_t* const totals = scratch.take<int32_t>(2);
-    segments.dead_total = totals;
-    fallback.count = totals == nullptr ? nullptr : totals + 1;
+    segments.dead_total = scratch.take<int32_t>(1);
+    fallback.count = scratch.take<int32_t>(1);
     fallback.rows = scratch.take<int32_t>(rows);
     fallback.flags = scratch.take<int32_t>(rows);
     main = take_lists(scratch, rows, k);
@@ -79,12 +78,12 @@ struct EncodeState {
 
 // The treatment of a token that screening has no bound for.
 enum class Unbounded {
-  kList,       // it is listed for the fallback
+  kFlag,       // its lists are to be computed in full; it is not among the rows yet
   kPassEvery,  // its bound is infinite: every latent is a candidate
 };
 
 // Rounds the tokens, bounds them where the encoder is exact, and empties all lists. dead_mask may
-// be null.
+// be null: then dead_total is not written.
 cudaError_t prepare_encode(const Encoder& encoder, const Tokens& tokens, const bool* dead_mask,
                            Unbounded unbounded, const EncodeState& state, cudaStream_t stream);
 

@@ -114,6 +114,8 @@ struct Selection {
   Lists lists;
   int32_t list;  // kMainList or kAuxList
   int k;
+  bool
+      lists_flagged;  // at the first chunk, puts rows that were flagged before among the fallback's
 };
 
 // One warp a row of the chunk. Most segments hold no candidate: they cost the loads, an addition
@@ -131,13 +133,19 @@ __global__ void __launch_bounds__(kSelectThreads, kSelectBlocks)
   int k = selection.k;
   if constexpr (kDead) {
     k = min(k, *segments.dead_total);
-    if (k == 0) return;
+    if (k == 0 && !selection.lists_flagged) return;
   }
   RowSegment at{nullptr, encoder.b_enc + product.first_latent, product.first_latent,
                 static_cast<int>(product.columns), 0};
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kSelectWarps + warp; row < rows;
        row += static_cast<int64_t>(gridDim.x) * kSelectWarps) {
-    if ((fallback.flags[row] & selection.list) != 0) continue;
+    if ((fallback.flags[row] & selection.list) != 0) {
+      if (product.first_latent == 0 && selection.lists_flagged && lane_index() == 0) {
+        fallback.rows[atomicAdd(fallback.count, 1)] = static_cast<int32_t>(row);
+      }
+      continue;
+    }
+    if (kDead && k == 0) continue;
     const TokenBound token = bounds[row];
     at.product = product.values + flat_index(row, product.columns, 0);
     RowCandidates list(selection.lists, row);
@@ -195,7 +203,7 @@ cudaError_t begin_topk(const Encoder& encoder, const Tokens& tokens, const TopK&
   Scratch pieces(scratch);
   const EncodeState state(pieces, tokens.rows, encoder.d_sae, topk.k, topk.k_aux);
   return prepare_encode(encoder, tokens, topk.k_aux > 0 ? topk.dead_mask : nullptr,
-                        Unbounded::kList, state, stream);
+                        Unbounded::kFlag, state, stream);
 }
 
 cudaError_t select_topk(const Encoder& encoder, const Tokens& tokens, const TopK& topk,
@@ -204,12 +212,14 @@ cudaError_t select_topk(const Encoder& encoder, const Tokens& tokens, const TopK
   const EncodeState state(pieces, tokens.rows, encoder.d_sae, topk.k, topk.k_aux);
   cudaError_t error = cudaSuccess;
   if (topk.k > 0) {
-    error = select_list<false>(encoder, product, tokens.rows,
-                               {state.main, kMainList, static_cast<int>(topk.k)}, state, stream);
+    error =
+        select_list<false>(encoder, product, tokens.rows,
+                           {state.main, kMainList, static_cast<int>(topk.k), true}, state, stream);
   }
   if (error == cudaSuccess && topk.k_aux > 0) {
     error = select_list<true>(encoder, product, tokens.rows,
-                              {state.aux, kAuxList, static_cast<int>(topk.k_aux)}, state, stream);
+                              {state.aux, kAuxList, static_cast<int>(topk.k_aux), topk.k == 0},
+                              state, stream);
   }
   return error;
 }
