@@ -78,12 +78,20 @@ def kill_half(sae):
     sae.tokens_since_fired[: N_FEATURES // 2] = 10**9
 
 
+def silence_half(sae):
+    """Make the pre-activations of half of the latents negative for all tokens."""
+    kill_half(sae)
+    with torch.no_grad():
+        sae.b_enc[: N_FEATURES // 2] = -1.0
+
+
 def count_dead(sae):
     return int(sae.dead_mask().sum())
 
 
-def test_dead_latents_revive_with_aux_k():
-    sae, _, _ = train(RowOptimizer, 200, dead_after_tokens=2048, aux_k_coeff=1.0, prepare=kill_half)
+@pytest.mark.parametrize("prepare", [kill_half, silence_half])
+def test_dead_latents_revive_with_aux_k(prepare):
+    sae, _, _ = train(RowOptimizer, 200, dead_after_tokens=2048, aux_k_coeff=1.0, prepare=prepare)
     assert count_dead(sae) < N_FEATURES // 8
 
 

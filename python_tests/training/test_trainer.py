@@ -229,6 +229,18 @@ def test_dead_latents_are_counted_and_aux_k_is_paid(activations: torch.Tensor) -
     assert rows[0]["aux_loss"] == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "expected"),
+    [(None, 400, 20 * 64), (None, 5, 16), (None, 4_000_000, 10_000_000), (640, 400, 640)],
+)
+def test_latents_are_dead_after_a_twentieth_of_the_run(
+    activations: torch.Tensor, given: int | None, steps: int, expected: int
+) -> None:
+    sae = replace(SAE, dead_after_tokens=given)
+    trainer = Trainer(sae, replace(RUN, max_steps=steps), activations, show_progress=False)
+    assert trainer.sae_config.dead_after_tokens == expected
+
+
 def test_the_dead_share_is_null_until_a_latent_can_be_dead(
     activations: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
