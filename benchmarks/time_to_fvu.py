@@ -11,6 +11,7 @@ is at the end of the grid, the next one beyond is tried, with the ratio of the l
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from benchmarks.support.groups import say
 from benchmarks.support.machine import command_line, describe_machine
 from benchmarks.support.problem import Size
 from benchmarks.support.tables import markdown_table, publish
+from benchmarks.support.timing import QUIET_SHARE
 from benchmarks.wall_clock import (
     Curve,
     absent,
@@ -36,6 +38,7 @@ from benchmarks.wall_clock import (
     require_one_start,
     run_one,
     seconds_to,
+    thread_count,
 )
 from benchmarks.worker import FALL, RISE
 
@@ -91,6 +94,7 @@ def report(results: Mapping[str, Any]) -> str:
         *("implementation", "best rate", "held-out FVU at the end", "s in all"),
         *(f"s to FVU {level:.3f}", f"tokens to FVU {level:.3f}", "FVU at the end, by rate"),
     ]
+    quiet = statistics.mean(curve.quiet_share for curve in curves)
     return "\n\n".join(
         [
             "# Held-out FVU over seconds and tokens, each at its best rate",
@@ -99,8 +103,9 @@ def report(results: Mapping[str, Any]) -> str:
             f"the first {RISE:.0%} of the steps and falls to 0 during the last {FALL:.0%}; in "
             "sparsify, whose trainer has one shape only, it falls as soon as it has risen. The "
             "rest of each recipe is its own. "
-            f"{clock_line(results)} The FVU that seconds and tokens are counted to is the highest "
-            f"one at the end.{absent(results)}",
+            f"{clock_line(results)} In {quiet:.0%} of the samples other programs used less "
+            f"than {QUIET_SHARE:.0%} of a processor. The FVU that seconds and tokens are counted "
+            f"to is the highest one at the end.{absent(results)}",
             markdown_table(headings, rows),
             *closing_lines(results, curves),
         ]
@@ -150,7 +155,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "setting": (
             f"{data_name}: {options.steps} steps of {options.batch_size} rows, d_in {d_in}, "
-            f"d_sae {options.d_sae}, k {options.k}."
+            f"d_sae {options.d_sae}, k {options.k}; {len(data['heldout']):,} held-out rows."
         ),
         "batch_size": options.batch_size,
         "clock": options.clock,
@@ -160,7 +165,7 @@ def main() -> None:
         "command": command_line("benchmarks.time_to_fvu"),
     }
     if options.plot:
-        sizes = f"d_sae {options.d_sae}, k {options.k}, {options.threads} CPU threads"
+        sizes = f"d_sae {options.d_sae}, k {options.k}, {thread_count(options.threads)}"
         title = f"{data_name}, {sizes}, each at its best learning rate"
         draw(chosen, options.plot, title, clock=options.clock, tokens_per_step=options.batch_size)
     publish(results, report(results), options.json, options.markdown)

@@ -169,11 +169,19 @@ def report(results: Mapping[str, Any]) -> str:
     )
 
 
+def thread_count(threads: int) -> str:
+    """Return the number of threads for a title."""
+    return f"{threads} CPU thread{'' if threads == 1 else 's'}"
+
+
 def clock_line(results: Mapping[str, Any]) -> str:
     """Return one sentence about the seconds of the table."""
     if results.get("clock", "wall") == "wall":
         return "The clock counts steps, not evaluations."
-    return "Seconds are CPU time of the process in its steps, evaluations not counted."
+    return (
+        "Seconds are CPU time of the process in its steps, evaluations not counted; other programs "
+        "that use the machine change it less than the time that passes."
+    )
 
 
 def absent(results: Mapping[str, Any]) -> str:
@@ -213,7 +221,7 @@ def draw(
         per_step = tokens_per_step
         panels.append(("tokens", lambda curve: [step * per_step for step in curve.steps]))
     with plt.rc_context({"font.size": 13, "svg.hashsalt": "sae_fast"}):
-        size = (8.0 * len(panels), 4.6)
+        size = (8.0 if len(panels) == 1 else 5.6 * len(panels), 4.6)
         fig, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
         for ax, (name, places) in zip(grid[0], panels, strict=True):
             _draw_panel(ax, curves, places)
@@ -310,7 +318,7 @@ def main() -> None:
         "command": command_line("benchmarks.wall_clock"),
     }
     if options.plot:
-        sizes = f"d_sae {options.d_sae}, k {options.k}, {options.threads} CPU threads"
+        sizes = f"d_sae {options.d_sae}, k {options.k}, {thread_count(options.threads)}"
         draw(curves, options.plot, f"{data_name}, {sizes}", clock=options.clock)
     publish(results, report(results), options.json, options.markdown)
 
