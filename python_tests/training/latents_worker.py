@@ -92,6 +92,7 @@ def main(directory: Path) -> None:
         trainer.train()
         found["history"][case] = trainer.history
         found["shapes"][case] = tuple(trainer.sae.W_enc.shape)
+        found["checkpoint"] = trainer.summary.get("checkpoint")
         ranks = trainer.ranks
     assert ranks is not None
     x = torch.randn(2, 5001, 3, generator=torch.Generator().manual_seed(1))  # no even parts

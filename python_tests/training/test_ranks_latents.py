@@ -74,6 +74,13 @@ def test_the_latents_are_trained_as_by_one_process(
 
 
 @pytest.mark.slow
+def test_the_summary_names_a_checkpoint_that_is_there(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[1]["checkpoint"] is None
+    assert Path(ranks[0]["checkpoint"]).name == "step-00000008"
+    assert Path(ranks[0]["checkpoint"]).is_dir()
+
+
+@pytest.mark.slow
 def test_the_cases_train_dead_latents_and_both_forms_of_codes(
     alone: dict[str, list[dict[str, Any]]],
 ) -> None:

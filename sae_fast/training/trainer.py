@@ -649,7 +649,7 @@ class Trainer:
             with self.ranks.agreement():
                 if self._run is not None:
                     write_config(place, model.config, model.origin)
-                    self._run.checkpoints.complete(place, state, best=best, prune=prune)
+                    place = self._run.checkpoints.complete(place, state, best=best, prune=prune)
         return place
 
     def _check_replicas(self) -> None:
