@@ -26,15 +26,18 @@ cudaError_t row_update_max_d_in(UpdateRule rule, DType moments, int64_t* d_in) {
 cudaError_t fused_update(const GradientFactors& factors, const RowState& state, const float* cached,
                          const int32_t* cache_slots, UpdateRule rule, const UpdateScalars* scalars,
                          bool project, bool unit_norm, cudaStream_t stream) {
-  const RowUpdate update = {factors, state, cached, cache_slots, rule, scalars, project, unit_norm};
-  switch (state.moments.type) {
-    case DType::kBFloat16:
-      return update_rows<DType::kBFloat16>(update, stream);
-    case DType::kUInt8:
-      return update_rows<DType::kUInt8>(update, stream);
-    default:
-      return update_rows<DType::kFloat32>(update, stream);
-  }
+  const RowUpdate update = {factors, state, cached, cache_slots, scalars, project, unit_norm};
+  return with_rule(rule, [&](auto known_rule) {
+    constexpr UpdateRule kRule = decltype(known_rule)::value;
+    switch (state.moments.type) {
+      case DType::kBFloat16:
+        return update_rows<kRule, DType::kBFloat16>(update, stream);
+      case DType::kUInt8:
+        return update_rows<kRule, DType::kUInt8>(update, stream);
+      default:
+        return update_rows<kRule, DType::kFloat32>(update, stream);
+    }
+  });
 }
 
 }  // namespace sae_fast::cuda

@@ -12,7 +12,6 @@ struct RowUpdate {
   RowState state;
   const float* cached;         // [rows, D]
   const int32_t* cache_slots;  // [F]
-  UpdateRule rule;
   const UpdateScalars* scalars;
   bool project, unit_norm;
 };
@@ -21,9 +20,9 @@ struct RowUpdate {
 template <UpdateRule kRule, DType kMoments>
 constexpr int64_t kUpdateRows = 2 + RowMoments<kRule, kMoments>::kSharedRows;
 
-// The pass for moments that are kept as kMoments; each type is compiled in a file of its own,
-// step_float32.cu, step_bfloat16.cu and step_uint8.cu, because it takes the compiler long.
-template <DType kMoments>
+// The pass of one rule for moments that are kept as kMoments. Each pair is compiled in a file of
+// its own, step_<rule>_<moments>.cu: all together they would be most of a build's time.
+template <UpdateRule kRule, DType kMoments>
 cudaError_t update_rows(const RowUpdate& update, cudaStream_t stream);
 
 }  // namespace sae_fast::cuda

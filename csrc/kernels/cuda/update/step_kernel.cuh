@@ -113,27 +113,24 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
 
 // ---- launcher
 
-template <DType kMoments>
+template <UpdateRule kRule, DType kMoments>
 cudaError_t update_rows(const RowUpdate& update, cudaStream_t stream) {
   const GradientFactors& factors = update.factors;
   const RowState& state = update.state;
   const int64_t d_in = factors.d_in;
-  return with_rule(update.rule, [&](auto rule) {
-    constexpr UpdateRule kRule = decltype(rule)::value;
-    return with_rows<kRowWidth>(
-        factors.dense, d_in,
-        {factors.shift, factors.extra_grad, state.W, state.moments.exp_avg,
-         state.moments.exp_avg_sq, state.rounded, update.cached},
-        [&](const auto* dense, auto width) {
-          using Dense = std::decay_t<decltype(*dense)>;
-          constexpr int kWidth = decltype(width)::value;
-          return launch(update_kernel<Dense, kWidth, kRule, kMoments>, factors.lists.latents,
-                        row_threads(d_in, kWidth), row_bytes(kUpdateRows<kRule, kMoments>, d_in),
-                        stream, factors.lists, dense, factors.shift, factors.extra_grad, d_in,
-                        state, update.cached, update.cache_slots, update.scalars, update.project,
-                        update.unit_norm);
-        });
-  });
+  return with_rows<kRowWidth>(
+      factors.dense, d_in,
+      {factors.shift, factors.extra_grad, state.W, state.moments.exp_avg, state.moments.exp_avg_sq,
+       state.rounded, update.cached},
+      [&](const auto* dense, auto width) {
+        using Dense = std::decay_t<decltype(*dense)>;
+        constexpr int kWidth = decltype(width)::value;
+        return launch(update_kernel<Dense, kWidth, kRule, kMoments>, factors.lists.latents,
+                      row_threads(d_in, kWidth), row_bytes(kUpdateRows<kRule, kMoments>, d_in),
+                      stream, factors.lists, dense, factors.shift, factors.extra_grad, d_in, state,
+                      update.cached, update.cache_slots, update.scalars, update.project,
+                      update.unit_norm);
+      });
 }
 
 }  // namespace sae_fast::cuda

@@ -2,6 +2,6 @@
 
 namespace sae_fast::cuda {
 
-template cudaError_t update_rows<DType::kBFloat16>(const RowUpdate&, cudaStream_t);
+template cudaError_t update_rows<UpdateRule::kSgd, DType::kFloat32>(const RowUpdate&, cudaStream_t);
 
 }  // namespace sae_fast::cuda

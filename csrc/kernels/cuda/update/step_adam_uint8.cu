@@ -2,6 +2,6 @@
 
 namespace sae_fast::cuda {
 
-template cudaError_t update_rows<DType::kUInt8>(const RowUpdate&, cudaStream_t);
+template cudaError_t update_rows<UpdateRule::kAdam, DType::kUInt8>(const RowUpdate&, cudaStream_t);
 
 }  // namespace sae_fast::cuda

@@ -1,0 +1,8 @@
+#include "kernels/cuda/update/step_kernel.cuh"
+
+namespace sae_fast::cuda {
+
+template cudaError_t update_rows<UpdateRule::kSignum, DType::kFloat32>(const RowUpdate&,
+                                                                       cudaStream_t);
+
+}  // namespace sae_fast::cuda
