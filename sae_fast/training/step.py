@@ -9,8 +9,9 @@ were before the bad step, and the metrics stay the bad step's.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ from sae_fast.training.optimizer.weight_average import WeightAverage
 LOSS = "loss"
 GRAD_NORM = "grad_norm"
 _VARIANCE = "variance"
+NVTX = "SAE_FAST_NVTX"  # an environment variable
 
 
 @dataclass(frozen=True)
@@ -167,12 +169,13 @@ class TrainingStep:
                 parts.append(part)
         n_tokens = n_parts * len(batches[0].x)
         losses = torch.as_tensor(mean)
-        norm = self.optimizer.step(
-            settings.rate,
-            self.scaler.factor,
-            fault=self._poison if fault is None else fault,
-            losses=losses,
-        )
+        with _range("update"):
+            norm = self.optimizer.step(
+                settings.rate,
+                self.scaler.factor,
+                fault=self._poison if fault is None else fault,
+                losses=losses,
+            )
         ops.finish_step_(
             *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),
             # The scale is not among these: one that overflows is no fault.
@@ -204,19 +207,21 @@ class TrainingStep:
         whole: WholeStep | None,
     ) -> TrainingLoss:
         """Compute a batch's loss, call backward on `weight` times it, and return it."""
-        loss = batch_loss(
-            self.sae,
-            batch,
-            settings,
-            self.engine,
-            downstream=self._downstream_loss(batch.columns),
-            whole=whole,
-            loss_terms=self.loss_terms,
-        )
-        if self._own_code:
-            call(f"backward through {self._own_code}", loss.total.backward, weight)
-        else:
-            loss.total.backward(weight)  # type: ignore[no-untyped-call]
+        with _range("forward"):
+            loss = batch_loss(
+                self.sae,
+                batch,
+                settings,
+                self.engine,
+                downstream=self._downstream_loss(batch.columns),
+                whole=whole,
+                loss_terms=self.loss_terms,
+            )
+        with _range("backward"):
+            if self._own_code:
+                call(f"backward through {self._own_code}", loss.total.backward, weight)
+            else:
+                loss.total.backward(weight)  # type: ignore[no-untyped-call]
         return loss
 
     def _values(self, loss: TrainingLoss) -> Tensor:
@@ -247,6 +252,13 @@ class TrainingStep:
             bad_step,
             values[_VARIANCE],
         )
+
+
+def _range(name: str) -> AbstractContextManager[None]:
+    """Mark a part of the step for NVIDIA's profilers, where SAE_FAST_NVTX=1 asks for it."""
+    if os.environ.get(NVTX) != "1" or not torch.cuda.is_available():
+        return nullcontext()
+    return torch.cuda.nvtx.range(f"sae_fast {name}")
 
 
 def _fired_in_any(parts: Sequence[Part]) -> Tensor:
