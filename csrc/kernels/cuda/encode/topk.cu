@@ -114,12 +114,12 @@ struct Selection {
   Lists lists;
   int32_t list;  // kMainList or kAuxList
   int k;
-  bool
-      lists_flagged;  // at the first chunk, puts rows that were flagged before among the fallback's
+  // At the first chunk, rows that were flagged before become rows of the fallback.
+  bool lists_flagged;
 };
 
 // One warp a row of the chunk. Most segments hold no candidate: they cost the loads, an addition
-// and a comparison a column, and one vote. Expected to run at the L2 cache's rate; not measured.
+// and a comparison a column, and one vote. Expected to run at the memory's rate; not measured.
 // Dead latents have another launch, which reads the chunk again if there are any: both lists in one
 // kernel took twice the registers, also in steps without AuxK.
 template <bool kExact, bool kVector, bool kDead>
