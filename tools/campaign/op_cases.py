@@ -295,8 +295,16 @@ def _update_vector(draw: Draw) -> Arguments:
     exp_avg = torch.randn(shape, generator=draw.generator)
     square = exp_avg.square() if rule == "adam" else None
     grad = draw.maybe(draw.floats(*shape))
-    arguments = {"w": w, "exp_avg": exp_avg, "exp_avg_sq": square, "grad": grad}
-    return {**arguments, "scalars": _step(draw, rule), "rule": rule}
+    arguments: Arguments = {"w": w, "exp_avg": exp_avg, "exp_avg_sq": square, "grad": grad}
+    arguments |= {"scalars": _step(draw, rule), "rule": rule}
+    parts = ("second_w", "second_exp_avg", "second_exp_avg_sq", "second_grad")
+    if draw.chance.random() < 0.5:
+        return arguments | dict.fromkeys(parts)
+    size = draw.size()
+    others: list[Tensor | None] = [torch.rand(size, generator=draw.generator) for _ in parts]
+    if rule != "adam":
+        others[2] = None
+    return arguments | dict(zip(parts, others, strict=True))
 
 
 def _batch_statistics(draw: Draw) -> Arguments:
