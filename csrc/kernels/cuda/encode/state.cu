@@ -9,6 +9,8 @@ namespace {
 
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
+// That a multiprocessor's registers must hold; left to itself the assembler spills for sm_80.
+constexpr int kPrepareBlocks = 4;
 
 // ---- kernels
 
@@ -51,7 +53,7 @@ __device__ void prepare_segments(const Encoder& encoder, const bool* __restrict_
 
 // The warps share the segments, and take a token each.
 template <typename Rounded, bool kVector>
-__global__ void __launch_bounds__(kPrepareThreads)
+__global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks)
     prepare_kernel(Encoder encoder, Tokens tokens, const bool* __restrict__ dead_mask,
                    Rounded* __restrict__ rounded_x, Unbounded unbounded, EncodeState state) {
   const int64_t d_in = encoder.d_in;
