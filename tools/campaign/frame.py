@@ -53,15 +53,15 @@ class Try:
     shared: Path
 
     def made(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return a folder in `shared`, which `make` fills for the first try that asks for it."""
+        """Return a folder in `shared`, which `make` fills for the first try that asks for it.
+
+        A try that ends before it is filled leaves it to the next one.
+        """
         folder = self.shared / name
         if not folder.exists():
-            folder.mkdir()
-            try:
-                make(folder)
-            except BaseException:
-                shutil.rmtree(folder)
-                raise
+            with temporary_folder(self.shared, "unfinished-") as aside:
+                make(aside)
+                aside.rename(folder)
         return folder
 
 
