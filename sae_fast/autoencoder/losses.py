@@ -5,7 +5,6 @@ The squared errors come from `ops.reconstruct`; every function here is different
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -144,9 +143,7 @@ def deterministic_mean(
     return x.mean() if is_on_gpu(x) else deterministic_sum(x) / len(x)
 
 
-@functools.cache
-def _zeros_by_device() -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    return {}
+_zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}  # kept by `constant_zero`
 
 
 def constant_zero(like: Tensor) -> Tensor:
@@ -157,13 +154,13 @@ def constant_zero(like: Tensor) -> Tensor:
     """
     if not is_on_gpu(like):
         return like.new_zeros(())
-    known, key = _zeros_by_device(), (like.device, like.dtype)
-    if key in known:
-        return known[key]
+    key = like.device, like.dtype
+    if key in _zeros:
+        return _zeros[key]
     with torch.inference_mode(False):
         zero = like.new_zeros(())
     if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):
-        known[key] = zero
+        _zeros[key] = zero
     return zero
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
@@ -40,7 +41,6 @@ from sae_fast.ops.full_precision import matmul
 from sae_fast.training.labels import label_columns, needs_sequences
 
 _ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated")
-_SHORTEST = 1e-12
 _OF_LATENTS = ("W_enc", "b_enc", "W_dec", "tokens_since_fired")
 _TYPES = {
     torch.float32: "F32",
@@ -247,8 +247,7 @@ class LatentEngine(Engine):
         Args:
             W_dec: [F, D], the rows of this process.
         """
-        lengths = torch.linalg.vector_norm(W_dec.detach(), dim=1, keepdim=True)
-        unit = W_dec.detach() / lengths.clamp_min(_SHORTEST)
+        unit = functional.normalize(W_dec.detach(), dim=1)
         gram = self.rows.sum(matmul(unit.t(), unit))
         own = self.rows.sum(unit.double().square().sum(1).square().sum())
         total = gram.double().square().sum() - own
