@@ -85,7 +85,7 @@ def rows(size: Size) -> Iterator[Row]:
     """Yield the rows of a step of TopK in bfloat16 without dead latents, states in float32."""
     n, d, f, entries = size.n_tokens, size.d_in, size.d_sae, size.entries
     limits = read_limits()
-    nodes = {name: limit.nodes(f) for name, limit in limits.items()}
+    nodes = {name: limit.nodes for name, limit in limits.items()}
     weights, tokens = float(f * d), float(n * d)
 
     def gather(bytes_of_source: float) -> tuple[str, bool]:

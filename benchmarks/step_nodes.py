@@ -5,9 +5,8 @@
 A step of a small model is made on the CPU, and every call that would launch a kernel on a GPU is
 written down: calls of PyTorch's operators as one node each, views and empty tensors as none. For an
 op of this package the nodes are the ones of csrc/tests/cuda_nodes.h, to which the tests of the
-emulated kernels hold its launchers. CUB's sort is 4 nodes and 2 for each 8 bits of the keys, its
-scan 2 (cub/device/dispatch of CUDA 13). Some reductions of PyTorch are two kernels where tensors
-are large, which is not counted. jumprelu cannot be captured in a graph: for it the numbers are
+emulated kernels hold its launchers. Some reductions of PyTorch are two kernels where tensors are
+large, which is not counted. jumprelu cannot be captured in a graph: for it the numbers are
 launches.
 """
 
@@ -44,28 +43,25 @@ _NOTHING = {
     *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "resize_"),
     *("scalar_tensor", "_local_scalar_dense"),
 }
-_SCAN = 2
 _ROUNDED_PRODUCT = 5  # of PyTorch: both operands are rounded and back, and the product
 _PRODUCT_ELEMENTS, _MOST_ROWS = 48 << 20, 8192  # plan_encode of csrc/kernels/common/encode_plan.h
 
 
 class Limit(NamedTuple):
-    """The nodes of a launcher: kernels and fills of memory, and calls of CUB's sort and scan."""
+    """The nodes of a launcher: kernels and fills of memory."""
 
     kernels: int
     fills: int
-    sorts: int
-    scans: int
 
-    def nodes(self, d_sae: int) -> int:
-        """Return the number of nodes where keys are latents."""
-        passes = -(-d_sae.bit_length() // 8)
-        return self.kernels + self.fills + self.sorts * (4 + 2 * passes) + self.scans * _SCAN
+    @property
+    def nodes(self) -> int:
+        """The kernels and fills together."""
+        return self.kernels + self.fills
 
 
 def read_limits(path: Path = LIMITS) -> dict[str, Limit]:
     """Return the limits of all launchers, by name."""
-    lines = re.findall(r'\{"(\w+)", (\d+), (\d+), (\d+), (\d+)\}', path.read_text("utf-8"))
+    lines = re.findall(r'\{"(\w+)", (\d+), (\d+)\}', path.read_text("utf-8"))
     return {name: Limit(*map(int, numbers)) for name, *numbers in lines}
 
 
@@ -134,14 +130,14 @@ def count_nodes(kind: str, size: Size) -> Counter[str]:
             if operator == "encode_topk":
                 of_aux = "_with_aux" if call.k_aux else ""
                 for part in (f"begin_topk{of_aux}", f"finish_topk{of_aux}"):
-                    nodes[part] += limits[part].nodes(size.d_sae)
-                selected = limits[f"select_topk{of_aux}"].nodes(size.d_sae)
+                    nodes[part] += limits[part].nodes
+                selected = limits[f"select_topk{of_aux}"].nodes
                 nodes["select_topk"] += chunks(size) * selected
                 nodes["product of a chunk"] += chunks(size)
             elif operator == "dense_product":
                 nodes[operator] += _ROUNDED_PRODUCT + call.follow_ups
             else:
-                nodes[operator] += limits[operator].nodes(size.d_sae)
+                nodes[operator] += limits[operator].nodes
         elif operator not in _NOTHING:
             nodes[call.name] += 1
     return nodes

@@ -38,11 +38,6 @@ class Usage:
     spills: int
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is no kernel of CUB, which tunes and launches its own."""
-        return not self.kernel.startswith("_ZN3cub")
-
-    @property
     def uses_local_memory(self) -> bool:
         """Whether registers spill, or arrays lie in local memory."""
         return self.spills > 0 or self.stack > 0
@@ -80,8 +75,6 @@ def demangle(names: list[str]) -> list[str]:
 
 def _short(name: str) -> str:
     name = name.replace("(anonymous namespace)::", "").removeprefix("void ")
-    if name.startswith("cub::"):  # template arguments with CUB's policies are pages long
-        return re.sub(r"<.*$", "", re.sub(r"^cub::.*?(\w+Kernel\b)", r"cub \1", name))
     return re.sub(r"\(.*\)$", "", re.sub(r"\((\w|:| )+\)(?=\d)", "", name))
 
 
@@ -115,14 +108,13 @@ def _numbers(values: list[int]) -> str:
 
 
 def faults(usages: list[Usage]) -> list[str]:
-    """Return a line for each kernel of this project that is compiled in a way it must not be."""
+    """Return a line for each kernel that is compiled in a way it must not be."""
     counted_on = _MOST_STATIC.search(_LAUNCH.read_text("utf-8"))
     if counted_on is None:
         raise ValueError(f"{_LAUNCH} does not say how much shared memory kernels may declare")
     most = 1024 * int(counted_on[1])
-    ours = [usage for usage in usages if usage.is_ours]
     lines = []
-    for name, usage in zip(demangle([usage.kernel for usage in ours]), ours, strict=True):
+    for name, usage in zip(demangle([usage.kernel for usage in usages]), usages, strict=True):
         if usage.uses_local_memory:
             lines.append(f"{name} spills registers or uses local memory for {usage.architecture}")
         if usage.shared > most:

@@ -33,8 +33,8 @@ def test_every_op_of_a_step_is_counted():
 
 def test_limits_are_read_from_the_tests_of_the_emulated_kernels():
     limits = read_limits()
-    assert limits["row_gradient_norm"] == Limit(kernels=3, fills=0, sorts=0, scans=0)
-    assert limits["latent_major"].nodes(24576) == 3 + 1
+    assert limits["row_gradient_norm"] == Limit(kernels=3, fills=0)
+    assert limits["latent_major"].nodes == 3 + 1
 
 
 def test_chunks_are_the_ones_of_the_encoders_plan():

@@ -3,7 +3,7 @@
 // list by position, so that the result does not depend on which thread came first.
 #include <cstdint>
 
-#include "kernels/cuda/reduce.cuh"
+#include "kernels/cuda/ordering.cuh"
 #include "kernels/cuda/rows.h"
 
 namespace sae_fast::cuda {
@@ -13,13 +13,8 @@ constexpr int kTileThreads = 1024;
 constexpr int kTileItems = 2;
 constexpr int64_t kTileEntries = kTileThreads * kTileItems;
 constexpr int kScanItems = 4;
-constexpr int kOrderThreads = 256;
 // That a multiprocessor's registers must hold; left to itself the assembler spills for more.
 constexpr int kOrderBlocks = 4;
-constexpr int kOrderWarps = kOrderThreads / kWarpSize;
-constexpr int64_t kWarpEntries = 128;  // of a list that one warp orders
-constexpr int kMaskWords = 4096;
-constexpr int64_t kMaskPositions = int64_t{32} * kMaskWords;
 
 struct ViewScratch {
   uint32_t* counts;  // [F + 1]: entries of each latent; the last is the launch's ticket
@@ -111,79 +106,20 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Writes the entries of a short list in order, each behind the smaller ones; by one warp.
-__device__ inline void order_short(const CodeRows& code, const int32_t* __restrict__ list,
-                                   int count, int32_t* __restrict__ entries,
-                                   int32_t* __restrict__ rows) {
-  for (int i = static_cast<int>(threadIdx.x) % kWarpSize; i < count; i += kWarpSize) {
-    const int32_t entry = list[i];
-    int before = 0;
-#pragma unroll 4
-    for (int other = 0; other < count; ++other) before += list[other] < entry ? 1 : 0;
-    entries[before] = entry;
-    rows[before] = row_of(code, entry);
-  }
-}
-
-// Writes the entries of a long list in order, by one block: they are bits in `mask`, of some
-// positions after the other.
-__device__ inline void order_long(const CodeRows& code, const int32_t* __restrict__ list,
-                                  int64_t count, uint32_t* mask, int* partial,
-                                  int32_t* __restrict__ entries, int32_t* __restrict__ rows) {
-  int64_t written = 0;
-  for (int64_t start = 0; written < count; start += kMaskPositions) {
-    for (int word = static_cast<int>(threadIdx.x); word < kMaskWords; word += kOrderThreads) {
-      mask[word] = 0;
-    }
-    __syncthreads();
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < count; i += kOrderThreads) {
-      const int64_t position = list[i] - start;
-      if (position < 0 || position >= kMaskPositions) continue;
-      atomicOr(&mask[position / 32], 1u << position % 32);
-    }
-    __syncthreads();
-    written += block_scan<kScanItems>(
-        kMaskWords, partial, [&](int64_t word) { return __popc(mask[word]); },
-        [&](int64_t word, int before) {
-          int64_t at = written + before;
-          for (uint32_t bits = mask[word]; bits != 0; bits &= bits - 1) {
-            const int bit = __ffs(static_cast<int>(bits)) - 1;
-            const auto entry = static_cast<int32_t>(start + word * 32 + bit);
-            entries[at] = entry;
-            rows[at++] = row_of(code, entry);
-          }
-        });
-    __syncthreads();  // the mask has been read
-  }
-}
-
-// One warp a latent; then the block takes the latents with long lists, one after the other.
 __global__ void __launch_bounds__(kOrderThreads, kOrderBlocks)
     order_lists_kernel(CodeRows code, const int32_t* __restrict__ lists,
                        const int64_t* __restrict__ latent_offsets, int64_t d_sae,
                        int32_t* __restrict__ entries, int32_t* __restrict__ rows) {
-  __shared__ uint32_t mask[kMaskWords];
-  __shared__ int partial[kOrderWarps];
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kOrderWarps;
-  int64_t first = static_cast<int64_t>(blockIdx.x) * kOrderWarps;
-  for (; first < d_sae; first += stride) {
-    const int latents = static_cast<int>(min(d_sae - first, int64_t{kOrderWarps}));
-    if (warp < latents) {
-      const int64_t begin = latent_offsets[first + warp];
-      const int64_t count = latent_offsets[first + warp + 1] - begin;
-      if (count <= kWarpEntries) {
-        order_short(code, lists + begin, static_cast<int>(count), entries + begin, rows + begin);
-      }
-    }
-    for (int i = 0; i < latents; ++i) {
-      const int64_t begin = latent_offsets[first + i];
-      const int64_t count = latent_offsets[first + i + 1] - begin;
-      if (count <= kWarpEntries) continue;
-      order_long(code, lists + begin, count, mask, partial, entries + begin, rows + begin);
-    }
-  }
+  __shared__ OrderShared shared;
+  order_lists(
+      d_sae, shared, [&](int64_t latent) { return latent_offsets[latent]; },
+      [&](int64_t latent) { return latent_offsets[latent + 1]; },
+      [&](int64_t i) { return lists[i]; },
+      [&](int64_t i, int64_t to) {
+        const int32_t entry = lists[i];
+        entries[to] = entry;
+        rows[to] = row_of(code, entry);
+      });
 }
 
 }  // namespace

@@ -29,10 +29,9 @@ struct Device {
 };
 extern Device device;
 
-// The nodes that a CUDA graph of the calls so far would have: launches and fills of memory, and
-// calls of CUB, which are several nodes each.
+// The nodes that a CUDA graph of the calls so far would have: launches and fills of memory.
 struct Nodes {
-  int kernels = 0, fills = 0, sorts = 0, scans = 0;
+  int kernels = 0, fills = 0;
 };
 extern Nodes nodes;
 

@@ -1,10 +1,10 @@
 // The end of a batch's top-k: the wanted-th best of the exact scores is found by radix selection,
-// and the selected entries are sorted into rows.
-#include <cub/device/device_radix_sort.cuh>
-
+// and the selected entries are ordered by counting: how many every row has, where it begins, and
+// each entry into a place of its row that atomics give it; then every row by latent.
 #include "kernels/cuda/encode/batch.cuh"
 #include "kernels/cuda/encode/batch_find.cuh"
 #include "kernels/cuda/encode/score.cuh"
+#include "kernels/cuda/ordering.cuh"
 
 namespace sae_fast::cuda {
 namespace {
@@ -128,13 +128,24 @@ __global__ void __launch_bounds__(kFindThreads) cut_kernel(BatchState batch, Dig
 // ---- kernels: the code
 
 struct Selected {
-  uint64_t* places;  // [N * k], kNoPlace where there is none
+  uint64_t* places;  // [N * k]
   float* values;     // [N * k]
   int64_t capacity;
 
   __device__ BatchList list(const BatchState& batch) const {
     return {places, values, &batch.numbers->selected, capacity};
   }
+};
+
+struct RowOrder {
+  uint32_t* counts;  // [N + 1]: entries of each row; the last is the launch's ticket
+  int32_t* numbers;  // [N * k]: of a selected entry in its row
+  int32_t* entries;  // [N * k]: the rows' entries, unordered
+
+  RowOrder(Scratch& scratch, const BatchSize& size)
+      : counts(scratch.take<uint32_t>(size.tokens + 1)),
+        numbers(scratch.take<int32_t>(size.wanted())),
+        entries(scratch.take<int32_t>(size.wanted())) {}
 };
 
 __global__ void __launch_bounds__(kEndThreads) take_list_kernel(BatchState batch, Selected to) {
@@ -162,28 +173,54 @@ __global__ void __launch_bounds__(kEndThreads)
   });
 }
 
-// The places are sorted: what is below a row's first place belongs to the rows before it.
+// The last block turns the counts into offsets. Room that is left belongs to the last row.
 __global__ void __launch_bounds__(kEndThreads)
-    write_kernel(const uint64_t* __restrict__ places, int64_t entries, int64_t tokens, Places order,
-                 int32_t* __restrict__ indices, int64_t* __restrict__ offsets) {
+    count_selected_kernel(BatchState batch, Selected from, RowOrder order,
+                          int64_t* __restrict__ offsets) {
+  __shared__ int64_t partial[kEndWarps];
+  const int64_t size = from.list(batch).size();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kEndThreads;
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x;
-  for (int64_t i = thread; i < entries; i += stride) {
-    indices[i] = places[i] == kNoPlace ? 0 : order.latent(places[i]);
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x; i < size;
+       i += stride) {
+    const int64_t row = batch.order.token(from.places[i]);
+    order.numbers[i] = static_cast<int32_t>(atomicAdd(&order.counts[row], 1u));
   }
-  for (int64_t row = thread; row <= tokens; row += stride) {
-    int64_t begin = 0;
-    int64_t end = entries;  // the last row has what is left
-    while (row < tokens && begin < end) {
-      const int64_t middle = begin + (end - begin) / 2;
-      if (places[middle] < order.place(row, 0)) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
+  if (!is_last_block(&order.counts[batch.tokens])) return;
+  block_scan<kOrderItems>(
+      batch.tokens, partial, [&](int64_t row) { return int64_t{load_written(&order.counts[row])}; },
+      [&](int64_t row, int64_t before) { offsets[row] = before; });
+  if (threadIdx.x == 0) offsets[batch.tokens] = from.capacity;
+}
+
+// Puts entries into their rows, and zeros into the room that is left.
+__global__ void __launch_bounds__(kEndThreads)
+    place_selected_kernel(BatchState batch, Selected from, RowOrder order, BatchCode code) {
+  const int64_t size = from.list(batch).size();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kEndThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kEndThreads + threadIdx.x; i < from.capacity;
+       i += stride) {
+    if (i < size) {
+      const int64_t row = batch.order.token(from.places[i]);
+      order.entries[code.offsets[row] + order.numbers[i]] = static_cast<int32_t>(i);
+    } else {
+      code.values[i] = 0.0f;
+      code.indices[i] = 0;
     }
-    offsets[row] = end;
   }
+}
+
+__global__ void __launch_bounds__(kOrderThreads)
+    order_rows_kernel(BatchState batch, Selected from, RowOrder order, BatchCode code) {
+  __shared__ OrderShared shared;
+  const int64_t size = from.list(batch).size();
+  const auto latent = [&](int64_t i) { return batch.order.latent(from.places[order.entries[i]]); };
+  order_lists(
+      batch.tokens, shared, [&](int64_t row) { return code.offsets[row]; },
+      [&](int64_t row) { return min(code.offsets[row + 1], size); }, latent,
+      [&](int64_t i, int64_t to) {
+        code.values[to] = from.values[order.entries[i]];
+        code.indices[to] = latent(i);
+      });
 }
 
 // ---- launchers
@@ -192,25 +229,13 @@ __global__ void __launch_bounds__(kEndThreads)
 struct EndScratch {
   BatchState state;
   Selected selected;
-  uint64_t* sorted_places;  // [N * k]
-  size_t sort_bytes = 0;
-  cudaError_t error;
-  char* sort;
+  RowOrder order;
 
   EndScratch(Scratch& scratch, const BatchSize& size)
       : state(scratch, size),
         selected{scratch.take<uint64_t>(size.wanted()), scratch.take<float>(size.wanted()),
                  size.wanted()},
-        sorted_places(scratch.take<uint64_t>(size.wanted())),
-        error(sort_pairs(nullptr, nullptr, nullptr)),
-        sort(scratch.take<char>(static_cast<int64_t>(sort_bytes))) {}
-
-  // One bit more than places have, by which kNoPlace comes after all of them.
-  cudaError_t sort_pairs(void* memory, float* sorted_values, cudaStream_t stream) {
-    return cub::DeviceRadixSort::SortPairs(
-        memory, sort_bytes, selected.places, sorted_places, selected.values, sorted_values,
-        static_cast<int>(selected.capacity), 0, state.order.bits + 1, stream);
-  }
+        order(scratch, size) {}
 };
 
 // The next digit of the cut. Without anything left to decide its launches return at once.
@@ -249,14 +274,8 @@ cudaError_t find_cut(const Encoder& encoder, const Tokens& tokens, const BatchSi
 cudaError_t take_selected(const Encoder& encoder, const Tokens& tokens, const EndScratch& scratch,
                           cudaStream_t stream) {
   const Selected& to = scratch.selected;
-  const auto entries = static_cast<size_t>(to.capacity);
-  cudaError_t error = cudaMemsetAsync(to.places, 0xff, entries * sizeof *to.places, stream);
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(to.values, 0, entries * sizeof *to.values, stream);
-  }
-  if (error == cudaSuccess) {
-    error = launch(take_list_kernel, kEndBlocks, kEndThreads, 0, stream, scratch.state, to);
-  }
+  const cudaError_t error =
+      launch(take_list_kernel, kEndBlocks, kEndThreads, 0, stream, scratch.state, to);
   if (error != cudaSuccess) return error;
   return with_scoring_rows(encoder, tokens, [&](const auto* weights, auto vector) {
     using Weight = std::decay_t<decltype(*weights)>;
@@ -265,22 +284,40 @@ cudaError_t take_selected(const Encoder& encoder, const Tokens& tokens, const En
   });
 }
 
+cudaError_t order_selected(const EndScratch& scratch, const BatchCode& code, cudaStream_t stream) {
+  const auto& [state, selected, order] = scratch;
+  const int64_t blocks = ceil_div<int64_t>(std::max<int64_t>(selected.capacity, 1), kEndThreads);
+  cudaError_t error = cudaMemsetAsync(
+      order.counts, 0, static_cast<size_t>(state.tokens + 1) * sizeof *order.counts, stream);
+  if (error == cudaSuccess) {
+    error = launch(count_selected_kernel, blocks, kEndThreads, 0, stream, state, selected, order,
+                   code.offsets);
+  }
+  if (error == cudaSuccess) {
+    error =
+        launch(place_selected_kernel, blocks, kEndThreads, 0, stream, state, selected, order, code);
+  }
+  if (error != cudaSuccess) return error;
+  return launch(order_rows_kernel, ceil_div<int64_t>(state.tokens, kOrderWarps), kOrderThreads, 0,
+                stream, state, selected, order, code);
+}
+
 }  // namespace
 
 cudaError_t batch_scratch_bytes(const BatchSize& size, size_t* bytes) {
   Scratch scratch(nullptr);
   const EndScratch pieces(scratch, size);
   *bytes = scratch.bytes();
-  return pieces.error;
+  return cudaSuccess;
 }
 
 cudaError_t finish_batch(const Encoder& encoder, const float* x, const BatchSize& size,
                          const BatchCode& code, void* scratch, cudaStream_t stream) {
   Scratch memory(scratch);
-  EndScratch pieces(memory, size);
+  const EndScratch pieces(memory, size);
   const BatchState& state = pieces.state;
   const Tokens tokens{x, nullptr, size.tokens};
-  cudaError_t error = pieces.error;
+  cudaError_t error = cudaSuccess;
   const auto then = [&](auto&& step) {
     if (error == cudaSuccess) error = step();
   };
@@ -288,12 +325,7 @@ cudaError_t finish_batch(const Encoder& encoder, const float* x, const BatchSize
   then([&] { return score_candidates(encoder, x, size, state, stream); });
   then([&] { return find_cut(encoder, tokens, size, state, stream); });
   then([&] { return take_selected(encoder, tokens, pieces, stream); });
-  then([&] { return pieces.sort_pairs(pieces.sort, code.values, stream); });
-  then([&] {
-    const int64_t blocks = ceil_div<int64_t>(std::max(size.wanted(), size.tokens + 1), kEndThreads);
-    return launch(write_kernel, blocks, kEndThreads, 0, stream, pieces.sorted_places, size.wanted(),
-                  size.tokens, state.order, code.indices, code.offsets);
-  });
+  then([&] { return order_selected(pieces, code, stream); });
   return error;
 }
 
