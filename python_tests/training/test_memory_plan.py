@@ -225,3 +225,15 @@ def test_dense_gradients_with_an_optimiser_of_torch_stay_within_the_plan() -> No
     )
     planned, peak = map(int, ran.stdout.split())
     assert 0.6 * planned < peak <= planned
+
+
+def test_the_plan_of_divided_latents_is_the_one_of_a_part() -> None:
+    sae = SAEConfig(d_in=100, d_sae=1001, k=8)
+    whole, part = (
+        plan_memory(sae, TrainConfig(mesh=mesh), native=True, pool_bytes=7).parts
+        for mesh in (None, "latents=2")
+    )
+    assert part["parameters"] == 4 * (2 * 100 * 501 + 501 + 100)
+    assert part["optimiser states"] == 2 * part["parameters"]
+    assert part["activations in memory"] == 7
+    assert part["step: batch, residual, code, AuxK"] == whole["step: batch, residual, code, AuxK"]

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder import losses
+from sae_fast.autoencoder.decoding import decode_rows
+from sae_fast.autoencoder.penalties import decorrelation_loss
 from sae_fast.config import SAEConfig
+from sae_fast.ops.full_precision import addmm
 
 
 class Weights(NamedTuple):
@@ -102,6 +105,13 @@ class Engine(NamedTuple):
         """Return a number of each latent [F], of all latents, given the latents at hand."""
         return per_latent
 
+    def mean_squared_cosine(
+        self,
+        W_dec: Tensor,  # [F, D], the rows at hand
+    ) -> Tensor:
+        """Return the mean of (ŵ_i·ŵ_j)² over pairs of different decoder rows, 0-d; 0 of one row."""
+        return decorrelation_loss(W_dec.detach(), "gram_mean", None, 0)
+
     def encode_topk(
         self,
         weights: Weights,
@@ -179,6 +189,17 @@ class Engine(NamedTuple):
             precision=self.precision,
             dense_grad=self.dense_grad,
         )
+
+    def decode(
+        self,
+        code: ops.SparseCode | Tensor,  # a tensor: [N, F]
+        W_dec: Tensor,  # [F, D]
+        b_dec: Tensor,  # [D]
+    ) -> Tensor:
+        """Return Σ value · W_dec[index] + b_dec, [N, D], over all latents, outside training."""
+        if isinstance(code, Tensor):
+            return addmm(b_dec.to(code.dtype), code, W_dec.to(code.dtype))
+        return decode_rows(code, W_dec, b_dec, dense_grad=self.dense_grad)
 
     def reconstruct(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sae_fast import ops
 from sae_fast.autoencoder.architecture import Engine, Weights
+from sae_fast.autoencoder.decoding import NARROW
 from sae_fast.ops import reference
 from sae_fast.ops.reference.encode import relu as plain_relu
 from sae_fast.ops.working_copies import float32_copy
@@ -21,8 +22,6 @@ from sae_fast.tensor_files import FLOATS
 
 if TYPE_CHECKING:
     from sae_fast.autoencoder.model import SparseAutoencoder
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 class RunResult(NamedTuple):
@@ -85,34 +84,9 @@ def inference_weights(sae: SparseAutoencoder) -> Weights:
 
 
 def inference_engine(sae: SparseAutoencoder, precision: str, dense_grad: bool) -> Engine:
-    """Return the encoders for a model's dtype."""
+    """Return the encoders and decoders for a model's dtype, and for the latents that it has."""
     is_wide = sae.W_enc.dtype == torch.float64
-    return (Float64Engine if is_wide else Engine)(precision, dense_grad)
-
-
-def decode_rows(
-    code: ops.SparseCode,
-    W: Tensor,  # [F, M]
-    bias: Tensor | None,  # [M]
-    *,
-    precision: str | None = None,
-    dense_grad: bool = True,
-) -> Tensor:
-    """Return Σ value · W[index] + bias, [N, M], for W of any floating dtype.
-
-    The result is float32, or float64 where W is.
-    """
-    if W.dtype == torch.float64:
-        return reference.decode(code.values.to(W.dtype), code.indices, code.offsets, W, bias)
-    bias = None if bias is None else float32_copy(bias)
-    if code.dtype != torch.float32:
-        code = code.with_values(code.values.float())
-    if W.dtype in NARROW:
-        if torch.is_grad_enabled() and W.requires_grad:
-            W = W.float()
-        else:  # gathered as it is, in any precision
-            precision = "fp32"
-    return ops.decode(code, W, bias, precision=precision, dense_grad=dense_grad)
+    return (Float64Engine if is_wide else sae.make_engine)(precision, dense_grad)
 
 
 def is_vmapped(tensor: object) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sae_fast import ops
 from sae_fast.activations.capture.passes import TokensOfPass
 from sae_fast.activations.capture.splicing import first_of, with_first
+from sae_fast.autoencoder.decoding import decode_rows
 from sae_fast.autoencoder.edits import (
     Edit,
     EditedCode,
@@ -25,7 +26,6 @@ from sae_fast.autoencoder.edits import (
     edited,
     make_edit,
 )
-from sae_fast.autoencoder.inference import decode_rows
 from sae_fast.autoencoder.patching import patched
 from sae_fast.autoencoder.shapes import require_tensor
 from sae_fast.ops.code import RAW

@@ -25,6 +25,7 @@ from sae_fast.autoencoder.architecture import (
     Weights,
 )
 from sae_fast.autoencoder.architectures import make_architecture
+from sae_fast.autoencoder.decoding import NARROW, decode_rows
 from sae_fast.autoencoder.files import (
     is_saved_model,
     model_directory,
@@ -37,10 +38,8 @@ from sae_fast.autoencoder.folding import fold_decoder_norms_, folded_normalizati
 from sae_fast.autoencoder.foreign import foreign_dictionary, local_place
 from sae_fast.autoencoder.guidance import Guidance
 from sae_fast.autoencoder.inference import (
-    NARROW,
     RunResult,
     check_units,
-    decode_rows,
     floating_dtype,
     inference_engine,
     inference_weights,
@@ -50,7 +49,6 @@ from sae_fast.autoencoder.inference import (
 from sae_fast.autoencoder.initialization import centre, initialize_weights_, sample_rows
 from sae_fast.autoencoder.interchange import config_for, state_for
 from sae_fast.autoencoder.losses import TrainingLoss
-from sae_fast.autoencoder.penalties import decorrelation_loss
 from sae_fast.autoencoder.shapes import (
     like,
     require_tensor,
@@ -70,7 +68,6 @@ from sae_fast.autoencoder.transcoder import (
 from sae_fast.autoencoder.unpacking import refuse_unpacking
 from sae_fast.config import RunConfig, SAEConfig
 from sae_fast.ops.code_entries import latent_numbers
-from sae_fast.ops.full_precision import addmm
 
 _NOT_SHOWN = {"T_destination", "call_super_init", "dump_patches"}
 
@@ -97,6 +94,8 @@ class SparseAutoencoder(nn.Module):
     no_bias: Tensor | None  # [D], zeros subtracted from x where b_dec is not
     tokens_since_fired: Tensor  # [F] int64
     decorrelation_draw: Tensor | None  # 0-d int64, which random chunks are next, if there are any
+    # Of precision and dense_grad; another one where the model has some of its latents only.
+    make_engine: Callable[[str, bool], Engine] = Engine
 
     @torch.inference_mode(False)
     def __init__(self, config: SAEConfig | RunConfig):
@@ -412,9 +411,9 @@ class SparseAutoencoder(nn.Module):
         """
         if not isinstance(code, ops.Code):
             require_tensor(code, "code")
-        elif code.d_sae != self.config.d_sae:
+        elif code.d_sae != len(self.W_dec):
             raise ValueError(
-                f"code must have {self.config.d_sae} latents as the model has, got {code.d_sae}"
+                f"code must have {len(self.W_dec)} latents as the model has, got {code.d_sae}"
             )
         tokens = self._token_units(None if x is None else tokens_of(self, x, code))
         normalized = self._normalized(code, units, tokens)
@@ -424,12 +423,12 @@ class SparseAutoencoder(nn.Module):
         if isinstance(normalized, Tensor):
             if normalized.layout != torch.strided:
                 normalized = normalized.to_dense()
-            h, precision = rows_of(self, normalized, "h", "d_sae"), "fp32"
-            bias, W_dec = (tensor.to(h.dtype) for tensor in (self.b_dec, self.W_dec))
-            x_hat = addmm(bias, h, W_dec)
+            rows, precision = rows_of(self, normalized, "h", "d_sae"), "fp32"
+            h: ops.SparseCode | Tensor = rows
         else:
-            precision = normalized.precision
-            x_hat = decode_rows(normalized, self.W_dec, self.b_dec, dense_grad=dense_grad)
+            h, precision = normalized, normalized.precision
+        engine = inference_engine(self, precision, dense_grad)
+        x_hat = engine.decode(h, self.W_dec, self.b_dec)
         if self.config.skip_connection:
             if x is None:
                 raise ValueError("x must be given: the model has a skip connection")
@@ -582,6 +581,11 @@ class SparseAutoencoder(nn.Module):
         own = self.weights.own
         predicted = decode_rows(normalized, own["W_probe"], own["b_probe"], precision="fp32")
         return predicted.reshape(*normalized.shape[:-1], predicted.shape[-1])
+
+    @property
+    def engine(self) -> Engine:
+        """The encoders and decoders of inference, and sums over all latents."""
+        return inference_engine(self, "screened", dense_grad=True)
 
     def kept_copies(self, session: object = None) -> AbstractContextManager[None]:
         """Keep the weights in the kernels' format between calls inside this context.
@@ -810,7 +814,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def mean_squared_cosine(self) -> Tensor:
         """Return the mean of (ŵ_i·ŵ_j)² over pairs of different decoder rows, 0-d; 0 of one row."""
-        return decorrelation_loss(self.W_dec, "gram_mean", None, self.config.decorrelation_chunk)
+        return self.engine.mean_squared_cosine(self.W_dec)
 
     # ---- inside a model ----------------------------------------------------------------------
 

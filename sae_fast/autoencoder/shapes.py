@@ -35,7 +35,7 @@ def rows_of(
     """
     require_tensor(x, name)
     _require_dense(x, name)
-    columns: int = getattr(sae.config, width)
+    columns: int = len(sae.W_dec) if width == "d_sae" else getattr(sae.config, width)
     if x.ndim == 0 or x.shape[-1] != columns:
         raise ValueError(
             f"{name} must have {width} = {columns} columns, got shape {tuple(x.shape)}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.activations.capture import HookPoint
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.inference import decode_rows
+from sae_fast.autoencoder.decoding import decode_rows
 from sae_fast.evaluation.language_model import (
     KEPT,
     LABELS,

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architecture import Engine
-from sae_fast.autoencoder.inference import decode_rows
-from sae_fast.autoencoder.shapes import rows_of
 from sae_fast.autoencoder.slots import Slots
-from sae_fast.ops import SparseCode
 
 # Rows that may decide sums over all: 1 % with the largest norms. Without them the FVU is told where
 # it differs by this factor.
@@ -64,7 +60,6 @@ def evaluate(
     dead_rate: float = 0.0,
     ordinary_norm: float | None = None,
     note_rates: Callable[[Tensor], object] | None = None,
-    engine: Engine | None = None,
 ) -> dict[str, float]:
     """Return the FVU, the L0 and the share of latents that hardly ever fire on held-out rows.
 
@@ -73,7 +68,8 @@ def evaluate(
     1 - mse / x.var() with one mean and one variance of all numbers.
 
     Args:
-        sae: the model.
+        sae: the model. Where each of several processes has some of its latents, all call this with
+            the same rows.
         batches: rows [n, D] as captured; the model normalises them itself.
         targets: of each batch, [n, d_out], for a transcoder.
         dead_rate: the share of rows below which a latent that fires counts as dead; one that fires
@@ -81,8 +77,6 @@ def evaluate(
         ordinary_norm: what `largest_ordinary_norm` gives; the FVU of the rows up to it is added
             where it is another one.
         note_rates: called with the share of the rows on which each latent fires, [F] float64.
-        engine: of a process that has some of the latents, which `sae` holds; all processes call
-            this with the same rows. None: the model has all of them.
     """
     device = sae.W_enc.device
     sums, ordinary = (_Sums(sae.config.target_width, device) for _ in range(2))
@@ -94,8 +88,8 @@ def evaluate(
         for batch, target in pairs:
             x = batch.to(device)
             y = x if target is None else target.to(device)
-            code, x_hat = _passed(sae, x, engine)
-            squared = (y - x_hat).double().square()
+            code = sae.encode(x)
+            squared = (y - sae.decode(code, x)).double().square()
             sums.add(y, squared)
             if ordinary_norm is not None:
                 kept = torch.linalg.vector_norm(y.double(), dim=1) <= ordinary_norm
@@ -103,8 +97,7 @@ def evaluate(
             active += code.l0().sum()
             fired += torch.bincount(code.indices[code.fires()], minlength=len(fired))
             rows += len(x)
-    if engine is not None:
-        active, fired = engine.total(active), engine.joined(fired)
+    active, fired = sae.engine.total(active), sae.engine.joined(fired)
     if note_rates is not None:
         note_rates(fired.double() / rows)
     fvu, extra = sums.fvu(), {}
@@ -120,29 +113,6 @@ def evaluate(
         "heldout_l0": float(active / rows),
         "heldout_dead_fraction": float(is_dead(fired, rows, dead_rate).double().mean()),
     }
-
-
-def _passed(
-    sae: SparseAutoencoder,
-    x: Tensor,  # [n, D]
-    engine: Engine | None,
-) -> tuple[SparseCode, Tensor]:
-    """Return the code, of the latents at hand, and the reconstruction by all latents."""
-    if engine is None:
-        code = sae.encode(x)
-        return code, sae.decode(code, x)
-    code = encode_rows(sae, x, engine)
-    part = decode_rows(code, sae.W_dec, None)
-    return code, sae.denormalize(engine.total(part) + sae.b_dec, x)
-
-
-def encode_rows(
-    sae: SparseAutoencoder,
-    x: Tensor,  # [n, D]
-    engine: Engine,
-) -> SparseCode:
-    """Return the code of rows as captured, by the encoders of an engine."""
-    return sae.architecture.infer(sae.weights, sae.normalize(rows_of(sae, x)), engine)
 
 
 def largest_ordinary_norm(batches: Iterable[Tensor]) -> float:

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architecture import Engine
-from sae_fast.evaluation.metrics import encode_rows
 
 _PREFIX = "before_calibration."
 _NEAR = 0.01  # share of the L0 by which it may be off
@@ -37,12 +35,7 @@ class Calibration:
         self._before: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def calibrate_(
-        self,
-        model: Callable[[], SparseAutoencoder],
-        rows: Iterable[Tensor],
-        engine: Engine | None = None,
-    ) -> None:
+    def calibrate_(self, model: Callable[[], SparseAutoencoder], rows: Iterable[Tensor]) -> None:
         """Raise or lower all thresholds by one number until the L0 is the one that was asked for.
 
         Weights stay as they are, and so does the magnitude of a latent that is still active, except
@@ -51,7 +44,6 @@ class Calibration:
         Args:
             model: returns the model to evaluate, the one in training or an average of its weights.
             rows: batches [n, D] as captured, which can be read several times.
-            engine: of a process that has some of the latents; None: the model has all of them.
         """
         sae = self._sae
         wanted = sae.architecture.wanted_l0
@@ -60,7 +52,7 @@ class Calibration:
         before = {name: v.clone() for name, v in sae.state_dict().items() if v.dim() <= 1}
         rise = error_before = 0.0
         for _ in range(_MOST_PASSES):
-            l0, excess = _measure(model(), rows, engine)
+            l0, excess = _measure(model(), rows)
             if excess == 0 or abs(l0 / wanted - 1) <= _NEAR:
                 break
             error = math.log(l0 / wanted)
@@ -90,9 +82,7 @@ class Calibration:
                 now.copy_(before)
 
 
-def _measure(
-    sae: SparseAutoencoder, rows: Iterable[Tensor], engine: Engine | None
-) -> tuple[float, float]:
+def _measure(sae: SparseAutoencoder, rows: Iterable[Tensor]) -> tuple[float, float]:
     """Return the L0 of rows, and by how much active latents exceed their thresholds on average."""
     device = sae.W_enc.device
     limits = sae.architecture.thresholds(sae.weights)
@@ -103,9 +93,9 @@ def _measure(
     with sae.kept_copies():
         for batch in rows:
             x = batch.to(device)
-            code = sae.encode(x) if engine is None else encode_rows(sae, x, engine)
+            code = sae.encode(x)
             above = (code.values - code.spread(limits)).clamp_min(0).double()
             sums += torch.stack([code.l0().double().sum(), above.sum()])
             count += len(batch)
-    active, excess = (sums if engine is None else engine.total(sums)).tolist()
+    active, excess = sae.engine.total(sums).tolist()
     return active / count, excess / max(active, 1.0)

@@ -12,7 +12,6 @@ from sae_fast.evaluation.sampled_latents import SampledLatents, sample_latents
 from sae_fast.report.top_latents import CONTEXTS
 from sae_fast.training.data import TrainingData
 from sae_fast.training.downstream import Downstream
-from sae_fast.training.latent_rows import LatentEngine
 
 _SAMPLED_ROWS = 4096  # whose tokens the report shows; few, so that short trainings stay short
 
@@ -43,7 +42,6 @@ class HeldoutEvaluation:
         averaged: Callable[[], SparseAutoencoder] | None = None,
         *,
         in_model: bool = False,
-        engine: LatentEngine | None = None,
     ) -> dict[str, float]:
         """Return the figures of a model by their names in a row of metrics.
 
@@ -54,13 +52,8 @@ class HeldoutEvaluation:
             averaged: makes the model with averaged weights; its figures have averaged_ before
                 their names.
             in_model: whether eval_metrics is due.
-            engine: of a process that has some of the latents, which are all that `sae` holds.
         """
-        if engine is None:
-            gram_mean = sae.mean_squared_cosine()
-        else:
-            gram_mean = engine.mean_squared_cosine(sae.W_dec)
-        measured = {"gram_mean": float(gram_mean)}
+        measured = {"gram_mean": float(sae.mean_squared_cosine())}
         if in_model:
             measured |= self._downstream.eval_metrics(sae)
         if self._data.heldout is None:
@@ -70,7 +63,7 @@ class HeldoutEvaluation:
             outputs = rows[0] if rows[1] is None else rows[1]
             self._ordinary_norm = largest_ordinary_norm(outputs)
         rates = (self._dead_rate, self._ordinary_norm)
-        measured |= evaluate(sae, *rows, *rates, note_rates=self._note_rates, engine=engine)
+        measured |= evaluate(sae, *rows, *rates, note_rates=self._note_rates)
         measured |= self._downstream.evaluate(sae)
         if sae.config.arch == "slots" and self._data.heldout_labels:
             measured |= evaluate_slots(sae, self._data.heldout, self._data.heldout_labels)

@@ -15,10 +15,9 @@ all gradients, are summed.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -30,7 +29,8 @@ from torch.nn import functional
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architecture import Engine, Weights
+from sae_fast.autoencoder.architecture import SELECTIONS, Engine, Weights
+from sae_fast.autoencoder.architectures import make_architecture
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.thresholded import TOKENS
 from sae_fast.config import SAEConfig, TrainConfig
@@ -38,6 +38,7 @@ from sae_fast.distributed.ranks import Ranks
 from sae_fast.ops.dense_product import linear
 from sae_fast.ops.encode import encode_selected
 from sae_fast.ops.full_precision import matmul
+from sae_fast.training.divided_selection import largest_of_all
 from sae_fast.training.labels import label_columns, needs_sequences
 
 _ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated")
@@ -76,37 +77,42 @@ def check_divisible(sae: SAEConfig, train: TrainConfig, loss_terms: Sequence[Los
             raise ValueError(f"mesh = {train.mesh!r} does not divide a training with {name}")
 
 
-def with_latents(sae: SAEConfig, count: int) -> SAEConfig:
-    """Return a configuration with as many latents as one process has, to plan its memory."""
-    part = copy.copy(sae)
-    object.__setattr__(part, "d_sae", count)
-    return part
-
-
 class LatentRows:
-    """The latents that a process holds, and sums over the latents of all processes.
+    """The latents that a process holds: a block of them, or all where one process has the model.
 
     Args:
-        ranks: the processes.
-        sae: the whole model, of which `keep_` leaves the rows of this process.
+        ranks: the processes that hold the latents of one model together; ALONE: this one has all,
+            and nothing here does anything.
+        config: of the whole model.
+
+    Attributes:
+        first: number of the first latent of this process.
+        end: number after its last latent.
+        has_all: whether it has all latents.
     """
 
-    def __init__(self, ranks: Ranks, sae: SparseAutoencoder) -> None:
+    def __init__(self, ranks: Ranks, config: SAEConfig) -> None:
         self.ranks = ranks
-        self.d_sae = sae.config.d_sae
+        self.d_sae = config.d_sae
         bounds = [self.d_sae * number // ranks.size for number in range(ranks.size + 1)]
         self.first, self.end = bounds[ranks.rank], bounds[ranks.rank + 1]
-        own = [name.rpartition(".")[2] for name, t in sae.state_dict().items() if t.dim() > 0]
-        shared = ("b_dec", "activation_mean", "target_mean")
-        self._names = {*_OF_LATENTS, *(name for name in own if name not in shared)}
+        self.has_all = ranks.size == 1
+        self._names = set() if self.has_all else {*_OF_LATENTS, *_own_names(config)}
 
-    def has(self, name: str) -> bool:
-        """Return whether a tensor of a model or a state, by its name, has a row a latent."""
-        return any(part in self._names for part in name.split("."))
+    def engine(
+        self,
+        precision: str,
+        dense_grad: bool,
+        selections: Mapping[str, Callable[..., ops.SparseCode]] = SELECTIONS,
+    ) -> Engine:
+        """Return the encoders and decoders of this process; `selections` where it has all."""
+        if self.has_all:
+            return Engine(precision, dense_grad, selections)
+        return LatentEngine.of(self, precision, dense_grad)
 
     def is_divided(self, name: str, tensor: Tensor) -> bool:
-        """Return whether this process has some rows of a tensor only."""
-        return tensor.dim() > 0 and self.has(name)
+        """Return whether this process has some rows only of a tensor of a model or a state."""
+        return tensor.dim() > 0 and any(part in self._names for part in name.split("."))
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return whole tensors by name, of divided ones the rows of this process."""
@@ -125,23 +131,30 @@ class LatentRows:
 
     @torch.no_grad()
     def keep_(self, sae: SparseAutoencoder) -> None:
-        """Leave of a whole model the rows of this process."""
+        """Leave of a whole model the rows of this process, in memory of their own."""
         tensors = dict([*sae.named_parameters(), *sae.named_buffers()])
         for name, rows in self.of(tensors).items():
             tensors[name].data = rows.clone()
+        if not self.has_all:
+            sae.make_engine = self.engine
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes, in their order; without a gradient."""
         return self.ranks.sum_in_order(tensor.detach())
 
-    def of_all(self, code: ops.SparseCode) -> ops.SparseCode:
+    def of_all(self, code: ops.Code) -> ops.Code:
         """Return a code with the values of all processes, for what only they decide."""
+        if self.has_all:
+            return code
+        assert isinstance(code, ops.SparseCode)
         parts = [parts[0] for _, parts in self.ranks.gather(None, [code.values.detach()])]
         values = torch.cat([part.flatten() for part in parts])
         return ops.SparseCode(values, torch.zeros_like(values).int(), code.d_sae, code.offsets)
 
     def observed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return sums over the tokens of a code, summed over the latents of all processes."""
+        if self.has_all:
+            return dict(sums)
         names = [name for name in sums if name != TOKENS]
         found = [parts for _, parts in self.ranks.gather(None, [sums[name] for name in names])]
         totals = [torch.stack(parts).sum(0) for parts in zip(*found, strict=True)]
@@ -198,6 +211,14 @@ class LatentRows:
         return header, places, end + len(header)
 
 
+def _own_names(config: SAEConfig) -> Iterator[str]:
+    """Yield the names of an architecture's parameters and buffers that have a number a latent."""
+    architecture = make_architecture(config)
+    for name, tensor in (architecture.parameters() | architecture.buffers()).items():
+        if tensor.dim() > 0:
+            yield name
+
+
 class LatentEngine(Engine):
     """The encoders and decoders of a process that holds some of the latents."""
 
@@ -252,6 +273,15 @@ class LatentEngine(Engine):
         own = self.rows.sum(unit.double().square().sum(1).square().sum())
         total = gram.double().square().sum() - own
         return total / max(self.rows.d_sae * (self.rows.d_sae - 1), 1)
+
+    def decode(
+        self,
+        code: ops.SparseCode | Tensor,  # a tensor: [N, F]
+        W_dec: Tensor,  # [F, D]
+        b_dec: Tensor,  # [D]
+    ) -> Tensor:
+        """Return what `Engine.decode` does, summed over the latents of all processes."""
+        return self.total(super().decode(code, W_dec, torch.zeros_like(b_dec))) + b_dec
 
     def encode_topk(self, weights: Weights, *given: Any, **options: Any) -> ops.SparseCode:
         """Return what `Engine.encode_topk` does, of the latents of this process."""
@@ -444,21 +474,12 @@ def _batch_topk(
     op = torch.ops.sae_fast.encode_batch_topk.default
     most = min(k, len(W_enc))
     values, indices, offsets, *_ = op(x, W_enc, b_enc, b_dec, most, precision, None, 0, *copies)
-    kept = ~(values <= 0)  # NaN is kept; the entries of value 0 fill up the last row
-    tokens = torch.arange(n_rows, device=x.device).repeat_interleave(offsets.diff())[kept]
-    values, indices = values[kept], indices[kept]
-    # Equal values in the order of tokens, then of latents.
-    keys = tokens * rows.d_sae + indices + rows.first
-    found = [parts for _, parts in rows.ranks.gather(None, [values, keys])]
-    everyone, keys = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if len(everyone) > budget:
-        order = keys.sort().indices
-        order = order[everyone[order].sort(descending=True, stable=True).indices[:budget]]
-        before = sum(len(parts[0]) for parts in found[: rows.ranks.rank])
-        chosen = torch.zeros(len(everyone), dtype=torch.bool, device=x.device)
-        chosen[order] = True
-        own = chosen[before : before + len(values)]
-        values, indices, tokens = values[own], indices[own], tokens[own]
+    first = 0, rows.first
+    values, tokens, latents = largest_of_all(
+        rows.ranks, values, indices, offsets, first, rows.d_sae, budget
+    )
+    own = (latents >= rows.first) & (latents < rows.end)
+    values, indices, tokens = values[own], latents[own] - rows.first, tokens[own]
     ends = torch.bincount(tokens, minlength=n_rows).cumsum(0)
     aux = _dead(rows, x, W_enc, b_enc, b_dec, dead_mask, k_aux)
     return values, indices, torch.nn.functional.pad(ends, (1, 0)), *aux

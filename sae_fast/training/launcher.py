@@ -51,7 +51,7 @@ def explain_no_graph(step: TrainingStep) -> str | None:
         )
     if step.downstream is not None:
         return f"loss_fn {step.sae.config.loss_fn}: the model runs in it"
-    if step.ranks.size > 1 or step.rows is not None:
+    if step.ranks.size > 1 or not step.rows.has_all:
         return "mesh: the host exchanges numbers in it"
     if step.loss_terms:
         return "loss_terms: what their functions do on the host would not be repeated"
@@ -91,7 +91,7 @@ class Launcher:
         self._recent: deque[tuple[int, list[Path]]] = deque(maxlen=NOTICED_WITHIN)
         self._run = step.run if recorder is None else GraphedStep(step, recorder).run
         self._census: DeadCensus | None = None
-        if ahead and step.rows is None:
+        if ahead and step.rows.has_all:
             self._census = DeadCensus(step.sae, config.tokens_per_step)
             self._census.take(float(self._census.count(self._steps_to_reading())))
 

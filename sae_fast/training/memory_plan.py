@@ -11,6 +11,7 @@ from sae_fast.autoencoder.architectures import ARCHITECTURES, make_architecture
 from sae_fast.autoencoder.thresholded import DENSE_FROM, Thresholded
 from sae_fast.autoencoder.topk import MULTI
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.config.mesh import parsed_mesh
 from sae_fast.ops.reference.moments import moment_blocks
 
 _FLOAT = 4
@@ -123,21 +124,21 @@ def plan_memory(
 
     Args:
         sae: the model, with its sizes known.
-        train: its training.
+        train: its training; of a mesh that divides the latents one process has a share of them.
         native: whether the compiled ops run, which keep a packed copy of the encoder.
         pool_bytes: bytes that the source of the activations holds in the host's memory.
         cache_bytes: bytes that it holds on the device.
     """
-    width = sae.target_width
-    encoder, decoder = sae.d_sae * sae.d_in, sae.d_sae * width
-    parameters = encoder + decoder + sae.d_sae + width + _extra_parameters(sae)
+    width, n_latents = sae.target_width, _n_latents(sae, train)
+    encoder, decoder = n_latents * sae.d_in, n_latents * width
+    parameters = encoder + decoder + n_latents + width + _extra_parameters(sae, n_latents)
     device = torch.device(train.device)
     on_gpu = device.type == "cuda"
     has_chunks = sae.decorrelation == "chunked_max"
     parts = {
         "parameters": parameters * _FLOAT,
         "optimiser states": _optimizer_states(sae, train),
-        "dead-latent counters, bias gradients": sae.d_sae * (8 + 8) + width * 8,
+        "dead-latent counters, bias gradients": n_latents * (8 + 8) + width * 8,
     }
     if train.device_cache:
         parts[_CACHE] = cache_bytes
@@ -155,7 +156,7 @@ def plan_memory(
     elif native:
         parts[_PACKED] = encoder * _HALF
     if has_chunks:  # unit rows, their nearest, the gradients of both and of W_dec; cosines
-        cosines = min(sae.d_sae, 2 * sae.decorrelation_chunk) ** 2
+        cosines = min(n_latents, 2 * sae.decorrelation_chunk) ** 2
         parts["decorrelation"] = (_CHUNKED_MAX_ARRAYS * decoder + cosines) * _FLOAT
     if train.precision != "screened" and not (native and on_gpu):
         parts["rounded copies (16 bit)"] = (encoder + decoder) * _HALF
@@ -193,12 +194,17 @@ def _dense_moments(sae: SAEConfig) -> tuple[tuple[float, int], ...]:
     return _DENSE_MOMENTS["gated"] if issubclass(own, Thresholded) else ()
 
 
-def _extra_parameters(sae: SAEConfig) -> int:
+def _n_latents(sae: SAEConfig, train: TrainConfig) -> int:
+    """Return how many latents one process has, at most."""
+    return -(-sae.d_sae // parsed_mesh(train.mesh).get("latents", 1))
+
+
+def _extra_parameters(sae: SAEConfig, n_latents: int) -> int:
     """Count the numbers in the probe, the skip connection and the value heads.
 
     Of a registered architecture also the numbers in its own parameters and buffers.
     """
-    probe = sae.probe_outputs * (sae.d_sae + 1)
+    probe = sae.probe_outputs * (n_latents + 1)
     if sae.registered_by:
         architecture = make_architecture(sae)
         own = architecture.parameters() | architecture.buffers()
@@ -213,17 +219,19 @@ def _extra_parameters(sae: SAEConfig) -> int:
 
 def _optimizer_states(sae: SAEConfig, train: TrainConfig) -> int:
     """Return the bytes of the moments: of rows as `optimizer_states` says, others in fp32."""
+    n_latents = _n_latents(sae, train)
     moments = 2 if train.optimizer in ("adam", "adamw") else 1
     a_number = {"fp32": 4, "bf16": 2, "8bit": 1}[train.optimizer_states]
     widths = sae.d_in, sae.target_width
     scales = sum(map(moment_blocks, widths)) if train.optimizer_states == "8bit" else 0
-    rows = sae.d_sae * (sum(widths) * a_number + scales * _FLOAT)
-    others = sae.d_sae + sae.target_width + _extra_parameters(sae)
+    rows = n_latents * (sum(widths) * a_number + scales * _FLOAT)
+    others = n_latents + sae.target_width + _extra_parameters(sae, n_latents)
     return moments * (rows + others * _FLOAT)
 
 
 def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     """Return the parts that a step allocates and frees."""
+    n_latents = _n_latents(sae, train)
     if ARCHITECTURES[sae.arch].selects_from_step:  # its batches are joined into one
         whole = train.tokens_per_step
         timeout = TrainConfig.mesh_timeout
@@ -234,12 +242,12 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
     k = max(sae.k or 0, train.k_anneal_start or 0) * (1 + MULTI if sae.multi_topk else 1)
     k *= 2 if sae.activation == "abs_topk" else 1  # candidates of either sign
     if sae.registered_by and k == 0:  # it lists any number
-        k = round(DENSE_FROM * sae.d_sae)
+        k = round(DENSE_FROM * n_latents)
     entries = train.kept_batch_size * (k + aux) * _BYTES_PER_ENTRY
     accumulated = train.batches_per_step * (inputs + outputs + entries)
     parts = {}
     if train.fused:
-        kept = min(_KEPT_ROWS_PER_TOKEN * train.tokens_per_step, sae.d_sae)
+        kept = min(_KEPT_ROWS_PER_TOKEN * train.tokens_per_step, n_latents)
         both = sae.d_in + sae.target_width
         parts[_KEPT] = kept * both * _FLOAT
     arrays = _INPUT_ARRAYS * inputs + _RESIDUAL_ARRAYS * outputs
@@ -251,16 +259,16 @@ def _step_parts(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
         arrays = 2 * train.batches_per_step * len(sae.matryoshka_prefixes)
         parts["errors of the nested dictionaries"] = arrays * outputs
     if sae.probe_outputs:  # its gradient; logits, their gradient, and as much in between
-        rows = sae.d_sae + 4 * train.kept_batch_size
+        rows = n_latents + 4 * train.kept_batch_size
         parts["probe"] = sae.probe_outputs * rows * _FLOAT
     if sae.independence_coeff or sae.orthogonality_coeff:  # latents by tokens, tokens by tokens
-        dense = (1 if _dense_moments(sae) else 2) * sae.d_sae
+        dense = (1 if _dense_moments(sae) else 2) * n_latents
         parts["correlations of latents"] = (
             train.kept_batch_size * _FLOAT * (dense + 4 * train.kept_batch_size)
         )
     if sae.temporal_smoothness_coeff > 0:
-        listed = (sae.k or round(DENSE_FROM * sae.d_sae)) * _BYTES_PER_MATCHED_ENTRY
-        dense = _CHANGE_ARRAYS * sae.d_sae * _FLOAT if _dense_moments(sae) else 0
+        listed = (sae.k or round(DENSE_FROM * n_latents)) * _BYTES_PER_MATCHED_ENTRY
+        dense = _CHANGE_ARRAYS * n_latents * _FLOAT if _dense_moments(sae) else 0
         parts["temporal smoothness"] = train.kept_batch_size * max(listed, dense)
     return parts
 
@@ -271,8 +279,9 @@ def _take_larger_phase(parts: dict[str, int], sae: SAEConfig, train: TrainConfig
     The first steps work on all latents, with dense gradients and without a packed encoder; later
     ones on those listed.
     """
-    all_latents = train.kept_batch_size * sae.d_sae
-    matrix = sae.d_sae * (sae.d_in + sae.target_width) / 2
+    n_latents = _n_latents(sae, train)
+    all_latents = train.kept_batch_size * n_latents
+    matrix = n_latents * (sae.d_in + sae.target_width) / 2
     accumulated = 2 if train.batches_per_step > 1 else 0
     matrices = {
         moment: (moment[1] + accumulated) * matrix if train.fused else 0.0
@@ -297,12 +306,13 @@ def _gpu_copies(sae: SAEConfig, train: TrainConfig) -> dict[str, int]:
 
     With --amp the evaluation, which is exact, has a copy of its own.
     """
+    n_latents = _n_latents(sae, train)
     copies, numbers = 1, sae.d_in  # of the encoder
     if train.precision != "screened":
         copies, numbers = 3, 2 * sae.d_in + sae.target_width
-    stats = _STATS_ROWS * sae.d_sae * _FLOAT
+    stats = _STATS_ROWS * n_latents * _FLOAT
     return {
-        "rounded copies (16 bit)": copies * stats + sae.d_sae * numbers * _HALF,
+        "rounded copies (16 bit)": copies * stats + n_latents * numbers * _HALF,
         "parts of the encoder's product": _PRODUCT_BYTES,
     }
 

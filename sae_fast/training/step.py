@@ -20,17 +20,16 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.activations import Rows
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.autoencoder.architecture import Engine, StepSettings, WholeStep
+from sae_fast.autoencoder.architecture import StepSettings, WholeStep
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.autoencoder.losses import TrainingLoss
 from sae_fast.autoencoder.training_loss import batch_loss, whole_step
 from sae_fast.distributed.ranks import ALONE, Ranks
-from sae_fast.ops import Code, SparseCode
+from sae_fast.ops import Code
 from sae_fast.own_code import call
 from sae_fast.training.divided_selection import divided_selections
 from sae_fast.training.downstream import DownstreamModel
 from sae_fast.training.exchange import GradientExchange, Part
-from sae_fast.training.latent_rows import LatentEngine, LatentRows
 from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
@@ -64,14 +63,13 @@ class TrainingStep:
 
     Args:
         sae: the model.
-        optimizer: updates its parameters.
+        optimizer: updates its parameters, and has the latents that this process holds.
         scaler: scales the loss; where it is enabled, a norm that is not finite is an overflow.
         precision: mode of the encoder's product.
         average: of the weights, if there is to be one.
         downstream: for loss_fn ce and kl, the model that continues from the reconstruction.
         loss_terms: added to the terms of the model.
         ranks: the processes that make a step together, each some of its batches.
-        rows: where each of several processes has a block of the latents, the block of this one.
 
     Attributes:
         codes: of the batches of the last step, before its update; None: they are not kept.
@@ -87,11 +85,10 @@ class TrainingStep:
         downstream: DownstreamModel | None = None,
         loss_terms: Sequence[LossTerm] = (),
         ranks: Ranks = ALONE,
-        rows: LatentRows | None = None,
     ) -> None:
         self.sae = sae
         self.ranks = ranks
-        self.rows = rows
+        self.rows = optimizer.latent_rows
         # A step that is not divided is made by each rank as a whole.
         apart = ALONE if sae.architecture.selects_from_step else ranks
         self._exchange = GradientExchange(sae, optimizer.names, apart)
@@ -100,10 +97,8 @@ class TrainingStep:
         self.optimizer = optimizer
         self.scaler = scaler
         self.precision = precision
-        if rows is None:
-            self.engine = Engine(precision, optimizer.dense_grad, divided_selections(ranks))
-        else:
-            self.engine = LatentEngine.of(rows, precision, optimizer.dense_grad)
+        selections = divided_selections(ranks)
+        self.engine = self.rows.engine(precision, optimizer.dense_grad, selections)
         self.average = average
         self.codes: list[Code] | None = None
         self._copy_session = object()
@@ -156,9 +151,7 @@ class TrainingStep:
         for batch in batches:
             exchange.begin()
             loss = self._accumulate(batch, weight, settings, whole)
-            observed = self.sae.observe(loss.code)
-            if self.rows is not None:
-                observed = self.rows.observed(observed)
+            observed = self.rows.observed(self.sae.observe(loss.code))
             own = Part(self._values(loss), loss.variance, loss.fired, observed)
             if self.codes is not None:
                 self.codes.append(loss.code.detach())
@@ -189,8 +182,7 @@ class TrainingStep:
         if self.sae.architecture.acts_after_step:
             sparsity_weight = sparsity_weight + self._poison
         code = loss.code  # of the last part
-        if self.rows is not None and self.sae.architecture.selects_from_step:
-            assert isinstance(code, SparseCode)
+        if self.sae.architecture.selects_from_step:
             code = self.rows.of_all(code)
         self.sae.after_step_(code, sparsity_weight, _summed(parts))
         self.sae.clamp_parameters_()

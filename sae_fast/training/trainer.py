@@ -64,7 +64,7 @@ from sae_fast.training.failure import TrainingError, is_out_of_memory, out_of_me
 from sae_fast.training.health import RunHealth, silent_window
 from sae_fast.training.heldout import HeldoutEvaluation
 from sae_fast.training.labels import check_heldout_labels, with_label_counts
-from sae_fast.training.latent_rows import LatentEngine, LatentRows, check_divisible, with_latents
+from sae_fast.training.latent_rows import LatentRows, check_divisible
 from sae_fast.training.launcher import Launcher, explain_no_graph, wants_graph
 from sae_fast.training.memory_plan import plan_memory
 from sae_fast.training.metrics import ROW_NAMES, Row
@@ -182,8 +182,6 @@ class Trainer:
         self._wall_clock = WallClock(train_config)
         self.ranks = open_ranks(train_config)
         self._axes = self.ranks.axes(train_config.mesh)
-        self._rows: LatentRows | None = None  # with mesh latents, the ones of this process
-        self._latent_engine: LatentEngine | None = None  # by which these are evaluated
         self._stop, self._show_progress = stop, show_progress and self.ranks.is_first
         self._run: RunDirectory | None = None
         inputs = _Inputs(data, heldout, columns, heldout_columns, downstream, loss_terms)
@@ -246,11 +244,9 @@ class Trainer:
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
         )
-        planned, among = self.sae_config, self._axes.latents.size
-        if among > 1:
-            planned = with_latents(planned, -(-planned.d_sae // among))
+        self._rows = LatentRows(self._axes.latents, self.sae_config)
         self.memory_plan = plan_memory(
-            planned,
+            self.sae_config,
             train_config,
             native=build_info()["backend"] == "native",
             pool_bytes=self.source.memory_bytes,
@@ -461,9 +457,7 @@ class Trainer:
         averaged = None if self.average is None else self.average.model
         config = self.train_config
         in_model = config.eval_metrics > 0 and self._is_due(config.eval_metrics * config.eval_every)
-        return self._heldout.evaluate(
-            self.model(), averaged, in_model=in_model, engine=self._latent_engine
-        )
+        return self._heldout.evaluate(self.model(), averaged, in_model=in_model)
 
     def kept_copies(self) -> AbstractContextManager[None]:
         """Keep the working copies that the steps made of the weights, for calls of `sae`."""
@@ -610,9 +604,9 @@ class Trainer:
         self.saved_step = self.step
         self._wall_clock.note_save()
         self._check_replicas()
-        if self._rows is not None and self.train_config.checkpoint_dir is not None:
+        if not self._rows.has_all and self.train_config.checkpoint_dir is not None:
             self._launcher.read()
-            path = self._save_divided(self._rows, best=best, prune=prune)
+            path = self._save_divided(best=best, prune=prune)
         elif self._run is not None:
             self._launcher.read()
             self._log.flush()
@@ -626,7 +620,7 @@ class Trainer:
         self._callbacks.checkpoint(path)
         return path
 
-    def _save_divided(self, rows: LatentRows, *, best: bool, prune: bool) -> Path:
+    def _save_divided(self, *, best: bool, prune: bool) -> Path:
         """Write a checkpoint of which each process writes its latents; return its path.
 
         It has the files that one process writes. It gets its name when all are written.
@@ -642,8 +636,8 @@ class Trainer:
             try:
                 with self.ranks.agreement():
                     if self._axes.data.is_first:  # others have the same
-                        rows.save(place / TENSOR_FILE, model.state_dict())
-                        rows.save(place / TENSORS, tensors_of(state))
+                        self._rows.save(place / TENSOR_FILE, model.state_dict())
+                        self._rows.save(place / TENSORS, tensors_of(state))
             except OSError as error:
                 raise CheckpointError(f"cannot write the checkpoint {place}: {error}") from error
             with self.ranks.agreement():
@@ -678,11 +672,11 @@ class Trainer:
         """Return digests of the state that all ranks have in common after each step."""
         model, optimizer = self.sae.state_dict(), self.optimizer.state_dict()
         facts: dict[str, Any] = {"the step": self.step}
-        if (rows := self._rows) is not None:
-            if self._axes.data.size > 1:  # other processes have the same latents
-                of_block = digests(rows.divided({**model, **optimizer}))
-                facts[f"the latents {rows.first} to {rows.end - 1}"] = of_block
-            model, optimizer = rows.shared(model), rows.shared(optimizer)
+        rows = self._rows
+        if not rows.has_all and self._axes.data.size > 1:  # other processes have the same latents
+            of_block = digests(rows.divided({**model, **optimizer}))
+            facts[f"the latents {rows.first} to {rows.end - 1}"] = of_block
+        model, optimizer = rows.shared(model), rows.shared(optimizer)
         return {**facts, "the model": digests(model), "the optimiser": digests(optimizer)}
 
     def _save_scans(self) -> None:
@@ -759,8 +753,7 @@ class Trainer:
         improved = False
         if look:
             if self.step == self.total_steps and self.data.heldout is not None:
-                rows = self.data.heldout
-                self._calibration.calibrate_(self.model, rows, self._latent_engine)
+                self._calibration.calibrate_(self.model, self.data.heldout)
             with self.kept_copies():
                 evaluation = self.evaluate()
             measured = {**metrics, "explained_variance": 1 - metrics["fvu"], **evaluation}
@@ -807,7 +800,7 @@ class Trainer:
         if self.source.nonfinite_rows:
             row["skipped_rows"] = self.source.nonfinite_rows
         interval = self.train_config.wandb_log_every
-        if interval is not None and self._is_due(interval) and self._rows is None:
+        if interval is not None and self._is_due(interval) and self._rows.has_all:
             row["max_decoder_cosine"] = float(mean_largest_cosine(self.sae.W_dec))
         return row
 
@@ -849,9 +842,6 @@ class Trainer:
                 normalize_(self.sae, self.data)
         else:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path, trainable=True)
-            if self._axes.latents.size == 1:
-                for tensor in (*self.sae.parameters(), *self.sae.buffers()):
-                    tensor.data = tensor.data.clone()  # out of the mapped file, aligned
         if self.source.origin:
             self.sae.origin = dict(self.source.origin)
         serve_in_units_of(self.sae, self.source)
@@ -860,10 +850,8 @@ class Trainer:
         self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead, ranks=readers)
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
-        if self._axes.latents.size > 1:
-            self._rows = LatentRows(self._axes.latents, self.sae)
-            self._rows.keep_(self.sae)
-            self._latent_engine = LatentEngine.of(self._rows, "screened", dense_grad=True)
+        if checkpoint is not None or not self._rows.has_all:
+            self._rows.keep_(self.sae)  # out of the mapped file, aligned
         self.sae.to(self.device)
         self._calibration = Calibration(self.sae)
         self.optimizer = make_optimizer(self.sae, config, self.total_steps, self._rows)
@@ -876,8 +864,7 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         settings = (self.scaler, config.precision, self.average, self._downstream.model)
-        divides = (self.loss_terms, readers, self._rows)
-        step = TrainingStep(self.sae, self.optimizer, *settings, *divides)
+        step = TrainingStep(self.sae, self.optimizer, *settings, self.loss_terms, readers)
         self._launcher = Launcher(
             *(step, self.batches, config, self.step, self._newest_checkpoint),
             ahead=ahead,
@@ -887,9 +874,7 @@ class Trainer:
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Take over the state of a checkpoint, and say which settings are others now."""
         try:
-            tensors = checkpoint.tensors
-            if self._rows is not None:
-                tensors = self._rows.of(tensors)
+            tensors = self._rows.of(checkpoint.tensors)
             self.load_state_dict({**checkpoint.state, **tensors})
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
@@ -927,7 +912,7 @@ class Trainer:
         """Return numbers of the latents for the report, of samples of the latents and the rows."""
         model = self.model()
         rates = self._heldout.rates
-        sample = None if self._rows is not None else self._heldout.sample(model)
+        sample = self._heldout.sample(model) if self._rows.has_all else None
         return LatentFigures(rates, sampled_cosines(model.W_dec), sample)
 
     def _models_to_leave(self) -> dict[str, Callable[[], SparseAutoencoder]]:

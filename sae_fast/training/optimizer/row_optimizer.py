@@ -21,6 +21,7 @@ from torch import Tensor
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import TrainConfig
+from sae_fast.distributed.ranks import ALONE
 from sae_fast.ops.reference.moments import moment_blocks
 from sae_fast.ops.row_factors import MergedFactors, merge_row_factors, row_factors
 from sae_fast.training.fitted_rates import BETAS, LONG, fitted_rates
@@ -134,7 +135,7 @@ class SparseOptimizer(ABC):
         names = (name for name, _ in sae.named_parameters())
         self.names = tuple(name for name in names if trained is None or name in trained)
         self.rows = tuple(name for name in ROWS if name in self.names)  # both or none
-        self.latent_rows = latent_rows
+        self.latent_rows = latent_rows or LatentRows(ALONE, sae.config)
         self.rate_shares = sae.architecture.learning_rates()
         self.exp_avg = {name: self._new_moment(name) for name in self.names}
         scaled = self.rows if states == "8bit" else ()
@@ -246,12 +247,11 @@ class RowOptimizer(SparseOptimizer):
         else:
             squared, more = torch.zeros((), dtype=torch.float64, device=self.device), None
         vectors = [name for name in self.names if name not in ROWS]
-        divided = self.latent_rows
-        own = [name for name in vectors if divided is None or divided.has(name)]
-        self._add_squares_(squared, own, more)
-        if divided is not None:
-            squared = divided.sum(squared)
-            self._add_squares_(squared, [name for name in vectors if not divided.has(name)])
+        divided = self.latent_rows.divided({name: self._parameter(name) for name in vectors})
+        if divided:
+            self._add_squares_(squared, list(divided), more)
+            squared, more = self.latent_rows.sum(squared), None
+        self._add_squares_(squared, [name for name in vectors if name not in divided], more)
         norm, scalars = ops.update_scalars(
             squared,
             self._scalar(lr, torch.float64),
