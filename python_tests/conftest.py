@@ -7,6 +7,7 @@ that a test starts.
 
 import contextlib
 import os
+import signal
 import warnings
 from collections import Counter
 
@@ -32,6 +33,14 @@ def why_no_cuda():
 def seeded_torch():
     """Seed torch, whose numbers would otherwise depend on the tests before in the process."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def heeded_hangup():
+    """Let SIGHUP reach the test if the tests run under nohup, where trainings ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

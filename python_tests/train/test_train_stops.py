@@ -15,7 +15,7 @@ STEADY = ("--warmup-steps", "0", "--decay-fraction", "0")
 
 
 @pytest.fixture
-def signalled(monkeypatch: pytest.MonkeyPatch) -> dict[int, signal.Signals]:
+def signalled(monkeypatch: pytest.MonkeyPatch, heeded_hangup: None) -> dict[int, signal.Signals]:
     """Return the signals that this process gets in a step, by the step, to be filled in."""
     due: dict[int, signal.Signals] = {}
     advance = Trainer.advance

@@ -81,6 +81,7 @@ def _exit_code(work: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.usefixtures("heeded_hangup")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2])
 def test_a_cluster_and_a_closed_terminal_stop_a_training(number: signal.Signals) -> None:
     before = signal.getsignal(number)
