@@ -81,13 +81,16 @@ def read_rows(shard_dir: Path, pattern: str) -> Tensor:
 
 
 def prepare(
-    shard_dir: Path, batch_size: int, batches: int = BATCHES_IN_MEMORY
+    shard_dir: Path, batch_size: int, batches: int = BATCHES_IN_MEMORY, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Return normalised training rows in the order they are served, and held-out rows."""
+    """Return normalised training rows in the order they are served, and held-out rows.
+
+    The seed is of the order.
+    """
     rows, heldout = read_rows(shard_dir, "train*.h5"), read_rows(shard_dir, "heldout*.h5")
     mean = rows.mean(0)
     scale = rows.shape[1] ** 0.5 / (rows - mean).norm(dim=1).mean()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     passes = -(-batches * batch_size // len(rows))
     order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
     served = rows[order[: batches * batch_size]]
@@ -164,7 +167,7 @@ def report(results: Mapping[str, Any]) -> str:
             "is the highest one that a training ended with. A sample is quiet if other programs "
             f"used less than {QUIET_SHARE:.0%} of a processor during it.{absent(results)}",
             markdown_table(headings, rows),
-            *closing_lines(results, curves),
+            *closing_lines(results["machine"], [results["command"]], curves),
         ]
     )
 
@@ -190,11 +193,14 @@ def absent(results: Mapping[str, Any]) -> str:
     return f" Not installed here: {', '.join(missing)}." if missing else ""
 
 
-def closing_lines(results: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """Return the last lines of a report: versions, machine and command."""
+def closing_lines(
+    machine: Mapping[str, Any], commands: Sequence[str], curves: Sequence[Curve]
+) -> list[str]:
+    """Return the last lines of a report: versions, machine and commands."""
     versions = {name: v for curve in curves for name, v in curve.versions.items()}
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    return [f"Versions: {named}.", f"{machine_line(results['machine'])}\n`{results['command']}`"]
+    lines = [machine_line(machine), *(f"`{command}`" for command in commands)]
+    return [f"Versions: {named}.", "\n".join(lines)]
 
 
 def draw(
@@ -333,13 +339,15 @@ def run_one(
     *,
     batches: int = BATCHES_IN_MEMORY,
     length: int | None = None,
+    seed: int = 0,
 ) -> Curve:
     """Train with one implementation in a process of its own; return its curve.
 
-    The data are so many batches. With the length of the run in steps the rate rises and falls.
+    The data are so many batches. With the length of the run in steps the rate rises and falls. The
+    seed is of the first weights.
     """
     place = (adapter_module(name), python, size, batches, options.threads)
-    with PeerProcess(name, *place, data=data, rate=rate, length=length) as peer:
+    with PeerProcess(name, *place, data=data, rate=rate, length=length, seed=seed) as peer:
         return train(peer, options.steps, options.clock)
 
 

@@ -57,6 +57,7 @@ class Job:
     length: int | None = None  # steps of the run, None: unknown, and a constant learning rate
     data: str | None = None  # file of torch.save with "rows" and "heldout"; None: made rows
     rate: float | None = None  # learning rate; None: sae_fast's default at this size
+    seed: int = 0  # of the first weights
 
     @property
     def autocast(self) -> bool:
@@ -97,7 +98,7 @@ class Job:
     @cached_property
     def weights(self) -> Weights:
         """The weights before the first step."""
-        return make_weights(self.size, device=self.device)
+        return make_weights(self.size, seed=1 + self.seed, device=self.device)
 
     def first_row(self, step: int) -> int:
         """Return the index of the first row of a step's batch."""
@@ -217,7 +218,7 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(request["threads"])
-    torch.manual_seed(0)
+    torch.manual_seed(request["seed"])
     device = torch.device(request["device"])
     job = Job(
         request["implementation"],
@@ -229,6 +230,7 @@ def main() -> None:
         length=request["length"],
         data=request["data"],
         rate=request["rate"],
+        seed=request["seed"],
     )
     adapter = importlib.import_module(request["adapter"])
     _ = job.activations, job.weights  # created before memory is counted

@@ -34,6 +34,7 @@ class PeerProcess:
         data: Path | None = None,
         rate: float | None = None,
         length: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.implementation = implementation
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
@@ -62,6 +63,7 @@ class PeerProcess:
             "data": None if data is None else str(data),
             "rate": rate,
             "length": length,
+            "seed": seed,
         }
         answer = self.ask(json.dumps(job))
         self.first_loss: float = answer["loss"]

@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch, capsys):
             importlib.import_module(f"benchmarks.{module}").main()
         except SystemExit as end:
             code = end.code
-        assert not code
+        assert not code, code
         table = table_path.read_text()
         assert str(tmp_path) not in table + json_path.read_text()
         assert table.strip() in capsys.readouterr().out
@@ -110,9 +110,21 @@ def test_time_to_fvu_takes_the_best_rate_of_each_and_draws_seconds_and_tokens(ru
     assert not ours["is_at_end"]  # the rate beyond it was tried
     rates, ends = zip(*ours["ends"], strict=True)
     assert rates == (1e-5, 1e-2, pytest.approx(10.0))
-    assert ends[1] == ours["curve"]["fvu"][-1] == min(ends)
+    (first,) = ours["curves"].values()
+    assert ends[1] == first["fvu"][-1] == min(ends)
     assert "Seconds are CPU time" in table
     assert plot.read_bytes().startswith(b"\x89PNG")
+    # Another seed is another start and order, and adds its run at the best rate to the file.
+    more, table = run("time_to_fvu", *data, *small, "--peers", "", "--append", "--seeds", "0", "1")
+    (ours,) = more["best"]
+    assert ours["curves"]["0"] == first
+    assert ours["curves"]["1"]["fvu"][0] != pytest.approx(first["fvu"][0], rel=1e-6)
+    low, high = sorted(curve["fvu"][-1] for curve in ours["curves"].values())
+    assert f"| 2 | {(low + high) / 2:.4f} ({low:.4f} to {high:.4f}) |" in table
+    assert len(more["commands"]) == 2
+    other = [*data, "--steps", "5", *small[2:], "--peers", "", "--append"]
+    with pytest.raises(AssertionError, match="4 steps of 64 rows"):
+        run("time_to_fvu", *other)
 
 
 @pytest.mark.parametrize(
