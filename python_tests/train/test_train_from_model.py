@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from train_runs import Run, assert_same, killed_at, metrics
 
-from sae_fast.config import RunConfig, TrainConfig
+from sae_fast.config import RunConfig
 from sae_fast.train import main
 from sae_fast.training.fitted_rates import fitted_rates
 from sae_fast.training.sweep import Sweep
@@ -49,7 +49,7 @@ def test_defaults_are_those_that_users_of_such_trainers_know(
     assert main([*command, "--arch", "relu"]) == main(command) == 2
     for trainer in made:
         assert trainer.train_config.learning_rate is None
-        rates = fitted_rates(TrainConfig(), trainer.sae_config, trainer.total_steps)
+        rates = fitted_rates(trainer.train_config, trainer.sae_config, trainer.total_steps)
         assert trainer.schedules.rate.peak == rates.peak
     sae, train = trainer.sae_config, trainer.train_config
     assert (sae.arch, sae.k, sae.d_sae, sae.loss_fn) == ("topk", 192, 512, "mse")

@@ -31,6 +31,41 @@ def test_a_short_run_has_a_high_rate_and_a_short_memory(
     assert rates.decay_fraction == 0.4
 
 
+@pytest.mark.parametrize("arch", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("steps", [97, 300])  # at the largest rate, and below
+def test_models_with_k_have_a_lower_rate_in_small_batches(arch: Any, steps: int) -> None:
+    sae = SAEConfig(arch=arch, d_sae=3072)
+    large = fitted_rates(TrainConfig(), sae, steps)
+    assert fitted_rates(TrainConfig(batch_size=1024), sae, steps) == large
+    for batch, share in ((512, 0.707107), (256, 0.5), (128, 0.353553)):
+        small = fitted_rates(TrainConfig(batch_size=batch), sae, steps)
+        assert small.peak == pytest.approx(share * large.peak, rel=1e-5)
+        assert small[1:] == large[1:]
+
+
+def test_a_batch_is_all_that_a_step_trains_on() -> None:
+    whole = fitted_rates(TrainConfig(batch_size=512), TOPK, 97)
+    for parts in (
+        TrainConfig(batch_size=128, grad_acc_steps=4),
+        TrainConfig(batch_size=256, mesh="data=2"),
+        TrainConfig(batch_size=64, grad_acc_steps=2, mesh="data=4"),
+        TrainConfig(batch_size=512, mesh="latents=2"),
+    ):
+        assert fitted_rates(parts, TOPK, 97) == whole
+
+
+@pytest.mark.parametrize("arch", ["relu", "jumprelu", "gated"])
+def test_models_with_limits_have_one_rate_in_all_batches(arch: Any) -> None:
+    sae = SAEConfig(arch=arch, d_sae=3072)
+    small = fitted_rates(TrainConfig(batch_size=32), sae, 300)
+    assert small == fitted_rates(TrainConfig(), sae, 300)
+
+
+def test_a_small_batch_keeps_at_least_the_rate_of_a_long_run() -> None:
+    rates = fitted_rates(TrainConfig(batch_size=16), TOPK, 40_000)
+    assert rates.peak == TrainConfig().peak_learning_rate(3072)
+
+
 @pytest.mark.parametrize("arch", ["relu", "jumprelu", "gated"])
 @pytest.mark.parametrize(("steps", "rate"), [(20, 0.01), (500, 5 * LONG_RATE), (49_999, LONG_RATE)])
 def test_models_with_limits_have_half_of_the_high_rate(arch: Any, steps: int, rate: float) -> None:

@@ -262,8 +262,9 @@ class TrainConfig(ConfigFile):
     )
     """Peak learning rate, also accepted as lr; default: of adam 2e-4 / sqrt(d_sae / 2**14), of a
     model with k in a run of less than 50,000 steps sqrt(50,000 / steps) times that, at most 0.01,
-    of relu, jumprelu and gated half of it; of signum half as much as of adam, of
-    schedule_free_signum 5 times as much, 0.1 of sgd. Straight from a model, 1e-3 of the others."""
+    and where a step has less than 1024 tokens times sqrt(tokens / 1024); of relu, jumprelu and
+    gated half of it in all batches; of signum half as much as of adam, of schedule_free_signum 5
+    times as much, 0.1 of sgd. Straight from a model, 1e-3 of the others."""
     warmup_steps: int | None = setting(
         None, at_least=0, sweep=True, within_run=True, elsewhere=("lr_warm_up_steps",)
     )
