@@ -272,8 +272,9 @@ print('Python', platform.python_version() + ', torch', torch.__version__)")"
 # Packages that the parts import; a machine without network needs the missing ones as wheels.
 missing=$("$PYTHON" - <<'PYTHON'
 from importlib.util import find_spec
-needed = "torch numpy h5py safetensors tqdm pytest hypothesis pybind11 setuptools".split()
-print(*[name for name in needed if find_spec(name) is None])
+needed = "torch numpy h5py safetensors tqdm pytest hypothesis pybind11 setuptools"
+of_tests = "fsspec tokenizers transformers"
+print(*[name for name in (needed + " " + of_tests).split() if find_spec(name) is None])
 PYTHON
 ) || refuse "$PYTHON does not run"
 [[ -z $missing ]] || refuse "$PYTHON lacks: $missing; bring their wheels and install them first"

@@ -69,5 +69,6 @@ def test_part_b_repeats_the_tests_that_are_named(first_light, tmp_path):
     log = (tmp_path / "out" / "log.txt").read_text()
     tests, benchmark, kernels = log.splitlines()[1:]
     assert tests.endswith("python_tests/ops/test_rows.py")
+    assert "-p no:benchmark " in tests  # beside pytest-xdist it warns, and warnings are errors
     assert "benchmarks.train_step" in benchmark
     assert "benchmarks.kernels" in kernels

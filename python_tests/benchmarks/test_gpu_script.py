@@ -3,7 +3,9 @@
 Scripts replace the tools of CUDA; they do only as much as the tests need.
 """
 
+import ast
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -51,6 +53,42 @@ def test_help_says_what_the_exit_code_means():
     done = gpu_sh("--help")
     assert done.returncode == 0
     assert "build 1, tests 2, sanitizer 4, bench 8, profile 16" in " ".join(done.stdout.split())
+
+
+def imported_at_once(body):
+    """Yield the packages that statements import when their module is imported."""
+    for statement in body:
+        if isinstance(statement, ast.Import):
+            yield from (name.name.partition(".")[0] for name in statement.names)
+        elif isinstance(statement, ast.ImportFrom) and statement.level == 0:
+            yield statement.module.partition(".")[0]
+        elif isinstance(statement, ast.If) and "TYPE_CHECKING" not in ast.dump(statement.test):
+            yield from imported_at_once([*statement.body, *statement.orelse])
+        elif isinstance(statement, (ast.ClassDef, ast.With, ast.Try)):
+            yield from imported_at_once(statement.body)
+
+
+def test_what_it_runs_imports_no_package_that_it_does_not_look_for():
+    """A test file that cannot be imported ends the whole run of pytest before its first test."""
+    text = SCRIPT.read_text("utf-8")
+    asked_for = re.findall(r'^(?:needed|of_tests) = "([a-z0-9 ]+)"$', text, re.MULTILINE)
+    folders = set(re.findall(r"python_tests/[a-z]+(?= |$)", text, re.MULTILINE))
+    assert len(asked_for) == 2
+    assert len(folders) == 4
+    tests = [ROOT / "python_tests" / "conftest.py", ROOT / "python_tests" / "small_pages.py"]
+    files = [*tests, *(ROOT / "sae_fast").rglob("*.py")]
+    files += [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    own = {file.stem for file in files} | {
+        file.stem for file in (ROOT / "python_tests").glob("*.py")
+    }
+    own |= {"sae_fast", "benchmarks", *(file.stem for file in (ROOT / "tools").glob("*.py"))}
+    allowed = {*" ".join(asked_for).split(), *sys.stdlib_module_names, *own}
+    assert {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in files
+        for name in imported_at_once(ast.parse(file.read_text("utf-8")).body)
+        if name not in allowed
+    } == set()
 
 
 @pytest.mark.slow
@@ -125,6 +163,7 @@ def test_every_part_runs_with_the_tools_of_cuda_played(tools, tmp_path):
     log = (out / "log.txt").read_text()
     assert "trying CMake alone" in log
     assert "-m cuda" in log
+    assert "-p no:benchmark " in log
     for tool in ("memcheck", "racecheck"):
         assert f"--tool {tool}" in log
     summary = (out / "summary.md").read_text()
