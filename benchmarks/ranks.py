@@ -1,9 +1,9 @@
 """Measure a step of several ranks, and the bytes that each gives the others.
 
-    python -m benchmarks.ranks --json results/ranks.json
+    python -m benchmarks.ranks --mesh data=1 latents=2 data=2,latents=2 --json results/ranks.json
 
-The tokens of a step (`--mesh data=R`) or the latents of the model (`--mesh latents=R`) are divided
-among 1, 2 or 4 processes of one machine, each with its share of the machine's threads, connected by
+The tokens of a step (`--mesh data=R`), the latents of the model (`--mesh latents=R`) or both are
+divided among processes of one machine, each with its share of the machine's threads, connected by
 gloo over the loopback interface. The first steps are not timed. Bytes are what a process gives to
 be gathered, padding and messages included; no latent is dead yet, so there is no AuxK. A dense
 gradient, which other trainers reduce, has 8 · d_in · d_sae bytes.
@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,23 @@ from benchmarks.support.tables import (
     publish,
 )
 from sae_fast import SAEConfig, TrainConfig, Trainer
+from sae_fast.config.mesh import parsed_mesh
 from sae_fast.distributed.environment import launched
 
 SIZES = "1024x384x3072x32,1024x384x24576x32,1024x384x98304x32"
+MESHES = ["data=1", "data=2", "data=4", "latents=2", "latents=4", "data=2,latents=2"]
 WARM_UP = 3
 
 
 def train(size: Size, arch: str, mesh: str, steps: int) -> dict[str, float]:
     """Make some steps as one of several ranks, or alone; return what the timed ones took."""
-    ranks = launched().size
     x = make_activations(size, 8)
     trainer = Trainer(
         SAEConfig(arch=arch, d_sae=size.d_sae, k=size.k, dead_after_tokens=10_000_000),
         TrainConfig(
-            batch_size=size.n_tokens // (ranks if mesh == "data" else 1),
+            batch_size=size.n_tokens // parsed_mesh(mesh).get("data", 1),
             max_steps=WARM_UP + steps,
-            mesh=f"{mesh}={ranks}" if ranks > 1 else None,
+            mesh=mesh,
             log_every=1,
             eval_every=0,
         ),
@@ -66,8 +68,9 @@ def train(size: Size, arch: str, mesh: str, steps: int) -> dict[str, float]:
     return {"seconds": times[middle], "communication": shares[middle], "bytes": sent[middle]}
 
 
-def measure(options: argparse.Namespace, size: Size, mesh: str, ranks: int) -> dict[str, float]:
+def measure(options: argparse.Namespace, size: Size, mesh: str) -> dict[str, float]:
     """Start the ranks and return what rank 0 measured."""
+    ranks = prod(parsed_mesh(mesh).values())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
@@ -78,7 +81,7 @@ def measure(options: argparse.Namespace, size: Size, mesh: str, ranks: int) -> d
             "--sizes",
             f"{size.n_tokens}x{size.d_in}x{size.d_sae}x{size.k}",
         ]
-        flags += ["--arch", options.arch, "--meshes", mesh, "--steps", str(options.steps)]
+        flags += ["--arch", options.arch, "--mesh", mesh, "--steps", str(options.steps)]
         threads = str(max(1, options.threads // ranks))
         flags += ["--threads", threads]
         environment = {**os.environ, "OMP_NUM_THREADS": threads}
@@ -111,8 +114,7 @@ def main() -> None:
     """Run, print the table, write the files."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.ranks")
     parser.add_argument("--sizes", default=SIZES, help="sizes NxDxFxK, separated by commas")
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of processes")
-    parser.add_argument("--meshes", default="data,latents", help="what they divide")
+    parser.add_argument("--mesh", nargs="+", default=MESHES, help="data=1 is one process")
     parser.add_argument("--arch", default="topk")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
@@ -121,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sizes = [parse_size(text) for text in options.sizes.split(",")]
     if options.as_rank is not None:
-        found = train(sizes[0], options.arch, options.meshes, options.steps)
+        found = train(sizes[0], options.arch, options.mesh[0], options.steps)
         if launched().rank == 0:
             options.as_rank.write_text(json.dumps(found))
         return
@@ -129,13 +131,8 @@ def main() -> None:
     for size in sizes:
         name = f"{size.n_tokens} tokens, d_in {size.d_in}, d_sae {size.d_sae:,}, k {size.k}"
         dense = 8 * size.d_in * size.d_sae
-        counts = [int(count) for count in options.ranks.split(",")]
-        divided = [(mesh, n) for mesh in options.meshes.split(",") for n in counts if n > 1]
-        if 1 in counts:
-            divided.insert(0, ("data", 1))
         result["sizes"][name] = {
-            f"{mesh}={count}": measure(options, size, mesh, count) | {"dense_bytes": dense}
-            for mesh, count in divided
+            mesh: measure(options, size, mesh) | {"dense_bytes": dense} for mesh in options.mesh
         }
     result |= {"machine": describe_machine(torch.device("cpu"))}
     result["command"] = command_line("benchmarks.ranks")

@@ -30,6 +30,7 @@ LAYERS = 3
 FLAGS = "--d-sae 32 --k 2 --max-steps 6 --batch-size 16 --checkpoint-every 2 --keep-checkpoints 1"
 TEXT = {"layers": [0, 1, 2], "ctx_len": 16, "batch_size": 2, "max_tokens": 256}
 TEXT["heldout_tokens"] = 0
+LOSSES = ("ce", "kl")  # of the model itself
 
 
 def command(directory: Path, out: str, *flags: str) -> tuple[int, str]:
@@ -62,6 +63,31 @@ def configs(directory: Path, **train: Any) -> dict[str, RunConfig]:
     }
 
 
+def slots(directory: Path, out: str, **train: Any) -> None:
+    """Train two models with relation slots on the first layer."""
+    given = {"d_sae": 32, "n_relations": 2, "max_steps": 4, "batch_size": 16, **train}
+    given |= {"arch": "slots", "slots_mode": "separate_activation"}
+    given |= {"shard_dir": str(directory / "shards/layer_0"), "shuffle_seed": 0}
+    trainings = {
+        name: RunConfig(**given, seed=seed, checkpoint_dir=str(directory / out / name))
+        for seed, name in enumerate(("first", "second"))
+    }
+    Sweep(trainings, show_progress=False).train()
+
+
+def in_model(directory: Path, **train: Any) -> list[dict[str, float]]:
+    """Train on a layer; return what the language model loses with the reconstructions."""
+    text = {"eval_dataset": str(directory / "text.txt"), "eval_tokens": 64}
+    text |= {"eval_model": str(directory / "model"), "eval_hook": "residual.1"}
+    given = {"eval_every": 3, "eval_metrics": 1, "log_every": 1, "lr": 1e-2, **text, **train}
+    trainer = Trainer(configs(directory, **given)["first"], show_progress=False)
+    trainer.train()
+    return [
+        {name: value for name, value in row.items() if name.startswith("heldout_")}
+        for row in trainer.history
+    ]
+
+
 class Signal(Callback):
     """Sends a signal to this process after a step, if it is rank 1."""
 
@@ -82,6 +108,10 @@ def main(directory: Path) -> None:
     mesh = {"mesh": "layers=2", "mesh_timeout": 1.0}
     found: dict[str, Any] = {"trained": command(directory, "two", "--mesh", "layers=2")}
     from_model(directory / "two-of-model", network, **mesh)
+    for loss_fn in LOSSES:
+        from_model(directory / f"two-of-model-{loss_fn}", network, loss_fn=loss_fn, **mesh)
+    slots(directory, "two-slots", **mesh)
+    found["in model"] = in_model(directory, mesh="latents=2", mesh_timeout=1.0)
     out = str(directory / "stopped")
     own = configs(directory, checkpoint_dir=out, **mesh)
     stopped = Sweep(own, callbacks=[Signal(3, signal.SIGTERM)], show_progress=False)

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gated": ({**_SAE, "arch": "gated", "target_l0": 6.0, "l1_penalty_coeff": 5.0}, {}),
     "probe": ({**_TOPK, "probe_loss_coeff": 1.0, "probe_labels": "labels"}, {}),
+    "smooth": ({**_TOPK, "temporal_smoothness_coeff": 0.5}, {}),
     "dense": (_TOPK, {"fused": False}),
     "without dead latents": ({**_SAE, "k": 2, "dead_after_tokens": 1000}, {}),
     "slots": ({"d_sae": 64, "arch": "slots", "n_relations": 2, "n_answers": 3}, {}),
@@ -75,6 +76,8 @@ def trainer_of(
         columns["targets"] = x.roll(1, 1) * 2
     if sae.get("probe_labels"):
         columns["labels"] = torch.arange(ROWS) % 3
+    if sae.get("temporal_smoothness_coeff"):
+        columns["position"] = torch.arange(ROWS) % 12
     config = SAEConfig(**sae), TrainConfig(**given)
     heldout = {"heldout": x[:64]}
     if columns:

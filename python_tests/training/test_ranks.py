@@ -92,6 +92,7 @@ def test_the_cases_train_dead_latents_and_both_forms_of_codes(
 ) -> None:
     for case in ("topk", "multi_topk", "batch_topk", "matryoshka"):
         assert any(row["aux_loss"] > 0 for row in alone[case]["history"]), case
+    assert all(row["temporal_loss"] > 0 for row in alone["smooth"]["history"])
     listed = alone["jumprelu"]["model"]["listed_per_token"]
     assert alone["jumprelu"]["history"][0]["l0"] > 0.2 * 64 > listed > 0
 

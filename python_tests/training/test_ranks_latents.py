@@ -74,6 +74,15 @@ def test_the_latents_are_trained_as_by_one_process(
 
 
 @pytest.mark.slow
+def test_what_evaluations_exchange_is_not_counted(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        rows = found["history"]["relu"]
+        assert {row["step"] for row in rows if "heldout_fvu" in row} == {4, 8}
+        assert len({row["exchanged_bytes"] for row in rows[1:]}) == 1
+        assert all(0 < row["communication_fraction"] < 1 for row in rows)
+
+
+@pytest.mark.slow
 def test_the_summary_names_a_checkpoint_that_is_there(ranks: list[dict[str, Any]]) -> None:
     assert ranks[1]["checkpoint"] is None
     assert Path(ranks[0]["checkpoint"]).name == "step-00000008"

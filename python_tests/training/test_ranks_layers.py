@@ -12,7 +12,8 @@ import pytest
 import several_ranks
 import torch
 from safetensors.torch import load_file
-from small_models import make_network
+from small_models import make_network, save_model
+from small_texts import make_texts
 from torch import nn
 
 from sae_fast import RunConfig, TrainConfig
@@ -21,6 +22,8 @@ from sae_fast.distributed.ranks import Ranks
 from sae_fast.training import run_directory
 from sae_fast.training.sweep import Sweep, own_trainings
 
+HOOKS = [f"residual.{number}" for number in range(layers_worker.LAYERS)]
+SLOTS = [f"{name}/feature_activation" for name in ("first", "second")]
 LAYERS = [f"layer_{number}" for number in range(layers_worker.LAYERS)]
 
 
@@ -31,7 +34,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / "shards" / name).mkdir(parents=True)
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(200, 16, generator=generator)
-        write_shard(directory / "shards" / name / "train.h5", x)
+        write_shard(
+            directory / "shards" / name / "train.h5",
+            x,
+            labels={"relation": torch.arange(200) % 3 - 1},
+        )
     return directory
 
 
@@ -39,11 +46,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def network(place: Path) -> nn.Module:
     network = make_network("gpt2")
     torch.save(network, place / "network.pt")
+    save_model(place / "model", "gpt2")
+    (place / "text.txt").write_text("\n".join(text for text in make_texts() if text))
     return network
 
 
 @pytest.fixture(scope="module")
-def ranks(place: Path, network: nn.Module, alone: None) -> list[dict[str, Any]]:
+def ranks(place: Path, network: nn.Module, alone: object) -> list[dict[str, Any]]:
     """Return what two processes have done together."""
     ends = several_ranks.run("layers_worker", place)
     assert [end.returncode for end in ends] == [0, -signal.SIGKILL], ends[0].stderr + ends[1].stderr
@@ -51,17 +60,23 @@ def ranks(place: Path, network: nn.Module, alone: None) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(place: Path, network: nn.Module) -> None:
-    """Let one process make the same trainings."""
+def alone(place: Path, network: nn.Module) -> list[dict[str, float]]:
+    """Let one process make the same trainings; return the language model's losses in one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
         assert layers_worker.command(place, "one")[0] == 0
         layers_worker.from_model(place / "one-of-model", network)
+        for loss_fn in layers_worker.LOSSES:
+            out = place / f"one-of-model-{loss_fn}"
+            layers_worker.from_model(out, network, loss_fn=loss_fn)
+        layers_worker.slots(place, "one-slots")
+        losses = layers_worker.in_model(place)
         given = layers_worker.configs(place, checkpoint_dir=str(place / "whole"))
         Sweep(given, show_progress=False).train()
     torch.set_num_threads(threads)
+    return losses
 
 
 def assert_equal_runs(first: Path, other: Path) -> None:
@@ -80,7 +95,10 @@ def assert_equal_runs(first: Path, other: Path) -> None:
     ("one", "two", "names"),
     [
         ("one", "two", LAYERS),
-        ("one-of-model", "two-of-model", [f"residual.{number}" for number in range(3)]),
+        ("one-of-model", "two-of-model", HOOKS),
+        ("one-of-model-ce", "two-of-model-ce", HOOKS),
+        ("one-of-model-kl", "two-of-model-kl", HOOKS),
+        ("one-slots", "two-slots", SLOTS),
         ("whole", "stopped", ["first", "second"]),
     ],
 )
@@ -104,6 +122,19 @@ def test_one_process_writes_the_summary_of_all(ranks: list[dict[str, Any]], plac
     assert list(runs[0]) == list(runs[1]) == LAYERS
     for name in LAYERS:
         assert runs[0][name]["final_fvu"] == runs[1][name]["final_fvu"]
+
+
+@pytest.mark.slow
+def test_divided_latents_are_measured_in_the_language_model_as_whole_ones(
+    ranks: list[dict[str, Any]], alone: list[dict[str, float]]
+) -> None:
+    measured = [row for row in alone if row]
+    assert len(measured) == 2
+    assert measured[0]["heldout_ce"] != measured[1]["heldout_ce"]
+    assert "heldout_ce_score" in measured[0]
+    for found in ranks:
+        for expected, row in zip(alone, found["in model"], strict=True):
+            assert row == pytest.approx(expected, 1e-4)
 
 
 @pytest.mark.slow

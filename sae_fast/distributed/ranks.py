@@ -68,15 +68,31 @@ class Wishes(NamedTuple):
 
 
 class _Traffic:
-    """The exchange of a process since it was last asked for.
+    """The exchange of a process in its steps since it was last asked for.
 
     Attributes:
+        is_counted: whether a step is being made; what evaluations and checkpoints exchange is not
+            counted.
         bytes_sent: what it has given to be gathered, with padding.
         seconds: the time that it has spent on that, waiting for the others included.
     """
 
     def __init__(self) -> None:
+        self.is_counted = False
         self.bytes_sent, self.seconds = 0, 0.0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time that is spent in this context."""
+        begin = time.perf_counter()
+        yield
+        if self.is_counted:
+            self.seconds += time.perf_counter() - begin
+
+    def add(self, tensor: Tensor) -> None:
+        """Add the bytes of a tensor that is sent."""
+        if self.is_counted:
+            self.bytes_sent += tensor.numel() * tensor.element_size()
 
 
 class _Part(NamedTuple):
@@ -151,7 +167,7 @@ class Ranks:
         return f"cuda:{self._local_rank % torch.cuda.device_count()}"
 
     def take_traffic(self, steps: int, seconds: float) -> dict[str, float]:
-        """Return the exchange since the last call as metrics; none for one process.
+        """Return what was exchanged in `counted` since the last call; nothing for one process.
 
         exchanged_bytes is what this process has given in a step, and communication_fraction the
         share of the time that gathering took, waiting for the others included.
@@ -165,6 +181,15 @@ class Ranks:
         traffic, spent = self._traffic, self._traffic.seconds
         sent, traffic.bytes_sent, traffic.seconds = traffic.bytes_sent, 0, 0.0
         return {"exchanged_bytes": sent / steps, "communication_fraction": spent / seconds}
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is exchanged in this context, which is a part of a step."""
+        self._traffic.is_counted = True
+        try:
+            yield
+        finally:
+            self._traffic.is_counted = False
 
     def axes(self, mesh: str | None) -> Axes:
         """Return the processes with which this one divides batches and latents.
@@ -219,7 +244,10 @@ class Ranks:
         """
         if self.size == 1:
             return [(header, list(tensors))]
-        begin = time.perf_counter()
+        with self._traffic.timed():
+            return self._gather(header, tensors)
+
+    def _gather(self, header: Any, tensors: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
         payload = pack(tensors)
         specs = [(DTYPES.index(t.dtype), list(t.shape)) for t in tensors]
         headers = self._gather_headers([header, specs, payload.numel()])
@@ -233,7 +261,6 @@ class Ranks:
                     found[number] = other, unpack(parts[number], other_specs)
         else:
             found = [(other, []) for other, _, _ in headers]
-        self._traffic.seconds += time.perf_counter() - begin
         return found
 
     def values(self, value: Any) -> list[Any]:
@@ -266,17 +293,19 @@ class Ranks:
             return own.clone()
         if own.numel() < _ADDED_WHOLE:
             return _sum_of([parts[0] for _, parts in self.gather(None, [own])])
-        begin = time.perf_counter()
+        with self._traffic.timed():
+            return self._sum_in_parts(own)
+
+    def _sum_in_parts(self, own: Tensor) -> Tensor:
         length = -(-own.numel() // self.size)
         flat = own.contiguous().view(-1)
         flat = torch.nn.functional.pad(flat, (0, length * self.size - own.numel()))
         wire = flat if self._has_nccl else flat.cpu()
         found = torch.empty_like(wire)
-        self._traffic.bytes_sent += wire.numel() * wire.element_size()
+        self._traffic.add(wire)
         self._exchange(dist.all_to_all_single, found, wire)
         part = _sum_of(found.view(self.size, length).unbind())
         parts = self._gather_bytes(part.to(own.device).view(torch.uint8))
-        self._traffic.seconds += time.perf_counter() - begin
         return torch.cat(parts).view(own.dtype)[: own.numel()].view(own.shape)
 
     def add_in_order(
@@ -298,7 +327,12 @@ class Ranks:
         """
         if not any(has):
             return total
-        begin = time.perf_counter()
+        with self._traffic.timed():
+            return self._add_slices(total, own, like, has)
+
+    def _add_slices(
+        self, total: Tensor | None, own: Tensor | None, like: Tensor, has: Sequence[bool]
+    ) -> Tensor:
         is_new = total is None
         summed = torch.empty_like(like) if total is None else total
         mine = torch.zeros_like(like) if own is None else own.contiguous()
@@ -312,7 +346,6 @@ class Ranks:
                     values = other.view(part.dtype)
                     target.add_(values) if begun else target.copy_(values)
                     begun = True
-        self._traffic.seconds += time.perf_counter() - begin
         return summed
 
     def _gather_headers(self, header: Any) -> list[Any]:
@@ -330,7 +363,7 @@ class Ranks:
         device = own.device
         wire = own if self._has_nccl and not on_host else own.cpu()
         found = [torch.empty_like(wire) for _ in range(self.size)]
-        self._traffic.bytes_sent += wire.numel()
+        self._traffic.add(wire)
         self._exchange(dist.all_gather, found, wire)
         return [part.to(device) for part in found]
 

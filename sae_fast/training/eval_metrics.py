@@ -31,7 +31,12 @@ _loaded: WeakValueDictionary[tuple[str, str], LanguageModel] = WeakValueDictiona
 
 
 def with_eval_metrics(
-    downstream: Downstream, config: RunConfig, origin: Mapping[str, Any], *, is_named: bool
+    downstream: Downstream,
+    config: RunConfig,
+    origin: Mapping[str, Any],
+    device: torch.device,
+    *,
+    is_named: bool,
 ) -> Downstream:
     """Return the downstream model with the losses that eval_metrics measures.
 
@@ -39,6 +44,7 @@ def with_eval_metrics(
         downstream: the model that continues from the reconstruction, if any.
         config: of the training, with the sizes of the model.
         origin: the place of the activations, as far as it is known.
+        device: where this process trains, and the model runs.
         is_named: whether the configuration names the data.
 
     Raises ValueError, in one line, for what is missing or does not fit.
@@ -61,10 +67,10 @@ def with_eval_metrics(
             raise ValueError(f"{flag} must be given: the activations do not say of which they are")
     _allow(model_difference(origin, str(name)), train)
     with torch.random.fork_rng(devices=[]):  # models may draw random numbers as they are made
-        model = _loaded.get((str(name), train.device))
+        model = _loaded.get((str(name), str(device)))
         if model is None:
-            model = load_language_model(str(name), device=train.device)
-            _loaded[str(name), train.device] = model
+            model = load_language_model(str(name), device=str(device))
+            _loaded[str(name), str(device)] = model
         _allow(vocabulary_difference(origin, vocabulary_of(model.tokenizer)), train)
         capture = open_capture(
             CaptureConfig(
@@ -72,7 +78,7 @@ def with_eval_metrics(
                 dataset=train.eval_dataset,
                 hook_points=(str(hook),),
                 max_tokens=train.eval_tokens,
-                device=train.device,
+                device=str(device),
             ),
             model=model,
         )

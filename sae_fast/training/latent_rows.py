@@ -70,7 +70,6 @@ def check_divisible(sae: SAEConfig, train: TrainConfig, loss_terms: Sequence[Los
         f"optimizer {train.optimizer}": train.optimizer == "schedule_free_signum",
         "--no-fused": not train.fused,
         f"amp {train.amp}": train.amp != "off",
-        "eval_metrics": train.eval_metrics > 0,
     }
     for name, is_given in given.items():
         if is_given:

@@ -239,7 +239,11 @@ class Trainer:
         check_run_effects(self._run_effects(), before)
         if train_config.eval_metrics and self._downstream.losses is None:
             self._downstream = with_eval_metrics(
-                self._downstream, self.config, self.source.origin, is_named=data is None
+                self._downstream,
+                self.config,
+                self.source.origin,
+                self.device,
+                is_named=data is None,
             )
         self._heldout = HeldoutEvaluation(
             self.data, train_config.dead_percentage_threshold, self._downstream
@@ -308,7 +312,9 @@ class Trainer:
     def _wishes(self, stop: StopOnSignal) -> Wishes:
         """Return what signals and the time ask for, of any rank."""
         save = stop.take_save() or self._wall_clock.is_save_due
-        return self.ranks.agreed(Wishes(stop.received or 0, save, self._wall_clock.is_over))
+        own = Wishes(stop.received or 0, save, self._wall_clock.is_over)
+        with self.ranks.counted():
+            return self.ranks.agreed(own)
 
     def stop(self) -> None:
         """End the training after the current step, with a checkpoint, as after a signal.
@@ -381,7 +387,8 @@ class Trainer:
                 reason = reason if self.is_stopped else "all its steps are made"
             raise RuntimeError(f"this trainer cannot advance: {reason}")
         with self._explained_memory():
-            self._launcher.launch(self.schedules.at(self.step))
+            with self.ranks.counted():
+                self._launcher.launch(self.schedules.at(self.step))
             self.step += 1
             self.tokens += self.tokens_per_step
             self.clock.count_step()
