@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.initialization import active_subspace, geometric_median, sample_rows
 from sae_fast.config import SAEConfig
@@ -188,3 +189,41 @@ def test_unit_rows_of_a_relu_model_add_up_to_its_input_at_the_start(arch, init):
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(24 * 40))
     error = (sae.decode(sae.encode(x)) - x).detach()
     assert float(error.square().sum() / x.square().sum()) < 0.1
+
+
+def whole_draw(method, d_sae, width, generator):
+    """Return a matrix whose numbers torch draws at once."""
+    W = torch.empty(d_sae, width)
+    if method == "kaiming":
+        return W.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+    W.normal_(generator=generator)
+    if method == "orthogonal":
+        for block in W.split(width):
+            block.copy_(torch.linalg.qr(block.t()).Q.t())
+    return W
+
+
+# More rows than are drawn at a time; widths that torch's groups of numbers do not divide.
+@pytest.mark.parametrize(("d_sae", "width"), [(20, 8), (8193, 15), (4105, 2), (9000, 16)])
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_of_latents_start_as_the_whole_model_does(method, d_sae, width):
+    norm = {} if method == "active_subspace" else {"b_dec_init": "zero"}
+    config = SAEConfig(d_in=width, d_sae=d_sae, k=1, decoder_init=method, **norm)
+    sample = torch.randn(8 * width + 3, width, generator=torch.Generator().manual_seed(5))
+    sample = sample[: sample_rows(config) + 3] if sample_rows(config) else None
+
+    def started(latents=None):
+        sae, generator = SparseAutoencoder(config, latents), torch.Generator().manual_seed(3)
+        sae.initialize_(generator, sample)
+        return sae.state_dict(), generator.get_state()
+
+    whole, state = started()
+    cut = d_sae // 3
+    parts = [started(block) for block in (range(cut), range(cut, d_sae))]
+    for name in ("W_enc", "W_dec"):
+        assert torch.equal(torch.cat([part[name] for part, _ in parts]), whole[name]), name
+    assert all(torch.equal(after, state) for _, after in parts)
+    if method != "active_subspace":
+        expected = whole_draw(method, d_sae, width, torch.Generator().manual_seed(3))
+        ops.normalize_rows_(expected)
+        assert torch.equal(whole["W_dec"], expected)

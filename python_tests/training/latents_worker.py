@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from several_ranks import error_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sae_fast import Callback, SAEConfig, TrainConfig, Trainer
 from sae_fast.distributed.environment import launched
 from sae_fast.training import run_directory
 
 STEPS = 8
+MANY = 20_001  # latents, more than are drawn at a time
 _SAE = {"d_sae": 67}  # which two processes cannot divide evenly
 _TOPK = {**_SAE, "k": 4, "dead_after_tokens": 32, "aux_k_coeff": 0.5}
 CASES: dict[str, dict[str, Any]] = {
@@ -36,6 +39,29 @@ CASES: dict[str, dict[str, Any]] = {
     "gated": {**_SAE, "arch": "gated", "target_l0": 6.0, "l1_penalty_coeff": 5.0},
 }
 PARTS = ("topk", "jumprelu")  # trained with grad_acc_steps
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made in this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an op, and look at what is in memory of its own."""
+        found = func(*args, **(kwargs or {}))
+        given = {_memory(each) for each in tree_leaves((args, kwargs))}
+        for each in tree_leaves(found):
+            if _memory(each) not in {*given, None}:
+                self.numbers = max(self.numbers, each.numel())
+        return found
+
+
+def _memory(value: object) -> int | None:
+    """Return where the numbers of a tensor are; None for a value that has none."""
+    has_numbers = isinstance(value, torch.Tensor) and value.device.type != "meta"
+    return value.untyped_storage().data_ptr() if has_numbers else None
 
 
 class At(Callback):
@@ -104,6 +130,12 @@ def main(directory: Path) -> None:
     again.train()
     half = str(directory / "half" / "checkpoints" / "latest")
     trainer_of("topk", directory / "from one", resume_from=half).train()
+    trainer_of("topk", directory / "two started", start_from=half).train()
+    found["largest"] = {}
+    for name, settings in {"new": {}, "started": {"start_from": str(directory / "many")}}.items():
+        with Largest() as largest:
+            trainer_of("topk", None, sae={"d_sae": MANY}, grad_acc_steps=1, **settings)
+        found["largest"][name] = largest.numbers
     found["refused"] = {
         name: error_of(lambda settings=settings: trainer_of("topk", None, **settings))
         for name, settings in {

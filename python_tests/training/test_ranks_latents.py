@@ -11,14 +11,17 @@ import latents_worker
 import pytest
 import several_ranks
 import torch
-from latents_worker import CASES, STEPS
+from latents_worker import CASES, MANY, STEPS
+from safetensors.torch import load_file
 from several_ranks import assert_near, tensors_of
 from torch import Tensor
 
+from sae_fast import SAEConfig, SparseAutoencoder
 from sae_fast.distributed.ranks import Ranks
 from sae_fast.training import run_directory
 from sae_fast.training.latent_rows import _merged
 
+RUNS = ("one started", "two started")
 _OF_TIME = ("tokens_per_second", "time_per_step_ms", "reader_stall_fraction")
 _OF_RANKS = ("exchanged_bytes", "communication_fraction")
 
@@ -42,6 +45,12 @@ def alone(place: Path) -> dict[str, list[dict[str, Any]]]:
             found[case] = trainer.history
     half = [latents_worker.At(4, latents_worker.stop)]
     latents_worker.trainer_of("topk", place / "half", half).train()
+    start = str(place / "half/checkpoints/latest")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
+        latents_worker.trainer_of("topk", place / "one started", start_from=start).train()
+    many = {"d_in": 16, "d_sae": MANY}
+    SparseAutoencoder(SAEConfig(**latents_worker.CASES["topk"] | many)).save(place / "many")
     torch.set_num_threads(threads)
     return found
 
@@ -124,6 +133,22 @@ def test_a_run_continues_with_another_number_of_processes(
         patch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
         one.train()
     assert_near(whole, tensors_of(place / "other"))
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_rows_of_a_whole_model(
+    ranks: list[dict[str, Any]], place: Path
+) -> None:
+    assert_near(tensors_of(place / "one started"), tensors_of(place / "two started"))
+    first = [load_file(place / f"{run}/checkpoints/step-00000000/sae.safetensors") for run in RUNS]
+    assert all(torch.equal(tensor, first[1][name]) for name, tensor in first[0].items())
+
+
+@pytest.mark.slow
+def test_no_process_makes_a_tensor_of_all_latents(ranks: list[dict[str, Any]]) -> None:
+    for number, found in enumerate(ranks):
+        own = MANY // 2 + number
+        assert found["largest"] == {"new": own * 16, "started": own * 16}
 
 
 @pytest.mark.slow

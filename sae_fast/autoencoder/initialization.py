@@ -7,6 +7,7 @@ with unit rows. From a decoder of zeros, as other trainers start one, no row wou
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ MEDIAN_TOLERANCE = 1e-6
 ACTIVE_VARIANCE = 0.99  # share of the variance that the active subspace holds
 _SAMPLE_PER_DIMENSION = 8  # activations that the active subspace is found from, per dimension
 _BLOCK_ROWS = 4096
+_DRAWN_TOGETHER = 16  # normal numbers: torch draws them in groups of 16
 # One epoch of MiniLM's layer 3 (97 steps, d_sae 3072, k 32) ends at an FVU of 0.140 from here or
 # from 0.1, and at 0.150 from 1.
 _ENCODER_OF_THE_LARGEST = 0.3
@@ -39,12 +41,18 @@ def initialize_weights_(
     generator: torch.Generator | None,
     sample: Tensor | None = None,  # [N, D], normalised
     modelled: Tensor | None = None,  # [N, D], of a transcoder its targets [N, d_out]
+    first: int = 0,
 ) -> None:
-    """Fill both matrices as `decoder_init` and `decoder_init_norm` say."""
+    """Fill both matrices as `decoder_init` and `decoder_init_norm` say.
+
+    Matrices of fewer rows than the configuration has latents are a block of the whole ones, from
+    row `first` on, and get the numbers that these rows have there.
+    """
+    place = first, config.d_sae
     if config.transcoder:
-        initialize_apart_(W_enc, W_dec, config.decoder_init, generator, sample, modelled)
+        initialize_apart_(W_enc, W_dec, config.decoder_init, generator, sample, modelled, place)
     else:
-        initialize_matrices_(W_enc, W_dec, config.decoder_init, generator, sample)
+        initialize_matrices_(W_enc, W_dec, config.decoder_init, generator, sample, place)
         W_enc.mul_(_encoder_share(config))
     if (norm := config.decoder_init_norm) is not None and norm != 1:
         W_dec.mul_(norm)
@@ -73,6 +81,7 @@ def initialize_matrices_(
     method: str,
     generator: torch.Generator | None,
     sample: Tensor | None,  # [N, D]
+    place: tuple[int, int] | None = None,
 ) -> None:
     """Fill both, W_dec with unit rows and W_enc with the same, except for "kaiming".
 
@@ -87,8 +96,9 @@ def initialize_matrices_(
             a sample as "random".
         generator: of the numbers; None: torch's own.
         sample: activations.
+        place: the first row, and the number of all rows, where these are a block of them.
     """
-    _draw_(W_dec, method, generator, sample)
+    _draw_(W_dec, method, generator, sample, place)
     W_enc.copy_(W_dec)
     ops.normalize_rows_(W_dec)
     if method != "kaiming":
@@ -102,13 +112,14 @@ def initialize_apart_(
     generator: torch.Generator | None,
     sample: Tensor | None,  # [N, D]
     targets: Tensor | None,  # [N, d_out]
+    place: tuple[int, int] | None = None,
 ) -> None:
     """Fill both matrices of a transcoder, each drawn without regard to the other, with unit rows.
 
     With "active_subspace" each lies within the subspace of what it reads or writes.
     """
     for W, rows in ((W_enc, sample), (W_dec, targets)):
-        _draw_(W, method, generator, rows)
+        _draw_(W, method, generator, rows, place)
     ops.normalize_rows_(W_dec)
     if method != "kaiming":
         ops.normalize_rows_(W_enc)
@@ -119,24 +130,52 @@ def _draw_(
     method: str,
     generator: torch.Generator | None,
     sample: Tensor | None,  # [N, D]
+    place: tuple[int, int] | None,
 ) -> None:
-    """Fill a matrix with rows of the directions that `method` names."""
+    """Fill a matrix with rows of the directions that `method` names.
+
+    The numbers of all rows are drawn, some rows at a time, of which the matrix gets its own.
+    """
     source = torch.device("cpu") if generator is None else generator.device
-    drawn = W if W.device == source else torch.empty_like(W, device=source)
-    if method == "kaiming":
-        bound = 1 / math.sqrt(W.shape[1])
-        drawn.uniform_(-bound, bound, generator=generator)
-    else:
-        drawn.normal_(generator=generator)
-    if method == "orthogonal":
-        for block in torch.split(drawn, W.shape[1]):
-            block.copy_(torch.linalg.qr(block.t()).Q.t())
-    if drawn is not W:
-        W.copy_(drawn)
+    width = W.shape[1]
+    first, n_rows = (0, len(W)) if place is None else place
+    basis = None
     if method == "active_subspace" and sample is not None:
         basis = active_subspace(sample).to(W.device)
-        for block in torch.split(W, _BLOCK_ROWS):
-            block.copy_((block @ basis.t()) @ basis)
+    for start, end in _row_blocks(n_rows, width, width if method == "orthogonal" else 1):
+        drawn = torch.empty(end - start, width, dtype=W.dtype, device=source)
+        if method == "kaiming":
+            bound = 1 / math.sqrt(width)
+            drawn.uniform_(-bound, bound, generator=generator)
+        else:
+            drawn.normal_(generator=generator)
+        low, high = max(start, first), min(end, first + len(W))
+        if low >= high:
+            continue
+        if method == "orthogonal":
+            for block in torch.split(drawn, width):
+                block.copy_(torch.linalg.qr(block.t()).Q.t())
+        drawn = drawn.to(W.device)
+        if basis is not None:
+            drawn = (drawn @ basis.t()) @ basis
+        W[low - first : high - first] = drawn[low - start : high - start]
+
+
+def _row_blocks(n_rows: int, width: int, multiple: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last rows of blocks, drawn one by one as all rows would be at once.
+
+    All but the last have a multiple of `multiple` rows, and of the numbers that are drawn together.
+    The last is no smaller than such a group, because torch draws its last numbers once more.
+    """
+    multiple *= _DRAWN_TOGETHER // math.gcd(multiple * width, _DRAWN_TOGETHER)
+    rows = multiple * max(1, _BLOCK_ROWS // multiple)
+    start = 0
+    while start < n_rows:
+        end = min(start + rows, n_rows)
+        if (n_rows - end) * width < _DRAWN_TOGETHER:
+            end = n_rows
+        yield start, end
+        start = end
 
 
 def active_subspace(

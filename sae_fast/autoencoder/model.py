@@ -84,6 +84,11 @@ class SparseAutoencoder(nn.Module):
     activations the model is, by names such as model, hook, layer, tokenizer and dataset, and by
     settings of the capture; it is saved with it.
 
+    Args:
+        config: of the model.
+        latents: the numbers of the latents that it has, where other processes have the others;
+            None: all. Its tensors are these rows of the whole model's.
+
     Raises ValueError where the configuration leaves d_in open.
     """
 
@@ -98,7 +103,7 @@ class SparseAutoencoder(nn.Module):
     make_engine: Callable[[str, bool], Engine] = Engine
 
     @torch.inference_mode(False)
-    def __init__(self, config: SAEConfig | RunConfig):
+    def __init__(self, config: SAEConfig | RunConfig, latents: range | None = None):
         super().__init__()
         if isinstance(config, RunConfig):
             config = config.sae
@@ -112,7 +117,8 @@ class SparseAutoencoder(nn.Module):
         self.architecture = make_architecture(config)
         self.guidance = Guidance(config)
         dtype = torch.float32  # whatever the default is: the kernels take no other
-        d_in, d_sae, width = config.d_in, config.d_sae, config.target_width
+        self._latents = range(config.d_sae) if latents is None else latents
+        d_in, d_sae, width = config.d_in, len(self._latents), config.target_width
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, dtype=dtype))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, dtype=dtype))
         self.W_dec = nn.Parameter(torch.empty(d_sae, width, dtype=dtype))
@@ -126,7 +132,7 @@ class SparseAutoencoder(nn.Module):
         for name, start in self._own_parameters().items():
             self._check_new(name)
             self.register_parameter(name, nn.Parameter(start))
-        for name, start in (self.architecture.buffers() | transcoder_buffers(config)).items():
+        for name, start in (self._own_buffers() | transcoder_buffers(config)).items():
             self._check_new(name)
             self.register_buffer(name, start)
         subtracts_nothing = config.transcoder or not config.subtract_b_dec
@@ -134,7 +140,8 @@ class SparseAutoencoder(nn.Module):
         self.register_buffer("no_bias", no_bias, persistent=False)
         self._own_names = tuple(self._own_start())
         if not self.W_dec.is_meta:
-            initialize_weights_(self.W_enc, self.W_dec, config, None)
+            first = self._latents.start
+            initialize_weights_(self.W_enc, self.W_dec, config, None, first=first)
 
     def extra_repr(self) -> str:
         """Return the architecture, its sizes and a dtype other than float32, which `repr` shows."""
@@ -215,7 +222,8 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"{name} = {getattr(config, name)!r} needs a sample of activations")
         rows = None if sample is None else rows_of(self, sample)
         modelled = rows if rows is None else target_of(self, rows, targets)
-        initialize_weights_(self.W_enc, self.W_dec, config, generator, rows, modelled)
+        first = self._latents.start
+        initialize_weights_(self.W_enc, self.W_dec, config, generator, rows, modelled, first)
         self.b_enc.zero_()
         self.b_dec.zero_()
         if modelled is not None:
@@ -228,8 +236,22 @@ class SparseAutoencoder(nn.Module):
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """Return start values of the architecture's parameters, the probe's and the skip's."""
-        own = self.architecture.parameters() | self.guidance.parameters()
+        own = self._rows_of(self.architecture.parameters()) | self.guidance.parameters()
         return own | transcoder_parameters(self.config)
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """Return start values of the architecture's buffers."""
+        return self._rows_of(self.architecture.buffers())
+
+    def _rows_of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of all latents with the rows that the model has of them."""
+        first, end, d_sae = self._latents.start, self._latents.stop, self.config.d_sae
+        if len(self._latents) == d_sae:
+            return dict(tensors)
+        return {
+            name: tensor[first:end].clone() if tensor.dim() > 0 else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _check_new(self, name: str) -> None:
         if hasattr(self, name):
@@ -240,7 +262,7 @@ class SparseAutoencoder(nn.Module):
 
     def _own_start(self) -> dict[str, Tensor]:
         """Return start values of the own parameters and of the architecture's buffers."""
-        return self._own_parameters() | self.architecture.buffers()
+        return self._own_parameters() | self._own_buffers()
 
     # ---- normalisation -----------------------------------------------------------------------
 

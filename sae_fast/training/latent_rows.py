@@ -92,6 +92,7 @@ class LatentRows:
 
     def __init__(self, ranks: Ranks, config: SAEConfig) -> None:
         self.ranks = ranks
+        self.config = config
         self.d_sae = config.d_sae
         bounds = [self.d_sae * number // ranks.size for number in range(ranks.size + 1)]
         self.first, self.end = bounds[ranks.rank], bounds[ranks.rank + 1]
@@ -127,6 +128,13 @@ class LatentRows:
     def divided(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of which this process has some rows only."""
         return {name: t for name, t in tensors.items() if self.is_divided(name, t)}
+
+    def new_model(self) -> SparseAutoencoder:
+        """Return a new model with the rows of this process."""
+        sae = SparseAutoencoder(self.config, latents=range(self.first, self.end))
+        if not self.has_all:
+            sae.make_engine = self.engine
+        return sae
 
     @torch.no_grad()
     def keep_(self, sae: SparseAutoencoder) -> None:

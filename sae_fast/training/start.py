@@ -26,6 +26,7 @@ from sae_fast.training.checkpoint import (
     read_newest_intact,
 )
 from sae_fast.training.data import TrainingData
+from sae_fast.training.latent_rows import LatentRows
 from sae_fast.training.resume_state import FORMAT_VERSION, check_state
 from sae_fast.training.run_directory import RunDirectory
 from sae_fast.training.schedule import Schedule
@@ -320,10 +321,13 @@ def warn_of_other_units(sae: SparseAutoencoder, data: TrainingData) -> None:
 
 
 @torch.no_grad()
-def start_from_(sae: SparseAutoencoder, known: SparseAutoencoder, data: TrainingData) -> None:
+def start_from_(
+    sae: SparseAutoencoder, known: SparseAutoencoder, data: TrainingData, rows: LatentRows
+) -> None:
     """Copy what both models have, normalisation included; the dead-latent counters start anew.
 
-    A model of raw activations starts one with a normalisation, of this data, as the same function.
+    Of the known model, which is whole, `sae` gets the rows of this process. A model of raw
+    activations starts one with a normalisation, of this data, as the same function.
 
     Raises ValueError where a tensor has another shape.
     """
@@ -333,7 +337,7 @@ def start_from_(sae: SparseAutoencoder, known: SparseAutoencoder, data: Training
         normalize_(sae, data)
     else:
         warn_of_other_units(known, data)
-    state, kept = known.state_dict(), (*_COUNTERS, *(_NORMALIZATION if unfolds else ()))
+    state, kept = rows.of(known.state_dict()), (*_COUNTERS, *(_NORMALIZATION if unfolds else ()))
     for name, tensor in sae.state_dict().items():
         if name not in state or name in kept:
             continue
@@ -349,7 +353,8 @@ def start_from_(sae: SparseAutoencoder, known: SparseAutoencoder, data: Training
 def _fit_norms_(sae: SparseAutoencoder) -> None:
     """Put decoder rows to unit length where training will keep them so."""
     norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
-    if not sae.architecture.unit_norm or bool(((norms - 1).abs() <= _UNIT).all()):
+    others = ~((norms - 1).abs() <= _UNIT)
+    if not sae.architecture.unit_norm or int(sae.engine.count_latents(others)) == 0:
         return
     if sae.architecture.compares_latents:
         logger.warning(

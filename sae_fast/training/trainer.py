@@ -842,13 +842,14 @@ class Trainer:
         seed_everything(config.seed)
         if checkpoint is None:
             check_start(known, self.sae_config, config, self.source.origin)
-            self.sae = SparseAutoencoder(self.sae_config)
+            self.sae = self._rows.new_model()
             if known is not None:
-                start_from_(self.sae, known, self.data)
+                start_from_(self.sae, known, self.data, self._rows)
             else:
                 normalize_(self.sae, self.data)
         else:
             self.sae = SparseAutoencoder.from_pretrained(checkpoint.path, trainable=True)
+            self._rows.keep_(self.sae)  # out of the mapped file, aligned
         if self.source.origin:
             self.sae.origin = dict(self.source.origin)
         serve_in_units_of(self.sae, self.source)
@@ -857,8 +858,6 @@ class Trainer:
         self.batches = StepBatches(self.source, self.device, per_step, ahead=ahead, ranks=readers)
         if checkpoint is None and known is None:
             initialize_(self.sae, self.source, self.source.rows_per_epoch, config)
-        if checkpoint is not None or not self._rows.has_all:
-            self._rows.keep_(self.sae)  # out of the mapped file, aligned
         self.sae.to(self.device)
         self._calibration = Calibration(self.sae)
         self.optimizer = make_optimizer(self.sae, config, self.total_steps, self._rows)
