@@ -33,13 +33,22 @@ TENSOR = 989e12
 # Rates that predictions count on, to be replaced by measured ones: bytes or operations a second.
 RATES = {
     "stream": 4.3e12,  # 90 % of the memory's rate
-    "update": 3.4e12,  # reads and writes of one row after the other, with reductions between them
+    # Reads and writes of one row after the other, with reductions between them; the rows of the
+    # dense side that are summed again come from L2 or from memory.
+    "update": 3.9e12,
+    "update from memory": 3.4e12,
     "gather": 3.6e12,  # rows in random order, from memory
     "gather in L2": 4.3e12,  # the same where they fit into CACHE
     "product": 790e12,  # 80 % of the tensor cores' rate
 }
 CACHE = 40e6  # bytes of the 50 MB of L2 that one array can count on
 NODE = 2.3e-6  # seconds of a small kernel in a graph
+
+# For the bytes in flight: the H200's multiprocessors, the registers and threads of each,
+# and the latency of its memory, which is assumed.
+MULTIPROCESSORS, REGISTERS, THREADS = 132, 65536, 2048
+LATENCY = 0.7e-6  # seconds
+UPDATE_REGISTERS, UPDATE_THREADS = 64, 256  # of update_kernel, by tools/cuda_resources.py
 
 _PRODUCTS = re.compile(r"gemm|nvjet|cutlass|xmma|sm90", re.IGNORECASE)
 
@@ -120,7 +129,8 @@ def rows(size: Size) -> Iterator[Row]:
     yield Row("projection of W_dec's gradient", (), 0, "stream", 4 * weights)
     yield Row("plans of the norm", ("plan_kernel",), 2, "node", 2 * 16.0 * f)
     # W, both moments: read and written; the copy: written.
-    yield Row("update of both matrices", ("update_kernel",), 2, "update", 2 * 26 * weights)
+    rate = "update" if 2 * tokens <= CACHE else "update from memory"
+    yield Row("update of both matrices", ("update_kernel",), 2, rate, 2 * 26 * weights)
     ends = ("scalars_kernel", "square_kernel", "vector_kernel", "finish_kernel")
     yield Row("numbers and vectors of the step", ends, 4, "node", 60.0 * f)
     _, other = own_and_other(count_nodes("topk", size))
@@ -190,6 +200,48 @@ def table(size: Size, measured: Mapping[str, float] | None) -> str:
     return f"## {size.describe()}\n\n{markdown_table(headings, lines)}\n\n{told}"
 
 
+def update_in_flight(size: Size) -> dict[str, float]:
+    """Return the bytes that a multiprocessor must have in flight, and what the update has.
+
+    Little's law: rate times latency. Without fetching ahead, every thread of the resident blocks
+    waits for 16 bytes of the weights, then for 16 of each moment; with it, for its row's three.
+    Between two reads of a row of the dense side lies what the update streams meanwhile.
+    """
+    warps = min(max(-(-size.d_in // 128), 1), UPDATE_THREADS // 32)
+    blocks = min(REGISTERS // (UPDATE_REGISTERS * 32 * warps), THREADS // (32 * warps))
+    streamed = 26.0 * size.d_sae * size.d_in
+    return {
+        "needed": MEMORY / MULTIPROCESSORS * LATENCY,
+        "weights": 16.0 * 32 * warps * blocks,
+        "fetched ahead": 12.0 * size.d_in * blocks,
+        "between reads": streamed * size.n_tokens / size.entries,
+        "dense side": 2.0 * size.n_tokens * size.d_in,
+    }
+
+
+def update_table(sizes: list[Size]) -> str:
+    """Return the table of `update_in_flight`."""
+    headings = ["size", "needed, KB", "weights of a pass, KB", "rows fetched ahead, KB"]
+    headings += ["between reads of a dense row, MB", "dense side, MB"]
+    lines = []
+    for size in sizes:
+        found = update_in_flight(size)
+        kilobytes = [f"{found[name] / 1e3:.0f}" for name in ("needed", "weights", "fetched ahead")]
+        megabytes = [f"{found[name] / 1e6:.0f}" for name in ("between reads", "dense side")]
+        lines.append([size.name, *kilobytes, *megabytes])
+    return f"""## Memory of the update
+
+By Little's law a multiprocessor needs its share of {MEMORY / 1e12:g} TB/s times a latency, taken to
+be {LATENCY * 1e6:g} µs, in flight. The pass over the weights has less, so a block fetches its row
+of weights and moments into L2 when it begins. What is streamed between two reads of a row of the
+dense side, which the update sums again for latents with few entries, would push the row out of
+{CACHE / 1e6:.0f} MB of L2 where it is more than that, so weights and moments are read and written
+as data that caches give up first. Where the dense side itself fits, the update is predicted at
+{RATES["update"] / 1e12:g} TB/s, elsewhere at {RATES["update from memory"] / 1e12:g}.
+
+{markdown_table(headings, lines)}"""
+
+
 def _floor(row: Row) -> float:
     return row.floor
 
@@ -233,9 +285,9 @@ column has measured times, once `--profile` is given the profile of a GPU. Bytes
 counted from the shapes; the launches are the ones that `python -m benchmarks.step_nodes` counts.
 The floor is what NVIDIA's data sheet of the H200 allows, {MEMORY / 1e12:g} TB/s of memory and
 {TENSOR / 1e12:.0f} TFLOP/s of bfloat16 without sparsity; where the bytes come from L2 it is 0.
-Predictions assume {RATES["stream"] / 1e12:g} TB/s for streams, {RATES["update"] / 1e12:g} in the
-update, {RATES["gather"] / 1e12:g} for rows in random order ({RATES["gather in L2"] / 1e12:g} from
-L2), {RATES["product"] / 1e12:.0f} TFLOP/s for products and {NODE * 1e6:g} µs for a small kernel,
+Predictions assume {RATES["stream"] / 1e12:g} TB/s for streams,
+{RATES["gather"] / 1e12:g} for rows in random order ({RATES["gather in L2"] / 1e12:g} from L2),
+{RATES["product"] / 1e12:.0f} TFLOP/s for products and {NODE * 1e6:g} µs for a small kernel,
 and are good to ±20 % at best. The product is written while it is computed, and the selection
 reads it from memory. The projection reads W_dec in the kernels of the row above it, whose measured
 time has both."""
@@ -256,7 +308,7 @@ def main() -> None:
     tables = [table(size, measured.get(size.name)) for size in sizes]
     numbers = {size.name: _numbers(size, measured.get(size.name)) for size in sizes}
     command = "`" + command_line("benchmarks.gpu_model") + "`"
-    text = "\n\n".join([INTRO, *tables, command])
+    text = "\n\n".join([INTRO, *tables, update_table(sizes), command])
     publish({"sizes": numbers}, text, options.json, options.markdown)
 
 

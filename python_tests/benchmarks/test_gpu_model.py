@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_model import MEMORY, TENSOR, assign, read_profiles, rows, table
+from benchmarks.gpu_model import (
+    CACHE,
+    MEMORY,
+    TENSOR,
+    assign,
+    read_profiles,
+    rows,
+    table,
+    update_in_flight,
+)
 from benchmarks.support.problem import parse_size
 
 KERNELS = Path(__file__).resolve().parents[2] / "csrc/kernels/cuda"
@@ -38,6 +47,15 @@ def test_floors_are_bytes_and_operations_at_the_published_rates():
     assert product.launches == 2
     assert by_name["selection"].floor == 4 * 4096 * 24576 / MEMORY
     assert by_name["rows of the gradient, W_enc and W_dec"].floor == 0
+
+
+def test_the_update_has_more_in_flight_than_memory_needs():
+    """5 blocks of 192 threads at G1, 4 of 256 at G2; a thread reads 16 bytes at once."""
+    small, large = update_in_flight(G1), update_in_flight(G2)
+    assert small["weights"] == 16 * 192 * 5 < small["needed"] < small["fetched ahead"]
+    assert large["weights"] == 16 * 256 * 4 < large["needed"] < large["fetched ahead"]
+    assert large["fetched ahead"] == 3 * 4 * 4096 * 4
+    assert small["between reads"] == 26 * 24576 * 768 / 32 < CACHE < large["between reads"]
 
 
 def test_measured_times_fill_the_rows_of_their_kernels(tmp_path):

@@ -34,12 +34,12 @@ class RowMoment<DType::kFloat32, Moment> {
 
   template <int kWidth>
   __device__ Vector<float, kWidth> read(int column) const {
-    return load<float, kWidth>(floats_ + column);
+    return load_once<float, kWidth>(floats_ + column);
   }
 
   template <int kWidth>
   __device__ void write(int column, const Vector<float, kWidth>& moments) const {
-    store<float, kWidth>(floats_ + column, moments);
+    store_once(floats_ + column, moments);
   }
 
  private:
@@ -57,7 +57,7 @@ class RowMoment<DType::kBFloat16, Moment> {
 
   template <int kWidth>
   __device__ Vector<float, kWidth> read(int column) const {
-    const auto codes = load<uint16_t, kWidth>(codes_ + column);
+    const auto codes = load_once<uint16_t, kWidth>(codes_ + column);
     Vector<float, kWidth> moments;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) moments.at[i] = float_from_bits(uint32_t{codes.at[i]} << 16);
@@ -73,7 +73,7 @@ class RowMoment<DType::kBFloat16, Moment> {
       codes.at[i] =
           static_cast<uint16_t>(round_moment_to_16<Moment>(float_bits(moments.at[i]), random));
     }
-    *reinterpret_cast<Vector<uint16_t, kWidth>*>(codes_ + column) = codes;
+    store_once(codes_ + column, codes);
   }
 
  private:
@@ -98,7 +98,7 @@ class RowMoment<DType::kUInt8, Moment> {
   template <int kWidth>
   __device__ Vector<float, kWidth> read(int column) const {
     const float scale = scales_[column / kMomentBlock];
-    const auto raw = load<uint8_t, kWidth>(codes_ + column);
+    const auto raw = load_once<uint8_t, kWidth>(codes_ + column);
     Vector<float, kWidth> moments;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) moments.at[i] = decode_moment<Moment>(raw.at[i], scale);
@@ -142,7 +142,7 @@ class RowMoment<DType::kUInt8, Moment> {
         const uint32_t random = moment_random(seed_, static_cast<uint32_t>(column + i));
         rounded.at[i] = encode_moment<Moment>(moments[part].at[i], scale, random);
       }
-      *reinterpret_cast<Vector<uint8_t, kWidth>*>(codes_ + column) = rounded;
+      store_once(codes_ + column, rounded);
     }
   }
 
@@ -172,6 +172,21 @@ class NoMoment {
   template <int kWidth>
   __device__ void encode(int /*block*/) const {}
 };
+
+template <DType kType>
+using MomentCode =
+    std::conditional_t<kType == DType::kFloat32, float,
+                       std::conditional_t<kType == DType::kUInt8, uint8_t, uint16_t>>;
+
+// Fetches a row's codes into L2.
+template <UpdateRule kRule, DType kType>
+__device__ inline void prefetch_moments(const Moments& moments, int64_t start, int columns) {
+  using Code = MomentCode<kType>;
+  prefetch_row(static_cast<const Code*>(moments.exp_avg) + start, columns);
+  if constexpr (has_exp_avg_sq(kRule)) {
+    prefetch_row(static_cast<const Code*>(moments.exp_avg_sq) + start, columns);
+  }
+}
 
 // Both moments of a row, or the one that the rule has.
 template <UpdateRule kRule, DType kType>

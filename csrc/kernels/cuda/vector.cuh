@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <type_traits>
 
@@ -71,6 +72,62 @@ __device__ inline Vector<float, kWidth> store(Element* to, const Vector<float, k
   }
   *reinterpret_cast<Vector<Element, kWidth>*>(to) = raw;
   return rounded;
+}
+
+// The bytes of one access as numbers, for which the device has hints.
+template <size_t kBytes>
+struct Access;
+template <>
+struct Access<1> {
+  using Bits = unsigned char;
+};
+template <>
+struct Access<2> {
+  using Bits = unsigned short;
+};
+template <>
+struct Access<4> {
+  using Bits = unsigned int;
+};
+template <>
+struct Access<8> {
+  using Bits = uint2;
+};
+template <>
+struct Access<16> {
+  using Bits = uint4;
+};
+
+// load and store of what a kernel reads or writes once: the caches give it up before other data.
+template <typename Element, int kWidth>
+__device__ inline Vector<Element, kWidth> load_once(const Element* from) {
+  using Bits = typename Access<sizeof(Vector<Element, kWidth>)>::Bits;
+  const Bits bits = __ldcs(reinterpret_cast<const Bits*>(from));
+  Vector<Element, kWidth> vector;
+  std::memcpy(&vector, &bits, sizeof vector);
+  return vector;
+}
+
+template <typename Element, int kWidth>
+__device__ inline void store_once(Element* to, const Vector<Element, kWidth>& vector) {
+  using Bits = typename Access<sizeof(Vector<Element, kWidth>)>::Bits;
+  Bits bits;
+  std::memcpy(&bits, &vector, sizeof bits);
+  __stcs(reinterpret_cast<Bits*>(to), bits);
+}
+
+// Fetches a row into L2, by all threads of the block, which do not wait for it.
+template <typename Element>
+__device__ inline void prefetch_row(const Element* row, int columns) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(Element));
+  for (int column = static_cast<int>(threadIdx.x) * kLine; column < columns;
+       column += static_cast<int>(blockDim.x) * kLine) {
+#ifdef SAE_FAST_EMULATED_CUDA  // csrc/tests/cuda_emulation
+    emulated_cuda::prefetch(row + column);
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + column));
+#endif
+  }
 }
 
 // sum += scale * vector

@@ -39,6 +39,12 @@ struct float2 {
   float x, y;
 };
 
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 inline void __syncthreads() { emulated_cuda::block_barrier(); }
@@ -64,6 +70,18 @@ inline void __threadfence() {}  // blocks run one after the other
 template <typename Value>
 Value __ldcg(const Value* from) {
   return *from;
+}
+
+// Hints for the caches, which are none here.
+template <typename Bits>
+Bits __ldcs(const Bits* from) {
+  Bits bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
+}
+template <typename Bits>
+void __stcs(Bits* to, Bits bits) {
+  std::memcpy(to, &bits, sizeof bits);
 }
 
 inline void __syncwarp() { emulated_cuda::warp_barrier(); }

@@ -45,6 +45,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 
 // Inside a kernel.
 void* dynamic_shared_memory();
+inline void prefetch(const void* from) {  // so that a sanitizer sees the address
+  static_cast<void>(*static_cast<const volatile char*>(from));
+}
 void block_barrier();
 void warp_barrier();
 uint64_t& shuffle_slot(unsigned lane);  // of the calling thread's warp

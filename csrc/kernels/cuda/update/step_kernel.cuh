@@ -21,7 +21,7 @@ constexpr int kUpdateBlocks = 4;
 template <int kWidth>
 __device__ inline Vector<float, kWidth> store_weights(const RowState& state, int64_t offset,
                                                       const Vector<float, kWidth>& weights) {
-  store<float, kWidth>(state.W + offset, weights);
+  store_once(state.W + offset, weights);
   if (state.rounded == nullptr) return weights;
   if (state.rounded_type == DType::kBFloat16) {
     auto* const copy = static_cast<__nv_bfloat16*>(state.rounded);
@@ -77,16 +77,19 @@ __global__ void __launch_bounds__(kRowThreads, kUpdateBlocks)
   if (!is_finite(numbers.grad_scale)) return;
   for (int64_t latent = blockIdx.x; latent < lists.latents; latent += gridDim.x) {
     const int64_t start = latent * d_in;
+    // While the gradient is summed, whose lists are found by one read after the other.
+    prefetch_row(state.W + start, columns);
+    prefetch_moments<kRule, kMoments>(state.moments, start, columns);
     const int32_t slot = cache_slots[latent];
     const int64_t begin = lists.offsets[latent];
     const int64_t end = slot < 0 ? lists.offsets[latent + 1] : begin;
     float dot = 0.0f;
     for (int column = first; column < columns; column += stride) {
-      const auto weights = load<float, kWidth>(state.W + start + column);
+      const auto weights = load_once<float, kWidth>(state.W + start + column);
       Vector<float, kWidth> shifted{};
       add_row(shifted, shift, column);
       auto sum = sum_list<Dense, kWidth>(lists, begin, end, dense + column, shifted, d_in);
-      if (slot >= 0) sum = load<float, kWidth>(cached + slot * d_in + column);
+      if (slot >= 0) sum = load_once<float, kWidth>(cached + slot * d_in + column);
       add_row(sum, extra_grad, start + column);
       dot = add_dot(dot, sum, weights);
       store<float, kWidth>(gradient + column, sum);
