@@ -11,6 +11,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from several_ranks import error_of
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sae_fast import Callback, SAEConfig, TrainConfig, Trainer
 from sae_fast.distributed.environment import launched
+from sae_fast.distributed.ranks import Ranks
 
 ROWS, WIDTH, PARTS = 600, 16, 2
 _SAE = {"d_sae": 64}
@@ -116,6 +118,9 @@ class Disturb(Callback):
                 trainer.sae.b_dec[0] += 1e-6
 
 
+_begin = Ranks.begin_gather
+
+
 def scenarios(directory: Path, rank: int) -> dict[str, Any]:
     """Return what happens in runs that stop, continue, are refused, or differ between ranks."""
     run = {"checkpoint_dir": str(directory / "run"), "checkpoint_every": 3}
@@ -137,6 +142,15 @@ def scenarios(directory: Path, rank: int) -> dict[str, Any]:
         trainer = trainer_of("without dead latents", d_sae=d_sae)
         trainer.train()
         found["bytes"][d_sae] = trainer.history[-2]["exchanged_bytes"]
+    found["ahead"] = {}
+    for case in ("topk", "dense", "batch_topk"):
+        with patch.object(Ranks, "begin_gather", autospec=True, side_effect=_begin) as begun:
+            trainer_of(case).train()
+        found["ahead"][case] = begun.call_count
+    mine = torch.arange(6).view(2, 3).t().bfloat16() + 10 * rank  # not contiguous
+    wait = trainer.ranks.begin_gather(mine)
+    found["meanwhile"] = trainer.ranks.values(rank)
+    found["gathered"] = wait()
     disturbed = trainer_of("topk", callbacks=[Disturb()], checkpoint_every=3)
     found["disturbed"] = error_of(disturbed.train)
     found["disturbed at"] = disturbed.step

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -152,6 +153,8 @@ class Ranks:
         self._traffic: _Traffic = _Traffic() if part is None else part.of._traffic
         self._has_nccl: bool = part is not None and part.of._has_nccl
         self._timeout: timedelta | None = None
+        # The gathers that `begin_gather` has begun, kept here alone: each refers to a group.
+        self._begun: dict[object, Any] = {}
         self._end: RankError | None = None  # with which this process has lost the others
         self._agreed: Exception | None = None  # the last error with which all have left a context
 
@@ -217,6 +220,11 @@ class Ranks:
         )
         return Axes(*parts)
 
+    @property
+    def _whole(self) -> Ranks:
+        """All processes of the training."""
+        return self if self._part is None else self._part.of
+
     def _name(self, number: int) -> str:
         """Return the name of one of these processes, by its number among all."""
         return f"rank {number if self._part is None else self._part.numbers[number]}"
@@ -262,6 +270,32 @@ class Ranks:
         else:
             found = [(other, []) for other, _, _ in headers]
         return found
+
+    def begin_gather(self, own: Tensor) -> Callable[[], list[Tensor]]:
+        """Start to gather a tensor of every process; return what waits for them, in their order.
+
+        The processes may compute and gather other things meanwhile.
+
+        Args:
+            own: of this process, in the shape and type that all have. It must stay as it is.
+        """
+        with self._traffic.timed():
+            wire = own.contiguous().view(-1).view(torch.uint8)
+            wire = wire if self._has_nccl else wire.cpu()
+            found = [torch.empty_like(wire) for _ in range(self.size)]
+            self._traffic.add(wire)
+            begun, key = self._whole._begun, object()
+            begun[key] = self._exchange(partial(dist.all_gather, async_op=True), found, wire)
+
+        def wait() -> list[Tensor]:
+            with self._traffic.timed():
+                self._attempt(lambda: begun[key].wait())
+                del begun[key]
+                parts = [part.to(own.device).view(own.dtype).view(own.shape) for part in found]
+            parts[self.rank] = own
+            return parts
+
+        return wait
 
     def values(self, value: Any) -> list[Any]:
         """Return a JSON value of every process, in the order of the ranks."""
@@ -367,12 +401,16 @@ class Ranks:
         self._exchange(dist.all_gather, found, wire)
         return [part.to(device) for part in found]
 
-    def _exchange(self, call: Callable[..., object], found: object, wire: Tensor) -> None:
-        """Fill `found` by a call of torch.distributed; raise RankError where a process is lost."""
-        if (end := (self if self._part is None else self._part.of)._end) is not None:
+    def _exchange(self, call: Callable[..., Any], found: object, wire: Tensor) -> Any:
+        """Return what a call of torch.distributed does, which fills `found`."""
+        return self._attempt(lambda: call(found, wire, group=self._group))
+
+    def _attempt(self, call: Callable[[], Any]) -> Any:
+        """Return what a call does that needs the others; raise RankError where one is lost."""
+        if (end := self._whole._end) is not None:
             raise end
         try:
-            call(found, wire, group=self._group)
+            return call()
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -501,6 +539,7 @@ class Ranks:
         if not self._has_nccl:
             traceback.clear_frames(error.__traceback__)  # which refer to a group
             self._meshes.clear()
+            self._begun.clear()
             _disconnect()
 
 

@@ -9,11 +9,13 @@ order, so its update is equal to the bit.
 Of a bias [F] nothing is sent where its gradient follows from the factors, as for TopK; else its
 numbers other than 0, or all, whichever is less. Matrices with dense gradients are summed slice by
 slice.
+
+The rows of a part, which are nearly half of what is sent, are on their way while the part is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,11 +63,20 @@ class GradientExchange:
         self._names = tuple(names)
         self._before: dict[str, Tensor | None] = {}
         self._n_factors: dict[str, int] = {}
+        self._x: Tensor | None = None
+        self._x_of_all: Callable[[], list[Tensor]] | None = None
+        self._has_x = False  # whether the factors of the part before had its rows, in all processes
 
-    def begin(self) -> None:
-        """Put the gradients of the parts before aside; to be called before a part's forward."""
+    def begin(self, x: Tensor) -> None:
+        """Put the gradients of the parts before aside; to be called before a part's forward.
+
+        Args:
+            x: [N, D], the rows of the part, which must stay as they are until `gather`.
+        """
         if self.ranks.size == 1:
             return
+        self._x = x
+        self._x_of_all = self.ranks.begin_gather(x) if self._has_x else None
         for name in self._names:
             parameter = self._sae.get_parameter(name)
             self._before[name], parameter.grad = parameter.grad, None
@@ -81,7 +92,8 @@ class GradientExchange:
         """
         if self.ranks.size == 1:
             return [part]
-        table = _Table()
+        assert self._x is not None
+        table = _Table([] if self._x_of_all is None else [self._x])
         own = {name: self._own_factors(name) for name in _ROWS}
         header: dict[str, Any] = {
             "factors": {name: [table.add_factor(f) for f in own[name]] for name in _ROWS},
@@ -92,7 +104,13 @@ class GradientExchange:
             "variance": table.add(part.variance),
             "observed": {name: table.add(value) for name, value in part.observed.items()},
         }
+        header["has_x"] = table.has(self._x)
         found = self.ranks.gather(header, table.tensors)
+        if self._x_of_all is not None:
+            rows = self._x_of_all()
+            found = [(other, [x, *sent]) for x, (other, sent) in zip(rows, found, strict=True)]
+        self._x = self._x_of_all = None
+        self._has_x = all(other["has_x"] for other, _ in found)
         shift = _shift_of(own["W_enc"])
         factors = [
             own if number == self.ranks.rank else self._factors(theirs, tensors, shift)
@@ -204,21 +222,32 @@ class GradientExchange:
 
 
 class _Table:
-    """The tensors to send, each once, however many factors have it."""
+    """The tensors to send, each once, however many factors have it.
 
-    def __init__(self) -> None:
+    Args:
+        ahead: tensors that are sent already, which have the first places.
+    """
+
+    def __init__(self, ahead: Sequence[Tensor]) -> None:
         self.tensors: list[Tensor] = []
-        self._places: dict[tuple[Any, ...], int] = {}
+        self._n_ahead = len(ahead)
+        self._places = {_identity(tensor): place for place, tensor in enumerate(ahead)}
+        self._asked: set[tuple[Any, ...]] = set()
         self._keys: dict[CodeKey, int] = {}
 
     def add(self, tensor: Tensor) -> int:
-        """Return the place of a tensor among `tensors`."""
-        identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        """Return the place of a tensor, after the ones sent ahead among `tensors`."""
+        identity = _identity(tensor)
+        self._asked.add(identity)
         if tensor.data_ptr() and identity in self._places:
             return self._places[identity]
         self.tensors.append(tensor)
-        self._places[identity] = len(self.tensors) - 1
+        self._places[identity] = self._n_ahead + len(self.tensors) - 1
         return self._places[identity]
+
+    def has(self, tensor: Tensor) -> bool:
+        """Return whether a place of this tensor was asked for."""
+        return _identity(tensor) in self._asked
 
     def add_factor(self, factor: RowFactor) -> list[int | None]:
         """Return the places of a factor's tensors, if it has a shift, and its code's number."""
@@ -232,6 +261,10 @@ class _Table:
             int(factor.shift is not None),
             self._keys.setdefault(factor.code_key, len(self._keys)),
         ]
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _shift_of(factors: Sequence[RowFactor]) -> Tensor | None:

@@ -149,7 +149,7 @@ class TrainingStep:
         if self.codes is not None:
             self.codes = []
         for batch in batches:
-            exchange.begin()
+            exchange.begin(batch.x)
             loss = self._accumulate(batch, weight, settings, whole)
             observed = self.rows.observed(self.sae.observe(loss.code))
             own = Part(self._values(loss), loss.variance, loss.fired, observed)
