@@ -23,6 +23,10 @@ def test_a_step_without_dead_latents_has_forty_nodes():
     assert count_nodes("topk", G1).total() <= 40
 
 
+def test_a_step_with_dead_latents_has_ninety_six_nodes():
+    assert count_nodes("topk with AuxK", G1).total() <= 96
+
+
 def test_every_op_of_a_step_is_counted():
     nodes = count_nodes("topk", G1)
     assert nodes["reconstruct"] == 1

@@ -76,7 +76,7 @@ def aux_k_loss(
     residual = residual.detach().to(squared_error.dtype)
     variance = total_variance(residual) if variance is None else variance.to(residual.dtype)
     per_variance = inverse_variance(residual, variance)
-    share = (n_dead.double() / full_k_aux).clamp_max(1.0).to(per_variance.dtype)
+    share = (n_dead.to(per_variance.dtype) / full_k_aux).clamp_max(1.0)
     return deterministic_sum(squared_error) * (share * per_variance)
 
 

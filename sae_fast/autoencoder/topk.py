@@ -151,7 +151,8 @@ class TopK(Architecture):
         """
         if code.aux is None:
             return {}
-        target = residual.detach().to(code.values.dtype).neg()
+        target = torch.empty_like(residual, dtype=code.values.dtype)
+        torch.mul(residual.detach(), -1.0, out=target)  # in one pass
         modelled = engine.reconstruct(code.aux, weights.W_dec, None, target)
         assert batch.dead_mask is not None
         n_dead = engine.count_latents(batch.dead_mask)

@@ -464,7 +464,7 @@ def _parts(
             values, indices = outputs[place], outputs[place + 1]
             if number == 1 and dead_mask is not None:  # all entries but those that fill up a row
                 places = torch.arange(values.size(1), device=values.device)
-                values = (places < dead_mask.sum()).to(values.dtype).expand_as(values).contiguous()
+                values = torch.empty_like(values).copy_(places < dead_mask.sum())
             if reads_all:
                 grad = torch.where(values != 0, grad, 0)
             parts[number] = values, indices, rows, grad.contiguous()

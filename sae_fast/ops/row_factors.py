@@ -181,7 +181,11 @@ def _merge(factors: Sequence[RowFactor], W: Tensor, view: LatentMajor) -> Merged
     coefficients = _join([factor.coefficients for factor in factors])
     dense, shift, starts = _stack_dense(factors)
     n_rows = [factor.dense.shape[0] for factor in factors]
-    if starts != _running_sum(n_rows):
+    if starts == _running_sum(n_rows):
+        pass
+    elif len(set(n_rows)) == 1 and not any(starts):  # all have one dense side
+        rows = rows % n_rows[0]
+    else:
         parts = [
             torch.arange(start, start + n, dtype=rows.dtype, device=rows.device)
             for start, n in zip(starts, n_rows, strict=True)
@@ -221,22 +225,24 @@ def _joined_view(factors: Sequence[RowFactor], W: Tensor) -> LatentMajor:
         return torch.zeros(d_sae + 1, dtype=torch.int64, device=W.device), empty, empty
     if len(factors) == 1:
         return factors[0].latent_major(d_sae)
-    offsets = [torch.zeros(1, dtype=torch.int64, device=W.device)]
-    n_entries = 0
+    offsets, n_entries = [], 0
     for factor in factors:
-        offsets.append(_row_ends(factor) + n_entries)
+        offsets.append(_row_starts(factor, n_entries))
         n_entries += factor.values.numel()
+    offsets.append(torch.full((1,), n_entries, dtype=torch.int64, device=W.device))
     values = _join([factor.values for factor in factors])
     indices = _join([factor.indices for factor in factors])
     return latent_major(values, indices, torch.cat(offsets), d_sae)
 
 
-def _row_ends(factor: RowFactor) -> Tensor:
-    """Return where each row's entries end, counted within the factor, [N] int64."""
+def _row_starts(factor: RowFactor, first: int) -> Tensor:
+    """Return where each row's entries begin, [N] int64, if the factor's begin at `first`."""
     if factor.offsets is not None:
-        return factor.offsets[1:]
+        return factor.offsets[:-1] + first
     n_rows, width = factor.values.shape
-    return torch.arange(1, n_rows + 1, device=factor.values.device) * width
+    if width == 0:
+        return torch.full((n_rows,), first, dtype=torch.int64, device=factor.values.device)
+    return torch.arange(first, first + n_rows * width, width, device=factor.values.device)
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
