@@ -24,6 +24,7 @@ from sae_fast.activations import (
     write_shard,
 )
 from sae_fast.activations.shard import ShardFile
+from sae_fast.activations.source import empty_rows
 
 ANY_FIXTURE = [HealthCheck.function_scoped_fixture]
 
@@ -357,6 +358,32 @@ def test_the_callers_number_of_threads_is_untouched(make_shards):
         thread.start()
         thread.join()
         assert [torch.get_num_threads(), *seen] == [before, before]
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", 1), ("cuda", 3)])
+def test_only_batches_for_a_gpu_are_built_by_several_threads(
+    make_shards, monkeypatch, device, wanted
+):
+    """A training step on the CPU needs the cores itself."""
+    seen = []
+
+    def pageable_rows(*arguments):
+        seen.append(torch.get_num_threads())
+        return empty_rows(*arguments[:-1])  # page-locked memory needs a GPU
+
+    monkeypatch.setattr("sae_fast.activations.stream.empty_rows", pageable_rows)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ActivationStream(
+            make_shards(300), batch_size=100, device=torch.device(device)
+        ) as stream:
+            served = take(stream, 2)
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {wanted}
+    with ActivationStream(make_shards(300), batch_size=100) as stream:
+        assert torch.equal(served, take(stream, 2))
 
 
 def test_stalls_are_measured(make_shards, monkeypatch):

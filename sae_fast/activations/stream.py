@@ -55,7 +55,8 @@ class BatchBuilder:
 
     In a batch the rows of every set have the places of its turns. Where sequences are whole the
     rows of a set come together instead, so that neighbours stay side by side. Rows in `kept`, one
-    entry a set, stay where they were read to, and the batches are built there.
+    entry a set, stay where they were read to, and the batches are built there. With `pin_memory`
+    they are for a GPU, whose steps leave the processor's cores to the building of batches.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class BatchBuilder:
                 PREFETCHED_BATCHES,
                 name="reader",
                 does="reads",
-                single=True,
+                single=not self._pin_memory,
                 stopping=self.stopping,
             )
         except BaseException:
