@@ -41,6 +41,19 @@ def test_every_tensor_must_be_on_the_device_of_the_others(name, listed):
     assert set(listed) == tensors - NOT_LISTED
 
 
+def test_messages_that_are_not_of_cuda_alone_are_shared_with_the_cpu():
+    """The tests of wrong arguments expect one text on every device."""
+    texts = [re.findall(r'": (\w+ [^"]*)"', source.read_text()) for source in SOURCES]
+    assert {text.strip() for found in texts for text in found} == {
+        "at most",
+        "dense must have at most",
+        "rows must have at most",
+        "packed must be empty on CUDA, got",
+        "stats must come with rounded, got none",
+        "rounded must be bfloat16 or float16, got",
+    }
+
+
 @pytest.mark.parametrize("allowed", [False, True])
 def test_sums_in_float16_are_refused(allowed):
     matmul = torch.backends.cuda.matmul
