@@ -10,18 +10,25 @@ import io
 import os
 import shutil
 import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from several_ranks import error_of
 from small_models import make_tokenizer
 from small_texts import make_texts
+from torch import Tensor
 
 from sae_fast import Callback, RunConfig
+from sae_fast.activations.capture import Documents, HookedModel
+from sae_fast.activations.capture.language_model import loaded_language_model
+from sae_fast.config.model_text import FromModelConfig
 from sae_fast.distributed.environment import launched
 from sae_fast.train import main as main_of_train
 from sae_fast.training import run_directory
+from sae_fast.training.from_model import open_from_model
 from sae_fast.training.from_model.loaded_model import train_from_model
 from sae_fast.training.sweep import Sweep
 from sae_fast.training.trainer import Trainer
@@ -47,6 +54,59 @@ def from_model(directory: Path, network: torch.nn.Module, **train: Any) -> None:
     config = RunConfig(d_sae=32, k=2, lr=1e-2, eval_every=0, **train)
     given = (network, make_tokenizer(True), [text for text in make_texts() if text], config)
     train_from_model(*given, directory=directory, show_progress=False, **TEXT)
+
+
+def opened_from_model(
+    network: torch.nn.Module,
+    directory: Path,
+    callbacks: Sequence[Callback] = (),
+    *,
+    normalizations: Sequence[str] = ("none", "mean_scale"),
+    **train: Any,
+) -> Sweep:
+    """Return a training for each normalisation on one layer of a model; only one looks at rows."""
+    texts = [text for text in make_texts() if text]
+    settings = FromModelConfig(
+        layers=(1,), ctx_len=16, batch_size=2, max_tokens=224, heldout_tokens=40
+    )
+    given = {
+        name: RunConfig(
+            **{"d_sae": 32, "k": 2, "lr": 1e-2, "eval_every": 3, "checkpoint_every": 2, **train},
+            pool_rows=48,
+            normalize_activations=name,
+        )
+        for name in normalizations
+    }
+    network.eval().requires_grad_(False)
+    return open_from_model(
+        loaded_language_model(network, make_tokenizer(True)),
+        Documents(texts, "texts", 0),
+        settings,
+        given,
+        directory,
+        callbacks=callbacks,
+        show_progress=False,
+    )
+
+
+@contextlib.contextmanager
+def counted_tokens() -> Iterator[list[int]]:
+    """Count the tokens of each pass of the model in this context, but for trials with one."""
+    found: list[int] = []
+    run = HookedModel.activations
+
+    def counted(self: HookedModel, tokens: Tensor, *others: Any, **given: Any) -> dict[str, Tensor]:
+        if tokens.numel() > 1:
+            found.append(tokens.numel())
+        return run(self, tokens, *others, **given)
+
+    with patch.object(HookedModel, "activations", counted):
+        yield found
+
+
+def dying_in_a_pass() -> Any:
+    """End this process by a signal, in this context, when the model begins its next pass."""
+    return patch.object(HookedModel, "activations", lambda *_, **__: os.kill(os.getpid(), 9))
 
 
 def configs(directory: Path, **train: Any) -> dict[str, RunConfig]:
@@ -107,7 +167,14 @@ def main(directory: Path) -> None:
     run_directory.plot_run = lambda rows, path, title: path  # it takes longer than the trainings
     mesh = {"mesh": "layers=2", "mesh_timeout": 1.0}
     found: dict[str, Any] = {"trained": command(directory, "two", "--mesh", "layers=2")}
-    from_model(directory / "two-of-model", network, **mesh)
+    with counted_tokens() as found["tokens"]:
+        from_model(directory / "two-of-model", network, **mesh)
+    out = directory / "two-of-text"
+    stop = [Signal(3, signal.SIGTERM)]
+    opened_from_model(network, out, stop, **mesh).train()
+    again = opened_from_model(network, out, resume_from="latest", **mesh)
+    found["goes on"] = [trainer.step for trainer in again.trainers.values()]
+    again.train()
     for loss_fn in LOSSES:
         from_model(directory / f"two-of-model-{loss_fn}", network, loss_fn=loss_fn, **mesh)
     slots(directory, "two-slots", **mesh)
@@ -142,10 +209,8 @@ def main(directory: Path) -> None:
         )
     )
     torch.save(found, directory / f"rank-{rank}.pt")
-    killed = Sweep(
-        configs(directory, **mesh),
-        callbacks=[Signal(3, signal.SIGKILL)],
-        show_progress=False,
-    )
-    found["killed"] = error_of(killed.train)
+    few = {"normalizations": ("none", "layer_norm")}  # which look at few rows before
+    killed = opened_from_model(network, directory / "killed", **few, **mesh)
+    with dying_in_a_pass() if rank == 1 else contextlib.nullcontext():
+        found["killed"] = error_of(killed.train)
     torch.save(found, directory / f"rank-{rank}.pt")

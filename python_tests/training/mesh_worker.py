@@ -11,15 +11,18 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import latents_worker
 import torch
 from latents_worker import At
 from several_ranks import error_of
+from torch import Tensor
 
 from sae_fast import Callback, Trainer
 from sae_fast.config.mesh import parsed_mesh
 from sae_fast.distributed.environment import launched
+from sae_fast.distributed.ranks import Ranks
 from sae_fast.training import run_directory
 
 CASES = ("topk", "batch_topk", "jumprelu")
@@ -52,6 +55,14 @@ def continued(directory: Path) -> list[int]:
     return began
 
 
+def swapped_on_machine(ranks: Ranks) -> tuple[list[int], list[Tensor]]:
+    """Give neighbours bytes, as if two machines had two processes each; return who has which."""
+    with patch.object(ranks, "_local_rank", ranks.rank % 2):
+        machine = ranks.on_machine()
+    parts = [torch.full((number + 1,), ranks.rank, dtype=torch.uint8) for number in range(2)]
+    return machine.numbers, machine.swap(parts, [machine.rank + 1] * 2)
+
+
 @torch.no_grad()
 def disturb(trainer: Trainer) -> None:
     """Change one number of a latent."""
@@ -69,6 +80,7 @@ def main(directory: Path) -> None:
             trainer = trainer_of(case, directory / "four" / case, BOTH)
             trainer.train()
             found["history"][case] = trainer.history
+        found["swapped"] = swapped_on_machine(trainer.ranks)
         found["shape"] = tuple(trainer.sae.W_enc.shape)
         stop = [At(4, latents_worker.stop)]
         trainer_of("topk", directory / "stopped", BOTH, stop).train()

@@ -60,14 +60,16 @@ def ranks(place: Path, network: nn.Module, alone: object) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def alone(place: Path, network: nn.Module) -> list[dict[str, float]]:
-    """Let one process make the same trainings; return the language model's losses in one."""
+def alone(place: Path, network: nn.Module) -> dict[str, list[Any]]:
+    """Let one process make the same trainings; return what the model has read, and its losses."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
         assert layers_worker.command(place, "one")[0] == 0
-        layers_worker.from_model(place / "one-of-model", network)
+        with layers_worker.counted_tokens() as tokens:
+            layers_worker.from_model(place / "one-of-model", network)
+        layers_worker.opened_from_model(network, place / "one-of-text").train()
         for loss_fn in layers_worker.LOSSES:
             out = place / f"one-of-model-{loss_fn}"
             layers_worker.from_model(out, network, loss_fn=loss_fn)
@@ -76,7 +78,7 @@ def alone(place: Path, network: nn.Module) -> list[dict[str, float]]:
         given = layers_worker.configs(place, checkpoint_dir=str(place / "whole"))
         Sweep(given, show_progress=False).train()
     torch.set_num_threads(threads)
-    return losses
+    return {"losses": losses, "tokens": tokens}
 
 
 def assert_equal_runs(first: Path, other: Path) -> None:
@@ -96,6 +98,7 @@ def assert_equal_runs(first: Path, other: Path) -> None:
     [
         ("one", "two", LAYERS),
         ("one-of-model", "two-of-model", HOOKS),
+        ("one-of-text", "two-of-text", ["residual.1/none", "residual.1/mean_scale"]),
         ("one-of-model-ce", "two-of-model-ce", HOOKS),
         ("one-of-model-kl", "two-of-model-kl", HOOKS),
         ("one-slots", "two-slots", SLOTS),
@@ -126,22 +129,32 @@ def test_one_process_writes_the_summary_of_all(ranks: list[dict[str, Any]], plac
 
 @pytest.mark.slow
 def test_divided_latents_are_measured_in_the_language_model_as_whole_ones(
-    ranks: list[dict[str, Any]], alone: list[dict[str, float]]
+    ranks: list[dict[str, Any]], alone: dict[str, list[Any]]
 ) -> None:
-    measured = [row for row in alone if row]
+    measured = [row for row in alone["losses"] if row]
     assert len(measured) == 2
     assert measured[0]["heldout_ce"] != measured[1]["heldout_ce"]
     assert "heldout_ce_score" in measured[0]
     for found in ranks:
-        for expected, row in zip(alone, found["in model"], strict=True):
+        for expected, row in zip(alone["losses"], found["in model"], strict=True):
             assert row == pytest.approx(expected, 1e-4)
+
+
+@pytest.mark.slow
+def test_each_text_is_read_by_the_model_of_one_process(
+    ranks: list[dict[str, Any]], alone: dict[str, list[Any]]
+) -> None:
+    expected = alone["tokens"]
+    assert len(expected) >= 8
+    for rank, found in enumerate(ranks):
+        assert found["tokens"] == expected[rank::2]
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(ranks: list[dict[str, Any]]) -> None:
     assert [found["trainings"] for found in ranks] == [["first"], ["second"]]
     for found in ranks:
-        assert found["stopped"] == found["continued"] == [3]
+        assert found["stopped"] == found["continued"] == found["goes on"] == [3]
 
 
 @pytest.mark.slow

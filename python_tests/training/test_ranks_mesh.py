@@ -91,6 +91,14 @@ def test_a_block_that_is_no_longer_equal_is_named(ranks: dict[int, list[dict[str
 
 
 @pytest.mark.slow
+def test_the_processes_of_a_machine_exchange_bytes(ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for rank, found in enumerate(ranks[4]):
+        numbers, parts = found["swapped"]
+        assert numbers == ([0, 1] if rank < 2 else [2, 3])
+        assert [part.tolist() for part in parts] == [[n] * (rank % 2 + 1) for n in numbers]
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_all(ranks: dict[int, list[dict[str, Any]]]) -> None:
     for found in ranks[4]:
         assert found["full disk"].startswith("rank 1: ")

@@ -81,6 +81,11 @@ class SharedSource(Generic[Item]):
             self._kept.append(_Kept(item, self._here()))
         return self._kept[number - self._first]
 
+    def read_ahead(self, count: int) -> None:
+        """Take so many batches from the source, where the readers will find them."""
+        if count > 0:
+            self.take(self._first + count - 1, self._sets)
+
     def forget(self) -> None:
         """Drop what all readers have taken."""
         if len(self._readers) + self._closed < self._n_readers or not self._readers:
@@ -222,13 +227,21 @@ class SharedReader(Source, Generic[Item]):
 
     def next_rows(self) -> Rows:
         """Return the next rows; readers with equal transforms get the same tensors."""
-        kept = self._shared.take(self.number, self.sets)
-        if self._made_by not in kept.made:
-            kept.made[self._made_by] = _transformed(self._select(kept.item), *self._transforms)
-        rows = kept.made[self._made_by]
+        rows = self._rows_of(self.number)
         self.number += 1
         self._shared.forget()
         return rows
+
+    def peek(self, count: int) -> list[Rows]:
+        """Return the next `count` batches, which are kept and need not be made again."""
+        return [self._rows_of(self.number + place) for place in range(count)]
+
+    def _rows_of(self, number: int) -> Rows:
+        """Return what this reader takes from the batch of a number."""
+        kept = self._shared.take(number, self.sets)
+        if self._made_by not in kept.made:
+            kept.made[self._made_by] = _transformed(self._select(kept.item), *self._transforms)
+        return kept.made[self._made_by]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch served, as the source itself has it."""

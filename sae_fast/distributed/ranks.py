@@ -40,6 +40,7 @@ _GRACE = 5.0  # seconds, for another process to note how it ended
 _PAUSE = 0.05  # seconds between two looks
 _ADDED_WHOLE = 1 << 12  # numbers, up to which a sum is not divided
 _SLICE = 1 << 24  # bytes of a matrix that are gathered at a time
+_MACHINE = "machine"  # name of the mesh of processes on one machine
 
 
 class RankError(ValueError):
@@ -102,13 +103,13 @@ class _Part(NamedTuple):
     Attributes:
         of: all of them.
         numbers: of the members, in their order.
-        sizes: of the mesh that divides them.
+        mesh: name of the mesh that divides them.
         axis: of the mesh, along which these processes are.
     """
 
     of: Ranks
     numbers: list[int]
-    sizes: tuple[int, int]
+    mesh: str
     axis: str
 
 
@@ -149,7 +150,7 @@ class Ranks:
         self._store = store
         self._local_rank, self._local_size = local_rank, local_size
         self._part = part
-        self._meshes: dict[tuple[int, int], DeviceMesh] = {}
+        self._meshes: dict[str, DeviceMesh] = {}
         self._traffic: _Traffic = _Traffic() if part is None else part.of._traffic
         self._has_nccl: bool = part is not None and part.of._has_nccl
         self._timeout: timedelta | None = None
@@ -201,11 +202,12 @@ class Ranks:
         rows of neighbours make batches of their own. All processes call this.
         """
         sizes = parsed_mesh(mesh)
-        both = n_data, n_latents = sizes.get("data", 1), sizes.get("latents", 1)
+        n_data, n_latents = sizes.get("data", 1), sizes.get("latents", 1)
         if n_data == 1 or n_latents == 1:
             return Axes(self if n_data > 1 else ALONE, self if n_latents > 1 else ALONE)
+        both = f"data={n_data},latents={n_latents}"
         if both not in self._meshes:
-            self._meshes[both] = _mesh_of(*both, self._timeout)
+            self._meshes[both] = _mesh_of(n_data, n_latents, self._timeout)
         known = self._meshes[both]
         members = {
             "data": known.mesh[:, known.get_local_rank("latents")].tolist(),
@@ -219,6 +221,42 @@ class Ranks:
             for axis, numbers in members.items()
         )
         return Axes(*parts)
+
+    def on_machine(self) -> Ranks:
+        """Return the processes on the machine of this one; all processes call this.
+
+        They are the ones that one launcher has started; `ALONE` where it has started no other.
+        """
+        if self.size == 1:
+            return self
+        firsts = self.values(self.rank - self._local_rank)
+        members = {
+            first: [number for number, other in enumerate(firsts) if other == first]
+            for first in firsts
+        }
+        numbers = members[firsts[self.rank]]
+        if len(numbers) == self.size:
+            return self
+        if _MACHINE not in self._meshes:
+            group, _ = dist.new_subgroups_by_enumeration(  # type: ignore[no-untyped-call]
+                list(members.values()), timeout=self._timeout
+            )
+            known = DeviceMesh.from_group(group, "cpu", mesh_dim_names=(_MACHINE,))
+            self._meshes[_MACHINE] = known
+        if len(numbers) == 1:
+            return ALONE
+        part = _Part(self, numbers, _MACHINE, _MACHINE)
+        return Ranks(numbers.index(self.rank), len(numbers), self._store, part=part)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of these processes among all."""
+        return list(range(self.size)) if self._part is None else self._part.numbers
+
+    @property
+    def crosses_host(self) -> bool:
+        """Whether tensors of GPUs are exchanged through the host, which lacks NCCL's links."""
+        return not self._has_nccl
 
     @property
     def _whole(self) -> Ranks:
@@ -237,7 +275,7 @@ class Ranks:
         """
         if self._part is None:
             return None
-        return self._part.of._meshes[self._part.sizes].get_group(self._part.axis)
+        return self._part.of._meshes[self._part.mesh].get_group(self._part.axis)
 
     # ---- gathering ---------------------------------------------------------------------------
 
@@ -296,6 +334,28 @@ class Ranks:
             return parts
 
         return wait
+
+    def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Give every process bytes of its own; return the bytes that each has for this one.
+
+        Args:
+            parts: for each process in the order of the ranks, [bytes] uint8, on one device.
+            sizes: the number of bytes that each process has for this one.
+        """
+        if self.size == 1:
+            return list(parts)
+        with self._traffic.timed():
+            own = torch.cat(list(parts))
+            wire = own if self._has_nccl else own.cpu()
+            found = torch.empty(sum(sizes), dtype=torch.uint8, device=wire.device)
+            self._traffic.add(wire)
+            call = partial(
+                dist.all_to_all_single,
+                output_split_sizes=list(sizes),
+                input_split_sizes=[len(part) for part in parts],
+            )
+            self._exchange(call, found, wire)
+            return list(torch.split(found.to(own.device), list(sizes)))
 
     def values(self, value: Any) -> list[Any]:
         """Return a JSON value of every process, in the order of the ranks."""

@@ -29,6 +29,12 @@ def pack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
+def packed_bytes(specs: Sequence[tuple[int, list[int]]]) -> int:
+    """Return how many bytes `pack` makes of tensors of these types and shapes."""
+    sizes = (prod(shape) * DTYPES[number].itemsize for number, shape in specs)
+    return sum(size + -size % _ALIGNED for size in sizes)
+
+
 def unpack(
     packed: Tensor,  # [B] uint8
     specs: Sequence[tuple[int, list[int]]],

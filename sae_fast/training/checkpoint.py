@@ -90,6 +90,11 @@ class CheckpointStore:
                 else:
                     leftover.unlink(missing_ok=True)
 
+    @staticmethod
+    def is_first(path: str | Path) -> bool:
+        """Return whether a path is of the checkpoint that a run writes before its first step."""
+        return Path(path).name == f"{_PREFIX}{0:08d}"
+
     def path_of(self, step: int) -> Path:
         """Return the directory of a step's checkpoint."""
         return self.directory / f"{_PREFIX}{step:08d}"

@@ -47,7 +47,7 @@ from sae_fast.training.shard_files import open_heldout_shards, open_training_sha
 
 logger = logging.getLogger(__name__)
 
-_SAMPLED_BATCHES = 16
+SAMPLED_BATCHES = 16  # at whose rows a new training looks, of a source that cannot be sampled
 
 
 class SharedShards(NamedTuple):
@@ -239,7 +239,7 @@ class TrainingData:
     def _sampled(self) -> list[Rows]:
         """Return the first batches of the source as they are, which are served again."""
         self.source.set_transform(None)
-        return self.source.peek(_SAMPLED_BATCHES)
+        return self.source.peek(SAMPLED_BATCHES)
 
     def has_names(self, *, of_targets: bool = False) -> bool:
         """Return whether any file has a name for its data, as a bare tensor or array has not."""

@@ -332,15 +332,19 @@ def own_trainings(configs: Mapping[str, RunConfig], ranks: Ranks) -> dict[str, R
     """Return the trainings of this process: of 12 and 3 processes the first has the first 4."""
     if ranks.size == 1:
         return dict(configs)
-    names = list(configs)
-    first, end = (len(names) * number // ranks.size for number in (ranks.rank, ranks.rank + 1))
     found = {}
-    for name in names[first:end]:
+    for name in block_of(configs, ranks.rank, ranks.size):
         train = configs[name].train
         device = ranks.device_of(train.device)
         train = replace(train, mesh=None, mesh_timeout=TrainConfig.mesh_timeout, device=device)
         found[name] = replace(configs[name], train=train)
     return found
+
+
+def block_of(configs: Mapping[str, RunConfig], number: int, size: int) -> list[str]:
+    """Return the names of the trainings of one process among `size`."""
+    names = list(configs)
+    return names[len(names) * number // size : len(names) * (number + 1) // size]
 
 
 def _settings_of(configs: Mapping[str, RunConfig]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from sae_fast.activations.background import prefetch
@@ -47,6 +46,17 @@ class Harvest:
     doc_id: Tensor
     position: Tensor
     batch: TokenBatch
+
+    @classmethod
+    def of(
+        cls,
+        batch: TokenBatch,
+        kept: Tensor,  # [B, T] bool, n of them True
+        activations: dict[str, Tensor],
+    ) -> Harvest:
+        """Return the rows [n, D] of a batch with what is known of them."""
+        text = batch.tokens[kept].int(), batch.doc_id[kept], batch.position[kept]
+        return cls(activations, *text, batch)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -100,7 +110,15 @@ class Harvester:
 
         Raises ValueError for a token that the model does not know.
         """
-        device = device_of(self.model.network)
+        with closing(self.kept_batches(cursor)) as batches:
+            for batch, kept in batches:
+                if batch.cursor.batch % self._world_size == self._rank and bool(kept.any()):
+                    yield Harvest.of(batch, kept, self.run(batch, kept))
+
+    def kept_batches(
+        self, cursor: TokenCursor | None
+    ) -> Generator[tuple[TokenBatch, Tensor], None, None]:
+        """Yield the batches from a cursor on, each with a mask [B, T] of its tokens to keep."""
         made = prefetch(
             self.batches.iterate(cursor), AHEAD, name="tokens", does="tokenises the documents"
         )
@@ -110,11 +128,15 @@ class Harvester:
                 if room is not None and room <= 0:
                     return
                 self.reached = batch.following
-                kept = _first(batch.kept, room)
-                if batch.cursor.batch % self._world_size == self._rank and bool(kept.any()):
-                    yield self._run(batch, kept, device)
+                yield batch, _first(batch.kept, room)
 
-    def _run(self, batch: TokenBatch, kept: Tensor, device: torch.device) -> Harvest:
+    def run(
+        self,
+        batch: TokenBatch,
+        kept: Tensor,  # [B, T] bool
+    ) -> dict[str, Tensor]:
+        """Run the model on a batch; return the kept rows [n, D] of each hook point by its name."""
+        device = device_of(self.model.network)
         source = None if batch.source is None else batch.source.to(device)
         read = [batch.tokens, *([] if batch.source is None else [batch.source.tokens])]
         pixels = None if batch.pixels is None else batch.pixels.to(device)
@@ -129,16 +151,10 @@ class Harvester:
         # Found on the host: a mask on a GPU would have the host wait for its count.
         places = None if bool(kept.all()) else kept.flatten().nonzero().squeeze(1).to(device)
         flat = {name: rows.flatten(0, 1) for name, rows in activations.items()}
-        return Harvest(
-            {
-                name: rows if places is None else rows.index_select(0, places.to(rows.device))
-                for name, rows in flat.items()
-            },
-            batch.tokens[kept].int(),
-            batch.doc_id[kept],
-            batch.position[kept],
-            batch,
-        )
+        return {
+            name: rows if places is None else rows.index_select(0, places.to(rows.device))
+            for name, rows in flat.items()
+        }
 
 
 def _vocabulary(network: nn.Module) -> int | None:

@@ -6,6 +6,7 @@ a sweep, take the rows of the same passes, see model_stream.py and sweep.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,23 +20,27 @@ from sae_fast.activations.capture import Documents, Harvester, LanguageModel, To
 from sae_fast.activations.capture.cache import CachingHarvester
 from sae_fast.activations.capture.directory import CaptureDirectory
 from sae_fast.activations.capture.image_model import ImageModel
+from sae_fast.activations.capture.images import ImageBatches
 from sae_fast.activations.capture.language_model import HookedModel, check_reads_once
 from sae_fast.activations.capture.plan import Capture, open_capture
 from sae_fast.activations.capture.shard_series import shard_metadata
 from sae_fast.activations.origin import origin_of_attributes
 from sae_fast.activations.shared import SharedReader, SharedSource
+from sae_fast.autoencoder.initialization import sample_rows
 from sae_fast.autoencoder.loss_terms import LossTerm
 from sae_fast.config import RunConfig, SAEConfig, TrainConfig
 from sae_fast.config.mesh import divides
 from sae_fast.config.model_text import TRAIN_DEFAULTS, FromModelConfig
 from sae_fast.config.setting import rules_of
-from sae_fast.distributed.ranks import open_ranks
+from sae_fast.distributed.ranks import Ranks, open_ranks
 from sae_fast.evaluation.language_model import SplicedLosses
 from sae_fast.evaluation.model_text import model_text
 from sae_fast.json_files import is_integer
 from sae_fast.training.callbacks import Callback
-from sae_fast.training.checkpoint import find_checkpoint, read_newest_state
+from sae_fast.training.checkpoint import CheckpointStore, find_checkpoint, read_newest_state
+from sae_fast.training.data import SAMPLED_BATCHES
 from sae_fast.training.downstream import Downstream, DownstreamModel
+from sae_fast.training.from_model.divided_harvest import DividedHarvester, Division
 from sae_fast.training.from_model.model_stream import HookRows, ModelStream
 from sae_fast.training.from_model.sequence_stream import SequenceStream
 from sae_fast.training.labels import label_columns, needs_sequences
@@ -45,6 +50,7 @@ from sae_fast.training.sweep import (
     MakeTrainer,
     OwnCode,
     Sweep,
+    block_of,
     own_trainings,
     ranks_of_sweep,
     with_settings,
@@ -97,7 +103,10 @@ def open_from_model(
     if first.num_threads is not None:
         torch.set_num_threads(first.num_threads)
     device = ranks.device_of(first.device)
-    capture = _open_capture(model, dataset, settings, device)
+    identity: dict[str, Any] = {}
+    with ranks.agreement(lambda: {"its model and text": identity}):
+        capture = _open_capture(model, dataset, settings, device)
+        identity = _identity(capture)
     tokens = capture.batches.config
     of_passes: dict[str, Any] = {
         "batch_size": tokens.batch_size * tokens.ctx_len,
@@ -108,7 +117,9 @@ def open_from_model(
     every = _for_every_hook(capture, settings.init_seeds, configs, of_passes)
     ranks_of_sweep(every)
     own_configs = own_trainings(every, ranks)
-    reads = _Reading(_with_hooks_of(capture, own_configs), _identity(capture))
+    division = _division(capture, every, ranks)
+    ahead = 0 if division is None else _batches_looked_at(every, capture.widths)
+    reads = _Reading(_with_hooks_of(capture, own_configs), identity, division, ahead)
     if ranks.size > 1 and settings.cache_dir is not None:
         raise ValueError("cache_dir must be left out with a mesh: each process reads the text")
     saes = [config.sae for config in configs.values()]
@@ -124,10 +135,52 @@ class _Reading(NamedTuple):
     Attributes:
         capture: with the hook points of this process.
         identity: of the rows of all processes.
+        division: how processes divide the forward passes; None: they do not.
+        ahead: batches of a divided text that are made before the first trainer.
     """
 
     capture: Capture
     identity: dict[str, Any]
+    division: Division | None
+    ahead: int
+
+    def harvester(self, batches: TokenBatches | ImageBatches, max_tokens: int) -> Harvester:
+        """Return what runs the model on batches."""
+        if self.division is None:
+            return Harvester(self.capture.hooked, batches, max_tokens=max_tokens)
+        return DividedHarvester(self.division, batches, max_tokens=max_tokens)
+
+
+def _division(capture: Capture, configs: Mapping[str, RunConfig], ranks: Ranks) -> Division | None:
+    """Return how the processes of this machine divide the forward passes; None: they do not.
+
+    Each runs the whole model by itself where that takes less time, and where the training does.
+    """
+    machine = ranks.on_machine()
+    if machine.size == 1 or any(config.sae.is_end_to_end for config in configs.values()):
+        return None
+    blocks = (block_of(configs, number, ranks.size) for number in machine.numbers)
+    wanted = [{name.partition("/")[0] for name in names} for names in blocks]
+    hooks = [hook for hook in capture.hooked.hooks if any(hook.name in names for names in wanted)]
+    found = Division(
+        machine,
+        HookedModel(capture.hooked.network, hooks),
+        capture.widths,
+        [[hook.name for hook in hooks if hook.name in names] for names in wanted],
+    )
+    return found if found.is_cheaper else None
+
+
+def _batches_looked_at(configs: Mapping[str, RunConfig], widths: Mapping[str, int]) -> int:
+    """Return how many batches any of the trainings looks at before its first step, at most."""
+    most = 0
+    for name, config in configs.items():
+        sae = config.sae.resolve(widths[name.partition("/")[0]], 0)
+        rows = sample_rows(sae)
+        most = max(most, math.ceil(rows / config.train.kept_batch_size))
+        if sae.has_scale or config.train.start_from is not None:
+            most = max(most, SAMPLED_BATCHES)
+    return most
 
 
 def _with_hooks_of(capture: Capture, configs: Mapping[str, RunConfig]) -> Capture:
@@ -136,7 +189,8 @@ def _with_hooks_of(capture: Capture, configs: Mapping[str, RunConfig]) -> Captur
     hooks = [hook for hook in capture.hooked.hooks if hook.name in names]
     if len(hooks) == len(capture.hooked.hooks):
         return capture
-    return replace(capture, hooked=HookedModel(capture.hooked.network, hooks))
+    widths = {hook.name: capture.widths[hook.name] for hook in hooks}
+    return replace(capture, hooked=HookedModel(capture.hooked.network, hooks), widths=widths)
 
 
 def _open_capture(
@@ -157,10 +211,10 @@ def _shuffled(
     reading: _Reading, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
 ) -> MakeTrainer:
     """Return what makes trainers on rows in a random order."""
-    capture, identity = reading
+    capture = reading.capture
     first = next(iter(configs.values())).train
-    heldout = _heldout_rows(capture)
-    harvester = Harvester(capture.hooked, capture.batches, max_tokens=settings.max_tokens)
+    heldout = _heldout_rows(reading)
+    harvester = reading.harvester(capture.batches, settings.max_tokens)
     if settings.cache_dir is not None:
         names = tuple(hook.name for hook in capture.hooked.hooks)
         harvester = CachingHarvester(capture, CaptureDirectory(settings.cache_dir, names))
@@ -171,13 +225,20 @@ def _shuffled(
         pool_rows=_pool_rows(first, settings.max_tokens),
         seed=first.order_seed,
         max_tokens=settings.max_tokens,
-        identity=identity,
+        identity=reading.identity,
         rows_per_pass=capture.estimated_rows()[0],
         whole_sequences=any(needs_sequences(config.sae) for config in configs.values()),
     )
     shared: SharedSource[HookRows] = SharedSource(stream, len(configs))
 
+    # Trainings that begin look at the first batches, resumed ones do not. All processes take as
+    # many, because they wait for each other.
+    ahead = iter([reading.ahead])
+
     def make(name: str, config: RunConfig) -> Trainer:
+        resumed = config.train.resume_from
+        if (count := next(ahead, 0)) and (resumed is None or CheckpointStore.is_first(resumed)):
+            shared.read_ahead(count)
         hook = name.partition("/")[0]
         reader = _reader(shared, hook, capture, stream.columns)
         return Trainer(
@@ -229,7 +290,7 @@ def _through_model(
     reading: _Reading, settings: FromModelConfig, configs: Mapping[str, RunConfig], own: OwnCode
 ) -> MakeTrainer:
     """Return what makes trainers on whole sequences, whose loss is the language model's."""
-    capture, identity = reading
+    capture, identity, *_ = reading
     losses = {config.sae.loss_fn for config in configs.values()}
     model = capture.model
     if isinstance(model, ImageModel) or model.network.get_output_embeddings() is None:
@@ -328,13 +389,14 @@ def _for_every_hook(
     return found
 
 
-def _heldout_rows(capture: Capture) -> dict[str, Tensor]:
+def _heldout_rows(reading: _Reading) -> dict[str, Tensor]:
     """Compute the rows [n, D] float32 that are kept for evaluation, by hook point."""
+    capture = reading.capture
     if capture.heldout is None:
         return {}
     limit = capture.config.heldout_tokens
     parts: dict[str, list[Tensor]] = {hook.name: [] for hook in capture.hooked.hooks}
-    for harvest in Harvester(capture.hooked, capture.heldout, max_tokens=limit):
+    for harvest in reading.harvester(capture.heldout, limit):
         for name, rows in harvest.activations.items():
             parts[name].append(rows.float().cpu())
     return {name: torch.cat(rows) for name, rows in parts.items()}
