@@ -299,3 +299,15 @@ def test_resuming_with_shards_of_another_place_is_refused(tmp_path):
         pytest.raises(ValueError, match=r"hook 'layers.4', the checkpoint .* on hook 'layers.3'"),
     ):
         stream.load_state_dict(state)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_share_has_the_rows_of_its_batches_from_every_set(tmp_path: Path, rank: int) -> None:
+    mix = mixed(tmp_path, 50, 30, weights=[2, 1])
+    options = {"batch_size": 7, "pool_rows": 20, "seed": 3}
+    with ActivationStream(mix, **options) as whole:
+        batches = [whole.next_batch() for _ in range(20)]
+        state = whole.state_dict()
+    with ActivationStream(mix, **options) as stream:
+        assert all(torch.equal(stream.next_share(rank, 2).x, x) for x in batches[rank::2])
+        assert stream.state_dict() == state

@@ -20,6 +20,7 @@ from sae_fast.activations import (
     TargetFiles,
     Transform,
     open_shards,
+    pool,
     write_manifest,
     write_shard,
 )
@@ -81,6 +82,31 @@ def test_a_resumed_stream_goes_on_exactly(
         actual = take(resumed, 30).flatten()
     length = min(len(expected), len(actual))
     assert torch.equal(actual[:length], expected[:length])
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_share_is_one_batch_of_several_and_no_other_is_gathered(make_shards, monkeypatch, rank):
+    gathered = []
+
+    def gather(stored, order, *more):
+        gathered.append(len(order))
+        take_rows(stored, order, *more)
+
+    take_rows = pool.take
+    monkeypatch.setattr(pool, "take", gather)
+    options = {"batch_size": 16, "pool_rows": 40, "seed": 1, "background": False}
+    directory = make_shards(90, 50)
+    with ActivationStream(directory, **options) as whole:
+        batches = [whole.next_batch() for _ in range(12)]
+        state, following = whole.state_dict(), whole.next_batch()
+    gathered.clear()
+    with ActivationStream(directory, **options) as stream:
+        stream.start(rank, 3)
+        found = [stream.next_share(rank, 3).x for _ in range(4)]
+        assert sum(gathered) == 4 * 16
+        assert stream.state_dict() == state
+        assert all(map(torch.equal, found, batches[rank::3]))
+        assert torch.equal(stream.next_batch(), following)
 
 
 def test_loading_rewinds_a_stream_in_use(make_shards):

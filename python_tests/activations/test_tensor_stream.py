@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_fast.activations import TensorStream, Transform
+from sae_fast.activations import Source, TensorStream, Transform
 
 
 def numbered(count: int) -> torch.Tensor:
@@ -49,6 +49,15 @@ def test_a_resumed_stream_goes_on_exactly(total, batch_size, before):
     assert resumed.tokens_served == before * batch_size
     for _ in range(5):
         assert torch.equal(resumed.next_batch(), stream.next_batch())
+
+
+@pytest.mark.parametrize("next_share", [TensorStream.next_share, Source.next_share])
+def test_a_share_is_one_batch_of_several_also_where_all_are_made(next_share):
+    whole, stream = (TensorStream(numbered(50), batch_size=16, seed=2) for _ in range(2))
+    batches = [whole.next_batch() for _ in range(9)]
+    found = [next_share(stream, 1, 3).x for _ in range(3)]
+    assert all(map(torch.equal, found, batches[1::3]))
+    assert stream.state_dict() == whole.state_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -150,7 +150,7 @@ class GivenSource(Source):
         """Bytes on the GPU that the caller's source says that it takes."""
         return int(self._known("device_bytes", 0))
 
-    def start(self) -> None:
+    def start(self, rank: int = 0, size: int = 1) -> None:
         """Begin to read ahead, where the caller's source can be told to."""
         self._known("start", lambda: None)()
 

@@ -82,6 +82,23 @@ class SetReader:
     def fill(self, batch: Rows, places: slice | Tensor, count: int) -> None:
         """Put the next `count` rows in these places of the batch; raise Stopped when told to."""
         have = 0
+        for pool, served, taken in self._advance(count):
+            part: slice | Tensor
+            if isinstance(places, slice):
+                part = slice(places.start + have, places.start + have + taken)
+            else:
+                part = places[have : have + taken]
+            pool.take(served, served + taken, batch, part, *self._transforms)
+            have += taken
+
+    def skip(self, count: int) -> None:
+        """Leave out the next `count` rows, which are read with the others of their blocks."""
+        for _ in self._advance(count):
+            pass
+
+    def _advance(self, count: int) -> Iterator[tuple[Pool, int, int]]:
+        """Yield pools with the next `count` rows: their first one there and their number."""
+        have = 0
         while have < count:
             pool, served = self._pool, self.cursor.served
             if pool is None or self._following is None or served == pool.rows:
@@ -89,12 +106,7 @@ class SetReader:
                 self.cursor = replace(window, tokens=self.cursor.tokens)
                 continue
             taken = min(count - have, pool.rows - served)
-            part: slice | Tensor
-            if isinstance(places, slice):
-                part = slice(places.start + have, places.start + have + taken)
-            else:
-                part = places[have : have + taken]
-            pool.take(served, served + taken, batch, part, *self._transforms)
+            yield pool, served, taken
             have += taken
             tokens = self.cursor.tokens + taken
             self.cursor = replace(self.cursor, served=served + taken, tokens=tokens)

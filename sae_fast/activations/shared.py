@@ -214,8 +214,8 @@ class SharedReader(Source, Generic[Item]):
         """Seconds for which the source has kept all readers together waiting."""
         return self._shared.source.stall_seconds
 
-    def start(self) -> None:
-        """Begin to read ahead."""
+    def start(self, rank: int = 0, size: int = 1) -> None:
+        """Begin to read ahead, all batches for the readers together."""
         self._shared.source.start()
 
     def set_transform(

@@ -162,8 +162,13 @@ class BatchSource(ABC, Generic[Batch]):
         """Bytes that rows take on the GPU for which the batches are."""
         return 0
 
-    def start(self) -> None:
-        """Begin to read ahead, where that is done, so that the first batch is ready earlier."""
+    def start(self, rank: int = 0, size: int = 1) -> None:
+        """Begin to read ahead, where that is done, so that the first batch is ready earlier.
+
+        Args:
+            rank: of this process among those that have a batch each in turn.
+            size: their number.
+        """
         return
 
     def current_shards(self) -> list[Path]:
@@ -213,6 +218,15 @@ class Source(BatchSource[Rows]):
         self, transform: Transform | None, target_transform: Transform | None = None
     ) -> None:
         """Serve rows and targets transformed from the next batch on; None: as they are."""
+
+    def next_share(self, rank: int, size: int) -> Rows:
+        """Return the batch of one rank among the next `size` batches, and pass over the others."""
+        for _ in range(rank):
+            self.next_rows()
+        batch = self.next_rows()
+        for _ in range(size - rank - 1):
+            self.next_rows()
+        return batch
 
     def peek(self, count: int) -> list[Rows]:
         """Return the next `count` batches, fewer where the data end; they are served again."""

@@ -56,7 +56,8 @@ class BatchBuilder:
     In a batch the rows of every set have the places of its turns. Where sequences are whole the
     rows of a set come together instead, so that neighbours stay side by side. Rows in `kept`, one
     entry a set, stay where they were read to, and the batches are built there. With `pin_memory`
-    they are for a GPU, whose steps leave the processor's cores to the building of batches.
+    they are for a GPU, whose steps leave the processor's cores to the building of batches. Of a
+    `share` (rank, size) every size-th batch is built, and the others are passed over.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class BatchBuilder:
         pin_memory: bool = False,
         kept: Sequence[ResidentRows | None] = (),
         background: bool = True,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.stopping = threading.Event()  # set, it ends the reading of a window
         self._mix = mix
@@ -78,6 +80,7 @@ class BatchBuilder:
         self._pin_memory = pin_memory
         self._device = kept[0].device if kept and kept[0] else None
         self._background = background
+        self._share = share
         self._disks = DiskThreads(mix.sets, background=background)
         self._readers = [
             SetReader(shards, plan, cursor, transforms, self.stopping, self._disks, rows)
@@ -115,16 +118,25 @@ class BatchBuilder:
             self._disks.close()
 
     def _next_batch(self) -> tuple[Rows, Cursors]:
-        served = sum(reader.cursor.tokens for reader in self._readers)
+        rank, size = self._share
+        self._pass_over(rank)
         batch = self._new_batch()
-        for reader, (places, count) in zip(self._readers, self._places(served), strict=True):
+        for reader, (places, count) in zip(self._readers, self._places(), strict=True):
             reader.fill(batch, places, count)
             if STARTS in batch.columns and isinstance(places, slice) and count:
                 batch.columns[STARTS][places.start] = True  # the row before it is in another batch
+        self._pass_over(size - rank - 1)
         return batch, tuple(reader.cursor for reader in self._readers)
 
-    def _places(self, served: int) -> list[tuple[slice | Tensor, int]]:
-        """Return the batch positions and row counts of each set, given the rows served so far."""
+    def _pass_over(self, count: int) -> None:
+        """Leave out the next batches, which other processes build."""
+        for _ in range(count):
+            for reader, (_, rows) in zip(self._readers, self._places(), strict=True):
+                reader.skip(rows)
+
+    def _places(self) -> list[tuple[slice | Tensor, int]]:
+        """Return the batch positions and row counts of each set in the next batch."""
+        served = sum(reader.cursor.tokens for reader in self._readers)
         if len(self._mix.sets) == 1:
             return [(slice(0, self._batch_size), self._batch_size)]
         found = batch_places(self._mix, served, self._batch_size)
@@ -228,6 +240,7 @@ class ActivationStream(Source):
         self._reader: BatchReader | None = None
         self._stop_reader: Callable[[], object] | None = None
         self._closed = False
+        self._share = (0, 1)
         self.set_transform(transform, target_transform)
 
     @property
@@ -322,10 +335,18 @@ class ActivationStream(Source):
     def _served_rows(self) -> ServedRows:
         return ServedRows(self._mix, self._plans)
 
-    def start(self) -> None:
-        """Begin to read, so that the first batch is ready, or nearly, when it is asked for."""
+    def start(self, rank: int = 0, size: int = 1) -> None:
+        """Begin to read, so that the first batch is ready, or nearly, when it is asked for.
+
+        Args:
+            rank: of this process among those that `next_share` hands a batch each.
+            size: their number.
+        """
         if self._closed:
             raise ValueError("the stream is closed")
+        if self._share != (rank, size):
+            self._halt()
+            self._share = rank, size
         if self._reader is not None:
             return
         if self._keep_on is not None and not self._kept:
@@ -343,6 +364,7 @@ class ActivationStream(Source):
             pin_memory=self._pin_memory,
             kept=self._kept,
             background=self._background,
+            share=self._share,
         )
         self._reader = builder.reader()
         # The thread must end with the stream or the process, whichever is first; it holds no
@@ -364,7 +386,14 @@ class ActivationStream(Source):
 
     def next_rows(self) -> Rows:
         """Return the next rows with their columns; raise ShardError if a shard cannot be read."""
-        self.start()
+        return self.next_share(0, 1)
+
+    def next_share(self, rank: int, size: int) -> Rows:
+        """Return the batch of one rank among the next `size`; the other batches are not built.
+
+        Their rows are read, in blocks with the rows of this rank, and checked.
+        """
+        self.start(rank, size)
         assert self._reader is not None
         if self._reader.ready:
             batch, self._cursors = self._reader.get()

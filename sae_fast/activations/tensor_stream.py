@@ -178,6 +178,13 @@ class TensorStream(Source):
         self._stall_seconds += time.perf_counter() - begin
         return batch
 
+    def next_share(self, rank: int, size: int) -> Rows:
+        """Return the batch of one rank among the next `size` batches; no other is gathered."""
+        self._tokens += rank * self.batch_size
+        batch = self.next_rows()
+        self._tokens += (size - rank - 1) * self.batch_size
+        return batch
+
     def batch_rows(self, first: int) -> RowNumbers:
         """Return the number, in `stored`, of each row of a batch.
 

@@ -61,6 +61,10 @@ class StepBatches:
         self._stalled = 0.0
         self._uploads = _Uploads(device) if ahead and device.type == "cuda" else None
 
+    def start(self) -> None:
+        """Let the source read ahead what this rank takes."""
+        self._source.start(self._ranks.rank, self._ranks.size)
+
     def take(self) -> list[Rows]:
         """Return the batches of the next step; raise what kept the source from serving them."""
         if self._error is not None:
@@ -126,8 +130,7 @@ class StepBatches:
     def _next_batches(self) -> list[Rows]:
         """Return the batches of a step that are this rank's; the others' are passed over."""
         rank, size = self._ranks.rank, self._ranks.size
-        served = (self._source.next_rows() for _ in range(self._per_step * size))
-        return [batch for number, batch in enumerate(served) if number % size == rank]
+        return [self._source.next_share(rank, size) for _ in range(self._per_step)]
 
     def _fetch(self) -> _Fetched:
         before = self._source.stall_seconds

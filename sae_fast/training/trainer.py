@@ -696,7 +696,7 @@ class Trainer:
         if self._run is not None:
             self._run.hold()
         if not self.was_complete:
-            self.source.start()  # reads beside what comes first
+            self.batches.start()  # reads beside what comes first
             logger.info("%s", describe_kernels())
             logger.info("%s", self.train_config.describe_precision())
             logger.info("%s", self.schedules.rate.describe())
