@@ -235,8 +235,8 @@ def test_encode_calls_times_every_way_for_every_number_of_tokens(run):
 
 
 @pytest.mark.slow
-def test_ranks_times_every_number_of_processes(run):
-    result, table = run("ranks", "--sizes", SIZE, "--ranks", "1", "--steps", "2")
+def test_ranks_times_every_mesh(run):
+    result, table = run("ranks", "--sizes", SIZE, "--mesh", "data=1", "--steps", "2")
     (found,) = result["sizes"].values()
     assert list(found) == ["data=1"]
     assert found["data=1"]["seconds"] > 0 == found["data=1"]["bytes"]
