@@ -32,15 +32,25 @@ if(SAE_FAST_SANITIZE MATCHES thread)
   # the loads and stores of emulated tiles, and misses the ones of tile instructions.
   list(FILTER ISA_LEVELS INCLUDE REGEX "^(portable|amx_emulated)$")
 elseif(SAE_FAST_SANITIZE)
-  # avx512vnni differs from avx512 in one instruction between registers. Where the processor cannot
-  # run AVX-512, the tests would skip these levels, which the module is compiled with all the same.
+  # avx512vnni differs from avx512 in one instruction between registers. Levels that the processor
+  # cannot run would be skipped by the tests, and the module is compiled with them all the same.
   list(REMOVE_ITEM ISA_LEVELS avx512vnni)
+  include(CheckCXXSourceRuns)
   if("avx512" IN_LIST ISA_LEVELS)
-    include(CheckCXXSourceRuns)
     check_cxx_source_runs("int main() { return !__builtin_cpu_supports(\"avx512vl\"); }"
       SAE_FAST_RUNS_AVX512)
     if(NOT SAE_FAST_RUNS_AVX512)
-      list(REMOVE_ITEM ISA_LEVELS avx512 amx)
+      list(REMOVE_ITEM ISA_LEVELS avx512)
+    endif()
+  endif()
+  if("amx" IN_LIST ISA_LEVELS)
+    check_cxx_source_runs("#include <cpuid.h>
+      int main() {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        return !(__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1));
+      }" SAE_FAST_RUNS_TILES)
+    if(NOT SAE_FAST_RUNS_TILES)
+      list(REMOVE_ITEM ISA_LEVELS amx)
     endif()
   endif()
 endif()
