@@ -182,9 +182,13 @@ class Ranks:
         """
         if self.size == 1:
             return {}
-        traffic, spent = self._traffic, self._traffic.seconds
-        sent, traffic.bytes_sent, traffic.seconds = traffic.bytes_sent, 0, 0.0
+        sent, spent = self._traffic.bytes_sent, self._traffic.seconds
+        self.drop_traffic()
         return {"exchanged_bytes": sent / steps, "communication_fraction": spent / seconds}
+
+    def drop_traffic(self) -> None:
+        """Forget what was exchanged since `take_traffic`, as after the last step of a training."""
+        self._traffic.bytes_sent, self._traffic.seconds = 0, 0.0
 
     @contextmanager
     def counted(self) -> Iterator[None]:

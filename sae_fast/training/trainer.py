@@ -705,6 +705,7 @@ class Trainer:
         self._callbacks.start()
         if self.saved_step < 0:
             self.save_checkpoint()  # before any work: that it can be done is known now
+        self.ranks.drop_traffic()
         self.clock.resume()
         self._is_open = True
 
