@@ -1,10 +1,13 @@
 """The baselines compute the results of sae_fast, so that their times can be compared."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
+from benchmarks.baselines import sae_fast_trainer
 from benchmarks.baselines.eager import EagerTrainer
-from benchmarks.baselines.sae_fast_trainer import FittedTrainer
+from benchmarks.baselines.sae_fast_trainer import CapturedTrainer, FittedTrainer, SaeFastTrainer
 from benchmarks.baselines.tuned import GatherTrainer, TunedTrainer
 from benchmarks.implementations import choose_implementations, make_local
 from benchmarks.support.problem import learning_rate, make_activations, make_weights
@@ -88,6 +91,39 @@ def test_a_run_of_known_length_has_the_defaults_of_sae_fast(tiny):
     assert max(rates) == rates[5] == rates[58] == 0.004
     assert rates[0] == pytest.approx(0.004 / 6)
     assert rates[-1] == pytest.approx(0.004 / 41)
+
+
+def test_the_step_in_a_graph_warms_up_on_the_stream_of_its_capture(tiny, monkeypatch):
+    made_on = []
+
+    class Recorder:
+        """A GraphRecorder without a GPU, whose replay does the work again."""
+
+        stream = "current"
+
+        def __init__(self, device):
+            pass
+
+        @contextmanager
+        def side_stream(self):
+            self.stream = "side"
+            yield
+            self.stream = "current"
+
+        def record(self, work):
+            return lambda: (made_on.append("replay"), work())
+
+    def noted(trainer, x, step=SaeFastTrainer.step):
+        made_on.append(captured.recorder.stream)
+        return step(trainer, x)
+
+    monkeypatch.setattr(sae_fast_trainer, "GraphRecorder", Recorder)
+    weights, lr = make_weights(tiny), learning_rate(tiny)
+    expected = step_losses(SaeFastTrainer(weights, tiny.k, lr), tiny)
+    captured = CapturedTrainer(SaeFastTrainer(weights, tiny.k, lr))
+    monkeypatch.setattr(SaeFastTrainer, "step", noted)
+    assert torch.equal(step_losses(captured, tiny), expected)
+    assert made_on == ["side", "replay", "current", "replay", "current"]
 
 
 def test_an_unknown_peer_is_named():
