@@ -600,7 +600,7 @@ def _say_of_all(work: Trainer | Sweep, lines: Sequence[str], output: CommandOutp
     from sae_fast.training.sweep import Sweep
 
     if isinstance(work, Sweep):
-        lines = [line for others in work.ranks.values(list(lines)) for line in others]
+        lines = [line for others in work.values(list(lines)) for line in others]
     for line in lines:
         output.say(line)
 
@@ -627,10 +627,13 @@ def _prefix(name: str) -> str:
 
 def _write_sweep(path: Path, work: Trainer | Sweep) -> None:
     """Write the summary of each training of a sweep, by one process."""
+    from sae_fast.training.sweep import Sweep
+
     trainers = _trainers_of(work)
     runs = {name: trainer.summary for name, trainer in trainers.items()}
     were_complete = all(trainer.was_complete for trainer in trainers.values())
-    found = work.ranks.values([runs, were_complete])
+    every: list[Any] = [runs, were_complete]
+    found = work.values(every) if isinstance(work, Sweep) else [every]
     runs = {name: summary for others, _ in found for name, summary in others.items()}
     if not work.ranks.is_first or (all(one for _, one in found) and _has_sweep(path, runs)):
         return

@@ -175,6 +175,14 @@ def main(directory: Path) -> None:
     again = opened_from_model(network, out, resume_from="latest", **mesh)
     found["goes on"] = [trainer.step for trainer in again.trainers.values()]
     again.train()
+    one = {"normalizations": ["mean_scale"], "mesh_timeout": 1.0}
+    out = directory / "data-of-text"
+    opened_from_model(network, out, [Signal(2, signal.SIGTERM)], mesh="data=2", **one).train()
+    again = opened_from_model(network, out, mesh="data=2", resume_from="latest", **one)
+    found["data goes on"] = [trainer.step for trainer in again.trainers.values()]
+    again.train()
+    with counted_tokens() as found["tokens of one"]:
+        opened_from_model(network, directory / "latents-of-text", mesh="latents=2", **one).train()
     for loss_fn in LOSSES:
         from_model(directory / f"two-of-model-{loss_fn}", network, loss_fn=loss_fn, **mesh)
     slots(directory, "two-slots", **mesh)
@@ -195,6 +203,8 @@ def main(directory: Path) -> None:
     found["few"] = error_of(lambda: Sweep(first))
     other = configs(directory, **mesh, lr=1e-2 + rank * 1e-3)
     found["settings"] = error_of(lambda: Sweep(other))
+    several = {"mesh": "data=2", "mesh_timeout": 1.0}
+    found["several"] = error_of(lambda: opened_from_model(network, out, **several))
     if rank == 1:
         shutil.move(directory / "shards/layer_2", directory / "away")
     found["gone"] = error_of(

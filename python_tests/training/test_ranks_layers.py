@@ -12,6 +12,7 @@ import pytest
 import several_ranks
 import torch
 from safetensors.torch import load_file
+from several_ranks import assert_near, tensors_of
 from small_models import make_network, save_model
 from small_texts import make_texts
 from torch import nn
@@ -70,6 +71,11 @@ def alone(place: Path, network: nn.Module) -> dict[str, list[Any]]:
         with layers_worker.counted_tokens() as tokens:
             layers_worker.from_model(place / "one-of-model", network)
         layers_worker.opened_from_model(network, place / "one-of-text").train()
+        given = {"normalizations": ["mean_scale"]}
+        with layers_worker.counted_tokens() as of_one:
+            layers_worker.opened_from_model(network, place / "whole-of-text", **given).train()
+        given["grad_acc_steps"] = 2
+        layers_worker.opened_from_model(network, place / "steps-of-text", **given).train()
         for loss_fn in layers_worker.LOSSES:
             out = place / f"one-of-model-{loss_fn}"
             layers_worker.from_model(out, network, loss_fn=loss_fn)
@@ -78,7 +84,7 @@ def alone(place: Path, network: nn.Module) -> dict[str, list[Any]]:
         given = layers_worker.configs(place, checkpoint_dir=str(place / "whole"))
         Sweep(given, show_progress=False).train()
     torch.set_num_threads(threads)
-    return {"losses": losses, "tokens": tokens}
+    return {"losses": losses, "tokens": tokens, "tokens of one": of_one}
 
 
 def assert_equal_runs(first: Path, other: Path) -> None:
@@ -99,6 +105,7 @@ def assert_equal_runs(first: Path, other: Path) -> None:
         ("one", "two", LAYERS),
         ("one-of-model", "two-of-model", HOOKS),
         ("one-of-text", "two-of-text", ["residual.1/none", "residual.1/mean_scale"]),
+        ("steps-of-text", "data-of-text", ["residual.1/mean_scale"]),
         ("one-of-model-ce", "two-of-model-ce", HOOKS),
         ("one-of-model-kl", "two-of-model-kl", HOOKS),
         ("one-slots", "two-slots", SLOTS),
@@ -148,6 +155,21 @@ def test_each_text_is_read_by_the_model_of_one_process(
     assert len(expected) >= 8
     for rank, found in enumerate(ranks):
         assert found["tokens"] == expected[rank::2]
+    passes = [found["tokens of one"] for found in ranks]  # of held-out text too
+    assert sorted(passes[0] + passes[1]) == sorted(alone["tokens of one"])
+    assert abs(len(passes[0]) - len(passes[1])) <= 2
+
+
+@pytest.mark.slow
+def test_one_training_straight_from_a_model_divides_its_batches_or_latents(
+    ranks: list[dict[str, Any]], place: Path
+) -> None:
+    assert [found["data goes on"] for found in ranks] == [[2], [2]]
+    name = "residual.1/mean_scale"
+    found = [tensors_of(place / run / name) for run in ("whole-of-text", "latents-of-text")]
+    assert_near(*found)
+    for one in ranks:
+        assert "divides one training, and these are several" in one["several"]
 
 
 @pytest.mark.slow

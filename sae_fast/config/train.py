@@ -396,7 +396,7 @@ class TrainConfig(ConfigFile):
         brief="what processes divide: data=2, latents=2, data=2,latents=2 or layers=2",
     )
     """What the processes that torchrun has started divide: data=R the batches of a step, R at a
-    time, of one training on shards; latents=R the latents of its model, 1/R of the memory;
+    time, of one training; latents=R the latents of its model, 1/R of the memory;
     data=A,latents=B both, with A times B processes; layers=R the trainings of a sweep, of several
     seeds or hook points, a block of them each. The results equal what one process gives, with
     data=R and R times as many grad_acc_steps, to the bit, but for sums of floats with latents=R."""

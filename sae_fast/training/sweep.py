@@ -44,7 +44,7 @@ from sae_fast.config.fields import field_names, reject_unknown_keys
 from sae_fast.config.mesh import divides
 from sae_fast.config.sae import config_of, without_other_size
 from sae_fast.config.setting import rules_of
-from sae_fast.distributed.ranks import Ranks, Wishes, open_ranks
+from sae_fast.distributed.ranks import RankError, Ranks, Wishes, open_ranks
 from sae_fast.json_files import read_json, shown
 from sae_fast.log_output import show_log
 from sae_fast.training.callbacks import Callback
@@ -123,6 +123,7 @@ class Sweep:
         self._stop = stop
         self._wall_clock = WallClock(first)
         self.ranks = ranks_of_sweep(configs)
+        self._divides_trainings = not divides(first.mesh, "data", "latents")
         self._show_progress = show_progress and self.ranks.is_first
         if self._show_progress:
             show_log()
@@ -147,7 +148,7 @@ class Sweep:
                 self.trainers[name] = make(name, told_apart(name, config))
             except BaseException as error:
                 self._close()
-                if isinstance(error, ValueError):
+                if isinstance(error, ValueError) and not isinstance(error, RankError):
                     raise ValueError(f"{name}: {error}") from error
                 raise
         try:
@@ -163,6 +164,13 @@ class Sweep:
             "its device": trainers[0].device.type,
             "the step": trainers[0].step,
         }
+
+    def values(self, value: Any) -> list[Any]:
+        """Return a JSON value of every process that makes trainings of its own, in their order.
+
+        Processes that make one training together have the value in common.
+        """
+        return self.ranks.values(value) if self._divides_trainings else [value]
 
     def train(self) -> dict[str, SparseAutoencoder]:
         """Make all steps of all trainings, or those up to a signal; return the models by name.
@@ -252,7 +260,7 @@ class Sweep:
 
     def _note_all(self, own: _Advance) -> None:
         """Exchange with the other processes where the trainings are."""
-        found = [_Advance(*each) for each in self.ranks.values(list(own))]
+        found = [_Advance(*each) for each in self.values(list(own))]
         tokens, *flags = zip(*found, strict=True)
         self._all = _Advance(sum(tokens), *map(any, flags))
 
@@ -269,7 +277,7 @@ class Sweep:
         trainers = self.trainers.values()
         total = sum(trainer.total_tokens for trainer in trainers)
         done = sum(trainer.tokens for trainer in trainers)
-        found = self.ranks.values([total, done])
+        found = self.values([total, done])
         total, done = map(sum, zip(*found, strict=True))
         return ProgressBar(total, done, shown=self._show_progress)
 
@@ -315,13 +323,13 @@ def ranks_of_sweep(configs: Mapping[str, RunConfig]) -> Ranks:
     Raises ValueError where the mesh divides something else, or is larger than their number.
     """
     train = next(iter(configs.values())).train
-    if divides(train.mesh, "data", "latents"):
+    if divides(train.mesh, "data", "latents") and len(configs) > 1:
         raise ValueError(
             f"mesh = {train.mesh!r} divides one training, and these are several: layers=R has each "
             "process make some of them"
         )
     ranks = open_ranks(train)
-    if ranks.size > len(configs):
+    if ranks.size > len(configs) and not divides(train.mesh, "data", "latents"):
         raise ValueError(
             f"mesh = {train.mesh!r} has more processes than there are trainings, {len(configs)}"
         )
@@ -329,8 +337,11 @@ def ranks_of_sweep(configs: Mapping[str, RunConfig]) -> Ranks:
 
 
 def own_trainings(configs: Mapping[str, RunConfig], ranks: Ranks) -> dict[str, RunConfig]:
-    """Return the trainings of this process: of 12 and 3 processes the first has the first 4."""
-    if ranks.size == 1:
+    """Return the trainings of this process: of 12 and 3 processes the first has the first 4.
+
+    One that divides its batches or latents is made by all processes together.
+    """
+    if ranks.size == 1 or divides(next(iter(configs.values())).train.mesh, "data", "latents"):
         return dict(configs)
     found = {}
     for name in block_of(configs, ranks.rank, ranks.size):

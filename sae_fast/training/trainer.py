@@ -24,7 +24,6 @@ from sae_fast import ops
 from sae_fast.activations import ActivationSource
 from sae_fast.activations.given_arrays import Given
 from sae_fast.activations.scanning import RECORD_NAME
-from sae_fast.activations.shared import SharedReader
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architectures import ARCHITECTURES, make_architecture
 from sae_fast.autoencoder.files import TENSOR_FILE, write_config
@@ -958,7 +957,7 @@ def _check_mesh(
         raise ValueError(
             f"mesh must be left out with loss_fn {sae.loss_fn}, for which one process runs a model"
         )
-    if isinstance(data, SharedShards | SharedReader):
+    if isinstance(data, SharedShards):
         raise ValueError("mesh data must be left out of a sweep: layers divides its trainings")
     if divides(train.mesh, "latents"):
         return check_divisible(sae, train, loss_terms)

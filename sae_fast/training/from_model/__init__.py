@@ -92,10 +92,6 @@ def open_from_model(
         ValueError: in one line, for what does not fit.
     """
     first = next(iter(configs.values())).train
-    if divides(first.mesh, "data", "latents"):
-        raise ValueError(
-            f"mesh = {first.mesh!r} is for training on shards: here layers=R divides the trainings"
-        )
     ranks = open_ranks(first)
     for config in configs.values():
         _check_model(config.sae)
@@ -159,7 +155,9 @@ def _division(capture: Capture, configs: Mapping[str, RunConfig], ranks: Ranks) 
     machine = ranks.on_machine()
     if machine.size == 1 or any(config.sae.is_end_to_end for config in configs.values()):
         return None
-    blocks = (block_of(configs, number, ranks.size) for number in machine.numbers)
+    blocks = [list(configs)] * machine.size
+    if divides(next(iter(configs.values())).train.mesh, "layers"):
+        blocks = [block_of(configs, number, ranks.size) for number in machine.numbers]
     wanted = [{name.partition("/")[0] for name in names} for names in blocks]
     hooks = [hook for hook in capture.hooked.hooks if any(hook.name in names for names in wanted)]
     found = Division(
