@@ -37,9 +37,13 @@ _MOST_DESCRIPTORS = 4096
 _sockets: list[socket.socket] = []  # of a server, which its forks leave
 _POPEN = subprocess.Popen  # tests replace it by `popen`
 # An interpreter, or a library that torch loads, reads these when it starts. The number of threads
-# can be set later, and PYTHON alone is the name of a program.
+# can be set later, and PYTHON alone is the name of a program. KMP_DUPLICATE_LIB_OK is set by
+# scikit-learn when it is imported, which may be after the first process was forked.
 _READ_AT_START = ("LD_", "OMP_", "MKL_", "KMP_", "PYTHON")
-_SET_LATER = {"OMP_NUM_THREADS", "PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED"}
+_SET_LATER = {
+    *("OMP_NUM_THREADS", "PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED"),
+    "KMP_DUPLICATE_LIB_OK",
+}
 
 
 def run(
