@@ -125,6 +125,11 @@ class LivePages(Callback):
         """Write the pages of the last step, if a step was made."""
         if error is None and trainer.step > self._newest and trainer.codes:
             self._write(trainer)
+            if self._newest < 0:
+                logger.warning(
+                    "no live pages were written: the text of the steps was not kept, because "
+                    "more rows were read ahead than the pool of pool_rows holds"
+                )
         self._trainer = None
 
     def _take(self, trainer: Trainer) -> None:
