@@ -1,4 +1,4 @@
-"""Trains small models by four processes that divide batches and latents, by two, or by one.
+"""Trains small models by processes that divide batches and latents: 1, 2, 4 or 16 of them.
 
 Run by test_ranks_mesh.py: `main(DIRECTORY)`, with the variables of a launcher.
 """
@@ -11,7 +11,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import latents_worker
 import torch
@@ -20,6 +20,7 @@ from several_ranks import error_of
 from torch import Tensor
 
 from sae_fast import Callback, Trainer
+from sae_fast.activations import ShardError
 from sae_fast.config.mesh import parsed_mesh
 from sae_fast.distributed.environment import launched
 from sae_fast.distributed.ranks import Ranks
@@ -27,6 +28,7 @@ from sae_fast.training import run_directory
 
 CASES = ("topk", "batch_topk", "jumprelu")
 BOTH = "data=2,latents=2"
+SIXTEEN = "data=4,latents=4"
 # Meshes by which one run is made, with the step after which each ends.
 CHAIN = (("data=2", 2), ("latents=2", 3), ("data=2", 4), (None, 6), (BOTH, 8))
 
@@ -69,10 +71,20 @@ def disturb(trainer: Trainer) -> None:
     trainer.sae.W_enc[0, 0] += 1e-6
 
 
+def lose_shard(trainer: Trainer) -> None:
+    """Let this process read no more rows."""
+    lost = ShardError("shard_00003.h5: No such file or directory")
+    trainer.source.next_share = Mock(side_effect=lost)  # type: ignore[method-assign]
+
+
 def main(directory: Path) -> None:
-    """Do what the test looks at, as one of two processes or of four."""
+    """Do what the test looks at, as one of 2, 4 or 16 processes."""
     run_directory.plot_run = lambda rows, path, title: path  # it takes longer than the trainings
     place = launched()
+    if place.size == 16:
+        small = {"grad_acc_steps": 1, "max_steps": 2, "mesh_timeout": 10.0}
+        trainer_of("topk", directory / "sixteen", SIXTEEN, **small).train()
+        return
     found: dict[str, Any] = {"began": continued(directory / "chain")}
     if place.size == 4:
         found["history"] = {}
@@ -89,10 +101,15 @@ def main(directory: Path) -> None:
         again.train()
         disturbed = trainer_of("topk", None, BOTH, [At(3, disturb)], checkpoint_every=4)
         found["disturbed"] = error_of(disturbed.train)
+        spoilt = [At(3, latents_worker.spoil)]
+        found["spoilt"] = error_of(trainer_of("topk", None, BOTH, spoilt).train)
         full = [At(3, latents_worker.fill_disk, rank=1)]
         found["full disk"] = error_of(trainer_of("topk", directory / "full", BOTH, full).train)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         torch.save(found, directory / f"rank-{place.rank}.pt")
         kill = [At(3, lambda _: os.kill(os.getpid(), signal.SIGKILL))]
         found["killed"] = error_of(trainer_of("topk", None, BOTH, kill).train)
+    else:
+        lost = [At(3, lose_shard)]
+        found["lost shard"] = error_of(trainer_of("topk", None, "data=2", lost).train)
     torch.save(found, directory / f"{place.size}-rank-{place.rank}.pt")

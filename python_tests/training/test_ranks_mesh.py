@@ -99,6 +99,22 @@ def test_the_processes_of_a_machine_exchange_bytes(ranks: dict[int, list[dict[st
 
 
 @pytest.mark.slow
+def test_a_number_that_is_not_finite_in_one_process_ends_all(
+    ranks: dict[int, list[dict[str, Any]]],
+) -> None:
+    for found in ranks[4]:
+        assert found["spoilt"].startswith("step 4: the loss is nan")
+
+
+@pytest.mark.slow
+def test_a_shard_that_one_process_cannot_read_is_named_by_all(
+    ranks: dict[int, list[dict[str, Any]]],
+) -> None:
+    lost = "shard_00003.h5: No such file or directory"
+    assert [found["lost shard"] for found in ranks[2]] == [f"rank 1: {lost}", lost]
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_ends_all(ranks: dict[int, list[dict[str, Any]]]) -> None:
     for found in ranks[4]:
         assert found["full disk"].startswith("rank 1: ")
@@ -109,3 +125,15 @@ def test_a_disk_that_is_full_ends_all(ranks: dict[int, list[dict[str, Any]]]) ->
 def test_a_process_that_is_killed_is_named_by_all(ranks: dict[int, list[dict[str, Any]]]) -> None:
     for found in ranks[4][:3]:
         assert found["killed"] == "rank 3 has ended, or did not answer in time"
+
+
+@pytest.mark.slow
+def test_sixteen_processes_train_what_one_trains(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "plot_run", lambda rows, path, title: path)
+    ends = several_ranks.run("mesh_worker", place, 16)
+    assert [end.returncode for end in ends] == [0] * 16, "".join(end.stderr for end in ends)
+    one = {"grad_acc_steps": 4, "max_steps": 2}
+    mesh_worker.trainer_of("topk", place / "one of sixteen", None, **one).train()
+    assert_near(tensors_of(place / "one of sixteen"), tensors_of(place / "sixteen"))
