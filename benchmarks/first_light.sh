@@ -13,6 +13,7 @@
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 64
+source benchmarks/gpu_parts.sh
 
 refuse() {
   echo "first_light.sh: $1" >&2
@@ -39,25 +40,29 @@ log=$out/log.txt
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 : >"$out/summary.txt"
-export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=2
 export PYTHONPATH=$work/site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 failed=0 # steps
 
 allowed() { echo $((($1 * PERCENT + 99) / 100)); }
 
-# step SECONDS NAME COMMAND…: runs a command within its time. A late command is ended by an
-# interrupt, which lets Python write the results so far.
+# step SECONDS NAME FUNCTION…: calls a function that runs a command by `limited`.
 step() {
   local limit name=$2 began=$SECONDS status
   limit=$(allowed "$1")
-  shift 2
-  echo "== $name: $*" >>"$log"
-  timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1
+  "${@:3}"
   status=$?
   ((status == 0)) || failed=$((failed + 1))
   echo "$SECONDS s: $name: exit code $status after $((SECONDS - began)) of $limit s" |
     tee -a "$out/summary.txt"
   return "$status"
+}
+
+# Runs a command within the time of the step. A late command is ended by an interrupt, which lets
+# Python write the results so far.
+limited() {
+  echo "== $name: $*" >>"$log"
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >>"$log" 2>&1
 }
 
 if [[ $device == cuda ]]; then
@@ -74,20 +79,16 @@ fi
 
 install_wheels() {
   compgen -G ".whl/*.whl" >/dev/null || return 0
-  step 20 wheels "$PYTHON" -m pip install -q --no-index --no-deps --no-compile \
+  step 20 wheels limited "$PYTHON" -m pip install -q --no-index --no-deps --no-compile \
     --target "$work/site" .whl/*.whl
 }
 
 build() {
   if [[ $device == cpu ]]; then
-    step 20 build "$PYTHON" -m sae_fast.info
+    step 20 build limited "$PYTHON" -m sae_fast.info
     return
   fi
-  local architecture
-  architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-  [[ $architecture != 9.0 ]] || architecture=9.0a # for wgmma
-  TORCH_CUDA_ARCH_LIST=$architecture SAE_FAST_CUDA=1 SAE_FAST_BUILD_DIR=build/gpu step 130 build \
-    "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index -e . || return
+  step 130 build build_module || return
   # Smaller without symbols, so that it can be kept and need not be built again.
   strip -o "$out/module.so" sae_fast/_C*.so >>"$log" 2>&1 || rm -f "$out/module.so"
 }
@@ -98,45 +99,37 @@ has_module() {
 }
 
 tests() { # SECONDS TESTS…
-  local limit=$1 options
+  local limit=$1 options=(--maxfail 60)
   shift
-  # pytest-benchmark warns beside xdist, and warnings are errors.
-  options=(-q -p no:cacheprovider -p no:benchmark --maxfail 60 --junitxml "$out/tests.xml")
   if [[ $device == cpu ]]; then
     options+=(-m "not cuda and not slow")
   else
     options+=(-m cuda -k "not inductor")
-    "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n 8 --dist worksteal)
+    has_xdist && options+=(-n 8 --dist worksteal)
   fi
-  step "$limit" tests "$PYTHON" -m pytest "${options[@]}" "$@"
+  step "$limit" tests run_tests "${options[@]}" "$@"
 }
 
 profile() { # SECONDS SIZE PRECISION
-  step "$1" "profile $2 $3" "$PYTHON" -m benchmarks.profile_step slowest --device "$device" \
-    --size "$2" --precision "$3" --json "$work/profile.json" --markdown "$work/profile.md"
+  step "$1" "profile $2 $3" profile_step "$2" --precision "$3" --json "$work/profile.json" \
+    --markdown "$work/profile.md"
   cat "$work/profile.md" >>"$out/profiles.md" 2>/dev/null
 }
 
 bench() { # SECONDS SIZE PEERS OURS
-  step "$1" "benchmark $2" "$PYTHON" -m benchmarks.train_step --device "$device" --sizes "$2" \
-    --merge --rounds 3 --seconds $(($(allowed "$1") * 3 / 4)) --memory-steps 0 --peers "$3" --ours "$4" \
-    --json "$out/train_step.json" --markdown "$out/train_step.md"
+  step "$1" "benchmark $2" time_steps $(($(allowed "$1") * 3 / 4)) "$2" --rounds 3 \
+    --peers "$3" --ours "$4" --markdown "$out/train_step.md"
 }
 
-sanitize() { # SECONDS TOOL
-  # Only kernels of this project: instrumenting the libraries' takes minutes.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" "$2" compute-sanitizer --tool "$2" \
-    --error-exitcode 9 --kernel-name kernel_substring=sae_fast \
-    "$PYTHON" python_tests/ops/run_every_op.py
-}
+sanitize() { step "$1" "$2" sanitize_ops "$2"; } # SECONDS TOOL
 
 part_a() {
   local size precision
   rm -f "$out"/{train_step.json,train_step.md,profiles.md,tests.xml}
   { nvidia-smi; uname -r; nvcc --version; "$PYTHON" -m pip list; } >>"$log" 2>&1
   build || return
-  step 10 info "$PYTHON" -m sae_fast.info
-  SAE_FAST_DEBUG_SYNC=1 step 30 "every op" "$PYTHON" python_tests/ops/run_every_op.py \
+  step 10 info limited "$PYTHON" -m sae_fast.info
+  SAE_FAST_DEBUG_SYNC=1 step 30 "every op" limited "$PYTHON" python_tests/ops/run_every_op.py \
     --device "$device" || { [[ $device == cpu ]] || sanitize 60 memcheck; }
   if [[ $device == cpu ]]; then
     tests 60 python_tests/ops/test_decode.py
@@ -157,14 +150,11 @@ part_b() { # TESTS…
   (($# == 0)) || tests 40 "$@"
   bench 35 "${sizes[0]}" eager_bf16,gather_bf16,eager "$eager"
   for size in "${sizes[@]:1}"; do bench 40 "$size" eager_bf16 "$graphs"; done
-  step 40 kernels "$PYTHON" -m benchmarks.kernels --device "$device" \
-    --sizes "$(IFS=,; echo "${profiled[*]}")" --rounds 3 --seconds "$(allowed 32)" --no-reader \
-    --json "$out/kernels.json"
+  step 40 kernels time_kernels "$(allowed 32)" "$(IFS=, && echo "${profiled[*]}")" --rounds 3
   [[ $device == cuda ]] || return
-  step 45 ncu ncu --clock-control none --cache-control none --profile-from-start off --csv \
-    --page raw --metrics "$("$PYTHON" -m benchmarks.profile_step metrics)" --launch-count 8 \
-    --kernel-name 'regex:^(update_kernel|gradient_norm_kernel|reconstruct_kernel|score_kernel|select_kernel)$' \
-    --log-file "$out/ncu.csv" "$PYTHON" -m benchmarks.profile_step run --size "${profiled[0]}"
+  step 45 ncu count_kernels "${profiled[0]}" 8 \
+    '^(update_kernel|gradient_norm_kernel|reconstruct_kernel|score_kernel|select_kernel)$' \
+    "$out/ncu.csv"
   sanitize 30 memcheck
   sanitize 30 racecheck
 }

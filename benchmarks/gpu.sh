@@ -7,6 +7,7 @@
 # shellcheck disable=SC2329  # the parts are called by name
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 64
+source benchmarks/gpu_parts.sh
 
 usage() {
   cat <<'TEXT'
@@ -96,7 +97,7 @@ left() { echo $((deadline - SECONDS)); }
 
 # Runs a command within the rest of its part's time, or within `portion` percent of the rest. A late
 # command is ended by an interrupt, which lets Python write the results so far.
-within() {
+limited() {
   local remaining status
   remaining=$(($(left) * ${portion:-100} / 100))
   say "+ $*"
@@ -164,42 +165,34 @@ run_part() {
 }
 
 part_build() {
-  local architecture options
   if [[ $device == cpu ]]; then
-    within "$PYTHON" -m sae_fast.info
+    limited "$PYTHON" -m sae_fast.info
     return
   fi
-  architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
-  [[ $architecture != 9.0 ]] || architecture=9.0a # for wgmma
-  export TORCH_CUDA_ARCH_LIST=$architecture
-  export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
   needs nvcc || return
-  options=(--no-build-isolation --no-deps --no-index --disable-pip-version-check)
-  if ! SAE_FAST_CUDA=1 SAE_FAST_BUILD_DIR=build/gpu \
-    within "$PYTHON" -m pip install "${options[@]}" -e .; then
+  if ! build_module; then
     failed=0
     say "gpu.sh: pip could not build; trying CMake alone"
-    within cmake -S . -B build/gpu_cmake -G Ninja --log-level=WARNING -DSAE_FAST_CUDA=ON \
+    limited cmake -S . -B build/gpu_cmake -G Ninja --log-level=WARNING -DSAE_FAST_CUDA=ON \
       -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DCMAKE_CUDA_COMPILER="$(command -v nvcc)" &&
-      within cmake --build build/gpu_cmake
+      limited cmake --build build/gpu_cmake
   fi
-  within "$PYTHON" -c \
+  limited "$PYTHON" -c \
     "import sae_fast; i = sae_fast.build_info(); print(i); exit(0 if i.get('cuda') else str(i))"
 }
 
 part_tests() {
-  # pytest-benchmark warns beside xdist, and warnings are errors here.
-  local options=(-q -p no:cacheprovider -p no:benchmark --junitxml "$out/tests.xml")
+  local options=(-m cuda)
   if [[ $device == cpu ]]; then
-    within "$PYTHON" -m pytest "${options[@]}" python_tests/ops/test_decode.py -m "not cuda"
+    run_tests python_tests/ops/test_decode.py -m "not cuda"
   else
     # The tests are small and leave the GPU idle most of the time.
-    "$PYTHON" -c "import xdist" 2>/dev/null && options+=(-n 4 --dist loadfile)
-    portion=75 within "$PYTHON" -m pytest "${options[@]}" -m cuda \
+    has_xdist && options+=(-n 4 --dist loadfile)
+    portion=75 run_tests "${options[@]}" \
       python_tests/ops python_tests/autoencoder python_tests/activations python_tests/training
   fi
   # Latents die and are revived during these trainings, so that AuxK is compared too.
-  within "$PYTHON" -m benchmarks.quality --shard-dir examples/activations --seeds 0 --epochs 10 \
+  limited "$PYTHON" -m benchmarks.quality --shard-dir examples/activations --seeds 0 --epochs 10 \
     --lr 3e-3 --dead-after-tokens 30000 --device cpu "$device" --repeat --no-reference \
     --fvu-tolerance 0.01 --threads 8 \
     --json "$out/quality.json" --markdown "$tables/3_quality.md"
@@ -208,14 +201,12 @@ part_tests() {
 part_sanitizer() {
   local tool
   if [[ $device == cpu ]]; then
-    within "$PYTHON" python_tests/ops/run_every_op.py --device cpu
+    limited "$PYTHON" python_tests/ops/run_every_op.py --device cpu
     return
   fi
   needs compute-sanitizer || return
   for tool in memcheck racecheck; do
-    portion=$([[ $tool == memcheck ]] && echo 50 || echo 100) PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      within compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" python_tests/ops/run_every_op.py --device "$device"
+    portion=$([[ $tool == memcheck ]] && echo 50 || echo 100) sanitize_ops "$tool"
   done
 }
 
@@ -226,14 +217,10 @@ part_bench() {
     number=$((number + 1))
     # Two thirds of an equal share, because the limit is checked only between implementations.
     portion=$((100 / (${#names[@]} - number + 2) + 10)) \
-      within "$PYTHON" -m benchmarks.train_step --device "$device" --sizes "$size" --merge \
-      --seconds $(($(left) * 2 / 3 / (${#names[@]} - number + 2))) \
-      --json "$out/train_step.json" --markdown "$tables/1_train_step.md" --memory-steps 0
+      time_steps $(($(left) * 2 / 3 / (${#names[@]} - number + 2))) "$size" \
+      --markdown "$tables/1_train_step.md"
   done
-  names=("${names[@]:0:2}") # the two smallest sizes suffice for the ops
-  within "$PYTHON" -m benchmarks.kernels --device "$device" --sizes "$(IFS=,; echo "${names[*]}")" \
-    --rounds 5 --seconds $(($(left) * 2 / 3)) --no-reader \
-    --json "$out/kernels.json" --markdown "$tables/2_kernels.md"
+  time_kernels $(($(left) * 2 / 3)) "$sizes" --rounds 5 --markdown "$tables/2_kernels.md"
 }
 
 part_profile() {
@@ -241,18 +228,15 @@ part_profile() {
   IFS=, read -ra names <<<"$sizes"
   size=${names[-1]}
   ((${#names[@]} < 2)) || size=${names[1]}
-  portion=50 within "$PYTHON" -m benchmarks.profile_step slowest --device "$device" --size "$size" \
-    --json "$out/profile.json" --markdown "$tables/4_profile.md" || return
+  portion=50 profile_step "$size" --json "$out/profile.json" --markdown "$tables/4_profile.md" ||
+    return
   [[ $device == cuda ]] || return
   needs ncu || return
-  within ncu --clock-control none --profile-from-start off --launch-count 200 --csv --page raw \
-    --metrics "$("$PYTHON" -m benchmarks.profile_step metrics)" --kernel-name \
-    "regex:$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['pattern'])" \
-      "$out/profile.json")" \
-    --log-file "$work/ncu.csv" \
-    "$PYTHON" -m benchmarks.profile_step run --device "$device" --size "$size"
+  count_kernels "$size" 200 \
+    "$("$PYTHON" -c "import json, sys; print(json.load(open(sys.argv[1]))['pattern'])" \
+      "$out/profile.json")" "$work/ncu.csv"
   [[ -e $work/ncu.csv ]] && cat "$work/ncu.csv" >>"$log"
-  within "$PYTHON" -m benchmarks.profile_step summary --csv "$work/ncu.csv" \
+  limited "$PYTHON" -m benchmarks.profile_step summary --csv "$work/ncu.csv" \
     --slowest "$out/profile.json" --markdown "$tables/5_ncu.md"
 }
 
@@ -283,7 +267,6 @@ if [[ $device == cuda ]]; then
     refuse "torch finds no CUDA device; --device cpu tries the script without one"
 fi
 
-export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 describe_machine >"$work/machine.md"
 tee -a "$log" <"$work/machine.md"
 for part in "${parts[@]}"; do run_part "$part"; done

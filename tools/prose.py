@@ -24,7 +24,8 @@ CPP = ("*.h", "*.cpp", "*.cu", "*.cuh")  # in csrc
 TEXTS = {
     **dict.fromkeys(("README.md", "CONTRIBUTING.md", "CHANGELOG.md"), "*.md"),
     **{"docs": "*.md", "benchmarks": "*.md", "cmake": "*.cmake"},
-    **dict.fromkeys(("CMakeLists.txt", "Makefile", "benchmarks/gpu.sh"), "*"),
+    **dict.fromkeys(("CMakeLists.txt", "Makefile"), "*"),
+    **{f"benchmarks/{name}.sh": "*" for name in ("first_light", "gpu", "gpu_parts")},
 }
 VERBS = frozenset(Path(__file__).with_name("prose_verbs.txt").read_text("utf-8").split())
 PERSONS = r"\b(?:nobody|whoever|whomever|(?:some|every|any)(?:body|one(?! of))|contestants?)\b"

@@ -63,6 +63,29 @@ def test_nothing_follows_a_build_that_fails(first_light, tmp_path):
     assert summary[1].endswith("part a: 1 steps failed")
 
 
+def test_the_parts_call_the_tools_of_cuda(first_light, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer", "strip"):
+        tool = tools / name
+        tool.write_text("#!/usr/bin/env bash\necho 9.0\n")
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    cases = '*-m\\ pip\\ install*) echo "for $TORCH_CUDA_ARCH_LIST"; exit 0 ;;'
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    done = first_light("a", cases=cases, PATH=path)
+    assert done.returncode == 0, done.stdout
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "for 9.0a\n" in log
+    assert "-m cuda -k not inductor" in log
+    assert [log.count(f"--sizes {size} ") for size in ("G1", "G2", "G3")] == [1, 1, 1]
+    done = first_light("b", PATH=path)
+    assert done.returncode == 0, done.stdout
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "--sizes G1,G2 " in log
+    assert "--kernel-name regex:^(update_kernel|" in log
+    assert [log.count(f"--tool {tool} ") for tool in ("memcheck", "racecheck")] == [1, 1]
+
+
 def test_part_b_repeats_the_tests_that_are_named(first_light, tmp_path):
     done = first_light("b", "--device", "cpu", "python_tests/ops/test_rows.py")
     assert done.returncode == 0, done.stdout
