@@ -227,8 +227,13 @@ class SharedReader(Source, Generic[Item]):
 
     def next_rows(self) -> Rows:
         """Return the next rows; readers with equal transforms get the same tensors."""
-        rows = self._rows_of(self.number)
-        self.number += 1
+        return self.next_share(0, 1)
+
+    def next_share(self, rank: int, size: int) -> Rows:
+        """Return the batch of one rank among the next `size`; no other is transformed."""
+        self._shared.take(self.number + size - 1, self.sets)
+        rows = self._rows_of(self.number + rank)
+        self.number += size
         self._shared.forget()
         return rows
 

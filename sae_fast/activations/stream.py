@@ -386,16 +386,13 @@ class ActivationStream(Source):
 
     def next_rows(self) -> Rows:
         """Return the next rows with their columns; raise ShardError if a shard cannot be read."""
-        return self._next(0, 1)
+        return self.next_share(0, 1)
 
     def next_share(self, rank: int, size: int) -> Rows:
         """Return the batch of one rank among the next `size`; the other batches are not built.
 
         Their rows are read, in blocks with the rows of this rank, and checked.
         """
-        return self.next_rows() if size == 1 else self._next(rank, size)
-
-    def _next(self, rank: int, size: int) -> Rows:
         self.start(rank, size)
         assert self._reader is not None
         if self._reader.ready:

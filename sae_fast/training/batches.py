@@ -130,6 +130,8 @@ class StepBatches:
     def _next_batches(self) -> list[Rows]:
         """Return the batches of a step that are this rank's; the others' are passed over."""
         rank, size = self._ranks.rank, self._ranks.size
+        if size == 1:
+            return [self._source.next_rows() for _ in range(self._per_step)]
         return [self._source.next_share(rank, size) for _ in range(self._per_step)]
 
     def _fetch(self) -> _Fetched:
