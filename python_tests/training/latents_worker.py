@@ -88,6 +88,11 @@ def spoil(trainer: Trainer) -> None:
     trainer.sae.W_enc[0, 0] = torch.nan
 
 
+def hang(trainer: Trainer) -> None:
+    """Let this process do nothing until it is killed."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def fill_disk(trainer: Trainer) -> None:
     """Let this process write small files only."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
@@ -150,7 +155,7 @@ def main(directory: Path) -> None:
     found["full disk"] = error_of(full.train)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     torch.save(found, directory / f"rank-{ranks.rank}.pt")
-    hung = trainer_of("topk", None, [At(3, lambda _: os.kill(os.getpid(), signal.SIGSTOP))])
+    hung = trainer_of("topk", None, [At(3, hang)])
     numbers = hung.ranks.values(os.getpid())
     found["hung"] = error_of(hung.train)
     torch.save(found, directory / f"rank-{ranks.rank}.pt")

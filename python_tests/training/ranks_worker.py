@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,9 +18,9 @@ import torch
 from several_ranks import error_of
 from torch import Tensor
 
-from sae_fast import Callback, SAEConfig, TrainConfig, Trainer
+from sae_fast import Callback, SAEConfig, TrainConfig, Trainer, ops
 from sae_fast.distributed.environment import launched
-from sae_fast.distributed.ranks import Ranks
+from sae_fast.distributed.ranks import PendingGather, Ranks
 
 ROWS, WIDTH, PARTS = 600, 16, 2
 _SAE = {"d_sae": 64}
@@ -72,7 +73,7 @@ def trainer_of(
     if launched().size == 1:
         given["grad_acc_steps"] = PARTS * given.get("grad_acc_steps", 1)
     else:
-        given["mesh"] = f"data={PARTS}"
+        given |= {"mesh": f"data={PARTS}", "mesh_timeout": 0.4}
     x, columns = rows() if x is None else x, {}
     if sae.get("transcoder"):
         columns["targets"] = x.roll(1, 1) * 2
@@ -118,7 +119,40 @@ class Disturb(Callback):
                 trainer.sae.b_dec[0] += 1e-6
 
 
-_begin = Ranks.begin_gather
+class Order:
+    """Notes in which order a training sends tensors ahead, waits for them and measures gradients.
+
+    Attributes:
+        events: the names of the events.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note them in this context."""
+        begin, measure = Ranks.begin_gather, ops.row_gradient_norm
+
+        def begun(ranks: Ranks, own: Tensor) -> PendingGather:
+            self.events.append("begin")
+            pending = begin(ranks, own)
+
+            def wait() -> None:
+                self.events.append("wait")
+                pending.wait()
+
+            return PendingGather(pending.parts, wait)
+
+        def measured(*given: Any) -> Any:
+            self.events.append("measure")
+            return measure(*given)
+
+        with (
+            patch.object(Ranks, "begin_gather", begun),
+            patch.object(ops, "row_gradient_norm", measured),
+        ):
+            yield
 
 
 def scenarios(directory: Path, rank: int) -> dict[str, Any]:
@@ -142,15 +176,17 @@ def scenarios(directory: Path, rank: int) -> dict[str, Any]:
         trainer = trainer_of("without dead latents", d_sae=d_sae)
         trainer.train()
         found["bytes"][d_sae] = trainer.history[-2]["exchanged_bytes"]
-    found["ahead"] = {}
-    for case in ("topk", "dense", "batch_topk"):
-        with patch.object(Ranks, "begin_gather", autospec=True, side_effect=_begin) as begun:
-            trainer_of(case).train()
-        found["ahead"][case] = begun.call_count
+    found["order"] = {}
+    for case in ("without dead latents", "dense", "batch_topk"):
+        order = Order()
+        with order.noted():
+            trainer_of(case, max_steps=2).train()
+        found["order"][case] = order.events
     mine = torch.arange(6).view(2, 3).t().bfloat16() + 10 * rank  # not contiguous
-    wait = trainer.ranks.begin_gather(mine)
+    pending = trainer.ranks.begin_gather(mine)
     found["meanwhile"] = trainer.ranks.values(rank)
-    found["gathered"] = wait()
+    pending.wait()
+    found["gathered"] = pending.parts
     disturbed = trainer_of("topk", callbacks=[Disturb()], checkpoint_every=3)
     found["disturbed"] = error_of(disturbed.train)
     found["disturbed at"] = disturbed.step
@@ -168,6 +204,8 @@ def main(directory: Path) -> None:
             found[case] = result(trainer)
     found["scenarios"] = scenarios(directory, place.rank)
     torch.save(found, directory / f"rank-{place.rank}.pt")
-    killed = trainer_of("topk", callbacks=[Kill(3, signal.SIGKILL)])
-    found["killed"] = error_of(killed.train)
+    hung = trainer_of("topk", callbacks=[Kill(3, signal.SIGSTOP)])
+    numbers = hung.ranks.values(os.getpid())
+    found["hung"] = error_of(hung.train)
     torch.save(found, directory / f"rank-{place.rank}.pt")
+    os.kill(numbers[1], signal.SIGKILL)

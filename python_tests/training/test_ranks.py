@@ -147,19 +147,23 @@ def test_the_bytes_of_a_step_do_not_depend_on_d_sae(ranks: list[dict[str, Any]])
 
 
 @pytest.mark.slow
-def test_rows_are_gathered_while_a_part_is_made(ranks: list[dict[str, Any]]) -> None:
+def test_tensors_are_gathered_while_gradients_are_made(ranks: list[dict[str, Any]]) -> None:
     expected = [torch.arange(6).view(2, 3).t().bfloat16() + 10 * rank for rank in range(2)]
+    # From the second step on, where the factors are known: the rows, and the decoder's dense side,
+    # which is on its way while the encoder's gradient is measured.
+    first, ahead = ["measure"] * 2, ["begin", "begin", "wait", "measure", "wait", "measure"]
     for found in ranks:
         told = found["scenarios"]
-        # From the second step on, where the factors are known to have the rows.
-        assert told["ahead"] == {"topk": 5, "dense": 0, "batch_topk": 0}
+        assert told["order"]["without dead latents"] == first + ahead
+        assert told["order"]["dense"] == []
+        assert told["order"]["batch_topk"] == first * 2
         assert told["meanwhile"] == [0, 1]
         assert all(map(torch.equal, told["gathered"], expected))
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_is_named(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["killed"] == "rank 1 has ended, or did not answer in time"
+def test_a_rank_that_hangs_is_named(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["hung"] == "rank 1 has ended, or did not answer in time"
 
 
 def test_a_mesh_needs_its_processes() -> None:

@@ -97,6 +97,18 @@ class _Traffic:
             self.bytes_sent += tensor.numel() * tensor.element_size()
 
 
+class PendingGather(NamedTuple):
+    """A tensor of every process, on its way.
+
+    Attributes:
+        parts: in the order of the ranks. They hold their numbers after `wait`.
+        wait: waits for them; to be called once.
+    """
+
+    parts: list[Tensor]
+    wait: Callable[[], None]
+
+
 class _Part(NamedTuple):
     """Some of the processes of a training.
 
@@ -313,8 +325,8 @@ class Ranks:
             found = [(other, []) for other, _, _ in headers]
         return found
 
-    def begin_gather(self, own: Tensor) -> Callable[[], list[Tensor]]:
-        """Start to gather a tensor of every process; return what waits for them, in their order.
+    def begin_gather(self, own: Tensor) -> PendingGather:
+        """Start to gather a tensor of every process.
 
         The processes may compute and gather other things meanwhile.
 
@@ -328,16 +340,22 @@ class Ranks:
             self._traffic.add(wire)
             begun, key = self._whole._begun, object()
             begun[key] = self._exchange(partial(dist.all_gather, async_op=True), found, wire)
+        received = [part.view(own.dtype).view(own.shape) for part in found]
+        parts = received
+        if wire.device != own.device:
+            parts = [torch.empty_like(own) for _ in received]
+        parts = [own if number == self.rank else part for number, part in enumerate(parts)]
 
-        def wait() -> list[Tensor]:
+        def wait() -> None:
             with self._traffic.timed():
                 self._attempt(lambda: begun[key].wait())
                 del begun[key]
-                parts = [part.to(own.device).view(own.dtype).view(own.shape) for part in found]
-            parts[self.rank] = own
-            return parts
+                if wire.device != own.device:
+                    for number, (part, there) in enumerate(zip(parts, received, strict=True)):
+                        if number != self.rank:
+                            part.copy_(there)
 
-        return wait
+        return PendingGather(parts, wait)
 
     def swap(self, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         """Give every process bytes of its own; return the bytes that each has for this one.

@@ -9,7 +9,8 @@ same codes, so they share the latent-major view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,10 +68,12 @@ class FactorSink:
         self.keys = keys
 
     def append(self, factor: RowFactor) -> None:
-        """Leave a factor on the parameter."""
+        """Leave a factor on the parameter, and tell the one who watches it, see `watched`."""
         if not hasattr(self.W, "row_factors"):
             self.W.row_factors = []  # type: ignore[attr-defined]
         self.W.row_factors.append(factor)  # type: ignore[attr-defined]
+        if (on_factor := getattr(self.W, "on_row_factor", None)) is not None:
+            on_factor(factor)
 
 
 @dataclass(frozen=True)
@@ -87,17 +90,32 @@ class MergedFactors:
 def merge_row_factors(
     W_enc: nn.Parameter,  # [F, D]
     W_dec: nn.Parameter,  # [F, D]
-) -> tuple[MergedFactors, MergedFactors]:
-    """Return the merged factors of both parameters, with one view if they share codes."""
+) -> Iterator[MergedFactors]:
+    """Yield the merged factors of W_enc, then the ones of W_dec, with one view if they share codes.
+
+    The dense sides of W_dec are read when its factors are asked for, and not before.
+    """
     encoder, decoder = row_factors(W_enc), row_factors(W_dec)
     encoder_keys = [factor.code_key for factor in encoder]
     by_key = {factor.code_key: factor for factor in decoder}
     same_codes = len(by_key) == len(decoder) and by_key.keys() == set(encoder_keys)
     view = _joined_view(encoder, W_enc)
     if not same_codes or len(encoder_keys) != len(by_key):
-        return _merge(encoder, W_enc, view), _merge(decoder, W_dec, _joined_view(decoder, W_dec))
-    decoder = [by_key[key] for key in encoder_keys]
-    return _merge(encoder, W_enc, view), _merge(decoder, W_dec, view)
+        yield _merge(encoder, W_enc, view)
+        yield _merge(decoder, W_dec, _joined_view(decoder, W_dec))
+        return
+    yield _merge(encoder, W_enc, view)
+    yield _merge([by_key[key] for key in encoder_keys], W_dec, view)
+
+
+@contextmanager
+def watched(W: nn.Parameter, on_factor: Callable[[RowFactor], None]) -> Iterator[None]:
+    """Call `on_factor` with each factor that a backward in this context leaves on a parameter."""
+    W.on_row_factor = on_factor  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del W.on_row_factor  # type: ignore[attr-defined]
 
 
 def row_factors(W: nn.Parameter) -> list[RowFactor]:

@@ -11,11 +11,15 @@ numbers other than 0, or all, whichever is less. Matrices with dense gradients a
 slice.
 
 The rows of a part, which are nearly half of what is sent, are on their way while the part is made.
+The dense sides of W_dec's factors, as much again, are on their way from the moment when backward
+has made them, until the update has merged and measured the gradient of W_enc, which needs the rows
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +27,12 @@ from torch import Tensor
 
 from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
-from sae_fast.distributed.ranks import Ranks
+from sae_fast.distributed.ranks import PendingGather, Ranks
+from sae_fast.distributed.wire import DTYPES
 from sae_fast.ops.code import CodeKey
-from sae_fast.ops.row_factors import RowFactor, factor_sums, row_factors
+from sae_fast.ops.row_factors import RowFactor, factor_sums, row_factors, watched
 
+_Shape = tuple[int, list[int]]  # a number of `DTYPES`, and the lengths of the axes
 _ROWS = ("W_enc", "W_dec")  # the parameters that have factors
 # Forms in which a gradient or the mask of the latents that fired is sent.
 _NONE, _WHOLE, _LISTED, _FACTORS = "none", "whole", "listed", "factors"
@@ -63,24 +69,27 @@ class GradientExchange:
         self._names = tuple(names)
         self._before: dict[str, Tensor | None] = {}
         self._n_factors: dict[str, int] = {}
-        self._x: Tensor | None = None
-        self._x_of_all: Callable[[], list[Tensor]] | None = None
-        self._has_x = False  # whether the factors of the part before had its rows, in all processes
+        self._ahead = _Ahead(ranks)
 
-    def begin(self, x: Tensor) -> None:
-        """Put the gradients of the parts before aside; to be called before a part's forward.
+    @contextmanager
+    def part(self, x: Tensor) -> Iterator[None]:
+        """Put the gradients of the parts before aside, and send ahead what this part needs.
+
+        Its forward and backward are made in this context, and `gather` is called after it.
 
         Args:
-            x: [N, D], the rows of the part, which must stay as they are until `gather`.
+            x: [N, D], the rows of the part, which must stay as they are until `finish`.
         """
         if self.ranks.size == 1:
+            yield
             return
-        self._x = x
-        self._x_of_all = self.ranks.begin_gather(x) if self._has_x else None
+        self._ahead.begin(x)
         for name in self._names:
             parameter = self._sae.get_parameter(name)
             self._before[name], parameter.grad = parameter.grad, None
         self._n_factors = {name: len(row_factors(self._sae.get_parameter(name))) for name in _ROWS}
+        with watched(self._sae.W_dec, lambda factor: self._ahead.add(factor.dense)):
+            yield
 
     @torch.no_grad()
     def gather(self, part: Part, code: ops.Code) -> list[Part]:
@@ -92,8 +101,8 @@ class GradientExchange:
         """
         if self.ranks.size == 1:
             return [part]
-        assert self._x is not None
-        table = _Table([] if self._x_of_all is None else [self._x])
+        ahead = self._ahead.complete()
+        table = _Table([each.parts[self.ranks.rank] for each in ahead])
         own = {name: self._own_factors(name) for name in _ROWS}
         header: dict[str, Any] = {
             "factors": {name: [table.add_factor(f) for f in own[name]] for name in _ROWS},
@@ -103,14 +112,16 @@ class GradientExchange:
             "values": table.add(part.values),
             "variance": table.add(part.variance),
             "observed": {name: table.add(value) for name, value in part.observed.items()},
+            "ahead": self._ahead.wanted(own["W_enc"], own["W_dec"]),
         }
-        header["has_x"] = table.has(self._x)
         found = self.ranks.gather(header, table.tensors)
-        if self._x_of_all is not None:
-            rows = self._x_of_all()
-            found = [(other, [x, *sent]) for x, (other, sent) in zip(rows, found, strict=True)]
-        self._x = self._x_of_all = None
-        self._has_x = all(other["has_x"] for other, _ in found)
+        self._ahead.agree([other["ahead"] for other, _ in found])
+        for rows in ahead[:1]:
+            rows.wait()
+        found = [
+            (other, [*(each.parts[number] for each in ahead), *sent])
+            for number, (other, sent) in enumerate(found)
+        ]
         shift = _shift_of(own["W_enc"])
         factors = [
             own if number == self.ranks.rank else self._factors(theirs, tensors, shift)
@@ -126,6 +137,10 @@ class GradientExchange:
         others = zip(found, factors, strict=True)
         parts = [_part(self._sae, *one, theirs) for one, theirs in others]
         return [part if number == self.ranks.rank else one for number, one in enumerate(parts)]
+
+    def finish(self) -> None:
+        """Wait for the dense sides of W_dec's factors, which nothing may read before."""
+        self._ahead.finish()
 
     @property
     def _n_latents(self) -> int:
@@ -221,6 +236,67 @@ class GradientExchange:
                 parameter.grad = self.ranks.add_in_order(before, own, parameter.detach(), has)
 
 
+class _Ahead:
+    """Tensors of a part that are sent before the rest of it: its rows, and W_dec's dense sides.
+
+    They have the shapes that all ranks had in the part before, and no others, so each rank knows
+    what the others send. One that a rank does not have this time it sends as zeros.
+
+    Args:
+        ranks: the processes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._agreed: list[_Shape] = []  # of what is sent ahead of the next part, the rows first
+        self._begun: list[PendingGather] = []
+        self._waits: list[Callable[[], None]] = []  # for dense sides, also of the parts before
+        self._x: Tensor | None = None
+
+    def begin(self, x: Tensor) -> None:
+        """Start with a part of these rows [N, D]."""
+        self._x, self._begun = x, []
+        self.add(x)
+
+    def add(self, tensor: Tensor) -> None:
+        """Send a tensor, if it is the next one that was agreed on."""
+        number = len(self._begun)
+        sent = {_identity(each.parts[self._ranks.rank]) for each in self._begun}
+        if number == len(self._agreed) or _identity(tensor) in sent:
+            return
+        if _shape(tensor) == self._agreed[number]:
+            self._begun.append(self._ranks.begin_gather(tensor))
+
+    def complete(self) -> list[PendingGather]:
+        """Return everything that is sent ahead, the rows first."""
+        assert self._x is not None
+        for dtype, shape in self._agreed[len(self._begun) :]:
+            self.add(torch.zeros(shape, dtype=DTYPES[dtype], device=self._x.device))
+        begun, self._begun = self._begun, []
+        self._waits.extend(each.wait for each in begun[1:])
+        return begun
+
+    def wanted(self, encoder: Sequence[RowFactor], decoder: Sequence[RowFactor]) -> list[_Shape]:
+        """Return what this rank could have sent ahead of the rest of its part, by its factors."""
+        assert self._x is not None
+        x, self._x = self._x, None
+        if all(_identity(factor.dense) != _identity(x) for factor in encoder):
+            return []
+        sides = {_identity(factor.dense): factor.dense for factor in decoder}
+        return [_shape(tensor) for tensor in (x, *sides.values())]
+
+    def agree(self, wanted: Sequence[list[_Shape]]) -> None:
+        """Take what all ranks could have sent ahead of this part for the next one."""
+        first, *others = ([(dtype, list(shape)) for dtype, shape in each] for each in wanted)
+        self._agreed = first if all(other == first for other in others) else []
+
+    def finish(self) -> None:
+        """Wait for what is on its way."""
+        for wait in self._waits:
+            wait()
+        self._waits.clear()
+
+
 class _Table:
     """The tensors to send, each once, however many factors have it.
 
@@ -232,22 +308,16 @@ class _Table:
         self.tensors: list[Tensor] = []
         self._n_ahead = len(ahead)
         self._places = {_identity(tensor): place for place, tensor in enumerate(ahead)}
-        self._asked: set[tuple[Any, ...]] = set()
         self._keys: dict[CodeKey, int] = {}
 
     def add(self, tensor: Tensor) -> int:
         """Return the place of a tensor, after the ones sent ahead among `tensors`."""
         identity = _identity(tensor)
-        self._asked.add(identity)
         if tensor.data_ptr() and identity in self._places:
             return self._places[identity]
         self.tensors.append(tensor)
         self._places[identity] = self._n_ahead + len(self.tensors) - 1
         return self._places[identity]
-
-    def has(self, tensor: Tensor) -> bool:
-        """Return whether a place of this tensor was asked for."""
-        return _identity(tensor) in self._asked
 
     def add_factor(self, factor: RowFactor) -> list[int | None]:
         """Return the places of a factor's tensors, if it has a shift, and its code's number."""
@@ -261,6 +331,10 @@ class _Table:
             int(factor.shift is not None),
             self._keys.setdefault(factor.code_key, len(self._keys)),
         ]
+
+
+def _shape(tensor: Tensor) -> _Shape:
+    return DTYPES.index(tensor.dtype), list(tensor.shape)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -149,8 +149,8 @@ class TrainingStep:
         if self.codes is not None:
             self.codes = []
         for batch in batches:
-            exchange.begin(batch.x)
-            loss = self._accumulate(batch, weight, settings, whole)
+            with exchange.part(batch.x):
+                loss = self._accumulate(batch, weight, settings, whole)
             observed = self.rows.observed(self.sae.observe(loss.code))
             own = Part(self._values(loss), loss.variance, loss.fired, observed)
             if self.codes is not None:
@@ -168,6 +168,7 @@ class TrainingStep:
                 self.scaler.factor,
                 fault=self._poison if fault is None else fault,
                 losses=losses,
+                await_decoder=exchange.finish,
             )
         ops.finish_step_(
             *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,12 +152,13 @@ class SparseOptimizer(ABC):
         *,
         fault: Tensor | None = None,
         losses: Tensor | None = None,
+        await_decoder: Callable[[], None] | None = None,
     ) -> Tensor:
         """Update the parameters from the gradients of `loss_scale` times the loss.
 
         Rate and scale may be 0-d tensors. Returns the gradient's global norm before the clip, 0-d;
         not finite: no update. It is NaN where `fault`, 0-d, or the first of `losses` is given and
-        not finite.
+        not finite. `await_decoder` is called before the dense sides of W_dec's factors are read.
         """
 
     def zero_grad(self) -> None:
@@ -239,9 +240,10 @@ class RowOptimizer(SparseOptimizer):
         *,
         fault: Tensor | None = None,
         losses: Tensor | None = None,
+        await_decoder: Callable[[], None] | None = None,
     ) -> Tensor:
         """Update the parameters, see `SparseOptimizer.step`; never waits for the device."""
-        rows = self._measure_rows() if self.rows else {}
+        rows = self._measure_rows(await_decoder) if self.rows else {}
         if rows:
             squared, more = rows["W_enc"].squared_norm, rows["W_dec"].squared_norm
         else:
@@ -286,14 +288,14 @@ class RowOptimizer(SparseOptimizer):
             second = grads[first + 1] if first + 1 < len(grads) else None
             ops.add_squares_(squared, grads[first], second, more if first == 0 else None)
 
-    def _measure_rows(self) -> dict[str, _RowGradient]:
+    def _measure_rows(self, await_decoder: Callable[[], None] | None) -> dict[str, _RowGradient]:
         sae = self.sae
-        encoder, decoder = merge_row_factors(sae.W_enc, sae.W_dec)
+        merged = merge_row_factors(sae.W_enc, sae.W_dec)
+        encoder = self._measure("W_enc", next(merged), project_onto=None)
+        if await_decoder is not None:
+            await_decoder()
         onto = sae.W_dec if sae.architecture.unit_norm else None
-        return {
-            "W_enc": self._measure("W_enc", encoder, project_onto=None),
-            "W_dec": self._measure("W_dec", decoder, project_onto=onto),
-        }
+        return {"W_enc": encoder, "W_dec": self._measure("W_dec", next(merged), project_onto=onto)}
 
     def _scalar(self, value: float | Tensor, dtype: torch.dtype) -> Tensor:
         """Return a number as a tensor on the device, without waiting for it."""
@@ -407,6 +409,7 @@ class DenseOptimizer(SparseOptimizer):
         *,
         fault: Tensor | None = None,
         losses: Tensor | None = None,
+        await_decoder: Callable[[], None] | None = None,
     ) -> Tensor:
         """Update the parameters, see `SparseOptimizer.step`."""
         for number in (fault, None if losses is None else losses[0]):
