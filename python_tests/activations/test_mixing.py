@@ -19,6 +19,7 @@ from sae_fast.activations import (
     ShardMetadata,
     ShardMix,
     TargetFiles,
+    Transform,
     estimate_normalization,
     mix_shards,
     open_shards,
@@ -56,6 +57,27 @@ def served(stream: ActivationStream, batches: int) -> torch.Tensor:
     """Return the set and the number of each row, [rows, 2]."""
     rows = torch.cat([stream.next_batch() for _ in range(batches)])
     return rows[:, [2, 0]].long()
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "bfloat16")])
+def test_a_batch_is_as_stored_where_all_sets_have_one_type(tmp_path, dtypes):
+    sets = []
+    for number, dtype in enumerate(dtypes):
+        path = tmp_path / str(number) / "train_00.h5"
+        path.parent.mkdir()
+        write_shard(path, numbered_rows(100 * number, 60), dtype=dtype, chunk_rows=4)
+        sets.append(open_shards(path, verify=False))
+    mix = mix_shards(sets, [2.0, 1.0])
+    settings = {"batch_size": 25, "transform": Transform(torch.ones(4), 0.5)}
+    with (
+        ActivationStream(mix, **settings) as plain,
+        ActivationStream(mix, as_stored=True, **settings) as stream,
+    ):
+        for _ in range(8):
+            batch = stream.next_stored(0, 1)
+            is_one = dtypes[0] == dtypes[1]
+            assert batch.rows.x.dtype == (torch.float16 if is_one else torch.float32)
+            assert torch.equal(batch.widened().x, plain.next_batch())
 
 
 @given(weights=WEIGHTS)

@@ -177,6 +177,29 @@ def test_batches_are_float32_and_transformed_as_the_formula_says(make_shards, dt
     assert torch.equal(batch, (raw - mean) * torch.tensor(scale))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("options", [{}, {"keep_on": torch.device("cpu")}])
+def test_batches_as_stored_are_widened_to_the_ones_of_the_stream(make_shards, dtype, options):
+    directory = make_shards(64, 30, dtype=dtype)
+    settings = {"batch_size": 40, "transform": Transform(torch.tensor([3.0, 1.0, 0.5, 0.1]), 0.3)}
+    with (
+        ActivationStream(directory, **settings) as plain,
+        ActivationStream(directory, as_stored=True, **options, **settings) as stream,
+    ):
+        for _ in range(6):
+            batch, expected = stream.next_stored(0, 1), plain.next_batch()
+            assert batch.rows.x.dtype == getattr(torch, dtype)
+            assert torch.equal(batch.widened().x, expected)
+            assert stream.state_dict() == plain.state_dict()
+        assert torch.equal(stream.next_batch(), plain.next_batch())
+        assert torch.equal(stream.next_stored(1, 2).widened().x, plain.next_share(1, 2).x)
+        stream.set_transform(None)
+        plain.set_transform(None)
+        assert torch.equal(stream.next_stored(0, 1).widened().x, plain.next_share(0, 1).x)
+        assert plain.next_stored(0, 1).rows.x.dtype == torch.float32
+        assert stream.memory_bytes < plain.memory_bytes or dtype == "float32" or options
+
+
 def test_batches_belong_to_the_caller(make_shards):
     with ActivationStream(make_shards(64), batch_size=16) as stream:
         first = stream.next_batch()
@@ -393,9 +416,9 @@ def test_only_batches_for_a_gpu_are_built_by_several_threads(
     """A training step on the CPU needs the cores itself."""
     seen = []
 
-    def pageable_rows(*arguments):
+    def pageable_rows(*arguments, **types):
         seen.append(torch.get_num_threads())
-        return empty_rows(*arguments[:-1])  # page-locked memory needs a GPU
+        return empty_rows(*arguments[:-1], **types)  # page-locked memory needs a GPU
 
     monkeypatch.setattr("sae_fast.activations.stream.empty_rows", pageable_rows)
     before = torch.get_num_threads()
@@ -475,6 +498,7 @@ def test_batches_for_a_gpu_come_in_page_locked_memory(tmp_path):
     write_shard(tmp_path / "a.h5", torch.randn(100, 4))
     with ActivationStream(tmp_path, batch_size=20, device=torch.device("cuda", 0)) as stream:
         assert all(stream.next_batch().is_pinned() for _ in range(12))
+        assert all(stream.next_stored(0, 1).rows.x.is_pinned() for _ in range(12))
 
 
 @pytest.mark.slow

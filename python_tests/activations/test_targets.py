@@ -105,6 +105,31 @@ def test_every_row_comes_with_its_target(arrange: Opener, pool_rows: int, tmp_pa
 
 
 @BOTH
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("float16", "float32")])
+def test_targets_as_stored_are_widened_too(
+    arrange: Opener, dtypes: tuple[str, str], tmp_path: Path
+) -> None:
+    if arrange is together:
+        shards = opened(write_together(tmp_path, np.dtype(dtypes[1]).type), None, "outputs")
+        stored = torch.float32, getattr(torch, dtypes[1])
+    else:
+        shards = opened(*write_pairs(tmp_path, dtype=dtypes[0]))
+        stored = (getattr(torch, dtypes[0]),) * 2
+    of_x, of_targets = Transform(torch.ones(D_IN), 0.5), Transform(torch.full((D_OUT,), 2.0), 0.1)
+    settings = {**OPTIONS, "transform": of_x, "target_transform": of_targets}
+    with (
+        ActivationStream(shards, **settings) as plain,
+        ActivationStream(shards, as_stored=True, **settings) as stream,
+    ):
+        for expected in an_epoch(plain):
+            batch = stream.next_stored(0, 1)
+            assert (batch.rows.x.dtype, batch.rows.columns[TARGETS].dtype) == stored
+            wide = batch.widened()
+            assert torch.equal(wide.x, expected.x)
+            assert torch.equal(wide.columns[TARGETS], expected.columns[TARGETS])
+
+
+@BOTH
 def test_targets_do_not_change_the_order_of_the_rows(arrange: Opener, tmp_path: Path) -> None:
     shards = arrange(tmp_path)
     plain = open_shards([shard.path for shard in shards.shards])

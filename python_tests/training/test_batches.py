@@ -16,14 +16,16 @@ BATCH = 64
 def _open(kind: str, shard_dir: Path, activations: torch.Tensor, device: torch.device) -> Any:
     transform = Transform(activations.mean(0), 2.0)
     settings: dict[str, Any] = {"batch_size": BATCH, "transform": transform, "device": device}
-    if kind == "shards":
+    if kind == "shards as stored":
+        settings["as_stored"] = True
+    if kind.startswith("shards"):
         return ActivationStream(shard_dir, pool_rows=700, **settings)
     if kind == "tensor there":
         return TensorStream(activations.to(device), **settings)
     return TensorStream(activations, **settings)
 
 
-KINDS = pytest.mark.parametrize("kind", ["shards", "tensor", "tensor there"])
+KINDS = pytest.mark.parametrize("kind", ["shards", "shards as stored", "tensor", "tensor there"])
 
 
 @pytest.fixture

@@ -168,6 +168,8 @@ def test_a_gpu_holds_the_graph_and_the_host_the_batches(on_gpu: TrainConfig) -> 
     step += plan.parts["step: batch, residual, code, AuxK"]
     assert plan.parts["pool of the CUDA graphs"] == step
     assert plan.parts["batches copied ahead"] == 3 * 4096 * 4096 * 4
+    assert plan.parts["batches as stored"] == 2 * 4096 * 4096 * 4
+    assert "batches as stored" not in _plan(on_gpu, device_cache=True).parts
     assert plan.parts["parts of the encoder's product"] == 192 * 2**20
     assert plan.parts["rounded copies (16 bit)"] == 65536 * (4096 * 2 + 8)
     assert plan.host_parts == {"activations in memory", "page-locked batches"}

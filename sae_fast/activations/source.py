@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -60,20 +61,73 @@ class Rows(NamedTuple):
         return Rows(change(self.x), {name: change(column) for name, column in self.columns.items()})
 
 
+class StoredRows(NamedTuple):
+    """A batch as it is stored, and what makes of it the batch that a training takes.
+
+    Attributes:
+        rows: x [N, D] and targets [N, d_out] float32, bfloat16 or float16; columns as in `Rows`.
+        transform: of x; None: as it is.
+        target_transform: of the targets; None: as they are.
+    """
+
+    rows: Rows
+    transform: Transform | None = None
+    target_transform: Transform | None = None
+
+    def widened(self, make: Callable[[str, Tensor], Tensor] | None = None) -> Rows:
+        """Return the batch with x and targets in float32 and transformed, on its own device.
+
+        Args:
+            make: returns the memory for the float32 rows, by "x" or the name of the targets and the
+                rows as they are stored; None: new memory.
+        """
+        x, columns = self.rows
+        wide = partial(_widened, make or _new_float32)
+        columns = dict(columns)
+        if TARGETS in columns and columns[TARGETS].ndim == 2:
+            columns[TARGETS] = wide(TARGETS, columns[TARGETS], self.target_transform)
+        return Rows(wide("x", x, self.transform), columns)
+
+
+def _new_float32(name: str, stored: Tensor) -> Tensor:
+    return torch.empty_like(stored, dtype=torch.float32)
+
+
+def _widened(
+    make: Callable[[str, Tensor], Tensor], name: str, stored: Tensor, transform: Transform | None
+) -> Tensor:
+    if stored.dtype == torch.float32 and transform is None:
+        return stored
+    out = make(name, stored)
+    every = torch.arange(len(stored), device=stored.device)
+    gather(stored, every, out, slice(0, len(stored)), placed(transform, stored.device))
+    return out
+
+
 def empty_rows(
     count: int,
     d_in: int,
     columns: Mapping[str, Column],
     device: torch.device | None = None,
     pin_memory: bool = False,
+    stored: Mapping[str, torch.dtype] | None = None,
 ) -> Rows:
-    """Allocate a batch of `count` rows [count, d_in] float32 with its columns."""
+    """Allocate a batch of `count` rows [count, d_in] with its columns.
+
+    Args:
+        count: number of rows.
+        d_in: their width.
+        columns: the columns by name.
+        device: where the batch is.
+        pin_memory: whether it is in page-locked memory.
+        stored: type of the rows, by the name "x", and of targets, where it is not float32.
+    """
+    types = stored or {}
+    kind: dict[str, Any] = {"device": device, "pin_memory": pin_memory}
     return Rows(
-        torch.empty(count, d_in, dtype=torch.float32, device=device, pin_memory=pin_memory),
+        torch.empty(count, d_in, dtype=types.get("x", torch.float32), **kind),
         {
-            name: torch.empty(
-                count, *column.row_shape, dtype=column.dtype, device=device, pin_memory=pin_memory
-            )
+            name: torch.empty(count, *column.row_shape, dtype=types.get(name, column.dtype), **kind)
             for name, column in columns.items()
         },
     )
@@ -82,11 +136,20 @@ def empty_rows(
 def gather(
     memory: Tensor,  # [capacity, D], as stored
     order: Tensor,  # [N] int64
-    out: Tensor,  # [M, D] float32
+    out: Tensor,  # [M, D]
     places: slice | Tensor,  # N rows of `out`
     transform: Transform | None,
 ) -> None:
-    """Copy these rows to these places, widened to float32 and transformed."""
+    """Copy these rows to these places, widened to float32 and transformed.
+
+    Where `out` is not float32 it has the type of `memory`, and the rows are copied as they are.
+    """
+    if out.dtype != torch.float32:
+        if isinstance(places, slice):
+            torch.index_select(memory, 0, order, out=out[places])
+        else:
+            out[places.to(out.device)] = torch.index_select(memory, 0, order)
+        return
     mean, scale = (None, 1.0) if transform is None else transform
     if isinstance(places, slice):
         gather_rows_(out[places], memory, order, mean=mean, scale=scale)
@@ -227,6 +290,14 @@ class Source(BatchSource[Rows]):
         for _ in range(size - rank - 1):
             self.next_rows()
         return batch
+
+    def next_stored(self, rank: int, size: int) -> StoredRows:
+        """Return what `next_share` does, to be widened by the caller where it needs the rows.
+
+        A source whose batches are for a GPU gives them as they are stored, half of the bytes where
+        that is 16 bits.
+        """
+        return StoredRows(self.next_share(rank, size))
 
     def peek(self, count: int) -> list[Rows]:
         """Return the next `count` batches, fewer where the data end; they are served again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,12 +37,14 @@ from sae_fast.activations.shard_set import ShardSet, open_shards
 from sae_fast.activations.source import (
     Rows,
     Source,
+    StoredRows,
     Transform,
     check_state,
     checked_transform,
     empty_rows,
     placed,
 )
+from sae_fast.activations.targets import TARGETS
 
 STATE_VERSION = 1
 PREFETCHED_BATCHES = 4
@@ -72,6 +74,7 @@ class BatchBuilder:
         kept: Sequence[ResidentRows | None] = (),
         background: bool = True,
         share: tuple[int, int] = (0, 1),
+        stored: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.stopping = threading.Event()  # set, it ends the reading of a window
         self._mix = mix
@@ -81,6 +84,7 @@ class BatchBuilder:
         self._device = kept[0].device if kept and kept[0] else None
         self._background = background
         self._share = share
+        self._stored = stored
         self._disks = DiskThreads(mix.sets, background=background)
         self._readers = [
             SetReader(shards, plan, cursor, transforms, self.stopping, self._disks, rows)
@@ -150,8 +154,8 @@ class BatchBuilder:
 
     def _new_batch(self) -> Rows:
         # Page-locked, it can be copied to a GPU beside whatever else is going on.
-        size = self._batch_size, self._mix.d_in
-        return empty_rows(*size, self._columns, self._device, self._pin_memory)
+        size, place = (self._batch_size, self._mix.d_in), (self._device, self._pin_memory)
+        return empty_rows(*size, self._columns, *place, stored=self._stored)
 
 
 class ActivationStream(Source):
@@ -169,6 +173,9 @@ class ActivationStream(Source):
     once; batches are made there. With `lock` they are kept from being swapped out. Without
     `background` batches are made when they are asked for: a thread of its own must not use a GPU
     that records a graph.
+
+    With `as_stored` batches are built in the element type of the shards, where all sets have the
+    same, and widened and transformed when they are taken: `next_stored` leaves that to the caller.
 
     With `columns`, datasets of the shards with a number for each row, `next_rows` serves these too.
     With `whole_sequences` the rows of a sequence come together and in order, and sequences are
@@ -199,6 +206,7 @@ class ActivationStream(Source):
         keep_on: torch.device | None = None,
         lock: bool = False,
         background: bool = True,
+        as_stored: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -231,6 +239,7 @@ class ActivationStream(Source):
         self._keep_on, self._lock, self._background = keep_on, lock, background
         on_gpu = keep_on is not None and keep_on.type == "cuda"
         self._pin_memory = device is not None and device.type == "cuda" and not on_gpu
+        self._stored = _stored_types(self._mix) if as_stored else None
         self._kept: list[ResidentRows] = []
         self._identities: list[dict[str, Any]] | None = None
         self._described: list[dict[str, Any]] | None = None
@@ -298,8 +307,11 @@ class ActivationStream(Source):
     @property
     def memory_bytes(self) -> int:
         """Memory of the rows, pools or all, and of the batches that are kept ready."""
-        columns = self._columns.values()
-        a_row = 4 * self.d_in + sum(4 * column.width or column.dtype.itemsize for column in columns)
+        types = self._stored or {}
+        a_row = self.d_in * types.get("x", torch.float32).itemsize
+        for name, column in self._columns.items():
+            itemsize = types.get(name, column.dtype).itemsize
+            a_row += (column.width or 1) * itemsize
         batches = (PREFETCHED_BATCHES + 2) * self.batch_size * a_row
         return batches + (0 if self._is_on_gpu else self._row_bytes)
 
@@ -354,7 +366,8 @@ class ActivationStream(Source):
                 ResidentRows(shards, plan, self._keep_on, self._lock)
                 for shards, plan in zip(self._mix.sets, self._plans, strict=True)
             ]
-        transform, target_transform = self._transforms
+        # Batches as they are stored are transformed by the one who takes them.
+        transform, target_transform = (None, None) if self._stored else self._transforms
         builder = BatchBuilder(
             self._mix,
             self._plans,
@@ -365,6 +378,7 @@ class ActivationStream(Source):
             kept=self._kept,
             background=self._background,
             share=self._share,
+            stored=self._stored,
         )
         self._reader = builder.reader()
         # The thread must end with the stream or the process, whichever is first; it holds no
@@ -393,6 +407,14 @@ class ActivationStream(Source):
 
         Their rows are read, in blocks with the rows of this rank, and checked.
         """
+        return self.next_stored(rank, size).widened()
+
+    def next_stored(self, rank: int, size: int) -> StoredRows:
+        """Return what `next_share` does, to be widened; with `as_stored` as it is stored."""
+        batch = self._next_built(rank, size)
+        return StoredRows(batch, *self._transforms) if self._stored else StoredRows(batch)
+
+    def _next_built(self, rank: int, size: int) -> Rows:
         self.start(rank, size)
         assert self._reader is not None
         if self._reader.ready:
@@ -478,3 +500,16 @@ class ActivationStream(Source):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _stored_types(mix: ShardMix) -> dict[str, torch.dtype] | None:
+    """Return the element types of rows and targets; None: the ones of two sets differ."""
+    found = [_types_of(shards) for shards in mix.sets]
+    return found[0] if found.count(found[0]) == len(found) else None
+
+
+def _types_of(shards: ShardSet) -> dict[str, torch.dtype]:
+    types = {"x": shards.storage.torch_dtype}
+    if shards.targets is not None:
+        types[TARGETS] = shards.targets.storage.torch_dtype
+    return types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sae_fast.activations.row_scan import count_bins, norm_bins, norm_limit
 from sae_fast.activations.source import (
     Rows,
     Source,
+    StoredRows,
     Transform,
     check_state,
     checked_transform,
@@ -163,14 +164,25 @@ class TensorStream(Source):
 
     def next_rows(self) -> Rows:
         """Return the next rows with their columns."""
+        transforms = self._transform, self._target_transform
+        return self._next_built(None, *transforms)
+
+    def _next_built(
+        self,
+        stored: Mapping[str, torch.dtype] | None,
+        transform: Transform | None = None,
+        target_transform: Transform | None = None,
+    ) -> Rows:
+        """Return the next rows; `stored` has the types of what is not widened, see empty_rows."""
         begin = time.perf_counter()
         size, device = (self.batch_size, self.d_in), self._rows.device
-        batch, have = empty_rows(*size, self._column_info, device, self._pin_memory), 0
+        batch = empty_rows(*size, self._column_info, device, self._pin_memory, stored)
+        have = 0
         while have < self.batch_size:
             chosen = self._served(self._tokens, self.batch_size - have)
             count = len(chosen)
             place = slice(have, have + count)
-            take(self.stored, chosen, batch, place, self._transform, self._target_transform)
+            take(self.stored, chosen, batch, place, transform, target_transform)
             have += count
             self._tokens += count
         if STARTS in batch.columns:
@@ -180,8 +192,24 @@ class TensorStream(Source):
 
     def next_share(self, rank: int, size: int) -> Rows:
         """Return the batch of one rank among the next `size` batches; no other is gathered."""
+        return self._share(rank, size, self.next_rows)
+
+    def next_stored(self, rank: int, size: int) -> StoredRows:
+        """Return what `next_share` does, for a GPU as it is stored in the memory of the host."""
+        if not self._pin_memory:
+            return super().next_stored(rank, size)
+        stored = {name: rows.dtype for name, rows in self._wide().items()}
+        batch = self._share(rank, size, lambda: self._next_built(stored))
+        return StoredRows(batch, self._transform, self._target_transform)
+
+    def _wide(self) -> dict[str, Tensor]:
+        """Return what is widened to float32: the rows, and the targets, if there are any."""
+        targets = self.kept_targets
+        return {"x": self._rows} | ({} if targets is None else {TARGETS: targets})
+
+    def _share(self, rank: int, size: int, make: Callable[[], Rows]) -> Rows:
         self._tokens += rank * self.batch_size
-        batch = self.next_rows()
+        batch = make()
         self._tokens += (size - rank - 1) * self.batch_size
         return batch
 

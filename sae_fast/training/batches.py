@@ -1,22 +1,25 @@
 """The batches of each step on the device, copied there while the step before is running.
 
 On a GPU a source's batches are fetched one step ahead: `prefetch` takes them from the source and
-copies them on a stream of its own into the buffer that the step before last has read. A checkpoint
-saves the position after the batches that were handed out, not after the fetched ones.
+copies them on a stream of its own into the buffer that the step before last has read. Rows that are
+stored in 16 bits are copied so, and widened there. A checkpoint saves the position after the
+batches that were handed out, not after the fetched ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_fast.activations import Rows, Source
+from sae_fast.activations import Rows, Source, Transform
+from sae_fast.activations.source import StoredRows, placed
 from sae_fast.distributed.ranks import ALONE, Ranks
+
+_Transforms = tuple[Transform | None, Transform | None]  # of the rows, of their targets
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,15 @@ class StepBatches:
         return [self._source.next_share(rank, size) for _ in range(self._per_step)]
 
     def _fetch(self) -> _Fetched:
-        before = self._source.stall_seconds
-        batches = self._next_batches()
-        waited = self._source.stall_seconds - before
-        if self._uploads is not None:
-            batches = self._uploads.copy(batches)
-        source = self._source
+        source, share = self._source, (self._ranks.rank, self._ranks.size)
+        before = source.stall_seconds
+        if self._uploads is None:
+            batches = self._next_batches()
+            waited = source.stall_seconds - before
+        else:
+            stored = [source.next_stored(*share) for _ in range(self._per_step)]
+            waited = source.stall_seconds - before
+            batches = self._uploads.copy(stored)
         shards = source.current_shards()
         return _Fetched(batches, source.state_dict(), source.passes, shards, waited)
 
@@ -149,21 +155,22 @@ class StepBatches:
 
 
 class _Uploads:
-    """Copies batches to the device on a side stream, into two buffers by turns."""
+    """Copies batches to the device on a side stream, into two buffers in turn, and widens them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._buffers: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
+        self._buffers: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._turn = 0
+        self._transforms: tuple[_Transforms, _Transforms] = ((None, None), (None, None))
         start = _event()
         start.record(torch.cuda.current_stream(device))
         self._ends = [start, start]  # of the last two steps, the later one last
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
-    def copy(self, batches: list[Rows]) -> list[Rows]:
-        """Copy the batches to the device; they are complete from `hand_over` on.
+    def copy(self, batches: list[StoredRows]) -> list[Rows]:
+        """Copy the batches to the device and widen them there; complete from `hand_over` on.
 
         Batches that are there already stay as they are. Waits for the step before last, which has
         read the buffer. This also keeps the host from running away from the device, with
@@ -171,24 +178,54 @@ class _Uploads:
         """
         self._ends[0].synchronize()
         self._turn = 1 - self._turn
-        places = count()
-        on_device = [batch.map(lambda part: self._upload(next(places), part)) for batch in batches]
+        on_device = [self._widened(number, batch) for number, batch in enumerate(batches)]
         self._copied.record(self._stream)
         return on_device
 
-    def _upload(self, number: int, batch: Tensor) -> Tensor:
-        if batch.device == self._device:
-            return batch
+    def _widened(self, number: int, batch: StoredRows) -> Rows:
+        current = torch.cuda.current_stream(self._device)
+        columns = {
+            name: self._upload(f"{number} {name}", column)
+            for name, column in batch.rows.columns.items()
+        }
+        rows = Rows(self._upload(f"{number} x", batch.rows.x), columns)
+        transforms = self._on_device((batch.transform, batch.target_transform))
+
+        def make(name: str, stored: Tensor) -> Tensor:
+            with torch.cuda.stream(current):
+                return self._buffer(f"{number} {name} widened", stored, torch.float32)
+
+        with torch.cuda.stream(self._stream):
+            return StoredRows(rows, *transforms).widened(make)
+
+    def _on_device(self, transforms: _Transforms) -> _Transforms:
+        """Return transforms with their means on the device, which they are copied to once."""
+        known, there = self._transforms
+        if any(one is not other for one, other in zip(known, transforms, strict=True)):
+            first, second = transforms
+            there = placed(first, self._device), placed(second, self._device)
+            self._transforms = transforms, there
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return there
+
+    def _buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the memory of a name in the present turn, in the shape of `like`."""
         buffers = self._buffers[self._turn]
-        if number not in buffers:
-            buffers[number] = torch.empty_like(batch, device=self._device)
+        if name not in buffers:
+            buffers[name] = torch.empty_like(like, device=self._device, dtype=dtype)
             # Memory from the allocator may still be in use by work queued on the current stream.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return buffers[name]
+
+    def _upload(self, name: str, batch: Tensor) -> Tensor:
+        if batch.device == self._device:
+            return batch
+        buffer = self._buffer(name, batch, batch.dtype)
         # From pageable memory the copy would not be asynchronous. A page-locked batch may be
         # dropped here: torch keeps its memory until the copy is done.
         pinned = batch if batch.is_pinned() else batch.pin_memory()
         with torch.cuda.stream(self._stream):
-            return buffers[number].copy_(pinned, non_blocking=True)
+            return buffer.copy_(pinned, non_blocking=True)
 
     def hand_over(self, waited: float) -> None:
         """Let the current stream wait for the copies; the host has `waited` for the batches."""

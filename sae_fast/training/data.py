@@ -418,7 +418,7 @@ def share_shards(config: TrainConfig, saes: Sequence[SAEConfig]) -> SharedShards
     shards = open_training_shards(config, saes, scans)
     scans.save_beside_manifests()
     config = with_fitted_batch(config, shards.rows)
-    stream = open_stream(config, shards, checked_device(config.device))
+    stream = open_stream(config, shards, checked_device(config.device), is_shared=True)
     return SharedShards(shards, SharedSource(stream, len(saes)), scans, config.kept_batch_size)
 
 
@@ -429,8 +429,13 @@ def known_scans(config: TrainConfig) -> ScanRecord:
     return ScanRecord.load(Path(config.checkpoint_dir) / RECORD_NAME)
 
 
-def open_stream(config: TrainConfig, shards: ShardMix, device: torch.device) -> ActivationStream:
-    """Open the batches of shards, for a device."""
+def open_stream(
+    config: TrainConfig, shards: ShardMix, device: torch.device, *, is_shared: bool = False
+) -> ActivationStream:
+    """Open the batches of shards, for a device.
+
+    For a GPU they are widened there, unless they are shared: then they are widened once for all.
+    """
     keep_on = torch.device("cpu") if config.keep_in_memory else None
     return ActivationStream(
         shards,
@@ -441,6 +446,7 @@ def open_stream(config: TrainConfig, shards: ShardMix, device: torch.device) -> 
         keep_on=device if config.device_cache else keep_on,
         lock=config.pin,
         background=not config.device_cache,
+        as_stored=device.type == "cuda" and not config.device_cache and not is_shared,
     )
 
 

@@ -174,6 +174,8 @@ def plan_memory(
         batch = train.kept_batch_size * (sae.d_in + sae.d_out) * _FLOAT
         graph = train.cuda_graph and train.fused and native and not _dense_moments(sae)
         parts["batches copied ahead"] = (3 if graph else 2) * train.grad_acc_steps * batch
+        if not train.device_cache:  # at most: half of it where rows have 16 bits
+            parts["batches as stored"] = 2 * train.grad_acc_steps * batch
         if graph:  # beside what the steps before a capture took
             parts["pool of the CUDA graphs"] = sum(step.values())
         host["page-locked batches"] = _page_locked(batch, train.grad_acc_steps)
