@@ -112,4 +112,5 @@ def main(directory: Path) -> None:
     else:
         lost = [At(3, lose_shard)]
         found["lost shard"] = error_of(trainer_of("topk", None, "data=2", lost).train)
+        found["afterwards"] = error_of(lambda: trainer_of("topk", None, "data=2"))
     torch.save(found, directory / f"{place.size}-rank-{place.rank}.pt")

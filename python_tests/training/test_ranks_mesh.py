@@ -112,6 +112,8 @@ def test_a_shard_that_one_process_cannot_read_is_named_by_all(
 ) -> None:
     lost = "shard_00003.h5: No such file or directory"
     assert [found["lost shard"] for found in ranks[2]] == [f"rank 1: {lost}", lost]
+    alone = "the training before has failed here and not in rank 0: start all processes again"
+    assert [found["afterwards"] for found in ranks[2]] == [f"rank 1: {lost}", alone]
 
 
 @pytest.mark.slow

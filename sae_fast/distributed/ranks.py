@@ -170,6 +170,8 @@ class Ranks:
         self._begun: dict[object, Any] = {}
         self._end: RankError | None = None  # with which this process has lost the others
         self._agreed: Exception | None = None  # the last error with which all have left a context
+        self._has_failed = False  # whether an error has ended a training that none has agreed on
+        self._failures = 0  # so many trainings before have ended so in all processes
 
     @property
     def is_first(self) -> bool:
@@ -560,15 +562,52 @@ class Ranks:
     # ---- ends --------------------------------------------------------------------------------
 
     def note_failure(self, error: BaseException) -> None:
-        """Tell the other processes why this one ends."""
+        """Tell the other processes why a training ends in this one."""
         if self._store is not None and not isinstance(error, RankError):
             with suppress(RuntimeError):
                 self._store.set(f"end/{self.rank}", _text(error) or type(error).__name__)
+                if not self._knows_all_fail(error):
+                    self._has_failed = True
+                    self._store.set(f"failed/{self._failures}/{self.rank}", "")
 
-    def forget_failure(self) -> None:
-        """Take back what this process has told of a training before, which failed."""
+    def _knows_all_fail(self, error: BaseException) -> bool:
+        """Return whether an error follows from one that the processes have told each other."""
+        cause: BaseException | None = error
+        while cause is not None:
+            if cause is self._agreed or isinstance(cause, RankError):
+                return True
+            cause = cause.__cause__ or cause.__context__
+        return False
+
+    def begin_training(self) -> None:
+        """Take back what this process has told of a training before, which failed.
+
+        Raises RankError where others are still in that training and wait there for this process:
+        what they exchange would be taken for messages of the next one.
+        """
+        if self._has_failed and self._end is None:
+            self._await_failures()
         if self._store is not None:
             self._store.delete_key(f"end/{self.rank}")
+
+    def _await_failures(self) -> None:
+        """Wait until the training has failed in all processes; else close the connections."""
+        assert self._store is not None
+        deadline = time.monotonic() + _GRACE
+        missing = [number for number in range(self.size) if number != self.rank]
+        while missing and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+            with suppress(RuntimeError):
+                keys = {number: f"failed/{self._failures}/{number}" for number in missing}
+                missing = [number for number in missing if not self._store.check([keys[number]])]
+        if missing:
+            names = " and ".join(map(self._name, missing))
+            self._end = RankError(
+                f"the training before has failed here and not in {names}: start all processes again"
+            )
+            self._close()
+            raise self._end
+        self._failures, self._has_failed = self._failures + 1, False
 
     def _lost(self, error: RuntimeError) -> RankError:
         """Return the error of a process that cannot be waited for any longer."""
@@ -618,8 +657,11 @@ class Ranks:
         They notice the end then, and can say so while the others still listen. With NCCL nothing is
         closed, because that may wait for the lost process.
         """
+        traceback.clear_frames(error.__traceback__)  # which refer to a group
+        self._close()
+
+    def _close(self) -> None:
         if not self._has_nccl:
-            traceback.clear_frames(error.__traceback__)  # which refer to a group
             self._meshes.clear()
             self._begun.clear()
             _disconnect()
@@ -645,7 +687,7 @@ def open_ranks(config: TrainConfig) -> Ranks:
             f"torchrun --nproc-per-node {wanted} -m sae_fast.train"
         )
     ranks = connect(timedelta(minutes=config.mesh_timeout), config.device)
-    ranks.forget_failure()
+    ranks.begin_training()
     with ranks.agreement(lambda: {"its settings": {"mesh": config.mesh}}):
         if wanted != place.size:
             raise ValueError(
