@@ -331,12 +331,15 @@ def _as_from_model(layers: Given, flags: Given, line: FromModel) -> Given:
     _decay_with_adam(flags["train"], defaults, is_open="optimizer" not in train)
     if flags["sae"].get("d_sae"):  # which overrides the factor in trainers of this kind
         flags["sae"].pop("expansion_factor", None)
+    directory = flags["train"].get("checkpoint_dir")
     if settings.run_name is not None:
-        if flags["train"].get("checkpoint_dir") is not None:
+        if directory is not None:
             raise ValueError("checkpoint_dir and run_name both name the run: give one of the two")
         train["checkpoint_dir"] = str(settings.save_dir / settings.run_name)
-    elif flags["train"].get("resume_from") is not None:
-        raise ValueError("resume_from needs run_name, the run in save_dir to continue")
+    elif flags["train"].get("resume_from") and not (directory or train.get("checkpoint_dir")):
+        raise ValueError(
+            "resume_from needs checkpoint_dir, or run_name, the run in save_dir to continue"
+        )
     if settings.log_to_wandb:
         defaults["wandb_project"] = "sae_fast"
     return {"sae": {**sae, **layers["sae"]}, "train": {**defaults, **train}}

@@ -166,16 +166,17 @@ def test_a_run_from_a_model_is_extended_with_the_pool_that_it_has(
 @pytest.mark.slow
 def test_an_extended_run_from_a_model_is_bit_equal_after_a_kill(run_on_model: Run) -> None:
     open_pool = ("--pool_rows", "65536")
-    for name in ("one", "two"):
-        assert run_on_model("--run_name", name, *open_pool, "--max_tokens", "320")[0] == 0
+    one, two = ("--run_name", "one"), ("--checkpoint-dir", "output/two")
+    for directory in (one, two):
+        assert run_on_model(*directory, *open_pool, "--max_tokens", "320")[0] == 0
     longer = ("--max_tokens", "640", *LATEST, *open_pool)
-    assert run_on_model("--run_name", "one", *longer)[0] == 0
+    assert run_on_model(*one, *longer)[0] == 0
     with killed_at(9):
-        assert run_on_model("--run_name", "two", *longer)[0] == 130
-    assert run_on_model("--run_name", "two", *longer)[0] == 0
+        assert run_on_model(*two, *longer)[0] == 130
+    assert run_on_model(*two, *longer)[0] == 0
     assert metrics("output/one/residual.0") == metrics("output/two/residual.0")
     assert_same("output/one/residual.0", "output/two/residual.0")
-    result = run_on_model("--run_name", "two", *open_pool, *LATEST, "--max_tokens", "320")
+    result = run_on_model(*two, *open_pool, *LATEST, "--max_tokens", "320")
     refused(result, "the run has made 10 steps, max_tokens is 320, which allows 5")
 
 

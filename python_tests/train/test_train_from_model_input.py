@@ -27,7 +27,7 @@ def test_k_beside_an_architecture_without_it_is_refused(run_on_model: Run) -> No
         (("--loss_fn", "kl", "--arch", "matryoshka"), "loss_fn kl is of one reconstruction"),
         (("--loss_fn", "cee"), "loss_fn must be one of 'mse', 'fvu', 'ce', 'kl', got 'cee'"),
         (("--probe_labels", "labels/x", "--probe_loss_coeff", "1"), "'labels/x' lie in shards"),
-        (("--resume_from", "latest"), "resume_from needs run_name"),
+        (("--resume_from", "latest"), "resume_from needs checkpoint_dir, or run_name"),
         (("--batch_size", "x"), "--batch_size must be a whole number, got 'x'"),
     ],
 )

@@ -117,7 +117,7 @@ def open_from_model(
     ahead = 0 if division is None else _batches_looked_at(every, capture.widths)
     reads = _Reading(_with_hooks_of(capture, own_configs), identity, division, ahead)
     if ranks.size > 1 and settings.cache_dir is not None:
-        raise ValueError("cache_dir must be left out with a mesh: each process reads the text")
+        raise ValueError("cache_dir must be left out with a mesh: a cache is filled by one process")
     saes = [config.sae for config in configs.values()]
     is_end_to_end = any(sae.is_end_to_end for sae in saes)
     own: OwnCode = {"loss_terms": loss_terms, "callbacks": callbacks}
