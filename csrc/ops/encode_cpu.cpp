@@ -122,6 +122,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk(
   return {values, indices, offsets, aux.values, aux.indices};
 }
 
+Tensor full_batches(const Tensor& like) {
+  check_dtype("full_batches", "like", like, ScalarType::Float);
+  return torch::stable::new_zeros(like, {}, ScalarType::Long);
+}
+
 // Collects rows of a threshold code as they are found.
 class RowSink : public cpu::ThresholdSink {
  public:
@@ -264,5 +269,6 @@ STABLE_TORCH_LIBRARY_IMPL(sae_fast, CPU, m) {
   SAE_FAST_IMPL(m, "pack_encoder", &sae_fast::ops::pack_encoder);
   SAE_FAST_IMPL(m, "encode_topk", &sae_fast::ops::encode_topk);
   SAE_FAST_IMPL(m, "encode_batch_topk", &sae_fast::ops::encode_batch_topk);
+  SAE_FAST_IMPL(m, "full_batches", &sae_fast::ops::full_batches);
   SAE_FAST_IMPL(m, "encode_threshold", &sae_fast::ops::encode_threshold);
 }

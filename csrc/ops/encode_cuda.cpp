@@ -201,6 +201,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> encode_batch_topk_cuda(
   return {values, indices, offsets, aux_values, aux_indices};
 }
 
+Tensor full_batches_cuda(const Tensor& like) {
+  check_dtype("full_batches", "like", like, ScalarType::Float);
+  const DeviceGuard guard(like.get_device_index());
+  const Tensor count = torch::stable::new_empty(like, {}, ScalarType::Long);
+  STD_CUDA_CHECK(cuda::read_full_batches(mutable_data<int64_t>(count), current_stream(like)));
+  return count;
+}
+
 // ---- encode_threshold
 
 // Returns offsets [N + 1 + extra] from counts [N]; the caller fills the last `extra`.
@@ -373,5 +381,6 @@ STABLE_TORCH_LIBRARY_IMPL(sae_fast, CUDA, m) {
   m.impl("pack_encoder", TORCH_BOX(&sae_fast::ops::pack_encoder_cuda));
   m.impl("encode_topk", TORCH_BOX(&sae_fast::ops::encode_topk_cuda));
   m.impl("encode_batch_topk", TORCH_BOX(&sae_fast::ops::encode_batch_topk_cuda));
+  m.impl("full_batches", TORCH_BOX(&sae_fast::ops::full_batches_cuda));
   m.impl("encode_threshold", TORCH_BOX(&sae_fast::ops::encode_threshold_cuda));
 }

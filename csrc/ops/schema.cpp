@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY(sae_fast, m) {
       "Tensor? dead_mask, int k_aux, Tensor? packed, Tensor? stats, Tensor? rounded) -> "
       "(Tensor values, Tensor indices, Tensor offsets, Tensor aux_values, Tensor aux_indices)");
 
+  // The number of calls of encode_batch_topk in this process that have computed every score of a
+  // batch, on the device of like (float32), because their list of candidates had no room or a bound
+  // proved wrong: int64 []. Always 0 on a CPU.
+  m.def("full_batches(Tensor like) -> Tensor count");
+
   // Entries above threshold [F] and above 0, and every NaN: CSR by row, ascending index.
   // values [nnz], indices [nnz], offsets int64 [N + 1].
   m.def(

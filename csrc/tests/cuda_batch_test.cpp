@@ -38,11 +38,18 @@ void for_each_chunk_of_rows(const EncodeProblem& problem, int64_t first, int64_t
   });
 }
 
+int64_t full_batches() {
+  int64_t count = -1;
+  check_success(cuda::read_full_batches(&count, nullptr), "read_full_batches");
+  return count;
+}
+
 BatchResult run(Random& random, EncodeProblem& problem, const BatchCase& wanted) {
   const auto [count, d_in, d_sae] = problem.shape;
   const cuda::BatchSize size{count, d_sae, wanted.k};
   const cuda::Encoder encoder = problem.encoder();
   BatchResult result(size);
+  const int64_t full_before = full_batches();
   size_t bytes = 0;
   check_success(cuda::batch_scratch_bytes(size, &bytes), "batch_scratch_bytes");
   TestScratch scratch(bytes);
@@ -76,6 +83,7 @@ BatchResult run(Random& random, EncodeProblem& problem, const BatchCase& wanted)
       "finish_batch");
   cuda::Scratch taken(scratch.data());
   result.in_full = cuda::BatchState(taken, size).numbers->everything != 0;
+  check(full_batches() - full_before == (result.in_full ? 1 : 0), "batch: full ones are counted");
   return result;
 }
 

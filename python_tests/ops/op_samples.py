@@ -226,6 +226,7 @@ def _bookkeeping_samples(problem: Problem) -> Iterator[tuple[str, str, tuple[Any
             values = -code.values if is_signed else code.values
             batch = errors, problem.x, values, code.indices, variance
             yield "batch_statistics", case, (*batch, d_sae, is_signed)
+    yield "full_batches", "", (problem.W_enc,)
     code = make_code(n, d_sae, 6)
     for case, grad in (("", errors), ("expanded", errors[:1].expand(n))):
         yield "code_gradients", case, (code.values.flip(0), code.values, grad)

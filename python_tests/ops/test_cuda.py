@@ -10,6 +10,7 @@ from op_samples import EXACT, kept_rows, make_problem, samples, samples_on
 from tolerances import close
 from torch import Tensor
 
+from sae_fast import ops
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.config import SAEConfig
 from sae_fast.ops.registry import NATIVE
@@ -239,3 +240,15 @@ def test_training_reaches_past_2_to_the_31_parameters(precision, device):
         del sae, optimizer, losses
     for in_small, in_large in zip(*results, strict=True):
         torch.testing.assert_close(in_large, in_small, rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_that_is_computed_in_full_is_counted(device):
+    # Every score of the batch is the same, and there are more than the list of candidates holds.
+    W, ones = torch.zeros(600, 1, device=device), torch.ones(600, device=device)
+    x, b_dec = torch.randn(9, 1, device=device), torch.zeros(1, device=device)
+    before = int(ops.full_batches(W))
+    code = ops.encode_batch_topk(x, W, ones, b_dec, 3)
+    assert int(ops.full_batches(W)) == before + 1
+    assert torch.equal(code.values, torch.ones_like(code.values))
+    ops.encode_batch_topk(x[:2], W, ones, b_dec, 3)
+    assert int(ops.full_batches(W)) == before + 1

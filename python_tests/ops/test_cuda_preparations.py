@@ -18,7 +18,7 @@ NOT_LISTED = {"packed"}  # must be empty on CUDA
 # They share a function that checks, or have one tensor.
 ELSEWHERE = {
     *("encode_topk", "encode_batch_topk", "encode_threshold", "pack_encoder"),
-    *("decorrelation", "code_correlation", "normalize_rows_"),
+    *("decorrelation", "code_correlation", "normalize_rows_", "full_batches"),
 }
 
 

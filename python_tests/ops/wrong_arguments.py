@@ -73,6 +73,7 @@ ARGUMENTS = {
         **{"project_onto": PROBLEM.W_dec, "extra_grad": PROBLEM.W_enc},
     },
     "normalize_rows_": {"W": PROBLEM.W_enc.clone()},
+    "full_batches": {"like": PROBLEM.W_enc},
     "batch_statistics": {
         **{"squared_error": torch.ones(4), "target": PROBLEM.x, "values": CODE.values},
         **{"indices": CODE.indices, "variance": torch.tensor(1.0), "d_sae": 20},
@@ -339,6 +340,7 @@ DTYPES = {
         ("fired", torch.zeros(4), "fired must be bool, got float32"),
     ],
     "normalize_rows_": [("W", HALF, "W must be float32, got float16")],
+    "full_batches": [("like", HALF, "like must be float32, got float16")],
     "decorrelation": [("W", HALF, "W must be float32, got float16")],
     "dense_product": [
         ("left", HALF, "left must be float32, got float16"),

@@ -47,6 +47,13 @@ def test_a_penalty_that_silences_the_code_is_told(
         assert "lower --l1-penalty-coeff (now 3000) or name the wanted L0 with --target-l0" in text
 
 
+@pytest.mark.parametrize(("full", "is_told"), [(3, False), (4, True)])
+def test_selections_that_score_every_latent_are_told(full: int, is_told: bool) -> None:
+    sae = replace(TOPK, arch="batch_topk")
+    warnings = _concluded(sae, full_batches=full)
+    assert any(f"{full} of 60 steps had more candidates" in text for text in warnings) == is_told
+
+
 def test_a_learning_rate_that_moves_nothing_is_told(activations: torch.Tensor) -> None:
     (text,) = _warnings(activations, TOPK, replace(RUN, learning_rate=1e-9))
     assert text.startswith("the loss has not fallen: ")

@@ -23,6 +23,7 @@ from sae_fast.ops.encode import (
     encode_last,
     encode_threshold,
     encode_topk,
+    full_batches,
 )
 from sae_fast.ops.gather_rows import gather_rows_
 from sae_fast.ops.penalties import CodeCorrelation, code_correlation, decorrelation
@@ -63,6 +64,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "finish_step_",
+    "full_batches",
     "fused_update_",
     "gather_entries",
     "gather_rows_",

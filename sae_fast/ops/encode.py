@@ -91,6 +91,20 @@ def encode_batch_topk(
     return encode_selected("encode_batch_topk", op, tensors, k, *options)
 
 
+@torch.no_grad()
+def full_batches(
+    like: Tensor,  # any shape, float32
+) -> Tensor:
+    """Return how many calls of `encode_batch_topk` have computed every score of a batch, 0-d int64.
+
+    On a GPU that is what is done where the list of candidates had no room, or a bound proved wrong:
+    the result is exact and the call many times slower. The number is of this process and of the
+    device of `like`, where it stays, so that nothing waits for the device. On a CPU it is 0.
+    """
+    count: Tensor = torch.ops.sae_fast.full_batches.default(like)
+    return count
+
+
 def encode_threshold(
     x: Tensor,  # [N, D]
     W_enc: Tensor,  # [F, D]

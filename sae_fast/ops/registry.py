@@ -177,6 +177,12 @@ _DECLARED = (
         },
     ),
     op(
+        "full_batches(Tensor like) -> Tensor count",
+        tensors={"like": "any"},
+        returns={"count": "scalar: int64"},
+        has_derivative=False,
+    ),
+    op(
         "encode_threshold(Tensor x, Tensor W_enc, Tensor b_enc, Tensor b_dec, Tensor threshold,"
         " str precision, Tensor? packed, Tensor? stats, Tensor? rounded)"
         " -> (Tensor values, Tensor indices, Tensor offsets)",

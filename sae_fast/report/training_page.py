@@ -75,6 +75,7 @@ _DEFINITIONS = {
     "communication_fraction": "share of the time spent gathering from the other processes",
     "exchanged_bytes": "bytes that a process has given to the others in a step",
     "skipped_rows": "rows left out because they held NaN or Inf",
+    "full_batches": "steps in which every score was computed for the selection, many times slower",
     "skipped_steps": "steps left out because gradients overflowed (fp16)",
     "variance": "Σ |x − mean(x)|² of the last batch",
     "loss_scale": "factor on the loss that keeps small gradients (fp16)",

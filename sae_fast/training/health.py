@@ -27,6 +27,7 @@ _FAR_L0 = 1.5  # factor to either side of the L0 that was asked for
 _LARGE_SHARE = 0.1  # of latents that are silent
 _FIRINGS = 20  # of an average latent, without which silence is chance
 _NO_FALL = 0.98  # of the first losses that the last ones must be below
+_FULL_BATCHES = 0.05  # share of steps in which a selection may compute every score
 _OVERFLOWS = 0.05  # share of skipped steps that is not a search for the loss scale
 _AFTER_WARM_UP = 8  # the first and the last eighth of the rows are compared
 
@@ -190,6 +191,13 @@ class RunHealth:
             warnings["skipped"] = (
                 f"{skipped:,.0f} of {row['step']:,} steps were skipped because gradients "
                 "overflowed in fp16, and trained nothing; use --amp bf16 or --amp off"
+            )
+        full = row.get("full_batches", 0)
+        if full > _FULL_BATCHES * row["step"]:
+            warnings["full"] = (
+                f"{full:,.0f} of {row['step']:,} steps had more candidates than room for them, and "
+                f"scored every latent for every row: exact, and many times slower; --arch topk has "
+                "no such limit"
             )
         return warnings
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sae_fast import ops
 from sae_fast.activations import TARGETS, Rows
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import StepSettings
@@ -94,6 +95,10 @@ class Launcher:
         if ahead and step.rows.has_all:
             self._census = DeadCensus(step.sae, config.tokens_per_step)
             self._census.take(float(self._census.count(self._steps_to_reading())))
+        # Steps of the run before it was resumed, and other trainings of the process, do not count.
+        self._full_before: Tensor | None = None
+        if step.sae.W_enc.is_cuda and step.sae.architecture.selects_from_step:
+            self._full_before = ops.full_batches(step.sae.W_enc)
 
     def launch(self, settings: StepSettings) -> None:
         """Launch the next step; where the host is ahead the device may make it later.
@@ -137,7 +142,8 @@ class Launcher:
     def read(self, silent_tokens: int = 1) -> dict[str, float]:
         """Return the metrics of the last step, when the device has made it.
 
-        silent_fraction is the share of latents that have not fired for `silent_tokens`.
+        silent_fraction is the share of latents that have not fired for `silent_tokens`; on a GPU
+        full_batches is the number of selections from a batch that computed every score.
 
         Raises:
             TrainingError: when a step since the last reading went wrong, naming it.
@@ -150,13 +156,16 @@ class Launcher:
         }
         if self._census is not None:
             extra["may_die"] = self._census.count(self._steps_to_reading())
+        shown = ["dead_fraction", "silent_fraction"]
+        if self._full_before is not None:
+            extra["full_batches"] = ops.full_batches(sae.W_enc) - self._full_before
+            shown.append("full_batches")
         reading = self._step.read(extra)
         if reading.bad_step is not None:
             raise self._late_divergence(reading, reading.bad_step)
         if self._census is not None:
             self._census.take(reading.extra["may_die"])
-        shares = ("dead_fraction", "silent_fraction")
-        return {**reading.metrics, **{name: reading.extra[name] for name in shares}}
+        return {**reading.metrics, **{name: reading.extra[name] for name in shown}}
 
     def _late_divergence(self, reading: Reading, bad_step: int) -> Exception:
         step = self._first + bad_step

@@ -9,7 +9,8 @@ penalty or a threshold of inference, and gram_mean, the mean squared cosine of t
 heldout_fvu, heldout_ordinary_fvu where 1 % of the rows make it another one,
 heldout_explained_variance and, by one variance of all numbers, heldout_explained_variance_overall,
 heldout_l0, heldout_dead_fraction; with fp16 loss_scale and skipped_steps; with k_anneal_start k;
-with skip_nonfinite skipped_rows; with target_l0 sparsity_coeff; with jumprelu sparsity_loss,
+with skip_nonfinite skipped_rows; on a GPU, with batch_topk and matryoshka, full_batches, see
+`ops.full_batches`; with target_l0 sparsity_coeff; with jumprelu sparsity_loss,
 pre_act_loss, mean_threshold; with loss_fn ce heldout_ce and the model's own,
 heldout_ce_model, with kl heldout_kl; where eval_metrics is due heldout_ce, heldout_ce_model,
 heldout_ce_increase and heldout_ce_score, see `SplicedLosses`; with wandb_log_every, at that
@@ -38,6 +39,7 @@ ROW_NAMES = (
     *("dead_fraction", "silent_fraction", "learning_rate", "grad_norm", "variance"),
     *("tokens_per_second", "time_per_step_ms", "reader_stall_fraction", "gram_mean"),
     *("probe_accuracy", "probe_r2", "loss_scale", "skipped_steps", "k", "skipped_rows"),
+    "full_batches",
     *("sparsity_coeff", "max_decoder_cosine", "exchanged_bytes", "communication_fraction"),
 )
 _LONGEST_ROW = 1 << 20  # bytes

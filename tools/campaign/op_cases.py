@@ -362,6 +362,11 @@ def _normalize_rows(draw: Draw) -> Arguments:
     return {"W": draw.floats(d_sae, d_in).contiguous().clone()}
 
 
+def _full_batches(draw: Draw) -> Arguments:
+    _, d_in, d_sae = draw.shape()
+    return {"like": draw.floats(d_sae, d_in)}
+
+
 def _decorrelation(draw: Draw) -> Arguments:
     _, d_in, d_sae = draw.shape()
     return {"W": draw.floats(d_sae, d_in)}
@@ -433,6 +438,7 @@ RIGHT: dict[str, Callable[[Draw], Arguments]] = {
     "add_squares_": _add_squares,
     "finish_step_": _finish_step,
     "normalize_rows_": _normalize_rows,
+    "full_batches": _full_batches,
     "gather_rows_": _gather_rows,
     "decorrelation": _decorrelation,
     "dense_product": _dense_product,

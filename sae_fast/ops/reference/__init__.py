@@ -18,6 +18,7 @@ from sae_fast.ops.reference.encode import (
     encode_batch_topk,
     encode_threshold,
     encode_topk,
+    full_batches,
     pack_encoder,
 )
 from sae_fast.ops.reference.gather_rows import gather_rows_
@@ -61,6 +62,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "finish_step_",
+    "full_batches",
     "fused_update_",
     "gather_entries",
     "gather_rows_",

@@ -59,4 +59,8 @@ cudaError_t select_batch(const Encoder& encoder, const Tokens& tokens, const Bat
 cudaError_t finish_batch(const Encoder& encoder, const float* x, const BatchSize& size,
                          const BatchCode& code, void* scratch, cudaStream_t stream);
 
+// *count becomes the number of calls of finish_batch, on this device and in this process, that have
+// computed the whole batch in full.
+cudaError_t read_full_batches(int64_t* count, cudaStream_t stream);
+
 }  // namespace sae_fast::cuda

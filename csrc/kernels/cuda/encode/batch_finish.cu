@@ -78,12 +78,21 @@ __device__ inline bool is_selected(const Cut& cut, float value, uint64_t place) 
 
 // ---- kernels: selection
 
+// Calls in this process that have computed their whole batch in full, on each device: such a call
+// gives the same result, many times slower, and the host would not notice it.
+__device__ Count full_batches = 0;
+
+__global__ void __launch_bounds__(kWarpSize) read_full_batches_kernel(int64_t* __restrict__ count) {
+  if (threadIdx.x == 0) *count = static_cast<int64_t>(full_batches);
+}
+
 // One warp, of which one thread writes. From here on it is known whether the lists count:
 // tighten_limit has seen whether they had room for everything.
 __global__ void __launch_bounds__(kWarpSize) begin_cut_kernel(BatchState batch, Count wanted) {
   if (threadIdx.x != 0) return;
   BatchNumbers& numbers = *batch.numbers;
   if (numbers.wrong != 0) numbers.everything = 1;
+  if (numbers.everything != 0) atomicAdd(&full_batches, Count{1});
   numbers.cut = {};
   numbers.cut.wanted = wanted;
   numbers.cut.place_bits = ~uint64_t{0} << batch.order.bits;  // no place has these
@@ -309,6 +318,10 @@ cudaError_t batch_scratch_bytes(const BatchSize& size, size_t* bytes) {
   const EndScratch pieces(scratch, size);
   *bytes = scratch.bytes();
   return cudaSuccess;
+}
+
+cudaError_t read_full_batches(int64_t* count, cudaStream_t stream) {
+  return launch(read_full_batches_kernel, 1, kWarpSize, 0, stream, count);
 }
 
 cudaError_t finish_batch(const Encoder& encoder, const float* x, const BatchSize& size,
