@@ -5,10 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sae_fast.activations import Rows
+from sae_fast.activations import TensorStream
 from sae_fast.autoencoder import SparseAutoencoder
 from sae_fast.autoencoder.architecture import StepSettings
 from sae_fast.config import SAEConfig, TrainConfig
+from sae_fast.training.batches import StepBatches
+from sae_fast.training.launcher import Launcher
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import make_optimizer
 from sae_fast.training.step import TrainingStep
@@ -17,7 +19,7 @@ from sae_fast.training.step import TrainingStep
 @pytest.mark.parametrize(
     ("asked", "has_gpu", "marks"),
     [
-        ("1", True, ["sae_fast forward", "sae_fast backward", "sae_fast update"]),
+        ("1", True, ["batches", "forward", "backward", "update", "bookkeeping"]),
         ("0", True, []),
         ("1", False, []),
     ],
@@ -38,5 +40,9 @@ def test_parts_of_a_step_are_marked_where_a_profiler_may_see_it(monkeypatch, ask
     monkeypatch.setenv("SAE_FAST_NVTX", asked)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(torch.cuda.nvtx, "range", mark)
-    step.run([Rows(torch.ones(3, 6), {})], StepSettings(1e-3))
-    assert found == marks
+    batches = StepBatches(
+        TensorStream(torch.ones(9, 6), batch_size=3), sae.W_enc.device, 1, ahead=False
+    )
+    launcher = Launcher(step, batches, config, 0, lambda: None, ahead=False)
+    launcher.launch(StepSettings(1e-3))
+    assert found == [f"sae_fast {mark}" for mark in marks]

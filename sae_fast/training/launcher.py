@@ -27,6 +27,7 @@ from sae_fast.ops.native import build_info
 from sae_fast.training.batches import StepBatches
 from sae_fast.training.cuda_graph import GraphedStep, GraphRecorder
 from sae_fast.training.failure import divergence
+from sae_fast.training.profiling import marked
 from sae_fast.training.step import Reading, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,8 @@ class Launcher:
         Raises:
             TrainingError: when its loss is not finite and that is known already.
         """
-        batches = self._batches.take()
+        with marked("batches"):
+            batches = self._batches.take()
         if self._census is not None:
             settings = settings._replace(k_aux=self._census.k_aux)
         self._run(batches, settings)

@@ -9,9 +9,8 @@ were before the bad step, and the metrics stay the bad step's.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +33,11 @@ from sae_fast.training.metrics import fetch
 from sae_fast.training.optimizer.loss_scaler import LossScaler
 from sae_fast.training.optimizer.row_optimizer import SparseOptimizer
 from sae_fast.training.optimizer.weight_average import WeightAverage
+from sae_fast.training.profiling import marked
 
 LOSS = "loss"
 GRAD_NORM = "grad_norm"
 _VARIANCE = "variance"
-NVTX = "SAE_FAST_NVTX"  # an environment variable
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class TrainingStep:
                 parts.append(part)
         n_tokens = n_parts * len(batches[0].x)
         losses = torch.as_tensor(mean)
-        with _range("update"):
+        with marked("update"):
             norm = self.optimizer.step(
                 settings.rate,
                 self.scaler.factor,
@@ -170,27 +169,28 @@ class TrainingStep:
                 losses=losses,
                 await_decoder=exchange.finish,
             )
-        ops.finish_step_(
-            *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),
-            # The scale is not among these: one that overflows is no fault.
-            fault,
-            *(losses, norm, parts[-1].variance, _fired_in_any(parts)),
-            n_tokens,
-            norm_poisons=not self.scaler.enabled,
-        )
-        # An architecture may move parameters too, and must not after a bad step.
-        sparsity_weight = settings.sparsity_weight
-        if self.sae.architecture.acts_after_step:
-            sparsity_weight = sparsity_weight + self._poison
-        code = loss.code  # of the last part
-        if self.sae.architecture.selects_from_step:
-            code = self.rows.of_all(code)
-        self.sae.after_step_(code, sparsity_weight, _summed(parts))
-        self.sae.clamp_parameters_()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update()
-        self.scaler.update(norm)
+        with marked("bookkeeping"):
+            ops.finish_step_(
+                *(self._poison, self._steps, self._metrics, self.sae.tokens_since_fired),
+                # The scale is not among these: one that overflows is no fault.
+                fault,
+                *(losses, norm, parts[-1].variance, _fired_in_any(parts)),
+                n_tokens,
+                norm_poisons=not self.scaler.enabled,
+            )
+            # An architecture may move parameters too, and must not after a bad step.
+            sparsity_weight = settings.sparsity_weight
+            if self.sae.architecture.acts_after_step:
+                sparsity_weight = sparsity_weight + self._poison
+            code = loss.code  # of the last part
+            if self.sae.architecture.selects_from_step:
+                code = self.rows.of_all(code)
+            self.sae.after_step_(code, sparsity_weight, _summed(parts))
+            self.sae.clamp_parameters_()
+            self.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update()
+            self.scaler.update(norm)
 
     def _accumulate(
         self,
@@ -200,7 +200,7 @@ class TrainingStep:
         whole: WholeStep | None,
     ) -> TrainingLoss:
         """Compute a batch's loss, call backward on `weight` times it, and return it."""
-        with _range("forward"):
+        with marked("forward"):
             loss = batch_loss(
                 self.sae,
                 batch,
@@ -210,7 +210,7 @@ class TrainingStep:
                 whole=whole,
                 loss_terms=self.loss_terms,
             )
-        with _range("backward"):
+        with marked("backward"):
             if self._own_code:
                 call(f"backward through {self._own_code}", loss.total.backward, weight)
             else:
@@ -245,13 +245,6 @@ class TrainingStep:
             bad_step,
             values[_VARIANCE],
         )
-
-
-def _range(name: str) -> AbstractContextManager[None]:
-    """Mark a part of the step for NVIDIA's profilers, where SAE_FAST_NVTX=1 asks for it."""
-    if os.environ.get(NVTX) != "1" or not torch.cuda.is_available():
-        return nullcontext()
-    return torch.cuda.nvtx.range(f"sae_fast {name}")
 
 
 def _fired_in_any(parts: Sequence[Part]) -> Tensor:
