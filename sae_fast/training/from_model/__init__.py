@@ -229,14 +229,12 @@ def _shuffled(
     )
     shared: SharedSource[HookRows] = SharedSource(stream, len(configs))
 
-    # Trainings that begin look at the first batches, resumed ones do not. All processes take as
-    # many, because they wait for each other.
-    ahead = iter([reading.ahead])
-
     def make(name: str, config: RunConfig) -> Trainer:
         resumed = config.train.resume_from
-        if (count := next(ahead, 0)) and (resumed is None or CheckpointStore.is_first(resumed)):
-            shared.read_ahead(count)
+        # Trainings that begin look at the first batches, resumed ones do not. All processes take as
+        # many, because they wait for each other; of several trainings the first takes them.
+        if resumed is None or CheckpointStore.is_first(resumed):
+            shared.read_ahead(reading.ahead)
         hook = name.partition("/")[0]
         reader = _reader(shared, hook, capture, stream.columns)
         return Trainer(
