@@ -39,9 +39,11 @@ SHOWN = 10  # most differences printed for one training
 
 COMMON = (
     *("--shard-dir", "shards", "--d-sae", "96", "--batch-size", "64", "--max-steps", str(STEPS)),
-    *("--lr", "1e-2", "--log-every", "1", "--eval-every", "10", "--checkpoint-every", "10"),
+    *("--lr", "1e-2", "--decay-fraction", "0.4", "--log-every", "1", "--eval-every", "10"),
+    *("--checkpoint-every", "10"),
     *("--num-threads", "1", "--pool-rows", "512", "--dead-after-tokens", "256", "--no-wandb"),
 )
+OTHER_FALL = ("--decay-fraction", "0.2")  # of optimisers other than Adam
 TRAININGS: dict[str, tuple[str, ...]] = {
     "topk": ("--k", "4"),
     "topk, all terms": (
@@ -70,9 +72,9 @@ TRAININGS: dict[str, tuple[str, ...]] = {
     "amp bf16, relu": ("--arch", "relu", "--amp", "bf16"),
     "amp fp16": ("--arch", "gated", "--amp", "fp16"),
     "adamw": ("--k", "4", "--optimizer", "adamw", "--weight-decay", "0.1"),
-    "sgd": ("--k", "4", "--optimizer", "sgd"),
-    "signum": ("--k", "4", "--optimizer", "signum"),
-    "schedule free": ("--k", "4", "--optimizer", "schedule_free_signum"),
+    "sgd": ("--k", "4", "--optimizer", "sgd", *OTHER_FALL),
+    "signum": ("--k", "4", "--optimizer", "signum", *OTHER_FALL),
+    "schedule free": ("--k", "4", "--optimizer", "schedule_free_signum", "--decay-fraction", "0"),
     "probe": ("--k", "4", "--probe-loss-coeff", "0.5", "--probe-labels", "labels"),
     "sweep": ("--sweep", "sweep.json"),
     "resumed": ("--k", "4"),

@@ -5,9 +5,10 @@ far, and so takes steps that are as long as the dictionary can bear; the moments
 its first steps, with gradients many times as large, must be forgotten within the run. Where a limit
 decides which latents are active, and not a comparison, half of the rate of models with k is right:
 above it latents fall silent. Gradients of few tokens are noisy: a model with k has a lower rate in
-small batches, by the square root of their size, as for Adam in arXiv:2205.10287. The rule was
-fitted to trainings, see docs/guide/optimisers.md; other models, and other optimisers, have the
-rates of a long run.
+small batches, by the square root of their size, as for Adam in arXiv:2205.10287. A high rate leaves
+latents dead and an error of its own, so it falls for most of the run. The rule was fitted to
+trainings, see docs/guide/optimisers.md; other models, and other optimisers, have the rates of a
+long run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _SHORT_BETA1 = 0.8
 _SHORTEST_MEMORY = 20  # steps of the second moment
 _MEMORIES = 5  # of the second moment in a run
 _SHORT_DECAY = 0.4
+_HIGH_RATE = 0.005  # from which the rate of a model with k falls for longer
+_HIGH_DECAY = 0.7
 
 
 class FittedRates(NamedTuple):
@@ -58,7 +61,8 @@ def fitted_rates(config: TrainConfig, sae: SAEConfig, total_steps: int) -> Fitte
                 high *= math.sqrt(min(config.tokens_per_step, LARGE_BATCH) / LARGE_BATCH)
             peak = max(peak, high)
         if config.decay_fraction is None:
-            decay = _SHORT_DECAY
+            is_high = sae.takes("k") and peak >= _HIGH_RATE
+            decay = _HIGH_DECAY if is_high else _SHORT_DECAY
         memory = total_steps / _MEMORIES
         betas = (_SHORT_BETA1, min(1 - 1 / max(memory, _SHORTEST_MEMORY), BETAS[1]))
     return FittedRates(peak, decay, config.betas or betas)
