@@ -27,7 +27,7 @@ _SHORT_BETA1 = 0.8
 _SHORTEST_MEMORY = 20  # steps of the second moment
 _MEMORIES = 5  # of the second moment in a run
 _SHORT_DECAY = 0.4
-_HIGH_RATE = 0.005  # from which the rate of a model with k falls for longer
+_HIGH_RATE = 0.005  # above which the rate of a model with k falls for longer
 _HIGH_DECAY = 0.7
 
 
@@ -61,7 +61,7 @@ def fitted_rates(config: TrainConfig, sae: SAEConfig, total_steps: int) -> Fitte
                 high *= math.sqrt(min(config.tokens_per_step, LARGE_BATCH) / LARGE_BATCH)
             peak = max(peak, high)
         if config.decay_fraction is None:
-            is_high = sae.takes("k") and peak >= _HIGH_RATE
+            is_high = sae.takes("k") and peak > _HIGH_RATE
             decay = _HIGH_DECAY if is_high else _SHORT_DECAY
         memory = total_steps / _MEMORIES
         betas = (_SHORT_BETA1, min(1 - 1 / max(memory, _SHORTEST_MEMORY), BETAS[1]))
